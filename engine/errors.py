@@ -1,0 +1,36 @@
+"""Errors that are the user's to mend, and how a command reports them.
+
+A :class:`UserError` says in one line what is wrong (the file or key, the value) and the remedy. Commands print that
+line without a traceback and exit with status 1; everything else is a bug in this project and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """Wrong configuration, data or files: one line that names the file or key, the value and the remedy."""
+
+
+def report_user_error(error: UserError) -> None:
+    """Print ``error`` as one line on stderr, naming the rank when there are several."""
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    message = " ".join(str(error).split())
+    print(f"{rank}error: {message}", file=sys.stderr, flush=True)
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's ``main``, turning a :class:`UserError` into one line and exit status 1."""
+    try:
+        status = main()
+    except UserError as error:
+        report_user_error(error)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status or 0)

@@ -1,0 +1,48 @@
+"""Packaging of Retemper.
+
+The repository root *is* the package ``retemper`` (docs/architecture.md, "Import names"): ``engine/`` is imported as
+``retemper.engine``, ``kernels/`` as ``retemper.kernels``, and no bare top-level name such as ``kernels`` or ``tools``
+is taken from anybody.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+ROOMS = ("engine", "kernels", "tools", "checkpoint_convert")
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+setup(
+    name="retemper",
+    version=VERSION,
+    description="Megatron-style continued pretraining of open language models: fast, exact, honest and simple",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    package_dir={"retemper": "."},
+    packages=["retemper"]
+    + [f"retemper.{name}" for name in find_packages(str(ROOT), include=[p for r in ROOMS for p in (r, f"{r}.*")])],
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "transformers>=5.0",
+        "tokenizers>=0.21",
+        "sentencepiece>=0.2",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "jsonargparse>=4.40",
+        "PyYAML>=6.0",
+        "orjson>=3.10",
+        "xxhash>=3.4",
+        "zstandard>=0.22",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.7", "triton>=3.2"],
+        "demo": ["matplotlib>=3.8"],
+        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.15", "types-PyYAML"],
+    },
+)
