@@ -8,6 +8,7 @@ Shapes: T tokens, H hidden, F feed-forward, N query heads, K key/value heads, D 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -95,11 +96,7 @@ class Backbone(nn.Module):
 
     def forward(self, tokens_T: Tensor, packing: Packing) -> Tensor:
         """[T] token ids -> [T, H] normalized hidden states."""
-        # The frequencies are a constant of a few numbers: made here, they need no buffer that sharding, meta
-        # construction or a checkpoint would have to carry.
-        frequencies = torch.tensor(
-            inverse_frequencies(self.architecture), dtype=torch.float32, device=packing.position_ids.device
-        )
+        frequencies = _frequencies_on(packing.position_ids.device, self.architecture)
         rope = rope_cos_sin(packing.position_ids, frequencies)
         hidden_TH = self.embed_tokens(tokens_T)
         for layer in self.layers:
@@ -180,6 +177,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         return rms_norm(x, self.weight, self.eps)
+
+
+@functools.cache
+def _frequencies_on(device: torch.device, architecture: Architecture) -> Tensor:
+    """[D/2] rotary frequencies. A constant of the architecture rather than a buffer: sharding, construction on the meta
+    device and checkpoints then have nothing to carry."""
+    return torch.tensor(inverse_frequencies(architecture), dtype=torch.float32, device=device)
 
 
 def _copy_full_(parameter: Tensor, values: Tensor) -> None:

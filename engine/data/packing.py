@@ -1,0 +1,77 @@
+"""Windows to packed micro-batches: where documents begin, what each token is to predict, which targets are masked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.linear_cross_entropy import IGNORE_INDEX
+from .source import Window
+
+
+class MicroBatch(NamedTuple):
+    """B windows of S tokens laid end to end: T = B * S tokens, without padding."""
+
+    tokens: Tensor
+    """[T] int64 token ids."""
+    targets: Tensor
+    """[T] int64: the token that follows, or ``IGNORE_INDEX``."""
+    position_ids: Tensor
+    """[T] int64 positions, from zero in every document."""
+    cu_seqlens: Tensor
+    """[documents + 1] int32, first 0, last T."""
+    max_seqlen: int
+    """Length of the longest document."""
+    num_targets: int
+    """Targets that are not masked."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch on ``device``; copies from pinned memory do not wait."""
+        if device.type == "cpu":
+            return self
+        return self._replace(
+            **{name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]}
+        )
+
+    def pin_memory(self) -> MicroBatch:
+        """The same micro-batch in page-locked memory."""
+        return self._replace(**{name: getattr(self, name).pin_memory() for name in self._fields[:4]})
+
+
+def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_documents: bool) -> MicroBatch:
+    """Lay windows end to end.
+
+    A window that is None is a place that must be filled and must not count: its targets are all masked. With
+    ``attend_across_documents`` a window is one document; without, attention and positions restart where documents
+    begin, and the target of a document's last token (the first token of another document) is masked.
+    """
+    num_tokens = len(windows) * sequence_length
+    tokens = np.zeros(num_tokens, dtype=np.int64)
+    targets = np.full(num_tokens, IGNORE_INDEX, dtype=np.int64)
+    starts = []
+    for index, window in enumerate(windows):
+        offset = index * sequence_length
+        starts.append(np.array([offset]))
+        if window is None:
+            continue
+        part = slice(offset, offset + sequence_length)
+        tokens[part] = window.tokens[:-1]
+        targets[part] = window.tokens[1:]
+        if not attend_across_documents:
+            targets[offset + window.boundaries - 1] = IGNORE_INDEX
+            starts.append(offset + window.boundaries[window.boundaries < sequence_length])
+    cu_seqlens = np.append(np.concatenate(starts), num_tokens)
+    lengths = np.diff(cu_seqlens)
+    position_ids = np.arange(num_tokens) - np.repeat(cu_seqlens[:-1], lengths)
+    return MicroBatch(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        num_targets=int((targets != IGNORE_INDEX).sum()),
+    )

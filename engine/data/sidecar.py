@@ -1,0 +1,141 @@
+"""The sidecar ``{prefix}.json``: what an indexed dataset was made of, and by which tokenizer.
+
+Megatron's two files do not say which tokenizer made them, nor where documents end. The sidecar does, so that a run can
+refuse a dataset made for another vocabulary. Datasets made by other programs have none; everything works without.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import xxhash
+
+from ..errors import UserError
+
+FORMAT_VERSION = 1
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file."""
+
+    path: str
+    """As it was named on the command line."""
+    bytes: int
+    """Size on disk."""
+    documents: int
+    """Documents that were kept."""
+    empty_documents: int
+    """Documents without a token, left out."""
+    skipped_lines: int
+    """Malformed lines, left out because --skip-bad-lines was given."""
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """Everything ``{prefix}.json`` holds. The counts and hashes at the end are the dataset writer's to fill in."""
+
+    tokenizer: str
+    """Folder, file or Hugging Face Hub name, as it was given."""
+    tokenizer_sha256: str
+    """SHA-256 of tokenizer.json, in hexadecimal: the same vocabulary under another name has the same hash."""
+    vocab_size: int
+    """Every token id of the tokenizer, added tokens included, is below it."""
+    append_eod: bool
+    """Whether each document ends with the end-of-document token."""
+    eod_token: str | None
+    """The end-of-document token; None when there is none, which append_eod excludes."""
+    eod_id: int | None
+    """Its id."""
+    characters: int
+    """Unicode code points of the kept documents' text."""
+    text_bytes: int
+    """Bytes of the kept documents' text in UTF-8."""
+    empty_documents: int
+    """Documents without a token, left out."""
+    sources: tuple[Source, ...]
+    """The input files, in the order of their documents."""
+    dtype: str = ""
+    """Token dtype of .bin: "uint16" or "int32"."""
+    documents: int = 0
+    tokens: int = 0
+    """Tokens in .bin, end-of-document tokens included."""
+    max_token_id: int = -1
+    """Largest id in .bin; -1 when it is empty."""
+    bin_xxh3_128: str = ""
+    """xxh3-128 of .bin, in hexadecimal."""
+    idx_xxh3_128: str = ""
+    """xxh3-128 of .idx, in hexadecimal."""
+
+    @staticmethod
+    def read(prefix: str | os.PathLike[str]) -> Sidecar | None:
+        """The sidecar of the dataset ``prefix`` (without suffix), or None when it has none.
+
+        Raises:
+            UserError: the file cannot be read, is no sidecar, or of another format version.
+        """
+        path = Path(f"{os.fspath(prefix)}.json")
+        try:
+            record = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error}); {_REMEDY}") from error
+        if not isinstance(record, dict) or "format_version" not in record:
+            raise UserError(f"{path}: not a dataset's sidecar: it has no format_version; {_REMEDY}")
+        version = record.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path}: format_version {version}, but only {FORMAT_VERSION} is known here; {_REMEDY}")
+        sources = record.get("sources")
+        if not isinstance(sources, list):
+            raise UserError(f"{path}: sources is not a list; {_REMEDY}")
+        record["sources"] = tuple(_from_record(Source, source, path) for source in sources)
+        return _from_record(Sidecar, record, path)
+
+    def to_json(self) -> bytes:
+        """The file's bytes: the same for the same contents."""
+        text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2, ensure_ascii=False)
+        # A path that is not valid UTF-8 holds lone surrogates; replaced by a backslash they are JSON escapes.
+        return (text + "\n").encode("utf-8", "backslashreplace")
+
+    @property
+    def skipped_lines(self) -> int:
+        """Malformed lines left out, over all sources."""
+        return sum(source.skipped_lines for source in self.sources)
+
+
+_REMEDY = "build the dataset again, or remove this file to go without the checks that it allows"
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """xxh3-128 of a file's bytes, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(8 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _from_record(kind: type[_Record], record: Any, path: Path) -> _Record:
+    """Build the dataclass ``kind`` from a JSON object that has exactly its fields, each of its type."""
+    if not isinstance(record, Mapping):
+        raise UserError(f"{path}: {kind.__name__.lower()} is not an object; {_REMEDY}")
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if missing := [name for name in names if name not in record]:
+        raise UserError(f"{path}: has no {', '.join(missing)}; {_REMEDY}")
+    if unknown := sorted(set(record) - set(names)):
+        raise UserError(f"{path}: unknown {', '.join(unknown)}; {_REMEDY}")
+    for name, hint in get_type_hints(kind).items():
+        value = record[name]
+        wanted = tuple if name == "sources" else hint
+        if not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool):
+            raise UserError(f"{path}: {name} is {value!r}, not {getattr(hint, '__name__', hint)}; {_REMEDY}")
+    return kind(**record)

@@ -1,0 +1,30 @@
+"""Fully sharded data parallelism (FSDP2): every rank keeps a shard of parameters, gradients and optimizer states.
+
+A block's parameters are gathered in the compute dtype just before they are needed. Gradients are reduced in fp32 and
+*summed*: the loss is already divided by the number of targets of the global batch, so a mean over ranks would be wrong
+wherever ranks hold different numbers of targets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from ..config import ParallelConfig
+from ..model.decoder import Decoder
+
+
+def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
+    """Shard ``model`` in place: each block by itself, the rest (embeddings, final norm, head) with the root."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    mesh = mesh if mesh["replicate"].size() > 1 else mesh["shard"]
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
