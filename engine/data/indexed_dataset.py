@@ -72,7 +72,16 @@ def dataset_prefix(path: str | os.PathLike[str]) -> str:
 
 def existing_outputs(prefix: str | os.PathLike[str]) -> list[str]:
     """Those of ``{prefix}.bin``, ``.idx`` and ``.json`` that exist."""
-    return [path for path in (f"{dataset_prefix(prefix)}{end}" for end in (".bin", ".idx", ".json")) if os.path.exists(path)]
+    paths = [f"{dataset_prefix(prefix)}{end}" for end in (".bin", ".idx", ".json")]
+    return [path for path in paths if os.path.exists(path)]
+
+
+def refuse_existing_outputs(prefix: str | os.PathLike[str]) -> None:
+    """Raise UserError when there is a dataset, or a part of one, of this prefix."""
+    if existing := existing_outputs(prefix):
+        raise UserError(
+            f"{', '.join(existing)}: already there; pass --overwrite to replace, or choose another --output-prefix"
+        )
 
 
 class IndexedDataset:
@@ -113,7 +122,9 @@ class IndexedDataset:
         return IndexedDataset, (self.prefix,)
 
     def __repr__(self) -> str:
-        return f"IndexedDataset({self.prefix!r}, {self.num_documents} documents, {self.num_tokens} tokens, {self.dtype})"
+        return (
+            f"IndexedDataset({self.prefix!r}, {self.num_documents} documents, {self.num_tokens} tokens, {self.dtype})"
+        )
 
     @property
     def num_sequences(self) -> int:
@@ -331,8 +342,7 @@ def write_index(
     digest = xxhash.xxh3_128()
     with open(path, "wb") as file:
         header = HEADER.pack(MAGIC, VERSION, code, count, num_indices)
-        for block in (header, *()):
-            _write_hashed(file, digest, block)
+        _write_hashed(file, digest, header)
         for chunk in _chunks(count):
             _write_hashed(file, digest, lengths[chunk].astype("<i4").tobytes())
         end = 0
@@ -377,7 +387,8 @@ class IndexedDatasetWriter:
         self._digest = xxhash.xxh3_128()
 
     def __enter__(self) -> IndexedDatasetWriter:
-        self._refuse_existing()
+        if not self.overwrite:
+            refuse_existing_outputs(self.prefix)
         folder, name = os.path.split(os.path.abspath(self.prefix))
         try:
             os.makedirs(folder, exist_ok=True)
@@ -469,12 +480,6 @@ class IndexedDatasetWriter:
         self.num_sequences += len(lengths)
         self.num_documents += len(indices)
 
-    def _refuse_existing(self) -> None:
-        if not self.overwrite and (existing := existing_outputs(self.prefix)):
-            raise UserError(
-                f"{', '.join(existing)}: already there; pass --overwrite to replace, or choose another --output-prefix"
-            )
-
     def _commit(self) -> None:
         _sync(self._bin)
         self._lengths.flush()
@@ -497,7 +502,8 @@ class IndexedDatasetWriter:
                 file.write(complete.to_json())
                 _sync(file)
             renames.append((self.scratch / "sidecar", f"{self.prefix}.json"))
-        self._refuse_existing()
+        if not self.overwrite:
+            refuse_existing_outputs(self.prefix)
         # Three renames are not one: without its old index a half-replaced dataset cannot be opened, rather than be
         # read as new tokens under old lengths.
         for end in (".json", ".idx"):

@@ -33,9 +33,7 @@ class MicroBatch(NamedTuple):
         """The same micro-batch on ``device``; copies from pinned memory do not wait."""
         if device.type == "cpu":
             return self
-        return self._replace(
-            **{name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]}
-        )
+        return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]})
 
     def pin_memory(self) -> MicroBatch:
         """The same micro-batch in page-locked memory."""

@@ -1,0 +1,79 @@
+"""The small files that make weights a Hugging Face folder: config, generation config and tokenizer.
+
+They travel with every checkpoint under ``hf/``, so that a checkpoint alone is enough to export from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from ..errors import UserError
+
+ASSET_FOLDER = "hf"
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+MODEL_FILES = (CONFIG_FILE, "generation_config.json")
+
+
+class HfAssets:
+    """File names and contents, held in memory (some MB)."""
+
+    def __init__(self, files: dict[str, bytes]):
+        self.files = files
+
+    @classmethod
+    def read(cls, folder: str | Path) -> HfAssets:
+        """All known asset files in ``folder``, which may lack any of them."""
+        names = [*MODEL_FILES, *TOKENIZER_FILES]
+        return cls({name: (Path(folder) / name).read_bytes() for name in names if (Path(folder) / name).is_file()})
+
+    @classmethod
+    def of_checkpoint(cls, folder: str | Path) -> HfAssets:
+        """The assets that the checkpoint ``folder`` carries."""
+        return cls.read(Path(folder) / ASSET_FOLDER)
+
+    def with_config(self, config: dict) -> HfAssets:
+        """These assets with another ``config.json``."""
+        return HfAssets({**self.files, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()})
+
+    def with_tokenizer(self, folder: str) -> HfAssets:
+        """These assets with the tokenizer files of ``folder`` in place of their own.
+
+        Raises:
+            UserError: ``folder`` holds no tokenizer.
+        """
+        others = {name: data for name, data in self.files.items() if name not in TOKENIZER_FILES}
+        found = {name: data for name, data in HfAssets.read(folder).files.items() if name in TOKENIZER_FILES}
+        if TOKENIZER_FILE not in found:
+            raise UserError(f"model.tokenizer {folder}: no {TOKENIZER_FILE} there; name a Hugging Face tokenizer folder")
+        return HfAssets({**others, **found})
+
+    @property
+    def config(self) -> dict | None:
+        """Content of ``config.json``, if there is one."""
+        data = self.files.get(CONFIG_FILE)
+        return None if data is None else json.loads(data)
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """SHA-256 of ``tokenizer.json``, by which datasets are matched; None without a tokenizer."""
+        data = self.files.get(TOKENIZER_FILE)
+        return None if data is None else hashlib.sha256(data).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Write the files into ``folder``, which is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in self.files.items():
+            (folder / name).write_bytes(data)

@@ -1,0 +1,74 @@
+"""``manifest.json``: what a checkpoint is, in plain JSON. Written last, so a folder that has one is complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint in a few lines."""
+
+    kind: Literal["training", "converted"]
+    """training: weights, optimizer states and the place in the data; converted: weights out of a Hugging Face folder."""
+    step: int = 0
+    """Optimizer steps made."""
+    consumed_samples: int = 0
+    """Samples of the run's order that have been trained on: the place in the data."""
+    consumed_tokens: int = 0
+    """The clock."""
+    sample_order: dict[str, Any] = field(default_factory=dict)
+    """See :meth:`retemper.engine.data.sample_order.SampleOrder.state`."""
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Fingerprint of every training source: ``{"path", "tokens", "hash"}``."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """Validation losses measured at this very step."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """Best evaluation so far: ``{"step", "name", "loss"}``."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved configuration of the run."""
+    world_size: int = 1
+    retemper_version: str = ""
+    format_version: int = FORMAT_VERSION
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest`` into ``folder``."""
+    text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read the manifest of the checkpoint ``folder``.
+
+    Raises:
+        UserError: the folder is missing, incomplete or of another format.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such checkpoint folder")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: not a complete checkpoint, {MANIFEST_FILE} is missing; name a folder written by the trainer "
+            "(step-...) or by checkpoint_convert/hf_to_dcp.py"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        version = content.get("format_version") if isinstance(content, dict) else None
+        raise UserError(f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}")
+    names = {item.name for item in dataclasses.fields(Manifest)}
+    if content.keys() - names or "kind" not in content:
+        raise UserError(f"{path}: unexpected or missing keys {sorted(content.keys() ^ names)}")
+    return Manifest(**content)

@@ -1,0 +1,120 @@
+"""The checkpoints of a run: written under a temporary name, renamed when complete, found again, thinned out.
+
+``{run_folder}/checkpoints/step-00001000/`` exists only when complete and is never written again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import UserError
+from ..parallel.process_group import Ranks
+from .assets import ASSET_FOLDER, HfAssets
+from .manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from .tensors import save_tensors
+
+_COMPLETE = re.compile(r"^step-(\d{8,})$")
+_TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")
+
+
+class CheckpointStore:
+    """The folder ``{run_folder}/checkpoints``."""
+
+    def __init__(self, run_folder: str | Path, ranks: Ranks, keep_last: int, keep_best: bool):
+        self.folder = Path(run_folder) / "checkpoints"
+        self.ranks = ranks
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = {
+            int(match[1]): entry
+            for entry in self.folder.iterdir()
+            if (match := _COMPLETE.match(entry.name)) and (entry / MANIFEST_FILE).is_file()
+        }
+        return [found[step] for step in sorted(found)]
+
+    def resolve(self, resume: str) -> Path | None:
+        """The checkpoint that ``resume`` (auto, none or a path) means; None to start fresh.
+
+        Raises:
+            UserError: a named checkpoint is missing, or ``none`` would mix two runs in one folder.
+        """
+        if resume == "auto":
+            complete = self.complete()
+            return complete[-1] if complete else None
+        if resume == "none":
+            if self.complete():
+                raise UserError(
+                    f"resume is none, but {self.folder} holds checkpoints; choose another run_folder or resume: auto"
+                )
+            return None
+        read_manifest(resume)
+        return Path(resume)
+
+    def save(self, tensors: dict[str, Tensor], assets: HfAssets, manifest: Manifest) -> Path:
+        """Write one checkpoint with all ranks and make it visible when every byte is on disk."""
+        final = self.folder / f"step-{manifest.step:08d}"
+        temporary = self.folder / self.ranks.share(f".{final.name}.{uuid.uuid4().hex}.tmp")
+        if self.ranks.is_main:
+            temporary.mkdir(parents=True)
+        self.ranks.barrier()
+        try:
+            save_tensors(temporary, tensors)
+            if self.ranks.is_main:
+                assets.write(temporary / ASSET_FOLDER)
+                write_manifest(temporary, manifest)
+                _sync_tree(temporary)
+                if final.exists():
+                    # Left by a run that was resumed from an earlier checkpoint: the newer truth replaces it.
+                    shutil.rmtree(final)
+                temporary.rename(final)
+                _sync(self.folder)
+        except BaseException:
+            if self.ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self.ranks.barrier()
+        return final
+
+    def thin_out(self, best_step: int | None) -> None:
+        """Remove all but the newest ``keep_last`` checkpoints and the best one."""
+        if not self.ranks.is_main:
+            return
+        for checkpoint in self.complete()[: -self.keep_last]:
+            if not (self.keep_best and best_step == int(checkpoint.name.removeprefix("step-"))):
+                shutil.rmtree(checkpoint)
+
+    def remove_leftovers(self) -> list[Path]:
+        """Remove half-written checkpoints of killed runs; returns what was removed."""
+        if not self.ranks.is_main or not self.folder.is_dir():
+            return []
+        leftovers = [entry for entry in self.folder.iterdir() if _TEMPORARY.match(entry.name)]
+        for entry in leftovers:
+            shutil.rmtree(entry)
+        return leftovers
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flush every file and directory below ``folder`` to disk."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,107 @@
+"""Tensors to and from a checkpoint folder, through PyTorch's distributed checkpoint (DCP).
+
+Model tensors are stored under their Hugging Face names, optimizer states as ``optimizer.{state}.{parameter}``. Every
+rank writes its shards; a reader with any other layout gets its own slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from ..errors import UserError
+
+OPTIMIZER_PREFIX = "optimizer."
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a checkpoint says about one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of ``model`` by name, each once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state tensors of ``optimizer``, named by state and parameter."""
+    return {
+        f"{OPTIMIZER_PREFIX}{state}.{name}": value
+        for name, parameter in model.named_parameters()
+        for state, value in optimizer.state[parameter].items()
+    }
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Names, shapes and dtypes of the tensors in ``folder``, without reading them.
+
+    Raises:
+        UserError: there is no readable DCP metadata.
+    """
+    try:
+        metadata = dcp.FileSystemReader(str(folder)).read_metadata()
+    except Exception as error:
+        raise UserError(f"{folder}: cannot read the checkpoint's .metadata: {error}") from None
+    return {
+        name: StoredTensor(tuple(item.size), item.properties.dtype)
+        for name, item in metadata.state_dict_metadata.items()
+        if isinstance(item, TensorStorageMetadata)
+    }
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor], distributed: bool = True) -> None:
+    """Write ``tensors`` into ``folder``; with ``distributed`` every rank calls this and writes its shards."""
+    writer = dcp.FileSystemWriter(str(folder), single_file_per_rank=True, sync_files=True)
+    dcp.save(tensors, storage_writer=writer, no_dist=not distributed)
+
+
+def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bool = True) -> None:
+    """Read into ``tensors`` in place, casting to their dtypes; each may be sharded in any way.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or its file cannot be read.
+    """
+    stored = stored_tensors(folder)
+    missing = [name for name in tensors if name not in stored]
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}; is it the same model?")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != stored[name].shape:
+            raise UserError(
+                f"{folder}: {name} has shape {list(stored[name].shape)}, the model wants {list(tensor.shape)}"
+            )
+    try:
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=not distributed)
+    except CheckpointException as error:
+        causes = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
+        raise UserError(f"{folder}: damaged checkpoint: {'; '.join(sorted(causes))}") from None
+
+
+def check_model_tensors(folder: str | Path, model: nn.Module) -> None:
+    """Refuse a checkpoint whose model tensors are not exactly those of ``model``, naming some that differ.
+
+    Raises:
+        UserError: missing, unexpected or differently shaped tensors.
+    """
+    stored = {name: t for name, t in stored_tensors(folder).items() if not name.startswith(OPTIMIZER_PREFIX)}
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    problems = [f"missing {name}" for name in wanted if name not in stored]
+    problems += [f"unexpected {name}" for name in stored if name not in wanted]
+    problems += [
+        f"{name} is {list(stored[name].shape)}, the model wants {list(shape)}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise UserError(f"{folder}: the checkpoint is of another model: {shown}")

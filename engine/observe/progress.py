@@ -1,0 +1,66 @@
+"""Throughput, memory and remaining time, and how numbers are written for people."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+
+
+class Stopwatch:
+    """Time spent in training steps; evaluation and saving are left out."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._steps = 0
+        self._total_seconds = 0.0
+        self._total_steps = 0
+
+    def step_done(self) -> None:
+        """Count one step."""
+        self._steps += 1
+
+    def lap(self) -> float:
+        """Mean seconds per step since the last lap."""
+        now = time.perf_counter()
+        seconds, steps = now - self._since, max(1, self._steps)
+        self._total_seconds += seconds
+        self._total_steps += steps
+        self._since, self._steps = now, 0
+        return seconds / steps
+
+    @property
+    def mean_step_seconds(self) -> float:
+        """Mean over all laps."""
+        return self._total_seconds / max(1, self._total_steps)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated by PyTorch on a GPU, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def human(number: float) -> str:
+    """1234567 -> '1.23M'."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:g}"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1:02:05'."""
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,414 @@
+"""The training run, readable from top to bottom: what is built, in which order, and what one step does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from .budget import learning_rate, plan_batches
+from .checkpoint.assets import HfAssets
+from .checkpoint.manifest import Manifest, read_manifest
+from .checkpoint.store import CheckpointStore
+from .checkpoint.tensors import check_model_tensors, load_tensors, model_tensors, optimizer_tensors
+from .config import ModelConfig, RunConfig, to_dict, to_yaml
+from .data.catalog import open_catalog
+from .data.loader import Prefetcher, TrainingData, validation_batches
+from .data.packing import MicroBatch
+from .data.sample_order import SampleOrder
+from .errors import UserError
+from .model.architecture import parse_architecture, read_hf_config
+from .model.decoder import Decoder, Packing
+from .observe.flops import flops_per_token, peak_flops
+from .observe.loggers import MetricLog
+from .observe.progress import Stopwatch, duration, human, peak_memory_bytes
+from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate
+from .parallel import fsdp, recompute
+from .parallel.mesh import build_mesh, mesh_shape
+from .parallel.process_group import Ranks, world_size_from_environment
+from .stopping import StopRequest
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+    """Best evaluation: ``{"step", "name", "loss"}``."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves on the device; reading it waits for the device."""
+
+    loss: Tensor
+    """[] fp32, this rank's part of the mean loss over the global batch."""
+    grad_norm: Tensor
+    """[] fp32, before clipping."""
+    learning_rate: float
+
+
+def check_layout(config: RunConfig) -> None:
+    """Refuse what the number of ranks makes impossible, before any rank waits for another.
+
+    Raises:
+        UserError: the mesh or the global batch does not divide.
+    """
+    world_size = world_size_from_environment()
+    mesh_shape(config.parallel, world_size)
+    plan_batches(config.training, world_size)
+
+
+class Trainer:
+    """One run on all ranks.
+
+    Construction reads and checks everything and builds the model; nothing is written before :meth:`run`.
+
+    Raises:
+        UserError: configuration, data or checkpoint cannot be trained with.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        training = config.training
+        self.plan = plan_batches(training, ranks.world_size)
+        self.num_steps = self.plan.steps_for(training.train_tokens)
+        self.store = CheckpointStore(
+            config.run_folder, ranks, config.checkpoint.keep_last, config.checkpoint.keep_best
+        )
+        self.resume_from = self.store.resolve(config.resume)
+
+        self.assets = find_assets(config.model, self.resume_from)
+        self.architecture = parse_architecture(self.assets.config or {})
+        self.catalog = open_catalog(
+            config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256
+        )
+
+        self.model = self._build_model()
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.order = SampleOrder(self.catalog.ordered_sources, config.seed, training.sequence_length)
+        self.progress = self._restore(self.resume_from) if self.resume_from else self._initialize()
+        self.data = TrainingData(
+            self.catalog.train,
+            self.order,
+            self.plan,
+            ranks.rank,
+            self.architecture.vocab_size,
+            config.data.attend_across_documents,
+        )
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # The run
+
+    def run(self) -> None:
+        """Train until the token budget is used up or somebody asks to stop."""
+        self.log = MetricLog(
+            self.config.run_folder, self.progress.step, self.ranks.is_main, self.config.logging.tensorboard
+        )
+        self._open_run_folder()
+        self._say_plan()
+        with StopRequest(self.ranks) as stop:
+            self._train(stop)
+        self.log.close()
+
+    def _train(self, stop: StopRequest) -> None:
+        config, stopwatch = self.config, Stopwatch()
+        if self.progress.step == 0 and config.training.eval_at_start:
+            self._evaluate()
+        stopwatch = Stopwatch()
+        # The prefetch thread counts in samples, like the order; a step is a global batch.
+        first_samples = range(
+            self.progress.samples,
+            self.progress.samples + self._remaining_steps() * self.plan.global_batch_size,
+            self.plan.global_batch_size,
+        )
+        with Prefetcher(self._prepare, first_samples, config.data.prefetch_steps) as batches:
+            for _ in first_samples:
+                result = self._step(batches.get())
+                stopwatch.step_done()
+                last, stopping = self._remaining_steps() == 0, stop.agreed()
+                if last or stopping or self.progress.step % config.logging.log_interval == 0:
+                    self._report(result, stopwatch)
+                with stopwatch.paused():
+                    self._evaluate_and_save(result, last, stopping)
+                if stopping and not last:
+                    self.log.say(f"stopped at step {self.progress.step} as asked; the same command continues")
+                    return
+        self.log.say(f"finished: {self.progress.tokens:,} tokens in {self.progress.step:,} steps")
+
+    def _prepare(self, first_sample: int) -> list[MicroBatch]:
+        batches = self.data.micro_batches(first_sample)
+        return [batch.pin_memory() for batch in batches] if self.ranks.device.type == "cuda" else batches
+
+    def _step(self, micro_batches: list[MicroBatch]) -> StepResult:
+        """One optimizer step: accumulate gradients over the micro-batches, clip, update, advance the clock."""
+        tokens = self.progress.tokens + self.plan.tokens_per_step
+        rate = learning_rate(tokens, self.config.training, self.config.optimizer)
+        num_targets = max(1.0, self.ranks.sum(sum(batch.num_targets for batch in micro_batches)))
+        loss = torch.zeros((), device=self.ranks.device)
+        for batch in micro_batches:
+            # Dividing by the targets of the *global* batch makes every token count the same, however unevenly
+            # documents, ranks and micro-batches share them.
+            part = self._loss_sum(batch) / num_targets
+            part.backward()
+            loss += part.detach()
+        grad_norm = clip_grad_norm(self.model, self.config.optimizer.clip_grad_norm)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress = replace(
+            self.progress,
+            step=self.progress.step + 1,
+            samples=self.progress.samples + self.plan.global_batch_size,
+            tokens=tokens,
+        )
+        return StepResult(loss, grad_norm, rate)
+
+    def _loss_sum(self, batch: MicroBatch) -> Tensor:
+        batch = batch.to(self.ranks.device)
+        packing = Packing(batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        return self.model(batch.tokens, packing, batch.targets)
+
+    def _remaining_steps(self) -> int:
+        return self.plan.steps_for(max(0, self.config.training.train_tokens - self.progress.tokens))
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Evaluating, saving, reporting
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Mean loss per target of every validation set, in nats."""
+        losses = {}
+        for name, sources in self.catalog.validation.items():
+            loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+            num_targets = 0
+            for batch in validation_batches(
+                sources,
+                self.plan,
+                self.ranks.rank,
+                self.architecture.vocab_size,
+                self.config.data.attend_across_documents,
+                self.config.training.eval_tokens,
+            ):
+                loss_sum += self._loss_sum(batch)
+                num_targets += batch.num_targets
+            loss = self.ranks.sum(loss_sum.item()) / max(1.0, self.ranks.sum(num_targets))
+            losses[name] = loss
+            values = {"evaluation": name, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            self.log.record(self.progress.step, self.progress.tokens, values, group=f"evaluation/{name}")
+            self.log.say(
+                f"  evaluation of {name} at step {self.progress.step}: loss {loss:.4f}, perplexity "
+                f"{values['perplexity']:.2f}"
+            )
+        return losses
+
+    def _evaluate_and_save(self, result: StepResult, last: bool, stopping: bool) -> None:
+        """What is due at the end of a step. A checkpoint of numbers that are not finite is never written."""
+        interval = self.config.training.eval_interval
+        evaluation, improved = {}, False
+        if self.catalog.validation and (last or (interval and self.progress.step % interval == 0)):
+            evaluation = self._evaluate()
+            name, loss = next(iter(evaluation.items()))
+            improved = loss < self.progress.best.get("loss", math.inf)
+            if improved:
+                best = {"step": self.progress.step, "name": name, "loss": loss}
+                self.progress = replace(self.progress, best=best)
+        due = self.progress.step % self.config.checkpoint.save_interval == 0
+        if last or stopping or due or (improved and self.config.checkpoint.keep_best):
+            self._require_finite(result.loss.item(), result.grad_norm.item())
+            self._save(evaluation)
+
+    def _save(self, evaluation: dict[str, float]) -> None:
+        manifest = Manifest(
+            kind="training",
+            step=self.progress.step,
+            consumed_samples=self.progress.samples,
+            consumed_tokens=self.progress.tokens,
+            sample_order=self.order.state(),
+            datasets=self.catalog.fingerprints,
+            evaluation=evaluation,
+            best=self.progress.best,
+            config=to_dict(self.config),
+            world_size=self.ranks.world_size,
+            retemper_version=__version__,
+        )
+        tensors = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}
+        folder = self.store.save(tensors, self.assets, manifest)
+        self.store.thin_out(self.progress.best.get("step"))
+        self.log.say(f"  saved {folder}")
+
+    def _report(self, result: StepResult, stopwatch: Stopwatch) -> None:
+        """One console line and one metric record."""
+        loss, grad_norm = self.ranks.sum(result.loss.item()), result.grad_norm.item()
+        seconds = stopwatch.lap()
+        rate = self.plan.tokens_per_step / seconds
+        values = {
+            "loss": loss,
+            "learning_rate": result.learning_rate,
+            "grad_norm": grad_norm,
+            "tokens_per_second": rate,
+            "tokens_per_second_per_rank": rate / self.ranks.world_size,
+            "step_seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.ranks.device),
+        }
+        utilization = self._utilization(rate / self.ranks.world_size)
+        if utilization is not None:
+            values["mfu"] = utilization
+        self.log.record(self.progress.step, self.progress.tokens, values)
+        width = len(str(self.num_steps))
+        left = self._remaining_steps() * stopwatch.mean_step_seconds
+        self.log.say(
+            f"step {self.progress.step:>{width}}/{self.progress.step + self._remaining_steps()}"
+            f" | tokens {human(self.progress.tokens)} | loss {loss:.4f} | lr {result.learning_rate:.2e}"
+            f" | grad norm {grad_norm:.3f} | {rate:,.0f} tokens/s, {rate / self.ranks.world_size:,.0f} per rank"
+            + (f" | MFU {utilization:.1%}" if utilization is not None else "")
+            + f" | {values['peak_memory_bytes'] / 2**30:.2f} GiB | ETA {duration(left)}"
+        )
+        self._require_finite(loss, grad_norm)
+
+    def _require_finite(self, loss: float, grad_norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise UserError(
+                f"step {self.progress.step}: loss {loss}, gradient norm {grad_norm} are not finite; the last "
+                "checkpoint is intact, lower optimizer.learning_rate or inspect the data"
+            )
+
+    def _utilization(self, tokens_per_second_per_rank: float) -> float | None:
+        """Model FLOPs utilization with all pairs of positions counted; None where the peak is not known."""
+        if self.ranks.device.type != "cuda":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self.ranks.device))
+        if peak is None:
+            return None
+        return tokens_per_second_per_rank * self._flops_per_token(causal_halved=False) / peak
+
+    def _flops_per_token(self, causal_halved: bool) -> float:
+        return flops_per_token(self.architecture, self.plan.sequence_length, causal_halved)
+
+    def _open_run_folder(self) -> None:
+        for leftover in self.store.remove_leftovers():
+            self.log.say(f"removed {leftover}, which a killed run had left incomplete")
+        if self.ranks.is_main:
+            (Path(self.config.run_folder) / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+
+    def _say_plan(self) -> None:
+        """The start-up summary: every derived quantity a user would work out by hand."""
+        training, plan = self.config.training, self.plan
+        if self.resume_from:
+            start = f"resumed from {self.resume_from} at step {self.progress.step:,}"
+        else:
+            start = f"weights of {self.config.model.initialize_from or 'a random initialization'}"
+        sources = ", ".join(
+            f"{source.name} ({human(source.stop - source.start)} tokens, weight {weight:g})"
+            for source, weight in zip(self.catalog.train, self.catalog.weights, strict=True)
+        )
+        shape = mesh_shape(self.config.parallel, self.ranks.world_size)
+        for line in (
+            f"model       {self.architecture.model_type}, {human(self.architecture.num_parameters)} parameters, "
+            f"{start}",
+            f"data        {sources}; validation: {', '.join(self.catalog.validation) or 'none'}",
+            f"ranks       {self.ranks.world_size} ({self.ranks.device.type}): replicate {shape[0]} x shard {shape[1]}, "
+            f"compute in {training.precision}",
+            f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = "
+            f"{plan.tokens_per_step:,} tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} "
+            f"on each rank",
+            f"budget      {training.train_tokens:,} tokens = {plan.steps_for(training.train_tokens):,} steps, warm-up "
+            f"{training.warmup_tokens:,} tokens; {self._remaining_steps():,} steps to go",
+            f"FLOPs/token {self._flops_per_token(False):.4g} (all pairs of positions), "
+            f"{self._flops_per_token(True):.4g} (causal pairs)",
+        ):
+            self.log.say(line)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Building and restoring
+
+    def _build_model(self) -> Decoder:
+        """Meta device -> recompute -> shard -> materialize; weights come afterwards."""
+        mesh = build_mesh(mesh_shape(self.config.parallel, self.ranks.world_size), self.ranks.device.type)
+        with torch.device("meta"):
+            model = Decoder(self.architecture)
+        recompute.apply(model, self.config.parallel)
+        fsdp.apply(model, mesh, self.config.parallel, COMPUTE_DTYPES[self.config.training.precision])
+        return model.to_empty(device=self.ranks.device)
+
+    def _initialize(self) -> Progress:
+        """Weights of ``initialize_from`` or random ones, at token zero."""
+        folder = self.config.model.initialize_from
+        if folder is None:
+            self.model.initialize_(self.config.seed)
+        else:
+            check_model_tensors(folder, self.model)
+            load_tensors(folder, model_tensors(self.model))
+        return Progress()
+
+    def _restore(self, folder: Path) -> Progress:
+        """Everything as it was when ``folder`` was written."""
+        manifest = read_manifest(folder)
+        if manifest.kind != "training":
+            raise UserError(f"resume {folder}: it holds weights only; start from it with model.initialize_from")
+        self._require_same_order(manifest, folder)
+        check_model_tensors(folder, self.model)
+        allocate_states(self.optimizer)
+        load_tensors(folder, {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)})
+        self.order = self.order.resumed(manifest.sample_order, manifest.consumed_samples)
+        return Progress(manifest.step, manifest.consumed_samples, manifest.consumed_tokens, manifest.best)
+
+    def _require_same_order(self, manifest: Manifest, folder: Path) -> None:
+        """Refuse changes after which "the samples that follow" would mean nothing."""
+        former = manifest.config
+        for key, here, there in (
+            ("seed", self.config.seed, former["seed"]),
+            (
+                "training.sequence_length",
+                self.config.training.sequence_length,
+                former["training"]["sequence_length"],
+            ),
+            (
+                "data.validation_fraction",
+                self.config.data.validation_fraction,
+                former["data"]["validation_fraction"],
+            ),
+        ):
+            if here != there:
+                raise UserError(
+                    f"{key} is {here}, but {folder} was trained with {there}, and the sample order depends on it; set "
+                    "it back, or start a new run_folder with model.initialize_from"
+                )
+        self.catalog.require_unchanged(manifest.datasets, str(folder))
+
+
+def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
+    """Config and tokenizer of the run: from the checkpoint it continues or starts from, or as configured.
+
+    Raises:
+        UserError: there is no config, or the configured architecture is not that of the checkpoint.
+    """
+    folder = resume_from or config.initialize_from
+    assets = HfAssets({})
+    if folder is not None:
+        read_manifest(folder)
+        assets = HfAssets.of_checkpoint(folder)
+    if config.architecture is not None:
+        wanted = read_hf_config(config.architecture)
+        if assets.config is None:
+            assets = assets.with_config(wanted)
+        elif (here := parse_architecture(wanted)) != (there := parse_architecture(assets.config, str(folder))):
+            differing = [name for name in vars(here) if getattr(here, name) != getattr(there, name)]
+            raise UserError(
+                f"model.architecture differs from the config.json kept in {folder}: "
+                + ", ".join(f"{name} {getattr(here, name)} is {getattr(there, name)} there" for name in differing)
+                + "; remove model.architecture or name the right checkpoint"
+            )
+    if assets.config is None:
+        raise UserError(f"{folder}: carries no hf/config.json; set model.architecture")
+    return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets
