@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import sys
@@ -17,7 +18,8 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
@@ -207,7 +209,7 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9][0-9_]*", list("-+0123456789")),
-    ("float", r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
     ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.")),
 ):
     _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
@@ -246,11 +248,12 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     for path in _config_paths(arguments):
         _check_file(path)
+    _check_command_line(arguments)
     parser = build_parser()
     try:
         config = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UserError(_explain(str(error), arguments)) from None
+        raise UserError(_explain(str(error))) from None
     run = RunConfig(**{item.name: config[item.name] for item in dataclasses.fields(RunConfig)})
     validate(run)
     return run
@@ -265,7 +268,7 @@ def _config_paths(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse an unreadable file, bad YAML, and duplicate or unknown keys, naming the file."""
+    """Refuse an unreadable file, bad YAML, duplicate or unknown keys and wrong types, naming the file."""
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -275,64 +278,148 @@ def _check_file(path: Path) -> None:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, found {type(content).__name__}")
-    for key in _unknown_keys(content, RunConfig, ""):
-        raise UserError(f"{path}: unknown key '{key}'{_did_you_mean(key)}")
+        raise UserError(f"{path}: expected 'key: value' lines, found {_show(content)}")
+    for problem in _problems(content, RunConfig, ""):
+        raise UserError(f"{path}: {problem}")
 
 
-def _unknown_keys(content: Any, kind: type, prefix: str) -> Iterator[str]:
-    """Dotted names in ``content`` that are no fields of the dataclass ``kind``, nested dataclasses and lists included."""
-    hints = get_type_hints(kind)
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        hint = hints.get(key)
-        if hint is None:
-            yield name
-        elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
-            yield from _unknown_keys(value, hint, f"{name}.")  # type: ignore[arg-type]
-        elif get_origin(hint) is list and dataclasses.is_dataclass(get_args(hint)[0]) and isinstance(value, list):
-            for position, item in enumerate(value):
-                if isinstance(item, dict):
-                    yield from _unknown_keys(item, get_args(hint)[0], f"{name}[{position}].")
+def _check_command_line(arguments: Sequence[str]) -> None:
+    """Refuse values of the wrong type; what is no option at all is left to the parser."""
+    hints = dict(_known_keys())
+    for position, argument in enumerate(arguments):
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or key not in hints or not (equals or position + 1 < len(arguments)):
+            continue
+        raw = value if equals else arguments[position + 1]
+        if _accepts(raw, hints[key]):
+            continue
+        try:
+            content = load_yaml(raw)
+        except UserError as error:
+            raise UserError(f"--{key}: {error}") from None
+        except yaml.YAMLError:
+            content = raw
+        for problem in _problems(content, hints[key], key):
+            raise UserError(problem)
 
 
-def _known_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[str]:
+def _problems(value: Any, hint: Any, name: str) -> Iterator[str]:
+    """What is wrong with the plain ``value`` of the key ``name`` that is declared as ``hint``, one line for each."""
+    if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint)
+        for key, item in value.items():
+            full = f"{name}.{key}" if name else str(key)
+            if key in hints:
+                yield from _problems(item, hints[key], full)
+            else:
+                yield f"unknown key '{full}'{_did_you_mean(full, section=isinstance(item, dict))}"
+    elif isinstance(value, list) and get_origin(hint) is list:
+        [kind] = get_args(hint)
+        for position, item in enumerate(value):
+            full = f"{name}[{position}]"
+            yield from _problems(item, kind, full)
+            if isinstance(item, dict) and dataclasses.is_dataclass(kind):
+                for missing in sorted(_required(kind) - item.keys()):
+                    yield f"{full}.{missing} is missing; every item of {name} needs it"
+    elif isinstance(value, dict) and get_origin(hint) is dict:
+        key_kind, kind = get_args(hint)
+        for key, item in value.items():
+            yield from _problems(key, key_kind, f"a name in {name}")
+            yield from _problems(item, kind, f"{name}.{key}")
+    elif not _accepts(value, hint):
+        whole = isinstance(value, float) and value.is_integer() and _accepts(int(value), hint)
+        remedy = f"a whole number is needed: write {int(value):_}" if whole else f"expected {_expected(hint)}"
+        yield f"{name} is {_show(value)}; {remedy}"
+
+
+def _accepts(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is of the type ``hint``, as far as its outermost layer tells."""
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return any(_accepts(value, member) for member in get_args(hint))
+    if kind is Literal:
+        return value in get_args(hint)
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, dict)
+    return kind is Any or type(value) is kind or (kind is float and type(value) is int)
+
+
+def _expected(hint: Any) -> str:
+    """The type ``hint`` in words."""
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return " or ".join(_expected(member) for member in get_args(hint))
+    if kind is Literal:
+        return " or ".join(repr(choice) for choice in get_args(hint))
+    words = {bool: "true or false", str: "text", NoneType: "null", list: "a list"}
+    return words.get(kind, kind.__name__ if kind in (int, float) else "'key: value' lines")
+
+
+def _show(value: Any) -> str:
+    """``value`` as it would be written in YAML, shortened."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _required(kind: type) -> set[str]:
+    return {
+        item.name
+        for item in dataclasses.fields(kind)
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    }
+
+
+def _known_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of every key, sections included; the keys of a list's items are not options and left out."""
     for key, hint in get_type_hints(kind).items():
-        if get_origin(hint) is list:
-            hint = get_args(hint)[0]
-        yield f"{prefix}{key}"
+        yield f"{prefix}{key}", hint
         if dataclasses.is_dataclass(hint):
             yield from _known_keys(hint, f"{prefix}{key}.")  # type: ignore[arg-type]
 
 
-def _did_you_mean(key: str) -> str:
-    """A hint for a misspelt or misplaced key: the nearest full name, or one with the nearest last component."""
-    plain = re.sub(r"\[\d+\]", "", key)
-    known = list(_known_keys())
-    leaf = plain.rsplit(".", 1)[-1]
-    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
-    near = same_leaf or difflib.get_close_matches(plain, known, n=1, cutoff=0.75)
-    if not near:
-        leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-        near = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)]
-    return f"; did you mean '{near[0]}'?" if near else "; see --help for all keys"
+def _did_you_mean(key: str, section: bool = False) -> str:
+    """A hint for a misspelt, abbreviated or misplaced key. Sections are proposed for sections, else never."""
+    if "[" in key:  # an item of data.train
+        known = [f"{key.rsplit('.', 1)[0]}.{name}" for name in get_type_hints(SourceConfig)]
+    else:
+        known = [name for name, hint in _known_keys() if dataclasses.is_dataclass(hint) == section]
+    if key in known:
+        return f"; write '{key.replace('.', ': {')}: ...{'}' * key.count('.')}' in a file"
+    # Names in the same (or the most similar) section come first, so that they win between equally good ones.
+    home = key.rpartition(".")[0]
+    known.sort(key=lambda name: -difflib.SequenceMatcher(None, home, name.rpartition(".")[0]).ratio())
+    last = key.rpartition(".")[2].replace("-", "_")
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    near = (
+        [name for name in known if leaves[name] == last]
+        or [name for name in known if len(last) > 1 and _abbreviates(last.replace("_", ""), leaves[name].split("_"))]
+        or difflib.get_close_matches(last, leaves.values(), n=1, cutoff=0.7)
+    )
+    match = next((name for name in known if near and near[0] in (name, leaves[name])), None)
+    return f"; did you mean '{match}'?" if match else "; see --help for all keys"
 
 
-def _explain(message: str, arguments: Sequence[str]) -> str:
+def _abbreviates(short: str, words: Sequence[str]) -> bool:
+    """Whether ``short`` is made of beginnings of the ``words``, in order and without a gap: lr, seqlen, warmup."""
+    if not short or not words:
+        return not short
+    return any(
+        short.startswith(words[0][:length]) and _abbreviates(short[length:], words[1:])
+        for length in range(1, len(words[0]) + 1)
+    )
+
+
+def _explain(message: str) -> str:
     """One line with a remedy out of jsonargparse's message."""
     message = " ".join(message.split())
-    unknown = re.match(r"unrecognized arguments: --([^\s=]+)", message, re.IGNORECASE)
+    unknown = re.match(r"unrecognized arguments: (?:--)?([^\s=]+)", message, re.IGNORECASE)
     if unknown:
         return f"unknown option --{unknown[1]}{_did_you_mean(unknown[1])}"
     missing = re.search(r"arguments? (?:is|are) required: (.+)$", message)
     if missing:
         return f"missing: {missing[1]}; set it in the file given with --config or as --{missing[1].split(', ')[0]}"
-    wrong = re.match(r'Parser key "([^"]+)": (.*)$', message)
-    if wrong:
-        detail = re.sub(r"<class '([a-z]+)'>", r"\1", wrong[2]).replace("typing.", "")
-        return f"{wrong[1]}: {detail}"
     return message
 
 
@@ -358,8 +445,8 @@ def validate(config: RunConfig) -> None:
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
             raise UserError(f"optimizer.{name} is {getattr(optimizer, name)}; it must be in [0, 1)")
-    if not optimizer.eps > 0:
-        raise UserError(f"optimizer.eps is {optimizer.eps}; it must be positive")
+    if not 0 < optimizer.eps < math.inf:
+        raise UserError(f"optimizer.eps is {optimizer.eps}; it must be positive and finite")
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         raise UserError(f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1")
     if not 0 <= config.seed < 2**63:

@@ -122,7 +122,7 @@ class Trainer:
         self.log.close()
 
     def _train(self, stop: StopRequest) -> None:
-        config, stopwatch = self.config, Stopwatch()
+        config = self.config
         if self.progress.step == 0 and config.training.eval_at_start:
             self._evaluate()
         stopwatch = Stopwatch()
@@ -210,6 +210,9 @@ class Trainer:
                 f"  evaluation of {name} at step {self.progress.step}: loss {loss:.4f}, perplexity "
                 f"{values['perplexity']:.2f}"
             )
+        # A forward pass leaves the root's parameters gathered for a backward pass that does not come here; a
+        # checkpoint written now would hold copies in the compute dtype.
+        self.model.reshard()
         return losses
 
     def _evaluate_and_save(self, result: StepResult, last: bool, stopping: bool) -> None:

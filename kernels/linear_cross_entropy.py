@@ -30,13 +30,15 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor
     Returns:
         [] fp32, the sum of the losses.
     """
-    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, targets_T)
+    need_hidden = torch.is_grad_enabled() and hidden_TH.requires_grad
+    need_weight = torch.is_grad_enabled() and weight_VH.requires_grad
+    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, targets_T, need_hidden, need_weight)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        need_hidden, need_weight, _ = ctx.needs_input_grad
+    def forward(ctx, hidden, weight, targets, need_hidden, need_weight):
+        # Whether gradients are needed is decided by the caller: inside forward, grad mode is always off.
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -68,6 +70,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * grad_loss.to(grad_weight.dtype),
+            None,
+            None,
             None,
         )
 

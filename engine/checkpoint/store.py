@@ -47,7 +47,7 @@ class CheckpointStore:
         """The checkpoint that ``resume`` (auto, none or a path) means; None to start fresh.
 
         Raises:
-            UserError: a named checkpoint is missing, or ``none`` would mix two runs in one folder.
+            UserError: a named checkpoint is missing, or the run would mix with another one in this folder.
         """
         if resume == "auto":
             complete = self.complete()
@@ -58,7 +58,12 @@ class CheckpointStore:
                     f"resume is none, but {self.folder} holds checkpoints; choose another run_folder or resume: auto"
                 )
             return None
-        read_manifest(resume)
+        step = read_manifest(resume).step
+        for newer in (path for path in self.complete() if read_manifest(path).step > step):
+            raise UserError(
+                f"resume {resume} is at step {step}, but {newer} is newer and a later 'resume: auto' would take it; "
+                "choose another run_folder, or move the newer checkpoints away"
+            )
         return Path(resume)
 
     def save(self, tensors: dict[str, Tensor], assets: HfAssets, manifest: Manifest) -> Path:
@@ -75,8 +80,7 @@ class CheckpointStore:
                 write_manifest(temporary, manifest)
                 _sync_tree(temporary)
                 if final.exists():
-                    # Left by a run that was resumed from an earlier checkpoint: the newer truth replaces it.
-                    shutil.rmtree(final)
+                    raise UserError(f"{final}: exists already, and checkpoints are never overwritten; move it away")
                 temporary.rename(final)
                 _sync(self.folder)
         except BaseException:

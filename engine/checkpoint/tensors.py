@@ -6,6 +6,9 @@ rank writes its shards; a reader with any other layout gets its own slices.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +38,13 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state tensors of ``optimizer``, named by state and parameter."""
-    return {
-        f"{OPTIMIZER_PREFIX}{state}.{name}": value
-        for name, parameter in model.named_parameters()
-        for state, value in optimizer.state[parameter].items()
-    }
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        # FSDP shows gathered copies under a parameter's name while its group is gathered; those have no state.
+        assert parameter in optimizer.state, f"{name} is not a parameter that the optimizer steps"
+        for state, value in optimizer.state[parameter].items():
+            tensors[f"{OPTIMIZER_PREFIX}{state}.{name}"] = value
+    return tensors
 
 
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
@@ -62,7 +67,8 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 def save_tensors(folder: Path, tensors: dict[str, Tensor], distributed: bool = True) -> None:
     """Write ``tensors`` into ``folder``; with ``distributed`` every rank calls this and writes its shards."""
     writer = dcp.FileSystemWriter(str(folder), single_file_per_rank=True, sync_files=True)
-    dcp.save(tensors, storage_writer=writer, no_dist=not distributed)
+    with _without_single_process_warning():
+        dcp.save(tensors, storage_writer=writer, no_dist=not distributed)
 
 
 def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bool = True) -> None:
@@ -81,10 +87,19 @@ def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bo
                 f"{folder}: {name} has shape {list(stored[name].shape)}, the model wants {list(tensor.shape)}"
             )
     try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=not distributed)
+        with _without_single_process_warning():
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=not distributed)
     except CheckpointException as error:
         causes = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
         raise UserError(f"{folder}: damaged checkpoint: {'; '.join(sorted(causes))}") from None
+
+
+@contextmanager
+def _without_single_process_warning() -> Iterator[None]:
+    """DCP warns whenever it runs without a process group, which converters do on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def check_model_tensors(folder: str | Path, model: nn.Module) -> None:

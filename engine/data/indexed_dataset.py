@@ -1,21 +1,9 @@
 """Megatron-LM's indexed dataset, ``{prefix}.idx`` + ``{prefix}.bin``: the reader and the writer.
 
 The ``.bin`` file is the tokens of all sequences, one after another, without a header. The ``.idx`` file says where each
-sequence lies. All numbers are little endian, and nothing is padded, so the int64 arrays may be unaligned:
-
-    offset 0   9 bytes   b"MMIDIDX\\0\\0"
-    offset 9   uint64    version, 1
-    offset 17  uint8     code of the token dtype (``DTYPES``)
-    offset 18  uint64    N, number of sequences
-    offset 26  uint64    D, length of document_indices = number of documents + 1
-    offset 34  int32[N]  length of each sequence, in tokens
-               int64[N]  pointer to each sequence: byte offset in .bin
-               int64[D]  document_indices: document d is the sequences [indices[d], indices[d + 1]); first 0, last N
-               int8[N]   modes, in multimodal datasets only; not read here
-
-An empty document repeats an index and adds no sequence. Files made by Megatron-LM are read, and Megatron-LM reads the
-files made here. Opening is O(1) whatever the size; reading a range of tokens touches O(log N) of the index.
-Sample order, packing and blending stand elsewhere: this module knows sequences, not samples.
+sequence lies; its layout is in index_format.py. Files made by Megatron-LM are read, and Megatron-LM reads the files
+made here. Opening is O(1) whatever the size; reading a range of tokens touches O(log N) of the index. Sample order,
+packing and blending stand elsewhere: this module knows sequences, not samples.
 """
 
 from __future__ import annotations
@@ -23,51 +11,44 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-import struct
 import tempfile
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, overload
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from ..errors import UserError
+from .index_format import (
+    CHUNK,
+    DTYPES,
+    HEADER,
+    INT64,
+    MAGIC,
+    MAX_LENGTH,
+    VERSION,
+    MappedPointers,
+    best_dtype,
+    dataset_prefix,
+    sync,
+    write_hashed,
+    write_index,
+)
 from .sidecar import Sidecar
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, D: 34 bytes
-INT64 = struct.Struct("<q")
+__all__ = [
+    "IndexedDataset",
+    "IndexedDatasetWriter",
+    "best_dtype",
+    "dataset_prefix",
+    "refuse_existing_outputs",
+    "write_index",
+]
 
-DTYPES: dict[int, np.dtype] = {
-    1: np.dtype("u1"),
-    2: np.dtype("i1"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<i4"),
-    5: np.dtype("<i8"),
-    8: np.dtype("<u2"),
-}
-"""Token dtypes by their code in the header. Codes 6 and 7 are floating point, which no token id is."""
-
-_CHUNK = 1 << 20  # index entries handled at once: bounds memory to some tens of MB, whatever N
 _COPY_BYTES = 8 << 20  # bytes of .bin copied, hashed and scanned at once
-_MAX_LENGTH = 2**31 - 1  # a sequence length is an int32
-
-
-def best_dtype(vocab_size: int) -> np.dtype:
-    """The dtype Megatron-LM writes for ids in [0, ``vocab_size``): uint16 below 65500, else int32."""
-    return DTYPES[8] if vocab_size < 65500 else DTYPES[4]
-
-
-def dataset_prefix(path: str | os.PathLike[str]) -> str:
-    """``path`` without its ``.bin`` or ``.idx`` suffix, if it has one: the name that both files share."""
-    prefix = os.fspath(path)
-    return prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
 
 
 def existing_outputs(prefix: str | os.PathLike[str]) -> list[str]:
@@ -115,7 +96,7 @@ class IndexedDataset:
             self._idx, dtype="<i8", count=num_indices, offset=indices_at
         )
         """int64[D], first sequence of each document and N at the end: a read-only unaligned view of the file."""
-        self._pointers = _Pointers(self._idx, pointers_at, self._num_sequences)
+        self._pointers = MappedPointers(self._idx, pointers_at, self._num_sequences)
         self._check_ends()
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
@@ -199,27 +180,28 @@ class IndexedDataset:
             UserError: names the first sequence or document that does not fit.
         """
         end = 0
-        for first in range(0, self._num_sequences, _CHUNK):
-            lengths = self.sequence_lengths[first : first + _CHUNK].astype(np.int64)
-            pointers = self._pointers[first : first + _CHUNK]
+        for first in range(0, self._num_sequences, CHUNK):
+            lengths = self.sequence_lengths[first : first + CHUNK].astype(np.int64)
+            pointers = self._pointers[first : first + CHUNK]
             sizes = lengths * self.dtype.itemsize
             expected = end + np.cumsum(sizes) - sizes
             wrong = np.flatnonzero((lengths < 0) | (pointers != expected))
             if len(wrong):
                 at = int(wrong[0])
                 raise UserError(
-                    f"{self.idx_path}: sequence {first + at} of length {lengths[at]} points to byte {pointers[at]}, but the "
-                    f"sequences before it end at byte {expected[at]}: the index is damaged; build the dataset again"
+                    f"{self.idx_path}: sequence {first + at} of length {lengths[at]} points to byte {pointers[at]}, "
+                    f"but the sequences before it end at byte {expected[at]}: the index is damaged; build the dataset "
+                    "again"
                 )
             end = int(expected[-1] + sizes[-1])
         previous = 0
-        for first in range(0, len(self.document_indices), _CHUNK):
-            indices = self.document_indices[first : first + _CHUNK].astype(np.int64)
+        for first in range(0, len(self.document_indices), CHUNK):
+            indices = self.document_indices[first : first + CHUNK].astype(np.int64)
             wrong = np.flatnonzero(np.diff(indices, prepend=previous) < 0)
             if len(wrong):
                 raise UserError(
-                    f"{self.idx_path}: document index {first + int(wrong[0])} is {indices[wrong[0]]}, less than the one "
-                    "before it: the index is damaged; build the dataset again"
+                    f"{self.idx_path}: document index {first + int(wrong[0])} is {indices[wrong[0]]}, less than the "
+                    "one before it: the index is damaged; build the dataset again"
                 )
             previous = int(indices[-1])
 
@@ -237,8 +219,8 @@ class IndexedDataset:
             )
         if len(self._idx) < HEADER.size:
             raise UserError(
-                f"{self.idx_path}: {len(self._idx)} bytes, less than the header's {HEADER.size}: the file is truncated; "
-                "build or copy the dataset again"
+                f"{self.idx_path}: {len(self._idx)} bytes, less than the header's {HEADER.size}: the file is "
+                "truncated; build or copy the dataset again"
             )
         _, version, code, num_sequences, num_indices = HEADER.unpack_from(self._idx)
         if version != VERSION:
@@ -252,8 +234,8 @@ class IndexedDataset:
         size, count = len(self._idx), self._num_sequences
         if size not in (expected, expected + count):  # the latter with int8 modes
             raise UserError(
-                f"{self.idx_path}: {size} bytes, but {HEADER.size} + 12 x {count} sequences + 8 x {num_indices} document "
-                f"indices = {expected}: the file is truncated or damaged; build or copy the dataset again"
+                f"{self.idx_path}: {size} bytes, but {HEADER.size} + 12 x {count} sequences + 8 x {num_indices} "
+                f"document indices = {expected}: the file is truncated or damaged; build or copy the dataset again"
             )
 
     def _check_ends(self) -> None:
@@ -263,8 +245,8 @@ class IndexedDataset:
         if len(indices) == 0 or indices[0] != 0 or indices[-1] != count:
             ends = f"{indices[0]} .. {indices[-1]}" if len(indices) else "none"
             raise UserError(
-                f"{self.idx_path}: document indices are {ends}, but must run from 0 to the number of sequences, {count}: "
-                "the index is damaged; build the dataset again"
+                f"{self.idx_path}: document indices are {ends}, but must run from 0 to the number of sequences, {count}"
+                ": the index is damaged; build the dataset again"
             )
         if count and self._pointers[0] != 0:
             raise UserError(
@@ -280,31 +262,6 @@ class IndexedDataset:
             )
 
 
-class _Pointers(Sequence[int]):
-    """The mapped int64 pointers, read entry by entry or slice by slice.
-
-    ``np.searchsorted`` would first copy the whole unaligned array; ``bisect`` over this reads O(log N) entries.
-    """
-
-    def __init__(self, buffer: mmap.mmap | bytes, offset: int, count: int) -> None:
-        self._buffer, self._offset, self._count = buffer, offset, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> npt.NDArray[np.int64]: ...
-    def __getitem__(self, index: int | slice) -> int | npt.NDArray[np.int64]:
-        if isinstance(index, slice):
-            start, stop, _ = index.indices(self._count)
-            count = max(stop - start, 0)
-            view = np.frombuffer(self._buffer, dtype="<i8", count=count, offset=self._offset + 8 * start)
-            return view.astype(np.int64)
-        return INT64.unpack_from(self._buffer, self._offset + 8 * index)[0]
-
-
 def _map_file(path: str) -> mmap.mmap | bytes:
     """The file's contents, mapped read-only; an empty file, which cannot be mapped, as ``b""``."""
     try:
@@ -317,45 +274,6 @@ def _map_file(path: str) -> mmap.mmap | bytes:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def write_index(
-    path: str | os.PathLike[str],
-    dtype: npt.DTypeLike,
-    lengths: npt.NDArray[np.integer],
-    document_indices: npt.NDArray[np.integer] | None = None,
-) -> str:
-    """Write an ``.idx`` file and fsync it. Memory is bounded: the arrays may be memory-mapped files.
-
-    Args:
-        dtype: token dtype of the ``.bin`` file, one of ``DTYPES``.
-        lengths: [N], tokens in each sequence.
-        document_indices: [D], first 0, last N; None: each sequence is a document.
-
-    Returns:
-        xxh3-128 of the file, in hexadecimal.
-    """
-    dtype = np.dtype(dtype)
-    count = len(lengths)
-    num_indices = count + 1 if document_indices is None else len(document_indices)
-    code = next(code for code, known in DTYPES.items() if known == dtype)
-    digest = xxhash.xxh3_128()
-    with open(path, "wb") as file:
-        header = HEADER.pack(MAGIC, VERSION, code, count, num_indices)
-        _write_hashed(file, digest, header)
-        for chunk in _chunks(count):
-            _write_hashed(file, digest, lengths[chunk].astype("<i4").tobytes())
-        end = 0
-        for chunk in _chunks(count):
-            sizes = lengths[chunk].astype(np.int64) * dtype.itemsize
-            ends = end + np.cumsum(sizes)
-            _write_hashed(file, digest, (ends - sizes).astype("<i8").tobytes())
-            end = int(ends[-1])
-        for chunk in _chunks(num_indices):
-            indices = np.arange(chunk.start, chunk.stop) if document_indices is None else document_indices[chunk]
-            _write_hashed(file, digest, indices.astype("<i8").tobytes())
-        _sync(file)
-    return digest.hexdigest()
 
 
 class IndexedDatasetWriter:
@@ -397,9 +315,9 @@ class IndexedDatasetWriter:
             raise UserError(
                 f"{folder}: cannot write there: {error.strerror}; name another place for the dataset"
             ) from error
-        self._bin = open(self.scratch / "tokens", "wb")  # noqa: SIM115 (closed in __exit__)
-        self._lengths = open(self.scratch / "lengths", "wb")  # noqa: SIM115
-        self._indices = open(self.scratch / "indices", "wb")  # noqa: SIM115
+        self._bin = open(self.scratch / "tokens", "wb")
+        self._lengths = open(self.scratch / "lengths", "wb")
+        self._indices = open(self.scratch / "indices", "wb")
         self._indices.write(INT64.pack(0))
         return self
 
@@ -465,15 +383,16 @@ class IndexedDatasetWriter:
 
     def _write_tokens(self, tokens: npt.NDArray[np.integer]) -> None:
         """Append non-empty ``tokens``, which are of this dtype."""
-        _write_hashed(self._bin, self._digest, tokens.tobytes())
+        write_hashed(self._bin, self._digest, tokens.tobytes())
         self.num_tokens += len(tokens)
         self.max_token_id = max(self.max_token_id, int(tokens.max()))
 
-    def _add_to_index(self, lengths: npt.NDArray[np.int64], indices: npt.NDArray[np.int64]) -> None:
+    def _add_to_index(self, lengths: npt.NDArray[np.integer], indices: npt.NDArray[np.integer]) -> None:
         """Add sequences of ``lengths`` > 0, and documents that end before the sequences ``indices``."""
-        if len(lengths) and lengths.max() > _MAX_LENGTH:
+        if len(lengths) and lengths.max() > MAX_LENGTH:
             raise UserError(
-                f"a sequence of {lengths.max()} tokens is longer than the format's limit of {_MAX_LENGTH}; split the document"
+                f"a sequence of {lengths.max()} tokens is longer than the format's limit of {MAX_LENGTH}; split "
+                "the document"
             )
         self._lengths.write(lengths.astype("<i4").tobytes())
         self._indices.write(indices.astype("<i8").tobytes())
@@ -481,7 +400,7 @@ class IndexedDatasetWriter:
         self.num_documents += len(indices)
 
     def _commit(self) -> None:
-        _sync(self._bin)
+        sync(self._bin)
         self._lengths.flush()
         self._indices.flush()
         index = self.scratch / "index"
@@ -500,7 +419,7 @@ class IndexedDatasetWriter:
             )
             with open(self.scratch / "sidecar", "wb") as file:
                 file.write(complete.to_json())
-                _sync(file)
+                sync(file)
             renames.append((self.scratch / "sidecar", f"{self.prefix}.json"))
         if not self.overwrite:
             refuse_existing_outputs(self.prefix)
@@ -513,22 +432,8 @@ class IndexedDatasetWriter:
         _sync_folder(os.path.dirname(os.path.abspath(self.prefix)))
 
 
-def _chunks(count: int) -> Iterator[slice]:
-    return (slice(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK))
-
-
 def _map_array(path: Path, dtype: str) -> npt.NDArray[np.integer]:
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
-
-
-def _write_hashed(file: IO[bytes], digest: xxhash.xxh3_128, block: bytes) -> None:
-    file.write(block)
-    digest.update(block)
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: str) -> None:

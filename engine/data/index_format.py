@@ -1,0 +1,140 @@
+"""The layout of Megatron-LM's ``.idx`` file: constants, the mapped pointers, and writing an index.
+
+All numbers are little endian, and nothing is padded, so the int64 arrays may be unaligned:
+
+    offset 0   9 bytes   b"MMIDIDX\\0\\0"
+    offset 9   uint64    version, 1
+    offset 17  uint8     code of the token dtype (``DTYPES``)
+    offset 18  uint64    N, number of sequences
+    offset 26  uint64    D, length of document_indices = number of documents + 1
+    offset 34  int32[N]  length of each sequence, in tokens
+               int64[N]  pointer to each sequence: byte offset in .bin
+               int64[D]  document_indices: document d is the sequences [indices[d], indices[d + 1]); first 0, last N
+               int8[N]   modes, in multimodal datasets only; not read here
+
+An empty document repeats an index and adds no sequence.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from typing import IO, overload
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, D: 34 bytes
+INT64 = struct.Struct("<q")
+
+DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+"""Token dtypes by their code in the header. Codes 6 and 7 are floating point, which no token id is."""
+
+MAX_LENGTH = 2**31 - 1
+"""Longest sequence, in tokens: lengths are int32."""
+CHUNK = 1 << 20
+"""Index entries handled at once: bounds memory to some tens of MB, whatever N."""
+
+
+def best_dtype(vocab_size: int) -> np.dtype:
+    """The dtype Megatron-LM writes for ids in [0, ``vocab_size``): uint16 below 65500, else int32."""
+    return DTYPES[8] if vocab_size < 65500 else DTYPES[4]
+
+
+def dataset_prefix(path: str | os.PathLike[str]) -> str:
+    """``path`` without its ``.bin`` or ``.idx`` suffix, if it has one: the name that both files share."""
+    prefix = os.fspath(path)
+    return prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
+
+
+class MappedPointers:
+    """The mapped int64 pointers, read entry by entry or slice by slice.
+
+    ``np.searchsorted`` would first copy the whole unaligned array; ``bisect`` over this reads O(log N) entries.
+    """
+
+    def __init__(self, buffer: mmap.mmap | bytes, offset: int, count: int) -> None:
+        self._buffer, self._offset, self._count = buffer, offset, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> npt.NDArray[np.int64]: ...
+    def __getitem__(self, index: int | slice) -> int | npt.NDArray[np.int64]:
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(self._count)
+            count = max(stop - start, 0)
+            view = np.frombuffer(self._buffer, dtype="<i8", count=count, offset=self._offset + 8 * start)
+            return view.astype(np.int64)
+        return INT64.unpack_from(self._buffer, self._offset + 8 * index)[0]
+
+
+def write_index(
+    path: str | os.PathLike[str],
+    dtype: npt.DTypeLike,
+    lengths: npt.NDArray[np.integer],
+    document_indices: npt.NDArray[np.integer] | None = None,
+) -> str:
+    """Write an ``.idx`` file and fsync it. Memory is bounded: the arrays may be memory-mapped files.
+
+    Args:
+        dtype: token dtype of the ``.bin`` file, one of ``DTYPES``.
+        lengths: [N], tokens in each sequence.
+        document_indices: [D], first 0, last N; None: each sequence is a document.
+
+    Returns:
+        xxh3-128 of the file, in hexadecimal.
+    """
+    dtype = np.dtype(dtype)
+    count = len(lengths)
+    num_indices = count + 1 if document_indices is None else len(document_indices)
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    digest = xxhash.xxh3_128()
+    with open(path, "wb") as file:
+        header = HEADER.pack(MAGIC, VERSION, code, count, num_indices)
+        write_hashed(file, digest, header)
+        for chunk in chunks(count):
+            write_hashed(file, digest, lengths[chunk].astype("<i4").tobytes())
+        end = 0
+        for chunk in chunks(count):
+            sizes = lengths[chunk].astype(np.int64) * dtype.itemsize
+            ends = end + np.cumsum(sizes)
+            write_hashed(file, digest, (ends - sizes).astype("<i8").tobytes())
+            end = int(ends[-1])
+        for chunk in chunks(num_indices):
+            indices = np.arange(chunk.start, chunk.stop) if document_indices is None else document_indices[chunk]
+            write_hashed(file, digest, indices.astype("<i8").tobytes())
+        sync(file)
+    return digest.hexdigest()
+
+
+def chunks(count: int) -> Iterator[slice]:
+    """Slices of at most ``CHUNK`` entries that cover [0, ``count``)."""
+    return (slice(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK))
+
+
+def write_hashed(file: IO[bytes], digest: xxhash.xxh3_128, block: bytes) -> None:
+    """Write ``block`` to ``file`` and add it to ``digest``."""
+    file.write(block)
+    digest.update(block)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Flush ``file`` to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
