@@ -1,0 +1,281 @@
+"""The demonstration's two corpora, from text that every Python installation already holds.
+
+- *general*: prose. The language reference's topics (``pydoc_data``) and the docstrings of the standard library, of
+  numpy and of ``torch.nn`` and ``torch.optim``. The standard library alone gives under 2 MB of prose, so the two
+  dependencies that every installation has fill the rest.
+- *domain*: source code. The standard library's modules with every docstring taken out.
+
+No docstring stands in both: prose is docstrings and code has none left, so training on the code can neither see the
+general validation text nor repeat the general corpus. Files are parsed, never imported. The same Python and the same
+locked dependencies give the same bytes: order and split come from SHA-256, not from the file system or from Python's
+salted ``hash()``.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+MAX_CORPUS_BYTES = 4_000_000
+"""Cap on the text of one corpus, train and validation together."""
+
+VALIDATION_ONE_IN = 20
+"""One document in so many, chosen by its hash, is held out for validation: about 5 %."""
+
+MIN_DOCUMENT_CHARACTERS = 400
+"""Shorter documents (an empty ``__init__.py``, a lone one-line docstring) teach nothing and are left out."""
+
+MAX_CODE_CHARACTERS = 64_000
+"""Longer modules are left out of the domain corpus: one of them would be a third of the validation text."""
+
+MIN_REPEATED_CHARACTERS = 60
+"""Paragraphs from this length on are kept once; shorter ones ("Examples", "See Also") are ordinary repetition."""
+
+SKIPPED_FOLDERS = frozenset(
+    (
+        *("encodings", "pydoc_data", "test", "tests"),
+        *("dist-packages", "site-packages"),
+        *("distutils", "ensurepip", "idlelib", "lib2to3"),
+    )
+)
+"""Generated tables and tests, other packages, and parts that some distributions of Python leave out."""
+
+SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize")
+"""Modules that differ between two machines with the same Python."""
+
+DEPENDENCY_FOLDERS = ("numpy", "torch/nn", "torch/optim")
+"""Where the general corpus takes docstrings from beyond the standard library."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One JSONL file, each line ``{"text": ..., "source": ...}``."""
+
+    path: Path
+    num_documents: int
+    num_bytes: int
+    """UTF-8 bytes of text, without the JSON around it."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The two disjoint sides of one corpus."""
+
+    train: Split
+    validation: Split
+
+
+@dataclass(frozen=True)
+class CorpusFiles:
+    """What :func:`build_corpora` wrote."""
+
+    general: Corpus
+    domain: Corpus
+
+
+@dataclass(frozen=True)
+class Document:
+    """One training document and where it comes from, as ``package/path`` and never as a path of this machine."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Module:
+    """A parsed Python source file."""
+
+    source: str
+    text: str
+    tree: ast.Module
+
+
+@dataclass
+class _Collector:
+    """Documents up to a cap on their UTF-8 bytes."""
+
+    max_bytes: int
+    documents: list[Document] = field(default_factory=list)
+    num_bytes: int = 0
+    full: bool = False
+
+    def add(self, document: Document) -> None:
+        """Keep ``document`` unless it is too short; the first one that would break the cap closes the collection."""
+        size = len(document.text.encode("utf-8", "replace"))
+        self.full = self.full or self.num_bytes + size > self.max_bytes
+        if len(document.text) >= MIN_DOCUMENT_CHARACTERS and not self.full:
+            self.documents.append(document)
+            self.num_bytes += size
+
+
+def build_corpora(folder: Path, max_bytes: int = MAX_CORPUS_BYTES) -> CorpusFiles:
+    """Write ``{general,domain}.{train,validation}.jsonl`` into ``folder``.
+
+    ``max_bytes`` caps the text of each corpus. Files already there are replaced by the same bytes.
+    """
+    general, domain = _Collector(max_bytes), _Collector(max_bytes)
+    prose = ProseFilter()
+    # The longest first: where one topic contains another, the longer one stays whole.
+    for name, text in sorted(language_topics().items(), key=lambda topic: (-len(topic[1]), topic[0])):
+        general.add(Document(prose.unseen(text), f"pydoc_data/topics/{name}"))
+
+    library = Path(sysconfig.get_path("stdlib"))
+    for module in parse_modules(library, "stdlib"):
+        if general.full and domain.full:
+            break
+        general.add(Document(prose.unseen("\n\n".join(docstrings(module.tree))), module.source))
+        if len(module.text) <= MAX_CODE_CHARACTERS:
+            domain.add(Document(strip_docstrings(module), module.source))
+
+    for name in DEPENDENCY_FOLDERS:
+        for module in parse_modules(_package_folder(name), name):
+            if general.full:
+                break
+            general.add(Document(prose.unseen("\n\n".join(docstrings(module.tree))), module.source))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return CorpusFiles(
+        general=_write_corpus(folder, "general", general.documents),
+        domain=_write_corpus(folder, "domain", domain.documents),
+    )
+
+
+def language_topics() -> dict[str, str]:
+    """The sections of the Python language reference that ``help()`` shows, by name."""
+    from pydoc_data.topics import topics  # nothing but a dictionary of strings
+
+    return dict(topics)
+
+
+def parse_modules(root: Path, name: str) -> Iterator[Module]:
+    """Parse the ``.py`` files below ``root``, as ``name/path``, in the order of the hash of that name.
+
+    Hash order makes a capped corpus a sample of the whole tree rather than its first letters. Files that are not
+    UTF-8 or do not parse (templates, fixtures of other Python versions) are no text to learn from.
+    """
+    files = {f"{name}/{path.relative_to(root).as_posix()}": path for path in _python_files(root)}
+    for source in sorted(files, key=_digest):
+        try:
+            text = files[source].read_text(encoding="utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escape sequences in other people's strings
+                tree = ast.parse(text)
+        except (UnicodeDecodeError, SyntaxError):
+            continue
+        yield Module(source, text, tree)
+
+
+def docstrings(tree: ast.Module) -> list[str]:
+    """The docstrings of a module, its classes and its functions, top to bottom, without their indentation."""
+    return [ast.get_docstring(owner) or "" for owner in _documented(tree)]
+
+
+def strip_docstrings(module: Module) -> str:
+    """The module's source without its docstrings: still valid code, every other character as it was.
+
+    A docstring that stands on lines of its own goes with these lines; one that is the whole body, or shares a line
+    with code, becomes ``pass``.
+    """
+    # ``ast`` counts lines by "\n" (a form feed is no line end, unlike in str.splitlines) and columns in UTF-8 bytes.
+    lines = [line.encode("utf-8") for line in module.text.split("\n")]
+    for owner in reversed(list(_documented(module.tree))):  # bottom up, so that positions above stay true
+        node = owner.body[0]
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        first, last = node.lineno - 1, node.end_lineno - 1
+        before, after = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
+        alone = not before.strip() and not after.strip()
+        lines[first : last + 1] = [] if alone and len(owner.body) > 1 else [before + b"pass" + after]
+    return b"\n".join(lines).decode("utf-8").lstrip("\n")
+
+
+class ProseFilter:
+    """Takes a text's paragraphs that are prose and were in no text before.
+
+    The reference's topics contain each other (``compound`` holds ``if`` and ``for`` whole), and docstrings are copied
+    from class to class. Kept twice, a paragraph could stand in both the training and the validation text.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def unseen(self, text: str) -> str:
+        """The paragraphs of ``text`` that are no doctest examples and, if long, are met for the first time."""
+        kept = []
+        for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
+            words = " ".join(paragraph.split())
+            if not words or words.startswith(">>>") or words in self._seen:
+                continue
+            if len(words) >= MIN_REPEATED_CHARACTERS:
+                self._seen.add(words)
+            kept.append(paragraph)
+        return "\n\n".join(kept)
+
+
+def is_validation(text: str) -> bool:
+    """Whether a document is held out: a function of its text alone."""
+    return int(_digest(text), 16) % VALIDATION_ONE_IN == 0
+
+
+_Owner = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _documented(tree: ast.Module) -> Iterator[_Owner]:
+    """The nodes below ``tree`` that have a docstring, in source order.
+
+    Visits statements only, which is several times faster than :func:`ast.walk`: no docstring stands in an expression.
+    """
+    stack: list[ast.AST] = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, _Owner) and ast.get_docstring(node, clean=False):
+            yield node
+        blocks = [getattr(node, name, []) for name in ("body", "handlers", "orelse", "finalbody", "cases")]
+        stack.extend(reversed([child for block in blocks for child in block]))
+
+
+def _python_files(root: Path) -> Iterable[Path]:
+    for path in root.rglob("*.py"):
+        skipped = SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
+        if not skipped and not path.name.startswith(SKIPPED_PREFIXES):
+            yield path
+
+
+def _package_folder(name: str) -> Path:
+    """The folder of an installed package's part, e.g. ``torch/nn``, found without importing the package."""
+    package, _, part = name.partition("/")
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations, f"{package} is a dependency of this project"
+    return Path(spec.submodule_search_locations[0], part)
+
+
+def _write_corpus(folder: Path, name: str, documents: list[Document]) -> Corpus:
+    """Write both sides of a corpus, identical texts once."""
+    unique = {document.text: document for document in documents}.values()
+    held_out = [document for document in unique if is_validation(document.text)]
+    train = [document for document in unique if not is_validation(document.text)]
+    return Corpus(
+        train=_write_split(folder / f"{name}.train.jsonl", train),
+        validation=_write_split(folder / f"{name}.validation.jsonl", held_out),
+    )
+
+
+def _write_split(path: Path, documents: list[Document]) -> Split:
+    num_bytes = 0
+    # A lone surrogate, which a docstring may spell as an escape, has no UTF-8: it becomes "?".
+    with path.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
+        for document in documents:
+            file.write(json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False) + "\n")
+            num_bytes += len(document.text.encode("utf-8", "replace"))
+    return Split(path, len(documents), num_bytes)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
