@@ -1,0 +1,45 @@
+# Two commands are enough: `make demo` and `make test`. Both make .venv and install the locked dependencies when needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test test-slow lint format clean
+
+help:
+	@echo "make demo       the main job on real text, on this machine, in some minutes"
+	@echo "make test       the test suite"
+	@echo "make test-slow  the long runs that make test leaves out"
+	@echo "make lint       ruff, format check and mypy"
+	@echo "make format     let ruff format the code"
+	@echo "make clean      remove the environment and what the demo wrote"
+
+setup: $(BIN)/.installed
+
+$(BIN)/.installed: requirements.lock setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup
+	rm -rf demo_run
+	$(BIN)/python tools/demo/run.py --folder demo_run
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo_run
