@@ -32,7 +32,7 @@ setup(
         "sentencepiece>=0.2",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
-        "jsonargparse>=4.40",
+        "jsonargparse>=4.49",
         "PyYAML>=6.0",
         "orjson>=3.10",
         "xxhash>=3.4",
@@ -42,7 +42,15 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7", "triton>=3.2"],
-        "demo": ["matplotlib>=3.8"],
-        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.15", "types-PyYAML"],
+        "demo": ["matplotlib>=3.8", "psutil>=5.9"],
+        "dev": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "kernels",
+            "ruff>=0.9",
+            "mypy>=1.15",
+            "types-PyYAML",
+        ],
     },
 )

@@ -69,7 +69,7 @@ class ModelConfig:
     initialize_from: str | None = None
     """Checkpoint folder whose weights the run starts from (made by checkpoint_convert/hf_to_dcp.py, or by a former
     run). Null: random initialization from ``architecture``."""
-    architecture: dict[str, Any] | str | None = None
+    architecture: dict | str | None = None
     """Hugging Face ``config.json``: its keys written here, or the path of the file or its folder. Null: the one kept in
     ``initialize_from``."""
     tokenizer: str | None = None
@@ -90,7 +90,8 @@ class TrainingConfig:
     global_batch_size: int = 32
     """Samples in one optimizer step, over all ranks and all micro-batches."""
     micro_batch_size: int = 1
-    """Samples that one rank runs forward and backward at a time. Changes memory and speed, never the result's meaning."""
+    """Samples that one rank runs forward and backward at a time. Changes memory and speed, never the result's
+    meaning."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype. Master weights, optimizer states and gradient reduction are fp32 in both."""
     eval_interval: int = 0
@@ -199,10 +200,16 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (list, dict)):
+                raise UserError(f"line {key_node.start_mark.line + 1}: {key} cannot be a key; a key is a word")
             if key in seen:
                 raise UserError(f"duplicate key '{key}' in line {key_node.start_mark.line + 1}: keep one of the two")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes text that would be no text to a YAML 1.1 reader or to ours (``1e-5``)."""
 
 
 for _tag, _pattern, _first in (
@@ -212,7 +219,8 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
     ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.")),
 ):
-    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+    for _class in (_StrictLoader, _StrictDumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", "")))
 
 
@@ -221,7 +229,12 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_StrictLoader)
 
 
+def _dump(content: Any) -> str:
+    return yaml.dump(content, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+
+
 jsonargparse.set_loader("strict_yaml", load_yaml, exceptions=(yaml.YAMLError,))
+jsonargparse.set_dumper("strict_yaml", _dump)
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -233,6 +246,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         "command line.",
         parser_mode="strict_yaml",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file that describes the run")
     parser.add_class_arguments(RunConfig)
@@ -246,9 +260,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
         UserError: unknown or duplicate keys, wrong types, missing values or impossible arithmetic, in one line.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    for path in _config_paths(arguments):
-        _check_file(path)
-    _check_command_line(arguments)
+    arguments = list(_checked(arguments))
     parser = build_parser()
     try:
         config = parser.instantiate(parser.parse_args(arguments))
@@ -259,16 +271,34 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
     return run
 
 
-def _config_paths(arguments: Sequence[str]) -> Iterator[Path]:
-    for position, argument in enumerate(arguments):
-        if argument == "--config" and position + 1 < len(arguments):
-            yield Path(arguments[position + 1])
-        elif argument.startswith("--config="):
-            yield Path(argument.split("=", 1)[1])
+def _checked(arguments: Sequence[str]) -> Iterator[str]:
+    """``arguments`` with the files and lists in them read, checked and written out in full.
+
+    In full, because the parser would fill what an item of a list leaves out from the item that stood there before, in
+    a former file. What is no option at all is left to the parser.
+
+    Raises:
+        UserError: an unreadable file, bad YAML, duplicate or unknown keys, wrong types.
+    """
+    hints = dict(_known_keys())
+    waiting = list(reversed(arguments))
+    while waiting:
+        argument = waiting.pop()
+        option, equals, value = argument.removeprefix("--").partition("=")
+        key = option.removesuffix("+")  # --data.train+ {path: ...} appends one item
+        if not argument.startswith("--") or (key != "config" and key not in hints) or not (equals or waiting):
+            yield argument
+            continue
+        value = value if equals else waiting.pop()
+        if key == "config":
+            value = _dump(_complete(_checked_file(Path(value)), RunConfig))
+        elif not _accepts(value, hints[key]):  # text is taken as it is, all else is YAML
+            content = _checked_value(value, hints[key], key, append=option != key)
+            value = _dump(_complete(content, hints[key])) if isinstance(content, list) else value
+        yield f"--{option}={value}"
 
 
-def _check_file(path: Path) -> None:
-    """Refuse an unreadable file, bad YAML, duplicate or unknown keys and wrong types, naming the file."""
+def _checked_file(path: Path) -> dict:
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -283,26 +313,31 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path}: expected 'key: value' lines, found {_show(content)}")
     for problem in _problems(content, RunConfig, ""):
         raise UserError(f"{path}: {problem}")
+    return content
 
 
-def _check_command_line(arguments: Sequence[str]) -> None:
-    """Refuse values of the wrong type; what is no option at all is left to the parser."""
-    hints = dict(_known_keys())
-    for position, argument in enumerate(arguments):
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or key not in hints or not (equals or position + 1 < len(arguments)):
-            continue
-        raw = value if equals else arguments[position + 1]
-        if _accepts(raw, hints[key]):
-            continue
-        try:
-            content = load_yaml(raw)
-        except UserError as error:
-            raise UserError(f"--{key}: {error}") from None
-        except yaml.YAMLError:
-            content = raw
-        for problem in _problems(content, hints[key], key):
-            raise UserError(problem)
+def _checked_value(text: str, hint: Any, key: str, append: bool) -> Any:
+    try:
+        content = load_yaml(text)
+    except UserError as error:
+        raise UserError(f"--{key}: {error}") from None
+    except yaml.YAMLError:
+        content = text
+    if append and not isinstance(content, list):
+        content = [content]
+    for problem in _problems(content, hint, key):
+        raise UserError(problem)
+    return content
+
+
+def _complete(value: Any, hint: Any) -> Any:
+    """``value`` with every dataclass in a list given all its fields."""
+    if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return {key: _complete(item, hints[key]) for key, item in value.items()}
+    if isinstance(value, list) and dataclasses.is_dataclass(kind := (*get_args(hint), None)[0]):
+        return [to_dict(kind(**item)) for item in value]  # type: ignore[misc,operator]
+    return value
 
 
 def _problems(value: Any, hint: Any, name: str) -> Iterator[str]:
@@ -363,7 +398,8 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _required(kind: type) -> set[str]:
+def _required(kind: Any) -> set[str]:
+    """The fields of a dataclass that have no default."""
     return {
         item.name
         for item in dataclasses.fields(kind)
@@ -386,7 +422,8 @@ def _did_you_mean(key: str, section: bool = False) -> str:
     else:
         known = [name for name, hint in _known_keys() if dataclasses.is_dataclass(hint) == section]
     if key in known:
-        return f"; write '{key.replace('.', ': {')}: ...{'}' * key.count('.')}' in a file"
+        nested = f", as {key.replace('.', ': {')}: ...{'}' * key.count('.')}" if "[" not in key else ""
+        return f"; set it in a file{nested}"
     # Names in the same (or the most similar) section come first, so that they win between equally good ones.
     home = key.rpartition(".")[0]
     known.sort(key=lambda name: -difflib.SequenceMatcher(None, home, name.rpartition(".")[0]).ratio())
@@ -414,9 +451,11 @@ def _abbreviates(short: str, words: Sequence[str]) -> bool:
 def _explain(message: str) -> str:
     """One line with a remedy out of jsonargparse's message."""
     message = " ".join(message.split())
-    unknown = re.match(r"unrecognized arguments: (?:--)?([^\s=]+)", message, re.IGNORECASE)
+    unknown = re.match(r"unrecognized arguments: (--)?([^\s=]+)", message, re.IGNORECASE)
     if unknown:
-        return f"unknown option --{unknown[1]}{_did_you_mean(unknown[1])}"
+        if not unknown[1]:
+            return f"unexpected argument '{unknown[2]}'; every value follows its option, as in --seed 1"
+        return f"unknown option --{unknown[2]}{_did_you_mean(unknown[2])}"
     missing = re.search(r"arguments? (?:is|are) required: (.+)$", message)
     if missing:
         return f"missing: {missing[1]}; set it in the file given with --config or as --{missing[1].split(', ')[0]}"
@@ -515,4 +554,4 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as a YAML text that :func:`parse_config` reads back unchanged."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return _dump(to_dict(config))

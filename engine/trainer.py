@@ -210,9 +210,7 @@ class Trainer:
                 f"  evaluation of {name} at step {self.progress.step}: loss {loss:.4f}, perplexity "
                 f"{values['perplexity']:.2f}"
             )
-        # A forward pass leaves the root's parameters gathered for a backward pass that does not come here; a
-        # checkpoint written now would hold copies in the compute dtype.
-        self.model.reshard()
+        fsdp.reshard(self.model)
         return losses
 
     def _evaluate_and_save(self, result: StepResult, last: bool, stopping: bool) -> None:

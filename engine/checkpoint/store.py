@@ -78,11 +78,11 @@ class CheckpointStore:
             if self.ranks.is_main:
                 assets.write(temporary / ASSET_FOLDER)
                 write_manifest(temporary, manifest)
-                _sync_tree(temporary)
+                sync_tree(temporary)
                 if final.exists():
                     raise UserError(f"{final}: exists already, and checkpoints are never overwritten; move it away")
                 temporary.rename(final)
-                _sync(self.folder)
+                sync_path(self.folder)
         except BaseException:
             if self.ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -108,15 +108,16 @@ class CheckpointStore:
         return leftovers
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
     """Flush every file and directory below ``folder`` to disk."""
     for root, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(root) / name)
-        _sync(Path(root))
+            sync_path(Path(root) / name)
+        sync_path(Path(root))
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Flush one file, or the names in one directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

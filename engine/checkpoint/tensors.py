@@ -6,8 +6,9 @@ rank writes its shards; a reader with any other layout gets its own slices.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ..errors import UserError
 
@@ -29,6 +31,11 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -71,6 +78,38 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], distributed: bool = T
         dcp.save(tensors, storage_writer=writer, no_dist=not distributed)
 
 
+def save_streamed_tensors(folder: Path, tensors: Mapping[str, StoredTensor], read: Callable[[str], Tensor]) -> None:
+    """Write tensors that need not fit in memory together, without a process group, each into a file of its own.
+
+    Args:
+        folder: where to.
+        tensors: every name with its shape and dtype.
+        read: gives the CPU tensor of a name, when its turn has come. What it raises ends the writing.
+    """
+    described = {name: torch.empty(item.shape, dtype=item.dtype, device="meta") for name, item in tensors.items()}
+    # DCP holds on to every tensor of a file until the file is complete, hence one tensor to a file.
+    writer = dcp.FileSystemWriter(str(folder), single_file_per_rank=False, sync_files=True)
+    try:
+        with _without_single_process_warning():
+            dcp.save(described, storage_writer=writer, planner=_StreamingPlanner(read), no_dist=True)
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """Plans with descriptions of tensors; their values are fetched one at a time, as they are written."""
+
+    def __init__(self, read: Callable[[str], Tensor]):
+        super().__init__()
+        self._read = read
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        tensor, described = self._read(index.fqn), self.state_dict[index.fqn]
+        assert (tensor.shape, tensor.dtype) == (described.shape, described.dtype), index.fqn
+        return tensor
+
+
 def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bool = True) -> None:
     """Read into ``tensors`` in place, casting to their dtypes; each may be sharded in any way.
 
@@ -90,8 +129,12 @@ def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bo
         with _without_single_process_warning():
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=not distributed)
     except CheckpointException as error:
-        causes = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
-        raise UserError(f"{folder}: damaged checkpoint: {'; '.join(sorted(causes))}") from None
+        causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
+            if isinstance(cause, KeyboardInterrupt):  # DCP wraps whatever is raised
+                raise cause from None
+        reasons = sorted({f"{type(cause).__name__}: {cause}" for cause in causes})
+        raise UserError(f"{folder}: damaged checkpoint: {'; '.join(reasons)}") from None
 
 
 @contextmanager
@@ -109,6 +152,13 @@ def check_model_tensors(folder: str | Path, model: nn.Module) -> None:
         UserError: missing, unexpected or differently shaped tensors.
     """
     stored = {name: t for name, t in stored_tensors(folder).items() if not name.startswith(OPTIMIZER_PREFIX)}
+    difference = describe_difference(stored, model)
+    if difference:
+        raise UserError(f"{folder}: the checkpoint is of another model: {difference}")
+
+
+def describe_difference(stored: Mapping[str, StoredTensor], model: nn.Module) -> str:
+    """How names and shapes of ``stored`` differ from the parameters of ``model``, in a line; empty when they do not."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     problems = [f"missing {name}" for name in wanted if name not in stored]
     problems += [f"unexpected {name}" for name in stored if name not in wanted]
@@ -117,6 +167,4 @@ def check_model_tensors(folder: str | Path, model: nn.Module) -> None:
         for name, shape in wanted.items()
         if name in stored and stored[name].shape != shape
     ]
-    if problems:
-        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise UserError(f"{folder}: the checkpoint is of another model: {shown}")
+    return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")

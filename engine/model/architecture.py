@@ -10,12 +10,19 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import UserError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 CONFIG_FILE = "config.json"
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+"""What transformers takes for keys that a ``config.json`` leaves out, where it differs between families."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,12 @@ def parse_architecture(config: dict[str, Any], where: str = "model.architecture"
     Raises:
         UserError: a missing or impossible value, or a setting that the decoder does not implement.
     """
+    model_type = _Reader(config, where).choice("model_type", MODEL_TYPES)
+    config = {**_FAMILY_DEFAULTS[model_type], **config}
     reader = _Reader(config, where)
-    model_type = reader.choice("model_type", MODEL_TYPES)
     reader.refuse_unless("hidden_act", "silu", default="silu")
     reader.refuse_unless("attention_dropout", 0.0, default=0.0)
+    reader.refuse_unless("partial_rotary_factor", 1.0, default=1.0)
     hidden_size = reader.integer("hidden_size")
     num_layers = reader.integer("num_hidden_layers")
     heads = reader.integer("num_attention_heads")
@@ -105,6 +114,9 @@ def parse_architecture(config: dict[str, Any], where: str = "model.architecture"
         reader.fail("num_attention_heads", heads, f"it must be a multiple of num_key_value_heads = {kv_heads}")
     if config.get("head_dim") is None and hidden_size % heads:
         reader.fail("hidden_size", hidden_size, f"it must be a multiple of num_attention_heads = {heads}")
+    head_dim = reader.integer("head_dim", default=hidden_size // heads)
+    if head_dim % 2:
+        reader.fail("head_dim", head_dim, "rotary positions need an even one")
     theta, linear_factor, scaling = _rope(reader)
     # Qwen2 has biases on q, k, v only; Llama's and Qwen3's attention_bias puts one on the output as well.
     attention_bias = model_type != "mistral" and bool(config.get("attention_bias", False))
@@ -116,7 +128,7 @@ def parse_architecture(config: dict[str, Any], where: str = "model.architecture"
         num_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=reader.integer("head_dim", default=hidden_size // heads),
+        head_dim=head_dim,
         rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
         rope_theta=theta,
         rope_linear_factor=linear_factor,
@@ -134,15 +146,17 @@ def parse_architecture(config: dict[str, Any], where: str = "model.architecture"
 def _rope(reader: _Reader) -> tuple[float, float, RopeScaling | None]:
     """(theta, linear factor, llama3 scaling) from either spelling: ``rope_parameters`` or ``rope_theta`` with
     ``rope_scaling``."""
-    parameters = dict(reader.config.get("rope_scaling") or {})
+    parameters = {"rope_theta": reader.config.get("rope_theta")}
+    parameters.update(reader.config.get("rope_scaling") or {})
     parameters.update(reader.config.get("rope_parameters") or {})
     nested = _Reader(parameters, f"{reader.where}: rope_parameters")
-    theta = parameters.get("rope_theta", reader.config.get("rope_theta", 10000.0))
+    nested.refuse_unless("partial_rotary_factor", 1.0, default=1.0)
+    theta = nested.number("rope_theta", default=10000.0)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
-        return float(theta), 1.0, None
+        return theta, 1.0, None
     if kind == "linear":
-        return float(theta), nested.number("factor"), None
+        return theta, nested.number("factor"), None
     if kind == "llama3":
         scaling = RopeScaling(
             factor=nested.number("factor"),
@@ -150,7 +164,7 @@ def _rope(reader: _Reader) -> tuple[float, float, RopeScaling | None]:
             high_freq_factor=nested.number("high_freq_factor"),
             original_max_position_embeddings=nested.integer("original_max_position_embeddings"),
         )
-        return float(theta), 1.0, scaling
+        return theta, 1.0, scaling
     nested.fail("rope_type", kind, "supported: default, linear, llama3")
 
 
@@ -167,7 +181,10 @@ def _sliding_windows(reader: _Reader, model_type: str, num_layers: int) -> tuple
     layer_types = reader.config.get("layer_types")
     if layer_types is not None:
         if len(layer_types) != num_layers:
-            reader.fail("layer_types", f"of {len(layer_types)} layers", f"num_hidden_layers is {num_layers}")
+            reader.fail("layer_types", layer_types, f"it must name num_hidden_layers = {num_layers} layers")
+        for kind in layer_types:
+            if kind not in ("full_attention", "sliding_attention"):
+                reader.fail("layer_types", kind, "supported: full_attention, sliding_attention")
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
     first = reader.integer("max_window_layers", default=28)
     return tuple(window if layer >= first else None for layer in range(num_layers))
@@ -201,7 +218,7 @@ class _Reader:
         self.config = config
         self.where = where
 
-    def fail(self, key: str, value: Any, remedy: str) -> Any:
+    def fail(self, key: str, value: Any, remedy: str) -> NoReturn:
         raise UserError(f"{self.where}: {key} is {value!r}; {remedy}")
 
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:

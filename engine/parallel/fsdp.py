@@ -24,7 +24,20 @@ def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtyp
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for module in _sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(model: Decoder) -> None:
+    """Free the parameters that a forward pass without a backward pass has left gathered.
+
+    Until then the model shows gathered copies in the compute dtype in place of the sharded fp32 parameters, which are
+    what an optimizer steps and a checkpoint holds.
+    """
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def _sharded_modules(model: Decoder) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -1,0 +1,29 @@
+"""What all tests share: one thread per process, and ranks that are started once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from rank_cluster import RankCluster
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """Two gloo ranks."""
+    cluster = RankCluster(2, str(tmp_path_factory.mktemp("two_ranks") / "rendezvous"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory):
+    """Four gloo ranks."""
+    cluster = RankCluster(4, str(tmp_path_factory.mktemp("four_ranks") / "rendezvous"))
+    yield cluster
+    cluster.close()

@@ -1,0 +1,100 @@
+"""The same numbers on 1, 2 and 4 ranks and for every micro-batch, and the same as transformers' in a plain loop."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny_run
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from retemper.engine.trainer import Trainer
+
+LAYOUTS = {
+    "micro batch 8": (1, ["--training.micro_batch_size", "8"]),
+    "micro batch 1, recompute": (1, ["--training.micro_batch_size", "1", "--parallel.recompute", "full"]),
+    "shard 2": (2, []),
+    "replicate 2": (2, ["--parallel.replicate", "2", "--parallel.reshard_after_forward", "false"]),
+    "shard 4": (4, ["--training.micro_batch_size", "1"]),
+    "replicate 2 x shard 2": (4, ["--parallel.replicate", "2"]),
+}
+
+
+@pytest.fixture
+def on_ranks(one_rank, request):
+    """Runs a function of tiny_run on 1, 2 or 4 ranks; returns what rank 0 returned."""
+
+    def run(world_size, function, *arguments):
+        if world_size == 1:
+            return function(one_rank, *arguments)
+        cluster = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
+        return cluster.run(function, *arguments)[0]
+
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_losses_over_20_steps(layout, on_ranks, run_file, reference, tmp_path):
+    world_size, overrides = LAYOUTS[layout]
+    on_ranks(world_size, tiny_run.train, run_file, ["--run_folder", str(tmp_path), *overrides])
+    expected, actual = tiny_run.curve(reference), tiny_run.curve(tmp_path)
+    assert [r[:2] for r in actual] == [r[:2] for r in expected]
+    assert len([r for r in actual if r[1] == "train"]) == 20
+    for one, other in zip(actual, expected, strict=True):
+        assert one[2:] == pytest.approx(other[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_gradient_of_every_parameter(layout, on_ranks, one_rank, run_file, tmp_path):
+    world_size, overrides = LAYOUTS[layout]
+    base = ["--run_folder", str(tmp_path)]
+    expected = tiny_run.first_gradients(one_rank, run_file, base)
+    actual = on_ranks(world_size, tiny_run.first_gradients, run_file, [*base, *overrides])
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_transformers_in_a_plain_loop_gives_the_same_curve(one_rank, run_file, reference, tmp_path):
+    """An independent loop: transformers' model, whole documents one at a time, torch's AdamW and clipping."""
+    trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(tmp_path)), one_rank)
+    model = Qwen2ForCausalLM(Qwen2Config(**tiny_run.ARCHITECTURE, attn_implementation="eager"))
+    ours = {name: parameter.full_tensor() for name, parameter in trainer.model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(ours[name])
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+    )
+    expected = [record for record in tiny_run.records(reference) if "grad_norm" in record]
+    for step in range(1, 21):
+        losses, count = [], 0
+        for index in range((step - 1) * 8, step * 8):
+            sample = trainer.order.sample(index)
+            source = trainer.catalog.train[sample.source]
+            window = source.window(sample.window, tiny_run.VOCAB_SIZE)
+            for document in torch.from_numpy(window.tokens).tensor_split(torch.from_numpy(window.boundaries)):
+                if len(document) < 2:
+                    continue
+                logits = model(document[None, :-1]).logits[0]
+                losses.append(F.cross_entropy(logits, document[1:], reduction="sum"))
+                count += len(document) - 1
+        loss = torch.stack(losses).sum() / count
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # 4 steps of warm-up, then a cosine from 1e-2 down to 1e-3 at step 20.
+        rate = 1e-2 * step / 4 if step <= 4 else 1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 16))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        record = expected[step - 1]
+        assert record["learning_rate"] == pytest.approx(rate, rel=1e-12)
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-5), step
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4), step

@@ -1,0 +1,77 @@
+"""Real launches: torchrun, killed and asked to stop, and errors that every rank reports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import tiny_run
+
+PRETRAIN = str(Path(__file__).parents[2] / "engine" / "pretrain.py")
+
+
+def _launch(run_file, *overrides, ranks=2):
+    command = [sys.executable, PRETRAIN, "--config", str(run_file), *overrides]
+    if ranks > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _wait_for_step(process, run_folder, step):
+    """Until the run has recorded ``step``."""
+    metrics = run_folder / "metrics.jsonl"
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def _pids_of_ranks(launcher):
+    return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+def test_terminated_then_killed_then_resumed_is_the_undisturbed_run(two_ranks, run_file, tmp_path):
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
+    two_ranks.run(tiny_run.train, run_file, ["--run_folder", str(undisturbed)])
+
+    process = _launch(run_file, "--run_folder", str(folder))
+    _wait_for_step(process, folder, 2)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert "as asked; the same command continues" in output
+    assert output.count("  saved ") <= 1 + output.count("step-00000004")
+
+    process = _launch(run_file, "--run_folder", str(folder))
+    _wait_for_step(process, folder, 14)
+    os.kill(_pids_of_ranks(process)[1], signal.SIGKILL)
+    process.communicate()
+    assert process.returncode != 0
+
+    process = _launch(run_file, "--run_folder", str(folder))
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "resumed from" in output
+    assert tiny_run.curve(folder) == tiny_run.curve(undisturbed)
+    expected = tiny_run.tensors_of(undisturbed / "checkpoints" / "step-00000020")
+    actual = tiny_run.tensors_of(folder / "checkpoints" / "step-00000020")
+    assert all(actual[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_errors_come_in_one_line_from_every_rank_before_anything_is_written(run_file, tmp_path):
+    folder = tmp_path / "run"
+    process = _launch(run_file, "--run_folder", str(folder), "--training.global_batch_size", "9", ranks=1)
+    output = process.communicate()[0]
+    assert process.returncode == 1
+    assert output.strip() == (
+        "error: training.global_batch_size 9 is not a multiple of micro_batch_size 2 x data-parallel ranks 1 = 2; "
+        "use 8 or 10"
+    )
+    process = _launch(run_file, "--run_folder", str(folder), "--parallel.replicate", "3")
+    output = process.communicate()[0]
+    assert process.returncode != 0
+    errors = [line for line in output.splitlines() if "error: parallel.replicate 3 does not divide" in line]
+    assert sorted(line[:8] for line in errors) == ["[rank 0]", "[rank 1]"]
+    assert not folder.exists()

@@ -1,0 +1,136 @@
+"""A tiny run that trains in a second: its data, its configuration, and what its ranks are asked to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch.distributed.tensor import DTensor
+
+from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
+from retemper.engine.config import RunConfig, parse_config
+from retemper.engine.data.indexed_dataset import IndexedDatasetWriter
+from retemper.engine.parallel.process_group import Ranks
+from retemper.engine.trainer import Trainer
+
+VOCAB_SIZE = 97
+EOD = VOCAB_SIZE - 1
+ARCHITECTURE = {
+    "model_type": "qwen2",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def write_dataset(prefix: Path, seed: int, documents: int = 120, token: int | None = None) -> None:
+    """A Megatron dataset of documents of 1 to 80 tokens."""
+    generator = np.random.default_rng(seed)
+    with IndexedDatasetWriter(str(prefix), np.uint16) as writer:
+        for _ in range(documents):
+            length = int(generator.integers(1, 80))
+            tokens = generator.zipf(1.3, size=length).clip(0, EOD - 1) if token is None else np.full(length, token)
+            writer.add_document(np.append(tokens, EOD))
+
+
+def write_config(folder: Path) -> Path:
+    """The run's YAML file, with two training sources and one validation set in ``folder``."""
+    for seed, name in enumerate(("first", "second", "validation")):
+        write_dataset(folder / name, seed)
+    config = {
+        "run_folder": str(folder / "run"),
+        "model": {"architecture": ARCHITECTURE},
+        "data": {
+            "train": [{"path": str(folder / "first"), "weight": 2.0}, {"path": str(folder / "second")}],
+            "validation": {"validation": str(folder / "validation")},
+        },
+        "training": {
+            "train_tokens": 20 * 8 * 32,
+            "warmup_tokens": 4 * 8 * 32,
+            "sequence_length": 32,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+            "eval_interval": 5,
+            "eval_tokens": 500,
+        },
+        "optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3},
+        "checkpoint": {"save_interval": 4, "keep_best": False},
+        "logging": {"tensorboard": False},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def configure(path: Path, *overrides: str) -> RunConfig:
+    """The configuration with command-line overrides."""
+    return parse_config(["--config", str(path), *overrides])
+
+
+def train(ranks: Ranks, path: Path, overrides: list[str]) -> None:
+    """The whole run."""
+    Trainer(configure(path, *overrides), ranks).run()
+
+
+def train_until(ranks: Ranks, path: Path, overrides: list[str], step: int) -> None:
+    """The run, left without ceremony after ``step`` steps (and what is saved by then)."""
+    trainer = Trainer(configure(path, *overrides), ranks)
+    make_step = trainer._step
+
+    class Left(BaseException):
+        pass
+
+    def counted(micro_batches):
+        if trainer.progress.step == step:
+            raise Left
+        return make_step(micro_batches)
+
+    trainer._step = counted
+    try:
+        trainer.run()
+    except Left:
+        pass
+
+
+def first_gradients(ranks: Ranks, path: Path, overrides: list[str]) -> dict[str, torch.Tensor]:
+    """Full gradients of the first global batch, before clipping, by parameter name."""
+    trainer = Trainer(configure(path, *overrides), ranks)
+    batches = trainer.data.micro_batches(0)
+    num_targets = ranks.sum(sum(batch.num_targets for batch in batches))
+    for batch in batches:
+        (trainer._loss_sum(batch) / num_targets).backward()
+    return {
+        name: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
+        for name, p in trainer.model.named_parameters()
+    }
+
+
+def records(run_folder: Path) -> list[dict]:
+    """The metric records of a run."""
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_folder: Path) -> list[tuple]:
+    """(step, kind, loss, gradient norm, learning rate) of every record: what must not depend on the machine."""
+    return [
+        (r["step"], r.get("evaluation", "train"), r["loss"], r.get("grad_norm", 0.0), r.get("learning_rate", 0.0))
+        for r in records(run_folder)
+    ]
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole."""
+    tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored_tensors(checkpoint).items()}
+    load_tensors(checkpoint, tensors, distributed=False)
+    return tensors
