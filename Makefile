@@ -35,7 +35,8 @@ test-slow: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@mkdir -p build/mypy && ln -sfn ../.. build/mypy/retemper
+	cd build/mypy && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -230,7 +230,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _dump(content: Any) -> str:
-    return yaml.dump(content, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(content, Dumper=_StrictDumper, sort_keys=False)
 
 
 jsonargparse.set_loader("strict_yaml", load_yaml, exceptions=(yaml.YAMLError,))

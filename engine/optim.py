@@ -51,8 +51,8 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     Returns:
         [] fp32, the norm over all parameters and ranks before clipping.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    parameters = list(model.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if max_norm > 0:

@@ -64,16 +64,16 @@ def open_catalog(config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer
         UserError: a dataset is missing, damaged, made with another tokenizer, or too small.
     """
     train, held_out, fingerprints = [], [], {}
-    for source in config.train:
-        dataset, sidecar = _open(source.path, vocab_size, tokenizer_sha256)
-        kept, left = split_source(source.identity, dataset, plan.sequence_length, config.validation_fraction)
+    for settings in config.train:
+        dataset, sidecar = _open(settings.path, vocab_size, tokenizer_sha256)
+        kept, left = split_source(settings.identity, dataset, plan.sequence_length, config.validation_fraction)
         _require_windows(kept, "train on")
         train.append(kept)
         if config.validation_fraction > 0:
             _require_windows(left, "hold out with this data.validation_fraction")
             held_out.append(left)
-        fingerprints[source.identity] = {
-            "path": source.path,
+        fingerprints[settings.identity] = {
+            "path": settings.path,
             "tokens": dataset.num_tokens,
             "hash": sidecar.bin_xxh3_128 if sidecar else None,
         }
@@ -89,7 +89,7 @@ def open_catalog(config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer
         source = Source(name, dataset, plan.sequence_length, 0, dataset.num_tokens)
         _require_windows(source, "evaluate on")
         validation[name] = [source]
-    return Catalog(train, [source.weight for source in config.train], validation, fingerprints)
+    return Catalog(train, [settings.weight for settings in config.train], validation, fingerprints)
 
 
 def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[IndexedDataset, Sidecar | None]:
