@@ -85,6 +85,9 @@ def save_streamed_tensors(folder: Path, tensors: Mapping[str, StoredTensor], rea
         folder: where to.
         tensors: every name with its shape and dtype.
         read: gives the CPU tensor of a name, when its turn has come. What it raises ends the writing.
+
+    Raises:
+        OSError: the tensors cannot be written.
     """
     described = {name: torch.empty(item.shape, dtype=item.dtype, device="meta") for name, item in tensors.items()}
     # DCP holds on to every tensor of a file until the file is complete, hence one tensor to a file.
@@ -94,7 +97,15 @@ def save_streamed_tensors(folder: Path, tensors: Mapping[str, StoredTensor], rea
             dcp.save(described, storage_writer=writer, planner=_StreamingPlanner(read), no_dist=True)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
-        raise cause from None
+        # Where a disk is full, torch.save fails once more while it closes the file, and hides the reason.
+        raise _os_error_behind(cause) or cause from None
+
+
+def _os_error_behind(error: BaseException | None) -> OSError | None:
+    """The OSError that led to ``error``, if one did."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class _StreamingPlanner(DefaultSavePlanner):

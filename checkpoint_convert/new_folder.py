@@ -1,0 +1,48 @@
+"""An output folder that appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..engine.checkpoint.store import sync_path, sync_tree
+from ..engine.errors import UserError
+
+
+def require_absent(output: str | Path) -> Path:
+    """``output`` as a path, refused when something is there.
+
+    Raises:
+        UserError: it exists.
+    """
+    if os.path.lexists(output):
+        raise UserError(f"--output {output}: exists already, and nothing is overwritten; remove it or name another")
+    return Path(output)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside ``output`` to write into; flushed to disk and renamed to ``output`` at the end.
+
+    After an error, or Ctrl-C, nothing is left.
+
+    Raises:
+        UserError: ``output`` exists, or cannot be written.
+    """
+    require_absent(output)
+    temporary = output.parent / f".{output.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_tree(temporary)
+        require_absent(output)
+        temporary.rename(output)
+        sync_path(output.parent)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

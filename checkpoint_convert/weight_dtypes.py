@@ -1,0 +1,79 @@
+"""The dtypes of weights: by name, as a config declares them, and what a conversion casts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..engine.checkpoint.assets import HfAssets
+from ..engine.checkpoint.tensors import StoredTensor
+from ..engine.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+AUTO = "auto"
+DTYPE_CHOICES = (AUTO, *DTYPES)
+_KEYS = ("dtype", "torch_dtype")
+"""Where config.json declares the dtype: transformers 5 writes the first, older versions know only the second."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """The dtype of ``--dtype name``; None for ``auto``.
+
+    Raises:
+        UserError: there is no such dtype.
+    """
+    if name != AUTO and name not in DTYPES:
+        raise UserError(f"--dtype {name}: expected one of {', '.join(DTYPE_CHOICES)}")
+    return DTYPES.get(name)
+
+
+def declared_dtype(config: Mapping[str, Any], where: str) -> torch.dtype | None:
+    """The dtype that the content of ``config.json`` declares; ``where`` names the file in errors.
+
+    Raises:
+        UserError: it declares one that weights cannot have.
+    """
+    declared = next((config[key] for key in _KEYS if config.get(key) is not None), None)
+    if declared is None:
+        return None
+    dtype = DTYPES.get(str(declared).removeprefix("torch."))
+    if dtype is None:
+        raise UserError(f"{where}: dtype is {declared!r}, supported: {', '.join(DTYPES)}; choose one with --dtype")
+    return dtype
+
+
+def declaring(assets: HfAssets, dtypes: Iterable[torch.dtype]) -> HfAssets:
+    """``assets`` whose config declares what ``dtypes`` agree on; the same bytes where it does already.
+
+    A model of several dtypes has no single one to declare: its config stays as it is.
+    """
+    config, distinct = assets.config, set(dtypes)
+    if config is None or len(distinct) != 1:
+        return assets
+    name = dtype_name(distinct.pop())
+    declared = {key: name for key in _KEYS if key in config} or {_KEYS[-1]: name}
+    changed = {**config, **declared}
+    return assets if changed == config else assets.with_config(changed)
+
+
+def cast_to(tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, StoredTensor]:
+    """``tensors`` as they are in ``dtype``; as they are for None."""
+    return {name: StoredTensor(tensor.shape, dtype or tensor.dtype) for name, tensor in tensors.items()}
+
+
+def describe_casts(before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor]) -> list[str]:
+    """A line for each pair of dtypes: ``cast 290 tensors from float32 to bfloat16``."""
+    pairs = Counter((before[name].dtype, after[name].dtype) for name in after)
+    return [
+        f"cast {count} tensors from {dtype_name(source)} to {dtype_name(target)}"
+        for (source, target), count in pairs.items()
+        if source != target
+    ]

@@ -1,0 +1,167 @@
+"""Reading and writing the weights of Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from retemper.checkpoint_convert.hf_folder import INDEX_FILE, WEIGHTS_FILE, HfWeights, parse_shard_size, write_shards
+from retemper.engine.checkpoint.tensors import StoredTensor
+from retemper.engine.errors import UserError
+from safetensors.torch import save_file
+from tiny_models import edit_json, read_folder, read_safetensors
+
+COUNTING = {name: torch.arange(start, start + 6, dtype=torch.float32).view(2, 3) for start, name in enumerate("abc")}
+
+
+def write_indexed(folder: Path) -> Path:
+    """Tensors a and b in one file, c in another, with their index."""
+    folder.mkdir()
+    save_file({name: COUNTING[name] for name in "ab"}, folder / "first.safetensors")
+    save_file({"c": COUNTING["c"]}, folder / "second.safetensors")
+    weight_map = {"a": "first.safetensors", "b": "first.safetensors", "c": "second.safetensors"}
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def test_reads_what_the_index_lists(tmp_path: Path) -> None:
+    weights = HfWeights(write_indexed(tmp_path / "hf"))
+    assert weights.tensors == dict.fromkeys("abc", StoredTensor((2, 3), torch.float32))
+    assert all(torch.equal(weights.read(name), COUNTING[name]) for name in "abc")
+    assert weights.ignored_files == []
+
+
+def test_reads_a_single_file_without_index(tmp_path: Path) -> None:
+    save_file(COUNTING, tmp_path / WEIGHTS_FILE)
+    weights = HfWeights(tmp_path)
+    assert list(weights.tensors) == list("abc")
+    assert torch.equal(weights.read("b"), COUNTING["b"])
+
+
+def test_files_that_the_index_does_not_list_are_ignored(tmp_path: Path) -> None:
+    folder = write_indexed(tmp_path / "hf")
+    save_file({"a": torch.zeros(2, 3), "old": torch.zeros(1)}, folder / "model-00001-of-00009.safetensors")
+    (folder / WEIGHTS_FILE).write_bytes(b"not even a safetensors file")
+    weights = HfWeights(folder)
+    assert list(weights.tensors) == list("abc")
+    assert torch.equal(weights.read("a"), COUNTING["a"])
+    assert weights.ignored_files == ["model-00001-of-00009.safetensors", WEIGHTS_FILE]
+
+
+@pytest.mark.parametrize(
+    "file", ["../other/first.safetensors", "/first.safetensors", "sub/x", "..", "a\\b", "", 7, None]
+)
+def test_index_entries_stay_in_the_folder(tmp_path: Path, file: object) -> None:
+    folder = write_indexed(tmp_path / "hf")
+    # The place that the entry points to exists, so that only the check stands in the way.
+    save_file(COUNTING, write_indexed(tmp_path / "other") / "first.safetensors")
+    edit_json(folder / INDEX_FILE, lambda index: index["weight_map"].update(a=file))
+    with pytest.raises(UserError, match="not the name of a file beside it") as error:
+        HfWeights(folder)
+    assert INDEX_FILE in str(error.value) and repr(file) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+def test_refuses_an_index_that_is_none(tmp_path: Path, content: str) -> None:
+    folder = write_indexed(tmp_path / "hf")
+    (folder / INDEX_FILE).write_text(content)
+    with pytest.raises(UserError, match=INDEX_FILE):
+        HfWeights(folder)
+
+
+def test_refuses_a_missing_file_and_a_missing_tensor(tmp_path: Path) -> None:
+    folder = write_indexed(tmp_path / "hf")
+    edit_json(folder / INDEX_FILE, lambda index: index["weight_map"].update(d="first.safetensors"))
+    with pytest.raises(UserError, match=r"first\.safetensors: holds no d"):
+        HfWeights(folder)
+    (folder / "first.safetensors").unlink()
+    with pytest.raises(UserError, match=r"first\.safetensors: missing"):
+        HfWeights(folder)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: b"",
+        lambda data: data[:5],
+        lambda data: data[:40],
+        lambda data: data[:-1],
+        lambda data: data + b"x",
+        lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+        lambda data: (2**62).to_bytes(8, "little") + data[8:],
+    ],
+    ids=["empty", "short", "half a header", "a byte less", "a byte more", "git lfs pointer", "huge header"],
+)
+def test_refuses_damaged_files(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    folder = write_indexed(tmp_path / "hf")
+    damaged = folder / "second.safetensors"
+    damaged.write_bytes(spoil(damaged.read_bytes()))
+    with pytest.raises(UserError, match=r"second\.safetensors: truncated or not a safetensors file"):
+        HfWeights(folder)
+
+
+@pytest.mark.parametrize("pickled", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+def test_refuses_pickled_weights(tmp_path: Path, pickled: str) -> None:
+    (tmp_path / pickled).write_bytes(b"\x80\x04")
+    with pytest.raises(UserError, match="save_pretrained") as error:
+        HfWeights(tmp_path)
+    assert pickled in str(error.value)
+
+
+def test_refuses_folders_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds neither"):
+        HfWeights(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        HfWeights(tmp_path / "absent")
+
+
+def write_counting(folder: Path, max_shard_size: int) -> list[list[str]]:
+    """Write COUNTING (24 bytes a tensor); returns the groups of names that were asked for."""
+    asked = []
+
+    def read(wanted: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
+        asked.append(list(wanted))
+        return {name: COUNTING[name] for name in wanted}
+
+    tensors = {name: StoredTensor(tuple(value.shape), value.dtype) for name, value in COUNTING.items()}
+    write_shards(folder, tensors, max_shard_size, read)
+    return asked
+
+
+def test_shards_are_named_and_indexed_as_on_the_hub(tmp_path: Path) -> None:
+    assert write_counting(tmp_path, 50) == [["a", "b"], ["c"]]
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    assert json.loads((tmp_path / INDEX_FILE).read_text()) == {
+        "metadata": {"total_size": 72},
+        "weight_map": {"a": first, "b": first, "c": second},
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([first, second, INDEX_FILE])
+    for file in (first, second):
+        _, metadata = read_safetensors(tmp_path / file)
+        assert metadata == {"format": "pt"}
+        assert (tmp_path / file).stat().st_mode == (tmp_path / INDEX_FILE).stat().st_mode
+    written = read_folder(tmp_path)
+    assert {name: tensor.data for name, tensor in written.items()} == {
+        name: value.numpy().tobytes() for name, value in COUNTING.items()
+    }
+    assert {(tensor.dtype, tensor.shape) for tensor in written.values()} == {("F32", (2, 3))}
+
+
+def test_one_file_needs_no_index(tmp_path: Path) -> None:
+    assert write_counting(tmp_path, 72) == [["a", "b", "c"]]
+    assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS_FILE]
+
+
+def test_a_tensor_above_the_limit_gets_its_own_file(tmp_path: Path) -> None:
+    assert write_counting(tmp_path, 10) == [["a"], ["b"], ["c"]]
+
+
+def test_shard_sizes() -> None:
+    sizes = {"5GB": 5 * 10**9, "1.5 kb": 1500, "200MB": 2 * 10**8, "1tb": 10**12}
+    assert {size: parse_shard_size(size) for size in sizes} == sizes
+    for wrong in ("", "5", "5GiB", "-1GB", "0GB", "GB", "5 G B", "nanGB", "1e3GB"):
+        with pytest.raises(UserError, match="--max-shard-size"):
+            parse_shard_size(wrong)

@@ -1,0 +1,280 @@
+"""The sample order: permutations, blends, and what a resume must not change."""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from retemper.engine.budget import BatchPlan
+from retemper.engine.data import sample_order
+from retemper.engine.data.sample_order import BLEND_RESOLUTION, Blend, OrderedSource, Permutation, Sample, SampleOrder
+
+SOURCES = [OrderedSource("web", 13, 3.0), OrderedSource("code", 5, 1.0), OrderedSource("books", 1, 0.5)]
+weights_of_few = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Permutation
+
+
+@settings(deadline=None, max_examples=50)
+@given(size=st.integers(1, 5000), key=st.text(max_size=5))
+def test_a_permutation_is_a_bijection(size, key):
+    permutation = Permutation(size, key)
+    assert sorted(permutation(index) for index in range(size)) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [2**k + d for k in range(1, 13) for d in (-1, 0, 1)])
+def test_bijection_around_powers_of_two(size):
+    permutation = Permutation(size, "key")
+    assert {permutation(index) for index in range(size)} == set(range(size))
+
+
+def test_keys_give_different_orders():
+    orders = {tuple(map(Permutation(100, str(key)), range(100))) for key in range(50)}
+    assert len(orders) == 50
+
+
+@pytest.mark.parametrize("size", [64, 100, 1000, 4096])
+def test_first_places_are_uniform(size):
+    """Over many keys every element comes first about equally often: chi-square over eight bins, 7 degrees of freedom;
+    29.9 is exceeded once in 10,000 times."""
+    keys = 2000
+    for place in (0, 1, size - 1):
+        bins = Counter(Permutation(size, f"{key}")(place) * 8 // size for key in range(keys))
+        widths = Counter(element * 8 // size for element in range(size))
+        statistic = sum((bins[b] - keys * widths[b] / size) ** 2 / (keys * widths[b] / size) for b in range(8))
+        assert statistic < 29.9, (place, statistic)
+
+
+@pytest.mark.parametrize("size", [1000, 4096, 5000])
+def test_one_order_looks_shuffled(size):
+    """Displacement, fixed points, rises and correlation of one order are those of a random one."""
+    order = [Permutation(size, "one")(index) for index in range(size)]
+    displacement = sum(abs(place - element) for place, element in enumerate(order)) / size
+    assert displacement / size == pytest.approx(1 / 3, abs=0.03)
+    assert sum(place == element for place, element in enumerate(order)) < 8
+    rises = sum(a < b for a, b in itertools.pairwise(order)) / (size - 1)
+    assert rises == pytest.approx(0.5, abs=0.03)
+    neighbours = sum(abs(a - b) == 1 for a, b in itertools.pairwise(order))
+    assert neighbours < 12
+
+
+def test_two_epochs_are_independent():
+    """Elements that stand on the same place under two keys: about one of them."""
+    size = 4096
+    first, second = Permutation(size, "s/0"), Permutation(size, "s/1")
+    assert sum(first(index) == second(index) for index in range(size)) < 8
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Blend
+
+
+@settings(deadline=None, max_examples=50)
+@given(weights=weights_of_few)
+def test_every_period_holds_each_source_in_exact_proportion(weights):
+    """Whole-number weights whose sum divides the resolution are met exactly, all others to 1 / resolution."""
+    blend = Blend(weights)
+    drawn = Counter(blend.source(index) for index in range(blend.period))
+    for source, weight in enumerate(weights):
+        share = Fraction(weight, sum(weights))
+        error = abs(Fraction(drawn[source], blend.period) - share)
+        assert error < Fraction(1, BLEND_RESOLUTION)
+        if BLEND_RESOLUTION % sum(weights) == 0:
+            assert error == 0
+
+
+@pytest.mark.parametrize(("weights", "period"), [([1], 1), ([2, 2], 2), ([3, 1], 4), ([0.7, 0.2, 0.1], 10)])
+def test_simple_blends_have_short_periods(weights, period):
+    assert Blend(weights).period == period
+
+
+def test_a_minute_weight_still_has_a_slot():
+    blend = Blend([1.0, 1e-9])
+    assert blend.counts(blend.period)[1] == 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(weights=weights_of_few, data=st.data())
+def test_counts_equal_counting(weights, data):
+    blend = Blend(weights)
+    stop = data.draw(st.integers(0, 2 * blend.period + 5).filter(lambda n: n < 4000) | st.integers(0, 500))
+    drawn = Counter(blend.source(index) for index in range(stop))
+    assert blend.counts(stop) == [drawn[source] for source in range(len(weights))]
+    # Far away, where nobody can count: whole periods add up.
+    periods = 10**12
+    assert blend.counts(periods * blend.period + stop) == [
+        periods * whole + rest for whole, rest in zip(blend.counts(blend.period), blend.counts(stop), strict=True)
+    ]
+
+
+@settings(deadline=None, max_examples=30)
+@given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=8))
+def test_no_source_strays_from_its_share(weights):
+    """At every prefix each source is less than one sample ahead of its share of the period, and less than
+    (number of sources - 1) behind: what the others are ahead is what it lacks."""
+    blend = Blend(weights)
+    totals = blend.counts(blend.period)
+    sources = len(weights)
+    for index in range(1, blend.period + 1, max(1, blend.period // 500)):
+        for count, total in zip(blend.counts(index), totals, strict=True):
+            ahead = count * blend.period - index * total
+            assert ahead < blend.period
+            assert -ahead < max(1, sources - 1) * blend.period
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+@pytest.fixture(scope="module")
+def short_blends() -> Iterator[None]:
+    """Blends of at most 60 slots, which are quick to build and whose periods end often."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_order, "BLEND_RESOLUTION", 60)
+        yield
+
+
+def flat(order: SampleOrder, start: int, stop: int) -> list[tuple[str, int, int]]:
+    """(source name, epoch, window) of the samples in [start, stop)."""
+    samples = (order.sample(index) for index in range(start, stop))
+    return [(order.sources[sample.source].name, sample.epoch, sample.window) for sample in samples]
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(0, 2**62))
+def test_every_window_once_per_epoch(short_blends, sizes, seed):
+    sources = [OrderedSource(f"s{i}", size, 1.0 + i) for i, size in enumerate(sizes)]
+    seen = flat(SampleOrder(sources, seed, 128), 0, 400)
+    for source in sources:
+        visits = [(epoch, window) for name, epoch, window in seen if name == source.name]
+        assert len(set(visits)) == len(visits)
+        assert [epoch for epoch, _ in visits] == [place // source.num_windows for place in range(len(visits))]
+        for epoch in range(len(visits) // source.num_windows):
+            assert {window for e, window in visits if e == epoch} == set(range(source.num_windows))
+
+
+def test_each_epoch_seed_length_and_name_has_an_order_of_its_own():
+    def epoch(number: int, name: str = "s", seed: int = 1, length: int = 128) -> list[int]:
+        order = SampleOrder([OrderedSource(name, 50, 1.0)], seed, length)
+        return [window for _, _, window in flat(order, 50 * number, 50 * number + 50)]
+
+    orders = [epoch(0), epoch(1), epoch(2), epoch(0, name="t"), epoch(0, seed=2), epoch(0, length=64)]
+    assert len({tuple(order) for order in orders}) == len(orders)
+    assert epoch(0) == epoch(0)
+
+
+def test_a_source_keeps_its_order_whatever_it_is_blended_with():
+    alone = SampleOrder([SOURCES[0]], 1, 128)
+    blended = [item for item in flat(SampleOrder(SOURCES, 1, 128), 0, 200) if item[0] == "web"]
+    assert blended == flat(alone, 0, len(blended))
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 24), (2, 3), (4, 2), (8, 3), (24, 1)])
+def test_the_order_does_not_depend_on_how_batches_are_dealt(ranks, micro):
+    """The samples of three steps over all ranks are the first 72 of the order, for every layout; each step its own."""
+    order, plan = SampleOrder(SOURCES, 1, 128), BatchPlan(128, 24, micro, ranks)
+    for step in range(3):
+        dealt = sorted(
+            step * 24 + offset for rank in range(ranks) for part in plan.sample_offsets(rank) for offset in part
+        )
+        assert [order.sample(index) for index in dealt] == [order.sample(step * 24 + i) for i in range(24)]
+
+
+def test_it_may_be_asked_in_any_order():
+    order = SampleOrder(SOURCES, 1, 128)
+    forwards = [order.sample(index) for index in range(300)]
+    assert [order.sample(index) for index in reversed(range(300))] == forwards[::-1]
+
+
+def test_huge_sources_need_no_tables():
+    """Sample 10^12 of 10^9 windows: a table of the order would need 8 GB, and the test's time would show it."""
+    order = SampleOrder([OrderedSource("a", 10**9, 2.0), OrderedSource("b", 10**9 + 7, 1.0)], 1, 4096)
+    samples = [order.sample(10**12 + index) for index in range(1000)]
+    assert len(set(samples)) == 1000
+    assert Counter(sample.source for sample in samples)[0] in (666, 667, 668)
+    assert {sample.epoch for sample in samples} == {666, 333}
+    assert all(0 <= sample.window < 10**9 + 7 for sample in samples)
+    assert samples[0] != Sample(0, 666, 0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+@settings(deadline=None, max_examples=50)
+@given(cuts=st.lists(st.integers(0, 300), min_size=1, max_size=3).map(sorted))
+def test_a_resumed_order_is_the_uninterrupted_one(short_blends, cuts):
+    whole = SampleOrder(SOURCES, 1, 128)
+    order = whole
+    for cut in cuts:
+        order = SampleOrder(SOURCES, 1, 128).resumed(order.state(), cut)
+        assert flat(order, cut, cut + 60) == flat(whole, cut, cut + 60)
+    assert order.state() == whole.state()
+
+
+BLENDS = st.lists(
+    st.tuples(st.sampled_from(["web", "code", "books", "news"]), st.sampled_from([0.5, 1.0, 2.0, 3.0])),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda item: item[0],
+)
+SIZES = {"web": 13, "code": 5, "books": 1, "news": 7}
+
+
+def ordered(blend: list[tuple[str, float]]) -> list[OrderedSource]:
+    return [OrderedSource(name, SIZES[name], weight) for name, weight in blend]
+
+
+@settings(deadline=None, max_examples=50)
+@given(blends=st.lists(BLENDS, min_size=2, max_size=4), steps=st.lists(st.integers(0, 80), min_size=3, max_size=3))
+def test_every_source_goes_on_from_its_own_cursor_through_changes_of_the_blend(short_blends, blends, steps):
+    """A chain of runs, each with its own blend and resumed from the state of the one before. The reference counts what
+    each source has given so far and asks a run of that source alone what comes next."""
+    given_so_far: Counter = Counter()
+    position, state = 0, None
+    for blend, steps_taken in zip(blends, [*steps, 40], strict=False):
+        order = SampleOrder(ordered(blend), 1, 128)
+        if state is not None:
+            order = order.resumed(state, position)
+        fresh = Blend([weight for _, weight in blend])
+        taken = flat(order, position, position + steps_taken)
+        for name, epoch, window in taken:
+            alone = SampleOrder([OrderedSource(name, SIZES[name], 1.0)], 1, 128)
+            assert (name, epoch, window) == flat(alone, given_so_far[name], given_so_far[name] + 1)[0]
+            given_so_far[name] += 1
+        if state is None or list(state["weights"].items()) != blend:
+            # A changed blend begins its period where it takes over.
+            names = [blend[fresh.source(index)][0] for index in range(steps_taken)]
+            assert [name for name, _, _ in taken] == names
+        position += steps_taken
+        state = order.state()
+        assert {name: count for name, count in order.cursors(position).items() if count} == dict(given_so_far)
+
+
+def test_a_changed_blend_resumed_twice_goes_on_unbroken():
+    """Changed at 37, then resumed at 50 and 61 with the new blend: as if the new blend had run on from 37."""
+    changed = [OrderedSource("code", 5, 2.0), OrderedSource("news", 7, 1.0)]
+    first = SampleOrder(changed, 1, 128).resumed(SampleOrder(SOURCES, 1, 128).state(), 37)
+    second = SampleOrder(changed, 1, 128).resumed(first.state(), 50)
+    third = SampleOrder(changed, 1, 128).resumed(second.state(), 61)
+    assert flat(third, 61, 200) == flat(first, 61, 200)
+
+
+def test_a_source_that_left_and_came_back_goes_on_where_it_was():
+    start = SampleOrder(SOURCES, 1, 128)
+    without = SampleOrder(SOURCES[1:], 1, 128).resumed(start.state(), 20)
+    back = SampleOrder(SOURCES, 1, 128).resumed(without.state(), 30)
+    web = [item for item in flat(back, 30, 60) if item[0] == "web"]
+    seen = sum(name == "web" for name, _, _ in flat(start, 0, 20))
+    assert web == flat(SampleOrder(SOURCES[:1], 1, 128), seen, seen + len(web))
+
+
+def test_the_state_survives_json():
+    state = SampleOrder(SOURCES[::-1], 1, 128).resumed(SampleOrder(SOURCES, 1, 128).state(), 37).state()
+    assert json.loads(json.dumps(state)) == state

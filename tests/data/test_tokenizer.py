@@ -1,0 +1,153 @@
+"""Tokenizer handles against the plain ``tokenizers`` library, and the rules for finding a tokenizer and its EOD."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from oracles.tiny_tokenizer import sample_text, shared_data, train_tiny_tokenizer
+from retemper.engine.data.tokenizer import load_tokenizer
+from retemper.engine.errors import UserError
+from tokenizers import Tokenizer
+
+TEXTS = [sample_text(seed, 20) for seed in range(5)] + ["", "a<|endoftext|>b<|im_end|>", "naïve\u2028🙂\0"]
+
+
+def edited_copy(source: Path, target: Path, **changes) -> Path:
+    """A copy of the tokenizer folder with keys of its tokenizer.json replaced."""
+    shutil.copytree(source, target)
+    file = target / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **changes}), encoding="utf-8")
+    return target
+
+
+def vocab_size(folder: Path) -> int:
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    return 1 + max(content["model"]["vocab"].values())
+
+
+@pytest.fixture
+def without_special(tiny_tokenizer: Path, tmp_path: Path) -> Tokenizer:
+    """The same vocabulary and merges, told of no special token: what ordinary text must encode to."""
+    return Tokenizer.from_file(str(edited_copy(tiny_tokenizer, tmp_path / "plain", added_tokens=[]) / "tokenizer.json"))
+
+
+def test_special_tokens_in_text_are_ordinary_text(tiny_tokenizer, without_special):
+    handle = load_tokenizer(tiny_tokenizer)
+    expected = [without_special.encode(text).ids for text in TEXTS]
+    assert [ids.tolist() for ids in handle.encode_batch(TEXTS)] == expected
+    flat, lengths = handle.encode_flat(TEXTS)
+    assert flat.tolist() == [token for ids in expected for token in ids]
+    assert lengths.tolist() == list(map(len, expected))
+    assert (flat.dtype, lengths.dtype) == (np.int32, np.int64)
+    assert handle.encode_batch([]) == []
+    assert [handle.decode(ids) for ids in handle.encode_batch(TEXTS)] == TEXTS
+
+
+def test_truncation_padding_and_bos_of_the_file_are_ignored(tiny_tokenizer, tmp_path):
+    loaded = Tokenizer.from_file(str(tiny_tokenizer / "tokenizer.json"))
+    loaded.enable_truncation(3)
+    loaded.enable_padding(length=50)
+    saved = json.loads(loaded.to_str())
+    bos = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [1], "tokens": ["<|im_end|>"]}},
+    }
+    changes = {"truncation": saved["truncation"], "padding": saved["padding"], "post_processor": bos}
+    assert saved["truncation"] and saved["padding"]
+    edited = load_tokenizer(edited_copy(tiny_tokenizer, tmp_path / "t", **changes))
+    for left, right in zip(edited.encode_batch(TEXTS), load_tokenizer(tiny_tokenizer).encode_batch(TEXTS), strict=True):
+        assert left.tolist() == right.tolist()
+
+
+def test_identity_and_size(tiny_tokenizer, tmp_path):
+    file = tiny_tokenizer / "tokenizer.json"
+    for name in (tiny_tokenizer, file, str(tiny_tokenizer)):
+        handle = load_tokenizer(name)
+        assert (handle.name, handle.folder) == (str(name), tiny_tokenizer)
+        assert handle.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert handle.vocab_size == vocab_size(tiny_tokenizer)
+
+
+def test_decode_shows_special_tokens(tiny_tokenizer):
+    handle = load_tokenizer(tiny_tokenizer)
+    assert handle.decode(np.array([*handle.encode_batch(["cat"])[0], 0])) == "cat<|endoftext|>"
+
+
+def test_document_end_is_not_the_chat_models_eos(tiny_tokenizer):
+    handle = load_tokenizer(tiny_tokenizer)
+    assert handle.eod() == ("<|endoftext|>", 0)
+    assert handle.eod("<|im_end|>") == ("<|im_end|>", 1)
+    with pytest.raises(UserError, match=r"'</s>' is not in the vocabulary; .* --eod-token"):
+        handle.eod("</s>")
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("eos", ["</s>", {"content": "</s>", "lstrip": False}])
+def test_without_endoftext_it_is_the_eos(tmp_path, file, eos):
+    folder = train_tiny_tokenizer(tmp_path / "t", special=("<unk>", "</s>"), eos=None)
+    with pytest.raises(UserError, match=r"no <\|endoftext\|> in the vocabulary and no eos_token .* --eod-token"):
+        load_tokenizer(folder).eod()
+    (folder / file).write_text(json.dumps({"eos_token": eos}))
+    assert load_tokenizer(folder).eod() == ("</s>", 1)
+
+
+def test_an_eod_that_is_not_flagged_special_is_text_in_text(tiny_tokenizer, tmp_path, without_special):
+    added = json.loads((tiny_tokenizer / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+    plain = [{**token, "special": False} for token in added]
+    handle = load_tokenizer(edited_copy(tiny_tokenizer, tmp_path / "t", added_tokens=plain))
+    handle.eod()
+    assert handle.encode_batch(["a<|endoftext|>b"])[0].tolist() == without_special.encode("a<|endoftext|>b").ids
+    assert handle.vocab_size == vocab_size(tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("{tmp}", "no tokenizer.json in this folder; .* --tokenizer"),
+        ("{tmp}/absent/folder", "no such tokenizer folder or file; .* --tokenizer"),
+        ("./absent", "no such tokenizer folder or file; .* --tokenizer"),
+        ("{tmp}/broken.json", "not a tokenizer that"),
+        ("two words/x", "no such tokenizer folder or file"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(tmp_path, name, message):
+    (tmp_path / "broken.json").write_text('{"model": 1}')
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(name.format(tmp=tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_name_comes_from_the_cache_without_a_network(tiny_tokenizer, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--acme--tiny" / "snapshots" / "0123abcd"
+    shutil.copytree(tiny_tokenizer, snapshot)
+    (tmp_path / "models--acme--tiny" / "refs").mkdir()
+    (tmp_path / "models--acme--tiny" / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    handle = load_tokenizer("acme/tiny")
+    assert (handle.name, handle.folder, handle.vocab_size) == ("acme/tiny", snapshot, vocab_size(tiny_tokenizer))
+    with pytest.raises(UserError, match=r"acme/other: .* cannot be reached; pass --tokenizer with a folder"):
+        load_tokenizer("acme/other")
+
+
+def test_real_tokenizers_where_there_are_any():
+    """An addition to the tests above, for which the tiny tokenizer is enough."""
+    folder = shared_data()
+    expected = {"qwen3": (151669, 151643), "qwen2.5": (151665, 151643), "gpt2": (50257, 50256)}
+    found = {name: folder / "tokenizers" / name for name in expected} if folder else {}
+    for name, path in found.items():
+        handle = load_tokenizer(path)
+        size, eod = expected[name]
+        assert (handle.vocab_size, handle.eod()) == (size, ("<|endoftext|>", eod))
+        plain = Tokenizer.from_file(str(path / "tokenizer.json"))
+        for text, ids in zip(TEXTS[:6], handle.encode_batch(TEXTS[:6]), strict=True):
+            assert ids.tolist() == plain.encode(text, add_special_tokens=False).ids
+        assert eod not in handle.encode_batch(["a<|endoftext|>b"])[0]

@@ -1,0 +1,299 @@
+"""Text from models: greedy output equals transformers', sampling follows the probabilities, errors take a line."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles.tiny_tokenizer import sample_text
+from retemper.checkpoint_convert import hf_to_dcp
+from retemper.engine.errors import UserError, run_command
+from retemper.tools import generate
+from retemper.tools.generation import Sampling, TextGenerator, choose_token, find_device
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+CONTEXT = 48
+VOCAB_SIZE = 400
+PROMPT = "the cat sat on"
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    # Wide enough for the output to depend on every token, rather than repeat one.
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two Hugging Face folders with tokenizers, and a checkpoint of each."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    models = {
+        "llama": LlamaForCausalLM(LlamaConfig(**SHAPE)),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+    }
+    found: dict[str, Path] = {}
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        shutil.copytree(tiny_tokenizer, root / name, dirs_exist_ok=True)
+        hf_to_dcp.convert(str(root / name), root / f"{name}-checkpoint", say=lambda line: None)
+        found |= {name: root / name, f"{name}-checkpoint": root / f"{name}-checkpoint"}
+    # Like Llama's: a text begins with a BOS.
+    tokenizer = Tokenizer.from_file(str(root / "llama" / "tokenizer.json"))
+    start = tokenizer.token_to_id("<|im_end|>")
+    tokenizer.post_processor = TemplateProcessing(single="<|im_end|> $A", special_tokens=[("<|im_end|>", start)])
+    tokenizer.save(str(root / "llama" / "tokenizer.json"))
+    return found
+
+
+def greedy(folder: Path, prompt: str, max_new_tokens: int) -> str:
+    """What transformers continues ``prompt`` with."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    stop = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": stop, "pad_token_id": 0}
+    output = model.generate(ids, do_sample=False, **options)  # type: ignore[misc]
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2-checkpoint"])
+@pytest.mark.parametrize("prompt", [PROMPT, sample_text(seed=1, words=8), "<|endoftext|>naïve"])
+def test_greedy_text_equals_transformers(folders: dict[str, Path], name: str, prompt: str) -> None:
+    completion = TextGenerator(folders[name], device="cpu").generate(prompt, Sampling(max_new_tokens=16))
+    assert completion.text == greedy(folders[name.removesuffix("-checkpoint")], prompt, 16)
+    assert completion.num_tokens == 16 and completion.ended_by == "--max-new-tokens"
+    assert len(set(completion.text)) > 5
+
+
+def test_checkpoint_and_folder_give_the_same(folders: dict[str, Path]) -> None:
+    sampling = Sampling(max_new_tokens=8, temperature=1.0, seed=3)
+    texts = [TextGenerator(folders[name], device="cpu").generate(PROMPT, sampling).text for name in folders]
+    # The llama checkpoint was made before its folder's tokenizer learnt to begin with a BOS.
+    assert texts[2] == texts[3]
+    own = TextGenerator(folders["llama-checkpoint"], str(folders["llama"]), device="cpu")
+    assert own.generate(PROMPT, sampling).text == texts[0] != texts[1]
+
+
+def test_computes_in_the_dtype_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    def dtype(folder: Path, **options: str) -> torch.dtype:
+        return next(TextGenerator(folder, device="cpu", **options).decoder.parameters()).dtype
+
+    assert dtype(folders["qwen2"]) == dtype(folders["qwen2-checkpoint"]) == torch.float32
+    assert dtype(folders["qwen2"], dtype="bfloat16") == torch.bfloat16
+    hf_to_dcp.convert(str(folders["qwen2"]), tmp_path / "half", dtype="bfloat16", say=lambda line: None)
+    assert dtype(tmp_path / "half") == torch.bfloat16
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json", "list"])
+def test_stops_at_the_end_of_text(folders: dict[str, Path], tmp_path: Path, where: str) -> None:
+    folder = Path(shutil.copytree(folders["qwen2"], tmp_path / "hf"))
+    plain = TextGenerator(folder, device="cpu")
+    prompt_ids = plain.encode(PROMPT)
+    ids = list(prompt_ids)
+    for _ in range(6):
+        ids.append(int(plain.next_logits(ids).argmax()))
+    # The sixth token becomes the end, so five are left to see.
+    assert ids[-1] not in ids[len(prompt_ids) : -1]
+    path = folder / ("config.json" if where == "config.json" else "generation_config.json")
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, "eos_token_id": [399, ids[-1]] if where == "list" else ids[-1]}))
+
+    completion = TextGenerator(folder, device="cpu").generate(PROMPT, Sampling(max_new_tokens=16))
+    assert (completion.num_tokens, completion.ended_by) == (6, "end of text")
+    assert completion.text == plain.generate(PROMPT, Sampling(max_new_tokens=5)).text
+
+
+def test_the_tokenizers_document_end_stops_too(folders: dict[str, Path]) -> None:
+    model = TextGenerator(folders["qwen2"], device="cpu")
+    assert model.stop_ids == {model.tokenizer.token_to_id("<|endoftext|>")}
+
+
+def test_ends_where_the_context_is_full(folders: dict[str, Path]) -> None:
+    model = TextGenerator(folders["qwen2"], device="cpu")
+    length = len(model.encode(PROMPT))
+    completion = model.generate(PROMPT, Sampling(max_new_tokens=1000))
+    assert (completion.num_tokens, completion.ended_by) == (CONTEXT - length, "full context")
+    long = "cat " * (CONTEXT + 1)
+    with pytest.raises(UserError, match=f"context .* is {CONTEXT}"):
+        model.generate(long, Sampling())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def drawn_shares(logits: torch.Tensor, sampling: Sampling, draws: int = 4000) -> torch.Tensor:
+    """Share of the draws that each token gets."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.bincount(
+        torch.tensor([choose_token(logits, sampling, generator) for _ in range(draws)]), minlength=len(logits)
+    )
+    return counts / draws
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(temperature=1.0), [0.4, 0.1, 0.3, 0.2]),
+        (Sampling(temperature=0.5), [0.16 / 0.3, 0.01 / 0.3, 0.09 / 0.3, 0.04 / 0.3]),
+        (Sampling(temperature=1.0, top_k=2), [4 / 7, 0, 3 / 7, 0]),
+        (Sampling(temperature=1.0, top_k=9), [0.4, 0.1, 0.3, 0.2]),
+        (Sampling(temperature=1.0, top_p=0.6), [4 / 7, 0, 3 / 7, 0]),
+        (Sampling(temperature=1.0, top_p=0.75), [4 / 9, 0, 3 / 9, 2 / 9]),
+        (Sampling(temperature=1.0, top_p=0.01), [1, 0, 0, 0]),
+        (Sampling(temperature=1.0, top_k=3, top_p=0.7), [4 / 7, 0, 3 / 7, 0]),
+        (Sampling(), [1, 0, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_with_their_probabilities(sampling: Sampling, expected: list[float]) -> None:
+    shares = drawn_shares(torch.tensor([0.4, 0.1, 0.3, 0.2]).log(), sampling)
+    target = torch.tensor(expected, dtype=torch.float32)
+    assert torch.equal(shares > 0, target > 0)
+    assert (shares - target).abs().max() < 0.03
+
+
+def test_a_seed_repeats_its_text(folders: dict[str, Path]) -> None:
+    model = TextGenerator(folders["qwen2"], device="cpu")
+    texts = [model.generate(PROMPT, Sampling(8, temperature=1.0, seed=seed)).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+        ({"temperature": -0.1}, "--temperature -0.1"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"temperature": 1.0, "top_p": 0.0}, "--top-p 0.0"),
+        ({"temperature": 1.0, "top_p": 1.1}, "--top-p 1.1"),
+        ({"temperature": 1.0, "top_k": -1}, "--top-k -1"),
+        ({"temperature": 1.0, "seed": -1}, "--seed -1"),
+        ({"top_p": 0.9}, "--temperature above 0"),
+        ({"top_k": 5}, "--temperature above 0"),
+    ],
+)
+def test_refuses_impossible_sampling(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        Sampling(**options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command: arguments and stdin in, status, stdout and stderr out."""
+
+    def run_generate(*arguments: object, stdin: str = "", terminal: bool = False) -> tuple[int, str, str]:
+        source = io.StringIO(stdin)
+        source.isatty = lambda: terminal  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stdin", source)
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments), "--device", "cpu"])
+        with pytest.raises(SystemExit) as exit_:
+            run_command(generate.main)
+        return int(exit_.value.code or 0), *capsys.readouterr()
+
+    return run_generate
+
+
+def test_prompts_from_options_lines_and_a_terminal(folders: dict[str, Path], run: Callable[..., tuple]) -> None:
+    model, prompts = TextGenerator(folders["qwen2"], device="cpu"), [PROMPT, "old roofs"]
+    expected = "".join(f"{text}{model.generate(text, Sampling(max_new_tokens=4)).text}\n\n" for text in prompts)
+    options = ("--model", folders["qwen2"], "--max-new-tokens", 4)
+    status, out, err = run(*options, "--prompt", prompts[0], "--prompt", prompts[1])
+    assert (status, out) == (0, expected)
+    assert err.count("[4 tokens, ") == 2 and err.count("ended by --max-new-tokens") == 2
+    status, out, _ = run(*options, stdin="\n".join(prompts) + "\n")
+    assert (status, out) == (0, expected)
+    # A mistake at the terminal is told, and the session goes on; an empty line is asked again.
+    long = "cat " * (CONTEXT + 1)
+    status, out, err = run(*options, stdin=f"{prompts[0]}\n\n{long}\n{prompts[1]}\n", terminal=True)
+    assert status == 0 and out.replace("prompt> ", "").strip() == expected.strip()
+    assert err.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "fragment"),
+    [
+        (["--prompt", PROMPT, "--prompt", ""], "", "the prompt is empty"),
+        ([], "", "stdin is empty"),
+        ([], "a\n\nb\n", "stdin, line 2"),
+        (["--prompt", "cat " * 60], "", "max_position_embeddings"),
+        (["--prompt", PROMPT, "--top-p", "0.5"], "", "--temperature"),
+        (["--prompt", PROMPT, "--tokenizer", "nowhere/at/all"], "", "--tokenizer"),
+    ],
+)
+def test_refuses_bad_prompts(
+    folders: dict[str, Path], run: Callable[..., tuple], arguments: list[str], stdin: str, fragment: str
+) -> None:
+    status, out, err = run("--model", folders["qwen2"], *arguments, stdin=stdin)
+    assert (status, out) == (1, ""), "nothing is generated before all prompts are known to be good"
+    assert len(err.splitlines()) == 1 and err.startswith("error: ") and fragment in err
+
+
+def larger_vocabulary(folder: Path) -> None:
+    """A tokenizer whose ids go beyond the model's vocabulary."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {token: number + 300 for token, number in tokenizer["model"]["vocab"].items()}
+    for added in tokenizer["added_tokens"]:
+        added["id"] += 300
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "fragment"),
+    [
+        ("qwen2", lambda folder: (folder / "tokenizer.json").unlink(), "--tokenizer"),
+        ("qwen2", larger_vocabulary, "vocab_size is 400"),
+        ("qwen2", lambda folder: (folder / "config.json").unlink(), "neither a Hugging Face folder"),
+        ("qwen2", lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        ("qwen2", lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json"),
+        ("qwen2-checkpoint", lambda folder: (folder / "manifest.json").unlink(), "not a complete checkpoint"),
+        ("qwen2-checkpoint", lambda folder: (folder / "hf" / "config.json").unlink(), "hf/config.json"),
+        ("qwen2-checkpoint", lambda folder: (folder / "__0_0.distcp").unlink(), "damaged checkpoint"),
+        ("qwen2", shutil.rmtree, "no such folder"),
+    ],
+)
+def test_refuses_bad_models(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    run: Callable[..., tuple],
+    kind: str,
+    spoil: Callable[[Path], None],
+    fragment: str,
+) -> None:
+    folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
+    spoil(folder)
+    status, out, err = run("--model", folder, "--prompt", PROMPT)
+    assert (status, out) == (1, "")
+    assert len(err.splitlines()) == 1 and err.startswith("error: ") and fragment in err
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "mps"])
+def test_refuses_devices_that_are_not_there(name: str) -> None:
+    with pytest.raises(UserError, match=f"--device {name}"):
+        find_device(name)

@@ -1,0 +1,117 @@
+"""Continue prompts with a model: a Hugging Face folder or a checkpoint.
+
+    python tools/generate.py --model hf/ --prompt 'The sea was' --max-new-tokens 64 --temperature 0.8 --top-p 0.95
+    python tools/generate.py --model runs/x/checkpoints/step-00001000 < prompts.txt     # one prompt a line
+    python tools/generate.py --model ckpt/base                                          # asks for prompts
+
+Prompts and their continuations go to stdout, everything else to stderr. There is no key/value cache: the time per
+token grows with the length. The work is done by retemper.tools.generation; this file is the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from retemper.checkpoint_convert.weight_dtypes import DTYPE_CHOICES
+from retemper.engine.errors import UserError, report_user_error, run_command
+from retemper.tools.generation import Sampling, TextGenerator
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options on the command line, by default that of this process."""
+    parser = argparse.ArgumentParser(description="Continue prompts with a Hugging Face folder or a checkpoint.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or checkpoint folder")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue; may be repeated (default: the lines of stdin, or asked for on a terminal)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="default: %(default)s")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=Sampling.temperature,
+        help="0 takes the most likely token, 1 samples as the model says (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=Sampling.top_p,
+        help="sample from the most likely tokens that together reach this probability (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=Sampling.top_k, help="sample from that many most likely tokens (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=Sampling.seed, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.json (default: the model's own)")
+    parser.add_argument(
+        "--dtype", choices=DTYPE_CHOICES, default="auto", help="to compute in (default: what the model's config says)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    return parser.parse_args(arguments)
+
+
+def typed_prompts() -> Iterator[str]:
+    """Prompts asked for on a terminal, until end of input; empty lines are asked again."""
+    while True:
+        try:
+            prompt = input("prompt> ")
+        except EOFError:
+            return
+        if prompt:
+            yield prompt
+
+
+def piped_prompts() -> list[str]:
+    """The lines of stdin.
+
+    Raises:
+        UserError: there are none, or one is empty.
+    """
+    prompts = sys.stdin.read().splitlines()
+    if not prompts:
+        raise UserError("stdin is empty; give prompts there, one a line, or with --prompt")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise UserError(f"stdin, line {number}: the prompt is empty; give one prompt a line")
+    return prompts
+
+
+def show_completion(model: TextGenerator, prompt: str, sampling: Sampling) -> None:
+    """Print the prompt with what follows it, and the speed."""
+    started = time.perf_counter()
+    completion = model.generate(prompt, sampling)
+    seconds = time.perf_counter() - started
+    print(f"{prompt}{completion.text}\n", flush=True)
+    print(
+        f"[{completion.num_tokens} tokens, {completion.num_tokens / seconds:,.1f} tokens/s, ended by "
+        f"{completion.ended_by}]",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def main() -> None:
+    options = parse_arguments()
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
+    interactive = options.prompt is None and sys.stdin.isatty()
+    prompts = options.prompt if options.prompt is not None else [] if interactive else piped_prompts()
+    model = TextGenerator(options.model, options.tokenizer, options.dtype, options.device)
+    # All prompts are checked before the first is run: an error in the last should not cost the work on the others.
+    for prompt in prompts:
+        model.encode(prompt)
+    for prompt in typed_prompts() if interactive else prompts:
+        try:
+            show_completion(model, prompt, sampling)
+        except UserError as error:
+            if not interactive:
+                raise
+            report_user_error(error)
+
+
+if __name__ == "__main__":
+    run_command(main)

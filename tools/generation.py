@@ -1,0 +1,260 @@
+"""Text from a model: a Hugging Face folder or a checkpoint, run by our own decoder.
+
+Decoding is simple on purpose: every new token runs the whole sequence again, without a key/value cache, one prompt at
+a time. It is meant for looking at a model during training, not for serving it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..checkpoint_convert.hf_model import meta_decoder, open_hf_model
+from ..checkpoint_convert.weight_dtypes import declared_dtype, dtype_named
+from ..engine.checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE
+from ..engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from ..engine.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
+from ..engine.data.tokenizer import load_tokenizer
+from ..engine.errors import UserError
+from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
+from ..engine.model.decoder import Decoder, Packing
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Raises:
+        UserError: a value makes no sense.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together reach this probability."""
+    top_k: int = 0
+    """Only that many of the most likely tokens; 0 for all."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        limits = (
+            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("--temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("--top-k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
+            ("--seed", self.seed, 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+        )
+        for option, value, holds, expected in limits:
+            if not holds:
+                raise UserError(f"{option} {value}: expected {expected}")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise UserError("--top-p and --top-k choose among sampled tokens; set --temperature above 0, such as 0.8")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What followed a prompt."""
+
+    text: str
+    """The new text, without the token that ended it."""
+    num_tokens: int
+    """New tokens, the one that ended it included."""
+    ended_by: str
+    """Why it stopped: ``end of text``, ``--max-new-tokens`` or ``full context``."""
+
+
+class TextGenerator:
+    """A model with its tokenizer.
+
+    Args:
+        folder: a Hugging Face folder, or a checkpoint folder (training or converted).
+        tokenizer: folder with the ``tokenizer.json`` to use; None for the model's own.
+        dtype: ``auto`` for the one that the model's config declares, else float32; or bfloat16, float16, float32.
+        device: where to run: auto, cpu, cuda, cuda:1, ...
+
+    Raises:
+        UserError: the folder, its weights or its tokenizer cannot be used, or there is no such device.
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: str | None = None, dtype: str = "auto", device: str = "auto"):
+        folder = Path(folder)
+        self.device = find_device(device)
+        is_checkpoint = _is_checkpoint(folder)
+        assets = folder / ASSET_FOLDER if is_checkpoint else folder
+        where = assets / CONFIG_FILE
+        config = read_hf_config(where)
+        architecture = parse_architecture(config, str(where))
+        self.tokenizer, document_end = _load_tokenizer(tokenizer, assets, architecture)
+        self.stop_ids = _stop_ids(config, assets) | document_end
+        self.context: int | None = config.get("max_position_embeddings")
+        """Tokens that the model was made for, where its config says."""
+        weights_dtype = dtype_named(dtype) or declared_dtype(config, str(where)) or torch.float32
+        load = _checkpoint_decoder if is_checkpoint else _hf_decoder
+        self.decoder = load(folder, architecture, weights_dtype, self.device)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of ``prompt``, with special tokens recognized and a BOS where the tokenizer asks for one.
+
+        Raises:
+            UserError: the prompt is empty, leaves no room in the context, or has tokens that the model does not know.
+        """
+        if not prompt:
+            raise UserError("the prompt is empty; give at least one character")
+        ids = self.tokenizer.encode(prompt).ids
+        if not ids:
+            raise UserError(f"prompt {prompt[:40]!r}: the tokenizer makes no tokens of it; give another")
+        if self.context is not None and len(ids) >= self.context:
+            raise UserError(
+                f"the prompt has {len(ids):,} tokens, and the model's context (max_position_embeddings) is "
+                f"{self.context:,}; leave room for at least one more"
+            )
+        vocab_size = self.decoder.architecture.vocab_size
+        if max(ids) >= vocab_size:
+            raise UserError(
+                f"the prompt has token {max(ids)}, and the model's vocab_size is {vocab_size}; name the tokenizer that "
+                "the model was trained with by --tokenizer"
+            )
+        return ids
+
+    @torch.inference_mode()
+    def generate(self, prompt: str, sampling: Sampling) -> Completion:
+        """Continue ``prompt``. The same prompt and ``sampling`` give the same text on the same device.
+
+        Raises:
+            UserError: see :meth:`encode`.
+        """
+        prompt_ids = self.encode(prompt)
+        generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        ids, ended_by = list(prompt_ids), "--max-new-tokens"
+        for _ in range(sampling.max_new_tokens):
+            if self.context is not None and len(ids) >= self.context:
+                ended_by = "full context"
+                break
+            ids.append(choose_token(self.next_logits(ids), sampling, generator))
+            if ids[-1] in self.stop_ids:
+                ended_by = "end of text"
+                break
+        new_ids = ids[len(prompt_ids) :]
+        visible = new_ids[:-1] if ended_by == "end of text" else new_ids
+        return Completion(self._continuation(prompt_ids, visible), len(new_ids), ended_by)
+
+    def next_logits(self, ids: list[int]) -> Tensor:
+        """[V] fp32 logits of the token that follows ``ids``."""
+        tokens_T = torch.tensor(ids, device=self.device)
+        packing = Packing(
+            position_ids=torch.arange(len(ids), device=self.device),
+            cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32, device=self.device),
+            max_seqlen=len(ids),
+        )
+        # The head runs on the last position only: logits of all positions would take T times the memory.
+        last_H = self.decoder.model(tokens_T, packing)[-1]
+        return (self.decoder.head_weight @ last_H).float()
+
+    def _continuation(self, prompt_ids: list[int], new_ids: list[int]) -> str:
+        """Text of ``new_ids`` as it stands after the prompt: alone, some tokenizers drop its leading space."""
+        prompt, whole = self.tokenizer.decode(prompt_ids), self.tokenizer.decode([*prompt_ids, *new_ids])
+        return whole[len(prompt) :] if whole.startswith(prompt) else self.tokenizer.decode(new_ids)
+
+
+def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """A token id out of [V] fp32 logits: the most likely one, or one drawn after temperature, top-k and top-p."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    scaled_V = logits_V / sampling.temperature
+    if 0 < sampling.top_k < scaled_V.numel():
+        lowest_kept = scaled_V.topk(sampling.top_k).values[-1]
+        scaled_V = scaled_V.masked_fill(scaled_V < lowest_kept, -math.inf)
+    probabilities_V, order_V = scaled_V.softmax(-1).sort(descending=True, stable=True)
+    # A token stays while those before it have not reached top_p, so the most likely one always does.
+    before_V = probabilities_V.cumsum(-1) - probabilities_V
+    probabilities_V = probabilities_V.masked_fill(before_V >= sampling.top_p, 0.0)
+    return int(order_V[torch.multinomial(probabilities_V, 1, generator=generator)])
+
+
+def find_device(name: str) -> torch.device:
+    """The device of ``--device name``.
+
+    Raises:
+        UserError: this machine has none of that name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such kind of device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine shows {torch.cuda.device_count()} GPUs; use --device cpu")
+    return device
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether ``folder`` is a checkpoint, rather than a Hugging Face folder."""
+    if not folder.is_dir():
+        raise UserError(f"--model {folder}: no such folder")
+    if (folder / MANIFEST_FILE).is_file() or (folder / ".metadata").is_file():
+        read_manifest(folder)
+        return True
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"--model {folder}: neither a Hugging Face folder ({CONFIG_FILE}) nor a checkpoint ({MANIFEST_FILE}); name "
+            "one, such as runs/x/checkpoints/step-00001000"
+        )
+    return False
+
+
+def _empty_decoder(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Decoder:
+    return meta_decoder(architecture).to(dtype).to_empty(device=device).eval()
+
+
+def _checkpoint_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Decoder:
+    decoder = _empty_decoder(architecture, dtype, device)
+    check_model_tensors(folder, decoder)
+    load_tensors(folder, model_tensors(decoder), distributed=False)
+    return decoder
+
+
+def _hf_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Decoder:
+    model = open_hf_model(folder)
+    decoder = _empty_decoder(architecture, dtype, device)
+    for name, parameter in model_tensors(decoder).items():
+        parameter.copy_(model.read(name))
+    return decoder
+
+
+def _load_tokenizer(name: str | None, assets: Path, architecture: Architecture) -> tuple[Tokenizer, set[int]]:
+    """The tokenizer, and the id of the token that ends its documents, if it has one that the model knows."""
+    if name is None and not (assets / TOKENIZER_FILE).is_file():
+        raise UserError(f"{assets}: holds no {TOKENIZER_FILE}; name a tokenizer folder with --tokenizer")
+    handle = load_tokenizer(name or assets)
+    # The handle reads text as training data, with special tokens as ordinary text; a prompt may mean them.
+    tokenizer = Tokenizer.from_file(str(handle.file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    try:
+        _, document_end = handle.eod()
+    except UserError:  # it names none: then only the model's own configuration ends a text
+        return tokenizer, set()
+    return tokenizer, {document_end} if document_end < architecture.vocab_size else set()
+
+
+def _stop_ids(config: dict[str, Any], assets: Path) -> set[int]:
+    """``eos_token_id`` of config and generation config: a number, a list of them, or nothing."""
+    path = assets / GENERATION_CONFIG
+    generation = read_hf_config(path) if path.is_file() else {}
+    found: set[int] = set()
+    for source in (config, generation):
+        value = source.get("eos_token_id")
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return found

@@ -1,0 +1,76 @@
+"""Running tasks in worker processes, results in task order, and an end in every case: error, Ctrl-C, killed worker."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from ...engine.errors import UserError
+from .tasks import Task
+from .worker import TaskResult, WorkerSettings, run_task, start_worker
+
+_TICK_SECONDS = 0.2
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_context() -> Any:
+    """How workers are started: never by a plain fork, which would copy the parent's threads' locks.
+
+    The fork server imports the libraries once for all workers; where there is none, each worker is a fresh process.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["retemper.tools.ingest.worker", "tokenizers"])
+    return context
+
+
+def run_in_order(
+    tasks: Sequence[Task], workers: int, settings: WorkerSettings, progress: Any, on_tick: Callable[[], None]
+) -> Generator[TaskResult, None, None]:
+    """The results of ``tasks``, in their order, computed by ``workers`` processes.
+
+    Close the generator (``contextlib.closing``) when leaving it early: that ends the workers.
+
+    Args:
+        progress: see :class:`TaskRunner`.
+        on_tick: called some times a second while waiting.
+
+    Raises:
+        UserError: of the first task to fail, at once; or a worker was killed.
+    """
+    bystanders = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, worker_context(), start_worker, (settings, progress))
+    try:
+        waiting = iter(tasks)
+        running: set[Future[TaskResult]] = set()
+        finished: dict[int, TaskResult] = {}
+        for index in range(len(tasks)):
+            while index not in finished:
+                # Two tasks for each worker keep all busy, and bound what is in flight however large the corpus.
+                while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
+                    running.add(pool.submit(run_task, task))
+                done, running = wait(running, _TICK_SECONDS, FIRST_COMPLETED)
+                for future in done:
+                    finished[future.result().index] = future.result()
+                on_tick()
+            yield finished.pop(index)
+    except BaseException as error:
+        for worker in set(multiprocessing.active_children()) - bystanders:
+            worker.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(
+                "a worker process was killed, most often because memory ran out; nothing was written; try "
+                "fewer --workers"
+            ) from error
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
