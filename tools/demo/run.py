@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from retemper.engine.config import load_yaml
 from retemper.engine.errors import UserError, run_command
 from retemper.tools.demo.bpe import train_tokenizer
 from retemper.tools.demo.charts import Interruption, require_matplotlib
@@ -112,11 +113,12 @@ def make_base_model(demo: Demo, budget: list[str]) -> None:
         for split in ("train", "validation"):
             part = getattr(getattr(corpora, name), split)
             print(f"corpora/{part.path.name}: {part.num_documents} documents, {part.num_bytes / 1e6:.2f} MB")
-    train_tokenizer([corpora.general.train.path, corpora.domain.train.path], demo.folder / "tokenizer")
+    config = demo.script("megatron_configs/demo_base.yaml")
+    vocab_size = load_yaml((demo.folder / config).read_text(encoding="utf-8"))["model"]["architecture"]["vocab_size"]
+    train_tokenizer([corpora.general.train.path, corpora.domain.train.path], demo.folder / "tokenizer", vocab_size)
     preprocess(demo, "general", "tokenizer")
     preprocess(demo, "domain_validation", "tokenizer")
     preprocess(demo, "general_validation", "tokenizer")
-    config = demo.script("megatron_configs/demo_base.yaml")
     demo.run("python", demo.script("engine/pretrain.py"), "--config", config, *budget)
     export(demo, "base", "base_hf")
 
