@@ -281,21 +281,42 @@ def _checked(arguments: Sequence[str]) -> Iterator[str]:
         UserError: an unreadable file, bad YAML, duplicate or unknown keys, wrong types.
     """
     hints = dict(_known_keys())
+    dictionaries: dict[str, Any] = {name: None for name, hint in hints.items() if _is_dictionary(hint)}
     waiting = list(reversed(arguments))
     while waiting:
         argument = waiting.pop()
         option, equals, value = argument.removeprefix("--").partition("=")
         key = option.removesuffix("+")  # --data.train+ {path: ...} appends one item
-        if not argument.startswith("--") or (key != "config" and key not in hints) or not (equals or waiting):
+        owner, _, entry = key.rpartition(".")  # --model.architecture.vocab_size 1000 sets one entry
+        known = key == "config" or key in hints or owner in dictionaries
+        if not argument.startswith("--") or not known or not (equals or waiting):
             yield argument
             continue
         value = value if equals else waiting.pop()
         if key == "config":
-            value = _dump(_complete(_checked_file(Path(value)), RunConfig))
-        elif not _accepts(value, hints[key]):  # text is taken as it is, all else is YAML
-            content = _checked_value(value, hints[key], key, append=option != key)
+            run = _checked_file(Path(value))
+            for name in dictionaries:
+                section, leaf = name.split(".")
+                dictionaries[name] = run.get(section, {}).get(leaf, dictionaries[name])
+            value = _dump(_complete(run, RunConfig))
+        elif owner in dictionaries:
+            kind = (*get_args(hints[owner]), Any)[1] if get_origin(hints[owner]) is dict else Any
+            former = dictionaries[owner] if isinstance(dictionaries[owner], dict) else {}
+            dictionaries[owner] = {**former, entry: value if kind is str else _checked_value(value, kind, key)}
+            option, value = owner, _dump(dictionaries[owner])
+        else:
+            content: Any = value  # text is taken as it is, all else is YAML
+            if not _accepts(value, hints[key]) or _is_dictionary(hints[key]):
+                content = _checked_value(value, hints[key], key, append=option != key)
+            if key in dictionaries:
+                dictionaries[key] = content
             value = _dump(_complete(content, hints[key])) if isinstance(content, list) else value
         yield f"--{option}={value}"
+
+
+def _is_dictionary(hint: Any) -> bool:
+    """Whether a key of this type may hold entries of the user's choice."""
+    return _accepts({}, hint) and not dataclasses.is_dataclass(hint)
 
 
 def _checked_file(path: Path) -> dict:
@@ -316,7 +337,7 @@ def _checked_file(path: Path) -> dict:
     return content
 
 
-def _checked_value(text: str, hint: Any, key: str, append: bool) -> Any:
+def _checked_value(text: str, hint: Any, key: str, append: bool = False) -> Any:
     try:
         content = load_yaml(text)
     except UserError as error:
@@ -336,7 +357,7 @@ def _complete(value: Any, hint: Any) -> Any:
         hints = get_type_hints(hint)
         return {key: _complete(item, hints[key]) for key, item in value.items()}
     if isinstance(value, list) and dataclasses.is_dataclass(kind := (*get_args(hint), None)[0]):
-        return [to_dict(kind(**item)) for item in value]  # type: ignore[misc,operator]
+        return [to_dict(kind(**item)) for item in value]  # type: ignore[operator]
     return value
 
 

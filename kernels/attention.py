@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def per_document_attention(
 ) -> Tensor:
     """The reference: one scaled dot-product attention per document. Arguments as in :func:`attention`."""
     offsets = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    lengths = [stop - start for start, stop in itertools.pairwise(offsets)]
     # Heads first, as scaled_dot_product_attention wants them; split gives views, so nothing is copied per document.
     documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_TND, k_TKD, v_TKD)), strict=True)
     outputs = [_document_attention(q, k, v, softmax_scale, window) for q, k, v in documents]
@@ -70,7 +71,13 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | 
         distance = position[:, None] - position[None, :]
         mask = (distance >= 0) & (distance < window)
     output = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=q.shape[0] != k.shape[0]
+        q[None],
+        k[None],
+        v[None],
+        mask,
+        is_causal=mask is None,
+        scale=softmax_scale,
+        enable_gqa=q.shape[0] != k.shape[0],
     )
     return output[0]
 

@@ -68,12 +68,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
-            None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad_loss.to(grad_weight.dtype),
+            None if grad_hidden is None else _scaled(grad_hidden, grad_loss),
+            None if grad_weight is None else _scaled(grad_weight, grad_loss),
             None,
             None,
             None,
         )
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """``grad * factor`` with one rounding: a bf16 factor would bend every gradient of a step by up to 0.4 %."""
+    # One element instead of none makes the product fp32; it is rounded as it is written.
+    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad))
 
 
 def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:

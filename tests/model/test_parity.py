@@ -1,0 +1,329 @@
+"""Our decoder against ``transformers`` on tiny random models of every family, and packing against running alone."""
+
+import itertools
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from retemper.engine.errors import UserError
+from retemper.engine.model.architecture import inverse_frequencies, parse_architecture, read_hf_config
+from retemper.engine.model.decoder import Decoder, Packing
+from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+VOCAB = 211
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "llama with biases": lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "llama multi-head": lambda: LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}, tie_word_embeddings=True),
+    "llama3 rope": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE),
+    "linear rope": lambda: LlamaConfig(
+        **SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    ),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
+    "mistral with window": lambda: MistralConfig(**SHAPE, sliding_window=5, head_dim=24),
+    "qwen2 untied": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=False),
+    "qwen2 tied": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen2 with windows": lambda: Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "qwen2 unused window": lambda: Qwen2Config(**SHAPE, use_sliding_window=False, sliding_window=7),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=False),
+    "qwen3 with biases": lambda: Qwen3Config(**SHAPE, head_dim=8, attention_bias=True, tie_word_embeddings=True),
+}
+LENGTHS = [20, 1, 43]
+every_family = pytest.mark.parametrize("family", CONFIGS)
+
+
+def hf_model(config: PreTrainedConfig) -> torch.nn.Module:
+    """A random model with eager attention, whose norms and biases are random too."""
+    config._attn_implementation = "eager"
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+            else:
+                parameter.normal_(0.0, 0.1)
+    return model
+
+
+def our_model(hf: torch.nn.Module) -> Decoder:
+    model = Decoder(parse_architecture(hf.config.to_dict()))
+    state = hf.state_dict()
+    if hf.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def packing(lengths: list[int]) -> Packing:
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return Packing(positions, cu_seqlens, max(lengths))
+
+
+def sample(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, targets); no target crosses a document's end."""
+    tokens = torch.randint(0, VOCAB, (sum(lengths),), generator=torch.Generator().manual_seed(1))
+    targets = tokens.roll(-1)
+    targets[torch.tensor(list(itertools.accumulate(lengths))) - 1] = IGNORE_INDEX
+    return tokens, targets
+
+
+def check_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Relative error at most 1e-5 in every parameter's norm.
+
+    Where the true gradient vanishes there is only rounding noise and no relative error: a key bias that no rotation
+    separates adds the same score to all keys and cancels in the softmax, so slow rotary pairs leave almost nothing.
+    Such tensors are measured against a hundredth of the whole gradient's norm.
+    """
+    assert actual.keys() == expected.keys()
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).norm()
+        assert error <= 1e-5 * max(gradient.norm(), 1e-2 * total), f"{name}: {error / gradient.norm():.2e}"
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@every_family
+def test_logits_and_gradients_equal_transformers(family):
+    hf = hf_model(CONFIGS[family]())
+    model = our_model(hf)
+    tokens, targets = sample(LENGTHS)
+    expected = torch.cat([hf(part[None]).logits[0] for part in tokens.split(LENGTHS)])
+    with torch.no_grad():
+        logits = model(tokens, packing(LENGTHS))
+    assert logits.shape == (sum(LENGTHS), VOCAB)
+    for ours, theirs in zip(logits.split(LENGTHS), expected.split(LENGTHS), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+    expected_loss = F.cross_entropy(expected, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    loss = model(tokens, packing(LENGTHS), targets)
+    assert abs(loss / expected_loss - 1) <= 1e-5
+    loss.backward()
+    expected_loss.backward()
+    check_gradients(gradients(model), gradients(hf))
+
+
+@every_family
+def test_packed_documents_equal_the_same_documents_alone(family):
+    model = our_model(hf_model(CONFIGS[family]()))
+    tokens, targets = sample(LENGTHS)
+    with torch.no_grad():
+        together = model(tokens, packing(LENGTHS))
+        alone = torch.cat([model(part, packing([len(part)])) for part in tokens.split(LENGTHS)])
+    assert (together - alone).norm() <= 1e-5 * alone.norm()
+
+    model(tokens, packing(LENGTHS), targets).backward()
+    actual = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    for part, part_targets in zip(tokens.split(LENGTHS), targets.split(LENGTHS), strict=True):
+        model(part, packing([len(part)]), part_targets).backward()
+    check_gradients(actual, gradients(model))
+
+
+@every_family
+def test_number_of_parameters(family):
+    hf = hf_model(CONFIGS[family]())
+    architecture = parse_architecture(hf.config.to_dict())
+    assert architecture.num_parameters == hf.num_parameters()
+    assert sum(p.numel() for p in Decoder(architecture).parameters()) == architecture.num_parameters
+
+
+@every_family
+def test_inverse_frequencies(family):
+    config = CONFIGS[family]()
+    expected = hf_model(config).model.rotary_emb.inv_freq
+    actual = torch.tensor(inverse_frequencies(parse_architecture(config.to_dict())), dtype=torch.float64)
+    torch.testing.assert_close(actual, expected.double(), rtol=1e-6, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Both spellings of config.json
+
+
+def older_spelling(config: dict, type_key: str) -> dict:
+    """The same content as transformers 4 wrote it: ``rope_theta`` and ``rope_scaling`` at the top, ``torch_dtype``."""
+    older = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype", "layer_types")}
+    rope = dict(config["rope_parameters"])
+    older["rope_theta"] = rope.pop("rope_theta")
+    older["torch_dtype"] = config.get("dtype")
+    kind = rope.pop("rope_type")
+    older["rope_scaling"] = None if kind == "default" else {type_key: kind, **rope}
+    return older
+
+
+@every_family
+@pytest.mark.parametrize("type_key", ["type", "rope_type"])
+def test_older_spelling_means_the_same(family, type_key):
+    newer = CONFIGS[family]().to_dict()
+    assert "rope_parameters" in newer
+    older = older_spelling(newer, type_key)
+    assert parse_architecture(older) == parse_architecture(newer)
+
+
+@every_family
+def test_written_config_is_read_from_file_folder_and_dictionary(family, tmp_path):
+    config = CONFIGS[family]()
+    config.save_pretrained(tmp_path)
+    expected = parse_architecture(config.to_dict())
+    assert parse_architecture(read_hf_config(tmp_path)) == expected
+    assert parse_architecture(read_hf_config(tmp_path / "config.json")) == expected
+    assert parse_architecture(read_hf_config(json.loads((tmp_path / "config.json").read_text()))) == expected
+
+
+ARCHITECTURE_KEYS = (
+    *SHAPE,
+    "head_dim",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "initializer_range",
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "hidden_act",
+    "attention_dropout",
+)
+
+
+@every_family
+def test_absent_keys_mean_what_transformers_takes_for_them(family):
+    """Keys are left out one at a time. Those that every published config.json has may be refused instead."""
+    config = CONFIGS[family]()
+    whole = config.to_dict()
+    for key in ARCHITECTURE_KEYS:
+        partial = {name: value for name, value in whole.items() if name != key}
+        # transformers derives layer_types from the other keys; they are no choice of their own.
+        theirs = type(config)(**{name: value for name, value in partial.items() if name != "layer_types"}).to_dict()
+        try:
+            expected = parse_architecture(theirs)
+        except UserError:  # transformers' default does not fit the other sizes
+            with pytest.raises(UserError):
+                parse_architecture(partial)
+            continue
+        if key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            with pytest.raises(UserError, match=f"{key} is None"):
+                parse_architecture(partial)
+        else:
+            assert parse_architecture({**partial, "layer_types": theirs.get("layer_types")}) == expected, key
+
+
+def test_published_qwen2_config():
+    """Qwen2.5-0.5B's config.json as published: head_dim, rope_scaling and layer_types are absent."""
+    architecture = parse_architecture(
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "eos_token_id": 151643,
+            "hidden_act": "silu",
+            "hidden_size": 896,
+            "initializer_range": 0.02,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 24,
+            "model_type": "qwen2",
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        }
+    )
+    assert architecture.num_parameters == 494_032_768
+    assert architecture.head_dim == 64
+    assert architecture.sliding_windows == (None,) * 24
+    assert architecture.rope_theta == 1e6
+
+
+LLAMA = LlamaConfig(**SHAPE).to_dict()
+REFUSALS = {
+    "unknown model type": ({"model_type": "gpt_neox"}, "model_type", "'gpt_neox'"),
+    "no model type": ({"model_type": None}, "model_type", "None"),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type", "'yarn'"),
+    "older yarn": ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type", "'yarn'"),
+    "linear rope without factor": ({"rope_parameters": {"rope_type": "linear"}}, "factor", "None"),
+    "llama3 rope without its fields": (
+        {"rope_parameters": {**LLAMA3_ROPE, "original_max_position_embeddings": None}},
+        "original_max_position_embeddings",
+        "None",
+    ),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act", "'gelu'"),
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout", "0.1"),
+    "kv heads": ({"num_key_value_heads": 3}, "num_attention_heads", "4"),
+    "hidden size": ({"hidden_size": 66, "head_dim": None}, "hidden_size", "66"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers", "0"),
+    "text for a number": ({"vocab_size": "211"}, "vocab_size", "'211'"),
+    "missing": ({"intermediate_size": None}, "intermediate_size", "None"),
+    "true for a number": ({"hidden_size": True}, "hidden_size", "True"),
+    "negative eps": ({"rms_norm_eps": -1e-5}, "rms_norm_eps", "-1e-05"),
+    "odd head": ({"head_dim": 15}, "head_dim", "15"),
+    "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "0.5"),
+    "zero theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta", "0.0"),
+    "text theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e6"}}, "rope_theta", "'1e6'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused_architectures(case):
+    change, key, value = REFUSALS[case]
+    with pytest.raises(UserError) as caught:
+        parse_architecture({**LLAMA, **change}, "some/config.json")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("some/config.json")
+    assert f"{key} is {value};" in message
+
+
+def test_layer_types_must_name_every_layer():
+    config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=1).to_dict()
+    with pytest.raises(UserError, match=r"layer_types is \['full_attention', 'sliding_attention'\]; .* = 3 layers$"):
+        parse_architecture({**config, "layer_types": config["layer_types"][:2]})
+    with pytest.raises(UserError, match="layer_types is 'chunked_attention'"):
+        parse_architecture({**config, "layer_types": ["chunked_attention"] * 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "No such file"), ("{", "not valid JSON"), ("[1]", "expected a JSON object, found list")],
+)
+def test_unreadable_config_files(tmp_path, content, expected):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=expected) as caught:
+        read_hf_config(tmp_path if content is not None else path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,88 @@
+"""The metrics of a run that is killed and resumed: one curve, whole lines, readable TensorBoard events."""
+
+import json
+from pathlib import Path
+
+import pytest
+from retemper.engine.observe.loggers import METRICS_FILE, MetricLog
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+
+
+def write_run(folder: Path, resumed_step: int, steps: range, tensorboard: bool = False, shift: float = 0.0) -> None:
+    log = MetricLog(folder, resumed_step, active=True, tensorboard=tensorboard)
+    for step in steps:
+        log.record(step, 10 * step, {"loss": step + shift, "note": "text"})
+    log.close()
+
+
+def test_records(tmp_path):
+    write_run(tmp_path / "new" / "run", 0, range(1, 4))
+    assert records(tmp_path / "new" / "run") == [
+        {"step": step, "tokens": 10 * step, "loss": float(step), "note": "text"} for step in (1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize("resumed_step", [0, 3, 5, 9])
+def test_later_records_than_the_resumed_step_are_forgotten(tmp_path, resumed_step):
+    write_run(tmp_path, 0, range(1, 6))
+    write_run(tmp_path, resumed_step, range(resumed_step + 1, resumed_step + 3), shift=0.5)
+    kept = [(step, float(step)) for step in range(1, min(resumed_step, 5) + 1)]
+    added = [(step, step + 0.5) for step in (resumed_step + 1, resumed_step + 2)]
+    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == kept + added
+
+
+def test_a_torn_last_line_is_dropped(tmp_path):
+    """A killed run can leave any beginning of a record, a crashed machine zeros."""
+    write_run(tmp_path, 0, range(1, 3))
+    whole = (tmp_path / METRICS_FILE).read_bytes()
+    record = b'{"step": 3, "tokens": 30, "loss": 3.0}'
+    for torn in (*(record[:length] for length in range(1, len(record))), b"\0" * 40):
+        (tmp_path / METRICS_FILE).write_bytes(whole + torn)
+        write_run(tmp_path, 5, range(6, 7))
+        assert [record["step"] for record in records(tmp_path)] == [1, 2, 6], torn
+
+
+def test_records_are_on_disk_at_once(tmp_path):
+    log = MetricLog(tmp_path, 0, active=True, tensorboard=False)
+    log.record(1, 10, {"loss": 1.0})
+    assert [record["step"] for record in records(tmp_path)] == [1]
+    log.close()
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    log = MetricLog(tmp_path / "run", 0, active=False, tensorboard=True)
+    log.say("hello")
+    log.record(1, 10, {"loss": 1.0})
+    log.close()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_main_rank_speaks(tmp_path, capsys):
+    log = MetricLog(tmp_path, 0, active=True, tensorboard=False)
+    log.say("hello")
+    assert capsys.readouterr().out == "hello\n"
+    log.close()
+
+
+def test_tensorboard_reads_one_curve_after_a_resume(tmp_path):
+    write_run(tmp_path, 0, range(1, 6), tensorboard=True)
+    write_run(tmp_path, 3, range(4, 8), tensorboard=True, shift=0.5)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    curve = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert curve == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.5), (5, 5.5), (6, 6.5), (7, 7.5)]
+
+
+def test_groups_are_tensorboard_folders(tmp_path):
+    log = MetricLog(tmp_path, 0, active=True, tensorboard=True)
+    log.record(1, 10, {"loss": 2.0, "evaluation": "news"}, group="evaluation/news")
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["evaluation/news/loss"]

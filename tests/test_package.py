@@ -1,0 +1,75 @@
+"""The package takes nobody's name: bare imports, the folders of scripts on ``sys.path``, and the version."""
+
+import importlib.metadata
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import retemper
+
+ROOT = Path(retemper.__file__).parent
+SCRIPT_FOLDERS = ("engine", "tools", "checkpoint_convert", "tools/demo")
+
+
+def run_elsewhere(code: str, folder: Path) -> str:
+    """Standard output of ``code`` in a fresh interpreter that stands in ``folder``."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["kernels", "tools", "engine", "checkpoint_convert", "tests", "setup"])
+def test_bare_names_are_not_ours(tmp_path, name):
+    code = (
+        f"from importlib.util import find_spec; spec = find_spec({name!r}); "
+        "print(spec and (spec.origin or list(spec.submodule_search_locations)))"
+    )
+    assert str(ROOT) not in run_elsewhere(code, tmp_path)
+
+
+def test_the_package_is_found_from_anywhere(tmp_path):
+    code = "import retemper, retemper.engine.config, retemper.kernels.rope as r; print(retemper.__file__, r.__file__)"
+    assert run_elsewhere(code, tmp_path).split() == [str(ROOT / "__init__.py"), str(ROOT / "kernels" / "rope.py")]
+
+
+def test_transformers_imports_beside_the_package_kernels(tmp_path):
+    """transformers imports the PyPI package ``kernels`` where it is installed, as it is for these tests."""
+    code = (
+        "import retemper.kernels.rope, kernels, transformers; from transformers import AutoModelForCausalLM; "
+        "from kernels import get_kernel; print(kernels.__file__)"
+    )
+    path = Path(run_elsewhere(code, tmp_path).splitlines()[-1])
+    assert ROOT not in path.parents
+    assert "site-packages" in path.parts
+
+
+@pytest.mark.parametrize("folder", SCRIPT_FOLDERS)
+def test_no_module_beside_a_script_shadows_another(folder):
+    """``python engine/pretrain.py`` puts engine/ first on ``sys.path``: a module named like one of the standard library
+    or of an installed package would be imported in its place."""
+    ours = {path.stem for path in (ROOT / folder).glob("*.py")} | {
+        path.name for path in (ROOT / folder).iterdir() if path.is_dir() and any(path.glob("*.py"))
+    }
+    ours -= {"__init__"}
+    assert ours
+    assert not ours & set(sys.stdlib_module_names)
+    others = {
+        name
+        for name, distributions in importlib.metadata.packages_distributions().items()
+        if distributions != ["retemper"]
+    }
+    assert "torch" in others
+    assert not ours & others
+
+
+def test_the_version_is_said_once(monkeypatch):
+    """setup.py is run with a stand-in for setuptools, which an environment that only runs the tests may lack."""
+    said: dict = {}
+    stand_in = SimpleNamespace(find_packages=lambda *_, **__: [], setup=lambda **keywords: said.update(keywords))
+    monkeypatch.setitem(sys.modules, "setuptools", stand_in)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert said["name"] == "retemper"
+    assert said["version"] == retemper.__version__ == importlib.metadata.version("retemper")
