@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from retemper.checkpoint_convert.hf_folder import DEFAULT_MAX_SHARD_SIZE, parse_shard_size, write_shards
 from retemper.checkpoint_convert.hf_model import meta_decoder
 from retemper.checkpoint_convert.new_folder import new_folder, require_absent
@@ -32,8 +35,6 @@ from retemper.engine.checkpoint.manifest import read_manifest
 from retemper.engine.checkpoint.tensors import StoredTensor, check_model_tensors, load_tensors, stored_tensors
 from retemper.engine.errors import run_command
 from retemper.engine.model.architecture import parse_architecture, read_hf_config
-from torch import Tensor
-from tqdm import tqdm
 
 
 def convert(

@@ -14,6 +14,9 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
+from tqdm import tqdm
+
 from retemper import __version__
 from retemper.checkpoint_convert.hf_model import open_hf_model
 from retemper.checkpoint_convert.hub_download import find_model_folder
@@ -30,8 +33,6 @@ from retemper.engine.checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE, HfAs
 from retemper.engine.checkpoint.manifest import Manifest, write_manifest
 from retemper.engine.checkpoint.tensors import save_streamed_tensors
 from retemper.engine.errors import run_command
-from torch import Tensor
-from tqdm import tqdm
 
 
 def convert(hf: str, output: str | Path, dtype: str = AUTO, say: Callable[[str], None] = print) -> None:

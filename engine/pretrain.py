@@ -1,6 +1,6 @@
 """Train: ``python engine/pretrain.py --config run.yaml``, or the same under ``torchrun`` for many ranks."""
 
-from retemper.engine.config import parse_config
+from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import run_command
 from retemper.engine.parallel.process_group import process_group
 from retemper.engine.trainer import Trainer, check_layout

@@ -83,16 +83,12 @@ class Trainer:
         training = config.training
         self.plan = plan_batches(training, ranks.world_size)
         self.num_steps = self.plan.steps_for(training.train_tokens)
-        self.store = CheckpointStore(
-            config.run_folder, ranks, config.checkpoint.keep_last, config.checkpoint.keep_best
-        )
+        self.store = CheckpointStore(config.run_folder, ranks, config.checkpoint.keep_last, config.checkpoint.keep_best)
         self.resume_from = self.store.resolve(config.resume)
 
         self.assets = find_assets(config.model, self.resume_from)
         self.architecture = parse_architecture(self.assets.config or {})
-        self.catalog = open_catalog(
-            config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256
-        )
+        self.catalog = open_catalog(config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256)
 
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config.optimizer)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from retemper.engine.budget import BatchPlan, learning_rate, plan_batches
 from retemper.engine.config import OptimizerConfig, TrainingConfig
 from retemper.engine.errors import UserError

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from retemper.engine import config
+
+from retemper.engine import config, config_parser
 from retemper.engine.config import (
     DataConfig,
     ModelConfig,
@@ -19,10 +20,10 @@ from retemper.engine.config import (
     RunConfig,
     SourceConfig,
     TrainingConfig,
-    load_yaml,
-    parse_config,
     to_yaml,
 )
+from retemper.engine.config_parser import parse_config
+from retemper.engine.config_yaml import load_yaml
 from retemper.engine.errors import UserError
 
 CONFIG = """
@@ -49,7 +50,7 @@ optimizer:
 def one_parser() -> Iterator[None]:
     """Building the parser reads every docstring anew; once is enough for all tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "build_parser", functools.cache(config.build_parser))
+        patch.setattr(config_parser, "build_parser", functools.cache(config_parser.build_parser))
         yield
 
 

@@ -12,24 +12,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def _run_demo(folder, *options):
+    command = [sys.executable, str(ROOT / "tools" / "demo" / "run.py"), "--folder", str(folder), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 def test_the_demo_runs_end_to_end(tmp_path):
     folder = tmp_path / "demo"
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "demo" / "run.py"), "--folder", str(folder)]
-        + ["--base-tokens", "40960", "--train-tokens", "122880"],
-        capture_output=True,
-        text=True,
-    )
+    run = _run_demo(folder, "--base-tokens", "40960", "--train-tokens", "122880")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "killed after" in run.stdout and "resumed from runs/domain/checkpoints/step-" in run.stdout
     assert "domain loss fell by" in run.stdout
-    report = (folder / "report.html").read_text(encoding="utf-8")
-    assert "<svg" in report
+    assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
     records = [json.loads(line) for line in (folder / "runs" / "domain" / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [record["loss"] for record in records if record.get("evaluation") == "domain"]
-    assert evaluations[-1] < evaluations[0] - 0.2
-    again = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "demo" / "run.py"), "--folder", str(folder)], capture_output=True, text=True
-    )
+    losses = [record["loss"] for record in records if record.get("evaluation") == "domain"]
+    assert losses[-1] < losses[0] - 0.2
+    again = _run_demo(folder)
     assert again.returncode == 1 and "exists; remove it" in again.stderr

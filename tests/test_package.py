@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 import retemper
 
 ROOT = Path(retemper.__file__).parent

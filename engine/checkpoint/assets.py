@@ -57,7 +57,7 @@ class HfAssets:
         others = {name: data for name, data in self.files.items() if name not in TOKENIZER_FILES}
         found = {name: data for name, data in HfAssets.read(folder).files.items() if name in TOKENIZER_FILES}
         if TOKENIZER_FILE not in found:
-            raise UserError(f"model.tokenizer {folder}: no {TOKENIZER_FILE} there; name a Hugging Face tokenizer folder")
+            raise UserError(f"model.tokenizer {folder}: no {TOKENIZER_FILE} there; name a Hugging Face folder")
         return HfAssets({**others, **found})
 
     @property

@@ -19,7 +19,7 @@ class Manifest:
     """A checkpoint in a few lines."""
 
     kind: Literal["training", "converted"]
-    """training: weights, optimizer states and the place in the data; converted: weights out of a Hugging Face folder."""
+    """training: weights, optimizer states and the place in the data; converted: weights of a Hugging Face folder."""
     step: int = 0
     """Optimizer steps made."""
     consumed_samples: int = 0

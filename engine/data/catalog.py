@@ -1,4 +1,4 @@
-"""The datasets of a run, opened and checked against the run's tokenizer, vocabulary and batch before anything starts."""
+"""The datasets of a run, opened and checked against its tokenizer, vocabulary and batch before anything starts."""
 
 from __future__ import annotations
 

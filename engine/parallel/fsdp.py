@@ -17,9 +17,7 @@ from ..model.decoder import Decoder
 
 def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
     """Shard ``model`` in place: each block by itself, the rest (embeddings, final norm, head) with the root."""
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = mesh if mesh["replicate"].size() > 1 else mesh["shard"]
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)

@@ -20,8 +20,8 @@ def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
     if config.shard == "auto":
         if world_size % config.replicate:
             raise UserError(
-                f"parallel.replicate {config.replicate} does not divide the {world_size} ranks of this run; use a divisor "
-                f"of {world_size}"
+                f"parallel.replicate {config.replicate} does not divide the {world_size} ranks of this run; use a "
+                f"divisor of {world_size}"
             )
         return config.replicate, world_size // config.replicate
     if config.replicate * config.shard != world_size:

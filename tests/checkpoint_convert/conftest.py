@@ -12,8 +12,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from retemper.engine.errors import run_command
 from tiny_models import FAMILIES, SHAPE, TOKENIZER, Command
+
+from retemper.engine.errors import run_command
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import retemper
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, TOKENIZER, Command, assert_refused, edit_json, read_folder, read_safetensors
+from transformers import AutoModelForCausalLM
+
+import retemper
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
 from retemper.checkpoint_convert.hf_model import HfModel
 from retemper.engine.checkpoint.assets import HfAssets
@@ -31,9 +35,6 @@ from retemper.engine.errors import UserError
 from retemper.engine.model.architecture import parse_architecture, read_hf_config
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.parallel.process_group import Ranks
-from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, TOKENIZER, Command, assert_refused, edit_json, read_folder, read_safetensors
-from transformers import AutoModelForCausalLM
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -18,6 +18,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.megatron_index import read_megatron, write_megatron
+
 from retemper.engine.data import index_format
 from retemper.engine.data.indexed_dataset import (
     IndexedDataset,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from retemper.engine.budget import BatchPlan
 from retemper.engine.config import DataConfig, SourceConfig
 from retemper.engine.data.catalog import Catalog, open_catalog

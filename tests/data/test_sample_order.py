@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from retemper.engine.budget import BatchPlan
 from retemper.engine.data import sample_order
 from retemper.engine.data.sample_order import BLEND_RESOLUTION, Blend, OrderedSource, Permutation, Sample, SampleOrder

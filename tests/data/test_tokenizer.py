@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from oracles.tiny_tokenizer import sample_text, shared_data, train_tiny_tokenizer
+from tokenizers import Tokenizer
+
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError
-from tokenizers import Tokenizer
 
 TEXTS = [sample_text(seed, 20) for seed in range(5)] + ["", "a<|endoftext|>b<|im_end|>", "naïve\u2028🙂\0"]
 

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from retemper.kernels.attention import attention, per_document_attention
 from torch import Tensor
+
+from retemper.kernels.attention import attention, per_document_attention
 
 LAYOUTS = {
     "one document": [17],

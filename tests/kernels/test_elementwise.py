@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from retemper.kernels.rms_norm import rms_norm
 from retemper.kernels.rope import apply_rope, rope_cos_sin
 from retemper.kernels.swiglu import swiglu
-from torch import Tensor
 
 
 def random(*shape: int, seed: int) -> Tensor:

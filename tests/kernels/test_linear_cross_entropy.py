@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from retemper.kernels import linear_cross_entropy as kernel
-from retemper.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from retemper.kernels import linear_cross_entropy as kernel
+from retemper.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 

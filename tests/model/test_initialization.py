@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
 

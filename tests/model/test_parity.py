@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
 from retemper.engine.errors import UserError
 from retemper.engine.model.architecture import inverse_frequencies, parse_architecture, read_hf_config
 from retemper.engine.model.decoder import Decoder, Packing
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 VOCAB = 211
 SHAPE = {

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder, Packing
 from retemper.engine.observe.flops import flops_per_token, peak_flops
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def architecture(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocab: int, **more):

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from retemper.engine.observe.loggers import METRICS_FILE, MetricLog
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from retemper.engine.observe.loggers import METRICS_FILE, MetricLog
 
 
 def records(folder: Path) -> list[dict]:

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from retemper.engine.config import ParallelConfig
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.mesh import AXES, mesh_shape

@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.normalizers import NFC
+from transformers import AutoTokenizer
+
 from retemper.tools.demo.bpe import SPECIAL_TOKENS, train_tokenizer
 from retemper.tools.demo.corpora import (
     CorpusFiles,
@@ -22,9 +26,6 @@ from retemper.tools.demo.corpora import (
     parse_modules,
     strip_docstrings,
 )
-from tokenizers import Tokenizer
-from tokenizers.normalizers import NFC
-from transformers import AutoTokenizer
 
 CAP = 700_000
 """Bytes per corpus: more than the language reference's topics alone, so that docstrings are met too."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from retemper.engine.errors import UserError
 from retemper.tools.demo.charts import COLOURS, Interruption, read_metrics, require_matplotlib
 from retemper.tools.demo.report import (

@@ -13,10 +13,6 @@ from typing import Any
 import pytest
 import torch
 from oracles.tiny_tokenizer import sample_text
-from retemper.checkpoint_convert import hf_to_dcp
-from retemper.engine.errors import UserError, run_command
-from retemper.tools import generate
-from retemper.tools.generation import Sampling, TextGenerator, choose_token, find_device
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -27,6 +23,11 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from retemper.checkpoint_convert import hf_to_dcp
+from retemper.engine.errors import UserError, run_command
+from retemper.tools import generate
+from retemper.tools.generation import Sampling, TextGenerator, choose_token, find_device
 
 CONTEXT = 48
 VOCAB_SIZE = 400

@@ -18,13 +18,14 @@ import pytest
 import zstandard
 from oracles.megatron_index import read_megatron
 from oracles.tiny_tokenizer import sample_text, shared_data, train_tiny_tokenizer
+from tokenizers import Tokenizer
+
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import run_command
 from retemper.tools import preprocess as command
 from retemper.tools.ingest.inputs import expand_inputs
 from retemper.tools.ingest.pipeline import PreprocessOptions, preprocess
 from retemper.tools.ingest.tasks import plan_tasks
-from tokenizers import Tokenizer
 
 TEXTS = [*(sample_text(seed, 5 + seed) for seed in range(30)), "a<|endoftext|>b", "\x00\u2028 two\r\nlines 🙂", "cat"]
 OUTPUTS = ["out.bin", "out.idx", "out.json"]

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from oracles.megatron_index import read_megatron, write_megatron
 from oracles.tiny_tokenizer import train_tiny_tokenizer
+from tokenizers import Tokenizer
+
 from retemper.engine.errors import run_command
 from retemper.tools import show_dataset
 from retemper.tools.ingest.pipeline import PreprocessOptions, preprocess
-from tokenizers import Tokenizer
 
 TEXTS = ["the cat", "sat 🙂 on a mat " * 3, "rain"]
 

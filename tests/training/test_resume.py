@@ -45,7 +45,9 @@ def test_bitwise_equal_after_two_interruptions(two_ranks, run_file, two_rank_ref
 
 
 @pytest.mark.parametrize("cluster", ["one_rank", "four_ranks"])
-def test_another_number_of_ranks_goes_on_with_the_same_samples(cluster, request, two_ranks, run_file, reference, tmp_path):
+def test_another_number_of_ranks_goes_on_with_the_same_samples(
+    cluster, request, two_ranks, run_file, reference, tmp_path
+):
     overrides = ["--run_folder", str(tmp_path), "--training.micro_batch_size", "1"]
     two_ranks.run(tiny_run.train_until, run_file, overrides, 9)
     ranks = request.getfixturevalue(cluster)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import yaml
 from torch.distributed.tensor import DTensor
 
 from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
-from retemper.engine.config import RunConfig, parse_config
+from retemper.engine.config import RunConfig
+from retemper.engine.config_parser import parse_config
 from retemper.engine.data.indexed_dataset import IndexedDatasetWriter
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.trainer import Trainer
@@ -97,10 +99,8 @@ def train_until(ranks: Ranks, path: Path, overrides: list[str], step: int) -> No
         return make_step(micro_batches)
 
     trainer._step = counted
-    try:
+    with contextlib.suppress(Left):
         trainer.run()
-    except Left:
-        pass
 
 
 def first_gradients(ranks: Ranks, path: Path, overrides: list[str]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """``make demo``: the main job, end to end, on text that every Python has, with the commands that a user would type.
 
 A small base model is made first, since none can be downloaded: corpora, tokenizer, a moment of pretraining, a Hugging
-Face folder. Then comes what users do: preprocess a domain corpus, convert, continue the pretraining on two ranks (killed
-once on the way, and resumed), convert back, load with transformers. The result is a table and ``report.html``.
+Face folder. Then comes what users do: preprocess a domain corpus, convert, continue the pretraining on two ranks
+(killed on the way, and resumed), convert back, load with transformers. It ends in a table and ``report.html``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from retemper.engine.config import load_yaml
+from retemper.engine.checkpoint.manifest import read_manifest
+from retemper.engine.config_yaml import load_yaml
 from retemper.engine.errors import UserError, run_command
 from retemper.tools.demo.bpe import train_tokenizer
 from retemper.tools.demo.charts import Interruption, require_matplotlib
@@ -143,9 +144,7 @@ def preprocess(demo: Demo, name: str, tokenizer: str) -> None:
     """Tokenize ``corpora/{name}`` into the dataset ``{name}``."""
     file = f"{name.replace('_', '.')}.jsonl" if "_" in name else f"{name}.train.jsonl"
     command = demo.script("tools/preprocess.py")
-    demo.run(
-        *("python", command, "--input", f"corpora/{file}", "--tokenizer", tokenizer, "--output-prefix", name)
-    )
+    demo.run(*("python", command, "--input", f"corpora/{file}", "--tokenizer", tokenizer, "--output-prefix", name))
 
 
 def export(demo: Demo, run: str, output: str) -> None:
@@ -167,7 +166,8 @@ def run_and_kill(demo: Demo, command: tuple[str, ...]) -> Interruption:
         if process.poll() is not None:
             raise UserError(f"'{demo.typed(command)}' ended before it could be killed; see its output above")
         time.sleep(0.05)
-        saved = max((json.loads(m.read_text())["consumed_tokens"] for m in checkpoints.glob("*/manifest.json")), default=0)
+        manifests = checkpoints.glob("*/manifest.json")
+        saved = max((read_manifest(path.parent).consumed_tokens for path in manifests), default=0)
         killed_at = max((record["tokens"] for record in read_records(demo.folder) if "loss" in record), default=0)
     launcher = psutil.Process(process.pid)
     for victim in [*launcher.children(recursive=True), launcher]:
