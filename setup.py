@@ -32,7 +32,7 @@ setup(
         "sentencepiece>=0.2",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
-        "jsonargparse>=4.49",
+        "jsonargparse[signatures]>=4.49",
         "PyYAML>=6.0",
         "orjson>=3.10",
         "xxhash>=3.4",

@@ -12,28 +12,27 @@ from torch import Tensor
 
 from .. import __version__
 from .budget import learning_rate, plan_batches
-from .checkpoint.assets import HfAssets
+from .checkpoint.assets import find_assets
 from .checkpoint.manifest import Manifest, read_manifest
 from .checkpoint.store import CheckpointStore
 from .checkpoint.tensors import check_model_tensors, load_tensors, model_tensors, optimizer_tensors
-from .config import ModelConfig, RunConfig, to_dict, to_yaml
+from .config import RunConfig, to_dict, to_yaml
 from .data.catalog import open_catalog
 from .data.loader import Prefetcher, TrainingData, validation_batches
 from .data.packing import MicroBatch
 from .data.sample_order import SampleOrder
 from .errors import UserError
-from .model.architecture import parse_architecture, read_hf_config
-from .model.decoder import Decoder, Packing
-from .observe.flops import flops_per_token, peak_flops
+from .model.architecture import parse_architecture
+from .model.decoder import COMPUTE_DTYPES, Decoder, Packing
+from .observe.flops import device_peak_flops, flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, duration, human, peak_memory_bytes
+from .observe.summary import describe_run
 from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate
 from .parallel import fsdp, recompute
 from .parallel.mesh import build_mesh, mesh_shape
 from .parallel.process_group import Ranks, world_size_from_environment
 from .stopping import StopRequest
-
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,9 @@ class Trainer:
         self.plan = plan_batches(training, ranks.world_size)
         self.num_steps = self.plan.steps_for(training.train_tokens)
         self.store = CheckpointStore(config.run_folder, ranks, config.checkpoint.keep_last, config.checkpoint.keep_best)
-        self.resume_from = self.store.resolve(config.resume)
+        # Every rank looks, so that an error is everybody's; the main rank's answer counts, since shared file systems
+        # may show a new folder to some nodes later than to others.
+        self.resume_from = ranks.share(self.store.resolve(config.resume))
 
         self.assets = find_assets(config.model, self.resume_from)
         self.architecture = parse_architecture(self.assets.config or {})
@@ -258,9 +259,10 @@ class Trainer:
             "step_seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(self.ranks.device),
         }
-        utilization = self._utilization(rate / self.ranks.world_size)
-        if utilization is not None:
-            values["mfu"] = utilization
+        peak = device_peak_flops(self.ranks.device)
+        if peak is not None:
+            flops = flops_per_token(self.architecture, self.plan.sequence_length, causal_halved=False)
+            values["mfu"] = rate / self.ranks.world_size * flops / peak
         self.log.record(self.progress.step, self.progress.tokens, values)
         width = len(str(self.num_steps))
         left = self._remaining_steps() * stopwatch.mean_step_seconds
@@ -268,7 +270,7 @@ class Trainer:
             f"step {self.progress.step:>{width}}/{self.progress.step + self._remaining_steps()}"
             f" | tokens {human(self.progress.tokens)} | loss {loss:.4f} | lr {result.learning_rate:.2e}"
             f" | grad norm {grad_norm:.3f} | {rate:,.0f} tokens/s, {rate / self.ranks.world_size:,.0f} per rank"
-            + (f" | MFU {utilization:.1%}" if utilization is not None else "")
+            + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
             + f" | {values['peak_memory_bytes'] / 2**30:.2f} GiB | ETA {duration(left)}"
         )
         self._require_finite(loss, grad_norm)
@@ -280,18 +282,6 @@ class Trainer:
                 "checkpoint is intact, lower optimizer.learning_rate or inspect the data"
             )
 
-    def _utilization(self, tokens_per_second_per_rank: float) -> float | None:
-        """Model FLOPs utilization with all pairs of positions counted; None where the peak is not known."""
-        if self.ranks.device.type != "cuda":
-            return None
-        peak = peak_flops(torch.cuda.get_device_name(self.ranks.device))
-        if peak is None:
-            return None
-        return tokens_per_second_per_rank * self._flops_per_token(causal_halved=False) / peak
-
-    def _flops_per_token(self, causal_halved: bool) -> float:
-        return flops_per_token(self.architecture, self.plan.sequence_length, causal_halved)
-
     def _open_run_folder(self) -> None:
         for leftover in self.store.remove_leftovers():
             self.log.say(f"removed {leftover}, which a killed run had left incomplete")
@@ -299,32 +289,20 @@ class Trainer:
             (Path(self.config.run_folder) / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
 
     def _say_plan(self) -> None:
-        """The start-up summary: every derived quantity a user would work out by hand."""
-        training, plan = self.config.training, self.plan
         if self.resume_from:
             start = f"resumed from {self.resume_from} at step {self.progress.step:,}"
         else:
             start = f"weights of {self.config.model.initialize_from or 'a random initialization'}"
-        sources = ", ".join(
-            f"{source.name} ({human(source.stop - source.start)} tokens, weight {weight:g})"
-            for source, weight in zip(self.catalog.train, self.catalog.weights, strict=True)
-        )
-        shape = mesh_shape(self.config.parallel, self.ranks.world_size)
-        for line in (
-            f"model       {self.architecture.model_type}, {human(self.architecture.num_parameters)} parameters, "
-            f"{start}",
-            f"data        {sources}; validation: {', '.join(self.catalog.validation) or 'none'}",
-            f"ranks       {self.ranks.world_size} ({self.ranks.device.type}): replicate {shape[0]} x shard {shape[1]}, "
-            f"compute in {training.precision}",
-            f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = "
-            f"{plan.tokens_per_step:,} tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} "
-            f"on each rank",
-            f"budget      {training.train_tokens:,} tokens = {plan.steps_for(training.train_tokens):,} steps, warm-up "
-            f"{training.warmup_tokens:,} tokens; {self._remaining_steps():,} steps to go",
-            f"FLOPs/token {self._flops_per_token(False):.4g} (all pairs of positions), "
-            f"{self._flops_per_token(True):.4g} (causal pairs)",
+        for line in describe_run(
+            self.config, self.plan, self.ranks, self.architecture, self.catalog, self._remaining_steps(), start
         ):
             self.log.say(line)
+        longest = (self.assets.config or {}).get("max_position_embeddings", self.plan.sequence_length)
+        if self.plan.sequence_length > longest:
+            self.log.say(
+                f"note: training.sequence_length {self.plan.sequence_length:,} is beyond the model's "
+                f"max_position_embeddings {longest:,}; the exported config.json keeps saying {longest:,}"
+            )
 
     # ---------------------------------------------------------------------------------------------------------------
     # Building and restoring
@@ -382,30 +360,3 @@ class Trainer:
                     "it back, or start a new run_folder with model.initialize_from"
                 )
         self.catalog.require_unchanged(manifest.datasets, str(folder))
-
-
-def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
-    """Config and tokenizer of the run: from the checkpoint it continues or starts from, or as configured.
-
-    Raises:
-        UserError: there is no config, or the configured architecture is not that of the checkpoint.
-    """
-    folder = resume_from or config.initialize_from
-    assets = HfAssets({})
-    if folder is not None:
-        read_manifest(folder)
-        assets = HfAssets.of_checkpoint(folder)
-    if config.architecture is not None:
-        wanted = read_hf_config(config.architecture)
-        if assets.config is None:
-            assets = assets.with_config(wanted)
-        elif (here := parse_architecture(wanted)) != (there := parse_architecture(assets.config, str(folder))):
-            differing = [name for name in vars(here) if getattr(here, name) != getattr(there, name)]
-            raise UserError(
-                f"model.architecture differs from the config.json kept in {folder}: "
-                + ", ".join(f"{name} {getattr(here, name)} is {getattr(there, name)} there" for name in differing)
-                + "; remove model.architecture or name the right checkpoint"
-            )
-    if assets.config is None:
-        raise UserError(f"{folder}: carries no hf/config.json; set model.architecture")
-    return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FLASH_ATTN = "flash-attn"
+PER_DOCUMENT = "PyTorch SDPA per document"
+
 
 def attention(
     q_TND: Tensor,
@@ -40,9 +43,16 @@ def attention(
     Returns:
         [T, N, D] in the dtype of ``q_TND``.
     """
-    if q_TND.is_cuda and q_TND.dtype in (torch.bfloat16, torch.float16) and _has_flash_attn():
+    if attention_backend(q_TND.device.type, q_TND.dtype) == FLASH_ATTN:
         return _flash_attention(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen, softmax_scale, window)
     return per_document_attention(q_TND, k_TKD, v_TKD, cu_seqlens, softmax_scale=softmax_scale, window=window)
+
+
+@functools.cache
+def attention_backend(device_type: str, dtype: torch.dtype) -> str:
+    """The implementation that :func:`attention` uses for tensors of this kind: ``FLASH_ATTN`` or ``PER_DOCUMENT``."""
+    can_flash = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return FLASH_ATTN if can_flash and importlib.util.find_spec("flash_attn") is not None else PER_DOCUMENT
 
 
 def per_document_attention(
@@ -80,11 +90,6 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | 
         enable_gqa=q.shape[0] != k.shape[0],
     )
     return output[0]
-
-
-@functools.cache
-def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
 
 
 def _flash_attention(

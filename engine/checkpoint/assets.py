@@ -9,10 +9,12 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..config import ModelConfig
 from ..errors import UserError
+from ..model.architecture import CONFIG_FILE, parse_architecture, read_hf_config
+from .manifest import read_manifest
 
 ASSET_FOLDER = "hf"
-CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
@@ -77,3 +79,30 @@ class HfAssets:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
+
+
+def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
+    """Config and tokenizer of the run: from the checkpoint it continues or starts from, or as configured.
+
+    Raises:
+        UserError: there is no config, or the configured architecture is not that of the checkpoint.
+    """
+    folder = resume_from or config.initialize_from
+    assets = HfAssets({})
+    if folder is not None:
+        read_manifest(folder)
+        assets = HfAssets.of_checkpoint(folder)
+    if config.architecture is not None:
+        wanted = read_hf_config(config.architecture)
+        if assets.config is None:
+            assets = assets.with_config(wanted)
+        elif (here := parse_architecture(wanted)) != (there := parse_architecture(assets.config, str(folder))):
+            differing = [name for name in vars(here) if getattr(here, name) != getattr(there, name)]
+            raise UserError(
+                f"model.architecture differs from the config.json kept in {folder}: "
+                + ", ".join(f"{name} {getattr(here, name)} is {getattr(there, name)} there" for name in differing)
+                + "; remove model.architecture or name the right checkpoint"
+            )
+    if assets.config is None:
+        raise UserError(f"{folder}: carries no hf/config.json; set model.architecture")
+    return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets

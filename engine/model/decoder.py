@@ -22,6 +22,9 @@ from ...kernels.rope import apply_rope, rope_cos_sin
 from ...kernels.swiglu import swiglu
 from .architecture import Architecture, inverse_frequencies
 
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Dtype of activations and gathered parameters, by ``training.precision``."""
+
 
 class Packing(NamedTuple):
     """Where the documents of a packed sequence lie."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..model.architecture import Architecture
 
 _DENSE_BF16_PEAKS = {
@@ -37,3 +39,8 @@ def peak_flops(device_name: str) -> float | None:
         if name in device_name:
             return _DENSE_BF16_PEAKS[name]
     return None
+
+
+def device_peak_flops(device: torch.device) -> float | None:
+    """:func:`peak_flops` of ``device``; None for a CPU."""
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -22,6 +24,9 @@ class MetricLog:
         resumed_step: records of later steps are dropped.
         active: whether this rank writes.
         tensorboard: also write TensorBoard events.
+
+    Raises:
+        UserError: the run folder cannot be written.
     """
 
     def __init__(self, run_folder: str | Path, resumed_step: int, active: bool, tensorboard: bool):
@@ -30,9 +35,12 @@ class MetricLog:
         if not active:
             return
         folder = Path(run_folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _forget_after(folder / METRICS_FILE, resumed_step)
-        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _forget_after(folder / METRICS_FILE, resumed_step)
+            self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"run_folder {folder}: cannot be written: {error.strerror or error}") from None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
