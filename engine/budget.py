@@ -30,7 +30,7 @@ class BatchPlan:
 
     def steps_for(self, tokens: int) -> int:
         """Steps that consume at least ``tokens``."""
-        return math.ceil(tokens / self.tokens_per_step)
+        return -(-tokens // self.tokens_per_step)
 
     def sample_offsets(self, data_rank: int) -> list[range]:
         """For each of this rank's micro-batches, its samples as offsets into the global batch."""

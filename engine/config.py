@@ -87,7 +87,7 @@ class TrainingConfig:
     eval_interval: int = 0
     """Steps between evaluations of the validation sets; 0 evaluates only at the end."""
     eval_tokens: int = 1_000_000
-    """At most this many tokens of each validation set are evaluated (the same ones each time)."""
+    """At most this many tokens of each validation set are evaluated: windows spread evenly, the same ones each time."""
     eval_at_start: bool = False
     """Evaluate once before the first step of a fresh run."""
 

@@ -18,7 +18,8 @@ class UserError(ValueError):
 
 def report_user_error(error: UserError) -> None:
     """Print ``error`` as one line on stderr, naming the rank when there are several."""
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    rank = f"[rank {os.environ['RANK']}] " if several else ""
     message = " ".join(str(error).split())
     print(f"{rank}error: {message}", file=sys.stderr, flush=True)
 

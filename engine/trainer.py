@@ -81,20 +81,14 @@ class Trainer:
         self.config, self.ranks = config, ranks
         training = config.training
         self.plan = plan_batches(training, ranks.world_size)
-        self.num_steps = self.plan.steps_for(training.train_tokens)
         self.store = CheckpointStore(config.run_folder, ranks, config.checkpoint.keep_last, config.checkpoint.keep_best)
-        # Every rank looks, so that an error is everybody's; the main rank's answer counts, since shared file systems
-        # may show a new folder to some nodes later than to others.
-        self.resume_from = ranks.share(self.store.resolve(config.resume))
-
-        self.assets = find_assets(config.model, self.resume_from)
-        self.architecture = parse_architecture(self.assets.config or {})
-        self.catalog = open_catalog(config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256)
-
+        # The main rank's answer counts: shared file systems may show a new folder to some nodes later than to others.
+        self.resume_from = ranks.share(ranks.everywhere(lambda: self.store.resolve(config.resume)))
+        ranks.everywhere(self._open_inputs)
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.order = SampleOrder(self.catalog.ordered_sources, config.seed, training.sequence_length)
-        self.progress = self._restore(self.resume_from) if self.resume_from else self._initialize()
+        self.progress = ranks.everywhere(lambda: self._restore() if self.resume_from else self._initialize())
         self.data = TrainingData(
             self.catalog.train,
             self.order,
@@ -109,10 +103,12 @@ class Trainer:
 
     def run(self) -> None:
         """Train until the token budget is used up or somebody asks to stop."""
-        self.log = MetricLog(
-            self.config.run_folder, self.progress.step, self.ranks.is_main, self.config.logging.tensorboard
-        )
-        self._open_run_folder()
+        # A fresh run also forgets the records at step 0 of one that was killed before its first checkpoint.
+        known_step = self.progress.step if self.resume_from else -1
+        self.log = MetricLog(self.config.run_folder, known_step, self.ranks.is_main, self.config.logging.tensorboard)
+        self.ranks.on_main(self._open_run_folder)
+        for leftover in self.store.remove_leftovers():
+            self.log.say(f"removed {leftover}, which a killed run had left incomplete")
         self._say_plan()
         with StopRequest(self.ranks) as stop:
             self._train(stop)
@@ -123,23 +119,23 @@ class Trainer:
         if self.progress.step == 0 and config.training.eval_at_start:
             self._evaluate()
         stopwatch = Stopwatch()
-        # The prefetch thread counts in samples, like the order; a step is a global batch.
         first_samples = range(
             self.progress.samples,
             self.progress.samples + self._remaining_steps() * self.plan.global_batch_size,
             self.plan.global_batch_size,
         )
-        with Prefetcher(self._prepare, first_samples, config.data.prefetch_steps) as batches:
-            for _ in first_samples:
-                result = self._step(batches.get())
+        with Prefetcher(self._prepare, first_samples, config.data.prefetch_steps) as prefetcher:
+            for first_sample in first_samples:
+                result = self._step(*self._next_batches(prefetcher))
                 stopwatch.step_done()
                 last, stopping = self._remaining_steps() == 0, stop.agreed()
-                if last or stopping or self.progress.step % config.logging.log_interval == 0:
+                due = first_sample == first_samples[0] or self.progress.step % config.logging.log_interval == 0
+                if last or stopping or due:
                     self._report(result, stopwatch)
                 with stopwatch.paused():
                     self._evaluate_and_save(result, last, stopping)
                 if stopping and not last:
-                    self.log.say(f"stopped at step {self.progress.step} as asked; the same command continues")
+                    self.log.say(f"stopped at step {self.progress.step} as asked; resume: auto continues")
                     return
         self.log.say(f"finished: {self.progress.tokens:,} tokens in {self.progress.step:,} steps")
 
@@ -147,11 +143,27 @@ class Trainer:
         batches = self.data.micro_batches(first_sample)
         return [batch.pin_memory() for batch in batches] if self.ranks.device.type == "cuda" else batches
 
-    def _step(self, micro_batches: list[MicroBatch]) -> StepResult:
+    def _next_batches(self, prefetcher: Prefetcher) -> tuple[list[MicroBatch], float]:
+        """This rank's micro-batches, and the number of targets in the global batch.
+
+        Raises:
+            UserError: on every rank, when any of them cannot read its data.
+        """
+        problem, batches = None, []
+        try:
+            batches = prefetcher.get()
+        except UserError as error:
+            problem = str(error)
+        # One sum serves both ends: a rank without data makes it not a number.
+        num_targets = self.ranks.sum(math.nan if problem else sum(batch.num_targets for batch in batches))
+        if math.isnan(num_targets):
+            self.ranks.raise_together(problem)
+        return batches, max(1.0, num_targets)
+
+    def _step(self, micro_batches: list[MicroBatch], num_targets: float) -> StepResult:
         """One optimizer step: accumulate gradients over the micro-batches, clip, update, advance the clock."""
         tokens = self.progress.tokens + self.plan.tokens_per_step
         rate = learning_rate(tokens, self.config.training, self.config.optimizer)
-        num_targets = max(1.0, self.ranks.sum(sum(batch.num_targets for batch in micro_batches)))
         loss = torch.zeros((), device=self.ranks.device)
         for batch in micro_batches:
             # Dividing by the targets of the *global* batch makes every token count the same, however unevenly
@@ -214,17 +226,23 @@ class Trainer:
         """What is due at the end of a step. A checkpoint of numbers that are not finite is never written."""
         interval = self.config.training.eval_interval
         evaluation, improved = {}, False
-        if self.catalog.validation and (last or (interval and self.progress.step % interval == 0)):
+        # Launchers give a run that is asked to stop some seconds: they are for saving.
+        evaluating = last or (interval and self.progress.step % interval == 0 and not stopping)
+        if self.catalog.validation and evaluating:
             evaluation = self._evaluate()
-            name, loss = next(iter(evaluation.items()))
-            improved = loss < self.progress.best.get("loss", math.inf)
-            if improved:
-                best = {"step": self.progress.step, "name": name, "loss": loss}
-                self.progress = replace(self.progress, best=best)
+            improved = self._note_best(*next(iter(evaluation.items())))
         due = self.progress.step % self.config.checkpoint.save_interval == 0
         if last or stopping or due or (improved and self.config.checkpoint.keep_best):
-            self._require_finite(result.loss.item(), result.grad_norm.item())
+            self._require_finite(self.ranks.sum(result.loss.item()), result.grad_norm.item())
             self._save(evaluation)
+
+    def _note_best(self, name: str, loss: float) -> bool:
+        """Whether this is the lowest loss of the set ``name`` so far."""
+        best = self.progress.best
+        improved = best.get("name") != name or loss < best["loss"]
+        if improved:
+            self.progress = replace(self.progress, best={"step": self.progress.step, "name": name, "loss": loss})
+        return improved
 
     def _save(self, evaluation: dict[str, float]) -> None:
         manifest = Manifest(
@@ -264,10 +282,10 @@ class Trainer:
             flops = flops_per_token(self.architecture, self.plan.sequence_length, causal_halved=False)
             values["mfu"] = rate / self.ranks.world_size * flops / peak
         self.log.record(self.progress.step, self.progress.tokens, values)
-        width = len(str(self.num_steps))
+        num_steps = self.progress.step + self._remaining_steps()
         left = self._remaining_steps() * stopwatch.mean_step_seconds
         self.log.say(
-            f"step {self.progress.step:>{width}}/{self.progress.step + self._remaining_steps()}"
+            f"step {self.progress.step:>{len(str(num_steps))}}/{num_steps}"
             f" | tokens {human(self.progress.tokens)} | loss {loss:.4f} | lr {result.learning_rate:.2e}"
             f" | grad norm {grad_norm:.3f} | {rate:,.0f} tokens/s, {rate / self.ranks.world_size:,.0f} per rank"
             + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
@@ -283,21 +301,22 @@ class Trainer:
             )
 
     def _open_run_folder(self) -> None:
-        for leftover in self.store.remove_leftovers():
-            self.log.say(f"removed {leftover}, which a killed run had left incomplete")
-        if self.ranks.is_main:
-            (Path(self.config.run_folder) / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        self.log.open()
+        (Path(self.config.run_folder) / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
 
     def _say_plan(self) -> None:
         if self.resume_from:
             start = f"resumed from {self.resume_from} at step {self.progress.step:,}"
         else:
             start = f"weights of {self.config.model.initialize_from or 'a random initialization'}"
+        if not self.catalog.validation and (self.config.training.eval_interval or self.config.training.eval_at_start):
+            self.log.say("note: training.eval_interval or eval_at_start is set, but there is no validation set")
         for line in describe_run(
             self.config, self.plan, self.ranks, self.architecture, self.catalog, self._remaining_steps(), start
         ):
             self.log.say(line)
-        longest = (self.assets.config or {}).get("max_position_embeddings", self.plan.sequence_length)
+        assert self.assets.config is not None
+        longest = self.assets.config.get("max_position_embeddings", self.plan.sequence_length)
         if self.plan.sequence_length > longest:
             self.log.say(
                 f"note: training.sequence_length {self.plan.sequence_length:,} is beyond the model's "
@@ -306,6 +325,15 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------------------
     # Building and restoring
+
+    def _open_inputs(self) -> None:
+        """Config and tokenizer of the model, and the datasets."""
+        self.assets = find_assets(self.config.model, self.resume_from)
+        assert self.assets.config is not None
+        self.architecture = parse_architecture(self.assets.config)
+        self.catalog = open_catalog(
+            self.config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256
+        )
 
     def _build_model(self) -> Decoder:
         """Meta device -> recompute -> shard -> materialize; weights come afterwards."""
@@ -320,17 +348,17 @@ class Trainer:
         """Weights of ``initialize_from`` or random ones, at token zero."""
         folder = self.config.model.initialize_from
         if folder is None:
-            self.model.initialize_(self.config.seed)
+            self.model.initialize_(self.config.seed, fsdp.copy_full_)
         else:
             check_model_tensors(folder, self.model)
             load_tensors(folder, model_tensors(self.model))
         return Progress()
 
-    def _restore(self, folder: Path) -> Progress:
-        """Everything as it was when ``folder`` was written."""
+    def _restore(self) -> Progress:
+        """Everything as it was when the checkpoint was written."""
+        folder = self.resume_from
+        assert folder is not None
         manifest = read_manifest(folder)
-        if manifest.kind != "training":
-            raise UserError(f"resume {folder}: it holds weights only; start from it with model.initialize_from")
         self._require_same_order(manifest, folder)
         check_model_tensors(folder, self.model)
         allocate_states(self.optimizer)

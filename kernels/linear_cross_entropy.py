@@ -1,8 +1,8 @@
 """Cross-entropy of a linear head without ever holding all logits.
 
-The head's product, the softmax and both gradients are computed for a few rows at a time, so the memory is bounded by
-``LOGIT_BYTES`` whatever the vocabulary. Gradients are formed in the forward pass (three matrix products, none
-repeated) and scaled by the incoming gradient in the backward pass.
+The head's product, the softmax and both gradients are computed for a few rows at a time, so the logits take no more
+than ``LOGIT_BYTES`` however many tokens there are; the weight's gradient is accumulated in fp32. Gradients are formed in
+the forward pass (three matrix products, none repeated) and scaled by the incoming gradient in the backward pass.
 """
 
 from __future__ import annotations
@@ -61,25 +61,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight += _matmul_fp32(grad.t(), hidden[part])
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
-            None if grad_hidden is None else _scaled(grad_hidden, grad_loss),
-            None if grad_weight is None else _scaled(grad_weight, grad_loss),
+            None if grad_hidden is None else _scaled(grad_hidden, grad_loss, grad_hidden.dtype),
+            None if grad_weight is None else _scaled(grad_weight, grad_loss, ctx.weight_dtype),
             None,
             None,
             None,
         )
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """``grad * factor`` with one rounding: a bf16 factor would bend every gradient of a step by up to 0.4 %."""
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad * factor`` rounded once, to ``dtype``: a bf16 factor would bend all gradients of a step by up to 0.4 %."""
     # One element instead of none makes the product fp32; it is rounded as it is written.
-    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad))
+    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
 
 
 def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:

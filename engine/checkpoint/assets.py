@@ -66,7 +66,12 @@ class HfAssets:
     def config(self) -> dict | None:
         """Content of ``config.json``, if there is one."""
         data = self.files.get(CONFIG_FILE)
-        return None if data is None else json.loads(data)
+        if data is None:
+            return None
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise UserError(f"{ASSET_FOLDER}/{CONFIG_FILE} of the checkpoint is damaged: {error}") from None
 
     @property
     def tokenizer_sha256(self) -> str | None:

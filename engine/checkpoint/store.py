@@ -58,49 +58,75 @@ class CheckpointStore:
                     f"resume is none, but {self.folder} holds checkpoints; choose another run_folder or resume: auto"
                 )
             return None
-        step = read_manifest(resume).step
-        for newer in (path for path in self.complete() if read_manifest(path).step > step):
+        manifest = read_manifest(resume)
+        if manifest.kind != "training":
+            raise UserError(f"resume {resume}: it holds weights only; start from it with model.initialize_from")
+        for newer in (path for path in self.complete() if read_manifest(path).step > manifest.step):
             raise UserError(
-                f"resume {resume} is at step {step}, but {newer} is newer and a later 'resume: auto' would take it; "
-                "choose another run_folder, or move the newer checkpoints away"
+                f"resume {resume} is at step {manifest.step}, but {newer} is newer: to go on from there set resume to "
+                "auto, to go back choose another run_folder or move the newer checkpoints away"
             )
         return Path(resume)
 
     def save(self, tensors: dict[str, Tensor], assets: HfAssets, manifest: Manifest) -> Path:
-        """Write one checkpoint with all ranks and make it visible when every byte is on disk."""
+        """Write one checkpoint with all ranks and make it visible when every byte is on disk.
+
+        Raises:
+            UserError: on every rank, when any of them cannot write. Nothing is left behind.
+        """
         final = self.folder / f"step-{manifest.step:08d}"
-        temporary = self.folder / self.ranks.share(f".{final.name}.{uuid.uuid4().hex}.tmp")
-        if self.ranks.is_main:
-            temporary.mkdir(parents=True)
-        self.ranks.barrier()
+        temporary = self.ranks.share(self._temporary_name(final))
+        self.ranks.on_main(lambda: self._begin(temporary, final))
         try:
+            self.ranks.everywhere(lambda: self._require_visible(temporary))
             save_tensors(temporary, tensors)
-            if self.ranks.is_main:
-                assets.write(temporary / ASSET_FOLDER)
-                write_manifest(temporary, manifest)
-                sync_tree(temporary)
-                if final.exists():
-                    raise UserError(f"{final}: exists already, and checkpoints are never overwritten; move it away")
-                temporary.rename(final)
-                sync_path(self.folder)
+            self.ranks.on_main(lambda: self._publish(temporary, final, assets, manifest))
         except BaseException:
             if self.ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        self.ranks.barrier()
         return final
+
+    def _temporary_name(self, checkpoint: Path) -> Path:
+        return self.folder / f".{checkpoint.name}.{uuid.uuid4().hex}.tmp"
+
+    def _begin(self, temporary: Path, final: Path) -> None:
+        if final.exists():
+            raise UserError(f"{final}: exists already, and checkpoints are never overwritten; move it away")
+        temporary.mkdir(parents=True)
+
+    def _require_visible(self, temporary: Path) -> None:
+        # DCP makes the folder wherever it is missing: without this check, nodes that share no file system would each
+        # keep their own shards, and the checkpoint would be complete on none.
+        if not temporary.is_dir():
+            raise UserError(
+                f"{temporary}: made by rank 0 but not seen here; put run_folder on a file system that all nodes share"
+            )
+
+    def _publish(self, temporary: Path, final: Path, assets: HfAssets, manifest: Manifest) -> None:
+        assets.write(temporary / ASSET_FOLDER)
+        write_manifest(temporary, manifest)
+        sync_tree(temporary)
+        temporary.rename(final)
+        sync_path(self.folder)
 
     def thin_out(self, best_step: int | None) -> None:
         """Remove all but the newest ``keep_last`` checkpoints and the best one."""
-        if not self.ranks.is_main:
-            return
+        self.ranks.on_main(lambda: self._thin_out(best_step))
+
+    def _thin_out(self, best_step: int | None) -> None:
         for checkpoint in self.complete()[: -self.keep_last]:
             if not (self.keep_best and best_step == int(checkpoint.name.removeprefix("step-"))):
-                shutil.rmtree(checkpoint)
+                # Renamed first: killed half-way, this leaves a leftover and not half a checkpoint.
+                trash = checkpoint.rename(self._temporary_name(checkpoint))
+                shutil.rmtree(trash)
 
     def remove_leftovers(self) -> list[Path]:
-        """Remove half-written checkpoints of killed runs; returns what was removed."""
-        if not self.ranks.is_main or not self.folder.is_dir():
+        """Remove what killed runs left half-written or half-removed; returns it, on the main rank."""
+        return self.ranks.on_main(self._remove_leftovers) or []
+
+    def _remove_leftovers(self) -> list[Path]:
+        if not self.folder.is_dir():
             return []
         leftovers = [entry for entry in self.folder.iterdir() if _TEMPORARY.match(entry.name)]
         for entry in leftovers:

@@ -72,10 +72,17 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor], distributed: bool = True) -> None:
-    """Write ``tensors`` into ``folder``; with ``distributed`` every rank calls this and writes its shards."""
+    """Write ``tensors`` into ``folder``; with ``distributed`` every rank calls this and writes its shards.
+
+    Raises:
+        UserError: on every rank, when any of them cannot write.
+    """
     writer = dcp.FileSystemWriter(str(folder), single_file_per_rank=True, sync_files=True)
-    with _without_single_process_warning():
-        dcp.save(tensors, storage_writer=writer, no_dist=not distributed)
+    try:
+        with _without_single_process_warning():
+            dcp.save(tensors, storage_writer=writer, no_dist=not distributed)
+    except CheckpointException as error:
+        raise UserError(f"{folder}: cannot be written: {_reasons(error)}") from None
 
 
 def save_streamed_tensors(folder: Path, tensors: Mapping[str, StoredTensor], read: Callable[[str], Tensor]) -> None:
@@ -140,12 +147,16 @@ def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bo
         with _without_single_process_warning():
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=not distributed)
     except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        for cause in causes:
+        for cause, _ in error.failures.values():
             if isinstance(cause, KeyboardInterrupt):  # DCP wraps whatever is raised
                 raise cause from None
-        reasons = sorted({f"{type(cause).__name__}: {cause}" for cause in causes})
-        raise UserError(f"{folder}: damaged checkpoint: {'; '.join(reasons)}") from None
+        raise UserError(f"{folder}: damaged checkpoint: {_reasons(error)}") from None
+
+
+def _reasons(error: CheckpointException) -> str:
+    """The distinct causes, of all ranks."""
+    causes = [_os_error_behind(cause) or cause for cause, _ in error.failures.values()]
+    return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause in causes}))
 
 
 @contextmanager

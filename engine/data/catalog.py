@@ -10,7 +10,7 @@ from ..config import DataConfig
 from ..errors import UserError
 from .indexed_dataset import IndexedDataset
 from .sample_order import OrderedSource
-from .sidecar import Sidecar
+from .sidecar import Sidecar, hash_file
 from .source import Source, split_source
 
 HELD_OUT = "held_out"
@@ -25,7 +25,7 @@ class Catalog:
     weights: list[float]
     validation: dict[str, list[Source]]
     fingerprints: dict[str, dict[str, Any]]
-    """By training source: ``{"path", "tokens", "hash"}``; the hash is None where there is no sidecar."""
+    """By training source: ``{"path", "tokens", "hash"}``."""
 
     @property
     def ordered_sources(self) -> list[OrderedSource]:
@@ -43,7 +43,7 @@ class Catalog:
         """
         for name in self.fingerprints.keys() & fingerprints.keys():
             here, there = self.fingerprints[name], fingerprints[name]
-            if here["tokens"] != there["tokens"] or (here["hash"] != there["hash"] and here["hash"] and there["hash"]):
+            if (here["tokens"], here["hash"]) != (there["tokens"], there["hash"]):
                 raise UserError(
                     f"data source '{name}' ({here['path']}) is not the one that {checkpoint} was trained on: "
                     f"{here['tokens']:,} tokens, hash {here['hash']}, was {there['tokens']:,} tokens, hash "
@@ -75,7 +75,8 @@ def open_catalog(config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer
         fingerprints[settings.identity] = {
             "path": settings.path,
             "tokens": dataset.num_tokens,
-            "hash": sidecar.bin_xxh3_128 if sidecar else None,
+            # The index tells datasets without a sidecar apart by their documents' lengths, at no great cost.
+            "hash": sidecar.bin_xxh3_128 if sidecar else f"index {hash_file(dataset.idx_path)}",
         }
     windows = sum(source.num_windows for source in train)
     if windows < plan.global_batch_size:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..budget import BatchPlan
 from .packing import MicroBatch, pack
 from .sample_order import SampleOrder
-from .source import Source
+from .source import Source, Window
 
 
 class TrainingData:
@@ -51,7 +53,7 @@ class TrainingData:
             for offsets in self.plan.sample_offsets(self.data_rank)
         ]
 
-    def _window(self, index: int):
+    def _window(self, index: int) -> Window:
         sample = self.order.sample(index)
         return self.sources[sample.source].window(sample.window, self.vocab_size)
 
@@ -64,33 +66,40 @@ def validation_batches(
     attend_across_documents: bool,
     max_tokens: int,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of the first ``max_tokens`` tokens of a validation set, windows in their own order.
+    """This rank's micro-batches of a validation set: all its windows, or as many as make ``max_tokens`` tokens, spread
+    evenly over all sources. The same ones each time.
 
     Every rank gets the same number of micro-batches, since they compute together: places beyond the last window are
     filled with masked tokens.
     """
-    places = [(source, window) for source in sources for window in range(source.num_windows)]
-    places = places[: max(1, max_tokens // plan.sequence_length)]
+    ends = list(itertools.accumulate(source.num_windows for source in sources))
+    count = min(ends[-1], max(1, max_tokens // plan.sequence_length))
+
+    def window(place: int) -> Window | None:
+        if place >= count:
+            return None
+        number = place * ends[-1] // count
+        position = bisect.bisect_right(ends, number)
+        source = sources[position]
+        return source.window(number - ends[position] + source.num_windows, vocab_size)
+
     width = plan.micro_batch_size * plan.data_parallel_size
-    for first in range(0, len(places), width):
+    for first in range(0, count, width):
         mine = first + data_rank * plan.micro_batch_size
-        windows = [
-            places[index][0].window(places[index][1], vocab_size) if index < len(places) else None
-            for index in range(mine, mine + plan.micro_batch_size)
-        ]
+        windows = [window(place) for place in range(mine, mine + plan.micro_batch_size)]
         yield pack(windows, plan.sequence_length, attend_across_documents)
 
 
 class Prefetcher:
-    """Runs ``make(step)`` for successive steps on a thread, at most ``depth`` results ahead.
+    """Runs ``make(first_sample)`` for successive global batches on a thread, at most ``depth`` results ahead.
 
     An exception in ``make`` is raised by the :meth:`get` that would have returned its result. Use as a context manager.
     """
 
-    def __init__(self, make: Callable[[int], list[MicroBatch]], steps: Sequence[int], depth: int):
+    def __init__(self, make: Callable[[int], list[MicroBatch]], first_samples: Sequence[int], depth: int):
         self._results: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=depth)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(make, steps), name="data-prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(make, first_samples), name="data-prefetch", daemon=True)
 
     def __enter__(self) -> Prefetcher:
         self._thread.start()
@@ -101,16 +110,16 @@ class Prefetcher:
         self._thread.join()
 
     def get(self) -> list[MicroBatch]:
-        """The next step's micro-batches; waits for them."""
+        """The next global batch's micro-batches; waits for them."""
         result = self._results.get()
         if isinstance(result, BaseException):
             raise result
         return result
 
-    def _run(self, make: Callable[[int], list[MicroBatch]], steps: Sequence[int]) -> None:
-        for step in steps:
+    def _run(self, make: Callable[[int], list[MicroBatch]], first_samples: Sequence[int]) -> None:
+        for first_sample in first_samples:
             try:
-                result: list[MicroBatch] | BaseException = make(step)
+                result: list[MicroBatch] | BaseException = make(first_sample)
             except BaseException as error:
                 result = error
             while not self._stopping.is_set():

@@ -68,11 +68,12 @@ class Decoder(nn.Module):
         return linear_cross_entropy(hidden_TH, self.head_weight, targets_T)
 
     @torch.no_grad()
-    def initialize_(self, seed: int) -> None:
+    def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Random weights: normal with the architecture's ``initializer_range``, norms one, biases zero.
 
         Every parameter is drawn whole from its own stream (a function of the seed and its place in the model), so the
-        values do not depend on how the parameters are sharded.
+        values do not depend on how the parameters are sharded. ``copy_(parameter, values)`` writes a whole tensor into
+        a parameter, of which this rank may hold a part.
         """
         for index, (name, parameter) in enumerate(self.named_parameters()):
             if name.endswith("bias"):
@@ -84,7 +85,7 @@ class Decoder(nn.Module):
                 values = torch.empty(parameter.shape).normal_(
                     0.0, self.architecture.initializer_range, generator=generator
                 )
-                _copy_full_(parameter, values)
+                copy_(parameter, values)
 
 
 class Backbone(nn.Module):
@@ -187,14 +188,3 @@ def _frequencies_on(device: torch.device, architecture: Architecture) -> Tensor:
     """[D/2] rotary frequencies. A constant of the architecture rather than a buffer: sharding, construction on the meta
     device and checkpoints then have nothing to carry."""
     return torch.tensor(inverse_frequencies(architecture), dtype=torch.float32, device=device)
-
-
-def _copy_full_(parameter: Tensor, values: Tensor) -> None:
-    """Copy the full tensor ``values`` into ``parameter``, whose shards each take their part when it is distributed."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(parameter, DTensor):
-        values = distribute_tensor(
-            values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    parameter.copy_(values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from ..model.architecture import Architecture
@@ -11,6 +13,7 @@ _DENSE_BF16_PEAKS = {
     "A100": 312e12,
     "A800": 312e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H800": 989e12,
     "H200": 989e12,
@@ -36,7 +39,7 @@ def flops_per_token(architecture: Architecture, sequence_length: int, causal_hal
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of a GPU in FLOP/s, by its reported name; None where it is not known."""
     for name in sorted(_DENSE_BF16_PEAKS, key=len, reverse=True):
-        if name in device_name:
+        if re.search(rf"\b{name}\b", device_name):
             return _DENSE_BF16_PEAKS[name]
     return None
 

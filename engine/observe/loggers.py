@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
-from typing import Any
-
-from ..errors import UserError
+from typing import Any, TextIO
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -22,29 +21,31 @@ class MetricLog:
     Args:
         run_folder: made when it is missing.
         resumed_step: records of later steps are dropped.
-        active: whether this rank writes.
+        active: whether this rank writes; such a rank calls :meth:`open` first.
         tensorboard: also write TensorBoard events.
-
-    Raises:
-        UserError: the run folder cannot be written.
     """
 
     def __init__(self, run_folder: str | Path, resumed_step: int, active: bool, tensorboard: bool):
         self.active = active
-        self._writer = None
-        if not active:
-            return
-        folder = Path(run_folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _forget_after(folder / METRICS_FILE, resumed_step)
-            self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"run_folder {folder}: cannot be written: {error.strerror or error}") from None
-        if tensorboard:
+        self._folder = Path(run_folder)
+        self._resumed_step = resumed_step
+        self._tensorboard = tensorboard
+        self._file: TextIO | None = None
+        self._writer: Any = None
+
+    def open(self) -> None:
+        """Make the run folder and open the files.
+
+        Raises:
+            OSError: the run folder cannot be written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _forget_after(self._folder / METRICS_FILE, self._resumed_step)
+        self._file = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
+        if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._resumed_step + 1)
 
     def say(self, line: str) -> None:
         """Print a line for people."""
@@ -53,9 +54,13 @@ class MetricLog:
 
     def record(self, step: int, tokens: int, values: Mapping[str, Any], group: str = "train") -> None:
         """Keep ``values`` of ``step``; numbers become TensorBoard scalars named ``group/key``."""
-        if not self.active:
+        if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "tokens": tokens, **values}) + "\n")
+        # JSON knows no NaN: a number that is not finite is kept as null.
+        finite = {
+            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in values.items()
+        }
+        self._file.write(json.dumps({"step": step, "tokens": tokens, **finite}) + "\n")
         self._file.flush()
         if self._writer is not None:
             for key, value in values.items():
@@ -65,10 +70,10 @@ class MetricLog:
 
     def close(self) -> None:
         """Flush and close everything."""
-        if self.active:
+        if self._file is not None:
             self._file.close()
-            if self._writer is not None:
-                self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -81,7 +86,7 @@ def _forget_after(path: Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:
             continue
-        if record["step"] <= step:
+        if isinstance(record, dict) and record.get("step", step + 1) <= step:
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

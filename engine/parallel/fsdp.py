@@ -8,8 +8,10 @@ wherever ranks hold different numbers of targets.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import ParallelConfig
 from ..model.decoder import Decoder
@@ -35,6 +37,13 @@ def reshard(model: Decoder) -> None:
     """
     for module in _sharded_modules(model):
         module.reshard()
+
+
+def copy_full_(parameter: Tensor, values: Tensor) -> None:
+    """Write the whole tensor ``values``, the same on every rank, into a sharded parameter: each rank takes its part."""
+    assert isinstance(parameter, DTensor)
+    values = values.to(parameter.device)
+    parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 
 def _sharded_modules(model: Decoder) -> list[FSDPModule]:

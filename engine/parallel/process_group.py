@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,55 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def everywhere(self, action: Callable[[], Result]) -> Result:
+        """Run ``action`` on every rank. Where it fails on some, all raise, so that none waits for another in vain.
+
+        Raises:
+            UserError: this rank's own problem, or else that of the first rank that has one.
+        """
+        problem, result = _attempt(action)
+        self.raise_together(problem)
+        return cast(Result, result)
+
+    def on_main(self, action: Callable[[], Result]) -> Result | None:
+        """Run ``action`` on the main rank while the others wait; what it raises is raised on all.
+
+        Returns:
+            what ``action`` returned on the main rank, None on others.
+        """
+        problem, result = _attempt(action) if self.is_main else (None, None)
+        self.raise_together(problem)
+        return result
+
+    def raise_together(self, problem: str | None) -> None:
+        """Raise where any rank has a problem. All ranks must call this."""
+        problems = [problem]
+        if self.world_size > 1:
+            problems = [None] * self.world_size
+            dist.all_gather_object(problems, problem)
+        found = problem or next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), None)
+        if found:
+            raise UserError(found)
+
+
+def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
+    """(what the user must mend, None) or (None, result)."""
+    try:
+        return None, action()
+    except UserError as error:
+        return str(error), None
+    except OSError as error:
+        return f"{error.filename or 'file system'}: {error.strerror or error}", None
+
+
+def launched_by_torchrun() -> bool:
+    """Whether this process is one of several that a launcher has numbered."""
+    return "RANK" in os.environ
+
 
 def world_size_from_environment() -> int:
     """Number of ranks that torchrun announces; 1 without it. Known before any rank is contacted."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1
 
 
 @contextmanager
@@ -71,7 +119,7 @@ def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
     timeout = timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if launched_by_torchrun():
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -88,6 +136,8 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count()
+    if count == 0:
+        raise UserError(f"device {name}: PyTorch sees no GPU on this machine; set device to cpu or auto")
     if local_rank >= count:
         raise UserError(
             f"device {name}: local rank {local_rank} has no GPU, this machine shows {count}; start at most {count} "

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +192,9 @@ def test_validation_covers_each_window_once_and_ranks_stay_in_step(tmp_path, ran
     per_rank = [list(validation_batches(sources, plan, rank, VOCAB, False, max_tokens)) for rank in range(ranks)]
     assert len({len(batches) for batches in per_rank}) == 1
     windows = [pack([source.window(i, VOCAB)], length, False) for source in sources for i in range(source.num_windows)]
-    windows = windows[: max(1, max_tokens // length)]
+    count = min(len(windows), max(1, max_tokens // length))
+    # Spread evenly: the i-th of count windows is at i / count of the way, over all sources.
+    windows = [windows[int(Fraction(i * len(windows), count))] for i in range(count)]
     seen = Counter(part for batches in per_rank for part in cut(batches, length))
     for part in list(seen):
         if set(part[1]) == {IGNORE_INDEX}:  # a filled place: must not count

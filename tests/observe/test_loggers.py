@@ -15,6 +15,7 @@ def records(folder: Path) -> list[dict]:
 
 def write_run(folder: Path, resumed_step: int, steps: range, tensorboard: bool = False, shift: float = 0.0) -> None:
     log = MetricLog(folder, resumed_step, active=True, tensorboard=tensorboard)
+    log.open()
     for step in steps:
         log.record(step, 10 * step, {"loss": step + shift, "note": "text"})
     log.close()
@@ -49,6 +50,7 @@ def test_a_torn_last_line_is_dropped(tmp_path):
 
 def test_records_are_on_disk_at_once(tmp_path):
     log = MetricLog(tmp_path, 0, active=True, tensorboard=False)
+    log.open()
     log.record(1, 10, {"loss": 1.0})
     assert [record["step"] for record in records(tmp_path)] == [1]
     log.close()
@@ -65,6 +67,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 def test_the_main_rank_speaks(tmp_path, capsys):
     log = MetricLog(tmp_path, 0, active=True, tensorboard=False)
+    log.open()
     log.say("hello")
     assert capsys.readouterr().out == "hello\n"
     log.close()
@@ -82,8 +85,18 @@ def test_tensorboard_reads_one_curve_after_a_resume(tmp_path):
 
 def test_groups_are_tensorboard_folders(tmp_path):
     log = MetricLog(tmp_path, 0, active=True, tensorboard=True)
+    log.open()
     log.record(1, 10, {"loss": 2.0, "evaluation": "news"}, group="evaluation/news")
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["evaluation/news/loss"]
+
+
+def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
+    log = MetricLog(tmp_path, 0, active=True, tensorboard=False)
+    log.open()
+    log.record(1, 10, {"loss": float("nan"), "grad_norm": float("inf"), "learning_rate": 0.5})
+    log.close()
+    text = (tmp_path / METRICS_FILE).read_text()
+    assert text == '{"step": 1, "tokens": 10, "loss": null, "grad_norm": null, "learning_rate": 0.5}\n'

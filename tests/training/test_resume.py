@@ -120,11 +120,11 @@ def test_a_signal_saves_once_and_ends_the_run(number, one_rank, run_file, refere
     trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(tmp_path)), one_rank)
     make_step = trainer._step
 
-    def step_and_signal(micro_batches):
+    def step_and_signal(*batches):
         if trainer.progress.step == 5:
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)  # launchers repeat signals
-        return make_step(micro_batches)
+        return make_step(*batches)
 
     trainer._step = step_and_signal
     trainer.run()
@@ -189,11 +189,11 @@ def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(one_rank, run_file, 
     trainer = Trainer(tiny_run.configure(run_file, *overrides), one_rank)
     make_step = trainer._step
 
-    def poisoned(micro_batches):
+    def poisoned(*batches):
         if trainer.progress.step == 5:
             with torch.no_grad():
                 next(iter(trainer.model.parameters())).fill_(float("nan"))
-        return make_step(micro_batches)
+        return make_step(*batches)
 
     trainer._step = poisoned
     with pytest.raises(UserError, match="step 6: loss nan"):

@@ -41,7 +41,7 @@ def test_terminated_then_killed_then_resumed_is_the_undisturbed_run(two_ranks, r
     _wait_for_step(process, folder, 2)
     process.send_signal(signal.SIGTERM)
     output = process.communicate()[0]
-    assert "as asked; the same command continues" in output
+    assert "as asked; resume: auto continues" in output
     assert output.count("  saved ") <= 1 + output.count("step-00000004")
 
     process = _launch(run_file, "--run_folder", str(folder))

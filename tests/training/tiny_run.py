@@ -93,10 +93,10 @@ def train_until(ranks: Ranks, path: Path, overrides: list[str], step: int) -> No
     class Left(BaseException):
         pass
 
-    def counted(micro_batches):
+    def counted(*batches):
         if trainer.progress.step == step:
             raise Left
-        return make_step(micro_batches)
+        return make_step(*batches)
 
     trainer._step = counted
     with contextlib.suppress(Left):

@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,12 +167,13 @@ def run_and_kill(demo: Demo, command: tuple[str, ...]) -> Interruption:
         if process.poll() is not None:
             raise UserError(f"'{demo.typed(command)}' ended before it could be killed; see its output above")
         time.sleep(0.05)
-        manifests = checkpoints.glob("*/manifest.json")
-        saved = max((read_manifest(path.parent).consumed_tokens for path in manifests), default=0)
+        with suppress(UserError):  # the run may be removing an old checkpoint just now
+            saved = max((read_manifest(path).consumed_tokens for path in checkpoints.glob("step-*")), default=0)
         killed_at = max((record["tokens"] for record in read_records(demo.folder) if "loss" in record), default=0)
     launcher = psutil.Process(process.pid)
     for victim in [*launcher.children(recursive=True), launcher]:
-        victim.kill()
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
     process.wait()
     demo.commands.append(Command(f"{demo.typed(command)}   # killed", time.perf_counter() - started))
     return Interruption(killed_at=killed_at, resumed_at=saved)
