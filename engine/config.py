@@ -183,6 +183,8 @@ def validate(config: RunConfig) -> None:
     Raises:
         UserError: naming the key, its value and the remedy.
     """
+    if not config.run_folder.strip() or "\0" in config.run_folder:
+        raise UserError(f"run_folder is {config.run_folder!r}; name the folder that the run shall write to")
     training, optimizer, parallel = config.training, config.optimizer, config.parallel
     _at_least(1, training, "training", "train_tokens", "sequence_length", "global_batch_size", "micro_batch_size")
     _at_least(0, training, "training", "warmup_tokens", "eval_interval")
@@ -210,11 +212,15 @@ def validate(config: RunConfig) -> None:
         )
 
 
+_LARGEST = 10**15
+"""Beyond any run: more is a slip of the keyboard, and would overflow somewhere less clear."""
+
+
 def _at_least(bound: int, section: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        if not (value >= bound and math.isfinite(value)):
-            raise UserError(f"{prefix}.{name} is {value}; it must be at least {bound}")
+        if not bound <= value <= _LARGEST:
+            raise UserError(f"{prefix}.{name} is {value}; it must be at least {bound} and at most {_LARGEST:.0e}")
 
 
 def _validate_schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> None:
@@ -250,8 +256,8 @@ def _validate_data(data: DataConfig) -> None:
         if names.count(name) > 1:
             raise UserError(f"data.train has two sources named '{name}'; give each its own 'name'")
     for position, source in enumerate(data.train):
-        if not (source.weight > 0 and math.isfinite(source.weight)):
-            raise UserError(f"data.train[{position}].weight is {source.weight}; it must be positive")
+        if not 0 < source.weight <= _LARGEST:
+            raise UserError(f"data.train[{position}].weight is {source.weight}; it must be positive and finite")
     if not 0 <= data.validation_fraction < 1:
         raise UserError(f"data.validation_fraction is {data.validation_fraction}; it must be in [0, 1)")
     if data.validation_fraction > 0 and "held_out" in data.validation:

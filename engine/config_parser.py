@@ -119,8 +119,9 @@ def _checked_file(path: Path) -> dict:
         raise UserError(f"--config {path}: not a UTF-8 text file") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # Besides its own errors, PyYAML lets those of wrong explicit tags (!!int abc) through.
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'key: value' lines, found {_show(content)}")
     for problem in _problems(content, RunConfig, ""):

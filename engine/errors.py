@@ -20,7 +20,8 @@ def report_user_error(error: UserError) -> None:
     """Print ``error`` as one line on stderr, naming the rank when there are several."""
     several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     rank = f"[rank {os.environ['RANK']}] " if several else ""
-    message = " ".join(str(error).split())
+    # A path may hold bytes that are no text.
+    message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
     print(f"{rank}error: {message}", file=sys.stderr, flush=True)
 
 
@@ -31,6 +32,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         report_user_error(error)
         status = 1
+    except BrokenPipeError:
+        # The reader of our output has gone (head, less): nothing is wrong, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

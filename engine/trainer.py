@@ -234,6 +234,7 @@ class Trainer:
         due = self.progress.step % self.config.checkpoint.save_interval == 0
         if last or stopping or due or (improved and self.config.checkpoint.keep_best):
             self._require_finite(self.ranks.sum(result.loss.item()), result.grad_norm.item())
+            self._require_finite_weights()
             self._save(evaluation)
 
     def _note_best(self, name: str, loss: float) -> bool:
@@ -296,9 +297,22 @@ class Trainer:
     def _require_finite(self, loss: float, grad_norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(
-                f"step {self.progress.step}: loss {loss}, gradient norm {grad_norm} are not finite; the last "
-                "checkpoint is intact, lower optimizer.learning_rate or inspect the data"
+                f"step {self.progress.step}: loss {loss}, gradient norm {grad_norm} are not finite; {self._newest()}, "
+                "lower optimizer.learning_rate or inspect the data"
             )
+
+    def _require_finite_weights(self) -> None:
+        """Loss and gradients are of the weights before the step; a checkpoint holds what came out of it."""
+        broken = sum(not tensor.to_local().isfinite().all() for tensor in self.model.parameters())
+        if self.ranks.sum(int(broken)):
+            raise UserError(
+                f"step {self.progress.step}: the update made weights that are not finite; {self._newest()}, lower "
+                "optimizer.learning_rate or inspect the data"
+            )
+
+    def _newest(self) -> str:
+        complete = self.store.complete()
+        return f"the newest checkpoint is {complete[-1]}" if complete else "no checkpoint has been written"
 
     def _open_run_folder(self) -> None:
         self.log.open()
@@ -309,6 +323,11 @@ class Trainer:
             start = f"resumed from {self.resume_from} at step {self.progress.step:,}"
         else:
             start = f"weights of {self.config.model.initialize_from or 'a random initialization'}"
+        if self.catalog.unchecked:
+            self.log.say(
+                f"note: no sidecar stands beside {', '.join(self.catalog.unchecked)}: which tokenizer made it is not "
+                "checked, and token ids only as they are read"
+            )
         if not self.catalog.validation and (self.config.training.eval_interval or self.config.training.eval_at_start):
             self.log.say("note: training.eval_interval or eval_at_start is set, but there is no validation set")
         for line in describe_run(
@@ -330,7 +349,9 @@ class Trainer:
         """Config and tokenizer of the model, and the datasets."""
         self.assets = find_assets(self.config.model, self.resume_from)
         assert self.assets.config is not None
-        self.architecture = parse_architecture(self.assets.config)
+        folder = self.resume_from or self.config.model.initialize_from
+        where = "model.architecture" if folder is None else f"{folder}/hf/config.json"
+        self.architecture = parse_architecture(self.assets.config, where)
         self.catalog = open_catalog(
             self.config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256
         )

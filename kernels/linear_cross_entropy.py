@@ -1,8 +1,8 @@
 """Cross-entropy of a linear head without ever holding all logits.
 
 The head's product, the softmax and both gradients are computed for a few rows at a time, so the logits take no more
-than ``LOGIT_BYTES`` however many tokens there are; the weight's gradient is accumulated in fp32. Gradients are formed in
-the forward pass (three matrix products, none repeated) and scaled by the incoming gradient in the backward pass.
+than ``LOGIT_BYTES`` however many tokens there are; the weight's gradient is accumulated in fp32. Gradients are formed
+in the forward pass (three matrix products, none repeated) and scaled by the incoming gradient in the backward pass.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest`` into ``folder``."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
+    text = json.dumps(dataclasses.asdict(manifest), indent=2, allow_nan=False) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
@@ -60,10 +60,9 @@ def read_manifest(folder: str | Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: not a complete checkpoint, {MANIFEST_FILE} is missing; name a folder written by the trainer "
-            "(step-...) or by checkpoint_convert/hf_to_dcp.py"
+            f"{folder}: not a complete checkpoint, {MANIFEST_FILE} is missing; {_what_to_name(Path(folder))}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         version = content.get("format_version") if isinstance(content, dict) else None
@@ -71,4 +70,21 @@ def read_manifest(folder: str | Path) -> Manifest:
     names = {item.name for item in dataclasses.fields(Manifest)}
     if content.keys() - names or "kind" not in content:
         raise UserError(f"{path}: unexpected or missing keys {sorted(content.keys() ^ names)}")
+    for key, value in content.items():
+        kind = type(getattr(_EMPTY, key))
+        if type(value) is not kind or (kind is int and value < 0):
+            raise UserError(f"{path}: damaged, {key} is {value!r}; use another checkpoint")
     return Manifest(**content)
+
+
+def _what_to_name(folder: Path) -> str:
+    """The remedy for a folder that is something else than a checkpoint."""
+    if (folder / "config.json").is_file():
+        return f"it is a Hugging Face folder: convert it with checkpoint_convert/hf_to_dcp.py --hf {folder}"
+    below = sorted([*folder.glob("step-*/"), *folder.glob("checkpoints/step-*/")])
+    if below:
+        return f"name one of the checkpoints in it, such as {below[-1]}"
+    return "name a folder that the trainer (step-...) or checkpoint_convert/hf_to_dcp.py has written"
+
+
+_EMPTY = Manifest(kind="training")

@@ -51,6 +51,11 @@ class CheckpointStore:
         """
         if resume == "auto":
             complete = self.complete()
+            if not complete and (broken := sorted(self.folder.glob("step-*"))):
+                raise UserError(
+                    f"{broken[-1]}: {MANIFEST_FILE} is missing, so it cannot be resumed, and there is no other one; "
+                    "move it away to start from the beginning, or choose another run_folder"
+                )
             return complete[-1] if complete else None
         if resume == "none":
             if self.complete():

@@ -63,7 +63,8 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     try:
         metadata = dcp.FileSystemReader(str(folder)).read_metadata()
     except Exception as error:
-        raise UserError(f"{folder}: cannot read the checkpoint's .metadata: {error}") from None
+        # The error's own words may advise to unpickle without care.
+        raise UserError(f"{folder}/.metadata: missing or damaged ({type(error).__name__}); use another one") from None
     return {
         name: StoredTensor(tuple(item.size), item.properties.dtype)
         for name, item in metadata.state_dict_metadata.items()
@@ -150,7 +151,7 @@ def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bo
         for cause, _ in error.failures.values():
             if isinstance(cause, KeyboardInterrupt):  # DCP wraps whatever is raised
                 raise cause from None
-        raise UserError(f"{folder}: damaged checkpoint: {_reasons(error)}") from None
+        raise UserError(f"{folder}: damaged checkpoint, use another one: {_reasons(error)}") from None
 
 
 def _reasons(error: CheckpointException) -> str:

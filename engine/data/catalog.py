@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..budget import BatchPlan
@@ -10,7 +10,7 @@ from ..config import DataConfig
 from ..errors import UserError
 from .indexed_dataset import IndexedDataset
 from .sample_order import OrderedSource
-from .sidecar import Sidecar, hash_file
+from .sidecar import Sidecar
 from .source import Source, split_source
 
 HELD_OUT = "held_out"
@@ -25,7 +25,9 @@ class Catalog:
     weights: list[float]
     validation: dict[str, list[Source]]
     fingerprints: dict[str, dict[str, Any]]
-    """By training source: ``{"path", "tokens", "hash"}``."""
+    """By training source: ``{"path", "tokens", "hash"}``; the hash is None where there is no sidecar."""
+    unchecked: list[str] = field(default_factory=list)
+    """Datasets without a sidecar: nothing says which tokenizer made them."""
 
     @property
     def ordered_sources(self) -> list[OrderedSource]:
@@ -43,7 +45,7 @@ class Catalog:
         """
         for name in self.fingerprints.keys() & fingerprints.keys():
             here, there = self.fingerprints[name], fingerprints[name]
-            if (here["tokens"], here["hash"]) != (there["tokens"], there["hash"]):
+            if here["tokens"] != there["tokens"] or (here["hash"] != there["hash"] and here["hash"] and there["hash"]):
                 raise UserError(
                     f"data source '{name}' ({here['path']}) is not the one that {checkpoint} was trained on: "
                     f"{here['tokens']:,} tokens, hash {here['hash']}, was {there['tokens']:,} tokens, hash "
@@ -63,10 +65,11 @@ def open_catalog(config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer
     Raises:
         UserError: a dataset is missing, damaged, made with another tokenizer, or too small.
     """
-    train, held_out, fingerprints = [], [], {}
+    train, held_out, fingerprints, unchecked = [], [], {}, []
     for settings in config.train:
         dataset, sidecar = _open(settings.path, vocab_size, tokenizer_sha256)
         kept, left = split_source(settings.identity, dataset, plan.sequence_length, config.validation_fraction)
+        unchecked += [] if sidecar else [settings.path]
         _require_windows(kept, "train on")
         train.append(kept)
         if config.validation_fraction > 0:
@@ -75,8 +78,7 @@ def open_catalog(config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer
         fingerprints[settings.identity] = {
             "path": settings.path,
             "tokens": dataset.num_tokens,
-            # The index tells datasets without a sidecar apart by their documents' lengths, at no great cost.
-            "hash": sidecar.bin_xxh3_128 if sidecar else f"index {hash_file(dataset.idx_path)}",
+            "hash": sidecar.bin_xxh3_128 if sidecar else None,
         }
     windows = sum(source.num_windows for source in train)
     if windows < plan.global_batch_size:
@@ -86,11 +88,12 @@ def open_catalog(config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer
         )
     validation = {HELD_OUT: held_out} if held_out else {}
     for name, path in config.validation.items():
-        dataset, _ = _open(path, vocab_size, tokenizer_sha256)
+        dataset, sidecar = _open(path, vocab_size, tokenizer_sha256)
+        unchecked += [] if sidecar else [path]
         source = Source(name, dataset, plan.sequence_length, 0, dataset.num_tokens)
         _require_windows(source, "evaluate on")
         validation[name] = [source]
-    return Catalog(train, [settings.weight for settings in config.train], validation, fingerprints)
+    return Catalog(train, [settings.weight for settings in config.train], validation, fingerprints, unchecked)
 
 
 def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[IndexedDataset, Sidecar | None]:
@@ -98,6 +101,13 @@ def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[Ind
     sidecar = Sidecar.read(dataset.prefix)
     if sidecar is None:
         return dataset, None
+    said = (sidecar.documents, sidecar.tokens, sidecar.dtype)
+    found = (dataset.num_documents, dataset.num_tokens, dataset.dtype.name)
+    if said != found:
+        raise UserError(
+            f"{path}.json speaks of {said[0]:,} documents, {said[1]:,} tokens of {said[2]}, but {path}.idx holds "
+            f"{found[0]:,}, {found[1]:,} of {found[2]}: they are of different datasets; preprocess the corpus again"
+        )
     if tokenizer_sha256 is not None and sidecar.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(
             f"{path}: made with tokenizer {sidecar.tokenizer} (sha256 {sidecar.tokenizer_sha256[:12]}...), but the "

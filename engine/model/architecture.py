@@ -119,7 +119,7 @@ def parse_architecture(config: dict[str, Any], where: str = "model.architecture"
         reader.fail("head_dim", head_dim, "rotary positions need an even one")
     theta, linear_factor, scaling = _rope(reader)
     # Qwen2 has biases on q, k, v only; Llama's and Qwen3's attention_bias puts one on the output as well.
-    attention_bias = model_type != "mistral" and bool(config.get("attention_bias", False))
+    attention_bias = model_type != "mistral" and reader.flag("attention_bias")
     return Architecture(
         model_type=model_type,
         vocab_size=reader.integer("vocab_size"),
@@ -133,10 +133,10 @@ def parse_architecture(config: dict[str, Any], where: str = "model.architecture"
         rope_theta=theta,
         rope_linear_factor=linear_factor,
         rope_scaling=scaling,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
         qkv_bias=model_type == "qwen2" or attention_bias,
         output_bias=model_type != "qwen2" and attention_bias,
-        mlp_bias=model_type == "llama" and bool(config.get("mlp_bias", False)),
+        mlp_bias=model_type == "llama" and reader.flag("mlp_bias"),
         qk_norm=model_type == "qwen3",
         sliding_windows=_sliding_windows(reader, model_type, num_layers),
         initializer_range=reader.number("initializer_range", default=0.02),
@@ -147,8 +147,11 @@ def _rope(reader: _Reader) -> tuple[float, float, RopeScaling | None]:
     """(theta, linear factor, llama3 scaling) from either spelling: ``rope_parameters`` or ``rope_theta`` with
     ``rope_scaling``."""
     parameters = {"rope_theta": reader.config.get("rope_theta")}
-    parameters.update(reader.config.get("rope_scaling") or {})
-    parameters.update(reader.config.get("rope_parameters") or {})
+    for key in ("rope_scaling", "rope_parameters"):
+        value = reader.config.get(key) or {}
+        if not isinstance(value, dict):
+            reader.fail(key, value, "an object of rotary settings is needed")
+        parameters.update(value)
     nested = _Reader(parameters, f"{reader.where}: rope_parameters")
     nested.refuse_unless("partial_rotary_factor", 1.0, default=1.0)
     theta = nested.number("rope_theta", default=10000.0)
@@ -164,6 +167,8 @@ def _rope(reader: _Reader) -> tuple[float, float, RopeScaling | None]:
             high_freq_factor=nested.number("high_freq_factor"),
             original_max_position_embeddings=nested.integer("original_max_position_embeddings"),
         )
+        if not scaling.low_freq_factor < scaling.high_freq_factor:
+            nested.fail("high_freq_factor", scaling.high_freq_factor, "it must be above low_freq_factor")
         return theta, 1.0, scaling
     nested.fail("rope_type", kind, "supported: default, linear, llama3")
 
@@ -180,7 +185,7 @@ def _sliding_windows(reader: _Reader, model_type: str, num_layers: int) -> tuple
         return (window,) * num_layers
     layer_types = reader.config.get("layer_types")
     if layer_types is not None:
-        if len(layer_types) != num_layers:
+        if not isinstance(layer_types, list) or len(layer_types) != num_layers:
             reader.fail("layer_types", layer_types, f"it must name num_hidden_layers = {num_layers} layers")
         for kind in layer_types:
             if kind not in ("full_attention", "sliding_attention"):
@@ -237,9 +242,15 @@ class _Reader:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.config.get(key)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             self.fail(key, value, "a positive number is needed")
         return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.config.get(key)
+        if value not in (None, True, False):
+            self.fail(key, value, "true or false is needed")
+        return bool(value)
 
     def refuse_unless(self, key: str, expected: Any, default: Any) -> None:
         value = self.config.get(key, default)

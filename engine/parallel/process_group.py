@@ -96,7 +96,7 @@ def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
 
 def launched_by_torchrun() -> bool:
     """Whether this process is one of several that a launcher has numbered."""
-    return "RANK" in os.environ
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def world_size_from_environment() -> int:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
@@ -141,6 +142,67 @@ def interrupted(one_rank, run_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted") / "run"
     tiny_run.train_until(one_rank, run_file, ["--run_folder", str(folder)], 6)
     return folder
+
+
+def test_weights_that_the_update_broke_are_never_saved(one_rank, run_file, tmp_path):
+    """Loss and gradients of the step are finite: they are of the weights before it."""
+    overrides = ["--run_folder", str(tmp_path), "--checkpoint.keep_last", "1", "--training.warmup_tokens", "0"]
+    tiny_run.train_until(one_rank, run_file, overrides, 5)
+    extreme = [
+        "--optimizer.learning_rate",
+        "1e15",
+        "--optimizer.schedule",
+        "constant",
+        "--checkpoint.save_interval",
+        "1",
+    ]
+    trainer = Trainer(tiny_run.configure(run_file, *overrides, *extreme), one_rank)
+    update = trainer.optimizer.step
+
+    def broken_update():
+        update()
+        with torch.no_grad():
+            next(iter(trainer.model.parameters())).mul_(float("inf"))
+
+    trainer.optimizer.step = broken_update
+    with pytest.raises(UserError, match=r"step 5: the update made weights .* the newest checkpoint is .*step-00000004"):
+        trainer.run()
+    assert _checkpoints(tmp_path) == ["step-00000004"]
+
+
+def test_a_folder_without_its_manifest_is_not_passed_over_for_a_fresh_start(one_rank, run_file, interrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    (folder / "checkpoints" / "step-00000004" / "manifest.json").unlink()
+    assert "step-00000004: manifest.json is missing" in _refused(one_rank, run_file, "--run_folder", str(folder))
+
+
+def test_common_mistakes_are_told_what_to_name(one_rank, run_file, interrupted, tmp_path):
+    message = _refused(one_rank, run_file, "--run_folder", str(tmp_path / "x"), "--resume", str(interrupted))
+    assert "name one of the checkpoints in it, such as" in message and message.endswith("step-00000004")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    options = ["--run_folder", str(tmp_path / "x"), "--model.initialize_from", str(tmp_path / "hf")]
+    assert "convert it with checkpoint_convert/hf_to_dcp.py" in _refused(one_rank, run_file, *options)
+
+
+def test_a_disk_that_refuses_ends_every_rank_in_one_line(two_ranks, run_file, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    messages = two_ranks.run(tiny_run.refusal, run_file, ["--run_folder", str(tmp_path / "file")])
+    assert messages[1] == f"rank 0: {messages[0]}"
+    assert str(tmp_path / "file") in messages[0]
+
+
+def test_bad_data_on_one_rank_ends_every_rank_in_one_line(two_ranks, run_file, tmp_path):
+    """A token outside the vocabulary in a single window: the rank that reads it speaks for both."""
+    tiny_run.write_dataset(tmp_path / "first", seed=0)
+    tokens = np.memmap(tmp_path / "first.bin", dtype=np.uint16, mode="r+")
+    tokens[len(tokens) // 2] = 1000
+    tokens.flush()
+    options = ["--run_folder", str(tmp_path / "run"), "--data.train", f"[{{path: {tmp_path / 'first'}}}]"]
+    messages = sorted(two_ranks.run(tiny_run.refusal, run_file, options), key=len)
+    assert "token id 1000 at token" in messages[0]
+    assert messages[1].endswith(messages[0]) and messages[1].startswith("rank ")
 
 
 def _refused(one_rank, run_file, *overrides):

@@ -15,6 +15,7 @@ from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.config import RunConfig
 from retemper.engine.config_parser import parse_config
 from retemper.engine.data.indexed_dataset import IndexedDatasetWriter
+from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.trainer import Trainer
 
@@ -101,6 +102,15 @@ def train_until(ranks: Ranks, path: Path, overrides: list[str], step: int) -> No
     trainer._step = counted
     with contextlib.suppress(Left):
         trainer.run()
+
+
+def refusal(ranks: Ranks, path: Path, overrides: list[str]) -> str:
+    """What the run says when it refuses to go on."""
+    try:
+        train(ranks, path, overrides)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the run went through")
 
 
 def first_gradients(ranks: Ranks, path: Path, overrides: list[str]) -> dict[str, torch.Tensor]:

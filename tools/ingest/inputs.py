@@ -104,6 +104,8 @@ def _input_file(path: str) -> InputFile:
         raise UserError(f"--input {path}: unknown format; known are {_known_formats()}")
     if not os.path.exists(path):
         raise UserError(f"--input {path}: a symbolic link to nothing")
+    if not os.path.isfile(path):
+        raise UserError(f"--input {path}: no regular file; write the text to a file first")
     if not os.access(path, os.R_OK):
         raise UserError(f"--input {path}: no permission to read it")
     return InputFile(path, form, os.path.getsize(path))
