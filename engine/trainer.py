@@ -303,7 +303,7 @@ class Trainer:
 
     def _require_finite_weights(self) -> None:
         """Loss and gradients are of the weights before the step; a checkpoint holds what came out of it."""
-        broken = sum(not tensor.to_local().isfinite().all() for tensor in self.model.parameters())
+        broken = sum(not fsdp.local_shard(parameter).isfinite().all() for parameter in self.model.parameters())
         if self.ranks.sum(int(broken)):
             raise UserError(
                 f"step {self.progress.step}: the update made weights that are not finite; {self._newest()}, lower "

@@ -46,5 +46,11 @@ def copy_full_(parameter: Tensor, values: Tensor) -> None:
     parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 
+def local_shard(parameter: Tensor) -> Tensor:
+    """The part of a sharded parameter that this rank holds."""
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local()
+
+
 def _sharded_modules(model: Decoder) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

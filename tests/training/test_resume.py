@@ -148,15 +148,7 @@ def test_weights_that_the_update_broke_are_never_saved(one_rank, run_file, tmp_p
     """Loss and gradients of the step are finite: they are of the weights before it."""
     overrides = ["--run_folder", str(tmp_path), "--checkpoint.keep_last", "1", "--training.warmup_tokens", "0"]
     tiny_run.train_until(one_rank, run_file, overrides, 5)
-    extreme = [
-        "--optimizer.learning_rate",
-        "1e15",
-        "--optimizer.schedule",
-        "constant",
-        "--checkpoint.save_interval",
-        "1",
-    ]
-    trainer = Trainer(tiny_run.configure(run_file, *overrides, *extreme), one_rank)
+    trainer = Trainer(tiny_run.configure(run_file, *overrides, "--checkpoint.save_interval", "1"), one_rank)
     update = trainer.optimizer.step
 
     def broken_update():
