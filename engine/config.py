@@ -87,7 +87,8 @@ class TrainingConfig:
     eval_interval: int = 0
     """Steps between evaluations of the validation sets; 0 evaluates only at the end."""
     eval_tokens: int = 1_000_000
-    """At most this many tokens of each validation set are evaluated: windows spread evenly, the same ones each time."""
+    """At most this many tokens of each validation set are evaluated: windows spread evenly, the same ones each time,
+    read once and kept in memory (24 bytes a token over all ranks)."""
     eval_at_start: bool = False
     """Evaluate once before the first step of a fresh run."""
 

@@ -97,6 +97,7 @@ class Trainer:
             self.architecture.vocab_size,
             config.data.attend_across_documents,
         )
+        self.validation = ranks.everywhere(self._read_validation)
 
     # ---------------------------------------------------------------------------------------------------------------
     # The run
@@ -198,19 +199,11 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Mean loss per target of every validation set, in nats."""
         losses = {}
-        for name, sources in self.catalog.validation.items():
+        for name, batches in self.validation.items():
             loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-            num_targets = 0
-            for batch in validation_batches(
-                sources,
-                self.plan,
-                self.ranks.rank,
-                self.architecture.vocab_size,
-                self.config.data.attend_across_documents,
-                self.config.training.eval_tokens,
-            ):
+            for batch in batches:
                 loss_sum += self._loss_sum(batch)
-                num_targets += batch.num_targets
+            num_targets = sum(batch.num_targets for batch in batches)
             loss = self.ranks.sum(loss_sum.item()) / max(1.0, self.ranks.sum(num_targets))
             losses[name] = loss
             values = {"evaluation": name, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -228,7 +221,7 @@ class Trainer:
         evaluation, improved = {}, False
         # Launchers give a run that is asked to stop some seconds: they are for saving.
         evaluating = last or (interval and self.progress.step % interval == 0 and not stopping)
-        if self.catalog.validation and evaluating:
+        if self.validation and evaluating:
             evaluation = self._evaluate()
             improved = self._note_best(*next(iter(evaluation.items())))
         due = self.progress.step % self.config.checkpoint.save_interval == 0
@@ -328,7 +321,7 @@ class Trainer:
                 f"note: no sidecar stands beside {', '.join(self.catalog.unchecked)}: which tokenizer made it is not "
                 "checked, and token ids only as they are read"
             )
-        if not self.catalog.validation and (self.config.training.eval_interval or self.config.training.eval_at_start):
+        if not self.validation and (self.config.training.eval_interval or self.config.training.eval_at_start):
             self.log.say("note: training.eval_interval or eval_at_start is set, but there is no validation set")
         for line in describe_run(
             self.config, self.plan, self.ranks, self.architecture, self.catalog, self._remaining_steps(), start
@@ -355,6 +348,22 @@ class Trainer:
         self.catalog = open_catalog(
             self.config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256
         )
+
+    def _read_validation(self) -> dict[str, list[MicroBatch]]:
+        """This rank's micro-batches of every validation set: read once, so that bad data shows before the training."""
+        return {
+            name: list(
+                validation_batches(
+                    sources,
+                    self.plan,
+                    self.ranks.rank,
+                    self.architecture.vocab_size,
+                    self.config.data.attend_across_documents,
+                    self.config.training.eval_tokens,
+                )
+            )
+            for name, sources in self.catalog.validation.items()
+        }
 
     def _build_model(self) -> Decoder:
         """Meta device -> recompute -> shard -> materialize; weights come afterwards."""

@@ -197,6 +197,14 @@ def test_bad_data_on_one_rank_ends_every_rank_in_one_line(two_ranks, run_file, t
     assert messages[1].endswith(messages[0]) and messages[1].startswith("rank ")
 
 
+def test_a_bad_token_in_a_validation_set_is_refused_before_the_training(one_rank, run_file, tmp_path):
+    tiny_run.write_dataset(tmp_path / "bad", seed=3, token=1000)
+    options = ["--run_folder", str(tmp_path / "run"), "--data.validation.bad", str(tmp_path / "bad")]
+    message = _refused(one_rank, run_file, *options)
+    assert "bad.bin: token id 1000" in message and "vocabulary of 97" in message
+    assert not (tmp_path / "run").exists()
+
+
 def _refused(one_rank, run_file, *overrides):
     with pytest.raises(UserError) as error:
         Trainer(tiny_run.configure(run_file, *overrides), one_rank)
