@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import __version__
 from .budget import learning_rate, plan_batches
 from .checkpoint.assets import find_assets
-from .checkpoint.manifest import Manifest, read_manifest
+from .checkpoint.manifest import Manifest, read_manifest, require_same_order
 from .checkpoint.store import CheckpointStore
 from .checkpoint.tensors import check_model_tensors, load_tensors, model_tensors, optimizer_tensors
 from .config import RunConfig, to_dict, to_yaml
@@ -389,32 +389,10 @@ class Trainer:
         folder = self.resume_from
         assert folder is not None
         manifest = read_manifest(folder)
-        self._require_same_order(manifest, folder)
+        require_same_order(manifest, to_dict(self.config), folder)
+        self.catalog.require_unchanged(manifest.datasets, str(folder))
         check_model_tensors(folder, self.model)
         allocate_states(self.optimizer)
         load_tensors(folder, {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)})
         self.order = self.order.resumed(manifest.sample_order, manifest.consumed_samples)
         return Progress(manifest.step, manifest.consumed_samples, manifest.consumed_tokens, manifest.best)
-
-    def _require_same_order(self, manifest: Manifest, folder: Path) -> None:
-        """Refuse changes after which "the samples that follow" would mean nothing."""
-        former = manifest.config
-        for key, here, there in (
-            ("seed", self.config.seed, former["seed"]),
-            (
-                "training.sequence_length",
-                self.config.training.sequence_length,
-                former["training"]["sequence_length"],
-            ),
-            (
-                "data.validation_fraction",
-                self.config.data.validation_fraction,
-                former["data"]["validation_fraction"],
-            ),
-        ):
-            if here != there:
-                raise UserError(
-                    f"{key} is {here}, but {folder} was trained with {there}, and the sample order depends on it; set "
-                    "it back, or start a new run_folder with model.initialize_from"
-                )
-        self.catalog.require_unchanged(manifest.datasets, str(folder))

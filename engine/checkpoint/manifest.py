@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from ..errors import UserError
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
+_ORDER_KEYS = ("seed", "training.sequence_length", "data.validation_fraction")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,27 @@ def read_manifest(folder: str | Path) -> Manifest:
         if type(value) is not kind or (kind is int and value < 0):
             raise UserError(f"{path}: damaged, {key} is {value!r}; use another checkpoint")
     return Manifest(**content)
+
+
+def require_same_order(manifest: Manifest, config: Mapping[str, Any], folder: str | Path) -> None:
+    """Refuse changes of the configuration after which "the samples that follow" would mean nothing.
+
+    Args:
+        manifest: of the checkpoint ``folder`` that a run is to continue from.
+        config: the run's own, as a nested dictionary.
+
+    Raises:
+        UserError: naming the key and both values.
+    """
+    for path in _ORDER_KEYS:
+        here, there = config, manifest.config
+        for key in path.split("."):
+            here, there = here[key], there.get(key, {})
+        if here != there:
+            raise UserError(
+                f"{path} is {here}, but {folder} was trained with {there}, and the sample order depends on it; set it "
+                "back, or start a new run_folder with model.initialize_from"
+            )
 
 
 def _what_to_name(folder: Path) -> str:
