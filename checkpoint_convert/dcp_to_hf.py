@@ -33,7 +33,7 @@ from retemper.checkpoint_convert.weight_dtypes import (
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, CONFIG_FILE, HfAssets
 from retemper.engine.checkpoint.manifest import read_manifest
 from retemper.engine.checkpoint.tensors import StoredTensor, check_model_tensors, load_tensors, stored_tensors
-from retemper.engine.errors import run_command
+from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.model.architecture import parse_architecture, read_hf_config
 
 
@@ -91,7 +91,7 @@ def convert(
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options on the command line, by default that of this process."""
-    parser = argparse.ArgumentParser(description="Make a Hugging Face folder out of a checkpoint.")
+    parser = CommandParser(description="Make a Hugging Face folder out of a checkpoint.")
     parser.add_argument(
         "--checkpoint",
         required=True,

@@ -32,7 +32,7 @@ from retemper.checkpoint_convert.weight_dtypes import (
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE, HfAssets
 from retemper.engine.checkpoint.manifest import Manifest, write_manifest
 from retemper.engine.checkpoint.tensors import save_streamed_tensors
-from retemper.engine.errors import run_command
+from retemper.engine.errors import CommandParser, run_command
 
 
 def convert(hf: str, output: str | Path, dtype: str = AUTO, say: Callable[[str], None] = print) -> None:
@@ -74,7 +74,7 @@ def convert(hf: str, output: str | Path, dtype: str = AUTO, say: Callable[[str],
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options on the command line, by default that of this process."""
-    parser = argparse.ArgumentParser(description="Make a checkpoint to train from out of a Hugging Face folder.")
+    parser = CommandParser(description="Make a checkpoint to train from out of a Hugging Face folder.")
     parser.add_argument("--hf", required=True, metavar="DIR|NAME", help="Hugging Face folder, or Hub name")
     parser.add_argument("--output", required=True, metavar="DIR", help="checkpoint to write; it must not exist")
     parser.add_argument(

@@ -6,6 +6,7 @@ line without a traceback and exit with status 1; everything else is a bug in thi
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,13 @@ from typing import NoReturn
 
 class UserError(ValueError):
     """Wrong configuration, data or files: one line that names the file or key, the value and the remedy."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Reports a wrong command line like every other :class:`UserError`, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def report_user_error(error: UserError) -> None:

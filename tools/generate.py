@@ -16,13 +16,13 @@ import time
 from collections.abc import Iterator, Sequence
 
 from retemper.checkpoint_convert.weight_dtypes import DTYPE_CHOICES
-from retemper.engine.errors import UserError, report_user_error, run_command
+from retemper.engine.errors import CommandParser, UserError, report_user_error, run_command
 from retemper.tools.generation import Sampling, TextGenerator
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options on the command line, by default that of this process."""
-    parser = argparse.ArgumentParser(description="Continue prompts with a Hugging Face folder or a checkpoint.")
+    parser = CommandParser(description="Continue prompts with a Hugging Face folder or a checkpoint.")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or checkpoint folder")
     parser.add_argument(
         "--prompt",

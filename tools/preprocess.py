@@ -12,7 +12,7 @@ import argparse
 import signal
 from collections.abc import Sequence
 
-from retemper.engine.errors import run_command
+from retemper.engine.errors import CommandParser, run_command
 from retemper.tools.ingest.pipeline import PreprocessOptions, format_report, preprocess
 
 DEFAULT_TOKENIZER = "Qwen/Qwen2-72B"
@@ -20,7 +20,7 @@ DEFAULT_TOKENIZER = "Qwen/Qwen2-72B"
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions:
     """The options on the command line, by default that of this process."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Tokenize text to an indexed dataset: Megatron-LM's .bin and .idx, and a .json that describes them."
     )
     parser.add_argument(

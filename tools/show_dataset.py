@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.tokenizer import TokenizerHandle, load_tokenizer
-from retemper.engine.errors import UserError, run_command
+from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.tools.ingest.describe import (
     decoded_documents,
     describe_dataset,
@@ -27,7 +27,7 @@ from retemper.tools.ingest.describe import (
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options on the command line, by default that of this process."""
-    parser = argparse.ArgumentParser(description="Show what an indexed dataset holds, or verify it.")
+    parser = CommandParser(description="Show what an indexed dataset holds, or verify it.")
     parser.add_argument("dataset", metavar="PREFIX", help="the path of its .bin and .idx without suffix")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--documents", type=int, default=0, metavar="N", help="decode N documents, chosen at random")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,12 @@ from ..config import DataConfig
 from ..errors import UserError
 from .indexed_dataset import IndexedDataset
 from .sample_order import OrderedSource
-from .sidecar import Sidecar
+from .sidecar import Sidecar, hash_file
 from .source import Source, split_source
+
+_INDEX_BYTES_CHECKED = 64 * 1024**2
+"""An index of up to this size (3 million documents) is hashed at start, in milliseconds; a larger one would delay it.
+``tools/show_dataset.py --verify`` checks everything."""
 
 HELD_OUT = "held_out"
 """Name of the validation set that ``data.validation_fraction`` makes."""
@@ -108,6 +113,9 @@ def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[Ind
             f"{path}.json speaks of {said[0]:,} documents, {said[1]:,} tokens of {said[2]}, but {path}.idx holds "
             f"{found[0]:,}, {found[1]:,} of {found[2]}: they are of different datasets; preprocess the corpus again"
         )
+    small = os.path.getsize(dataset.idx_path) <= _INDEX_BYTES_CHECKED
+    if small and hash_file(dataset.idx_path) != sidecar.idx_xxh3_128:
+        raise UserError(f"{path}.idx is damaged: its hash is not the one in {path}.json; preprocess the corpus again")
     if tokenizer_sha256 is not None and sidecar.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(
             f"{path}: made with tokenizer {sidecar.tokenizer} (sha256 {sidecar.tokenizer_sha256[:12]}...), but the "

@@ -370,6 +370,20 @@ def test_changed_data_is_refused_on_resume(tmp_path):
     renamed.require_unchanged(former.fingerprints, "step-1")
 
 
+def test_a_damaged_index_or_another_datasets_sidecar_is_refused(tmp_path):
+    write(tmp_path / "web", documents_of([10] * 30), SIDECAR)
+    index = tmp_path / "web.idx"
+    whole = index.read_bytes()
+    index.write_bytes(whole[:60] + bytes([whole[60] ^ 4]) + whole[61:])  # the length of a document in the middle
+    with pytest.raises(UserError, match=r"web\.idx is damaged"):
+        catalog_of(str(tmp_path / "web"))
+    index.write_bytes(whole)
+    write(tmp_path / "other", documents_of([10] * 31), SIDECAR)
+    (tmp_path / "web.json").write_bytes((tmp_path / "other.json").read_bytes())
+    with pytest.raises(UserError, match=r"web\.json speaks of 31 documents, 310 tokens .* holds 30, 300"):
+        catalog_of(str(tmp_path / "web"))
+
+
 def test_a_sidecar_knows_its_largest_token(tmp_path):
     write(tmp_path / "web", [[3, 5, 4] * 20], replace(SIDECAR, tokenizer="other"))
     sidecar = Sidecar.read(tmp_path / "web")

@@ -7,7 +7,6 @@ Face folder. Then comes what users do: preprocess a domain corpus, convert, cont
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -23,7 +22,7 @@ import psutil
 
 from retemper.engine.checkpoint.manifest import read_manifest
 from retemper.engine.config_yaml import load_yaml
-from retemper.engine.errors import UserError, run_command
+from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.tools.demo.bpe import train_tokenizer
 from retemper.tools.demo.charts import Interruption, require_matplotlib
 from retemper.tools.demo.corpora import build_corpora
@@ -81,7 +80,7 @@ class Demo:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("demo_run"), help="where everything goes; must be new")
     parser.add_argument("--base-tokens", type=int, help="pretrain the base model on this many tokens")
     parser.add_argument("--train-tokens", type=int, help="continue its pretraining on this many tokens")
