@@ -359,7 +359,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(tmp_path, long_run, 
         long_run.terminate()
     else:
         os.kill(workers[0], signal.SIGKILL)
-    _, err = long_run.communicate(timeout=8)
+    _, err = long_run.communicate(timeout=30)
     lines = [line for line in err.splitlines() if not line.endswith(" workers")]
     if event == "killed worker":
         assert long_run.returncode == 1

@@ -35,28 +35,30 @@ def _pids_of_ranks(launcher):
 
 def test_terminated_then_killed_then_resumed_is_the_undisturbed_run(two_ranks, run_file, tmp_path):
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
-    two_ranks.run(tiny_run.train, run_file, ["--run_folder", str(undisturbed)])
+    # Long enough that the run cannot end between its being seen at a step and the signal.
+    steps = ["--training.train_tokens", str(100 * 8 * 32)]
+    two_ranks.run(tiny_run.train, run_file, [*steps, "--run_folder", str(undisturbed)])
 
-    process = _launch(run_file, "--run_folder", str(folder))
+    process = _launch(run_file, *steps, "--run_folder", str(folder))
     _wait_for_step(process, folder, 2)
     process.send_signal(signal.SIGTERM)
     output = process.communicate()[0]
     assert "as asked; resume: auto continues" in output
     assert output.count("  saved ") <= 1 + output.count("step-00000004")
 
-    process = _launch(run_file, "--run_folder", str(folder))
-    _wait_for_step(process, folder, 14)
+    process = _launch(run_file, *steps, "--run_folder", str(folder))
+    _wait_for_step(process, folder, 40)
     os.kill(_pids_of_ranks(process)[1], signal.SIGKILL)
     process.communicate()
     assert process.returncode != 0
 
-    process = _launch(run_file, "--run_folder", str(folder))
+    process = _launch(run_file, *steps, "--run_folder", str(folder))
     output = process.communicate()[0]
     assert process.returncode == 0, output
     assert "resumed from" in output
     assert tiny_run.curve(folder) == tiny_run.curve(undisturbed)
-    expected = tiny_run.tensors_of(undisturbed / "checkpoints" / "step-00000020")
-    actual = tiny_run.tensors_of(folder / "checkpoints" / "step-00000020")
+    expected = tiny_run.tensors_of(undisturbed / "checkpoints" / "step-00000100")
+    actual = tiny_run.tensors_of(folder / "checkpoints" / "step-00000100")
     assert all(actual[name].equal(tensor) for name, tensor in expected.items())
 
 
