@@ -223,10 +223,11 @@ class Trainer:
         evaluating = last or (interval and self.progress.step % interval == 0 and not stopping)
         if self.validation and evaluating:
             evaluation = self._evaluate()
+            self._require_finite({f"validation loss of {name}": loss for name, loss in evaluation.items()})
             improved = self._note_best(*next(iter(evaluation.items())))
         due = self.progress.step % self.config.checkpoint.save_interval == 0
         if last or stopping or due or (improved and self.config.checkpoint.keep_best):
-            self._require_finite(self.ranks.sum(result.loss.item()), result.grad_norm.item())
+            self._require_finite({"loss": self.ranks.sum(result.loss.item()), "gradient norm": result.grad_norm.item()})
             self._require_finite_weights()
             self._save(evaluation)
 
@@ -285,19 +286,20 @@ class Trainer:
             + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
             + f" | {values['peak_memory_bytes'] / 2**30:.2f} GiB | ETA {duration(left)}"
         )
-        self._require_finite(loss, grad_norm)
+        self._require_finite({"loss": loss, "gradient norm": grad_norm})
 
-    def _require_finite(self, loss: float, grad_norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    def _require_finite(self, numbers: dict[str, float]) -> None:
+        if not all(math.isfinite(number) for number in numbers.values()):
+            found = ", ".join(f"{name} {number}" for name, number in numbers.items())
             raise UserError(
-                f"step {self.progress.step}: loss {loss}, gradient norm {grad_norm} are not finite; {self._newest()}, "
-                "lower optimizer.learning_rate or inspect the data"
+                f"step {self.progress.step}: {found}: not finite; {self._newest()}, lower optimizer.learning_rate or "
+                "inspect the data"
             )
 
     def _require_finite_weights(self) -> None:
         """Loss and gradients are of the weights before the step; a checkpoint holds what came out of it."""
-        broken = sum(not fsdp.local_shard(parameter).isfinite().all() for parameter in self.model.parameters())
-        if self.ranks.sum(int(broken)):
+        finite = torch.stack([fsdp.local_shard(weight).isfinite().all() for weight in self.model.parameters()])
+        if self.ranks.sum(not finite.all().item()):
             raise UserError(
                 f"step {self.progress.step}: the update made weights that are not finite; {self._newest()}, lower "
                 "optimizer.learning_rate or inspect the data"

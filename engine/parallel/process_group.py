@@ -42,10 +42,6 @@ class Ranks:
             dist.all_reduce(total)
         return total.item()
 
-    def barrier(self) -> None:
-        """Wait for all ranks, on the host."""
-        self.sum(0)
-
     def share(self, value):
         """The main rank's ``value`` (any picklable object) on every rank."""
         box = [value]

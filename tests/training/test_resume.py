@@ -148,7 +148,9 @@ def test_weights_that_the_update_broke_are_never_saved(one_rank, run_file, tmp_p
     """Loss and gradients of the step are finite: they are of the weights before it."""
     overrides = ["--run_folder", str(tmp_path), "--checkpoint.keep_last", "1", "--training.warmup_tokens", "0"]
     tiny_run.train_until(one_rank, run_file, overrides, 5)
-    trainer = Trainer(tiny_run.configure(run_file, *overrides, "--checkpoint.save_interval", "1"), one_rank)
+    # Without an evaluation, which would notice first, the check of the weights stands alone.
+    overrides += ["--training.eval_interval", "0", "--checkpoint.save_interval", "1"]
+    trainer = Trainer(tiny_run.configure(run_file, *overrides), one_rank)
     update = trainer.optimizer.step
 
     def broken_update():
@@ -158,6 +160,14 @@ def test_weights_that_the_update_broke_are_never_saved(one_rank, run_file, tmp_p
 
     trainer.optimizer.step = broken_update
     with pytest.raises(UserError, match=r"step 5: the update made weights .* the newest checkpoint is .*step-00000004"):
+        trainer.run()
+    assert _checkpoints(tmp_path) == ["step-00000004"]
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(one_rank, run_file, tmp_path):
+    trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(tmp_path)), one_rank)
+    trainer._evaluate = lambda: {"validation": float("nan")}
+    with pytest.raises(UserError, match="step 5: validation loss of validation nan: not finite"):
         trainer.run()
     assert _checkpoints(tmp_path) == ["step-00000004"]
 

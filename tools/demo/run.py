@@ -190,7 +190,8 @@ def read_records(folder: Path) -> list[dict]:
 def collect_results(demo: Demo, interruption: Interruption) -> ReportData:
     """Losses before and after, and what both models write."""
     demo.say("loading both models with transformers")
-    evaluations = [record for record in read_records(demo.folder) if "evaluation" in record]
+    records = read_records(demo.folder)
+    evaluations = [record for record in records if "evaluation" in record]
     changes = {}
     for name in ("domain", "general"):
         losses = [record["loss"] for record in evaluations if record["evaluation"] == name]
@@ -205,7 +206,7 @@ def collect_results(demo: Demo, interruption: Interruption) -> ReportData:
         metrics=demo.folder / "runs" / "domain" / "metrics.jsonl",
         configuration=(demo.folder / "runs" / "domain" / "config.yaml").read_text(encoding="utf-8"),
         commands=demo.commands,
-        facts={},
+        facts={"Steps": f"{records[-1]['step']:,}", "Tokens trained on": f"{records[-1]['tokens']:,}", "Ranks": "2"},
         environment=describe_environment(),
         samples=samples,
         interruptions=[interruption],
