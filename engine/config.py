@@ -24,10 +24,16 @@ class SourceConfig:
     path: str
     """Prefix of the dataset: ``{path}.bin`` and ``{path}.idx``, as written by tools/preprocess.py or Megatron-LM."""
     weight: float = 1.0
-    """Share of the training tokens that come from this source, relative to the sum of all weights."""
+    """Share of the training tokens (or documents, see ``data.weights``) that come from this source, relative to the sum
+    of all weights."""
     name: str | None = None
-    """Name in logs, and the identity that keeps the source's place when the blend changes. Default: the prefix's last
-    component."""
+    """Name in logs, and the identity that keeps the source's place when the blend or the stage changes. Default: the
+    prefix's last component."""
+    max_epochs: float | None = None
+    """Go through the source at most so often, counted from the start of the run over all stages, in whole samples
+    rounded down; from then on its share goes to the others in proportion. Null: as often as its weight asks for."""
+    max_tokens: int | None = None
+    """The same as a number of tokens. With both, the smaller one counts."""
 
     @property
     def identity(self) -> str:
@@ -36,11 +42,35 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What is read."""
+class StageConfig:
+    """A part of the run with a blend of its own."""
 
     train: list[SourceConfig]
-    """Weighted datasets to train on."""
+    """Weighted datasets of the stage. A source of a former stage (by name) goes on from its place there."""
+    train_tokens: int | None = None
+    """Length of the stage, on the clock of ``training.train_tokens``. Stages change between samples: a stage ends with
+    the sample that reaches the sum of its and all former stages' tokens. Null, in the last stage only: the rest."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and in which order."""
+
+    train: list[SourceConfig] = field(default_factory=list)
+    """Weighted datasets to train on. Needed unless there are ``stages``."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """A curriculum: blends that follow one another, each for a number of tokens. Instead of ``train``."""
+    weights: Literal["tokens", "documents"] = "tokens"
+    """What weights are shares of. documents: a source's share of the tokens is its weight times the mean length of its
+    documents."""
+    shuffle: Literal["windows", "documents"] = "windows"
+    """What is shuffled anew in every epoch of a source. windows: all windows of sequence_length tokens of the source,
+    read as they lie in the file. documents: besides, the documents within every group of 128 consecutive windows, of
+    which the windows are then made."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """How windows are made of documents. concat: one behind the other, cut every sequence_length tokens. best_fit: the
+    documents of 128 consecutive windows are put together so that nearly all that fit in a window stay whole. Both use
+    every token and pad nothing. Validation sets are read with concat, as they lie in the file."""
     validation: dict[str, str] = field(default_factory=dict)
     """Named validation datasets: name -> prefix."""
     validation_fraction: float = 0.0
@@ -205,7 +235,7 @@ def validate(config: RunConfig) -> None:
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed is {config.seed}; it must be in [0, 2^63)")
     _validate_schedule(training, optimizer)
-    _validate_data(config.data)
+    _validate_data(config.data, training.sequence_length)
     if config.model.initialize_from is None and config.model.architecture is None:
         raise UserError(
             "model.initialize_from and model.architecture are both null: name a checkpoint to start from, or describe "
@@ -249,20 +279,55 @@ def _validate_schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> 
             )
 
 
-def _validate_data(data: DataConfig) -> None:
-    if not data.train:
-        raise UserError("data.train is empty; name at least one dataset")
-    names = [source.identity for source in data.train]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"data.train has two sources named '{name}'; give each its own 'name'")
-    for position, source in enumerate(data.train):
-        if not 0 < source.weight <= _LARGEST:
-            raise UserError(f"data.train[{position}].weight is {source.weight}; it must be positive and finite")
+def _validate_data(data: DataConfig, sequence_length: int) -> None:
+    if data.train and data.stages:
+        raise UserError(
+            "data.train and data.stages are both set; put the blend of data.train into a stage, or remove one"
+        )
+    if not data.train and not data.stages:
+        raise UserError("data.train is empty; name at least one dataset there, or data.stages")
+    paths: dict[str, str] = {}
+    for number, stage in enumerate(data.stages):
+        where = f"data.stages[{number}]"
+        if not stage.train:
+            raise UserError(f"{where}.train is empty; name at least one dataset")
+        last = number == len(data.stages) - 1
+        if stage.train_tokens is None and not last:
+            raise UserError(f"{where}.train_tokens is null; only the last stage may leave it out")
+        if stage.train_tokens is not None and not sequence_length <= stage.train_tokens <= _LARGEST:
+            raise UserError(
+                f"{where}.train_tokens is {stage.train_tokens}; it must be at least one sample of "
+                f"training.sequence_length {sequence_length:,} and at most {_LARGEST:.0e}"
+            )
+        _validate_blend(stage.train, f"{where}.train", sequence_length)
+        for source in stage.train:
+            if paths.setdefault(source.identity, source.path) != source.path:
+                raise UserError(
+                    f"{where}.train names {source.path} '{source.identity}', as a former stage names "
+                    f"{paths[source.identity]}; give one of the two another 'name'"
+                )
+    _validate_blend(data.train, "data.train", sequence_length)
     if not 0 <= data.validation_fraction < 1:
         raise UserError(f"data.validation_fraction is {data.validation_fraction}; it must be in [0, 1)")
     if data.validation_fraction > 0 and "held_out" in data.validation:
         raise UserError("data.validation names a set 'held_out', which data.validation_fraction makes; rename it")
+
+
+def _validate_blend(sources: list[SourceConfig], where: str, sequence_length: int) -> None:
+    names = [source.identity for source in sources]
+    for position, source in enumerate(sources):
+        if names.count(source.identity) > 1:
+            raise UserError(f"{where} has two sources named '{source.identity}'; give each its own 'name'")
+        for key in ("weight", "max_epochs"):
+            value = getattr(source, key)
+            if value is not None and not 0 < value <= _LARGEST:
+                raise UserError(f"{where}[{position}].{key} is {value}; it must be positive and finite")
+        if source.max_tokens is not None and not sequence_length <= source.max_tokens <= _LARGEST:
+            raise UserError(
+                f"{where}[{position}].max_tokens is {source.max_tokens}; it must be at least one sample of "
+                f"training.sequence_length {sequence_length:,} and at most {_LARGEST:.0e}; to leave the source out, "
+                "remove it"
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
-from .config import RunConfig, SourceConfig, to_dict, validate
+from .config import RunConfig, SourceConfig, StageConfig, to_dict, validate
 from .config_yaml import dump_yaml, load_yaml
 from .errors import UserError
 
@@ -149,7 +149,7 @@ def _complete(value: Any, hint: Any) -> Any:
         hints = get_type_hints(hint)
         return {key: _complete(item, hints[key]) for key, item in value.items()}
     if isinstance(value, list) and dataclasses.is_dataclass(kind := (*get_args(hint), None)[0]):
-        return [to_dict(kind(**item)) for item in value]  # type: ignore[operator]
+        return [to_dict(kind(**_complete(item, kind))) for item in value]  # type: ignore[operator]
     return value
 
 
@@ -230,8 +230,10 @@ def _known_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[tuple[str,
 
 def _did_you_mean(key: str, section: bool = False) -> str:
     """A hint for a misspelt, abbreviated or misplaced key. Sections are proposed for sections, else never."""
-    if "[" in key:  # an item of data.train
-        known = [f"{key.rsplit('.', 1)[0]}.{name}" for name in get_type_hints(SourceConfig)]
+    if "[" in key:  # an item of data.train or data.stages
+        item = key.rsplit(".", 1)[0]
+        kind = StageConfig if re.search(r"stages\[\d+\]$", item) else SourceConfig
+        known = [f"{item}.{name}" for name in get_type_hints(kind)]
     else:
         known = [name for name, hint in _known_keys() if dataclasses.is_dataclass(hint) == section]
     if key in known:

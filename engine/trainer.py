@@ -20,14 +20,13 @@ from .config import RunConfig, to_dict, to_yaml
 from .data.catalog import open_catalog
 from .data.loader import Prefetcher, TrainingData, validation_batches
 from .data.packing import MicroBatch
-from .data.sample_order import SampleOrder
 from .errors import UserError
 from .model.architecture import parse_architecture
 from .model.decoder import COMPUTE_DTYPES, Decoder, Packing
 from .observe.flops import device_peak_flops, flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, duration, human, peak_memory_bytes
-from .observe.summary import describe_run
+from .observe.summary import describe_data, describe_run, notes
 from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate
 from .parallel import fsdp, recompute
 from .parallel.mesh import build_mesh, mesh_shape
@@ -79,16 +78,15 @@ class Trainer:
 
     def __init__(self, config: RunConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
-        training = config.training
-        self.plan = plan_batches(training, ranks.world_size)
+        self.plan = plan_batches(config.training, ranks.world_size)
         self.store = CheckpointStore(config.run_folder, ranks, config.checkpoint.keep_last, config.checkpoint.keep_best)
         # The main rank's answer counts: shared file systems may show a new folder to some nodes later than to others.
         self.resume_from = ranks.share(ranks.everywhere(lambda: self.store.resolve(config.resume)))
+        self.progress = Progress()
         ranks.everywhere(self._open_inputs)
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.order = SampleOrder(self.catalog.ordered_sources, config.seed, training.sequence_length)
-        self.progress = ranks.everywhere(lambda: self._restore() if self.resume_from else self._initialize())
+        ranks.everywhere(self._load_weights)
         self.data = TrainingData(
             self.catalog.train,
             self.order,
@@ -98,6 +96,7 @@ class Trainer:
             config.data.attend_across_documents,
         )
         self.validation = ranks.everywhere(self._read_validation)
+        self.validation_targets = self._count_validation_targets()
 
     # ---------------------------------------------------------------------------------------------------------------
     # The run
@@ -120,11 +119,7 @@ class Trainer:
         if self.progress.step == 0 and config.training.eval_at_start:
             self._evaluate()
         stopwatch = Stopwatch()
-        first_samples = range(
-            self.progress.samples,
-            self.progress.samples + self._remaining_steps() * self.plan.global_batch_size,
-            self.plan.global_batch_size,
-        )
+        first_samples = range(self.progress.samples, self._last_sample(), self.plan.global_batch_size)
         with Prefetcher(self._prepare, first_samples, config.data.prefetch_steps) as prefetcher:
             for first_sample in first_samples:
                 result = self._step(*self._next_batches(prefetcher))
@@ -192,6 +187,10 @@ class Trainer:
     def _remaining_steps(self) -> int:
         return self.plan.steps_for(max(0, self.config.training.train_tokens - self.progress.tokens))
 
+    def _last_sample(self) -> int:
+        """Samples consumed when the budget is used up."""
+        return self.progress.samples + self._remaining_steps() * self.plan.global_batch_size
+
     # ---------------------------------------------------------------------------------------------------------------
     # Evaluating, saving, reporting
 
@@ -203,9 +202,7 @@ class Trainer:
             loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
             for batch in batches:
                 loss_sum += self._loss_sum(batch)
-            num_targets = sum(batch.num_targets for batch in batches)
-            loss = self.ranks.sum(loss_sum.item()) / max(1.0, self.ranks.sum(num_targets))
-            losses[name] = loss
+            losses[name] = loss = self.ranks.sum(loss_sum.item()) / self.validation_targets[name]
             values = {"evaluation": name, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
             self.log.record(self.progress.step, self.progress.tokens, values, group=f"evaluation/{name}")
             self.log.say(
@@ -318,38 +315,36 @@ class Trainer:
             start = f"resumed from {self.resume_from} at step {self.progress.step:,}"
         else:
             start = f"weights of {self.config.model.initialize_from or 'a random initialization'}"
-        if self.catalog.unchecked:
-            self.log.say(
-                f"note: no sidecar stands beside {', '.join(self.catalog.unchecked)}: which tokenizer made it is not "
-                "checked, and token ids only as they are read"
-            )
-        if not self.validation and (self.config.training.eval_interval or self.config.training.eval_at_start):
-            self.log.say("note: training.eval_interval or eval_at_start is set, but there is no validation set")
-        for line in describe_run(
-            self.config, self.plan, self.ranks, self.architecture, self.catalog, self._remaining_steps(), start
-        ):
-            self.log.say(line)
         assert self.assets.config is not None
-        longest = self.assets.config.get("max_position_embeddings", self.plan.sequence_length)
-        if self.plan.sequence_length > longest:
-            self.log.say(
-                f"note: training.sequence_length {self.plan.sequence_length:,} is beyond the model's "
-                f"max_position_embeddings {longest:,}; the exported config.json keeps saying {longest:,}"
-            )
+        for line in [
+            *notes(self.config, self.catalog, self.assets.config.get("max_position_embeddings")),
+            *describe_run(self.config, self.plan, self.ranks, self.architecture, self._remaining_steps(), start),
+            *describe_data(self.config.data, self.catalog, self.order, self._last_sample()),
+        ]:
+            self.log.say(line)
 
     # ---------------------------------------------------------------------------------------------------------------
     # Building and restoring
 
     def _open_inputs(self) -> None:
-        """Config and tokenizer of the model, and the datasets."""
-        self.assets = find_assets(self.config.model, self.resume_from)
+        """Config and tokenizer of the model, the datasets, and the place in their order."""
+        config, folder = self.config, self.resume_from
+        self.assets = find_assets(config.model, folder)
         assert self.assets.config is not None
-        folder = self.resume_from or self.config.model.initialize_from
-        where = "model.architecture" if folder is None else f"{folder}/hf/config.json"
+        named = folder or config.model.initialize_from
+        where = "model.architecture" if named is None else f"{named}/hf/config.json"
         self.architecture = parse_architecture(self.assets.config, where)
         self.catalog = open_catalog(
-            self.config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256
+            config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256, config.seed
         )
+        self.order = self.catalog.sample_order(config.seed)
+        if folder:
+            was = read_manifest(folder)
+            require_same_order(was, to_dict(config), folder)
+            self.catalog.require_unchanged(was.datasets, str(folder))
+            self.order = self.order.resumed(was.sample_order, was.consumed_samples)
+            self.progress = Progress(was.step, was.consumed_samples, was.consumed_tokens, was.best)
+        self.order.require(self._last_sample())
 
     def _read_validation(self) -> dict[str, list[MicroBatch]]:
         """This rank's micro-batches of every validation set: read once, so that bad data shows before the training."""
@@ -367,6 +362,19 @@ class Trainer:
             for name, sources in self.catalog.validation.items()
         }
 
+    def _count_validation_targets(self) -> dict[str, float]:
+        """Targets of every validation set over all ranks."""
+        counts = {
+            name: self.ranks.sum(sum(b.num_targets for b in batches)) for name, batches in self.validation.items()
+        }
+        for name, count in counts.items():
+            if not count:
+                raise UserError(
+                    f"validation set '{name}' has no target: its loss mask leaves out every token that is evaluated; "
+                    "use another set, or raise training.eval_tokens"
+                )
+        return counts
+
     def _build_model(self) -> Decoder:
         """Meta device -> recompute -> shard -> materialize; weights come afterwards."""
         mesh = build_mesh(mesh_shape(self.config.parallel, self.ranks.world_size), self.ranks.device.type)
@@ -376,25 +384,15 @@ class Trainer:
         fsdp.apply(model, mesh, self.config.parallel, COMPUTE_DTYPES[self.config.training.precision])
         return model.to_empty(device=self.ranks.device)
 
-    def _initialize(self) -> Progress:
-        """Weights of ``initialize_from`` or random ones, at token zero."""
-        folder = self.config.model.initialize_from
+    def _load_weights(self) -> None:
+        """Everything as it was when the checkpoint was written; or weights of ``initialize_from``, or random ones."""
+        folder = self.resume_from or self.config.model.initialize_from
         if folder is None:
             self.model.initialize_(self.config.seed, fsdp.copy_full_)
-        else:
-            check_model_tensors(folder, self.model)
-            load_tensors(folder, model_tensors(self.model))
-        return Progress()
-
-    def _restore(self) -> Progress:
-        """Everything as it was when the checkpoint was written."""
-        folder = self.resume_from
-        assert folder is not None
-        manifest = read_manifest(folder)
-        require_same_order(manifest, to_dict(self.config), folder)
-        self.catalog.require_unchanged(manifest.datasets, str(folder))
+            return
         check_model_tensors(folder, self.model)
-        allocate_states(self.optimizer)
-        load_tensors(folder, {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)})
-        self.order = self.order.resumed(manifest.sample_order, manifest.consumed_samples)
-        return Progress(manifest.step, manifest.consumed_samples, manifest.consumed_tokens, manifest.best)
+        tensors = model_tensors(self.model)
+        if self.resume_from:
+            allocate_states(self.optimizer)
+            tensors |= optimizer_tensors(self.model, self.optimizer)
+        load_tensors(folder, tensors)

@@ -2,8 +2,9 @@
 
     python tools/preprocess.py --input corpus.jsonl                # -> dataset.bin, dataset.idx, dataset.json
     python tools/preprocess.py --input books/ 'web/*.jsonl.zst' --tokenizer models/qwen3 --output-prefix data/mix
+    python tools/preprocess.py --input web.parquet --dedup exact --split train=0.98,valid=0.02 --shuffle
 
-The work is done by retemper.tools.ingest; this file is the command line.
+The work is done by retemper.tools.ingest; this file is the command line. docs/data.md tells more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import signal
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.tools.ingest.pipeline import PreprocessOptions, format_report, preprocess
+from retemper.tools.ingest.options import PreprocessOptions
+from retemper.tools.ingest.pipeline import preprocess
+from retemper.tools.ingest.report import format_report
 
 DEFAULT_TOKENIZER = "Qwen/Qwen2-72B"
 
@@ -21,47 +24,146 @@ DEFAULT_TOKENIZER = "Qwen/Qwen2-72B"
 def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions:
     """The options on the command line, by default that of this process."""
     parser = CommandParser(
-        description="Tokenize text to an indexed dataset: Megatron-LM's .bin and .idx, and a .json that describes them."
+        description="Tokenize text to an indexed dataset: Megatron-LM's .bin and .idx, and a .json that describes it. "
+        "A run that was killed goes on where it was, by the same command."
     )
-    parser.add_argument(
+    _add_input(parser.add_argument_group("input"))
+    _add_tokenizer(parser.add_argument_group("tokenizer"))
+    _add_cleaning(parser.add_argument_group("cleaning; all that is left out is counted in the report and in the .json"))
+    _add_output(parser.add_argument_group("output"))
+    return PreprocessOptions(**vars(parser.parse_args(arguments)))
+
+
+def _add_input(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--input",
         nargs="+",
         required=True,
-        metavar="FILE|DIR|GLOB",
-        help=".jsonl, .jsonl.gz, .jsonl.zst (one JSON object a line) or .txt (one document a file); a folder stands "
-        "for all such files in it. Documents keep the order of the arguments; within a folder or pattern, of the paths",
+        metavar="FILE|DIR|GLOB|-",
+        help=".jsonl, .json, .txt, .md, .html, .csv, .tsv (all also as .gz and .zst), .parquet, .xlsx, .pdf; a folder "
+        "stands for all such files in it, - for standard input. Documents keep the order of the arguments; within a "
+        "folder or pattern, of the paths",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--json-key",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="key or column of the text (default: text; a.b: key b within a); several are joined by blank lines; a "
+        "template, such as '{title}: {body}', joins them as it says",
+    )
+    group.add_argument(
+        "--metadata",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keep these keys of each record, a line of JSON a document, in {prefix}.metadata.jsonl",
+    )
+    group.add_argument(
+        "--txt-mode", choices=("file", "line"), default="file", help="in .txt a document is (default: the) file or line"
+    )
+    group.add_argument(
+        "--stdin-format", default="jsonl", metavar="FORMAT", help="format of standard input (default: %(default)s)"
+    )
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="records are conversations (messages, ShareGPT, Alpaca): apply the model's chat template and write a loss "
+        "mask, {prefix}.mask.bin, that is 1 on the assistant's words",
+    )
+    group.add_argument("--chat-template", metavar="FILE", help="Jinja template (default: the tokenizer's own)")
+    group.add_argument(
+        "--skip-bad-lines",
+        action="store_true",
+        help="write malformed lines and rows to {prefix}.rejects.jsonl and go on, rather than stop at the first",
+    )
+
+
+def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--tokenizer",
         default=DEFAULT_TOKENIZER,
-        metavar="DIR|NAME",
-        help="folder with tokenizer.json, or Hugging Face Hub name (default: %(default)s, the Qwen2 family's)",
+        metavar="DIR|FILE|NAME",
+        help="folder or file: tokenizer.json, sentencepiece .model, or .tiktoken; or a Hugging Face Hub name (default: "
+        "%(default)s, the Qwen2 family's)",
     )
-    parser.add_argument("--output-prefix", default="dataset", metavar="PATH", help="default: %(default)s")
-    parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="key of the text in JSONL (default: %(default)s)"
-    )
-    parser.add_argument(
+    group.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="end each document with the end-of-document token (default: yes)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--eod-token",
         metavar="TOKEN",
         help="the end-of-document token (default: <|endoftext|> where the tokenizer has it, else its EOS)",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores of this machine)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing dataset once the new one is complete"
-    )
-    parser.add_argument(
-        "--skip-bad-lines",
+    group.add_argument(
+        "--allow-special-tokens",
         action="store_true",
-        help="count malformed lines and leave them out, rather than stop at the first",
+        help="special tokens that are written in the text become control tokens (default: they are text)",
     )
-    return PreprocessOptions(**vars(parser.parse_args(arguments)))
+    group.add_argument(
+        "--encoder",
+        choices=("auto", "reference"),
+        default="auto",
+        help="auto: a fast library where it agrees with the reference, which is checked on samples; reference: "
+        "tokenizers, sentencepiece or tiktoken",
+    )
+
+
+def _add_cleaning(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--normalize", choices=("none", "nfc"), default="none", help="Unicode form of the text")
+    group.add_argument("--strip-control", action="store_true", help="remove control characters but tab and line ends")
+    group.add_argument("--drop-invalid-utf8", action="store_true", help="leave documents out that are not valid UTF-8")
+    group.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave shorter documents out")
+    group.add_argument("--min-tokens", type=int, default=0, metavar="N", help="the same in tokens, EOD included")
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="leave longer documents out; of conversations, only the turns that do not fit",
+    )
+    group.add_argument("--max-documents", type=int, metavar="N", help="at most N documents of each --input argument")
+    group.add_argument(
+        "--dedup",
+        choices=("none", "exact", "minhash"),
+        default="none",
+        help="keep the first of equal documents, or of near-duplicates by MinHash",
+    )
+    group.add_argument(
+        "--dedup-threshold",
+        type=float,
+        default=0.8,
+        metavar="J",
+        help="near-duplicates share this part of their 5-grams (default: %(default)s)",
+    )
+    group.add_argument(
+        "--held-out",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="test sets and the like: leave documents out that share 13 words in a row with them",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--output-prefix", default="dataset", metavar="PATH", help="default: %(default)s")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing dataset once the new is complete")
+    group.add_argument("--shuffle", action="store_true", help="shuffle the documents; see --seed")
+    group.add_argument("--seed", type=int, default=0, help="of the shuffle (default: %(default)s)")
+    group.add_argument(
+        "--split",
+        metavar="NAME=SHARE,...",
+        help="train=0.98,valid=0.02 writes {prefix}.train and {prefix}.valid; a document's content decides its side",
+    )
+    group.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="do part I (from 0) of N, as {prefix}.shard-I-of-N; tools/merge.py joins them. Limits, deduplication and "
+        "the shuffle then see one part only",
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores of this machine)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

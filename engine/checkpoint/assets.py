@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..config import ModelConfig
+from ..data.tokenizer_files import SENTENCEPIECE_FILE, TIKTOKEN_SUFFIX, TOKENIZER_FILE, tokenizer_file_name
 from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, parse_architecture, read_hf_config
 from .manifest import read_manifest
 
 ASSET_FOLDER = "hf"
-TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
     "tokenizer_config.json",
@@ -23,9 +25,12 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "tokenizer.model",
+    SENTENCEPIECE_FILE,
+    f"*{TIKTOKEN_SUFFIX}",
     "chat_template.jinja",
 )
+"""Names, and a pattern as of ``fnmatch``. A .tiktoken file brings the JSON file of its stem
+with it, which describes it."""
 MODEL_FILES = (CONFIG_FILE, "generation_config.json")
 
 
@@ -38,8 +43,9 @@ class HfAssets:
     @classmethod
     def read(cls, folder: str | Path) -> HfAssets:
         """All known asset files in ``folder``, which may lack any of them."""
-        names = [*MODEL_FILES, *TOKENIZER_FILES]
-        return cls({name: (Path(folder) / name).read_bytes() for name in names if (Path(folder) / name).is_file()})
+        names = {path.name for path in Path(folder).glob("*") if path.is_file()}
+        kept = sorted(name for name in names if name in MODEL_FILES or _is_of_tokenizer(name, names))
+        return cls({name: (Path(folder) / name).read_bytes() for name in kept})
 
     @classmethod
     def of_checkpoint(cls, folder: str | Path) -> HfAssets:
@@ -56,10 +62,14 @@ class HfAssets:
         Raises:
             UserError: ``folder`` holds no tokenizer.
         """
-        others = {name: data for name, data in self.files.items() if name not in TOKENIZER_FILES}
-        found = {name: data for name, data in HfAssets.read(folder).files.items() if name in TOKENIZER_FILES}
-        if TOKENIZER_FILE not in found:
-            raise UserError(f"model.tokenizer {folder}: no {TOKENIZER_FILE} there; name a Hugging Face folder")
+        others = {name: data for name, data in self.files.items() if not _is_of_tokenizer(name, self.files)}
+        there = HfAssets.read(folder).files
+        found = {name: data for name, data in there.items() if _is_of_tokenizer(name, there)}
+        if tokenizer_file_name(found) is None:
+            raise UserError(
+                f"model.tokenizer {folder}: no {TOKENIZER_FILE} there, no {SENTENCEPIECE_FILE} and not one "
+                f"*{TIKTOKEN_SUFFIX}; name a Hugging Face folder"
+            )
         return HfAssets({**others, **found})
 
     @property
@@ -75,15 +85,23 @@ class HfAssets:
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """SHA-256 of ``tokenizer.json``, by which datasets are matched; None without a tokenizer."""
-        data = self.files.get(TOKENIZER_FILE)
-        return None if data is None else hashlib.sha256(data).hexdigest()
+        """SHA-256 of the tokenizer's file, the one that :class:`~retemper.engine.data.tokenizer.TokenizerHandle` takes
+        in such a folder, by which datasets are matched; None without a tokenizer."""
+        name = tokenizer_file_name(self.files)
+        return None if name is None else hashlib.sha256(self.files[name]).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Write the files into ``folder``, which is made."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
+
+
+def _is_of_tokenizer(name: str, names: Collection[str]) -> bool:
+    """Whether the file ``name`` of a folder that holds ``names`` is the tokenizer's."""
+    if any(fnmatchcase(name, pattern) for pattern in TOKENIZER_FILES):
+        return True
+    return name.endswith(".json") and name.removesuffix(".json") + TIKTOKEN_SUFFIX in names
 
 
 def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:

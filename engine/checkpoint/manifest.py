@@ -13,7 +13,14 @@ from ..errors import UserError
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
-_ORDER_KEYS = ("seed", "training.sequence_length", "data.validation_fraction")
+_ORDER_KEYS = {
+    "seed": None,
+    "training.sequence_length": None,
+    "data.validation_fraction": None,
+    "data.shuffle": "windows",
+    "data.packing": "concat",
+}
+"""Settings that decide what the n-th sample of a source is, and what runs did before there was the setting."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +36,9 @@ class Manifest:
     consumed_tokens: int = 0
     """The clock."""
     sample_order: dict[str, Any] = field(default_factory=dict)
-    """See :meth:`retemper.engine.data.sample_order.SampleOrder.state`."""
+    """See :meth:`retemper.engine.data.schedule.Schedule.state`."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Fingerprint of every training source: ``{"path", "tokens", "hash"}``."""
+    """Fingerprint of every training source: see :class:`retemper.engine.data.catalog.Catalog`."""
     evaluation: dict[str, float] = field(default_factory=dict)
     """Validation losses measured at this very step."""
     best: dict[str, Any] = field(default_factory=dict)
@@ -89,15 +96,21 @@ def require_same_order(manifest: Manifest, config: Mapping[str, Any], folder: st
     Raises:
         UserError: naming the key and both values.
     """
-    for path in _ORDER_KEYS:
-        here, there = config, manifest.config
-        for key in path.split("."):
-            here, there = here[key], there.get(key, {})
+    for path, former in _ORDER_KEYS.items():
+        here, there = _setting(config, path, None), _setting(manifest.config, path, former)
         if here != there:
             raise UserError(
                 f"{path} is {here}, but {folder} was trained with {there}, and the sample order depends on it; set it "
                 "back, or start a new run_folder with model.initialize_from"
             )
+
+
+def _setting(config: Any, path: str, missing: Any) -> Any:
+    for key in path.split("."):
+        if key not in config:
+            return missing
+        config = config[key]
+    return config
 
 
 def _what_to_name(folder: Path) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from ..budget import BatchPlan
-from ..config import DataConfig
+from ..config import DataConfig, SourceConfig, StageConfig
 from ..errors import UserError
 from .indexed_dataset import IndexedDataset
-from .sample_order import OrderedSource
+from .sample_order import OrderedSource, SampleOrder
+from .schedule import Schedule, Share, Stage
 from .sidecar import Sidecar, hash_file
 from .source import Source, split_source
 
@@ -27,20 +31,20 @@ class Catalog:
     """Training sources and named validation sets."""
 
     train: list[Source]
-    weights: list[float]
+    """All sources of all stages, each once."""
+    stages: list[Stage]
+    """What is drawn from them; without ``data.stages`` a single one."""
     validation: dict[str, list[Source]]
     fingerprints: dict[str, dict[str, Any]]
-    """By training source: ``{"path", "tokens", "hash"}``; the hash is None where there is no sidecar."""
+    """By training source: ``{"path", "tokens", "hash", "mask"}``. The hash is None where there is no sidecar; mask is
+    the loss mask's, empty without a sidecar and None without a mask."""
     unchecked: list[str] = field(default_factory=list)
     """Datasets without a sidecar: nothing says which tokenizer made them."""
 
-    @property
-    def ordered_sources(self) -> list[OrderedSource]:
-        """The training sources as the sample order sees them."""
-        return [
-            OrderedSource(source.name, source.num_windows, weight)
-            for source, weight in zip(self.train, self.weights, strict=True)
-        ]
+    def sample_order(self, seed: int) -> SampleOrder:
+        """The order of a fresh run."""
+        sources = [OrderedSource(source.name, source.num_windows) for source in self.train]
+        return SampleOrder(sources, Schedule(self.stages), seed, self.train[0].sequence_length)
 
     def require_unchanged(self, fingerprints: dict[str, dict[str, Any]], checkpoint: str) -> None:
         """Refuse to go on in sources whose tokens are not those that ``checkpoint`` was trained on.
@@ -56,27 +60,38 @@ class Catalog:
                     f"{here['tokens']:,} tokens, hash {here['hash']}, was {there['tokens']:,} tokens, hash "
                     f"{there['hash']}; restore it, or give the new data another name"
                 )
+            masks = [here["mask"], there.get("mask")]  # absent before there were masks
+            if masks[0] != masks[1] and (None in masks or all(masks)):
+                raise UserError(
+                    f"data source '{name}' ({here['path']}) has the loss mask {masks[0]}, but {checkpoint} was trained "
+                    f"with {masks[1]}; restore {here['path']}.mask.bin, or give the new data another name"
+                )
 
 
-def open_catalog(config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer_sha256: str | None) -> Catalog:
+def open_catalog(
+    config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer_sha256: str | None, seed: int
+) -> Catalog:
     """Open every dataset that ``config`` names.
 
     Args:
-        config: names of the datasets.
+        config: names of the datasets, and how windows are made of them.
         plan: sequence length and global batch.
         vocab_size: of the model.
-        tokenizer_sha256: of the run's ``tokenizer.json``; None checks no tokenizer.
+        tokenizer_sha256: of the run's tokenizer; None checks no tokenizer.
+        seed: of the layouts of documents in windows.
 
     Raises:
         UserError: a dataset is missing, damaged, made with another tokenizer, or too small.
     """
-    train, held_out, fingerprints, unchecked = [], [], {}, []
-    for settings in config.train:
+    train: dict[str, Source] = {}
+    held_out, fingerprints, unchecked = [], {}, []
+    blends = [stage.train for stage in config.stages] or [config.train]
+    for settings in {settings.identity: settings for blend in blends for settings in blend}.values():
         dataset, sidecar = _open(settings.path, vocab_size, tokenizer_sha256)
         kept, left = split_source(settings.identity, dataset, plan.sequence_length, config.validation_fraction)
         unchecked += [] if sidecar else [settings.path]
         _require_windows(kept, "train on")
-        train.append(kept)
+        train[kept.name] = kept.laid_out(config.packing, config.shuffle, seed)
         if config.validation_fraction > 0:
             _require_windows(left, "hold out with this data.validation_fraction")
             held_out.append(left)
@@ -84,8 +99,9 @@ def open_catalog(config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer
             "path": settings.path,
             "tokens": dataset.num_tokens,
             "hash": sidecar.bin_xxh3_128 if sidecar else None,
+            "mask": (sidecar.mask_xxh3_128 if sidecar else "") if dataset.has_loss_mask else None,
         }
-    windows = sum(source.num_windows for source in train)
+    windows = sum(source.num_windows for source in train.values())
     if windows < plan.global_batch_size:
         raise UserError(
             f"data.train holds {windows:,} windows of {plan.sequence_length:,} tokens, fewer than one global batch of "
@@ -98,7 +114,41 @@ def open_catalog(config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer
         source = Source(name, dataset, plan.sequence_length, 0, dataset.num_tokens)
         _require_windows(source, "evaluate on")
         validation[name] = [source]
-    return Catalog(train, [settings.weight for settings in config.train], validation, fingerprints, unchecked)
+    return Catalog(list(train.values()), _stages(config, train), validation, fingerprints, unchecked)
+
+
+def _stages(config: DataConfig, sources: Mapping[str, Source]) -> list[Stage]:
+    """Token budgets, weights and caps as counts of samples."""
+    sequence_length = next(iter(sources.values())).sequence_length
+    stages, tokens = [], 0
+    for stage in config.stages or [StageConfig(config.train)]:
+        shares = tuple(_share(settings, sources[settings.identity], config.weights) for settings in stage.train)
+        stop = None
+        if stage.train_tokens is not None:
+            # Rounded once, from the start of the run: roundings of many stages do not add up.
+            tokens += stage.train_tokens
+            stop = -(-tokens // sequence_length)
+        stages.append(Stage(shares, stop))
+    return stages
+
+
+def _share(settings: SourceConfig, source: Source, weights: str) -> Share:
+    weight = settings.weight
+    if weights == "documents":
+        weight *= source.dataset.num_tokens / source.dataset.num_documents
+    caps = []
+    if settings.max_epochs is not None:
+        # As the decimal number that was written: 0.29 x 100 windows are 29, though not in binary fractions.
+        caps.append(math.floor(Fraction(str(settings.max_epochs)) * source.num_windows))
+    if settings.max_tokens is not None:
+        caps.append(settings.max_tokens // source.sequence_length)
+    if caps and min(caps) < 1:
+        raise UserError(
+            f"max_epochs {settings.max_epochs:g} of data source '{source.name}' is less than one sample, since it has "
+            f"{source.num_windows:,} windows of {source.sequence_length:,} tokens; raise it to at least "
+            f"{1 / source.num_windows:.3g}, or remove the source"
+        )
+    return Share(source.name, weight, min(caps, default=None))
 
 
 def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[IndexedDataset, Sidecar | None]:
@@ -112,6 +162,12 @@ def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[Ind
         raise UserError(
             f"{path}.json speaks of {said[0]:,} documents, {said[1]:,} tokens of {said[2]}, but {path}.idx holds "
             f"{found[0]:,}, {found[1]:,} of {found[2]}: they are of different datasets; preprocess the corpus again"
+        )
+    if dataset.has_loss_mask != bool(sidecar.mask_xxh3_128):
+        written, there = ("a", "is missing") if sidecar.mask_xxh3_128 else ("no", "is there")
+        raise UserError(
+            f"{path}.json speaks of {written} loss mask, but {dataset.mask_path} {there}: they are of different "
+            "datasets; preprocess the corpus again"
         )
     small = os.path.getsize(dataset.idx_path) <= _INDEX_BYTES_CHECKED
     if small and hash_file(dataset.idx_path) != sidecar.idx_xxh3_128:

@@ -1,4 +1,4 @@
-"""Megatron-LM's indexed dataset, ``{prefix}.idx`` + ``{prefix}.bin``: the reader and the writer.
+"""Reading Megatron-LM's indexed dataset, ``{prefix}.idx`` + ``{prefix}.bin``; dataset_writer.py writes it.
 
 The ``.bin`` file is the tokens of all sequences, one after another, without a header. The ``.idx`` file says where each
 sequence lies; its layout is in index_format.py. Files made by Megatron-LM are read, and Megatron-LM reads the files
@@ -10,59 +10,13 @@ from __future__ import annotations
 
 import mmap
 import os
-import shutil
-import tempfile
 from bisect import bisect_left, bisect_right
-from dataclasses import replace
-from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from ..errors import UserError
-from .index_format import (
-    CHUNK,
-    DTYPES,
-    HEADER,
-    INT64,
-    MAGIC,
-    MAX_LENGTH,
-    VERSION,
-    MappedPointers,
-    best_dtype,
-    dataset_prefix,
-    sync,
-    write_hashed,
-    write_index,
-)
-from .sidecar import Sidecar
-
-__all__ = [
-    "IndexedDataset",
-    "IndexedDatasetWriter",
-    "best_dtype",
-    "dataset_prefix",
-    "refuse_existing_outputs",
-    "write_index",
-]
-
-_COPY_BYTES = 8 << 20  # bytes of .bin copied, hashed and scanned at once
-
-
-def existing_outputs(prefix: str | os.PathLike[str]) -> list[str]:
-    """Those of ``{prefix}.bin``, ``.idx`` and ``.json`` that exist."""
-    paths = [f"{dataset_prefix(prefix)}{end}" for end in (".bin", ".idx", ".json")]
-    return [path for path in paths if os.path.exists(path)]
-
-
-def refuse_existing_outputs(prefix: str | os.PathLike[str]) -> None:
-    """Raise UserError when there is a dataset, or a part of one, of this prefix."""
-    if existing := existing_outputs(prefix):
-        raise UserError(
-            f"{', '.join(existing)}: already there; pass --overwrite to replace, or choose another --output-prefix"
-        )
+from .index_format import CHUNK, DTYPES, HEADER, MAGIC, VERSION, MappedPointers, dataset_prefix
 
 
 class IndexedDataset:
@@ -98,6 +52,13 @@ class IndexedDataset:
         """int64[D], first sequence of each document and N at the end: a read-only unaligned view of the file."""
         self._pointers = MappedPointers(self._idx, pointers_at, self._num_sequences)
         self._check_ends()
+        self.mask_path = f"{self.prefix}.mask.bin"
+        self._mask = _map_file(self.mask_path) if os.path.exists(self.mask_path) else None
+        if self._mask is not None and len(self._mask) != self.num_tokens:
+            raise UserError(
+                f"{self.mask_path}: {len(self._mask)} bytes, but {self.bin_path} holds {self.num_tokens} tokens: the "
+                "mask belongs to another dataset; build or copy all files again, or remove it to train on every token"
+            )
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         return IndexedDataset, (self.prefix,)
@@ -145,6 +106,22 @@ class IndexedDataset:
         start, stop = self._checked_range(start, stop)
         raw = np.frombuffer(self._bin, dtype=self.dtype, count=stop - start, offset=start * self.dtype.itemsize)
         return raw.astype(np.int64)
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """Whether ``{prefix}.mask.bin`` stands beside the tokens: one byte a token, 1 where it is to be predicted."""
+        return self._mask is not None
+
+    def loss_mask(self, start: int, stop: int) -> npt.NDArray[np.bool_] | None:
+        """A copy, bool[stop - start], of the mask of the tokens [``start``, ``stop``); None without a mask.
+
+        Raises:
+            IndexError: not 0 <= start <= stop <= num_tokens.
+        """
+        start, stop = self._checked_range(start, stop)
+        if self._mask is None:
+            return None
+        return np.frombuffer(self._mask, dtype=np.uint8, count=stop - start, offset=start) != 0
 
     def sequence_start(self, index: int) -> int:
         """Position in tokens at which sequence ``index`` begins; ``num_tokens`` for ``index`` == N.
@@ -194,6 +171,7 @@ class IndexedDataset:
                     "again"
                 )
             end = int(expected[-1] + sizes[-1])
+            _forget_pages(self._idx)
         previous = 0
         for first in range(0, len(self.document_indices), CHUNK):
             indices = self.document_indices[first : first + CHUNK].astype(np.int64)
@@ -204,6 +182,7 @@ class IndexedDataset:
                     "one before it: the index is damaged; build the dataset again"
                 )
             previous = int(indices[-1])
+            _forget_pages(self._idx)
 
     def _checked_range(self, start: int, stop: int) -> tuple[int, int]:
         if not 0 <= start <= stop <= self.num_tokens:
@@ -262,6 +241,12 @@ class IndexedDataset:
             )
 
 
+def _forget_pages(mapped: mmap.mmap | bytes) -> None:
+    """Let pages that were read no longer count as this process's memory; the page cache keeps them."""
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def _map_file(path: str) -> mmap.mmap | bytes:
     """The file's contents, mapped read-only; an empty file, which cannot be mapped, as ``b""``."""
     try:
@@ -274,173 +259,3 @@ def _map_file(path: str) -> mmap.mmap | bytes:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-class IndexedDatasetWriter:
-    """Writes an indexed dataset that appears under its final names only when it is complete.
-
-    A context manager: everything is written to a hidden folder beside the output. When the block ends without an
-    exception the files are flushed to disk and renamed, ``.bin`` first, then ``.idx``, then the sidecar; otherwise, and
-    in any case afterwards, the hidden folder is removed. An existing dataset stays whole until that moment.
-
-    Args:
-        prefix: path without suffix; its folder is created when missing.
-        dtype: token dtype of the file; see :func:`best_dtype`.
-        overwrite: replace an existing dataset of that prefix.
-
-    Raises:
-        UserError: on entry: the output exists and ``overwrite`` is false, or its folder cannot be written.
-    """
-
-    def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike, *, overwrite: bool = False) -> None:
-        self.prefix = dataset_prefix(prefix)
-        self.dtype = np.dtype(dtype)
-        self.overwrite = overwrite
-        self.num_sequences = 0
-        self.num_documents = 0
-        self.num_tokens = 0
-        self.max_token_id = -1
-        self.sidecar: Sidecar | None = None
-        """Set it inside the block to have ``{prefix}.json`` written; counts, dtype and hashes are filled in here."""
-        self._digest = xxhash.xxh3_128()
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        if not self.overwrite:
-            refuse_existing_outputs(self.prefix)
-        folder, name = os.path.split(os.path.abspath(self.prefix))
-        try:
-            os.makedirs(folder, exist_ok=True)
-            self.scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=folder))
-        except OSError as error:
-            raise UserError(
-                f"{folder}: cannot write there: {error.strerror}; name another place for the dataset"
-            ) from error
-        self._bin = open(self.scratch / "tokens", "wb")
-        self._lengths = open(self.scratch / "lengths", "wb")
-        self._indices = open(self.scratch / "indices", "wb")
-        self._indices.write(INT64.pack(0))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._commit()
-        finally:
-            for file in (self._bin, self._lengths, self._indices):
-                file.close()
-            shutil.rmtree(self.scratch, ignore_errors=True)
-
-    def add_document(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> None:
-        """Add one document: ``tokens`` [T] as sequences of ``lengths`` tokens each, by default as one sequence.
-
-        Raises:
-            ValueError: a token does not fit the dtype, or ``lengths`` do not sum to T.
-        """
-        tokens = np.asarray(tokens)
-        lengths = np.asarray([len(tokens)] if lengths is None else lengths, dtype=np.int64)
-        self._add_tokens(tokens, lengths)
-        lengths = lengths[lengths > 0]
-        self._add_to_index(lengths, np.array([self.num_sequences + len(lengths)]))
-
-    def add_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
-        """Add documents of one sequence each: ``tokens`` [T] laid end to end, ``lengths`` [documents] in tokens.
-
-        Raises:
-            ValueError: a token does not fit the dtype, or ``lengths`` do not sum to T.
-        """
-        lengths = np.asarray(lengths, dtype=np.int64)
-        self._add_tokens(np.asarray(tokens), lengths)
-        self._add_to_index(lengths[lengths > 0], self.num_sequences + np.cumsum(lengths > 0))
-
-    def add_shard(self, path: str | os.PathLike[str], lengths: npt.NDArray[np.integer]) -> None:
-        """Add documents of one sequence each whose tokens lie end to end in the file ``path``, in this dtype.
-
-        Args:
-            lengths: [documents], tokens in each.
-
-        Raises:
-            ValueError: the file's size does not fit ``lengths``.
-        """
-        lengths = np.asarray(lengths, dtype=np.int64)
-        size, expected = os.path.getsize(path), int(lengths.sum()) * self.dtype.itemsize
-        if size != expected:
-            raise ValueError(f"{os.fspath(path)}: {size} bytes, but its documents' lengths sum to {expected} bytes")
-        with open(path, "rb") as file:
-            while block := file.read(_COPY_BYTES):
-                self._write_tokens(np.frombuffer(block, dtype=self.dtype))
-        self._add_to_index(lengths[lengths > 0], self.num_sequences + np.cumsum(lengths > 0))
-
-    def _add_tokens(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.int64]) -> None:
-        if len(tokens) != lengths.sum() or (lengths < 0).any():
-            raise ValueError(f"{len(tokens)} tokens, but the lengths sum to {lengths.sum()}")
-        if len(tokens):
-            limits = np.iinfo(self.dtype)
-            if tokens.min() < 0 or tokens.max() > limits.max:
-                raise ValueError(f"token ids {tokens.min()} .. {tokens.max()} do not fit {self.dtype}")
-            self._write_tokens(tokens.astype(self.dtype))
-
-    def _write_tokens(self, tokens: npt.NDArray[np.integer]) -> None:
-        """Append non-empty ``tokens``, which are of this dtype."""
-        write_hashed(self._bin, self._digest, tokens.tobytes())
-        self.num_tokens += len(tokens)
-        self.max_token_id = max(self.max_token_id, int(tokens.max()))
-
-    def _add_to_index(self, lengths: npt.NDArray[np.integer], indices: npt.NDArray[np.integer]) -> None:
-        """Add sequences of ``lengths`` > 0, and documents that end before the sequences ``indices``."""
-        if len(lengths) and lengths.max() > MAX_LENGTH:
-            raise UserError(
-                f"a sequence of {lengths.max()} tokens is longer than the format's limit of {MAX_LENGTH}; split "
-                "the document"
-            )
-        self._lengths.write(lengths.astype("<i4").tobytes())
-        self._indices.write(indices.astype("<i8").tobytes())
-        self.num_sequences += len(lengths)
-        self.num_documents += len(indices)
-
-    def _commit(self) -> None:
-        sync(self._bin)
-        self._lengths.flush()
-        self._indices.flush()
-        index = self.scratch / "index"
-        lengths = _map_array(self.scratch / "lengths", "<i4")
-        index_digest = write_index(index, self.dtype, lengths, _map_array(self.scratch / "indices", "<i8"))
-        renames = [(self.scratch / "tokens", f"{self.prefix}.bin"), (index, f"{self.prefix}.idx")]
-        if self.sidecar is not None:
-            complete = replace(
-                self.sidecar,
-                dtype=self.dtype.name,
-                documents=self.num_documents,
-                tokens=self.num_tokens,
-                max_token_id=self.max_token_id,
-                bin_xxh3_128=self._digest.hexdigest(),
-                idx_xxh3_128=index_digest,
-            )
-            with open(self.scratch / "sidecar", "wb") as file:
-                file.write(complete.to_json())
-                sync(file)
-            renames.append((self.scratch / "sidecar", f"{self.prefix}.json"))
-        if not self.overwrite:
-            refuse_existing_outputs(self.prefix)
-        # Three renames are not one: without its old index a half-replaced dataset cannot be opened, rather than be
-        # read as new tokens under old lengths.
-        for end in (".json", ".idx"):
-            Path(f"{self.prefix}{end}").unlink(missing_ok=True)
-        for temporary, final in renames:
-            os.replace(temporary, final)
-        _sync_folder(os.path.dirname(os.path.abspath(self.prefix)))
-
-
-def _map_array(path: Path, dtype: str) -> npt.NDArray[np.integer]:
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make renames in ``folder`` survive a power cut, where the platform lets a folder be opened."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -55,7 +55,7 @@ class TrainingData:
 
     def _window(self, index: int) -> Window:
         sample = self.order.sample(index)
-        return self.sources[sample.source].window(sample.window, self.vocab_size)
+        return self.sources[sample.source].window(sample.window, self.vocab_size, sample.epoch)
 
 
 def validation_batches(

@@ -44,8 +44,9 @@ def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_d
     """Lay windows end to end.
 
     A window that is None is a place that must be filled and must not count: its targets are all masked. With
-    ``attend_across_documents`` a window is one document; without, attention and positions restart where documents
-    begin, and the target of a document's last token (the first token of another document) is masked.
+    ``attend_across_documents`` a window is one document; without, attention and positions restart where documents or
+    pieces of documents begin, and the target of a document's last token (which is of another document) is masked. What
+    a dataset's loss mask leaves out is masked in both.
     """
     num_tokens = len(windows) * sequence_length
     tokens = np.zeros(num_tokens, dtype=np.int64)
@@ -57,11 +58,13 @@ def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_d
         if window is None:
             continue
         part = slice(offset, offset + sequence_length)
-        tokens[part] = window.tokens[:-1]
-        targets[part] = window.tokens[1:]
+        tokens[part] = window.tokens
+        targets[part] = window.targets
+        if window.predicted is not None:
+            targets[part][~window.predicted] = IGNORE_INDEX
         if not attend_across_documents:
-            targets[offset + window.boundaries - 1] = IGNORE_INDEX
-            starts.append(offset + window.boundaries[window.boundaries < sequence_length])
+            targets[offset + window.ends] = IGNORE_INDEX
+            starts.append(offset + window.starts)
     cu_seqlens = np.append(np.concatenate(starts), num_tokens)
     lengths = np.diff(cu_seqlens)
     position_ids = np.arange(num_tokens) - np.repeat(cu_seqlens[:-1], lengths)

@@ -8,33 +8,39 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import xxhash
 
 from ..errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
-class Source:
-    """One input file."""
+class InputSource:
+    """One ``--input`` argument: a file, or all files of a folder or pattern."""
 
-    path: str
+    name: str
     """As it was named on the command line."""
+    files: int
     bytes: int
-    """Size on disk."""
+    """Size of the files on disk."""
     documents: int
     """Documents that were kept."""
-    empty_documents: int
-    """Documents without a token, left out."""
-    skipped_lines: int
-    """Malformed lines, left out because --skip-bad-lines was given."""
+    tokens: int
+    """Their tokens, end-of-document tokens included."""
+    characters: int
+    """Unicode code points of their text."""
+    text_bytes: int
+    """Bytes of their text in UTF-8."""
+    left_out: dict[str, int]
+    """Documents that were left out, and lines or rows that were no document, by reason."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Sidecar:
     tokenizer: str
     """Folder, file or Hugging Face Hub name, as it was given."""
     tokenizer_sha256: str
-    """SHA-256 of tokenizer.json, in hexadecimal: the same vocabulary under another name has the same hash."""
+    """SHA-256 of the tokenizer's file, in hexadecimal: the same vocabulary under another name has the same hash."""
     vocab_size: int
     """Every token id of the tokenizer, added tokens included, is below it."""
     append_eod: bool
@@ -53,14 +59,10 @@ class Sidecar:
     """The end-of-document token; None when there is none, which append_eod excludes."""
     eod_id: int | None
     """Its id."""
-    characters: int
-    """Unicode code points of the kept documents' text."""
-    text_bytes: int
-    """Bytes of the kept documents' text in UTF-8."""
-    empty_documents: int
-    """Documents without a token, left out."""
-    sources: tuple[Source, ...]
-    """The input files, in the order of their documents."""
+    sources: tuple[InputSource, ...]
+    """The inputs, in the order of their documents unless these were shuffled."""
+    options: dict[str, Any]
+    """Options that decided which documents are here and what their text is, other than the defaults."""
     dtype: str = ""
     """Token dtype of .bin: "uint16" or "int32"."""
     documents: int = 0
@@ -72,6 +74,10 @@ class Sidecar:
     """xxh3-128 of .bin, in hexadecimal."""
     idx_xxh3_128: str = ""
     """xxh3-128 of .idx, in hexadecimal."""
+    mask_xxh3_128: str = ""
+    """xxh3-128 of .mask.bin; empty when there is none."""
+    metadata_xxh3_128: str = ""
+    """xxh3-128 of .metadata.jsonl; empty when there is none."""
 
     @staticmethod
     def read(prefix: str | os.PathLike[str]) -> Sidecar | None:
@@ -97,7 +103,7 @@ class Sidecar:
         sources = record.get("sources")
         if not isinstance(sources, list):
             raise UserError(f"{path}: sources is not a list; {_REMEDY}")
-        record["sources"] = tuple(_from_record(Source, source, path) for source in sources)
+        record["sources"] = tuple(_from_record(InputSource, source, path) for source in sources)
         return _from_record(Sidecar, record, path)
 
     def to_json(self) -> bytes:
@@ -107,9 +113,22 @@ class Sidecar:
         return (text + "\n").encode("utf-8", "backslashreplace")
 
     @property
-    def skipped_lines(self) -> int:
-        """Malformed lines left out, over all sources."""
-        return sum(source.skipped_lines for source in self.sources)
+    def characters(self) -> int:
+        """Unicode code points of the documents' text."""
+        return sum(source.characters for source in self.sources)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the documents' text in UTF-8."""
+        return sum(source.text_bytes for source in self.sources)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Over all sources, by reason."""
+        total: Counter[str] = Counter()
+        for source in self.sources:
+            total.update(source.left_out)
+        return dict(total)
 
 
 _REMEDY = "build the dataset again, or remove this file to go without the checks that it allows"
@@ -135,7 +154,10 @@ def _from_record(kind: type[_Record], record: Any, path: Path) -> _Record:
         raise UserError(f"{path}: unknown {', '.join(unknown)}; {_REMEDY}")
     for name, hint in get_type_hints(kind).items():
         value = record[name]
-        wanted = tuple if name == "sources" else hint
-        if not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool):
+        wanted = tuple if name == "sources" else dict if get_origin(hint) is dict else hint
+        fits = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
+        if hint == dict[str, int]:
+            fits = fits and all(type(number) is int for number in value.values())
+        if not fits:
             raise UserError(f"{path}: {name} is {value!r}, not {getattr(hint, '__name__', hint)}; {_REMEDY}")
     return kind(**record)

@@ -1,27 +1,38 @@
 """A dataset, or a part of one, cut into windows of equal length: what the sample order numbers.
 
-Window ``w`` covers the tokens ``[w * S, w * S + S]`` of its part: S inputs, and one more so that each has a target.
-Documents lie behind one another without padding, so no token is lost but the last partial window.
+Window ``w`` covers the tokens ``[w * S, w * S + S)`` of its part, and the one after each as its target. Documents lie
+behind one another without padding, so no token is lost but the last partial window. With a :class:`DocumentLayout` the
+windows hold the same tokens in all, the documents of each group of windows laid out anew (layout.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import UserError
 from .indexed_dataset import IndexedDataset
+from .layout import DocumentLayout, Group, Pieces, in_windows, pieces_between
 
 
 class Window(NamedTuple):
     """One sample before packing."""
 
-    tokens: np.ndarray
-    """[S + 1] int64 token ids."""
-    boundaries: np.ndarray
-    """Positions in 1..S at which another document begins."""
+    tokens: npt.NDArray[np.int64]
+    """[S] token ids."""
+    targets: npt.NDArray[np.int64]
+    """[S] token ids: what follows each token in its document, also where a window's edge cuts the document; behind a
+    document's last token, what is laid there."""
+    starts: npt.NDArray[np.int64]
+    """Positions in 1..S-1 at which another document, or a piece of one, begins."""
+    ends: npt.NDArray[np.int64]
+    """Positions in 0..S-1 of documents' last tokens."""
+    predicted: npt.NDArray[np.bool_] | None = None
+    """[S] whether the target counts, by the dataset's loss mask. None: all do."""
 
 
 @dataclass(frozen=True)
@@ -33,31 +44,98 @@ class Source:
     sequence_length: int
     start: int
     stop: int
+    layout: DocumentLayout | None = None
+    """How documents are laid out anew. None: windows are read as they lie in the file, the same in all epochs."""
 
     @property
     def num_windows(self) -> int:
         """Whole windows in this part."""
         return max(0, (self.stop - self.start - 1) // self.sequence_length)
 
-    def window(self, index: int, vocab_size: int) -> Window:
-        """Read window ``index``.
+    def laid_out(
+        self, packing: Literal["concat", "best_fit"], shuffle: Literal["windows", "documents"], seed: int
+    ) -> Source:
+        """This source as ``data.packing`` and ``data.shuffle`` want its windows made."""
+        if (packing, shuffle) == ("concat", "windows"):
+            return self
+        layout = DocumentLayout(
+            self.dataset,
+            self.start,
+            self.num_windows,
+            self.sequence_length,
+            f"{seed}/{self.sequence_length}/{self.name}/layout",
+            packing,
+            every_epoch=shuffle == "documents",
+        )
+        return dataclasses.replace(self, layout=layout)
+
+    def group(self, number: int, epoch: int, group_windows: int) -> Group:
+        """The pieces of documents in the windows ``[number * group_windows, ...)`` of ``epoch``, for counting."""
+        if self.layout is not None:
+            assert group_windows == self.layout.group_windows
+            return self.layout.group(number, epoch)
+        first = number * group_windows
+        count = min(group_windows, self.num_windows - first)
+        start = self.start + first * self.sequence_length
+        documents = pieces_between(self.dataset, start, start + count * self.sequence_length)
+        return in_windows(documents, count, self.sequence_length)
+
+    def window(self, index: int, vocab_size: int, epoch: int = 0) -> Window:
+        """Read window ``index`` as it is in ``epoch``.
 
         Raises:
             UserError: a token id is outside ``[0, vocab_size)``.
         """
         assert 0 <= index < self.num_windows
+        if self.layout is not None:
+            return self._read_pieces(self.layout.window(index, epoch), vocab_size)
         start = self.start + index * self.sequence_length
         stop = start + self.sequence_length + 1
-        tokens = self.dataset.tokens(start, stop)
-        largest, smallest = int(tokens.max()), int(tokens.min())
+        ids = self.dataset.tokens(start, stop)
+        self._check(ids, np.arange(start, stop), vocab_size)
+        boundaries = self.dataset.boundaries(start, stop) - start
+        mask = self.dataset.loss_mask(start, stop)
+        return Window(
+            ids[:-1],
+            ids[1:],
+            boundaries[boundaries < self.sequence_length],
+            boundaries - 1,
+            None if mask is None else mask[1:],
+        )
+
+    def _read_pieces(self, pieces: Pieces, vocab_size: int) -> Window:
+        tokens, targets = (np.empty(self.sequence_length, dtype=np.int64) for _ in range(2))
+        may_count, counts = (np.ones(self.sequence_length, dtype=np.bool_) for _ in range(2))
+        at = 0
+        for start, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
+            here = slice(at, at + length)
+            ids = self.dataset.tokens(start, start + length + 1)
+            tokens[here], targets[here] = ids[:-1], ids[1:]
+            if self.dataset.has_loss_mask:
+                mask = self.dataset.loss_mask(start, start + length + 1)
+                assert mask is not None
+                may_count[here], counts[here] = mask[:-1], mask[1:]
+            at += length
+        stops = np.cumsum(pieces.lengths)
+        positions = np.repeat(pieces.starts - (stops - pieces.lengths), pieces.lengths) + np.arange(at)
+        self._check(tokens, positions, vocab_size)
+        self._check(targets, positions + 1, vocab_size)
+        ends = stops[pieces.ends] - 1
+        # What is laid behind a document's last token; behind the window's last token that is nothing.
+        inner = ends[ends < self.sequence_length - 1]
+        targets[inner], counts[inner] = tokens[inner + 1], may_count[inner + 1]
+        counts[ends[len(inner) :]] = False
+        return Window(tokens, targets, stops[:-1], ends, counts)
+
+    def _check(self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], vocab_size: int) -> None:
+        """Refuse token ``ids``, read at ``positions``, outside the vocabulary."""
+        largest, smallest = int(ids.max()), int(ids.min())
         if largest >= vocab_size or smallest < 0:
             bad = largest if largest >= vocab_size else smallest
-            position = start + int((tokens == bad).argmax())
             raise UserError(
-                f"{self.dataset.prefix}.bin: token id {bad} at token {position:,} is outside the model's vocabulary of "
-                f"{vocab_size:,}; preprocess the corpus with the model's own tokenizer"
+                f"{self.dataset.prefix}.bin: token id {bad} at token {positions[(ids == bad).argmax()]:,} is outside "
+                f"the model's vocabulary of {vocab_size:,}; preprocess the corpus with the model's own tokenizer"
             )
-        return Window(tokens, self.dataset.boundaries(start, stop) - start)
 
 
 def split_source(name: str, dataset: IndexedDataset, sequence_length: int, held_out: float) -> tuple[Source, Source]:

@@ -1,209 +1,307 @@
-"""Loading a tokenizer for pretraining data, and nothing that models or chat need.
+"""Tokenizers for pretraining data, and nothing that models or chat need.
 
-A tokenizer is its ``tokenizer.json``, read by the ``tokenizers`` library itself: what stands in the file is what
-encodes. Text is data here: special tokens written out in a document stay ordinary text, no BOS or EOS is added, and
-truncation or padding that the file was saved with is switched off.
+A tokenizer is one file: a Hugging Face ``tokenizer.json``, a sentencepiece ``.model`` or a ``.tiktoken``. Its ids are
+those of the library that the format belongs to; a faster library encodes where it gives the same ids. Text is data
+here: special tokens written out in a document stay ordinary text unless allowed, and no BOS or EOS is added.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
+import threading
 from collections.abc import Sequence
-from contextlib import suppress
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from .tokenizer_backends import DOCUMENT_END, FlatIds, Reference, SentencePieceReference, TokenizersReference
+from .tokenizer_fast import FastEncoder, NotFast
+from .tokenizer_files import CONFIG_FILES, TOKENIZER_FILE, find_tokenizer_file, tokenizer_kind
+from .tokenizer_tiktoken import TiktokenReference
 
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-"""Where the EOS token is named, in the order in which it is looked for."""
-DOCUMENT_END = "<|endoftext|>"
-"""The document end of GPT-2, Qwen and many others. Qwen's chat models name another token as EOS: ``<|im_end|>``."""
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+__all__ = [
+    "BACKENDS",
+    "CONFIG_FILES",
+    "DOCUMENT_END",
+    "TOKENIZER_FILE",
+    "TokenizerHandle",
+    "TokenizerSpec",
+    "load_tokenizer",
+]
+
+BACKENDS = ("auto", "reference")
+"""``auto``: the fast path where there is an exact one; ``reference``: always the library of the format."""
+
+_LONG_DOCUMENT = 500
+"""Ids. Copying documents of this mean length one by one is faster than ``np.insert``."""
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """What a worker process needs to build the same tokenizer again. Small and picklable."""
+
+    name: str
+    file: Path
+    allow_special_tokens: bool = False
+    backend: str = "auto"
+    eod_token: str | None = None
+    """The token that :meth:`TokenizerHandle.eod` was asked for: ordinary text in text, even if not flagged special."""
+
+    def load(self) -> TokenizerHandle:
+        """Build the tokenizer.
+
+        Raises:
+            UserError: as :func:`load_tokenizer` and :meth:`TokenizerHandle.eod`.
+        """
+        handle = TokenizerHandle(
+            self.name, self.file, allow_special_tokens=self.allow_special_tokens, backend=self.backend
+        )
+        if self.eod_token is not None:
+            handle.eod(self.eod_token)
+        return handle
 
 
 class TokenizerHandle:
-    """A tokenizer for documents.
+    """A tokenizer for documents. All ``encode`` methods may be called from several threads at once.
+
+    Texts must be Unicode: a lone surrogate is a :class:`UserError`. The fast path is loaded when it is first needed,
+    since that takes a second: in the process that encodes.
 
     Args:
         name: folder, file or Hub name, as the user gave it.
-        file: the ``tokenizer.json``.
+        file: the tokenizer's file; its suffix says what kind it is.
+        allow_special_tokens: special tokens written in a text become control tokens.
+        backend: see :data:`BACKENDS`.
 
     Raises:
-        UserError: the file is not a tokenizer that the ``tokenizers`` library can read.
+        UserError: the file cannot be read or is not such a tokenizer, its library is not installed, or special tokens
+            are to be allowed in sentencepiece, which has none in text.
     """
 
-    def __init__(self, name: str, file: Path) -> None:
-        from tokenizers import Tokenizer
-
+    def __init__(self, name: str, file: Path, *, allow_special_tokens: bool = False, backend: str = "auto") -> None:
+        if backend not in BACKENDS:
+            raise UserError(f"tokenizer backend {backend!r}: must be one of {', '.join(BACKENDS)}")
         self.name = name
         self.file = file
+        self.kind = tokenizer_kind(file)
         try:
             content = file.read_bytes()
-            self._tokenizer = Tokenizer.from_str(content.decode("utf-8"))
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-        except Exception as error:  # the library raises bare Exception for a file that it cannot parse
-            raise UserError(f"{file}: not a tokenizer that the tokenizers library can read: {error}") from error
         self.sha256 = hashlib.sha256(content).hexdigest()
-        """SHA-256 of tokenizer.json, in hexadecimal."""
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """SHA-256 of the file, in hexadecimal. (That of a .tiktoken does not cover the JSON file beside it.)"""
+        self._allow_special_tokens = allow_special_tokens
+        self._backend = backend
+        self._reference = self._load_reference(content)
+        self.vocab_size = self._reference.vocab_size
         """Every id is below it, those of added tokens and after holes in the numbering included."""
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # Only recent versions of the library have the variant that does not track character offsets.
-        self._encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
+        self.fast_path_failures = 0
+        """Batches that the fast path failed on, which the reference encoded instead: slower, with the same ids."""
+        self._eod_token: str | None = None
+        self._lock = threading.Lock()
+        self._fast: FastEncoder | None = None
+        self._fast_is_settled = False
+        self._fallback_reason: str | None = None
 
     @property
     def folder(self) -> Path:
-        """The folder of ``tokenizer.json``."""
+        """The folder of the file."""
         return self.file.parent
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Ids of all ``texts`` laid end to end, int32[T], and the number of ids of each, int64[len(texts)]."""
-        ids = [encoding.ids for encoding in self._encode(texts, add_special_tokens=False)]
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+    @property
+    def spec(self) -> TokenizerSpec:
+        """This tokenizer for another process, the choices of :meth:`eod` and :meth:`use_reference` included."""
+        return TokenizerSpec(self.name, self.file, self._allow_special_tokens, self._backend, self._eod_token)
+
+    @property
+    def encoder(self) -> str:
+        """Library and version that encodes now, such as ``fastokens 0.3.5``. Loads the fast path to know."""
+        return (self._fast_path() or self._reference).library
+
+    @property
+    def fallback_reason(self) -> str | None:
+        """Why the reference encodes although the fast path was wanted; None otherwise. Loads the fast path to know."""
+        self._fast_path()
+        return self._fallback_reason
+
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of all ``texts`` laid end to end, int32[T], possibly read-only, and the number of each, int64[texts].
+
+        Raises:
+            UserError: a text holds a lone surrogate, or (tiktoken) its library gives up on it.
+        """
+        fast = self._fast_path()
+        if fast is not None:
+            try:
+                return fast.encode(texts)
+            except Exception:  # of a young library; if the text is to blame, the reference says so below
+                self.fast_path_failures += 1
+        return self.reference_encode(texts)
+
+    def encode_documents(self, texts: Sequence[str], eod_id: int | None) -> FlatIds:
+        """Ids of each of ``texts`` with ``eod_id`` after it, end to end, int32[T], writable, and their numbers,
+        int64[texts].
+
+        A text that gives no token stays without: length 0, no ``eod_id``. With None nothing is appended to any.
+
+        Raises:
+            UserError: as :meth:`encode_flat`.
+        """
+        ids, lengths = self.encode_flat(texts)
+        if eod_id is None:
+            return np.require(ids, requirements="W"), lengths
+        return _append_to_each(ids, lengths, eod_id)
+
+    def reference_encode(self, texts: Sequence[str]) -> FlatIds:
+        """As :meth:`encode_flat`, always by the library that the file's format belongs to."""
+        try:
+            return self._reference.encode(texts)
+        except UserError:
+            raise
+        except Exception:  # TypeError, RuntimeError or UnicodeEncodeError, by library
+            self._refuse_surrogates(texts)
+            raise
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Ids of each text, int32."""
+        """Ids of each text, int32.
+
+        Raises:
+            UserError: as :meth:`encode_flat`.
+        """
         if not texts:
             return []
         flat, lengths = self.encode_flat(texts)
         return np.split(flat, np.cumsum(lengths)[:-1])
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """Text of ``ids``, special tokens written out."""
-        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+        """Text of ``ids``, special tokens written out, ids that the vocabulary lacks left out."""
+        return self._reference.decode([int(token) for token in ids])
 
     def eod(self, eod_token: str | None = None) -> tuple[str, int]:
-        """The token that ends a document, and its id. From here on, that token in a text is ordinary text.
+        """The token that ends a document, and its id. From here on, that token in a text is ordinary text, unless
+        special tokens are allowed there.
 
-        ``eod_token`` where it is given; else ``<|endoftext|>`` where the vocabulary has it; else the EOS that
-        tokenizer_config.json or special_tokens_map.json beside the tokenizer names.
+        ``eod_token`` where it is given; else, by kind: ``<|endoftext|>`` where the vocabulary has it, or the EOS that
+        tokenizer_config.json or special_tokens_map.json beside tokenizer.json names; the EOS piece; ``<|endoftext|>``.
 
         Raises:
-            UserError: the tokenizer has no such token, or names none.
+            UserError: the tokenizer has no such token, names none, or (sentencepiece) may make it of text.
         """
-        token = eod_token if eod_token is not None else self._document_end()
-        if token is None:
-            raise UserError(
-                f"{self.name}: no {DOCUMENT_END} in the vocabulary and no eos_token in {' or '.join(CONFIG_FILES)} of "
-                f"{self.folder}; name the token that ends a document with --eod-token"
-            )
-        token_id = self._tokenizer.token_to_id(token)
-        if token_id is None:
-            raise UserError(f"{self.name}: {token!r} is not in the vocabulary; name a token that is with --eod-token")
-        # Tokens that are not flagged as special would be recognized in a document's text and end it early.
-        self._tokenizer.add_special_tokens([token])
+        with self._lock:
+            changes = self._reference.changes
+            token, token_id = self._reference.document_end(eod_token)
+            self._eod_token = token
+            if self._fast is not None and self._reference.changes != changes:
+                self._fast, self._fast_is_settled = None, False  # it knows nothing of the change
         return token, token_id
 
-    def _document_end(self) -> str | None:
-        if self._tokenizer.token_to_id(DOCUMENT_END) is not None:
-            return DOCUMENT_END
-        for name in CONFIG_FILES:
-            eos = _read_config(self.folder / name).get("eos_token")
-            token = eos.get("content") if isinstance(eos, dict) else eos
-            if isinstance(token, str):
-                return token
-        return None
+    def check_fast_path(self, texts: Sequence[str]) -> str | None:
+        """Encode ``texts`` by the fast path and by the reference: the first difference, in words, or None.
+
+        None too where no fast path is active. On a difference, :meth:`use_reference`.
+
+        Raises:
+            UserError: as :meth:`encode_flat`.
+        """
+        fast = self._fast_path()
+        if fast is None:
+            return None
+        right, right_lengths = self.reference_encode(texts)
+        try:
+            ids, lengths = fast.encode(texts)
+        except Exception as error:
+            return f"{fast.library} fails where {self._reference.library} does not: {error}"
+        if np.array_equal(lengths, right_lengths) and np.array_equal(ids, right):
+            return None
+        ends, right_ends = np.cumsum(lengths)[:-1], np.cumsum(right_lengths)[:-1]
+        pairs = zip(texts, np.split(ids, ends), np.split(right, right_ends), strict=True)
+        text, ours, theirs = next(pair for pair in pairs if not np.array_equal(pair[1], pair[2]))
+        shared = min(len(ours), len(theirs))
+        at = int(np.append(ours[:shared] != theirs[:shared], True).argmax())
+        return (
+            f"{fast.library} differs from {self._reference.library} at token {at} of the text {text[:60]!r}: "
+            f"{ours[at : at + 5].tolist()}, not {theirs[at : at + 5].tolist()}"
+        )
+
+    def use_reference(self, reason: str) -> None:
+        """From here on the reference library encodes, in this process and those that get :attr:`spec`."""
+        with self._lock:
+            self._backend = "reference"
+            self._fast, self._fast_is_settled, self._fallback_reason = None, True, reason
+
+    def _load_reference(self, content: bytes) -> Reference:
+        if self.kind == "tiktoken":
+            return TiktokenReference(self.name, self.file, content, self._allow_special_tokens)
+        if self.kind == "tokenizer.json":
+            return TokenizersReference(self.name, self.file, content, self._allow_special_tokens)
+        if self._allow_special_tokens:
+            raise UserError(
+                f"{self.name}: --allow-special-tokens has no meaning for a sentencepiece model, which never makes "
+                "control pieces of text; leave it out, or use the model's tokenizer.json"
+            )
+        return SentencePieceReference(self.name, self.file, content)
+
+    def _fast_path(self) -> FastEncoder | None:
+        """The fast encoder, loaded at the first call; None where the reference is to encode."""
+        if not self._fast_is_settled:
+            with self._lock:
+                if not self._fast_is_settled:
+                    self._load_fast_path()
+        return self._fast
+
+    def _load_fast_path(self) -> None:
+        if self._backend == "auto" and isinstance(self._reference, TokenizersReference):
+            try:
+                self._fast = FastEncoder(self._reference.to_json(), self._allow_special_tokens)
+            except NotFast as refusal:
+                self._fallback_reason = str(refusal)
+        self._fast_is_settled = True
+
+    def _refuse_surrogates(self, texts: Sequence[str]) -> None:
+        for index, text in enumerate(texts):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"{self.name}: text {index} of the batch holds a lone surrogate (U+{ord(text[error.start]):04X} at "
+                    f"character {error.start:,}), which is not Unicode text and has no tokens"
+                ) from None
 
 
-def load_tokenizer(name: str | os.PathLike[str]) -> TokenizerHandle:
-    """Load a tokenizer from a folder that holds ``tokenizer.json``, from such a file, or by its Hugging Face Hub name.
+def load_tokenizer(
+    name: str | os.PathLike[str], *, allow_special_tokens: bool = False, backend: str = "auto"
+) -> TokenizerHandle:
+    """Load a tokenizer by the name of a folder, of a file, or of a Hugging Face Hub repository.
 
-    A Hub name is looked up in the local cache first: a cached tokenizer needs no network and does not change.
+    In a folder it is ``tokenizer.json``, else ``tokenizer.model`` (sentencepiece), else the only ``*.tiktoken``. A Hub
+    name is looked up in the local cache first: a cached tokenizer needs no network and does not change.
+
+    Args:
+        name: the folder, file or Hub name.
+        allow_special_tokens, backend: see :class:`TokenizerHandle`.
 
     Raises:
-        UserError: nothing is found there, or the Hub cannot be reached and has not been cached.
+        UserError: nothing is found there, it is not a tokenizer, or the Hub cannot be reached and has not been cached.
     """
     text = os.fspath(name)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        file = path / TOKENIZER_FILE
-        if not file.is_file():
-            raise UserError(
-                f"{text}: no {TOKENIZER_FILE} in this folder; save the tokenizer in the fast format (transformers: "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)) or name another with --tokenizer"
-            )
-        return TokenizerHandle(text, file)
-    if path.is_file():
-        return TokenizerHandle(text, path)
-    if not _HUB_NAME.fullmatch(text):
-        raise UserError(
-            f"{text}: no such tokenizer folder or file; name one that exists, or a Hub name, with --tokenizer"
-        )
-    return TokenizerHandle(text, _find_on_hub(text))
+    return TokenizerHandle(text, find_tokenizer_file(text), allow_special_tokens=allow_special_tokens, backend=backend)
 
 
-def _find_on_hub(name: str) -> Path:
-    """Path of ``tokenizer.json`` of the Hub repository ``name``, downloaded when it is not in the cache."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    remedy = "name a folder that holds tokenizer.json, or another Hub name, with --tokenizer"
-    try:
-        cached = try_to_load_from_cache(name, TOKENIZER_FILE)
-        if isinstance(cached, str):
-            return Path(cached)
-        _require_hub(name)
-        file = Path(hf_hub_download(name, TOKENIZER_FILE))
-        for config in CONFIG_FILES:
-            with suppress(EntryNotFoundError):
-                hf_hub_download(name, config)
-        return file
-    except UserError:
-        raise
-    except GatedRepoError:
-        raise UserError(f"{name}: the Hub asks for a licence to be accepted (`hf auth login`), or {remedy}") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{name}: no such folder, and no such repository on the Hub; {remedy}") from None
-    except LocalEntryNotFoundError:
-        raise UserError(_unreachable(name)) from None
-    except EntryNotFoundError:
-        raise UserError(f"{name}: this Hub repository has no {TOKENIZER_FILE}; {remedy}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: the Hub gave no tokenizer: {error}; {remedy}") from error
-
-
-def _require_hub(name: str) -> None:
-    """Fail at once when the Hub cannot be reached: a download would retry for half a minute first."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # whatever the HTTP library raises: its exceptions differ between versions of the Hub client
-        raise UserError(_unreachable(name)) from None
-
-
-def _unreachable(name: str) -> str:
-    return (
-        f"tokenizer {name}: no folder of that name, not in the Hugging Face cache, and the Hub cannot be reached; pass "
-        "--tokenizer with a folder that holds tokenizer.json, or connect once to fill the cache"
-    )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; empty when the file is absent."""
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    return config if isinstance(config, dict) else {}
+def _append_to_each(ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], token_id: int) -> FlatIds:
+    """``token_id`` after each non-empty run of ``ids``, at 1 to 4 % of what encoding them cost."""
+    has_ids = lengths > 0
+    ends = np.cumsum(lengths[has_ids])
+    lengths = lengths + has_ids
+    if len(ids) < _LONG_DOCUMENT * len(ends):
+        return np.insert(ids, ends, token_id), lengths
+    out = np.empty(len(ids) + len(ends), np.int32)
+    out[ends + np.arange(len(ends))] = token_id
+    start = 0
+    for index, end in enumerate(ends.tolist()):
+        out[start + index : end + index] = ids[start:end]
+        start = end
+    return out, lengths

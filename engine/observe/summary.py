@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from ...kernels.attention import attention_backend
 from ..budget import BatchPlan
-from ..config import RunConfig
+from ..config import DataConfig, RunConfig
 from ..data.catalog import Catalog
+from ..data.cuts import count_cuts
+from ..data.layout import GROUP_WINDOWS
+from ..data.sample_order import SampleOrder
 from ..model.architecture import Architecture
 from ..model.decoder import COMPUTE_DTYPES
 from ..parallel.mesh import mesh_shape
@@ -19,16 +22,11 @@ def describe_run(
     plan: BatchPlan,
     ranks: Ranks,
     architecture: Architecture,
-    catalog: Catalog,
     remaining_steps: int,
     start: str,
 ) -> list[str]:
-    """Lines about model, data, ranks, step and budget; ``start`` says where the weights come from."""
+    """Lines about model, ranks, step and budget; ``start`` says where the weights come from."""
     training = config.training
-    sources = ", ".join(
-        f"{source.name} ({human(source.stop - source.start)} tokens, weight {weight:g})"
-        for source, weight in zip(catalog.train, catalog.weights, strict=True)
-    )
     replicate, shard = mesh_shape(config.parallel, ranks.world_size)
     all_pairs, causal_pairs = (flops_per_token(architecture, plan.sequence_length, halved) for halved in (False, True))
     # What arithmetic alone allows. The time that is really left is measured, and stands on the line of every step.
@@ -37,7 +35,6 @@ def describe_run(
     shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, {start}",
-        f"data        {sources}; validation: {', '.join(catalog.validation) or 'none'}",
         f"ranks       {ranks.world_size} ({ranks.device.type}): replicate {replicate} x shard {shard}, compute in "
         f"{training.precision}, attention by "
         f"{attention_backend(ranks.device.type, COMPUTE_DTYPES[training.precision])}",
@@ -47,3 +44,65 @@ def describe_run(
         f"{training.warmup_tokens:,} tokens; {remaining_steps:,} steps to go{shortest}",
         f"FLOPs/token {all_pairs:.4g} (all pairs of positions), {causal_pairs:.4g} (causal pairs)",
     ]
+
+
+def describe_data(data: DataConfig, catalog: Catalog, order: SampleOrder, last_sample: int) -> list[str]:
+    """Lines about the sources, stages, caps and packing of a run that ends after ``last_sample`` samples."""
+    length, schedule = order.sequence_length, order.schedule
+    given = order.cursors(last_sample)
+    sources = ", ".join(
+        f"{source.name} ({human(source.stop - source.start)} tokens, "
+        f"{given[source.name] / source.num_windows:.3g} epochs)"
+        for source in catalog.train
+    )
+    lines = [f"data        {sources} until the end; validation: {', '.join(catalog.validation) or 'none'}"]
+    begin = 0
+    for number, stage in enumerate(schedule.stages, 1):
+        blend = ", ".join(f"{share.name} {share.weight:g}" for share in stage.shares)
+        until = "the end" if stage.stop is None else f"{human(stage.stop * length)} tokens"
+        reached = "" if begin < last_sample else " (not reached)"
+        if len(schedule.stages) == 1 and stage.stop is None:
+            lines.append(f"blend       {blend}")
+        else:
+            lines.append(f"stage {number:<5} from {human(begin * length)} to {until}{reached}: {blend}")
+        begin = stage.stop or 0
+    for phase in schedule.phases:
+        gone = [share.name for share in schedule.stages[phase.stage].shares if share not in phase.shares]
+        if gone and phase.start < last_sample:
+            left = ", ".join(share.name for share in phase.shares)
+            lines.append(
+                f"caps        from {human(phase.start * length)} tokens on {', '.join(gone)} has given all it may; "
+                f"going on with {left}"
+            )
+    return [*lines, _describe_packing(data, catalog)]
+
+
+def _describe_packing(data: DataConfig, catalog: Catalog) -> str:
+    # The first group of each source costs about a millisecond; all of them would be a pass over the whole index.
+    counts = [count_cuts(source, groups=[0]) for source in catalog.train]
+    fitting = sum(count.documents - count.longer for count in counts)
+    cut = sum(count.cut for count in counts) / max(1, fitting)
+    lost = sum(count.tokens_lost for count in counts)
+    return (
+        f"packing     {data.packing}, {data.shuffle} shuffled: cuts {cut:.1%} of the documents that fit in a window "
+        f"(estimated from the first {GROUP_WINDOWS} windows of each source); leaves out the {lost:,} tokens behind the "
+        "sources' last windows"
+    )
+
+
+def notes(config: RunConfig, catalog: Catalog, max_positions: int | None) -> list[str]:
+    """What a user may not have meant."""
+    training, lines = config.training, []
+    if catalog.unchecked:
+        lines.append(
+            f"note: no sidecar stands beside {', '.join(catalog.unchecked)}: which tokenizer made it is not checked, "
+            "and token ids only as they are read"
+        )
+    if not catalog.validation and (training.eval_interval or training.eval_at_start):
+        lines.append("note: training.eval_interval or eval_at_start is set, but there is no validation set")
+    if max_positions is not None and training.sequence_length > max_positions:
+        lines.append(
+            f"note: training.sequence_length {training.sequence_length:,} is beyond the model's "
+            f"max_position_embeddings {max_positions:,}; the exported config.json keeps saying {max_positions:,}"
+        )
+    return lines

@@ -16,17 +16,19 @@ from hypothesis import strategies as st
 from retemper.engine.budget import BatchPlan
 from retemper.engine.config import DataConfig, SourceConfig
 from retemper.engine.data.catalog import Catalog, open_catalog
-from retemper.engine.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from retemper.engine.data.dataset_writer import IndexedDatasetWriter
+from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.loader import Prefetcher, TrainingData, validation_batches
 from retemper.engine.data.packing import MicroBatch, pack
-from retemper.engine.data.sample_order import SampleOrder
+from retemper.engine.data.sample_order import OrderedSource
+from retemper.engine.data.schedule import Share, Stage
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.source import Source, Window, split_source
 from retemper.engine.errors import UserError
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 
 VOCAB = 1000
-SIDECAR = Sidecar("tok", "a" * 64, VOCAB, True, "<eod>", 0, 0, 0, 0, ())
+SIDECAR = Sidecar("tok", "a" * 64, VOCAB, True, "<eod>", 0, (), {})
 
 
 def write(prefix: Path, documents: list[list[int]], sidecar: Sidecar | None = None) -> str:
@@ -106,8 +108,8 @@ def test_packing_equals_a_reference_that_goes_token_by_token(tmp_path_factory, l
 def test_an_example_by_hand():
     """Documents [1 2 3] [4] [5 6 7 8] in windows of 4: the boundaries after 3 and 4 mask their targets, the one between
     the windows does not touch the first window's last target."""
-    first = Window(np.array([1, 2, 3, 4, 5]), np.array([3, 4]))
-    second = Window(np.array([5, 6, 7, 8, 9]), np.array([4]))
+    first = Window(np.array([1, 2, 3, 4]), np.array([2, 3, 4, 5]), np.array([3]), np.array([2, 3]))
+    second = Window(np.array([5, 6, 7, 8]), np.array([6, 7, 8, 9]), np.array([], int), np.array([3]))
     ignored = IGNORE_INDEX
     batch = pack([first, second, None], 4, False)
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0]
@@ -162,8 +164,8 @@ def test_all_ranks_together_read_the_global_batch(tmp_path, ranks, micro):
         make_source(tmp_path / "a", [5] * 40, length, "a"),
         make_source(tmp_path / "b", [30, 1, 70], length, "b"),
     ]
-    catalog = Catalog(sources, [2.0, 1.0], {}, {})
-    order = SampleOrder(catalog.ordered_sources, 7, length)
+    catalog = Catalog(sources, [Stage((Share("a", 2.0), Share("b")))], {}, {})
+    order = catalog.sample_order(7)
     plan = BatchPlan(length, 12, micro, ranks)
     stride = 12
     for first in (0, stride, 5 * stride):
@@ -272,7 +274,7 @@ PLAN = BatchPlan(sequence_length=8, global_batch_size=4, micro_batch_size=1, dat
 
 
 def catalog_of(path: str, vocab_size: int = VOCAB, tokenizer: str | None = None, **changes) -> Catalog:
-    return open_catalog(DataConfig(train=[SourceConfig(path)], **changes), PLAN, vocab_size, tokenizer)
+    return open_catalog(DataConfig(train=[SourceConfig(path)], **changes), PLAN, vocab_size, tokenizer, 7)
 
 
 def refusal(*arguments, **changes) -> str:
@@ -287,7 +289,7 @@ def test_an_open_catalog(tmp_path):
     news = write(tmp_path / "other", documents_of([40]))
     catalog = catalog_of(path, tokenizer="a" * 64, validation={"news": news}, validation_fraction=0.25)
     assert [source.name for source in catalog.train] == ["web"]
-    assert catalog.ordered_sources[0].num_windows == (150 - 1) // 8
+    assert catalog.sample_order(7).sources == [OrderedSource("web", (150 - 1) // 8)]
     assert {name: sum(s.num_windows for s in sets) for name, sets in catalog.validation.items()} == {
         "held_out": (50 - 1) // 8,
         "news": (40 - 1) // 8,
@@ -366,7 +368,8 @@ def test_changed_data_is_refused_on_resume(tmp_path):
         edited.require_unchanged(former.fingerprints, "step-1")
     # Without a sidecar there is no hash to compare; another name is another source.
     catalog_of(write(tmp_path / "web", [[7] * 100])).require_unchanged(former.fingerprints, "step-1")
-    renamed = open_catalog(DataConfig(train=[SourceConfig(write(tmp_path / "x", [[7] * 99]))]), PLAN, VOCAB, None)
+    other = write(tmp_path / "x", [[7] * 99])
+    renamed = open_catalog(DataConfig(train=[SourceConfig(other)]), PLAN, VOCAB, None, 7)
     renamed.require_unchanged(former.fingerprints, "step-1")
 
 

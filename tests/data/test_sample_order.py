@@ -1,5 +1,6 @@
 """The sample order: permutations, blends, and what a resume must not change."""
 
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -11,11 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retemper.engine.budget import BatchPlan
-from retemper.engine.data import sample_order
-from retemper.engine.data.sample_order import BLEND_RESOLUTION, Blend, OrderedSource, Permutation, Sample, SampleOrder
+from retemper.engine.data import blend as blend_module
+from retemper.engine.data.blend import BLEND_RESOLUTION, Blend
+from retemper.engine.data.sample_order import OrderedSource, Permutation, Sample, SampleOrder
+from retemper.engine.data.schedule import Schedule, Share, Stage
 
-SOURCES = [OrderedSource("web", 13, 3.0), OrderedSource("code", 5, 1.0), OrderedSource("books", 1, 0.5)]
+WeightedSource = tuple[str, int, float]
+"""Name, windows, weight."""
+SOURCES: list[WeightedSource] = [("web", 13, 3.0), ("code", 5, 1.0), ("books", 1, 0.5)]
 weights_of_few = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+
+
+def order_of(sources: list[WeightedSource], seed: int, sequence_length: int) -> SampleOrder:
+    """The order of a run with one blend and no caps."""
+    schedule = Schedule([Stage(tuple(Share(name, weight) for name, _, weight in sources))])
+    ordered = [OrderedSource(name, num_windows) for name, num_windows, _ in sources]
+    return SampleOrder(ordered, schedule, seed, sequence_length)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -137,7 +149,7 @@ def test_no_source_strays_from_its_share(weights):
 def short_blends() -> Iterator[None]:
     """Blends of at most 60 slots, which are quick to build and whose periods end often."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_order, "BLEND_RESOLUTION", 60)
+        patch.setattr(blend_module, "BLEND_RESOLUTION", 60)
         yield
 
 
@@ -150,19 +162,19 @@ def flat(order: SampleOrder, start: int, stop: int) -> list[tuple[str, int, int]
 @settings(deadline=None, max_examples=50)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(0, 2**62))
 def test_every_window_once_per_epoch(short_blends, sizes, seed):
-    sources = [OrderedSource(f"s{i}", size, 1.0 + i) for i, size in enumerate(sizes)]
-    seen = flat(SampleOrder(sources, seed, 128), 0, 400)
-    for source in sources:
-        visits = [(epoch, window) for name, epoch, window in seen if name == source.name]
+    sources = [(f"s{i}", size, 1.0 + i) for i, size in enumerate(sizes)]
+    seen = flat(order_of(sources, seed, 128), 0, 400)
+    for source, num_windows, _ in sources:
+        visits = [(epoch, window) for name, epoch, window in seen if name == source]
         assert len(set(visits)) == len(visits)
-        assert [epoch for epoch, _ in visits] == [place // source.num_windows for place in range(len(visits))]
-        for epoch in range(len(visits) // source.num_windows):
-            assert {window for e, window in visits if e == epoch} == set(range(source.num_windows))
+        assert [epoch for epoch, _ in visits] == [place // num_windows for place in range(len(visits))]
+        for epoch in range(len(visits) // num_windows):
+            assert {window for e, window in visits if e == epoch} == set(range(num_windows))
 
 
 def test_each_epoch_seed_length_and_name_has_an_order_of_its_own():
     def epoch(number: int, name: str = "s", seed: int = 1, length: int = 128) -> list[int]:
-        order = SampleOrder([OrderedSource(name, 50, 1.0)], seed, length)
+        order = order_of([(name, 50, 1.0)], seed, length)
         return [window for _, _, window in flat(order, 50 * number, 50 * number + 50)]
 
     orders = [epoch(0), epoch(1), epoch(2), epoch(0, name="t"), epoch(0, seed=2), epoch(0, length=64)]
@@ -171,15 +183,15 @@ def test_each_epoch_seed_length_and_name_has_an_order_of_its_own():
 
 
 def test_a_source_keeps_its_order_whatever_it_is_blended_with():
-    alone = SampleOrder([SOURCES[0]], 1, 128)
-    blended = [item for item in flat(SampleOrder(SOURCES, 1, 128), 0, 200) if item[0] == "web"]
+    alone = order_of([SOURCES[0]], 1, 128)
+    blended = [item for item in flat(order_of(SOURCES, 1, 128), 0, 200) if item[0] == "web"]
     assert blended == flat(alone, 0, len(blended))
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 24), (2, 3), (4, 2), (8, 3), (24, 1)])
 def test_the_order_does_not_depend_on_how_batches_are_dealt(ranks, micro):
     """The samples of three steps over all ranks are the first 72 of the order, for every layout; each step its own."""
-    order, plan = SampleOrder(SOURCES, 1, 128), BatchPlan(128, 24, micro, ranks)
+    order, plan = order_of(SOURCES, 1, 128), BatchPlan(128, 24, micro, ranks)
     for step in range(3):
         dealt = sorted(
             step * 24 + offset for rank in range(ranks) for part in plan.sample_offsets(rank) for offset in part
@@ -188,20 +200,36 @@ def test_the_order_does_not_depend_on_how_batches_are_dealt(ranks, micro):
 
 
 def test_it_may_be_asked_in_any_order():
-    order = SampleOrder(SOURCES, 1, 128)
+    order = order_of(SOURCES, 1, 128)
     forwards = [order.sample(index) for index in range(300)]
     assert [order.sample(index) for index in reversed(range(300))] == forwards[::-1]
 
 
 def test_huge_sources_need_no_tables():
     """Sample 10^12 of 10^9 windows: a table of the order would need 8 GB, and the test's time would show it."""
-    order = SampleOrder([OrderedSource("a", 10**9, 2.0), OrderedSource("b", 10**9 + 7, 1.0)], 1, 4096)
+    order = order_of([("a", 10**9, 2.0), ("b", 10**9 + 7, 1.0)], 1, 4096)
     samples = [order.sample(10**12 + index) for index in range(1000)]
     assert len(set(samples)) == 1000
     assert Counter(sample.source for sample in samples)[0] in (666, 667, 668)
     assert {sample.epoch for sample in samples} == {666, 333}
     assert all(0 <= sample.window < 10**9 + 7 for sample in samples)
     assert samples[0] != Sample(0, 666, 0)
+
+
+@pytest.mark.parametrize(
+    ("sources", "digest"),
+    [
+        ([("web", 1000, 1.0)], "29e4609512ec02e3"),
+        (SOURCES, "b1df99e2ccab8edc"),
+        ([("a", 10**9, 0.7312), ("b", 10**9 + 7, 0.2), ("c", 77, 1e-4), ("d", 5000, 1 / 3)], "afb1c7c0ed220613"),
+    ],
+)
+def test_the_order_is_that_of_former_releases(sources, digest):
+    """A run that is resumed after an update must go on with the same samples. From release 0.1.0."""
+    order = order_of(sources, 1234, 4096)
+    samples = [order.sample(index) for index in [*range(3000), *range(10**12, 10**12 + 500)]]
+    text = json.dumps([(sample.source, sample.epoch, sample.window) for sample in samples])
+    assert hashlib.sha256(text.encode()).hexdigest().startswith(digest)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -211,10 +239,10 @@ def test_huge_sources_need_no_tables():
 @settings(deadline=None, max_examples=50)
 @given(cuts=st.lists(st.integers(0, 300), min_size=1, max_size=3).map(sorted))
 def test_a_resumed_order_is_the_uninterrupted_one(short_blends, cuts):
-    whole = SampleOrder(SOURCES, 1, 128)
+    whole = order_of(SOURCES, 1, 128)
     order = whole
     for cut in cuts:
-        order = SampleOrder(SOURCES, 1, 128).resumed(order.state(), cut)
+        order = order_of(SOURCES, 1, 128).resumed(order.state(), cut)
         assert flat(order, cut, cut + 60) == flat(whole, cut, cut + 60)
     assert order.state() == whole.state()
 
@@ -228,8 +256,8 @@ BLENDS = st.lists(
 SIZES = {"web": 13, "code": 5, "books": 1, "news": 7}
 
 
-def ordered(blend: list[tuple[str, float]]) -> list[OrderedSource]:
-    return [OrderedSource(name, SIZES[name], weight) for name, weight in blend]
+def ordered(blend: list[tuple[str, float]]) -> list[WeightedSource]:
+    return [(name, SIZES[name], weight) for name, weight in blend]
 
 
 @settings(deadline=None, max_examples=50)
@@ -240,16 +268,16 @@ def test_every_source_goes_on_from_its_own_cursor_through_changes_of_the_blend(s
     given_so_far: Counter = Counter()
     position, state = 0, None
     for blend, steps_taken in zip(blends, [*steps, 40], strict=False):
-        order = SampleOrder(ordered(blend), 1, 128)
+        order = order_of(ordered(blend), 1, 128)
         if state is not None:
             order = order.resumed(state, position)
         fresh = Blend([weight for _, weight in blend])
         taken = flat(order, position, position + steps_taken)
         for name, epoch, window in taken:
-            alone = SampleOrder([OrderedSource(name, SIZES[name], 1.0)], 1, 128)
+            alone = order_of([(name, SIZES[name], 1.0)], 1, 128)
             assert (name, epoch, window) == flat(alone, given_so_far[name], given_so_far[name] + 1)[0]
             given_so_far[name] += 1
-        if state is None or list(state["weights"].items()) != blend:
+        if state is None or [(s["name"], s["weight"]) for s in state["stages"][0]["shares"]] != blend:
             # A changed blend begins its period where it takes over.
             names = [blend[fresh.source(index)][0] for index in range(steps_taken)]
             assert [name for name, _, _ in taken] == names
@@ -260,22 +288,36 @@ def test_every_source_goes_on_from_its_own_cursor_through_changes_of_the_blend(s
 
 def test_a_changed_blend_resumed_twice_goes_on_unbroken():
     """Changed at 37, then resumed at 50 and 61 with the new blend: as if the new blend had run on from 37."""
-    changed = [OrderedSource("code", 5, 2.0), OrderedSource("news", 7, 1.0)]
-    first = SampleOrder(changed, 1, 128).resumed(SampleOrder(SOURCES, 1, 128).state(), 37)
-    second = SampleOrder(changed, 1, 128).resumed(first.state(), 50)
-    third = SampleOrder(changed, 1, 128).resumed(second.state(), 61)
+    changed = [("code", 5, 2.0), ("news", 7, 1.0)]
+    first = order_of(changed, 1, 128).resumed(order_of(SOURCES, 1, 128).state(), 37)
+    second = order_of(changed, 1, 128).resumed(first.state(), 50)
+    third = order_of(changed, 1, 128).resumed(second.state(), 61)
     assert flat(third, 61, 200) == flat(first, 61, 200)
 
 
 def test_a_source_that_left_and_came_back_goes_on_where_it_was():
-    start = SampleOrder(SOURCES, 1, 128)
-    without = SampleOrder(SOURCES[1:], 1, 128).resumed(start.state(), 20)
-    back = SampleOrder(SOURCES, 1, 128).resumed(without.state(), 30)
+    start = order_of(SOURCES, 1, 128)
+    without = order_of(SOURCES[1:], 1, 128).resumed(start.state(), 20)
+    back = order_of(SOURCES, 1, 128).resumed(without.state(), 30)
     web = [item for item in flat(back, 30, 60) if item[0] == "web"]
     seen = sum(name == "web" for name, _, _ in flat(start, 0, 20))
-    assert web == flat(SampleOrder(SOURCES[:1], 1, 128), seen, seen + len(web))
+    assert web == flat(order_of(SOURCES[:1], 1, 128), seen, seen + len(web))
+
+
+def test_a_state_from_before_there_were_stages_is_read():
+    """As release 0.1.0 wrote it after a change of the blend at sample 37."""
+    former = {"start": 37, "cursors": {"web": 25, "code": 8, "books": 4}, "weights": {"code": 2.0, "news": 1.0}}
+    changed = [("code", 5, 2.0), ("news", 7, 1.0)]
+    same = order_of(changed, 1, 128).resumed(former, 50)
+    assert same.schedule.start == 37
+    assert same.cursors(37) == {"web": 25, "code": 8, "books": 4, "news": 0}
+    first = order_of(changed, 1, 128).resumed(order_of(SOURCES, 1, 128).state(), 37)
+    assert first.cursors(37) == same.cursors(37)
+    assert flat(same, 50, 100) == flat(first, 50, 100)
+    other = order_of(SOURCES, 1, 128).resumed(former, 50)
+    assert (other.schedule.start, other.cursors(50)) == (50, same.cursors(50))
 
 
 def test_the_state_survives_json():
-    state = SampleOrder(SOURCES[::-1], 1, 128).resumed(SampleOrder(SOURCES, 1, 128).state(), 37).state()
+    state = order_of(SOURCES[::-1], 1, 128).resumed(order_of(SOURCES, 1, 128).state(), 37).state()
     assert json.loads(json.dumps(state)) == state

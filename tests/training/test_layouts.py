@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
@@ -79,7 +80,8 @@ def test_transformers_in_a_plain_loop_gives_the_same_curve(one_rank, run_file, r
             sample = trainer.order.sample(index)
             source = trainer.catalog.train[sample.source]
             window = source.window(sample.window, tiny_run.VOCAB_SIZE)
-            for document in torch.from_numpy(window.tokens).tensor_split(torch.from_numpy(window.boundaries)):
+            stream = torch.from_numpy(np.append(window.tokens, window.targets[-1]))
+            for document in stream.tensor_split(torch.from_numpy(window.ends + 1)):
                 if len(document) < 2:
                     continue
                 logits = model(document[None, :-1]).logits[0]

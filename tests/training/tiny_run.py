@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.config import RunConfig
 from retemper.engine.config_parser import parse_config
-from retemper.engine.data.indexed_dataset import IndexedDatasetWriter
+from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.trainer import Trainer

@@ -1,158 +1,294 @@
-"""Text files -> an indexed dataset: plan, tokenize in parallel, merge in order, publish.
+"""Text files -> indexed datasets: plan, tokenize in parallel, decide, assemble, publish.
 
-    inputs.py    which files, in which order
-    tasks.py     cut into tasks of 1 to 32 MB
-    pool.py      worker processes, results in order
-    worker.py    task -> shard: readers.py gives texts, the tokenizer gives ids
-    pipeline.py  shards -> one dataset (engine/data/indexed_dataset.py), sidecar, report
+    options.py     what was asked            inputs.py, formats.py   which files, of which formats
+    tasks.py       cut into tasks            readers/, texts.py      records, and their texts
+    pool.py        worker processes          worker.py, cleaning.py  task -> shard
+    workspace.py   restart after a kill      assembly.py             shards -> datasets, sidecars
 
-The dataset's bytes depend on the input, the tokenizer and the options that concern documents, and not on the number of
+The datasets' bytes depend on the input, the tokenizer and the options that concern documents, and not on the number of
 workers or the size of tasks. Nothing stands under a final name before all of it is complete.
 """
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-from ...engine.data.indexed_dataset import (
-    IndexedDatasetWriter,
-    best_dtype,
-    dataset_prefix,
-    refuse_existing_outputs,
-)
-from ...engine.data.sidecar import Sidecar, Source
+from ... import __version__
+from ...engine.data.dataset_writer import IndexedDatasetWriter, best_dtype, refuse_existing_outputs
+from ...engine.data.index_format import dataset_prefix
+from ...engine.data.sidecar import InputSource, Sidecar
 from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from ...engine.errors import UserError
-from .inputs import InputFile, expand_inputs
-from .pool import run_in_order, usable_cores, worker_context
+from .assembly import Assembly, SourceTotals
+from .cleaning import Cleaner
+from .held_out import write_held_out
+from .inputs import InputOptions, expand_inputs, with_stdin_copied
+from .options import PreprocessOptions, contents_of, task_key
+from .pool import run_tasks, usable_cores, worker_context
 from .progress import ProgressReport
-from .readers import SpanTally
-from .tasks import Task, choose_task_bytes, plan_tasks
-from .worker import BATCH_CHARACTERS, TaskResult, WorkerSettings, shard_paths
-
-
-@dataclass(frozen=True)
-class PreprocessOptions:
-    """What the command was asked to do; the fields are its flags."""
-
-    input: Sequence[str]
-    tokenizer: str
-    output_prefix: str = "dataset"
-    json_key: str = "text"
-    append_eod: bool = True
-    eod_token: str | None = None
-    """None: the tokenizer's document end."""
-    workers: int | None = None
-    """None: the usable cores."""
-    overwrite: bool = False
-    skip_bad_lines: bool = False
-    task_bytes: int | None = None
-    """Input bytes in a task; None: by the corpus and the workers. No flag."""
-    batch_characters: int = BATCH_CHARACTERS
-    """Text encoded at once; no flag."""
+from .rejects import write_rejects
+from .shards import Shard
+from .split import Split
+from .tasks import Span, choose_task_bytes, plan_tasks, shard_of_tasks
+from .worker import FastPathError, TaskResult, WorkerSettings
+from .workspace import finished_results, open_workspace, remove_workspace
 
 
 @dataclass(frozen=True)
 class PreprocessReport:
     """What was done."""
 
-    sidecar: Sidecar
-    first_skipped: str | None
-    """``file:line: reason`` of the first line that was skipped."""
+    sidecars: dict[str, Sidecar]
+    """By prefix."""
+    first_bad: str | None
+    """``file:line: reason`` of the first record that was skipped."""
+    dropped_turns: int
+    """Of conversations that did not fit as a whole."""
+    encoder: str
+    """The library that encoded."""
     seconds: float
     files: tuple[str, ...]
     """The files written."""
 
 
-@dataclass
-class _Totals:
-    """Sums over the tasks so far."""
-
-    tallies: list[SpanTally]
-    """One for each input file."""
-    characters: int = 0
-    text_bytes: int = 0
-    first_skipped: str | None = None
-
-    def add(self, task: Task, result: TaskResult) -> None:
-        self.characters += result.characters
-        self.text_bytes += result.text_bytes
-        for span, tally in zip(task.spans, result.tallies, strict=True):
-            total = self.tallies[span.source]
-            total.documents += tally.documents
-            total.empty_documents += tally.empty_documents
-            total.skipped_lines += tally.skipped_lines
-            if self.first_skipped is None and tally.first_skipped is not None:
-                self.first_skipped = tally.first_skipped.describe()
-
-
 def preprocess(options: PreprocessOptions) -> PreprocessReport:
-    """Tokenize a corpus to ``{output_prefix}.bin``, ``.idx`` and ``.json``.
+    """Tokenize a corpus to ``{output_prefix}.bin``, ``.idx`` and ``.json``, and what else was asked for.
 
     Raises:
         UserError: wrong options, input or tokenizer, no token in the input, the output exists or cannot be written, a
-            worker was killed. Nothing is left behind, and an existing dataset is as it was.
+            worker was killed. Nothing stands under a final name, and an existing dataset is as it was; finished parts
+            are kept in a hidden folder, where the same command finds them.
     """
     started = time.monotonic()
+    options.check()
     prefix = _checked_prefix(options)
-    files = expand_inputs(options.input)
-    tokenizer = load_tokenizer(options.tokenizer)
-    eod = _document_end(tokenizer, options)
-    workers = options.workers or usable_cores()
-    tasks = plan_tasks(files, options.task_bytes or choose_task_bytes(files, workers))
-    workers = min(workers, len(tasks))
-    dtype = best_dtype(tokenizer.vocab_size)
-    totals = _Totals([SpanTally() for _ in files])
-    _say_start(files, tokenizer, eod, options, workers)
     try:
-        with IndexedDatasetWriter(prefix, dtype, overwrite=options.overwrite) as writer:
-            settings = WorkerSettings(
-                tokenizer_name=tokenizer.name,
-                tokenizer_file=tokenizer.file,
-                eod_token=eod[0] if eod and options.append_eod else None,
-                dtype=dtype.str,
-                json_key=options.json_key,
-                skip_bad_lines=options.skip_bad_lines,
-                scratch=writer.scratch,
-                threads=max(usable_cores() // workers, 1),
-                batch_characters=options.batch_characters,
-            )
-            _tokenize(tasks, workers, settings, writer, totals)
-            if writer.num_tokens == 0:
-                raise UserError(_nothing_found(options, totals))
-            writer.sidecar = _sidecar(files, tokenizer, eod, options, totals)
+        run = _Run(options, prefix)
+        with open_workspace(prefix) as work:
+            run.plan(work)
+            try:
+                run.tokenize()
+            except FastPathError as difference:
+                print(f"{difference}; going on with the reference tokenizer", file=sys.stderr)
+                run = _Run(replace(options, encoder="reference"), prefix)
+                run.plan(work)
+                run.tokenize()
+            report = run.assemble()
+            remove_workspace(work)
     except OSError as error:
-        raise UserError(f"{error.filename or prefix}: {error.strerror or error}; nothing was written") from error
-    sidecar = Sidecar.read(prefix)
-    assert sidecar is not None
-    written = tuple(f"{prefix}{end}" for end in (".bin", ".idx", ".json"))
-    return PreprocessReport(sidecar, totals.first_skipped, time.monotonic() - started, written)
+        raise UserError(f"{error.filename or prefix}: {error.strerror or error}; no dataset was written") from error
+    return replace(report, seconds=time.monotonic() - started)
 
 
-def _tokenize(
-    tasks: Sequence[Task], workers: int, settings: WorkerSettings, writer: IndexedDatasetWriter, totals: _Totals
-) -> None:
-    """Run the tasks and append their shards to the dataset, each as soon as those before it are done."""
-    counters = worker_context().RawArray("q", 2 * len(tasks))
-    with (
-        ProgressReport(counters, sum(task.num_bytes for task in tasks)) as progress,
-        closing(run_in_order(tasks, workers, settings, counters, progress.update)) as results,
-    ):
-        for task, result in zip(tasks, results, strict=True):
-            bin_path, lengths_path = shard_paths(settings.scratch, result.index)
-            writer.add_shard(bin_path, np.load(lengths_path))
-            bin_path.unlink()
-            lengths_path.unlink()
-            totals.add(task, result)
+class _Run:
+    """One run, from its options to its datasets."""
+
+    def __init__(self, options: PreprocessOptions, prefix: str) -> None:
+        self.options, self.prefix = options, prefix
+        self.files = expand_inputs(options.input, InputOptions(options.txt_mode, options.stdin_format))
+        self.tokenizer = load_tokenizer(
+            options.tokenizer, allow_special_tokens=options.allow_special_tokens, backend=options.encoder
+        )
+        self.eod = _document_end(self.tokenizer, options)
+        self.dtype = best_dtype(self.tokenizer.vocab_size)
+        self.results: dict[str, TaskResult] = {}
+
+    def plan(self, work: Path) -> None:
+        """Cut the input into tasks, to be done in the folder ``work``."""
+        self.work = work
+        self.files = with_stdin_copied(self.files, work / "stdin")
+        tasks = plan_tasks(self.files, self.options.task_bytes or choose_task_bytes(self.files))
+        if self.options.shard_place is not None:
+            tasks = shard_of_tasks(tasks, *self.options.shard_place)
+        contents = contents_of(self.options, self.tokenizer.sha256, self.eod and self.eod[1], __version__)
+        self.keys = {task_key([_facts(span) for span in task.spans], contents): task for task in tasks}
+
+    def tokenize(self) -> None:
+        """Have the workers make all shards that are not there yet."""
+        self.results = finished_results(self.work, self.keys)
+        todo = [(task, key) for key, task in self.keys.items() if key not in self.results]
+        workers = min(self.options.workers or usable_cores(), max(len(todo), 1))
+        self._say_start(workers, len(todo))
+        # One counter set for each task of the corpus, since a task's index names its own.
+        counters = worker_context().RawArray("q", 3 * (1 + max((t.index for t in self.keys.values()), default=0)))
+        seen = np.frombuffer(counters, dtype=np.int64).reshape(-1, 3)
+        total = sum(task.num_bytes for task in self.keys.values())
+        before = total - sum(task.num_bytes for task, _ in todo)
+        with ProgressReport("tokenizing", total, before) as progress:
+
+            def show() -> None:
+                done, tokens, bad = seen.sum(axis=0).tolist()
+                progress.show(before + done, tokens, bad)
+
+            if todo:
+                with closing(run_tasks(todo, workers, self._settings(), counters, show)) as results:
+                    for result in results:
+                        self.results[result.key] = result
+
+    def assemble(self) -> PreprocessReport:
+        """Make the datasets from the shards, and publish them together."""
+        results = [self.results[key] for key in self.keys]
+        shards = [Shard(self.work, key) for key in self.keys]
+        assembly = Assembly(shards, self.options, self.work, len(self.options.input))
+        first_bad = next((result.first_bad for result in results if result.first_bad), None)
+        if not any(result.documents for result in results):
+            raise UserError(self._nothing_found(results, first_bad))
+        prefixes = [f"{self.prefix}.{side}" if side else self.prefix for side in assembly.sides]
+        size = sum(shard.tokens.stat().st_size for shard in shards)
+        with contextlib.ExitStack() as stack:
+            writers = [stack.enter_context(self._writer(prefix)) for prefix in prefixes]
+            progress = stack.enter_context(ProgressReport("writing", size))
+            done = 0
+
+            def on_bytes(count: int) -> None:
+                nonlocal done
+                done += count
+                progress.show(done, done // self.dtype.itemsize)
+
+            totals = assembly.write(writers, on_bytes)
+            left_out = self._left_out(results, assembly)
+            for side, writer, total in zip(assembly.sides, writers, totals, strict=True):
+                if writer.num_tokens == 0:
+                    raise UserError(
+                        f"--split: no document fell to {side!r}; give it a larger share, or the corpus more documents"
+                        if side
+                        else self._nothing_found(results, first_bad)
+                    )
+                writer.sidecar = self._sidecar(total, left_out)
+                writer.prepare()
+            rejects = write_rejects(shards, self.prefix, self.work)
+        files = [f"{p}{end}" for p in prefixes for end in (".bin", ".idx", ".json", ".mask.bin", ".metadata.jsonl")]
+        sidecars = {prefix: Sidecar.read(prefix) for prefix in prefixes}
+        return PreprocessReport(
+            {prefix: sidecar for prefix, sidecar in sidecars.items() if sidecar is not None},
+            first_bad,
+            sum(result.dropped_turns for result in results),
+            results[0].encoder,
+            0.0,
+            (*(path for path in files if os.path.exists(path)), *rejects),
+        )
+
+    def _writer(self, prefix: str) -> IndexedDatasetWriter:
+        return IndexedDatasetWriter(
+            prefix,
+            self.dtype,
+            overwrite=self.options.overwrite,
+            mask=self.options.chat,
+            metadata=bool(self.options.metadata),
+            scratch=self.work / f"dataset-{os.path.basename(prefix)}",
+        )
+
+    def _settings(self) -> WorkerSettings:
+        options = self.options
+        return WorkerSettings(
+            tokenizer=self.tokenizer.spec,
+            eod_token=self.eod[0] if self.eod and options.append_eod else None,
+            dtype=self.dtype.str,
+            folder=self.work,
+            text=options.text_choice,
+            metadata=tuple(options.metadata),
+            chat=options.chat,
+            chat_template=None if options.chat_template is None else Path(options.chat_template),
+            skip_bad_lines=options.skip_bad_lines,
+            drop_invalid_utf8=options.drop_invalid_utf8,
+            normalize_nfc=options.normalize == "nfc",
+            strip_control=options.strip_control,
+            min_chars=options.min_chars,
+            min_tokens=options.min_tokens,
+            max_tokens=options.max_tokens,
+            digests=options.needs_digests,
+            minhash_threshold=options.dedup_threshold if options.dedup == "minhash" else None,
+            held_out=self._held_out(),
+            batch_characters=options.batch_characters,
+        )
+
+    def _held_out(self) -> Path | None:
+        """The n-grams of the ``--held-out`` files, in a file for the workers."""
+        if not self.options.held_out:
+            return None
+        cleaner = Cleaner(self.options.normalize == "nfc", self.options.strip_control)
+        return write_held_out(self.options.held_out, self.options.text_choice, cleaner, self.work)
+
+    def _left_out(self, results: Sequence[TaskResult], assembly: Assembly) -> list[Counter[str]]:
+        """By source: what workers and assembly left out, by reason."""
+        total = [Counter(counter) for counter in assembly.left_out]
+        for result in results:
+            for source, reasons in result.left_out.items():
+                total[int(source)].update(reasons)
+        return total
+
+    def _sidecar(self, totals: SourceTotals, left_out: Sequence[Counter[str]]) -> Sidecar:
+        mine = [[file for file in self.files if file.source == index] for index in range(len(self.options.input))]
+        return Sidecar(
+            tokenizer=self.tokenizer.name,
+            tokenizer_sha256=self.tokenizer.sha256,
+            vocab_size=self.tokenizer.vocab_size,
+            append_eod=self.options.append_eod,
+            eod_token=self.eod[0] if self.eod else None,
+            eod_id=self.eod[1] if self.eod else None,
+            sources=tuple(
+                InputSource(
+                    name=name,
+                    files=len(files),
+                    bytes=sum(file.size for file in files),
+                    documents=int(totals.documents[index]),
+                    tokens=int(totals.tokens[index]),
+                    characters=int(totals.characters[index]),
+                    text_bytes=int(totals.text_bytes[index]),
+                    left_out=dict(left_out[index]),
+                )
+                for index, (name, files) in enumerate(zip(self.options.input, mine, strict=True))
+            ),
+            options=self.options.record(),
+        )
+
+    def _say_start(self, workers: int, num_todo: int) -> None:
+        eod = self.eod if self.options.append_eod else None
+        end = f"documents end with {eod[0]} ({eod[1]})" if eod else "documents end with no token"
+        again = len(self.keys) - num_todo
+        print(
+            f"{len(self.files)} input files, {sum(file.size for file in self.files) / 1e6:,.1f} MB; tokenizer "
+            f"{self.tokenizer.name} ({self.tokenizer.vocab_size:,} ids); {end}; {workers} "
+            "workers" + (f"; {again} of {len(self.keys)} parts are there from a run before" if again else ""),
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _nothing_found(self, results: Sequence[TaskResult], first_bad: str | None) -> str:
+        reasons: Counter[str] = Counter()
+        for result in results:
+            for counts in result.left_out.values():
+                reasons.update(counts)
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())) or "nothing left out"
+        first = f"; the first malformed: {first_bad}" if first_bad else ""
+        return (
+            f"--input {' '.join(self.options.input)}: no document to write ({len(self.files)} input files; "
+            f"{left_out}{first})"
+        )
+
+
+def _facts(span: Span) -> dict[str, object]:
+    """What decides the contents of a span."""
+    file = span.file
+    return {
+        "path": os.path.abspath(file.path),
+        "size": file.size,
+        "modified": file.modified,
+        "format": file.format,
+        "source": file.source,
+        "start": span.start,
+        "stop": span.stop,
+    }
 
 
 def _checked_prefix(options: PreprocessOptions) -> str:
@@ -161,16 +297,11 @@ def _checked_prefix(options: PreprocessOptions) -> str:
         raise UserError(
             f"--output-prefix {options.output_prefix}: names a folder; add a file name, such as {prefix}dataset"
         )
-    if options.workers is not None and options.workers < 1:
-        raise UserError(f"--workers {options.workers}: must be at least 1")
+    if options.shard_place is not None:
+        prefix += ".shard-{}-of-{}".format(*options.shard_place)
     if not options.overwrite:
-        refuse_existing_outputs(prefix)
-    folder, name = os.path.split(os.path.abspath(prefix))
-    for leftover in glob.glob(f"{glob.escape(os.path.join(folder, '.' + name))}.*.partial"):
-        print(
-            f"{leftover}: left by a run that was killed, or of one still running; remove it in the former case",
-            file=sys.stderr,
-        )
+        for side in Split.parse(options.split).names if options.split else ("",):
+            refuse_existing_outputs(f"{prefix}.{side}" if side else prefix)
     return prefix
 
 
@@ -182,74 +313,3 @@ def _document_end(tokenizer: TokenizerHandle, options: PreprocessOptions) -> tup
         if options.append_eod or options.eod_token is not None:
             raise
         return None
-
-
-def _say_start(
-    files: Sequence[InputFile],
-    tokenizer: TokenizerHandle,
-    eod: tuple[str, int] | None,
-    options: PreprocessOptions,
-    workers: int,
-) -> None:
-    end = f"documents end with {eod[0]} ({eod[1]})" if eod and options.append_eod else "documents end with no token"
-    print(
-        f"{len(files)} input files, {sum(file.size for file in files) / 1e6:,.1f} MB; tokenizer {tokenizer.name} "
-        f"({tokenizer.vocab_size:,} ids); {end}; {workers} workers",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def _nothing_found(options: PreprocessOptions, totals: _Totals) -> str:
-    skipped = sum(tally.skipped_lines for tally in totals.tallies)
-    empty = sum(tally.empty_documents for tally in totals.tallies)
-    first = f", the first being {totals.first_skipped}" if totals.first_skipped else ""
-    return (
-        f"--input {' '.join(options.input)}: no document with a token ({len(totals.tallies)} input files, {empty} "
-        f"empty documents, {skipped} malformed lines skipped{first}); nothing was written"
-    )
-
-
-def _sidecar(
-    files: Iterable[InputFile],
-    tokenizer: TokenizerHandle,
-    eod: tuple[str, int] | None,
-    options: PreprocessOptions,
-    totals: _Totals,
-) -> Sidecar:
-    sources = [
-        Source(file.path, file.size, tally.documents, tally.empty_documents, tally.skipped_lines)
-        for file, tally in zip(files, totals.tallies, strict=True)
-    ]
-    return Sidecar(
-        tokenizer=tokenizer.name,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        append_eod=options.append_eod,
-        eod_token=eod[0] if eod else None,
-        eod_id=eod[1] if eod else None,
-        characters=totals.characters,
-        text_bytes=totals.text_bytes,
-        empty_documents=sum(source.empty_documents for source in sources),
-        sources=tuple(sources),
-    )
-
-
-def format_report(report: PreprocessReport) -> str:
-    """The short table that the command prints at the end."""
-    sidecar = report.sidecar
-    end = f"{sidecar.eod_token} ({sidecar.eod_id})" if sidecar.append_eod else "none appended"
-    skipped = f"{sidecar.skipped_lines:,}" + (f", the first: {report.first_skipped}" if report.first_skipped else "")
-    rows: dict[str, Any] = {
-        "documents": f"{sidecar.documents:,}",
-        "tokens": f"{sidecar.tokens:,} ({sidecar.dtype})",
-        "characters": f"{sidecar.characters:,}",
-        "bytes per token": f"{sidecar.text_bytes / sidecar.tokens:.2f}",
-        "document end": end,
-        "empty documents left out": f"{sidecar.empty_documents:,}",
-        "malformed lines skipped": skipped,
-        "speed": f"{sidecar.text_bytes / 1e6 / report.seconds:,.1f} MB of text/s, "
-        f"{sidecar.tokens / report.seconds:,.0f} tokens/s, {report.seconds:,.1f} s",
-        "files": " ".join(report.files),
-    }
-    return "\n".join(f"{name:<25} {value}" for name, value in rows.items())

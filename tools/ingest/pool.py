@@ -1,4 +1,4 @@
-"""Running tasks in worker processes, results in task order, and an end in every case: error, Ctrl-C, killed worker."""
+"""Running tasks in worker processes, and an end in every case: error, Ctrl-C, killed worker."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from ...engine.errors import UserError
+from . import preload
 from .tasks import Task
 from .worker import TaskResult, WorkerSettings, run_task, start_worker
 
@@ -24,52 +25,57 @@ def usable_cores() -> int:
 def worker_context() -> Any:
     """How workers are started: never by a plain fork, which would copy the parent's threads' locks.
 
-    The fork server imports the libraries once for all workers; where there is none, each worker is a fresh process.
+    The fork server imports the libraries and loads the tokenizer once for all workers; where there is none, each worker
+    is a fresh process.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["retemper.tools.ingest.worker", "tokenizers"])
+    context.set_forkserver_preload([preload.__name__, run_task.__module__])
     return context
 
 
-def run_in_order(
-    tasks: Sequence[Task], workers: int, settings: WorkerSettings, progress: Any, on_tick: Callable[[], None]
+def run_tasks(
+    tasks: Sequence[tuple[Task, str]],
+    workers: int,
+    settings: WorkerSettings,
+    progress: Any,
+    on_tick: Callable[[], None],
 ) -> Generator[TaskResult, None, None]:
-    """The results of ``tasks``, in their order, computed by ``workers`` processes.
+    """The results of ``tasks``, each with its shard's key, computed by ``workers`` processes, in any order.
 
     Close the generator (``contextlib.closing``) when leaving it early: that ends the workers.
 
     Args:
-        progress: see :class:`TaskRunner`.
+        progress: see :class:`retemper.tools.ingest.worker.TaskRunner`.
         on_tick: called some times a second while waiting.
 
     Raises:
         UserError: of the first task to fail, at once; or a worker was killed.
+        FastPathError: see there.
     """
+    preload.announce(settings.tokenizer)
     bystanders = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, worker_context(), start_worker, (settings, progress))
     try:
         waiting = iter(tasks)
         running: set[Future[TaskResult]] = set()
-        finished: dict[int, TaskResult] = {}
-        for index in range(len(tasks)):
-            while index not in finished:
-                # Two tasks for each worker keep all busy, and bound what is in flight however large the corpus.
-                while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
-                    running.add(pool.submit(run_task, task))
-                done, running = wait(running, _TICK_SECONDS, FIRST_COMPLETED)
-                for future in done:
-                    finished[future.result().index] = future.result()
-                on_tick()
-            yield finished.pop(index)
+        while True:
+            # Two tasks for each worker keep all busy, and bound what is lost when the run is stopped.
+            while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
+                running.add(pool.submit(run_task, *task))
+            if not running:
+                return
+            done, running = wait(running, _TICK_SECONDS, FIRST_COMPLETED)
+            on_tick()
+            for future in done:
+                yield future.result()
     except BaseException as error:
         for worker in set(multiprocessing.active_children()) - bystanders:
             worker.terminate()
         if isinstance(error, BrokenProcessPool):
             raise UserError(
-                "a worker process was killed, most often because memory ran out; nothing was written; try "
-                "fewer --workers"
+                "a worker process was killed, most often because memory ran out; try fewer --workers"
             ) from error
         raise
     finally:

@@ -5,28 +5,28 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 _LOG_SECONDS = 60.0
 
 
 class ProgressReport:
-    """Shows the input bytes read so far, MB/s, tokens/s and the time left. A context manager.
+    """Shows a stage's name, the bytes done so far, MB/s, tokens/s, bad records and the time left. A context manager.
 
     Args:
-        counters: see :class:`retemper.tools.ingest.worker.TaskRunner`; they move within a task.
-        total_bytes: input bytes on disk.
+        stage: its name.
+        total_bytes: bytes of the whole stage.
+        done_before: bytes that were done when it began, by a run that was interrupted.
     """
 
-    def __init__(self, counters: Any, total_bytes: int) -> None:
-        self._counters = np.frombuffer(counters, dtype=np.int64).reshape(-1, 2)
-        self._total_bytes = total_bytes
+    def __init__(self, stage: str, total_bytes: int, done_before: int = 0) -> None:
+        self._stage, self._total_bytes, self._done_before = stage, total_bytes, done_before
         self._started = self._logged = time.monotonic()
         self._bar = tqdm(
+            desc=stage,
             total=total_bytes,
+            initial=done_before,
             unit="B",
             unit_scale=True,
             disable=not sys.stderr.isatty(),
@@ -42,20 +42,20 @@ class ProgressReport:
     ) -> None:
         self._bar.close()
 
-    def update(self) -> None:
-        """Show the counters as they are now."""
-        done, tokens = (int(total) for total in self._counters.sum(axis=0))
+    def show(self, done: int, tokens: int, bad: int = 0) -> None:
+        """Show that ``done`` bytes of the stage, and in this run ``tokens`` tokens, are done."""
         now = time.monotonic()
         seconds = max(now - self._started, 1e-9)
+        found_bad = f", {bad:,} bad records" if bad else ""
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s{found_bad}", refresh=False)
             self._bar.update(done - self._bar.n)
         elif now - self._logged >= _LOG_SECONDS:
             self._logged = now
-            left = seconds * (self._total_bytes - done) / max(done, 1)
+            rate = max(done - self._done_before, 1) / seconds
             print(
-                f"{done / 1e6:,.0f} of {self._total_bytes / 1e6:,.0f} MB, {done / 1e6 / seconds:,.1f} MB/s, "
-                f"{tokens / seconds:,.0f} tokens/s, {left / 60:,.0f} min left",
+                f"{self._stage}: {done / 1e6:,.0f} of {self._total_bytes / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s, "
+                f"{tokens / seconds:,.0f} tokens/s{found_bad}, {(self._total_bytes - done) / rate / 60:,.0f} min left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,8 +1,8 @@
 """Cutting a corpus into tasks that workers do independently, each of about the same number of input bytes.
 
-Plain JSONL is cut anywhere: a line belongs to the range in which its first byte lies, so planning reads nothing.
-Compressed and text files are whole; small neighbours share a task. Tasks are consecutive: their results in order are
-the corpus in order, however they were cut.
+Formats made of lines are cut anywhere: a line belongs to the range in which its first byte lies, so planning reads
+nothing. Others are cut between their units (the row groups of Parquet) or are whole; small neighbours share a task.
+Tasks are consecutive: their results in order are the corpus in order, however they were cut.
 """
 
 from __future__ import annotations
@@ -10,23 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .inputs import Format, InputFile
+from .formats import FORMATS
+from .inputs import InputFile
 
-_MAX_TASK_BYTES = 32 << 20
-_MIN_TASK_BYTES = 1 << 20
-_TASKS_PER_WORKER = 8
+_MAX_TASK_BYTES = 64 << 20
+_MIN_TASK_BYTES = 4 << 20
+_NUM_TASKS = 64
+"""Tasks of a middling corpus: the same for any number of workers, so that a restart with another finds its shards."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes [start, stop) of one input file."""
+    """A part of one input file."""
 
-    source: int
-    """Index of the file in the list of inputs."""
-    path: str
-    format: Format
+    file: InputFile
     start: int
+    """First byte, or first unit."""
     stop: int
+    """End, exclusive, in the same measure."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Input bytes on disk."""
+        if FORMATS[self.file.format].split == "units" and self.file.units:
+            return self.file.size * self.stop // self.file.units - self.file.size * self.start // self.file.units
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,12 @@ class Task:
     @property
     def num_bytes(self) -> int:
         """Input bytes on disk."""
-        return sum(span.stop - span.start for span in self.spans)
+        return sum(span.num_bytes for span in self.spans)
 
 
-def choose_task_bytes(files: Sequence[InputFile], workers: int) -> int:
-    """Small enough for all workers to finish at about the same time, large enough to cost nothing: 1 to 32 MB."""
-    share = sum(file.size for file in files) // (workers * _TASKS_PER_WORKER)
+def choose_task_bytes(files: Sequence[InputFile]) -> int:
+    """Small enough for all workers to finish at about the same time, large enough to cost nothing: 4 to 64 MB."""
+    share = sum(file.size for file in files) // _NUM_TASKS
     return min(max(share, _MIN_TASK_BYTES), _MAX_TASK_BYTES)
 
 
@@ -54,19 +62,37 @@ def plan_tasks(files: Sequence[InputFile], task_bytes: int) -> list[Task]:
     spans: list[Span] = []
     room = task_bytes
     for span in _cut(files, task_bytes):
-        size = span.stop - span.start
-        if spans and size > room:
+        if spans and span.num_bytes > room:
             tasks.append(Task(len(tasks), tuple(spans)))
             spans, room = [], task_bytes
         spans.append(span)
-        room -= size
+        room -= span.num_bytes
     if spans:
         tasks.append(Task(len(tasks), tuple(spans)))
     return tasks
 
 
+def shard_of_tasks(tasks: Sequence[Task], index: int, count: int) -> list[Task]:
+    """The tasks of machine ``index`` of ``count``: consecutive ones of about its share of the bytes."""
+    total = sum(task.num_bytes for task in tasks)
+    mine: list[Task] = []
+    before = 0
+    for task in tasks:
+        if before * count // max(total, 1) == index:
+            mine.append(task)
+        before += task.num_bytes
+    return mine
+
+
 def _cut(files: Sequence[InputFile], task_bytes: int) -> Iterator[Span]:
-    for source, file in enumerate(files):
-        step = task_bytes if file.format is Format.JSONL else max(file.size, 1)
-        for start in range(0, max(file.size, 1), step):
-            yield Span(source, file.path, file.format, start, min(start + step, file.size))
+    for file in files:
+        split = "whole" if file.compression else FORMATS[file.format].split
+        if split == "bytes":
+            for start in range(0, max(file.size, 1), task_bytes):
+                yield Span(file, start, min(start + task_bytes, file.size))
+        elif split == "units":
+            step = max(1, file.units * task_bytes // max(file.size, 1))
+            for start in range(0, file.units, step):
+                yield Span(file, start, min(start + step, file.units))
+        else:
+            yield Span(file, 0, file.size)

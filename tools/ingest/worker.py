@@ -1,134 +1,329 @@
-"""What a worker process does: one task -> one shard of tokens and its documents' lengths.
+"""What a worker process does: one task -> one shard (shards.py).
 
-A shard is two files in the run's scratch folder, ``{task}.bin`` (tokens) and ``{task}.npy`` (int64 lengths).
+Readers give records, texts.py their text, cleaning.py decides and cleans, the tokenizer gives ids, and the shard is
+written as they come: memory is bounded by a batch, whatever the size of a task or of a document.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ...engine.data.tokenizer import TokenizerHandle
-from .readers import SpanTally, read_texts
-from .tasks import Task
+from ...engine.data.tokenizer import TokenizerHandle, TokenizerSpec
+from ...engine.errors import UserError
+from .cleaning import Cleaner
+from .formats import FORMATS
+from .long_text import LongText, cut_for_encoding
+from .options import BATCH_CHARACTERS
+from .preload import load_tokenizer_once
+from .readers import lines
+from .records import MalformedError, ReadContext, Where
+from .shard_writer import ShardWriter
+from .shards import Shard
+from .tasks import Span, Task
+from .texts import TextChoice, metadata_line
 
-BATCH_CHARACTERS = 1 << 20
+_CHECKED_AT_START = 32_000
+_CHECKED_IN_TASK = 500  # characters that the reference tokenizer encodes too
+
+
+class _LeftOutError(Exception):
+    """The reason to leave a document out."""
+
+
+class FastPathError(Exception):
+    """The fast tokenizer gave other ids than the reference."""
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
     """All that a worker needs to know about the run."""
 
-    tokenizer_name: str
-    tokenizer_file: Path
+    tokenizer: TokenizerSpec
     eod_token: str | None
     """Appended to each document; None: nothing is."""
     dtype: str
-    json_key: str
-    skip_bad_lines: bool
-    scratch: Path
-    """Folder for the shards."""
-    threads: int
-    """Encoding threads in this worker."""
+    folder: Path
+    """Where shards and temporary files are written."""
+    text: TextChoice = field(default_factory=lambda: TextChoice(("text",)))
+    metadata: tuple[str, ...] = ()
+    chat: bool = False
+    chat_template: Path | None = None
+    skip_bad_lines: bool = False
+    drop_invalid_utf8: bool = False
+    normalize_nfc: bool = False
+    strip_control: bool = False
+    min_chars: int = 0
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    digests: bool = False
+    minhash_threshold: float | None = None
+    held_out: Path | None = None
+    """The n-grams of held-out texts; see :class:`retemper.tools.ingest.cleaning.NgramFilter`."""
     batch_characters: int = BATCH_CHARACTERS
-    """Text encoded at once: large enough to keep the threads busy, small enough to bound memory to some 100 MB."""
 
 
 @dataclass
 class TaskResult:
-    """One shard, and what went into it."""
+    """What went into a shard, and what did not. Kept as JSON beside it."""
 
-    index: int
-    tallies: list[SpanTally]
-    """One for each span of the task."""
+    key: str
+    documents: int = 0
     tokens: int = 0
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By source (its number as a string) and reason."""
+    first_bad: str | None = None
+    """``file:line: reason`` of the first record that was skipped."""
+    dropped_turns: int = 0
+    """Of conversations, because the whole did not fit."""
+    encoder: str = ""
+    """The library that encoded, and why it was not a faster one."""
+    tokens_xxh3_128: str = ""
+
+    def count(self, source: int, reason: str, number: int = 1) -> None:
+        """Note ``number`` documents that are left out."""
+        reasons = self.left_out.setdefault(str(source), {})
+        reasons[reason] = reasons.get(reason, 0) + number
+
+    @property
+    def bad(self) -> int:
+        """Records that are no documents."""
+        return sum(n for reasons in self.left_out.values() for name, n in reasons.items() if name in BAD_KINDS)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def read(path: Path) -> TaskResult:
+        """From the file that :meth:`to_json` made.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return TaskResult(**json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error}); remove it") from None
+
+
+BAD_KINDS = ("malformed", "invalid UTF-8")
+
+
+@dataclass
+class _Batch:
+    texts: list[str] = field(default_factory=list)
+    metadata: list[bytes] = field(default_factory=list)
     characters: int = 0
-    """Code points of the kept documents."""
-    text_bytes: int = 0
-    """Bytes of the kept documents in UTF-8."""
-
-
-def shard_paths(scratch: Path, index: int) -> tuple[Path, Path]:
-    """Tokens file and lengths file of task ``index``."""
-    return scratch / f"{index}.bin", scratch / f"{index}.npy"
 
 
 class TaskRunner:
     """Runs tasks in this process.
 
     Args:
-        progress: int64 [2 x tasks], shared: input bytes read and tokens written by each task. Only the worker that
-            runs a task writes its two entries, so no lock is held that a killed worker could leave locked.
+        progress: int64 [3 x tasks], shared: input bytes read, tokens written and bad records of each task. Only the
+            worker that runs a task writes its entries, so no lock is held that a killed worker could leave locked.
     """
 
     def __init__(self, settings: WorkerSettings, progress: Any) -> None:
         self._settings = settings
         self._progress = progress
-        self._tokenizer = TokenizerHandle(settings.tokenizer_name, settings.tokenizer_file)
+        self._tokenizer: TokenizerHandle = load_tokenizer_once(settings.tokenizer)
         self._eod_id = None if settings.eod_token is None else self._tokenizer.eod(settings.eod_token)[1]
+        self._cleaner = Cleaner(
+            normalize_nfc=settings.normalize_nfc,
+            strip_control=settings.strip_control,
+            min_chars=settings.min_chars,
+            held_out=settings.held_out,
+        )
+        self._chat = None
+        if settings.chat:
+            from .chat import ChatEncoder
 
-    def run(self, task: Task) -> TaskResult:
-        """Tokenize ``task`` to its shard.
+            self._chat = ChatEncoder(
+                self._tokenizer.folder,
+                self._eod_id,
+                settings.max_tokens,
+                settings.tokenizer.allow_special_tokens,
+                settings.chat_template,
+            )
+
+    def run(self, task: Task, key: str) -> TaskResult:
+        """Tokenize ``task`` to the shard ``key``.
 
         Raises:
-            UserError: from reading its files.
+            UserError: from reading its files, or a record is no document and that was not allowed.
+            FastPathError: see there.
         """
-        result = TaskResult(task.index, [SpanTally() for _ in task.spans])
-        bin_path, lengths_path = shard_paths(self._settings.scratch, task.index)
-        lengths = [np.empty(0, np.int64)]
-        with open(bin_path, "wb") as shard:
-            for texts, owners in self._batches(task, result.tallies):
-                lengths.append(self._encode(texts, owners, result, shard))
-                self._progress[2 * task.index] = sum(tally.consumed for tally in result.tallies)
-                self._progress[2 * task.index + 1] = result.tokens
-        np.save(lengths_path, np.concatenate(lengths))
-        self._progress[2 * task.index] = task.num_bytes
-        return result
+        reason = self._tokenizer.fallback_reason
+        self._result = TaskResult(key, encoder=self._tokenizer.encoder + (f" ({reason})" if reason else ""))
+        self._task = task
+        self._unchecked = _CHECKED_AT_START if task.index == 0 else _CHECKED_IN_TASK
+        shard = Shard(self._settings.folder, key)
+        done = 0
+        with (
+            tempfile.TemporaryDirectory(dir=self._settings.folder, prefix=f"{key}.") as scratch,
+            ShardWriter(shard, self._settings, self._result) as self._shard,
+        ):
+            for span in task.spans:
+                context = ReadContext(self._refuse, Path(scratch), columns=self._columns())
+                self._source = span.file.source
+                for _ in self._run_span(span, context):
+                    self._show(done + context.consumed)
+                done += span.num_bytes
+            self._shard.finish()
+        self._show(task.num_bytes)
+        return self._result
 
-    def _batches(self, task: Task, tallies: list[SpanTally]) -> Iterator[tuple[list[str], list[int]]]:
-        """Texts of the task in batches, and for each text the index of its span."""
-        texts: list[str] = []
-        owners: list[int] = []
-        room = self._settings.batch_characters
-        for owner, (span, tally) in enumerate(zip(task.spans, tallies, strict=True)):
-            for text in read_texts(span, self._settings.json_key, self._settings.skip_bad_lines, tally):
-                texts.append(text)
-                owners.append(owner)
-                room -= len(text) + 1  # + 1 so that empty texts fill a batch too
-                if room <= 0:
-                    yield texts, owners
-                    texts, owners, room = [], [], self._settings.batch_characters
-        if texts:
-            yield texts, owners
+    def _show(self, consumed: int) -> None:
+        self._progress[3 * self._task.index : 3 * self._task.index + 3] = [
+            consumed,
+            self._result.tokens,
+            self._result.bad,
+        ]
 
-    def _encode(
-        self, texts: list[str], owners: list[int], result: TaskResult, shard: IO[bytes]
-    ) -> npt.NDArray[np.int64]:
-        """Write the tokens of ``texts``; return the lengths of those that have any, and count all of it."""
-        ids, lengths = self._tokenizer.encode_flat(texts)
-        for text, owner, length in zip(texts, owners, lengths.tolist(), strict=True):
-            if length == 0:
-                result.tallies[owner].empty_documents += 1
+    def _columns(self) -> tuple[str, ...] | None:
+        if self._chat is not None:
+            return None
+        roots = (name for key in self._settings.metadata for name in (key, key.partition(".")[0]))
+        return tuple(dict.fromkeys((*self._settings.text.roots, *roots)))
+
+    def _run_span(self, span: Span, context: ReadContext) -> Iterator[None]:
+        """Write the documents of ``span``; comes back after each batch."""
+        if self._chat is not None:
+            yield from self._run_chat(span, context)
+            return
+        batch = _Batch()
+        limit = self._settings.batch_characters
+        with closing(self._texts(span, context)) as texts:
+            for text, metadata in texts:
+                if type(text) is LongText:
+                    self._write(batch)
+                    batch = _Batch()
+                    self._write_long(text, metadata, span)
+                    continue
+                batch.texts.append(text)  # type: ignore[arg-type]
+                if metadata is not None:
+                    batch.metadata.append(metadata)
+                batch.characters += len(text) + 1  # type: ignore[arg-type]  # + 1: empty texts fill a batch too
+                if batch.characters > limit:
+                    self._write(batch)
+                    batch = _Batch()
+                    yield
+        self._write(batch)
+        yield
+
+    def _texts(self, span: Span, context: ReadContext) -> Iterator[tuple[str | LongText, bytes | None]]:
+        """Text and metadata line of each record of ``span`` that has a text."""
+        choice, metadata = self._settings.text, self._settings.metadata
+        if span.file.format == "jsonl" and choice.single_key is not None and not metadata:
+            for text in lines.read_texts(span, context, choice.single_key):
+                yield text, None
+            return
+        for record in FORMATS[span.file.format].read(span, context):
+            try:
+                line = metadata_line(record.value, metadata) if metadata else None
+                yield choice.text(record.value), line
+            except MalformedError as error:
+                context.refuse(record.where, str(error), error.kind, None)
+
+    def _refuse(self, where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:
+        """Count a record that is no document, or end the run."""
+        allowed = self._settings.skip_bad_lines or (kind == "invalid UTF-8" and self._settings.drop_invalid_utf8)
+        if not allowed:
+            raise UserError(
+                f"{where.describe()}: {reason}; mend it, or leave such records out with --skip-bad-lines"
+                + (" or --drop-invalid-utf8" if kind == "invalid UTF-8" else "")
+            )
+        if self._result.first_bad is None:
+            self._result.first_bad = f"{where.describe()}: {reason}"
+        self._result.count(self._source, kind)
+        self._shard.reject(where, reason, raw)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Writing documents
+
+    def _write(self, batch: _Batch) -> None:
+        texts, metadata = batch.texts, batch.metadata
+        if self._cleaner.active:
+            cleaned = self._cleaner.clean_batch(texts)
+            for _, reason in cleaned:
+                if reason is not None:
+                    self._result.count(self._source, reason)
+            wanted = [reason is None for _, reason in cleaned]
+            texts = [text for text, reason in cleaned if reason is None]
+            metadata = list(itertools.compress(metadata, wanted))
+        if not texts:
+            return
+        self._compare(texts)
+        ids, lengths = self._tokenizer.encode_documents(texts, self._eod_id)
+        self._shard.add(self._source, texts, ids, lengths, metadata or None)
+
+    def _compare(self, texts: list[str]) -> None:
+        """Have the reference tokenizer encode a sample too."""
+        if self._unchecked <= 0:
+            return
+        sample = []
+        for text in texts:
+            sample.append(text[: self._unchecked])
+            self._unchecked -= len(text) + 1
+            if self._unchecked <= 0:
+                break
+        if difference := self._tokenizer.check_fast_path(sample):
+            raise FastPathError(difference)
+
+    def _write_long(self, text: LongText, metadata: bytes | None, span: Span) -> None:
+        """Write one document in pieces."""
+
+        def cleaned() -> Iterator[str]:
+            for piece, reason in self._cleaner.clean_pieces(text.pieces()):
+                if reason is not None:
+                    raise _LeftOutError(reason)
+                yield piece
+
+        def encode(piece: str) -> list[int]:
+            return self._tokenizer.encode_flat([piece])[0].tolist()
+
+        try:
+            with self._shard.long_document(self._source, metadata) as document:
+                for piece in cut_for_encoding(cleaned(), encode):
+                    document.add(piece, self._tokenizer.encode_flat([piece])[0])
+                document.end(self._eod_id, cleaned())
+        except MalformedError as error:
+            self._refuse(Where(span.file.path), str(error), error.kind, None)
+        except _LeftOutError as left_out:
+            self._result.count(self._source, str(left_out))
+
+    def _run_chat(self, span: Span, context: ReadContext) -> Iterator[None]:
+        assert self._chat is not None
+        for number, record in enumerate(FORMATS[span.file.format].read(span, context)):
+            try:
+                if not isinstance(record.value, dict):
+                    raise MalformedError("a text, not a record with a conversation")
+                line = metadata_line(record.value, self._settings.metadata) if self._settings.metadata else None
+                encoded = self._chat.encode(record.value)
+            except MalformedError as error:
+                context.refuse(record.where, str(error), error.kind, None)
                 continue
-            result.tallies[owner].documents += 1
-            result.characters += len(text)
-            result.text_bytes += len(text.encode("utf-8"))
-        lengths = lengths[lengths > 0]
-        if self._eod_id is not None:
-            ids = np.insert(ids, np.cumsum(lengths), self._eod_id)
-            lengths = lengths + 1
-        shard.write(ids.astype(self._settings.dtype).tobytes())
-        result.tokens += len(ids)
-        return lengths
+            if encoded is None:
+                self._result.count(self._source, "no whole turn fits --max-tokens")
+                continue
+            self._result.dropped_turns += encoded.turns_dropped
+            self._shard.add_conversation(self._source, encoded, line)
+            if number % 256 == 0:
+                yield
+        yield
 
 
 _runner: TaskRunner | None = None
@@ -139,17 +334,14 @@ def start_worker(settings: WorkerSettings, progress: Any) -> None:
     # Ctrl-C reaches the whole process group; the parent decides, and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    # Read by the tokenizers library when it first encodes. Workers x threads is the number of cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if settings.threads > 1 else "false"
-    os.environ["RAYON_NUM_THREADS"] = str(settings.threads)
     global _runner
-    _runner = TaskRunner(settings, progress)
+    _runner = TaskRunner(settings, np.frombuffer(progress, dtype=np.int64))
 
 
-def run_task(task: Task) -> TaskResult:
+def run_task(task: Task, key: str) -> TaskResult:
     """Run ``task`` in a process that :func:`start_worker` has prepared."""
     assert _runner is not None
-    return _runner.run(task)
+    return _runner.run(task, key)
 
 
 def _exit_with_parent() -> None:

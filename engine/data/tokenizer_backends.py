@@ -1,0 +1,219 @@
+"""The reference libraries behind one interface: ``tokenizers`` and ``sentencepiece`` (tiktoken has its own module).
+
+What they encode is the truth that faster paths are held to. Text is data here: special tokens written out in it stay
+ordinary text unless allowed, no BOS or EOS is added, and truncation, padding and BPE dropout that a file was saved with
+are switched off. The libraries are imported when a tokenizer of theirs is loaded, not with this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UserError
+from .tokenizer_files import CONFIG_FILES, read_config
+
+FlatIds = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
+"""Ids of all texts laid end to end, int32[T], and the number of ids of each, int64[texts]."""
+
+DOCUMENT_END = "<|endoftext|>"
+"""The document end of GPT-2, Qwen and many others. Qwen's chat models name another token as EOS: ``<|im_end|>``."""
+
+
+class Reference(Protocol):
+    """A reference library with a tokenizer loaded. Its methods may be called from several threads at once."""
+
+    library: str
+    """Name and version, such as ``tokenizers 0.23.3``."""
+    vocab_size: int
+    """Every id is below it, those after holes in the numbering included."""
+    changes: int
+    """How often :meth:`document_end` has changed what text encodes to."""
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of each text. A text that is not Unicode raises whatever the library raises."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, special tokens written out, unknown ids left out."""
+
+    def document_end(self, token: str | None) -> tuple[str, int]:
+        """The token that ends a document (``token``, or by default the tokenizer's own), and its id."""
+
+
+class TokenizersReference:
+    """A ``tokenizer.json``, read by the ``tokenizers`` library: what stands in the file is what encodes.
+
+    Added tokens that are not flagged special, such as Qwen3's ``<think>``, are matched in text: they are words of the
+    vocabulary, and ``AutoTokenizer`` with ``split_special_tokens=True`` matches them too.
+
+    Raises:
+        UserError: the library cannot read the file.
+    """
+
+    def __init__(self, name: str, file: Path, content: bytes, allow_special_tokens: bool) -> None:
+        from tokenizers import Tokenizer
+
+        self._name = name
+        self._folder = file.parent
+        self.changes = 0
+        try:
+            self._tokenizer = Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception for a file that it cannot parse
+            raise UserError(
+                f"{file}: not a tokenizer that the tokenizers library can read: {one_line(error)}"
+            ) from error
+        self.library = f"tokenizers {version('tokenizers')}"
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._allow_special_tokens = allow_special_tokens
+        self._tokenizer.encode_special_tokens = not allow_special_tokens
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None) is not None:
+            self._tokenizer.model.dropout = None
+        # Only recent versions of the library have the variant that does not track character offsets.
+        self._encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """See :class:`Reference`."""
+        return flatten([encoding.ids for encoding in self._encode(list(texts), add_special_tokens=False)])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Reference`."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def document_end(self, token: str | None) -> tuple[str, int]:
+        """``token``; else ``<|endoftext|>`` where the vocabulary has it; else the EOS that tokenizer_config.json or
+        special_tokens_map.json beside the tokenizer names.
+
+        Unless special tokens are allowed in text, the token is ordinary text in text from here on.
+
+        Raises:
+            UserError: the tokenizer has no such token, or names none.
+        """
+        token = token if token is not None else self._default_document_end()
+        if token is None:
+            raise UserError(
+                f"{self._name}: no {DOCUMENT_END} in the vocabulary and no eos_token in {' or '.join(CONFIG_FILES)} of "
+                f"{self._folder}; name the token that ends a document with --eod-token"
+            )
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise UserError(f"{self._name}: {token!r} is not in the vocabulary; name a token that is with --eod-token")
+        added = self._tokenizer.get_added_tokens_decoder().get(token_id)
+        if not self._allow_special_tokens and not (added and added.special):
+            # One that is not flagged as special would be recognized in a document's text and end it early.
+            self._tokenizer.add_special_tokens([token])
+            self.changes += 1
+        return token, token_id
+
+    def to_json(self) -> str:
+        """The tokenizer as it is now, as a ``tokenizer.json``."""
+        return self._tokenizer.to_str()
+
+    def _default_document_end(self) -> str | None:
+        if self._tokenizer.token_to_id(DOCUMENT_END) is not None:
+            return DOCUMENT_END
+        for name in CONFIG_FILES:
+            eos = read_config(self._folder / name).get("eos_token")
+            token = eos.get("content") if isinstance(eos, dict) else eos
+            if isinstance(token, str):
+                return token
+        return None
+
+
+class SentencePieceReference:
+    """A sentencepiece ``.model``. Control pieces (``<s>``, ``</s>``) are never made of text, whatever is written in it;
+    user-defined symbols always are: they are words of the vocabulary.
+
+    A dummy prefix that the model was trained with belongs to it and stays. The library encodes in the calling thread
+    alone and lets other Python threads run meanwhile.
+
+    Raises:
+        UserError: the file is not a sentencepiece model, or the package is not installed.
+    """
+
+    def __init__(self, name: str, file: Path, content: bytes) -> None:
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise UserError(f"{file}: a .model file needs sentencepiece: pip install sentencepiece") from error
+
+        self._name = name
+        self.changes = 0
+        self._model = SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+            self.vocab_size = int(self._model.GetPieceSize())
+        except Exception as error:  # RuntimeError, or another in other versions
+            raise UserError(f"{file}: not a sentencepiece model: {_why_not(content, error)}") from error
+        if self.vocab_size == 0:
+            raise UserError(f"{file}: not a sentencepiece model: {_why_not(content, 'it holds no pieces')}")
+        self.library = f"sentencepiece {version('sentencepiece')}"
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """See :class:`Reference`."""
+        return flatten(self._model.Encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=1))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Reference`. Each run of ids between control pieces is decoded by itself."""
+        parts: list[str] = []
+        run: list[int] = []
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                continue
+            if not self._model.IsControl(token):
+                run.append(token)
+                continue
+            parts += [self._model.Decode(run) if run else "", self._model.IdToPiece(token)]
+            run = []
+        return "".join([*parts, self._model.Decode(run) if run else ""])
+
+    def document_end(self, token: str | None) -> tuple[str, int]:
+        """``token``, or the EOS piece.
+
+        Raises:
+            UserError: the model has no such piece, no EOS, or the piece is not a control piece and may be made of text.
+        """
+        if token is None:
+            token_id = int(self._model.eos_id())
+            if token_id < 0:
+                raise UserError(f"{self._name}: the model has no EOS piece; name a control piece with --eod-token")
+            return str(self._model.IdToPiece(token_id)), token_id
+        token_id = int(self._model.PieceToId(token))
+        if self._model.IdToPiece(token_id) != token:  # the unknown piece stands for what is not there
+            raise UserError(f"{self._name}: {token!r} is not in the vocabulary; name a piece that is with --eod-token")
+        if not self._model.IsControl(token_id):
+            raise UserError(
+                f"{self._name}: {token!r} is not a control piece, so a document's text may hold it; name a control "
+                "piece, such as the EOS, with --eod-token"
+            )
+        return token, token_id
+
+
+def flatten(ids: Sequence[Sequence[int]]) -> FlatIds:
+    """Lists of ids laid end to end: int32[T], and their lengths, int64[lists]."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    flat: Iterable[int] = chain.from_iterable(ids)
+    return np.fromiter(flat, np.int32, int(lengths.sum())), lengths
+
+
+def one_line(error: object) -> str:
+    """A library's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def _why_not(content: bytes, error: object) -> str:
+    """``error``, or what the file is instead, where that is known: Llama 3 ships its ranks as ``tokenizer.model``."""
+    first = content[:200].split(b"\n", 1)[0].split(b" ")
+    if len(first) == 2 and first[1].strip().isdigit():
+        return (
+            "it holds tiktoken ranks; use the tokenizer.json of the same model, or copy the file to a name that ends "
+            "in .tiktoken, with its pattern and special tokens in a .json file of the same stem"
+        )
+    return one_line(error)

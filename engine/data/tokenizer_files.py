@@ -1,0 +1,149 @@
+"""Which file a tokenizer's name stands for: in a folder, as a file, or on the Hugging Face Hub.
+
+Nothing here reads what the file says; ``tokenizer_backends.py`` and ``tokenizer_tiktoken.py`` do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+
+TokenizerKind = Literal["tokenizer.json", "sentencepiece", "tiktoken"]
+
+TOKENIZER_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+TIKTOKEN_SUFFIX = ".tiktoken"
+CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+"""Where the EOS token is named, in the order in which it is looked for."""
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def tokenizer_file_name(names: Collection[str]) -> str | None:
+    """The file, of those in a folder, that is the folder's tokenizer: its hash is what datasets are matched by.
+
+    ``tokenizer.json``; without one ``tokenizer.model``; without both the ``*.tiktoken``, if there is exactly one.
+
+    Args:
+        names: file names of the folder, or of what was read from it.
+    """
+    for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE):
+        if name in names:
+            return name
+    ranks = [name for name in names if name.endswith(TIKTOKEN_SUFFIX)]
+    return ranks[0] if len(ranks) == 1 else None
+
+
+def tokenizer_kind(file: Path) -> TokenizerKind:
+    """What kind of tokenizer ``file`` is, by its suffix: ``.model``, ``.tiktoken``, and all else a tokenizer.json."""
+    by_suffix: dict[str, TokenizerKind] = {".model": "sentencepiece", TIKTOKEN_SUFFIX: "tiktoken"}
+    return by_suffix.get(file.suffix, "tokenizer.json")
+
+
+def find_tokenizer_file(name: str) -> Path:
+    """The tokenizer file that ``name`` stands for: a folder, a file, or a Hub name (its ``tokenizer.json``).
+
+    A Hub name is looked up in the local cache first: a cached tokenizer needs no network and does not change.
+
+    Raises:
+        UserError: nothing is found there, or the Hub cannot be reached and has not been cached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _find_in_folder(name, path)
+    if path.is_file():
+        return path
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(
+            f"{name}: no such tokenizer folder or file; name one that exists, or a Hub name, with --tokenizer"
+        )
+    return _find_on_hub(name)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty when the file is absent.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _find_in_folder(name: str, folder: Path) -> Path:
+    names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    file = tokenizer_file_name(names)
+    if file is not None:
+        return folder / file
+    ranks = sorted(name for name in names if name.endswith(TIKTOKEN_SUFFIX))
+    if ranks:
+        raise UserError(f"{name}: holds {' and '.join(ranks)}; name one of these files with --tokenizer")
+    raise UserError(
+        f"{name}: no {TOKENIZER_FILE} in this folder; save the tokenizer in the fast format (transformers: "
+        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)) or name another with --tokenizer (it has no "
+        f"{SENTENCEPIECE_FILE} of sentencepiece and no *{TIKTOKEN_SUFFIX} either)"
+    )
+
+
+def _find_on_hub(name: str) -> Path:
+    """Path of ``tokenizer.json`` of the Hub repository ``name``, downloaded when it is not in the cache."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    remedy = "name a folder that holds tokenizer.json, or another Hub name, with --tokenizer"
+    try:
+        cached = try_to_load_from_cache(name, TOKENIZER_FILE)
+        if isinstance(cached, str):
+            return Path(cached)
+        _require_hub(name)
+        file = Path(hf_hub_download(name, TOKENIZER_FILE))
+        for config in CONFIG_FILES:
+            with suppress(EntryNotFoundError):
+                hf_hub_download(name, config)
+        return file
+    except UserError:
+        raise
+    except GatedRepoError:
+        raise UserError(f"{name}: the Hub asks for a licence to be accepted (`hf auth login`), or {remedy}") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{name}: no such folder, and no such repository on the Hub; {remedy}") from None
+    except LocalEntryNotFoundError:
+        raise UserError(_unreachable(name)) from None
+    except EntryNotFoundError:
+        raise UserError(f"{name}: this Hub repository has no {TOKENIZER_FILE}; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: the Hub gave no tokenizer: {error}; {remedy}") from error
+
+
+def _require_hub(name: str) -> None:
+    """Fail at once when the Hub cannot be reached: a download would retry for half a minute first."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # whatever the HTTP library raises: its exceptions differ between versions of the Hub client
+        raise UserError(_unreachable(name)) from None
+
+
+def _unreachable(name: str) -> str:
+    return (
+        f"tokenizer {name}: no folder of that name, not in the Hugging Face cache, and the Hub cannot be reached; pass "
+        "--tokenizer with a folder that holds tokenizer.json, or connect once to fill the cache"
+    )

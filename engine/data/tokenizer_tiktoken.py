@@ -1,0 +1,219 @@
+"""Tiktoken files: byte-pair ranks, one ``base64 rank`` a line, and what such a file does not say.
+
+The regular expression that cuts text into words and the special tokens are known here for OpenAI's encodings and
+Qwen's first generation, by file name. For other files, or to override, a JSON file of the same stem stands beside it:
+
+    {"pattern": "...", "special_tokens": {"<|endoftext|>": 100257}, "normalization": "NFC"}
+
+``normalization`` may be left out: none.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .tokenizer_backends import DOCUMENT_END, FlatIds, one_line
+
+_R50K_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+_CL100K_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
+    r"""|\s+(?!\S)|\s"""
+)
+_O200K_PATTERN = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+_QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_SPECIAL = (DOCUMENT_END, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a tiktoken file does not say."""
+
+    pattern: str
+    special_tokens: dict[str, int]
+    num_ranks: int | None = None
+    """Lines of the file, where known: another number is another encoding under this name."""
+    nfc: bool = False
+    """Text is normalized to Unicode's form C first."""
+
+
+KNOWN_ENCODINGS = {
+    "r50k_base": Encoding(_R50K_PATTERN, {DOCUMENT_END: 50256}, 50256),
+    "p50k_base": Encoding(_R50K_PATTERN, {DOCUMENT_END: 50256}, 50280),
+    "cl100k_base": Encoding(
+        _CL100K_PATTERN,
+        {
+            DOCUMENT_END: 100257,
+            "<|fim_prefix|>": 100258,
+            "<|fim_middle|>": 100259,
+            "<|fim_suffix|>": 100260,
+            "<|endofprompt|>": 100276,
+        },
+        100256,
+    ),
+    "o200k_base": Encoding(_O200K_PATTERN, {DOCUMENT_END: 199999, "<|endofprompt|>": 200018}, 199998),
+    # Qwen (the first, not Qwen2 and later, which have a tokenizer.json): its tokenization_qwen.py.
+    "qwen": Encoding(_QWEN_PATTERN, {token: 151643 + i for i, token in enumerate(_QWEN_SPECIAL)}, 151643, nfc=True),
+}
+"""By file stem; OpenAI's as in tiktoken's ``tiktoken_ext/openai_public.py``."""
+
+
+class TiktokenReference:
+    """A tiktoken file, encoded by the ``tiktoken`` library in the calling thread; other Python threads run meanwhile.
+
+    Raises:
+        UserError: the file or the JSON file beside it is malformed, the encoding is not known, or the package is not
+            installed.
+    """
+
+    def __init__(self, name: str, file: Path, content: bytes, allow_special_tokens: bool) -> None:
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise UserError(f"{file}: a .tiktoken file needs tiktoken: pip install tiktoken") from error
+
+        self._name = name
+        self.changes = 0
+        ranks = _parse_ranks(file, content)
+        encoding = _find_encoding(file)
+        _check(file, ranks, encoding)
+        try:
+            self._encoding = tiktoken.Encoding(
+                file.stem, pat_str=encoding.pattern, mergeable_ranks=ranks, special_tokens=encoding.special_tokens
+            )
+        except ValueError as error:
+            raise UserError(
+                f"{file.with_suffix('.json')}: pattern is not a regular expression: {one_line(error)}"
+            ) from error
+        self.library = f"tiktoken {version('tiktoken')}"
+        self._special_tokens = encoding.special_tokens
+        self._known_ids = {*ranks.values(), *encoding.special_tokens.values()}
+        self.vocab_size = max(self._known_ids) + 1
+        self._allowed = set(encoding.special_tokens) if allow_special_tokens else set()
+        self._nfc = encoding.nfc
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """See :class:`~.tokenizer_backends.Reference`.
+
+        Raises:
+            UserError: tiktoken gives up on a text, as on a million spaces with Qwen's pattern.
+        """
+        ids = [np.empty(0, np.uint32)]
+        for text in texts:
+            if self._nfc:
+                text = unicodedata.normalize("NFC", text)
+            try:
+                # encode_ordinary gives the same ids, as a list, and panics where this raises.
+                ids.append(self._encoding.encode_to_numpy(text, allowed_special=self._allowed, disallowed_special=()))
+            except UnicodeEncodeError:
+                raise
+            except ValueError as error:
+                raise UserError(
+                    f"{self._name}: tiktoken cannot encode the text of {len(text):,} characters that begins with "
+                    f"{text[:40]!r}: {one_line(error)}; leave it out, or use a tokenizer.json of the same vocabulary"
+                ) from error
+        lengths = np.fromiter(map(len, ids[1:]), np.int64, len(ids) - 1)
+        return np.concatenate(ids).view(np.int32), lengths
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`~.tokenizer_backends.Reference`. Bytes that are not UTF-8 become U+FFFD."""
+        return self._encoding.decode([token for token in ids if token in self._known_ids])
+
+    def document_end(self, token: str | None) -> tuple[str, int]:
+        """``token``, or ``<|endoftext|>``: a special token.
+
+        Raises:
+            UserError: the encoding has no such special token.
+        """
+        token = DOCUMENT_END if token is None else token
+        if token not in self._special_tokens:
+            some = ", ".join(list(self._special_tokens)[:5]) or "none"
+            raise UserError(
+                f"{self._name}: {token!r} is not a special token of this encoding (it has {some}); name one that is "
+                "with --eod-token"
+            )
+        return token, self._special_tokens[token]
+
+
+def _parse_ranks(file: Path, content: bytes) -> dict[bytes, int]:
+    ranks = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: not a tiktoken line, which is a base64 token and its rank") from error
+    return ranks
+
+
+def _find_encoding(file: Path) -> Encoding:
+    """The encoding that the JSON file beside ``file`` describes, or the one known by the name of ``file``."""
+    beside = file.with_suffix(".json")
+    try:
+        description = json.loads(beside.read_bytes())
+    except FileNotFoundError:
+        if file.stem in KNOWN_ENCODINGS:
+            return KNOWN_ENCODINGS[file.stem]
+        raise UserError(
+            f"{file}: a tiktoken file does not hold its pattern and special tokens, and those of '{file.stem}' are not "
+            f"known ({', '.join(KNOWN_ENCODINGS)} are); write them to {beside} as "
+            '{"pattern": "...", "special_tokens": {"<|endoftext|>": ID}}'
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{beside}: cannot be read as JSON: {error}") from error
+    return _parse_description(beside, description)
+
+
+def _parse_description(beside: Path, description: Any) -> Encoding:
+    known = {"pattern", "special_tokens", "normalization"}
+    if not isinstance(description, dict) or not isinstance(description.get("pattern"), str):
+        raise UserError(f'{beside}: must be a JSON object with "pattern", a regular expression, and "special_tokens"')
+    if unknown := set(description) - known:
+        raise UserError(f"{beside}: unknown key {min(unknown)!r}; the keys are {', '.join(sorted(known))}")
+    special_tokens = description.get("special_tokens")
+    if not isinstance(special_tokens, dict) or not all(
+        type(token_id) is int and 0 <= token_id < 2**31 for token_id in special_tokens.values()
+    ):
+        raise UserError(f'{beside}: "special_tokens" must map tokens to ids: {{"<|endoftext|>": 100257}}')
+    if description.get("normalization") not in (None, "NFC"):
+        raise UserError(f'{beside}: "normalization" is {description["normalization"]!r}; "NFC" or null')
+    return Encoding(description["pattern"], special_tokens, nfc=description.get("normalization") == "NFC")
+
+
+def _check(file: Path, ranks: dict[bytes, int], encoding: Encoding) -> None:
+    """Refuse what the library would answer with a panic, now or at some text."""
+    if encoding.num_ranks not in (None, len(ranks)):
+        raise UserError(
+            f"{file}: holds {len(ranks):,} ranks, but the encoding '{file.stem}' has {encoding.num_ranks:,}; give the "
+            f"file another name, and its pattern and special tokens in a .json file of that name beside it"
+        )
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise UserError(f"{file}: {len(missing)} of the 256 bytes have no rank, the first 0x{missing[0]:02X}")
+    ids = [*ranks.values(), *encoding.special_tokens.values()]
+    if len(set(ids)) != len(ids):
+        twice = min(token_id for token_id in set(ids) if ids.count(token_id) > 1)
+        raise UserError(f"{file}: id {twice} belongs to two tokens, special tokens included")

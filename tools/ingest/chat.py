@@ -1,0 +1,326 @@
+"""Conversations as training data: the model's chat template, its tokens, and a mask of what the assistant says.
+
+The ids are those of transformers' ``apply_chat_template`` on the same messages. The mask is 1 on the tokens that the
+assistant has to predict: what it writes, up to and with the token that ends its turn; 0 on everything else, headers and
+the generation prompt included. A token that lies partly in a turn belongs to it. Where a template marks the turns
+itself ({% generation %}), its word counts: the mask is that of ``return_assistant_tokens_mask``.
+
+The end-of-document token after a conversation has mask 0: the turn's own end already says that the assistant is done,
+and nothing in a chat asks it for another. It is not written twice: where the template ends with that very token, there
+the mask is the template's turn's.
+
+What no model should learn is refused rather than repaired: contents that contain control tokens (they would forge
+turns), contents that the template leaves out, turns that cannot be found with certainty.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...engine.errors import UserError
+from .chat_messages import Conversation, all_strings, called_names, read_conversation
+from .chat_template import CONFIG_FILE, ChatTemplate, Span, TurnFinder, frame, load_template, read_config
+from .records import MalformedError
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BOUNDARY_TOKENS = 16
+"""Tokens at the end of a text that may change with what follows: far more than one word's."""
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation, ready to be written."""
+
+    ids: npt.NDArray[np.int32]
+    """int32[T], the end-of-document token included where one was asked for."""
+    mask: npt.NDArray[np.uint8]
+    """uint8[T]: 1 on tokens to be predicted. At least one is."""
+    turns_kept: int
+    """Messages of any role, as are the dropped ones."""
+    turns_dropped: int
+    characters: int
+    """Of the rendered text."""
+    text_bytes: int
+    """Of the rendered text in UTF-8."""
+
+
+class ChatEncoder:
+    """Encodes records that are conversations.
+
+    Args:
+        folder: holds tokenizer.json, and tokenizer_config.json or chat_template.jinja.
+        eod_id: token that ends a document; None: nothing is added.
+        max_tokens: what an encoded conversation may have at most, with its end-of-document token.
+        allow_special_tokens: contents may contain control tokens, which then become such.
+        template: a file with the chat template; None: the tokenizer's own.
+        now: what templates take for the present; None: this moment.
+
+    Raises:
+        UserError: no tokenizer.json, no chat template, or none that can be used.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        eod_id: int | None,
+        max_tokens: int | None,
+        allow_special_tokens: bool,
+        template: Path | None = None,
+        now: datetime | None = None,
+    ) -> None:
+        config = _read_tokenizer_config(folder)
+        source, origin = load_template(folder, config, template)
+        named = _named_tokens(config)
+        self._folder = folder
+        self._tokenizer = _load_tokenizer(folder, list(named.values()))
+        self._eod_id = eod_id
+        self._max_tokens = max_tokens
+        self._template = ChatTemplate(source, origin, named, now or datetime.now())
+        control = self._control_tokens(named)
+        self._control = _any_of(control)
+        self._finder = None if self._template.marks_turns else TurnFinder(self._template, self._control)
+        self._forbidden = None if allow_special_tokens else self._control
+        normalizer = self._tokenizer.normalizer
+        self._normalize = None
+        """What is done to text before these are looked for; only some tokenizers have such control tokens."""
+        if normalizer is not None and any(token.normalized for token in control.values()):
+            self._normalize = normalizer.normalize_str
+            forms = {normalizer.normalize_str(text).strip("▁ ") for text, token in control.items() if token.normalized}
+            self._normalized = _any_of(forms - {""})
+
+    def encode(self, record: dict[str, Any]) -> EncodedChat | None:
+        """Tokens and mask of the conversation in ``record``.
+
+        When it is longer than ``max_tokens``: of its longest beginning that fits and ends with the assistant's turn,
+        rendered anew; None when there is none.
+
+        Raises:
+            MalformedError: it is no conversation, or not one to learn from.
+        """
+        try:
+            conversation = read_conversation(record)
+            self._refuse_control_tokens(conversation)
+            text = self._template.render(conversation)
+            _refuse_left_out(conversation, text)
+            encoding = self._tokenize(text)
+            if self._fits(encoding.ids):
+                return self._finish(conversation, 0, text, encoding)
+            return self._shorten(conversation, text, encoding)
+        except RecursionError:
+            raise MalformedError("nested too deeply") from None
+
+    def check_against_transformers(self) -> bool:
+        """Compare the ids of a short conversation with those of ``AutoTokenizer``; importing it takes seconds.
+
+        Returns:
+            False when transformers cannot load the folder, and there is nothing to compare with.
+
+        Raises:
+            UserError: they differ.
+        """
+        from transformers import AutoTokenizer
+
+        messages = [
+            {"role": "user", "content": "How do you say  “naïve” in 中文?\n\n1) cafe\u0301 🙂"},
+            {"role": "assistant", "content": "天真 — 2,024 ways.\n\tIt's so."},
+            {"role": "user", "content": " And\u00a0then? "},
+            {"role": "assistant", "content": "Nothing else…"},
+        ]
+        try:
+            reference = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+        except Exception:  # whatever its tokenizer classes raise
+            return False
+        theirs: Any = reference.apply_chat_template(
+            messages, chat_template=self._template.text, return_dict=False, **self._template.moments
+        )
+        if self._tokenize(self._template.render(Conversation(messages))).ids != theirs:
+            raise UserError(
+                f"{self._folder}: tokenizer.json with the chat template gives other tokens than transformers does; "
+                "save the tokenizer anew (AutoTokenizer.from_pretrained(folder).save_pretrained(other))"
+            )
+        return True
+
+    def _control_tokens(self, named: dict[str, str]) -> dict[str, Any]:
+        """The added tokens that are not text: special ones, and those of any kind that frame plain messages."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        scaffold = frame(self._template)
+        return {
+            token.content: token
+            for number, token in added.items()
+            if token.content.strip()
+            and (
+                token.special or number == self._eod_id or token.content in named.values() or token.content in scaffold
+            )
+        }
+
+    def _refuse_control_tokens(self, conversation: Conversation) -> None:
+        if self._forbidden is None:
+            return
+        for index, message in enumerate(conversation.messages):
+            for text in all_strings({key: value for key, value in message.items() if key != "role"}):
+                self._refuse_control_token(text, f"message {index + 1}")
+        for text in all_strings(conversation.tools):
+            self._refuse_control_token(text, "tools")
+
+    def _refuse_control_token(self, text: str, place: str) -> None:
+        assert self._forbidden is not None
+        found = self._forbidden.search(text)
+        if found is None and self._normalize is not None:
+            found = self._normalized.search(self._normalize(text))
+        if found:
+            raise MalformedError(f"{place} contains the control token {found.group()!r}, which would forge a turn")
+
+    def _tokenize(self, text: str) -> Any:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise MalformedError("an escaped lone surrogate, half a character, which is not text") from None
+
+    def _fits(self, ids: list[int]) -> bool:
+        return self._max_tokens is None or len(ids) + self._adds_eod(ids) <= self._max_tokens
+
+    def _adds_eod(self, ids: list[int]) -> bool:
+        return self._eod_id is not None and (not ids or ids[-1] != self._eod_id)
+
+    def _shorten(self, whole: Conversation, whole_text: str, whole_encoding: Any) -> EncodedChat | None:
+        assert self._max_tokens is not None
+        for index in reversed(whole.assistant_turns()):
+            if index + 1 == len(whole.messages):
+                continue
+            conversation = replace(whole, messages=whole.messages[: index + 1])
+            try:
+                text = self._template.render(conversation)
+            except MalformedError:  # some templates want another role at the end
+                continue
+            # The tokens of what both texts begin with are the same but for the last word's. A shorter conversation
+            # need not have fewer: templates keep the reasoning of the last turn only.
+            shared = whole_encoding.char_to_token(max(_shared_length(text, whole_text) - 1, 0)) or 0
+            if shared - _BOUNDARY_TOKENS > self._max_tokens:
+                continue
+            encoding = self._tokenize(text)
+            if self._fits(encoding.ids):
+                return self._finish(conversation, len(whole.messages) - index - 1, text, encoding)
+        return None
+
+    def _finish(self, conversation: Conversation, dropped: int, text: str, encoding: Any) -> EncodedChat:
+        if self._finder is None:
+            spans = self._template.render_marked(conversation)[1]
+        else:
+            spans = self._finder.find(conversation, text)
+        _refuse_left_out_calls(conversation, spans, text)
+        mask = _token_mask(encoding.offsets, spans)
+        if not mask.any():
+            raise MalformedError("the chat template renders nothing that the assistant says")
+        ids = encoding.ids
+        if self._adds_eod(ids):
+            ids = [*ids, self._eod_id]
+            mask = np.append(mask, np.uint8(0))
+        return EncodedChat(
+            np.array(ids, np.int32), mask, len(conversation.messages), dropped, len(text), len(text.encode("utf-8"))
+        )
+
+
+def _token_mask(offsets: list[Span], spans: list[Span]) -> npt.NDArray[np.uint8]:
+    """1 for the tokens that share characters with a span. A token that has none, as at the start of a word, belongs to
+    the span in which it stands."""
+    flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
+    starts, ends = flat[::2], flat[1::2]
+    mask = np.zeros(len(offsets), np.uint8)
+    for first, end in spans:
+        mask |= (starts < end) & (np.maximum(ends, starts + 1) > first)
+    return mask
+
+
+def _refuse_left_out(conversation: Conversation, text: str) -> None:
+    """Some templates pass over roles that they do not know, without a word."""
+    for index, message in enumerate(conversation.messages):
+        content = message.get("content", "").strip()
+        # Contents of tools may be written as JSON.
+        if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
+            raise MalformedError(f"the chat template leaves message {index + 1} out (role {message['role']!r})")
+    for tool in conversation.tools or ():
+        name = tool.get("function", tool).get("name") if isinstance(tool.get("function", tool), dict) else None
+        if isinstance(name, str) and name not in text:
+            raise MalformedError(f"the chat template leaves the tool {name!r} out")
+
+
+def _refuse_left_out_calls(conversation: Conversation, spans: list[Span], text: str) -> None:
+    said = "".join(text[start:end] for start, end in spans)
+    for index in conversation.assistant_turns():
+        for name in called_names(conversation.messages[index]):
+            if name not in said:
+                raise MalformedError(f"the chat template leaves the tool calls of message {index + 1} out")
+
+
+def _as_json(content: str) -> str:
+    return json.dumps(content, ensure_ascii=False)[1:-1]
+
+
+def _shared_length(one: str, other: str) -> int:
+    """Length of the longest common beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one.startswith(other[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _any_of(texts: Any) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with the special tokens of older folders."""
+    config = read_config(folder / CONFIG_FILE)
+    if "added_tokens_decoder" not in config:
+        config = {**config, **read_config(folder / "special_tokens_map.json")}
+    return config
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """What templates may use under these names."""
+    tokens = {}
+    for name in _SPECIAL_TOKENS:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            tokens[name] = token
+    return tokens
+
+
+def _load_tokenizer(folder: Path, named: list[str]) -> Any:
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(
+            f"{folder}: --chat needs a tokenizer with a tokenizer.json; save this one in that format (transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
+        )
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception for a file that it cannot parse
+        raise UserError(f"{file}: not a tokenizer that the tokenizers library can read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # A post-processor adds tokens, which a template has written itself, or moves offsets past the space before a word.
+    tokenizer.post_processor = None
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    # As transformers does with a named token that the file has in its vocabulary alone.
+    tokenizer.add_special_tokens(
+        [text for text in named if text not in added and tokenizer.token_to_id(text) is not None]
+    )
+    return tokenizer

@@ -1,0 +1,326 @@
+"""Chat templates: where they are found, how they are rendered, and where the assistant's turns stand in the text.
+
+Rendering is that of transformers, by its own ``render_jinja_template``: the same sandbox, filters and globals in
+whichever version is installed, and importing it (0.8 s) loads no PyTorch. One thing is held still: ``strftime_now``,
+which many templates use for today's date, gives one moment for the whole run, so that a corpus does not depend on how
+long it took. Templates come from the tokenizer's folder or a file, never from the network.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ...engine.errors import UserError
+from .chat_messages import Conversation
+from .records import MalformedError
+
+Span = tuple[int, int]
+"""First character and end, exclusive."""
+
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CLOCK_CALL = re.compile(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")\s*\)""")
+# The line feed at its end is taken away by trim_blocks, so that the template still begins at the start of a line.
+_CLOCK = (
+    "{%- macro strftime_now(format) -%}"
+    "{%- if format not in retemper_moment -%}"
+    "{{- raise_exception('strftime_now with a format that is no literal is not supported') -}}"
+    "{%- endif -%}{{- retemper_moment[format] -}}{%- endmacro %}\n"
+)
+_OPEN_REASONING = re.compile(r"<think>\s*\Z")
+_MARKERS = "\ue0f0\ue0f1\ue1f0\ue1f1\ue2f0\ue2f1\ue3f0\ue3f1"
+_QUESTION, _ANSWERS = "Alpha", ("Omega", "Zeta")
+
+
+class ChatTemplate:
+    """A template that renders conversations.
+
+    Args:
+        source: the template's text.
+        origin: where it comes from, for messages.
+        special_tokens: what templates call bos_token, eos_token...
+        now: the moment that templates take for the present.
+
+    Raises:
+        UserError: jinja2 is missing.
+    """
+
+    def __init__(self, source: str, origin: str, special_tokens: dict[str, str], now: datetime) -> None:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self.origin = origin
+        self.marks_turns = _MARKED.search(source) is not None
+        """Whether {% generation %} blocks say what the assistant writes."""
+        self._render: Any = render_jinja_template
+        self._special_tokens = special_tokens
+        self.text = source
+        """What is rendered, with :attr:`moments`."""
+        self.moments: dict[str, Any] = {}
+        if "strftime_now" in source:
+            formats = {single or double for single, double in _CLOCK_CALL.findall(source)}
+            self.moments["retemper_moment"] = {form: now.strftime(form) for form in formats}
+            self.text = _CLOCK + source
+
+    def render(self, conversation: Conversation, prompt: bool = False) -> str:
+        """The text of a conversation, with ``prompt`` up to where the assistant begins to write.
+
+        Raises:
+            MalformedError: the template refuses it.
+        """
+        return self._call(conversation, add_generation_prompt=prompt)[0]
+
+    def render_marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The text, and what its {% generation %} blocks rendered.
+
+        Raises:
+            MalformedError: the template refuses it.
+        """
+        return self._call(conversation, return_assistant_tokens_mask=True)
+
+    def _call(self, conversation: Conversation, **options: bool) -> tuple[str, list[Span]]:
+        try:
+            texts, spans = self._render(
+                conversations=[conversation.messages],
+                tools=conversation.tools,
+                chat_template=self.text,
+                **options,
+                **self._special_tokens,
+                **self.moments,
+            )
+        except ImportError as error:
+            raise UserError(f"--chat needs jinja2: pip install 'jinja2>=3.1.6' ({error})") from None
+        except RecursionError:
+            raise
+        except Exception as error:  # a template is a program: whatever it raises, it was about this conversation
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise MalformedError(f"the chat template refuses the conversation: {reason}") from None
+        return texts[0], spans[0] if spans else []
+
+
+class TurnFinder:
+    """Finds the assistant's turns in a rendered conversation, for templates that do not mark them.
+
+    A turn is what the assistant has to write: from the end of the generation prompt to the token that ends the turn.
+    Rendering the messages before a turn, with the generation prompt, gives its start, provided that this text begins
+    the whole conversation's; that is looked at for each turn. Where it does not hold (a template that moves the system
+    prompt to the last question; a conversation that the assistant opens), two characters that occur nowhere else are
+    put around the contents, which must leave everything else as it was.
+
+    Args:
+        control: matches the control tokens that may not stand in contents.
+
+    Raises:
+        UserError: the template cannot render a question with an answer.
+    """
+
+    def __init__(self, template: ChatTemplate, control: re.Pattern[str]) -> None:
+        self._template = template
+        self._control = control
+        question, *answered = (_probe(answer) for answer in (None, *_ANSWERS))
+        asked = _render_probe(template, question)
+        turns = [_render_probe(template, conversation) for conversation in answered]
+        self._prompted = _render_probe(template, question, prompt=True) != asked
+        header = ""
+        if not self._prompted and all(turn.startswith(asked) for turn in turns):
+            header = _common_prefix(*(turn[len(asked) :] for turn in turns))
+        # Space that no prompt contains is the assistant's to write.
+        self._header, self._space = (header, "") if header.strip() else ("", header)
+        """What stands before an answer when there is no generation prompt to tell: "<|assistant|>" or " "..."""
+        closing = control.search(turns[0], turns[0].rfind(_ANSWERS[0]) + len(_ANSWERS[0]))
+        self._closing = closing.group() if closing else None
+        """The token that ends a plain turn."""
+
+    def find(self, conversation: Conversation, text: str) -> list[Span]:
+        """The turns in ``text``, which is the rendered conversation, in order.
+
+        Raises:
+            MalformedError: a turn cannot be told apart from the rest with certainty.
+        """
+        try:
+            spans: list[Span] = []
+            for index in conversation.assistant_turns():
+                spans.append(self._find_by_prefix(conversation, index, text, spans[-1][1] if spans else 0))
+            return spans
+        except (_NotThereError, MalformedError):
+            pass
+        marked = self._find_by_markers(conversation, text)
+        if marked is None:
+            raise MalformedError(
+                "the chat template renders earlier messages differently once more follow, so that the turns of the "
+                "assistant cannot be found; give --chat-template a template with {% generation %} blocks"
+            )
+        return marked
+
+    def _find_by_prefix(self, conversation: Conversation, index: int, text: str, after: int) -> Span:
+        before = replace(conversation, messages=conversation.messages[:index])
+        prompt = self._template.render(before, prompt=self._prompted) + self._header
+        if not text.startswith(prompt):
+            # Prompts that begin the reasoning, before an answer that has none.
+            prompt = _OPEN_REASONING.sub("", prompt)
+        if not text.startswith(prompt) or len(prompt) < after:
+            raise _NotThereError
+        message = conversation.messages[index]
+        end = self._find_plain_end(message, text, len(prompt))
+        if end is None:
+            end = self._find_end(conversation, index, text, prompt)
+        return len(prompt), end
+
+    def _find_plain_end(self, message: dict[str, Any], text: str, start: int) -> int | None:
+        """End of a turn that is its content and the closing token, no other before it; None: it may be another."""
+        closing = self._control.search(text, start)
+        if closing is None or closing.group() != self._closing or message.get("tool_calls"):
+            return None
+        return closing.end() if text[start : closing.start()].rstrip().endswith(message["content"].strip()) else None
+
+    def _find_end(self, conversation: Conversation, index: int, text: str, prompt: str) -> int:
+        """End of a turn: that of the conversation which stops after it, found again in the whole."""
+        up_to = replace(conversation, messages=conversation.messages[: index + 1])
+        alone = self._template.render(up_to)
+        if not alone.startswith(prompt):
+            raise _NotThereError
+        turn, start = alone[len(prompt) :], len(prompt)
+        closing = ""
+        for match in self._control.finditer(turn):
+            if not turn[match.end() :].strip():
+                turn, closing = turn[: match.end()], match.group()
+                break
+        if turn and text.startswith(turn, start):
+            return start + len(turn)
+        # In the whole, an earlier turn may have lost its beginning (its reasoning), nothing else.
+        end = found = start
+        while closing and (at := text.find(closing, end)) >= 0 and at + len(closing) - start <= len(turn):
+            end = at + len(closing)
+            if turn.endswith(text[start:end]):
+                found = end
+        if found == start:
+            raise _NotThereError
+        return found
+
+    def _find_by_markers(self, conversation: Conversation, text: str) -> list[Span] | None:
+        turns = conversation.assistant_turns()
+        markers = [marker for marker in _MARKERS if marker not in text][:2]
+        if len(markers) < 2 or any(conversation.messages[index].get("tool_calls") for index in turns):
+            return None
+        first, last = markers
+        # Templates that strip contents leave space that the markers protect.
+        for outside in (True, False):
+            messages = list(conversation.messages)
+            for index in turns:
+                content = messages[index]["content"]
+                core = content if outside else content.strip()
+                marked = content.replace(core, f"{first}{core}{last}", 1)
+                messages[index] = {**messages[index], "content": marked}
+            try:
+                marked_text = self._template.render(replace(conversation, messages=messages))
+            except MalformedError:
+                return None
+            order = [character for character in marked_text if character in markers]
+            if order == markers * len(turns) and marked_text.replace(first, "").replace(last, "") == text:
+                return self._read_markers(marked_text, markers, text)
+        return None
+
+    def _read_markers(self, marked_text: str, markers: Sequence[str], text: str) -> list[Span]:
+        found = re.finditer("|".join(markers), marked_text)
+        places = [match.start() - number for number, match in enumerate(found)]  # without the markers before it
+        spans = []
+        for start, end in zip(places[::2], places[1::2], strict=True):
+            if text.endswith(self._space, 0, start):
+                start -= len(self._space)
+            closing = self._control.search(text, end)
+            if closing and closing.group() == self._closing and not text[end : closing.start()].strip():
+                end = closing.end()
+            spans.append((start, end))
+        return spans
+
+
+def load_template(folder: Path, config: dict[str, Any], file: Path | None) -> tuple[str, str]:
+    """Text and origin of the chat template: ``file``, else chat_template.jinja of ``folder``, else its config's.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if file is None and (folder / TEMPLATE_FILE).is_file():
+        file = folder / TEMPLATE_FILE
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8"), str(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read as a chat template: {error}") from None
+    origin = str(folder / CONFIG_FILE)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+    if isinstance(template, dict):
+        if "default" not in template:
+            names = ", ".join(map(str, template)) or "none"
+            raise UserError(f"{origin}: no chat template is called default (there: {names}); give --chat-template FILE")
+        template = template["default"]
+    if template is None:
+        raise UserError(
+            f"{folder}: the tokenizer has no chat template, often so with base models (neither {TEMPLATE_FILE}, nor "
+            f"chat_template in {CONFIG_FILE}); give one with --chat-template FILE"
+        )
+    if not isinstance(template, str):
+        raise UserError(f"{origin}: chat_template is not a string; give --chat-template FILE")
+    return template, origin
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty when there is no such file.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _render_probe(template: ChatTemplate, conversation: Conversation, prompt: bool = False) -> str:
+    """Render a plain conversation that every template must be able to.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        return template.render(conversation, prompt)
+    except MalformedError as error:
+        raise UserError(f"{template.origin}: not a usable chat template, a plain question fails: {error}") from None
+
+
+def frame(template: ChatTemplate) -> str:
+    """All that the template writes around a question, an answer without reasoning, and a question."""
+    messages = [*_probe(_ANSWERS[0]).messages, *_probe(None).messages]
+    text = _render_probe(template, Conversation(messages))
+    for content in (_QUESTION, *_ANSWERS):
+        text = text.replace(content, "")
+    return text
+
+
+class _NotThereError(Exception):
+    """A turn does not stand where the messages before it end."""
+
+
+def _probe(answer: str | None) -> Conversation:
+    messages: Sequence[dict[str, Any]] = [{"role": "user", "content": _QUESTION}]
+    if answer is not None:
+        messages = [*messages, {"role": "assistant", "content": answer}]
+    return Conversation(list(messages))
+
+
+def _common_prefix(one: str, other: str) -> str:
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return one[:length]

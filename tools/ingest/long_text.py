@@ -1,0 +1,264 @@
+"""Records that are too long to hold: a line of JSON or a text file of any size, read and encoded in pieces.
+
+A line longer than ``LONG_BYTES`` is copied to a temporary file. Its JSON is checked and parsed without its long
+strings, which stay in the file as :class:`LongText` and are decoded piece by piece.
+
+Tokenization is not the concatenation of the tokenizations of any two parts, so pieces are cut only where it is: at a
+place of a kind that tokenizers split at, where the tokens of the text around it are those of its two halves.
+"""
+
+from __future__ import annotations
+
+import codecs
+import mmap
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from .records import MalformedError
+
+LONG_BYTES = 16 << 20
+"""A record of more bytes is long."""
+_LONG_STRING = 1 << 20
+_PIECE_BYTES = 4 << 20
+_MAX_UNCUT = 16 << 20
+_SCAN_BYTES = 32 << 20
+_CONTEXT = 256  # characters on either side of a cut of which the tokens are compared
+_TRIES = 16
+
+_ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u....|u....|.)", re.DOTALL)
+_CUTS = (
+    re.compile(r"(?<=\S\n)(?=[A-Za-z])"),
+    re.compile(r"(?<=[^\W\d_])(?= [A-Za-z])"),
+    re.compile(r"(?<=[^\W\d_])(?=[。，、；：！？])"),  # noqa: RUF001
+)
+"""Where pieces may end. No character that stands behind such a place composes with the one before it, so that
+normalization too is the same for both halves."""
+
+
+@dataclass(frozen=True)
+class LongText:
+    """Text in a part of a file: UTF-8, or what stands between the quotes of a JSON string."""
+
+    path: str
+    start: int
+    stop: int
+    is_json: bool
+
+    def pieces(self) -> Iterator[str]:
+        """The text in pieces of some MB, cut anywhere between characters.
+
+        Raises:
+            MalformedError: it is not valid UTF-8, or no valid JSON string.
+        """
+        return self._json_pieces() if self.is_json else self._plain_pieces()
+
+    def _plain_pieces(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        offset = self.start
+        for block in self._blocks():
+            try:
+                text = decoder.decode(block, final=offset + len(block) == self.stop)
+            except UnicodeDecodeError as error:
+                raise MalformedError(
+                    f"not valid UTF-8 near byte {offset + error.start + 1:,} of the file", "invalid UTF-8"
+                ) from None
+            yield text.removeprefix("\ufeff") if offset == self.start == 0 else text
+            offset += len(block)
+
+    def _json_pieces(self) -> Iterator[str]:
+        rest = b""
+        end = self.start
+        for block in self._blocks():
+            end += len(block)
+            raw = rest + block
+            cut = len(raw) if end == self.stop else _json_cut(raw)
+            rest = raw[cut:]
+            if cut:
+                yield _json_string(raw[:cut])
+
+    def _blocks(self) -> Iterator[bytes]:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            left = self.stop - self.start
+            while left > 0:
+                block = file.read(min(left, _PIECE_BYTES))
+                if not block:
+                    raise MalformedError("the file became shorter while it was read")
+                left -= len(block)
+                yield block
+
+
+def _json_cut(raw: bytes) -> int:
+    """Where the content of a JSON string can be cut, near its end: between characters and outside of escapes.
+
+    ``raw`` begins at such a place. Zero: nowhere yet.
+    """
+    cut = len(raw)
+    # A pair of escapes that make one character is twelve bytes long.
+    while (backslash := raw.rfind(b"\\", max(cut - 12, 0), cut)) >= 0:
+        cut = backslash
+    if cut < len(raw) // 2:
+        # Escapes almost without end: they are followed from the start, which is the middle of none.
+        escapes = (match.start() for match in _ESCAPE.finditer(raw) if match.end() > len(raw) - 12)
+        cut = next(escapes, cut)
+    while cut > 0 and (cut == len(raw) or raw[cut] & 0xC0 == 0x80):
+        cut -= 1
+    return cut
+
+
+def _json_string(raw: bytes) -> str:
+    try:
+        return orjson.loads(b'"' + raw + b'"')
+    except orjson.JSONDecodeError as error:
+        raise bad_json(raw, error) from None
+
+
+def bad_json(content: bytes, error: orjson.JSONDecodeError) -> MalformedError:
+    """Why ``content`` is not JSON, in words of ours where the parser's are obscure."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as wrong:
+        return invalid_utf8(content, wrong)
+    if "surrogate" in error.msg:
+        return MalformedError("an escaped lone surrogate, half a character, which is not text")
+    return MalformedError(f"not valid JSON: {error.msg} at character {error.pos + 1} of the line")
+
+
+def invalid_utf8(content: bytes, error: UnicodeDecodeError) -> MalformedError:
+    """Names the first byte of ``content`` that is not UTF-8."""
+    line_start = content.rfind(b"\n", 0, error.start) + 1
+    return MalformedError(
+        f"not valid UTF-8: byte 0x{content[error.start]:02x} at byte {error.start - line_start + 1} of the line",
+        "invalid UTF-8",
+    )
+
+
+def read_long_json(path: Path) -> Any:
+    """Parse the JSON value in a file; its strings of more than 1 MB become :class:`LongText`.
+
+    Raises:
+        MalformedError: it is not JSON, or too much of it is no long string.
+    """
+    skeleton: list[bytes] = []
+    strings: list[LongText] = []
+    size = 0
+    for start, stop, content in _json_parts(path):
+        if content is None:
+            skeleton.append(orjson.dumps(_placeholder(path, len(strings))))
+            strings.append(LongText(str(path), start, stop, is_json=True))
+        else:
+            skeleton.append(content)
+            size += len(content)
+            if size > LONG_BYTES:
+                raise MalformedError(
+                    f"a line with more than {LONG_BYTES >> 20} MB besides its longest strings; split the record"
+                )
+    content = b"".join(skeleton)
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise bad_json(content, error) from None
+    return _filled(value, {_placeholder(path, index): text for index, text in enumerate(strings)})
+
+
+def _placeholder(path: Path, index: int) -> str:
+    return f"\0{path}\0{index}\0"
+
+
+def _filled(value: Any, strings: dict[str, LongText]) -> Any:
+    if isinstance(value, str):
+        return strings.get(value, value)
+    if isinstance(value, dict):
+        return {key: _filled(item, strings) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, strings) for item in value]
+    return value
+
+
+def _json_parts(path: Path) -> Iterator[tuple[int, int, bytes | None]]:
+    """The file in order: long strings' contents as (start, stop, None), everything else as (start, stop, bytes)."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        done, position = 0, 0
+        while (opening := _find_quote(content, position)) >= 0:
+            closing = _find_quote(content, opening + 1, escapes=True)
+            if closing < 0:
+                raise MalformedError("not valid JSON: a string without its closing quote")
+            if closing - opening > _LONG_STRING:
+                yield done, opening, content[done:opening]
+                yield opening + 1, closing, None
+                done = closing + 1
+            elif opening - done > LONG_BYTES:
+                yield done, opening, content[done:opening]
+                done = opening
+            position = closing + 1
+        for start in range(done, len(content), LONG_BYTES):
+            yield start, min(start + LONG_BYTES, len(content)), content[start : start + LONG_BYTES]
+
+
+def _find_quote(content: mmap.mmap, position: int, escapes: bool = False) -> int:
+    """The next quote from ``position``, with ``escapes`` the next that no backslash escapes; -1 when there is none."""
+    first = position
+    while position < len(content):
+        stop = min(position + _SCAN_BYTES, len(content))
+        quote = content.find(b'"', position, stop)
+        if quote < 0:
+            position = stop
+            _forget(content, first, stop)
+            continue
+        backslashes = 0
+        while escapes and quote - backslashes > first and content[quote - backslashes - 1] == 0x5C:
+            backslashes += 1
+        if backslashes % 2 == 0:
+            return quote
+        position = quote + 1
+        if position // _SCAN_BYTES != quote // _SCAN_BYTES:
+            _forget(content, first, position)
+    return -1
+
+
+def _forget(content: mmap.mmap, start: int, stop: int) -> None:
+    """Let go of pages that have been searched: they need not stay in this process's memory."""
+    start -= start % mmap.PAGESIZE
+    if hasattr(mmap, "MADV_DONTNEED") and stop > start:
+        content.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def cut_for_encoding(pieces: Iterator[str], encode: Callable[[str], list[int]]) -> Iterator[str]:
+    """The text of ``pieces`` in other pieces, whose tokens laid end to end are the tokens of the whole.
+
+    Raises:
+        MalformedError: there is no place to cut in 16 MB of text.
+    """
+    text = ""
+    following: list[str] = []
+    for piece in pieces:
+        text = "".join((*following, text, piece))
+        cut = _find_cut(text, encode)
+        if cut is None:
+            if len(text) > _MAX_UNCUT:
+                raise MalformedError(
+                    f"{len(text):,} characters without a line end or a space between words, where tokens surely end: "
+                    "no natural text; leave the record out"
+                )
+            continue
+        yield text[:cut]
+        text = text[cut:]
+    if text:
+        yield text
+
+
+def _find_cut(text: str, encode: Callable[[str], list[int]]) -> int | None:
+    """The last place in the second half of ``text`` at which the tokens of both sides are those of the whole."""
+    window = max(len(text) // 2, len(text) - (1 << 16))
+    for pattern in _CUTS:
+        places = [match.start() for match in pattern.finditer(text, window, len(text) - _CONTEXT)]
+        for place in places[: -_TRIES - 1 : -1]:
+            before, after = text[max(place - _CONTEXT, 0) : place], text[place : place + _CONTEXT]
+            if encode(before) + encode(after) == encode(before + after):
+                return place
+    return None

@@ -1,0 +1,171 @@
+"""What the preprocess command was asked to do, and which of it decides what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ...engine.errors import UserError
+from .formats import FORMATS
+from .texts import TextChoice
+
+BATCH_CHARACTERS = 512 << 10
+"""Text encoded at once: enough to cost nothing between batches, and little enough to stay in cache with its ids."""
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """The fields are the command's flags, under the same names."""
+
+    input: Sequence[str]
+    tokenizer: str
+    output_prefix: str = "dataset"
+    json_key: Sequence[str] = ("text",)
+    metadata: Sequence[str] = ()
+    txt_mode: str = "file"
+    stdin_format: str = "jsonl"
+    chat: bool = False
+    chat_template: str | None = None
+    append_eod: bool = True
+    eod_token: str | None = None
+    """None: the tokenizer's document end."""
+    allow_special_tokens: bool = False
+    encoder: str = "auto"
+    workers: int | None = None
+    """None: the usable cores."""
+    overwrite: bool = False
+    skip_bad_lines: bool = False
+    drop_invalid_utf8: bool = False
+    normalize: str = "none"
+    strip_control: bool = False
+    min_chars: int = 0
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    max_documents: int | None = None
+    dedup: str = "none"
+    dedup_threshold: float = 0.8
+    held_out: Sequence[str] = ()
+    shuffle: bool = False
+    seed: int = 0
+    split: str | None = None
+    shard: str | None = None
+    task_bytes: int | None = None
+    """Input bytes in a task; None: by the corpus. No flag."""
+    batch_characters: int = BATCH_CHARACTERS
+    """Text encoded at once; no flag."""
+
+    @property
+    def text_choice(self) -> TextChoice:
+        """``json_key`` understood."""
+        return TextChoice.parse(self.json_key)
+
+    @property
+    def shard_place(self) -> tuple[int, int] | None:
+        """(I, N) of ``--shard I/N``.
+
+        Raises:
+            UserError: it is not of that form.
+        """
+        if self.shard is None:
+            return None
+        index, slash, count = self.shard.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise UserError(f"--shard {self.shard}: write I/N, with I from 0 to N - 1, as in --shard 3/16")
+        return int(index), int(count)
+
+    @property
+    def needs_digests(self) -> bool:
+        """Whether documents must be told apart by their content."""
+        return self.dedup == "exact" or self.split is not None
+
+    def check(self) -> None:
+        """Refuse values and combinations that mean nothing.
+
+        Raises:
+            UserError: naming the flag, its value and the remedy.
+        """
+        for name, least in (
+            ("workers", 1),
+            ("min_chars", 0),
+            ("min_tokens", 0),
+            ("max_tokens", 1),
+            ("max_documents", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise UserError(f"--max-tokens {self.max_tokens} is below --min-tokens {self.min_tokens}; no document fits")
+        if not 0 < self.dedup_threshold < 1:
+            raise UserError(f"--dedup-threshold {self.dedup_threshold}: must be between 0 and 1")
+        if self.chat_template is not None and not self.chat:
+            raise UserError("--chat-template is for --chat; add it, or leave the template out")
+        if self.chat and tuple(self.json_key) != ("text",):
+            raise UserError("--json-key names a text, --chat reads conversations; leave one of the two out")
+        if self.list_input("-") > 1:
+            raise UserError("--input -: standard input can be read only once")
+        if self.stdin_format not in FORMATS:
+            raise UserError(f"--stdin-format {self.stdin_format}: unknown; choose from {', '.join(FORMATS)}")
+        _ = self.text_choice, self.shard_place
+
+    def list_input(self, argument: str) -> int:
+        """How often ``argument`` is an input."""
+        return list(self.input).count(argument)
+
+    def record(self) -> dict[str, Any]:
+        """What the sidecar keeps: the options that decided the dataset's contents, where they are not the default."""
+        kept = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            value = list(value) if isinstance(value, tuple | list) else value
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            if field.name not in _NOT_CONTENTS and value != default:
+                kept[field.name] = value
+        return kept
+
+
+_NOT_CONTENTS = frozenset(
+    {
+        "input",
+        "tokenizer",
+        "output_prefix",
+        "append_eod",
+        "eod_token",
+        "encoder",
+        "workers",
+        "overwrite",
+        "task_bytes",
+        "batch_characters",
+    }
+)
+"""Options that are kept elsewhere in the sidecar, or that no document depends on."""
+
+
+def task_key(span_facts: Sequence[Mapping[str, Any]], contents: Mapping[str, Any]) -> str:
+    """The name of a task's shard: a hash of what decides its contents.
+
+    Args:
+        span_facts: path, size, time and range of each span.
+        contents: see :func:`contents_of`.
+    """
+    text = json.dumps([list(span_facts), dict(contents)], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+
+
+def contents_of(options: PreprocessOptions, tokenizer_sha256: str, eod_id: int | None, version: str) -> dict[str, Any]:
+    """Everything besides the input that decides what the shards of a run hold; what is decided later is left out, and
+    what only decides whether a fault ends the run."""
+    later = {"max_documents", "shuffle", "seed", "shard", "skip_bad_lines", "dedup_threshold", *_NOT_CONTENTS}
+    kept = {name: value for name, value in asdict(options).items() if name not in later}
+    kept["split"] = kept["dedup"] = None
+    kept["digests"], kept["threshold"] = options.needs_digests, None
+    if options.dedup == "minhash":
+        kept["threshold"] = options.dedup_threshold
+    for name in ("held_out", "chat_template"):
+        paths = [kept[name]] if isinstance(kept[name], str) else kept[name] or ()
+        kept[name] = [(str(path), Path(path).stat().st_mtime_ns if Path(path).exists() else 0) for path in paths]
+    return {**kept, "tokenizer": tokenizer_sha256, "eod": eod_id, "encoder": options.encoder, "version": version}

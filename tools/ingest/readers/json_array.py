@@ -1,0 +1,185 @@
+"""``.json`` files: one array of objects, of any length, or a single object, which is one record.
+
+An array is split into its elements without parsing it, and each element is parsed like a line of JSONL; so memory holds
+one element, and of a long one only its beginning. Leaves out objects that wrap an array, such as {"data": [...]}: a
+record of a chat looks the same. (``jq -c '.data[]' corpus.json > corpus.jsonl`` makes JSONL of one.)
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ....engine.errors import UserError
+from ..long_text import LONG_BYTES
+from ..records import MalformedError, ReadContext, Record, Where
+from ..tasks import Span
+from .lines import _Line, _parse_json
+from .streams import open_stream, skip_bom
+
+_READ_BYTES = 1 << 20
+_SHOWN_BYTES = 1024  # of a long element, where it is refused
+_SPACE = re.compile(rb"[ \t\r\n]*")
+_BACKSLASH = 0x5C
+_MARK = re.compile(rb'[\[\]{}",]')
+_MARK_INSIDE = re.compile(rb'[\[\]{}"]')
+
+
+def read(span: Span, context: ReadContext) -> Iterator[Record]:
+    """The elements of the array, or the object."""
+    path = span.file.path
+    with open_stream(span.file, context) as stream:
+        skip_bom(stream, path)
+        values = _Values(stream, context.scratch)
+        first = values.next_byte()
+        if first == b"[":
+            yield from _elements(values, path, context)
+        elif first == b"{":
+            with values.value(closed=True) as (content, long):
+                _refuse_rest(values, path, "a JSON object")
+                yield from _parsed(_Line(Where(path), content, long), context)
+        else:
+            found = f"begins with {first.decode('latin-1')!r}" if first else "an empty file"
+            context.refuse(Where(path), f"{found}, not a JSON array of objects", "malformed", None)
+
+
+def _elements(values: _Values, path: str, context: ReadContext) -> Iterator[Record]:
+    values.skip_byte()
+    number = 0
+    after = b"]" if values.next_byte() == b"]" else b","
+    while after == b",":
+        number += 1
+        where = Where(path, "element", number)
+        with values.value() as (content, long):
+            after = values.next_byte()
+            if after not in (b",", b"]"):
+                wrong = "ends there: truncated" if not after else "has a '}' too many"
+                raise UserError(f"{where.describe()}: the JSON array {wrong}, or a quote or bracket is missing before")
+            values.skip_byte()
+            yield from _parsed(_Line(where, content, long), context)
+    if number == 0:
+        values.skip_byte()
+    _refuse_rest(values, path, "the JSON array")
+
+
+def _refuse_rest(values: _Values, path: str, what: str) -> None:
+    if values.next_byte():
+        raise UserError(f"{path}: has more after the end of {what}; if each line is a record, rename it to .jsonl")
+
+
+def _parsed(element: _Line, context: ReadContext) -> Iterator[Record]:
+    try:
+        record = _parse_json(element, context.columns or ())
+    except MalformedError as error:
+        # The parsers speak of lines.
+        context.refuse(element.where, str(error).removesuffix(" of the line"), error.kind, element.content)
+    else:
+        yield Record(record, element.where)
+
+
+class _Values:
+    """A JSON text cut into values, in the order of the file."""
+
+    def __init__(self, stream: io.BufferedReader[Any], scratch: Path) -> None:
+        self._stream, self._scratch = stream, scratch
+        self._buffer = bytearray()
+
+    def next_byte(self) -> bytes:
+        """The next byte that is no white space, left where it is; empty at the end."""
+        while True:
+            del self._buffer[: len(_SPACE.match(self._buffer)[0])]  # type: ignore[index]
+            if self._buffer or not self._fill():
+                return bytes(self._buffer[:1])
+
+    def skip_byte(self) -> None:
+        """Pass over :meth:`next_byte`."""
+        del self._buffer[:1]
+
+    @contextmanager
+    def value(self, closed: bool = False) -> Iterator[tuple[bytes, Path | None]]:
+        """The value up to the comma or bracket behind it, or with ``closed`` up to its own last bracket.
+
+        Of more than ``LONG_BYTES``: its beginning, and a temporary file with the whole.
+        """
+        ends = _EndOfValue(closed)
+        with ExitStack() as stack:
+            copy, beginning = None, b""
+            while (end := ends.find(self._buffer)) is None:
+                if len(self._buffer) > LONG_BYTES:
+                    if copy is None:
+                        copy = stack.enter_context(tempfile.NamedTemporaryFile(dir=self._scratch, prefix="element."))
+                        beginning = bytes(self._buffer[:_SHOWN_BYTES])
+                    copy.write(self._buffer[: ends.position])
+                    del self._buffer[: ends.position]
+                    ends.position = 0
+                if not self._fill():
+                    end = len(self._buffer)
+                    break
+            content = bytes(self._buffer[:end])
+            del self._buffer[:end]
+            if copy is None:
+                yield content, None
+            else:
+                copy.write(content)
+                copy.flush()
+                yield beginning, Path(copy.name)
+
+    def _fill(self) -> bool:
+        block = self._stream.read(_READ_BYTES)
+        self._buffer += block
+        return bool(block)
+
+
+class _EndOfValue:
+    """Finds where a JSON value ends, from its brackets and quotes alone, in a buffer that grows between calls."""
+
+    def __init__(self, closed: bool) -> None:
+        self.position = 0
+        """Up to here the buffer has been searched; the caller lowers it by what it takes from the buffer's front."""
+        self._closed = closed
+        self._depth = 0
+        self._in_string = False
+
+    def find(self, buffer: bytearray) -> int | None:
+        """Where the value ends; None when that is further on."""
+        while True:
+            if self._in_string:
+                if not self._leave_string(buffer):
+                    return None
+                continue
+            mark = (_MARK_INSIDE if self._depth or self._closed else _MARK).search(buffer, self.position)
+            if mark is None:
+                self.position = len(buffer)
+                return None
+            self.position = mark.end()
+            byte = mark[0]
+            if byte == b'"':
+                self._in_string = True
+            elif byte in b"[{":
+                self._depth += 1
+            elif self._depth == 0:
+                return mark.start()
+            else:
+                self._depth -= 1
+                if self._closed and self._depth == 0:
+                    return mark.end()
+
+    def _leave_string(self, buffer: bytearray) -> bool:
+        """Go on behind the next quote; false when there is none yet."""
+        quote = buffer.find(b'"', self.position)
+        stop = quote if quote >= 0 else len(buffer)
+        escaped = False
+        if stop > self.position and buffer[stop - 1] == _BACKSLASH:
+            searched = buffer[self.position : stop]
+            escaped = (len(searched) - len(searched.rstrip(b"\\"))) % 2 == 1
+        if quote < 0:
+            self.position = stop - escaped
+            return False
+        self.position = quote + 1
+        self._in_string = escaped
+        return True

@@ -1,0 +1,63 @@
+"""A PDF as one document: the text of its pages in order, with an empty line between pages.
+
+Text is what the file says it draws, in the order in which it does. Leaves out recognition of scanned pages, columns and
+tables, and removing headers and page numbers; tools that make such corpora write JSONL.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from ....engine.errors import UserError
+from ..formats import require_library
+from ..records import MalformedError, ReadContext, Record, Where
+from ..tasks import Span
+from .streams import open_stream, short_reason
+
+_BETWEEN_PAGES = "\n\n"
+
+
+def read(span: Span, context: ReadContext) -> Iterator[Record]:
+    """The whole file as the only record of ``span``."""
+    path = span.file.path
+    pypdf = require_library("pypdf", path)
+    # It warns of every oddity that it can read in spite of.
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL + 1)
+    with open_stream(span.file, context) as stream:
+        try:
+            text = _text(pypdf, stream, path)
+        except MalformedError as error:
+            text = None
+            context.refuse(Where(path), str(error), error.kind, None)
+        context.consumed = span.file.size
+    if text is not None:
+        yield Record(text, Where(path))
+
+
+def _text(pypdf: Any, stream: BinaryIO, path: str) -> str:
+    page = 0
+    try:
+        reader = pypdf.PdfReader(stream)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise MalformedError("locked with a password; save it without one")
+        pages = []
+        for page in range(1, len(reader.pages) + 1):
+            pages.append(reader.pages[page - 1].extract_text())
+    except (UserError, MalformedError, MemoryError):
+        raise
+    except pypdf.errors.DependencyError:
+        require_library("cryptography", path)
+        raise
+    except Exception as error:  # what pypdf raises for a damaged file has no bounds
+        where = f"page {page}: " if page else ""
+        raise MalformedError(f"{where}truncated, damaged or no PDF ({short_reason(error)})") from None
+    text = _BETWEEN_PAGES.join(filter(None, pages))
+    if not text.strip():
+        raise MalformedError("no text: a scan? run OCR first")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise MalformedError("text with half a character (a lone surrogate)") from None
+    return text

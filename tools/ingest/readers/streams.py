@@ -1,0 +1,192 @@
+"""The bytes of an input file as a buffered stream, decompressed, with every fault of the file as one line.
+
+Leaves out what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any, TypeVar, cast
+
+import zstandard
+
+from ....engine.errors import UserError
+from ..inputs import InputFile
+from ..records import ReadContext
+
+_GzipFile: Any = gzip.GzipFile
+_DAMAGED: tuple[Any, ...] = (EOFError, gzip.BadGzipFile, zstandard.ZstdError, zlib.error)
+with suppress(ImportError):
+    from isal import igzip, igzip_lib  # 3 times as fast
+
+    _GzipFile = igzip.IGzipFile
+    _DAMAGED += (igzip_lib.IsalError,)
+
+UTF8_BOM = b"\xef\xbb\xbf"
+_BUFFER_BYTES = 1 << 20
+_ZSTD_MAX_WINDOW = 1 << 31
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_RLE_BLOCK = 1
+_MAX_REASON = 200
+_END: Any = object()
+
+_Item = TypeVar("_Item")
+
+
+@contextmanager
+def open_stream(file: InputFile, context: ReadContext) -> Iterator[io.BufferedReader[Any]]:
+    """Open a file for reading its bytes, decompressed; what is not compressed can also be sought in.
+
+    Keeps ``context.consumed`` at the position in the file on disk. Reading the stream raises UserError when the file is
+    truncated or damaged, or cannot be read.
+
+    Raises:
+        UserError: there is no such file any more, it is another one than was planned with, or an empty archive.
+    """
+    try:
+        raw = open(file.path, "rb", buffering=0)
+    except OSError as error:
+        raise UserError(f"{file.path}: cannot be read ({error.strerror})") from error
+    with raw:
+        check_unchanged(file, os.fstat(raw.fileno()).st_size)
+        if file.compression and file.size == 0:
+            raise UserError(f"{file.path}: an empty file, which no compressed file is; copy it again")
+        with io.BufferedReader(_CheckedStream(file, raw, context), _BUFFER_BYTES) as stream:
+            yield stream
+
+
+def check_unchanged(file: InputFile, size: int) -> None:
+    """Raise UserError when a file is no longer the one that tasks were planned with."""
+    if size != file.size:
+        raise UserError(f"{file.path}: was {file.size} bytes and is {size} now; start again when nothing writes to it")
+
+
+def skip_bom(stream: io.BufferedReader[Any], path: str) -> None:
+    """Skip the byte order mark of UTF-8 at the start of a stream.
+
+    Raises:
+        UserError: it is that of UTF-16.
+    """
+    head = stream.peek(3)[:3]
+    if head == UTF8_BOM:
+        stream.read(3)
+    elif head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8")
+
+
+@contextmanager
+def damage_is_user_error(path: str, kind: str) -> Iterator[None]:
+    """Around calls of a library that reads files of this ``kind``: what it raises for a damaged one has no bounds."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{path}: truncated, damaged or no {kind} file ({short_reason(error)}); copy or write it again"
+        ) from error
+
+
+def iterate_checked(items: Iterable[_Item], path: str, kind: str) -> Iterator[_Item]:
+    """The items of a library's iterator, under :func:`damage_is_user_error`."""
+    iterator = iter(items)
+    while True:
+        with damage_is_user_error(path, kind):
+            item = next(iterator, _END)
+        if item is _END:
+            return
+        yield item
+
+
+def short_reason(error: Exception) -> str:
+    """What a library says, in one line of moderate length."""
+    return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+
+
+class _CheckedStream(io.RawIOBase):
+    """The decompressed bytes of a file; what is wrong with it is raised as UserError, wherever it is read."""
+
+    def __init__(self, file: InputFile, raw: io.FileIO, context: ReadContext) -> None:
+        self._path, self._raw, self._context = file.path, raw, context
+        self._bytes: Any = raw
+        if file.compression == ".gz":
+            self._bytes = _GzipFile(fileobj=raw, mode="rb")
+        elif file.compression == ".zst":
+            decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
+            self._bytes = decompressor.stream_reader(cast(IO[bytes], _ZstdFrames(raw)), read_across_frames=True)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._bytes is self._raw
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._raw.seek(offset, whence)
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        try:
+            count = self._bytes.readinto(buffer) or 0
+            self._context.consumed = self._raw.tell()
+        except _DAMAGED as error:
+            raise UserError(f"{self._path}: truncated or damaged ({error}); copy or compress it again") from error
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+        return count
+
+
+class _ZstdFrames:
+    """The frames of a zstd file, whose structure is followed block by block, so that a file cut off is noticed.
+
+    ``zstandard.stream_reader`` ends quietly there, and its ``decompressobj`` has no bound on the output of a call.
+    Format: RFC 8878.
+    """
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._file = io.BufferedReader(raw, _BUFFER_BYTES)
+        self._pieces = self._walk()
+
+    def read(self, size: int = -1) -> bytes:
+        """The next piece: a header, a block or a checksum."""
+        return next(self._pieces, b"")
+
+    def _walk(self) -> Iterator[bytes]:
+        while magic := self._file.read(4):
+            if magic != _ZSTD_MAGIC:
+                self._skip_frame(magic)
+                continue
+            descriptor = self._exactly(1)
+            flags = descriptor[0]
+            single_segment, has_checksum = flags >> 5 & 1, flags >> 2 & 1
+            window_bytes, dictionary_bytes = 1 - single_segment, (0, 1, 2, 4)[flags & 3]
+            content_size_bytes = (single_segment, 2, 4, 8)[flags >> 6]
+            yield magic + descriptor + self._exactly(window_bytes + dictionary_bytes + content_size_bytes)
+            last = 0
+            while not last:
+                header = self._exactly(3)
+                bits = int.from_bytes(header, "little")
+                last, kind, size = bits & 1, bits >> 1 & 3, bits >> 3
+                yield header + self._exactly(1 if kind == _RLE_BLOCK else size)
+            if has_checksum:
+                yield self._exactly(4)
+
+    def _skip_frame(self, magic: bytes) -> None:
+        """A frame of other programs' data, such as the index of a seekable file."""
+        if len(magic) == 4 and magic[0] & 0xF0 == 0x50 and magic[1:] == b"\x2a\x4d\x18":
+            (left,) = struct.unpack("<I", self._exactly(4))
+            while left:
+                left -= len(self._exactly(min(left, _BUFFER_BYTES)))
+        else:
+            raise zstandard.ZstdError(f"no zstd frame begins with {magic!r}")
+
+    def _exactly(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) < size:
+            raise EOFError("the last zstd frame is not complete")
+        return data

@@ -1,0 +1,39 @@
+"""The table that the preprocess command prints at its end."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from .pipeline import PreprocessReport
+
+
+def format_report(report: PreprocessReport) -> str:
+    """One line for each fact; all that was left out, by reason."""
+    rows: dict[str, str] = {}
+    for prefix, sidecar in report.sidecars.items():
+        name = f"{prefix}: " if len(report.sidecars) > 1 else ""
+        rows[f"{name}documents"] = f"{sidecar.documents:,}"
+        rows[f"{name}tokens"] = f"{sidecar.tokens:,} ({sidecar.dtype})"
+    sidecars = list(report.sidecars.values())
+    text_bytes, tokens = (sum(getattr(sidecar, name) for sidecar in sidecars) for name in ("text_bytes", "tokens"))
+    first = sidecars[0]
+    rows["characters"] = f"{sum(sidecar.characters for sidecar in sidecars):,}"
+    rows["bytes per token"] = f"{text_bytes / tokens:.2f}"
+    rows["encoder"] = report.encoder
+    rows["document end"] = f"{first.eod_token} ({first.eod_id})" if first.append_eod else "none appended"
+    # Every side of a split records what the whole run left out.
+    left_out = Counter(first.left_out)
+    rows["left out"] = f"{sum(left_out.values()):,}"
+    for reason, count in sorted(left_out.items()):
+        rows[f"  {reason}"] = f"{count:,}"
+    if report.first_bad:
+        rows["first malformed"] = report.first_bad
+    if report.dropped_turns:
+        rows["turns beyond --max-tokens"] = f"{report.dropped_turns:,}, cut from conversations that were kept"
+    rows["speed"] = (
+        f"{text_bytes / 1e6 / report.seconds:,.1f} MB of text/s, {tokens / report.seconds:,.0f} tokens/s, "
+        f"{report.seconds:,.1f} s"
+    )
+    rows["files"] = " ".join(report.files)
+    width = max(map(len, rows)) + 1
+    return "\n".join(f"{name:<{width}} {value}" for name, value in rows.items())

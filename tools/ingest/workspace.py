@@ -1,0 +1,80 @@
+"""The hidden folder of a run beside its output: finished shards that a restart finds again, and temporary files."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ...engine.data.sidecar import hash_file
+from ...engine.errors import UserError
+from .shards import Shard
+from .worker import TaskResult
+
+_LOCK = "lock"
+
+
+@contextmanager
+def open_workspace(prefix: str) -> Iterator[Path]:
+    """The work folder of the dataset ``prefix``, ours alone. Afterwards it is removed unless a shard in it is finished.
+
+    Raises:
+        UserError: it cannot be written, or another run is at work there.
+    """
+    folder, name = os.path.split(os.path.abspath(prefix))
+    work = Path(folder) / f".{name}.partial"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / _LOCK, "w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there: {error.strerror}; name another --output-prefix") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{prefix}: another run is writing this dataset; wait for it, or choose another --output-prefix"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        _clear_temporaries(work)
+        try:
+            yield work
+        finally:
+            if not any(work.glob("*.json")):
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def remove_workspace(work: Path) -> None:
+    """Remove all of it: the dataset is complete."""
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _clear_temporaries(work: Path) -> None:
+    """Remove what a killed run left besides finished shards."""
+    finished = {path.name.partition(".")[0] for path in work.glob("*.json")}
+    for path in work.iterdir():
+        if path.name != _LOCK and (path.is_dir() or path.name.partition(".")[0] not in finished):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def finished_results(work: Path, keys: Iterable[str]) -> dict[str, TaskResult]:
+    """Results of those of ``keys`` whose shards are finished and whole; others are removed."""
+    results: dict[str, TaskResult] = {}
+    for key in keys:
+        shard = Shard(work, key)
+        if not shard.result.exists():
+            continue
+        result = None
+        with suppress(UserError, OSError):
+            result = TaskResult.read(shard.result)
+            if hash_file(shard.tokens) != result.tokens_xxh3_128:
+                result = None
+        if result is None:
+            shard.remove()
+        else:
+            results[key] = result
+    return results

@@ -1,0 +1,80 @@
+"""The bare tokenizer: documents from memory in big batches, nothing read, parsed or written. Run as a process of its own.
+
+It is the encoder that the preprocess command uses: the fastest one that gives the reference's ids. Loading documents and
+tokenizer is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from ...engine.data.tokenizer import load_tokenizer
+from ...engine.errors import UserError
+from .corpora import read_texts
+
+
+def batches_of(texts: Iterable[str], characters: int) -> list[list[str]]:
+    """``texts`` in lists of about ``characters``."""
+    batches: list[list[str]] = [[]]
+    room = characters
+    for text in texts:
+        if room <= 0:
+            batches.append([])
+            room = characters
+        batches[-1].append(text)
+        room -= len(text)
+    return batches
+
+
+def environment(threads: int) -> dict[str, str]:
+    """What makes the tokenizer libraries use ``threads``, and none of them wait busily for the others."""
+    return {
+        "RAYON_NUM_THREADS": str(threads),
+        "FASTOKENS_BPE_THREADS": str(threads),
+        "FASTOKENS_SPIN_US": "0",
+        "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
+    }
+
+
+def main() -> None:
+    """``python -m retemper.tools.ingest_benchmark.limit``: prints what was measured as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--input", type=Path)
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--json-key")
+    parser.add_argument("--documents", type=int)
+    parser.add_argument("--batch-characters", type=int)
+    options = parser.parse_args()
+    texts = list(islice(read_texts(options.input, options.json_key), options.documents))
+    batches = batches_of(texts, options.batch_characters)
+    tokenizer = load_tokenizer(options.tokenizer)
+    with suppress(UserError):
+        tokenizer.eod()  # may change which token is ordinary text
+    tokenizer.encode_flat(["a"])
+    cpu, wall = time.process_time(), time.perf_counter()
+    tokens = sum(len(tokenizer.encode_flat(batch)[0]) for batch in batches)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    print(
+        json.dumps(
+            {
+                "encoder": tokenizer.encoder,
+                "threads": int(os.environ["RAYON_NUM_THREADS"]),
+                "batch_megacharacters": options.batch_characters / 1e6,
+                "tokens": tokens,
+                "text_bytes": sum(len(text.encode()) for text in texts),
+                "cpu_seconds": cpu,
+                "wall_seconds": wall,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What a command costs: CPU time of all its processes, wall time, and the peak memory of the whole process tree.
+
+CPU time is exact. ``getrusage(RUSAGE_CHILDREN)`` of the caller would miss processes that nobody waited for, such as the
+fork server of multiprocessing with all its workers. So the command runs under a keeper process that adopts every orphan
+of the tree (``PR_SET_CHILD_SUBREAPER``) and waits for each: what ``wait4`` returns for a process is its own CPU time, in
+all threads, and that of those for which it waited itself.
+
+Memory is sampled: the largest sum over the tree of each process's proportional set size, where a page that several
+processes share counts once. Linux only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ...engine.errors import UserError
+
+_PR_SET_CHILD_SUBREAPER = 36
+_SAMPLE_SECONDS = 0.1
+_ORPHAN_SECONDS = 30.0
+"""How long processes may outlive the command before they are killed."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a command took."""
+
+    cpu_seconds: float
+    """User and system time of all processes."""
+    wall_seconds: float
+    """From its start to its end."""
+    peak_mb: float
+    """Largest sample of the tree's memory."""
+    largest_process_mb: float
+    """Peak resident set of the largest process; exact, and counts shared pages in full."""
+    processes: int
+    """Adopted and waited for by the keeper: the command and its orphans."""
+
+
+def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[Cost, str]:
+    """Run ``command``; its cost and its standard output.
+
+    Raises:
+        UserError: it failed, with the last line that it said; or this is not Linux.
+    """
+    if not sys.platform.startswith("linux"):
+        raise UserError(f"measuring a process tree needs Linux; this is {sys.platform}")
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "cost.json"
+        keeper = [sys.executable, "-m", __name__, str(result), *command]
+        done = subprocess.run(
+            keeper, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+        )
+        if done.returncode != 0 or not result.exists():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"{' '.join(command[:3])} ...: exit status {done.returncode}: {last}")
+        return Cost(**json.loads(result.read_bytes())), done.stdout
+
+
+def keep(command: Sequence[str]) -> tuple[int, Cost]:
+    """Run ``command`` in this process's care; its exit status and cost. For the keeper process only."""
+    _adopt_orphans()
+    sampler = _Sampler()
+    sampler.start()
+    started = time.monotonic()
+    child = subprocess.Popen(command)
+    status, wall, cpu, largest, count = 1, 0.0, 0.0, 0, 0
+    while True:
+        try:
+            pid, code, usage = os.wait4(-1, 0)
+        except ChildProcessError:
+            break
+        cpu += usage.ru_utime + usage.ru_stime
+        largest = max(largest, usage.ru_maxrss)
+        count += 1
+        if pid == child.pid:
+            wall = time.monotonic() - started
+            status = child.returncode = os.waitstatus_to_exitcode(code)
+            sampler.deadline = time.monotonic() + _ORPHAN_SECONDS
+    sampler.stop()
+    return status, Cost(cpu, wall, sampler.peak / 1e6, largest * 1024 / 1e6, count)
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise UserError(f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(ctypes.get_errno())}")
+
+
+class _Sampler(threading.Thread):
+    """Samples the memory of this process's descendants; after ``deadline`` it ends those that are left."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.deadline: float | None = None
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(_SAMPLE_SECONDS):
+            pids = descendants(os.getpid())
+            self.peak = max(self.peak, sum(map(_proportional_bytes, pids)))
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                for pid in pids:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self.join()
+
+
+def descendants(root: int) -> list[int]:
+    """Process ids below ``root``."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with suppress(OSError):
+                # The command's name, in parentheses, may hold anything; the parent is the second field after it.
+                fields = Path("/proc", name, "stat").read_bytes().rpartition(b")")[2].split()
+                children.setdefault(int(fields[1]), []).append(int(name))
+    found: list[int] = []
+    frontier = [root]
+    while frontier:
+        below = children.get(frontier.pop(), [])
+        found += below
+        frontier += below
+    return found
+
+
+def _proportional_bytes(pid: int) -> int:
+    """Proportional set size of a process; 0 when it has ended."""
+    with suppress(OSError):
+        for line in Path("/proc", str(pid), "smaps_rollup").read_bytes().splitlines():
+            if line.startswith(b"Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def main() -> None:
+    """The keeper: ``python -m retemper.tools.ingest_benchmark.measure RESULT COMMAND...``."""
+    status, cost = keep(sys.argv[2:])
+    Path(sys.argv[1]).write_text(json.dumps(asdict(cost)), encoding="utf-8")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

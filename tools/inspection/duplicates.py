@@ -1,0 +1,169 @@
+"""How many documents are exact copies of others, in bounded memory, and by a right estimate where they are too many.
+
+Equal documents have equal hashes. Up to ``CAPACITY`` different ones all hashes are kept and the answer is exact. Beyond,
+only documents whose *hash* falls into a part p of all hashes are kept: then either all copies of a text are in the
+sample or none is. (A sample of documents would miss most copies: of two copies both are in a sample of one tenth in one
+case of a hundred, so it would find a tenth of the pairs.) The number of different documents is then estimated as those
+in the sample divided by p, and what the dataset holds beyond it, counted exactly, is copies. This estimate has no bias,
+and, unlike the copies in the sample divided by p, does not hang on whether a text with a million copies is in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from .streams import Block
+
+CAPACITY = 1 << 22
+"""Different documents whose hashes are kept: 32 bytes each, and some copies of that. Two of them have the same 64 bits
+by chance with a probability of one in two million."""
+_MOST_REPEATED = 10
+
+
+@dataclass(frozen=True)
+class RepeatedDocument:
+    """A document of which there are several."""
+
+    document: int
+    """Number of the first."""
+    copies: int
+    """How often it is there, the first included."""
+    tokens: int
+    """In each."""
+
+
+@dataclass(frozen=True)
+class DuplicateFacts:
+    """Documents whose tokens are those of a former document."""
+
+    copies: int
+    """Documents beyond the first of their kind: what deduplication would remove. An estimate where ``part`` < 1."""
+    share: float
+    """Of the documents."""
+    share_error: float
+    """Standard error of the estimate; 0 where it is exact."""
+    token_share: float
+    """Share of the tokens that lie in the copies."""
+    token_share_error: float
+    part: float
+    """Part of all hashes that was looked at."""
+    looked_at: int
+    """Documents whose hashes lie in it."""
+    most_repeated: list[RepeatedDocument]
+    """Among those, the most frequent first."""
+
+
+class DistinctDocuments:
+    """Counts different documents while the dataset streams by.
+
+    Args:
+        capacity: different documents that are remembered.
+    """
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._halvings = 0
+        self._documents = 0
+        self._tokens = 0
+        self._kept = _Kept(*(np.empty(0, dtype) for dtype in (np.uint64, np.int64, np.int64, np.int64)))
+        self._new: list[_Kept] = []
+        self._num_new = 0
+        self._open = xxhash.xxh3_64()
+        self._open_tokens = 0
+
+    def add(self, block: Block) -> None:
+        """See the next documents, or the next part of one."""
+        view = memoryview(np.ascontiguousarray(block.tokens)).cast("B")
+        self._tokens += len(block.tokens)
+        if block.begins and block.ends:
+            edges = ((block.edges - block.edges[0]) * block.tokens.dtype.itemsize).tolist()
+            digest = xxhash.xxh3_64_intdigest
+            hashes = [digest(view[start:stop]) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+            self._add(hashes, block.document, np.diff(block.edges))
+            return
+        if block.begins:
+            self._open, self._open_tokens = xxhash.xxh3_64(), 0
+        self._open.update(view)
+        self._open_tokens += len(block.tokens)
+        if block.ends:
+            self._add([self._open.intdigest()], block.document, np.array([self._open_tokens]))
+
+    def facts(self) -> DuplicateFacts:
+        """What was counted."""
+        self._merge()
+        part = 2.0**-self._halvings
+        distinct, documents, tokens = len(self._kept.hashes), self._documents, self._tokens
+        # Each different document is kept with probability part: the number of kept ones is binomial.
+        spread = (1 - part) / part**2
+        lengths = self._kept.tokens.astype(np.float64)
+        copies = max(0.0, documents - distinct / part)
+        repeated_tokens = max(0.0, tokens - float(lengths.sum()) / part)
+        most = np.argsort(-self._kept.copies, kind="stable")[:_MOST_REPEATED]
+        return DuplicateFacts(
+            copies=round(copies),
+            share=copies / max(1, documents),
+            share_error=math.sqrt(spread * distinct) / max(1, documents),
+            token_share=repeated_tokens / max(1, tokens),
+            token_share_error=math.sqrt(spread * float((lengths**2).sum())) / max(1, tokens),
+            part=part,
+            looked_at=int(self._kept.copies.sum()),
+            most_repeated=[
+                RepeatedDocument(int(self._kept.first[i]), int(self._kept.copies[i]), int(self._kept.tokens[i]))
+                for i in most
+                if self._kept.copies[i] > 1
+            ],
+        )
+
+    def _add(self, hashes: Sequence[int], first: int, tokens: npt.NDArray[np.int64]) -> None:
+        count = len(hashes)
+        self._documents += count
+        new = _Kept(
+            np.array(hashes, dtype=np.uint64), np.arange(first, first + count), np.ones(count, np.int64), tokens
+        ).within(self._halvings)
+        self._new.append(new)
+        self._num_new += len(new.hashes)
+        if self._num_new > self._capacity // 4:
+            self._merge()
+
+    def _merge(self) -> None:
+        self._kept = _Kept.merged([self._kept, *self._new])
+        self._new, self._num_new = [], 0
+        while len(self._kept.hashes) > self._capacity:
+            self._halvings += 1
+            self._kept = self._kept.within(self._halvings)
+
+
+@dataclass
+class _Kept:
+    """Documents by hash: number of the first of them, how many there are, and their tokens."""
+
+    hashes: npt.NDArray[np.uint64]
+    first: npt.NDArray[np.int64]
+    copies: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+
+    def within(self, halvings: int) -> _Kept:
+        """Those whose hash lies in the first of 2 ** ``halvings`` equal parts of all hashes."""
+        if halvings == 0:
+            return self
+        here = self.hashes >> np.uint64(64 - halvings) == 0
+        return _Kept(self.hashes[here], self.first[here], self.copies[here], self.tokens[here])
+
+    @staticmethod
+    def merged(parts: list[_Kept]) -> _Kept:
+        """All ``parts``, earlier documents in earlier ones, with equal hashes made one."""
+        hashes, first, copies, tokens = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("hashes", "first", "copies", "tokens")
+        )
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        begins = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)])
+        one = order[begins]
+        summed = np.add.reduceat(copies[order], begins) if len(begins) else copies
+        return _Kept(hashes[begins], first[one], summed, tokens[one])

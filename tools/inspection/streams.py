@@ -1,0 +1,131 @@
+"""A dataset from its first document to its last, in bounded memory whatever its size.
+
+Files are read rather than mapped: the pages of a mapped file that were read count as the process's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ...engine.data.dataset_writer import FileArray
+from ...engine.data.index_format import HEADER
+from ...engine.data.indexed_dataset import IndexedDataset
+from ...engine.errors import UserError
+
+BLOCK_TOKENS = 4 << 20
+"""Tokens that are held at once: 32 MB, and some copies."""
+_DOCUMENTS_AT_ONCE = 1 << 16
+_SEQUENCES_AT_ONCE = 4 << 20
+
+
+class Block(NamedTuple):
+    """Whole documents that lie behind one another, or a part of one that is longer than a block."""
+
+    document: int
+    """Number of the first."""
+    edges: npt.NDArray[np.int64]
+    """[documents + 1] positions at which they begin, and at which the last one ends."""
+    tokens: npt.NDArray[np.integer]
+    """In the dtype of the file."""
+    mask: npt.NDArray[np.integer] | None
+    """A byte for each token, where the dataset has a loss mask."""
+    begins: bool
+    """Whether the first document begins here."""
+    ends: bool
+    """Whether the last document ends here."""
+
+
+class DatasetStream:
+    """Reads ``dataset`` from start to end, as often as asked."""
+
+    def __init__(self, dataset: IndexedDataset, block_tokens: int = BLOCK_TOKENS) -> None:
+        self.dataset = dataset
+        self._block_tokens = block_tokens
+        num_sequences, num_indices = dataset.num_sequences, dataset.num_documents + 1
+        self._lengths = FileArray(dataset.idx_path, "<i4", HEADER.size, num_sequences)
+        self._indices = FileArray(dataset.idx_path, "<i8", HEADER.size + 12 * num_sequences, num_indices)
+        self._tokens = FileArray(dataset.bin_path, dataset.dtype.str, 0, dataset.num_tokens)
+        self._mask = FileArray(dataset.mask_path, "u1", 0, dataset.num_tokens) if dataset.has_loss_mask else None
+
+    def edges(self, first: int, stop: int) -> npt.NDArray[np.int64]:
+        """Token positions at which the documents [``first``, ``stop``) begin, and at which the last one ends.
+
+        Raises:
+            UserError: the index is damaged.
+        """
+        edges = self._edges(first, stop)
+        if (np.diff(edges) < 0).any() or edges[0] < 0 or edges[-1] > self.dataset.num_tokens:
+            raise UserError(
+                f"{self.dataset.idx_path}: the lengths and document indices of documents {first} to {stop - 1} do not "
+                "fit one another: the index is damaged; --verify says where, build the dataset again"
+            )
+        return edges
+
+    def _edges(self, first: int, stop: int) -> npt.NDArray[np.int64]:
+        indices = self._indices[first : stop + 1].astype(np.int64)
+        low, high = int(indices[0]), int(indices[-1])
+        if high - low > _SEQUENCES_AT_ONCE and stop - first > 1:  # very many sequences in a document
+            middle = (first + stop) // 2
+            return np.concatenate([self._edges(first, middle)[:-1], self._edges(middle, stop)])
+        if (np.diff(indices) < 0).any() or not 0 <= low <= high <= self.dataset.num_sequences:
+            return np.array([1, 0])  # damaged
+        start = self.dataset.sequence_start(low)
+        if stop - first == 1:
+            return np.array([start, self.dataset.sequence_start(high)])
+        ends = np.cumsum(self._lengths[low:high], dtype=np.int64)
+        return start + np.concatenate([[0], ends])[indices - low]
+
+    def all_edges(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """(first document, its and the following documents' edges) of run after run of documents."""
+        for first in range(0, self.dataset.num_documents, _DOCUMENTS_AT_ONCE):
+            yield first, self.edges(first, min(first + _DOCUMENTS_AT_ONCE, self.dataset.num_documents))
+
+    def blocks(self) -> Iterator[Block]:
+        """All documents with their tokens, in order."""
+        for first, edges in self.all_edges():
+            at = 0
+            while at < len(edges) - 1:
+                stop = int(np.searchsorted(edges, edges[at] + self._block_tokens, side="right")) - 1
+                if stop > at:
+                    yield self._block(first + at, edges[at : stop + 1], True, True)
+                    at = stop
+                else:
+                    yield from self._parts(first + at, int(edges[at]), int(edges[at + 1]))
+                    at += 1
+
+    def _parts(self, document: int, start: int, stop: int) -> Iterator[Block]:
+        for low in range(start, stop, self._block_tokens):
+            high = min(low + self._block_tokens, stop)
+            yield self._block(document, np.array([low, high]), low == start, high == stop)
+
+    def _block(self, document: int, edges: npt.NDArray[np.int64], begins: bool, ends: bool) -> Block:
+        part = slice(int(edges[0]), int(edges[-1]))
+        mask = None if self._mask is None else self._mask[part]
+        return Block(document, edges, self._tokens[part], mask, begins, ends)
+
+
+def document_tokens(dataset: IndexedDataset, index: int) -> npt.NDArray[np.int64]:
+    """Tokens of document ``index``, int64.
+
+    Raises:
+        UserError: there is no such document.
+    """
+    start, stop = document_edges(dataset, index)
+    return dataset.tokens(start, stop)
+
+
+def document_edges(dataset: IndexedDataset, index: int) -> tuple[int, int]:
+    """Token positions at which document ``index`` begins and ends.
+
+    Raises:
+        UserError: there is no such document.
+    """
+    if not 0 <= index < dataset.num_documents:
+        held = f"documents 0 to {dataset.num_documents - 1}" if dataset.num_documents else "no documents"
+        raise UserError(f"--index {index}: {dataset.prefix} has {held}; choose another")
+    first, last = dataset.document_indices[index : index + 2].tolist()
+    return dataset.sequence_start(first), dataset.sequence_start(last)

@@ -1,0 +1,47 @@
+"""Join indexed datasets: the shards of one run, or whole datasets, in the order given.
+
+    python tools/merge.py --inputs 'dataset.shard-*-of-8' --output-prefix dataset
+    python tools/merge.py --inputs books web/part-* --output-prefix mix
+
+The work is done by retemper.tools.ingest.merging; this file is the command line.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+from retemper.engine.errors import CommandParser, run_command
+from retemper.tools.ingest.merging import MergeOptions, format_report, merge
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> MergeOptions:
+    """The options on the command line, by default that of this process."""
+    parser = CommandParser(
+        description="Join indexed datasets: the shards of one run, or whole datasets, in the order given. Files are "
+        "checked against the hashes in their sidecars."
+    )
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        required=True,
+        metavar="PREFIX|PATTERN",
+        help="datasets, each by the path of its .bin and .idx without suffix, or a pattern of such paths in quotes. "
+        "Documents keep the order of the arguments; within a pattern of paths, and shards of one run of their numbers. "
+        "Of a run, all shards must be there",
+    )
+    parser.add_argument("--output-prefix", required=True, metavar="PATH", help="of the dataset to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing dataset once the new one is complete"
+    )
+    return MergeOptions(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    print(format_report(merge(parse_arguments(arguments))))
+
+
+if __name__ == "__main__":
+    # A scheduler's SIGTERM cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_command(main)
