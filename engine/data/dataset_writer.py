@@ -77,9 +77,9 @@ def existing_outputs(prefix: str | os.PathLike[str]) -> list[str]:
     return [path for path in paths if os.path.exists(path)]
 
 
-def refuse_existing_outputs(prefix: str | os.PathLike[str]) -> None:
-    """Raise UserError when there is a dataset, or a part of one, of this prefix."""
-    if existing := existing_outputs(prefix):
+def refuse_existing_outputs(prefix: str | os.PathLike[str], also: Sequence[str] = ()) -> None:
+    """Raise UserError when there is a dataset, or a part of one, of this prefix, or one of the files ``also``."""
+    if existing := existing_outputs(prefix) + [path for path in also if os.path.exists(path)]:
         raise UserError(
             f"{', '.join(existing)}: already there; pass --overwrite to replace, or choose another --output-prefix"
         )

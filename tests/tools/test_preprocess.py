@@ -6,63 +6,23 @@ import gzip
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import zstandard
 from oracles.megatron_index import read_megatron
+from oracles.preprocessing import GOOD, jsonl, plain_ids, report, run
 from oracles.tiny_tokenizer import sample_text, shared_data, train_tiny_tokenizer
-from tokenizers import Tokenizer
 
 from retemper.engine.data.sidecar import Sidecar
-from retemper.engine.errors import run_command
 from retemper.tools import preprocess as command
-from retemper.tools.ingest.inputs import expand_inputs
-from retemper.tools.ingest.pipeline import PreprocessOptions, preprocess
+from retemper.tools.ingest.inputs import InputOptions, expand_inputs
 from retemper.tools.ingest.tasks import plan_tasks
 
 TEXTS = [*(sample_text(seed, 5 + seed) for seed in range(30)), "a<|endoftext|>b", "\x00\u2028 two\r\nlines 🙂", "cat"]
 OUTPUTS = ["out.bin", "out.idx", "out.json"]
-
-
-def jsonl(texts: list[str], **keys: object) -> bytes:
-    return b"".join(json.dumps({**keys, "text": text}, ensure_ascii=False).encode() + b"\n" for text in texts)
-
-
-def plain_ids(folder: Path, texts: list[str], end: list[int] | None = None) -> list[list[list[int]]]:
-    """What the dataset must hold: for each text one document of one sequence."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True
-    return [[tokenizer.encode(text, add_special_tokens=False).ids + ([0] if end is None else end)] for text in texts]
-
-
-def run(tokenizer: Path, folder: Path, *inputs: Path | str, **options: object) -> Sidecar:
-    """Preprocess in this process (the work itself is always done in worker processes)."""
-    settings = {"workers": 1, "output_prefix": str(folder / "out"), **options}
-    paths = [str(path) for path in inputs]
-    return preprocess(PreprocessOptions(paths, str(tokenizer), **settings)).sidecar  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def refused(capsys, tiny_tokenizer):
-    """Run the command line, require exit status 1 and one line on stderr, and return that line."""
-
-    def check(*arguments: Path | str) -> str:
-        full = ["--tokenizer", str(tiny_tokenizer), "--workers", "1", *map(str, arguments)]
-        with pytest.raises(SystemExit) as exit_:
-            run_command(lambda: command.main(full))
-        lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" workers")]
-        assert exit_.value.code == 1
-        assert len(lines) == 1, lines
-        return lines[0]
-
-    return check
 
 
 def test_every_format_gives_the_librarys_ids_in_input_order(tmp_path, tiny_tokenizer):
@@ -86,14 +46,12 @@ def test_every_format_gives_the_librarys_ids_in_input_order(tmp_path, tiny_token
     assert sidecar.text_bytes == sum(len(text.encode()) for text in expected)
     assert (sidecar.append_eod, sidecar.eod_token, sidecar.eod_id) == (True, "<|endoftext|>", 0)
     assert sidecar.max_token_id == max(map(max, written.sequences))
-    assert [(Path(s.path).name, s.documents) for s in sidecar.sources] == [
-        ("first.txt", 1),
-        ("a.jsonl", 10),
-        ("b.jsonl.gz", 10),
-        ("c.jsonl.zst", 8),
-        ("d.txt", 1),
-        ("e.TXT", 1),
+    assert [(Path(s.name).name, s.files, s.documents) for s in sidecar.sources] == [
+        ("first.txt", 1, 1),
+        ("data", 5, 30),
     ]
+    sizes = [path.stat().st_size for path in data.rglob("*") if path.is_file() and path.name != ".hidden.txt"]
+    assert [s.bytes for s in sidecar.sources] == [(tmp_path / "first.txt").stat().st_size, sum(sizes)]
 
 
 def test_same_bytes_for_any_workers_and_task_size(tmp_path, tiny_tokenizer):
@@ -117,14 +75,14 @@ def test_same_bytes_for_any_workers_and_task_size(tmp_path, tiny_tokenizer):
 def test_tasks_cover_each_byte_once_and_in_order(tmp_path, task_bytes):
     for name, size in (("a.jsonl", 20), ("b.jsonl", 0), ("c.txt", 7), ("d.txt", 1), ("e.jsonl.gz", 9)):
         (tmp_path / name).write_bytes(b"x" * size)
-    files = expand_inputs([str(tmp_path)])
+    files = expand_inputs([str(tmp_path)], InputOptions())
     tasks = plan_tasks(files, task_bytes)
     assert [task.index for task in tasks] == list(range(len(tasks)))
-    covered = [(s.source, byte) for task in tasks for s in task.spans for byte in range(s.start, s.stop)]
-    assert covered == [(source, byte) for source, file in enumerate(files) for byte in range(file.size)]
-    assert {span.source for task in tasks for span in task.spans} == set(range(5))
-    for span in (span for task in tasks for span in task.spans):
-        assert span.path.endswith(".jsonl") or (span.start, span.stop) == (0, files[span.source].size)
+    covered = [(files.index(s.file), byte) for task in tasks for s in task.spans for byte in range(s.start, s.stop)]
+    assert covered == [(number, byte) for number, file in enumerate(files) for byte in range(file.size)]
+    spans = [span for task in tasks for span in task.spans]
+    assert {span.file for span in spans} == set(files)
+    assert all((s.file.format == "jsonl" and not s.file.compression) or s.stop == s.file.size for s in spans)
 
 
 def test_bom_crlf_blank_lines_empty_texts_and_other_keys(tmp_path, tiny_tokenizer):
@@ -134,11 +92,11 @@ def test_bom_crlf_blank_lines_empty_texts_and_other_keys(tmp_path, tiny_tokenize
     (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfthree\r\n")
     (tmp_path / "d.txt").write_bytes(b"")
     (tmp_path / "e.jsonl").write_bytes(b"\xef\xbb\xbf")
-    sidecar = run(tiny_tokenizer, tmp_path, tmp_path, json_key="body", append_eod=False, task_bytes=9)
+    sidecar = run(tiny_tokenizer, tmp_path, tmp_path, json_key=["body"], append_eod=False, task_bytes=9)
     texts = ["one", "two", "one", "two", "three\r\n"]
     assert read_megatron(tmp_path / "out").documents == plain_ids(tiny_tokenizer, texts, [])
-    assert (sidecar.empty_documents, [source.empty_documents for source in sidecar.sources]) == (3, [1, 1, 0, 1, 0])
-    assert (sidecar.append_eod, sidecar.skipped_lines) == (False, 0)
+    assert sidecar.left_out == {"empty": 3}
+    assert (sidecar.append_eod, sidecar.options) == (False, {"json_key": ["body"]})
 
 
 def test_wide_vocabulary_and_choice_of_eod(tmp_path):
@@ -153,7 +111,6 @@ def test_wide_vocabulary_and_choice_of_eod(tmp_path):
         assert (written.code, written.documents) == (4, plain_ids(folder, TEXTS[:3], end))
 
 
-GOOD = b'{"text": "fine"}\n'
 MALFORMED = {
     "cut short": (b'{"text": "a"', "not valid JSON"),
     "not an object": (b"[1]", "an array, not a JSON object"),
@@ -164,6 +121,8 @@ MALFORMED = {
     "not UTF-8": (b'{"text": "a\xffb"}', "not valid UTF-8: byte 0xff at byte 12"),
     "lone surrogate": (b'{"text": "\\ud800"}', "lone surrogate"),
     "two records": (b'{"text": "a"}{"text": "b"}', "not valid JSON"),
+    "a key twice": (b'{"text": "a", "text": "b"}', "the key 'text' twice"),
+    "too deep": (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not valid JSON"),
 }
 
 
@@ -175,7 +134,8 @@ def test_malformed_line_is_named_and_nothing_is_left(tmp_path, refused, fault):
     path.write_bytes(GOOD * 3 + b"\n" + line + b"\n" + GOOD)
     error = refused("--input", path, "--output-prefix", tmp_path / "o" / "out")
     assert error.startswith(f"error: {path}:5: ")
-    assert error.endswith("mend it, or leave such lines out with --skip-bad-lines")
+    utf8 = " or --drop-invalid-utf8" if fault == "not UTF-8" else ""
+    assert error.endswith(f"mend it, or leave such records out with --skip-bad-lines{utf8}")
     assert re.search(reason, error)
     assert os.listdir(tmp_path / "o") == []
 
@@ -190,12 +150,11 @@ def test_line_numbers_are_exact_in_any_task(tmp_path, tiny_tokenizer, suffix):
         path.write_bytes(compress(b"".join(lines)))
         with pytest.raises(ValueError, match=rf"a{suffix}:{number}: not valid JSON"):
             run(tiny_tokenizer, tmp_path, path, task_bytes=100)
-        report = preprocess(
-            PreprocessOptions([str(path)], str(tiny_tokenizer), str(tmp_path / "out"), skip_bad_lines=True, workers=1)
-        )
-        assert report.first_skipped is not None
-        assert report.first_skipped.startswith(f"{path}:{number}: not valid JSON")
-        for name in OUTPUTS:
+        found = report(tiny_tokenizer, tmp_path, path, task_bytes=100, skip_bad_lines=True)
+        assert found.first_bad is not None and found.first_bad.startswith(f"{path}:{number}: not valid JSON")
+        (line,) = (tmp_path / "out.rejects.jsonl").read_text().splitlines()
+        assert json.loads(line)["where"] == f"{path}:{number}"
+        for name in (*OUTPUTS, "out.rejects.jsonl"):
             (tmp_path / name).unlink()
 
 
@@ -205,12 +164,19 @@ def test_skipped_lines_are_counted_and_said(tmp_path, tiny_tokenizer, capsys):
     (tmp_path / "b.txt").write_bytes(b"one\ntwo\xff")
     arguments = ["--input", str(tmp_path), "--tokenizer", str(tiny_tokenizer), "--workers", "1", "--skip-bad-lines"]
     command.main([*arguments, "--output-prefix", str(tmp_path / "out")])
-    table = capsys.readouterr().out
-    assert f"{len(MALFORMED) + 1}, the first: {tmp_path}/a.jsonl:2: not valid JSON" in table
+    table = dict(re.split("  +", line.strip(), maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert table["malformed"] == str(len(MALFORMED) - 1) and table["invalid UTF-8"] == "2"
+    assert table["first malformed"].startswith(f"{tmp_path}/a.jsonl:2: not valid JSON")
     sidecar = Sidecar.read(tmp_path / "out")
-    assert sidecar is not None
-    assert [(s.documents, s.skipped_lines) for s in sidecar.sources] == [(2, len(MALFORMED)), (0, 1)]
+    assert sidecar is not None and sidecar.documents == 2
+    assert sidecar.left_out == {"malformed": len(MALFORMED) - 1, "invalid UTF-8": 2}
     assert read_megatron(tmp_path / "out").documents == plain_ids(tiny_tokenizer, ["fine", "fine"])
+    rejects = [json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_bytes().splitlines()]
+    places = [f"{tmp_path}/a.jsonl:{2 + number}" for number in range(len(MALFORMED))]
+    assert [reject["where"] for reject in rejects] == [*places, f"{tmp_path}/b.txt:2"]
+    for reject, (line, reason) in zip(rejects, MALFORMED.values(), strict=False):
+        assert re.search(reason, reject["reason"])
+        assert reject["record"].rstrip("\n") == line.decode("utf-8", "backslashreplace")
 
 
 def truncated_archives(folder: Path) -> dict[str, str]:
@@ -237,13 +203,13 @@ def test_damaged_archives_are_refused(tmp_path, refused):
 
 
 def test_inputs_that_cannot_be_are_refused(tmp_path, refused):
-    (tmp_path / "x.csv").write_text("a,b")
+    (tmp_path / "x.doc").write_text("a,b")
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     (tmp_path / "none").mkdir()
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "absent")
     cases = [
         (["absent.jsonl"], "absent.jsonl: no such file or folder"),
-        (["x.csv"], "x.csv: unknown format; known are .jsonl, .jsonl.gz, .jsonl.zst, .txt"),
+        (["x.doc"], r"x.doc: unknown format; known are .*\.jsonl"),
         (["*.parquet"], r"\*.parquet: no file matches this pattern"),
         (["none"], "none: no .jsonl, .* file in this folder"),
         (["gone.jsonl"], "gone.jsonl: no such file or folder"),
@@ -263,7 +229,7 @@ def test_empty_corpus_is_refused(tmp_path, refused):
     (tmp_path / "c.txt").write_bytes(b"")
     arguments = ("--input", tmp_path, "--output-prefix", tmp_path / "o" / "out", "--skip-bad-lines")
     error = refused(*arguments)
-    assert "no document with a token (3 input files, 2 empty documents, 1 malformed lines skipped" in error
+    assert "no document to write (3 input files; 2 empty, 1 malformed; the first malformed: " in error
     assert f"{tmp_path}/b.jsonl:2: " in error
     assert os.listdir(tmp_path / "o") == []
 
@@ -311,78 +277,19 @@ def test_wrong_options_are_refused(tmp_path, refused):
 SCRIPT = Path(command.__file__)
 
 
-@pytest.fixture
-def long_run(tmp_path: Path, tiny_tokenizer: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command as a user starts it, on two tasks of a minute each, when both workers have begun."""
-    (tmp_path / "in").mkdir()
-    for name in ("a", "b"):
-        (tmp_path / "in" / f"{name}.jsonl.zst").write_bytes(zstandard.compress(jsonl([sample_text(0, 20_000)])) * 2000)
-    arguments = ["--input", str(tmp_path / "in"), "--tokenizer", str(tiny_tokenizer), "--workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments, "--output-prefix", str(tmp_path / "o" / "out")],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 60
-    while len(list((tmp_path / "o").glob(".out.*.partial/*.bin"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    yield process
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def worker_ids(process: subprocess.Popen[str]) -> list[int]:
-    """Processes below ``process`` that have no child of their own: its workers."""
-    parents, names = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ended meanwhile
-            names[int(folder.name)] = (folder / "cmdline").read_text()
-            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-
-    def below(pid: int) -> bool:
-        return pid in parents and (parents[pid] == process.pid or below(parents[pid]))
-
-    return [p for p in parents if below(p) and p not in parents.values() and "resource_tracker" not in names[p]]
-
-
-@pytest.mark.parametrize("event", ["Ctrl-C", "SIGTERM", "killed worker"])
-def test_an_interrupted_run_ends_at_once_and_leaves_nothing(tmp_path, long_run, event):
-    workers = worker_ids(long_run)
-    assert len(workers) == 2
-    if event == "Ctrl-C":
-        os.killpg(long_run.pid, signal.SIGINT)
-    elif event == "SIGTERM":
-        long_run.terminate()
-    else:
-        os.kill(workers[0], signal.SIGKILL)
-    _, err = long_run.communicate(timeout=30)
-    lines = [line for line in err.splitlines() if not line.endswith(" workers")]
-    if event == "killed worker":
-        assert long_run.returncode == 1
-        assert len(lines) == 1 and lines[0].startswith("error: a worker process was killed")
-    else:
-        assert (long_run.returncode, lines) == (130, ["interrupted"])
-    assert os.listdir(tmp_path / "o") == []
-    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
-
-
 def test_command_line_as_a_user_runs_it(tmp_path, tiny_tokenizer):
     (tmp_path / "corpus.jsonl").write_bytes(jsonl(TEXTS))
     arguments = [sys.executable, str(SCRIPT), "--input", "corpus.jsonl", "--tokenizer", str(tiny_tokenizer)]
     result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert sorted(os.listdir(tmp_path)) == ["corpus.jsonl", "dataset.bin", "dataset.idx", "dataset.json"]
     assert read_megatron(tmp_path / "dataset").documents == plain_ids(tiny_tokenizer, TEXTS)
-    table = {line[:25].strip(): line[26:] for line in result.stdout.splitlines()}
+    table = dict(re.split("  +", line.strip(), maxsplit=1) for line in result.stdout.splitlines())
     assert table["documents"] == str(len(TEXTS))
     assert table["document end"] == "<|endoftext|> (0)"
     assert table["files"] == "dataset.bin dataset.idx dataset.json"
     assert len(result.stderr.splitlines()) == 1
     sidecar = Sidecar.read(tmp_path / "dataset")
-    assert sidecar is not None and [source.path for source in sidecar.sources] == ["corpus.jsonl"]
+    assert sidecar is not None and [source.name for source in sidecar.sources] == ["corpus.jsonl"]
 
 
 def test_real_text_where_there_is_any(tmp_path):

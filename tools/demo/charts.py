@@ -6,7 +6,6 @@ tokens_per_second``; evaluation lines carry ``step, tokens, evaluation`` (a name
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,24 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...engine.errors import UserError
+from ..page.figures import BLUE, COLOURS, FAINT, GREY, ORANGE, PAPER, RULE, page_style, require_matplotlib, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {
-    "#0f0f01": "var(--ink)",
-    "#0f0f02": "var(--faint)",
-    "#0f0f03": "var(--rule)",
-    "#0f0f04": "var(--train)",
-    "#0f0f05": "var(--domain)",
-    "#0f0f06": "var(--general)",
-    "#0f0f07": "var(--paper)",
-}
-"""matplotlib knows no CSS variables: it draws in these placeholders, which become variables in the finished SVG."""
-
-INK, FAINT, RULE, TRAIN, DOMAIN, GENERAL, PAPER = COLOURS
-
+__all__ = ["COLOURS", "Interruption", "Metrics", "TrainingPoint", "draw_curves", "read_metrics", "require_matplotlib"]
 
 @dataclass(frozen=True)
 class Interruption:
@@ -61,16 +49,6 @@ class Metrics:
     evaluations: dict[str, list[tuple[int, float]]]
 
 
-def require_matplotlib() -> None:
-    """Raise :class:`UserError` where matplotlib is missing; worth a call before minutes of training."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "the report's curves are drawn with matplotlib, which is not installed: run pip install -e .[demo]"
-        ) from None
-
-
 def read_metrics(path: Path) -> Metrics:
     """Read a metrics file. Of a step that a resumed run did again, the last line counts."""
     training: dict[int, TrainingPoint] = {}
@@ -92,38 +70,12 @@ def draw_curves(metrics: Metrics, interruptions: Sequence[Interruption]) -> str:
 
     Its colours are the CSS variables of :data:`COLOURS`, its text is text, and the same metrics give the same bytes.
     """
-    require_matplotlib()
-    import matplotlib
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    with page_style():
+        from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    with matplotlib.rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "retemper",
-            "font.size": 9,
-            "text.color": INK,
-            "axes.labelcolor": FAINT,
-            "axes.edgecolor": RULE,
-            "xtick.color": RULE,
-            "ytick.color": RULE,
-            "xtick.labelcolor": FAINT,
-            "ytick.labelcolor": FAINT,
-            "grid.color": RULE,
-            "grid.linewidth": 0.6,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 9.5,
-            "axes.titleweight": "bold",
-            "legend.frameon": False,
-            "lines.linewidth": 1.5,
-        }
-    ):
         figure = Figure(figsize=(9.4, 6.2), layout="constrained")
         _draw_panels(figure, metrics, interruptions)
-        return _to_svg(figure)
+        return to_svg(figure, "Curves of the run")
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -145,8 +97,8 @@ def _draw_panels(figure: Figure, metrics: Metrics, interruptions: Sequence[Inter
     tokens = [point.tokens for point in metrics.training]
 
     loss = axes["loss"]
-    loss.plot(tokens, [point.loss for point in metrics.training], color=TRAIN, linewidth=1.1, label="training")
-    for name, colour in (("domain", DOMAIN), ("general", GENERAL)):
+    loss.plot(tokens, [point.loss for point in metrics.training], color=GREY, linewidth=1.1, label="training")
+    for name, colour in (("domain", BLUE), ("general", ORANGE)):
         if name in metrics.evaluations:
             consumed, losses = zip(*metrics.evaluations[name], strict=True)
             loss.plot(consumed, losses, color=colour, marker="o", markersize=4, label=f"{name}, validation")
@@ -158,7 +110,7 @@ def _draw_panels(figure: Figure, metrics: Metrics, interruptions: Sequence[Inter
         ("norm", "grad_norm", "Gradient norm"),
         ("speed", "tokens_per_second", "Tokens per second"),
     ):
-        axes[panel].plot(tokens, [getattr(point, attribute) for point in metrics.training], color=TRAIN)
+        axes[panel].plot(tokens, [getattr(point, attribute) for point in metrics.training], color=GREY)
         axes[panel].set_title(title)
         axes[panel].set_ylim(bottom=0)
 
@@ -200,15 +152,3 @@ def _mark_interruption(axis: Axes, interruption: Interruption, labelled: bool) -
             color=FAINT,
             bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.5},
         )
-
-
-def _to_svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    )
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]  # without the XML declaration and document type
-    for placeholder, variable in COLOURS.items():
-        text = text.replace(placeholder, variable)
-    return text.replace("<svg ", '<svg role="img" aria-label="Curves of the run" ', 1)

@@ -36,7 +36,7 @@ from .inputs import InputOptions, expand_inputs, with_stdin_copied
 from .options import PreprocessOptions, contents_of, task_key
 from .pool import run_tasks, usable_cores, worker_context
 from .progress import ProgressReport
-from .rejects import write_rejects
+from .rejects import REJECTS, write_rejects
 from .shards import Shard
 from .split import Split
 from .tasks import Span, choose_task_bytes, plan_tasks, shard_of_tasks
@@ -142,6 +142,7 @@ class _Run:
         assembly = Assembly(shards, self.options, self.work, len(self.options.input))
         first_bad = next((result.first_bad for result in results if result.first_bad), None)
         if not any(result.documents for result in results):
+            remove_workspace(self.work)  # nothing in it to go on with
             raise UserError(self._nothing_found(results, first_bad))
         prefixes = [f"{self.prefix}.{side}" if side else self.prefix for side in assembly.sides]
         size = sum(shard.tokens.stat().st_size for shard in shards)
@@ -300,8 +301,9 @@ def _checked_prefix(options: PreprocessOptions) -> str:
     if options.shard_place is not None:
         prefix += ".shard-{}-of-{}".format(*options.shard_place)
     if not options.overwrite:
-        for side in Split.parse(options.split).names if options.split else ("",):
-            refuse_existing_outputs(f"{prefix}.{side}" if side else prefix)
+        refuse_existing_outputs(prefix, also=(f"{prefix}{REJECTS}",))
+        for side in Split.parse(options.split).names if options.split else ():
+            refuse_existing_outputs(f"{prefix}.{side}")
     return prefix
 
 

@@ -12,13 +12,16 @@ from .records import Where, count_newlines
 from .shards import Shard
 
 
+REJECTS = ".rejects.jsonl"
+
+
 def write_rejects(shards: Sequence[Shard], prefix: str, work: Path) -> list[str]:
     """Join the shards' rejects to ``{prefix}.rejects.jsonl``; the paths written, none when there are none.
 
-    A line of it: ``{"where": "file:17", "reason": ..., "record": ...}``; the record as it stood (bytes that are no UTF-8
-    as ``\\\\xff``), of lines of more than 16 MB the beginning, and null where the reader has none.
+    A line of it: ``{"where": "file:17", "reason": ..., "record": ...}``; the record as it stood (bytes that are no
+    UTF-8 as ``\\\\xff``), of lines of more than 16 MB the beginning, and null where the reader has none.
     """
-    final = f"{prefix}.rejects.jsonl"
+    final = f"{prefix}{REJECTS}"
     if not any(shard.rejects.exists() for shard in shards):
         Path(final).unlink(missing_ok=True)
         return []

@@ -159,6 +159,7 @@ class ShardWriter:
             if file is not None:
                 file.flush()
         self._result.tokens_xxh3_128 = self._digest.hexdigest()
+        self._result.sizes = self._shard.sizes()
         temporary = self._shard.result.with_suffix(".unfinished")
         temporary.write_text(self._result.to_json(), encoding="utf-8")
         os.replace(temporary, self._shard.result)

@@ -66,6 +66,11 @@ class Shard:
         """Counts and hashes; its existence says that the shard is finished."""
         return self.folder / f"{self.key}.json"
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of its files but ``result``, by name."""
+        paths = (self.tokens, self.documents, self.mask, self.metadata, self.bands, self.rejects)
+        return {path.name: path.stat().st_size for path in paths if path.exists()}
+
     def remove(self) -> None:
         """Remove all files."""
         for path in self.folder.glob(f"{self.key}.*"):

@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from multiprocessing import parent_process
@@ -91,6 +91,8 @@ class TaskResult:
     encoder: str = ""
     """The library that encoded, and why it was not a faster one."""
     tokens_xxh3_128: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of each file of the shard: a machine that lost power may keep a file's name without its end."""
 
     def count(self, source: int, reason: str, number: int = 1) -> None:
         """Note ``number`` documents that are left out."""
@@ -224,7 +226,9 @@ class TaskRunner:
         self._write(batch)
         yield
 
-    def _texts(self, span: Span, context: ReadContext) -> Iterator[tuple[str | LongText, bytes | None]]:
+    def _texts(
+        self, span: Span, context: ReadContext
+    ) -> Generator[tuple[str | LongText, bytes | None], None, None]:
         """Text and metadata line of each record of ``span`` that has a text."""
         choice, metadata = self._settings.text, self._settings.metadata
         if span.file.format == "jsonl" and choice.single_key is not None and not metadata:

@@ -71,7 +71,7 @@ def finished_results(work: Path, keys: Iterable[str]) -> dict[str, TaskResult]:
         result = None
         with suppress(UserError, OSError):
             result = TaskResult.read(shard.result)
-            if hash_file(shard.tokens) != result.tokens_xxh3_128:
+            if shard.sizes() != result.sizes or hash_file(shard.tokens) != result.tokens_xxh3_128:
                 result = None
         if result is None:
             shard.remove()
