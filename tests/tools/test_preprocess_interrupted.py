@@ -177,7 +177,7 @@ def test_merged_shards_are_the_whole(tmp_path, tiny_tokenizer, count):
     (tmp_path / "in").mkdir()
     for name in "ab":
         (tmp_path / "in" / f"{name}.jsonl").write_bytes(jsonl([sample_text(seed, 30) for seed in range(60)], n=name))
-    options = {"task_bytes": 900, "metadata": ["n"]}
+    options: dict[str, object] = {"task_bytes": 900, "metadata": ["n"]}
     whole = run(tiny_tokenizer, tmp_path / "whole", tmp_path / "in", **options)
     for index in range(count):
         run(tiny_tokenizer, tmp_path / "o", tmp_path / "in", shard=f"{index}/{count}", **options)
@@ -187,3 +187,12 @@ def test_merged_shards_are_the_whole(tmp_path, tiny_tokenizer, count):
     joined = Sidecar.read(tmp_path / "o" / "joined")
     assert joined is not None and (joined.documents, joined.tokens) == (whole.documents, whole.tokens)
     assert [s.documents for s in joined.sources] == [s.documents for s in whole.sources]
+
+
+def test_a_shard_without_documents_is_one_too(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "two"]))
+    counts = [run(tiny_tokenizer, tmp_path, tmp_path / "a.jsonl", shard=f"{i}/5").documents for i in range(5)]
+    assert sum(counts) == 2 and 0 in counts
+    run(tiny_tokenizer, tmp_path / "whole", tmp_path / "a.jsonl")
+    merge(MergeOptions([str(tmp_path / "out.shard-*")], str(tmp_path / "joined")))
+    assert (tmp_path / "joined.bin").read_bytes() == (tmp_path / "whole" / "out.bin").read_bytes()

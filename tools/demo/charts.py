@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COLOURS", "Interruption", "Metrics", "TrainingPoint", "draw_curves", "read_metrics", "require_matplotlib"]
 
+
 @dataclass(frozen=True)
 class Interruption:
     """A run that was killed and resumed, in consumed tokens."""

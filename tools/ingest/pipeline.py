@@ -107,9 +107,9 @@ class _Run:
         """Cut the input into tasks, to be done in the folder ``work``."""
         self.work = work
         self.files = with_stdin_copied(self.files, work / "stdin")
-        tasks = plan_tasks(self.files, self.options.task_bytes or choose_task_bytes(self.files))
-        if self.options.shard_place is not None:
-            tasks = shard_of_tasks(tasks, *self.options.shard_place)
+        index, count = self.options.shard_place or (0, 1)
+        task_bytes = self.options.task_bytes or choose_task_bytes(self.files, count)
+        tasks = shard_of_tasks(plan_tasks(self.files, task_bytes), index, count)
         contents = contents_of(self.options, self.tokenizer.sha256, self.eod and self.eod[1], __version__)
         self.keys = {task_key([_facts(span) for span in task.spans], contents): task for task in tasks}
 
@@ -141,7 +141,7 @@ class _Run:
         shards = [Shard(self.work, key) for key in self.keys]
         assembly = Assembly(shards, self.options, self.work, len(self.options.input))
         first_bad = next((result.first_bad for result in results if result.first_bad), None)
-        if not any(result.documents for result in results):
+        if self._must_have_documents and not any(result.documents for result in results):
             remove_workspace(self.work)  # nothing in it to go on with
             raise UserError(self._nothing_found(results, first_bad))
         prefixes = [f"{self.prefix}.{side}" if side else self.prefix for side in assembly.sides]
@@ -159,7 +159,7 @@ class _Run:
             totals = assembly.write(writers, on_bytes)
             left_out = self._left_out(results, assembly)
             for side, writer, total in zip(assembly.sides, writers, totals, strict=True):
-                if writer.num_tokens == 0:
+                if writer.num_tokens == 0 and self._must_have_documents:
                     raise UserError(
                         f"--split: no document fell to {side!r}; give it a larger share, or the corpus more documents"
                         if side
@@ -174,10 +174,15 @@ class _Run:
             {prefix: sidecar for prefix, sidecar in sidecars.items() if sidecar is not None},
             first_bad,
             sum(result.dropped_turns for result in results),
-            results[0].encoder,
+            results[0].encoder if results else self.tokenizer.encoder,
             0.0,
             (*(path for path in files if os.path.exists(path)), *rejects),
         )
+
+    @property
+    def _must_have_documents(self) -> bool:
+        """Whether a dataset without documents is an error: of one shard of many it may be the truth."""
+        return self.options.shard_place is None
 
     def _writer(self, prefix: str) -> IndexedDatasetWriter:
         return IndexedDatasetWriter(

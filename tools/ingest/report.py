@@ -18,7 +18,7 @@ def format_report(report: PreprocessReport) -> str:
     text_bytes, tokens = (sum(getattr(sidecar, name) for sidecar in sidecars) for name in ("text_bytes", "tokens"))
     first = sidecars[0]
     rows["characters"] = f"{sum(sidecar.characters for sidecar in sidecars):,}"
-    rows["bytes per token"] = f"{text_bytes / tokens:.2f}"
+    rows["bytes per token"] = f"{text_bytes / max(tokens, 1):.2f}"
     rows["encoder"] = report.encoder
     rows["document end"] = f"{first.eod_token} ({first.eod_id})" if first.append_eod else "none appended"
     # Every side of a split records what the whole run left out.

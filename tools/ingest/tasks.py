@@ -18,6 +18,8 @@ _MIN_TASK_BYTES = 4 << 20
 _NUM_TASKS = 64
 """Tasks of a middling corpus: the same for any number of workers, so that a restart with another finds its shards."""
 
+_MIN_TASKS_IN_SHARD = 4
+
 
 @dataclass(frozen=True)
 class Span:
@@ -50,10 +52,13 @@ class Task:
         return sum(span.num_bytes for span in self.spans)
 
 
-def choose_task_bytes(files: Sequence[InputFile]) -> int:
-    """Small enough for all workers to finish at about the same time, large enough to cost nothing: 4 to 64 MB."""
-    share = sum(file.size for file in files) // _NUM_TASKS
-    return min(max(share, _MIN_TASK_BYTES), _MAX_TASK_BYTES)
+def choose_task_bytes(files: Sequence[InputFile], num_shards: int = 1) -> int:
+    """Small enough for all workers to finish at about the same time, large enough to cost nothing: 4 to 64 MB, and less
+    where else some of ``num_shards`` machines would have none."""
+    total = sum(file.size for file in files)
+    share = total // max(_NUM_TASKS, _MIN_TASKS_IN_SHARD * num_shards)
+    least = min(_MIN_TASK_BYTES, total // (_MIN_TASKS_IN_SHARD * num_shards)) if num_shards > 1 else _MIN_TASK_BYTES
+    return max(min(share, _MAX_TASK_BYTES), least, 1)
 
 
 def plan_tasks(files: Sequence[InputFile], task_bytes: int) -> list[Task]:

@@ -1,4 +1,4 @@
-"""The corpora of the benchmark: the documents of the user's, copies of it, its beginning, and a single long document."""
+"""The corpora of the benchmark: the user's documents, copies of them, their beginning, and one very long document."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def read_texts(path: Path, key: str) -> Iterator[str]:
                 except (orjson.JSONDecodeError, KeyError, TypeError):
                     text = None
                 if not isinstance(text, str):
-                    raise UserError(f"{path}:{number}: no JSON object with a string under {key!r}; name it with --json-key")
+                    raise UserError(f"{path}:{number}: no JSON object with a string under {key!r}; see --json-key")
                 yield text
     except OSError as error:
-        raise UserError(f"--input {path}: {error.strerror}") from error
+        raise UserError(f"--input {path}: {error.strerror}; name one plain .jsonl file") from error
 
 
 def describe(path: Path, key: str) -> Corpus:
@@ -56,7 +56,7 @@ def describe(path: Path, key: str) -> Corpus:
         documents += 1
         size += len(text.encode())
     if size == 0:
-        raise UserError(f"--input {path}: no text")
+        raise UserError(f"--input {path}: no text; name a file that has some")
     return Corpus(path, documents, size)
 
 
@@ -80,11 +80,11 @@ def _ends_with_newline(path: Path) -> bool:
         return file.read() == b"\n"
 
 
-def beginning(corpus: Corpus, key: str, text_bytes: int, folder: Path) -> Corpus:
+def beginning(corpus: Corpus, key: str, text_bytes: float, folder: Path) -> Corpus:
     """The first documents of ``corpus``, up to the one that reaches ``text_bytes``; itself when that is all of it."""
     if text_bytes >= corpus.text_bytes:
         return corpus
-    path = folder / f"first-{text_bytes}-{corpus.path.name}"
+    path = folder / f"first-{text_bytes:.0f}-{corpus.path.name}"
     documents = size = 0
     with open(corpus.path, "rb") as file, open(path, "wb") as copy:
         for line in file:
@@ -98,38 +98,46 @@ def beginning(corpus: Corpus, key: str, text_bytes: int, folder: Path) -> Corpus
     return Corpus(path, documents, size)
 
 
-def long_document(path: Path, key: str, size: int) -> None:
+def write_long_document(path: Path, key: str, size: int) -> Corpus:
     """Write one line of about ``size`` bytes: a document with escapes, CJK and emoji, spaces and line ends."""
     draw = random.Random(0)
     blocks = [_block(draw) for _ in range(8)]
+    written = 0
     with open(path, "wb") as file:
-        written = file.write(b'{"id": 1, ' + json.dumps(key).encode() + b': "')
+        file.write(b'{"id": 1, ' + json.dumps(key).encode() + b': "')
+        text_bytes = 0
         while written < size:
-            written += file.write(draw.choice(blocks))
+            raw, block = draw.choice(blocks)
+            written += file.write(block)
+            text_bytes += raw
         file.write(b'", "end": true}\n')
+    return Corpus(path, 1, text_bytes)
 
 
-def _block(draw: random.Random) -> bytes:
-    """About 1 MB of what may stand between the quotes of a JSON string."""
-    words = ["rain", "fell", "over", "Straße", "naïve", "roofs", "天色如洗，", "万里无云。", "🙂", "👩‍👩‍👧", '"', "\\", "\t", "\n", "éa"]
-    text = " ".join("".join(draw.choices(words, k=draw.randint(1, 3))) for _ in range(100_000)) + "\n"
-    raw = text.encode()
-    escaped = json.dumps(text)[1:-1].encode()
-    plain = json.dumps(text, ensure_ascii=False)[1:-1].encode()
-    # Half with every character beyond ASCII escaped, as some writers do: pairs of escapes that make one character.
-    assert len(raw) <= len(plain) <= len(escaped)
-    return plain + escaped
+_WORDS = (
+    "rain fell over the old stone roofs and nobody in town had seen such weather naïve Straße éa 天色如洗 万里无云 🙂 👩‍👩‍👧"
+).split()
 
 
-def documents_file(path: Path, key: str, size: int) -> None:
-    """Write documents of mixed lengths until there are ``size`` bytes of them."""
+def _block(draw: random.Random) -> tuple[int, bytes]:
+    """UTF-8 bytes of a text, and about 100 kB of what stands for it between the quotes of a JSON string.
+
+    One half with every character beyond ASCII escaped, as some writers do: pairs of escapes that make one character.
+    """
+    words = [*_WORDS, '"', "\\", "\t", "\n"]
+    text = " ".join("".join(draw.choices(words, k=draw.randint(1, 3))) for _ in range(4_000)) + "\n"
+    escaped = json.dumps(text)[1:-1]
+    plain = json.dumps(text, ensure_ascii=False)[1:-1]
+    return 2 * len(text.encode()), (plain + escaped).encode()
+
+
+def write_documents(path: Path, key: str, size: int) -> Corpus:
+    """Write documents of mixed lengths, 1 to some 10,000 words, until there are about ``size`` bytes of them."""
     draw = random.Random(1)
-    words = ["rain", "fell", "over", "the", "old", "stone", "roofs", "naïve", "天色如洗", "🙂", "and", "nobody", "saw\n"]
-    lines = [
-        json.dumps({key: " ".join(draw.choices(words, k=int(draw.lognormvariate(5, 1.5)) + 1))}, ensure_ascii=False)
-        for _ in range(5_000)
-    ]
-    content = ("\n".join(lines) + "\n").encode()
+    texts = [" ".join(draw.choices(_WORDS, k=int(draw.lognormvariate(5, 1.5)) + 1)) for _ in range(2_000)]
+    content = "".join(json.dumps({key: text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    times = max(1, size // len(content))
     with open(path, "wb") as file:
-        for _ in range(max(1, size // len(content))):
+        for _ in range(times):
             file.write(content)
+    return Corpus(path, times * len(texts), times * sum(len(text.encode()) for text in texts))

@@ -1,9 +1,9 @@
 """What a command costs: CPU time of all its processes, wall time, and the peak memory of the whole process tree.
 
 CPU time is exact. ``getrusage(RUSAGE_CHILDREN)`` of the caller would miss processes that nobody waited for, such as the
-fork server of multiprocessing with all its workers. So the command runs under a keeper process that adopts every orphan
-of the tree (``PR_SET_CHILD_SUBREAPER``) and waits for each: what ``wait4`` returns for a process is its own CPU time, in
-all threads, and that of those for which it waited itself.
+fork server of multiprocessing with all its workers. So the command runs under a keeper process that adopts every
+orphan of the tree (``PR_SET_CHILD_SUBREAPER``) and waits for each: what ``wait4`` returns for a process is its own CPU
+time, in all threads, and that of those for which it waited itself.
 
 Memory is sampled: the largest sum over the tree of each process's proportional set size, where a page that several
 processes share counts once. Linux only.
@@ -40,13 +40,13 @@ class Cost:
     cpu_seconds: float
     """User and system time of all processes."""
     wall_seconds: float
-    """From its start to its end."""
+    """From the command's start to its end."""
     peak_mb: float
     """Largest sample of the tree's memory."""
     largest_process_mb: float
     """Peak resident set of the largest process; exact, and counts shared pages in full."""
     processes: int
-    """Adopted and waited for by the keeper: the command and its orphans."""
+    """That the keeper waited for: the command and its orphans."""
 
 
 def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[Cost, str]:
@@ -60,13 +60,25 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "cost.json"
         keeper = [sys.executable, "-m", __name__, str(result), *command]
-        done = subprocess.run(
-            keeper, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+        running = subprocess.Popen(
+            keeper,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
         )
-        if done.returncode != 0 or not result.exists():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"{' '.join(command[:3])} ...: exit status {done.returncode}: {last}")
-        return Cost(**json.loads(result.read_bytes())), done.stdout
+        try:
+            output, errors = running.communicate()
+        except BaseException:
+            # Ctrl-C: the keeper alone would leave the command running.
+            os.killpg(running.pid, signal.SIGTERM)
+            running.wait()
+            raise
+        if running.returncode != 0 or not result.exists():
+            last = (errors.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"{' '.join(command[:3])} ...: exit status {running.returncode}: {last}")
+        return Cost(**json.loads(result.read_bytes())), output
 
 
 def keep(command: Sequence[str]) -> tuple[int, Cost]:

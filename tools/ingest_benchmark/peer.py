@@ -1,8 +1,8 @@
 """Megatron-LM's loop, rebuilt on megatron-core's IndexedDatasetBuilder. Run as a process of its own.
 
-What tools/preprocess_data.py of Megatron-LM is known to do, written anew for comparison: one process reads lines, a pool
-parses and tokenizes each line by itself and pickles its ids back as a list, and the one process adds documents one by
-one. Its own wrapper classes around the tokenizer are left out, which is to its advantage.
+What tools/preprocess_data.py of Megatron-LM is known to do, written anew for comparison: one process reads lines, a
+pool parses and tokenizes each line by itself and pickles its ids back as a list, and the one process adds documents one
+by one. Its own wrapper classes around the tokenizer are left out, which is to its advantage.
 """
 
 from __future__ import annotations

@@ -14,16 +14,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from ...engine.data.indexed_dataset import IndexedDataset
 from ...engine.data.tokenizer import TokenizerHandle
 from ...engine.errors import UserError
-from .streams import document_edges, document_tokens
+from .streams import document_edges
 
 REPLACEMENT = "\ufffd"
 _SAMPLE_DOCUMENTS = 1_000
@@ -38,6 +36,7 @@ class TextFacts:
     documents: int
     """Drawn at random, or all that there are."""
     all_documents: bool
+    """Whether those are all, each of them whole: no estimate then."""
     tokens: int
     """Of them: of a document, at most the first 65,536."""
     text_bytes: int
@@ -49,6 +48,8 @@ class TextFacts:
     broken_documents: int
     """Documents whose tokens stand for bytes that are not UTF-8."""
     broken_tokens: int
+    foreign_documents: int
+    """Documents left out, since they hold ids that the tokenizer lacks."""
     unknown_documents: int
     """Documents with an unknown token."""
 
@@ -59,32 +60,80 @@ class Piece:
 
     tokens: tuple[int, ...]
     text: str
+    trained: bool = True
+    """Whether the loss mask lets any of the tokens be predicted; True without a mask."""
 
 
-def decoded_documents(
-    dataset: IndexedDataset, tokenizer: TokenizerHandle, indices: Sequence[int], max_tokens: int
-) -> Iterator[str]:
-    """Each of the documents ``indices`` as text under a line that names it, cut after ``max_tokens``."""
-    for index in indices:
-        tokens = known_tokens(dataset, tokenizer, index)
-        cut = f", the first {max_tokens:,}" if len(tokens) > max_tokens else ""
-        yield f"--- document {index}, {len(tokens):,} tokens{cut} ---\n{tokenizer.decode(tokens[:max_tokens])}"
+@dataclass(frozen=True)
+class DecodedDocument:
+    """A document as text, from its first token on."""
+
+    document: int
+    tokens: int
+    sequences: int
+    """Parts that the index knows it by; the trainer takes each for a document of its own."""
+    shown: int
+    """Tokens that ``pieces`` are of."""
+    pieces: list[Piece]
+    ends_with_eod: bool | None
+    """Whether its last token is the one that ends documents; None where that is not known, or without any token."""
+    problem: str = ""
+    """Why there is no text."""
+
+    @property
+    def text(self) -> str:
+        """Of all pieces."""
+        return "".join(piece.text for piece in self.pieces)
 
 
-def known_tokens(dataset: IndexedDataset, tokenizer: TokenizerHandle, index: int) -> npt.NDArray[np.int64]:
-    """Tokens of document ``index``.
+def decode_document(
+    dataset: IndexedDataset, tokenizer: TokenizerHandle, index: int, max_tokens: int, eod_id: int | None
+) -> DecodedDocument:
+    """Document ``index``, cut after ``max_tokens``.
 
     Raises:
-        UserError: there is no such document, or it holds ids that the tokenizer lacks.
+        UserError: there is no such document, or the index is damaged there.
     """
-    tokens = document_tokens(dataset, index)
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
-        bad = tokens.max() if tokens.max() >= tokenizer.vocab_size else tokens.min()
-        raise UserError(
-            f"{dataset.prefix}: document {index} holds token {bad}, but {tokenizer.name} has "
-            f"{tokenizer.vocab_size:,}: name the dataset's own tokenizer with --tokenizer"
+    start, stop = document_edges(dataset, index)
+    ids = dataset.tokens(start, min(stop, start + max_tokens))
+    first, last = dataset.document_indices[index : index + 2].tolist()
+    problem, found = "", []
+    if len(unknown := ids[(ids < 0) | (ids >= tokenizer.vocab_size)]):
+        problem = (
+            f"document {index} holds token {unknown[0]}, but {tokenizer.name} has {tokenizer.vocab_size:,}: name the "
+            "dataset's own tokenizer with --tokenizer"
         )
-    return tokens
+    else:
+        mask = dataset.loss_mask(start, start + len(ids))
+        found = _marked(tokenizer, ids.tolist(), None if mask is None else mask.tolist(), stop - start > len(ids))
+    knows_end = eod_id is not None and stop > start
+    return DecodedDocument(
+        document=index,
+        tokens=stop - start,
+        sequences=last - first,
+        shown=len(ids),
+        pieces=found,
+        ends_with_eod=bool(dataset.tokens(stop - 1, stop)[0] == eod_id) if knows_end else None,
+        problem=problem,
+    )
+
+
+def _marked(tokenizer: TokenizerHandle, ids: list[int], mask: list[bool] | None, is_cut: bool) -> list[Piece]:
+    """The pieces of a document, with what ``mask`` says of them."""
+    found = pieces(tokenizer, ids)
+    if "".join(piece.text for piece in found) != tokenizer.decode(ids):
+        # Some tokenizer whose text is not made of its tokens' texts: whole runs are at least right in themselves.
+        edges = [0, *(i for i in range(1, len(ids)) if mask is not None and mask[i] != mask[i - 1]), len(ids)]
+        found = [Piece(tuple(ids[i:j]), tokenizer.decode(ids[i:j])) for i, j in pairwise(edges)]
+    if is_cut and found:  # not a broken character, but one that goes on behind the cut
+        found[-1] = replace(found[-1], text=found[-1].text.rstrip(REPLACEMENT))
+    if mask is not None:
+        ends = accumulate(len(piece.tokens) for piece in found)
+        found = [
+            replace(piece, trained=any(mask[end - len(piece.tokens) : end]))
+            for piece, end in zip(found, ends, strict=True)
+        ]
+    return found
 
 
 def pieces(tokenizer: TokenizerHandle, tokens: Sequence[int]) -> list[Piece]:
@@ -106,19 +155,28 @@ def pieces(tokenizer: TokenizerHandle, tokens: Sequence[int]) -> list[Piece]:
     return found
 
 
+def choose_documents(count: int, num_documents: int, seed: int) -> list[int]:
+    """At most ``count`` documents at random, ascending."""
+    return sorted(random.Random(seed).sample(range(num_documents), min(count, num_documents)))
+
+
 def measure_text(
     dataset: IndexedDataset, tokenizer: TokenizerHandle, unknown_id: int | None, eod_id: int | None, seed: int
 ) -> TextFacts:
     """Decode documents at random, at most 1,000 and two million tokens in all."""
     count = min(_SAMPLE_DOCUMENTS, dataset.num_documents)
     soundness = Soundness(tokenizer)
-    documents = tokens = text_bytes = with_unknown = 0
+    documents = tokens = text_bytes = with_unknown = foreign = 0
+    is_all = True
     replaced, broken = [0, 0], [0, 0]  # documents, tokens
     for index in random.Random(seed).sample(range(dataset.num_documents), count):
         start, stop = document_edges(dataset, index)
         ids = dataset.tokens(start, min(stop, start + _SAMPLE_TOKENS_OF_EACH)).tolist()
+        if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+            foreign += 1
+            continue
         text = tokenizer.decode(ids[:-1] if ids and ids[-1] == eod_id else ids)
-        documents, tokens = documents + 1, tokens + len(ids)
+        documents, tokens, is_all = documents + 1, tokens + len(ids), is_all and start + len(ids) == stop
         text_bytes += len(text.encode("utf-8", "replace"))
         with_unknown += unknown_id in ids
         if REPLACEMENT in text:
@@ -130,13 +188,14 @@ def measure_text(
             break
     return TextFacts(
         documents=documents,
-        all_documents=documents == dataset.num_documents,
+        all_documents=documents == dataset.num_documents and is_all,
         tokens=tokens,
         text_bytes=text_bytes,
         replaced_documents=replaced[0],
         replaced_tokens=replaced[1],
         broken_documents=broken[0],
         broken_tokens=broken[1],
+        foreign_documents=foreign,
         unknown_documents=with_unknown,
     )
 

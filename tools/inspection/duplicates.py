@@ -1,11 +1,11 @@
 """How many documents are exact copies of others, in bounded memory, and by a right estimate where they are too many.
 
-Equal documents have equal hashes. Up to ``CAPACITY`` different ones all hashes are kept and the answer is exact. Beyond,
-only documents whose *hash* falls into a part p of all hashes are kept: then either all copies of a text are in the
-sample or none is. (A sample of documents would miss most copies: of two copies both are in a sample of one tenth in one
-case of a hundred, so it would find a tenth of the pairs.) The number of different documents is then estimated as those
-in the sample divided by p, and what the dataset holds beyond it, counted exactly, is copies. This estimate has no bias,
-and, unlike the copies in the sample divided by p, does not hang on whether a text with a million copies is in it.
+Equal documents have equal hashes. Up to ``CAPACITY`` different ones all hashes are kept and the answer is exact.
+Beyond, only documents whose *hash* falls into a part p of all hashes are kept: then either all copies of a text are in
+the sample or none is. (A sample of documents would miss most copies: of two copies both are in a sample of one tenth in
+one case of a hundred, so it would find a tenth of the pairs.) The number of different documents is then estimated as
+those in the sample divided by p, and what the dataset holds beyond it, counted exactly, is copies. This estimate has no
+bias, and, unlike the copies in the sample divided by p, does not hang on whether a text with a million copies is in it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +72,8 @@ class DistinctDocuments:
         self._halvings = 0
         self._documents = 0
         self._tokens = 0
-        self._kept = _Kept(*(np.empty(0, dtype) for dtype in (np.uint64, np.int64, np.int64, np.int64)))
+        none = np.empty(0, np.int64)
+        self._kept = _Kept(none.astype(np.uint64), none, none, none)
         self._new: list[_Kept] = []
         self._num_new = 0
         self._open = xxhash.xxh3_64()
@@ -79,12 +81,12 @@ class DistinctDocuments:
 
     def add(self, block: Block) -> None:
         """See the next documents, or the next part of one."""
-        view = memoryview(np.ascontiguousarray(block.tokens)).cast("B")
+        view = memoryview(np.ascontiguousarray(block.tokens).view(np.uint8).data)
         self._tokens += len(block.tokens)
         if block.begins and block.ends:
             edges = ((block.edges - block.edges[0]) * block.tokens.dtype.itemsize).tolist()
             digest = xxhash.xxh3_64_intdigest
-            hashes = [digest(view[start:stop]) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+            hashes = [digest(view[start:stop]) for start, stop in pairwise(edges)]
             self._add(hashes, block.document, np.diff(block.edges))
             return
         if block.begins:

@@ -108,24 +108,14 @@ class DatasetStream:
         return Block(document, edges, self._tokens[part], mask, begins, ends)
 
 
-def document_tokens(dataset: IndexedDataset, index: int) -> npt.NDArray[np.int64]:
-    """Tokens of document ``index``, int64.
-
-    Raises:
-        UserError: there is no such document.
-    """
-    start, stop = document_edges(dataset, index)
-    return dataset.tokens(start, stop)
-
-
 def document_edges(dataset: IndexedDataset, index: int) -> tuple[int, int]:
     """Token positions at which document ``index`` begins and ends.
 
     Raises:
-        UserError: there is no such document.
+        UserError: there is no such document, or the index is damaged there.
     """
     if not 0 <= index < dataset.num_documents:
         held = f"documents 0 to {dataset.num_documents - 1}" if dataset.num_documents else "no documents"
         raise UserError(f"--index {index}: {dataset.prefix} has {held}; choose another")
-    first, last = dataset.document_indices[index : index + 2].tolist()
-    return dataset.sequence_start(first), dataset.sequence_start(last)
+    start, stop = DatasetStream(dataset).edges(index, index + 1).tolist()
+    return start, stop

@@ -6,7 +6,10 @@ They read and print in light and in dark.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
+
+_FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def page(title: str, sections: Iterable[str], style: str = "") -> str:
@@ -16,9 +19,8 @@ def page(title: str, sections: Iterable[str], style: str = "") -> str:
 
 
 def escape(text: str) -> str:
-    """Text as HTML. Control characters, which a model may well generate and HTML forbids, become U+FFFD."""
-    visible = "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else "\ufffd" for c in text)
-    return html.escape(visible)
+    """Text as HTML. Control characters, which HTML forbids, and lone surrogates, which UTF-8 does, become U+FFFD."""
+    return html.escape(_FORBIDDEN.sub("\ufffd", text))
 
 
 def section(title: str, content: str, kind: str = "") -> str:

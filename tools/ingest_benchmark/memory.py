@@ -1,0 +1,49 @@
+"""Whether memory is bounded: the preprocess command on one very long document, and on a corpus larger than its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .corpora import Corpus, write_documents, write_long_document
+from .measure import Cost
+
+FIXED_MB = 1000
+MB_A_WORKER = 300
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """The peak memory of one run."""
+
+    what: str
+    text_mb: float
+    peak_mb: float
+    """Of the whole process tree."""
+    allowed_mb: float
+    """1 GB and 300 MB a worker."""
+    seconds: float
+
+
+def check_memory(
+    run: Callable[[Corpus, Path], Cost], key: str, megabytes: tuple[float, float], workers: int, folder: Path
+) -> list[MemoryUse]:
+    """Run the command on made-up text.
+
+    Args:
+        run: runs the command on a corpus, with the prefix of its output.
+        megabytes: size of the one document, and of the corpus of many.
+        workers: of the command.
+        folder: for corpus and output, which are removed at once.
+    """
+    found = []
+    corpora = (("one document", write_long_document), ("many documents", write_documents))
+    for (what, write), size in zip(corpora, megabytes, strict=True):
+        corpus = write(folder / "memory.jsonl", key, int(size * 1e6))
+        cost = run(corpus, folder / "memory")
+        for path in folder.glob("memory.*"):
+            path.unlink()
+        allowed = FIXED_MB + MB_A_WORKER * workers
+        found.append(MemoryUse(what, corpus.text_bytes / 1e6, cost.peak_mb, allowed, cost.wall_seconds))
+    return found
