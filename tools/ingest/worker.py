@@ -6,13 +6,14 @@ written as they come: memory is bounded by a batch, whatever the size of a task 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import signal
 import tempfile
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from multiprocessing import parent_process
@@ -330,7 +331,7 @@ class TaskRunner:
         yield
 
 
-_runner: TaskRunner | None = None
+_make_runner: Callable[[], TaskRunner]
 
 
 def start_worker(settings: WorkerSettings, progress: Any) -> None:
@@ -338,14 +339,14 @@ def start_worker(settings: WorkerSettings, progress: Any) -> None:
     # Ctrl-C reaches the whole process group; the parent decides, and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    global _runner
-    _runner = TaskRunner(settings, np.frombuffer(progress, dtype=np.int64))
+    global _make_runner
+    # With its first task, since what it raises then reaches the parent, as what is raised here would not.
+    _make_runner = functools.cache(lambda: TaskRunner(settings, np.frombuffer(progress, dtype=np.int64)))
 
 
 def run_task(task: Task, key: str) -> TaskResult:
     """Run ``task`` in a process that :func:`start_worker` has prepared."""
-    assert _runner is not None
-    return _runner.run(task, key)
+    return _make_runner().run(task, key)
 
 
 def _exit_with_parent() -> None:

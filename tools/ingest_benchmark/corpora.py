@@ -114,9 +114,30 @@ def write_long_document(path: Path, key: str, size: int) -> Corpus:
     return Corpus(path, 1, text_bytes)
 
 
-_WORDS = (
-    "rain fell over the old stone roofs and nobody in town had seen such weather naïve Straße éa 天色如洗 万里无云 🙂 👩‍👩‍👧"
-).split()
+_WORDS = [
+    "rain",
+    "fell",
+    "over",
+    "the",
+    "old",
+    "stone",
+    "roofs",
+    "and",
+    "nobody",
+    "in",
+    "town",
+    "had",
+    "seen",
+    "such",
+    "weather",
+    "naïve",
+    "Straße",
+    "éa",
+    "天色如洗",
+    "万里无云",
+    "🙂",
+    "👩\u200d👩\u200d👧",
+]
 
 
 def _block(draw: random.Random) -> tuple[int, bytes]:

@@ -84,6 +84,8 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
 def keep(command: Sequence[str]) -> tuple[int, Cost]:
     """Run ``command`` in this process's care; its exit status and cost. For the keeper process only."""
     _adopt_orphans()
+    # Who stops the measurement signals the whole group; this process stays until the others have ended.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     sampler = _Sampler()
     sampler.start()
     started = time.monotonic()

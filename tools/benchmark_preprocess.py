@@ -1,0 +1,86 @@
+"""Measure tools/preprocess.py on a corpus: its share of the bare tokenizer's speed, and its peak memory.
+
+    python tools/benchmark_preprocess.py --input corpus.jsonl --tokenizer models/qwen3 --repeat 6
+    python tools/benchmark_preprocess.py --input corpus.jsonl --tokenizer models/qwen3 --megatron --memory-check
+
+The work is done by retemper.tools.ingest_benchmark; this file is the command line. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.tools.ingest_benchmark.benchmark import BenchmarkOptions, run_benchmark
+from retemper.tools.ingest_benchmark.machine import machine_facts
+from retemper.tools.ingest_benchmark.report import format_report, to_record
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options on the command line, by default that of this process."""
+    parser = CommandParser(
+        description="Measure the preprocess command on a corpus, in one run and on the same cores: the bare tokenizer, "
+        "driven in big batches from memory; the command, with all its processes; and, if asked for, Megatron-LM's "
+        "loop. Outputs are compared. Prints Markdown tables."
+    )
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="FILE", help="one plain .jsonl file without faults"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR|FILE|NAME", help="as for tools/preprocess.py")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="of both commands (default: the cores of this machine)"
+    )
+    parser.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="take the documents N times (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=3, metavar="N", help="rounds, of which the best counts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--megatron", action="store_true", help="run Megatron-LM's loop too; it is built on megatron-core"
+    )
+    parser.add_argument(
+        "--megatron-megabytes",
+        type=float,
+        default=20.0,
+        metavar="MB",
+        help="how much of the corpus it gets; its time on all of it is computed (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--memory-check", action="store_true", help="run the command on one long document and on many, made up"
+    )
+    parser.add_argument(
+        "--memory-megabytes",
+        type=float,
+        nargs=2,
+        default=(1000.0, 4000.0),
+        metavar=("ONE", "MANY"),
+        help="sizes of the two (default: 1000 4000)",
+    )
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="for corpora and outputs (default: the system's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    settings = vars(parse_arguments(arguments))
+    path = settings.pop("json")
+    machine = machine_facts()  # before there is any load of ours
+    results = run_benchmark(BenchmarkOptions(**settings))
+    print(format_report(results, machine))
+    if path is not None:
+        try:
+            path.write_text(json.dumps(to_record(results, machine), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    # A scheduler's SIGTERM cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_command(main)

@@ -1,0 +1,131 @@
+"""What the benchmark found as a table: Markdown that reads well in a terminal too."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from .benchmark import Results
+from .measure import Cost
+
+WANTED_OF_LIMIT = 0.8
+WANTED_OF_MEGATRON = 12.0
+
+
+def summarize(results: Results) -> dict[str, float]:
+    """Rates and ratios. Of several rounds the best counts, for each side alike.
+
+    MB/s and MB a CPU-second are of whole runs, start included; those ``_without_start`` subtract a run on one line. Of
+    Megatron-LM's loop, which may have had only the beginning of the corpus, the wall time on all of it is that of its
+    start and the rest in proportion.
+    """
+    size = results.corpus.text_bytes / 1e6
+    ours_cpu = min(cost.cpu_seconds for cost in results.ours)
+    ours_wall = min(cost.wall_seconds for cost in results.ours)
+    start_cpu = min(cost.cpu_seconds for cost in results.ours_start)
+    found = {
+        "limit_mb_per_cpu_second": max(one["text_bytes"] / 1e6 / one["cpu_seconds"] for one in results.limit),
+        "limit_mb_per_second": max(one["text_bytes"] / 1e6 / one["wall_seconds"] for one in results.limit),
+        "ours_mb_per_cpu_second": size / ours_cpu,
+        "ours_mb_per_second": size / ours_wall,
+        "ours_start_cpu_seconds": start_cpu,
+        "ours_start_wall_seconds": min(cost.wall_seconds for cost in results.ours_start),
+        "ours_peak_mb": max(cost.peak_mb for cost in results.ours),
+    }
+    # Noise can make a tiny corpus as fast as a single line.
+    found["ours_mb_per_cpu_second_without_start"] = size / max(ours_cpu - start_cpu, 1e-9)
+    found["ratio_to_limit"] = found["ours_mb_per_cpu_second"] / found["limit_mb_per_cpu_second"]
+    found["ratio_to_limit_without_start"] = (
+        found["ours_mb_per_cpu_second_without_start"] / found["limit_mb_per_cpu_second"]
+    )
+    if results.megatron is not None and results.megatron_start is not None:
+        part = results.megatron_text_bytes / 1e6
+        start = results.megatron_start.wall_seconds
+        wall = start + (results.megatron.wall_seconds - start) * size / part
+        found |= {
+            "megatron_mb_per_cpu_second": part / results.megatron.cpu_seconds,
+            "megatron_mb_per_second": size / wall,
+            "megatron_peak_mb": results.megatron.peak_mb,
+            "wall_ratio_to_megatron": wall / ours_wall,
+        }
+    return found
+
+
+def to_record(results: Results, machine: dict[str, object]) -> dict[str, Any]:
+    """Everything, for a JSON file. Names the corpus, and no folder."""
+    record = asdict(results)
+    corpus = results.corpus
+    record["corpus"] = {"name": corpus.path.name, "documents": corpus.documents, "text_bytes": corpus.text_bytes}
+    return {"machine": machine, "summary": summarize(results), **record}
+
+
+def format_report(results: Results, machine: dict[str, object]) -> str:
+    """Tables of speed and of memory, and what they were measured on."""
+    found = summarize(results)
+    corpus = results.corpus
+    lines = [
+        f"{corpus.path.name}: {corpus.documents:,} documents, {corpus.text_bytes / 1e6:,.1f} MB of text; "
+        f"{results.workers} workers; " + ", ".join(f"{name} {value}" for name, value in machine.items()),
+        "",
+        *_table(["", "MB/CPU-s", "MB/s", "peak memory"], _speed_rows(results, found)),
+        "",
+        *_table(["", "found", "wanted"], _ratio_rows(found)),
+    ]
+    if results.memory:
+        rows = [
+            [
+                use.what,
+                f"{use.text_mb:,.0f} MB",
+                f"{use.seconds:,.1f} s",
+                f"{use.peak_mb:,.0f} MB",
+                f"{use.allowed_mb:,} MB",
+            ]
+            for use in results.memory
+        ]
+        lines += ["", *_table(["memory", "text", "wall time", "peak", "allowed"], rows)]
+    return "\n".join([*lines, "", *(f"checked: {check}" for check in results.checks)])
+
+
+def _speed_rows(results: Results, found: dict[str, float]) -> list[list[str]]:
+    best = max(results.limit, key=lambda one: one["text_bytes"] / one["cpu_seconds"])
+    settings = f"{best['threads']} threads, batches of {best['batch_megacharacters']:g} M characters"
+
+    def row(name: str, who: str, peak: str) -> list[str]:
+        return [name, f"{found[f'{who}_mb_per_cpu_second']:.1f}", f"{found[f'{who}_mb_per_second']:.1f}", peak]
+
+    rows = [
+        row(f"{best['encoder']} alone, at best ({settings})", "limit", ""),
+        row("tools/preprocess.py", "ours", f"{found['ours_peak_mb']:,.0f} MB"),
+    ]
+    without = f"{found['ours_mb_per_cpu_second_without_start']:.1f}"
+    rows.append([f"the same without its start of {_start(results.ours_start)}", without, "", ""])
+    if "megatron_mb_per_second" in found:
+        rows.append(row("Megatron-LM's loop", "megatron", f"{found['megatron_peak_mb']:,.0f} MB"))
+    return rows
+
+
+def _start(costs: list[Cost]) -> str:
+    return f"{min(cost.cpu_seconds for cost in costs):.1f} CPU-s"
+
+
+def _ratio_rows(found: dict[str, float]) -> list[list[str]]:
+    rows = [
+        ["CPU time: share of the bare tokenizer's rate", f"{found['ratio_to_limit']:.2f}", f"{WANTED_OF_LIMIT}"],
+        ["the same without start", f"{found['ratio_to_limit_without_start']:.2f}", ""],
+    ]
+    if "wall_ratio_to_megatron" in found:
+        ratio = found["wall_ratio_to_megatron"]
+        rows.append(["wall time: times as fast as Megatron-LM's loop", f"{ratio:.1f}", f"{WANTED_OF_MEGATRON:g}"])
+    return rows
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table, the columns after the first aligned to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    return [line(header), rule, *map(line, rows)]
