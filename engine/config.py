@@ -49,7 +49,8 @@ class StageConfig:
     """Weighted datasets of the stage. A source of a former stage (by name) goes on from its place there."""
     train_tokens: int | None = None
     """Length of the stage, on the clock of ``training.train_tokens``. Stages change between samples: a stage ends with
-    the sample that reaches the sum of its and all former stages' tokens. Null, in the last stage only: the rest."""
+    the sample that reaches the sum of its and all former stages' tokens. Null, in the last stage only: the rest. The
+    last stage also fills the run's last step, which is a whole one."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def validate(config: RunConfig) -> None:
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed is {config.seed}; it must be in [0, 2^63)")
     _validate_schedule(training, optimizer)
-    _validate_data(config.data, training.sequence_length)
+    _validate_data(config.data, training)
     if config.model.initialize_from is None and config.model.architecture is None:
         raise UserError(
             "model.initialize_from and model.architecture are both null: name a checkpoint to start from, or describe "
@@ -279,19 +280,29 @@ def _validate_schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> 
             )
 
 
-def _validate_data(data: DataConfig, sequence_length: int) -> None:
+def _validate_data(data: DataConfig, training: TrainingConfig) -> None:
     if data.train and data.stages:
         raise UserError(
             "data.train and data.stages are both set; put the blend of data.train into a stage, or remove one"
         )
     if not data.train and not data.stages:
         raise UserError("data.train is empty; name at least one dataset there, or data.stages")
+    _validate_stages(data.stages, training)
+    _validate_blend(data.train, "data.train", training.sequence_length)
+    if not 0 <= data.validation_fraction < 1:
+        raise UserError(f"data.validation_fraction is {data.validation_fraction}; it must be in [0, 1)")
+    if data.validation_fraction > 0 and "held_out" in data.validation:
+        raise UserError("data.validation names a set 'held_out', which data.validation_fraction makes; rename it")
+
+
+def _validate_stages(stages: list[StageConfig], training: TrainingConfig) -> None:
+    sequence_length = training.sequence_length
     paths: dict[str, str] = {}
-    for number, stage in enumerate(data.stages):
+    for number, stage in enumerate(stages):
         where = f"data.stages[{number}]"
         if not stage.train:
             raise UserError(f"{where}.train is empty; name at least one dataset")
-        last = number == len(data.stages) - 1
+        last = number == len(stages) - 1
         if stage.train_tokens is None and not last:
             raise UserError(f"{where}.train_tokens is null; only the last stage may leave it out")
         if stage.train_tokens is not None and not sequence_length <= stage.train_tokens <= _LARGEST:
@@ -306,11 +317,13 @@ def _validate_data(data: DataConfig, sequence_length: int) -> None:
                     f"{where}.train names {source.path} '{source.identity}', as a former stage names "
                     f"{paths[source.identity]}; give one of the two another 'name'"
                 )
-    _validate_blend(data.train, "data.train", sequence_length)
-    if not 0 <= data.validation_fraction < 1:
-        raise UserError(f"data.validation_fraction is {data.validation_fraction}; it must be in [0, 1)")
-    if data.validation_fraction > 0 and "held_out" in data.validation:
-        raise UserError("data.validation names a set 'held_out', which data.validation_fraction makes; rename it")
+    if stages and stages[-1].train_tokens is not None:
+        total = sum(stage.train_tokens or 0 for stage in stages)
+        if total < training.train_tokens:
+            raise UserError(
+                f"training.train_tokens is {training.train_tokens:,}, but the train_tokens of data.stages sum to "
+                f"{total:,}; leave out those of the last stage, which then lasts for the rest, or make the two agree"
+            )
 
 
 def _validate_blend(sources: list[SourceConfig], where: str, sequence_length: int) -> None:

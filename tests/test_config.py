@@ -233,7 +233,7 @@ def test_every_field_has_its_docstring_in_help(capsys):
         re.findall(r"^  --([\w.]+)[^\n]*?(?=\n|  )(.*?)(?=^  -|^\S|\Z)", capsys.readouterr().out, re.M | re.S)
     )
     fields = list(all_fields())
-    assert len(fields) == 40
+    assert len(fields) == 44
     for name in fields:
         text = re.sub(r"\((?:required|default|type)[^)]*\)|\{[^}]*\}", "", entries[name]).strip()
         assert len(text.split()) >= 2, f"--{name} has no text in --help"
@@ -331,8 +331,11 @@ def test_refused_files(tmp_path):
 
 def test_missing_keys(config_file):
     message = refusal()
-    for key in ("run_folder", "data.train", "training.train_tokens"):
+    for key in ("run_folder", "training.train_tokens"):
         assert key in message
+    without = re.sub(r"  train:\n(    .*\n)+", "", CONFIG)
+    message = refusal("--config", str(with_text(config_file, without)))
+    assert message == "data.train is empty; name at least one dataset there, or data.stages"
     path = with_text(config_file, CONFIG.replace("train_tokens: 1_000_000", "sequence_length: 8"))
     assert refusal("--config", str(path)) == (
         "missing: training.train_tokens; set it in the file given with --config or as --training.train_tokens"

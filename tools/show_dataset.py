@@ -1,92 +1,112 @@
-"""Show what an indexed dataset holds: counts, document lengths, decoded documents; or verify it.
+"""Show what an indexed dataset holds; or one of its documents; or verify its files.
 
-python tools/show_dataset.py dataset --documents 3
-python tools/show_dataset.py dataset --index 17
-python tools/show_dataset.py dataset --verify
+    python tools/show_dataset.py dataset                                  # totals, lengths, tokens, copies, documents
+    python tools/show_dataset.py dataset --config run.yaml --html dataset.html   # and what a run makes of it; as a page
+    python tools/show_dataset.py dataset --quick                          # larger than one cares to read: from samples
+    python tools/show_dataset.py dataset --index 17
+    python tools/show_dataset.py dataset --verify
+
+The work is done by retemper.tools.inspection; this file is the command line.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import sys
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
-from retemper.engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from retemper.engine.errors import CommandParser, UserError, run_command
-from retemper.tools.ingest.describe import (
-    decoded_documents,
-    describe_dataset,
-    document_lengths,
-    length_histogram,
-    verify_dataset,
-)
+from retemper.tools.inspection.decoding import decode_document
+from retemper.tools.inspection.page import check_page_path, write_page
+from retemper.tools.inspection.report import InspectOptions, inspect_dataset
+from retemper.tools.inspection.text import format_document, format_report
+from retemper.tools.inspection.tokenizers import choose_tokenizer, find_eod_id
+from retemper.tools.inspection.verification import verify_dataset
+from retemper.tools.page.figures import require_matplotlib
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
-    parser = CommandParser(description="Show what an indexed dataset holds, or verify it.")
-    parser.add_argument("dataset", metavar="PREFIX", help="the path of its .bin and .idx without suffix")
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--documents", type=int, default=0, metavar="N", help="decode N documents, chosen at random")
-    chosen.add_argument("--index", type=int, metavar="I", help="decode document I, counted from 0")
-    parser.add_argument("--seed", type=int, default=0, help="of the random choice (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="shown of each document (default: %(default)s)")
-    parser.add_argument(
-        "--tokenizer", metavar="DIR|NAME", help="to decode with (default: the one that the sidecar names)"
-    )
-    parser.add_argument("--verify", action="store_true", help="check every index entry and the content hashes")
-    return parser.parse_args(arguments)
-
-
-def choose_tokenizer(name: str | None, sidecar: Sidecar | None, prefix: str) -> TokenizerHandle:
-    """The tokenizer ``name``, or that of the sidecar.
+    """The options on the command line, by default that of this process.
 
     Raises:
-        UserError: neither is there, or the sidecar's has changed since.
+        UserError: an option that has no meaning beside another.
     """
-    if name is not None:
-        tokenizer = load_tokenizer(name)
-        if sidecar is not None and tokenizer.sha256 != sidecar.tokenizer_sha256:
-            print(
-                f"{prefix}: made with {sidecar.tokenizer}, whose tokenizer.json differs from this one", file=sys.stderr
-            )
-        return tokenizer
-    if sidecar is None:
-        raise UserError(f"{prefix}: no sidecar names its tokenizer; name it with --tokenizer to decode documents")
-    tokenizer = load_tokenizer(sidecar.tokenizer)
-    if tokenizer.sha256 != sidecar.tokenizer_sha256:
-        raise UserError(
-            f"{prefix}: made with a tokenizer.json of SHA-256 {sidecar.tokenizer_sha256[:12]}..., but that of "
-            f"{tokenizer.name} is now {tokenizer.sha256[:12]}...: name the one it was made with, with --tokenizer"
-        )
-    return tokenizer
-
-
-def choose_documents(options: argparse.Namespace, num_documents: int) -> list[int]:
-    """The documents to decode, in ascending order."""
-    if options.index is not None:
-        return [options.index]
-    count = min(max(options.documents, 0), num_documents)
-    return sorted(random.Random(options.seed).sample(range(num_documents), count))
+    defaults = InspectOptions("")
+    parser = CommandParser(description="Show what an indexed dataset holds; or one of its documents; or verify it.")
+    parser.add_argument("dataset", metavar="PREFIX", help="the path of its .bin and .idx without suffix")
+    parser.add_argument("--tokenizer", metavar="DIR|FILE|NAME", help="to decode with (default: that of the sidecar)")
+    parser.add_argument("--max-tokens", type=_count, metavar="N", help=f"of each document ({defaults.max_tokens})")
+    report = parser.add_argument_group("the report")
+    report.add_argument("--quick", action="store_true", help="estimate from samples what takes a pass over all tokens")
+    report.add_argument("--config", metavar="FILE", help="a run's YAML file: the steps and epochs it makes of the data")
+    report.add_argument("--documents", type=_count, metavar="N", help="decode N documents at random (default: 3)")
+    report.add_argument("--seed", type=_count, metavar="N", help="of all random choices (0)")
+    report.add_argument("--html", type=Path, metavar="FILE", help="also write a page with plots, complete in itself")
+    report.add_argument("--json", action="store_true", help="print JSON instead of text")
+    other = parser.add_argument_group("instead of the report").add_mutually_exclusive_group()
+    other.add_argument("--index", type=_count, metavar="I", help="decode document I, counted from 0")
+    other.add_argument("--verify", action="store_true", help="check every index entry and the content hashes")
+    options = parser.parse_args(arguments)
+    _refuse_combinations(options)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    if options.verify:
+        dataset = IndexedDataset(options.dataset)
+        _print(verify_dataset(dataset, Sidecar.read(dataset.prefix)))
+    elif options.index is not None:
+        _print(_one_document(options))
+    else:
+        _report(options)
+
+
+def _report(options: argparse.Namespace) -> None:
+    if options.html is not None:
+        require_matplotlib()
+        check_page_path(options.html)
+    names = ("tokenizer", "documents", "seed", "max_tokens", "config")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    report = inspect_dataset(InspectOptions(options.dataset, quick=options.quick, **given))
+    if options.html is not None:
+        write_page(options.html, report)
+    _print(json.dumps(report.to_dict(), indent=2) if options.json else format_report(report))
+
+
+def _one_document(options: argparse.Namespace) -> str:
     dataset = IndexedDataset(options.dataset)
     sidecar = Sidecar.read(dataset.prefix)
-    documents: list[str] = []
-    if indices := choose_documents(options, dataset.num_documents):
-        tokenizer = choose_tokenizer(options.tokenizer, sidecar, dataset.prefix)
-        documents = list(decoded_documents(dataset, tokenizer, indices, options.max_tokens))
-    if options.verify:
-        print(verify_dataset(dataset, sidecar))
-    print(describe_dataset(dataset, sidecar))
-    print(length_histogram(document_lengths(dataset)))
-    for document in documents:
-        print(document)
+    tokenizer = choose_tokenizer(options.tokenizer, sidecar, dataset.prefix)
+    max_tokens = options.max_tokens if options.max_tokens is not None else InspectOptions("").max_tokens
+    decoded = decode_document(dataset, tokenizer, options.index, max_tokens, find_eod_id(tokenizer, sidecar))
+    if decoded.problem:
+        raise UserError(f"{dataset.prefix}: {decoded.problem}")
+    return format_document(decoded, dataset.has_loss_mask)
+
+
+def _refuse_combinations(options: argparse.Namespace) -> None:
+    mode = "--verify" if options.verify else "--index" if options.index is not None else None
+    if mode is None:
+        return
+    useless = ["quick", "config", "documents", "seed", "html", "json"]
+    useless += ["tokenizer", "max_tokens"] if options.verify else []
+    if given := [name for name in useless if not (getattr(options, name) is None or getattr(options, name) is False)]:
+        raise UserError(f"--{given[0].replace('_', '-')} has no meaning with {mode}; leave one of them out")
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def _print(text: str) -> None:
+    # A path may hold bytes that are no text.
+    print(text.encode("utf-8", "backslashreplace").decode())
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Catalog:
         Raises:
             UserError: naming the source and what differs.
         """
-        for name in self.fingerprints.keys() & fingerprints.keys():
+        for name in [name for name in self.fingerprints if name in fingerprints]:
             here, there = self.fingerprints[name], fingerprints[name]
             if here["tokens"] != there["tokens"] or (here["hash"] != there["hash"] and here["hash"] and there["hash"]):
                 raise UserError(
@@ -62,9 +62,10 @@ class Catalog:
                 )
             masks = [here["mask"], there.get("mask")]  # absent before there were masks
             if masks[0] != masks[1] and (None in masks or all(masks)):
+                now, then = ("no loss mask" if mask is None else f"a loss mask of hash {mask or '?'}" for mask in masks)
                 raise UserError(
-                    f"data source '{name}' ({here['path']}) has the loss mask {masks[0]}, but {checkpoint} was trained "
-                    f"with {masks[1]}; restore {here['path']}.mask.bin, or give the new data another name"
+                    f"data source '{name}' ({here['path']}) has {now}, but {checkpoint} was trained with {then}; put "
+                    f"{here['path']}.mask.bin back as it was, or give the new data another name"
                 )
 
 
@@ -103,8 +104,9 @@ def open_catalog(
         }
     windows = sum(source.num_windows for source in train.values())
     if windows < plan.global_batch_size:
+        where = "data.stages" if config.stages else "data.train"
         raise UserError(
-            f"data.train holds {windows:,} windows of {plan.sequence_length:,} tokens, fewer than one global batch of "
+            f"{where} holds {windows:,} windows of {plan.sequence_length:,} tokens, fewer than one global batch of "
             f"{plan.global_batch_size:,}; add data or lower training.global_batch_size or training.sequence_length"
         )
     validation = {HELD_OUT: held_out} if held_out else {}
@@ -121,10 +123,14 @@ def _stages(config: DataConfig, sources: Mapping[str, Source]) -> list[Stage]:
     """Token budgets, weights and caps as counts of samples."""
     sequence_length = next(iter(sources.values())).sequence_length
     stages, tokens = [], 0
-    for stage in config.stages or [StageConfig(config.train)]:
+    blends = config.stages or [StageConfig(config.train)]
+    for number, stage in enumerate(blends, 1):
         shares = tuple(_share(settings, sources[settings.identity], config.weights) for settings in stage.train)
         stop = None
-        if stage.train_tokens is not None:
+        # The last stage has no end here: a run's last step is a whole one, so it may need some samples more than the
+        # budget says, and a longer run may come. That the budgets suffice is checked with the configuration.
+        if number < len(blends):
+            assert stage.train_tokens is not None
             # Rounded once, from the start of the run: roundings of many stages do not add up.
             tokens += stage.train_tokens
             stop = -(-tokens // sequence_length)

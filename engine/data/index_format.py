@@ -1,4 +1,4 @@
-"""The layout of Megatron-LM's ``.idx`` file: constants, the mapped pointers, and writing an index.
+"""The layout of Megatron-LM's ``.idx`` file: constants, and writing an index.
 
 All numbers are little endian, and nothing is padded, so the int64 arrays may be unaligned:
 
@@ -17,11 +17,10 @@ An empty document repeats an index and adds no sequence.
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from collections.abc import Iterator
-from typing import IO, overload
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -57,31 +56,6 @@ def dataset_prefix(path: str | os.PathLike[str]) -> str:
     """``path`` without its ``.bin`` or ``.idx`` suffix, if it has one: the name that both files share."""
     prefix = os.fspath(path)
     return prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
-
-
-class MappedPointers:
-    """The mapped int64 pointers, read entry by entry or slice by slice.
-
-    ``np.searchsorted`` would first copy the whole unaligned array; ``bisect`` over this reads O(log N) entries.
-    """
-
-    def __init__(self, buffer: mmap.mmap | bytes, offset: int, count: int) -> None:
-        self._buffer, self._offset, self._count = buffer, offset, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> npt.NDArray[np.int64]: ...
-    def __getitem__(self, index: int | slice) -> int | npt.NDArray[np.int64]:
-        if isinstance(index, slice):
-            start, stop, _ = index.indices(self._count)
-            count = max(stop - start, 0)
-            view = np.frombuffer(self._buffer, dtype="<i8", count=count, offset=self._offset + 8 * start)
-            return view.astype(np.int64)
-        return INT64.unpack_from(self._buffer, self._offset + 8 * index)[0]
 
 
 def write_index(

@@ -2,25 +2,25 @@
 
 The ``.bin`` file is the tokens of all sequences, one after another, without a header. The ``.idx`` file says where each
 sequence lies; its layout is in index_format.py. Files made by Megatron-LM are read, and Megatron-LM reads the files
-made here. Opening is O(1) whatever the size; reading a range of tokens touches O(log N) of the index. Sample order,
-packing and blending stand elsewhere: this module knows sequences, not samples.
+made here. Opening is O(1) whatever the size; reading a range of tokens is one read of .bin and two or three of the
+index (file_entries.py). Sample order, packing and blending stand elsewhere: this module knows sequences, not samples.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from bisect import bisect_left, bisect_right
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from .index_format import CHUNK, DTYPES, HEADER, MAGIC, VERSION, MappedPointers, dataset_prefix
+from .file_entries import FileEntries, between, first_at_least
+from .index_format import CHUNK, DTYPES, HEADER, MAGIC, VERSION, dataset_prefix
 
 
 class IndexedDataset:
-    """A read-only indexed dataset, memory-mapped.
+    """A read-only indexed dataset.
 
     Opening checks in O(1) that the two files belong together; :meth:`verify` checks every entry of the index. An
     instance may be used after ``fork``; a pickled one opens the files again.
@@ -50,15 +50,11 @@ class IndexedDataset:
             self._idx, dtype="<i8", count=num_indices, offset=indices_at
         )
         """int64[D], first sequence of each document and N at the end: a read-only unaligned view of the file."""
-        self._pointers = MappedPointers(self._idx, pointers_at, self._num_sequences)
+        self._pointers = FileEntries(self.idx_path, "<i8", pointers_at, self._num_sequences)
         self._check_ends()
+        self._tokens = FileEntries(self.bin_path, self.dtype, 0, self.num_tokens)
         self.mask_path = f"{self.prefix}.mask.bin"
-        self._mask = _map_file(self.mask_path) if os.path.exists(self.mask_path) else None
-        if self._mask is not None and len(self._mask) != self.num_tokens:
-            raise UserError(
-                f"{self.mask_path}: {len(self._mask)} bytes, but {self.bin_path} holds {self.num_tokens} tokens: the "
-                "mask belongs to another dataset; build or copy all files again, or remove it to train on every token"
-            )
+        self._mask = self._open_mask() if os.path.exists(self.mask_path) else None
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         return IndexedDataset, (self.prefix,)
@@ -104,8 +100,7 @@ class IndexedDataset:
             IndexError: not 0 <= start <= stop <= num_tokens.
         """
         start, stop = self._checked_range(start, stop)
-        raw = np.frombuffer(self._bin, dtype=self.dtype, count=stop - start, offset=start * self.dtype.itemsize)
-        return raw.astype(np.int64)
+        return self._tokens[start:stop].astype(np.int64)
 
     @property
     def has_loss_mask(self) -> bool:
@@ -121,7 +116,7 @@ class IndexedDataset:
         start, stop = self._checked_range(start, stop)
         if self._mask is None:
             return None
-        return np.frombuffer(self._mask, dtype=np.uint8, count=stop - start, offset=start) != 0
+        return self._mask[start:stop] != 0
 
     def sequence_start(self, index: int) -> int:
         """Position in tokens at which sequence ``index`` begins; ``num_tokens`` for ``index`` == N.
@@ -141,14 +136,14 @@ class IndexedDataset:
         """
         start, stop = self._checked_range(start, stop)
         itemsize = self.dtype.itemsize
-        first = bisect_right(self._pointers, start * itemsize)
-        last = bisect_left(self._pointers, stop * itemsize, lo=first)
+        pointers = between(self._pointers, self._first_from(start * itemsize + 1), stop * itemsize)
         # Sequences of length zero, which other writers may leave, begin where their successor does.
-        return np.unique(self._pointers[first:last] // itemsize)
+        repeated = pointers[1:] == pointers[:-1]
+        return (np.delete(pointers, np.flatnonzero(repeated)) if repeated.any() else pointers) // itemsize
 
     def next_boundary(self, position: int) -> int:
         """The first position >= ``position`` at which a sequence begins, or ``num_tokens`` when there is none."""
-        return self.sequence_start(bisect_left(self._pointers, position * self.dtype.itemsize))
+        return self.sequence_start(self._first_from(position * self.dtype.itemsize))
 
     def verify(self) -> None:
         """Check every length, pointer and document index: O(N) time, bounded memory.
@@ -183,6 +178,19 @@ class IndexedDataset:
                 )
             previous = int(indices[-1])
             _forget_pages(self._idx)
+
+    def _first_from(self, byte: int) -> int:
+        """The first sequence that begins at ``byte`` of .bin or behind it; N when there is none."""
+        return first_at_least(self._pointers, byte, len(self._bin))
+
+    def _open_mask(self) -> FileEntries:
+        size = os.path.getsize(self.mask_path)
+        if size != self.num_tokens:
+            raise UserError(
+                f"{self.mask_path}: {size} bytes, but {self.bin_path} holds {self.num_tokens} tokens: the mask belongs "
+                "to another dataset; build or copy all files again, or remove it to train on every token"
+            )
+        return FileEntries(self.mask_path, "u1", 0, size)
 
     def _checked_range(self, start: int, stop: int) -> tuple[int, int]:
         if not 0 <= start <= stop <= self.num_tokens:

@@ -8,6 +8,7 @@ windows hold the same tokens in all, the documents of each group of windows laid
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -92,7 +93,7 @@ class Source:
         start = self.start + index * self.sequence_length
         stop = start + self.sequence_length + 1
         ids = self.dataset.tokens(start, stop)
-        self._check(ids, np.arange(start, stop), vocab_size)
+        self._check(ids, vocab_size, lambda place: start + place)
         boundaries = self.dataset.boundaries(start, stop) - start
         mask = self.dataset.loss_mask(start, stop)
         return Window(
@@ -117,9 +118,13 @@ class Source:
                 may_count[here], counts[here] = mask[:-1], mask[1:]
             at += length
         stops = np.cumsum(pieces.lengths)
-        positions = np.repeat(pieces.starts - (stops - pieces.lengths), pieces.lengths) + np.arange(at)
-        self._check(tokens, positions, vocab_size)
-        self._check(targets, positions + 1, vocab_size)
+
+        def position(place: int) -> int:
+            piece = int(np.searchsorted(stops, place, side="right"))
+            return int(pieces.starts[piece] + place - (stops[piece] - pieces.lengths[piece]))
+
+        self._check(tokens, vocab_size, position)
+        self._check(targets, vocab_size, lambda place: position(place) + 1)
         ends = stops[pieces.ends] - 1
         # What is laid behind a document's last token; behind the window's last token that is nothing.
         inner = ends[ends < self.sequence_length - 1]
@@ -127,14 +132,15 @@ class Source:
         counts[ends[len(inner) :]] = False
         return Window(tokens, targets, stops[:-1], ends, counts)
 
-    def _check(self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], vocab_size: int) -> None:
-        """Refuse token ``ids``, read at ``positions``, outside the vocabulary."""
+    def _check(self, ids: npt.NDArray[np.int64], vocab_size: int, position: Callable[[int], int]) -> None:
+        """Refuse token ``ids`` outside the vocabulary; ``position`` says where in the dataset the n-th of them lies."""
         largest, smallest = int(ids.max()), int(ids.min())
         if largest >= vocab_size or smallest < 0:
             bad = largest if largest >= vocab_size else smallest
+            place = position(int((ids == bad).argmax()))
             raise UserError(
-                f"{self.dataset.prefix}.bin: token id {bad} at token {positions[(ids == bad).argmax()]:,} is outside "
-                f"the model's vocabulary of {vocab_size:,}; preprocess the corpus with the model's own tokenizer"
+                f"{self.dataset.prefix}.bin: token id {bad} at token {place:,} is outside the model's vocabulary of "
+                f"{vocab_size:,}; preprocess the corpus with the model's own tokenizer"
             )
 
 

@@ -17,8 +17,12 @@ import numpy as np
 
 from .tokenizer_backends import FlatIds, one_line
 
-_INEXACT_CLASSES = re.compile(r"\\[wWbB]|\[:")
-r"""``\w`` and ``\b`` are other characters in its regular expressions (1,520 code points); ``\s \d \p{..}`` agree."""
+_INEXACT_SYNTAX = re.compile(r"\\[wWbBAzZG]|\[:|\(\?[a-z-]")
+r"""``\w`` and ``\b`` are other characters in its regular expressions (1,520 code points); ``\s \d \p{..}`` agree. Flags
+such as ``(?i)`` are other foldings."""
+_EXACT_GROUPS = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)")
+"""The contractions of Llama 3, Qwen and GPT-4, compared over every code point."""
+_CLASS = re.compile(r"\[[^\[\]]*\]")
 
 
 class NotFast(Exception):
@@ -60,9 +64,14 @@ class FastEncoder:
         Raises:
             Exception: whatever fastokens raises; ``UnicodeEncodeError`` for a lone surrogate.
         """
-        ids, offsets = self._encode(
-            list(texts), add_special_tokens=False, split_special_tokens=self._split_special_tokens
-        )
+        try:
+            ids, offsets = self._encode(
+                list(texts), add_special_tokens=False, split_special_tokens=self._split_special_tokens
+            )
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # of Rust: no Exception, and of no module to import it from
+                raise RuntimeError(one_line(error)) from error
+            raise
         return np.frombuffer(ids, "<i4"), np.diff(np.frombuffer(offsets, "<i8"))
 
 
@@ -88,10 +97,22 @@ def why_not_exact(config: dict[str, Any]) -> str | None:
         if step["type"] not in ("ByteLevel", "Digits", "Split"):
             return f"the pre-tokenizer is {step['type']}"
         pattern = step.get("pattern", {}).get("Regex", "")
-        if _INEXACT_CLASSES.search(pattern):
-            return f"the regular expression of the pre-tokenizer has a class of its own in each library: {pattern}"
+        if _is_read_differently(pattern):
+            return f"the libraries read the regular expression of the pre-tokenizer differently: {pattern}"
     missing = 256 - len(_byte_characters() & model["vocab"].keys())
     return f"{missing} of the 256 bytes are not in the vocabulary" if missing else None
+
+
+def _is_read_differently(pattern: str) -> bool:
+    """Whether a regular expression holds what means something else in each library, as far as was found."""
+    for group in _EXACT_GROUPS:
+        pattern = pattern.replace(group, "")
+    if _INEXACT_SYNTAX.search(pattern):
+        return True
+    rest = re.sub(r"\\.", "", pattern, flags=re.DOTALL)
+    while (inner := _CLASS.sub("", rest)) != rest:
+        rest = inner
+    return "^" in rest or "$" in rest  # of a line in one library, of the text in the other
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .tokenizer_backends import DOCUMENT_END, FlatIds, one_line
+from .tokenizer_backends import DOCUMENT_END, MAX_ID, FlatIds, one_line
 
 _R50K_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 _CL100K_PATTERN = (
@@ -166,6 +167,8 @@ def _parse_ranks(file: Path, content: bytes) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
             raise UserError(f"{file}:{number}: not a tiktoken line, which is a base64 token and its rank") from error
+        if not 0 <= int(rank) <= MAX_ID:
+            raise UserError(f"{file}:{number}: rank {int(rank)} is no token id: ids are from 0 to {MAX_ID:,}")
     return ranks
 
 
@@ -195,7 +198,7 @@ def _parse_description(beside: Path, description: Any) -> Encoding:
         raise UserError(f"{beside}: unknown key {min(unknown)!r}; the keys are {', '.join(sorted(known))}")
     special_tokens = description.get("special_tokens")
     if not isinstance(special_tokens, dict) or not all(
-        type(token_id) is int and 0 <= token_id < 2**31 for token_id in special_tokens.values()
+        type(token_id) is int and 0 <= token_id <= MAX_ID for token_id in special_tokens.values()
     ):
         raise UserError(f'{beside}: "special_tokens" must map tokens to ids: {{"<|endoftext|>": 100257}}')
     if description.get("normalization") not in (None, "NFC"):
@@ -213,7 +216,6 @@ def _check(file: Path, ranks: dict[bytes, int], encoding: Encoding) -> None:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise UserError(f"{file}: {len(missing)} of the 256 bytes have no rank, the first 0x{missing[0]:02X}")
-    ids = [*ranks.values(), *encoding.special_tokens.values()]
-    if len(set(ids)) != len(ids):
-        twice = min(token_id for token_id in set(ids) if ids.count(token_id) > 1)
+    counts = Counter([*ranks.values(), *encoding.special_tokens.values()])
+    if twice := min((token_id for token_id, count in counts.items() if count > 1), default=None):
         raise UserError(f"{file}: id {twice} belongs to two tokens, special tokens included")

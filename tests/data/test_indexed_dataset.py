@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import math
 import mmap
 import multiprocessing
 import os
@@ -98,25 +97,6 @@ def test_ranges_and_boundaries_equal_the_obvious_reference(tmp_path_factory, dat
     assert boundaries.dtype == np.int64
     assert dataset.next_boundary(start) == min((p for p in starts if p >= start), default=len(stream))
     assert [dataset.sequence_start(i) for i in range(len(sequences) + 1)] == [*starts, len(stream)]
-
-
-def test_boundaries_read_few_index_entries(tmp_path, monkeypatch):
-    count = 200_001  # odd, so that the int64 arrays are unaligned
-    np.zeros(count * 3, "<u2").tofile(tmp_path / "x.bin")
-    write_index(tmp_path / "x.idx", "<u2", np.full(count, 3))
-    dataset = IndexedDataset(tmp_path / "x")
-    entries = 0
-    original = index_format.MappedPointers.__getitem__
-
-    def counting(self, index):
-        nonlocal entries
-        result = original(self, index)
-        entries += np.size(result)
-        return result
-
-    monkeypatch.setattr(index_format.MappedPointers, "__getitem__", counting)
-    assert dataset.boundaries(300_000, 300_010).tolist() == [300_003, 300_006, 300_009]
-    assert entries <= 2 * math.ceil(math.log2(count)) + 2 + 3
 
 
 def test_out_of_range_is_an_index_error(tmp_path):

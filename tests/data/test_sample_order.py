@@ -1,5 +1,6 @@
 """The sample order: permutations, blends, and what a resume must not change."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -145,7 +146,7 @@ def test_no_source_strays_from_its_share(weights):
 # Order
 
 
-@pytest.fixture(scope="module")
+@contextlib.contextmanager
 def short_blends() -> Iterator[None]:
     """Blends of at most 60 slots, which are quick to build and whose periods end often."""
     with pytest.MonkeyPatch.context() as patch:
@@ -161,7 +162,8 @@ def flat(order: SampleOrder, start: int, stop: int) -> list[tuple[str, int, int]
 
 @settings(deadline=None, max_examples=50)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(0, 2**62))
-def test_every_window_once_per_epoch(short_blends, sizes, seed):
+@short_blends()
+def test_every_window_once_per_epoch(sizes, seed):
     sources = [(f"s{i}", size, 1.0 + i) for i, size in enumerate(sizes)]
     seen = flat(order_of(sources, seed, 128), 0, 400)
     for source, num_windows, _ in sources:
@@ -238,7 +240,8 @@ def test_the_order_is_that_of_former_releases(sources, digest):
 
 @settings(deadline=None, max_examples=50)
 @given(cuts=st.lists(st.integers(0, 300), min_size=1, max_size=3).map(sorted))
-def test_a_resumed_order_is_the_uninterrupted_one(short_blends, cuts):
+@short_blends()
+def test_a_resumed_order_is_the_uninterrupted_one(cuts):
     whole = order_of(SOURCES, 1, 128)
     order = whole
     for cut in cuts:
@@ -262,7 +265,8 @@ def ordered(blend: list[tuple[str, float]]) -> list[WeightedSource]:
 
 @settings(deadline=None, max_examples=50)
 @given(blends=st.lists(BLENDS, min_size=2, max_size=4), steps=st.lists(st.integers(0, 80), min_size=3, max_size=3))
-def test_every_source_goes_on_from_its_own_cursor_through_changes_of_the_blend(short_blends, blends, steps):
+@short_blends()
+def test_every_source_goes_on_from_its_own_cursor_through_changes_of_the_blend(blends, steps):
     """A chain of runs, each with its own blend and resumed from the state of the one before. The reference counts what
     each source has given so far and asks a run of that source alone what comes next."""
     given_so_far: Counter = Counter()

@@ -214,7 +214,7 @@ def test_what_lies_ahead_may_change_without_a_trace(stages, later, data):
     if stages[0].stop is None:
         return
     before = Schedule(stages)
-    cut = data.draw(st.integers(0, min(before.end, stages[0].stop)))
+    cut = data.draw(st.integers(0, stages[0].stop if before.end is None else min(before.end, stages[0].stop)))
     for stop in (stages[0].stop, stages[0].stop + 10):
         changed = [Stage(stages[0].shares, stop), Stage(later)]
         resumed = Schedule(changed).resumed(stored(before), cut)

@@ -97,8 +97,39 @@ messages[0]['content'] + '\\n\\n' %}{% else %}{% set rest = messages %}{% set sy
 {{ '<|assistant|>' }}
 {% endif %}
 {% endfor %}""",
+    # Another name for the role; contents are trimmed, and the system prompt moves into the first question.
+    "gemma3": """{{ bos_token }}{%- set first = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' -%}
+{%- for message in (messages[1:] if first else messages) -%}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+    {%- endif -%}
+    {%- if message.role == 'assistant' -%}
+        {{ '<start_of_turn>model\\n' }}[[{{ message.content | trim + '<end_of_turn>' }}]]{{ '\\n' }}
+    {%- else -%}
+        {{ '<start_of_turn>user\\n' + (first if loop.first else '') + message.content | trim + '<end_of_turn>\\n' }}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}""",
+    # Headers are plain text, so that contents may hold them.
+    "alpaca": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + \
+'\\n\\n' }}{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}{% else %}\
+{{ '### Response:\\n' }}[[{{ message['content'] + eos_token }}]]{{ '\\n' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}""",
+    "vicuna": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ \
+message['content'].strip() + ' ' }}{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'].strip() + ' ' }}\
+{% else %}{{ 'ASSISTANT:' }}[[{{ ' ' + message['content'].strip() + eos_token }}]]{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}""",
+    # The prompt begins the reasoning; earlier and later answers are shown without it.
+    "deepseek": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ \
+message['content'] }}{% elif message['role'] == 'user' %}{{ '[INST]' + message['content'] }}{% else %}{{ '[/INST]' }}[[\
+{{ message['content'].split('</think>')[-1] + eos_token }}]]{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '[/INST]<think>\\n' }}{% endif %}""",
 }
 CLOSING = {
+    "gemma3": "<end_of_turn>",
+    "alpaca": "</s>",
+    "vicuna": "</s>",
+    "deepseek": "</s>",
     "chatml": "<|im_end|>",
     "reasoning": "<|im_end|>",
     "llama3": "<|eot_id|>",
@@ -107,7 +138,7 @@ CLOSING = {
     "zephyr": "</s>",
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|begin_of_text|>", "<|eot_id|>"]
-SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]"]
+SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>"]
 USER, ANSWER = {"role": "user", "content": "Who sat on the mat?"}, {"role": "assistant", "content": "The cat."}
 LONG = [
     {"role": "system", "content": "Answer in one word."},
@@ -264,7 +295,7 @@ class TestAgainstTransformers:
         if case.name == "reasoning":
             answers[-1] = "<think>\n\n</think>\n\n" + answers[-1]
         text = masked_text(case, encode(case.encoder, messages))
-        if case.name in ("mistral", "mistral_v3", "zephyr"):  # the template or the tokenizer puts a space before each
+        if case.name in ("mistral", "mistral_v3", "zephyr", "vicuna"):  # the template or the tokenizer puts a space before each
             text, answers = text.replace(" ", ""), [answer.replace(" ", "") for answer in answers]
         assert text == "".join(answers)
 
@@ -272,7 +303,9 @@ class TestAgainstTransformers:
     @given(data=st.data())
     def test_random_conversations(self, case, data):
         awkward = st.text(st.sampled_from("ae\u0301\u0327\u0338=> \n\t🙂👩\u200d天é�ﬁ<|]"), max_size=12)
-        content = st.one_of(st.text(max_size=30), awkward)
+        # Hypothesis draws the words of our sources too, control tokens among them, which are refused.
+        plain_text = st.text(max_size=30).filter(lambda text: not any(token in text for token in SPECIAL))
+        content = st.one_of(plain_text, awkward)
         answer = content.filter(lambda text: text.strip())
         messages = data.draw(st.lists(content.map(lambda text: {"role": "system", "content": text}), max_size=1))
         for _ in range(data.draw(st.integers(1, 4))):

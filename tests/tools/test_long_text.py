@@ -10,6 +10,7 @@ from oracles.tiny_tokenizer import sample_text, train_tiny_tokenizer
 from tokenizers import Tokenizer
 
 from retemper.tools.ingest import long_text
+from retemper.tools.ingest.json_records import WantedKeys
 from retemper.tools.ingest.long_text import LongText, cut_for_encoding, read_long_json
 from retemper.tools.ingest.records import MalformedError
 
@@ -65,7 +66,7 @@ def test_long_objects_are_what_json_reads(tmp_path, small_limits):
         record = {key: record[key] for key in draw.sample(list(record), 3)}
         path.write_text(json.dumps(record, ensure_ascii=draw.random() < 0.5), encoding="utf-8")
         small_limits(draw.choice([64, 300]))
-        assert joined(read_long_json(path)) == record
+        assert joined(read_long_json(path, WantedKeys(()))) == record
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_what_is_wrong_with_a_long_record_is_said(tmp_path, small_limits, conten
     path = tmp_path / "record"
     path.write_bytes(content)
     with pytest.raises(MalformedError, match=reason):
-        joined(read_long_json(path))
+        joined(read_long_json(path, WantedKeys(())))
 
 
 def test_a_text_that_is_cut_off_in_a_character_is_refused(tmp_path, small_limits):

@@ -1,4 +1,4 @@
-"""Every format, tokenizer kind and shape of record through the preprocess command, to the ids of the format's library."""
+"""Every format, tokenizer kind and shape of record through the preprocess command, to the ids of its library."""
 
 from __future__ import annotations
 

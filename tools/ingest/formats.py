@@ -87,6 +87,11 @@ def require_library(name: str, path: str) -> ModuleType:
     """
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except ImportError as error:
         package = name.partition(".")[0]
-        raise UserError(f"{path}: reading it needs {package}: pip install 'retemper[formats]' (or {package})") from None
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name in (name, package)
+        raise UserError(
+            f"{path}: reading it needs {package}"
+            + (": " if is_missing else f", which cannot be imported ({error}): ")
+            + f"pip install 'retemper[formats]' (or {package})"
+        ) from None

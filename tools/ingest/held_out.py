@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...engine.errors import UserError
 from .cleaning import Cleaner
 from .decontamination import NgramFilter
 from .formats import FORMATS
-from .inputs import InputOptions, expand_inputs
+from .inputs import STDIN, InputOptions, expand_inputs
+from .long_text import LongText
 from .records import MalformedError, ReadContext, Where
 from .tasks import Span
 from .texts import TextChoice
@@ -19,7 +21,7 @@ def write_held_out(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, f
     """Write the n-grams of the texts in ``paths`` to a file in ``folder``, for the workers.
 
     Records are read as those of the corpus are, cleaned by ``cleaner``; of those without the corpus's text key, all
-    strings are taken: test sets call their texts by many names.
+    strings are taken, nested ones too: test sets call their texts by many names.
 
     Raises:
         UserError: a file cannot be read, or there is no text in any.
@@ -33,17 +35,29 @@ def write_held_out(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, f
 
 
 def _texts(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, folder: Path) -> Iterator[str]:
-    for file in expand_inputs(paths, InputOptions()):
+    if STDIN in paths:
+        raise UserError("--held-out -: standard input is for the corpus; name a file")
+    for file in expand_inputs(paths, InputOptions(), "--held-out"):
         context = ReadContext(_refuse, folder)
         stop = file.units if FORMATS[file.format].split == "units" else file.size
         for record in FORMATS[file.format].read(Span(file, 0, stop), context):
             try:
                 texts = [choice.text(record.value)]
             except MalformedError:
-                assert isinstance(record.value, dict)
-                texts = [value for value in record.value.values() if isinstance(value, str)]
+                texts = list(_strings(record.value))
             for text in texts:
                 yield cleaner.clean(text if isinstance(text, str) else "".join(text.pieces()))[0]
+
+
+def _strings(value: Any) -> Iterator[str | LongText]:
+    """All strings in a record, at any depth."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (str, LongText)):
+            yield value
+        elif isinstance(value, (dict, list)):
+            waiting.extend(reversed(list(value.values()) if isinstance(value, dict) else value))
 
 
 def _refuse(where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:

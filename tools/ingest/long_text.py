@@ -19,6 +19,7 @@ from typing import Any
 
 import orjson
 
+from .json_records import WantedKeys, parse_json, raise_bad_json
 from .records import MalformedError
 
 LONG_BYTES = 16 << 20
@@ -29,11 +30,14 @@ _MAX_UNCUT = 16 << 20
 _SCAN_BYTES = 32 << 20
 _CONTEXT = 256  # characters on either side of a cut of which the tokens are compared
 _TRIES = 16
+_MAX_CHARACTER = 4  # bytes
+_BACKSLASH = 0x5C
+_ROW_BYTES = 4096
 
 _ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u....|u....|.)", re.DOTALL)
 _CUTS = (
-    re.compile(r"(?<=\S\n)(?=[A-Za-z])"),
-    re.compile(r"(?<=[^\W\d_])(?= [A-Za-z])"),
+    re.compile(r"(?<=\S\n)(?=[^\W\d_])"),
+    re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])"),
     re.compile(r"(?<=[^\W\d_])(?=[。，、；：！？])"),  # noqa: RUF001
 )
 """Where pieces may end. No character that stands behind such a place composes with the one before it, so that
@@ -57,29 +61,40 @@ class LongText:
         """
         return self._json_pieces() if self.is_json else self._plain_pieces()
 
+    def check(self) -> LongText:
+        """Read all of it, so that what is wrong is known while its place in the input is.
+
+        Raises:
+            MalformedError: as :meth:`pieces`.
+        """
+        for _ in self.pieces():
+            pass
+        return self
+
     def _plain_pieces(self) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
         offset = self.start
         for block in self._blocks():
+            waiting = len(decoder.getstate()[0])
             try:
-                text = decoder.decode(block, final=offset + len(block) == self.stop)
+                yield decoder.decode(block, final=offset + len(block) == self.stop)
             except UnicodeDecodeError as error:
+                found, place = error.object[error.start], offset - waiting + error.start + 1
                 raise MalformedError(
-                    f"not valid UTF-8 near byte {offset + error.start + 1:,} of the file", "invalid UTF-8"
+                    f"not valid UTF-8: byte 0x{found:02x} at byte {place:,} of the text", "invalid UTF-8"
                 ) from None
-            yield text.removeprefix("\ufeff") if offset == self.start == 0 else text
             offset += len(block)
 
     def _json_pieces(self) -> Iterator[str]:
         rest = b""
         end = self.start
         for block in self._blocks():
-            end += len(block)
+            start, end = end - len(rest), end + len(block)
             raw = rest + block
             cut = len(raw) if end == self.stop else _json_cut(raw)
             rest = raw[cut:]
             if cut:
-                yield _json_string(raw[:cut])
+                yield _json_string(raw[:cut], start)
 
     def _blocks(self) -> Iterator[bytes]:
         with open(self.path, "rb") as file:
@@ -106,43 +121,25 @@ def _json_cut(raw: bytes) -> int:
         # Escapes almost without end: they are followed from the start, which is the middle of none.
         escapes = (match.start() for match in _ESCAPE.finditer(raw) if match.end() > len(raw) - 12)
         cut = next(escapes, cut)
-    while cut > 0 and (cut == len(raw) or raw[cut] & 0xC0 == 0x80):
-        cut -= 1
+    # The last character may be incomplete. More than three such bytes are in no character: the parser will say so.
+    for place in range(min(cut, len(raw) - 1), max(cut - _MAX_CHARACTER, 0) - 1, -1):
+        if raw[place] & 0xC0 != 0x80:
+            return place
     return cut
 
 
-def _json_string(raw: bytes) -> str:
+def _json_string(raw: bytes, offset: int) -> str:
     try:
         return orjson.loads(b'"' + raw + b'"')
     except orjson.JSONDecodeError as error:
-        raise bad_json(raw, error) from None
+        raise_bad_json(raw, error, f" near byte {offset + 1:,} of the line", offset)
 
 
-def bad_json(content: bytes, error: orjson.JSONDecodeError) -> MalformedError:
-    """Why ``content`` is not JSON, in words of ours where the parser's are obscure."""
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as wrong:
-        return invalid_utf8(content, wrong)
-    if "surrogate" in error.msg:
-        return MalformedError("an escaped lone surrogate, half a character, which is not text")
-    return MalformedError(f"not valid JSON: {error.msg} at character {error.pos + 1} of the line")
-
-
-def invalid_utf8(content: bytes, error: UnicodeDecodeError) -> MalformedError:
-    """Names the first byte of ``content`` that is not UTF-8."""
-    line_start = content.rfind(b"\n", 0, error.start) + 1
-    return MalformedError(
-        f"not valid UTF-8: byte 0x{content[error.start]:02x} at byte {error.start - line_start + 1} of the line",
-        "invalid UTF-8",
-    )
-
-
-def read_long_json(path: Path) -> Any:
+def read_long_json(path: Path, keys: WantedKeys) -> Any:
     """Parse the JSON value in a file; its strings of more than 1 MB become :class:`LongText`.
 
     Raises:
-        MalformedError: it is not JSON, or too much of it is no long string.
+        MalformedError: it is not JSON, an object that has one of ``keys`` twice, or too much of it is no long string.
     """
     skeleton: list[bytes] = []
     strings: list[LongText] = []
@@ -150,20 +147,19 @@ def read_long_json(path: Path) -> Any:
     for start, stop, content in _json_parts(path):
         if content is None:
             skeleton.append(orjson.dumps(_placeholder(path, len(strings))))
-            strings.append(LongText(str(path), start, stop, is_json=True))
+            strings.append(LongText(str(path), start, stop, is_json=True).check())
         else:
             skeleton.append(content)
             size += len(content)
             if size > LONG_BYTES:
                 raise MalformedError(
-                    f"a line with more than {LONG_BYTES >> 20} MB besides its longest strings; split the record"
+                    f"more than {LONG_BYTES >> 20} MB of JSON besides its longest strings; split the record"
                 )
-    content = b"".join(skeleton)
+    value = parse_json(b"".join(skeleton), keys, whole=False)
     try:
-        value = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise bad_json(content, error) from None
-    return _filled(value, {_placeholder(path, index): text for index, text in enumerate(strings)})
+        return _filled(value, {_placeholder(path, index): text for index, text in enumerate(strings)})
+    except RecursionError:
+        raise MalformedError("JSON that is nested too deeply") from None
 
 
 def _placeholder(path: Path, index: int) -> str:
@@ -210,15 +206,25 @@ def _find_quote(content: mmap.mmap, position: int, escapes: bool = False) -> int
             position = stop
             _forget(content, first, stop)
             continue
-        backslashes = 0
-        while escapes and quote - backslashes > first and content[quote - backslashes - 1] == 0x5C:
-            backslashes += 1
-        if backslashes % 2 == 0:
+        if not escapes or _backslashes_before(content, first, quote) % 2 == 0:
             return quote
         position = quote + 1
         if position // _SCAN_BYTES != quote // _SCAN_BYTES:
             _forget(content, first, position)
     return -1
+
+
+def _backslashes_before(content: mmap.mmap, first: int, stop: int) -> int:
+    """How many backslashes stand in a row right before ``stop``, back to ``first``."""
+    position = stop
+    while position > first and content[position - 1] == _BACKSLASH:
+        # Rows of them are short, but need not be.
+        block = content[max(first, position - _ROW_BYTES) : position]
+        rest = len(block.rstrip(b"\\"))
+        position -= len(block) - rest
+        if rest:
+            break
+    return stop - position
 
 
 def _forget(content: mmap.mmap, start: int, stop: int) -> None:
@@ -235,9 +241,8 @@ def cut_for_encoding(pieces: Iterator[str], encode: Callable[[str], list[int]]) 
         MalformedError: there is no place to cut in 16 MB of text.
     """
     text = ""
-    following: list[str] = []
     for piece in pieces:
-        text = "".join((*following, text, piece))
+        text += piece
         cut = _find_cut(text, encode)
         if cut is None:
             if len(text) > _MAX_UNCUT:

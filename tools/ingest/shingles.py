@@ -6,8 +6,8 @@ Han or kana character as half a word, one of Thai, Lao, Khmer, Burmese and their
 words of these languages have. An n-gram of n words is thus 2n Chinese characters, or a mixture: it begins at each word
 or character and ends as soon as it weighs n words.
 
-What is a letter is a matter of this Python's ``unicodedata``. Among 10^9 different n-grams two have the same hash with a
-probability of 3 %.
+What is a letter is a matter of this Python's ``unicodedata``. Among 10^9 different n-grams two have the same hash with
+a probability of 3 %.
 """
 
 from __future__ import annotations
@@ -27,21 +27,30 @@ from .normalization import PieceNormalizer
 WORD = 4
 """Weight of a word; that of a Han or kana character is 2, that of a Thai character 1."""
 BLOCK = 1 << 17
-"""Characters that are hashed at once: few enough for all that is computed from them to stay in the processor's cache."""
+"""Characters hashed at once: few enough for all that is computed from them to stay in the processor's cache."""
 VERSION = f"1, Unicode {unicodedata.unidata_version}"
 """Of the rule above: n-grams of different versions are not to be compared."""
 
-_SEPARATOR, _IGNORED = 0, 255
+_SEPARATOR, _EXPANDED, _IGNORED = 0, 8, 255
 _HALF_WORDS = (
-    *((0x3005, 0x3007), (0x3021, 0x3029), (0x3040, 0x30FF), (0x3100, 0x312F), (0x31A0, 0x31BF), (0x31F0, 0x31FF)),
+    *(
+        (0x3005, 0x3007),
+        (0x3021, 0x3029),
+        (0x3038, 0x303A),
+        (0x3040, 0x30FF),
+        (0x3100, 0x312F),
+        (0x31A0, 0x31BF),
+        (0x31F0, 0x31FF),
+    ),
     *((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0xFF66, 0xFF9F), (0x1AFF0, 0x1B16F), (0x20000, 0x3FFFF)),
 )
 _QUARTER_WORDS = (
     *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19DF), (0x1A20, 0x1AAF)),
     *((0xA980, 0xA9FF), (0xAA60, 0xAADF)),
 )
-_FIRST_UNSPACED = 0x0E00
-_VARIATION_SELECTORS = ((0xFE00, 0xFE0F), (0xE0100, 0xE01EF))
+_FIRST_OF_OTHER_CLASSES = 0xAD
+"""Characters before are of words, or separate them; this is the soft hyphen, which is ignored."""
+_VARIATION_SELECTORS, _TAGS = ((0xFE00, 0xFE0F), (0xE0100, 0xE01EF)), (0xE0000, 0xE007F)
 _BASE = np.uint64(0x5851F42D4C957F2D)
 _INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
 
@@ -74,9 +83,12 @@ class Units:
         if self.weights is None:
             stops = starts + num_words
         else:
-            weight = _prefix_sums(self.weights)
+            before = _prefix_sums(self.weights)
+            # For each weight the first unit before which there is as much: what a binary search would find, sooner.
+            reached = np.repeat(np.arange(num_units + 1), np.diff(before, prepend=-1))
+            wanted = before[:-1] + WORD * num_words
             # Where there is not enough weight: beyond all limits.
-            stops = np.searchsorted(weight, weight[:-1] + WORD * num_words)
+            stops = np.where(wanted < len(reached), reached.take(wanted, mode="clip"), num_units + 1)
         valid = stops <= limits
         if whole:
             first = self.offsets[:-1][np.diff(self.offsets) > 0]
@@ -89,7 +101,7 @@ class Units:
     def spans(self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """uint64[spans], hashes of the units from ``starts`` to before ``stops``."""
         inverses = _powers(len(self.hashes))[1]
-        return mix64((self._sums[stops] - self._sums[starts]) * inverses[starts])
+        return mix64((self._sums.take(stops) - self._sums.take(starts)) * inverses.take(starts))
 
     @functools.cached_property
     def _sums(self) -> npt.NDArray[np.uint64]:
@@ -147,7 +159,7 @@ class LongUnits:
     def __init__(self, num_words: int) -> None:
         self._num_words = num_words
         self._normalizer = PieceNormalizer()
-        self._folded = ""
+        self._text = ""
         self._word = ""
         self.carried = NO_UNITS
         """Units that the next part begins with: all of the text as long as it weighs less than ``num_words``."""
@@ -159,18 +171,17 @@ class LongUnits:
     def end(self) -> Iterator[Units]:
         """The last parts."""
         yield from self._take(self._normalizer.end())
-        yield self._hash(self._word + self._folded)
+        yield self._hash(self._word + self._text)
 
     def _take(self, normalized: str) -> Iterator[Units]:
-        # Casefolding looks at one character at a time.
-        self._folded += normalized.casefold()
-        whole = len(self._folded) - len(self._folded) % BLOCK
+        self._text += normalized
+        whole = len(self._text) - len(self._text) % BLOCK
         for start in range(0, whole, BLOCK):
-            text = self._word + self._folded[start : start + BLOCK]
+            text = self._word + self._text[start : start + BLOCK]
             cut = _last_boundary(text) or len(text)
             self._word = text[cut:]
             yield self._hash(text[:cut])
-        self._folded = self._folded[whole:]
+        self._text = self._text[whole:]
 
     def _hash(self, text: str) -> Units:
         units = self.carried + _hash_codes(_codes(text), np.array([len(text)]))
@@ -185,10 +196,10 @@ def _last_boundary(text: str) -> int:
 
 
 def _hash_texts(texts: Sequence[str]) -> Units:
-    folded = [unicodedata.normalize("NFC", text).casefold() for text in texts]
-    ends = np.cumsum([len(text) + 1 for text in folded], dtype=np.int64)
+    normalized = [unicodedata.normalize("NFC", text) for text in texts]
+    ends = np.cumsum([len(text) + 1 for text in normalized], dtype=np.int64)
     # A line feed separates words.
-    return _hash_codes(_codes("\n".join((*folded, ""))), ends)
+    return _hash_codes(_codes("\n".join((*normalized, ""))), ends)
 
 
 def _codes(text: str) -> npt.NDArray[np.uint32]:
@@ -199,17 +210,20 @@ def _codes(text: str) -> npt.NDArray[np.uint32]:
 
 def _hash_codes(codes: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64]) -> Units:
     """Units of texts of which the code points lie end to end, up to ``ends`` [texts]; no word goes over an end."""
-    values, weights = _tables()
+    values, classes = _tables()
     unspaced = None
-    if len(codes) and codes.max() >= 0xAD:
-        kinds = weights[codes]
-        ignored = kinds == _IGNORED
-        if ignored.any():
+    if codes.max(initial=0) >= _FIRST_OF_OTHER_CLASSES:
+        kinds = classes.take(codes)
+        if (expanded := kinds == _EXPANDED).any():
+            codes, ends = _expand(codes, ends, np.flatnonzero(expanded))
+            kinds = classes.take(codes)
+        if (ignored := kinds == _IGNORED).any():
             ends = _prefix_sums(~ignored)[ends]
             codes, kinds = codes[~ignored], kinds[~ignored]
-        if codes.max(initial=0) >= _FIRST_UNSPACED:
-            unspaced = (kinds == 1) | (kinds == 2)
-    found = values[codes]
+        unspaced = (kinds == 1) | (kinds == 2)
+        if not unspaced.any():
+            unspaced = None
+    found = values.take(codes)
     inside = found != 0
     begins = inside.copy()
     begins[1:] &= ~inside[:-1]
@@ -220,12 +234,27 @@ def _hash_codes(codes: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64]) -> U
     powers, inverses = _powers(len(codes))
     found *= powers[: len(codes)]
     # From each word's start to the next one's; what lies between words adds zero.
-    hashes = np.add.reduceat(found, starts) * inverses[starts] if len(starts) else np.empty(0, np.uint64)
+    sums = _prefix_sums(found)
+    hashes = np.diff(sums.take(starts), append=sums[-1:]) * inverses.take(starts)
     return Units(
         mix64(hashes),
-        None if unspaced is None else kinds[starts].astype(np.int64),
+        None if unspaced is None else kinds.take(starts).astype(np.int64),
         np.concatenate([[0], np.searchsorted(starts, ends)]),
     )
+
+
+def _expand(
+    codes: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64], where: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """``codes`` with those at ``where`` casefolded to several each, and the ends of the texts then."""
+    folded = [chr(code).casefold() for code in codes[where].tolist()]
+    sizes = np.ones(len(codes), np.int64)
+    sizes[where] = list(map(len, folded))
+    stops = _prefix_sums(sizes)
+    result = np.repeat(codes, sizes)
+    places = np.repeat(stops[where] - _prefix_sums(sizes[where])[:-1], sizes[where]) + np.arange(sizes[where].sum())
+    result[places] = _codes("".join(folded))
+    return result, stops[ends]
 
 
 def _prefix_sums(values: npt.NDArray) -> npt.NDArray:
@@ -237,7 +266,10 @@ def _prefix_sums(values: npt.NDArray) -> npt.NDArray:
 
 @functools.cache
 def _tables() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
-    """By code point: the value that is hashed, zero for separators; and the weight of a unit that begins with it."""
+    """By code point: the value that is hashed, zero for separators; and the weight of a unit that begins with it.
+
+    Both are those of the casefolded character. Where these are several ``_EXPANDED`` takes the weight's place.
+    """
     weights = np.zeros(0x110000, np.uint8)
     for code in range(0x20000):
         category = unicodedata.category(chr(code))
@@ -250,10 +282,15 @@ def _tables() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
         for first, last in ranges:
             part = weights[first : last + 1]
             part[part == WORD] = weight
-    for first, last in _VARIATION_SELECTORS:
+    for first, last in (*_VARIATION_SELECTORS, _TAGS):
         weights[first : last + 1] = _IGNORED
     values = mix64(np.arange(1, 0x110001, dtype=np.uint64) * np.uint64(GOLDEN))
     values[(weights == _SEPARATOR) | (weights == _IGNORED)] = 0
+    folds = {code: fold for code in range(0x20000) if (fold := chr(code).casefold()) != chr(code)}
+    single = [(code, ord(fold)) for code, fold in folds.items() if len(fold) == 1]
+    for table in (values, weights):
+        table[[code for code, _ in single]] = table[[fold for _, fold in single]]
+    weights[[code for code, fold in folds.items() if len(fold) > 1]] = _EXPANDED
     return values, weights
 
 
@@ -269,7 +306,7 @@ def _powers_up_to(size: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uin
 def _powers(size: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """B^i and B^-i modulo 2^64 for 0 <= i < ``size`` or more, of an odd B.
 
-    With them sums over words become differences of one prefix sum: the hash of a word w is sum w[i] B^i, wherever it is.
+    With them sums over words become differences of one prefix sum: the hash of a word w is sum w[i] B^i wherever it is.
     """
     length = 2 * BLOCK
     while length < size:

@@ -28,7 +28,7 @@ from .measure import Cost, measure
 from .memory import MemoryUse, check_memory
 
 COMMAND = Path(__file__).parents[1] / "preprocess.py"
-_BATCH_MEGACHARACTERS = (1, 4, 16)
+BATCH_MEGACHARACTERS = (1, 4, 16)
 _STEP = 1 << 24  # tokens compared at once
 
 
@@ -108,7 +108,7 @@ def run_benchmark(options: BenchmarkOptions) -> Results:
         corpus = repeated(original, options.repeat, folder)
         one_line = beginning(original, options.json_key, 1, folder)
         results = Results(corpus, options.workers or usable_cores())
-        bench = _Bench(options, results)
+        bench = Bench(options, results)
         for number in range(options.runs):
             # In turns, so that a slower minute of the machine strikes both.
             _say(f"round {number + 1} of {options.runs}: the bare tokenizer, on {corpus.text_bytes / 1e6:,.1f} MB")
@@ -135,7 +135,7 @@ def _say(text: str) -> None:
     print(f"measuring {text}", file=sys.stderr, flush=True)
 
 
-class _Bench:
+class Bench:
     """Runs the commands that are compared, with the same options."""
 
     def __init__(self, options: BenchmarkOptions, results: Results) -> None:
@@ -147,7 +147,7 @@ class _Bench:
         """The bare tokenizer with one thread a core and with one alone, in batches of several sizes."""
         measured = []
         for threads in sorted({1, self._workers}):
-            for batch in _BATCH_MEGACHARACTERS:
+            for batch in BATCH_MEGACHARACTERS:
                 command = [sys.executable, "-m", limit_program.__name__, "--input", str(original.path), *self._common]
                 command += ["--repeat", str(self._repeat), "--batch-characters", str(batch * 10**6)]
                 measured.append(json.loads(measure(command, limit_program.environment(threads))[1]))

@@ -1,4 +1,4 @@
-"""Whether memory is bounded: the preprocess command on one very long document, and on a corpus larger than its bound."""
+"""Whether memory is bounded: the preprocess command on one very long document, and on a large corpus."""
 
 from __future__ import annotations
 

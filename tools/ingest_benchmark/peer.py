@@ -54,7 +54,8 @@ def main() -> None:
         open(options.input, encoding="utf-8") as lines,
         multiprocessing.get_context("fork").Pool(options.workers, _start, settings) as pool,
     ):
-        for documents, lengths, _ in pool.imap(_encode, lines, _LINES_AT_ONCE):
+        filled = (line for line in lines if not line.isspace())
+        for documents, lengths, _ in pool.imap(_encode, filled, _LINES_AT_ONCE):
             for key, ids in documents.items():
                 builder.add_document(ids, lengths[key])
         builder.finalize(f"{options.output_prefix}.idx")

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 from .benchmark import Results
-from .measure import Cost
 
 WANTED_OF_LIMIT = 0.8
 WANTED_OF_MEGATRON = 12.0
@@ -15,7 +14,8 @@ WANTED_OF_MEGATRON = 12.0
 def summarize(results: Results) -> dict[str, float]:
     """Rates and ratios. Of several rounds the best counts, for each side alike.
 
-    MB/s and MB a CPU-second are of whole runs, start included; those ``_without_start`` subtract a run on one line. Of
+    MB/s and MB a CPU-second are of whole runs, start included. Those ``_without_start`` subtract a run on one line;
+    they are there only if the corpus takes at least as long again as the start, since else they are noise. Of
     Megatron-LM's loop, which may have had only the beginning of the corpus, the wall time on all of it is that of its
     start and the rest in proportion.
     """
@@ -32,12 +32,11 @@ def summarize(results: Results) -> dict[str, float]:
         "ours_start_wall_seconds": min(cost.wall_seconds for cost in results.ours_start),
         "ours_peak_mb": max(cost.peak_mb for cost in results.ours),
     }
-    # Noise can make a tiny corpus as fast as a single line.
-    found["ours_mb_per_cpu_second_without_start"] = size / max(ours_cpu - start_cpu, 1e-9)
     found["ratio_to_limit"] = found["ours_mb_per_cpu_second"] / found["limit_mb_per_cpu_second"]
-    found["ratio_to_limit_without_start"] = (
-        found["ours_mb_per_cpu_second_without_start"] / found["limit_mb_per_cpu_second"]
-    )
+    if ours_cpu >= 2 * start_cpu:
+        without = size / (ours_cpu - start_cpu)
+        found["ours_mb_per_cpu_second_without_start"] = without
+        found["ratio_to_limit_without_start"] = without / found["limit_mb_per_cpu_second"]
     if results.megatron is not None and results.megatron_start is not None:
         part = results.megatron_text_bytes / 1e6
         start = results.megatron_start.wall_seconds
@@ -88,7 +87,7 @@ def format_report(results: Results, machine: dict[str, object]) -> str:
 
 def _speed_rows(results: Results, found: dict[str, float]) -> list[list[str]]:
     best = max(results.limit, key=lambda one: one["text_bytes"] / one["cpu_seconds"])
-    settings = f"{best['threads']} threads, batches of {best['batch_megacharacters']:g} M characters"
+    settings = f"threads: {best['threads']}, batches of {best['batch_megacharacters']:g} M characters"
 
     def row(name: str, who: str, peak: str) -> list[str]:
         return [name, f"{found[f'{who}_mb_per_cpu_second']:.1f}", f"{found[f'{who}_mb_per_second']:.1f}", peak]
@@ -97,26 +96,26 @@ def _speed_rows(results: Results, found: dict[str, float]) -> list[list[str]]:
         row(f"{best['encoder']} alone, at best ({settings})", "limit", ""),
         row("tools/preprocess.py", "ours", f"{found['ours_peak_mb']:,.0f} MB"),
     ]
-    without = f"{found['ours_mb_per_cpu_second_without_start']:.1f}"
-    rows.append([f"the same without its start of {_start(results.ours_start)}", without, "", ""])
+    start = f"the same without its start of {found['ours_start_cpu_seconds']:.1f} CPU-s"
+    rows.append([start, _number(found, "ours_mb_per_cpu_second_without_start", 1), "", ""])
     if "megatron_mb_per_second" in found:
         rows.append(row("Megatron-LM's loop", "megatron", f"{found['megatron_peak_mb']:,.0f} MB"))
     return rows
 
 
-def _start(costs: list[Cost]) -> str:
-    return f"{min(cost.cpu_seconds for cost in costs):.1f} CPU-s"
-
-
 def _ratio_rows(found: dict[str, float]) -> list[list[str]]:
     rows = [
-        ["CPU time: share of the bare tokenizer's rate", f"{found['ratio_to_limit']:.2f}", f"{WANTED_OF_LIMIT}"],
-        ["the same without start", f"{found['ratio_to_limit_without_start']:.2f}", ""],
+        ["CPU time: share of the bare tokenizer's rate", _number(found, "ratio_to_limit", 2), f"{WANTED_OF_LIMIT}"],
+        ["the same without start", _number(found, "ratio_to_limit_without_start", 2), f"{WANTED_OF_LIMIT}"],
     ]
     if "wall_ratio_to_megatron" in found:
-        ratio = found["wall_ratio_to_megatron"]
-        rows.append(["wall time: times as fast as Megatron-LM's loop", f"{ratio:.1f}", f"{WANTED_OF_MEGATRON:g}"])
+        ratio = _number(found, "wall_ratio_to_megatron", 1)
+        rows.append(["wall time: times as fast as Megatron-LM's loop", ratio, f"{WANTED_OF_MEGATRON:g}"])
     return rows
+
+
+def _number(found: dict[str, float], name: str, digits: int) -> str:
+    return f"{found[name]:.{digits}f}" if name in found else "corpus too small"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

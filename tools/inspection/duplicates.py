@@ -106,7 +106,7 @@ class DistinctDocuments:
         lengths = self._kept.tokens.astype(np.float64)
         copies = max(0.0, documents - distinct / part)
         repeated_tokens = max(0.0, tokens - float(lengths.sum()) / part)
-        most = np.argsort(-self._kept.copies, kind="stable")[:_MOST_REPEATED]
+        most = np.lexsort((self._kept.first, -self._kept.copies))[:_MOST_REPEATED]
         return DuplicateFacts(
             copies=round(copies),
             share=copies / max(1, documents),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,9 @@ class LengthFacts:
     empty: int
     """Those without any token."""
     mean: float
+    """Of all documents, in a sample too."""
     longest: int
+    """In a sample, of those looked at."""
     percentiles: dict[int, float]
     """Linearly interpolated, as numpy does it."""
     histogram: list[LengthBin]
@@ -104,7 +106,8 @@ def sample_lengths(stream: DatasetStream) -> LengthFacts | None:
     for run in range(_SAMPLE_RUNS):
         first = (documents - _SAMPLE_RUN) * run // (_SAMPLE_RUNS - 1)
         counts.add(np.diff(stream.edges(first, first + _SAMPLE_RUN)))
-    return counts.facts(sampled=True)
+    facts = counts.facts(sampled=True)
+    return None if facts is None else replace(facts, mean=stream.dataset.num_tokens / documents)
 
 
 def _percentile(lengths: npt.NDArray[np.int64], documents: npt.NDArray[np.int64], percent: float) -> float:

@@ -36,7 +36,7 @@ class TokenFacts:
     sampled: bool
     """Whether those are a sample, in runs that are spread evenly over the dataset."""
     used_ids: int
-    """Different ids that occur; in a sample, fewer than in all."""
+    """Different ids of the vocabulary that occur; in a sample, fewer than in all."""
     vocab_size: int | None
     """Of the tokenizer; None where that is not known."""
     outside_vocab: int | None
@@ -123,7 +123,7 @@ class TokenCounts:
         return TokenFacts(
             tokens=tokens,
             sampled=sampled,
-            used_ids=len(order),
+            used_ids=int((counts[:vocab_size] > 0).sum()),
             vocab_size=vocab_size,
             outside_vocab=None if vocab_size is None else int(counts[vocab_size:].sum()) + self._outside,
             outside_any=self._outside,

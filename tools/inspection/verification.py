@@ -25,8 +25,8 @@ def check_sidecar(dataset: IndexedDataset, sidecar: Sidecar) -> None:
     for name, recorded, found in facts:
         if recorded != found:
             raise UserError(
-                f"{dataset.prefix}: {name} is {found}, but its sidecar {dataset.prefix}.json says {recorded}: {_REMEDY}, "
-                "or remove the sidecar to go without"
+                f"{dataset.prefix}: {name} is {found}, but its sidecar {dataset.prefix}.json says {recorded}: "
+                f"{_REMEDY}, or remove the sidecar to go without"
             )
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from ....engine.errors import UserError
-from ..long_text import invalid_utf8
+from ..json_records import invalid_utf8
 from ..records import MalformedError, ReadContext, Record, Where
 from ..tasks import Span
+from .columns import usable_columns
 from .streams import open_stream, skip_bom
 
-_MAX_CELL = 1 << 26
+_MAX_CELL = 1 << 24
 """Characters. The csv module holds four bytes for each; and this ends a quote that is never closed."""
-_MAX_LINE_BYTES = 1 << 28
+_MAX_LINE_BYTES = 1 << 26
 _SEPARATORS = {"csv": ",", "tsv": "\t"}
 
 
@@ -36,7 +37,8 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
                 if wrong:
                     raise UserError(f"{where.describe()}: the header is malformed: {wrong}")
                 names = cells
-                check_header(names, where)
+                if not usable_columns(names, where, context):
+                    return
                 continue
             if wrong is None and len(cells) != len(names):
                 wrong = MalformedError(f"{len(cells)} cells, where the header has {len(names)}")
@@ -46,14 +48,6 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
             record = dict(zip(names, cells, strict=True))
             record.pop("", None)
             yield Record(record, where)
-
-
-def check_header(names: Sequence[str], where: Where) -> None:
-    """Raise UserError when a column's name cannot tell which column is meant. Any number may have none."""
-    named = [name for name in names if name]
-    repeated = next((name for name in named if named.count(name) > 1), None)
-    if repeated is not None:
-        raise UserError(f"{where.describe()}: the header names two columns {repeated!r}; rename one of them")
 
 
 def _rows(lines: _Lines, separator: str) -> Iterator[tuple[Where, list[str], MalformedError | None]]:

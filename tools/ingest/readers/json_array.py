@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ....engine.errors import UserError
+from ..json_records import WantedKeys
 from ..long_text import LONG_BYTES
 from ..records import MalformedError, ReadContext, Record, Where
 from ..tasks import Span
-from .lines import _Line, _parse_json
+from .lines import Line, parse_line
 from .streams import open_stream, skip_bom
 
 _READ_BYTES = 1 << 20
@@ -32,23 +33,23 @@ _MARK_INSIDE = re.compile(rb'[\[\]{}"]')
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
     """The elements of the array, or the object."""
-    path = span.file.path
+    path, keys = span.file.path, WantedKeys(context.columns or ())
     with open_stream(span.file, context) as stream:
         skip_bom(stream, path)
         values = _Values(stream, context.scratch)
         first = values.next_byte()
         if first == b"[":
-            yield from _elements(values, path, context)
+            yield from _elements(values, path, keys, context)
         elif first == b"{":
             with values.value(closed=True) as (content, long):
                 _refuse_rest(values, path, "a JSON object")
-                yield from _parsed(_Line(Where(path), content, long), context)
+                yield from _parsed(Line(Where(path), content, long), keys, context)
         else:
             found = f"begins with {first.decode('latin-1')!r}" if first else "an empty file"
             context.refuse(Where(path), f"{found}, not a JSON array of objects", "malformed", None)
 
 
-def _elements(values: _Values, path: str, context: ReadContext) -> Iterator[Record]:
+def _elements(values: _Values, path: str, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
     values.skip_byte()
     number = 0
     after = b"]" if values.next_byte() == b"]" else b","
@@ -61,7 +62,7 @@ def _elements(values: _Values, path: str, context: ReadContext) -> Iterator[Reco
                 wrong = "ends there: truncated" if not after else "has a '}' too many"
                 raise UserError(f"{where.describe()}: the JSON array {wrong}, or a quote or bracket is missing before")
             values.skip_byte()
-            yield from _parsed(_Line(where, content, long), context)
+            yield from _parsed(Line(where, content, long), keys, context)
     if number == 0:
         values.skip_byte()
     _refuse_rest(values, path, "the JSON array")
@@ -72,9 +73,9 @@ def _refuse_rest(values: _Values, path: str, what: str) -> None:
         raise UserError(f"{path}: has more after the end of {what}; if each line is a record, rename it to .jsonl")
 
 
-def _parsed(element: _Line, context: ReadContext) -> Iterator[Record]:
+def _parsed(element: Line, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
     try:
-        record = _parse_json(element, context.columns or ())
+        record = parse_line(element, keys)
     except MalformedError as error:
         # The parsers speak of lines.
         context.refuse(element.where, str(error).removesuffix(" of the line"), error.kind, element.content)

@@ -6,41 +6,44 @@ its first byte lies.
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import orjson
 
-from ..long_text import LONG_BYTES, LongText, bad_json, invalid_utf8, read_long_json
+from ..json_records import WantedKeys, invalid_utf8, parse_json
+from ..long_text import LONG_BYTES, LongText, read_long_json
 from ..records import MalformedError, ReadContext, Record, Where
 from ..tasks import Span
 from ..texts import TextChoice, json_type
-from .streams import open_stream
+from .streams import open_stream, skip_bom
 
-UTF8_BOM = b"\xef\xbb\xbf"
 _COPY_BYTES = 1 << 20
 _SHOWN_BYTES = 1024  # of a long line, where it is refused
+_TAIL_BYTES = 4096
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
+    """A line, or another part of a file that is a record by itself."""
+
     where: Where
     content: bytes
-    """Without a BOM; the beginning only when ``long`` is set."""
+    """The beginning only when ``long`` is set."""
     long: Path | None
-    """A file that holds the whole of a line of more than ``LONG_BYTES``."""
+    """A file that holds the whole of a line of more than ``LONG_BYTES``, without its end."""
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
     """The records of ``span``: an object for each line of JSON, a text for each line of text."""
     is_json = span.file.format == "jsonl"
+    keys = WantedKeys(context.columns or ())
     with closing(_lines(span, context)) as lines:
         for line in lines:
             try:
-                value = _parse_json(line, context.columns or ()) if is_json else _parse_text(line)
+                value = parse_line(line, keys) if is_json else _text(line)
             except MalformedError as error:
                 context.refuse(line.where, str(error), error.kind, line.content)
                 continue
@@ -49,66 +52,55 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
 
 def read_texts(span: Span, context: ReadContext, key: str) -> Iterator[str | LongText]:
     """The strings under ``key`` of the objects of ``span``: what most corpora are, at less cost than :func:`read`."""
-    name = orjson.dumps(key)
+    keys, choice = WantedKeys((key,)), TextChoice((key,))
+    text: str | LongText
     with closing(_lines(span, context)) as lines:
         for line in lines:
+            if line.long is None:
+                try:
+                    text = orjson.loads(line.content)[key]
+                    if type(text) is str and keys.surely_once(key, line.content):
+                        yield text
+                        continue
+                except (orjson.JSONDecodeError, KeyError, TypeError):
+                    pass
             try:
-                record = orjson.loads(line.content) if line.long is None else read_long_json(line.long)
-                text = record[key]
-                if (type(text) is str or type(text) is LongText) and line.content.count(name) == 1:
-                    yield text
-                    continue
-            except (orjson.JSONDecodeError, KeyError, TypeError, MalformedError):
-                pass
-            try:
-                yield TextChoice((key,)).text(_parse_json(line, (key,)))
+                text = choice.text(parse_line(line, keys))
             except MalformedError as error:
                 context.refuse(line.where, str(error), error.kind, line.content)
+                continue
+            yield text
 
 
-def _parse_json(line: _Line, keys: Sequence[str]) -> dict[str, Any]:
-    """The object in ``line``, in which each of ``keys`` stands at most once."""
+def parse_line(line: Line, keys: WantedKeys) -> dict[str, Any]:
+    """The JSON object in ``line``.
+
+    Raises:
+        MalformedError: it is none, or has one of ``keys`` twice.
+    """
+    value = parse_json(line.content, keys) if line.long is None else read_long_json(line.long, keys)
+    if type(value) is not dict:
+        raise MalformedError(f"{json_type(value)}, not a JSON object")
+    return value
+
+
+def _text(line: Line) -> str | LongText:
     if line.long is not None:
-        record = read_long_json(line.long)
-    else:
-        try:
-            record = orjson.loads(line.content)
-        except orjson.JSONDecodeError as error:
-            raise bad_json(line.content, error) from None
-    if type(record) is not dict:
-        raise MalformedError(f"{json_type(record)}, not a JSON object")
-    if line.long is None:
-        for key in keys:
-            if line.content.count(orjson.dumps(key)) > 1:
-                _refuse_repeated(key, line.content)
-    return record
-
-
-def _refuse_repeated(key: str, content: bytes) -> None:
-    """Raise when an object of ``content`` has ``key`` twice: parsers keep the one or the other."""
-
-    def check(pairs: list[tuple[str, Any]]) -> None:
-        if sum(name == key for name, _ in pairs) > 1:
-            raise MalformedError(f"the key {key!r} twice in one object")
-
-    json.loads(content, object_pairs_hook=check)
-
-
-def _parse_text(line: _Line) -> str | LongText:
-    if line.long is not None:
-        return LongText(str(line.long), 0, line.long.stat().st_size, is_json=False)
+        return LongText(str(line.long), 0, line.long.stat().st_size, is_json=False).check()
     try:
         return line.content.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:
         raise invalid_utf8(line.content, error) from None
 
 
-def _lines(span: Span, context: ReadContext) -> Iterator[_Line]:
+def _lines(span: Span, context: ReadContext) -> Generator[Line, None, None]:
     """Each line whose first byte lies in the span, blank ones left out."""
     path, plain = span.file.path, not span.file.compression
     with open_stream(span.file, context) as file:
-        offset = span.start
-        if offset > 0:
+        offset, bom = span.start, 0
+        if offset == 0:
+            bom = skip_bom(file, path)
+        else:
             # Up to the next line's start, which is here if the byte before ends a line.
             file.seek(offset - 1)
             offset += _skip_line(file, span.stop - offset + 1) - 1
@@ -119,19 +111,18 @@ def _lines(span: Span, context: ReadContext) -> Iterator[_Line]:
                 return
             number += 1
             where = Where(path, "line", 1, offset) if plain else Where(path, "line", number)
-            first = offset == 0 if plain else number == 1
-            size = len(content)
-            if first:
-                content = content.removeprefix(UTF8_BOM)
-            if size == LONG_BYTES and not content.endswith(b"\n"):
-                with _copied(content, file, context.scratch) as (copy, rest):
-                    size += rest
-                    yield _Line(where, content[:_SHOWN_BYTES], copy)
-            elif content and not content.isspace():
-                yield _Line(where, content, None)
-            offset += size
+            offset += bom + len(content)
+            bom = 0
             if plain:
                 context.consumed = min(offset, span.stop) - span.start
+            if len(content) == LONG_BYTES and not content.endswith(b"\n"):
+                with _copied(content, file, context.scratch) as (copy, rest):
+                    offset += rest
+                    if plain:
+                        context.consumed = min(offset, span.stop) - span.start
+                    yield Line(where, content[:_SHOWN_BYTES], copy)
+            elif not content.isspace():
+                yield Line(where, content, None)
 
 
 def _skip_line(file: BinaryIO, limit: int) -> int:
@@ -147,14 +138,26 @@ def _skip_line(file: BinaryIO, limit: int) -> int:
 
 @contextmanager
 def _copied(beginning: bytes, file: BinaryIO, folder: Path) -> Iterator[tuple[Path, int]]:
-    """A temporary file with the line that starts with ``beginning`` and goes on in ``file``, and the size of the rest."""
+    """A temporary file with the line that begins so and goes on in ``file``, and how many bytes of it were there."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix="line.") as copy:
         copy.write(beginning)
         rest = 0
         while part := file.readline(_COPY_BYTES):
             rest += len(part)
-            copy.write(part.rstrip(b"\r\n") if part.endswith(b"\n") else part)
+            copy.write(part)
             if part.endswith(b"\n"):
                 break
+        _drop_line_end(copy)
         copy.flush()
         yield Path(copy.name), rest
+
+
+def _drop_line_end(file: IO[bytes]) -> None:
+    size = file.tell()
+    kept = b""
+    while size and not kept:
+        start = max(size - _TAIL_BYTES, 0)
+        file.seek(start)
+        kept = file.read(size - start).rstrip(b"\r\n")
+        size = start + len(kept)
+    file.truncate(size)

@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 from ..records import MalformedError, ReadContext, Record, Where
 from ..tasks import Span
 from . import text as text_files
-from .streams import UTF8_BOM, open_stream
+from .streams import open_stream
 
 _SKIPPED = frozenset(("script", "style", "template", "noscript", "iframe", "svg"))
 _BLOCKS = re.compile(
@@ -56,8 +56,8 @@ def decode_html(content: bytes) -> str:
         MalformedError: it is not valid in that charset.
     """
     charset = "utf-8"
-    if content.startswith(UTF8_BOM):
-        content = content.removeprefix(UTF8_BOM)
+    if content.startswith(codecs.BOM_UTF8):
+        content = content.removeprefix(codecs.BOM_UTF8)
     elif content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         charset = "utf-16"
     elif named := _CHARSET.search(content[:_HEAD_BYTES]):

@@ -13,11 +13,13 @@ from ....engine.errors import UserError
 from ..formats import require_library
 from ..records import MalformedError, ReadContext, Record, Where
 from ..tasks import Span
+from .columns import usable_columns
 from .streams import damage_is_user_error, iterate_checked, open_stream
 
 _BATCH_BYTES = 4 << 20
 _MAX_BATCH_ROWS = 1024
 _READ_BYTES = 1 << 20
+_NOT_IN_PYTHON = (ValueError, ArithmeticError, TypeError, NotImplementedError)
 
 
 def count_units(path: str) -> int:
@@ -35,22 +37,26 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
     file = span.file
     with open_stream(file, context) as stream:
         parquet = _open(stream, file.path)
-        metadata = parquet.metadata
-        if metadata.num_row_groups != file.units:
-            raise UserError(
-                f"{file.path}: had {file.units} row groups and has {metadata.num_row_groups} now; start again"
-            )
-        names = _columns(parquet.schema_arrow.names, context, file.path)
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        number = sum(group.num_rows for group in groups[: span.start])
-        first, rows = number, sum(group.num_rows for group in groups[span.start : span.stop])
+        with damage_is_user_error(file.path, "Parquet"):
+            groups = [parquet.metadata.row_group(index) for index in range(parquet.metadata.num_row_groups)]
+            there = parquet.schema_arrow.names
+            # Rows and bytes of each.
+            sizes = [(group.num_rows, max(group.total_byte_size, 1)) for group in groups]
+        if len(sizes) != file.units:
+            raise UserError(f"{file.path}: had {file.units} row groups and has {len(sizes)} now; start again")
+        if not usable_columns(there, Where(file.path), context):
+            return
+        names = [name for name in there if context.columns is None or name in context.columns]
+        number = sum(rows for rows, _ in sizes[: span.start])
+        first, total = number, max(sum(rows for rows, _ in sizes[span.start : span.stop]), 1)
         for index in range(span.start, span.stop):
-            group = groups[index]
-            size = min(_MAX_BATCH_ROWS, max(1, _BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)))
-            batches = parquet.iter_batches(size, row_groups=[index], columns=names, use_threads=False)
-            stop = number + group.num_rows
+            rows, size = sizes[index]
+            batch_rows = min(_MAX_BATCH_ROWS, max(1, _BATCH_BYTES * rows // size))
+            with damage_is_user_error(file.path, "Parquet"):
+                batches = parquet.iter_batches(batch_rows, row_groups=[index], columns=names, use_threads=False)
+            stop = number + rows
             for batch in iterate_checked(batches, file.path, "Parquet"):
-                context.consumed = span.num_bytes * (number - first) // rows
+                context.consumed = span.num_bytes * (number - first) // total
                 yield from _records(batch, names, number, context, file.path)
                 number += batch.num_rows
             if number != stop:
@@ -65,21 +71,12 @@ def _open(file: Any, path: str) -> Any:
         return parquet.ParquetFile(file, pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True)
 
 
-def _columns(names: list[str], context: ReadContext, path: str) -> list[str]:
-    """The columns to read."""
-    wanted = [name for name in names if context.columns is None or name in context.columns]
-    repeated = next((name for name in wanted if wanted.count(name) > 1), None)
-    if repeated is not None:
-        raise UserError(f"{path}: has two columns {repeated!r}; rename one of them")
-    return wanted
-
-
 def _records(batch: Any, names: list[str], number: int, context: ReadContext, path: str) -> Iterator[Record]:
     """The rows of ``batch``, of which the first is the file's row ``number``, from 0."""
     columns = [batch.column(name) for name in names]
     try:
         values = [column.to_pylist() for column in columns]
-    except (ValueError, ArithmeticError, TypeError):
+    except _NOT_IN_PYTHON:
         # A value of some row cannot be had in Python, such as a string that is not UTF-8.
         for index in range(batch.num_rows):
             where = Where(path, "row", number + index + 1)
@@ -102,5 +99,5 @@ def _value(scalar: Any, name: str) -> Any:
         found = error.object[error.start]
         reason = f"column {name!r} is not valid UTF-8: byte 0x{found:02x} at byte {error.start + 1}"
         raise MalformedError(reason, "invalid UTF-8") from None
-    except (ValueError, ArithmeticError, TypeError) as error:
+    except _NOT_IN_PYTHON as error:
         raise MalformedError(f"column {name!r}: {error}") from None

@@ -5,6 +5,7 @@ Leaves out what the bytes mean.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import os
@@ -28,7 +29,6 @@ with suppress(ImportError):
     _GzipFile = igzip.IGzipFile
     _DAMAGED += (igzip_lib.IsalError,)
 
-UTF8_BOM = b"\xef\xbb\xbf"
 _BUFFER_BYTES = 1 << 20
 _ZSTD_MAX_WINDOW = 1 << 31
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -67,17 +67,16 @@ def check_unchanged(file: InputFile, size: int) -> None:
         raise UserError(f"{file.path}: was {file.size} bytes and is {size} now; start again when nothing writes to it")
 
 
-def skip_bom(stream: io.BufferedReader[Any], path: str) -> None:
-    """Skip the byte order mark of UTF-8 at the start of a stream.
+def skip_bom(stream: io.BufferedReader[Any], path: str) -> int:
+    """Skip the byte order mark of UTF-8 at the start of a stream; the number of bytes skipped.
 
     Raises:
         UserError: it is that of UTF-16.
     """
     head = stream.peek(3)[:3]
-    if head == UTF8_BOM:
-        stream.read(3)
-    elif head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise UserError(f"{path}: is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8")
+    return len(stream.read(3)) if head == codecs.BOM_UTF8 else 0
 
 
 @contextmanager
@@ -85,8 +84,12 @@ def damage_is_user_error(path: str, kind: str) -> Iterator[None]:
     """Around calls of a library that reads files of this ``kind``: what it raises for a damaged one has no bounds."""
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
+    except MemoryError as error:
+        raise UserError(
+            f"{path}: it asks for more memory than there is ({short_reason(error)}): damaged, or with too much in one piece"
+        ) from error
     except Exception as error:
         raise UserError(
             f"{path}: truncated, damaged or no {kind} file ({short_reason(error)}); copy or write it again"
@@ -131,8 +134,11 @@ class _CheckedStream(io.RawIOBase):
         return self._raw.seek(offset, whence)
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        count = 0
         try:
-            count = self._bytes.readinto(buffer) or 0
+            # Decompressors give what they have; a full buffer each time is less work, and lets callers peek.
+            while count < len(buffer) and (more := self._bytes.readinto(buffer[count:])):
+                count += more
             self._context.consumed = self._raw.tell()
         except _DAMAGED as error:
             raise UserError(f"{self._path}: truncated or damaged ({error}); copy or compress it again") from error

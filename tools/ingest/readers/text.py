@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 
-from ..long_text import LONG_BYTES, LongText, invalid_utf8
-from ..records import ReadContext, Record, Where
+from ..json_records import invalid_utf8
+from ..long_text import LONG_BYTES, LongText
+from ..records import MalformedError, ReadContext, Record, Where
 from ..tasks import Span
-from .lines import UTF8_BOM
-from .streams import open_stream
+from .streams import open_stream, skip_bom
 
 _COPY_BYTES = 1 << 20
 
@@ -17,19 +17,22 @@ _COPY_BYTES = 1 << 20
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
     """The whole file as the only record of ``span``."""
     file = span.file
+    where = Where(file.path)
     with open_stream(file, context) as stream:
+        bom = skip_bom(stream, file.path)
         content = stream.read(LONG_BYTES)
         if len(content) < LONG_BYTES:
             context.consumed = file.size
-            content = content.removeprefix(UTF8_BOM)
             try:
-                yield Record(content.decode("utf-8"), Where(file.path))
+                text = content.decode("utf-8")
             except UnicodeDecodeError as error:
                 where = Where(file.path, "line", content.count(b"\n", 0, error.start) + 1)
                 wrong = invalid_utf8(content, error)
                 context.refuse(where, str(wrong), wrong.kind, None)
+                return
+            yield Record(text, where)
         elif not file.compression:
-            yield Record(LongText(file.path, 0, file.size, is_json=False), Where(file.path))
+            yield from _checked(LongText(file.path, bom, file.size, is_json=False), where, context)
             context.consumed = file.size
         else:
             with tempfile.NamedTemporaryFile(dir=context.scratch, prefix="text.") as copy:
@@ -37,4 +40,13 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
                     copy.write(content)
                     content = stream.read(_COPY_BYTES)
                 copy.flush()
-                yield Record(LongText(copy.name, 0, copy.tell(), is_json=False), Where(file.path))
+                yield from _checked(LongText(copy.name, 0, copy.tell(), is_json=False), where, context)
+
+
+def _checked(text: LongText, where: Where, context: ReadContext) -> Iterator[Record]:
+    try:
+        text.check()
+    except MalformedError as error:
+        context.refuse(where, str(error), error.kind, None)
+        return
+    yield Record(text, where)

@@ -16,7 +16,7 @@ from ....engine.errors import UserError
 from ..formats import require_library
 from ..records import ReadContext, Record, Where
 from ..tasks import Span
-from .delimited import check_header
+from .columns import usable_columns
 from .streams import damage_is_user_error, iterate_checked, open_stream
 
 _MAX_ROWS = 1 << 20  # of Excel itself
@@ -36,11 +36,11 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
         with damage_is_user_error(path, "XLSX"):
             book = openpyxl.load_workbook(stream, read_only=True, data_only=True, keep_links=False)
         for sheet in book.worksheets:
-            yield from _rows(sheet, path)
+            yield from _rows(sheet, path, context)
         context.consumed = span.file.size
 
 
-def _rows(sheet: Any, path: str) -> Iterator[Record]:
+def _rows(sheet: Any, path: str, context: ReadContext) -> Iterator[Record]:
     names: list[str] | None = None
     sheet.reset_dimensions()  # they are often wrong
     rows = sheet.iter_rows(values_only=True, max_row=_MAX_ROWS)
@@ -51,7 +51,8 @@ def _rows(sheet: Any, path: str) -> Iterator[Record]:
         values = [_unescape(cell) if isinstance(cell, str) else cell for cell in cells]
         if names is None:
             names = ["" if value is None else str(value) for value in values]
-            check_header(names, where)
+            if not usable_columns(names, where, context):
+                return
             continue
         values += [None] * (len(names) - len(values))
         record = dict(zip(names, values, strict=False))

@@ -1,0 +1,92 @@
+"""One record of JSON: parsing it, and saying what is wrong with one that is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import orjson
+
+from .records import MalformedError
+
+_NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
+
+
+class WantedKeys:
+    """Keys that may stand once in an object: of one that stands twice, parsers take the one or the other.
+
+    A key written twice is noticed if it is written in the same way, with or without escapes.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        names = dict.fromkeys(name for key in keys for name in (key, *key.split(".")))
+        self._spellings = {name: tuple({orjson.dumps(name), json.dumps(name).encode("ascii")}) for name in names}
+
+    def surely_once(self, key: str, content: bytes) -> bool:
+        """Whether ``content`` holds ``key`` once and no more; false where that takes parsing."""
+        return sum(map(content.count, self._spellings[key])) == 1
+
+    def check(self, record: dict[str, Any], content: bytes) -> None:
+        """Raise MalformedError when an object in ``content``, which is ``record``, has one of the keys twice."""
+        for name, spellings in self._spellings.items():
+            count = sum(map(content.count, spellings))
+            # A key that is there but not found is written with other escapes.
+            if count > 1 or (count == 0 and name in record):
+                _refuse_repeated(self._spellings, content)
+                return
+
+
+def parse_json(content: bytes, keys: WantedKeys, whole: bool = True) -> Any:
+    """The JSON value that ``content`` is. ``whole``: it is all of a line, so that places in it can be named.
+
+    Raises:
+        MalformedError: it is none, or an object that has one of ``keys`` twice.
+    """
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        place = f" at character {error.pos + 1} of the line" if whole else ""
+        if error.doc.startswith(_NO_NUMBERS, error.pos):
+            raise MalformedError(f"NaN or Infinity{place}, which JSON does not have: write null") from None
+        raise_bad_json(content, error, place)
+    if type(value) is dict:
+        keys.check(value, content)
+    return value
+
+
+def raise_bad_json(content: bytes, error: orjson.JSONDecodeError, place: str, offset: int = 0) -> NoReturn:
+    """Say why ``content``, ``offset`` bytes into its line, is not JSON; in our words where the parser's are obscure."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as wrong:
+        raise invalid_utf8(content, wrong, offset) from None
+    if "surrogate" in error.msg:
+        raise MalformedError(f"an escaped lone surrogate, half a character, which is not text{place}") from None
+    raise MalformedError(f"not valid JSON: {error.msg}{place}") from None
+
+
+def invalid_utf8(content: bytes, error: UnicodeDecodeError, offset: int = 0) -> MalformedError:
+    """Names the first byte of ``content``, ``offset`` bytes into its line, that is not UTF-8."""
+    line_start = content.rfind(b"\n", 0, error.start) + 1
+    place = error.start + 1 - (line_start or -offset)
+    return MalformedError(
+        f"not valid UTF-8: byte 0x{content[error.start]:02x} at byte {place:,} of the line", "invalid UTF-8"
+    )
+
+
+def _refuse_repeated(names: Iterable[str], content: bytes) -> None:
+    wanted = frozenset(names)
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in wanted and name in seen:
+                raise MalformedError(f"the key {name!r} twice in one object")
+            seen.add(name)
+
+    try:
+        # As text, numbers of any length can be read.
+        json.loads(content, object_pairs_hook=check, parse_int=str)
+    except RecursionError:
+        raise MalformedError("nested too deeply to look for keys that stand twice") from None

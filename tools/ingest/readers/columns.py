@@ -1,0 +1,29 @@
+"""What the columns of a table must be called for its rows to be records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ..records import ReadContext, Where
+
+_SHOWN = 8
+
+
+def usable_columns(names: Sequence[str], where: Where, context: ReadContext) -> bool:
+    """Whether rows with these columns can be records. If not, the table is refused as one record at ``where``.
+
+    Of the wanted columns one must be there, and none twice. Any number may have no name.
+    """
+    wanted = None if context.columns is None else set(context.columns)
+    counts = Counter(name for name in names if name and (wanted is None or name in wanted))
+    repeated = next((name for name, count in counts.items() if count > 1), None)
+    if repeated is not None:
+        context.refuse(where, f"two columns are called {repeated!r}; rename one of them", "malformed", None)
+        return False
+    if not counts and wanted:
+        there = ", ".join(map(repr, list(filter(None, names))[:_SHOWN])) or "none with a name"
+        reason = f"no column {' or '.join(map(repr, context.columns or ()))} (columns there: {there})"
+        context.refuse(where, f"{reason}; name the text's column with --json-key", "malformed", None)
+        return False
+    return True
