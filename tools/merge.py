@@ -34,6 +34,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> MergeOptions:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing dataset once the new one is complete"
     )
+    parser.add_argument(
+        "--fill-mask",
+        action="store_true",
+        help="join datasets with and without a loss mask: of those without, every token is to be predicted",
+    )
     return MergeOptions(**vars(parser.parse_args(arguments)))
 
 

@@ -5,14 +5,19 @@ They travel with every checkpoint under ``hf/``, so that a checkpoint alone is e
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..config import ModelConfig
-from ..data.tokenizer_files import SENTENCEPIECE_FILE, TIKTOKEN_SUFFIX, TOKENIZER_FILE, tokenizer_file_name
+from ..data.tokenizer_files import (
+    SENTENCEPIECE_FILE,
+    TIKTOKEN_SUFFIX,
+    TOKENIZER_FILE,
+    tokenizer_file_name,
+    tokenizer_sha256,
+)
 from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, parse_architecture, read_hf_config
 from .manifest import read_manifest
@@ -85,10 +90,14 @@ class HfAssets:
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """SHA-256 of the tokenizer's file, the one that :class:`~retemper.engine.data.tokenizer.TokenizerHandle` takes
-        in such a folder, by which datasets are matched; None without a tokenizer."""
+        """What :attr:`~retemper.engine.data.tokenizer.TokenizerHandle.sha256` is of such a folder, by which datasets
+        are matched; None without a tokenizer."""
         name = tokenizer_file_name(self.files)
-        return None if name is None else hashlib.sha256(self.files[name]).hexdigest()
+        if name is None:
+            return None
+        of_tiktoken = name.endswith(TIKTOKEN_SUFFIX)
+        beside = self.files.get(name.removesuffix(TIKTOKEN_SUFFIX) + ".json") if of_tiktoken else None
+        return tokenizer_sha256(self.files[name], beside)
 
     def write(self, folder: Path) -> None:
         """Write the files into ``folder``, which is made."""

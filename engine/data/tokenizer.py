@@ -7,7 +7,6 @@ here: special tokens written out in a document stay ordinary text unless allowed
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Sequence
@@ -18,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from .tokenizer_backends import DOCUMENT_END, FlatIds, Reference, SentencePieceReference, TokenizersReference
+from .tokenizer_backends import DOCUMENT_END, MAX_ID, FlatIds, Reference, SentencePieceReference, TokenizersReference
 from .tokenizer_fast import FastEncoder, NotFast
-from .tokenizer_files import CONFIG_FILES, TOKENIZER_FILE, find_tokenizer_file, tokenizer_kind
+from .tokenizer_files import CONFIG_FILES, TOKENIZER_FILE, find_tokenizer_file, tokenizer_kind, tokenizer_sha256
 from .tokenizer_tiktoken import TiktokenReference
 
 __all__ = [
@@ -78,8 +77,8 @@ class TokenizerHandle:
         backend: see :data:`BACKENDS`.
 
     Raises:
-        UserError: the file cannot be read or is not such a tokenizer, its library is not installed, or special tokens
-            are to be allowed in sentencepiece, which has none in text.
+        UserError: the file cannot be read or is not such a tokenizer, its library is not installed, an id is too large
+            for a dataset, or special tokens are to be allowed in sentencepiece, which has none in text.
     """
 
     def __init__(self, name: str, file: Path, *, allow_special_tokens: bool = False, backend: str = "auto") -> None:
@@ -92,13 +91,18 @@ class TokenizerHandle:
             content = file.read_bytes()
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        """SHA-256 of the file, in hexadecimal. (That of a .tiktoken does not cover the JSON file beside it.)"""
+        self.sha256 = tokenizer_sha256(content, self._description())
+        """SHA-256 of the file, and of a .tiktoken with the JSON file that describes it, in hexadecimal."""
         self._allow_special_tokens = allow_special_tokens
         self._backend = backend
         self._reference = self._load_reference(content)
         self.vocab_size = self._reference.vocab_size
         """Every id is below it, those of added tokens and after holes in the numbering included."""
+        if self.vocab_size > MAX_ID + 1:
+            raise UserError(
+                f"{file}: has a token of id {self.vocab_size - 1:,}, but datasets hold ids up to {MAX_ID:,}; number its"
+                " tokens anew, or use another tokenizer"
+            )
         self.fast_path_failures = 0
         """Batches that the fast path failed on, which the reference encoded instead: slower, with the same ids."""
         self._eod_token: str | None = None
@@ -189,7 +193,7 @@ class TokenizerHandle:
         tokenizer_config.json or special_tokens_map.json beside tokenizer.json names; the EOS piece; ``<|endoftext|>``.
 
         Raises:
-            UserError: the tokenizer has no such token, names none, or (sentencepiece) may make it of text.
+            UserError: the tokenizer has no such token, names none, or (sentencepiece, Unigram) may make it of text.
         """
         with self._lock:
             changes = self._reference.changes
@@ -232,6 +236,14 @@ class TokenizerHandle:
         with self._lock:
             self._backend = "reference"
             self._fast, self._fast_is_settled, self._fallback_reason = None, True, reason
+
+    def _description(self) -> bytes | None:
+        """The JSON file beside a .tiktoken, if there is one."""
+        beside = self.file.with_suffix(".json")
+        try:
+            return beside.read_bytes() if self.kind == "tiktoken" and beside.exists() else None
+        except OSError as error:
+            raise UserError(f"{beside}: cannot be read: {error.strerror}") from error
 
     def _load_reference(self, content: bytes) -> Reference:
         if self.kind == "tiktoken":

@@ -26,6 +26,10 @@ DOCUMENT_END = "<|endoftext|>"
 """The document end of GPT-2, Qwen and many others. Qwen's chat models name another token as EOS: ``<|im_end|>``."""
 
 
+MAX_ID = 2**31 - 1
+"""Ids are int32 here and in datasets."""
+
+
 class Reference(Protocol):
     """A reference library with a tokenizer loaded. Its methods may be called from several threads at once."""
 
@@ -50,7 +54,8 @@ class TokenizersReference:
     """A ``tokenizer.json``, read by the ``tokenizers`` library: what stands in the file is what encodes.
 
     Added tokens that are not flagged special, such as Qwen3's ``<think>``, are matched in text: they are words of the
-    vocabulary, and ``AutoTokenizer`` with ``split_special_tokens=True`` matches them too.
+    vocabulary, and ``AutoTokenizer`` with ``split_special_tokens=True`` matches them too. So does a Unigram model with
+    special tokens, which are among its pieces: there a token of text is refused as the end of documents.
 
     Raises:
         UserError: the library cannot read the file.
@@ -94,7 +99,7 @@ class TokenizersReference:
         Unless special tokens are allowed in text, the token is ordinary text in text from here on.
 
         Raises:
-            UserError: the tokenizer has no such token, or names none.
+            UserError: the tokenizer has no such token, names none, or makes it of ordinary text (Unigram models).
         """
         token = token if token is not None else self._default_document_end()
         if token is None:
@@ -110,11 +115,21 @@ class TokenizersReference:
             # One that is not flagged as special would be recognized in a document's text and end it early.
             self._tokenizer.add_special_tokens([token])
             self.changes += 1
+        if not self._allow_special_tokens and token_id in self.encode([token])[0]:
+            raise UserError(
+                f"{self._name}: {token!r} written in a text becomes id {token_id} in this {self._model_type} model, so "
+                "that a text could end its document; use the sentencepiece .model of the same tokenizer, or name "
+                "another token with --eod-token, or pass --allow-special-tokens"
+            )
         return token, token_id
 
     def to_json(self) -> str:
         """The tokenizer as it is now, as a ``tokenizer.json``."""
         return self._tokenizer.to_str()
+
+    @property
+    def _model_type(self) -> str:
+        return type(self._tokenizer.model).__name__
 
     def _default_document_end(self) -> str | None:
         if self._tokenizer.token_to_id(DOCUMENT_END) is not None:

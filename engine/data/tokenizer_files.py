@@ -5,6 +5,7 @@ Nothing here reads what the file says; ``tokenizer_backends.py`` and ``tokenizer
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,8 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 TIKTOKEN_SUFFIX = ".tiktoken"
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 """Where the EOS token is named, in the order in which it is looked for."""
+_BESIDE = (*CONFIG_FILES, "chat_template.jinja")
+"""What the Hub is asked for beside the tokenizer."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -38,6 +41,16 @@ def tokenizer_file_name(names: Collection[str]) -> str | None:
             return name
     ranks = [name for name in names if name.endswith(TIKTOKEN_SUFFIX)]
     return ranks[0] if len(ranks) == 1 else None
+
+
+def tokenizer_sha256(content: bytes, description: bytes | None = None) -> str:
+    """What tells one tokenizer from another: SHA-256 of its file, in hexadecimal.
+
+    Args:
+        content: of the file that :func:`tokenizer_file_name` names.
+        description: of the JSON file beside a .tiktoken, without which its ids are not known; hashed after ``content``.
+    """
+    return hashlib.sha256(content if description is None else content + description).hexdigest()
 
 
 def tokenizer_kind(file: Path) -> TokenizerKind:
@@ -113,9 +126,9 @@ def _find_on_hub(name: str) -> Path:
             return Path(cached)
         _require_hub(name)
         file = Path(hf_hub_download(name, TOKENIZER_FILE))
-        for config in CONFIG_FILES:
+        for beside in _BESIDE:
             with suppress(EntryNotFoundError):
-                hf_hub_download(name, config)
+                hf_hub_download(name, beside)
         return file
     except UserError:
         raise

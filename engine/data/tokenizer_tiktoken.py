@@ -217,5 +217,5 @@ def _check(file: Path, ranks: dict[bytes, int], encoding: Encoding) -> None:
     if missing:
         raise UserError(f"{file}: {len(missing)} of the 256 bytes have no rank, the first 0x{missing[0]:02X}")
     counts = Counter([*ranks.values(), *encoding.special_tokens.values()])
-    if twice := min((token_id for token_id, count in counts.items() if count > 1), default=None):
-        raise UserError(f"{file}: id {twice} belongs to two tokens, special tokens included")
+    if twice := [token_id for token_id, count in counts.items() if count > 1]:
+        raise UserError(f"{file}: id {min(twice)} belongs to two tokens, special tokens included")

@@ -59,19 +59,19 @@ def describe_data(data: DataConfig, catalog: Catalog, order: SampleOrder, last_s
     begin = 0
     for number, stage in enumerate(schedule.stages, 1):
         blend = ", ".join(f"{share.name} {share.weight:g}" for share in stage.shares)
-        until = "the end" if stage.stop is None else f"{human(stage.stop * length)} tokens"
+        until = "the end" if stage.stop is None else f"{stage.stop * length:,} tokens"
         reached = "" if begin < last_sample else " (not reached)"
         if len(schedule.stages) == 1 and stage.stop is None:
             lines.append(f"blend       {blend}")
         else:
-            lines.append(f"stage {number:<5} from {human(begin * length)} to {until}{reached}: {blend}")
+            lines.append(f"stage {number:<5} from {begin * length:,} to {until}{reached}: {blend}")
         begin = stage.stop or 0
     for phase in schedule.phases:
         gone = [share.name for share in schedule.stages[phase.stage].shares if share not in phase.shares]
         if gone and phase.start < last_sample:
             left = ", ".join(share.name for share in phase.shares)
             lines.append(
-                f"caps        from {human(phase.start * length)} tokens on {', '.join(gone)} has given all it may; "
+                f"caps        from {phase.start * length:,} tokens on {', '.join(gone)} has given all it may; "
                 f"going on with {left}"
             )
     return [*lines, _describe_packing(data, catalog)]

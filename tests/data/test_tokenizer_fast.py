@@ -33,7 +33,8 @@ PIECES = [
     *("🙂", "\u200d", "\u0300", "ﬁ", "\U000e0001", "<", "|>"),
 ]
 TEXTS = [
-    *("", "a<|endoftext|>b", "x<think>y", "x <think> y", "  ", "e\u0301 e", "\0", "cat sat\r\n\n", "12345", "<|endoftext|>"),
+    *("", "a<|endoftext|>b", "x<think>y", "x <think> y", "  ", "e\u0301 e", "\0", "cat sat\r\n\n", "12345"),
+    "<|endoftext|>",
     *(sample_text(seed, 40) for seed in range(5)),
 ]
 
@@ -249,8 +250,10 @@ def changed(config: dict, path: str, value: object) -> dict:
         ("pre_tokenizer", None, "not a byte-level"),
         ("pre_tokenizer", {"type": "Whitespace"}, "not a byte-level"),
         ("pre_tokenizer/pretokenizers/0", {"type": "Punctuation"}, "pre-tokenizer is Punctuation"),
-        ("pre_tokenizer/pretokenizers/0/pattern", {"Regex": r"[^\W]+"}, "a class of its own"),
-        ("pre_tokenizer/pretokenizers/0/pattern", {"Regex": "[[:alpha:]]+"}, "a class of its own"),
+        *(
+            ("pre_tokenizer/pretokenizers/0/pattern", {"Regex": pattern}, "expression of the pre-tokenizer differently")
+            for pattern in (r"[^\W]+", "[[:alpha:]]+", r"^\s|x", r"\s+$|x", r"\[$", r"\Ax", "(?i:ss)", "(?i)ss")
+        ),
     ],
 )
 def test_only_what_was_found_exact_is_taken(tmp_path, path, value, reason):
@@ -265,6 +268,20 @@ def test_word_classes_of_regular_expressions_differ_between_the_libraries(tmp_pa
     handle = load_tokenizer(tmp_path)
     assert handle.encoder.startswith("tokenizers") and r"\w+" in str(handle.fallback_reason)
     texts = ["a\u0982b", "፹", "x\U0001f142"]
+    expect_ids(handle, texts, ids_of(tokenizer, texts))
+
+
+@pytest.mark.parametrize("pattern", [r"[^^$]+", r" ?[\^$]+", r"\$\^", "(?:a|b)(?=c)(?<=e)", "'(?i:[sdmt]|ll|ve|re)"])
+def test_what_both_libraries_read_alike_is_taken(pattern):
+    assert why_not_exact(json.loads(byte_level(pattern).to_str())) is None
+
+
+def test_anchors_of_regular_expressions_differ_between_the_libraries(tmp_path):
+    tokenizer = byte_level(r"^.|.$|\s+")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    handle = load_tokenizer(tmp_path)
+    assert handle.encoder.startswith("tokenizers")
+    texts = ["the cat\nthe mat\nsat", " \n the"]
     expect_ids(handle, texts, ids_of(tokenizer, texts))
 
 
@@ -309,6 +326,24 @@ def test_a_failing_fast_path_is_counted_and_gone_around(tiny_tokenizer, monkeypa
         assert np.array_equal(left, right)
     assert handle.fast_path_failures == 1
     assert "fails where tokenizers" in str(handle.check_fast_path(TEXTS))
+
+
+def test_a_panic_of_the_fast_path_is_a_failure_like_any_other(tiny_tokenizer, monkeypatch):
+    """Rust's panics come as pyo3_runtime.PanicException, which is no Exception."""
+    handle = load_tokenizer(tiny_tokenizer)
+    assert handle.encoder and handle._fast is not None
+    panic = type("PanicException", (BaseException,), {})
+
+    def fail(*arguments, **keywords):
+        raise panic("index out\nof bounds")
+
+    monkeypatch.setattr(handle._fast, "_encode", fail)
+    assert np.array_equal(handle.encode_flat(TEXTS)[0], handle.reference_encode(TEXTS)[0])
+    assert handle.fast_path_failures == 1
+    assert "fails where tokenizers" in str(handle.check_fast_path(TEXTS))
+    monkeypatch.setattr(handle._fast, "_encode", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        handle.encode_flat(TEXTS)
 
 
 def test_without_fastokens_the_reference_encodes(tiny_tokenizer, monkeypatch):

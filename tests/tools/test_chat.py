@@ -98,7 +98,8 @@ messages[0]['content'] + '\\n\\n' %}{% else %}{% set rest = messages %}{% set sy
 {% endif %}
 {% endfor %}""",
     # Another name for the role; contents are trimmed, and the system prompt moves into the first question.
-    "gemma3": """{{ bos_token }}{%- set first = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' -%}
+    "gemma3": """{{ bos_token }}
+{%- set first = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' -%}
 {%- for message in (messages[1:] if first else messages) -%}
     {%- if (message.role == 'user') != (loop.index0 % 2 == 0) -%}
         {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
@@ -111,13 +112,13 @@ messages[0]['content'] + '\\n\\n' %}{% else %}{% set rest = messages %}{% set sy
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}""",
     # Headers are plain text, so that contents may hold them.
-    "alpaca": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + \
-'\\n\\n' }}{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}{% else %}\
+    "alpaca": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ \
+message['content'] + '\\n\\n' }}{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}{% else %}\
 {{ '### Response:\\n' }}[[{{ message['content'] + eos_token }}]]{{ '\\n' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}""",
     "vicuna": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ \
-message['content'].strip() + ' ' }}{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'].strip() + ' ' }}\
-{% else %}{{ 'ASSISTANT:' }}[[{{ ' ' + message['content'].strip() + eos_token }}]]{% endif %}{% endfor %}\
+message['content'].strip() + ' ' }}{% elif message['role'] == 'user' %}\
+{{ 'USER: ' + message['content'].strip() + ' ' }}{% else %}{{ 'ASSISTANT:' }}[[{{ ' ' + message['content'].strip() + eos_token }}]]{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}""",
     # The prompt begins the reasoning; earlier and later answers are shown without it.
     "deepseek": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ \
@@ -295,7 +296,8 @@ class TestAgainstTransformers:
         if case.name == "reasoning":
             answers[-1] = "<think>\n\n</think>\n\n" + answers[-1]
         text = masked_text(case, encode(case.encoder, messages))
-        if case.name in ("mistral", "mistral_v3", "zephyr", "vicuna"):  # the template or the tokenizer puts a space before each
+        if case.name in ("mistral", "mistral_v3", "zephyr", "vicuna"):
+            # The template or the tokenizer puts a space before each.
             text, answers = text.replace(" ", ""), [answer.replace(" ", "") for answer in answers]
         assert text == "".join(answers)
 

@@ -182,7 +182,7 @@ def test_different_datasets_keep_their_order_sources_and_options(tmp_path):
     assert merged.sources == (source("corpus", 2, 2), *Sidecar.read(a).sources, source("s", 2, 2))
     assert merged.left_out == {"empty": 2}
     run = str(tmp_path / "b.shard-*")
-    assert merged.options == {"merged": {str(b): {"dedup": "exact"}, str(a): {}, run: {"shuffle": True}}}
+    assert merged.options == {"merged": {str(b): {"dedup": "exact"}, str(a): {}, run: {"shuffle": True, "shards": 2}}}
     assert (merged.documents, merged.tokens, merged.max_token_id, merged.dtype) == (5, 5, 6, "uint16")
     assert merged.bin_xxh3_128 == hash_file(f"{out}.bin")
     # What was joined can be joined again.
@@ -190,11 +190,15 @@ def test_different_datasets_keep_their_order_sources_and_options(tmp_path):
     assert read_megatron(again).sequences == [[1, 2], [3], [5], [6], [9]]
 
 
-def test_mask_and_metadata_are_filled_up(tmp_path):
+def test_mask_and_metadata_are_filled_up(tmp_path, refused, capsys):
     plain = write(tmp_path / "a", [[[1, 2]], []], sidecar())
     masked = write(tmp_path / "b", [[[3, 4]], [[5]]], sidecar(), mask=[0, 1, 0])
     noted = write(tmp_path / "c", [[[6]], [], [[7]]], sidecar(), metadata=[b'{"u":"\xc3\xbc"}', b"{}", b'{"v":1}'])
-    out = join(tmp_path / "out", plain, masked, noted)
+    line = refused(plain, masked, noted)
+    assert line.startswith(f"error: {plain}: has no loss mask, but {masked} has one; ") and "--fill-mask" in line
+    out = tmp_path / "out"
+    command.main(["--inputs", *map(str, (plain, masked, noted)), "--output-prefix", str(out), "--fill-mask"])
+    assert "loss mask                 all ones for the datasets without one, 2 of 3\n" in capsys.readouterr().out
     assert files(out)[".mask.bin"] == bytes([1, 1, 0, 1, 0, 1, 1])
     assert files(out)[".metadata.jsonl"] == b'{}\n{}\n{}\n{}\n{"u":"\xc3\xbc"}\n{}\n{"v":1}\n'
     merged = Sidecar.read(out)

@@ -111,6 +111,15 @@ def test_wide_vocabulary_and_choice_of_eod(tmp_path):
         assert (written.code, written.documents) == (4, plain_ids(folder, TEXTS[:3], end))
 
 
+def test_a_tokenizer_that_changes_between_two_runs_of_one_process(tmp_path):
+    """Workers inherit the tokenizer of the first run from the process that starts them."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS[:3]))
+    for special in (("<|endoftext|>",), ("<|endoftext|>", "<a>", "<b>")):
+        folder = train_tiny_tokenizer(tmp_path / "t", special=special, eos=None)
+        run(folder, tmp_path, tmp_path / "a.jsonl", overwrite=True)
+        assert read_megatron(tmp_path / "out").documents == plain_ids(folder, TEXTS[:3])
+
+
 MALFORMED = {
     "cut short": (b'{"text": "a"', "not valid JSON"),
     "not an object": (b"[1]", "an array, not a JSON object"),

@@ -51,14 +51,27 @@ def small_blocks(monkeypatch):
     return set_block
 
 
-def test_each_character_is_what_its_name_says():
+def test_each_character_is_what_the_name_of_its_folded_form_says():
     weights = shingles._tables()[1]
-    wrong = [
-        hex(code)
-        for code in range(0x110000)
-        if unicodedata.category(chr(code)) not in ("Cn", "Co", "Cs") and weights[code] != NAMES[kind_of(chr(code))]
-    ]
+    wrong = []
+    for code in range(0x110000):
+        if unicodedata.category(chr(code)) not in ("Cn", "Co", "Cs"):
+            folded = chr(code).casefold()
+            expected = NAMES[kind_of(folded)] if len(folded) == 1 else shingles._EXPANDED
+            if weights[code] != expected:
+                wrong.append(hex(code))
     assert not wrong
+
+
+def test_all_characters_are_folded_as_python_folds_them():
+    every = [chr(code) for code in range(0x20000) if unicodedata.category(chr(code)) != "Cs"]
+    text = "".join(f"x{character}y." for character in every)
+    folded = unicodedata.normalize("NFC", text).casefold()
+    found = [
+        shingles._hash_codes(shingles._codes(part), np.array([len(part)])).hashes.tolist()
+        for part in (unicodedata.normalize("NFC", text), folded)
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ALPHABETS)

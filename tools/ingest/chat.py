@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.data.tokenizer_files import TOKENIZER_FILE, tokenizer_kind
 from ...engine.errors import UserError
 from .chat_messages import Conversation, all_strings, called_names, read_conversation
 from .chat_template import CONFIG_FILE, ChatTemplate, Span, TurnFinder, frame, load_template, read_config
@@ -57,7 +58,7 @@ class ChatEncoder:
     """Encodes records that are conversations.
 
     Args:
-        folder: holds tokenizer.json, and tokenizer_config.json or chat_template.jinja.
+        tokenizer: a tokenizer.json, or its folder. Beside it stands tokenizer_config.json or chat_template.jinja.
         eod_id: token that ends a document; None: nothing is added.
         max_tokens: what an encoded conversation may have at most, with its end-of-document token.
         allow_special_tokens: contents may contain control tokens, which then become such.
@@ -65,23 +66,25 @@ class ChatEncoder:
         now: what templates take for the present; None: this moment.
 
     Raises:
-        UserError: no tokenizer.json, no chat template, or none that can be used.
+        UserError: not a tokenizer.json, no chat template, or none that can be used.
     """
 
     def __init__(
         self,
-        folder: Path,
+        tokenizer: Path,
         eod_id: int | None,
         max_tokens: int | None,
         allow_special_tokens: bool,
         template: Path | None = None,
         now: datetime | None = None,
     ) -> None:
+        file = tokenizer / TOKENIZER_FILE if tokenizer.is_dir() else tokenizer
+        folder = file.parent
         config = _read_tokenizer_config(folder)
         source, origin = load_template(folder, config, template)
         named = _named_tokens(config)
-        self._folder = folder
-        self._tokenizer = _load_tokenizer(folder, list(named.values()))
+        self._file = file
+        self._tokenizer = _load_tokenizer(file, list(named.values()))
         self._eod_id = eod_id
         self._max_tokens = max_tokens
         self._template = ChatTemplate(source, origin, named, now or datetime.now())
@@ -122,7 +125,7 @@ class ChatEncoder:
         """Compare the ids of a short conversation with those of ``AutoTokenizer``; importing it takes seconds.
 
         Returns:
-            False when transformers cannot load the folder, and there is nothing to compare with.
+            False when transformers cannot load the file from its folder, and there is nothing to compare with.
 
         Raises:
             UserError: they differ.
@@ -135,8 +138,10 @@ class ChatEncoder:
             {"role": "user", "content": " And\u00a0then? "},
             {"role": "assistant", "content": "Nothing else…"},
         ]
+        if self._file.name != TOKENIZER_FILE:  # transformers would take another
+            return False
         try:
-            reference = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+            reference = AutoTokenizer.from_pretrained(self._file.parent, local_files_only=True, trust_remote_code=False)
         except Exception:  # whatever its tokenizer classes raise
             return False
         theirs: Any = reference.apply_chat_template(
@@ -144,7 +149,7 @@ class ChatEncoder:
         )
         if self._tokenize(self._template.render(Conversation(messages))).ids != theirs:
             raise UserError(
-                f"{self._folder}: tokenizer.json with the chat template gives other tokens than transformers does; "
+                f"{self._file}: with the chat template it gives other tokens than transformers does; "
                 "save the tokenizer anew (AutoTokenizer.from_pretrained(folder).save_pretrained(other))"
             )
         return True
@@ -301,13 +306,12 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _load_tokenizer(folder: Path, named: list[str]) -> Any:
+def _load_tokenizer(file: Path, named: list[str]) -> Any:
     from tokenizers import Tokenizer
 
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not file.is_file() or tokenizer_kind(file) != "tokenizer.json":
         raise UserError(
-            f"{folder}: --chat needs a tokenizer with a tokenizer.json; save this one in that format (transformers: "
+            f"{file}: --chat needs a tokenizer with a tokenizer.json; save this one in that format (transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
         )
     try:

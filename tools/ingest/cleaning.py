@@ -14,11 +14,9 @@ from pathlib import Path
 from .decontamination import NgramFilter
 from .normalization import PieceNormalizer
 
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-"""Unicode's category Cc (C0, DEL and C1) but for tab, line feed and carriage return."""
 _CONTROL_BYTES = bytes(code for code in (*range(0x20), 0x7F) if code not in b"\t\n\r")
-"""Those of one byte in UTF-8. The others are 0xC2 and a byte."""
-
+"""In UTF-8: Unicode's category Cc (C0, DEL and C1) but for tab, line feed and carriage return; and those of C1."""
+_C1 = re.compile(b"\xc2[\x80-\x9f]")
 
 _SHORT, _CONTAMINATED = "below --min-chars", "shares an n-gram with --held-out"
 
@@ -67,22 +65,24 @@ class Cleaner:
             reasons = [_CONTAMINATED if hit else None for hit in found]
         if self._min_chars > 0:
             reasons = [
-                _SHORT if len(text) < self._min_chars else reason
-                for text, reason in zip(cleaned, reasons, strict=True)
+                _SHORT if len(text) < self._min_chars else reason for text, reason in zip(cleaned, reasons, strict=True)
             ]
         return list(zip(cleaned, reasons, strict=True))
 
     def clean_pieces(self, pieces: Iterable[str]) -> Iterator[tuple[str, str | None]]:
         """The same for one long text that comes in pieces, cut anywhere; memory is bounded by some pieces.
 
-        Joined, the cleaned pieces are the cleaned whole, and n-grams across a cut are seen. A reason is given as soon as
-        it is known, with the last piece that matters; nothing comes after it.
+        Joined, the cleaned pieces are the cleaned whole, and n-grams across a cut are seen. A reason is given as soon
+        as it is known, with the last piece that matters; nothing comes after it.
         """
         size = 0
         watch = None if self._filter is None else self._filter.watch()
+        found = False
         for piece in self._cleaned_pieces(pieces):
             size += len(piece)
-            if watch is not None and watch.add(piece):
+            found = found or (watch is not None and watch.add(piece))
+            # A text that is both too short and contaminated is too short.
+            if found and size >= self._min_chars:
                 yield piece, _CONTAMINATED
                 return
             yield piece, None
@@ -113,6 +113,5 @@ def strip_control(text: str) -> str:
     """``text`` without the control characters that :class:`Cleaner` names; the same object when it has none."""
     # Bytes are searched several times as fast as characters.
     content = text.encode("utf-8", "surrogatepass")
-    if len(content.translate(None, _CONTROL_BYTES)) == len(content) and b"\xc2" not in content:
-        return text
-    return _CONTROL.sub("", text)
+    cleaned = _C1.sub(b"", content.translate(None, _CONTROL_BYTES))
+    return text if len(cleaned) == len(content) else cleaned.decode("utf-8", "surrogatepass")

@@ -1,14 +1,15 @@
 """Keeping held-out texts, such as benchmarks, out of a corpus: documents that share an n-gram with them are refused.
 
-The rule is that of GPT-3 (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C): n-grams of 13 words,
-without case and punctuation; what a word is, also in scripts without spaces, says shingles.py. As there, held-out texts
-of 8 to 12 words are looked for as a whole. Shorter ones are in too many texts by chance: they refuse only documents that
-consist of the same words. Unlike there, the whole document is refused, not its surroundings of 200 characters, and an
-n-gram counts however many documents have it: leave boilerplate out of the held-out files.
+The rule is that of GPT-3 (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C): n-grams of 13
+words, without case and punctuation; what a word is, also in scripts without spaces, says shingles.py. As there,
+held-out texts of 8 to 12 words are looked for as a whole. Shorter ones are in too many texts by chance: they refuse
+only documents that consist of the same words. Unlike there, the whole document is refused, not its surroundings of 200
+characters, and an n-gram counts however many documents have it: leave boilerplate out of the held-out files.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -78,7 +79,12 @@ class NgramFilter:
         for batch in _batches(texts):
             for text in batch:
                 if len(text) > BLOCK:
-                    grams += [_hashes(units, ngram, False) for units in _all_units(text, ngram)]
+                    long = LongUnits(ngram)
+                    parts = [_hashes(part, ngram, False) for part in itertools.chain(long.add(text), long.end())]
+                    grams += parts
+                    if not any(map(len, parts)):
+                        grams.append(_hashes(long.carried, ngram, True))
+                        short.append(_short_texts(long.carried, ngram))
             for _, _, units in units_of(batch):
                 grams.append(_hashes(units, ngram, True))
                 short.append(_short_texts(units, ngram))
@@ -185,12 +191,6 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             yield batch
             batch = []
     yield batch
-
-
-def _all_units(text: str, ngram: int) -> Iterator[Units]:
-    long = LongUnits(ngram)
-    yield from long.add(text)
-    yield from long.end()
 
 
 def _hashes(units: Units, ngram: int, whole: bool) -> npt.NDArray[np.uint64]:

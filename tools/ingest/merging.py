@@ -1,6 +1,7 @@
 """Joining indexed datasets: their documents one after another, copied by the kernel, checked while they are copied.
 
-The shards of one run (``--shard I/N`` of the preprocess command) give the dataset that one machine would have made.
+The shards of one run (``--shard I/N`` of the preprocess command) give the dataset that one machine would have made,
+unless the run shuffled, deduplicated or limited its documents, which each shard did for itself.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from ...engine.errors import UserError
 from .progress import ProgressReport
 from .workspace import open_workspace
 
+_WITHIN_A_SHARD = ("dedup", "max_documents", "shuffle")
+"""Options of a run that saw one shard at a time: the shards joined are not what one machine would have made."""
 _SHARD_NAME = re.compile(r"(?P<stem>.*)\.shard-(?P<index>\d+)-of-(?P<count>\d+)(?P<side>(\.[^./]+)?)")
 
 
@@ -46,6 +49,8 @@ class MergeOptions:
     inputs: Sequence[str]
     output_prefix: str
     overwrite: bool = False
+    fill_mask: bool = False
+    """Datasets without a loss mask, beside others that have one, get one of ones: every token is to be predicted."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class MergeReport:
     """Copied: tokens, masks and metadata."""
     no_sidecar: str | None
     """The first input without a sidecar, for whose sake the output has none."""
+    masks_filled: int
+    """Inputs that had no loss mask and got one of ones."""
     seconds: float
     files: tuple[str, ...]
     """The files written."""
@@ -108,6 +115,7 @@ def merge(options: MergeOptions) -> MergeReport:
     parts = [_part(name) for name in expand_prefixes(options.inputs)]
     _check_paths(parts, prefix)
     _check_alike(parts)
+    without_mask = _without_mask(parts, options.fill_mask)
     sidecar = merged_sidecar(parts)
     total = sum(sum(part.sizes.values()) for part in parts)
     itemsize = parts[0].dtype.itemsize
@@ -143,6 +151,7 @@ def merge(options: MergeOptions) -> MergeReport:
         writer.dtype.name,
         total,
         next((part.prefix for part in parts if part.sidecar is None), None),
+        without_mask,
         time.monotonic() - started,
         tuple(existing_outputs(prefix)),
     )
@@ -157,6 +166,8 @@ def format_report(report: MergeReport) -> str:
         "speed": f"{report.bytes / 1e6 / max(report.seconds, 1e-9):,.1f} MB/s, {report.seconds:,.1f} s",
         "files": " ".join(report.files),
     }
+    if report.masks_filled:
+        rows["loss mask"] = f"all ones for the datasets without one, {report.masks_filled:,} of {report.inputs:,}"
     if report.no_sidecar is not None:
         rows["sidecar"] = f"none, since {report.no_sidecar} has none"
     return "\n".join(f"{name:<25} {value}" for name, value in rows.items())
@@ -293,6 +304,20 @@ def _check_alike(parts: Sequence[Part]) -> None:
         _check_equal(name, values, "the same tokenizer, --eod-token and --append-eod")
 
 
+def _without_mask(parts: Sequence[Part], fill: bool) -> int:
+    """How many parts need a loss mask because others have one; refused unless ``fill``."""
+    masked = [part for part in parts if MASK in part.sizes]
+    plain = [part for part in parts if MASK not in part.sizes]
+    if not masked or not plain:
+        return 0
+    if not fill:
+        raise UserError(
+            f"{plain[0].prefix}: has no loss mask, but {masked[0].prefix} has one; if all tokens of those without are "
+            "to be predicted, pass --fill-mask; or leave them apart and blend them in training"
+        )
+    return len(plain)
+
+
 def _check_equal(name: str, values: Sequence[tuple[str, Any]], remedy: str) -> None:
     for prefix, value in values:
         if value != values[0][1]:
@@ -419,7 +444,8 @@ def _sources_of_run(members: Sequence[tuple[Part, Sidecar]]) -> list[InputSource
 
 
 def _options_of_run(members: Sequence[tuple[Part, Sidecar]]) -> dict[str, Any]:
-    """The options of one dataset, or those that a run's shards share.
+    """The options of one dataset, or those that a run's shards share: with the number of shards where that decides
+    what is there.
 
     Raises:
         UserError: they differ.
@@ -436,4 +462,4 @@ def _options_of_run(members: Sequence[tuple[Part, Sidecar]]) -> dict[str, Any]:
                     f"{members[0][0].prefix} with {shared.get(name, 'its default')}: shards of one run have the same "
                     "options; preprocess them again"
                 )
-    return shared
+    return {**shared, "shards": len(members)} if any(name in shared for name in _WITHIN_A_SHARD) else shared

@@ -2,8 +2,8 @@
 
 A document's signature estimates the Jaccard similarity of its set of n-grams (shingles.py) to others' (Broder, "On the
 Resemblance and Containment of Documents", 1997). It is cut into bands of some rows; documents that agree in a band are
-taken for near-duplicates (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", 3.4), without a second look, and
-so are documents that are linked by others. Of each such cluster the first document in input order is kept.
+taken for near-duplicates (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", 3.4), without a second look,
+and so are documents that are linked by others. Of each such cluster the first document in input order is kept.
 """
 
 from __future__ import annotations
@@ -135,9 +135,9 @@ def near_duplicates(
 ) -> Iterator[npt.NDArray[np.bool_]]:
     """Say which documents are the first ones of their clusters.
 
-    Documents that share a band are in one cluster, and so are all that are linked in this way. All bands are read before
-    the first answer comes. Memory is bounded by about ``memory_bytes``, one array and 4 bytes for each document in a
-    mapped file; the disk takes another 16 bytes for each band of each document when they do not fit.
+    Documents that share a band are in one cluster, and so are all that are linked in this way. All bands are read
+    before the first answer comes. Memory is bounded by about ``memory_bytes``, one array and 4 bytes for each document
+    in a mapped file; the disk takes another 16 bytes for each band of each document when they do not fit.
 
     Comes before filters that drop documents by count: where the first of a cluster is dropped all of it is gone.
 
@@ -184,9 +184,7 @@ def near_duplicates(
             total += size
 
 
-def unite(
-    parents: npt.NDArray[np.uint32], earlier: npt.NDArray[np.int64], later: npt.NDArray[np.int64]
-) -> None:
+def unite(parents: npt.NDArray[np.uint32], earlier: npt.NDArray[np.int64], later: npt.NDArray[np.int64]) -> None:
     """Join sets of documents pair by pair, all pairs at once, so that the root of each set is its smallest document.
 
     ``parents`` [documents] is a forest in which each document's parent is itself, a root, or a smaller one. In each

@@ -27,14 +27,15 @@ from ... import __version__
 from ...engine.data.dataset_writer import IndexedDatasetWriter, best_dtype, refuse_existing_outputs
 from ...engine.data.index_format import dataset_prefix
 from ...engine.data.sidecar import InputSource, Sidecar
-from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
+from ...engine.data.tokenizer import TokenizerHandle, TokenizerSpec
+from ...engine.data.tokenizer_files import find_tokenizer_file
 from ...engine.errors import UserError
 from .assembly import Assembly, SourceTotals
 from .cleaning import Cleaner
 from .held_out import write_held_out
 from .inputs import InputOptions, expand_inputs, with_stdin_copied
 from .options import PreprocessOptions, contents_of, task_key
-from .pool import run_tasks, usable_cores, worker_context
+from .pool import run_tasks, start_early, usable_cores, worker_context
 from .progress import ProgressReport
 from .rejects import REJECTS, write_rejects
 from .shards import Shard
@@ -96,9 +97,10 @@ class _Run:
     def __init__(self, options: PreprocessOptions, prefix: str) -> None:
         self.options, self.prefix = options, prefix
         self.files = expand_inputs(options.input, InputOptions(options.txt_mode, options.stdin_format))
-        self.tokenizer = load_tokenizer(
-            options.tokenizer, allow_special_tokens=options.allow_special_tokens, backend=options.encoder
-        )
+        file = find_tokenizer_file(options.tokenizer)
+        tokenizer = TokenizerSpec(options.tokenizer, file, options.allow_special_tokens, options.encoder)
+        start_early(tokenizer)
+        self.tokenizer = tokenizer.load()
         self.eod = _document_end(self.tokenizer, options)
         self.dtype = best_dtype(self.tokenizer.vocab_size)
         self.results: dict[str, TaskResult] = {}
@@ -198,6 +200,7 @@ class _Run:
         options = self.options
         return WorkerSettings(
             tokenizer=self.tokenizer.spec,
+            tokenizer_sha256=self.tokenizer.sha256,
             eod_token=self.eod[0] if self.eod and options.append_eod else None,
             dtype=self.dtype.str,
             folder=self.work,

@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from typing import Any
 
+from ...engine.data.tokenizer import TokenizerSpec
 from ...engine.errors import UserError
 from . import preload
 from .tasks import Task
@@ -35,6 +37,13 @@ def worker_context() -> Any:
     return context
 
 
+def start_early(tokenizer: TokenizerSpec) -> None:
+    """Have the libraries and the tokenizer loaded for the workers while this process does other things."""
+    preload.announce(tokenizer)
+    if worker_context().get_start_method() == "forkserver":
+        forkserver.ensure_running()
+
+
 def run_tasks(
     tasks: Sequence[tuple[Task, str]],
     workers: int,
@@ -54,7 +63,6 @@ def run_tasks(
         UserError: of the first task to fail, at once; or a worker was killed.
         FastPathError: see there.
     """
-    preload.announce(settings.tokenizer)
     bystanders = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, worker_context(), start_worker, (settings, progress))
     try:

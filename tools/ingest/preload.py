@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ...engine.data.tokenizer import TokenizerHandle, TokenizerSpec
+from ...engine.errors import UserError
 
 _VARIABLE = "RETEMPER_PRELOADED_TOKENIZER"
 _loaded: tuple[TokenizerSpec, TokenizerHandle] | None = None
@@ -28,9 +29,22 @@ def announce(spec: TokenizerSpec) -> None:
     os.environ[_VARIABLE] = json.dumps(asdict(spec), default=str)
 
 
-def load_tokenizer_once(spec: TokenizerSpec) -> TokenizerHandle:
-    """The tokenizer of ``spec``: the inherited one when it is the same."""
-    return _loaded[1] if _loaded is not None and _loaded[0] == spec else spec.load()
+def load_tokenizer_once(spec: TokenizerSpec, sha256: str) -> TokenizerHandle:
+    """The tokenizer of ``spec``, whose file has the hash ``sha256``: the inherited one when it is the same.
+
+    Raises:
+        UserError: it cannot be loaded, or its file is another one now.
+    """
+    if _loaded is not None:
+        inherited, tokenizer = _loaded
+        if replace(inherited, eod_token=spec.eod_token) == spec and tokenizer.sha256 == sha256:
+            if spec.eod_token is not None:
+                tokenizer.eod(spec.eod_token)
+            return tokenizer
+    tokenizer = spec.load()
+    if tokenizer.sha256 != sha256:
+        raise UserError(f"{spec.file}: was changed while the run was at work; start again")
+    return tokenizer
 
 
 if announced := os.environ.get(_VARIABLE):

@@ -53,6 +53,7 @@ class WorkerSettings:
     """All that a worker needs to know about the run."""
 
     tokenizer: TokenizerSpec
+    tokenizer_sha256: str
     eod_token: str | None
     """Appended to each document; None: nothing is."""
     dtype: str
@@ -142,7 +143,7 @@ class TaskRunner:
     def __init__(self, settings: WorkerSettings, progress: Any) -> None:
         self._settings = settings
         self._progress = progress
-        self._tokenizer: TokenizerHandle = load_tokenizer_once(settings.tokenizer)
+        self._tokenizer: TokenizerHandle = load_tokenizer_once(settings.tokenizer, settings.tokenizer_sha256)
         self._eod_id = None if settings.eod_token is None else self._tokenizer.eod(settings.eod_token)[1]
         self._cleaner = Cleaner(
             normalize_nfc=settings.normalize_nfc,
@@ -227,9 +228,7 @@ class TaskRunner:
         self._write(batch)
         yield
 
-    def _texts(
-        self, span: Span, context: ReadContext
-    ) -> Generator[tuple[str | LongText, bytes | None], None, None]:
+    def _texts(self, span: Span, context: ReadContext) -> Generator[tuple[str | LongText, bytes | None], None, None]:
         """Text and metadata line of each record of ``span`` that has a text."""
         choice, metadata = self._settings.text, self._settings.metadata
         if span.file.format == "jsonl" and choice.single_key is not None and not metadata:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..page.figures import BLUE, FAINT, GREY, ORANGE, page_style, to_svg
+from ..page.markup import allowed
 from .lengths import LengthFacts
 from .token_counts import TokenFacts
 
@@ -136,6 +137,6 @@ def _short(number: int) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name that matplotlib takes as it stands: no mathematics, and no underscore, which would hide it."""
-    shown = name.replace("$", r"\$")
+    """A name that matplotlib takes as it stands: no mathematics, and no first underscore, which would hide it."""
+    shown = allowed(name).replace("$", r"\$")
     return shown if not shown.startswith("_") else f" {shown}"

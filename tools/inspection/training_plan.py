@@ -18,7 +18,6 @@ from ...engine.data.index_format import dataset_prefix
 from ...engine.data.layout import GROUP_WINDOWS
 from ...engine.data.sample_order import SampleOrder
 from ...engine.data.source import Source
-from ...engine.errors import UserError
 from ...engine.model.architecture import parse_architecture
 from ...engine.observe.summary import describe_data
 
@@ -140,13 +139,12 @@ def _same(one: str, other: str) -> bool:
 
 
 def _model_facts(config: RunConfig) -> tuple[int, str | None, bool]:
-    """Vocabulary, hash of the tokenizer, and whether the model was there: it may not have been converted yet."""
-    try:
-        assets = find_assets(config.model, None)
-        assert assets.config is not None
-        return parse_architecture(assets.config).vocab_size, assets.tokenizer_sha256, True
-    except UserError:
+    """Vocabulary, hash of the tokenizer, and whether these are known: the model may not have been converted yet."""
+    if config.model.initialize_from is not None and not os.path.exists(config.model.initialize_from):
         return _ANY_VOCABULARY, None, False
+    assets = find_assets(config.model, None)
+    assert assets.config is not None
+    return parse_architecture(assets.config).vocab_size, assets.tokenizer_sha256, True
 
 
 def _plan_source(source: Source, catalog: Catalog, order: SampleOrder, stops: list[int], prefix: str) -> SourcePlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -71,7 +72,9 @@ def page_style() -> Iterator[None]:
 
 
 def to_svg(figure: Figure, label: str) -> str:
-    """``figure`` as an ``<svg>`` element to stand in HTML, inside :func:`page_style`; ``label`` tells what it shows.
+    """``figure`` as an ``<svg>`` element to stand in HTML, inside :func:`page_style`.
+
+    ``label`` tells what it shows, and is another for each figure of a page.
 
     Its colours are the CSS variables of :data:`COLOURS`, its text is text, and the same figure gives the same bytes.
     """
@@ -83,4 +86,7 @@ def to_svg(figure: Figure, label: str) -> str:
     text = text[text.index("<svg") :]  # without the XML declaration and document type
     for placeholder, variable in COLOURS.items():
         text = text.replace(placeholder, variable)
+    # Every figure names its parts figure_1, axes_1 and so on; a page may have a name but once.
+    prefix = re.sub(r"\W+", "-", label).lower()
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

@@ -19,8 +19,13 @@ def page(title: str, sections: Iterable[str], style: str = "") -> str:
 
 
 def escape(text: str) -> str:
-    """Text as HTML. Control characters, which HTML forbids, and lone surrogates, which UTF-8 does, become U+FFFD."""
-    return html.escape(_FORBIDDEN.sub("\ufffd", text))
+    """Text as HTML, :func:`allowed` characters only."""
+    return html.escape(allowed(text))
+
+
+def allowed(text: str) -> str:
+    """Control characters, which HTML forbids, and lone surrogates, which UTF-8 does, become U+FFFD."""
+    return _FORBIDDEN.sub("\ufffd", text)
 
 
 def section(title: str, content: str, kind: str = "") -> str:

@@ -88,7 +88,7 @@ def damage_is_user_error(path: str, kind: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise UserError(
-            f"{path}: it asks for more memory than there is ({short_reason(error)}): damaged, or with too much in one piece"
+            f"{path}: damaged, or too much in one piece: it asks for more memory than there is ({short_reason(error)})"
         ) from error
     except Exception as error:
         raise UserError(
