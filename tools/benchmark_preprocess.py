@@ -36,7 +36,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--workers", type=int, metavar="N", help="of both commands (default: the cores of this machine)"
     )
     parser.add_argument(
-        "--repeat", type=int, default=1, metavar="N", help="take the documents N times (default: %(default)s)"
+        "--repeat",
+        type=int,
+        default=1,
+        metavar="N",
+        help="take the documents N times, where there are too few; tokenizers remember words, so rates are higher than "
+        "those of as much new text (default: %(default)s)",
     )
     parser.add_argument(
         "--runs", type=int, default=3, metavar="N", help="rounds, of which the best counts (default: %(default)s)"

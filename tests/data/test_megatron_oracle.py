@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from retemper.engine.data.dataset_writer import FileRange, IndexedDatasetWriter, best_dtype
 from retemper.engine.data.indexed_dataset import IndexedDataset
+from retemper.engine.data.sidecar import Sidecar
+from retemper.engine.errors import UserError
 from retemper.tools.ingest.merging import MergeOptions, merge
 
 try:
@@ -26,7 +28,13 @@ except ImportError as error:
         allow_module_level=True,
     )
 
-IDS = {"uint16": st.integers(0, 2**16 - 1), "int32": st.integers(0, 2**31 - 1)}
+IDS = {
+    "uint16": st.integers(0, 2**16 - 1),
+    "int32": st.integers(0, 2**31 - 1),
+    **{name: st.integers(0, 127) for name in ("uint8", "int8")},
+    "int16": st.integers(0, 2**15 - 1),
+    "int64": st.integers(0, 2**53),
+}
 Documents = list[list[list[int]]]
 
 
@@ -127,6 +135,28 @@ def test_both_join_to_the_same_bytes(tmp_path_factory, corpus, cut):
     builder.finalize(str(folder / "theirs.idx"))
     merge(MergeOptions([str(folder / "a"), str(folder / "b")], str(folder / "ours")))
     assert files(folder / "ours") == files(folder / "theirs")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_floating_point_is_refused(tmp_path, dtype):
+    """Megatron-LM's format has it; token ids are none."""
+    write_theirs(tmp_path / "x", [[[1, 2]]], dtype)
+    with pytest.raises(UserError, match=r"x.idx: dtype code [67] is not one of a token dataset"):
+        IndexedDataset(tmp_path / "x")
+
+
+def test_megatron_takes_no_notice_of_mask_metadata_and_sidecar(tmp_path):
+    """A dataset with everything beside it, joined of two."""
+    for name, first in (("a", 1), ("b", 7)):
+        with IndexedDatasetWriter(tmp_path / name, np.uint16, mask=True, metadata=True) as writer:
+            tokens = np.arange(first, first + 5)
+            writer.add_documents(tokens, [3, 0, 2], mask=tokens % 2, metadata=[b"{}", b'{"n": 1}', b"{}"])
+            writer.sidecar = Sidecar("acme/tiny", "ab" * 32, 400, True, "<|endoftext|>", 0, (), {"chat": True})
+    merge(MergeOptions([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out")))
+    ours = IndexedDataset(tmp_path / "out")
+    assert ours.loss_mask(0, 10).tolist() == [True, False, True, False, True, True, False, True, False, True]
+    expected: Documents = [[[1, 2, 3]], [], [[4, 5]], [[7, 8, 9]], [], [[10, 11]]]
+    assert documents_of(megatron.IndexedDataset(str(tmp_path / "out"))) == documents_of(ours) == expected
 
 
 def test_documents_at_once_and_from_files_are_theirs_too(tmp_path):

@@ -55,20 +55,22 @@ def expect_ids(handle: TokenizerHandle, texts: list[str], expected: list[list[in
     assert handle.check_fast_path(texts) is None and handle.fallback_reason is None
 
 
+MODELS = {
+    "llama": {"model_type": "bpe"},
+    "unigram": {"model_type": "unigram", "vocab_size": 300},
+    "as it stands": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "no prefix, symbols": {"add_dummy_prefix": False, "user_defined_symbols": ["<think>", "  "]},
+    "no bytes": {"byte_fallback": False, "vocab_size": 150},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    return train_tiny_sentencepiece(folder / "tokenizer.model", **MODELS[request.param])
+
+
 class TestSentencePiece:
-    MODELS = {
-        "llama": {"model_type": "bpe"},
-        "unigram": {"model_type": "unigram", "vocab_size": 300},
-        "as it stands": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
-        "no prefix, symbols": {"add_dummy_prefix": False, "user_defined_symbols": ["<think>", "  "]},
-        "no bytes": {"byte_fallback": False},
-    }
-
-    @pytest.fixture(scope="class", params=MODELS)
-    def model(self, request, tmp_path_factory) -> Path:
-        folder = tmp_path_factory.mktemp("sentencepiece")
-        return train_tiny_sentencepiece(folder / "tokenizer.model", **self.MODELS[request.param])
-
     @settings(max_examples=60, deadline=None)
     @given(texts=batches())
     def test_fuzzed_text_gives_the_librarys_ids(self, model, texts):
@@ -90,20 +92,20 @@ class TestSentencePiece:
         assert (handle.vocab_size, handle.eod()) == (library.get_piece_size(), ("</s>", 2))
         assert handle.eod("<s>") == ("<s>", 1)
         assert handle.sha256 == hashlib.sha256(model.read_bytes()).hexdigest()
-        ids = library.encode("the cat") + [2] + library.encode("sat") + [handle.vocab_size + 3, -1]
+        ids = [*library.encode("the cat"), 2, *library.encode("sat"), handle.vocab_size + 3, -1]
         assert handle.decode(ids) == "the cat</s>sat"
         assert handle.spec.load().encode_flat(TEXTS)[0].tolist() == handle.encode_flat(TEXTS)[0].tolist()
 
     def test_what_cannot_end_a_document_is_refused(self, tmp_path):
         file = train_tiny_sentencepiece(tmp_path / "x.model", user_defined_symbols=["<think>"])
         handle = load_tokenizer(file)
-        with pytest.raises(UserError, match="'<eot>' is not in the vocabulary; .* --eod-token"):
+        with pytest.raises(UserError, match=r"'<eot>' is not in the vocabulary; .* --eod-token"):
             handle.eod("<eot>")
         for word in ("<think>", "▁the", "<unk>"):
             with pytest.raises(UserError, match=f"'{word}' is not a control piece"):
                 handle.eod(word)
         without = load_tokenizer(train_tiny_sentencepiece(tmp_path / "y.model", eos_id=-1))
-        with pytest.raises(UserError, match="y.model: the model has no EOS piece; name a control piece with --eod-tok"):
+        with pytest.raises(UserError, match=r"y.model: the model has no EOS piece; name a control piece with --eod-tok"):
             without.eod()
         with pytest.raises(UserError, match="--allow-special-tokens has no meaning for a sentencepiece model"):
             load_tokenizer(file, allow_special_tokens=True)
@@ -128,25 +130,27 @@ class TestSentencePiece:
         assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("tiktoken") / "tiny.tiktoken"
+    write_tiny_tiktoken(file, ("<|endoftext|>", "<|im_end|>"))
+    return file
+
+
+@pytest.fixture(scope="module")
+def library(file) -> tiktoken.Encoding:
+    description = json.loads(file.with_suffix(".json").read_text())
+    lines = (line.split() for line in file.read_text().splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    return tiktoken.Encoding(
+        "tiny",
+        pat_str=description["pattern"],
+        mergeable_ranks=ranks,
+        special_tokens=description["special_tokens"],
+    )
+
+
 class TestTiktoken:
-    @pytest.fixture(scope="class")
-    def file(self, tmp_path_factory) -> Path:
-        file = tmp_path_factory.mktemp("tiktoken") / "tiny.tiktoken"
-        write_tiny_tiktoken(file, ("<|endoftext|>", "<|im_end|>"))
-        return file
-
-    @pytest.fixture(scope="class")
-    def library(self, file) -> tiktoken.Encoding:
-        description = json.loads(file.with_suffix(".json").read_text())
-        lines = (line.split() for line in file.read_text().splitlines())
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        return tiktoken.Encoding(
-            "tiny",
-            pat_str=description["pattern"],
-            mergeable_ranks=ranks,
-            special_tokens=description["special_tokens"],
-        )
-
     @settings(max_examples=60, deadline=None)
     @given(texts=batches())
     def test_fuzzed_text_gives_the_librarys_ids(self, file, library, texts):
@@ -171,7 +175,7 @@ class TestTiktoken:
         with pytest.raises(UserError, match=r"'the' is not a special token of this encoding \(it has <\|endoftext\|>,"):
             handle.eod("the")
         hole = library.eot_token - 1  # in the numbering
-        ids = [*library.encode("the"), library.eot_token, hole, 10**6, *library.encode("🙂")[:1]]
+        ids = [*library.encode("the"), library.eot_token, hole, 10**6, library.encode("Ж")[0]]
         assert handle.decode(ids) == "the<|endoftext|>\ufffd"
 
     def test_the_hash_tells_what_the_ids_depend_on(self, file, tmp_path):
@@ -181,10 +185,10 @@ class TestTiktoken:
         digest = load_tokenizer(tmp_path).sha256
         assert digest == load_tokenizer(file).sha256 == HfAssets.read(tmp_path).tokenizer_sha256
         description = json.loads((tmp_path / "tiny.json").read_text())
-        (tmp_path / "tiny.json").write_text(json.dumps({**description, "pattern": r"\s?\S+|\s"}))
+        (tmp_path / "tiny.json").write_text(json.dumps({**description, "pattern": r"\S+|\s"}))
         other = load_tokenizer(tmp_path)
         assert other.sha256 != digest and other.sha256 == HfAssets.read(tmp_path).tokenizer_sha256
-        assert other.encode_flat(["it's 12"])[0].tolist() != load_tokenizer(file).encode_flat(["it's 12"])[0].tolist()
+        assert other.encode_flat(["a cat"])[0].tolist() != load_tokenizer(file).encode_flat(["a cat"])[0].tolist()
 
     def test_nfc_is_applied_where_the_description_says_so(self, file, library, tmp_path):
         for name in ("tiny.tiktoken", "tiny.json"):
@@ -201,28 +205,28 @@ class TestTiktoken:
             load_tokenizer(file).encode_flat(["fine", "a\ud800"])
 
     def test_a_text_that_the_library_gives_up_on_is_refused(self, file, tmp_path):
-        """Backtracking without end, as in Qwen's pattern on a million spaces."""
+        """Qwen's pattern, on a million spaces."""
         shutil.copy(file, tmp_path)
-        (tmp_path / "tiny.json").write_text(json.dumps({"pattern": r"(a+)+(?=b)|\s+(?!\S)|.", "special_tokens": {}}))
-        with pytest.raises(UserError, match="tiktoken cannot encode the text of 5,000 characters that begins with 'aaa"):
-            load_tokenizer(tmp_path).encode_flat(["a" * 5000])
+        (tmp_path / "tiny.json").write_text(json.dumps({"pattern": r"\S+|\s+(?!\S)|\s+", "special_tokens": {}}))
+        with pytest.raises(UserError, match="tiktoken cannot encode the text of 1,000,000 characters that begins with"):
+            load_tokenizer(tmp_path).encode_flat(["a", " " * 1_000_000])
 
     @pytest.mark.parametrize(
         "change, message",
         [
             (lambda lines: [], "256 of the 256 bytes have no rank, the first 0x00"),
-            (lambda lines: [*lines, "x"], "tiny.tiktoken:401: not a tiktoken line"),
-            (lambda lines: [*lines, "=?= 7"], "tiny.tiktoken:401: not a tiktoken line"),
-            (lambda lines: [*lines, "YWJjZA== -5"], "tiny.tiktoken:401: rank -5 is no token id"),
-            (lambda lines: [*lines, f"YWJjZA== {2**31}"], "tiny.tiktoken:401: rank 2147483648 is no token id: ids are"),
+            (lambda lines: [*lines, "x"], "tiny.tiktoken:359: not a tiktoken line"),
+            (lambda lines: [*lines, "=?= 7"], "tiny.tiktoken:359: not a tiktoken line"),
+            (lambda lines: [*lines, "YWJjZA== -5"], "tiny.tiktoken:359: rank -5 is no token id"),
+            (lambda lines: [*lines, f"YWJjZA== {2**31}"], "tiny.tiktoken:359: rank 2147483648 is no token id: ids are"),
             (lambda lines: [*lines, "YWJjZA== 0"], "id 0 belongs to two tokens"),
-            (lambda lines: [*lines, "YWJjZA== 405"], "id 405 belongs to two tokens, special tokens included"),
+            (lambda lines: [*lines, "YWJjZA== 363"], "id 363 belongs to two tokens, special tokens included"),
         ],
     )
     def test_malformed_ranks_are_refused(self, file, tmp_path, change, message):
         shutil.copy(file.with_suffix(".json"), tmp_path)
         lines = file.read_text().splitlines()
-        assert len(lines) == 400
+        assert len(lines) == 358
         (tmp_path / "tiny.tiktoken").write_text("\n".join(change(lines)))
         with pytest.raises(UserError, match=message) as caught:
             load_tokenizer(tmp_path)
@@ -266,7 +270,7 @@ class TestTiktoken:
         shutil.copy(file, tmp_path / "cl100k_base.tiktoken")
         with pytest.raises(UserError, match=r"holds cl100k_base.tiktoken and unknown.tiktoken; name one of these"):
             load_tokenizer(tmp_path)
-        with pytest.raises(UserError, match=r"holds 400 ranks, but the encoding 'cl100k_base' has 100,256; give"):
+        with pytest.raises(UserError, match=r"holds 358 ranks, but the encoding 'cl100k_base' has 100,256; give"):
             load_tokenizer(tmp_path / "cl100k_base.tiktoken")
         train_tiny_sentencepiece(tmp_path / "tokenizer.model")
         assert load_tokenizer(tmp_path).kind == "sentencepiece"
@@ -300,7 +304,7 @@ def test_ids_that_no_dataset_can_hold_are_refused(tmp_path, token_id):
     content["model"]["vocab"]["t"] = token_id
     file.write_text(json.dumps(content), encoding="utf-8")
     if token_id < 2**31:
-        handle = load_tokenizer(file)
+        handle = load_tokenizer(file, backend="reference")
         assert handle.encode_flat(["tt"])[0].tolist() == [token_id] * 2
         assert best_dtype(handle.vocab_size) == np.int32
     else:

@@ -256,7 +256,7 @@ def test_memory_is_measured_on_one_document_and_on_many(tmp_path):
 
 
 def test_no_rate_without_start_is_given_for_a_corpus_that_is_all_start():
-    tiny = results(ours=[cost(1.9, 1.0)])
+    tiny = results(ours=[cost(1.2, 1.0)])
     assert "ratio_to_limit_without_start" not in summarize(tiny)
     assert "corpus too small" in format_report(tiny, {})
 

@@ -180,9 +180,9 @@ def _read_calls(item: dict[str, Any], place: str) -> list[Any]:
 
 
 def _read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    if isinstance(tools, str) and tools.strip():
+    if isinstance(tools, str):
         try:
-            tools = orjson.loads(tools)
+            tools = orjson.loads(tools) if tools.strip() else None
         except orjson.JSONDecodeError as error:
             raise MalformedError(f"tools is not valid JSON: {error.msg}") from None
     if not tools:

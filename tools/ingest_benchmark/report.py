@@ -9,13 +9,14 @@ from .benchmark import Results
 
 WANTED_OF_LIMIT = 0.8
 WANTED_OF_MEGATRON = 12.0
+_LEAST_OF_START = 1.25
 
 
 def summarize(results: Results) -> dict[str, float]:
     """Rates and ratios. Of several rounds the best counts, for each side alike.
 
     MB/s and MB a CPU-second are of whole runs, start included. Those ``_without_start`` subtract a run on one line;
-    they are there only if the corpus takes at least as long again as the start, since else they are noise. Of
+    they are there only if the corpus takes a fourth of the start's time or more, since else they are noise. Of
     Megatron-LM's loop, which may have had only the beginning of the corpus, the wall time on all of it is that of its
     start and the rest in proportion.
     """
@@ -33,7 +34,7 @@ def summarize(results: Results) -> dict[str, float]:
         "ours_peak_mb": max(cost.peak_mb for cost in results.ours),
     }
     found["ratio_to_limit"] = found["ours_mb_per_cpu_second"] / found["limit_mb_per_cpu_second"]
-    if ours_cpu >= 2 * start_cpu:
+    if ours_cpu >= _LEAST_OF_START * start_cpu:
         without = size / (ours_cpu - start_cpu)
         found["ours_mb_per_cpu_second_without_start"] = without
         found["ratio_to_limit_without_start"] = without / found["limit_mb_per_cpu_second"]

@@ -63,6 +63,10 @@ def _rows(lines: _Lines, separator: str) -> Iterator[tuple[Where, list[str], Mal
             return
         except csv.Error as error:
             wrong = MalformedError(_explain(error))
+            if lines.row_is_open(error):
+                raise UserError(
+                    f"{where.describe()}: {wrong}, which hides where the next rows begin; mend it"
+                ) from None
         wrong = lines.wrong or wrong
         if cells or wrong:
             yield where, cells, wrong
@@ -95,6 +99,10 @@ class _Lines:
         """The next line begins a row: where."""
         self._row, self.wrong = [], None
         return Where(self._path, "line", self._number + 1)
+
+    def row_is_open(self, error: csv.Error) -> bool:
+        """Whether ``error`` is about a quote that went over lines without an end."""
+        return len(self._row) > 1 and ("field limit" in str(error) or "unexpected end" in str(error))
 
     def raw(self) -> bytes:
         """The current row as it stands in the file."""

@@ -44,7 +44,7 @@ def _text(pypdf: Any, stream: BinaryIO, path: str) -> str:
             raise MalformedError("locked with a password; save it without one")
         pages = []
         for page in range(1, len(reader.pages) + 1):
-            pages.append(reader.pages[page - 1].extract_text())
+            pages.append(reader.pages[page - 1].extract_text().strip())
     except (UserError, MalformedError, MemoryError):
         raise
     except pypdf.errors.DependencyError:
@@ -54,7 +54,7 @@ def _text(pypdf: Any, stream: BinaryIO, path: str) -> str:
         where = f"page {page}: " if page else ""
         raise MalformedError(f"{where}truncated, damaged or no PDF ({short_reason(error)})") from None
     text = _BETWEEN_PAGES.join(filter(None, pages))
-    if not text.strip():
+    if not text:
         raise MalformedError("no text: a scan? run OCR first")
     try:
         text.encode("utf-8")

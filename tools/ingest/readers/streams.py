@@ -133,11 +133,11 @@ class _CheckedStream(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return self._raw.seek(offset, whence)
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = 0
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        count, room = 0, memoryview(buffer)
         try:
             # Decompressors give what they have; a full buffer each time is less work, and lets callers peek.
-            while count < len(buffer) and (more := self._bytes.readinto(buffer[count:])):
+            while count < len(room) and (more := self._bytes.readinto(room[count:])):
                 count += more
             self._context.consumed = self._raw.tell()
         except _DAMAGED as error:
