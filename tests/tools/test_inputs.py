@@ -118,7 +118,7 @@ def test_what_names_nothing_or_twice_is_refused(corpus, arguments, expected):
 
 def test_another_options_name_is_in_the_messages(corpus):
     for argument in ("data/README", "absent", "absent*"):
-        with pytest.raises(UserError, match="^--held-out "):
+        with pytest.raises(UserError, match=r"^--held-out "):
             expand_inputs([argument], InputOptions(), "--held-out")
 
 
@@ -144,13 +144,14 @@ def test_links_are_followed_once_and_never_round(corpus, capsys):
     (corpus / "out").symlink_to(outside)
     (corpus / "out-again").symlink_to(outside)
     (corpus / "y.txt").symlink_to(outside / "o.txt")
-    expected = sorted([*ALL, "out-again/o.txt"] if False else [*ALL, "out/o.txt"])
+    expected = sorted([*ALL, "out/o.txt"])
     assert names("data") == expected
     said = capsys.readouterr().err.splitlines()[1]
     assert said == "data: left out 8 links to what is there already, data/0-same-as-b first"
     assert names("data/**") == expected
     assert names("data/**/*.txt") == ["a.txt", "out/o.txt"]
     # A link may be what is asked for.
+    (outside / "back").unlink()
     assert names("data/out") == ["out/o.txt"]
     with pytest.raises(UserError, match=r"data/a.txt is already an input, as data/0.txt"):
         names("data/*.txt")

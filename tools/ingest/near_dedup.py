@@ -195,7 +195,7 @@ def unite(parents: npt.NDArray[np.uint32], earlier: npt.NDArray[np.int64], later
     while ends.size:
         roots = _find_roots(parents, ends)
         differ = roots[0] != roots[1]
-        ends = roots[:, differ]
+        ends = np.sort(roots[:, differ], axis=0)
         np.minimum.at(parents, ends[1], ends[0].astype(np.uint32))
 
 
