@@ -79,14 +79,34 @@ class FileEntries:
 def first_at_least(entries: FileEntries, value: int, end: int) -> int:
     """Number of the first of the ascending ``entries`` that is >= ``value``, or their count where there is none.
 
-    Interpolation search (Perl, Itai and Avni, 1978): among entries at random distances a guess is a few thousand
-    entries wrong, the next one less than a block, so that two or three reads suffice where bisection has some twenty.
-    After ``_GUESSES`` guesses, which distances that differ much from one region to the next may need, it is bisection.
-
     Args:
         entries: integers >= 0.
         value: what is looked for.
-        end: a bound on all entries, from which the first guess is made.
+        end: a bound on all entries.
+    """
+    first, block = _block_with(entries, value, end)
+    return first + int(block.searchsorted(value))
+
+
+def entries_between(entries: FileEntries, low: int, high: int, end: int) -> npt.NDArray[np.int64]:
+    """Those of the ascending ``entries`` that are >= ``low`` and < ``high``; ``end`` as for :func:`first_at_least`."""
+    first, block = _block_with(entries, low, end)
+    begin, stop = block.searchsorted((low, high)).tolist()
+    parts = [block[begin:stop]]
+    while stop == len(block) and first + stop < len(entries):
+        first += len(block)
+        block = entries[first : first + 8 * _BLOCK]
+        stop = int(block.searchsorted(high))
+        parts.append(block[:stop])
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
+
+
+def _block_with(entries: FileEntries, value: int, end: int) -> tuple[int, npt.NDArray[np.integer]]:
+    """Some entries, and the number of the first of them, among or right behind which the first >= ``value`` stands.
+
+    Interpolation search (Perl, Itai and Avni, 1978): among entries at random distances a guess is a few thousand
+    entries wrong, the next one less than a block, so that two reads mostly suffice where bisection has some twenty.
+    After ``_GUESSES`` guesses, which distances that differ much from one region to the next may need, it is bisection.
     """
     low, high, least, most = 0, len(entries), 0, end  # the place lies in [low, high], its entry in [least, most]
     for _ in range(_GUESSES):
@@ -100,20 +120,7 @@ def first_at_least(entries: FileEntries, value: int, end: int) -> int:
         elif block[-1] < value:
             low, least = first + _BLOCK, int(block[-1])
         else:
-            return first + int(np.searchsorted(block, value))
-    if high - low <= _BLOCK:
-        return low + int(np.searchsorted(entries[low:high], value))
-    return bisect_left(entries, value, lo=low, hi=high)  # type: ignore[arg-type]
-
-
-def between(entries: FileEntries, first: int, stop: int) -> npt.NDArray[np.int64]:
-    """The entries from number ``first`` on that are < ``stop``."""
-    parts, size = [], 16
-    while first < len(entries):
-        block = entries[first : first + size]
-        inside = int(np.searchsorted(block, stop))
-        parts.append(block[:inside])
-        if inside < len(block):
-            break
-        first, size = first + size, size * 8
-    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+            return first, block
+    if high - low > _BLOCK:
+        low = high = bisect_left(entries, value, lo=low, hi=high)
+    return low, entries[low : high + 1]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from .file_entries import FileEntries, between, first_at_least
+from .file_entries import FileEntries, entries_between, first_at_least
 from .index_format import CHUNK, DTYPES, HEADER, MAGIC, VERSION, dataset_prefix
 
 
@@ -136,14 +136,15 @@ class IndexedDataset:
         """
         start, stop = self._checked_range(start, stop)
         itemsize = self.dtype.itemsize
-        pointers = between(self._pointers, self._first_from(start * itemsize + 1), stop * itemsize)
+        pointers = entries_between(self._pointers, start * itemsize + 1, stop * itemsize, len(self._bin))
         # Sequences of length zero, which other writers may leave, begin where their successor does.
         repeated = pointers[1:] == pointers[:-1]
         return (np.delete(pointers, np.flatnonzero(repeated)) if repeated.any() else pointers) // itemsize
 
     def next_boundary(self, position: int) -> int:
         """The first position >= ``position`` at which a sequence begins, or ``num_tokens`` when there is none."""
-        return self.sequence_start(self._first_from(position * self.dtype.itemsize))
+        byte = position * self.dtype.itemsize
+        return self.sequence_start(first_at_least(self._pointers, byte, len(self._bin)))
 
     def verify(self) -> None:
         """Check every length, pointer and document index: O(N) time, bounded memory.
@@ -178,10 +179,6 @@ class IndexedDataset:
                 )
             previous = int(indices[-1])
             _forget_pages(self._idx)
-
-    def _first_from(self, byte: int) -> int:
-        """The first sequence that begins at ``byte`` of .bin or behind it; N when there is none."""
-        return first_at_least(self._pointers, byte, len(self._bin))
 
     def _open_mask(self) -> FileEntries:
         size = os.path.getsize(self.mask_path)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -51,10 +52,10 @@ def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_d
     num_tokens = len(windows) * sequence_length
     tokens = np.zeros(num_tokens, dtype=np.int64)
     targets = np.full(num_tokens, IGNORE_INDEX, dtype=np.int64)
-    starts = []
+    starts: list[Sequence[int] | npt.NDArray[np.int64]] = []
     for index, window in enumerate(windows):
         offset = index * sequence_length
-        starts.append(np.array([offset]))
+        starts.append([offset])
         if window is None:
             continue
         part = slice(offset, offset + sequence_length)
@@ -65,8 +66,8 @@ def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_d
         if not attend_across_documents:
             targets[offset + window.ends] = IGNORE_INDEX
             starts.append(offset + window.starts)
-    cu_seqlens = np.append(np.concatenate(starts), num_tokens)
-    lengths = np.diff(cu_seqlens)
+    cu_seqlens = np.concatenate((*starts, [num_tokens]))
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     position_ids = np.arange(num_tokens) - np.repeat(cu_seqlens[:-1], lengths)
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
@@ -74,5 +75,5 @@ def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_d
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=int(lengths.max()),
-        num_targets=int((targets != IGNORE_INDEX).sum()),
+        num_targets=int(np.count_nonzero(targets != IGNORE_INDEX)),
     )

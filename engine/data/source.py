@@ -134,10 +134,9 @@ class Source:
 
     def _check(self, ids: npt.NDArray[np.int64], vocab_size: int, position: Callable[[int], int]) -> None:
         """Refuse token ``ids`` outside the vocabulary; ``position`` says where in the dataset the n-th of them lies."""
-        largest, smallest = int(ids.max()), int(ids.min())
-        if largest >= vocab_size or smallest < 0:
-            bad = largest if largest >= vocab_size else smallest
-            place = position(int((ids == bad).argmax()))
+        if int(ids.view(np.uint64).max()) >= vocab_size:  # so read, negative ids are huge
+            index = int(((ids < 0) | (ids >= vocab_size)).argmax())
+            bad, place = int(ids[index]), position(index)
             raise UserError(
                 f"{self.dataset.prefix}.bin: token id {bad} at token {place:,} is outside the model's vocabulary of "
                 f"{vocab_size:,}; preprocess the corpus with the model's own tokenizer"

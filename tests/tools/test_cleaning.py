@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from retemper.tools.ingest import shingles
 from retemper.tools.ingest.cleaning import Cleaner, strip_control
 from retemper.tools.ingest.decontamination import NgramFilter
 from retemper.tools.ingest.normalization import _BOUNDARY, PieceNormalizer
@@ -132,8 +133,8 @@ def test_contamination_is_seen_in_the_cleaned_text(held_out):
     assert cleaner.clean(spoiled)[1] == "shares an n-gram with --held-out"
 
 
-@pytest.mark.parametrize("min_chars", [0, 60, 10_000])
-def test_pieces_have_the_reason_of_the_whole(held_out, min_chars):
+@pytest.mark.parametrize("min_chars", [0, 80, 10_000])
+def test_pieces_have_the_reason_of_the_whole(held_out, monkeypatch, min_chars):
     cleaner = Cleaner(True, True, min_chars, held_out)
     draw = random.Random(min_chars)
     words = HELD_OUT.split()
@@ -144,7 +145,10 @@ def test_pieces_have_the_reason_of_the_whole(held_out, min_chars):
         text += draw.choice([" yes", "\x00", " e\u0301"])
         cleaned, reason = cleaner.clean(text)
         seen.add(reason)
-        got, why = joined(cleaner, cut(draw, text, draw.randrange(8)))
+        with monkeypatch.context() as patch:
+            # So that pieces are looked at as they come, not all in the end.
+            patch.setattr(shingles, "BLOCK", 40)
+            got, why = joined(cleaner, cut(draw, text, draw.randrange(8)))
         assert why == reason
         # What is left out is not read to its end.
         assert got == cleaned if reason is None else cleaned.startswith(got)

@@ -115,7 +115,8 @@ def test_ids_of_the_pieces_are_the_ids_of_the_whole(tmp_path):
 def test_a_tokenizer_that_depends_on_what_was_before_is_never_cut(monkeypatch):
     monkeypatch.setattr(long_text, "_MAX_UNCUT", 5000)
 
-    def encode(text: str) -> list[int]:  # as sentencepiece's dummy prefix does, each text begins with a token of its own
+    def encode(text: str) -> list[int]:
+        # As with sentencepiece's dummy prefix, each text begins with a token of its own.
         return [0, *text.encode()]
 
     text = "word\n" * 900

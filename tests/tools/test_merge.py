@@ -157,6 +157,25 @@ def test_what_three_machines_preprocess_is_what_one_does(tmp_path, tiny_tokenize
     assert sorted(files(tmp_path / "out")) == [".bin", ".idx", ".json", ".metadata.jsonl"]
 
 
+def test_an_input_that_was_named_twice_stays_two(tmp_path):
+    for index in range(2):
+        made = sidecar(source("a", 1, 1), source("a", 2, 2), shard=f"{index}/2")
+        write(tmp_path / f"d.shard-{index}-of-2", [[[1]], [[2]], [[3]]], made)
+    joined = Sidecar.read(join(tmp_path / "d", tmp_path / "d.shard-*"))
+    assert joined is not None and joined.sources == (source("a", 2, 2), source("a", 4, 4))
+
+
+def test_shards_that_saw_only_themselves_say_so(tmp_path):
+    """Deduplication, limits and shuffle of a run in shards are not those of the whole."""
+    for options in ({"dedup": "exact"}, {"max_documents": 9}, {"shuffle": True, "seed": 3}):
+        for index in range(2):
+            with IndexedDatasetWriter(tmp_path / f"d.shard-{index}-of-2", "<u2", overwrite=True) as writer:
+                writer.add_document([1])
+                writer.sidecar = sidecar(source("a", 1, 1), **options, shard=f"{index}/2")
+        joined = Sidecar.read(join(tmp_path / "d", tmp_path / "d.shard-*", overwrite=True))
+        assert joined is not None and joined.options == {**options, "shards": 2}
+
+
 def test_sides_of_a_split_are_told_apart(tmp_path):
     for index, side in itertools.product(range(2), ("train", "valid")):
         number = 2 * index + (side == "valid")
@@ -286,6 +305,8 @@ def test_shards_of_different_runs_are_refused(tmp_path, refused):
     assert "says shard: 1/3, but the dataset's files say 1/2" in shards(sidecar(same, min_chars=3, shard="1/3"))
     grown = replace(same, files=4)
     assert "a was 4 files of 1000 bytes, but" in shards(sidecar(grown, min_chars=3, shard="1/2"))
+    others = sidecar(same, source("b", 0, 0), min_chars=3, shard="1/2")
+    assert f"made from a b, but {tmp_path / 'd.shard-0-of-2'} from a: shards of different inputs" in shards(others)
 
 
 def test_the_same_dataset_twice_or_as_output_is_refused(tmp_path, refused):

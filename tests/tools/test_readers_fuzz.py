@@ -34,7 +34,7 @@ def small_limits():
         for module in (lines, json_array):
             patch.setattr(module, "LONG_BYTES", 40)
         patch.setattr(long_text, "LONG_BYTES", 5000)
-        patch.setattr(long_text, "_LONG_STRING", 12)
+        patch.setattr(long_text, "_LONG_STRING", 64)
         patch.setattr(long_text, "_PIECE_BYTES", 9)
         patch.setattr(json_array, "_READ_BYTES", 7)
         patch.setattr(delimited, "_MAX_CELL", 1000)
@@ -80,28 +80,21 @@ def strictly(text: str) -> Any:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+    | st.text(min_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
 objects = st.dictionaries(
     st.sampled_from(["text", "id", "a.b", "天", '"', "\\"]) | st.text(max_size=4), values, max_size=4
 )
-scraps = st.sampled_from(
-    [b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\", b"\\u", b"d800", b"\xff", b"\xe5\xa4", b"\0", b"\r", b"\n", b" "]
-    + [
-        b"null",
-        b"NaN",
-        b"-1e999",
-        b"01",
-        b"\xef\xbb\xbf",
-        b'"text"',
-        b'{"text": "a"}',
-        b"\x0c",
-        b"\xc2\x85",
-        b"text,id",
-    ]
-)
+SCRAPS = rb'{ } [ ] " , : \ \u d800 null NaN -1e999 01 "text" {"text":"a"} text,id'.split()
+BYTES = [b"\xff", b"\xe5\xa4", b"\xef\xbb\xbf", b"\xc2\x85", b"\0", b"\r", b"\n", b" ", b"\x0c"]
+scraps = st.sampled_from(SCRAPS + BYTES)
 rubbish = st.lists(scraps | st.binary(max_size=4), max_size=12).map(b"".join)
 
 
@@ -155,7 +148,7 @@ def test_jsonl_is_what_json_reads_line_by_line(rows, end, last_end, cuts):
 @given(st.lists(objects, max_size=6), st.sampled_from([None, 1]), st.booleans(), st.binary(max_size=0) | rubbish)
 def test_a_json_array_is_what_json_reads(records, indent, ascii_only, rubbish):
     content = json.dumps(records, indent=indent, ensure_ascii=ascii_only).encode()
-    assert read("a.json", content, columns=None).values == json.loads(content, parse_int=lambda n: strictly(n))
+    assert read("a.json", content, columns=None).values == json.loads(content, parse_int=strictly)
     place = len(content) // 2
     damaged = content[:place] + rubbish + content[place:]
     try:
@@ -183,6 +176,9 @@ cells = st.text(
     st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
 )
 def test_csv_is_what_the_csv_module_wrote(rows, suffix, end, quoting):
+    if quoting == csv.QUOTE_MINIMAL:
+        # Of a carriage return that it has not quoted the csv module itself reads a line end.
+        rows = [(text.replace("\r", ""), key.replace("\r", "")) for text, key in rows]
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, delimiter="," if suffix == ".csv" else "\t", lineterminator=end, quoting=quoting)
     writer.writerows([("text", "id"), *rows])
@@ -263,6 +259,7 @@ def test_damaged_files_give_records_or_one_line(name):
                     damaged[place:place] = draw.randbytes(draw.randrange(20))
                 case _:
                     del damaged[place + 1 :]
+            damaged += b"" if damaged else b"x"
         reading = only_one_line(name, bytes(damaged))
         noticed += reading is None or reading != whole
     assert noticed > times // 3

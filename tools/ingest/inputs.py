@@ -201,7 +201,8 @@ def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
     for link in sorted(file_links):
         if files.setdefault(os.path.realpath(link), link) != link:
             again.append(link)
-    known, others = [], []
+    known: list[str] = []
+    others: list[str] = []
     for path in sorted(files.values()):
         (known if format_of(path) else others).append(path)
     return known, others, sorted(again)

@@ -170,6 +170,8 @@ def _filled(value: Any, strings: dict[str, LongText]) -> Any:
     if isinstance(value, str):
         return strings.get(value, value)
     if isinstance(value, dict):
+        if not strings.keys().isdisjoint(value):
+            raise MalformedError(f"a key of more than {_LONG_STRING >> 20} MB")
         return {key: _filled(item, strings) for key, item in value.items()}
     if isinstance(value, list):
         return [_filled(item, strings) for item in value]

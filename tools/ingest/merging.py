@@ -417,30 +417,36 @@ def _sources_of_run(members: Sequence[tuple[Part, Sidecar]]) -> list[InputSource
     """The sources of one dataset, or of a run's shards: each names all inputs of the run, and counts its own documents.
 
     Raises:
-        UserError: files or bytes of an input were others for another shard.
+        UserError: the inputs, or their files or bytes, were others for another shard.
     """
-    merged: dict[str, InputSource] = {}
-    for part, sidecar in members:
-        for source in sidecar.sources:
-            before = merged.get(source.name)
-            if before is None:
-                merged[source.name] = source
-                continue
-            if (before.files, before.bytes) != (source.files, source.bytes):
-                raise UserError(
-                    f"{part.prefix}{JSON}: {source.name} was {source.files} files of {source.bytes} bytes, but for the "
-                    f"shards before it {before.files} files of {before.bytes} bytes: shards of different inputs; "
-                    "preprocess all of them again"
-                )
-            merged[source.name] = replace(
-                before,
-                documents=before.documents + source.documents,
-                tokens=before.tokens + source.tokens,
-                characters=before.characters + source.characters,
-                text_bytes=before.text_bytes + source.text_bytes,
-                left_out=dict(Counter(before.left_out) + Counter(source.left_out)),
+    first, merged = members[0][0], list(members[0][1].sources)
+    for part, sidecar in members[1:]:
+        names = [source.name for source in sidecar.sources]
+        if names != [source.name for source in merged]:
+            raise UserError(
+                f"{part.prefix}{JSON}: made from {' '.join(names)}, but {first.prefix} from "
+                f"{' '.join(source.name for source in merged)}: shards of different inputs; preprocess them again"
             )
-    return list(merged.values())
+        merged = [_joined(before, source, part) for before, source in zip(merged, sidecar.sources, strict=True)]
+    return merged
+
+
+def _joined(before: InputSource, source: InputSource, part: Part) -> InputSource:
+    """The counts of ``source`` in the shard ``part`` added to those of the shards before it."""
+    if (before.files, before.bytes) != (source.files, source.bytes):
+        raise UserError(
+            f"{part.prefix}{JSON}: {source.name} was {source.files} files of {source.bytes} bytes, but for the "
+            f"shards before it {before.files} files of {before.bytes} bytes: shards of different inputs; "
+            "preprocess all of them again"
+        )
+    return replace(
+        before,
+        documents=before.documents + source.documents,
+        tokens=before.tokens + source.tokens,
+        characters=before.characters + source.characters,
+        text_bytes=before.text_bytes + source.text_bytes,
+        left_out=dict(Counter(before.left_out) + Counter(source.left_out)),
+    )
 
 
 def _options_of_run(members: Sequence[tuple[Part, Sidecar]]) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def _hash_codes(codes: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64]) -> U
     if codes.max(initial=0) >= _FIRST_OF_OTHER_CLASSES:
         kinds = classes.take(codes)
         if (expanded := kinds == _EXPANDED).any():
-            _expand(codes, ends, np.flatnonzero(expanded))
+            codes, ends = _expand(codes, ends, np.flatnonzero(expanded))
             kinds = classes.take(codes)
         if (ignored := kinds == _IGNORED).any():
             ends = _prefix_sums(~ignored)[ends]

@@ -99,17 +99,16 @@ def beginning(corpus: Corpus, key: str, text_bytes: float, folder: Path) -> Corp
 
 
 def write_long_document(path: Path, key: str, size: int) -> Corpus:
-    """Write one line of about ``size`` bytes: a document with escapes, CJK and emoji, spaces and line ends."""
+    """Write one line with a text of about ``size`` bytes: with escapes, CJK and emoji, spaces and line ends."""
     draw = random.Random(0)
     blocks = [_block(draw) for _ in range(8)]
-    written = 0
+    text_bytes = 0
     with open(path, "wb") as file:
         file.write(b'{"id": 1, ' + json.dumps(key).encode() + b': "')
-        text_bytes = 0
-        while written < size:
-            raw, block = draw.choice(blocks)
-            written += file.write(block)
-            text_bytes += raw
+        while text_bytes < size:
+            block_bytes, block = draw.choice(blocks)
+            file.write(block)
+            text_bytes += block_bytes
         file.write(b'", "end": true}\n')
     return Corpus(path, 1, text_bytes)
 
@@ -119,7 +118,7 @@ _WORDS = _SENTENCE.split()
 
 
 def _block(draw: random.Random) -> tuple[int, bytes]:
-    """UTF-8 bytes of a text, and about 100 kB of what stands for it between the quotes of a JSON string.
+    """UTF-8 bytes of a text of about 100 kB, and what stands for it between the quotes of a JSON string.
 
     One half with every character beyond ASCII escaped, as some writers do: pairs of escapes that make one character.
     """

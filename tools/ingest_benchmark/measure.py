@@ -6,7 +6,8 @@ orphan of the tree (``PR_SET_CHILD_SUBREAPER``) and waits for each: what ``wait4
 time, in all threads, and that of those for which it waited itself.
 
 Memory is sampled: the largest sum over the tree of each process's proportional set size, where a page that several
-processes share counts once. Linux only.
+processes share counts once. Pages of mapped files are told apart: the system takes them back when it needs memory.
+Linux only.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Cost:
     wall_seconds: float
     """From the command's start to its end."""
     peak_mb: float
-    """Largest sample of the tree's memory."""
+    """Largest sample of the tree's memory, without pages of mapped files."""
+    peak_with_files_mb: float
+    """The same with them."""
     largest_process_mb: float
     """Peak resident set of the largest process; exact, and counts shared pages in full."""
     processes: int
@@ -104,7 +107,7 @@ def keep(command: Sequence[str]) -> tuple[int, Cost]:
             status = child.returncode = os.waitstatus_to_exitcode(code)
             sampler.deadline = time.monotonic() + _ORPHAN_SECONDS
     sampler.stop()
-    return status, Cost(cpu, wall, sampler.peak / 1e6, largest * 1024 / 1e6, count)
+    return status, Cost(cpu, wall, sampler.peak / 1e6, sampler.peak_with_files / 1e6, largest * 1024 / 1e6, count)
 
 
 def _adopt_orphans() -> None:
@@ -119,14 +122,16 @@ class _Sampler(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak = 0
+        self.peak = self.peak_with_files = 0
         self.deadline: float | None = None
         self._stopped = threading.Event()
 
     def run(self) -> None:
         while not self._stopped.wait(_SAMPLE_SECONDS):
             pids = descendants(os.getpid())
-            self.peak = max(self.peak, sum(map(_proportional_bytes, pids)))
+            samples = [_proportional_bytes(pid) for pid in pids]
+            self.peak = max(self.peak, sum(own for own, _ in samples))
+            self.peak_with_files = max(self.peak_with_files, sum(own + mapped for own, mapped in samples))
             if self.deadline is not None and time.monotonic() > self.deadline:
                 for pid in pids:
                     with suppress(ProcessLookupError):
@@ -156,13 +161,16 @@ def descendants(root: int) -> list[int]:
     return found
 
 
-def _proportional_bytes(pid: int) -> int:
-    """Proportional set size of a process; 0 when it has ended."""
+def _proportional_bytes(pid: int) -> tuple[int, int]:
+    """Proportional set size of a process, without pages of mapped files and of these; zeros when it has ended."""
+    found: dict[bytes, int] = {}
     with suppress(OSError):
         for line in Path("/proc", str(pid), "smaps_rollup").read_bytes().splitlines():
-            if line.startswith(b"Pss:"):
-                return int(line.split()[1]) * 1024
-    return 0
+            if line.startswith(b"Pss"):
+                name, size, _ = line.split()
+                found[name] = int(size) * 1024
+    mapped = found.get(b"Pss_File:", 0)  # since Linux 5.9
+    return found.get(b"Pss:", 0) - mapped, mapped
 
 
 def main() -> None:

@@ -78,11 +78,12 @@ def format_report(results: Results, machine: dict[str, object]) -> str:
                 f"{use.text_mb:,.0f} MB",
                 f"{use.seconds:,.1f} s",
                 f"{use.peak_mb:,.0f} MB",
+                f"{use.peak_with_files_mb:,.0f} MB",
                 f"{use.allowed_mb:,} MB",
             ]
             for use in results.memory
         ]
-        lines += ["", *_table(["memory", "text", "wall time", "peak", "allowed"], rows)]
+        lines += ["", *_table(["memory", "text", "wall time", "peak", "with mapped files", "allowed"], rows)]
     return "\n".join([*lines, "", *(f"checked: {check}" for check in results.checks)])
 
 

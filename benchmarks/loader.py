@@ -1,0 +1,334 @@
+"""The loader's start and its samples on corpora of up to 100 million documents, beside Megatron-LM's GPTDataset.
+
+    pip install --no-deps megatron-core==0.16.1
+    python benchmarks/loader.py
+
+The indexes are real; their token files are sparse, since nobody has 1.6 TB to spare, so times on them are without a
+disk. What a disk adds is measured on a smaller corpus whose tokens are written out and evicted from the page cache.
+Every measurement is made several times, each in a process of its own after its imports, and the median is taken.
+Writes benchmarks/results/loader.json and prints the tables of docs/performance.md, "Loading". Needs about 12 GB of disk
+(``TMPDIR`` says where) and, for Megatron at 100 million documents, 8 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import resource
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retemper.engine.budget import BatchPlan
+from retemper.engine.config import DataConfig, SourceConfig
+from retemper.engine.data.catalog import open_catalog
+from retemper.engine.data.index_format import write_index
+from retemper.engine.data.loader import TrainingData
+from retemper.engine.data.packing import pack
+from retemper.engine.data.sidecar import Sidecar
+from retemper.engine.observe.summary import describe_data
+
+SEQUENCE_LENGTH = 4096
+MEAN_TOKENS = 4000
+VOCAB_SIZE = 151_936
+BATCH = 64
+"""Samples of the first batch."""
+SEED = 1234
+MODES = {
+    "retemper": ("concat", "windows"),
+    "retemper, documents shuffled": ("concat", "documents"),
+    "retemper, best_fit": ("best_fit", "documents"),
+}
+MEGATRON = "megatron-core"
+RESULT = Path(__file__).parent / "results" / "loader.json"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Corpora
+
+
+def make_corpus(prefix: Path, documents: int, sparse: bool) -> int:
+    """A dataset of int32 tokens whose documents have log-normal lengths; returns how many tokens it has."""
+    generator = np.random.default_rng(SEED)
+    lengths = np.empty(documents, np.int32)
+    for first in range(0, documents, 1 << 20):
+        part = lengths[first : first + (1 << 20)]
+        part[:] = generator.lognormal(math.log(MEAN_TOKENS) - 0.72, 1.2, len(part)).clip(1, 1 << 20)
+    tokens = int(lengths.sum(dtype=np.int64))
+    index_hash = write_index(f"{prefix}.idx", np.int32, lengths)
+    with open(f"{prefix}.bin", "wb") as file:
+        if sparse:
+            file.truncate(4 * tokens)
+        else:
+            for first in range(0, tokens, 1 << 24):
+                file.write((np.arange(first, min(tokens, first + (1 << 24))) % VOCAB_SIZE).astype("<i4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+    sidecar = Sidecar(
+        "none", "0" * 64, VOCAB_SIZE, False, None, None, (), {}, "int32", documents, tokens, VOCAB_SIZE - 1, "0" * 32
+    )
+    record = json.loads(sidecar.to_json()) | {"idx_xxh3_128": index_hash}
+    Path(f"{prefix}.json").write_text(json.dumps(record), encoding="utf-8")
+    return tokens
+
+
+def evict(prefix: Path) -> None:
+    """Take the dataset's files out of the page cache."""
+    for suffix in (".idx", ".bin"):
+        descriptor = os.open(f"{prefix}{suffix}", os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The two loaders: each returns a function that makes sample i ready for the model, and the number of samples
+
+
+Opened = tuple[Callable[[int], Any], int]
+
+
+def open_retemper(prefix: Path, name: str) -> Opened:
+    """All that a training run does about its data before its first step."""
+    packing, shuffle = MODES[name]
+    config = DataConfig(train=[SourceConfig(str(prefix))], packing=packing, shuffle=shuffle)  # type: ignore[arg-type]
+    plan = BatchPlan(SEQUENCE_LENGTH, BATCH, 1, 1)
+    catalog = open_catalog(config, plan, VOCAB_SIZE, None, SEED)
+    order = catalog.sample_order(SEED)
+    count = sum(source.num_windows for source in catalog.train)
+    order.require(count)
+    describe_data(config, catalog, order, count)
+    data = TrainingData(catalog.train, order, plan, 0, VOCAB_SIZE, attend_across_documents=False)
+
+    def sample(index: int) -> Any:
+        place = data.order.sample(index)
+        window = data.sources[place.source].window(place.window, VOCAB_SIZE, place.epoch)
+        return pack([window], SEQUENCE_LENGTH, attend_across_documents=False)
+
+    return sample, count
+
+
+def open_megatron(prefix: Path, tokens: int, cache: Path) -> Opened:
+    """One epoch of a GPTDataset, with its defaults and the fewest masks; the index caches go to ``cache``."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    class Tokenizer:
+        vocab_size, eod, pad = VOCAB_SIZE, 0, -1
+        unique_identifiers = {"class": "none"}  # noqa: RUF012
+
+    count = (tokens - 1) // SEQUENCE_LENGTH * 99 // 100
+    config = GPTDatasetConfig(
+        random_seed=SEED,
+        sequence_length=SEQUENCE_LENGTH,
+        blend=([str(prefix)], None),
+        split="100,0,0",
+        path_to_cache=str(cache),
+        tokenizer=Tokenizer(),  # type: ignore[arg-type]
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [count, 0, 0], lambda: True, config).build()[0]
+    return dataset.__getitem__, count
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One measurement, in a process of its own
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process in RAM now, and at most since the last reset; mapped file pages count."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: 1024 * int(lines[key].split()[0]) for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
+
+
+def disk_bytes() -> int:
+    """Bytes that this process had read from disks, its page faults and read-ahead included."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
+def measure(name: str, prefix: Path, tokens: int, cache: Path, samples: int) -> dict[str, float]:
+    """Start, first batch and random samples of the loader ``name``."""
+    if name == MEGATRON:
+        import megatron.core.datasets.gpt_dataset  # noqa: F401
+    evict(prefix)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory()["now"]
+    clock = time.perf_counter()
+    sample, count = open_megatron(prefix, tokens, cache) if name == MEGATRON else open_retemper(prefix, name)
+    result = {"start_seconds": time.perf_counter() - clock, "start_peak_bytes": memory()["peak"] - before}
+
+    clock = time.perf_counter()
+    for index in range(BATCH):
+        sample(index)
+    result["first_batch_seconds"] = time.perf_counter() - clock
+
+    chosen = random.Random(SEED).sample(range(BATCH, count), samples)
+    usage, read = resource.getrusage(resource.RUSAGE_SELF), disk_bytes()
+    times = []
+    for index in chosen:
+        clock = time.perf_counter()
+        sample(index)
+        times.append(time.perf_counter() - clock)
+    result["first_visit_us"] = 1e6 * statistics.median(times)
+    result["first_visit_disk_bytes"] = (disk_bytes() - read) / samples
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - usage.ru_majflt
+    result["first_visit_major_faults"] = faults / samples
+    times = []
+    for index in chosen:
+        clock = time.perf_counter()
+        sample(index)
+        times.append(time.perf_counter() - clock)
+    result["again_us"] = 1e6 * statistics.median(times)
+    result["end_bytes"] = memory()["now"] - before
+    result["cache_bytes"] = sum(file.stat().st_size for file in cache.rglob("*")) if cache.exists() else 0
+    return result
+
+
+def measured(name: str, prefix: Path, tokens: int, samples: int, repeats: int) -> dict[str, Any]:
+    """The medians of ``repeats`` processes, each with empty caches; and all their figures."""
+    runs = []
+    for _ in range(repeats):
+        cache = prefix.parent / "cache"
+        command = [sys.executable, __file__, "--measure", name, str(prefix), str(tokens), str(cache), str(samples)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        runs.append(json.loads(output.splitlines()[-1]))
+        shutil.rmtree(cache, ignore_errors=True)
+    medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    print(f"  {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in medians.items()), file=sys.stderr)
+    return {"loader": name, **medians, "runs": runs}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The whole
+
+
+def benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All corpora and loaders, one after another."""
+    corpora = []
+    plans = [(count, True) for count in options.documents] + [(options.disk_documents, False)]
+    for documents, sparse in plans:
+        prefix = folder / "corpus"
+        tokens = make_corpus(prefix, documents, sparse)
+        print(f"{documents:,} documents, {tokens:,} tokens{'' if sparse else ', on disk'}", file=sys.stderr)
+        names = [*MODES, MEGATRON] if documents <= options.megatron_up_to else [*MODES]
+        rows = [measured(name, prefix, tokens, options.samples, options.repeats) for name in names]
+        sizes = {suffix: os.path.getsize(f"{prefix}.{suffix}") for suffix in ("bin", "idx")}
+        corpora.append({"documents": documents, "tokens": tokens, "sparse": sparse, "bytes": sizes, "loaders": rows})
+        for file in folder.glob("corpus.*"):
+            file.unlink()
+    return {
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/loader.py", *sys.argv[1:]]),
+        "machine": machine(folder),
+        "versions": versions(),
+        "sequence_length": SEQUENCE_LENGTH,
+        "samples": options.samples,
+        "repeats": options.repeats,
+        "corpora": corpora,
+    }
+
+
+def machine(folder: Path) -> dict[str, Any]:
+    """What figures depend on; the disk's read-ahead decides what a page fault costs."""
+    device = os.stat(folder).st_dev
+    block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    queues = [path for path in (block / "queue", block.resolve().parent / "queue") if path.is_dir()]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {
+        "cpu": next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine()),
+        "cores": os.cpu_count(),
+        "kernel": platform.release().split("-")[0],
+        "read_ahead_kib": int((queues[0] / "read_ahead_kb").read_text()) if queues else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("retemper", "numpy", "torch", MEGATRON):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The figures as docs/performance.md shows them."""
+    sparse, written = [], []
+    for corpus in result["corpora"]:
+        for row in corpus["loaders"]:
+            if corpus["sparse"]:
+                cells = {
+                    "Documents": f"{corpus['documents'] / 1e6:g}M",
+                    "Tokens": f"{corpus['tokens'] / 1e9:.1f}B",
+                    "Loader": row["loader"],
+                    "Start": f"{row['start_seconds']:.3f} s",
+                    "Memory, start": f"{row['start_peak_bytes'] / 1e6:,.0f} MB",
+                    f"First {BATCH} samples": f"{1e3 * row['first_batch_seconds']:,.0f} ms",
+                    "One sample": f"{row['again_us']:,.0f} us",
+                    "Memory, end": f"{row['end_bytes'] / 1e6:,.0f} MB",
+                    "Cache files": f"{row['cache_bytes'] / 1e6:,.0f} MB",
+                }
+                sparse.append(cells)
+            else:
+                cells = {
+                    "Loader": row["loader"],
+                    "Sample not in the page cache": f"{row['first_visit_us']:,.0f} us",
+                    "Read from disk for it": f"{row['first_visit_disk_bytes'] / 1e3:,.0f} kB",
+                    "Faults that wait for the disk": f"{row['first_visit_major_faults']:.2f}",
+                    "Once cached": f"{row['again_us']:,.0f} us",
+                }
+                written.append(cells)
+    return "\n\n".join(markdown(rows) for rows in (sparse, written) if rows)
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, nargs="+", default=[10**6, 10**7, 10**8], help="sizes of the corpora")
+    parser.add_argument("--megatron-up-to", type=int, default=10**8, help="measure Megatron up to so many documents")
+    parser.add_argument("--disk-documents", type=int, default=250_000, help="of the corpus that is written out")
+    parser.add_argument("--samples", type=int, default=1000, help="random samples")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per figure")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        warnings.simplefilter("ignore")
+        name, prefix, tokens, cache, samples = options.measure
+        print(json.dumps(measure(name, Path(prefix), int(tokens), Path(cache), int(samples))))
+        return
+    if versions()[MEGATRON] == "not installed":
+        sys.exit("megatron-core is not installed: pip install --no-deps megatron-core==0.16.1")
+    with tempfile.TemporaryDirectory() as folder:
+        result = benchmark(options, Path(folder))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(tables(result))
+
+
+if __name__ == "__main__":
+    main()
