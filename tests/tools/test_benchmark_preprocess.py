@@ -92,9 +92,13 @@ def test_peak_memory_sums_over_processes_what_is_their_own():
     """60 MB of the parent are shared with its child by fork; 40 MB are the child's own."""
     code = """
 import os, time
-shared = bytearray(os.urandom(1 << 20) * 60)
+def touched(mib):
+    memory = bytearray(mib << 20)
+    memory[::4096] = b"x" * (mib << 8)
+    return memory
+shared = touched(60)
 if os.fork() == 0:
-    own = bytearray(os.urandom(1 << 20) * 40)
+    own = touched(40)
     time.sleep(1.2)
     os._exit(0)
 os.wait()
@@ -264,10 +268,8 @@ def test_memory_is_measured_on_one_document_and_on_many(tmp_path):
     one, many = check_memory(run, "words", (1.0, 3.0), 4, tmp_path)
     assert (one.peak_mb, one.peak_with_files_mb, one.seconds) == (123.0, 124.0, 2.0)
     assert one.allowed_mb == many.allowed_mb == 1000 + 4 * 300
-    assert seen[0] == (1, pytest.approx(1e6, rel=0.3)) and seen[1] == (
-        pytest.approx(2000, rel=1),
-        pytest.approx(3e6, rel=0.5),
-    )
+    assert seen[0] == (1, pytest.approx(1e6, rel=0.3))
+    assert seen[1][0] > 100 and seen[1][1] == pytest.approx(3e6, rel=0.5)
     assert not list(tmp_path.iterdir())
 
 

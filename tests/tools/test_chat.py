@@ -182,7 +182,9 @@ def byte_level() -> str:
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([sample_text(seed, 30) for seed in range(200)], trainer)
+    # Line feeds in one token: an answer that begins with them shares it with its header where that is plain text.
+    lines = [sample_text(seed, 30) + "\n\n\n" * (seed % 3) + ":\n\n" * (seed % 2) for seed in range(200)]
+    tokenizer.train_from_iterator(lines, trainer)
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
     return tokenizer.to_str()
 
@@ -258,6 +260,15 @@ def encode(encoder: ChatEncoder, messages: list[dict[str, Any]]) -> EncodedChat:
 
 def masked_text(case: Case, encoded: EncodedChat) -> str:
     return case.reference.decode(encoded.ids[encoded.mask == 1], clean_up_tokenization_spaces=False)
+
+
+def test_a_token_that_lies_partly_in_a_turn_belongs_to_it(tmp_path_factory):
+    case = Case(tmp_path_factory.mktemp("chat"), "alpaca")
+    messages = [USER, {"role": "assistant", "content": "\n\nThe cat."}]
+    ids, mask = case.expected(messages)
+    encoded = encode(case.encoder, messages)
+    assert (encoded.ids.tolist(), encoded.mask.tolist()) == (ids, mask)
+    assert masked_text(case, encoded) == "\n" + "\n\nThe cat.</s>"  # the first is the header's
 
 
 class TestAgainstTransformers:

@@ -297,16 +297,17 @@ WORDS = st.integers(1, 30).map(lambda count: sample_text(count, count))
 @given(
     roles=st.lists(st.sampled_from(["user", "assistant", "tool"]), min_size=1, max_size=7),
     data=st.data(),
-    limit=st.integers(1, 200),
     eod=st.sampled_from([None, EOD]),
 )
-def test_the_longest_beginning_that_fits(folder, roles, data, limit, eod):
+def test_the_longest_beginning_that_fits(folder, roles, data, eod):
     """Against every beginning that ends with the assistant, and the whole, tried from the longest on."""
     messages = [{"role": role, "content": data.draw(WORDS)} for role in roles]
     if "assistant" not in roles:
         messages.append(ANSWER)
     reference = _reference(folder)
     count = len(messages)
+    sizes = [len(reference.apply_chat_template(messages[:kept], return_dict=False)) for kept in range(1, count + 1)]
+    limit = max(data.draw(st.sampled_from(sizes)) + data.draw(st.integers(-1, 2)), 1)
     expected = None
     for kept in range(count, 0, -1):
         if kept < count and messages[kept - 1]["role"] != "assistant":

@@ -85,7 +85,7 @@ def test_a_checkpoint_holds_fp32_masters_though_blocks_stay_gathered_and_compute
 def test_retention_keeps_the_newest_and_the_best(one_rank, run_file, tmp_path):
     overrides = ["--run_folder", str(tmp_path), "--checkpoint.keep_last", "1", "--checkpoint.keep_best", "true"]
     # After the peak rate of step 4 this run gets worse, so its first evaluation stays the best.
-    overrides += ["--optimizer.learning_rate", "0.5", "--optimizer.min_learning_rate", "0.5"]
+    overrides += ["--optimizer.learning_rate", "3", "--optimizer.min_learning_rate", "3"]
     tiny_run.train(one_rank, run_file, [*overrides, "--training.eval_interval", "2"])
     losses = {r["step"]: r["loss"] for r in tiny_run.records(tmp_path) if "evaluation" in r}
     best = min(losses, key=losses.__getitem__)

@@ -26,6 +26,8 @@ from .split import Split, within_limit
 
 _SHORT_RUN = 256 << 10  # bytes: shorter runs of kept documents are gathered in memory rather than copied one by one
 
+_SHUFFLE_BYTES = 256 << 20  # memory of all shuffles together
+
 
 @dataclass
 class SourceTotals:
@@ -105,7 +107,13 @@ class Assembly:
         with contextlib.ExitStack() as stack:
             shuffles = [
                 stack.enter_context(
-                    ExternalShuffle(self.folder / f"shuffle-{number}", self.options.seed, size, columns)
+                    ExternalShuffle(
+                        self.folder / f"shuffle-{number}",
+                        self.options.seed,
+                        size,
+                        columns,
+                        _SHUFFLE_BYTES // len(writers),
+                    )
                 )
                 for number in range(len(writers))
             ]

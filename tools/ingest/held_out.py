@@ -17,8 +17,8 @@ from .tasks import Span
 from .texts import TextChoice
 
 
-def write_held_out(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, folder: Path) -> Path:
-    """Write the n-grams of the texts in ``paths`` to a file in ``folder``, for the workers.
+def read_held_out(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, folder: Path) -> NgramFilter:
+    """The n-grams of the texts in ``paths``; ``folder`` is for temporary files.
 
     Records are read as those of the corpus are, cleaned by ``cleaner``; of those without the corpus's text key, all
     strings are taken, nested ones too: test sets call their texts by many names.
@@ -29,9 +29,7 @@ def write_held_out(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, f
     ngrams = NgramFilter.build(_texts(paths, choice, cleaner, folder))
     if ngrams.num_ngrams == 0:
         raise UserError(f"--held-out {' '.join(paths)}: no text in it; name files with the texts to keep out")
-    file = folder / "held-out.npy"
-    ngrams.save(file)
-    return file
+    return ngrams
 
 
 def _texts(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, folder: Path) -> Iterator[str]:

@@ -12,15 +12,17 @@ from __future__ import annotations
 import codecs
 import mmap
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 
 from .json_records import WantedKeys, parse_json, raise_bad_json
-from .records import MalformedError
+from .records import MalformedError, Where
 
 LONG_BYTES = 16 << 20
 """A record of more bytes is long."""
@@ -30,13 +32,14 @@ _MAX_UNCUT = 16 << 20
 _SCAN_BYTES = 32 << 20
 _CONTEXT = 256  # characters on either side of a cut of which the tokens are compared
 _TRIES = 16
+_SEARCHED = 1 << 16  # characters before the end of a text in which to cut it
 _MAX_CHARACTER = 4  # bytes
 _BACKSLASH = 0x5C
 _ROW_BYTES = 4096
 
 _ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u....|u....|.)", re.DOTALL)
 _CUTS = (
-    re.compile(r"(?<=\S\n)(?=[^\W\d_])"),
+    re.compile(r"(?<=\S\n)(?=\w)"),
     re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])"),
     re.compile(r"(?<=[^\W\d_])(?=[。，、；：！？])"),  # noqa: RUF001
 )
@@ -52,6 +55,8 @@ class LongText:
     start: int
     stop: int
     is_json: bool
+    where: Where
+    """The record that it is of."""
 
     def pieces(self) -> Iterator[str]:
         """The text in pieces of some MB, cut anywhere between characters.
@@ -135,8 +140,8 @@ def _json_string(raw: bytes, offset: int) -> str:
         raise_bad_json(raw, error, f" near byte {offset + 1:,} of the line", offset)
 
 
-def read_long_json(path: Path, keys: WantedKeys) -> Any:
-    """Parse the JSON value in a file; its strings of more than 1 MB become :class:`LongText`.
+def read_long_json(path: Path, keys: WantedKeys, where: Where) -> Any:
+    """Parse the JSON value in a file, the record ``where``; its strings of more than 1 MB become :class:`LongText`.
 
     Raises:
         MalformedError: it is not JSON, an object that has one of ``keys`` twice, or too much of it is no long string.
@@ -147,7 +152,7 @@ def read_long_json(path: Path, keys: WantedKeys) -> Any:
     for start, stop, content in _json_parts(path):
         if content is None:
             skeleton.append(orjson.dumps(_placeholder(path, len(strings))))
-            strings.append(LongText(str(path), start, stop, is_json=True).check())
+            strings.append(LongText(str(path), start, stop, True, where).check())
         else:
             skeleton.append(content)
             size += len(content)
@@ -156,10 +161,7 @@ def read_long_json(path: Path, keys: WantedKeys) -> Any:
                     f"more than {LONG_BYTES >> 20} MB of JSON besides its longest strings; split the record"
                 )
     value = parse_json(b"".join(skeleton), keys, whole=False)
-    try:
-        return _filled(value, {_placeholder(path, index): text for index, text in enumerate(strings)})
-    except RecursionError:
-        raise MalformedError("JSON that is nested too deeply") from None
+    return _filled(value, {_placeholder(path, index): text for index, text in enumerate(strings)})
 
 
 def _placeholder(path: Path, index: int) -> str:
@@ -167,15 +169,19 @@ def _placeholder(path: Path, index: int) -> str:
 
 
 def _filled(value: Any, strings: dict[str, LongText]) -> Any:
-    if isinstance(value, str):
-        return strings.get(value, value)
-    if isinstance(value, dict):
-        if not strings.keys().isdisjoint(value):
+    """``value`` with ``strings`` in the place of their placeholders."""
+    whole = [value]
+    waiting: list[dict[str, Any] | list[Any]] = [whole]
+    while waiting:
+        container = waiting.pop()
+        if isinstance(container, dict) and not strings.keys().isdisjoint(container):
             raise MalformedError(f"a key of more than {_LONG_STRING >> 20} MB")
-        return {key: _filled(item, strings) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_filled(item, strings) for item in value]
-    return value
+        for key, item in container.items() if isinstance(container, dict) else enumerate(container):
+            if isinstance(item, str):
+                container[key] = strings.get(item, item)  # type: ignore[index]
+            elif isinstance(item, (dict, list)):
+                waiting.append(item)
+    return whole[0]
 
 
 def _json_parts(path: Path) -> Iterator[tuple[int, int, bytes | None]]:
@@ -236,13 +242,18 @@ def _forget(content: mmap.mmap, start: int, stop: int) -> None:
         content.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
-def cut_for_encoding(pieces: Iterator[str], encode: Callable[[str], list[int]]) -> Iterator[str]:
-    """The text of ``pieces`` in other pieces, whose tokens laid end to end are the tokens of the whole.
+def encode_in_pieces(
+    pieces: Iterable[str], encode: Callable[[str], npt.NDArray[Any]]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """The text of ``pieces`` in other pieces, each with its ids, which laid end to end are the ids of the whole.
+
+    ``encode`` gives the ids [tokens] of a text. If it begins every text in a way of its own, as sentencepiece does with
+    its dummy prefix, a piece is encoded behind some of the text before it, of which the ids are taken away.
 
     Raises:
         MalformedError: there is no place to cut in 16 MB of text.
     """
-    text = ""
+    text, context = "", ""
     for piece in pieces:
         text += piece
         cut = _find_cut(text, encode)
@@ -253,19 +264,29 @@ def cut_for_encoding(pieces: Iterator[str], encode: Callable[[str], list[int]]) 
                     "no natural text; leave the record out"
                 )
             continue
-        yield text[:cut]
-        text = text[cut:]
+        place, needs_context = cut
+        yield text[:place], _encode_behind(context, text[:place], encode)
+        context = text[place - _CONTEXT : place] if needs_context else ""
+        text = text[place:]
     if text:
-        yield text
+        yield text, _encode_behind(context, text, encode)
 
 
-def _find_cut(text: str, encode: Callable[[str], list[int]]) -> int | None:
-    """The last place in the second half of ``text`` at which the tokens of both sides are those of the whole."""
-    window = max(len(text) // 2, len(text) - (1 << 16))
+def _encode_behind(context: str, text: str, encode: Callable[[str], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return encode(context + text)[len(encode(context)) :] if context else encode(text)
+
+
+def _find_cut(text: str, encode: Callable[[str], npt.NDArray[Any]]) -> tuple[int, bool] | None:
+    """The last place in the second half of ``text`` at which a token ends, whatever the tokens on its two sides are.
+
+    With it, whether the tokens behind it need text before them to be the same.
+    """
+    first = max(len(text) // 2, len(text) - _SEARCHED, _CONTEXT)
     for pattern in _CUTS:
-        places = [match.start() for match in pattern.finditer(text, window, len(text) - _CONTEXT)]
+        places = [match.start() for match in pattern.finditer(text, first, len(text) - _CONTEXT)]
         for place in places[: -_TRIES - 1 : -1]:
-            before, after = text[max(place - _CONTEXT, 0) : place], text[place : place + _CONTEXT]
-            if encode(before) + encode(after) == encode(before + after):
-                return place
+            before, after = text[place - _CONTEXT : place], text[place : place + _CONTEXT]
+            left, both = encode(before), encode(before + after)
+            if np.array_equal(both[: len(left)], left):
+                return place, not np.array_equal(both[len(left) :], encode(after))
     return None

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from ...engine.errors import UserError
@@ -156,16 +155,14 @@ def task_key(span_facts: Sequence[Mapping[str, Any]], contents: Mapping[str, Any
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
 
 
-def contents_of(options: PreprocessOptions, tokenizer_sha256: str, eod_id: int | None, version: str) -> dict[str, Any]:
+def contents_of(options: PreprocessOptions, **others: str | int | None) -> dict[str, Any]:
     """Everything besides the input that decides what the shards of a run hold; what is decided later is left out, and
-    what only decides whether a fault ends the run."""
-    later = {"max_documents", "shuffle", "seed", "shard", "skip_bad_lines", "dedup_threshold", *_NOT_CONTENTS}
-    kept = {name: value for name, value in asdict(options).items() if name not in later}
-    kept["split"] = kept["dedup"] = None
-    kept["digests"], kept["threshold"] = options.needs_digests, None
-    if options.dedup == "minhash":
-        kept["threshold"] = options.dedup_threshold
-    for name in ("held_out", "chat_template"):
-        paths = [kept[name]] if isinstance(kept[name], str) else kept[name] or ()
-        kept[name] = [(str(path), Path(path).stat().st_mtime_ns if Path(path).exists() else 0) for path in paths]
-    return {**kept, "tokenizer": tokenizer_sha256, "eod": eod_id, "encoder": options.encoder, "version": version}
+    what only decides whether a fault ends the run.
+
+    Args:
+        others: what stands for files and libraries that the options name: hashes, versions.
+    """
+    later = {"max_documents", "shuffle", "seed", "shard", "skip_bad_lines", "split", "dedup", "dedup_threshold"}
+    files = {"held_out", "chat_template"}
+    kept = {name: value for name, value in asdict(options).items() if name not in later | files | _NOT_CONTENTS}
+    return {**kept, "encoder": options.encoder, "digests": options.needs_digests, **others}

@@ -26,13 +26,13 @@ import numpy as np
 from ... import __version__
 from ...engine.data.dataset_writer import IndexedDatasetWriter, best_dtype, refuse_existing_outputs
 from ...engine.data.index_format import dataset_prefix
-from ...engine.data.sidecar import InputSource, Sidecar
+from ...engine.data.sidecar import InputSource, Sidecar, hash_file
 from ...engine.data.tokenizer import TokenizerHandle, TokenizerSpec
 from ...engine.data.tokenizer_files import find_tokenizer_file
 from ...engine.errors import UserError
 from .assembly import Assembly, SourceTotals
 from .cleaning import Cleaner
-from .held_out import write_held_out
+from .held_out import read_held_out
 from .inputs import InputOptions, expand_inputs, with_stdin_copied
 from .options import PreprocessOptions, contents_of, task_key
 from .pool import run_tasks, start_early, usable_cores, worker_context
@@ -104,6 +104,7 @@ class _Run:
         self.eod = _document_end(self.tokenizer, options)
         self.dtype = best_dtype(self.tokenizer.vocab_size)
         self.results: dict[str, TaskResult] = {}
+        self.held_out: Path | None = None
 
     def plan(self, work: Path) -> None:
         """Cut the input into tasks, to be done in the folder ``work``."""
@@ -112,7 +113,15 @@ class _Run:
         index, count = self.options.shard_place or (0, 1)
         task_bytes = self.options.task_bytes or choose_task_bytes(self.files, count)
         tasks = shard_of_tasks(plan_tasks(self.files, task_bytes), index, count)
-        contents = contents_of(self.options, self.tokenizer.sha256, self.eod and self.eod[1], __version__)
+        contents = contents_of(
+            self.options,
+            version=__version__,
+            tokenizer=self.tokenizer.sha256,
+            eod=self.eod and self.eod[1],
+            chat_template=self.options.chat_template and hash_file(self.options.chat_template),
+            held_out=self._prepare_held_out(),
+            minhash=self._minhash_fingerprint(),
+        )
         self.keys = {task_key([_facts(span) for span in task.spans], contents): task for task in tasks}
 
     def tokenize(self) -> None:
@@ -217,16 +226,26 @@ class _Run:
             max_tokens=options.max_tokens,
             digests=options.needs_digests,
             minhash_threshold=options.dedup_threshold if options.dedup == "minhash" else None,
-            held_out=self._held_out(),
+            held_out=self.held_out,
             batch_characters=options.batch_characters,
         )
 
-    def _held_out(self) -> Path | None:
-        """The n-grams of the ``--held-out`` files, in a file for the workers."""
+    def _prepare_held_out(self) -> str | None:
+        """Write the n-grams of the ``--held-out`` files to a file for the workers; what stands for them."""
         if not self.options.held_out:
             return None
         cleaner = Cleaner(self.options.normalize == "nfc", self.options.strip_control)
-        return write_held_out(self.options.held_out, self.options.text_choice, cleaner, self.work)
+        ngrams = read_held_out(self.options.held_out, self.options.text_choice, cleaner, self.work)
+        self.held_out = self.work / "held-out.npz"
+        ngrams.save(self.held_out)
+        return ngrams.fingerprint
+
+    def _minhash_fingerprint(self) -> str | None:
+        if self.options.dedup != "minhash":
+            return None
+        from .near_dedup import MinHasher
+
+        return MinHasher(self.options.dedup_threshold).fingerprint
 
     def _left_out(self, results: Sequence[TaskResult], assembly: Assembly) -> list[Counter[str]]:
         """By source: what workers and assembly left out, by reason."""

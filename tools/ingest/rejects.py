@@ -11,7 +11,6 @@ from typing import Any
 from .records import Where, count_newlines
 from .shards import Shard
 
-
 REJECTS = ".rejects.jsonl"
 
 

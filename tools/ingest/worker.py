@@ -26,7 +26,7 @@ from ...engine.data.tokenizer import TokenizerHandle, TokenizerSpec
 from ...engine.errors import UserError
 from .cleaning import Cleaner
 from .formats import FORMATS
-from .long_text import LongText, cut_for_encoding
+from .long_text import LongText, encode_in_pieces
 from .options import BATCH_CHARACTERS
 from .preload import load_tokenizer_once
 from .readers import lines
@@ -215,7 +215,7 @@ class TaskRunner:
                 if type(text) is LongText:
                     self._write(batch)
                     batch = _Batch()
-                    self._write_long(text, metadata, span)
+                    self._write_long(text, metadata)
                     continue
                 batch.texts.append(text)  # type: ignore[arg-type]
                 if metadata is not None:
@@ -287,7 +287,7 @@ class TaskRunner:
         if difference := self._tokenizer.check_fast_path(sample):
             raise FastPathError(difference)
 
-    def _write_long(self, text: LongText, metadata: bytes | None, span: Span) -> None:
+    def _write_long(self, text: LongText, metadata: bytes | None) -> None:
         """Write one document in pieces."""
 
         def cleaned() -> Iterator[str]:
@@ -296,16 +296,16 @@ class TaskRunner:
                     raise _LeftOutError(reason)
                 yield piece
 
-        def encode(piece: str) -> list[int]:
-            return self._tokenizer.encode_flat([piece])[0].tolist()
+        def encode(piece: str) -> np.ndarray:
+            return self._tokenizer.encode_flat([piece])[0]
 
         try:
             with self._shard.long_document(self._source, metadata) as document:
-                for piece in cut_for_encoding(cleaned(), encode):
-                    document.add(piece, self._tokenizer.encode_flat([piece])[0])
+                for piece, ids in encode_in_pieces(cleaned(), encode):
+                    document.add(piece, ids)
                 document.end(self._eod_id, cleaned())
         except MalformedError as error:
-            self._refuse(Where(span.file.path), str(error), error.kind, None)
+            self._refuse(text.where, str(error), error.kind, None)
         except _LeftOutError as left_out:
             self._result.count(self._source, str(left_out))
 

@@ -78,7 +78,7 @@ def parse_line(line: Line, keys: WantedKeys) -> dict[str, Any]:
     Raises:
         MalformedError: it is none, or has one of ``keys`` twice.
     """
-    value = parse_json(line.content, keys) if line.long is None else read_long_json(line.long, keys)
+    value = parse_json(line.content, keys) if line.long is None else read_long_json(line.long, keys, line.where)
     if type(value) is not dict:
         raise MalformedError(f"{json_type(value)}, not a JSON object")
     return value
@@ -86,7 +86,7 @@ def parse_line(line: Line, keys: WantedKeys) -> dict[str, Any]:
 
 def _text(line: Line) -> str | LongText:
     if line.long is not None:
-        return LongText(str(line.long), 0, line.long.stat().st_size, is_json=False).check()
+        return LongText(str(line.long), 0, line.long.stat().st_size, False, line.where).check()
     try:
         return line.content.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:

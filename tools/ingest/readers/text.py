@@ -32,7 +32,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
                 return
             yield Record(text, where)
         elif not file.compression:
-            yield from _checked(LongText(file.path, bom, file.size, is_json=False), where, context)
+            yield from _checked(LongText(file.path, bom, file.size, False, where), context)
             context.consumed = file.size
         else:
             with tempfile.NamedTemporaryFile(dir=context.scratch, prefix="text.") as copy:
@@ -40,13 +40,13 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
                     copy.write(content)
                     content = stream.read(_COPY_BYTES)
                 copy.flush()
-                yield from _checked(LongText(copy.name, 0, copy.tell(), is_json=False), where, context)
+                yield from _checked(LongText(copy.name, 0, copy.tell(), False, where), context)
 
 
-def _checked(text: LongText, where: Where, context: ReadContext) -> Iterator[Record]:
+def _checked(text: LongText, context: ReadContext) -> Iterator[Record]:
     try:
         text.check()
     except MalformedError as error:
-        context.refuse(where, str(error), error.kind, None)
+        context.refuse(text.where, str(error), error.kind, None)
         return
-    yield Record(text, where)
+    yield Record(text, text.where)
