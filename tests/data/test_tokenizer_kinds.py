@@ -105,7 +105,7 @@ class TestSentencePiece:
             with pytest.raises(UserError, match=f"'{word}' is not a control piece"):
                 handle.eod(word)
         without = load_tokenizer(train_tiny_sentencepiece(tmp_path / "y.model", eos_id=-1))
-        with pytest.raises(UserError, match=r"y.model: the model has no EOS piece; name a control piece with --eod-tok"):
+        with pytest.raises(UserError, match=r"y.model: the model has no EOS piece; name a control piece with"):
             without.eod()
         with pytest.raises(UserError, match="--allow-special-tokens has no meaning for a sentencepiece model"):
             load_tokenizer(file, allow_special_tokens=True)

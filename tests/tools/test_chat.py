@@ -112,13 +112,15 @@ messages[0]['content'] + '\\n\\n' %}{% else %}{% set rest = messages %}{% set sy
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}""",
     # Headers are plain text, so that contents may hold them.
-    "alpaca": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ \
-message['content'] + '\\n\\n' }}{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}{% else %}\
-{{ '### Response:\\n' }}[[{{ message['content'] + eos_token }}]]{{ '\\n' }}{% endif %}{% endfor %}\
+    "alpaca": """{{ bos_token }}{% for message in messages %}\
+{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}\
+{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}\
+{% else %}{{ '### Response:\\n' }}[[{{ message['content'] + eos_token }}]]{{ '\\n' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}""",
-    "vicuna": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ \
-message['content'].strip() + ' ' }}{% elif message['role'] == 'user' %}\
-{{ 'USER: ' + message['content'].strip() + ' ' }}{% else %}{{ 'ASSISTANT:' }}[[{{ ' ' + message['content'].strip() + eos_token }}]]{% endif %}{% endfor %}\
+    "vicuna": """{{ bos_token }}{% for message in messages %}\
+{% if message['role'] == 'system' %}{{ message['content'].strip() + ' ' }}\
+{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'].strip() + ' ' }}\
+{% else %}{{ 'ASSISTANT:' }}[[{{ ' ' + message['content'].strip() + eos_token }}]]{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}""",
     # The prompt begins the reasoning; earlier and later answers are shown without it.
     "deepseek": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ \

@@ -105,6 +105,9 @@ class PreprocessOptions:
             raise UserError("--chat-template is for --chat; add it, or leave the template out")
         if self.chat and tuple(self.json_key) != ("text",):
             raise UserError("--json-key names a text, --chat reads conversations; leave one of the two out")
+        for_texts = [name for name in ("strip_control", "min_chars", "held_out") if self.chat and getattr(self, name)]
+        for name in ["normalize"] * (self.chat and self.normalize != "none") + for_texts:
+            raise UserError(f"--{name.replace('_', '-')} is for texts, not for --chat; leave one of the two out")
         if self.list_input("-") > 1:
             raise UserError("--input -: standard input can be read only once")
         if self.stdin_format not in FORMATS:

@@ -37,7 +37,10 @@ from .tasks import Span, Task
 from .texts import TextChoice, metadata_line
 
 _CHECKED_AT_START = 32_000
-_CHECKED_IN_TASK = 500  # characters that the reference tokenizer encodes too
+_LEAST_CHECKED = 100
+_CHECKED_SHARE = 1 << 15
+"""Characters that the reference tokenizer encodes too: at the start of a run, at least in each task, and as a share of
+a task's bytes. It is some hundred times slower."""
 
 
 class _LeftOutError(Exception):
@@ -173,7 +176,9 @@ class TaskRunner:
         reason = self._tokenizer.fallback_reason
         self._result = TaskResult(key, encoder=self._tokenizer.encoder + (f" ({reason})" if reason else ""))
         self._task = task
-        self._unchecked = _CHECKED_AT_START if task.index == 0 else _CHECKED_IN_TASK
+        self._unchecked = (
+            _CHECKED_AT_START if task.index == 0 else max(_LEAST_CHECKED, task.num_bytes // _CHECKED_SHARE)
+        )
         shard = Shard(self._settings.folder, key)
         done = 0
         with (
