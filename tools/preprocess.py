@@ -73,6 +73,9 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--chat-template", metavar="FILE", help="Jinja template (default: the tokenizer's own)")
     group.add_argument(
+        "--chat-date", metavar="YYYY-MM-DD", help="the day that templates with a date take for today (default: today)"
+    )
+    group.add_argument(
         "--skip-bad-lines",
         action="store_true",
         help="write malformed lines and rows to {prefix}.rejects.jsonl and go on, rather than stop at the first",

@@ -40,7 +40,7 @@ class InputSource:
     text_bytes: int
     """Bytes of their text in UTF-8."""
     left_out: dict[str, int]
-    """Documents that were left out, and lines or rows that were no document, by reason."""
+    """Documents that were left out, lines or rows that were no document, and turns of conversations, by reason."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.tools import preprocess as command
 from retemper.tools.ingest import pipeline
+from retemper.tools.ingest.report import format_report
 from retemper.tools.ingest.worker import FastPathError
 
 TEXTS = [sample_text(seed, 6).replace("\n", " ") for seed in range(20)]
@@ -189,3 +190,57 @@ def test_a_conversation_that_is_none_is_named(tmp_path, refused):
     arguments = ("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "out", "--chat")
     assert refused(*arguments, "--chat-template", tmp_path / "chat.jinja").startswith(f"error: {tmp_path}/a.jsonl:1: ")
     assert "chat template" in refused(*arguments)
+
+
+def test_a_date_in_the_chat_template_is_the_same_in_all_workers(tmp_path, tiny_tokenizer):
+    (tmp_path / "chat.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|im_end|>' }}"
+        "{% endfor %}"
+    )
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(chat)}\n" * 40)
+    options = {"chat": True, "chat_template": str(tmp_path / "chat.jinja"), "chat_date": "2024-02-29"}
+    sidecar = run(tiny_tokenizer, tmp_path, tmp_path / "a.jsonl", task_bytes=100, workers=2, **options)
+    texts = {
+        AutoTokenizer.from_pretrained(tiny_tokenizer).decode(ids)
+        for (ids,) in read_megatron(tmp_path / "out").documents
+    }
+    assert texts == {"29 Feb 2024<user>a<|im_end|><assistant>b<|im_end|><|endoftext|>"}
+    assert sidecar.options["chat_date"] == "2024-02-29"
+    sidecar = run(tiny_tokenizer, tmp_path / "today", tmp_path / "a.jsonl", **{**options, "chat_date": None})
+    assert len(sidecar.options["chat_date"]) == 10
+
+
+def test_turns_that_do_not_fit_are_counted_beside_documents(tmp_path, tiny_tokenizer):
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    turns = [{"role": role, "content": "a b c"} for _ in range(6) for role in ("user", "assistant")]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    options = {"chat": True, "chat_template": str(tmp_path / "chat.jinja"), "max_tokens": 60}
+    found = report(tiny_tokenizer, tmp_path, tmp_path / "a.jsonl", **options)
+    (sidecar,) = found.sidecars.values()
+    kept = AutoTokenizer.from_pretrained(tiny_tokenizer).decode(read_megatron(tmp_path / "out").documents[0][0])
+    assert sidecar.tokens <= 60
+    assert sidecar.left_out == {"turns beyond --max-tokens": 12 - kept.count("a b c")}
+    assert "left out                   0" in format_report(found)
+
+
+@pytest.mark.parametrize(
+    "option", [{"min_chars": 5}, {"normalize": "nfc"}, {"strip_control": True}, {"held_out": ["x"]}]
+)
+def test_options_for_texts_are_refused_with_chat(tmp_path, tiny_tokenizer, option):
+    with pytest.raises(ValueError, match="is for texts, not for --chat"):
+        run(tiny_tokenizer, tmp_path, tmp_path / "a.jsonl", chat=True, **option)
+
+
+def test_a_text_that_tiktoken_gives_up_on_is_refused_or_skipped_by_itself(tmp_path):
+    """Its regular expressions run out of stack on a long row of spaces."""
+    (tmp_path / "tk").mkdir()
+    write_tiny_tiktoken(tmp_path / "tk" / "tiny.tiktoken")
+    texts = ["one", " " * 2_000_000, "two"]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
+    with pytest.raises(ValueError, match=r"a\.jsonl: .*; mend it, or leave such records out with --skip-bad-lines"):
+        run(tmp_path / "tk", tmp_path, tmp_path / "a.jsonl")
+    sidecar = run(tmp_path / "tk", tmp_path, tmp_path / "a.jsonl", skip_bad_lines=True)
+    assert (sidecar.documents, sidecar.left_out) == (2, {"malformed": 1})

@@ -144,6 +144,36 @@ def test_parts_of_another_run_are_not_taken(tmp_path, tiny_tokenizer):
         assert (tmp_path / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
+def stopped_before_assembly(monkeypatch: pytest.MonkeyPatch, *arguments: object, **options: object) -> None:
+    """A run that is interrupted when all its parts are finished."""
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("retemper.tools.ingest.pipeline._Run.assemble", interrupt)
+        run(*arguments, **options)  # type: ignore[arg-type]
+
+
+def test_a_restart_that_allows_less_does_not_take_what_was_left_out(tmp_path, tiny_tokenizer, monkeypatch):
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(GOOD + b"oops\n" + GOOD)
+    stopped_before_assembly(monkeypatch, tiny_tokenizer, tmp_path, source, task_bytes=10, skip_bad_lines=True)
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: not valid JSON"):
+        run(tiny_tokenizer, tmp_path, source, task_bytes=10)
+
+
+@pytest.mark.parametrize("change", [{"append_eod": False}, {"eod_token": "<|im_end|>"}, {"normalize": "nfc"}])
+def test_a_restart_with_other_options_takes_nothing(tmp_path, tiny_tokenizer, monkeypatch, change):
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(jsonl(["Cafe\u0301", "<|im_end|>"]))
+    stopped_before_assembly(monkeypatch, tiny_tokenizer, tmp_path, source)
+    run(tiny_tokenizer, tmp_path, source, **change)
+    run(tiny_tokenizer, tmp_path / "fresh", source, **change)
+    for name in OUTPUTS:
+        assert (tmp_path / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
 def test_two_runs_at_once_on_one_output(tmp_path, long_run, refused):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     error = refused("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "o" / "out")

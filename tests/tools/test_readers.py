@@ -15,7 +15,10 @@ from oracles.reading import read_file, read_texts
 
 from retemper.engine.errors import UserError
 from retemper.tools.ingest import long_text
+from retemper.tools.ingest.cleaning import Cleaner
+from retemper.tools.ingest.held_out import read_held_out
 from retemper.tools.ingest.readers import json_array, lines, streams, text
+from retemper.tools.ingest.texts import TextChoice
 
 BOM = b"\xef\xbb\xbf"
 DEEP = 1100  # beyond what parsers take
@@ -342,7 +345,9 @@ def test_archives_of_several_parts_are_read_to_the_end(tmp_path):
         assert read_texts(tmp_path / f"a.jsonl{suffix}").values == [record["text"] for record in expected]
     # A mark that is parted between frames is one still.
     write(tmp_path / "b.txt.zst", zstd_frames(BOM[:1], BOM[1:2], BOM[2:] + b"x"))
-    assert read_file(tmp_path / "b.txt.zst").values == ["x"]
+    write(tmp_path / "b.txt.gz", b"".join(map(gzip.compress, (BOM[:1], BOM[1:2], BOM[2:] + b"x"))))
+    for suffix in (".gz", ".zst"):
+        assert read_file(tmp_path / f"b.txt{suffix}").values == ["x"]
 
 
 def test_every_truncation_of_an_archive_is_noticed(tmp_path):
@@ -383,3 +388,30 @@ def test_the_standard_librarys_gzip_does_too(tmp_path, monkeypatch):
     assert len(read_file(path).values) == len(ROWS)
     with pytest.raises(UserError, match="truncated or damaged"):
         read_file(write(path, path.read_bytes()[:-5]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Held-out texts
+
+
+def test_held_out_records_give_their_text_or_else_all_their_strings(tmp_path, small_limits):
+    question, choice, passage = (" ".join(f"{name}{number}" for number in range(14)) for name in "qcp")
+    rows = [{"text": passage, "id": question}, {"id": 1, "data": {"question": question, "choices": [choice, None]}}]
+    path = write(tmp_path / "test.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    ngrams = read_held_out([str(path)], TextChoice(("text",)), Cleaner(), tmp_path)
+    for text_, expected in ((passage, True), (question, True), (choice, True), ("quite another text " * 9, False)):
+        assert ngrams.contaminated_batch([text_]).tolist() == [expected]
+
+
+def test_what_is_wrong_with_held_out_files_is_said(tmp_path, small_limits):
+    def refused(*paths: object) -> str:
+        with pytest.raises(UserError) as error:
+            read_held_out(list(map(str, paths)), TextChoice(("text",)), Cleaner(), tmp_path)
+        return str(error.value).replace(f"{tmp_path}/", "")
+
+    bad = write(tmp_path / "a.jsonl", b'{"text": "' + b"a" * 90 + b'\xff"}')
+    assert refused(bad).startswith("--held-out a.jsonl:1: not valid UTF-8: byte 0xff at byte 101 of the line; mend it")
+    assert refused(write(tmp_path / "b.txt", b"a" * 90 + b"\xff")).startswith("--held-out b.txt: not valid UTF-8")
+    assert refused("-").startswith("--held-out -: standard input is for the corpus")
+    assert refused(tmp_path / "absent.txt") == "--held-out absent.txt: no such file or folder"
+    assert refused(write(tmp_path / "c.txt", b"")).startswith("--held-out c.txt: no text in it")

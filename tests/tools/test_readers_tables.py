@@ -284,6 +284,19 @@ def test_rows_of_all_sheets_are_those_that_openpyxl_wrote(tmp_path, openpyxl):
     ]
 
 
+def test_the_size_that_a_sheet_claims_to_have_is_not_believed(tmp_path, openpyxl):
+    book = openpyxl.Workbook()
+    for row in (["id", "text"], [1, "one"], [2, "two"]):
+        book.active.append(row)
+    book.save(buffer := io.BytesIO())
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(tmp_path / "a.xlsx", "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            assert "sheet1" not in name or b'<dimension ref="A1:B3"' in content
+            target.writestr(name, content.replace(b'<dimension ref="A1:B3"', b'<dimension ref="A1:A2"'))
+    assert read_file(tmp_path / "a.xlsx").values == [{"id": 1, "text": "one"}, {"id": 2, "text": "two"}]
+
+
 def test_characters_that_xml_cannot_hold_are_read_as_excel_writes_them(tmp_path, openpyxl):
     book = openpyxl.Workbook()
     for text in ("text", "a_x000D_\nb_x0041_", "_x005F_x000D_", "_xD800_ and _x00"):

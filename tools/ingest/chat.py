@@ -15,6 +15,7 @@ turns), contents that the template leaves out, turns that cannot be found with c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
@@ -120,6 +121,17 @@ class ChatEncoder:
             return self._shorten(conversation, text, encoding)
         except RecursionError:
             raise MalformedError("nested too deeply") from None
+
+    @property
+    def tells_date(self) -> bool:
+        """Whether the template asks for the present."""
+        return bool(self._template.moments)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with everything besides the tokenizer that decides what becomes of a conversation."""
+        parts = [self._template.text, self._template.special_tokens, self._template.moments]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "backslashreplace")).hexdigest()
 
     def check_against_transformers(self) -> bool:
         """Compare the ids of a short conversation with those of ``AutoTokenizer``; importing it takes seconds.

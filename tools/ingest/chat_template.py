@@ -59,7 +59,7 @@ class ChatTemplate:
         self.marks_turns = _MARKED.search(source) is not None
         """Whether {% generation %} blocks say what the assistant writes."""
         self._render: Any = render_jinja_template
-        self._special_tokens = special_tokens
+        self.special_tokens = special_tokens
         self.text = source
         """What is rendered, with :attr:`moments`."""
         self.moments: dict[str, Any] = {}
@@ -91,7 +91,7 @@ class ChatTemplate:
                 tools=conversation.tools,
                 chat_template=self.text,
                 **options,
-                **self._special_tokens,
+                **self.special_tokens,
                 **self.moments,
             )
         except ImportError as error:

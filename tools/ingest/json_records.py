@@ -86,7 +86,6 @@ def _refuse_repeated(names: Iterable[str], content: bytes) -> None:
             seen.add(name)
 
     try:
-        # As text, numbers of any length can be read.
-        json.loads(content, object_pairs_hook=check, parse_int=str)
+        json.loads(content, object_pairs_hook=check)
     except RecursionError:
         raise MalformedError("nested too deeply to look for keys that stand twice") from None

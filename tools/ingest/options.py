@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from typing import Any
 
 from ...engine.errors import UserError
@@ -29,6 +30,8 @@ class PreprocessOptions:
     stdin_format: str = "jsonl"
     chat: bool = False
     chat_template: str | None = None
+    chat_date: str | None = None
+    """YYYY-MM-DD, what templates take for today; None: the day of the run."""
     append_eod: bool = True
     eod_token: str | None = None
     """None: the tokenizer's document end."""
@@ -103,6 +106,13 @@ class PreprocessOptions:
             raise UserError(f"--dedup-threshold {self.dedup_threshold}: must be between 0 and 1")
         if self.chat_template is not None and not self.chat:
             raise UserError("--chat-template is for --chat; add it, or leave the template out")
+        if self.chat_date is not None:
+            try:
+                date.fromisoformat(self.chat_date)
+            except ValueError:
+                raise UserError(f"--chat-date {self.chat_date}: not a day; write it as in 2026-01-31") from None
+            if not self.chat:
+                raise UserError("--chat-date is for --chat; add it, or leave the date out")
         if self.chat and tuple(self.json_key) != ("text",):
             raise UserError("--json-key names a text, --chat reads conversations; leave one of the two out")
         for_texts = [name for name in ("strip_control", "min_chars", "held_out") if self.chat and getattr(self, name)]

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import numpy as np
 from ... import __version__
 from ...engine.data.dataset_writer import IndexedDatasetWriter, best_dtype, refuse_existing_outputs
 from ...engine.data.index_format import dataset_prefix
-from ...engine.data.sidecar import InputSource, Sidecar, hash_file
+from ...engine.data.sidecar import InputSource, Sidecar
 from ...engine.data.tokenizer import TokenizerHandle, TokenizerSpec
 from ...engine.data.tokenizer_files import find_tokenizer_file
 from ...engine.errors import UserError
@@ -53,10 +54,8 @@ class PreprocessReport:
     """By prefix."""
     first_bad: str | None
     """``file:line: reason`` of the first record that was skipped."""
-    dropped_turns: int
-    """Of conversations that did not fit as a whole."""
     encoder: str
-    """The library that encoded."""
+    """The library that encoded, and what else is to be said of it."""
     seconds: float
     files: tuple[str, ...]
     """The files written."""
@@ -98,13 +97,16 @@ class _Run:
         self.options, self.prefix = options, prefix
         self.files = expand_inputs(options.input, InputOptions(options.txt_mode, options.stdin_format))
         file = find_tokenizer_file(options.tokenizer)
-        tokenizer = TokenizerSpec(options.tokenizer, file, options.allow_special_tokens, options.encoder)
+        # Conversations are encoded by the reference, which says where in the text each token lies.
+        backend = "reference" if options.chat else options.encoder
+        tokenizer = TokenizerSpec(options.tokenizer, file, options.allow_special_tokens, backend)
         start_early(tokenizer)
         self.tokenizer = tokenizer.load()
         self.eod = _document_end(self.tokenizer, options)
         self.dtype = best_dtype(self.tokenizer.vocab_size)
         self.results: dict[str, TaskResult] = {}
         self.held_out: Path | None = None
+        self.chat_date = options.chat_date or date.today().isoformat()
 
     def plan(self, work: Path) -> None:
         """Cut the input into tasks, to be done in the folder ``work``."""
@@ -117,8 +119,10 @@ class _Run:
             self.options,
             version=__version__,
             tokenizer=self.tokenizer.sha256,
-            eod=self.eod and self.eod[1],
-            chat_template=self.options.chat_template and hash_file(self.options.chat_template),
+            # The token decides what text becomes, the id what documents end with.
+            eod_token=self.eod[0] if self.eod else None,
+            eod=self._eod_id,
+            chat=self._prepare_chat(),
             held_out=self._prepare_held_out(),
             minhash=self._minhash_fingerprint(),
         )
@@ -126,7 +130,9 @@ class _Run:
 
     def tokenize(self) -> None:
         """Have the workers make all shards that are not there yet."""
-        self.results = finished_results(self.work, self.keys)
+        allowed = {"malformed": self.options.skip_bad_lines}
+        allowed["invalid UTF-8"] = self.options.skip_bad_lines or self.options.drop_invalid_utf8
+        self.results = finished_results(self.work, self.keys, {kind for kind, yes in allowed.items() if not yes})
         todo = [(task, key) for key, task in self.keys.items() if key not in self.results]
         workers = min(self.options.workers or usable_cores(), max(len(todo), 1))
         self._say_start(workers, len(todo))
@@ -184,8 +190,7 @@ class _Run:
         return PreprocessReport(
             {prefix: sidecar for prefix, sidecar in sidecars.items() if sidecar is not None},
             first_bad,
-            sum(result.dropped_turns for result in results),
-            results[0].encoder if results else self.tokenizer.encoder,
+            self._encoder(results),
             0.0,
             (*(path for path in files if os.path.exists(path)), *rejects),
         )
@@ -217,6 +222,7 @@ class _Run:
             metadata=tuple(options.metadata),
             chat=options.chat,
             chat_template=None if options.chat_template is None else Path(options.chat_template),
+            chat_date=self.chat_date,
             skip_bad_lines=options.skip_bad_lines,
             drop_invalid_utf8=options.drop_invalid_utf8,
             normalize_nfc=options.normalize == "nfc",
@@ -229,6 +235,37 @@ class _Run:
             held_out=self.held_out,
             batch_characters=options.batch_characters,
         )
+
+    @property
+    def _eod_id(self) -> int | None:
+        """The token that is appended to each document."""
+        return self.eod[1] if self.eod and self.options.append_eod else None
+
+    def _prepare_chat(self) -> str | None:
+        """Check that conversations can be encoded, and as transformers does; what stands for how they are."""
+        options = self.options
+        if not options.chat:
+            return None
+        from .chat import ChatEncoder
+
+        encoder = ChatEncoder(
+            self.tokenizer.file,
+            self._eod_id,
+            options.max_tokens,
+            options.allow_special_tokens,
+            None if options.chat_template is None else Path(options.chat_template),
+            datetime.fromisoformat(self.chat_date),
+        )
+        encoder.check_against_transformers()
+        if encoder.tells_date:
+            # Kept in the sidecar, so that shards of different days are not joined.
+            self.options = replace(options, chat_date=self.chat_date)
+        return encoder.fingerprint
+
+    def _encoder(self, results: Sequence[TaskResult]) -> str:
+        failures = sum(result.fast_path_failures for result in results)
+        reference = f"; it failed on {failures:,} batches, which the reference encoded" if failures else ""
+        return (results[0].encoder if results else self.tokenizer.encoder) + reference
 
     def _prepare_held_out(self) -> str | None:
         """Write the n-grams of the ``--held-out`` files to a file for the workers; what stands for them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from .pipeline import PreprocessReport
+from .worker import DROPPED_TURNS
 
 
 def format_report(report: PreprocessReport) -> str:
@@ -23,13 +24,14 @@ def format_report(report: PreprocessReport) -> str:
     rows["document end"] = f"{first.eod_token} ({first.eod_id})" if first.append_eod else "none appended"
     # Every side of a split records what the whole run left out.
     left_out = Counter(first.left_out)
+    turns = left_out.pop(DROPPED_TURNS, 0)
     rows["left out"] = f"{sum(left_out.values()):,}"
     for reason, count in sorted(left_out.items()):
         rows[f"  {reason}"] = f"{count:,}"
+    if turns:
+        rows[DROPPED_TURNS] = f"{turns:,}, cut from conversations that were kept"
     if report.first_bad:
         rows["first malformed"] = report.first_bad
-    if report.dropped_turns:
-        rows["turns beyond --max-tokens"] = f"{report.dropped_turns:,}, cut from conversations that were kept"
     rows["speed"] = (
         f"{text_bytes / 1e6 / report.seconds:,.1f} MB of text/s, {tokens / report.seconds:,.0f} tokens/s, "
         f"{report.seconds:,.1f} s"

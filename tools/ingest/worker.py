@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from .tasks import Span, Task
 from .texts import TextChoice, metadata_line
 
 _CHECKED_AT_START = 32_000
+_SHOWN_CHARACTERS = 1000  # of a refused text
 _LEAST_CHECKED = 100
 _CHECKED_SHARE = 1 << 15
 """Characters that the reference tokenizer encodes too: at the start of a run, at least in each task, and as a share of
@@ -66,6 +68,8 @@ class WorkerSettings:
     metadata: tuple[str, ...] = ()
     chat: bool = False
     chat_template: Path | None = None
+    chat_date: str = "2000-01-01"
+    """The day, in ISO format, that templates take for today: one for all workers."""
     skip_bad_lines: bool = False
     drop_invalid_utf8: bool = False
     normalize_nfc: bool = False
@@ -91,8 +95,8 @@ class TaskResult:
     """By source (its number as a string) and reason."""
     first_bad: str | None = None
     """``file:line: reason`` of the first record that was skipped."""
-    dropped_turns: int = 0
-    """Of conversations, because the whole did not fit."""
+    fast_path_failures: int = 0
+    """Batches that the reference encoded because the fast path failed on them."""
     encoder: str = ""
     """The library that encoded, and why it was not a faster one."""
     tokens_xxh3_128: str = ""
@@ -126,6 +130,8 @@ class TaskResult:
 
 
 BAD_KINDS = ("malformed", "invalid UTF-8")
+DROPPED_TURNS = "turns beyond --max-tokens"
+"""The one count that is of no documents: of messages of conversations that were kept."""
 
 
 @dataclass
@@ -159,11 +165,12 @@ class TaskRunner:
             from .chat import ChatEncoder
 
             self._chat = ChatEncoder(
-                self._tokenizer.folder,
+                self._tokenizer.file,
                 self._eod_id,
                 settings.max_tokens,
                 settings.tokenizer.allow_special_tokens,
                 settings.chat_template,
+                datetime.fromisoformat(settings.chat_date),
             )
 
     def run(self, task: Task, key: str) -> TaskResult:
@@ -175,6 +182,7 @@ class TaskRunner:
         """
         reason = self._tokenizer.fallback_reason
         self._result = TaskResult(key, encoder=self._tokenizer.encoder + (f" ({reason})" if reason else ""))
+        failures = self._tokenizer.fast_path_failures
         self._task = task
         self._unchecked = (
             _CHECKED_AT_START if task.index == 0 else max(_LEAST_CHECKED, task.num_bytes // _CHECKED_SHARE)
@@ -191,6 +199,7 @@ class TaskRunner:
                 for _ in self._run_span(span, context):
                     self._show(done + context.consumed)
                 done += span.num_bytes
+            self._result.fast_path_failures = self._tokenizer.fast_path_failures - failures
             self._shard.finish()
         self._show(task.num_bytes)
         return self._result
@@ -218,7 +227,7 @@ class TaskRunner:
         with closing(self._texts(span, context)) as texts:
             for text, metadata in texts:
                 if type(text) is LongText:
-                    self._write(batch)
+                    self._write(batch, span)
                     batch = _Batch()
                     self._write_long(text, metadata)
                     continue
@@ -227,10 +236,10 @@ class TaskRunner:
                     batch.metadata.append(metadata)
                 batch.characters += len(text) + 1  # type: ignore[arg-type]  # + 1: empty texts fill a batch too
                 if batch.characters > limit:
-                    self._write(batch)
+                    self._write(batch, span)
                     batch = _Batch()
                     yield
-        self._write(batch)
+        self._write(batch, span)
         yield
 
     def _texts(self, span: Span, context: ReadContext) -> Generator[tuple[str | LongText, bytes | None], None, None]:
@@ -263,7 +272,7 @@ class TaskRunner:
     # ---------------------------------------------------------------------------------------------------------------
     # Writing documents
 
-    def _write(self, batch: _Batch) -> None:
+    def _write(self, batch: _Batch, span: Span) -> None:
         texts, metadata = batch.texts, batch.metadata
         if self._cleaner.active:
             cleaned = self._cleaner.clean_batch(texts)
@@ -275,9 +284,21 @@ class TaskRunner:
             metadata = list(itertools.compress(metadata, wanted))
         if not texts:
             return
-        self._compare(texts)
-        ids, lengths = self._tokenizer.encode_documents(texts, self._eod_id)
+        try:
+            self._compare(texts)
+            ids, lengths = self._tokenizer.encode_documents(texts, self._eod_id)
+        except UserError as error:
+            self._write_one_by_one(texts, metadata, span, error)
+            return
         self._shard.add(self._source, texts, ids, lengths, metadata or None)
+
+    def _write_one_by_one(self, texts: list[str], metadata: list[bytes], span: Span, error: UserError) -> None:
+        """Write documents of which the tokenizer's library refuses one or more: tiktoken gives up on some texts."""
+        if len(texts) == 1:
+            self._refuse(Where(span.file.path), str(error), "malformed", texts[0][:_SHOWN_CHARACTERS])
+            return
+        for number, text in enumerate(texts):
+            self._write(_Batch([text], metadata[number : number + 1]), span)
 
     def _compare(self, texts: list[str]) -> None:
         """Have the reference tokenizer encode a sample too."""
@@ -328,7 +349,8 @@ class TaskRunner:
             if encoded is None:
                 self._result.count(self._source, "no whole turn fits --max-tokens")
                 continue
-            self._result.dropped_turns += encoded.turns_dropped
+            if encoded.turns_dropped:
+                self._result.count(self._source, DROPPED_TURNS, encoded.turns_dropped)
             self._shard.add_conversation(self._source, encoded, line)
             if number % 256 == 0:
                 yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,20 +61,22 @@ def _clear_temporaries(work: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def finished_results(work: Path, keys: Iterable[str]) -> dict[str, TaskResult]:
-    """Results of those of ``keys`` whose shards are finished and whole; others are removed."""
+def finished_results(work: Path, keys: Iterable[str], refused: Set[str]) -> dict[str, TaskResult]:
+    """Results of those of ``keys`` whose shards are finished and whole; others are removed.
+
+    Args:
+        refused: reasons for which nothing may have been left out. A run that allowed it may have made the shard.
+    """
     results: dict[str, TaskResult] = {}
     for key in keys:
         shard = Shard(work, key)
         if not shard.result.exists():
             continue
-        result = None
         with suppress(UserError, OSError):
             result = TaskResult.read(shard.result)
-            if shard.sizes() != result.sizes or hash_file(shard.tokens) != result.tokens_xxh3_128:
-                result = None
-        if result is None:
+            allowed = all(refused.isdisjoint(reasons) for reasons in result.left_out.values())
+            if allowed and shard.sizes() == result.sizes and hash_file(shard.tokens) == result.tokens_xxh3_128:
+                results[key] = result
+        if key not in results:
             shard.remove()
-        else:
-            results[key] = result
     return results
