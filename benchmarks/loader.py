@@ -321,8 +321,8 @@ def main() -> None:
         name, prefix, tokens, cache, samples = options.measure
         print(json.dumps(measure(name, Path(prefix), int(tokens), Path(cache), int(samples))))
         return
-    if versions()[MEGATRON] == "not installed":
-        sys.exit("megatron-core is not installed: pip install --no-deps megatron-core==0.16.1")
+    if options.megatron_up_to and versions()[MEGATRON] == "not installed":
+        sys.exit("megatron-core is not installed: pip install --no-deps megatron-core==0.16.1, or --megatron-up-to 0")
     with tempfile.TemporaryDirectory() as folder:
         result = benchmark(options, Path(folder))
     options.output.parent.mkdir(parents=True, exist_ok=True)

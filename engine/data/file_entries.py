@@ -9,7 +9,7 @@ of the page cache; its pages count as memory of the process; and a disk that fai
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from typing import overload
 
 import numpy as np
@@ -19,7 +19,8 @@ from ..errors import UserError
 
 _BLOCK = 512
 """Entries read at a guess: two pages, the least that disks and file systems read anyway."""
-_GUESSES = 8
+_SEEN = 4096
+"""Entries of an array that are remembered: half a megabyte."""
 
 
 class FileEntries:
@@ -76,51 +77,65 @@ class FileEntries:
             raise UserError(f"{self._path}: cannot be read at byte {place:,}: {error.strerror}") from error
 
 
-def first_at_least(entries: FileEntries, value: int, end: int) -> int:
-    """Number of the first of the ascending ``entries`` that is >= ``value``, or their count where there is none.
+class AscendingEntries(FileEntries):
+    """Integers >= 0 that ascend, though some may be equal, in which places are found.
+
+    By interpolation (Perl, Itai and Avni, 1978): among entries at random distances a guess is a few thousand entries
+    wrong, the next one less than a block, so that two reads suffice. Where distances differ from one region to the next
+    a guess may be far off; then a bisection follows, so that there are never more than twice its reads. What a search
+    sees on its way narrows the later ones: soon every region has guesses of its own.
 
     Args:
-        entries: integers >= 0.
-        value: what is looked for.
-        end: a bound on all entries.
+        end: a bound on all entries, from which the first guess is made.
     """
-    first, block = _block_with(entries, value, end)
-    return first + int(block.searchsorted(value))
 
+    def __init__(self, path: str | os.PathLike[str], dtype: npt.DTypeLike, offset: int, count: int, end: int) -> None:
+        super().__init__(path, dtype, offset, count)
+        self._end = end
+        self._seen: list[tuple[int, int]] = []  # entries and their numbers, ascending; insertions are atomic
 
-def entries_between(entries: FileEntries, low: int, high: int, end: int) -> npt.NDArray[np.int64]:
-    """Those of the ascending ``entries`` that are >= ``low`` and < ``high``; ``end`` as for :func:`first_at_least`."""
-    first, block = _block_with(entries, low, end)
-    begin, stop = block.searchsorted((low, high)).tolist()
-    parts = [block[begin:stop]]
-    while stop == len(block) and first + stop < len(entries):
-        first += len(block)
-        block = entries[first : first + 8 * _BLOCK]
-        stop = int(block.searchsorted(high))
-        parts.append(block[:stop])
-    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
+    def first_at_least(self, value: int) -> int:
+        """Number of the first entry >= ``value``, or the count of entries where there is none."""
+        first, block = self._block_with(value)
+        return first + int(block.searchsorted(value))
 
+    def between(self, low: int, high: int) -> npt.NDArray[np.int64]:
+        """The entries that are >= ``low`` and < ``high``."""
+        first, block = self._block_with(low)
+        begin, stop = block.searchsorted((low, high)).tolist()
+        parts = [block[begin:stop]]
+        while stop == len(block) and first + stop < len(self):
+            first += len(block)
+            block = self[first : first + 8 * _BLOCK]
+            stop = int(block.searchsorted(high))
+            parts.append(block[:stop])
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
 
-def _block_with(entries: FileEntries, value: int, end: int) -> tuple[int, npt.NDArray[np.integer]]:
-    """Some entries, and the number of the first of them, among or right behind which the first >= ``value`` stands.
-
-    Interpolation search (Perl, Itai and Avni, 1978): among entries at random distances a guess is a few thousand
-    entries wrong, the next one less than a block, so that two reads mostly suffice where bisection has some twenty.
-    After ``_GUESSES`` guesses, which distances that differ much from one region to the next may need, it is bisection.
-    """
-    low, high, least, most = 0, len(entries), 0, end  # the place lies in [low, high], its entry in [least, most]
-    for _ in range(_GUESSES):
-        if high - low <= _BLOCK:
-            break
-        guess = low + (value - least) * (high - low) // max(1, most - least)
-        first = min(max(low, guess - _BLOCK // 2), high - _BLOCK)
-        block = entries[first : first + _BLOCK]
-        if block[0] >= value:
-            high, most = first, int(block[0])
-        elif block[-1] < value:
-            low, least = first + _BLOCK, int(block[-1])
-        else:
-            return first, block
-    if high - low > _BLOCK:
-        low = high = bisect_left(entries, value, lo=low, hi=high)
-    return low, entries[low : high + 1]
+    def _block_with(self, value: int) -> tuple[int, npt.NDArray[np.integer]]:
+        """Entries among which the first >= ``value`` is, if there is any, and the number of the first of them."""
+        # The place lies in [low, high], the entry there in [least, most].
+        low, high, least, most = 0, len(self), 0, self._end
+        place = bisect_left(self._seen, (value, -1))
+        if place:
+            least, low = self._seen[place - 1]
+            low += 1
+        if place < len(self._seen):
+            most, high = self._seen[place]
+        halve = False
+        while high - low > _BLOCK:
+            width = high - low
+            guess = low + (width // 2 if halve else (value - least) * width // max(1, most - least))
+            first = min(max(low, guess - _BLOCK // 2), high - _BLOCK)
+            block = self[first : first + _BLOCK]
+            begin, end = int(block[0]), int(block[-1])
+            if len(self._seen) < _SEEN:
+                insort(self._seen, (begin, first))
+                insort(self._seen, (end, first + _BLOCK - 1))
+            if begin >= value:
+                high, most = first, begin
+            elif end < value:
+                low, least = first + _BLOCK, end
+            else:
+                return first, block
+            halve = not halve and 2 * (high - low) > width
+        return low, self[low : high + 1]

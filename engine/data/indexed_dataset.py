@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from .file_entries import FileEntries, entries_between, first_at_least
+from .file_entries import AscendingEntries, FileEntries
 from .index_format import CHUNK, DTYPES, HEADER, MAGIC, VERSION, dataset_prefix
 
 
@@ -50,7 +50,7 @@ class IndexedDataset:
             self._idx, dtype="<i8", count=num_indices, offset=indices_at
         )
         """int64[D], first sequence of each document and N at the end: a read-only unaligned view of the file."""
-        self._pointers = FileEntries(self.idx_path, "<i8", pointers_at, self._num_sequences)
+        self._pointers = AscendingEntries(self.idx_path, "<i8", pointers_at, self._num_sequences, len(self._bin))
         self._check_ends()
         self._tokens = FileEntries(self.bin_path, self.dtype, 0, self.num_tokens)
         self.mask_path = f"{self.prefix}.mask.bin"
@@ -136,15 +136,14 @@ class IndexedDataset:
         """
         start, stop = self._checked_range(start, stop)
         itemsize = self.dtype.itemsize
-        pointers = entries_between(self._pointers, start * itemsize + 1, stop * itemsize, len(self._bin))
+        pointers = self._pointers.between(start * itemsize + 1, stop * itemsize)
         # Sequences of length zero, which other writers may leave, begin where their successor does.
         repeated = pointers[1:] == pointers[:-1]
         return (np.delete(pointers, np.flatnonzero(repeated)) if repeated.any() else pointers) // itemsize
 
     def next_boundary(self, position: int) -> int:
         """The first position >= ``position`` at which a sequence begins, or ``num_tokens`` when there is none."""
-        byte = position * self.dtype.itemsize
-        return self.sequence_start(first_at_least(self._pointers, byte, len(self._bin)))
+        return self.sequence_start(self._pointers.first_at_least(position * self.dtype.itemsize))
 
     def verify(self) -> None:
         """Check every length, pointer and document index: O(N) time, bounded memory.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -48,34 +49,65 @@ def test_a_window_is_one_read_of_tokens_and_few_of_the_index(tmp_path, reads):
     assert reads == [100]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data(), distances=st.lists(st.sampled_from([0, 1, 2, 7, 1000, 10**9]), max_size=60))
-def test_searching_equals_bisection(tmp_path_factory, data, distances):
-    """In blocks of four entries and after three guesses by bisection; at places between, before and behind them."""
+def test_searching_equals_numpys(tmp_path_factory, data, distances):
+    """In blocks of four entries, eight searches after one another, at places between, before and behind entries; what
+    is remembered is as much as fits in one, in six, or in all entries."""
     path = tmp_path_factory.getbasetemp() / "entries"
     values = np.cumsum(distances, dtype=np.int64)
     path.write_bytes(b"xxx" + values.astype("<i8").tobytes())
-    entries = file_entries.FileEntries(path, "<i8", 3, len(values))
-    wanted = data.draw(st.sampled_from([0, *values.tolist()])) + data.draw(st.integers(-1, 1))
+    end = int(values[-1]) + data.draw(st.sampled_from([0, 5])) if len(values) else 0
+    entries = file_entries.AscendingEntries(path, "<i8", 3, len(values), end)
+    places = st.builds(lambda value, by: value + by, st.sampled_from([0, *values.tolist()]), st.integers(-1, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(file_entries, "_BLOCK", 4)
-        patch.setattr(file_entries, "_GUESSES", 3)
-        end = int(values[-1]) + 5 if len(values) else 0
-        assert file_entries.first_at_least(entries, wanted, end) == int(np.searchsorted(values, wanted))
-        stop = data.draw(st.sampled_from([0, *values.tolist()])) + data.draw(st.integers(-1, 1))
-        found = file_entries.entries_between(entries, wanted, stop, end)
-    assert found.tolist() == [value for value in values.tolist() if wanted <= value < stop]
-    assert found.dtype == np.int64
+        patch.setattr(file_entries, "_SEEN", data.draw(st.sampled_from([1, 6, 1000])))
+        for low, high in data.draw(st.lists(st.tuples(places, places), min_size=8, max_size=8)):
+            assert entries.first_at_least(low) == int(np.searchsorted(values, low))
+            found = entries.between(low, high)
+            assert found.tolist() == [value for value in values.tolist() if low <= value < high]
+            assert found.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    "scales", [[8.0], [5.0, 11.0], [5.0, 9.0, 6.0, 8.0, 4.0, 10.0, 7.0]], ids=["one", "two regions", "seven regions"]
+)
+def test_regions_of_other_lengths_are_learnt(tmp_path, reads, scales):
+    """Corpora that were joined one behind the other: the first search may take twice the reads of a bisection by
+    blocks, and after some hundred two or three are enough again."""
+    generator = np.random.default_rng(0)
+    lengths = np.concatenate([generator.lognormal(scale, 1.2, 700_000 // len(scales)) for scale in scales])
+    values = np.cumsum(lengths.astype(np.int64) + 1)
+    values.astype("<i8").tofile(tmp_path / "entries")
+    end = int(values[-1])
+    entries = file_entries.AscendingEntries(tmp_path / "entries", "<i8", 0, len(values), end)
+    counts = []
+    for value in generator.integers(0, end, 1000).tolist():
+        reads.clear()
+        assert entries.first_at_least(value) == int(np.searchsorted(values, value))
+        counts.append(len(reads))
+    assert max(counts) <= 2 * np.log2(700_000 / 512) + 2
+    assert np.mean(counts[500:]) < 2.5
 
 
 def test_a_disordered_index_gives_wrong_places_but_an_end(tmp_path):
     """Opening looks at the ends only, and verify() at the rest: a search must not run on for ever, or out of bounds."""
     values = np.random.default_rng(0).integers(-(2**62), 2**62, size=5_000)
     (tmp_path / "entries").write_bytes(values.astype("<i8").tobytes())
-    entries = file_entries.FileEntries(tmp_path / "entries", "<i8", 0, len(values))
+    entries = file_entries.AscendingEntries(tmp_path / "entries", "<i8", 0, len(values), 10**6)
     for value in range(0, 10**6, 10**4):
-        assert 0 <= file_entries.first_at_least(entries, value, 10**6) <= len(values)
-        assert len(file_entries.entries_between(entries, value, value + 5, 10**6)) <= len(values)
+        assert 0 <= entries.first_at_least(value) <= len(values)
+        assert len(entries.between(value, value + 5)) <= len(values)
+
+
+def test_threads_may_search_at_once(tmp_path):
+    values = np.cumsum(np.random.default_rng(0).integers(0, 1000, size=300_000))
+    values.astype("<i8").tofile(tmp_path / "entries")
+    entries = file_entries.AscendingEntries(tmp_path / "entries", "<i8", 0, len(values), int(values[-1]))
+    wanted = np.random.default_rng(1).integers(0, int(values[-1]), 4000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(entries.first_at_least, wanted)) == np.searchsorted(values, wanted).tolist()
 
 
 def test_a_file_that_is_cut_while_it_is_open_is_an_error_of_one_line(tmp_path):

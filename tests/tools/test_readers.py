@@ -390,6 +390,15 @@ def test_the_standard_librarys_gzip_does_too(tmp_path, monkeypatch):
         read_file(write(path, path.read_bytes()[:-5]))
 
 
+def test_a_decompressor_may_give_a_byte_at_a_time(tmp_path, monkeypatch):
+    class Slow(gzip.GzipFile):
+        def readinto(self, buffer: memoryview) -> int:
+            return super().readinto(buffer[:1])
+
+    monkeypatch.setattr(streams, "_GzipFile", Slow)
+    assert read_file(write(tmp_path / "a.txt.gz", gzip.compress(BOM + b"x"))).values == ["x"]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Held-out texts
 

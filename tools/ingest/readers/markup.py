@@ -20,11 +20,12 @@ from .streams import open_stream
 
 _MAX_BYTES = 1 << 26
 _SKIPPED = frozenset(("script", "style", "template", "noscript", "iframe", "svg"))
-_BLOCKS = re.compile(
-    "address|article|aside|blockquote|body|caption|center|d[dlt]|details|dialog|dir|div|fieldset|figcaption|figure|footer"
-    "|form|h[1-6]|head|header|hgroup|hr|html|legend|li|main|menu|nav|ol|optgroup|option|p|pre|search|section|summary"
-    "|table|tbody|tfoot|thead|title|tr|ul"
+_BLOCK_NAMES = (
+    "address article aside blockquote body caption center dd details dialog dir div dl dt fieldset figcaption figure "
+    "footer form h1 h2 h3 h4 h5 h6 head header hgroup hr html legend li main menu nav ol optgroup option p pre search "
+    "section summary table tbody tfoot thead title tr ul"
 )
+_BLOCKS = frozenset(_BLOCK_NAMES.split())
 _SPACE = re.compile(r"[ \t\n\r\f]+")
 _MARKUP = re.compile(r"<(?:(?P<slash>/?)(?P<name>[A-Za-z][^ \t\n\r\f/>]*)|!--|[!?]|/(?!\Z))")
 _BETWEEN = re.compile(r"[ \t\n\r\f/]*")
@@ -156,6 +157,8 @@ def _comment_end(page: str, opening: re.Match[str]) -> int:
 
 def _tag_end(page: str, position: int) -> tuple[int, bool]:
     """Behind the tag whose name ends at ``position``, and whether a slash ends it; -1: it does not end."""
+    if page.startswith(">", position):
+        return position + 1, False
     while True:
         between = _BETWEEN.match(page, position)
         assert between is not None
@@ -239,7 +242,7 @@ class _VisibleText:
             self._space = self._space or " "
 
     def _break_before(self, tag: str) -> None:
-        if _BLOCKS.fullmatch(tag):
+        if tag in _BLOCKS:
             self._breaks = max(self._breaks, 2 if tag == "p" else 1)
 
     def _add(self, text: str) -> None:
@@ -250,6 +253,8 @@ class _VisibleText:
 
 
 def _unescaped(source: str) -> str:
+    if "&" not in source:
+        return source
     try:
         return html.unescape(source)
     except ValueError:  # Python reads no number of thousands of digits
