@@ -206,19 +206,19 @@ def _json_parts(path: Path) -> Iterator[tuple[int, int, bytes | None]]:
 
 def _find_quote(content: mmap.mmap, position: int, escapes: bool = False) -> int:
     """The next quote from ``position``, with ``escapes`` the next that no backslash escapes; -1 when there is none."""
-    first = position
+    first = held = position
     while position < len(content):
+        if position - held >= _SCAN_BYTES:
+            _forget(content, held, position)
+            held = position
         stop = min(position + _SCAN_BYTES, len(content))
         quote = content.find(b'"', position, stop)
         if quote < 0:
             position = stop
-            _forget(content, first, stop)
-            continue
-        if not escapes or _backslashes_before(content, first, quote) % 2 == 0:
+        elif not escapes or _backslashes_before(content, first, quote) % 2 == 0:
             return quote
-        position = quote + 1
-        if position // _SCAN_BYTES != quote // _SCAN_BYTES:
-            _forget(content, first, position)
+        else:
+            position = quote + 1
     return -1
 
 
