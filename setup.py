@@ -44,7 +44,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7", "triton>=3.2"],
-        "formats": ["pyarrow>=16", "openpyxl>=3.1", "pypdf[crypto]>=5.0"],
+        "formats": ["pyarrow>=16", "openpyxl>=3.1", "pypdf[crypto]>=5.0", "lxml>=6.0"],
         "chat": ["jinja2>=3.1.6"],
         "dedup": ["rensa>=0.5,<0.6"],
         "tiktoken": ["tiktoken>=0.7"],
@@ -53,7 +53,6 @@ setup(
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
-            "beautifulsoup4>=4.12",
             "datasketch>=1.6",
             "kernels",
             "ruff>=0.9",

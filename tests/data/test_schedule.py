@@ -105,7 +105,7 @@ def test_the_share_of_a_source_that_is_done_goes_to_the_others_in_proportion(wei
     """In the 60 x n samples that follow, each of the others has its exact part of what is left (to a slot in 60)."""
     shares = (Share("capped", weights[0], cap), *(Share(f"s{i}", w) for i, w in enumerate(weights[1:])))
     schedule = Schedule([Stage(shares)])
-    [first, second] = schedule.phases
+    [_, second] = schedule.phases
     before, after = schedule.cursors(second.start), schedule.cursors(second.start + 6000)
     assert before["capped"] == after["capped"] == cap
     assert schedule.cursors(second.start - 1)["capped"] == cap - 1
@@ -196,8 +196,8 @@ def test_changed_stages_keep_every_sources_cursor(former, other, data):
     given_before = Counter(name for name, _ in taken)
     counts = Counter(given_before)
     drawn = run_of(resumed, cut)
-    for name, given in drawn:
-        assert given == counts[name]
+    for name, former_samples in drawn:
+        assert former_samples == counts[name]
         counts[name] += 1
     if resumed.start == 0:
         assert run_of(resumed, 0)[:cut] == taken

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import random
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from oracles.reading import read_file
 from oracles.tiny_pdf import tiny_pdf
 
+from retemper.engine.errors import UserError
 from retemper.tools.ingest.readers import markup
 from retemper.tools.ingest.readers.markup import decode_html, visible_text
 from retemper.tools.ingest.records import MalformedError
@@ -91,6 +93,12 @@ def test_a_page_that_cannot_be_read_is_named(tmp_path, pypdf, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------
 # HTML
 
+
+@pytest.fixture
+def lxml():
+    return pytest.importorskip("lxml.etree", reason="needs lxml: pip install 'retemper[formats]'")
+
+
 SHOWN = {
     "<p>one</p><p>two</p>": "one\n\ntwo",
     "one<br>two<BR/>three": "one\ntwo\nthree",
@@ -103,19 +111,26 @@ SHOWN = {
     "<svg><title>no</title><svg/></svg>a<template><template></template>no</template>b": "ab",
     "<a title='a > b' href=\"x\">link</a><img alt='<p>'>": "link",
     "5 < 6 && 7 > 3 </ x> &lt;p&gt; &#x41;&copy &nosuch;": "5 < 6 && 7 > 3 <p> A© &nosuch;",
-    "<p>&#1;</p>&#xD800;": "�",
+    "<p>&#1;</p>&#xD800;&#0;&#x80;&#" + "9" * 5000 + ";": "\x01\n\n��€�",
     "<!DOCTYPE html><html><head><meta charset=utf-8></head><body>x</body></html>": "x",
     "<?xml version='1.0'?>a<![CDATA[b]]>c": "ac",
     "<textarea><p>&lt;</textarea><title></title>": "<p><",
     "<script/>a<title/>b<iframe src=x />c": "a\nbc",
     "<!-->a<!--->b<!--!> --!>c": "abc",
+    "a\0b<\0c><script>\0</script>\0": "a�b<�c>�",
+    "a</body>b</html>c<p>d": "a\nb\nc\n\nd",
+    "<frameset><frame></frameset><noframes>a</noframes>": "a",
+    "a\r\nb <b>c</b>\n<i>d</i><!-- --> <?php echo 1 ?> e&nbsp;<wbr>f": "a b c d e\xa0f",
+    "a<div><svg>no</div>b": "a\nb",
     "": "",
+    " \n": "",
+    "<!-- a -->": "",
 }
 
 
 @pytest.mark.parametrize("page", SHOWN)
-def test_html_is_what_a_page_shows(page):
-    assert visible_text(page) == SHOWN[page]
+def test_html_is_what_a_page_shows(page, lxml):
+    assert visible_text(page, "a.html") == SHOWN[page]
 
 
 class Oracle(HTMLParser):
@@ -170,35 +185,70 @@ PIECES = [
 ]
 
 
-def test_html_has_the_text_that_the_standard_library_finds():
+def test_html_has_the_text_that_the_standard_library_finds(lxml):
     draw = random.Random(0)
-    for _ in range(500):
+    for _ in range(2000):
         page = "".join(draw.choices(PIECES, k=draw.randrange(12)))
         oracle = Oracle()
         oracle.feed(page)
         oracle.close()
-        assert "".join(visible_text(page).split()) == oracle.text, page
+        assert "".join(visible_text(page, "a.html").split()) == oracle.text, page
+
+
+def test_html_is_the_same_however_it_is_cut(lxml, monkeypatch):
+    draw = random.Random(1)
+    for _ in range(100):
+        page = "".join(draw.choices([*PIECES, "<pre>\r\n&notin; é</pre>", "\0", "🙂 "], k=draw.randrange(8)))
+        monkeypatch.setattr(markup, "_PIECE", 1 << 18)
+        whole = visible_text(page, "a.html")
+        monkeypatch.setattr(markup, "_PIECE", draw.randrange(1, 8))
+        assert visible_text(page, "a.html") == whole, page
+
+
+def test_nothing_of_a_large_page_is_lost(lxml):
+    # libxml2 stops after 10 MB in one text, name or value, and at 256 elements in one another, unless told otherwise.
+    long, deep = "word " * (11 << 20 >> 2), 2000
+    page = f"<p>{long}</p><a title='{long}'>a</a><!--{long}--><script>{long}</script>" + "<div>b" * deep
+    assert visible_text(page, "a.html").split() == ["word"] * (11 << 20 >> 2) + ["a"] + ["b"] * deep
 
 
 UNCLOSED = ["<p", "<p a='", '<p a="x>', "<p a=", "</p", "<!-- a --", "<!doctype", "<?xml", "<script>a</scrip", "<svg>a"]
 
 
-@pytest.mark.parametrize(
-    "unit", [*UNCLOSED, "<", "</", "<!--", "<a ", "<![CDATA[", "&#", "<td>a", "<a/", "<title>", "a "]
-)
-def test_damaged_html_is_refused_in_time_that_grows_with_its_size(unit):
-    # The standard library's parser takes minutes for some of these.
-    page = unit * 50_000
-    if unit in UNCLOSED:
+@pytest.mark.parametrize("unit", [*UNCLOSED, "<style>", "<textarea>", "<noscript>a<p>", "a<svg><svg></svg>", "</"])
+def test_truncated_html_is_refused(unit, lxml):
+    for page in ("x" + unit, f"<html><body><p>x</p>{unit}"):
         with pytest.raises(MalformedError, match="is never closed: truncated"):
-            visible_text("x" + unit)
+            visible_text(page, "a.html")
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [*UNCLOSED, "<", "</", "<!--", "<a ", "<![CDATA[", "&#", "<td>a", "<a/", "<title>", "a ", "<p>", "<div></x>"],
+)
+def test_damaged_html_is_refused_in_time_that_grows_with_its_size(unit, lxml):
+    # The standard library's parser takes minutes for some of these, and libxml2 for the last.
     try:
-        assert isinstance(visible_text(page), str)
+        assert isinstance(visible_text(unit * 200_000, "a.html"), str)
     except MalformedError as error:
         assert len(str(error)) < 100
 
 
-def test_html_files_and_their_charsets(tmp_path, monkeypatch):
+def test_what_html_needs_is_said(tmp_path, lxml, monkeypatch):
+    path = tmp_path / "a.html"
+    path.write_bytes(b"a")
+    with monkeypatch.context() as patch:
+        patch.setattr(lxml, "LIBXML_VERSION", (2, 13, 9))
+        with pytest.raises(UserError, match=r"a\.html: reading it needs libxml2 2\.14 or newer.*pip install"):
+            read_file(path)
+    monkeypatch.setitem(sys.modules, "lxml.etree", None)
+    with pytest.raises(UserError, match=r"a\.html: reading it needs lxml.*pip install 'retemper\[formats\]'"):
+        read_file(path)
+    (tmp_path / "a.md").write_bytes(b"<p>a")
+    assert read_file(tmp_path / "a.md").values == ["<p>a"]
+
+
+def test_html_files_and_their_charsets(tmp_path, lxml):
     body = "<p>naïve 天 “x”</p>"
     named = '<meta http-equiv="Content-Type" content="text/html; charset={}">'
     pages = {
@@ -221,14 +271,14 @@ def test_html_files_and_their_charsets(tmp_path, monkeypatch):
     assert read_file(tmp_path / "b.htm.gz").values == ["naïve 天 “x”"]
 
 
-def test_what_is_wrong_with_an_html_file_is_said(tmp_path, monkeypatch):
+def test_what_is_wrong_with_an_html_file_is_said(tmp_path, lxml, monkeypatch):
     path = tmp_path / "a.html"
     bad = {
         b"<p>a\xff": "a.html: not valid UTF-8: byte 0xff at byte 5 of the file [invalid UTF-8]",
         b"<meta charset=gbk>\xff": "a.html: not valid GB18030: byte 0xff at byte 19 of the file [malformed]",
         b"\xff\xfea\0\0\xd8": "a.html: not valid UTF-16",
-        b"<script>a": "a.html: <script> is never closed: truncated? [malformed]",
-        b"&#" + b"9" * 5000 + b";": "a.html: a character reference of thousands of digits [malformed]",
+        b"<script>a": "a.html: a tag, a comment or an element such as <script> is never closed: truncated? [malformed]",
+        b"<b>" * 5001: "a.html: 5004 elements are open, one in another; at most 5000 may be [malformed]",
     }
     for content, expected in bad.items():
         path.write_bytes(content)

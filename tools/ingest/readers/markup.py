@@ -1,18 +1,18 @@
 """Markdown and HTML: a file is one document. Of Markdown the source, as it stands; of HTML the text that a page shows.
 
-HTML is cut into tags and text here, as the HTML standard says (chapter 13.2.5), in one pass: text needs no tree; and
-the standard library's parser takes hours for a damaged page of some hundred kB, and reads others differently from
-one Python to the next. Bytes are decoded strictly, where other libraries guess the charset or quietly stop at damage.
-Leaves out styles (hidden elements), and finding the article among a page's menus: trafilatura and the like do that.
+lxml reads HTML, without a tree; this module decodes the bytes before (strictly: parsers guess the charset, and go on
+after damage) and lays out the text. Leaves out styles (hidden elements), the break of a </p> without <p>, which libxml2
+drops, and finding the article among a page's menus: trafilatura and the like do that.
 """
 
 from __future__ import annotations
 
 import codecs
-import html
 import re
 from collections.abc import Iterator
 
+from ....engine.errors import UserError
+from ..formats import require_library
 from ..records import MalformedError, ReadContext, Record, Where
 from ..tasks import Span
 from . import text as text_files
@@ -27,17 +27,13 @@ _BLOCK_NAMES = (
 )
 _BLOCKS = frozenset(_BLOCK_NAMES.split())
 _SPACE = re.compile(r"[ \t\n\r\f]+")
-_MARKUP = re.compile(r"<(?:(?P<slash>/?)(?P<name>[A-Za-z][^ \t\n\r\f/>]*)|!--|[!?]|/(?!\Z))")
-_BETWEEN = re.compile(r"[ \t\n\r\f/]*")
-_ATTRIBUTE = re.compile(r"[^ \t\n\r\f/>][^ \t\n\r\f/>=]*(?P<equals>[ \t\n\r\f]*=[ \t\n\r\f]*)?")
-_UNQUOTED = re.compile(r"[^ \t\n\r\f>]*")
-_COMMENT_END = re.compile("--!?>")
-_RAW = {
-    tag: re.compile(rf"</{tag}(?=[ \t\n\r\f/>])", re.IGNORECASE)
-    for tag in ("script", "style", "iframe", "title", "textarea")
-}
-"""Elements in which tags are text, and what ends them."""
-_SHOWN = 20
+_LIBXML = (2, 14)
+"""The first version that cuts a page into tags and text as the HTML standard says."""
+_PIECE = 1 << 18
+_MAX_DEPTH = 5_000
+"""Of elements in one another, after a piece: at an end tag that fits none libxml2 looks through all that are open."""
+_END = "end-of-this-page"
+"""An element behind the page: if it does not arrive, libxml2 has not read the page to its end as text and tags."""
 _HEAD_BYTES = 4096
 _CHARSET = re.compile(
     rb"<meta[^>]*?charset\s*=\s*[\"']?\s*([\w.:-]+)|<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)", re.IGNORECASE
@@ -59,7 +55,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
     try:
         if len(content) > _MAX_BYTES:
             raise MalformedError(f"an HTML page of more than {_MAX_BYTES >> 20} MB; split it")
-        text = visible_text(decode_html(content))
+        text = visible_text(decode_html(content), span.file.path)
     except MalformedError as error:
         context.refuse(where, str(error), error.kind, None)
         return
@@ -97,94 +93,36 @@ def _python_name(charset: str) -> str:
     return name if name.startswith(_CHARSETS) else "utf-8"
 
 
-def visible_text(page: str) -> str:
+def visible_text(page: str, path: str) -> str:
     """The title, and what the body shows: blocks on lines of their own, a blank line around paragraphs, cells apart by
     tabs (like innerText of the HTML standard).
 
     Raises:
-        MalformedError: a tag, a comment, or an element without visible text, such as <script>, has no end.
+        MalformedError: a tag, a comment, or an element such as <script> has no end, or too many elements are open.
+        UserError: lxml is not installed, or uses an old libxml2; ``path`` is for that message.
     """
+    etree = require_library("lxml.etree", path)
+    if etree.LIBXML_VERSION < _LIBXML:
+        raise UserError(
+            f"{path}: reading it needs libxml2 {_LIBXML[0]}.{_LIBXML[1]} or newer, and this lxml has another: "
+            "pip install --force-reinstall --only-binary lxml 'lxml>=6.0'"
+        )
     shown = _VisibleText()
-    position = 0
-    while position < len(page):
-        opening = _MARKUP.search(page, position)
-        stop = opening.start() if opening else len(page)
-        if stop > position:
-            shown.add_text(page[position:stop])
-        if opening is None:
-            break
-        position = _after_markup(page, opening, shown)
-    return shown.end()
-
-
-def _after_markup(page: str, opening: re.Match[str], shown: _VisibleText) -> int:
-    """Take what begins with ``opening``; the position behind it."""
-    if opening["name"] is None:
-        end = _comment_end(page, opening)
-        if end < 0:
-            raise MalformedError(f"{opening[0]} is never closed: truncated?")
-        return end
-    tag = opening["name"].lower()
-    end, closes_itself = _tag_end(page, opening.end())
-    if end < 0:
-        raise MalformedError(f"the tag {opening[0][:_SHOWN]!r} is never closed: truncated?")
-    if opening["slash"]:
-        shown.end_tag(tag)
-        return end
-    shown.start_tag(tag)
-    if closes_itself and (tag in _SKIPPED or tag in _RAW):
-        shown.end_tag(tag)
-    elif tag in _RAW:
-        found = _RAW[tag].search(page, end)
-        if found is None:
-            raise MalformedError(f"<{tag}> is never closed: truncated?")
-        if tag not in _SKIPPED:
-            shown.add_text(page[end : found.start()])
-        return found.start()
-    return end
-
-
-def _comment_end(page: str, opening: re.Match[str]) -> int:
-    """Behind a comment, or what the standard takes for one; -1: it does not end."""
-    start = opening.end()
-    if opening[0] != "<!--":
-        return page.find(">", start) + 1 or -1
-    if page.startswith((">", "->"), start):
-        return page.index(">", start) + 1
-    found = _COMMENT_END.search(page, start)
-    return found.end() if found else -1
-
-
-def _tag_end(page: str, position: int) -> tuple[int, bool]:
-    """Behind the tag whose name ends at ``position``, and whether a slash ends it; -1: it does not end."""
-    if page.startswith(">", position):
-        return position + 1, False
-    while True:
-        between = _BETWEEN.match(page, position)
-        assert between is not None
-        position = between.end()
-        if page.startswith(">", position):
-            return position + 1, between[0].endswith("/")
-        attribute = _ATTRIBUTE.match(page, position)
-        if attribute is None:
-            return -1, False
-        position = attribute.end()
-        if attribute["equals"] is None:
-            continue
-        if page.startswith(('"', "'"), position):
-            position = page.find(page[position], position + 1) + 1
-            if position == 0:
-                return -1, False
-        else:
-            value = _UNQUOTED.match(page, position)
-            assert value is not None
-            position = value.end()
+    parser = etree.HTMLParser(target=shown, encoding="utf-8", huge_tree=True)
+    source = f"{page}<{_END}>"
+    for start in range(0, len(source), _PIECE):
+        parser.feed(source[start : start + _PIECE].encode())
+        if shown.depth > _MAX_DEPTH:
+            raise MalformedError(f"{shown.depth} elements are open, one in another; at most {_MAX_DEPTH} may be")
+    return parser.close()
 
 
 class _VisibleText:
-    """Lays out text and tags as they come."""
+    """Lays out text and tags as lxml brings them."""
 
     def __init__(self) -> None:
+        self.depth = 0
+        """How many elements are open."""
         self._parts: list[str] = []
         self._breaks = 0
         """Line ends that come before the next text."""
@@ -194,15 +132,18 @@ class _VisibleText:
         """The outermost element whose text does not count, and how often it is open."""
         self._skip_depth = 0
         self._preformatted = 0
+        self._whole = False
+        """Whether the page's end was reached, outside of elements whose text does not count."""
 
-    def end(self) -> str:
+    def close(self) -> str:
         """All of it."""
-        if self._skip_depth:
-            raise MalformedError(f"<{self._skipped}> is never closed: truncated?")
+        if not self._whole:
+            raise MalformedError("a tag, a comment or an element such as <script> is never closed: truncated?")
         return "".join(self._parts)
 
-    def start_tag(self, tag: str) -> None:
+    def start(self, tag: str, _attributes: object) -> None:
         """An element begins."""
+        self.depth += 1
         if tag in _SKIPPED and not self._skip_depth:
             self._skipped = tag
         if self._skip_depth or tag in _SKIPPED:
@@ -211,23 +152,25 @@ class _VisibleText:
             self._breaks += 1
         elif tag in ("td", "th"):
             self._space = "\t"
+        elif tag == _END:
+            self._whole = True
         else:
             self._break_before(tag)
             self._preformatted += tag == "pre"
 
-    def end_tag(self, tag: str) -> None:
+    def end(self, tag: str) -> None:
         """An element ends."""
+        self.depth -= 1
         if self._skip_depth:
             self._skip_depth -= tag == self._skipped
         else:
             self._break_before(tag)
             self._preformatted = max(0, self._preformatted - (tag == "pre"))
 
-    def add_text(self, source: str) -> None:
-        """Text between tags, with character references."""
+    def data(self, text: str) -> None:
+        """Text between tags, or a part of it."""
         if self._skip_depth:
             return
-        text = _unescaped(source)
         if self._preformatted:
             self._add(text)
             return
@@ -250,12 +193,3 @@ class _VisibleText:
             self._parts.append("\n" * self._breaks or self._space)
         self._breaks, self._space = 0, ""
         self._parts.append(text)
-
-
-def _unescaped(source: str) -> str:
-    if "&" not in source:
-        return source
-    try:
-        return html.unescape(source)
-    except ValueError:  # Python reads no number of thousands of digits
-        raise MalformedError("a character reference of thousands of digits") from None
