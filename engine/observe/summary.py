@@ -9,12 +9,15 @@ from ..data.catalog import Catalog
 from ..data.cuts import count_cuts
 from ..data.layout import GROUP_WINDOWS
 from ..data.sample_order import SampleOrder
+from ..data.source import Source
 from ..model.architecture import Architecture
 from ..model.decoder import COMPUTE_DTYPES
 from ..parallel.mesh import mesh_shape
 from ..parallel.process_group import Ranks
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
+
+_GROUPS_COUNTED = 8  # of each source, to estimate how many documents are cut
 
 
 def describe_run(
@@ -78,16 +81,24 @@ def describe_data(data: DataConfig, catalog: Catalog, order: SampleOrder, last_s
 
 
 def _describe_packing(data: DataConfig, catalog: Catalog) -> str:
-    # The first group of each source costs about a millisecond; all of them would be a pass over the whole index.
-    counts = [count_cuts(source, groups=[0]) for source in catalog.train]
+    # A group costs about a millisecond; all of them would be a pass over the whole index. Sources are seldom alike from
+    # end to end, so groups are taken from all of it.
+    counts = [count_cuts(source, groups=_spread_groups(source)) for source in catalog.train]
     fitting = sum(count.documents - count.longer for count in counts)
     cut = sum(count.cut for count in counts) / max(1, fitting)
     lost = sum(count.tokens_lost for count in counts)
     return (
         f"packing     {data.packing}, {data.shuffle} shuffled: cuts {cut:.1%} of the documents that fit in a window "
-        f"(estimated from the first {GROUP_WINDOWS} windows of each source); leaves out the {lost:,} tokens behind the "
-        "sources' last windows"
+        f"(estimated from up to {_GROUPS_COUNTED * GROUP_WINDOWS:,} windows of each source); leaves out the "
+        f"{lost:,} tokens behind the sources' last windows"
     )
+
+
+def _spread_groups(source: Source) -> list[int]:
+    """Numbers of some groups of windows, evenly spread over ``source``."""
+    groups = -(-source.num_windows // GROUP_WINDOWS)
+    count = min(groups, _GROUPS_COUNTED)
+    return [number * groups // count for number in range(count)]
 
 
 def notes(config: RunConfig, catalog: Catalog, max_positions: int | None) -> list[str]:

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...engine.data.tokenizer_files import TOKENIZER_FILE, tokenizer_kind
+from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config, tokenizer_kind
 from ...engine.errors import UserError
 from .chat_messages import Conversation, all_strings, called_names, read_conversation
-from .chat_template import CONFIG_FILE, ChatTemplate, Span, TurnFinder, frame, load_template, read_config
+from .chat_template import CONFIG_FILE, ChatTemplate, Span, TurnFinder, frame, load_template
 from .records import MalformedError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

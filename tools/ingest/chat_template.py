@@ -8,7 +8,6 @@ long it took. Templates come from the tokenizer's folder or a file, never from t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -270,21 +269,6 @@ def load_template(folder: Path, config: dict[str, Any], file: Path | None) -> tu
     if not isinstance(template, str):
         raise UserError(f"{origin}: chat_template is not a string; give --chat-template FILE")
     return template, origin
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; empty when there is no such file.
-
-    Raises:
-        UserError: it is not JSON.
-    """
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    return config if isinstance(config, dict) else {}
 
 
 def _render_probe(template: ChatTemplate, conversation: Conversation, prompt: bool = False) -> str:
