@@ -55,6 +55,7 @@ setup(
             "hypothesis>=6.100",
             "datasketch>=1.6",
             "kernels",
+            "triton>=3.6; sys_platform == 'linux'",
             "ruff>=0.9",
             "mypy>=1.15",
             "types-PyYAML",

@@ -8,8 +8,9 @@ from retemper.engine.trainer import Trainer, check_layout
 
 def main() -> None:
     config = parse_config()
-    check_layout(config)
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
+        # Inside the group, so that the first rank to fail does not have the launcher end the others unheard.
+        ranks.everywhere(lambda: check_layout(config))
         Trainer(config, ranks).run()
 
 
