@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # Tests compare with its files. Installed without its dependencies, which are large and not needed for that.
 ORACLE := megatron-core==0.16.1
 
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow gpu-check lint format clean
 
 help:
 	@echo "make demo       the main job on real text, on this machine, in some minutes"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the long runs that make test leaves out"
+	@echo "make gpu-check PART=1 (then PART=2)  kernels and steps on a CUDA machine, beside the peers installed there"
 	@echo "make lint       ruff, format check and mypy"
 	@echo "make format     let ruff format the code"
 	@echo "make clean      remove the environment and what the demo wrote"
@@ -36,6 +37,11 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# Without `setup`: on a GPU machine PyTorch and its libraries are those of the machine.
+PART ?= 1
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --part $(PART) --output gpu_check
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +53,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo_run
+	rm -rf $(VENV) demo_run gpu_check

@@ -44,6 +44,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7", "triton>=3.2"],
+        "fp8": ["torchao>=0.15"],
         "formats": ["pyarrow>=16", "openpyxl>=3.1", "pypdf[crypto]>=5.0", "lxml>=6.0"],
         "chat": ["jinja2>=3.1.6"],
         "dedup": ["rensa>=0.5,<0.6"],

@@ -114,7 +114,38 @@ class TrainingConfig:
     """Samples that one rank runs forward and backward at a time. Changes memory and speed, never the result's
     meaning."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute dtype. Master weights, optimizer states and gradient reduction are fp32 in both."""
+    """Compute dtype. Gradients are reduced over ranks in fp32 with both."""
+    fused_elementwise: Literal["auto", "triton", "torch"] = "auto"
+    """What computes norms, rotary positions and SwiGLU. torch: PyTorch's operators, which torch.compile fuses. triton:
+    our fused kernels; needs a GPU. auto: torch, because no measurement has shown triton to be faster yet."""
+    weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which weights are kept between steps. fp32: exact master weights. bf16: there are no others; each update
+    is computed in fp32 and written back with stochastic rounding, so that small updates are kept on average.
+
+    Bytes per parameter over all ranks that share a copy, as weight + both moments + gradient (and on each rank 2 more
+    for what is gathered in precision bf16):
+
+    - weight_dtype fp32, optimizer.state_dtype fp32: 4 + 8 + 4 = 16 (7.6 billion parameters: 122 GB)
+    - weight_dtype fp32, optimizer.state_dtype bf16: 4 + 4 + 4 = 12 (91 GB)
+    - weight_dtype bf16, optimizer.state_dtype fp32: 2 + 8 + 2 = 12 (91 GB); 14 with several micro-batches in a step
+    - weight_dtype bf16, optimizer.state_dtype bf16: 2 + 4 + 2 = 8 (61 GB); 10 with several micro-batches in a step
+
+    Several micro-batches are added up in an fp32 gradient. A run resumes with wider dtypes than its checkpoint's, never
+    with narrower ones."""
+    attention_backend: Literal["auto", "fa4", "fa3", "sdpa", "flash_attn", "varlen", "flex", "per_document"] = "auto"
+    """What computes the attention. auto: the fastest that works here; the start summary says which and why. fa4, fa3:
+    FlashAttention-4 or -3 through PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with
+    ``data.attend_across_documents``. flash_attn: the flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex:
+    FlexAttention. per_document: PyTorch's SDPA for one document after the other, everywhere."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile every block with torch.compile: faster steps after a minute of compiling, other roundings. auto: on a GPU
+    whose attention kernel can be part of a compiled block."""
+    float8: bool = False
+    """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head is left
+    out, and weights and states are kept as without."""
+    gc_interval: int = 50
+    """Steps between collections of Python's garbage, which does not collect by itself while training: collections at
+    different moments on different ranks make all of them wait each time. 0 leaves it to Python."""
     eval_interval: int = 0
     """Steps between evaluations of the validation sets; 0 evaluates only at the end."""
     eval_tokens: int = 1_000_000
@@ -145,6 +176,9 @@ class OptimizerConfig:
     """Decay of AdamW's second moment."""
     eps: float = 1e-8
     """AdamW's denominator term."""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of AdamW's two moments: 8 or 4 bytes per parameter, see ``training.weight_dtype``. bf16 is written with
+    stochastic rounding after a step computed in fp32."""
     clip_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
 
@@ -159,8 +193,14 @@ class ParallelConfig:
     """Ranks over which parameters, gradients and states are sharded (FSDP2). auto: what the copies leave."""
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward pass: less memory, one more all-gather in the backward."""
-    recompute: Literal["none", "full"] = "none"
-    """full: keep only each block's input and recompute the block in the backward pass."""
+    prefetch_blocks: int = 1
+    """Blocks whose parameters are gathered while the block before them computes, forward and backward; each costs the
+    memory of one gathered block. 0 leaves the order to PyTorch. Changes speed, never the result."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What a block's backward pass computes again instead of keeping it. selective: norms, rotations and activations,
+    while the outputs of matrix products and attention are kept. full: all but the block's input. Same numbers."""
+    recompute_every: int = 1
+    """Recompute in every n-th block only; the others keep everything."""
     timeout_seconds: int = 600
     """A collective that waits longer than this ends the run."""
 
@@ -219,10 +259,11 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"run_folder is {config.run_folder!r}; name the folder that the run shall write to")
     training, optimizer, parallel = config.training, config.optimizer, config.parallel
     _at_least(1, training, "training", "train_tokens", "sequence_length", "global_batch_size", "micro_batch_size")
-    _at_least(0, training, "training", "warmup_tokens", "eval_interval")
+    _at_least(0, training, "training", "warmup_tokens", "eval_interval", "gc_interval")
     _at_least(1, training, "training", "eval_tokens")
     _at_least(1, config.data, "data", "prefetch_steps")
-    _at_least(1, parallel, "parallel", "replicate", "timeout_seconds")
+    _at_least(1, parallel, "parallel", "replicate", "recompute_every", "timeout_seconds")
+    _at_least(0, parallel, "parallel", "prefetch_blocks")
     _at_least(1, config.checkpoint, "checkpoint", "save_interval", "keep_last")
     _at_least(1, config.logging, "logging", "log_interval")
     _at_least(0, optimizer, "optimizer", "learning_rate", "min_learning_rate", "weight_decay", "clip_grad_norm")

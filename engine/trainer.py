@@ -11,25 +11,29 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from .attention_choice import choose_attention
 from .budget import learning_rate, plan_batches
 from .checkpoint.assets import find_assets
 from .checkpoint.manifest import Manifest, read_manifest, require_same_order
 from .checkpoint.store import CheckpointStore
-from .checkpoint.tensors import check_model_tensors, load_tensors, model_tensors, optimizer_tensors
+from .checkpoint.tensors import check_model_tensors, describe_casts, load_tensors, model_tensors, optimizer_tensors
 from .config import RunConfig, to_dict, to_yaml
 from .data.catalog import open_catalog
 from .data.loader import Prefetcher, TrainingData, validation_batches
 from .data.packing import MicroBatch
 from .errors import UserError
+from .garbage import GarbageSchedule
 from .model.architecture import parse_architecture
-from .model.decoder import COMPUTE_DTYPES, Decoder, Packing
+from .model.packing import plan_packing
 from .observe.flops import device_peak_flops, flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, duration, human, peak_memory_bytes
 from .observe.summary import describe_data, describe_run, notes
 from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate
-from .parallel import fsdp, recompute
-from .parallel.mesh import build_mesh, mesh_shape
+from .parallel import compile as block_compile
+from .parallel import float8, fsdp
+from .parallel.build import build_model
+from .parallel.mesh import mesh_shape
 from .parallel.process_group import Ranks, world_size_from_environment
 from .stopping import StopRequest
 
@@ -84,8 +88,9 @@ class Trainer:
         self.resume_from = ranks.share(ranks.everywhere(lambda: self.store.resolve(config.resume)))
         self.progress = Progress()
         ranks.everywhere(self._open_inputs)
-        self.model = self._build_model()
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.model = build_model(config, self.architecture, ranks, self.compiled, self.plan.num_micro_batches)
+        self.optimizer = build_optimizer(self.model, config.optimizer, config.seed)
+        self.casts: list[str] = []
         ranks.everywhere(self._load_weights)
         self.data = TrainingData(
             self.catalog.train,
@@ -110,11 +115,11 @@ class Trainer:
         for leftover in self.store.remove_leftovers():
             self.log.say(f"removed {leftover}, which a killed run had left incomplete")
         self._say_plan()
-        with StopRequest(self.ranks) as stop:
-            self._train(stop)
+        with StopRequest(self.ranks) as stop, GarbageSchedule(self.config.training.gc_interval) as garbage:
+            self._train(stop, garbage)
         self.log.close()
 
-    def _train(self, stop: StopRequest) -> None:
+    def _train(self, stop: StopRequest, garbage: GarbageSchedule) -> None:
         config = self.config
         if self.progress.step == 0 and config.training.eval_at_start:
             self._evaluate()
@@ -123,6 +128,7 @@ class Trainer:
         with Prefetcher(self._prepare, first_samples, config.data.prefetch_steps) as prefetcher:
             for first_sample in first_samples:
                 result = self._step(*self._next_batches(prefetcher))
+                garbage.step_done(self.progress.step)
                 stopwatch.step_done()
                 last, stopping = self._remaining_steps() == 0, stop.agreed()
                 due = first_sample == first_samples[0] or self.progress.step % config.logging.log_interval == 0
@@ -145,6 +151,7 @@ class Trainer:
         Raises:
             UserError: on every rank, when any of them cannot read its data.
         """
+        self.on_phase("data")
         problem, batches = None, []
         try:
             batches = prefetcher.get()
@@ -164,13 +171,17 @@ class Trainer:
         for batch in micro_batches:
             # Dividing by the targets of the *global* batch makes every token count the same, however unevenly
             # documents, ranks and micro-batches share them.
+            self.on_phase("forward")
             part = self._loss_sum(batch) / num_targets
+            self.on_phase("backward")
             part.backward()
             loss += part.detach()
+        self.on_phase("optimizer")
         grad_norm = clip_grad_norm(self.model, self.config.optimizer.clip_grad_norm)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.on_phase("other")
         self.progress = replace(
             self.progress,
             step=self.progress.step + 1,
@@ -179,9 +190,13 @@ class Trainer:
         )
         return StepResult(loss, grad_norm, rate)
 
+    def on_phase(self, name: str) -> None:
+        """A part of the step begins: data, forward, backward, optimizer or other. For measurements to override."""
+
     def _loss_sum(self, batch: MicroBatch) -> Tensor:
-        batch = batch.to(self.ranks.device)
-        packing = Packing(batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        offsets, batch = batch.cu_seqlens, batch.to(self.ranks.device)
+        windows = self.architecture.sliding_windows
+        packing = plan_packing(batch.position_ids, offsets, batch.max_seqlen, self.attention.backend, windows)
         return self.model(batch.tokens, packing, batch.targets)
 
     def _remaining_steps(self) -> int:
@@ -320,6 +335,7 @@ class Trainer:
             *notes(self.config, self.catalog, self.assets.config.get("max_position_embeddings")),
             *describe_run(self.config, self.plan, self.ranks, self.architecture, self._remaining_steps(), start),
             *describe_data(self.config.data, self.catalog, self.order, self._last_sample()),
+            *self.casts,
         ]:
             self.log.say(line)
 
@@ -329,11 +345,14 @@ class Trainer:
     def _open_inputs(self) -> None:
         """Config and tokenizer of the model, the datasets, and the place in their order."""
         config, folder = self.config, self.resume_from
+        float8.wanted(config.training, self.ranks.device)
         self.assets = find_assets(config.model, folder)
         assert self.assets.config is not None
         named = folder or config.model.initialize_from
         where = "model.architecture" if named is None else f"{named}/hf/config.json"
         self.architecture = parse_architecture(self.assets.config, where)
+        self.attention = choose_attention(config, self.architecture, self.ranks.device)
+        self.compiled = block_compile.wanted(config, self.ranks.device, self.attention.backend)
         self.catalog = open_catalog(
             config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256, config.seed
         )
@@ -375,15 +394,6 @@ class Trainer:
                 )
         return counts
 
-    def _build_model(self) -> Decoder:
-        """Meta device -> recompute -> shard -> materialize; weights come afterwards."""
-        mesh = build_mesh(mesh_shape(self.config.parallel, self.ranks.world_size), self.ranks.device.type)
-        with torch.device("meta"):
-            model = Decoder(self.architecture)
-        recompute.apply(model, self.config.parallel)
-        fsdp.apply(model, mesh, self.config.parallel, COMPUTE_DTYPES[self.config.training.precision])
-        return model.to_empty(device=self.ranks.device)
-
     def _load_weights(self) -> None:
         """Everything as it was when the checkpoint was written; or weights of ``initialize_from``, or random ones."""
         folder = self.resume_from or self.config.model.initialize_from
@@ -395,4 +405,5 @@ class Trainer:
         if self.resume_from:
             allocate_states(self.optimizer)
             tensors |= optimizer_tensors(self.model, self.optimizer)
+        self.casts = describe_casts(folder, tensors, resuming=self.resume_from is not None)
         load_tensors(folder, tensors)

@@ -11,9 +11,19 @@ import pytest
 import torch
 from rank_cluster import RankCluster
 
+# Without a GPU, Triton runs kernels in Python. It decides that when it is imported, which other libraries do as well.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)
 # Started in the background of a shell, this process ignores Ctrl-C, and so would every process that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test with the mark ``gpu`` is skipped, and says so, where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
 
 
 @pytest.fixture(scope="session")

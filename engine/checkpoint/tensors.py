@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,6 +153,31 @@ def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bo
             if isinstance(cause, KeyboardInterrupt):  # DCP wraps whatever is raised
                 raise cause from None
         raise UserError(f"{folder}: damaged checkpoint, use another one: {_reasons(error)}") from None
+
+
+def describe_casts(folder: str | Path, tensors: Mapping[str, Tensor], resuming: bool) -> list[str]:
+    """Lines about the casts of :func:`load_tensors`: values widened to go on with a run (``resuming``), or rounded to
+    begin one. Values widened to begin one are the usual case and not spoken of.
+
+    Raises:
+        UserError: the run would not go on as it was: values of the checkpoint would be rounded.
+    """
+    stored = stored_tensors(folder)
+    pairs = {name: (stored[name].dtype, tensor.dtype) for name, tensor in tensors.items() if name in stored}
+    lines = []
+    for (there, here), count in Counter(pairs.values()).items():
+        exact = torch.promote_types(there, here) == here
+        names, cast = (str(dtype).removeprefix("torch.") for dtype in (there, here))
+        if resuming and not exact:
+            name = next(name for name, pair in pairs.items() if pair == (there, here))
+            key = "optimizer.state_dtype" if name.startswith(OPTIMIZER_PREFIX) else "training.weight_dtype"
+            raise UserError(
+                f"{key} asks for {cast}, but {folder} holds {name} in {names}, which would be rounded; set {key} back, "
+                "or start a new run_folder with model.initialize_from"
+            )
+        if there != here and exact == resuming:
+            lines.append(f"dtypes      {count} tensors of {folder} cast from {names} to {cast}")
+    return lines
 
 
 def _reasons(error: CheckpointException) -> str:

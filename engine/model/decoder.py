@@ -10,40 +10,50 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.attention import attention
+from ...kernels.elementwise import Implementation, triton_refusal
 from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
-from ...kernels.rope import apply_rope, rope_cos_sin
+from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ...kernels.swiglu import swiglu
+from ..errors import UserError
 from .architecture import Architecture, inverse_frequencies
+from .packing import Packing
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Dtype of activations and gathered parameters, by ``training.precision``."""
 
 
-class Packing(NamedTuple):
-    """Where the documents of a packed sequence lie."""
+def elementwise_implementation(setting: Literal["auto", "triton", "torch"], device_type: str) -> Implementation:
+    """The implementation that ``training.fused_elementwise`` asks for.
 
-    position_ids: Tensor
-    """[T] int64, position of each token in its document."""
-    cu_seqlens: Tensor
-    """[documents + 1] int32, first 0, last T."""
-    max_seqlen: int
-    """Length of the longest document."""
+    Raises:
+        UserError: triton, where it cannot run.
+    """
+    # auto: no measurement on a GPU has shown yet that the Triton kernels beat torch.compile's fusion.
+    if setting != "triton":
+        return "torch"
+    refusal = triton_refusal(device_type)
+    if refusal is not None:
+        raise UserError(f"training.fused_elementwise is triton, but {refusal}, or set it to torch")
+    return "triton"
 
 
 class Decoder(nn.Module):
-    """The language model. With targets it returns the summed loss and never forms all logits; without, the logits."""
+    """The language model. With targets it returns the summed loss and never forms all logits; without, the logits.
 
-    def __init__(self, architecture: Architecture):
+    ``elementwise`` is the implementation of norms, rotary positions and SwiGLU.
+    """
+
+    def __init__(self, architecture: Architecture, elementwise: Implementation = "torch"):
         super().__init__()
         self.architecture = architecture
-        self.model = Backbone(architecture)
+        self.model = Backbone(architecture, elementwise)
         # A tied head has no parameter of its own, so that nothing can untie it.
         if not architecture.tie_word_embeddings:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
@@ -65,7 +75,7 @@ class Decoder(nn.Module):
         hidden_TH = self.model(tokens_T, packing)
         if targets_T is None:
             return hidden_TH @ self.head_weight.t()
-        return linear_cross_entropy(hidden_TH, self.head_weight, targets_T)
+        return linear_cross_entropy(hidden_TH, self.head_weight, targets_T).loss_sum
 
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
@@ -91,12 +101,12 @@ class Decoder(nn.Module):
 class Backbone(nn.Module):
     """Embeddings, blocks and the final norm."""
 
-    def __init__(self, architecture: Architecture):
+    def __init__(self, architecture: Architecture, elementwise: Implementation):
         super().__init__()
         self.architecture = architecture
         self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
-        self.layers = nn.ModuleList(Block(architecture, window) for window in architecture.sliding_windows)
-        self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
+        self.layers = nn.ModuleList(Block(architecture, window, elementwise) for window in architecture.sliding_windows)
+        self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, elementwise)
 
     def forward(self, tokens_T: Tensor, packing: Packing) -> Tensor:
         """[T] token ids -> [T, H] normalized hidden states."""
@@ -111,24 +121,26 @@ class Backbone(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, architecture: Architecture, window: int | None):
+    def __init__(self, architecture: Architecture, window: int | None, elementwise: Implementation):
         super().__init__()
-        self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
-        self.self_attn = Attention(architecture, window)
-        self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
-        self.mlp = FeedForward(architecture)
+        self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, elementwise)
+        self.self_attn = Attention(architecture, window, elementwise)
+        self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, elementwise)
+        self.mlp = FeedForward(architecture, elementwise)
 
     def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
         """[T, H] -> [T, H]."""
-        hidden_TH = hidden_TH + self.self_attn(self.input_layernorm(hidden_TH), rope, packing)
-        return hidden_TH + self.mlp(self.post_attention_layernorm(hidden_TH))
+        mixed_TH = self.self_attn(self.input_layernorm(hidden_TH), rope, packing)
+        normalized_TH, hidden_TH = self.post_attention_layernorm(mixed_TH, hidden_TH)
+        return hidden_TH + self.mlp(normalized_TH)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; Qwen3 normalizes queries and keys per head."""
 
-    def __init__(self, architecture: Architecture, window: int | None):
+    def __init__(self, architecture: Architecture, window: int | None, elementwise: Implementation):
         super().__init__()
+        self.elementwise = elementwise
         self.head_dim = architecture.head_dim
         self.window = window
         hidden, bias = architecture.hidden_size, architecture.qkv_bias
@@ -139,7 +151,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, key_width, bias=bias)
         self.o_proj = nn.Linear(query_width, hidden, bias=architecture.output_bias)
         norm: Callable[[], nn.Module] = (
-            (lambda: RMSNorm(self.head_dim, architecture.rms_norm_eps)) if architecture.qk_norm else nn.Identity
+            (lambda: RMSNorm(self.head_dim, architecture.rms_norm_eps, elementwise))
+            if architecture.qk_norm
+            else nn.Identity
         )
         self.q_norm, self.k_norm = norm(), norm()
 
@@ -149,17 +163,27 @@ class Attention(nn.Module):
             projection(hidden_TH).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_TND = apply_rope(self.q_norm(q_TND), *rope)
-        k_TKD = apply_rope(self.k_norm(k_TKD), *rope)
-        mixed_TND = attention(q_TND, k_TKD, v_TKD, packing.cu_seqlens, packing.max_seqlen, window=self.window)
+        q_TND, k_TKD = apply_rope_to_pair(
+            self.q_norm(q_TND), self.k_norm(k_TKD), *rope, implementation=self.elementwise
+        )
+        mixed_TND = attention(
+            q_TND,
+            k_TKD,
+            v_TKD,
+            packing.cu_seqlens,
+            packing.max_seqlen,
+            window=self.window,
+            plan=packing.attention,
+        )
         return self.o_proj(mixed_TND.flatten(-2))
 
 
 class FeedForward(nn.Module):
     """SwiGLU feed-forward layer."""
 
-    def __init__(self, architecture: Architecture):
+    def __init__(self, architecture: Architecture, elementwise: Implementation):
         super().__init__()
+        self.elementwise = elementwise
         hidden, inner, bias = architecture.hidden_size, architecture.intermediate_size, architecture.mlp_bias
         self.gate_proj = nn.Linear(hidden, inner, bias=bias)
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
@@ -167,20 +191,22 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
-        return self.down_proj(swiglu(self.gate_proj(hidden_TH), self.up_proj(hidden_TH)))
+        gate, up = self.gate_proj(hidden_TH), self.up_proj(hidden_TH)
+        return self.down_proj(swiglu(gate, up, implementation=self.elementwise))
 
 
 class RMSNorm(nn.Module):
     """Learned scale over a root-mean-square normalization."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, elementwise: Implementation):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.elementwise = elementwise
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., width] -> [..., width]; with a residual, the norm of ``residual + x`` and that sum."""
+        return rms_norm(x, self.weight, self.eps, residual, implementation=self.elementwise)
 
 
 @functools.cache

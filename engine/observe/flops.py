@@ -21,27 +21,41 @@ _DENSE_BF16_PEAKS = {
 }
 
 
-def flops_per_token(architecture: Architecture, sequence_length: int, causal_halved: bool) -> float:
-    """Model FLOPs per token, forward and backward, in a sequence that is one document.
+def training_flops(architecture: Architecture, num_tokens: float, num_pairs: float) -> float:
+    """Model FLOPs, forward and backward, of ``num_tokens`` tokens of which ``num_pairs`` pairs attend to each other.
 
     Every matrix weight costs 6 per token (2 forward, 4 backward; embeddings look up, the head multiplies). Scores and
-    their product with the values cost ``12 * q * s`` per layer, q = heads x head size, when all s x s pairs are counted
-    (PaLM appendix B, https://arxiv.org/abs/2204.02311), half of that when only causal pairs are (Megatron-LM).
+    their product with the values cost ``12 * q`` per layer and pair, q = heads x head size. Pairs are counted in every
+    layer, also beyond a sliding window; work that recomputation adds is not counted.
     """
     h, d = architecture.hidden_size, architecture.head_dim
     q, kv = architecture.num_attention_heads * d, architecture.num_key_value_heads * d
     per_layer = h * (q + 2 * kv) + q * h + 3 * h * architecture.intermediate_size
     matrices = architecture.num_layers * per_layer + h * architecture.vocab_size
-    scores = 12 * q * sequence_length * architecture.num_layers
-    return 6 * matrices + scores * (0.5 if causal_halved else 1.0)
+    return 6 * matrices * num_tokens + 12 * q * architecture.num_layers * num_pairs
+
+
+def flops_per_token(architecture: Architecture, sequence_length: int, causal_halved: bool) -> float:
+    """:func:`training_flops` per token, in a sequence that is one document.
+
+    All s x s pairs are counted (PaLM appendix B, https://arxiv.org/abs/2204.02311), half of that when only causal pairs
+    are (Megatron-LM).
+    """
+    return training_flops(architecture, 1, sequence_length * (0.5 if causal_halved else 1.0))
+
+
+def named_peak(device_name: str) -> tuple[str, float] | None:
+    """(name in the table above, dense bf16 peak in FLOP/s) of a GPU by its reported name; None where not known."""
+    for name in sorted(_DENSE_BF16_PEAKS, key=len, reverse=True):
+        if re.search(rf"\b{name}\b", device_name):
+            return name, _DENSE_BF16_PEAKS[name]
+    return None
 
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of a GPU in FLOP/s, by its reported name; None where it is not known."""
-    for name in sorted(_DENSE_BF16_PEAKS, key=len, reverse=True):
-        if re.search(rf"\b{name}\b", device_name):
-            return _DENSE_BF16_PEAKS[name]
-    return None
+    found = named_peak(device_name)
+    return found[1] if found else None
 
 
 def device_peak_flops(device: torch.device) -> float | None:

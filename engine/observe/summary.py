@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...kernels.attention import attention_backend
+from ..attention_choice import choose_attention
 from ..budget import BatchPlan
 from ..config import DataConfig, RunConfig
 from ..data.catalog import Catalog
@@ -11,7 +11,6 @@ from ..data.layout import GROUP_WINDOWS
 from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..model.architecture import Architecture
-from ..model.decoder import COMPUTE_DTYPES
 from ..parallel.mesh import mesh_shape
 from ..parallel.process_group import Ranks
 from .flops import device_peak_flops, flops_per_token
@@ -31,6 +30,7 @@ def describe_run(
     """Lines about model, ranks, step and budget; ``start`` says where the weights come from."""
     training = config.training
     replicate, shard = mesh_shape(config.parallel, ranks.world_size)
+    attention = choose_attention(config, architecture, ranks.device)
     all_pairs, causal_pairs = (flops_per_token(architecture, plan.sequence_length, halved) for halved in (False, True))
     # What arithmetic alone allows. The time that is really left is measured, and stands on the line of every step.
     peak = device_peak_flops(ranks.device)
@@ -39,8 +39,8 @@ def describe_run(
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, {start}",
         f"ranks       {ranks.world_size} ({ranks.device.type}): replicate {replicate} x shard {shard}, compute in "
-        f"{training.precision}, attention by "
-        f"{attention_backend(ranks.device.type, COMPUTE_DTYPES[training.precision])}",
+        f"{training.precision}",
+        f"attention   {attention.backend}: {attention.reason}",
         f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = {plan.tokens_per_step:,} "
         f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
         f"budget      {training.train_tokens:,} tokens = {plan.steps_for(training.train_tokens):,} steps, warm-up "

@@ -7,6 +7,8 @@ wherever ranks hold different numbers of targets.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,13 +29,43 @@ def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtyp
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    _prefetch(model, config.prefetch_blocks)
+
+
+def _prefetch(model: Decoder, count: int) -> None:
+    """Gather the parameters of the next ``count`` blocks while one computes, in the order of either pass."""
+    if count == 0:
+        return
+    blocks = cast("list[FSDPModule]", list(model.model.layers))
+    for index, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + count])
+        block.set_modules_to_backward_prefetch(blocks[max(0, index - count) : index][::-1])
+    root = cast(FSDPModule, model)
+    root.set_modules_to_forward_prefetch(blocks[:count])
+    root.set_modules_to_backward_prefetch(blocks[: -count - 1 : -1])
+
+
+def accumulate_in_fp32(model: Decoder) -> None:
+    """Let the gradients of bf16 parameters be fp32, for adding up several micro-batches; call after materializing.
+
+    FSDP casts each reduced gradient to its parameter's dtype. From the first one on, what the next ones are added to is
+    fp32.
+    """
+    for parameter in model.parameters():
+        parameter.grad_dtype = None  # of any dtype
+        parameter.register_post_accumulate_grad_hook(_widen_gradient)
+
+
+def _widen_gradient(parameter: Tensor) -> None:
+    if parameter.grad is not None and parameter.grad.dtype != torch.float32:
+        parameter.grad = parameter.grad.float()
 
 
 def reshard(model: Decoder) -> None:
     """Free the parameters that a forward pass without a backward pass has left gathered.
 
-    Until then the model shows gathered copies in the compute dtype in place of the sharded fp32 parameters, which are
-    what an optimizer steps and a checkpoint holds.
+    Until then the model shows gathered copies in the compute dtype in place of the sharded parameters, which are what
+    an optimizer steps and a checkpoint holds.
     """
     for module in _sharded_modules(model):
         module.reshard()

@@ -1,23 +1,66 @@
-"""Activation recomputation: trade a second forward pass of each block for the memory of its activations."""
+"""Activation recomputation: trade a second computation of (parts of) a block for the memory of its activations."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..config import ParallelConfig
 from ..model.decoder import Decoder
 
+_MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
+_ATTENTIONS = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_flash_attention_forward",
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::fwd",
+)
+"""Operators by name: which of them exist depends on what is installed. Attention that is computed from plain matrix
+products (aten::bmm) is not among them: its scores are what must not be kept."""
+
 
 def apply(model: Decoder, config: ParallelConfig) -> None:
-    """Let every block keep only its input and run again in the backward pass (``recompute: full``).
+    """Let every ``recompute_every``-th block keep less and compute it again in the backward pass.
 
     The block's forward is wrapped rather than the block: parameter names stay, and FSDP's gathering stays outside, so
     that parameters are gathered once for the recomputation and the backward pass.
     """
     if config.recompute == "none":
         return
-    for block in model.model.layers:
+    for block in list(model.model.layers)[:: config.recompute_every]:
         # Nothing in a block is random, so the generators' states need not be kept.
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if config.recompute == "selective":
+            num_linear = sum(isinstance(module, nn.Linear) for module in block.modules())
+            options["context_fn"] = functools.partial(_selective_contexts, num_linear)
+        block.forward = functools.partial(checkpoint, block.forward, **options)
+
+
+def _selective_contexts(num_linear: int) -> tuple[Any, Any]:
+    """The contexts of one forward pass and of its recomputation."""
+    return create_selective_checkpoint_contexts(_keep_products(num_linear))
+
+
+def _keep_products(num_linear: int) -> Callable[..., CheckpointPolicy]:
+    """Policy of one forward pass of a block with ``num_linear`` linear layers: keep the outputs of matrix products and
+    attention, which cost most to compute, but for the last product, which nothing in the block's backward pass reads.
+    """
+    products = 0
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        nonlocal products
+        name = operator.name().partition(".")[0] if isinstance(operator, torch._ops.OpOverload) else ""
+        products += name in _MATMULS
+        keep = name in _ATTENTIONS or (name in _MATMULS and products < num_linear)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy

@@ -3,23 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from linear_cross_entropy_cases import GRADIENT_TOLERANCE, make_inputs, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.kernels import linear_cross_entropy as kernel
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
-
-GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
-
-
-def make_inputs(num_tokens: int, hidden: int, vocab: int, dtype: torch.dtype, seed: int = 0):
-    """Random hidden states, head weight and targets; every third target is ignored."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden_TH = torch.randn(num_tokens, hidden, generator=generator).to(dtype)
-    weight_VH = (torch.randn(vocab, hidden, generator=generator) / hidden**0.5).to(dtype)
-    targets_T = torch.randint(0, vocab, (num_tokens,), generator=generator)
-    targets_T[1::3] = IGNORE_INDEX
-    return hidden_TH.requires_grad_(), weight_VH.requires_grad_(), targets_T
 
 
 def reference(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, upstream: float = 1.0):
@@ -28,10 +17,6 @@ def reference(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, upstream:
     loss = F.cross_entropy(hidden @ weight.t(), targets_T, ignore_index=IGNORE_INDEX, reduction="sum")
     (loss * upstream).backward()
     return loss.detach(), hidden.grad, weight.grad
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 def set_rows_per_chunk(monkeypatch: pytest.MonkeyPatch, rows: int, vocab: int) -> None:
@@ -44,7 +29,7 @@ def set_rows_per_chunk(monkeypatch: pytest.MonkeyPatch, rows: int, vocab: int) -
 )
 def test_loss_and_gradients_equal_float64(dtype, num_tokens, hidden, vocab):
     inputs = make_inputs(num_tokens, hidden, vocab, dtype)
-    loss = linear_cross_entropy(*inputs)
+    loss = linear_cross_entropy(*inputs).loss_sum
     loss.backward()
     expected_loss, expected_hidden, expected_weight = reference(*inputs)
     assert loss.dtype == torch.float32
@@ -61,7 +46,7 @@ def test_chunks_do_not_change_the_result(monkeypatch, dtype, rows):
     """37 tokens: one row a chunk, an uneven last chunk (5, 36), exactly one chunk, and a budget beyond the input."""
     inputs = make_inputs(37, 32, 97, dtype)
     set_rows_per_chunk(monkeypatch, rows, 97)
-    loss = linear_cross_entropy(*inputs)
+    loss = linear_cross_entropy(*inputs).loss_sum
     loss.backward()
     expected_loss, expected_hidden, expected_weight = reference(*inputs)
     assert abs(loss.item() - expected_loss.item()) <= 1e-4
@@ -72,12 +57,12 @@ def test_chunks_do_not_change_the_result(monkeypatch, dtype, rows):
 def test_a_budget_below_one_row_still_takes_one_row(monkeypatch):
     inputs = make_inputs(7, 8, 31, torch.float32)
     monkeypatch.setattr(kernel, "LOGIT_BYTES", 1)
-    assert abs(linear_cross_entropy(*inputs).item() - reference(*inputs)[0].item()) <= 1e-4
+    assert abs(linear_cross_entropy(*inputs).loss_sum.item() - reference(*inputs)[0].item()) <= 1e-4
 
 
 def test_all_targets_ignored():
     hidden, weight, targets = make_inputs(9, 8, 31, torch.float32)
-    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE_INDEX))
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE_INDEX)).loss_sum
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
@@ -86,7 +71,7 @@ def test_all_targets_ignored():
 
 def test_ignored_tokens_have_no_gradient_of_their_own():
     hidden, weight, targets = make_inputs(9, 8, 31, torch.float32)
-    linear_cross_entropy(hidden, weight, targets).backward()
+    linear_cross_entropy(hidden, weight, targets).loss_sum.backward()
     ignored = targets == IGNORE_INDEX
     assert ignored.any()
     assert torch.equal(hidden.grad[ignored], torch.zeros_like(hidden.grad[ignored]))
@@ -97,7 +82,7 @@ def test_ignored_tokens_have_no_gradient_of_their_own():
 def test_only_one_input_needs_a_gradient(needs):
     hidden, weight, targets = make_inputs(11, 8, 31, torch.float32)
     (weight if needs == "hidden" else hidden).requires_grad_(False)
-    linear_cross_entropy(hidden, weight, targets).backward()
+    linear_cross_entropy(hidden, weight, targets).loss_sum.backward()
     _, expected_hidden, expected_weight = reference(hidden, weight, targets)
     if needs == "hidden":
         assert weight.grad is None
@@ -111,7 +96,7 @@ def test_only_one_input_needs_a_gradient(needs):
 def test_upstream_gradient_scales_in_float32(upstream):
     _, expected_hidden, expected_weight = reference(*make_inputs(11, 8, 31, torch.float32), upstream=upstream)
     inputs = make_inputs(11, 8, 31, torch.float32)
-    (linear_cross_entropy(*inputs) * upstream).backward()
+    (linear_cross_entropy(*inputs).loss_sum * upstream).backward()
     for actual, expected in ((inputs[0].grad, expected_hidden), (inputs[1].grad, expected_weight)):
         assert (actual - expected).norm() <= 1e-5 * expected.norm()
 
@@ -120,7 +105,7 @@ def test_upstream_gradient_is_not_rounded_to_the_inputs_dtype():
     """1.3008 lies between two bf16 numbers: rounded, it would scale every gradient of a step by the same 0.3 %."""
     upstream = 1.3008
     inputs = make_inputs(64, 64, 211, torch.bfloat16)
-    (linear_cross_entropy(*inputs) * upstream).backward()
+    (linear_cross_entropy(*inputs).loss_sum * upstream).backward()
     _, expected_hidden, expected_weight = reference(*inputs, upstream=upstream)
     for actual, expected in ((inputs[0].grad, expected_hidden), (inputs[1].grad, expected_weight)):
         # The least-squares factor between the two: rounding errors of single elements average out of it.
@@ -132,9 +117,9 @@ def test_upstream_gradient_is_not_rounded_to_the_inputs_dtype():
 def test_no_grad_gives_the_same_loss_and_no_graph():
     inputs = make_inputs(37, 32, 97, torch.float32)
     with torch.no_grad():
-        loss = linear_cross_entropy(*inputs)
+        loss = linear_cross_entropy(*inputs).loss_sum
     assert not loss.requires_grad
-    assert torch.equal(loss, linear_cross_entropy(*inputs).detach())
+    assert torch.equal(loss, linear_cross_entropy(*inputs).loss_sum.detach())
 
 
 class MatrixProducts(TorchDispatchMode):
@@ -145,7 +130,7 @@ class MatrixProducts(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
         return func(*args, **(kwargs or {}))
 
 
@@ -159,7 +144,7 @@ def test_only_the_gradients_that_are_needed_are_computed(gradients, needs_hidden
     hidden.requires_grad_(needs_hidden)
     weight.requires_grad_(needs_weight)
     with torch.set_grad_enabled(gradients), MatrixProducts() as counter:
-        loss = linear_cross_entropy(hidden, weight, targets)
+        loss = linear_cross_entropy(hidden, weight, targets).loss_sum
         if gradients:
             loss.backward()
     assert counter.count == products
@@ -169,37 +154,37 @@ def test_huge_logits_stay_finite():
     hidden, weight, targets = make_inputs(5, 4, 11, torch.float32)
     with torch.no_grad():
         hidden.mul_(1e4)
-    loss = linear_cross_entropy(hidden, weight, targets)
+    loss = linear_cross_entropy(hidden, weight, targets).loss_sum
     loss.backward()
     expected_loss, expected_hidden, _ = reference(hidden, weight, targets)
     assert abs(loss.item() / expected_loss.item() - 1) <= 1e-5
     assert relative_error(hidden.grad, expected_hidden) <= 1e-5
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the size in bytes of the largest storage that any operator returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-        return result
+def peak_bytes(profile: torch.profiler.profile) -> int:
+    """Most memory that the allocator had given out at once, beyond what it had at the start."""
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    total = peak = 0
+    for event in events:
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_memory_promise(monkeypatch, dtype, gradients):
-    """Nothing larger than the logit budget is ever allocated, while whole logits would be 32 times that."""
-    num_tokens, hidden, vocab, rows = 256, 2, 512, 8
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_memory_promise(monkeypatch, dtype, gradients, softcap):
+    """All allocations at once stay within the logit budget (and a tenth of it, for all that is not logits), while whole
+    logits would be 32 times that."""
+    num_tokens, hidden, vocab, rows = 1024, 2, 4096, 32
     inputs = make_inputs(num_tokens, hidden, vocab, dtype)
     set_rows_per_chunk(monkeypatch, rows, vocab)
-    with torch.set_grad_enabled(gradients), LargestTensor() as largest:
-        loss = linear_cross_entropy(*inputs)
+    # Whole weights: an fp32 copy of bf16 weights, the gradient's sum in fp32, and both gradients as they are returned.
+    weights = vocab * hidden * (4 + 4 + 4) if gradients else vocab * hidden * 4
+    with torch.set_grad_enabled(gradients), torch.profiler.profile(profile_memory=True) as profile:
+        loss = linear_cross_entropy(*inputs, logit_softcap=softcap, backend="chunked").loss_sum
         if gradients:
             loss.backward()
-    assert largest.bytes == rows * vocab * 4
+    assert rows * vocab * 4 * 0.9 <= peak_bytes(profile) <= rows * vocab * 4 * 1.1 + weights

@@ -67,9 +67,9 @@ def format_report(results: Results, machine: dict[str, object]) -> str:
         f"{corpus.path.name}: {corpus.documents:,} documents, {corpus.text_bytes / 1e6:,.1f} MB of text; "
         f"{results.workers} workers; " + ", ".join(f"{name} {value}" for name, value in machine.items()),
         "",
-        *_table(["", "MB/CPU-s", "MB/s", "peak memory"], _speed_rows(results, found)),
+        *table(["", "MB/CPU-s", "MB/s", "peak memory"], _speed_rows(results, found)),
         "",
-        *_table(["", "found", "wanted"], _ratio_rows(found)),
+        *table(["", "found", "wanted"], _ratio_rows(found)),
     ]
     if results.memory:
         rows = [
@@ -83,7 +83,7 @@ def format_report(results: Results, machine: dict[str, object]) -> str:
             ]
             for use in results.memory
         ]
-        lines += ["", *_table(["memory", "text", "wall time", "peak", "with mapped files", "allowed"], rows)]
+        lines += ["", *table(["memory", "text", "wall time", "peak", "with mapped files", "allowed"], rows)]
     return "\n".join([*lines, "", *(f"checked: {check}" for check in results.checks)])
 
 
@@ -120,7 +120,7 @@ def _number(found: dict[str, float], name: str, digits: int) -> str:
     return f"{found[name]:.{digits}f}" if name in found else "corpus too small"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table, the columns after the first aligned to the right."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
 

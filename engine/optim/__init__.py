@@ -1,24 +1,37 @@
-"""AdamW with decay and no-decay groups, and clipping of the global gradient norm."""
+"""AdamW with decay and no-decay groups, its states' dtype, and clipping of the global gradient norm."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
-from .config import OptimizerConfig
+from ..config import OptimizerConfig
+from .adamw import CompactAdamW
+from .clipping import clip_grad_norm
+
+__all__ = ["STATE_DTYPES", "allocate_states", "build_optimizer", "clip_grad_norm", "set_learning_rate"]
+
+STATE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Dtype of both moments, by ``optimizer.state_dtype``."""
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101); vectors (norms, biases) do not decay."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101); vectors (norms, biases) do not decay.
+
+    Args:
+        model: of fp32 or bf16 parameters.
+        config: rates and decays.
+        seed: of the stochastic rounding, where weights or states are bf16.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+    rate, betas = config.learning_rate, (config.beta1, config.beta2)
+    if {STATE_DTYPES[config.state_dtype], *(parameter.dtype for parameter in parameters)} == {torch.float32}:
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.eps, fused=True)
+    return CompactAdamW(groups, STATE_DTYPES[config.state_dtype], seed, lr=rate, betas=betas, eps=config.eps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -42,19 +55,3 @@ def allocate_states(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-@torch.no_grad()
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients so that their global L2 norm is at most ``max_norm`` (0: leave them), without a host sync.
-
-    Returns:
-        [] fp32, the norm over all parameters and ranks before clipping.
-    """
-    parameters = list(model.parameters())
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm

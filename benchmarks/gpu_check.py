@@ -1,0 +1,238 @@
+"""Everything that needs a GPU, in two runs of at most ten minutes: ``make gpu-check PART=1``, then ``PART=2``.
+
+    pip install --no-deps --no-build-isolation -e .
+    pip install --no-deps jsonargparse docstring-parser typeshed-client zstandard xxhash
+    python benchmarks/gpu_check.py --part 1 --output gpu_check
+    python benchmarks/gpu_check.py --part 2 --output gpu_check
+
+Part 1: the tests marked ``gpu``, and the kernels beside their peers at the sizes of Qwen2.5 0.5B and 7B. Part 2: the
+training step of both models beside the peers that are installed. Every stage is a process with a time limit of its own;
+one that fails does not stop the others. Outputs, and the summaries summary_part1.md and .json, go to --output. Ends
+nonzero when a check of correctness failed: a test, a kernel outside its bounds, an engine of ours that does not run.
+``--dry-run`` runs the same stages in tiny sizes on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PART_SECONDS = 570.0
+"""All stages of a part end by then, whatever their own limits sum to."""
+RECENT = 4000
+"""Characters of a stage's output that its summary shows at most."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command with its time limit."""
+
+    name: str
+    command: list[str]
+    limit_seconds: float
+    checks: bool
+    """Whether its failure is one of correctness."""
+    benign_codes: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage."""
+
+    name: str
+    command: str
+    seconds: float
+    exit_code: int | None
+    """None: stopped at its time limit, or not started."""
+    state: str
+    """ok, failed, timed out, no time left."""
+    checks: bool
+    tail: str
+    """The end of what it printed."""
+
+
+def stages(part: int, output: Path, dry_run: bool) -> list[Stage]:
+    """The stages of a part, the ones that matter most first."""
+    python = sys.executable
+    size = "tiny" if dry_run else "issue"
+    device = "cpu" if dry_run else "cuda"
+
+    def kernels(name: str, limit: float, *options: str) -> Stage:
+        command = [python, "tools/benchmark_kernels.py", "--sizes", size, "--device", device, "--kernels", name]
+        stem = output / f"kernels_{name.replace(',', '-')}"
+        files = ["--json", f"{stem}.json", "--plot", f"{stem}.png"]
+        command += ["--time-limit", str(limit * 0.7), *files, *options]
+        return Stage(f"kernels: {name}", command + (["--no-compile", "--seconds", "0"] if dry_run else []), limit, True)
+
+    def step(name: str, limit: float, *options: str) -> Stage:
+        command = [python, "benchmarks/peers.py", "--device", device, "--json", str(output / f"step_{name}.json")]
+        tiny = ["--layers=2", "--hidden=64", "--vocab=300", "--batch=2", "--sequence=32", "--warmup=1", "--steps=2"]
+        # A peer that fails is no failure of ours: what ours did is judged from the file.
+        return Stage(
+            f"step: {name}",
+            command + ([*tiny, "--threads=1", "--engines=retemper,trainer"] if dry_run else list(options)),
+            limit,
+            False,
+        )
+
+    if part == 1:
+        # Files without such a test are left out: what they import need not be installed on a GPU machine.
+        files = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text("utf-8")]
+        names = sorted(str(path.relative_to(ROOT)) for path in files)
+        tests = [python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *names]
+        # 5: no test is marked so, or none was left after deselection.
+        check = Stage("tests", tests, 200, True, benign_codes=(0, 5) if dry_run else (0,))
+        return [
+            Stage("machine", [python, "-c", MACHINE], 60, False),
+            check,
+            kernels("linear_cross_entropy", 190),
+            kernels("attention", 100),
+            kernels("rms_norm,rope,swiglu", 80),
+        ]
+    # The last --engines of each stage is one that was first: how far the machine drifts.
+    small = ["--model", "qwen2.5-0.5b", "--batch", "4", "--sequence", "4096", "--precision", "bf16"]
+    small += ["--warmup", "10", "--steps", "30", "--time-limit", "75"]
+    large = ["--model", "qwen2.5-7b", "--batch", "2", "--sequence", "4096", "--precision", "bf16-states", "--recompute"]
+    large += ["--warmup", "3", "--steps", "8", "--time-limit", "85"]
+    order = "retemper,trainer,trainer+liger,litgpt+compile,trainer+compile"
+    again = "retemper"
+    return [
+        Stage("machine", [python, "-c", MACHINE], 60, False),
+        step("qwen2.5-0.5b", 260, *small, "--engines", order),
+        step("qwen2.5-7b", 200, *large, "--engines", "retemper,trainer,trainer+liger"),
+        step("qwen2.5-0.5b-again", 60, *small, "--engines", again),
+    ]
+
+
+MACHINE = """
+import platform, subprocess, torch
+print(platform.platform(), 'python', platform.python_version(), 'torch', torch.__version__)
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0))
+    a, b = (torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16) for _ in range(2))
+    x = torch.randn(2**30, device='cuda')
+    y = torch.empty_like(x)
+    def milliseconds(call, repeats):
+        for _ in range(3): call()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats): call()
+        end.record(); torch.cuda.synchronize()
+        return start.elapsed_time(end) / repeats
+    t = milliseconds(lambda: a @ b, 20)
+    print(f'bf16 matrix product 8192^3, random: {2 * 8192**3 / t / 1e9:.0f} TFLOP/s')
+    t = milliseconds(lambda: y.copy_(x), 20)
+    print(f'copy, read + written: {8 * 2**30 / t / 1e9:.2f} TB/s')
+    t = milliseconds(lambda: a @ b, 2000)
+    print(f'bf16 matrix product, sustained: {2 * 8192**3 / t / 1e9:.0f} TFLOP/s')
+    query = 'clocks.sm,clocks.mem,power.draw,temperature.gpu'
+    print(subprocess.run(['nvidia-smi', '--query-gpu=' + query, '--format=csv'], capture_output=True, text=True).stdout)
+"""
+"""Reads clocks and power, and the two ceilings: a large product and a large copy. Changes no setting."""
+
+
+def run_stage(stage: Stage, output: Path, seconds_left: float) -> Outcome:
+    """Run a stage in a process group of its own and keep what it prints in a file."""
+    command = shlex.join(stage.command)
+    limit = min(stage.limit_seconds, seconds_left)
+    if limit < 5:
+        return Outcome(stage.name, command, 0.0, None, "no time left", stage.checks, "")
+    log = output / (stage.name.replace(": ", "_").replace(",", "-") + ".log")
+    started = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            # The stage and whatever it started: nothing may go on beside the next stage.
+            _end_group(process)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    state = "timed out" if code is None else "ok" if code in stage.benign_codes else "failed"
+    return Outcome(stage.name, command, time.monotonic() - started, code, state, stage.checks, text[-RECENT:])
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def our_step_problem(stage_name: str, output: Path) -> str | None:
+    """Why our engine's row of a step stage is not there; None where it is."""
+    path = output / f"step_{stage_name.removeprefix('step: ')}.json"
+    if not path.exists():
+        return "no result was written"
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    ours = [row for row in rows if row["engine"] == "retemper"]
+    return None if ours and "rate" in ours[0] else f"retemper: {ours[0].get('problem') if ours else 'not run'}"
+
+
+def summary(part: int, outcomes: Sequence[Outcome], problems: Sequence[str]) -> str:
+    """Markdown: what passed, what did not, and the end of each stage's output."""
+    lines = [f"# GPU check, part {part}", "", "| stage | state | seconds |", "| --- | --- | ---: |"]
+    lines += [f"| {outcome.name} | {outcome.state} | {outcome.seconds:.0f} |" for outcome in outcomes]
+    lines += ["", *(f"- FAILED: {problem}" for problem in problems)]
+    if not problems:
+        lines.append("All checks of correctness passed.")
+    for outcome in outcomes:
+        lines += ["", f"## {outcome.name}", "", f"`{outcome.command}`", "", "```", outcome.tail.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a part; 0 when every check of correctness passed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", type=int, choices=[1, 2], required=True)
+    parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="for all stages (default: %(default)g)")
+    options = parser.parse_args(arguments)
+    if not options.dry_run:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("gpu-check needs a CUDA GPU, and PyTorch sees none on this machine; --dry-run tries the stages here")
+            return 1
+    output = options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    started, outcomes, problems = time.monotonic(), [], []
+    for stage in stages(options.part, output, options.dry_run):
+        if stage.name.startswith("step: "):
+            # An old figure must not stand for a run that wrote none.
+            (output / f"step_{stage.name.removeprefix('step: ')}.json").unlink(missing_ok=True)
+        outcome = run_stage(stage, output, options.seconds - (time.monotonic() - started))
+        outcomes.append(outcome)
+        print(f"{outcome.name}: {outcome.state}, {outcome.seconds:.0f} s", flush=True)
+        if stage.checks and outcome.state != "ok":
+            problems.append(f"{stage.name}: {outcome.state}")
+        if stage.name.startswith("step: ") and (problem := our_step_problem(stage.name, output)):
+            problems.append(f"{stage.name}: {problem}")
+        # Written after every stage, so that a machine that is taken away leaves what there was.
+        record = {"part": options.part, "date": datetime.now(timezone.utc).isoformat(), "problems": problems}
+        record["stages"] = [asdict(outcome) for outcome in outcomes]
+        name = f"summary_part{options.part}"
+        (output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (output / f"{name}.md").write_text(summary(options.part, outcomes, problems), encoding="utf-8")
+    print((output / f"summary_part{options.part}.md").read_text(encoding="utf-8")[-6000:])
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""transformers' Trainer: as it is, with torch.compile, and with Liger's kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import Trainer as HuggingFaceTrainer
+
+from .job import Clock, Job, draw
+
+
+class TimedTrainer(HuggingFaceTrainer):
+    """The Trainer, reading its samples in order and telling its losses."""
+
+    loss: torch.Tensor
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        self.loss = super().training_step(*arguments, **keywords)
+        return self.loss
+
+
+class _Timer(TrainerCallback):
+    def __init__(self, trainer: TimedTrainer, clock: Clock):
+        self.trainer, self.clock = trainer, clock
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.clock.ready()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.clock.step_done(self.trainer.loss)
+
+
+def run(job: Job, engine: str) -> dict[str, Any]:
+    """Train and measure. ``engine``: trainer, trainer+compile, trainer+liger."""
+    options = {key: value for key, value in job.architecture.items() if key != "model_type"}
+    config = AutoConfig.for_model(job.architecture["model_type"], **options)
+    config.use_cache = False
+    dtype = torch.bfloat16 if job.precision == "bf16-states" else torch.float32
+    with torch.device(job.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(draw(name, parameter.shape, job))
+    arguments = TrainingArguments(
+        output_dir=str(Path(job.folder) / "trainer"),
+        per_device_train_batch_size=job.batch_size,
+        max_steps=job.total_steps,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=job.weight_decay,
+        adam_beta1=job.beta1,
+        adam_beta2=job.beta2,
+        adam_epsilon=job.eps,
+        max_grad_norm=job.clip_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=job.precision == "bf16",
+        use_cpu=job.device == "cpu",
+        gradient_checkpointing=job.recompute,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if job.recompute else None,
+        torch_compile=engine == "trainer+compile",
+        use_liger_kernel=engine == "trainer+liger",
+        # In the Trainer's favour: nothing is logged, and no step waits to look for NaN.
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=job.seed,
+    )
+    rows = torch.from_numpy(job.batches()).flatten(0, 1)
+    # Each sample is a document: the model shifts the labels, so the last token of each has no target, as in ours.
+    dataset = [{"input_ids": row, "labels": row} for row in rows]
+    clock = Clock(job)
+    trainer = TimedTrainer(model=model, args=arguments, train_dataset=dataset)
+    trainer.add_callback(_Timer(trainer, clock))
+    trainer.train()
+    return clock.record()

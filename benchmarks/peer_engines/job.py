@@ -1,0 +1,175 @@
+"""What every engine is told to do, how its steps are timed, and the random weights that all engines start from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+BATCHES_FILE = "batches.npy"
+"""[steps, B, S] int64 token ids, in the order in which every engine reads them."""
+DATASET = "tokens"
+"""Prefix of the same tokens as a dataset: each window of S tokens is one document."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. Every engine gets the same, in a fresh process."""
+
+    folder: str
+    """Holds the data, and takes what the engine writes."""
+    architecture: dict[str, Any]
+    """Hugging Face ``config.json``."""
+    batch_size: int
+    sequence_length: int
+    warmup_steps: int
+    """Steps before the clock starts."""
+    steps: int
+    """Steps that are timed."""
+    device: str
+    """cpu or cuda."""
+    precision: str
+    """fp32; bf16: fp32 weights and states, bf16 arithmetic; bf16-states: weights, gradients and AdamW's moments too."""
+    recompute: bool = False
+    """Keep each block's input only, and run the block again in the backward pass."""
+    seed: int = 1234
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad_norm: float = 1.0
+    ours: dict[str, Any] = field(default_factory=dict)
+    """Further settings of this repository's engine, by dotted key of its config."""
+
+    @property
+    def total_steps(self) -> int:
+        """Warm-up and timed steps."""
+        return self.warmup_steps + self.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one batch."""
+        return self.batch_size * self.sequence_length
+
+    def batches(self) -> npt.NDArray[np.int64]:
+        """[steps, B, S] token ids."""
+        return np.load(Path(self.folder) / BATCHES_FILE)
+
+    def write(self, path: Path) -> None:
+        """Keep as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """What :meth:`write` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+class Clock:
+    """Wall and CPU time of the timed steps, peak memory, and the losses.
+
+    A GPU is waited for when the clock starts and stops only, so that an engine's run-ahead stays its own. Peak memory
+    is of all steps from the first one, without the building of the model: what PyTorch allocated on a GPU, resident
+    memory of the process on a CPU.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.losses: list[Tensor | float] = []
+        self._times: list[float] = []
+        self._cpu: list[float] = []
+
+    def ready(self) -> None:
+        """Model and data are built, the first step comes."""
+        self._memory_resets = _reset_peak(self.job.device)
+        self._built = time.perf_counter()
+
+    def step_done(self, loss: Tensor | float) -> None:
+        """One optimizer step is over (or queued); ``loss`` is the mean over its targets before the update."""
+        self.losses.append(loss)
+        done = len(self.losses)
+        if self.job.device == "cuda" and done in (self.job.warmup_steps, self.job.total_steps):
+            torch.cuda.synchronize()
+        self._times.append(time.perf_counter())
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        self._cpu.append(usage.ru_utime + usage.ru_stime)
+        if done == self.job.total_steps:
+            self._peak = _peak_bytes(self.job.device)
+
+    def record(self) -> dict[str, Any]:
+        """What was measured."""
+        first = self.job.warmup_steps - 1
+        assert len(self._times) == self.job.total_steps and first >= 0
+        seconds, cpu = self._times[-1] - self._times[first], self._cpu[-1] - self._cpu[first]
+        laps = np.diff(self._times[first:])
+        tokens = self.job.steps * self.job.tokens_per_step
+        record = {
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_cpu_second": tokens / cpu,
+            "warmup_seconds": self._times[first] - self._built,
+            "peak_bytes": self._peak,
+            "peak_is_of_steps": self._memory_resets,
+            "losses": [float(loss) for loss in self.losses],
+        }
+        if self.job.device == "cpu":
+            # On a GPU only the sum of all steps is known.
+            record["step_seconds"] = laps.tolist()
+            record["tokens_per_second_median"] = self.job.tokens_per_step / float(np.median(laps))
+        return record
+
+
+def _reset_peak(device: str) -> bool:
+    """Begin a new peak; False where the kernel does not let a process do that, and the peak is of its whole life."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def draw(name: str, shape: torch.Size, job: Job) -> Tensor:
+    """Initial fp32 values of the parameter with Hugging Face's name ``name``: the same in every engine.
+
+    Drawn where the model is, since the host would take a minute for 7 billion of them.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape, device=job.device)
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, device=job.device)
+    # Streams of names may overlap in theory only: the seed is 63 bits of the name's bytes.
+    seed = (int.from_bytes(name.encode(), "little") * 1_000_003 + job.seed) % (2**63 - 25)
+    generator = torch.Generator(job.device).manual_seed(seed)
+    std = job.architecture.get("initializer_range", 0.02)
+    return torch.empty(shape, device=job.device).normal_(0.0, std, generator=generator)
+
+
+def optimizer_groups(model: nn.Module, job: Job) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: matrices decay, vectors do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": job.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,338 @@
+"""The training step beside its peers': the same model, weights, tokens and AdamW settings, one engine after another.
+
+    pip install --no-deps accelerate litgpt lightning lightning-utilities torchmetrics liger-kernel
+    python benchmarks/peers.py --layers 4 --hidden 256 --vocab 32000 --batch 4 --sequence 512 --precision fp32
+    python benchmarks/peers.py --model qwen2.5-0.5b --batch 4 --sequence 4096 --precision bf16
+
+Every engine runs in a fresh process: transformers' Trainer (as it is, with torch.compile, with Liger's kernels),
+LitGPT's pretraining step, and this repository's trainer. An engine whose losses are not those of ours has not done the
+same work, and its row is refused. Peers that are not installed are named. Writes all that was measured with --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peer_engines.job import BATCHES_FILE, DATASET, Job
+
+OURS = "retemper"
+NEEDS = {
+    "trainer": ("transformers", "accelerate"),
+    "trainer+compile": ("transformers", "accelerate"),
+    "trainer+liger": ("transformers", "accelerate", "liger_kernel"),
+    "litgpt": ("litgpt", "lightning"),
+    "litgpt+compile": ("litgpt", "lightning"),
+    OURS: (),
+}
+"""Modules that each engine is made of, by their import names."""
+QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}
+MODELS = {
+    # Hugging Face config.json of Qwen/Qwen2.5-0.5B and Qwen/Qwen2.5-7B
+    "qwen2.5-0.5b": {
+        **QWEN2,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {
+        **QWEN2,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2, "bf16-states": 2e-2}
+"""How far the first loss may be from ours, in nats. Rounding of the arithmetic named; another model is off by more."""
+LAST_TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2, "bf16-states": 1e-1}
+"""The same of the last loss: rounding has grown over the updates, another optimizer setting shows more."""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=[*MODELS, "small"], default="small", help="small: Qwen2 of the sizes below")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a step (default: %(default)s)")
+    parser.add_argument("--sequence", type=int, default=512, help="tokens in a sequence (default: %(default)s)")
+    parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32", help="see peer_engines/job.py")
+    parser.add_argument("--recompute", action="store_true", help="every engine recomputes its blocks")
+    parser.add_argument("--warmup", type=int, default=3, metavar="STEPS", help="steps before the clock starts")
+    parser.add_argument("--steps", type=int, default=10, help="steps that are timed (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each engine runs; medians are compared")
+    parser.add_argument("--threads", type=int, help="PyTorch's threads in every engine (default: PyTorch's choice)")
+    parser.add_argument("--engines", default="all", help=f"of {','.join(NEEDS)} (default: all that can run)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--ours", action="append", default=[], metavar="KEY=VALUE", help="a setting of our config; VALUE is JSON"
+    )
+    parser.add_argument("--time-limit", type=float, default=600.0, metavar="S", help="of one engine's process")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def architecture(options: argparse.Namespace) -> dict[str, Any]:
+    """Hugging Face config of the model that is asked for."""
+    if options.model in MODELS:
+        return MODELS[options.model]
+    heads = max(1, options.hidden // 64)
+    return {
+        **QWEN2,
+        "hidden_size": options.hidden,
+        "intermediate_size": options.hidden * 8 // 3 // 64 * 64,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
+        "vocab_size": options.vocab,
+        "tie_word_embeddings": True,
+    }
+
+
+def why_not(engine: str, device: str) -> str | None:
+    """Why an engine cannot run here; None where it can."""
+    missing = [name for name in NEEDS[engine] if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{', '.join(missing)} is not installed"
+    if engine == "trainer+liger" and device == "cpu":
+        return "Liger's kernels need a GPU"
+    return None
+
+
+def make_data(job: Job) -> None:
+    """Random tokens of Zipf's law as a dataset, and the same in the order in which our sampler reads them."""
+    from peer_engines.ours import configure
+
+    from retemper.engine.budget import plan_batches
+    from retemper.engine.data.catalog import open_catalog
+    from retemper.engine.data.dataset_writer import IndexedDatasetWriter
+    from retemper.engine.data.loader import TrainingData
+
+    vocab_size = job.architecture["vocab_size"]
+    generator = np.random.default_rng(job.seed)
+    prefix = str(Path(job.folder) / DATASET)
+    with IndexedDatasetWriter(prefix, np.int32) as writer:
+        # One sample more than is read, since a window's targets reach one token beyond it.
+        for _ in range(job.total_steps * job.batch_size + 1):
+            writer.add_document(generator.zipf(1.2, job.sequence_length).clip(1, vocab_size) - 1)
+    config = configure(job)
+    plan = plan_batches(config.training, 1)
+    catalog = open_catalog(config.data, plan, vocab_size, None, config.seed)
+    data = TrainingData(catalog.train, catalog.sample_order(config.seed), plan, 0, vocab_size, False)
+    first_samples = range(0, job.total_steps * job.batch_size, job.batch_size)
+    batches = [data.micro_batches(first)[0].tokens.numpy() for first in first_samples]
+    shape = (job.total_steps, job.batch_size, job.sequence_length)
+    np.save(Path(job.folder) / BATCHES_FILE, np.stack(batches).reshape(shape))
+
+
+def run_engine(engine: str, job_path: Path, time_limit: float, threads: int | None) -> dict[str, Any]:
+    """The record of one engine's run in a fresh process, or why there is none."""
+    started = time.perf_counter()
+    command = [sys.executable, __file__, "--engine", engine, "--job", str(job_path)]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=time_limit, check=False, env=environment)
+    except subprocess.TimeoutExpired:
+        return {"engine": engine, "problem": f"not done after {time_limit:g} s"}
+    result = job_path.with_name("result.json")
+    if done.returncode or not result.exists():
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        return {"engine": engine, "problem": lines[-1][:300] if lines else f"exit code {done.returncode}", "log": lines}
+    record = json.loads(result.read_text(encoding="utf-8"))
+    result.unlink()
+    return {"engine": engine, **record, "process_seconds": time.perf_counter() - started}
+
+
+def run_here(engine: str, job: Job) -> None:
+    """Run one engine in this process and leave its record beside the job."""
+    if engine == OURS:
+        from peer_engines.ours import run
+    elif engine.startswith("litgpt"):
+        from peer_engines.litgpt_step import run
+    else:
+        from peer_engines.hugging_face import run
+    record = run(job, engine)
+    (Path(job.folder) / "result.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def refuse_different(runs: list[dict[str, Any]], precision: str) -> None:
+    """Mark the runs whose first or last loss is not that of our first run: they have not done the same work."""
+    ours = next((run for run in runs if run["engine"] == OURS and "losses" in run), None)
+    for run in runs:
+        if ours is None or "losses" not in run:
+            continue
+        first, last = (abs(run["losses"][i] - ours["losses"][i]) for i in (0, -1))
+        run["first_loss_difference"], run["last_loss_difference"] = first, last
+        # Written so that a loss that is not a number is refused.
+        if not (first <= TOLERANCE[precision] and last <= LAST_TOLERANCE[precision]):
+            run["problem"] = (
+                f"refused: losses {run['losses'][0]:.5f} .. {run['losses'][-1]:.5f}, "
+                f"ours {ours['losses'][0]:.5f} .. {ours['losses'][-1]:.5f}"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each engine, in the order of the runs: medians over its rounds, and what ours is beside it."""
+    rows: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        row = rows.setdefault(run["engine"], {"engine": run["engine"], "runs": []})
+        row["runs"].append(run)
+    keys = ("tokens_per_second", "tokens_per_cpu_second", "peak_bytes", "warmup_seconds")
+    for row in rows.values():
+        problems = [run["problem"] for run in row["runs"] if "problem" in run]
+        if problems:
+            row["problem"] = problems[0]
+            continue
+        # Of one process the median step counts where it is known: other work on the machine slows some steps.
+        for run in row["runs"]:
+            run["rate"] = run.get("tokens_per_second_median", run["tokens_per_second"])
+        row.update({key: statistics.median(run[key] for run in row["runs"]) for key in keys})
+        row["rate"] = statistics.median(run["rate"] for run in row["runs"])
+        row["spread"] = [min(run["rate"] for run in row["runs"]), max(run["rate"] for run in row["runs"])]
+        row["loss"] = row["runs"][0]["losses"][0]
+    ours = rows.get(OURS)
+    for row in rows.values():
+        if ours and "rate" in ours and "rate" in row:
+            row["ours_times_as_fast"] = ours["rate"] / row["rate"]
+            row["ours_memory_share"] = ours["peak_bytes"] / row["peak_bytes"]
+    return list(rows.values())
+
+
+def table(rows: list[dict[str, Any]], missing: dict[str, str]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| engine | tokens/s | spread over rounds | tokens per CPU-s | peak memory | first loss "
+        "| ours: times as fast | ours: share of memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        if "rate" not in row:
+            lines.append(f"| {row['engine']} | {row['problem']} | | | | | | |")
+            continue
+        low, high = row["spread"]
+        ratio, share = row.get("ours_times_as_fast"), row.get("ours_memory_share")
+        lines.append(
+            f"| {row['engine']} | {row['rate']:,.0f} | {low:,.0f} .. {high:,.0f} "
+            f"| {row['tokens_per_cpu_second']:,.0f} | {row['peak_bytes'] / 2**20:,.0f} MiB | {row['loss']:.4f} "
+            f"| {'' if ratio is None else f'{ratio:.2f}'} | {'' if share is None else f'{share:.2f}'} |"
+        )
+    lines += [f"| {engine} | not run: {reason} | | | | | | |" for engine, reason in missing.items()]
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    versions: dict[str, str | None] = {}
+    for name in ("torch", "triton", "transformers", "accelerate", "litgpt", "lightning", "liger-kernel", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "date": date.today().isoformat(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all engines and print the table; 0 when none that could run has failed or was refused."""
+    options = parse_arguments(arguments)
+    if options.engine:
+        run_here(options.engine, Job.read(options.job))
+        return 0
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = list(NEEDS) if options.engines == "all" else options.engines.split(",")
+    unknown = sorted(set(asked) - set(NEEDS))
+    if unknown:
+        sys.exit(f"--engines {','.join(unknown)}: there are {', '.join(NEEDS)}")
+    if min(options.warmup, options.steps, options.rounds) < 1:
+        sys.exit("--warmup, --steps and --rounds are at least 1: the first step compiles and allocates")
+    missing = {engine: reason for engine in asked if (reason := why_not(engine, device))}
+    engines = [engine for engine in asked if engine not in missing]
+    runs: list[dict[str, Any]] = []
+    command = shlex.join(["python", "benchmarks/peers.py", *(arguments or sys.argv[1:])])
+    record: dict[str, Any] = {"command": command, "machine": machine(), "missing": missing}
+
+    def report() -> list[dict[str, Any]]:
+        """What there is so far; written after every engine, so that a run that is ended keeps its figures."""
+        refuse_different(runs, options.precision)
+        rows = summarize(runs)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        return rows
+
+    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+        job = Job(
+            folder=folder,
+            architecture=architecture(options),
+            batch_size=options.batch,
+            sequence_length=options.sequence,
+            warmup_steps=options.warmup,
+            steps=options.steps,
+            device=device,
+            precision=options.precision,
+            recompute=options.recompute,
+            ours={key: json.loads(value) for key, _, value in (text.partition("=") for text in options.ours)},
+        )
+        job_path = Path(folder) / "job.json"
+        job.write(job_path)
+        make_data(job)
+        record |= {"job": {**vars(job), "folder": None}, "threads": options.threads or torch.get_num_threads()}
+        for _ in range(options.rounds):
+            for engine in engines:
+                runs.append(run_engine(engine, job_path, options.time_limit, options.threads))
+                last = runs[-1]
+                rate = last.get("problem") or f"{last['tokens_per_second']:,.0f} tokens/s"
+                print(f"{engine}: {rate}", file=sys.stderr, flush=True)
+                report()
+    rows = report()
+    print(table(rows, missing))
+    return 1 if any("rate" not in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Which attention backend a run uses: what the configuration and the model mean to the kernels' own choice."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels.attention import Choice, UnusableBackend, choose_attention_backend
+from .config import RunConfig
+from .errors import UserError
+from .model.architecture import Architecture
+from .model.decoder import COMPUTE_DTYPES
+
+
+def choose_attention(config: RunConfig, architecture: Architecture, device: torch.device) -> Choice:
+    """The attention backend of a run, and why.
+
+    Raises:
+        UserError: ``training.attention_backend`` names one that cannot work here.
+    """
+    # A window that no document outgrows is none.
+    longest = config.training.sequence_length
+    windows = [None if window is None or window >= longest else window for window in architecture.sliding_windows]
+    try:
+        return choose_attention_backend(
+            config.training.attention_backend,
+            device,
+            COMPUTE_DTYPES[config.training.precision],
+            architecture.head_dim,
+            windows=windows,
+            equal_lengths=config.data.attend_across_documents,
+        )
+    except UnusableBackend as error:
+        raise UserError(f"training.attention_backend: {error}") from None

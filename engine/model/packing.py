@@ -1,0 +1,43 @@
+"""Where the documents of a packed sequence lie, and what the attention needs to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...kernels.attention import VARIABLE_LENGTH, AttentionPlan, pad_offsets, plan_attention
+
+
+class Packing(NamedTuple):
+    """The documents of a packed sequence of T tokens."""
+
+    position_ids: Tensor
+    """[T] int64, position of each token in its document."""
+    cu_seqlens: Tensor
+    """[documents + 1] int32, first 0, last T. Documents of no tokens may stand behind the others."""
+    max_seqlen: int
+    """Length of the longest document."""
+    attention: AttentionPlan | None = None
+    """The backend and what it needs; None for what ``auto`` gives where the tensors are."""
+
+
+def plan_packing(
+    position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, windows: Iterable[int | None]
+) -> Packing:
+    """A packing whose attention waits for no device.
+
+    Args:
+        position_ids: [T] int64 on the device of the model.
+        cu_seqlens: [documents + 1] int32 in host memory.
+        max_seqlen: length of the longest document.
+        backend: what ``choose_attention`` gave.
+        windows: the windows of the model's layers.
+    """
+    device = position_ids.device
+    plan = plan_attention(backend, cu_seqlens, windows, device)
+    offsets = pad_offsets(cu_seqlens) if backend in VARIABLE_LENGTH else cu_seqlens
+    if device.type == "cuda":
+        offsets = offsets.pin_memory().to(device, non_blocking=True)
+    return Packing(position_ids, offsets, max_seqlen, plan)

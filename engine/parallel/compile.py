@@ -1,0 +1,53 @@
+"""Compiling each block with torch.compile: fewer, fused kernels for norms, rotations, activations and residuals."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ...kernels.attention import PER_DOCUMENT
+from ..config import RunConfig
+from ..errors import UserError
+from ..model.decoder import Decoder
+
+_RECOMPILE_LIMIT = 64
+"""Blocks share their graphs. There is one for each of: kind of block (window, recomputation), training or evaluation,
+first or later number of documents."""
+
+
+def wanted(config: RunConfig, device: torch.device, attention_backend: str) -> bool:
+    """Whether the blocks of this run are compiled.
+
+    Raises:
+        UserError: compiling is asked for where nothing could be compiled.
+    """
+    choice = config.training.compile
+    # Attention that reads document lengths on the host cannot be part of a graph, and a recomputed block is one graph.
+    breaks = attention_backend == PER_DOCUMENT
+    if choice == "on" and breaks and config.parallel.recompute != "none":
+        raise UserError(
+            f"training.compile is on with parallel.recompute {config.parallel.recompute}, but PyTorch SDPA per "
+            "document, which this run uses for attention, cannot be compiled inside a recomputed block; set "
+            "parallel.recompute to none or training.compile to auto"
+        )
+    return choice == "on" or (choice == "auto" and device.type == "cuda" and not breaks)
+
+
+def apply(model: Decoder, backend: Any = "inductor") -> None:
+    """Compile the forward pass of every block, with its recomputation where that was applied before; ``backend`` is one
+    of torch.compile's.
+
+    The forward is compiled rather than the module, so that FSDP's hooks stay outside of the graph. All blocks of a kind
+    share one graph, since parameters are its inputs.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    for block in cast("list[nn.Module]", list(model.model.layers)):
+        block.forward = torch.compile(block.forward, backend=backend)
+    model.model.register_forward_pre_hook(_take_any_document_count)
+
+
+def _take_any_document_count(backbone: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Keep compiled blocks from making a graph for each length of ``cu_seqlens``."""
+    torch._dynamo.maybe_mark_dynamic(inputs[1].cu_seqlens, 0)

@@ -1,0 +1,74 @@
+"""Linear layers in float8: torchao scales inputs, weights and gradients per tensor and multiplies them in 8 bits.
+
+Parameters keep their names, dtype and sharding; only the products change. The head stays out, since the loss is most
+sensitive there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import nn
+
+from ..config import TrainingConfig
+from ..errors import UserError
+from ..model.decoder import Decoder
+
+_OLDEST = (8, 9)
+"""First compute capability with float8 matrix products (Ada; Hopper is 9.0)."""
+
+_MULTIPLE = 16
+"""Both widths of a float8 product must be multiples of this."""
+
+
+def wanted(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether the run computes in float8.
+
+    Raises:
+        UserError: it shall, but torchao is missing or the device has no float8 matrix products.
+    """
+    if not config.float8:
+        return False
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            "training.float8 is true, but torchao is not installed; pip install 'retemper[fp8]' (or pip install "
+            "torchao), or set training.float8 to false"
+        )
+    if device.type != "cuda":
+        raise UserError(f"training.float8 is true, but the run is on {device.type}; use a GPU or set it to false")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        raise UserError(
+            f"training.float8 is true, but {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, and float8 needs {_OLDEST[0]}.{_OLDEST[1]}; set training.float8 to false"
+        )
+    return True
+
+
+def apply(model: Decoder, config: TrainingConfig, device: torch.device) -> None:
+    """Give the blocks of ``model`` (on the meta device) float8 linear layers if the run wants them; before sharding."""
+    if wanted(config, device):
+        convert(model)
+
+
+def convert(model: Decoder, emulate: bool = False) -> None:
+    """Replace the blocks' linear layers whose widths are multiples of 16 by float8 ones.
+
+    Args:
+        model: on any device, the meta device too.
+        emulate: compute in the original dtype what float8 would give, on any device; for tests.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(
+        model.model.layers,
+        config=Float8LinearConfig(emulate=emulate),
+        module_filter_fn=lambda module, _: _fits(module),
+    )
+
+
+def _fits(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Linear) and module.in_features % _MULTIPLE == 0 and module.out_features % _MULTIPLE == 0
+    )

@@ -1,0 +1,85 @@
+"""Causal attention over packed documents: a document never sees its neighbour.
+
+One operation, :func:`attention`, with several backends. Which one a run uses is chosen once, by
+:func:`choose_attention_backend`; what a packing needs for it is worked out once, by :func:`plan_attention`. Shapes: T
+tokens, N query heads, K key/value heads (N a multiple of K), D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from . import flash
+from .choice import BACKENDS, Choice, UnusableBackend, choose_attention_backend
+from .flash import pad_offsets
+from .per_document import batched_attention, per_document_attention
+from .plan import FLASH_ATTN, FLEX, PER_DOCUMENT, SDPA, VARIABLE_LENGTH, AttentionPlan, plan_attention
+
+__all__ = [
+    "BACKENDS",
+    "PER_DOCUMENT",
+    "VARIABLE_LENGTH",
+    "AttentionPlan",
+    "Choice",
+    "UnusableBackend",
+    "attention",
+    "choose_attention_backend",
+    "pad_offsets",
+    "per_document_attention",
+    "plan_attention",
+]
+
+
+def attention(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
+    """Causal self-attention inside each document.
+
+    Args:
+        q_TND: [T, N, D] queries.
+        k_TKD: [T, K, D] keys, N a multiple of K (grouped-query attention).
+        v_TKD: [T, K, D] values.
+        cu_seqlens: [documents + 1] int32 on the device of ``q_TND``, first 0, last T: token offsets of the documents.
+            Documents of no tokens may stand behind the others.
+        max_seqlen: length of the longest document.
+        softmax_scale: factor on the scores; default 1 / sqrt(D).
+        window: a token sees itself and the ``window - 1`` tokens before it; None for all.
+        plan: the backend and what it knows of these documents. Without one it is made here, from ``cu_seqlens``, for
+            the backend that ``auto`` gives; on a GPU some backends wait for the device to do so.
+
+    Returns:
+        [T, N, D] in the dtype of ``q_TND``.
+    """
+    if plan is None:
+        plan = _plan_now(q_TND, cu_seqlens, window)
+    tensors = q_TND, k_TKD, v_TKD
+    options: dict[str, Any] = {"softmax_scale": softmax_scale, "window": window}
+    if plan.backend == FLASH_ATTN:
+        return flash.flash_attn_2(*tensors, cu_seqlens, max_seqlen, **options)
+    if plan.backend in VARIABLE_LENGTH:
+        return flash.varlen_attention(*tensors, cu_seqlens, max_seqlen, **options)
+    if plan.backend == SDPA:
+        return batched_attention(*tensors, plan.num_documents, **options)
+    if plan.backend == FLEX:
+        from .flex import block_masked_attention
+
+        assert plan.function is not None
+        return block_masked_attention(*tensors, plan.masks[window], softmax_scale=softmax_scale, function=plan.function)
+    return (plan.function or per_document_attention)(*tensors, plan.lengths, **options)
+
+
+def _plan_now(q_TND: Tensor, cu_seqlens: Tensor, window: int | None) -> AttentionPlan:
+    backend = choose_attention_backend("auto", q_TND.device, q_TND.dtype, q_TND.shape[-1], windows=(window,)).backend
+    if backend == PER_DOCUMENT:
+        return AttentionPlan(backend, tuple(length for length in cu_seqlens.diff().tolist() if length))
+    return plan_attention(backend, cu_seqlens, (window,), q_TND.device)

@@ -1,0 +1,177 @@
+"""Which backend a run's attention uses: chosen once, with the reason, or forced and checked."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from . import flash
+from .plan import FA3, FA4, FLASH_ATTN, FLEX, PER_DOCUMENT, SDPA, VARLEN
+
+BACKENDS = {
+    FA4: "FlashAttention-4 through PyTorch",
+    FA3: "FlashAttention-3 through PyTorch",
+    SDPA: "PyTorch SDPA over documents of one length as a batch",
+    FLASH_ATTN: "flash-attn package",
+    VARLEN: "PyTorch varlen_attn (FlashAttention-2)",
+    FLEX: "FlexAttention",
+    PER_DOCUMENT: "PyTorch SDPA per document",
+}
+"""What each backend is, in the order in which they are tried."""
+
+
+class Choice(NamedTuple):
+    """A backend and why."""
+
+    backend: str
+    reason: str
+    """One line: what the backend is, and why it was taken."""
+
+
+class UnusableBackend(ValueError):
+    """A backend was asked for by name and cannot work: one line with the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a backend's usability depends on."""
+
+    device_type: str
+    capability: tuple[int, int]
+    """Compute capability of the GPU; (0, 0) elsewhere."""
+    dtype: torch.dtype
+    head_dim: int
+    windowed: bool
+    """Some layer has a window that is shorter than the documents may be."""
+    equal_lengths: bool
+    """All documents of a packing have the same length."""
+
+
+def choose_attention_backend(
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    windows: Iterable[int | None] = (),
+    equal_lengths: bool = False,
+) -> Choice:
+    """The backend of a run.
+
+    Args:
+        requested: ``auto``, or a key of ``BACKENDS``.
+        device: where the attention runs.
+        dtype: of queries, keys and values.
+        head_dim: D.
+        windows: the windows of the model's layers, None for none.
+        equal_lengths: every packing is one document, or documents of one length.
+
+    Raises:
+        UnusableBackend: ``requested`` cannot work here.
+    """
+    windowed = any(window is not None for window in windows)
+    setting = Setting(device.type, _capability(device), dtype, head_dim, windowed, equal_lengths)
+    if requested == "auto":
+        backend = next(name for name in BACKENDS if _preferred(name, setting) and obstacle(name, setting) is None)
+        return Choice(backend, f"{BACKENDS[backend]}; {_why(backend, setting)}")
+    if requested not in BACKENDS:
+        raise UnusableBackend(f"there is no attention backend {requested!r}; use auto, {', '.join(BACKENDS)}")
+    problem = obstacle(requested, setting)
+    if problem is not None:
+        usable = [name for name in BACKENDS if obstacle(name, setting) is None]
+        raise UnusableBackend(f"attention by {requested} {problem}; use auto or {' or '.join(usable)}")
+    return Choice(requested, f"{BACKENDS[requested]}; as configured")
+
+
+def _preferred(backend: str, setting: Setting) -> bool:
+    """Whether ``auto`` takes ``backend`` where it works."""
+    if backend == FLEX:  # Flash attention does the same with less; what it cannot do is rare enough to be asked for.
+        return False
+    if backend == FA4:  # On Hopper FlashAttention-3 has all the features, and FlashAttention-4 is new.
+        return setting.capability[0] >= 10
+    if backend == SDPA:  # cuDNN is ahead of FlashAttention-2 from Hopper on; a window would need a mask.
+        return setting.capability[0] >= 9 and not setting.windowed and setting.dtype != torch.float32
+    return True
+
+
+def _why(backend: str, setting: Setting) -> str:
+    if backend == PER_DOCUMENT:
+        if setting.device_type != "cuda":
+            return "what runs on a CPU"
+        return f"varlen {obstacle(VARLEN, setting)}"
+    earlier = [name for name in (FA3, FA4, FLASH_ATTN, VARLEN) if name != backend and _preferred(name, setting)]
+    missing = [name for name in earlier if obstacle(name, setting) is not None]
+    return "the fastest that works here" + (f" (not usable: {', '.join(missing)})" if missing else "")
+
+
+@functools.cache
+def obstacle(backend: str, setting: Setting) -> str | None:
+    """Why ``backend`` cannot be used, as the end of a sentence that begins with its name; None if it can."""
+    if backend == PER_DOCUMENT:
+        return None
+    if backend == SDPA:
+        return None if setting.equal_lengths else "is for documents of one length (data.attend_across_documents: true)"
+    if setting.device_type != "cuda":
+        return f"needs a GPU, and the run is on {setting.device_type}"
+    if backend == FLEX:
+        return _flex_obstacle(setting)
+    return _flash_obstacle(backend, setting)
+
+
+def _flex_obstacle(setting: Setting) -> str | None:
+    if setting.head_dim < 16:
+        return f"needs a head size of at least 16, not {setting.head_dim}"
+    return import_problem("triton", "jit")
+
+
+def _flash_obstacle(backend: str, setting: Setting) -> str | None:
+    if setting.dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bf16 or fp16, not {str(setting.dtype).removeprefix('torch.')}"
+    largest = 128 if backend == FA4 else 256
+    if setting.head_dim > largest or setting.head_dim % 8:
+        return f"needs a head size that is a multiple of 8 and at most {largest}, not {setting.head_dim}"
+    generations = {FA3: (9,), FA4: (9, 10)}.get(backend, range(8, 100))
+    if setting.capability[0] not in generations:
+        wanted = " or ".join(f"{major}.x" for major in generations) if backend in (FA3, FA4) else "8.0 or newer"
+        return f"needs compute capability {wanted}, and the GPU has {'.'.join(map(str, setting.capability))}"
+    if backend == FLASH_ATTN:
+        return import_problem("flash_attn", "flash_attn_varlen_func")
+    if not {"scale", "window_size"} <= flash.varlen_parameters():
+        return f"needs torch.nn.attention.varlen with scale and window_size, which PyTorch {torch.__version__} lacks"
+    if backend == VARLEN:
+        built = torch.backends.cuda.is_flash_attention_available()
+        return None if built else "needs a PyTorch that was built with flash attention"
+    if backend.upper() not in _registered_implementations():
+        return f"needs a PyTorch that knows {backend.upper()}, which {torch.__version__} does not"
+    return import_problem(*_SOURCES[backend])
+
+
+_SOURCES = {
+    FA3: ("flash_attn_interface", "flash_attn_varlen_func"),
+    FA4: ("flash_attn.cute.interface", "_flash_attn_fwd"),
+}
+
+
+def _registered_implementations() -> list[str]:
+    listed = getattr(torch.nn.attention, "list_flash_attention_impls", None)
+    return listed() if listed else []
+
+
+@functools.cache
+def import_problem(module: str, attribute: str) -> str | None:
+    """Why ``attribute`` cannot be imported from ``module``. Imported for real: a package that was built for another
+    PyTorch is found, and fails only then."""
+    try:
+        getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        return f"needs {module}.{attribute}, which cannot be imported ({' '.join(str(error).split())[:120]})"
+    return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

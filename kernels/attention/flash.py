@@ -1,0 +1,127 @@
+"""Flash attention over packed documents: the flash-attn package, and PyTorch's ``varlen_attn``.
+
+``varlen_attn`` runs the FlashAttention-2 kernels that PyTorch is built with, or those of FlashAttention-3 or -4 after
+:func:`use_implementation` has put them in their place.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, cast
+
+import torch
+import torch.nn.attention
+from torch import Tensor
+
+
+def use_implementation(name: str | None) -> None:
+    """Let ``varlen_attn`` run ``FA3`` or ``FA4``; None for the kernels of PyTorch. This holds for the whole process."""
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+        assert name is None
+        return
+    if torch.nn.attention.current_flash_attention_impl() == name:
+        return
+    if name is None:
+        torch.nn.attention.restore_flash_attention_impl()
+    else:
+        torch.nn.attention.activate_flash_attention_impl(name)
+
+
+def pad_offsets(cu_seqlens: Tensor) -> Tensor:
+    """Documents of no tokens behind the last, until their number is a power of two.
+
+    What is compiled for the shape of ``cu_seqlens`` then meets one shape per power of two. Such a document costs a
+    launch of thread blocks that return at once. Not on ROCm, whose kernels have been wrong for them
+    (Dao-AILab/flash-attention#2421).
+    """
+    if torch.version.hip:
+        return cu_seqlens
+    documents = cu_seqlens.numel() - 1
+    missing = (1 << (documents - 1).bit_length()) - documents
+    return torch.cat((cu_seqlens, cu_seqlens[-1:].expand(missing))) if missing else cu_seqlens
+
+
+def flash_attn_2(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """The flash-attn package. Arguments as in ``attention``; documents of no tokens may be among them."""
+    from flash_attn import flash_attn_varlen_func
+
+    length = _kernel_length(max_seqlen)
+    return flash_attn_varlen_func(
+        q_TND,
+        k_TKD,
+        v_TKD,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=length,
+        max_seqlen_k=length,
+        softmax_scale=softmax_scale,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+    )
+
+
+def varlen_attention(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """PyTorch's ``varlen_attn``. Arguments as in ``attention``; documents of no tokens may be among them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {}
+    groups = q_TND.shape[1] // k_TKD.shape[1]
+    if groups > 1:
+        if VARLEN_TAKES_GROUPS:
+            options["enable_gqa"] = True
+        else:
+            # Its contract is then equal numbers of heads.
+            k_TKD, v_TKD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
+    length = _kernel_length(max_seqlen)
+    output = varlen_attn(
+        q_TND,
+        k_TKD,
+        v_TKD,
+        cu_seqlens,
+        cu_seqlens,
+        length,
+        length,
+        scale=softmax_scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        **options,
+    )
+    return cast(Tensor, output)  # more than that only where it is asked for
+
+
+@functools.cache
+def varlen_parameters() -> frozenset[str]:
+    """Names of the parameters of this PyTorch's ``varlen_attn``; empty where there is none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+# Read when the module is, so that a compiled step finds a constant.
+VARLEN_TAKES_GROUPS = "enable_gqa" in varlen_parameters()
+
+
+def _kernel_length(max_seqlen: int) -> int:
+    # A bound is all the kernels need. For queries of length one they take a decoding path, which counts the documents
+    # and is wrong when some have no token (Dao-AILab/flash-attention#1537).
+    return max(max_seqlen, 2)

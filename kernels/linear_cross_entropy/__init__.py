@@ -1,0 +1,149 @@
+"""Cross-entropy of a linear head without ever holding all logits.
+
+The head's product, the softmax and both gradients are computed for some rows at a time, so the logits take no more than
+a memory budget however many tokens there are; the weight's gradient is accumulated in fp32. Gradients are formed in the
+forward pass (three matrix products, none repeated) and scaled by the incoming gradient in the backward pass.
+
+``chunked.py`` does this in PyTorch, ``triton_kernels.py`` in Triton, ``reference.py`` has whole logits and autograd;
+``rows.py`` has the formulas.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import chunked
+from .rows import Options
+
+IGNORE_INDEX = -100
+"""Target of a token that has none: it adds no loss and no gradient."""
+
+LOGIT_BYTES = 256 * 1024**2
+"""Memory budget of one chunk's logits in the PyTorch path, in bytes, with all else of their shape."""
+
+TRITON_LOGIT_BYTES = 1024**3
+"""The same in the Triton path, in bytes. Larger: each chunk reads and writes the weight's fp32 gradient once."""
+
+BACKENDS = ("auto", "chunked", "triton")
+
+
+class LinearCrossEntropy(NamedTuple):
+    """Result of :func:`linear_cross_entropy`."""
+
+    loss_sum: Tensor
+    """[] fp32, sum of the tokens' losses: the only field that has a gradient."""
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    """[] int64, number of targets that are not ignored, whatever their weights. On the device: no host waits for it."""
+    per_token: Tensor | None
+    """[T] fp32 losses, weighted, zero where ignored; their sum is ``loss_sum``. None unless asked for."""
+
+
+def linear_cross_entropy(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    token_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_softcap: float | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    per_token: bool = False,
+    backend: str = "auto",
+) -> LinearCrossEntropy:
+    """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]``, with the options of language-model training.
+
+    Logits and the accumulation of both gradients are fp32 for any input dtype. The same inputs give the same bits.
+
+    Args:
+        hidden_TH: [T, H] fp32 or bf16.
+        weight_VH: [V, H] of the same dtype.
+        targets_T: [T] int64 in [0, V), or ``ignore_index``. Any other target makes the loss NaN.
+        ignore_index: target of a token without loss and gradient.
+        token_weights: [T], factor of each token's loss; a constant, it gets no gradient.
+        z_loss: adds ``z_loss * logsumexp(logits)^2`` to each token's loss.
+        label_smoothing: mixes the one-hot target with this share of the uniform distribution, as ``F.cross_entropy``.
+        logit_softcap: replaces logits ``x`` by ``cap * tanh(x / cap)``.
+        vocab_group: ranks that share the vocabulary. ``weight_VH`` holds this rank's rows, as many on every rank and in
+            the order of ranks; hidden states, targets (rows of the whole vocabulary) and whether gradients are needed
+            are the same on all. Every rank gets the whole loss and the whole gradient of the hidden states.
+        per_token: also return the losses of the tokens.
+        backend: "auto" takes Triton on CUDA for what it supports; "chunked" and "triton" force one.
+
+    Raises:
+        ValueError: unknown backend, or "triton" for what it does not support.
+    """
+    options = Options(ignore_index, z_loss, label_smoothing, logit_softcap, vocab_group)
+    use_triton = _use_triton(backend, hidden_TH, options)
+    need_hidden = torch.is_grad_enabled() and hidden_TH.requires_grad
+    need_weight = torch.is_grad_enabled() and weight_VH.requires_grad
+    loss_sum, losses_T = _LinearCrossEntropy.apply(
+        hidden_TH, weight_VH, targets_T, token_weights, options, use_triton, need_hidden, need_weight
+    )
+    return LinearCrossEntropy(loss_sum, (targets_T != ignore_index).sum(), losses_T if per_token else None)
+
+
+def triton_refusal(hidden_TH: Tensor, options: Options) -> str | None:
+    """Why the Triton path cannot compute this; None if it can."""
+    if hidden_TH.dtype != torch.bfloat16:
+        return f"it stores exponentials as bf16, which would round the gradients of {hidden_TH.dtype} inputs"
+    if options.label_smoothing:
+        return "it has no label smoothing"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not hidden_TH.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton has no backend for device '{hidden_TH.device.type}'"
+    return None
+
+
+def _use_triton(backend: str, hidden_TH: Tensor, options: Options) -> bool:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "chunked" or (backend == "auto" and not hidden_TH.is_cuda):
+        return False
+    refusal = triton_refusal(hidden_TH, options)
+    if refusal is not None and backend == "triton":
+        raise ValueError(f"backend 'triton' cannot be used: {refusal}; use 'chunked'")
+    return refusal is None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, token_weights, options, use_triton, need_hidden, need_weight):
+        # Whether gradients are needed is decided by the caller: inside forward, grad mode is always off.
+        assert hidden.dtype == weight.dtype, f"hidden states {hidden.dtype}, weight {weight.dtype}"
+        if use_triton:
+            from . import triton_kernels
+
+            compute, budget = triton_kernels.compute, TRITON_LOGIT_BYTES
+        else:
+            compute, budget = chunked.compute, LOGIT_BYTES
+        result = compute(hidden, weight, targets, token_weights, options, budget, need_hidden, need_weight)
+        ctx.save_for_backward(result.hidden_TH, result.weight_VH)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(result.losses_T)
+        return result.losses_T.sum(), result.losses_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else _scaled(grad_hidden, grad_loss, grad_hidden.dtype),
+            None if grad_weight is None else _scaled(grad_weight, grad_loss, ctx.weight_dtype),
+            *(None,) * 6,
+        )
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad * factor`` rounded once, to ``dtype``: a bf16 factor would bend all gradients of a step by up to 0.4 %."""
+    # One element instead of none makes the product fp32; it is rounded as it is written.
+    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))

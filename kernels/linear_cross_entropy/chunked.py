@@ -1,0 +1,95 @@
+"""Linear cross-entropy in plain PyTorch: every option, any device, a few rows of logits at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .rows import Gradients, Options, Targets, add_product, chunks, group_size, matmul_fp32, row_terms
+
+
+def bytes_per_logit(dtype: torch.dtype, is_cuda: bool, needs_gradients: bool, softcap: bool) -> int:
+    """Memory that one logit takes at most: its fp32 value, its tanh' and its gradient in the dtype of the products."""
+    copy = 2 if needs_gradients and is_cuda and dtype != torch.float32 else 0
+    return 4 + copy + (4 if needs_gradients and softcap else 0)
+
+
+def compute(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    token_weights_T: Tensor | None,
+    options: Options,
+    budget: int,
+    need_hidden: bool,
+    need_weight: bool,
+) -> Gradients:
+    """Losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options.
+
+    Args:
+        budget: bytes that the logits, and all else of their shape, may take together. One row is always taken.
+    """
+    num_rows = weight_VH.shape[0]
+    need_any = need_hidden or need_weight
+    losses = torch.empty(hidden_TH.shape[0], dtype=torch.float32, device=hidden_TH.device)
+    grad_hidden = torch.empty_like(hidden_TH) if need_hidden else None
+    grad_weight: Tensor | None = None
+    # The products accumulate in fp32 on CUDA; elsewhere they do only for fp32 factors, converted once.
+    weight = weight_VH if weight_VH.is_cuda else weight_VH.float()
+    softcap = options.logit_softcap is not None
+    per_logit = bytes_per_logit(hidden_TH.dtype, hidden_TH.is_cuda, need_any, softcap)
+    for part in chunks(hidden_TH.shape[0], budget // (per_logit * num_rows)):
+        hidden = hidden_TH[part].to(weight.dtype)
+        weights = None if token_weights_T is None else token_weights_T[part]
+        targets = Targets.of(targets_T[part], weights, num_rows, options)
+        losses[part], grad = _rows(matmul_fp32(hidden, weight.t()), targets, options, need_any)
+        if grad is None:
+            continue
+        grad = grad.to(weight.dtype)
+        if grad_hidden is not None:
+            if options.vocab_group is None and grad.dtype == grad_hidden.dtype:
+                torch.mm(grad, weight, out=grad_hidden[part])
+            else:
+                whole = matmul_fp32(grad, weight)
+                if options.vocab_group is not None:
+                    dist.all_reduce(whole, group=options.vocab_group)
+                grad_hidden[part] = whole
+        if need_weight:
+            grad_weight = add_product(grad_weight, grad.t(), hidden, budget)
+        # Freed before the next chunk's logits are made.
+        del grad
+    if need_weight and grad_weight is None:
+        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
+    return Gradients(losses, grad_hidden, grad_weight)
+
+
+def _rows(logits: Tensor, targets: Targets, options: Options, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Losses [T] of fp32 products [T, V], and their gradient by the products, in the products' own memory."""
+    num_rows = logits.shape[1]
+    cap, smoothing = options.logit_softcap, options.label_smoothing
+    cap_slope: Tensor | None = None
+    if cap is not None:
+        logits.div_(cap).tanh_()
+        if need_gradient:
+            cap_slope = torch.square(logits).neg_().add_(1.0)
+        logits.mul_(cap)
+    index = targets.index_T[:, None]
+    target_logit = logits.gather(1, index)[:, 0] * targets.owned_T
+    logit_sum = logits.sum(1) if smoothing else torch.zeros_like(target_logit)
+    largest = logits.amax(1)
+    # Written out: logsumexp would allocate another matrix of this shape.
+    exponentials = logits.sub_(largest[:, None]).exp_()
+    log_sum = largest + exponentials.sum(1).log_()
+    terms = row_terms(log_sum, target_logit, logit_sum, targets, num_rows, options)
+    if not need_gradient:
+        return terms.losses_T, None
+    factor = targets.weights_T * terms.slope_T * torch.exp(largest - terms.log_sum_T)
+    grad = exponentials.mul_(factor[:, None])
+    correction = (targets.weights_T * targets.owned_T * (1.0 - smoothing))[:, None]
+    grad.scatter_(1, index, grad.gather(1, index) - correction)
+    if smoothing:
+        grad.sub_((targets.weights_T * smoothing / (num_rows * group_size(options)))[:, None])
+    if cap_slope is not None:
+        grad.mul_(cap_slope)
+    return terms.losses_T, grad

@@ -1,0 +1,39 @@
+"""Linear cross-entropy the plain way: whole logits and autograd. The fast ones are tested against it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import IGNORE_INDEX, LinearCrossEntropy
+
+
+def linear_cross_entropy(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    token_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_softcap: float | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    per_token: bool = False,
+) -> LinearCrossEntropy:
+    """As :func:`retemper.kernels.linear_cross_entropy.linear_cross_entropy`, in the inputs' dtype (float64 for an
+    oracle), all logits in memory and the whole vocabulary on this rank."""
+    assert vocab_group is None, "the reference takes the whole weight"
+    logits_TV = hidden_TH @ weight_VH.t()
+    if logit_softcap is not None:
+        logits_TV = logit_softcap * torch.tanh(logits_TV / logit_softcap)
+    losses_T = F.cross_entropy(
+        logits_TV, targets_T, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+    )
+    valid_T = targets_T != ignore_index
+    losses_T = losses_T + z_loss * torch.logsumexp(logits_TV, dim=-1).square() * valid_T
+    if token_weights is not None:
+        losses_T = losses_T * token_weights
+    return LinearCrossEntropy(losses_T.sum(), valid_T.sum(), losses_T.detach() if per_token else None)

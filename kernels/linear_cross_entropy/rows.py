@@ -1,0 +1,155 @@
+"""What both backends share: the mathematics of one row of logits, vocabulary-parallel statistics, fp32 products.
+
+Of one token with logits ``z[V]``, log-sum-exp ``lse``, target ``y`` and weight ``w``
+
+    loss   = w * (lse - (1 - s) * z[y] - s * mean(z) + z_loss * lse^2)
+    dz[v]  = w * (p[v] * (1 + 2 * z_loss * lse) - (1 - s) * [v == y] - s / V),    p = exp(z - lse)
+
+with label smoothing ``s`` (Szegedy et al., 2016, section 7) and the z-loss of PaLM (Chowdhery et al., 2022, section 5).
+With a soft cap (Gemma 2), ``z = cap * tanh(x / cap)`` of the product ``x``, and ``dx = dz * (1 - (z / cap)^2)``.
+
+Shapes: T tokens (a chunk of them here), V rows of the weight on this rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """The keyword arguments of :func:`linear_cross_entropy` that are no tensors."""
+
+    ignore_index: int = -100
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    logit_softcap: float | None = None
+    vocab_group: dist.ProcessGroup | None = None
+
+
+class Gradients(NamedTuple):
+    """What a backend returns."""
+
+    losses_T: Tensor
+    """[T] fp32, zero where the target is ignored."""
+    hidden_TH: Tensor | None
+    """[T, H] of the hidden states' dtype: gradient of the summed loss; None if not asked for."""
+    weight_VH: Tensor | None
+    """[V, H] fp32; None if not asked for."""
+
+
+class Targets(NamedTuple):
+    """The targets of a chunk as one rank of the vocabulary group sees them."""
+
+    weights_T: Tensor
+    """[T] fp32 weight of each token, 0 where its target is ignored."""
+    index_T: Tensor
+    """[T] int64 row of the target in this rank's weight, 0 where it has none here."""
+    owned_T: Tensor
+    """[T] fp32, 1 where ``index_T`` is the target, else 0."""
+    lost_T: Tensor
+    """[T] bool, whether no rank has this target: neither a token id nor ``ignore_index``."""
+
+    @staticmethod
+    def of(targets_T: Tensor, token_weights_T: Tensor | None, num_rows: int, options: Options) -> Targets:
+        """Args:
+        targets_T: [T] int64.
+        token_weights_T: [T] or None for ones.
+        num_rows: V of this rank.
+        """
+        valid = targets_T != options.ignore_index
+        weights = valid.float() if token_weights_T is None else torch.where(valid, token_weights_T.float(), 0.0)
+        local = targets_T - group_rank(options) * num_rows
+        owned = valid & (local >= 0) & (local < num_rows)
+        lost = valid & ((targets_T < 0) | (targets_T >= num_rows * group_size(options)))
+        return Targets(weights, torch.where(owned, local, 0), owned.float(), lost)
+
+
+class RowTerms(NamedTuple):
+    """The loss of each row, and what its gradient needs."""
+
+    losses_T: Tensor
+    """[T] fp32."""
+    log_sum_T: Tensor
+    """[T] fp32 log-sum-exp over the whole vocabulary."""
+    slope_T: Tensor
+    """[T] fp32 ``1 + 2 * z_loss * lse``: derivative of a row's loss by its log-sum-exp, without the token's weight."""
+
+
+def row_terms(
+    log_sum_T: Tensor, target_logit_T: Tensor, logit_sum_T: Tensor, targets: Targets, num_rows: int, options: Options
+) -> RowTerms:
+    """Losses from this rank's statistics, each [T] fp32: log-sum-exp, the target's logit (0 where another rank has it)
+    and the sum of logits (used with label smoothing only). In a vocabulary group this is where the ranks talk."""
+    if options.vocab_group is not None:
+        # All-gather rather than all-reduce: every rank then adds the same numbers in the same order.
+        local = torch.stack((log_sum_T, target_logit_T, logit_sum_T))
+        gathered = local.new_empty(group_size(options), *local.shape)
+        dist.all_gather_into_tensor(gathered.view(-1, local.shape[-1]), local, group=options.vocab_group)
+        log_sum_T = torch.logsumexp(gathered[:, 0], dim=0)
+        target_logit_T, logit_sum_T = gathered[:, 1].sum(0), gathered[:, 2].sum(0)
+    smoothing = options.label_smoothing
+    losses = log_sum_T - (1.0 - smoothing) * target_logit_T
+    if smoothing:
+        losses -= (smoothing / (num_rows * group_size(options))) * logit_sum_T
+    slope = torch.ones_like(log_sum_T)
+    if options.z_loss:
+        losses += options.z_loss * log_sum_T.square()
+        slope += (2.0 * options.z_loss) * log_sum_T
+    # A wrong target must not pass as a plausible loss; a check that raises would wait for the device.
+    losses = (losses * targets.weights_T).masked_fill_(targets.lost_T, float("nan"))
+    return RowTerms(losses, log_sum_T, slope)
+
+
+def group_size(options: Options) -> int:
+    """Number of ranks that share the vocabulary."""
+    return 1 if options.vocab_group is None else dist.get_world_size(options.vocab_group)
+
+
+def group_rank(options: Options) -> int:
+    """This rank's place among them."""
+    return 0 if options.vocab_group is None else dist.get_rank(options.vocab_group)
+
+
+def chunks(num_tokens: int, rows: int, multiple: int = 1) -> list[slice]:
+    """``num_tokens`` in as few chunks of at most ``rows`` as possible, all of nearly one size, which is a multiple of
+    ``multiple`` as ``rows`` is."""
+    if num_tokens == 0:
+        return []
+    count = -(-num_tokens // max(1, rows))
+    size = -(-num_tokens // (count * multiple)) * multiple
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` with an fp32 result that was never rounded to the inputs' dtype."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor, block_bytes: int) -> Tensor:
+    """``total + a @ b`` in fp32, in the memory of ``total``; None counts as zero.
+
+    Args:
+        block_bytes: bound of the temporary memory where the product cannot be added in place.
+    """
+    if total is None:
+        return matmul_fp32(a, b)
+    if a.dtype == torch.float32:
+        return total.addmm_(a, b)
+    if a.is_cuda and _ADDMM_TAKES_FP32:
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    rows = max(1, block_bytes // (4 * total.shape[1]))
+    for start in range(0, total.shape[0], rows):
+        total[start : start + rows] += matmul_fp32(a[start : start + rows], b)
+    return total
+
+
+# Before 2.12 addmm with an out_dtype wanted its first argument in the dtype of the factors.
+_ADDMM_TAKES_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)

@@ -1,0 +1,179 @@
+"""Which attention backend is taken, on machines that are only described: availability is faked."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from retemper.engine.attention_choice import choose_attention
+from retemper.engine.config import DataConfig, RunConfig, SourceConfig, TrainingConfig
+from retemper.engine.errors import UserError
+from retemper.engine.model.architecture import parse_architecture
+from retemper.kernels.attention import UnusableBackend, choice, choose_attention_backend, flash
+
+PACKAGES = {
+    "flash-attn": "flash_attn",
+    "FA3": "flash_attn_interface",
+    "FA4": "flash_attn.cute.interface",
+    "triton": "triton",
+}
+HOPPER, AMPERE, BLACKWELL, TURING = (9, 0), (8, 0), (10, 0), (7, 5)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(capability, packages)``: a CUDA device with these; everything else is missing."""
+
+    def describe(capability, *packages, varlen=("scale", "window_size", "enable_gqa")):
+        installed = {PACKAGES[package] for package in packages}
+        problem = "needs {}, which cannot be imported (No module named {!r})"
+        monkeypatch.setattr(choice, "_capability", lambda device: capability if device.type == "cuda" else (0, 0))
+        monkeypatch.setattr(
+            choice, "import_problem", lambda name, _: None if name in installed else problem.format(name, name)
+        )
+        monkeypatch.setattr(choice, "_registered_implementations", lambda: ["FA3", "FA4"])
+        monkeypatch.setattr(flash, "varlen_parameters", lambda: frozenset(varlen))
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        choice.obstacle.cache_clear()
+        return torch.device("cuda")
+
+    yield describe
+    choice.obstacle.cache_clear()
+
+
+def choose(device, requested="auto", dtype=torch.bfloat16, head_dim=128, **options):
+    return choose_attention_backend(requested, device, dtype, head_dim, **options)
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "options", "expected"),
+    [
+        (HOPPER, ["flash-attn", "FA3", "FA4"], {}, "fa3"),
+        (HOPPER, ["flash-attn", "FA4"], {}, "flash_attn"),
+        (HOPPER, ["flash-attn"], {}, "flash_attn"),
+        (HOPPER, [], {}, "varlen"),
+        (HOPPER, ["flash-attn"], {"equal_lengths": True}, "sdpa"),
+        (HOPPER, ["FA3"], {"equal_lengths": True}, "fa3"),
+        (HOPPER, ["flash-attn"], {"equal_lengths": True, "windows": [None, 512]}, "flash_attn"),
+        (HOPPER, [], {"windows": [None, 512]}, "varlen"),
+        (HOPPER, ["flash-attn", "FA3"], {"dtype": torch.float32}, "per_document"),
+        (HOPPER, ["flash-attn", "FA3"], {"dtype": torch.float32, "equal_lengths": True}, "per_document"),
+        (HOPPER, ["flash-attn", "FA3"], {"head_dim": 12}, "per_document"),
+        (HOPPER, ["FA3"], {"head_dim": 512}, "per_document"),
+        (BLACKWELL, ["flash-attn", "FA3", "FA4"], {}, "fa4"),
+        (BLACKWELL, ["flash-attn", "FA3", "FA4"], {"head_dim": 256}, "flash_attn"),
+        (AMPERE, ["FA3", "FA4"], {}, "varlen"),
+        (AMPERE, ["flash-attn"], {"equal_lengths": True}, "flash_attn"),
+        (TURING, ["flash-attn", "FA3", "FA4", "triton"], {}, "per_document"),
+    ],
+)
+def test_auto_takes_the_first_that_works(machine, capability, packages, options, expected):
+    taken = choose(machine(capability, *packages), **options)
+    assert taken.backend == expected
+    assert "\n" not in taken.reason
+
+
+def test_a_pytorch_whose_varlen_attn_knows_no_window_is_passed_over(machine):
+    taken = choose(machine(HOPPER, varlen=("is_causal",)))
+    assert taken.backend == "per_document"
+    assert "needs torch.nn.attention.varlen with scale and window_size" in taken.reason
+
+
+def test_the_reason_says_what_was_missing(machine):
+    assert choose(machine(HOPPER)).reason == (
+        "PyTorch varlen_attn (FlashAttention-2); the fastest that works here (not usable: fa3, flash_attn)"
+    )
+    assert "varlen computes in bf16 or fp16, not float32" in choose(machine(HOPPER), dtype=torch.float32).reason
+
+
+@pytest.mark.parametrize("options", [{}, {"equal_lengths": True}, {"dtype": torch.float32}, {"windows": [4]}])
+def test_a_cpu_goes_document_by_document(options):
+    taken = choose(torch.device("cpu"), **options)
+    assert taken == ("per_document", "PyTorch SDPA per document; what runs on a CPU")
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "requested", "options", "message"),
+    [
+        (HOPPER, [], "fa3", {}, "needs flash_attn_interface, which cannot be imported"),
+        (HOPPER, [], "flash_attn", {}, "needs flash_attn, which cannot be imported"),
+        (AMPERE, ["FA3"], "fa3", {}, "needs compute capability 9.x, and the GPU has 8.0"),
+        (AMPERE, ["FA4"], "fa4", {}, "needs compute capability 9.x or 10.x, and the GPU has 8.0"),
+        (TURING, [], "varlen", {}, "needs compute capability 8.0 or newer, and the GPU has 7.5"),
+        (HOPPER, ["FA4"], "fa4", {"head_dim": 256}, "a multiple of 8 and at most 128, not 256"),
+        (HOPPER, [], "varlen", {"dtype": torch.float32}, "computes in bf16 or fp16, not float32"),
+        (HOPPER, [], "sdpa", {}, "is for documents of one length (data.attend_across_documents: true)"),
+        (HOPPER, ["triton"], "flex", {"head_dim": 8}, "needs a head size of at least 16, not 8"),
+        (HOPPER, [], "flex", {}, "needs triton"),
+        (HOPPER, [], "flash", {}, "there is no attention backend 'flash'; use auto, fa4, fa3, sdpa"),
+    ],
+)
+def test_a_forced_backend_that_cannot_work_is_refused(machine, capability, packages, requested, options, message):
+    device = machine(capability, *packages)
+    with pytest.raises(UnusableBackend, match=re.escape(message)) as refusal:
+        choose(device, requested, **options)
+    assert "use auto" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("requested", ["flash_attn", "fa3", "fa4", "varlen", "flex", "sdpa", "per_document"])
+def test_a_forced_backend_that_works_is_taken(machine, requested):
+    device = machine(HOPPER, *PACKAGES)
+    assert choose(device, requested, equal_lengths=True).backend == requested
+
+
+@pytest.mark.parametrize("requested", ["flash_attn", "fa3", "fa4", "varlen", "flex"])
+def test_a_cpu_refuses_the_kernels_of_gpus(requested):
+    with pytest.raises(UnusableBackend, match=f"{requested} needs a GPU.* use auto or sdpa or per_document"):
+        choose(torch.device("cpu"), requested, equal_lengths=True)
+
+
+ARCHITECTURE = parse_architecture(
+    {
+        "model_type": "mistral",
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 50,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096,
+        "sliding_window": 512,
+        "head_dim": 64,
+    }
+)
+
+
+def run_config(across: bool, sequence_length: int, backend: str = "auto") -> RunConfig:
+    return RunConfig(
+        run_folder="run",
+        data=DataConfig(train=[SourceConfig("x")], attend_across_documents=across),
+        training=TrainingConfig(
+            train_tokens=10_000, sequence_length=sequence_length, attention_backend=backend, precision="bf16"
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("across", "sequence_length", "expected"),
+    [(False, 256, "varlen"), (True, 256, "sdpa"), (True, 512, "sdpa"), (True, 1024, "varlen")],
+)
+def test_a_run_is_a_batch_where_documents_are_windows_and_no_sliding_window_is_shorter(
+    machine, across, sequence_length, expected
+):
+    assert ARCHITECTURE.sliding_windows == (512, 512)
+    device = machine(HOPPER)
+    assert choose_attention(run_config(across, sequence_length), ARCHITECTURE, device).backend == expected
+
+
+def test_a_run_names_the_key_when_it_refuses(machine):
+    with pytest.raises(UserError, match=r"^training.attention_backend: attention by fa3 needs .*; use auto or varlen"):
+        choose_attention(run_config(False, 256, "fa3"), ARCHITECTURE, machine(HOPPER))
+
+
+def test_fp32_runs_do_without_flash_attention(machine):
+    config = run_config(False, 256)
+    config = replace(config, training=replace(config.training, precision="fp32"))
+    assert choose_attention(config, ARCHITECTURE, machine(HOPPER, "flash-attn")).backend == "per_document"

@@ -1,0 +1,171 @@
+"""Options of the linear cross-entropy, each alone and all together, and the vocabulary shared between ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from linear_cross_entropy_cases import (
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    check,
+    make_inputs,
+    make_token_weights,
+    oracle,
+    relative_error,
+)
+
+from retemper.kernels import linear_cross_entropy as kernel
+from retemper.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy, reference
+
+TOKENS, HIDDEN, VOCAB = 37, 32, 98
+OPTIONS = {
+    "z_loss": {"z_loss": 0.01},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "logit_softcap": {"logit_softcap": 3.0},
+    "token_weights": {"token_weights": make_token_weights(TOKENS)},
+    "all": {
+        "z_loss": 0.01,
+        "label_smoothing": 0.1,
+        "logit_softcap": 3.0,
+        "token_weights": make_token_weights(TOKENS),
+    },
+}
+TRITON_OPTIONS = {
+    "none": {},
+    "all": {"z_loss": 0.01, "logit_softcap": 3.0, "token_weights": make_token_weights(TOKENS)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("budget", [1, 7 * VOCAB * 4, 2**20])
+def test_option_equals_float64(monkeypatch, dtype, options, budget):
+    monkeypatch.setattr(kernel, "LOGIT_BYTES", budget)
+    check(make_inputs(TOKENS, HIDDEN, VOCAB, dtype, size=4.0), 1.3008, **options)
+
+
+def test_reference_by_hand():
+    """One token, logits (1, 2, 3) before the cap, target 0: every option written out."""
+    hidden, weight = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    result = reference.linear_cross_entropy(
+        hidden,
+        weight,
+        torch.tensor([0]),
+        token_weights=torch.tensor([3.0]),
+        z_loss=0.5,
+        label_smoothing=0.3,
+        logit_softcap=2.0,
+    )
+    logits = 2.0 * torch.tanh(torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64))
+    log_sum = logits.exp().sum().log()
+    cross_entropy = log_sum - (0.7 + 0.1) * logits[0] - 0.1 * logits[1] - 0.1 * logits[2]
+    torch.testing.assert_close(result.loss_sum, 3.0 * (cross_entropy + 0.5 * log_sum**2))
+
+
+def test_another_ignore_index():
+    hidden, weight, targets = make_inputs(11, 8, 31, torch.float32)
+    targets[0] = 5
+    other = torch.where(targets == IGNORE_INDEX, 5, targets)
+    actual = linear_cross_entropy(hidden, weight, other, ignore_index=5)
+    expected = F.cross_entropy(hidden.double() @ weight.double().t(), other, ignore_index=5, reduction="sum")
+    assert abs(actual.loss_sum.item() - expected.item()) <= 1e-4
+    assert actual.count == (other != 5).sum()
+
+
+def test_weight_of_an_ignored_token_does_not_matter():
+    inputs = make_inputs(11, 8, 31, torch.float32)
+    weights = torch.where(inputs[2] == IGNORE_INDEX, float("nan"), 1.0)
+    assert torch.equal(
+        linear_cross_entropy(*inputs, token_weights=weights).loss_sum, linear_cross_entropy(*inputs).loss_sum
+    )
+
+
+def test_only_the_sum_has_a_gradient():
+    result = linear_cross_entropy(*make_inputs(11, 8, 31, torch.float32), per_token=True)
+    assert result.loss_sum.requires_grad
+    assert not result.per_token.requires_grad
+    assert linear_cross_entropy(*make_inputs(11, 8, 31, torch.float32)).per_token is None
+
+
+def test_gradients_accumulate_over_calls():
+    hidden, weight, targets = make_inputs(22, 8, 31, torch.float32)
+    for part in (slice(0, 4), slice(4, 22)):
+        (linear_cross_entropy(hidden[part], weight, targets[part]).loss_sum * 0.25).backward()
+    _, expected_hidden, expected_weight = oracle((hidden, weight, targets), 0.25)
+    assert relative_error(hidden.grad, expected_hidden) <= 1e-5
+    assert relative_error(weight.grad, expected_weight) <= 1e-5
+
+
+def test_backward_twice_through_one_graph():
+    hidden, weight, targets = make_inputs(11, 8, 31, torch.float32)
+    loss = linear_cross_entropy(hidden, weight, targets).loss_sum
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss * 2, (hidden, weight))
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one * 2, two)
+
+
+def test_no_tokens():
+    hidden, weight, targets = make_inputs(0, 8, 31, torch.bfloat16)
+    result = linear_cross_entropy(hidden, weight, targets, per_token=True)
+    result.loss_sum.backward()
+    assert result.loss_sum == 0
+    assert result.count == 0
+    assert result.per_token.shape == (0,)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="'fast' is not one of auto, chunked, triton"):
+        linear_cross_entropy(*make_inputs(3, 8, 31, torch.float32), backend="fast")
+
+
+def shared_vocabulary(ranks, dtype, backend, size, options, budget):
+    """This rank's (losses, hidden gradient, weight gradient)."""
+    kernel.LOGIT_BYTES = kernel.TRITON_LOGIT_BYTES = budget
+    hidden, weight, targets = make_inputs(TOKENS, HIDDEN, VOCAB, dtype, size=size)
+    rows = VOCAB // ranks.world_size
+    mine = weight.detach()[ranks.rank * rows : (ranks.rank + 1) * rows].clone().requires_grad_()
+    result = linear_cross_entropy(
+        hidden, mine, targets, vocab_group=dist.group.WORLD, per_token=True, backend=backend, **options
+    )
+    (result.loss_sum * 1.3008).backward()
+    return result.loss_sum.detach(), result.per_token, result.count, hidden.grad, mine.grad
+
+
+CASES = [
+    *(("chunked", dtype, options, 4.0) for dtype in GRADIENT_TOLERANCE for options in ({}, OPTIONS["all"])),
+    ("chunked", torch.float32, {}, 100.0),
+    *(("triton", torch.bfloat16, options, 4.0) for options in TRITON_OPTIONS.values()),
+    ("triton", torch.bfloat16, {}, 100.0),
+]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "options", "size"), CASES)
+@pytest.mark.parametrize("budget", [16 * 64 * 2 + 400, 2**20])
+def test_vocabulary_shared_between_two_ranks(two_ranks, backend, dtype, options, size, budget):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("two ranks on the CPU need Triton's interpreter")
+    results = two_ranks.run(shared_vocabulary, dtype, backend, size, options, budget)
+    inputs = make_inputs(TOKENS, HIDDEN, VOCAB, dtype, size=size)
+    expected, expected_hidden, expected_weight = oracle(inputs, 1.3008, **options)
+    tolerance = GRADIENT_TOLERANCE[dtype]
+    for loss, losses, count, grad_hidden, _ in results:
+        assert abs(loss - expected.loss_sum) <= LOSS_TOLERANCE * expected.count
+        # 1e-6 of a loss: the rounding of fp32 logits in the hundreds.
+        torch.testing.assert_close(losses.double(), expected.per_token, rtol=1e-6, atol=LOSS_TOLERANCE)
+        assert count == expected.count
+        assert relative_error(grad_hidden, expected_hidden) <= tolerance
+    assert torch.equal(results[0][3], results[1][3])
+    assert relative_error(torch.cat([result[4] for result in results]), expected_weight) <= tolerance
+
+
+def one_rank_has_a_wrong_target(ranks):
+    hidden, weight, targets = make_inputs(6, 8, 16, torch.float32)
+    targets[0] = 32
+    return linear_cross_entropy(hidden, weight, targets, vocab_group=dist.group.WORLD).loss_sum.detach()
+
+
+def test_target_beyond_the_shared_vocabulary_is_not_a_plausible_loss(two_ranks):
+    for loss in two_ranks.run(one_rank_has_a_wrong_target):
+        assert loss.isnan()

@@ -1,0 +1,112 @@
+"""A small decoder and packed batches for the tests of what wraps its blocks, and attention that can be compiled."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from retemper.engine.model.architecture import parse_architecture
+from retemper.engine.model.decoder import Decoder, Packing
+from retemper.kernels.attention import per_document_attention, plan_attention  # noqa: F401
+
+VOCAB_SIZE = 61
+NUM_TOKENS = 96
+
+
+def tiny_decoder(num_layers: int = 3, device: str = "cpu", **changes) -> Decoder:
+    """A Qwen3 model (norms of queries and keys, grouped queries) with random weights."""
+    values = {
+        "model_type": "qwen3",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.1,
+        **changes,
+    }
+    with torch.device(device):
+        model = Decoder(parse_architecture(values, "test"))
+    if device == "cpu":
+        model.initialize_(7)
+    return model
+
+
+def packed(*starts: int, num_tokens: int = NUM_TOKENS, seed: int = 0) -> tuple[Tensor, Packing, Tensor]:
+    """Random tokens and targets of documents that begin at 0 and at ``starts``."""
+    cu_seqlens = torch.tensor([0, *starts, num_tokens], dtype=torch.int32)
+    lengths = cu_seqlens.diff()
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    generator = torch.Generator().manual_seed(seed)
+    tokens, targets = torch.randint(0, VOCAB_SIZE, (2, num_tokens), generator=generator)
+    return tokens, Packing(positions, cu_seqlens, int(lengths.max())), targets
+
+
+def gradients(model: Decoder, batch: tuple[Tensor, Packing, Tensor]) -> dict[str, Tensor]:
+    """The loss (as "loss") and the gradient of every parameter."""
+    model.zero_grad()
+    loss = model(*batch)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def compilable_attention(q, k, v, cu_seqlens, max_seqlen, *, window=None, plan=None):
+    """Attention as a GPU's kernel is to the compiler: one operator that it does not look into."""
+    return _attention(q, k, v, cu_seqlens, max_seqlen, window)
+
+
+@torch.library.custom_op("retemper_tests::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> Tensor:
+    return _by_document(q, k, v, cu_seqlens, window).contiguous()
+
+
+@torch.library.custom_op("retemper_tests::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads: list[Tensor] = []
+
+    def differentiate() -> None:
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        output = _by_document(*inputs, cu_seqlens, window)
+        grads.extend(g.contiguous() for g in torch.autograd.grad(output, inputs, grad))
+
+    # Inside an operator autograd is off, for this thread only.
+    thread = threading.Thread(target=differentiate)
+    thread.start()
+    thread.join()
+    return grads[0], grads[1], grads[2]
+
+
+def _by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+    return per_document_attention(q, k, v, cu_seqlens.diff().tolist(), window=window)
+
+
+@_attention.register_fake
+def _(q, k, v, cu_seqlens, max_seqlen, window):
+    return q.new_empty(q.shape)
+
+
+@_attention_backward.register_fake
+def _(grad, q, k, v, cu_seqlens, window):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.window = inputs[5]
+
+
+def _backward(ctx, grad):
+    return *_attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.window), None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)

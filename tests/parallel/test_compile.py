@@ -1,0 +1,137 @@
+"""Compiled blocks: the numbers of eager ones, few graphs for any number of blocks and documents."""
+
+from __future__ import annotations
+
+import shutil
+
+import packed_model
+import pytest
+import torch
+from packed_model import gradients, packed, tiny_decoder
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from retemper.engine.config import DataConfig, ParallelConfig, RunConfig, TrainingConfig
+from retemper.engine.errors import UserError
+from retemper.engine.model import decoder as decoder_module
+from retemper.engine.parallel import compile as block_compile
+from retemper.engine.parallel import recompute
+from retemper.kernels.attention import PER_DOCUMENT
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow) if shutil.which("g++") else "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def kernel_attention(monkeypatch):
+    """Blocks attend by one operator, as on a GPU."""
+    monkeypatch.setattr(decoder_module, "attention", packed_model.compilable_attention)
+
+
+def compiled(backend, mode="none", **changes):
+    model = tiny_decoder(**changes)
+    recompute.apply(model, ParallelConfig(recompute=mode))
+    block_compile.apply(model, backend)
+    return model
+
+
+def assert_close(actual, expected, bound):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= bound * value.norm(), name
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_same_losses_and_gradients(backend, mode, kernel_attention):
+    """fp32 within 2e-6: the compiler fuses, so sums are rounded in another order."""
+    counter = CompileCounterWithBackend(backend)
+    model, plain = compiled(counter, mode), tiny_decoder()
+    for batch in (packed(7, 40), packed(1, 2, 3, 50, 70, seed=3), packed(seed=4)):
+        assert_close(gradients(model, batch), gradients(plain, batch), 2e-6)
+    assert counter.frame_count
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_all_blocks_and_document_counts_share_their_graphs(mode, kernel_attention):
+    counter = CompileCounterWithBackend("aot_eager")
+    model = compiled(counter, mode, num_layers=10)
+    gradients(model, packed(9))
+    gradients(model, packed(20))
+    # One graph, and one more when the length of the longest document is seen to vary.
+    assert counter.frame_count <= 2
+    known = counter.frame_count
+    for count in range(30):
+        gradients(model, packed(*range(1, count), num_tokens=packed_model.NUM_TOKENS))
+    assert counter.frame_count == known
+
+
+def test_windows_and_evaluation_stay_within_the_limit(kernel_attention):
+    """Kinds of blocks x training or evaluation: each has its graphs, and none falls back to eager."""
+    counter = CompileCounterWithBackend("aot_eager")
+    changes = {
+        "num_layers": 4,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 2,
+    }
+    model, plain = compiled(counter, **changes), tiny_decoder(**changes)
+    assert {layer.self_attn.window for layer in model.model.layers} == {None, 8}
+    for batch in (packed(9), packed(30, 50), packed(5, 6, 7)):
+        assert_close(gradients(model, batch), gradients(plain, batch), 2e-6)
+        with torch.no_grad():
+            assert model(*batch).item() == pytest.approx(plain(*batch).item(), rel=2e-6)
+    assert counter.frame_count <= 8
+
+
+def test_attention_per_document_stays_outside_of_the_graphs():
+    """As on a CPU: graphs before and after the attention, the same for every packing."""
+    counter = CompileCounterWithBackend("aot_eager")
+    model, plain = compiled(counter), tiny_decoder()
+
+    def batch(*starts):
+        tokens, packing, targets = packed(*starts)
+        plan = packed_model.plan_attention(PER_DOCUMENT, packing.cu_seqlens, (None,), CPU)
+        return tokens, packing._replace(attention=plan), targets
+
+    for starts in ((9,), (9, 50)):
+        assert_close(gradients(model, batch(*starts)), gradients(plain, batch(*starts)), 2e-6)
+    known = counter.frame_count
+    assert known >= 2
+    for count in range(2, 20):
+        gradients(model, batch(*range(1, count)))
+    assert counter.frame_count == known
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "backend", "mode", "expected"),
+    [
+        ("auto", CPU, PER_DOCUMENT, "none", False),
+        ("auto", CPU, PER_DOCUMENT, "full", False),
+        ("auto", CUDA, PER_DOCUMENT, "none", False),
+        ("auto", CUDA, "varlen", "none", True),
+        ("auto", CUDA, "varlen", "full", True),
+        ("off", CUDA, "varlen", "none", False),
+        ("on", CPU, PER_DOCUMENT, "none", True),
+    ],
+)
+def test_who_compiles(choice, device, backend, mode, expected):
+    assert block_compile.wanted(run_config(choice, mode), device, backend) is expected
+
+
+def test_a_recomputed_block_that_cannot_be_compiled_is_refused():
+    with pytest.raises(UserError, match=r"training.compile is on with parallel.recompute full.*set") as caught:
+        block_compile.wanted(run_config("on", "full"), CPU, PER_DOCUMENT)
+    assert "\n" not in str(caught.value)
+
+
+def run_config(choice, mode):
+    return RunConfig("folder", DataConfig(), TrainingConfig(1, compile=choice), parallel=ParallelConfig(recompute=mode))

@@ -1,0 +1,117 @@
+"""Recomputation keeps less and gives the same bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from packed_model import gradients, packed, tiny_decoder
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from retemper.engine.config import ParallelConfig
+from retemper.engine.parallel import recompute
+
+BATCH = packed(10, 11, 60)
+
+
+def decoder(mode: str, every: int = 1, **changes):
+    model = tiny_decoder(num_layers=4, **changes)
+    recompute.apply(model, ParallelConfig(recompute=mode, recompute_every=every))
+    return model
+
+
+class Watch(TorchDispatchMode):
+    """Counts operators, and remembers the storages that they make without keeping them alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter = Counter()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.counts[func.overloadpacket] += 1
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self._storages[reference.cdata] = (reference, storage.nbytes())
+        return output
+
+    def bytes_alive(self) -> int:
+        return sum(size for reference, size in self._storages.values() if not reference.expired())
+
+
+def kept_and_repeated(mode: str, every: int = 1) -> tuple[int, Counter]:
+    """Bytes that are alive between forward and backward pass, and how often the backward pass ran each operator."""
+    model = decoder(mode, every)
+    with Watch() as forward:
+        loss = model(*BATCH)
+        kept = forward.bytes_alive()
+    with Watch() as backward:
+        loss.backward()
+    return kept, backward.counts
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2"}, {"attention_bias": True}], ids=str)
+@pytest.mark.parametrize(("mode", "every"), [("selective", 1), ("full", 1), ("selective", 2), ("full", 3)])
+def test_gradients_are_bitwise_the_same(mode, every, changes):
+    expected = gradients(decoder("none", **changes), BATCH)
+    actual = gradients(decoder(mode, every, **changes), BATCH)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_a_block_can_run_twice_before_its_backward_pass():
+    """As micro-batches of a pipeline do: each pass keeps its own."""
+    other = packed(50, seed=1)
+    for mode in ("selective", "full"):
+        model, plain = decoder(mode), decoder("none")
+        for each in (model, plain):
+            first, second = each(*BATCH), each(*other)
+            (first + second).backward()
+        for (name, one), two in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert torch.equal(one.grad, two.grad), name
+
+
+def test_full_keeps_less_than_selective_and_selective_less_than_none():
+    kept = {mode: kept_and_repeated(mode)[0] for mode in ("none", "selective", "full")}
+    assert 1.5 * kept["full"] < kept["selective"] < 0.75 * kept["none"]
+    assert kept["full"] < kept_and_repeated("full", every=2)[0] < kept["none"]
+
+
+def test_the_last_product_of_a_block_is_not_kept(monkeypatch):
+    """Only the residual sum reads it, and the sum is kept as the next block's input."""
+    kept, _ = kept_and_repeated("selective")
+    policy = recompute._keep_products
+    monkeypatch.setattr(recompute, "_keep_products", lambda num_linear: policy(num_linear + 1))
+    with_last, _ = kept_and_repeated("selective")
+    tokens, hidden, fp32, blocks = len(BATCH[0]), 32, 4, 4
+    assert with_last - kept == blocks * tokens * hidden * fp32
+
+
+def test_selective_repeats_no_product_and_no_attention():
+    _, none = kept_and_repeated("none")
+    _, selective = kept_and_repeated("selective")
+    _, full = kept_and_repeated("full")
+    products = [torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu]
+    assert [selective[op] for op in products] == [none[op] for op in products]
+    # q, k, v, o, gate and up of four blocks; the backward pass of down needs only its input.
+    assert full[torch.ops.aten.mm] == none[torch.ops.aten.mm] + 6 * 4
+    assert selective[torch.ops.aten.rsqrt] == full[torch.ops.aten.rsqrt] == 4 * 4
+    assert none[torch.ops.aten.rsqrt] == 0
+
+
+def test_every_second_block_repeats_half():
+    _, full = kept_and_repeated("full")
+    _, half = kept_and_repeated("full", every=2)
+    assert 2 * half[torch.ops.aten.rsqrt] == full[torch.ops.aten.rsqrt]
+
+
+def test_evaluation_is_the_same():
+    with torch.no_grad():
+        losses = [decoder(mode)(*BATCH) for mode in ("none", "selective", "full")]
+    assert losses[0] == losses[1] == losses[2]

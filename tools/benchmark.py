@@ -1,0 +1,145 @@
+"""Time the training step: tokens/s, MFU, where the time goes, peak memory.
+
+    python tools/benchmark.py --config megatron_configs/qwen2.5_0.5b.yaml --json step.json
+    torchrun --nproc-per-node 8 tools/benchmark.py --config megatron_configs/qwen2.5_7b.yaml --steps 30
+    python tools/benchmark.py --config run.yaml --sweep micro_batch_size=1,2,4 recompute=none,full
+
+The work is done by retemper.tools.step_benchmark; this file is the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from retemper.engine.config import RunConfig, to_dict
+from retemper.engine.config_parser import parse_config
+from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.parallel.process_group import launched_by_torchrun, process_group
+from retemper.engine.trainer import check_layout
+from retemper.tools.step_benchmark.machine import step_machine_facts
+from retemper.tools.step_benchmark.measure import BenchmarkOptions, measure_step
+from retemper.tools.step_benchmark.report import format_report, to_record
+from retemper.tools.step_benchmark.sweep import format_sweep, parse_sweep, run_sweep
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this command, and those of the run's configuration."""
+    parser = CommandParser(
+        description="Time the steps of a training run, with the real trainer, on random weights: tokens/s, MFU, where "
+        "the time goes, peak memory. No checkpoint is read or written, and no run folder is touched. Prints Markdown "
+        "tables.",
+        epilog="All other options are those of engine/pretrain.py, such as --training.micro_batch_size 2.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="as for engine/pretrain.py")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="that are timed (default: %(default)s)")
+    parser.add_argument(
+        "--warmup-steps", type=int, default=5, metavar="N", help="before them, not timed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--real-data", action="store_true", help="read the datasets of the configuration (default: random tokens)"
+    )
+    parser.add_argument(
+        "--documents",
+        default="whole",
+        metavar="LENGTHS",
+        help="of the random documents, in tokens: fixed:N, uniform:LEAST:MOST, lognormal:MEAN[:SIGMA], or whole: every "
+        "sample is one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--matmul-seconds",
+        type=float,
+        default=0.2,
+        metavar="S",
+        help="for each size and dtype of the matrix products that are timed as a peak; 0 leaves them out (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="KEY=V1,V2",
+        help="measure the product of these settings, each in a fresh process, and name the fastest that fits",
+    )
+    parser.add_argument(
+        "--launch",
+        default="",
+        metavar="COMMAND",
+        help="with --sweep: what starts each process, such as 'torchrun --nproc-per-node 8' (default: python)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    options, rest = parser.parse_known_args(arguments)
+    return options, [word for file in options.config for word in ("--config", file)] + rest
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options, run_arguments = parse_arguments(arguments)
+    config = parse_config(run_arguments)
+    settings = BenchmarkOptions(
+        options.steps, options.warmup_steps, options.real_data, options.documents, options.matmul_seconds
+    )
+    settings.check()
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json {options.json}: no folder {options.json.absolute().parent}; make it first")
+    record = {"command": shlex.join(["tools/benchmark.py", *arguments]), "date": date.today().isoformat()}
+    if options.sweep:
+        _sweep(config, options, settings, run_arguments, record)
+    elif options.launch:
+        raise UserError(f"--launch {options.launch}: is for --sweep; else start this command with it")
+    else:
+        _measure(config, options.json, settings, record)
+
+
+def _measure(config: RunConfig, path: Path | None, settings: BenchmarkOptions, record: dict[str, Any]) -> None:
+    with process_group(config.device, config.parallel.timeout_seconds) as ranks:
+        ranks.everywhere(lambda: check_layout(config))
+        machine = step_machine_facts()  # before there is any load of ours
+        found = measure_step(config, settings, ranks)
+        if ranks.is_main:
+            print(format_report(found, machine))
+        record |= {"machine": machine, "config": to_dict(config), "result": to_record(found)}
+        ranks.on_main(lambda: _write(path, record))
+
+
+def _sweep(
+    config: RunConfig,
+    options: argparse.Namespace,
+    settings: BenchmarkOptions,
+    run_arguments: list[str],
+    record: dict[str, Any],
+) -> None:
+    if launched_by_torchrun():
+        raise UserError("--sweep: starts processes itself; leave out torchrun and name it with --launch 'torchrun ...'")
+    combinations = parse_sweep(options.sweep, config)
+    command = [*(shlex.split(options.launch) or [sys.executable]), str(Path(__file__).resolve()), *run_arguments]
+    command += ["--steps", str(settings.steps), "--warmup-steps", str(settings.warmup_steps)]
+    command += ["--documents", settings.documents, "--matmul-seconds", str(settings.matmul_seconds)]
+    command += ["--real-data"] if settings.real_data else []
+    rows = run_sweep(combinations, command, lambda line: print(line, file=sys.stderr, flush=True))
+    print(format_sweep(rows))
+    record["sweep"] = [{"settings": row.settings, "outcome": row.outcome, **(row.record or {})} for row in rows]
+    _write(options.json, record)
+    if not any(row.record for row in rows):
+        raise UserError(f"--sweep {' '.join(options.sweep)}: no setting went through; the table says why")
+
+
+def _write(path: Path | None, record: dict[str, Any]) -> None:
+    if path is not None:
+        try:
+            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    # A scheduler's SIGTERM cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_command(main)

@@ -1,0 +1,295 @@
+"""One provider on one case: is it right, how long does it take, how much memory does it need."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Case, Tensors
+from .providers import Function
+
+_deterministic: Any = torch.utils.deterministic
+FLUSH_BYTES = 256 * 1024**2
+"""Written between timed calls on a GPU: several times its L2, so that no call finds its inputs there."""
+
+
+@dataclass
+class Result:
+    """What was measured. ``problem`` says why there is nothing, or what is wrong."""
+
+    kernel: str
+    case: str
+    provider: str
+    is_ours: bool
+    milliseconds: float | None = None
+    """Median of one forward and backward pass."""
+    spread: tuple[float, float] | None = None
+    """Fastest and slowest."""
+    again_milliseconds: float | None = None
+    """The first provider of a case once more, after the last one: how far the machine drifts."""
+    peak_bytes: int | None = None
+    """More than the inputs and the references of this benchmark; None where it cannot be known."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Norm of the difference from float64 over its norm; of ``loss`` the difference in nats."""
+    same_bits: bool | None = None
+    """Whether a second call gave the same bits."""
+    teraflops: float | None = None
+    problem: str | None = None
+    wrong: bool = False
+    """Ours, and outside its bounds: the benchmark fails."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and how long to measure."""
+
+    device: torch.device
+    dtype: torch.dtype
+    seconds: float = 1.0
+    """Timed calls of one provider take about this long."""
+    least_calls: int = 3
+    most_calls: int = 50
+
+
+def measure_case(
+    case: Case, settings: Settings, say: Callable[[Result], None] = lambda _: None, compiled: bool = True
+) -> list[Result]:
+    """All providers of a case, on the same inputs, and the first one again at the end.
+
+    ``compiled`` False leaves out what torch.compile makes.
+    """
+    inputs = case.make_inputs(settings.device, settings.dtype)
+    gradients = _output_gradients(case, inputs)
+    reference = case.reference(inputs, gradients)
+    kept = {name: x.clone() for name, x in inputs.items()}
+    results = []
+    first: tuple[Result, _Call] | None = None
+    for name, provider in case.providers.items():
+        result = Result(case.kernel, case.name, name, provider.is_ours)
+        if provider.is_compiled and not compiled:
+            continue
+        result.problem = provider.refusal(inputs)
+        if result.problem is None:
+            try:
+                function = provider.build(inputs)
+                call = _Call(function, inputs, gradients, case.leaves, kept)
+                _check(case, call, reference, settings, result)
+                _time(case, call, settings, result)
+                first = first or (result, call)
+            except Exception as error:  # any library may fail in any way; the others are still measured
+                result.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[
+                    :200
+                ]
+                result.wrong = provider.is_ours
+        for name_of_input, x in kept.items():
+            inputs[name_of_input].copy_(x)
+        results.append(result)
+        say(result)
+        gc.collect()
+    if first and len(results) > 1:
+        first[0].again_milliseconds = statistics.median(_timings(first[1], settings))
+    return results
+
+
+def _output_gradients(case: Case, inputs: Tensors) -> tuple[Tensor | None, ...]:
+    """Random gradients of the outputs; a loss has none, which is one."""
+    like = {"output": case.leaves[0], "sum": case.leaves[0], "q_out": "q", "k_out": "k"}
+    return tuple(
+        None
+        if name == "loss"
+        else torch.randn(inputs[like[name]].shape, device=inputs[like[name]].device).to(inputs[like[name]].dtype)
+        for name in case.outputs
+    )
+
+
+def run_once(
+    function: Function, inputs: Tensors, gradients: tuple[Tensor | None, ...], leaves: tuple[str, ...]
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """One forward and backward pass: outputs, and gradients of the leaves."""
+    fresh = {name: x.detach().requires_grad_() if name in leaves else x for name, x in inputs.items()}
+    outputs = function(fresh)
+    torch.autograd.backward(outputs, gradients)
+    found = []
+    for name in leaves:
+        gradient = fresh[name].grad
+        if gradient is None:
+            raise RuntimeError(f"{name} got no gradient")
+        found.append(gradient)
+    return tuple(x.detach() for x in outputs), found
+
+
+@dataclass
+class _Call:
+    """A function with its arguments."""
+
+    function: Function
+    inputs: Tensors
+    gradients: tuple[Tensor | None, ...]
+    leaves: tuple[str, ...]
+    kept: Tensors
+    """Copies of the inputs."""
+    restores: bool = True
+    """Before each call, for functions that write over their inputs (Liger's SwiGLU does). Not timed."""
+
+    def prepare(self) -> None:
+        """Bring the inputs back."""
+        if self.restores:
+            for name, x in self.kept.items():
+                self.inputs[name].copy_(x)
+
+    def changed(self) -> list[str]:
+        """Inputs that are no longer what they were."""
+        return [name for name, x in self.kept.items() if not torch.equal(x, self.inputs[name])]
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        outputs, gradients = run_once(self.function, self.inputs, self.gradients, self.leaves)
+        return (*outputs, *gradients)
+
+
+def _check(case: Case, call: _Call, reference: Tensors, settings: Settings, result: Result) -> None:
+    """Errors, memory, and whether results repeat, of calls whose fresh memory held NaN."""
+    call()  # compiles
+    call.prepare()
+    with _Peak(settings.device) as peak:
+        call()
+    result.peak_bytes = peak.bytes
+    call.prepare()
+    with _Poisoned(settings.device, peak.bytes or 0):
+        found = call()
+    changed = call.changed()
+    names = [*case.outputs, *(f"d{leaf}" for leaf in case.leaves)]
+    for name, value in zip(names, found, strict=True):
+        difference = (value.double() - reference[name]).norm().item()
+        scale = 1.0 if name == "loss" else max(reference[name].norm().item(), 1e-300)
+        result.errors[name] = difference / scale
+    # A gradient may be a view of an input that was written over.
+    found = tuple(x.clone() for x in found) if changed else found
+    call.prepare()
+    result.same_bits = all(torch.equal(a, b) for a, b in zip(found, call(), strict=True))
+    call.prepare()
+    call.restores = bool(changed)
+    # Written so that NaN is wrong.
+    outside = [name for name, error in result.errors.items() if not error <= case.bound(name, settings.dtype)]
+    if any(math.isnan(error) for error in result.errors.values()):
+        result.problem = "results hold NaN"
+    elif changed:
+        result.problem = f"writes over its input {', '.join(changed)}"
+    if result.is_ours and (outside or changed):
+        result.wrong = True
+        worst = ", ".join(f"{name} {result.errors[name]:.1e}" for name in outside)
+        result.problem = result.problem or f"outside its bounds: {worst}"
+
+
+def _time(case: Case, call: _Call, settings: Settings, result: Result) -> None:
+    times = _timings(call, settings)
+    result.milliseconds = statistics.median(times)
+    result.spread = (min(times), max(times))
+    if case.flops:
+        result.teraflops = case.flops / result.milliseconds / 1e9
+
+
+def _timings(call: _Call, settings: Settings) -> list[float]:
+    """Milliseconds of each timed call: by events on a GPU, where the host runs ahead, by the clock on a CPU."""
+    cuda = settings.device.type == "cuda"
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=settings.device) if cuda else None
+
+    def timed() -> Callable[[], float]:
+        call.prepare()
+        if flush is None:
+            started = time.perf_counter()
+            call()
+            elapsed = (time.perf_counter() - started) * 1e3
+            return lambda: elapsed
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        return lambda: start.elapsed_time(end)
+
+    def all_of(calls: int) -> list[float]:
+        readers = [timed() for _ in range(calls)]
+        if cuda:
+            torch.cuda.synchronize()
+        return [read() for read in readers]
+
+    one = statistics.median(all_of(2))
+    calls = int(settings.seconds * 1e3 / max(one, 1e-3))
+    return all_of(min(settings.most_calls, max(settings.least_calls, calls)))
+
+
+class _Peak:
+    """Most memory that was taken above what was there before. ``bytes`` is None where the system does not tell."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.bytes: int | None = None
+
+    def __enter__(self) -> _Peak:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before: int | None = torch.cuda.memory_allocated()
+            return self
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = _status_bytes("VmRSS")
+        except OSError:
+            self.before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is None:
+            return
+        peak = torch.cuda.max_memory_allocated() if self.cuda else _status_bytes("VmHWM")
+        self.bytes = max(0, peak - self.before)
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+class _Poisoned:
+    """Fresh memory holds NaN, so that an element that nobody writes shows.
+
+    On a GPU the allocator's cache is filled; no deterministic mode there, which would choose other kernels than those
+    that are timed. On a CPU PyTorch's own debugging option does it.
+    """
+
+    def __init__(self, device: torch.device, num_bytes: int):
+        self.cuda = device.type == "cuda"
+        self.num_bytes = num_bytes
+
+    def __enter__(self) -> None:
+        if not self.cuda:
+            self.was = torch.are_deterministic_algorithms_enabled(), _deterministic.fill_uninitialized_memory
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            _deterministic.fill_uninitialized_memory = True
+            return
+        torch.cuda.empty_cache()
+        large = torch.full((self.num_bytes // 4 + 1,), math.nan, device="cuda")
+        # Blocks of up to a megabyte come from a pool of their own.
+        small = [torch.full((64 * 1024,), math.nan, device="cuda") for _ in range(32)]
+        del large, small
+
+    def __exit__(self, *_: object) -> None:
+        if not self.cuda:
+            torch.use_deterministic_algorithms(self.was[0])
+            _deterministic.fill_uninitialized_memory = self.was[1]

@@ -1,0 +1,292 @@
+"""Who computes each kernel: ours, PyTorch as it is and compiled, and the libraries that are installed.
+
+A provider's ``build(inputs)`` returns a function of the same inputs that gives the outputs as a tuple; what a library
+needs once (imports, constants) is done in ``build`` and not timed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.attention import attention, per_document_attention
+from ...kernels.linear_cross_entropy import linear_cross_entropy
+from ...kernels.rms_norm import rms_norm
+from ...kernels.rope import apply_rope, apply_rope_to_pair
+from ...kernels.swiglu import swiglu
+from .references import EPS, IGNORE_INDEX
+
+Tensors = dict[str, Tensor]
+Outputs = tuple[Tensor, ...]
+Function = Callable[[Tensors], Outputs]
+OURS = "retemper"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a kernel."""
+
+    build: Callable[[Tensors], Function]
+    module: str | None = None
+    """Import name of the library; None: PyTorch."""
+    gpu_only: bool = False
+    uniform_only: bool = False
+    """Attention of sequences of one length only."""
+    is_compiled: bool = False
+    """Made by torch.compile."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is checked against the bounds."""
+        return self.module == OURS
+
+    def refusal(self, inputs: Tensors) -> str | None:
+        """Why it cannot run here on these inputs; None where it can."""
+        if self.module not in (None, OURS) and importlib.util.find_spec(self.module or "") is None:
+            return f"{self.module} is not installed"
+        if self.gpu_only and not next(iter(inputs.values())).is_cuda:
+            return "needs a GPU"
+        if self.uniform_only and len(set(inputs["cu_seqlens"].diff().tolist())) > 1:
+            return "has no documents of different lengths"
+        return None
+
+
+def _ours(function: Function, gpu_only: bool = False) -> Provider:
+    return Provider(lambda _: function, OURS, gpu_only)
+
+
+def _compiled(function: Function) -> Provider:
+    def build(_: Tensors) -> Function:
+        torch.compiler.reset()
+        return torch.compile(function, dynamic=False)
+
+    return Provider(build, is_compiled=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Cross-entropy of a linear head: the mean over targets
+
+
+def _our_cross_entropy(inputs: Tensors) -> Outputs:
+    result: Any = linear_cross_entropy(inputs["x"], inputs["weight"], inputs["targets"])
+    return (result.loss_sum / result.count,)
+
+
+def _logits_cross_entropy(inputs: Tensors) -> Outputs:
+    logits = inputs["x"] @ inputs["weight"].t()
+    return (F.cross_entropy(logits.float(), inputs["targets"], ignore_index=IGNORE_INDEX),)
+
+
+def _torch_fused_cross_entropy(_: Tensors) -> Function:
+    fused: Any = F.linear_cross_entropy  # type: ignore[attr-defined,unused-ignore]
+    return lambda inputs: (fused(inputs["x"], inputs["weight"], inputs["targets"], ignore_index=IGNORE_INDEX),)
+
+
+def _liger_cross_entropy(accumulate_fp32: bool) -> Callable[[Tensors], Function]:
+    def build(_: Tensors) -> Function:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        options = {"accum_dtype": torch.float32} if accumulate_fp32 else {}
+        loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, **options)
+        return lambda inputs: (loss(inputs["weight"], inputs["x"], inputs["targets"]),)
+
+    return build
+
+
+def _cut_cross_entropy(exact: bool) -> Callable[[Tensors], Function]:
+    def build(_: Tensors) -> Function:
+        from cut_cross_entropy import linear_cross_entropy as cut
+
+        options: dict[str, Any] = {"filter_eps": None} if exact else {}
+        return lambda inputs: (cut(inputs["x"], inputs["weight"], inputs["targets"], **options),)
+
+    return build
+
+
+LINEAR_CROSS_ENTROPY = {
+    "retemper": _ours(_our_cross_entropy),
+    "torch eager": Provider(lambda _: _logits_cross_entropy),
+    "torch.compile": _compiled(_logits_cross_entropy),
+    "Liger": Provider(_liger_cross_entropy(False), "liger_kernel", gpu_only=True),
+    "Liger, fp32 accumulation": Provider(_liger_cross_entropy(True), "liger_kernel", gpu_only=True),
+    "CCE, exact": Provider(_cut_cross_entropy(True), "cut_cross_entropy", gpu_only=True),
+    "CCE": Provider(_cut_cross_entropy(False), "cut_cross_entropy", gpu_only=True),
+}
+if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    LINEAR_CROSS_ENTROPY["F.linear_cross_entropy"] = Provider(_torch_fused_cross_entropy)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def _our_attention(inputs: Tensors) -> Function:
+    longest = int(inputs["cu_seqlens"].diff().max())
+    return lambda x: (attention(x["q"], x["k"], x["v"], x["cu_seqlens"], longest),)
+
+
+def _sdpa(inputs: Tensors) -> Function:
+    batch = len(inputs["cu_seqlens"]) - 1
+
+    def compute(x: Tensors) -> Outputs:
+        q, k, v = (x[name].unflatten(0, (batch, -1)).transpose(1, 2) for name in "qkv")
+        return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1),)
+
+    return compute
+
+
+def _sdpa_with(backend: str) -> Callable[[Tensors], Function]:
+    def build(inputs: Tensors) -> Function:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        compute = _sdpa(inputs)
+
+        def forced(x: Tensors) -> Outputs:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return compute(x)
+
+        return forced
+
+    return build
+
+
+def _varlen(inputs: Tensors) -> Function:
+    from torch.nn.attention import varlen
+
+    # Untyped, since its arguments differ between versions.
+    varlen_attn: Any = varlen.varlen_attn
+
+    longest = int(inputs["cu_seqlens"].diff().max())
+    # torch 2.11 tells causality by a flag, 2.13 by the window.
+    names = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    grouped = {"enable_gqa": True} if "enable_gqa" in names else {}
+
+    def compute(x: Tensors) -> Outputs:
+        q, k, v = x["q"], x["k"], x["v"]
+        if not grouped:
+            k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
+        return (varlen_attn(q, k, v, x["cu_seqlens"], x["cu_seqlens"], longest, longest, **causal, **grouped),)
+
+    return compute
+
+
+def _flash_attn(inputs: Tensors) -> Function:
+    from flash_attn import flash_attn_varlen_func
+
+    longest = int(inputs["cu_seqlens"].diff().max())
+    return lambda x: (
+        flash_attn_varlen_func(x["q"], x["k"], x["v"], x["cu_seqlens"], x["cu_seqlens"], longest, longest, causal=True),
+    )
+
+
+ATTENTION = {
+    "retemper": Provider(_our_attention, OURS),
+    "torch SDPA per document": Provider(
+        lambda _: lambda x: (per_document_attention(x["q"], x["k"], x["v"], x["cu_seqlens"].diff().tolist()),)
+    ),
+    "torch SDPA": Provider(_sdpa, uniform_only=True),
+    "torch SDPA, cuDNN": Provider(_sdpa_with("CUDNN_ATTENTION"), gpu_only=True, uniform_only=True),
+    "torch SDPA, flash": Provider(_sdpa_with("FLASH_ATTENTION"), gpu_only=True, uniform_only=True),
+    "torch varlen_attn": Provider(_varlen, gpu_only=True),
+    "flash-attn": Provider(_flash_attn, "flash_attn", gpu_only=True),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Norm, rotation, activation
+
+
+def _our_rms_norm(implementation: Any) -> Function:
+    def compute(x: Tensors) -> Outputs:
+        if "residual" in x:
+            return rms_norm(x["x"], x["weight"], EPS, x["residual"], implementation=implementation)
+        return (rms_norm(x["x"], x["weight"], EPS, implementation=implementation),)
+
+    return compute
+
+
+def _torch_rms_norm(x: Tensors) -> Outputs:
+    total = x["x"] + x["residual"] if "residual" in x else x["x"]
+    output = F.rms_norm(total, (total.shape[-1],), x["weight"], EPS)
+    return (output, total) if "residual" in x else (output,)
+
+
+def _liger_rms_norm(_: Tensors) -> Function:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return lambda x: (LigerRMSNormFunction.apply(x["x"], x["weight"], EPS, 0.0, "llama", False),)
+
+
+def _liger_add_rms_norm(_: Tensors) -> Function:
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    return lambda x: LigerFusedAddRMSNormFunction.apply(x["x"], x["residual"], x["weight"], EPS, 0.0, "llama", False)
+
+
+RMS_NORM = {
+    "retemper, torch": _ours(_our_rms_norm("torch")),
+    "retemper, triton": _ours(_our_rms_norm("triton"), gpu_only=True),
+    "retemper, torch, compiled": _compiled(_our_rms_norm("torch")),
+    "F.rms_norm": Provider(lambda _: _torch_rms_norm),
+    "F.rms_norm, compiled": _compiled(_torch_rms_norm),
+    "Liger": Provider(_liger_rms_norm, "liger_kernel", gpu_only=True),
+}
+RMS_NORM_RESIDUAL = {**RMS_NORM, "Liger": Provider(_liger_add_rms_norm, "liger_kernel", gpu_only=True)}
+
+
+def _our_rope(implementation: Any) -> Function:
+    return lambda x: apply_rope_to_pair(x["q"], x["k"], x["cos"], x["sin"], implementation=implementation)
+
+
+def _torch_rope(x: Tensors) -> Outputs:
+    return tuple(apply_rope(x[name], x["cos"], x["sin"]) for name in "qk")
+
+
+def _liger_rope(_: Tensors) -> Function:
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    def compute(x: Tensors) -> Outputs:
+        # Turns in place, so it is given copies; [1, heads, T, D] views as transformers has them.
+        q, k = (x[name].clone().transpose(0, 1)[None] for name in "qk")
+        q, k = LigerRopeFunction.apply(q, k, x["cos"][None], x["sin"][None])
+        return q[0].transpose(0, 1), k[0].transpose(0, 1)
+
+    return compute
+
+
+ROPE = {
+    "retemper, torch": _ours(_our_rope("torch")),
+    "retemper, triton": _ours(_our_rope("triton"), gpu_only=True),
+    "torch.compile": _compiled(_torch_rope),
+    "Liger, with its copy": Provider(_liger_rope, "liger_kernel", gpu_only=True),
+}
+
+
+def _our_swiglu(implementation: Any) -> Function:
+    return lambda x: (swiglu(x["gate"], x["up"], implementation=implementation),)
+
+
+def _torch_swiglu(x: Tensors) -> Outputs:
+    return (F.silu(x["gate"]) * x["up"],)
+
+
+def _liger_swiglu(_: Tensors) -> Function:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return lambda x: (LigerSiLUMulFunction.apply(x["gate"], x["up"]),)
+
+
+SWIGLU = {
+    "retemper, torch": _ours(_our_swiglu("torch")),
+    "retemper, triton": _ours(_our_swiglu("triton"), gpu_only=True),
+    "torch.compile": _compiled(_torch_swiglu),
+    "Liger": Provider(_liger_swiglu, "liger_kernel", gpu_only=True),
+}

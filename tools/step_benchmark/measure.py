@@ -1,0 +1,317 @@
+"""The real trainer, timed: its loop and its step, on random weights, without reports, evaluations or checkpoints.
+
+Nothing is written but a temporary dataset where the data are made up, and nothing is read but the model's config (and
+the datasets with ``--real-data``): no weights, and no run folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...engine.checkpoint.assets import ASSET_FOLDER
+from ...engine.config import DataConfig, ModelConfig, RunConfig, SourceConfig
+from ...engine.data.loader import Prefetcher
+from ...engine.data.packing import MicroBatch
+from ...engine.errors import UserError
+from ...engine.model.architecture import Architecture, parse_architecture, read_hf_config
+from ...engine.model.decoder import COMPUTE_DTYPES
+from ...engine.observe.flops import named_peak, training_flops
+from ...engine.parallel.process_group import Ranks
+from ...engine.trainer import StepResult, Trainer
+from .matmul import MatmulRate, matmul_rates
+from .phases import PhaseClock, StepTime
+from .synthetic import DocumentLengths, write_random_dataset
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What is to be measured, besides the run's configuration. The fields are the command's flags."""
+
+    steps: int = 20
+    warmup_steps: int = 5
+    real_data: bool = False
+    documents: str = "whole"
+    """See :class:`~retemper.tools.step_benchmark.synthetic.DocumentLengths`."""
+    matmul_seconds: float = 0.2
+    """For each size and dtype of the matmul sweep; 0 leaves it out."""
+
+    def check(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            UserError: naming the flag, its value and the remedy.
+        """
+        if not 1 <= self.steps <= 10**6:
+            raise UserError(f"--steps {self.steps}: must be at least 1 and at most 1,000,000")
+        if not 0 <= self.warmup_steps <= 10**6:
+            raise UserError(f"--warmup-steps {self.warmup_steps}: must be at least 0 and at most 1,000,000")
+        if not 0 <= self.matmul_seconds <= 60:
+            raise UserError(f"--matmul-seconds {self.matmul_seconds:g}: must be between 0 and 60")
+        if self.real_data and self.documents != "whole":
+            raise UserError(f"--documents {self.documents}: is for random data; remove it, or --real-data")
+        DocumentLengths.parse(self.documents)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found. Times are the main rank's; ranks step together."""
+
+    plan: list[str]
+    """What the trainer says of itself at its start."""
+    ranks: int
+    device: str
+    precision: str
+    parameters: int
+    tokens_per_step: int
+    """Over all ranks."""
+    documents_per_step: float
+    """Documents, or pieces of them, that attend to themselves only; mean over the timed steps, over all ranks."""
+    flops_per_step: dict[str, float]
+    """Of all ranks, by convention: all pairs of positions in a sample, causal pairs, and causal pairs in documents."""
+    flops_formula: str
+    steps: list[StepTime]
+    """The timed ones."""
+    warmup_seconds: float
+    """From the first step's beginning to the first timed step's, by the host's clock: compilation happens there."""
+    memory: dict[str, int]
+    """Bytes, of the rank with the most: on a GPU the peaks ``allocated`` and ``reserved`` and what it has; on a CPU the
+    resident set's peak, and its peak before the model was built. Of the whole run, warm-up included."""
+    matmul: list[MatmulRate] = field(default_factory=list)
+    datasheet: tuple[str, float] | None = None
+    """Name and dense bf16 peak in FLOP/s of the GPU."""
+
+
+def measure_step(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> Measurement:
+    """Time the steps of the run that ``config`` describes; all ranks call this.
+
+    Raises:
+        UserError: the configuration cannot be trained with, or memory runs out.
+    """
+    before = _memory(ranks.device)
+    with tempfile.TemporaryDirectory(prefix="retemper-benchmark-") as name, _out_of_memory_is_a_user_error():
+        folder = Path(name)
+        trainer = TimedTrainer(ranks.everywhere(lambda: prepare_config(config, options, folder)), options, ranks)
+        steps, warmup_seconds = trainer.time_steps()
+        found = _describe(trainer, steps, warmup_seconds, before)
+        # Last, so that it is not counted as the training's memory, and on a machine as warm as the training made it.
+        del trainer
+        gc.collect()
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        ranks.sum(0.0)  # together, as in a step: cores, power and heat are shared
+        rates = matmul_rates(ranks.device, COMPUTE_DTYPES, options.matmul_seconds) if options.matmul_seconds else []
+    return replace(found, matmul=rates)
+
+
+def prepare_config(config: RunConfig, options: BenchmarkOptions, folder: Path) -> RunConfig:
+    """``config`` with a budget of the wanted steps, random weights and, unless they are real, random data in
+    ``folder``.
+
+    Raises:
+        UserError: there is no config of the model.
+    """
+    source = config.model.architecture or _kept_config(config.model)
+    architecture = parse_architecture(read_hf_config(source))
+    training, data = config.training, config.data
+    num_steps = options.warmup_steps + options.steps
+    samples = num_steps * training.global_batch_size
+    if not options.real_data:
+        prefix = folder / "random"
+        lengths = DocumentLengths.parse(options.documents)
+        write_random_dataset(
+            prefix,
+            lengths,
+            architecture.vocab_size,
+            training.sequence_length,
+            samples,
+            training.global_batch_size,
+            config.seed,
+        )
+        data = _only_random(data, prefix)
+    return replace(
+        config,
+        # Empty, so that there is nothing to resume from.
+        run_folder=str(folder / "run"),
+        resume="auto",
+        model=replace(
+            config.model,
+            initialize_from=None,
+            architecture=source,
+            tokenizer=config.model.tokenizer if options.real_data else None,
+        ),
+        data=replace(data, validation={}, validation_fraction=0.0),
+        training=replace(
+            training, train_tokens=samples * training.sequence_length, warmup_tokens=0, eval_at_start=False
+        ),
+        optimizer=replace(config.optimizer, schedule="constant", decay_tokens=None),
+        logging=replace(config.logging, tensorboard=False),
+    )
+
+
+def _only_random(data: DataConfig, prefix: Path) -> DataConfig:
+    return replace(data, train=[SourceConfig(path=str(prefix))], stages=[], weights="tokens")
+
+
+def _kept_config(model: ModelConfig) -> str:
+    """Folder of the ``config.json`` that the checkpoint carries; its weights are not read."""
+    folder = Path(str(model.initialize_from)) / ASSET_FOLDER
+    if not folder.is_dir():
+        raise UserError(
+            f"model.initialize_from {model.initialize_from}: there is no {folder}; name a checkpoint, or set "
+            "model.architecture to a Hugging Face config.json: weights are not needed here"
+        )
+    return str(folder)
+
+
+class TimedTrainer(Trainer):
+    """The trainer with a clock; what is due at the end of a step (reports, evaluations, checkpoints) is left out."""
+
+    def __init__(self, config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> None:
+        self._clock = PhaseClock(ranks.device)
+        self._warmup_steps, self._num_steps = options.warmup_steps, options.warmup_steps + options.steps
+        self.boundaries: list[Tensor] = []
+        """``cu_seqlens`` of this rank's micro-batches in the timed steps, on the host."""
+        self._began_at = self._warm_at = 0.0
+        super().__init__(config, ranks)
+        self.plan_lines: list[str] = []
+        """What the trainer says at its start."""
+        self._said = io.StringIO()
+
+    def time_steps(self) -> tuple[list[StepTime], float]:
+        """Train; the timed steps, and the seconds that the warm-up took.
+
+        Raises:
+            KeyboardInterrupt: the run was asked to stop.
+        """
+        with redirect_stdout(self._said):
+            self.run()
+        if self.progress.step < self._num_steps:
+            raise KeyboardInterrupt
+        return self._clock.steps()[self._warmup_steps :], self._warm_at - self._began_at
+
+    def on_phase(self, name: str) -> None:
+        self._clock.mark(name)
+
+    def _next_batches(self, prefetcher: Prefetcher) -> tuple[list[MicroBatch], float]:
+        timed = self.progress.step >= self._warmup_steps
+        if self.progress.step == 0:
+            self.plan_lines = self._said.getvalue().splitlines()
+            self._began_at = time.perf_counter()
+        if self.progress.step == self._warmup_steps:
+            self._warm_at = time.perf_counter()
+        batches, num_targets = super()._next_batches(prefetcher)
+        if timed:
+            self.boundaries += [batch.cu_seqlens for batch in batches]
+        return batches, num_targets
+
+    def _report(self, *_: object) -> None:
+        """Nothing: a report waits for the device."""
+
+    def _evaluate_and_save(self, result: StepResult, last: bool, stopping: bool) -> None:
+        if last or stopping:
+            self._clock.close()
+
+
+def _describe(
+    trainer: TimedTrainer, steps: list[StepTime], warmup_seconds: float, before: dict[str, int]
+) -> Measurement:
+    ranks, architecture, plan = trainer.ranks, trainer.architecture, trainer.plan
+    memory = _memory(ranks.device)
+    if ranks.device.type == "cpu":
+        memory["resident_before"] = before["resident"]
+    lengths = [boundaries.diff() for boundaries in trainer.boundaries]
+    # Boundaries may be filled up to a fixed number with documents of no token.
+    documents = ranks.sum(sum(int((length > 0).sum()) for length in lengths)) / len(steps)
+    pairs = ranks.sum(sum(int((length.long() ** 2).sum()) for length in lengths)) / len(steps)
+    tokens = plan.tokens_per_step
+    all_pairs = tokens * plan.sequence_length
+    return Measurement(
+        # Notes on the made-up dataset are nobody's concern.
+        plan=[line for line in trainer.plan_lines if str(Path(trainer.config.run_folder).parent) not in line],
+        ranks=ranks.world_size,
+        device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
+        precision=trainer.config.training.precision,
+        parameters=architecture.num_parameters,
+        tokens_per_step=tokens,
+        documents_per_step=documents,
+        flops_per_step={
+            "all pairs of positions": training_flops(architecture, tokens, all_pairs),
+            "causal pairs (halved)": training_flops(architecture, tokens, all_pairs / 2),
+            "causal pairs within documents": training_flops(architecture, tokens, pairs / 2),
+        },
+        flops_formula=formula(architecture, plan.sequence_length),
+        steps=steps,
+        warmup_seconds=warmup_seconds,
+        memory=_largest(memory, ranks),
+        datasheet=named_peak(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None,
+    )
+
+
+def formula(architecture: Architecture, sequence_length: int) -> str:
+    """The formula of :func:`training_flops` per token, in letters and in this model's numbers."""
+    a, d = architecture, architecture.head_dim
+    q, kv = a.num_attention_heads * d, a.num_key_value_heads * d
+    return (
+        "FLOPs per token = 6 (L (h (q + 2 kv) + q h + 3 h f) + h v) + 12 L q s, the last term halved where causal "
+        f"pairs count; layers L {a.num_layers}, hidden h {a.hidden_size}, heads x size q {q}, kv {kv}, feed-forward f "
+        f"{a.intermediate_size}, vocabulary v {a.vocab_size}, s {sequence_length} (within documents: the mean of "
+        "length^2 over the mean length)"
+    )
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    if device.type == "cuda":
+        return {
+            "allocated": torch.cuda.max_memory_allocated(device),
+            "reserved": torch.cuda.max_memory_reserved(device),
+            "total": torch.cuda.get_device_properties(device).total_memory,
+        }
+    return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def _largest(memory: dict[str, int], ranks: Ranks) -> dict[str, int]:
+    """The largest of each number over the ranks."""
+    everybody: list[Any] = [memory] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(everybody, memory)
+    return {name: max(one[name] for one in everybody) for name in memory}
+
+
+@contextmanager
+def _out_of_memory_is_a_user_error() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"out of memory: {first}; lower training.micro_batch_size, set parallel.recompute, or use more ranks"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, on the GPU or the host; libraries say it in several ways."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -1,0 +1,68 @@
+"""Where the time of a step goes: the parts of a step lie end to end, so their sum is the step."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PHASES = ("data", "forward", "backward", "optimizer", "other")
+"""In the order of a step; forward and backward take turns over the micro-batches. Clipping belongs to the optimizer,
+the copy of a micro-batch to the GPU to forward."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step, in seconds."""
+
+    seconds: float
+    """From the moment the step asks for its data to the moment the next step does."""
+    phases: dict[str, float]
+    """By name of :data:`PHASES`."""
+
+
+class PhaseClock:
+    """Marks moments without waiting for the device.
+
+    On a GPU a moment is when the GPU gets to it (an event on the current stream): a part takes what the GPU spends on
+    it, or waits in it. The events are read at the end. On a CPU a moment is the host's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, phase: str) -> None:
+        """The part ``phase`` begins, and the one before ends."""
+        self._marks.append((phase, self._now()))
+
+    def close(self) -> None:
+        """The last part ends."""
+        self.mark("")
+
+    def steps(self) -> list[StepTime]:
+        """The steps between the marks so far, each from one ``data`` to the next. Waits for the device once."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        starts = [place for place, (phase, _) in enumerate(self._marks) if phase in ("data", "")]
+        return [self._step(first, last) for first, last in itertools.pairwise(starts)]
+
+    def _step(self, first: int, last: int) -> StepTime:
+        phases = dict.fromkeys(PHASES, 0.0)
+        for place in range(first, last):
+            phases[self._marks[place][0]] += self._between(place, place + 1)
+        return StepTime(self._between(first, last), phases)
+
+    def _between(self, first: int, last: int) -> float:
+        begin, end = self._marks[first][1], self._marks[last][1]
+        return begin.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - begin
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
