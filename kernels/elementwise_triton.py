@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import interpreted, triton_refusal
+from .triton_support import interpreted, triton_refusal
 
 MAX_WIDTH = 65536
 """Longest row that one program of rms_norm holds in registers."""

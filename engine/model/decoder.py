@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.attention import attention
-from ...kernels.elementwise import Implementation, triton_refusal
+from ...kernels.elementwise import Implementation
 from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ...kernels.swiglu import swiglu
+from ...kernels.triton_support import triton_refusal
 from ..errors import UserError
 from .architecture import Architecture, inverse_frequencies
 from .packing import Packing

@@ -10,8 +10,6 @@ forward pass (three matrix products, none repeated) and scaled by the incoming g
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..triton_support import triton_refusal
 from . import chunked
 from .rows import Options
 
@@ -91,17 +90,13 @@ def linear_cross_entropy(
     return LinearCrossEntropy(loss_sum, (targets_T != ignore_index).sum(), losses_T if per_token else None)
 
 
-def triton_refusal(hidden_TH: Tensor, options: Options) -> str | None:
+def _triton_refusal(hidden_TH: Tensor, options: Options) -> str | None:
     """Why the Triton path cannot compute this; None if it can."""
     if hidden_TH.dtype != torch.bfloat16:
         return f"it stores exponentials as bf16, which would round the gradients of {hidden_TH.dtype} inputs"
     if options.label_smoothing:
         return "it has no label smoothing"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if not hidden_TH.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton has no backend for device '{hidden_TH.device.type}'"
-    return None
+    return triton_refusal(hidden_TH.device.type)
 
 
 def _use_triton(backend: str, hidden_TH: Tensor, options: Options) -> bool:
@@ -109,7 +104,7 @@ def _use_triton(backend: str, hidden_TH: Tensor, options: Options) -> bool:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "chunked" or (backend == "auto" and not hidden_TH.is_cuda):
         return False
-    refusal = triton_refusal(hidden_TH, options)
+    refusal = _triton_refusal(hidden_TH, options)
     if refusal is not None and backend == "triton":
         raise ValueError(f"backend 'triton' cannot be used: {refusal}; use 'chunked'")
     return refusal is None
