@@ -30,7 +30,9 @@ def report_user_error(error: UserError) -> None:
     rank = f"[rank {os.environ['RANK']}] " if several else ""
     # A path may hold bytes that are no text.
     message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
-    print(f"{rank}error: {message}", file=sys.stderr, flush=True)
+    # In one write: ranks share the stream, and lines of others must not come between a line and its end.
+    sys.stderr.write(f"{rank}error: {message}\n")
+    sys.stderr.flush()
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

@@ -333,7 +333,9 @@ class Trainer:
         assert self.assets.config is not None
         for line in [
             *notes(self.config, self.catalog, self.assets.config.get("max_position_embeddings")),
-            *describe_run(self.config, self.plan, self.ranks, self.architecture, self._remaining_steps(), start),
+            *describe_run(
+                self.config, self.plan, self.ranks, self.architecture, self._remaining_steps(), start, self.compiled
+            ),
             *describe_data(self.config.data, self.catalog, self.order, self._last_sample()),
             *self.casts,
         ]:

@@ -26,8 +26,10 @@ def describe_run(
     architecture: Architecture,
     remaining_steps: int,
     start: str,
+    compiled: bool,
 ) -> list[str]:
-    """Lines about model, ranks, step and budget; ``start`` says where the weights come from."""
+    """Lines about model, ranks, step and budget; ``start`` says where the weights come from, ``compiled`` whether
+    blocks are compiled."""
     training = config.training
     replicate, shard = mesh_shape(config.parallel, ranks.world_size)
     attention = choose_attention(config, architecture, ranks.device)
@@ -40,6 +42,9 @@ def describe_run(
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, {start}",
         f"ranks       {ranks.world_size} ({ranks.device.type}): replicate {replicate} x shard {shard}, compute in "
         f"{training.precision}",
+        f"blocks      {'compiled' if compiled else 'not compiled'}, recompute {_describe_recompute(config)}, linear "
+        f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
+        f"optimizer states in {config.optimizer.state_dtype}",
         f"attention   {attention.backend}: {attention.reason}",
         f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = {plan.tokens_per_step:,} "
         f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
@@ -47,6 +52,11 @@ def describe_run(
         f"{training.warmup_tokens:,} tokens; {remaining_steps:,} steps to go{shortest}",
         f"FLOPs/token {all_pairs:.4g} (all pairs of positions), {causal_pairs:.4g} (causal pairs)",
     ]
+
+
+def _describe_recompute(config: RunConfig) -> str:
+    every = config.parallel.recompute_every
+    return config.parallel.recompute + (f" in every {every}th block" if every > 1 else "")
 
 
 def describe_data(data: DataConfig, catalog: Catalog, order: SampleOrder, last_sample: int) -> list[str]:
