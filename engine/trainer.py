@@ -194,9 +194,15 @@ class Trainer:
         """A part of the step begins: data, forward, backward, optimizer or other. For measurements to override."""
 
     def _loss_sum(self, batch: MicroBatch) -> Tensor:
-        offsets, batch = batch.cu_seqlens, batch.to(self.ranks.device)
-        windows = self.architecture.sliding_windows
-        packing = plan_packing(batch.position_ids, offsets, batch.max_seqlen, self.attention.backend, windows)
+        on_host, batch = batch.cu_seqlens, batch.to(self.ranks.device)
+        packing = plan_packing(
+            batch.position_ids,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            self.attention.backend,
+            self.architecture.sliding_windows,
+            on_host,
+        )
         return self.model(batch.tokens, packing, batch.targets)
 
     def _remaining_steps(self) -> int:
@@ -334,7 +340,14 @@ class Trainer:
         for line in [
             *notes(self.config, self.catalog, self.assets.config.get("max_position_embeddings")),
             *describe_run(
-                self.config, self.plan, self.ranks, self.architecture, self._remaining_steps(), start, self.compiled
+                self.config,
+                self.plan,
+                self.ranks,
+                self.architecture,
+                self._remaining_steps(),
+                start,
+                self.attention,
+                self.compiled,
             ),
             *describe_data(self.config.data, self.catalog, self.order, self._last_sample()),
             *self.casts,

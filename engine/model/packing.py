@@ -24,20 +24,24 @@ class Packing(NamedTuple):
 
 
 def plan_packing(
-    position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, windows: Iterable[int | None]
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    backend: str,
+    windows: Iterable[int | None],
+    cu_seqlens_on_host: Tensor,
 ) -> Packing:
     """A packing whose attention waits for no device.
 
     Args:
         position_ids: [T] int64 on the device of the model.
-        cu_seqlens: [documents + 1] int32 in host memory.
+        cu_seqlens: [documents + 1] int32 on the device of the model.
         max_seqlen: length of the longest document.
         backend: what ``choose_attention`` gave.
         windows: the windows of the model's layers.
+        cu_seqlens_on_host: the same in host memory, which the plan reads.
     """
-    device = position_ids.device
-    plan = plan_attention(backend, cu_seqlens, windows, device)
+    plan = plan_attention(backend, cu_seqlens_on_host, windows, position_ids.device)
+    # Padding asks the device for nothing but the shape, which the host knows.
     offsets = pad_offsets(cu_seqlens) if backend in VARIABLE_LENGTH else cu_seqlens
-    if device.type == "cuda":
-        offsets = offsets.pin_memory().to(device, non_blocking=True)
     return Packing(position_ids, offsets, max_seqlen, plan)

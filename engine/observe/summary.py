@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..attention_choice import choose_attention
+from ...kernels.attention import Choice
 from ..budget import BatchPlan
 from ..config import DataConfig, RunConfig
 from ..data.catalog import Catalog
@@ -26,13 +26,13 @@ def describe_run(
     architecture: Architecture,
     remaining_steps: int,
     start: str,
+    attention: Choice,
     compiled: bool,
 ) -> list[str]:
-    """Lines about model, ranks, step and budget; ``start`` says where the weights come from, ``compiled`` whether
-    blocks are compiled."""
+    """Lines about model, ranks, step and budget; ``start`` says where the weights come from, ``attention`` and
+    ``compiled`` how blocks are computed."""
     training = config.training
     replicate, shard = mesh_shape(config.parallel, ranks.world_size)
-    attention = choose_attention(config, architecture, ranks.device)
     all_pairs, causal_pairs = (flops_per_token(architecture, plan.sequence_length, halved) for halved in (False, True))
     # What arithmetic alone allows. The time that is really left is measured, and stands on the line of every step.
     peak = device_peak_flops(ranks.device)

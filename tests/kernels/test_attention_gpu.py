@@ -23,7 +23,7 @@ WINDOWS = [None, 1, 100, 256, 5000]
 def plan(lengths, backend, windows):
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths]).cuda()
-    return plan_packing(positions, cu, max(lengths), backend, windows)
+    return plan_packing(positions, cu.to(positions.device), max(lengths), backend, windows, cu)
 
 
 def choose(backend, lengths, dtype, head_dim):
@@ -79,7 +79,7 @@ def test_nothing_waits_for_the_device(backend):
 
     def layer(lengths):
         cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        packing = plan_packing(positions, cu, max(lengths), backend, [None])
+        packing = plan_packing(positions, cu.to(positions.device), max(lengths), backend, [None], cu)
         output = attention(*tensors, packing.cu_seqlens, packing.max_seqlen, plan=packing.attention)
         output.backward(upstream)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.observe.communication import (
     Layout,
     Links,
@@ -18,18 +17,8 @@ from retemper.engine.observe.communication import (
     tokens_to_hide,
 )
 
-QWEN2_72B = parse_architecture(
-    {
-        "model_type": "qwen2",
-        "hidden_size": 8192,
-        "intermediate_size": 29568,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    }
-)
+SCALING = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "scaling.py"))
+QWEN2_72B = SCALING["QWEN2_72B"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -116,5 +105,5 @@ def test_memory_is_of_weights_gradients_and_two_moments():
 
 def test_the_documented_table_is_the_computed_one():
     root = Path(__file__).parents[2]
-    computed = runpy.run_path(str(root / "benchmarks" / "scaling.py"))["table"]()
+    computed = SCALING["table"]()
     assert computed in (root / "docs" / "performance.md").read_text(encoding="utf-8")

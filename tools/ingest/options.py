@@ -115,18 +115,19 @@ class PreprocessOptions:
                 raise UserError("--chat-date is for --chat; add it, or leave the date out")
         if self.chat and tuple(self.json_key) != ("text",):
             raise UserError("--json-key names a text, --chat reads conversations; leave one of the two out")
-        for_texts = [name for name in ("strip_control", "min_chars", "held_out") if self.chat and getattr(self, name)]
-        for name in ["normalize"] * (self.chat and self.normalize != "none") + for_texts:
-            raise UserError(f"--{name.replace('_', '-')} is for texts, not for --chat; leave one of the two out")
-        if self.list_input("-") > 1:
+        for name, given in (
+            ("normalize", self.normalize != "none"),
+            ("strip-control", self.strip_control),
+            ("min-chars", self.min_chars),
+            ("held-out", self.held_out),
+        ):
+            if self.chat and given:
+                raise UserError(f"--{name} is for texts, not for --chat; leave one of the two out")
+        if list(self.input).count("-") > 1:
             raise UserError("--input -: standard input can be read only once")
         if self.stdin_format not in FORMATS:
             raise UserError(f"--stdin-format {self.stdin_format}: unknown; choose from {', '.join(FORMATS)}")
         _ = self.text_choice, self.shard_place
-
-    def list_input(self, argument: str) -> int:
-        """How often ``argument`` is an input."""
-        return list(self.input).count(argument)
 
     def record(self) -> dict[str, Any]:
         """What the sidecar keeps: the options that decided the dataset's contents, where they are not the default."""
