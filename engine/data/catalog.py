@@ -15,7 +15,7 @@ from ..errors import UserError
 from .indexed_dataset import IndexedDataset
 from .sample_order import OrderedSource, SampleOrder
 from .schedule import Schedule, Share, Stage
-from .sidecar import Sidecar, hash_file
+from .sidecar import Sidecar, hash_file, require_same_dataset
 from .source import Source, split_source
 
 _INDEX_BYTES_CHECKED = 64 * 1024**2
@@ -162,19 +162,7 @@ def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[Ind
     sidecar = Sidecar.read(dataset.prefix)
     if sidecar is None:
         return dataset, None
-    said = (sidecar.documents, sidecar.tokens, sidecar.dtype)
-    found = (dataset.num_documents, dataset.num_tokens, dataset.dtype.name)
-    if said != found:
-        raise UserError(
-            f"{path}.json speaks of {said[0]:,} documents, {said[1]:,} tokens of {said[2]}, but {path}.idx holds "
-            f"{found[0]:,}, {found[1]:,} of {found[2]}: they are of different datasets; preprocess the corpus again"
-        )
-    if dataset.has_loss_mask != bool(sidecar.mask_xxh3_128):
-        written, there = ("a", "is missing") if sidecar.mask_xxh3_128 else ("no", "is there")
-        raise UserError(
-            f"{path}.json speaks of {written} loss mask, but {dataset.mask_path} {there}: they are of different "
-            "datasets; preprocess the corpus again"
-        )
+    require_same_dataset(sidecar, dataset)
     small = os.path.getsize(dataset.idx_path) <= _INDEX_BYTES_CHECKED
     if small and hash_file(dataset.idx_path) != sidecar.idx_xxh3_128:
         raise UserError(f"{path}.idx is damaged: its hash is not the one in {path}.json; preprocess the corpus again")

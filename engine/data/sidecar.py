@@ -12,11 +12,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
 import xxhash
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .indexed_dataset import IndexedDataset
 
 FORMAT_VERSION = 2
 _Record = TypeVar("_Record")
@@ -129,6 +132,26 @@ class Sidecar:
         for source in self.sources:
             total.update(source.left_out)
         return dict(total)
+
+
+def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
+    """Check in no time that ``sidecar`` speaks of ``dataset``.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
+    facts: tuple[tuple[str, object, object], ...] = (
+        ("documents", sidecar.documents, dataset.num_documents),
+        ("tokens", sidecar.tokens, dataset.num_tokens),
+        ("dtype", sidecar.dtype, dataset.dtype.name),
+        ("a loss mask", bool(sidecar.mask_xxh3_128), dataset.has_loss_mask),
+    )
+    for name, recorded, found in facts:
+        if recorded != found:
+            raise UserError(
+                f"{dataset.prefix}.json: says {name}: {recorded}, but the dataset's files say {found}; build or copy "
+                "all files of the dataset again"
+            )
 
 
 _REMEDY = "build the dataset again, or remove this file to go without the checks that it allows"

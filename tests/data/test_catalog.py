@@ -207,13 +207,13 @@ def test_a_mask_that_does_not_belong_is_refused(tmp_path):
     content = mask.read_bytes()
     mask.unlink()
     message = refusal(config)
-    assert f"{tmp_path}/x.json speaks of a loss mask, but {mask} is missing" in message
-    assert "preprocess the corpus again" in message
+    assert f"{tmp_path}/x.json: says a loss mask: True, but the dataset's files say False" in message
+    assert "build or copy all files of the dataset again" in message
     mask.write_bytes(content[:-1])
     assert f"{mask}: 1000 bytes, but {tmp_path}/x.bin holds 1001 tokens" in refusal(config)
     write(tmp_path / "x", [13] * 77, sidecar=True)
     mask.write_bytes(content)
-    assert f"{tmp_path}/x.json speaks of no loss mask, but {mask} is there" in refusal(config)
+    assert f"{tmp_path}/x.json: says a loss mask: False, but the dataset's files say True" in refusal(config)
 
 
 def test_another_mask_is_refused_on_resume(tmp_path):

@@ -194,8 +194,8 @@ def test_verify(made, capsys, refused, foreign, tmp_path):
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     assert "x.bin: hash is " in refused(tmp_path / "x", "--verify")
     (tmp_path / "x.mask.bin").write_bytes(bytes(path.stat().st_size // 2))
-    assert "loss mask is True, but its sidecar" in refused(tmp_path / "x")
-    assert "loss mask is True, but its sidecar" in refused(tmp_path / "x", "--verify")
+    assert "says a loss mask: False, but the dataset's files say True" in refused(tmp_path / "x")
+    assert "says a loss mask: False, but the dataset's files say True" in refused(tmp_path / "x", "--verify")
 
 
 def test_bad_requests_are_refused(tmp_path, made, capsys, refused, tiny_tokenizer):

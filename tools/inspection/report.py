@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...engine.data.dataset_writer import existing_outputs
 from ...engine.data.indexed_dataset import IndexedDataset
-from ...engine.data.sidecar import InputSource, Sidecar
+from ...engine.data.sidecar import InputSource, Sidecar, require_same_dataset
 from ...engine.data.tokenizer import TokenizerHandle
 from ...engine.errors import UserError
 from .decoding import DecodedDocument, TextFacts, choose_documents, decode_document, find_unknown_id, measure_text
@@ -18,7 +18,6 @@ from .lengths import LengthFacts, count_lengths, sample_lengths
 from .streams import DatasetStream
 from .token_counts import PassFacts, count_tokens, sample_tokens
 from .tokenizers import TokenizerFacts, choose_tokenizer, describe_tokenizer, find_eod_id
-from .verification import check_sidecar
 
 if TYPE_CHECKING:
     from .training_plan import TrainingPlan
@@ -118,7 +117,7 @@ def inspect_dataset(options: InspectOptions) -> DatasetReport:
     dataset = IndexedDataset(options.dataset)
     sidecar = Sidecar.read(dataset.prefix)
     if sidecar is not None:
-        check_sidecar(dataset, sidecar)
+        require_same_dataset(sidecar, dataset)
     training = _plan_training(options.config, dataset.prefix)  # first, since it may be refused at once
     tokenizer, reason = _find_tokenizer(options, sidecar, dataset.prefix)
     eod_id = find_eod_id(tokenizer, sidecar)

@@ -4,30 +4,10 @@ from __future__ import annotations
 
 from ...engine.data.dataset_writer import METADATA
 from ...engine.data.indexed_dataset import IndexedDataset
-from ...engine.data.sidecar import Sidecar, hash_file
+from ...engine.data.sidecar import Sidecar, hash_file, require_same_dataset
 from ...engine.errors import UserError
 
 _REMEDY = "the files were changed after they were written; build or copy all of them again"
-
-
-def check_sidecar(dataset: IndexedDataset, sidecar: Sidecar) -> None:
-    """Check in no time that ``sidecar`` speaks of ``dataset``.
-
-    Raises:
-        UserError: the first thing that does not fit.
-    """
-    facts: tuple[tuple[str, object, object], ...] = (
-        ("documents", sidecar.documents, dataset.num_documents),
-        ("tokens", sidecar.tokens, dataset.num_tokens),
-        ("dtype", sidecar.dtype, dataset.dtype.name),
-        ("loss mask", bool(sidecar.mask_xxh3_128), dataset.has_loss_mask),
-    )
-    for name, recorded, found in facts:
-        if recorded != found:
-            raise UserError(
-                f"{dataset.prefix}: {name} is {found}, but its sidecar {dataset.prefix}.json says {recorded}: "
-                f"{_REMEDY}, or remove the sidecar to go without"
-            )
 
 
 def verify_dataset(dataset: IndexedDataset, sidecar: Sidecar | None) -> str:
@@ -39,7 +19,7 @@ def verify_dataset(dataset: IndexedDataset, sidecar: Sidecar | None) -> str:
     dataset.verify()
     if sidecar is None:
         return "verified: every length, pointer and document index (no sidecar, so no hashes to compare)"
-    check_sidecar(dataset, sidecar)
+    require_same_dataset(sidecar, dataset)
     files = {
         dataset.bin_path: sidecar.bin_xxh3_128,
         dataset.idx_path: sidecar.idx_xxh3_128,
