@@ -12,7 +12,7 @@ from torch import Tensor
 from ..engine.checkpoint.tensors import StoredTensor, describe_difference
 from ..engine.errors import UserError
 from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
-from ..engine.model.decoder import Decoder
+from ..engine.model.decoder import meta_decoder
 from .hf_folder import HfWeights
 from .weight_dtypes import DTYPES, dtype_name
 
@@ -37,12 +37,6 @@ class HfModel:
     def read(self, name: str) -> Tensor:
         """See :meth:`HfWeights.read`."""
         return self.weights.read(name)
-
-
-def meta_decoder(architecture: Architecture) -> Decoder:
-    """The decoder without memory: its names and shapes."""
-    with torch.device("meta"):
-        return Decoder(architecture)
 
 
 def open_hf_model(folder: str | Path) -> HfModel:

@@ -185,14 +185,38 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks are laid out: replicate x shard = number of ranks."""
+    """How the ranks are laid out: pipeline x replicate x shard x context x tensor = number of ranks. Every layout
+    computes the same numbers, up to the order of sums."""
 
+    pipeline: int = 1
+    """Groups of ranks that hold consecutive layers and pass hidden states on. The micro-batches of a step keep them
+    busy, so there must be at least as many."""
     replicate: int = 1
-    """Copies of the sharded model (hybrid sharding when > 1)."""
+    """Copies of the sharded model (hybrid sharding when > 1). With ``shard`` 1: plain data parallelism."""
     shard: int | Literal["auto"] = "auto"
-    """Ranks over which parameters, gradients and states are sharded (FSDP2). auto: what the copies leave."""
+    """Ranks over which parameters, gradients and states are sharded (FSDP2). auto: what the other axes leave."""
+    context: int = 1
+    """Ranks that share the tokens of the same samples, for long sequences: attention exchanges heads for tokens."""
+    tensor: int = 1
+    """Ranks that share every matrix, and, outside of them, the tokens (tensor and sequence parallelism). They exchange
+    activations in every block: keep them in one node."""
+    pipeline_schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"] = "1f1b"
+    """Order of the micro-batches' passes. 1f1b: one group of layers on each rank. The others: several, which leaves
+    ranks less idle and sends more."""
+    pipeline_stages_per_rank: int = 1
+    """Groups of layers on each rank: 1 with 1f1b, 2 with zbv_zero_bubble, 2 or more with the interleaved schedules."""
+    async_tensor: bool = False
+    """Exchange activations of tensor parallelism in pieces, while the products of other pieces compute. On GPUs with
+    NVLink whose blocks are compiled."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and states in host memory, and step the optimizer there: for models that no other
+    layout fits. Slow."""
     reshard_after_forward: bool = True
-    """Free a block's gathered parameters after its forward pass: less memory, one more all-gather in the backward."""
+    """Free a block's gathered parameters after its forward pass (ZeRO-3): less memory, one more all-gather in the
+    backward. False shards gradients and states only (ZeRO-2)."""
+    reduce_gradients: Literal["micro_batch", "step"] = "micro_batch"
+    """When ranks add up their gradients. step: once, after the last micro-batch: less communication, but every rank
+    holds whole gradients of its layers in fp32 until then. Pipelines always do."""
     prefetch_blocks: int = 1
     """Blocks whose parameters are gathered while the block before them computes, forward and backward; each costs the
     memory of one gathered block. 0 leaves the order to PyTorch. Changes speed, never the result."""
@@ -262,7 +286,8 @@ def validate(config: RunConfig) -> None:
     _at_least(0, training, "training", "warmup_tokens", "eval_interval", "gc_interval")
     _at_least(1, training, "training", "eval_tokens")
     _at_least(1, config.data, "data", "prefetch_steps")
-    _at_least(1, parallel, "parallel", "replicate", "recompute_every", "timeout_seconds")
+    _at_least(1, parallel, "parallel", "pipeline", "replicate", "context", "tensor", "pipeline_stages_per_rank")
+    _at_least(1, parallel, "parallel", "recompute_every", "timeout_seconds")
     _at_least(0, parallel, "parallel", "prefetch_blocks")
     _at_least(1, config.checkpoint, "checkpoint", "save_interval", "keep_last")
     _at_least(1, config.logging, "logging", "log_interval")
@@ -274,6 +299,7 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"optimizer.eps is {optimizer.eps}; it must be positive and finite")
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         raise UserError(f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1")
+    _validate_pipeline(parallel)
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed is {config.seed}; it must be in [0, 2^63)")
     _validate_schedule(training, optimizer)
@@ -319,6 +345,23 @@ def _validate_schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> 
                 f"optimizer.decay_tokens is {optimizer.decay_tokens:,}; it must be between 1 and train_tokens - "
                 f"warmup_tokens = {room:,}"
             )
+
+
+def _validate_pipeline(parallel: ParallelConfig) -> None:
+    schedule, stages = parallel.pipeline_schedule, parallel.pipeline_stages_per_rank
+    if parallel.pipeline == 1:
+        if schedule != "1f1b" or stages != 1:
+            raise UserError(
+                f"parallel.pipeline_schedule is {schedule} with {stages} stages per rank, but parallel.pipeline is 1; "
+                "set it to 2 or more, or remove them"
+            )
+        return
+    fitting = {"1f1b": stages == 1, "zbv_zero_bubble": stages == 2}.get(schedule, stages >= 2)
+    if not fitting:
+        wanted = {"1f1b": "1", "zbv_zero_bubble": "2"}.get(schedule, "2 or more")
+        raise UserError(
+            f"parallel.pipeline_stages_per_rank is {stages}, but parallel.pipeline_schedule {schedule} needs {wanted}"
+        )
 
 
 def _validate_data(data: DataConfig, training: TrainingConfig) -> None:

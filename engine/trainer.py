@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,17 @@ from .data.packing import MicroBatch
 from .errors import UserError
 from .garbage import GarbageSchedule
 from .model.architecture import parse_architecture
-from .model.packing import plan_packing
+from .model.decoder import meta_decoder
 from .observe.flops import device_peak_flops, flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, duration, human, peak_memory_bytes
 from .observe.summary import describe_data, describe_run, notes
 from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate
 from .parallel import compile as block_compile
-from .parallel import float8, fsdp
-from .parallel.build import build_model
-from .parallel.mesh import mesh_shape
+from .parallel import fsdp
+from .parallel.build import Choices, build_model
+from .parallel.build import check as check_model
+from .parallel.mesh import build_mesh, plan_layout
 from .parallel.process_group import Ranks, world_size_from_environment
 from .stopping import StopRequest
 
@@ -66,9 +68,8 @@ def check_layout(config: RunConfig) -> None:
     Raises:
         UserError: the mesh or the global batch does not divide.
     """
-    world_size = world_size_from_environment()
-    mesh_shape(config.parallel, world_size)
-    plan_batches(config.training, world_size)
+    layout = plan_layout(config.parallel, world_size_from_environment())
+    plan_batches(config.training, layout.data_parallel)
 
 
 class Trainer:
@@ -82,21 +83,23 @@ class Trainer:
 
     def __init__(self, config: RunConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
-        self.plan = plan_batches(config.training, ranks.world_size)
+        layout = plan_layout(config.parallel, ranks.world_size)
+        self.plan = plan_batches(config.training, layout.data_parallel)
         self.store = CheckpointStore(config.run_folder, ranks, config.checkpoint.keep_last, config.checkpoint.keep_best)
         # The main rank's answer counts: shared file systems may show a new folder to some nodes later than to others.
         self.resume_from = ranks.share(ranks.everywhere(lambda: self.store.resolve(config.resume)))
         self.progress = Progress()
         ranks.everywhere(self._open_inputs)
-        self.model = build_model(config, self.architecture, ranks, self.compiled, self.plan.num_micro_batches)
-        self.optimizer = build_optimizer(self.model, config.optimizer, config.seed)
+        self.mesh = build_mesh(layout, ranks.device.type)
+        self.model, self.passes = build_model(config, self.architecture, ranks, self.mesh, self.choices)
+        self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
         self.casts: list[str] = []
         ranks.everywhere(self._load_weights)
         self.data = TrainingData(
             self.catalog.train,
             self.order,
             self.plan,
-            ranks.rank,
+            self.mesh.data_rank,
             self.architecture.vocab_size,
             config.data.attend_across_documents,
         )
@@ -158,7 +161,7 @@ class Trainer:
         except UserError as error:
             problem = str(error)
         # One sum serves both ends: a rank without data makes it not a number.
-        num_targets = self.ranks.sum(math.nan if problem else sum(batch.num_targets for batch in batches))
+        num_targets = self.ranks.sum(math.nan if problem else self._count_targets(batches))
         if math.isnan(num_targets):
             self.ranks.raise_together(problem)
         return batches, max(1.0, num_targets)
@@ -167,17 +170,9 @@ class Trainer:
         """One optimizer step: accumulate gradients over the micro-batches, clip, update, advance the clock."""
         tokens = self.progress.tokens + self.plan.tokens_per_step
         rate = learning_rate(tokens, self.config.training, self.config.optimizer)
-        loss = torch.zeros((), device=self.ranks.device)
-        for batch in micro_batches:
-            # Dividing by the targets of the *global* batch makes every token count the same, however unevenly
-            # documents, ranks and micro-batches share them.
-            self.on_phase("forward")
-            part = self._loss_sum(batch) / num_targets
-            self.on_phase("backward")
-            part.backward()
-            loss += part.detach()
+        loss = self.passes.train(micro_batches, num_targets, self.on_phase)
         self.on_phase("optimizer")
-        grad_norm = clip_grad_norm(self.model, self.config.optimizer.clip_grad_norm)
+        grad_norm = self._clip()
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -193,17 +188,14 @@ class Trainer:
     def on_phase(self, name: str) -> None:
         """A part of the step begins: data, forward, backward, optimizer or other. For measurements to override."""
 
-    def _loss_sum(self, batch: MicroBatch) -> Tensor:
-        on_host, batch = batch.cu_seqlens, batch.to(self.ranks.device)
-        packing = plan_packing(
-            batch.position_ids,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            self.attention.backend,
-            self.architecture.sliding_windows,
-            on_host,
-        )
-        return self.model(batch.tokens, packing, batch.targets)
+    def _clip(self) -> Tensor:
+        group = self.mesh.devices["pipeline"].get_group() if self.mesh.layout.pipeline > 1 else None
+        own = self.model.own_parameters()
+        return clip_grad_norm(self.model.parameters(), self.config.optimizer.clip_grad_norm, own, group)
+
+    def _count_targets(self, batches: Iterable[MicroBatch]) -> int:
+        """Targets of this rank's samples; of ranks that read the same ones, one counts them."""
+        return sum(batch.num_targets for batch in batches) if self.mesh.speaks_for_samples else 0
 
     def _remaining_steps(self) -> int:
         return self.plan.steps_for(max(0, self.config.training.train_tokens - self.progress.tokens))
@@ -215,22 +207,18 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------------------
     # Evaluating, saving, reporting
 
-    @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         """Mean loss per target of every validation set, in nats."""
         losses = {}
         for name, batches in self.validation.items():
-            loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-            for batch in batches:
-                loss_sum += self._loss_sum(batch)
-            losses[name] = loss = self.ranks.sum(loss_sum.item()) / self.validation_targets[name]
+            loss_sum = self.ranks.sum(self.passes.evaluate(batches).item())
+            losses[name] = loss = loss_sum / self.validation_targets[name]
             values = {"evaluation": name, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
             self.log.record(self.progress.step, self.progress.tokens, values, group=f"evaluation/{name}")
             self.log.say(
                 f"  evaluation of {name} at step {self.progress.step}: loss {loss:.4f}, perplexity "
                 f"{values['perplexity']:.2f}"
             )
-        fsdp.reshard(self.model)
         return losses
 
     def _evaluate_and_save(self, result: StepResult, last: bool, stopping: bool) -> None:
@@ -347,7 +335,7 @@ class Trainer:
                 self._remaining_steps(),
                 start,
                 self.attention,
-                self.compiled,
+                self.choices.compiled,
             ),
             *describe_data(self.config.data, self.catalog, self.order, self._last_sample()),
             *self.casts,
@@ -360,14 +348,15 @@ class Trainer:
     def _open_inputs(self) -> None:
         """Config and tokenizer of the model, the datasets, and the place in their order."""
         config, folder = self.config, self.resume_from
-        float8.wanted(config.training, self.ranks.device)
         self.assets = find_assets(config.model, folder)
         assert self.assets.config is not None
         named = folder or config.model.initialize_from
         where = "model.architecture" if named is None else f"{named}/hf/config.json"
         self.architecture = parse_architecture(self.assets.config, where)
         self.attention = choose_attention(config, self.architecture, self.ranks.device)
-        self.compiled = block_compile.wanted(config, self.ranks.device, self.attention.backend)
+        compiled = block_compile.wanted(config, self.ranks.device, self.attention.backend)
+        self.choices = Choices(self.attention.backend, compiled, self.plan.num_micro_batches)
+        check_model(config, self.architecture, self.choices, self.ranks.device)
         self.catalog = open_catalog(
             config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256, config.seed
         )
@@ -387,7 +376,7 @@ class Trainer:
                 validation_batches(
                     sources,
                     self.plan,
-                    self.ranks.rank,
+                    self.mesh.data_rank,
                     self.architecture.vocab_size,
                     self.config.data.attend_across_documents,
                     self.config.training.eval_tokens,
@@ -398,9 +387,7 @@ class Trainer:
 
     def _count_validation_targets(self) -> dict[str, float]:
         """Targets of every validation set over all ranks."""
-        counts = {
-            name: self.ranks.sum(sum(b.num_targets for b in batches)) for name, batches in self.validation.items()
-        }
+        counts = {name: self.ranks.sum(self._count_targets(batches)) for name, batches in self.validation.items()}
         for name, count in counts.items():
             if not count:
                 raise UserError(
@@ -413,9 +400,10 @@ class Trainer:
         """Everything as it was when the checkpoint was written; or weights of ``initialize_from``, or random ones."""
         folder = self.resume_from or self.config.model.initialize_from
         if folder is None:
-            self.model.initialize_(self.config.seed, fsdp.copy_full_)
+            for decoder in self.model.decoders:
+                decoder.initialize_(self.config.seed, fsdp.copy_full_)
             return
-        check_model_tensors(folder, self.model)
+        check_model_tensors(folder, meta_decoder(self.architecture))
         tensors = model_tensors(self.model)
         if self.resume_from:
             allocate_states(self.optimizer)

@@ -14,7 +14,7 @@ from retemper.engine.budget import learning_rate, plan_batches
 from retemper.engine.config_parser import parse_config
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
-from retemper.engine.parallel.mesh import mesh_shape
+from retemper.engine.parallel.mesh import plan_layout
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "megatron_configs").glob("*.yaml"))
@@ -42,8 +42,8 @@ def test_every_shipped_config_is_listed_here_and_in_the_readme():
 def test_shipped_config_is_valid_on_its_ranks(path):
     world_size, billions = SHIPPED[path.stem]
     config = parse_config(["--config", str(path)])
-    mesh_shape(config.parallel, world_size)
-    plan = plan_batches(config.training, world_size)
+    layout = plan_layout(config.parallel, world_size)
+    plan = plan_batches(config.training, layout.data_parallel)
     assert plan.num_micro_batches >= 1
     if config.model.architecture is None:
         return

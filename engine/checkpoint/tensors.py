@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
@@ -24,6 +25,13 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from ..errors import UserError
 
 OPTIMIZER_PREFIX = "optimizer."
+
+
+class ParameterOwner(Protocol):
+    """A module, or the parts of one that this rank has."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by name."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,12 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: ParameterOwner) -> dict[str, Tensor]:
     """The parameters of ``model`` by name, each once."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state tensors of ``optimizer``, named by state and parameter."""
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -194,7 +202,7 @@ def _without_single_process_warning() -> Iterator[None]:
         yield
 
 
-def check_model_tensors(folder: str | Path, model: nn.Module) -> None:
+def check_model_tensors(folder: str | Path, model: ParameterOwner) -> None:
     """Refuse a checkpoint whose model tensors are not exactly those of ``model``, naming some that differ.
 
     Raises:
@@ -206,7 +214,7 @@ def check_model_tensors(folder: str | Path, model: nn.Module) -> None:
         raise UserError(f"{folder}: the checkpoint is of another model: {difference}")
 
 
-def describe_difference(stored: Mapping[str, StoredTensor], model: nn.Module) -> str:
+def describe_difference(stored: Mapping[str, StoredTensor], model: ParameterOwner) -> str:
     """How names and shapes of ``stored`` differ from the parameters of ``model``, in a line; empty when they do not."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     problems = [f"missing {name}" for name in wanted if name not in stored]

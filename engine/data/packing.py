@@ -36,6 +36,10 @@ class MicroBatch(NamedTuple):
             return self
         return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]})
 
+    def without_targets(self) -> MicroBatch:
+        """The same micro-batch, counting nothing."""
+        return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX), num_targets=0)
+
     def pin_memory(self) -> MicroBatch:
         """The same micro-batch in page-locked memory."""
         return self._replace(**{name: getattr(self, name).pin_memory() for name in self._fields[:4]})

@@ -3,6 +3,9 @@
 Parameters carry their Hugging Face names (``model.layers.0.self_attn.q_proj.weight``), so weights map by name in both
 directions. Inputs are packed: T tokens of one or more documents, without a batch dimension and without padding.
 
+Nothing here knows how many ranks there are. Where they share the work, ``engine/parallel`` replaces ``Decoder.loss`` or
+``Attention.attend``, gives linear layers that hold a part of their matrix, or makes a decoder of some of the layers.
+
 Shapes: T tokens, H hidden, F feed-forward, N query heads, K key/value heads, D head size, V vocabulary.
 """
 
@@ -10,10 +13,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 from ...kernels.attention import attention
 from ...kernels.elementwise import Implementation
@@ -45,78 +49,129 @@ def elementwise_implementation(setting: Literal["auto", "triton", "torch"], devi
     return "triton"
 
 
+class LayerRange(NamedTuple):
+    """Consecutive blocks of a decoder; the first of all come with the embedding, the last with norm and head."""
+
+    start: int
+    stop: int
+
+
 class Decoder(nn.Module):
     """The language model. With targets it returns the summed loss and never forms all logits; without, the logits.
 
-    ``elementwise`` is the implementation of norms, rotary positions and SwiGLU.
+    Args:
+        architecture: of the whole model.
+        elementwise: the implementation of norms, rotary positions and SwiGLU.
+        layers: the blocks that this one has; None for all. One without the first block takes hidden states, one without
+            the last returns them.
     """
 
-    def __init__(self, architecture: Architecture, elementwise: Implementation = "torch"):
+    def __init__(
+        self, architecture: Architecture, elementwise: Implementation = "torch", layers: LayerRange | None = None
+    ):
         super().__init__()
         self.architecture = architecture
-        self.model = Backbone(architecture, elementwise)
+        layers = layers or LayerRange(0, architecture.num_layers)
+        self.is_first, self.is_last = layers.start == 0, layers.stop == architecture.num_layers
         # A tied head has no parameter of its own, so that nothing can untie it.
-        if not architecture.tie_word_embeddings:
+        tied = architecture.tie_word_embeddings
+        self.model = Backbone(architecture, elementwise, layers, self.is_first or (self.is_last and tied))
+        if self.is_last and not tied:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _loss_sum
 
     @property
     def head_weight(self) -> Tensor:
         """[V, H] weight of the output head."""
-        return self.model.embed_tokens.weight if self.architecture.tie_word_embeddings else self.lm_head.weight
+        if not self.architecture.tie_word_embeddings:
+            return self.lm_head.weight
+        assert self.model.embed_tokens is not None
+        return self.model.embed_tokens.weight
 
-    def forward(self, tokens_T: Tensor, packing: Packing, targets_T: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, packing: Packing, targets_T: Tensor | None = None) -> Tensor:
         """Args:
-            tokens_T: [T] int64 token ids.
-            packing: the documents in ``tokens_T``.
+            inputs: [T] int64 token ids; [T, H] hidden states for a decoder without the first block.
+            packing: the documents in the tokens.
             targets_T: [T] int64, the next token of each token, ``IGNORE_INDEX`` where there is none.
 
         Returns:
-            [] fp32 sum of the losses when targets are given, else [T, V] logits.
+            [] fp32 sum of the losses when targets are given, else [T, V] logits; [T, H] hidden states of a decoder
+            without the last block.
         """
-        hidden_TH = self.model(tokens_T, packing)
+        hidden_TH = self.model(inputs, packing)
+        if not self.is_last:
+            return hidden_TH
         if targets_T is None:
             return hidden_TH @ self.head_weight.t()
-        return linear_cross_entropy(hidden_TH, self.head_weight, targets_T).loss_sum
+        return self.loss(hidden_TH, self.head_weight, targets_T)
 
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Random weights: normal with the architecture's ``initializer_range``, norms one, biases zero.
 
-        Every parameter is drawn whole from its own stream (a function of the seed and its place in the model), so the
-        values do not depend on how the parameters are sharded. ``copy_(parameter, values)`` writes a whole tensor into
-        a parameter, of which this rank may hold a part.
+        Every parameter is drawn whole from its own stream (a function of the seed and its place in the whole model), so
+        the values do not depend on how the parameters are dealt to ranks. ``copy_(parameter, values)`` writes a whole
+        tensor into a parameter, of which this rank may hold a part.
         """
-        for index, (name, parameter) in enumerate(self.named_parameters()):
+        whole = meta_decoder(self.architecture)
+        places = {name: place for place, (name, _) in enumerate(whole.named_parameters())}
+        for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             else:
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + places[name]) % 2**63)
                 values = torch.empty(parameter.shape).normal_(
                     0.0, self.architecture.initializer_range, generator=generator
                 )
                 copy_(parameter, values)
 
 
-class Backbone(nn.Module):
-    """Embeddings, blocks and the final norm."""
+def meta_decoder(architecture: Architecture) -> Decoder:
+    """The whole model on the meta device: names, shapes and order of its parameters, and nothing in them."""
+    with torch.device("meta"):
+        return Decoder(architecture)
 
-    def __init__(self, architecture: Architecture, elementwise: Implementation):
+
+def _loss_sum(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden_TH, weight_VH, targets_T).loss_sum
+
+
+class Backbone(nn.Module):
+    """Embeddings, blocks and the final norm, or those of them that belong to some of the layers."""
+
+    def __init__(
+        self, architecture: Architecture, elementwise: Implementation, layers: LayerRange, has_embedding: bool
+    ):
         super().__init__()
         self.architecture = architecture
-        self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
-        self.layers = nn.ModuleList(Block(architecture, window, elementwise) for window in architecture.sliding_windows)
-        self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, elementwise)
+        width = architecture.hidden_size
+        self.embeds = layers.start == 0
+        self.embed_tokens = nn.Embedding(architecture.vocab_size, width) if has_embedding else None
+        # By number, as in the names of the parameters: the first may be any.
+        self.layers = nn.ModuleDict(
+            {
+                str(number): Block(architecture, architecture.sliding_windows[number], elementwise)
+                for number in range(*layers)
+            }
+        )
+        is_last = layers.stop == architecture.num_layers
+        self.norm = RMSNorm(width, architecture.rms_norm_eps, elementwise) if is_last else None
 
-    def forward(self, tokens_T: Tensor, packing: Packing) -> Tensor:
-        """[T] token ids -> [T, H] normalized hidden states."""
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks in their order."""
+        return cast("list[Block]", list(self.layers.values()))
+
+    def forward(self, inputs: Tensor, packing: Packing) -> Tensor:
+        """[T] token ids or [T, H] hidden states -> [T, H] hidden states, normalized after the last block."""
         frequencies = _frequencies_on(packing.position_ids.device, self.architecture)
         rope = rope_cos_sin(packing.position_ids, frequencies)
-        hidden_TH = self.embed_tokens(tokens_T)
-        for layer in self.layers:
-            hidden_TH = layer(hidden_TH, rope, packing)
-        return self.norm(hidden_TH)
+        hidden_TH = self.embed_tokens(inputs) if self.embeds and self.embed_tokens is not None else inputs
+        for block in self.blocks:
+            hidden_TH = block(hidden_TH, rope, packing)
+        return hidden_TH if self.norm is None else self.norm(hidden_TH)
 
 
 class Block(nn.Module):
@@ -157,6 +212,7 @@ class Attention(nn.Module):
             else nn.Identity
         )
         self.q_norm, self.k_norm = norm(), norm()
+        self.attend: Callable[..., Tensor] = attention
 
     def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -167,7 +223,7 @@ class Attention(nn.Module):
         q_TND, k_TKD = apply_rope_to_pair(
             self.q_norm(q_TND), self.k_norm(k_TKD), *rope, implementation=self.elementwise
         )
-        mixed_TND = attention(
+        mixed_TND = self.attend(
             q_TND,
             k_TKD,
             v_TKD,
@@ -207,7 +263,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """[..., width] -> [..., width]; with a residual, the norm of ``residual + x`` and that sum."""
-        return rms_norm(x, self.weight, self.eps, residual, implementation=self.elementwise)
+        return rms_norm(x, _local_copy(self.weight), self.eps, residual, implementation=self.elementwise)
+
+
+def _local_copy(weight: Tensor) -> Tensor:
+    """The weight as a plain tensor. Ranks that hold copies of one see different tokens or heads (tensor parallelism), so
+    its gradient is the sum of theirs."""
+    return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from ..data.layout import GROUP_WINDOWS
 from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..model.architecture import Architecture
-from ..parallel.mesh import mesh_shape
+from ..parallel.mesh import plan_layout
 from ..parallel.process_group import Ranks
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
@@ -32,7 +32,7 @@ def describe_run(
     """Lines about model, ranks, step and budget; ``start`` says where the weights come from, ``attention`` and
     ``compiled`` how blocks are computed."""
     training = config.training
-    replicate, shard = mesh_shape(config.parallel, ranks.world_size)
+    layout = plan_layout(config.parallel, ranks.world_size)
     all_pairs, causal_pairs = (flops_per_token(architecture, plan.sequence_length, halved) for halved in (False, True))
     # What arithmetic alone allows. The time that is really left is measured, and stands on the line of every step.
     peak = device_peak_flops(ranks.device)
@@ -40,8 +40,7 @@ def describe_run(
     shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, {start}",
-        f"ranks       {ranks.world_size} ({ranks.device.type}): replicate {replicate} x shard {shard}, compute in "
-        f"{training.precision}",
+        f"ranks       {ranks.world_size} ({ranks.device.type}): {layout}, compute in {training.precision}",
         f"blocks      {'compiled' if compiled else 'not compiled'}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
         f"optimizer states in {config.optimizer.state_dtype}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -15,21 +17,25 @@ STATE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Dtype of both moments, by ``optimizer.state_dtype``."""
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, seed: int = 0
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101); vectors (norms, biases) do not decay.
 
     Args:
-        model: of fp32 or bf16 parameters.
+        named_parameters: of fp32 or bf16; their random streams go by their names.
         config: rates and decays.
         seed: of the stochastic rounding, where weights or states are bf16.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [(name, p) for name, p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [(name, p) for name, p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    # A stage of a pipeline may have none of a kind.
+    groups = [group for group in groups if group["params"]]
     rate, betas = config.learning_rate, (config.beta1, config.beta2)
-    if {STATE_DTYPES[config.state_dtype], *(parameter.dtype for parameter in parameters)} == {torch.float32}:
+    if {STATE_DTYPES[config.state_dtype], *(parameter.dtype for _, parameter in parameters)} == {torch.float32}:
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.eps, fused=True)
     return CompactAdamW(groups, STATE_DTYPES[config.state_dtype], seed, lr=rate, betas=betas, eps=config.eps)
 

@@ -31,7 +31,7 @@ class CompactAdamW(torch.optim.Optimizer):
     dimension, matrices also along their second; every rank updates its own shard, and copies stay equal.
 
     Args:
-        groups: parameter groups, as of any optimizer.
+        groups: parameter groups, as of any optimizer, of named parameters: ``{"params": [(name, parameter)]}``.
         state_dtype: of both moments: fp32 or bf16.
         seed: of the random rounding.
         compiled: fuse the update into one kernel with ``torch.compile``. None: on CUDA only.
@@ -55,7 +55,7 @@ class CompactAdamW(torch.optim.Optimizer):
         """Update every parameter that has a gradient. No host sync."""
         assert closure is None
         updated, numbers, keys = [], [], []
-        for index, (group, parameter) in enumerate(self._parameters()):
+        for name, group, parameter in self._parameters():
             if parameter.grad is None:
                 continue
             state = self._state_of(parameter)
@@ -63,7 +63,7 @@ class CompactAdamW(torch.optim.Optimizer):
             step = int(state["step"].item())
             updated.append((parameter, state))
             numbers.append(_numbers(group, step))
-            keys.append(stream_key(self._seed, step, index))
+            keys.append(stream_key(self._seed, step, name))
         if not updated:
             return
         # One transfer each for all parameters; numbers that are tensors never make torch.compile compile again.
@@ -73,10 +73,10 @@ class CompactAdamW(torch.optim.Optimizer):
         for position, (parameter, state) in enumerate(updated):
             self._update(parameter, state, numbers_PN[position], keys_P2[position])
 
-    def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    def _parameters(self) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
         for group in self.param_groups:
-            for parameter in group["params"]:
-                yield group, parameter
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                yield name, group, parameter
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]

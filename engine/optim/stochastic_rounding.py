@@ -1,6 +1,6 @@
 """Rounding fp32 to bf16 up or down at random, so that the mean of the result is the number itself.
 
-The random bits are a function of (seed, step, index of the parameter, position in the whole parameter) and of nothing
+The random bits are a function of (seed, step, name of the parameter, position in the whole parameter) and of nothing
 else: not of PyTorch's generators, the number of ranks, or how often a run was resumed.
 """
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 
-def stream_key(seed: int, step: int, index: int) -> tuple[int, int]:
-    """Two int32 numbers that stand for the random stream of parameter number ``index`` at a step."""
-    digest = hashlib.blake2b(struct.pack("<3Q", seed, step, index), digest_size=8).digest()
+def stream_key(seed: int, step: int, name: str) -> tuple[int, int]:
+    """Two int32 numbers that stand for the random stream of the parameter ``name`` at a step."""
+    digest = hashlib.blake2b(struct.pack("<2Q", seed, step) + name.encode(), digest_size=8).digest()
     return struct.unpack("<2i", digest)
 
 

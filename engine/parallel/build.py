@@ -1,41 +1,95 @@
-"""A model for this run's ranks: every transformation in its place, one after another."""
+"""The model of a run on this rank: every transformation in its place, one after another."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from ..config import RunConfig
+from ..errors import UserError
 from ..model.architecture import Architecture
-from ..model.decoder import COMPUTE_DTYPES, Decoder, elementwise_implementation
+from ..model.decoder import COMPUTE_DTYPES, Decoder, LayerRange, elementwise_implementation
 from . import compile as block_compile
-from . import float8, fsdp, recompute
-from .mesh import build_mesh, mesh_shape
+from . import context, float8, fsdp, pipeline, recompute, tensor
+from .mesh import Mesh
+from .passes import Feed, ModelParts, Passes, Sequential
 from .process_group import Ranks
 
 
-def build_model(
-    config: RunConfig, architecture: Architecture, ranks: Ranks, compiled: bool, num_micro_batches: int
-) -> Decoder:
-    """Meta device -> float8 -> recompute -> compile -> shard -> materialize; weights come afterwards.
+@dataclass(frozen=True)
+class Choices:
+    """What was decided about a run after its configuration was read."""
 
-    Args:
-        compiled: whether blocks are compiled; see :func:`retemper.engine.parallel.compile.wanted`.
-        num_micro_batches: of a step on this rank.
+    attention_backend: str
+    """See :func:`retemper.engine.attention_choice.choose_attention`."""
+    compiled: bool
+    """Whether blocks are compiled; see :func:`retemper.engine.parallel.compile.wanted`."""
+    num_micro_batches: int
+    """Of a step on this rank."""
+
+
+def check(config: RunConfig, architecture: Architecture, choices: Choices, device: torch.device) -> None:
+    """Refuse what the model's shape makes impossible.
+
+    Raises:
+        UserError: with both sides of the arithmetic.
+    """
+    parallel, training = config.parallel, config.training
+    float8.wanted(training, device)
+    tensor.check(architecture, config)
+    context.check(architecture, parallel)
+    pipeline.check(architecture, config, choices.num_micro_batches)
+    tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
+    if tokens % ranks:
+        raise UserError(
+            f"training.micro_batch_size {training.micro_batch_size} x training.sequence_length "
+            f"{training.sequence_length} = {tokens} tokens cannot be dealt evenly to parallel.context {parallel.context} "
+            f"x parallel.tensor {parallel.tensor} = {ranks} ranks; use multiples of {ranks}"
+        )
+    if parallel.async_tensor and not (parallel.tensor > 1 and choices.compiled and device.type == "cuda"):
+        raise UserError(
+            "parallel.async_tensor is true, but it needs parallel.tensor > 1, a GPU and compiled blocks "
+            "(training.compile); set it to false"
+        )
+
+
+def build_model(
+    config: RunConfig, architecture: Architecture, ranks: Ranks, mesh: Mesh, choices: Choices
+) -> tuple[ModelParts, Passes]:
+    """Meta device -> tensor -> context -> float8 -> recompute -> compile -> shard -> materialize; weights come
+    afterwards.
 
     Raises:
         UserError: an implementation is asked for that cannot run here.
     """
     training, parallel = config.training, config.parallel
-    mesh = build_mesh(mesh_shape(parallel, ranks.world_size), ranks.device.type)
+    compute_dtype = COMPUTE_DTYPES[training.precision]
     elementwise = ranks.everywhere(lambda: elementwise_implementation(training.fused_elementwise, ranks.device.type))
-    with torch.device("meta"):
-        model = Decoder(architecture, elementwise).to(COMPUTE_DTYPES[training.weight_dtype])
-    float8.apply(model, training, ranks.device)
-    recompute.apply(model, parallel)
-    if compiled:
-        block_compile.apply(model)
-    fsdp.apply(model, mesh, parallel, COMPUTE_DTYPES[training.precision])
-    model.to_empty(device=ranks.device)
-    if training.weight_dtype != "fp32" and num_micro_batches > 1:
-        fsdp.accumulate_in_fp32(model)
-    return model
+    numbers = pipeline.stage_numbers(
+        parallel.pipeline_schedule, mesh.place.pipeline, parallel.pipeline, parallel.pipeline_stages_per_rank
+    )
+    stages = pipeline.cut_layers(architecture, parallel.pipeline * parallel.pipeline_stages_per_rank)
+
+    def build_stage(layers: LayerRange) -> Decoder:
+        with torch.device("meta"):
+            model = Decoder(architecture, elementwise, layers).to(COMPUTE_DTYPES[training.weight_dtype])
+        if parallel.tensor > 1:
+            tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
+        context.apply(model, mesh.context_group)
+        float8.apply(model, training, ranks.device)
+        recompute.apply(model, parallel)
+        if choices.compiled:
+            block_compile.apply(model)
+        fsdp.apply(model, mesh.fsdp, parallel, compute_dtype)
+        model.to_empty(device="cpu" if parallel.cpu_offload else ranks.device)
+        if training.weight_dtype != "fp32" and choices.num_micro_batches > 1:
+            fsdp.accumulate_in_fp32(model)
+        return model
+
+    decoders = [build_stage(stages[number]) for number in numbers]
+    feed = Feed(mesh, ranks.device, choices.attention_backend, architecture.sliding_windows)
+    parts = ModelParts(decoders, mesh)
+    if parallel.pipeline > 1:
+        return parts, pipeline.Pipelined(decoders, numbers, config, feed, choices.num_micro_batches, compute_dtype)
+    return parts, Sequential(decoders[0], feed, parallel.reduce_gradients == "micro_batch")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,8 +43,8 @@ def apply(model: Decoder, backend: Any = "inductor") -> None:
     share one graph, since parameters are its inputs.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
-    for block in cast("list[nn.Module]", list(model.model.layers)):
-        block.forward = torch.compile(block.forward, backend=backend)
+    for block in model.model.blocks:
+        block.forward = torch.compile(block.forward, backend=backend)  # type: ignore[method-assign]
     model.model.register_forward_pre_hook(_take_any_document_count)
 
 

@@ -7,25 +7,35 @@ wherever ranks hold different numbers of targets.
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..config import ParallelConfig
 from ..model.decoder import Decoder
 
 
 def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
-    """Shard ``model`` in place: each block by itself, the rest (embeddings, final norm, head) with the root."""
+    """Shard ``model`` in place: each block by itself, the rest (embeddings, final norm, head) with the root.
+
+    Args:
+        mesh: what parameters are sharded over; of two axes, copied over the first.
+        config: of the run.
+        compute_dtype: of activations and gathered parameters.
+    """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = mesh if mesh["replicate"].size() > 1 else mesh["shard"]
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    on_gpu = mesh.device_type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    for block in model.model.blocks:
+        shard(block, reshard_after_forward=config.reshard_after_forward)
+    shard(model, reshard_after_forward=False)
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -36,7 +46,7 @@ def _prefetch(model: Decoder, count: int) -> None:
     """Gather the parameters of the next ``count`` blocks while one computes, in the order of either pass."""
     if count == 0:
         return
-    blocks = cast("list[FSDPModule]", list(model.model.layers))
+    blocks = cast("list[FSDPModule]", model.model.blocks)
     for index, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + count])
         block.set_modules_to_backward_prefetch(blocks[max(0, index - count) : index][::-1])
@@ -74,14 +84,21 @@ def reshard(model: Decoder) -> None:
 def copy_full_(parameter: Tensor, values: Tensor) -> None:
     """Write the whole tensor ``values``, the same on every rank, into a sharded parameter: each rank takes its part."""
     assert isinstance(parameter, DTensor)
-    values = values.to(parameter.device)
-    parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None))
+    # Not distribute_tensor, which knows no rows that one axis has cut and another cuts again.
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    mine = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    parameter.to_local().copy_(values[mine])
 
 
 def local_shard(parameter: Tensor) -> Tensor:
     """The part of a sharded parameter that this rank holds."""
     assert isinstance(parameter, DTensor)
     return parameter.to_local()
+
+
+def reduce_gradients(model: Decoder, now: bool) -> None:
+    """Whether the next backward pass adds up gradients over ranks, or only over micro-batches on this one (in fp32)."""
+    cast(FSDPModule, model).set_requires_gradient_sync(now)
 
 
 def _sharded_modules(model: Decoder) -> list[FSDPModule]:

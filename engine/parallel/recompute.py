@@ -36,7 +36,7 @@ def apply(model: Decoder, config: ParallelConfig) -> None:
     """
     if config.recompute == "none":
         return
-    for block in list(model.model.layers)[:: config.recompute_every]:
+    for block in model.model.blocks[:: config.recompute_every]:
         # Nothing in a block is random, so the generators' states need not be kept.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if config.recompute == "selective":

@@ -322,7 +322,7 @@ def test_a_model_has_the_same_loss_and_gradients(compiled):
         model = Decoder(parse_architecture(CONFIG), implementation).to(DEVICE)
         model.initialize_(7)
         if compiled and implementation == "triton":
-            for layer in model.model.layers:
+            for layer in model.model.blocks:
                 layer.mlp.compile(backend="aot_eager", fullgraph=True)
                 layer.post_attention_layernorm.compile(backend="aot_eager", fullgraph=True)
         loss = model(tokens, packing, tokens.roll(-1))

@@ -84,7 +84,7 @@ def test_windows_and_evaluation_stay_within_the_limit(kernel_attention):
         "max_window_layers": 2,
     }
     model, plain = compiled(counter, **changes), tiny_decoder(**changes)
-    assert {layer.self_attn.window for layer in model.model.layers} == {None, 8}
+    assert {layer.self_attn.window for layer in model.model.blocks} == {None, 8}
     for batch in (packed(9), packed(30, 50), packed(5, 6, 7)):
         assert_close(gradients(model, batch), gradients(plain, batch), 2e-6)
         with torch.no_grad():

@@ -21,8 +21,8 @@ from retemper.engine.config_parser import parse_config
 from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.errors import UserError
+from retemper.engine.parallel.passes import Sequential
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.trainer import Trainer
 from retemper.tools import benchmark as command
 from retemper.tools.step_benchmark import matmul, measure, phases
 from retemper.tools.step_benchmark.matmul import MatmulRate
@@ -91,7 +91,7 @@ def measured_on_real_data(ranks: Ranks, path: Path) -> Measurement:
 def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
     """In every micro-batch 0.02 s are slept in the forward pass and 0.01 s in the backward pass; 0.03 s in each step's
     clipping."""
-    loss_sum, clip = Trainer._loss_sum, trainer.clip_grad_norm
+    loss_sum, clip = Sequential.loss_sum, trainer.clip_grad_norm
 
     def slow_loss_sum(self, batch):
         time.sleep(0.02)
@@ -104,7 +104,7 @@ def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
         return clip(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_loss_sum", slow_loss_sum)
+        patch.setattr(Sequential, "loss_sum", slow_loss_sum)
         patch.setattr(trainer, "clip_grad_norm", slow_clip)
         return measured(ranks, path)
 

@@ -49,7 +49,7 @@ def _python_bits(position: int, key: tuple[int, int]) -> int:
 
 
 def test_the_hash_wraps_around_as_unsigned_integers_do():
-    key = stream_key(1234, 7, 3)
+    key = stream_key(1234, 7, "weight")
     positions = [*range(100), 2**31 - 1, 2**31, 2**32 - 1, 2**32, 5 * 2**32 + 17, 2**40 + 1]
     bits = random_bits(torch.tensor(positions), torch.tensor(key, dtype=torch.int32))
     assert [b % 2**32 for b in bits.tolist()] == [_python_bits(position, key) for position in positions]
@@ -63,8 +63,8 @@ def test_streams_of_steps_parameters_seeds_and_neighbours_are_fair_and_independe
         bits = random_bits(positions, torch.tensor(stream_key(*place), dtype=torch.int32))
         return (bits[:, None] >> torch.arange(32)) & 1
 
-    first = stream(1, 1, 0)
-    others = [stream(2, 1, 0), stream(1, 2, 0), stream(1, 1, 1), first.roll(1, 0), first.roll(1, 1)]
+    first = stream(1, 1, "a")
+    others = [stream(2, 1, "a"), stream(1, 2, "a"), stream(1, 1, "b"), first.roll(1, 0), first.roll(1, 1)]
     # 5.5 standard deviations of a mean of fair coins: one false alarm in 10^5 over these 192 means.
     bound = 5.5 * 0.5 / math.sqrt(count)
     for bits in [first, *(first ^ other for other in others)]:
@@ -108,7 +108,7 @@ def _float64_adamw(weight, steps, gradients, settings=SETTINGS):
 def test_fp32_arithmetic_agrees_with_float64_adamw():
     weight, gradients = _random(60, 50), [_random(60, 50, seed=step) for step in range(1, 41)]
     parameter = nn.Parameter(weight.clone())
-    optimizer = CompactAdamW([{"params": [parameter]}], FP32, 0, **SETTINGS)
+    optimizer = CompactAdamW([{"params": [("weight", parameter)]}], FP32, 0, **SETTINGS)
     for gradient in gradients:
         parameter.grad = gradient
         optimizer.step()
@@ -122,7 +122,7 @@ def test_fp32_arithmetic_agrees_with_float64_adamw():
 def test_a_step_from_any_state_is_float64_adamw_rounded_to_a_neighbour_without_bias(weight_dtype, state_dtype):
     weight, first, gradient = (_random(300, 400, seed=seed, dtype=weight_dtype) for seed in range(3))
     parameter = nn.Parameter(weight.clone())
-    optimizer = CompactAdamW([{"params": [parameter]}], state_dtype, 0, **SETTINGS)
+    optimizer = CompactAdamW([{"params": [("weight", parameter)]}], state_dtype, 0, **SETTINGS)
     parameter.grad = first
     optimizer.step()
     before = parameter.detach().double()
@@ -153,7 +153,7 @@ def test_weights_keep_updates_far_below_half_of_their_resolution_on_average():
     """Below 1 bf16 numbers are 2^-8 apart; steps of 2^-14 would all be lost by rounding to nearest."""
     rate, spacing, num_steps = 2.0**-14, 2.0**-8, 100
     parameter = nn.Parameter(torch.ones(200, 100, dtype=BF16))
-    optimizer = CompactAdamW([{"params": [parameter]}], FP32, 0, lr=rate, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = CompactAdamW([{"params": [("weight", parameter)]}], FP32, 0, lr=rate, betas=(0.9, 0.95), eps=1e-8)
     assert torch.equal((parameter.float() - rate).to(BF16), parameter)
     for _ in range(num_steps):
         parameter.grad = torch.ones_like(parameter)  # AdamW then moves by exactly the learning rate
@@ -171,7 +171,7 @@ def test_the_second_moment_follows_changes_below_its_resolution():
     """beta2 0.999 moves a moment by less than 0.001 of itself; to nearest of steps of 0.0078 it would stand still."""
     num_steps, count = 300, 20_000
     parameter = nn.Parameter(torch.ones(count, 1))
-    optimizer = CompactAdamW([{"params": [parameter]}], BF16, 0, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = CompactAdamW([{"params": [("weight", parameter)]}], BF16, 0, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
     parameter.grad = torch.full_like(parameter, math.sqrt(2))
     optimizer.step()
     optimizer.state[parameter]["exp_avg_sq"].fill_(1.0)
@@ -186,7 +186,9 @@ def test_the_second_moment_follows_changes_below_its_resolution():
 def _trained(parameters, state_dtype, gradients, seed=5):
     """Parameters and states after a step with each of ``gradients`` (whole tensors, by parameter)."""
     parameters = [nn.Parameter(parameter) for parameter in parameters]
-    optimizer = CompactAdamW([{"params": parameters}], state_dtype, seed, **SETTINGS)
+    optimizer = CompactAdamW(
+        [{"params": [(str(i), p) for i, p in enumerate(parameters)]}], state_dtype, seed, **SETTINGS
+    )
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             if isinstance(parameter, DTensor):
@@ -252,7 +254,7 @@ def test_pytorchs_generator_is_neither_read_nor_moved():
 
 def test_the_default_is_pytorchs_fused_adamw_and_each_bf16_setting_is_not():
     def built(dtype, **settings):
-        return build_optimizer(nn.Linear(3, 2, dtype=dtype), OptimizerConfig(**settings))
+        return build_optimizer(nn.Linear(3, 2, dtype=dtype).named_parameters(), OptimizerConfig(**settings))
 
     default = built(FP32)
     assert type(default) is torch.optim.AdamW and default.defaults["fused"]
@@ -289,7 +291,7 @@ def clipped(ranks, dtype, max_norm):
         model.append(nn.Parameter(torch.zeros_like(values)))
         model[-1].grad = values
     with _Syncs() as syncs:
-        norm = clip_grad_norm(model, max_norm)
+        norm = clip_grad_norm(model.parameters(), max_norm)
     with _Syncs() as control:
         bool(norm > 0)
         model[0].grad.sum().full_tensor().item()
@@ -320,6 +322,6 @@ def test_bf16_gradients_are_scaled_by_a_factor_that_was_not_rounded():
     model[0].grad = gradient = _random(200, 100, dtype=BF16)
     before = gradient.double()
     exact = before.norm()
-    clip_grad_norm(model, 0.7)
+    clip_grad_norm(model.parameters(), 0.7)
     ratio = (model[0].grad.double() * before).sum() / before.square().sum()
     assert ratio.item() == pytest.approx(0.7 / exact.item(), rel=2e-4)

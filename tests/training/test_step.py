@@ -138,7 +138,7 @@ def test_which_blocks_are_gathered_ahead(count, one_rank, run_file, tmp_path):
     """FSDP is told the next blocks in the order of each pass."""
     overrides = ["--run_folder", str(tmp_path), "--parallel.prefetch_blocks", str(count)]
     model = Trainer(tiny_run.configure(run_file, *overrides), one_rank).model
-    first, second = (layer._get_fsdp_state() for layer in model.model.layers)
+    first, second = (layer._get_fsdp_state() for layer in model.model.blocks)
     root = model._get_fsdp_state()
     forward = {state: state._states_to_forward_prefetch for state in (root, first, second)}
     backward = {state: state._states_to_backward_prefetch for state in (root, first, second)}

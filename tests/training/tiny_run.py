@@ -117,9 +117,13 @@ def first_gradients(ranks: Ranks, path: Path, overrides: list[str]) -> dict[str,
     """Full gradients of the first global batch, before clipping, by parameter name."""
     trainer = Trainer(configure(path, *overrides), ranks)
     batches = trainer.data.micro_batches(0)
-    num_targets = ranks.sum(sum(batch.num_targets for batch in batches))
-    for batch in batches:
-        (trainer._loss_sum(batch) / num_targets).backward()
+    num_targets = ranks.sum(trainer._count_targets(batches))
+    trainer.passes.train(batches, num_targets, lambda phase: None)
+    return gradients(trainer)
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Full gradients of this rank's parameters, by name."""
     return {
         name: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
         for name, p in trainer.model.named_parameters()

@@ -1,0 +1,86 @@
+"""Context parallelism: ranks share the tokens of the same samples; for its duration, attention shares heads instead.
+
+Every rank computes everything but attention for its tokens, a run of consecutive ones. Around attention two exchanges
+turn "all heads of some tokens" into "some heads of all tokens" and back (Jacobs et al., 2023,
+https://arxiv.org/abs/2309.14509). So any attention backend works unchanged, documents may lie across ranks, and all
+ranks do the same work, whatever the documents' lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from ..config import ParallelConfig
+from ..errors import UserError
+from ..model.architecture import Architecture
+from ..model.decoder import Decoder
+
+
+def check(architecture: Architecture, config: ParallelConfig) -> None:
+    """Refuse what cannot be dealt evenly to ``parallel.context`` ranks.
+
+    Raises:
+        UserError: with both sides of the division.
+    """
+    size, tensor = config.context, config.tensor
+    heads, kv_heads = architecture.num_attention_heads // tensor, architecture.num_key_value_heads // tensor
+    share = f" / parallel.tensor {tensor}" if tensor > 1 else ""
+    if heads % size:
+        raise UserError(
+            f"parallel.context {size} does not divide the {heads} attention heads of a rank "
+            f"({architecture.num_attention_heads}{share}); use a divisor of {heads}"
+        )
+    if kv_heads % size and size % kv_heads:
+        raise UserError(
+            f"parallel.context {size} neither divides the {kv_heads} key/value heads of a rank "
+            f"({architecture.num_key_value_heads}{share}) nor is a multiple of them; use a number that does"
+        )
+
+
+def apply(model: Decoder, group: dist.ProcessGroup | None) -> None:
+    """Wrap the attention of every block; ``group`` are the ranks with the tokens of the same samples, in order."""
+    if group is None:
+        return
+    for block in model.model.blocks:
+        attend = block.self_attn.attend
+        block.self_attn.attend = functools.partial(_attend_to_all_tokens, attend, group)
+
+
+def _attend_to_all_tokens(
+    attend: Callable[..., Tensor],
+    group: dist.ProcessGroup,
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    *arguments: Any,
+    **options: Any,
+) -> Tensor:
+    """[T, heads, D] of this rank's T tokens -> [T, N, D]. Where ranks are more than key/value heads, each of these goes
+    to the ranks that have its queries."""
+    copies = max(1, group.size() // k_TKD.shape[1])
+    k_TKD, v_TKD = (x.repeat_interleave(copies, dim=1) if copies > 1 else x for x in (k_TKD, v_TKD))
+    q, k, v = (_heads_for_tokens(x, group) for x in (q_TND, k_TKD, v_TKD))
+    return _tokens_for_heads(attend(q, k, v, *arguments, **options), group)
+
+
+def _heads_for_tokens(x_TND: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[T, N, D] -> [ranks * T, N / ranks, D]."""
+    parts = x_TND.unflatten(1, (group.size(), -1)).transpose(0, 1)
+    return _exchange(parts, group).flatten(0, 1)
+
+
+def _tokens_for_heads(x_TND: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks * T, N / ranks, D] -> [T, N, D]."""
+    parts = x_TND.unflatten(0, (group.size(), -1))
+    return _exchange(parts, group).transpose(0, 1).flatten(1, 2)
+
+
+def _exchange(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks, ...]: give part i to rank i, get this rank's part of each."""
+    return all_to_all_single_autograd(parts.contiguous(), None, None, group)

@@ -1,0 +1,130 @@
+"""The passes of a step: what the micro-batches of a rank do with its part of the model, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..data.packing import MicroBatch
+from ..model.decoder import Decoder
+from ..model.packing import Packing, plan_packing
+from . import fsdp
+from .mesh import Mesh
+
+
+class Inputs(NamedTuple):
+    """What a decoder is called with."""
+
+    tokens: Tensor
+    """[T] int64, this rank's."""
+    packing: Packing
+    """The documents of all ranks that share the samples; the positions of this rank's tokens."""
+    targets: Tensor
+    """[T] int64."""
+
+
+class Feed:
+    """Micro-batches on their way to the model: to the device, and each rank's tokens of them.
+
+    Args:
+        mesh: this rank's place.
+        device: where the model computes.
+        attention_backend: what ``choose_attention`` gave.
+        windows: the windows of the model's layers.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device, attention_backend: str, windows: Iterable[int | None]):
+        self.mesh, self.device = mesh, device
+        self._backend, self._windows = attention_backend, tuple(windows)
+
+    def __call__(self, batch: MicroBatch) -> Inputs:
+        """The micro-batch as the model takes it. Waits for nothing."""
+        on_host, batch = batch.cu_seqlens, batch.to(self.device)
+        packing = plan_packing(
+            batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self._backend, self._windows, on_host
+        )
+        mine = self._mine(batch.tokens.shape[0])
+        return Inputs(
+            batch.tokens[mine], packing._replace(position_ids=packing.position_ids[mine]), batch.targets[mine]
+        )
+
+    def _mine(self, num_tokens: int) -> slice:
+        count = num_tokens // self.mesh.layout.context
+        return slice(self.mesh.place.context * count, (self.mesh.place.context + 1) * count)
+
+
+class ModelParts:
+    """This rank's decoders: one, or with some pipelines several. Parameters bear their names in the whole model."""
+
+    def __init__(self, decoders: list[Decoder], mesh: Mesh):
+        self.decoders, self.mesh = decoders, mesh
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter of this rank, by name."""
+        for decoder in self.decoders:
+            yield from decoder.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As :meth:`named_parameters`, without the names."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of which no former stage has a copy: an embedding that is also the head lies at both ends."""
+        for decoder in self.decoders:
+            copied = decoder.is_last and not decoder.is_first and decoder.architecture.tie_word_embeddings
+            yield from (p for p in decoder.parameters() if not (copied and p is decoder.head_weight))
+
+
+class Passes(Protocol):
+    """How a rank computes a step. Losses are [] on the device and this rank's part: their sum over all ranks counts."""
+
+    def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+        """Gradients of the sum of losses over ``num_targets``, added up over micro-batches and ranks; that loss, fp32.
+
+        Dividing by the targets of the *global* batch makes every token count the same, however unevenly documents, ranks
+        and micro-batches share them.
+        """
+
+    def evaluate(self, batches: list[MicroBatch]) -> Tensor:
+        """Sum of losses, fp64, without gradients."""
+
+
+class Sequential:
+    """Micro-batches one after the other: this rank has all layers."""
+
+    def __init__(self, model: Decoder, feed: Feed, reduce_every_micro_batch: bool):
+        self._model, self._feed, self._reduce_every = model, feed, reduce_every_micro_batch
+
+    def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+        """See :class:`Passes`."""
+        loss = torch.zeros((), device=self._feed.device)
+        for number, batch in enumerate(batches, 1):
+            fsdp.reduce_gradients(self._model, self._reduce_every or number == len(batches))
+            on_phase("forward")
+            part = self.loss_sum(batch) / num_targets
+            on_phase("backward")
+            part.backward()
+            loss += part.detach()
+        return counted_once(loss, self._feed.mesh)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[MicroBatch]) -> Tensor:
+        """See :class:`Passes`."""
+        total = torch.zeros((), dtype=torch.float64, device=self._feed.device)
+        for batch in batches:
+            total += self.loss_sum(batch)
+        fsdp.reshard(self._model)
+        return counted_once(total, self._feed.mesh)
+
+    def loss_sum(self, batch: MicroBatch) -> Tensor:
+        """[] fp32, the losses of this rank's tokens."""
+        tokens, packing, targets = self._feed(batch)
+        return self._model(tokens, packing, targets)
+
+
+def counted_once(loss: Tensor, mesh: Mesh) -> Tensor:
+    """``loss`` on one of the ranks that share matrices, which all know it; zero on the others."""
+    return loss if mesh.place.tensor == 0 else torch.zeros_like(loss)

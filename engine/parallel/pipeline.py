@@ -1,0 +1,231 @@
+"""Pipeline parallelism: ranks hold consecutive layers, and the micro-batches of a step flow through them.
+
+The schedules are PyTorch's (``torch.distributed.pipelining``). Here is how layers are cut into stages, how a stage gets
+its inputs, and how an embedding that is also the head, and so lies at both ends, stays one parameter.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.tensor import DTensor
+
+from ..config import RunConfig
+from ..data.packing import MicroBatch
+from ..errors import UserError
+from ..model.architecture import Architecture
+from ..model.decoder import Decoder, LayerRange
+from . import fsdp
+from .passes import Feed, counted_once
+
+SCHEDULES: dict[str, Any] = {
+    "1f1b": Schedule1F1B,
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv_zero_bubble": ScheduleZBVZeroBubble,
+}
+"""By ``parallel.pipeline_schedule``. 1F1B and its interleaving: Narayanan et al., 2021,
+https://arxiv.org/abs/2104.04473; zero bubble: Qi et al., 2023, https://arxiv.org/abs/2401.10241."""
+
+
+def check(architecture: Architecture, config: RunConfig, num_micro_batches: int) -> None:
+    """Refuse pipelines that have nothing to do in some stage or at some time.
+
+    Raises:
+        UserError: with both sides of the arithmetic.
+    """
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return
+    stages = parallel.pipeline * parallel.pipeline_stages_per_rank
+    if stages > architecture.num_layers:
+        raise UserError(
+            f"parallel.pipeline {parallel.pipeline} x parallel.pipeline_stages_per_rank "
+            f"{parallel.pipeline_stages_per_rank} = {stages} stages, but the model has {architecture.num_layers} layers; "
+            "use fewer stages"
+        )
+    if parallel.pipeline_schedule == "zbv_zero_bubble" and architecture.tie_word_embeddings:
+        raise UserError(
+            "parallel.pipeline_schedule is zbv_zero_bubble, which puts both ends of the model on one rank, but its "
+            "embedding is also its head; use interleaved_zero_bubble"
+        )
+    wanted = stages if parallel.pipeline_schedule == "zbv_zero_bubble" else parallel.pipeline
+    if num_micro_batches < wanted:
+        raise UserError(
+            f"a step has {num_micro_batches} micro-batches, but a pipeline of {wanted} stages needs as many to keep "
+            "all busy; raise training.global_batch_size or lower training.micro_batch_size or parallel.pipeline"
+        )
+    rounds = max(1, num_micro_batches // parallel.pipeline)
+    if parallel.pipeline_schedule.startswith("interleaved") and num_micro_batches % rounds:
+        raise UserError(
+            f"a step has {num_micro_batches} micro-batches, which {parallel.pipeline_schedule} cannot deal to "
+            f"{parallel.pipeline} ranks evenly; make it a multiple of {parallel.pipeline} by training.global_batch_size"
+        )
+
+
+def stage_numbers(schedule: str, place: int, pipeline: int, stages_per_rank: int) -> list[int]:
+    """The stages that the rank at ``place`` of the pipeline holds: every ``pipeline``-th, or one of either half from the
+    ends inwards (the V of zbv_zero_bubble)."""
+    if schedule == "zbv_zero_bubble":
+        return [place, 2 * pipeline - 1 - place]
+    return [place + turn * pipeline for turn in range(stages_per_rank)]
+
+
+def cut_layers(architecture: Architecture, num_stages: int) -> list[LayerRange]:
+    """The layers of each stage, cut so that the slowest stage has least to do, and then weights lie evenly.
+
+    The work is that of matrix products: a block is one unit, the head and its loss count by their size, the embedding
+    costs no work and counts by its weights only.
+    """
+    vocabulary = architecture.vocab_size * architecture.hidden_size
+    tied = vocabulary if architecture.tie_word_embeddings else 0
+    # num_parameters counts a tied embedding once.
+    block = (architecture.num_parameters - 2 * vocabulary + tied) / architecture.num_layers
+    layers = architecture.num_layers
+
+    def cost(start: int, stop: int) -> tuple[float, float]:
+        head = vocabulary if stop == layers else 0
+        embedding = vocabulary if start == 0 else 0
+        weights = (stop - start) * block + head + embedding
+        return (stop - start) * block + head, weights**2
+
+    @functools.cache
+    def best(start: int, stages: int) -> tuple[float, float, tuple[int, ...]]:
+        """(most work, sum of squared weights, first layers of the stages behind) of layers ``start`` and on."""
+        if stages == 1:
+            return *cost(start, layers), ()
+        options = []
+        for stop in range(start + 1, layers - stages + 2):
+            work, weights = cost(start, stop)
+            most, squares, cuts = best(stop, stages - 1)
+            options.append((max(work, most), weights + squares, (stop, *cuts)))
+        return min(options)
+
+    cuts = best(0, num_stages)[2]
+    return [LayerRange(start, stop) for start, stop in itertools.pairwise((0, *cuts, layers))]
+
+
+class Pipelined:
+    """The passes of a rank that holds some layers only; see :class:`retemper.engine.parallel.passes.Passes`.
+
+    Args:
+        decoders: this rank's stages, in their order.
+        numbers: their numbers, see :func:`stage_numbers`.
+        config: of the run.
+        feed: micro-batches on their way to the model.
+        num_micro_batches: of a step on this rank.
+        compute_dtype: of what stages send to one another.
+    """
+
+    def __init__(
+        self,
+        decoders: list[Decoder],
+        numbers: list[int],
+        config: RunConfig,
+        feed: Feed,
+        num_micro_batches: int,
+        compute_dtype: torch.dtype,
+    ):
+        self._decoders, self._feed, self._num_micro_batches = decoders, feed, num_micro_batches
+        self._batches: list[MicroBatch] = []
+        self._num_targets = 1.0
+        self._losses: list[Tensor] = []
+        layout = feed.mesh.layout
+        tokens = config.training.micro_batch_size * config.training.sequence_length // (layout.context * layout.tensor)
+        hidden = torch.empty(tokens, decoders[0].architecture.hidden_size, dtype=compute_dtype, device="meta")
+        index, loss = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
+        stages = []
+        for decoder, number in zip(decoders, numbers, strict=True):
+            decoder.register_forward_pre_hook(self._fill_in, with_kwargs=True)
+            stages.append(
+                PipelineStage(
+                    decoder,
+                    number,
+                    layout.pipeline * len(numbers),
+                    feed.device,
+                    input_args=index if decoder.is_first else hidden,
+                    output_args=loss if decoder.is_last else hidden,
+                    group=feed.mesh.devices["pipeline"].get_group(),
+                )
+            )
+        schedule = SCHEDULES[config.parallel.pipeline_schedule]
+        self._schedule = schedule(
+            stages[0] if len(stages) == 1 else stages,
+            n_microbatches=num_micro_batches,
+            loss_fn=self._scaled_loss,
+            scale_grads=False,
+        )
+
+    def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+        """See :class:`~retemper.engine.parallel.passes.Passes`. Forward and backward passes take turns: all of them are
+        the phase "forward"."""
+        on_phase("forward")
+        self._num_targets = num_targets
+        self._run(self._schedule.step, batches)
+        self._join_tied_embedding()
+        return self._loss(torch.float32) / num_targets
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[MicroBatch]) -> Tensor:
+        """See :class:`~retemper.engine.parallel.passes.Passes`."""
+        total = torch.zeros((), dtype=torch.float64, device=self._feed.device)
+        count = self._num_micro_batches
+        for first in range(0, len(batches), count):
+            some = batches[first : first + count]
+            # The schedule has a fixed length: the rest of it computes what does not count.
+            some += [some[0].without_targets()] * (count - len(some))
+            self._run(self._schedule.eval, some)
+            total += self._loss(torch.float64)
+        for decoder in self._decoders:
+            fsdp.reshard(decoder)
+        return total
+
+    def _run(self, run: Callable[..., Any], batches: list[MicroBatch]) -> None:
+        self._batches, self._losses = batches, []
+        # Stages look their micro-batch up by its number: documents differ in number, so that no tensor holds them all.
+        numbers = torch.arange(len(batches))
+        holds_first = self._decoders[0].is_first
+        holds_last = self._decoders[-1].is_last
+        inputs = [numbers] if holds_first else []
+        run(*inputs, target=numbers if holds_last else None, number=numbers, return_outputs=False)
+        self._batches = []
+
+    def _fill_in(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        """What the schedule calls a stage with -> what a decoder is called with."""
+        tokens, packing, targets = self._feed(self._batches[int(named["number"])])
+        inputs = tokens if module.is_first else arguments[0]
+        return (inputs, packing, targets), {}
+
+    def _scaled_loss(self, loss_sum: Tensor, _: Tensor) -> Tensor:
+        self._losses.append(loss_sum.detach())
+        return loss_sum / self._num_targets
+
+    def _loss(self, dtype: torch.dtype) -> Tensor:
+        """Sum of the losses of all micro-batches where the last stage is, zero elsewhere."""
+        total = torch.zeros((), dtype=dtype, device=self._feed.device)
+        for loss in self._losses:
+            total += loss
+        return counted_once(total, self._feed.mesh)
+
+    def _join_tied_embedding(self) -> None:
+        """Add up the gradients of an embedding that is also the head: each end of the pipeline knows one of them."""
+        architecture, group = self._decoders[0].architecture, self._feed.mesh.ends_group
+        if not architecture.tie_word_embeddings or not (self._decoders[0].is_first or self._decoders[-1].is_last):
+            return
+        end = self._decoders[0] if self._decoders[0].is_first else self._decoders[-1]
+        gradient = end.head_weight.grad
+        assert isinstance(gradient, DTensor)
+        dist.all_reduce(gradient.to_local(), group=group)

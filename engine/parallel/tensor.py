@@ -1,0 +1,144 @@
+"""Tensor parallelism with sequence parallelism: ranks share every matrix, and outside of the matrices the tokens.
+
+Column-wise split projections take all tokens and give some heads or features; row-wise split ones take these and give
+sums of which every rank keeps its tokens (Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198). Norms and the
+residual stream see a rank's own tokens only. The embedding and the head hold some rows of the vocabulary each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from ...kernels.linear_cross_entropy import linear_cross_entropy
+from ..config import RunConfig
+from ..errors import UserError
+from ..model.architecture import Architecture
+from ..model.decoder import Decoder
+
+TOKENS = 0
+"""The dimension of tokens in every activation: nothing has a batch dimension."""
+
+
+class Copied(ParallelStyle):
+    """Every rank holds all of the module's parameters; see ``decoder._local_copy`` for their gradients."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            copies = distribute_tensor(parameter, device_mesh, [Replicate()], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(copies, requires_grad=parameter.requires_grad))
+        return module
+
+
+def _gather_tokens(num_inputs: int) -> ParallelStyle:
+    """Gather the tokens of the first input, once for all projections that read it."""
+    rest = (None,) * (num_inputs - 1)
+    return PrepareModuleInput(
+        input_layouts=(Shard(TOKENS), *rest), desired_input_layouts=(Replicate(), *rest), use_local_output=False
+    )
+
+
+ATTENTION_PLAN: dict[str, ParallelStyle] = {
+    "": _gather_tokens(3),
+    "q_proj": ColwiseParallel(),
+    "k_proj": ColwiseParallel(),
+    "v_proj": ColwiseParallel(),
+    "q_norm": Copied(),
+    "k_norm": Copied(),
+    "o_proj": RowwiseParallel(output_layouts=Shard(TOKENS)),
+}
+FEED_FORWARD_PLAN: dict[str, ParallelStyle] = {
+    "": _gather_tokens(1),
+    "gate_proj": ColwiseParallel(),
+    "up_proj": ColwiseParallel(),
+    "down_proj": RowwiseParallel(output_layouts=Shard(TOKENS)),
+}
+BLOCK_PLAN: dict[str, ParallelStyle] = {
+    "input_layernorm": Copied(),
+    "post_attention_layernorm": Copied(),
+    **{f"self_attn.{name}".rstrip("."): style for name, style in ATTENTION_PLAN.items()},
+    **{f"mlp.{name}".rstrip("."): style for name, style in FEED_FORWARD_PLAN.items()},
+}
+DECODER_PLAN: dict[str, ParallelStyle] = {
+    "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(TOKENS)),
+    "model.norm": Copied(),
+    "lm_head": ColwiseParallel(),
+}
+
+
+def check(architecture: Architecture, config: RunConfig) -> None:
+    """Refuse what cannot be dealt evenly to ``parallel.tensor`` ranks.
+
+    Raises:
+        UserError: with both sides of the division.
+    """
+    size = config.parallel.tensor
+    if size == 1:
+        return
+    parts = {
+        "attention heads": architecture.num_attention_heads,
+        "key/value heads": architecture.num_key_value_heads,
+        "features of the feed-forward layer": architecture.intermediate_size,
+        "rows of the vocabulary": architecture.vocab_size,
+    }
+    for name, count in parts.items():
+        if count % size:
+            raise UserError(
+                f"parallel.tensor {size} does not divide the model's {count:,} {name}; use a divisor of {count:,}"
+            )
+    if config.training.float8:
+        raise UserError(
+            f"training.float8 is true with parallel.tensor {size}: float8 products of split matrices are not there; set "
+            "one of them back"
+        )
+
+
+def apply(model: Decoder, mesh: DeviceMesh, overlap: bool) -> None:
+    """Split the matrices of ``model`` (on the meta device) over the ranks of the one-dimensional ``mesh``.
+
+    Args:
+        overlap: let torch.compile cut products and their exchanges of activations into pieces that run side by side.
+    """
+    parallelize_module(model, mesh, _present(model, DECODER_PLAN))
+    for block in model.model.blocks:
+        parallelize_module(block, mesh, _present(block, BLOCK_PLAN))
+    model.loss = _vocabulary_parallel_loss(mesh)
+    if overlap:
+        _overlap_exchange(mesh)
+
+
+def _overlap_exchange(mesh: DeviceMesh) -> None:
+    from torch._inductor import config as inductor_config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor_config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)
+
+
+def _present(module: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    """The entries of ``plan`` whose modules ``module`` has: Qwen2 has no q_norm, a stage may have no embedding."""
+    there = {name for name, _ in module.named_modules()}
+    return {name: style for name, style in plan.items() if name in there}
+
+
+def _vocabulary_parallel_loss(mesh: DeviceMesh) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    group = mesh.get_group()
+
+    def loss(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+        """As of the whole head: ``hidden_TH`` are this rank's tokens, ``weight_VH`` a DTensor, ``targets_T`` all."""
+        assert isinstance(weight_VH, DTensor)
+        tokens = DTensor.from_local(hidden_TH, mesh, [Shard(TOKENS)], run_check=False)
+        all_TH = tokens.redistribute(placements=[Replicate()]).to_local()
+        return linear_cross_entropy(all_TH, weight_VH.to_local(), targets_T, vocab_group=group).loss_sum
+
+    return loss
