@@ -172,7 +172,8 @@ class Trainer:
         rate = learning_rate(tokens, self.config.training, self.config.optimizer)
         loss = self.passes.train(micro_batches, num_targets, self.on_phase)
         self.on_phase("optimizer")
-        grad_norm = self._clip()
+        clip = self.config.optimizer.clip_grad_norm
+        grad_norm = clip_grad_norm(self.model.parameters(), clip, self.model.own_parameters())
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -187,11 +188,6 @@ class Trainer:
 
     def on_phase(self, name: str) -> None:
         """A part of the step begins: data, forward, backward, optimizer or other. For measurements to override."""
-
-    def _clip(self) -> Tensor:
-        group = self.mesh.devices["pipeline"].get_group() if self.mesh.layout.pipeline > 1 else None
-        own = self.model.own_parameters()
-        return clip_grad_norm(self.model.parameters(), self.config.optimizer.clip_grad_norm, own, group)
 
     def _count_targets(self, batches: Iterable[MicroBatch]) -> int:
         """Targets of this rank's samples; of ranks that read the same ones, one counts them."""

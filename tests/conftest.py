@@ -9,7 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from rank_cluster import RankCluster
+import torch.distributed as dist
+from rank_cluster import CPU, RankCluster
+
+from retemper.engine.parallel.process_group import Ranks
 
 # Without a GPU, Triton runs kernels in Python. It decides that when it is imported, which other libraries do as well.
 if not torch.cuda.is_available():
@@ -40,3 +43,11 @@ def four_ranks(tmp_path_factory):
     cluster = RankCluster(4, str(tmp_path_factory.mktemp("four_ranks") / "rendezvous"))
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """A single rank in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(0, 1, CPU)
+    dist.destroy_process_group()

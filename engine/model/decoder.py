@@ -267,7 +267,7 @@ class RMSNorm(nn.Module):
 
 
 def _local_copy(weight: Tensor) -> Tensor:
-    """The weight as a plain tensor. Ranks that hold copies of one see different tokens or heads (tensor parallelism), so
+    """The weight as a plain tensor. Ranks that hold copies of it see different tokens or heads (tensor parallelism):
     its gradient is the sum of theirs."""
     return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 

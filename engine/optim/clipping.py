@@ -2,58 +2,71 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def clip_grad_norm(
-    parameters: Iterable[Tensor],
-    max_norm: float,
-    counted: Iterable[Tensor] | None = None,
-    pipeline_group: dist.ProcessGroup | None = None,
-) -> Tensor:
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, counted: Iterable[Tensor] | None = None) -> Tensor:
     """Scale all gradients so that their global L2 norm is at most ``max_norm`` (0: leave them), without a host sync.
 
     Args:
-        parameters: of this rank.
+        parameters: of this rank; where it is one of several, DTensors.
         max_norm: the largest norm that is left.
-        counted: those of which no other rank of ``pipeline_group`` has a copy; None for all.
-        pipeline_group: the ranks with the other layers; None where there are none.
+        counted: those of which no other stage of a pipeline has a copy; None for all.
 
     Returns:
         [] fp32, the norm over all parameters and ranks before clipping.
     """
-    parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
     own = gradients if counted is None else [p.grad for p in counted if p.grad is not None]
-    in_fp32 = all(gradient.dtype == torch.float32 for gradient in gradients)
-    norm = nn.utils.get_total_norm(own) if in_fp32 else _total_norm(own)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if pipeline_group:
-        square = norm.square()
-        dist.all_reduce(square, group=pipeline_group)
-        norm = square.sqrt()
-    if max_norm > 0 and in_fp32:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    elif max_norm > 0:
+    norm = _total_norm(own)
+    if max_norm > 0:
         _scale(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """As ``get_total_norm``, which would round norms of bf16 gradients to bf16."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]))
+    """Over all ranks, each of which calls this: one sum of one number."""
+    by_copies: dict[int, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        by_copies[_num_copies(gradient)].append(_local(gradient))
+    # Norms of bf16 gradients would be bf16.
+    squares = [
+        torch.stack(torch._foreach_norm(some, 2, torch.float32)).square().sum() / copies
+        for copies, some in by_copies.items()
+    ]
+    total = torch.stack(squares).sum()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total.sqrt()
+
+
+def _num_copies(gradient: Tensor) -> int:
+    """Ranks that hold the same elements as this one."""
+    if not isinstance(gradient, DTensor):
+        return 1
+    mesh = gradient.device_mesh
+    return math.prod(mesh.size(axis) for axis, place in enumerate(gradient.placements) if place.is_replicate())
 
 
 def _scale(gradients: list[Tensor], factor: Tensor) -> None:
     """Multiply by ``factor``, [] fp32: a bf16 factor would bend all gradients of a step by up to 0.4 %."""
-    for gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        # One element instead of none makes the product fp32; it is rounded as it is written.
-        torch.mul(local, factor.reshape(1), out=local)
+    local = [_local(gradient) for gradient in gradients]
+    in_fp32 = [gradient for gradient in local if gradient.dtype == torch.float32]
+    if in_fp32:
+        torch._foreach_mul_(in_fp32, factor)
+    for gradient in local:
+        if gradient.dtype != torch.float32:
+            # One element instead of none makes the product fp32; it is rounded as it is written.
+            torch.mul(gradient, factor.reshape(1), out=gradient)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -39,13 +39,13 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
     float8.wanted(training, device)
     tensor.check(architecture, config)
     context.check(architecture, parallel)
-    pipeline.check(architecture, config, choices.num_micro_batches)
+    pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
     if tokens % ranks:
         raise UserError(
             f"training.micro_batch_size {training.micro_batch_size} x training.sequence_length "
-            f"{training.sequence_length} = {tokens} tokens cannot be dealt evenly to parallel.context {parallel.context} "
-            f"x parallel.tensor {parallel.tensor} = {ranks} ranks; use multiples of {ranks}"
+            f"{training.sequence_length} = {tokens} tokens cannot be dealt evenly to parallel.context "
+            f"{parallel.context} x parallel.tensor {parallel.tensor} = {ranks} ranks; use multiples of {ranks}"
         )
     if parallel.async_tensor and not (parallel.tensor > 1 and choices.compiled and device.type == "cuda"):
         raise UserError(

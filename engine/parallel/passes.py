@@ -84,8 +84,8 @@ class Passes(Protocol):
     def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """Gradients of the sum of losses over ``num_targets``, added up over micro-batches and ranks; that loss, fp32.
 
-        Dividing by the targets of the *global* batch makes every token count the same, however unevenly documents, ranks
-        and micro-batches share them.
+        Dividing by the targets of the *global* batch makes every token count the same, however unevenly documents,
+        ranks and micro-batches share them.
         """
 
     def evaluate(self, batches: list[MicroBatch]) -> Tensor:

@@ -23,7 +23,7 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.tensor import DTensor
 
-from ..config import RunConfig
+from ..config import ParallelConfig, RunConfig
 from ..data.packing import MicroBatch
 from ..errors import UserError
 from ..model.architecture import Architecture
@@ -41,7 +41,7 @@ SCHEDULES: dict[str, Any] = {
 https://arxiv.org/abs/2104.04473; zero bubble: Qi et al., 2023, https://arxiv.org/abs/2401.10241."""
 
 
-def check(architecture: Architecture, config: RunConfig, num_micro_batches: int) -> None:
+def check(architecture: Architecture, config: RunConfig, num_micro_batches: int, compiled: bool) -> None:
     """Refuse pipelines that have nothing to do in some stage or at some time.
 
     Raises:
@@ -54,14 +54,11 @@ def check(architecture: Architecture, config: RunConfig, num_micro_batches: int)
     if stages > architecture.num_layers:
         raise UserError(
             f"parallel.pipeline {parallel.pipeline} x parallel.pipeline_stages_per_rank "
-            f"{parallel.pipeline_stages_per_rank} = {stages} stages, but the model has {architecture.num_layers} layers; "
-            "use fewer stages"
+            f"{parallel.pipeline_stages_per_rank} = {stages} stages, but the model has {architecture.num_layers} "
+            "layers; use fewer stages"
         )
-    if parallel.pipeline_schedule == "zbv_zero_bubble" and architecture.tie_word_embeddings:
-        raise UserError(
-            "parallel.pipeline_schedule is zbv_zero_bubble, which puts both ends of the model on one rank, but its "
-            "embedding is also its head; use interleaved_zero_bubble"
-        )
+    if parallel.pipeline_schedule.endswith("zero_bubble"):
+        _check_zero_bubble(architecture, parallel, compiled)
     wanted = stages if parallel.pipeline_schedule == "zbv_zero_bubble" else parallel.pipeline
     if num_micro_batches < wanted:
         raise UserError(
@@ -76,9 +73,30 @@ def check(architecture: Architecture, config: RunConfig, num_micro_batches: int)
         )
 
 
+def _check_zero_bubble(architecture: Architecture, parallel: ParallelConfig, compiled: bool) -> None:
+    """These schedules take the backward pass of a stage apart, whose parameters and graph must lie still until then."""
+    schedule = parallel.pipeline_schedule
+    needs = {
+        "parallel.reshard_after_forward false": not parallel.reshard_after_forward,
+        "parallel.recompute none": parallel.recompute == "none",
+        "blocks that are not compiled (training.compile off)": not compiled,
+    }
+    for need, met in needs.items():
+        if not met:
+            raise UserError(
+                f"parallel.pipeline_schedule {schedule} needs {need}, since it computes gradients of inputs and of "
+                "weights apart; set it, or use interleaved_1f1b"
+            )
+    if schedule == "zbv_zero_bubble" and architecture.tie_word_embeddings:
+        raise UserError(
+            f"parallel.pipeline_schedule {schedule} puts both ends of the model on one rank, but the model's embedding "
+            "is also its head; use interleaved_zero_bubble"
+        )
+
+
 def stage_numbers(schedule: str, place: int, pipeline: int, stages_per_rank: int) -> list[int]:
-    """The stages that the rank at ``place`` of the pipeline holds: every ``pipeline``-th, or one of either half from the
-    ends inwards (the V of zbv_zero_bubble)."""
+    """The stages that the rank at ``place`` of the pipeline holds: every ``pipeline``-th, or one of either half, from
+    the ends inwards (the V of zbv_zero_bubble)."""
     if schedule == "zbv_zero_bubble":
         return [place, 2 * pipeline - 1 - place]
     return [place + turn * pipeline for turn in range(stages_per_rank)]
@@ -145,7 +163,8 @@ class Pipelined:
         self._losses: list[Tensor] = []
         layout = feed.mesh.layout
         tokens = config.training.micro_batch_size * config.training.sequence_length // (layout.context * layout.tensor)
-        hidden = torch.empty(tokens, decoders[0].architecture.hidden_size, dtype=compute_dtype, device="meta")
+        width = decoders[0].architecture.hidden_size
+        hidden = torch.empty(tokens, width, dtype=compute_dtype, device="meta", requires_grad=True)
         index, loss = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
         stages = []
         for decoder, number in zip(decoders, numbers, strict=True):

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from .liveness import Liveness
+from .meeting import Meeting, meet
 
 Result = TypeVar("Result")
 
@@ -101,27 +103,40 @@ def world_size_from_environment() -> int:
 
 
 @contextmanager
-def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
+def process_group(device_name: str, timeout_seconds: int, meeting: Meeting | None = None) -> Iterator[Ranks]:
     """Join the process group, and leave it cleanly after an undisturbed run.
 
-    CPU tensors travel over gloo on every machine, so that control messages never wait for a GPU.
+    CPU tensors travel over gloo on every machine, so that control messages never wait for a GPU. Where there are
+    several ranks they are watched: when one falls silent, this process says which one and ends with status 1.
 
     Args:
         device_name: auto, cpu or cuda.
         timeout_seconds: longest wait of a collective.
+        meeting: of the ranks, where they have met already.
     """
+    if not launched_by_torchrun():
+        with _joined(device_name, timeout_seconds, dist.HashStore(), 0, 1) as ranks:
+            yield ranks
+        return
+    meeting = meeting or meet({}, timeout_seconds)
+    liveness = Liveness(meeting, timeout_seconds)
+    # What watches the others speaks first: it knows more than the collective that fails.
+    limit = timeout_seconds + liveness.grace_seconds
+    with liveness, _joined(device_name, limit, meeting.store, meeting.rank, meeting.world_size) as ranks:
+        yield ranks
+
+
+@contextmanager
+def _joined(device_name: str, timeout_seconds: float, store: dist.Store, rank: int, world_size: int) -> Iterator[Ranks]:
     device = _device(device_name)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if launched_by_torchrun():
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     # After an error the group is left as it is: other ranks may be inside a collective, and shutting down would wait
     # for them. The launcher ends them when this process exits.
-    yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    yield Ranks(rank, world_size, device)
     # gloo may abort the interpreter's exit while tensors still hold on to the group.
     gc.collect()
     dist.destroy_process_group()

@@ -98,8 +98,8 @@ def check(architecture: Architecture, config: RunConfig) -> None:
             )
     if config.training.float8:
         raise UserError(
-            f"training.float8 is true with parallel.tensor {size}: float8 products of split matrices are not there; set "
-            "one of them back"
+            f"training.float8 is true with parallel.tensor {size}: split matrices cannot be multiplied in float8; "
+            "set one of them back"
         )
 
 

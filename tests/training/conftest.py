@@ -4,18 +4,6 @@ from __future__ import annotations
 
 import pytest
 import tiny_run
-import torch.distributed as dist
-from rank_cluster import CPU
-
-from retemper.engine.parallel.process_group import Ranks
-
-
-@pytest.fixture(scope="session")
-def one_rank():
-    """A single rank in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Ranks(0, 1, CPU)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

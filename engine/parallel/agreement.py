@@ -1,0 +1,115 @@
+"""Every rank runs the same job: configuration, code and PyTorch are compared before anything else is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import RunConfig, to_dict
+from ..errors import UserError
+from .meeting import Meeting, meet
+
+PACKAGE = Path(__file__).parents[2]
+_CODE = ("engine", "kernels", "checkpoint_convert", "tools")
+_UNREADABLE_CONFIG_SECONDS = 30
+"""How long a rank whose configuration cannot be read waits for the others, to tell them."""
+_MOST_SHOWN = 3
+
+
+def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunConfig, Meeting | None]:
+    """What ``read`` returns, where it is the same on every rank, and so are our code and PyTorch's version.
+
+    Args:
+        read: parses the configuration.
+        several: whether a launcher has started more than this rank.
+
+    Raises:
+        UserError: on every rank, naming the ranks that differ and in what, or whose configuration is wrong.
+    """
+    if not several:
+        return read(), None
+    config, problem = None, None
+    try:
+        config = read()
+    except UserError as error:
+        problem = str(error)
+    settings = flatten(to_dict(config)) if config else {}
+    files = code_files(PACKAGE)
+    note = {"problem": problem, "config": digest(settings), "code": digest(files), "torch": str(torch.__version__)}
+    try:
+        meeting = meet(note, config.parallel.timeout_seconds if config else _UNREADABLE_CONFIG_SECONDS)
+    except UserError as error:
+        raise UserError(problem or str(error)) from None
+    problems = [f"rank {rank}: {its['problem']}" for rank, its in enumerate(meeting.notes) if its["problem"]]
+    if problem or problems:
+        raise UserError(problem or problems[0])
+    details = {"config": settings, "code": files}
+    if differences := compare(meeting, details):
+        raise UserError(f"{'; '.join(differences)}; start every node with the same files and the same command")
+    assert config is not None
+    return config, meeting
+
+
+def flatten(value: Any, name: str = "") -> dict[str, str]:
+    """A nested configuration as ``{"training.seed": "1", "data.train[0].path": '"a"'}``; values in JSON."""
+    if isinstance(value, dict) and value:
+        items = [(f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and value:
+        items = [(f"{name}[{place}]", item) for place, item in enumerate(value)]
+    else:
+        return {name: json.dumps(value, default=str)}
+    return {key: text for inner, item in items for key, text in flatten(item, inner).items()}
+
+
+def code_files(package: Path) -> dict[str, str]:
+    """Hash of every Python file of the package ``retemper``, by path in it."""
+    paths = [package / "__init__.py", *(path for room in _CODE for path in sorted((package / room).rglob("*.py")))]
+    return {path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
+
+
+def digest(facts: dict[str, str]) -> str:
+    """One hash for all of ``facts``."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def compare(meeting: Meeting, mine: dict[str, dict[str, str]]) -> list[str]:
+    """What differs between ranks, a clause for each kind; the same text on every rank.
+
+    Args:
+        meeting: its notes hold the digests ``config`` and ``code``, and ``torch``.
+        mine: what the digests are of. Travels only where they differ.
+    """
+    clauses = []
+    for kind, title in (("config", "the configuration"), ("code", "the code")):
+        odd, usual = _odd_ones(meeting, kind)
+        if not odd:
+            continue
+        key = f"{kind}/{{}}"
+        meeting.store.set(key.format(meeting.rank), json.dumps(mine[kind]))
+        theirs, ours = (json.loads(meeting.store.get(key.format(rank))) for rank in (odd[0], usual))
+        keys = [name for name in [*ours, *(name for name in theirs if name not in ours)]
+                if ours.get(name) != theirs.get(name)]  # fmt: skip
+        shown = [
+            name if kind == "code" else f"{name} is {theirs.get(name, 'unset')}, not {ours.get(name, 'unset')}"
+            for name in keys[:_MOST_SHOWN]
+        ]
+        more = f" and {len(keys) - _MOST_SHOWN} more" if len(keys) > _MOST_SHOWN else ""
+        clauses.append(f"{title} differs on {meeting.name(odd)} from rank {usual}'s: {', '.join(shown)}{more}")
+    odd, usual = _odd_ones(meeting, "torch")
+    if odd:
+        version, other = meeting.notes[odd[0]]["torch"], meeting.notes[usual]["torch"]
+        clauses.append(f"PyTorch is {version} on {meeting.name(odd)}, not {other} as on rank {usual}")
+    return clauses
+
+
+def _odd_ones(meeting: Meeting, kind: str) -> tuple[list[int], int]:
+    """The ranks that differ from most (of two that are as frequent, from the first), and one of those that do not."""
+    values = [note[kind] for note in meeting.notes]
+    [(usual, _)] = Counter(values).most_common(1)
+    return [rank for rank, value in enumerate(values) if value != usual], values.index(usual)

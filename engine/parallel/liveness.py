@@ -1,0 +1,218 @@
+"""Who has fallen silent: every rank leaves a sign of life in the launcher's store, and watches for those of the others.
+
+A collective that fails or never returns does not say whose fault it was. Here, one thread exchanges signs of life,
+another judges them, and the first rank to reach a verdict has all others end with the same line. Both run beside the
+main thread, which may be stuck in a collective for ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from ..errors import UserError, report_user_error
+from .meeting import Meeting
+
+_LOST_CONTACT = re.compile(r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+_SETTLING_SECONDS = 3.0
+"""Ranks that fail together each say so by themselves: only after this is the first one's failure said by the others."""
+_LONGEST_LINE = 500
+
+
+class Liveness:
+    """Watches all ranks while it is entered. Ends this process where another one is silent, stuck or has failed.
+
+    An exception that leaves the context is made known to the others. If it comes of a lost connection, its cause is
+    waited for, and said instead of it.
+    """
+
+    def __init__(self, meeting: Meeting, timeout_seconds: float):
+        self.meeting, self.timeout = meeting, timeout_seconds
+        # All ranks read what all have written: where there are many, more rarely.
+        self.interval = max(0.2, min(2.5, timeout_seconds / 10)) * max(1.0, meeting.world_size / 128)
+        self.grace_seconds = 3 * self.interval
+        self._store: Any = meeting.store.clone()  # type: ignore[attr-defined]  # a connection of its own
+        now = time.monotonic()
+        self._signs: list[dict[str, Any]] = [{} for _ in meeting.notes]
+        self._changed = [now] * meeting.world_size
+        self._reached, self._moved = now, now
+        self._failed: float | None = None
+        self._left: dict[str, str] | None = None
+        self._hurry, self._told, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._judge)]
+
+    def __enter__(self) -> Liveness:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            # Launchers end the neighbours of a rank that has died. Some seconds are needed to say why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if error is not None and not isinstance(error, UserError) and _LOST_CONTACT.search(str(error)):
+            self._failed = time.monotonic()
+            time.sleep(3 * self.grace_seconds)  # by then this process has ended, if there is a culprit
+        if error is None:
+            self._leave("finished", "")
+            self._stop()
+            return
+        self._leave("failed", " ".join(f"{kind.__name__ if kind else ''}: {error}".split()))
+        # The line or traceback comes first; then, while the launcher sees this process alive, all can learn of it.
+        atexit.register(self._linger)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Signs of life
+
+    def _exchange(self) -> None:
+        """Write this rank's sign, read the others'. A cut link may block this thread for good."""
+        keys = [f"alive/{rank}" for rank in range(self.meeting.world_size)]
+        count = 0
+        while not self._ended.is_set():
+            count += not self._left  # others measure the time since the last change
+            sign = {"count": count, "collectives": _collectives_begun(), "left": self._left}
+            with suppress(RuntimeError):
+                self._store.set(keys[self.meeting.rank], json.dumps(sign))
+                if self._left:
+                    self._told.set()
+                self._read(keys)
+            self._hurry.wait(self.interval)
+            if self._left:
+                time.sleep(min(0.1, self.interval))
+
+    def _read(self, keys: list[str]) -> None:
+        present = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
+        for key, value in zip(present, self._store.multi_get(present), strict=True):
+            rank, sign, now = keys.index(key), json.loads(value), time.monotonic()
+            if sign != self._signs[rank]:
+                self._signs[rank], self._changed[rank] = sign, now
+        self._reached = time.monotonic()
+
+    def _leave(self, how: str, text: str) -> None:
+        """Let the others know that no more signs will come."""
+        self._left = {"how": how, "text": text[:_LONGEST_LINE]}
+        self._hurry.set()
+        self._told.wait(self.grace_seconds)
+
+    def _linger(self) -> None:
+        """Stay until all who live have left as well. With this process its launcher may go, and with that the store."""
+        until = time.monotonic() + _SETTLING_SECONDS + self.grace_seconds
+        while time.monotonic() < until and any(not sign.get("left") for sign in self._others_alive()):
+            time.sleep(0.05)
+        self._stop()
+
+    def _stop(self) -> None:
+        """End the threads: the interpreter must not end while they are inside the store."""
+        self._ended.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(self.grace_seconds)
+
+    def _others_alive(self) -> list[dict[str, Any]]:
+        silent = self._silent(self.grace_seconds)
+        return [self._signs[rank] for rank in self._others() if rank not in silent]
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.meeting.world_size) if rank != self.meeting.rank]
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Judging them
+
+    def _judge(self) -> None:
+        begun: dict[str, int] = {}
+        while not self._ended.wait(self.interval / 2):
+            if begun != (begun := _collectives_begun()):
+                self._moved = time.monotonic()
+            if verdict := self._verdict():
+                report_user_error(UserError(verdict))
+                self._leave("verdict", verdict)
+                self._linger()
+                sys.stdout.flush()
+                os._exit(1)
+
+    def _verdict(self) -> str | None:
+        """Why this run cannot go on, or None."""
+        if self._left:
+            return None
+        now, name = time.monotonic(), self.meeting.name
+        for rank in self._others():
+            left = self._signs[rank].get("left") or {"how": "", "text": ""}
+            if left["how"] == "verdict":
+                return left["text"]
+            if left["how"] == "failed" and now - self._changed[rank] > _SETTLING_SECONDS:
+                return f"{name([rank])} has ended with an error of its own: {left['text']}"
+        patience = self.timeout if self._failed is None else self.grace_seconds
+        # Where collectives go on, nobody is missing, whatever has become of the signs.
+        stuck = self._failed is not None or now - self._moved > self.grace_seconds
+        if stuck and (silent := self._silent(patience)):
+            seconds = now - max(self._changed[rank] for rank in silent)
+            which = f"{name(silent)} gave no sign of life for {seconds:.0f} s"
+            if now - self._reached > patience:
+                which += ", nor did the launcher's store on the same host"
+            if len(silent) == len(self._others()) and len({note["host"] for note in self.meeting.notes}) > 1:
+                which += f", or the network of this host ({self.meeting.notes[self.meeting.rank]['host']}) is down"
+            return f"{which}; see that node's output and link. The same command resumes from the newest checkpoint"
+        return self._behind(now)
+
+    def _silent(self, patience: float) -> list[int]:
+        """Ranks of which nothing has been heard for ``patience`` seconds; those at the store, if it cannot be read."""
+        now = time.monotonic()
+        known = [
+            rank
+            for rank in self._others()
+            if not self._signs[rank].get("left") and self._reached - self._changed[rank] > self.grace_seconds
+        ]
+        known = [rank for rank in known if now - self._changed[rank] > patience]
+        if known or now - self._reached <= patience:
+            return known
+        return [rank for rank in self._others() if self.meeting.notes[rank]["holds_store"]] or self._others()
+
+    def _behind(self, now: float) -> str | None:
+        """Ranks that live, but do not come to a collective in which others wait for them."""
+        waited = now - self._moved
+        if waited < self.timeout and (self._failed is None or now - self._failed < 2 * self.grace_seconds):
+            return None
+        counts = {rank: sign["collectives"] for rank, sign in enumerate(self._signs) if "collectives" in sign}
+        most = {group: max(c.get(group, 0) for c in counts.values()) for c in counts.values() for group in c}
+        least = {group: min(c[group] for c in counts.values() if group in c) for c in counts.values() for group in c}
+        late = [
+            rank
+            for rank, c in counts.items()
+            if any(c[group] < most[group] for group in c) and not any(c[group] > least[group] for group in c)
+        ]
+        if not late or self.meeting.rank in late or self._silent(self.grace_seconds):
+            return None  # who is silent is judged as that, in its time
+        return (
+            f"{self.meeting.name(late)} has not come to a collective operation in which others have waited for "
+            f"{waited:.0f} s: it hangs, or needs a larger parallel.timeout_seconds"
+        )
+
+
+def _collectives_begun() -> dict[str, int]:
+    """Collectives that this rank has begun, by group. Groups of the same ranks are numbered as they were made."""
+    begun: dict[str, int] = {}
+    for group in list(distributed_c10d._world.pg_map):
+        ranks = json.dumps(dist.get_process_group_ranks(group))
+        name = hashlib.sha256(ranks.encode()).hexdigest()[:8]
+        for device in group._device_types:
+            with suppress(RuntimeError):  # not begun yet
+                key = next(k for n in range(1000) if (k := f"{name}.{device.type}.{n}") not in begun)
+                backend: Any = group._get_backend(torch.device(device.type))
+                begun[key] = backend._get_sequence_number_for_group()
+    return begun

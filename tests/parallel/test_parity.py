@@ -1,0 +1,99 @@
+"""Every layout computes the numbers of one process: losses, every gradient, every parameter after five steps.
+
+The single process is itself compared with transformers in tests/training/test_layouts.py and tests/model.
+"""
+
+from __future__ import annotations
+
+import parity_run
+import pytest
+from parity_run import Model
+
+PACKED = Model("qwen2", tied=True, packed=True)
+WHOLE = Model("llama", tied=False, packed=False)
+NORMED = Model("qwen3", tied=False, packed=True)
+
+INTERLEAVED = "pipeline_schedule=interleaved_1f1b pipeline_stages_per_rank=2"
+ZERO_BUBBLE = "pipeline_stages_per_rank=2 reshard_after_forward=false pipeline_schedule="
+CASES: list[tuple[int, str, tuple[Model, ...]]] = [
+    (1, "recompute=full", (PACKED, NORMED)),
+    (1, "recompute=selective", (WHOLE,)),
+    (1, "micro_batch_size=2", (PACKED,)),
+    (1, "micro_batch_size=4", (WHOLE,)),
+    (2, "shard=2", (PACKED, WHOLE, NORMED)),
+    (2, "replicate=2", (PACKED,)),
+    (2, "shard=2 reshard_after_forward=false", (NORMED,)),
+    (2, "shard=2 cpu_offload=true", (PACKED,)),
+    (2, "shard=2 reduce_gradients=step", (NORMED,)),
+    (2, "shard=2 reduce_gradients=step micro_batch_size=2", (WHOLE,)),
+    (2, "shard=2 micro_batch_size=4", (PACKED,)),
+    (4, "shard=4", (PACKED,)),
+    (4, "replicate=2 shard=2", (WHOLE, NORMED)),
+    (2, "tensor=2", (PACKED, WHOLE, NORMED)),
+    (2, "tensor=2 recompute=full", (NORMED,)),
+    (2, "tensor=2 recompute=selective", (PACKED,)),
+    (4, "tensor=2 shard=2", (PACKED, NORMED)),
+    (4, "tensor=2 replicate=2", (WHOLE,)),
+    (2, "pipeline=2", (PACKED, WHOLE, NORMED)),
+    (2, "pipeline=2 recompute=full", (PACKED,)),
+    (2, f"pipeline=2 {INTERLEAVED}", (PACKED,)),
+    (2, f"pipeline=2 {ZERO_BUBBLE}interleaved_zero_bubble", (PACKED,)),
+    (2, f"pipeline=2 {ZERO_BUBBLE}zbv_zero_bubble", (NORMED,)),
+    (4, "pipeline=4", (PACKED,)),
+    (4, "pipeline=2 shard=2", (PACKED, WHOLE)),
+    (4, "pipeline=2 tensor=2", (PACKED, NORMED)),
+    (4, "pipeline=2 replicate=2 reduce_gradients=step", (WHOLE,)),
+    (2, "context=2", (PACKED, WHOLE, NORMED)),
+    (2, "context=2 recompute=selective", (NORMED,)),
+    (4, "context=4", (PACKED,)),  # more ranks than key/value heads
+    (4, "context=2 shard=2", (PACKED, NORMED)),
+    (4, "context=2 tensor=2", (PACKED,)),
+    (4, "pipeline=2 context=2", (WHOLE,)),
+]
+
+
+@pytest.fixture(scope="module")
+def reference(one_rank, tmp_path_factory):
+    """Gives a model's YAML file, and what one process does with it."""
+    known = {}
+
+    def get(model: Model):
+        if model not in known:
+            path = parity_run.write_run(tmp_path_factory.mktemp("parity"), model)
+            known[model] = path, parity_run.five_steps(one_rank, path, [])
+        return known[model]
+
+    return get
+
+
+def options_of(settings: str) -> list[str]:
+    """ "tensor=2 micro_batch_size=4" as command-line options."""
+    options = []
+    for setting in settings.split():
+        key, value = setting.split("=")
+        section = "training" if key == "micro_batch_size" else "parallel"
+        options += [f"--{section}.{key}", value]
+    return options
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings", "model"),
+    [
+        pytest.param(world_size, settings, model, id=f"{settings}, {model}")
+        for world_size, settings, models in CASES
+        for model in models
+    ],
+)
+def test_same_numbers_as_one_process(world_size, settings, model, one_rank, reference, request):
+    path, expected = reference(model)
+    if world_size == 1:
+        actual = parity_run.five_steps(one_rank, path, options_of(settings))
+    else:
+        cluster = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
+        actual = parity_run.joined(cluster.run(parity_run.five_steps, path, options_of(settings)))
+    assert actual.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
+    for ours, theirs in ((actual.gradients, expected.gradients), (actual.parameters, expected.parameters)):
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), name

@@ -1,0 +1,313 @@
+"""How the ranks of a run meet, agree on what they run, watch each other and say why they end."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from retemper.engine.parallel.agreement import PACKAGE, code_files, flatten
+from retemper.engine.parallel.meeting import Meeting, _meet
+
+TIMEOUT_SECONDS = 4
+LIMIT_SECONDS = 30  # for the ranks to start and to end, on a busy machine; the promise of the issue
+
+RANK = """
+import os, signal, sys, time
+import torch, torch.distributed as dist
+from retemper.engine.errors import UserError, run_command
+from retemper.engine.parallel import agreement
+from retemper.engine.parallel.process_group import process_group
+from retemper.engine.stopping import StopRequest
+
+torch.set_num_threads(1)
+"""
+# Ranks are forked off a process that has imported what they need: three seconds less for each of them.
+SERVER = multiprocessing.get_context("forkserver")
+
+
+def run_rank(program: str, environment: dict[str, str], log: Path) -> None:
+    """A process that does nothing but this program, to the end."""
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    code = 1
+    try:
+        exec(program, {"__name__": "rank"})
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def run_store(pipe) -> None:
+    """The launcher's store; sends its port."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    signal.pause()
+
+
+class Launched:
+    """Ranks as a launcher starts them, but each with a host name and a program of its own."""
+
+    def __init__(self, folder: Path, programs: list[str]):
+        # As torchrun's agent does, which outlives the ranks.
+        ours, theirs = SERVER.Pipe()
+        self.store = SERVER.Process(target=run_store, args=(theirs,))
+        self.store.start()
+        port = str(ours.recv())
+        self.logs = [folder / f"rank{rank}.log" for rank in range(len(programs))]
+        self.processes = []
+        for rank, program in enumerate(programs):
+            named = f"import socket; socket.gethostname = lambda: 'host{rank}'\n{RANK}{program}"
+            numbers = {"RANK": str(rank), "WORLD_SIZE": str(len(programs)), "LOCAL_RANK": "0", "GROUP_RANK": str(rank)}
+            settings = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            self.processes.append(SERVER.Process(target=run_rank, args=(named, numbers | settings, self.logs[rank])))
+            self.processes[-1].start()
+
+    def say(self, rank: int) -> str:
+        """What a rank has printed."""
+        return self.logs[rank].read_text() if self.logs[rank].exists() else ""
+
+    def errors(self, rank: int) -> list[str]:
+        """Its error lines."""
+        return re.findall(rf"^\[rank {rank}\] error: (.*)", self.say(rank), re.MULTILINE)
+
+    def wait(self, ranks=None) -> list[int]:
+        """Exit codes of ``ranks``, or of all."""
+        limit = time.monotonic() + LIMIT_SECONDS
+        chosen = self.processes if ranks is None else [self.processes[rank] for rank in ranks]
+        for process in chosen:
+            process.join(max(0.1, limit - time.monotonic()))
+        return [process.exitcode for process in chosen]
+
+    def until_said(self, rank: int, text: str) -> None:
+        """Until a rank has printed ``text``."""
+        while text not in self.say(rank):
+            assert self.processes[rank].is_alive(), self.say(rank)
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts a rank for each of the programs that are given."""
+    launched: list[Launched] = []
+    SERVER.set_forkserver_preload(["retemper.engine.parallel.agreement", "retemper.engine.stopping"])
+
+    def start(*programs: str) -> Launched:
+        launched.append(Launched(tmp_path, list(programs)))
+        return launched[-1]
+
+    yield start
+    for run in launched:
+        for process in [*run.processes, run.store]:
+            process.kill()
+            process.join()
+
+
+AGREE = """
+class Config:
+    pass
+
+def read():
+    {read}
+
+agreement.to_dict = lambda config: config.values
+agreement.code_files = lambda package: {files}
+torch.__version__ = {torch!r}
+
+def main():
+    config, meeting = agreement.agree_on_config(read, several=True)
+    print("agreed with", [note["host"] for note in meeting.notes])
+
+run_command(main)
+"""
+
+
+def agreeing(seed: int = 1, files: str = "{'engine/trainer.py': 'a'}", torch: str = "2.13.0", **more) -> str:
+    values = {"seed": seed, "training": {"train_tokens": 1000}, "data": [{"path": "x"}], **more}
+    read = f"config = Config(); config.values = {values!r}"
+    read += f"; config.parallel = Config(); config.parallel.timeout_seconds = {LIMIT_SECONDS}; return config"
+    return AGREE.format(read=read, files=files, torch=torch)
+
+
+def test_ranks_that_run_the_same_agree(launch):
+    run = launch(agreeing(), agreeing(), agreeing())
+    assert run.wait() == [0, 0, 0], [run.say(rank) for rank in range(3)]
+    assert "agreed with ['host0', 'host1', 'host2']" in run.say(1)
+
+
+@pytest.mark.parametrize(
+    "odd, message",
+    [
+        (
+            agreeing(seed=7, data=[{"path": "y"}]),
+            "the configuration differs on rank 1 (host1) from rank 0's: seed is 7, not 1, data[0].path is "
+            '"y", not "x"; start every node with the same files and the same command',
+        ),
+        (
+            agreeing(extra=1, files="{'engine/trainer.py': 'b', 'engine/new.py': 'c'}"),
+            "the configuration differs on rank 1 (host1) from rank 0's: extra is 1, not unset; the code differs on "
+            "rank 1 (host1) from rank 0's: engine/trainer.py, engine/new.py; start every",
+        ),
+        (agreeing(torch="2.11.0"), "PyTorch is 2.11.0 on rank 1 (host1), not 2.13.0 as on rank 0; start every"),
+    ],
+    ids=["config", "config and code", "torch"],
+)
+def test_a_node_that_differs_is_refused_by_every_rank_in_one_line(launch, odd, message):
+    run = launch(agreeing(), odd, agreeing())
+    assert run.wait() == [1, 1, 1]
+    for rank in range(3):
+        assert run.say(rank).count("\n") == 1 and "agreed" not in run.say(rank)
+        [line] = run.errors(rank)
+        assert line.startswith(message)
+
+
+def test_a_config_that_one_node_cannot_read_is_said_by_all(launch):
+    wrong = AGREE.format(read="raise UserError('run.yaml: unknown key x')", files={}, torch="2.13.0")
+    run = launch(agreeing(), wrong)
+    assert run.wait() == [1, 1]
+    assert run.say(1) == "[rank 1] error: run.yaml: unknown key x\n"
+    assert run.say(0) == "[rank 0] error: rank 1: run.yaml: unknown key x\n"
+
+
+def test_a_rank_that_does_not_come_is_named(launch):
+    soon = agreeing().replace(f"timeout_seconds = {LIMIT_SECONDS}", "timeout_seconds = 2")
+    run = launch(soon, soon, "sys.exit('no such file')")
+    assert run.wait() == [1, 1, 1]
+    for rank in range(2):
+        assert run.say(rank).startswith(f"[rank {rank}] error: 1 of 3 ranks did not come within 2 s: 2 (came: those of")
+
+
+def test_hashes_cover_the_code_and_every_setting():
+    files = code_files(PACKAGE)
+    assert {"__init__.py", "engine/trainer.py", "kernels/rope.py", "tools/preprocess.py"} <= files.keys()
+    assert not any(name.startswith(("tests/", ".venv/", "build/")) for name in files)
+    nested = {"a": {"b": [1, {"c": None}], "d": {}}, "e": []}
+    assert flatten(nested) == {"a.b[0]": "1", "a.b[1].c": "null", "a.d": "{}", "e": "[]"}
+
+
+WORK = """
+def main():
+    with process_group("cpu", {timeout}) as ranks, StopRequest(ranks):
+        pair = dist.new_group([0, 1])
+        last = ranks.world_size - 1
+        for step in range({steps}):
+            if step == 50 and ranks.rank == last:
+                print("now", flush=True)
+                {event}
+            ranks.sum(1)
+            if ranks.rank < 2:
+                dist.all_reduce(torch.ones(1), group=pair)
+            time.sleep(0.005)
+        print("finished", flush=True)
+
+run_command(main)
+"""
+
+
+def working(event: str, steps: int = 100_000) -> list[str]:
+    return [WORK.format(event=event, steps=steps, timeout=TIMEOUT_SECONDS)] * 3
+
+
+def test_an_undisturbed_run_ends_well(launch):
+    run = launch(*working("pass", steps=60))
+    assert run.wait() == [0, 0, 0], [run.say(rank) for rank in range(3)]
+    assert [run.errors(rank) for rank in range(3)] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    "event, reason",
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"rank 2 \(host2\) gave no sign of life for \d+ s; see that node"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", r"rank 2 \(host2\) gave no sign of life for [4-9] s; see that node"),
+        ("time.sleep(1000)", r"rank 2 \(host2\) has not come to a collective operation in which others have waited"),
+        (
+            "raise KeyError('no such thing')",
+            r"rank 2 \(host2\) has ended with an error of its own: KeyError: 'no such thing'",
+        ),
+        (
+            "raise UserError('a bad file')",
+            r"rank 2 \(host2\) has ended with an error of its own: UserError: a bad file",
+        ),
+    ],
+    ids=["killed", "stopped", "hanging", "failed", "refused"],
+)
+def test_the_rank_that_is_the_cause_is_named_by_all_others(launch, event, reason):
+    run = launch(*working(event))
+    codes = run.wait([0, 1])
+    assert codes == [1, 1]
+    for rank in (0, 1):
+        [line] = run.errors(rank)
+        assert re.match(reason, line), line
+        assert "rank 0" not in line and "rank 1" not in line
+    if "raise" in event:
+        assert run.wait([2]) == [1]
+        assert "no such thing" in run.say(2) or run.errors(2) == ["a bad file"]
+
+
+def test_an_error_that_all_share_is_said_once_by_each(launch):
+    together = "ranks.raise_together('bad' if step == 20 and ranks.rank == 1 else None)"
+    run = launch(*[program.replace("ranks.sum(1)", together) for program in working("pass")])
+    assert run.wait() == [1, 1, 1]
+    assert [run.errors(rank) for rank in range(3)] == [["rank 1: bad"], ["bad"], ["rank 1: bad"]]
+
+
+def test_a_node_that_held_the_store_is_named_when_it_is_gone(launch):
+    run = launch(*working("pass"))
+    run.until_said(2, "now")
+    for process in (run.store, run.processes[0]):
+        os.kill(process.pid, signal.SIGSTOP)
+    assert run.wait([1, 2]) == [1, 1]
+    for rank in (1, 2):
+        [line] = run.errors(rank)
+        expected = r"rank 0 \(host0\) gave no sign of life for \d+ s, nor did the launcher's store on the same host;"
+        assert re.match(expected, line), line
+
+
+def test_a_run_goes_on_without_the_store(launch):
+    run = launch(*working("pass", steps=50 + TIMEOUT_SECONDS * 200))
+    run.until_said(2, "now")
+    os.kill(run.store.pid, signal.SIGSTOP)
+    run.until_said(0, "finished")
+    assert all(run.errors(rank) == [] for rank in range(3))
+
+
+@pytest.mark.parametrize("stale", [["roll"], ["hello/1", "roll"], ["hello/0", "hello/1", "roll"]], ids=str)
+def test_what_a_former_attempt_left_in_the_store_is_not_taken_for_the_new_one(stale):
+    store = dist.HashStore()
+    former = _meet_all(store)
+    for key in {"hello/0", "hello/1", "roll"} - set(stale):
+        store.delete_key(key)
+    again = _meet_all(store)
+    assert [meeting.notes[1]["attempt"] for meeting in again] == [again[0].notes[1]["attempt"]] * 2
+    assert again[0].notes[1]["attempt"] != former[0].notes[1]["attempt"]
+    former[0].store.set("key", "old")
+    assert not again[1].store.check(["key"])
+    again[0].store.set("key", "new")
+    assert again[1].store.get("key") == b"new"
+
+
+def _meet_all(store: dist.Store) -> list[Meeting]:
+    """Two ranks that meet, the first one some time after the second."""
+    with ThreadPoolExecutor(2) as pool:
+        note = {"attempt": time.monotonic()}
+        second = pool.submit(_meet, store, 1, 2, note, 10)
+        time.sleep(0.2)
+        return [pool.submit(_meet, store, 0, 2, note, 10).result(), second.result()]
