@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..config import RunConfig
+from ..dtypes import DTYPES
 from ..model.architecture import Architecture
-from ..model.decoder import COMPUTE_DTYPES, Decoder, elementwise_implementation
+from ..model.decoder import Decoder, elementwise_implementation
 from . import compile as block_compile
 from . import float8, fsdp, recompute
 from .mesh import build_mesh, mesh_shape
@@ -29,12 +30,12 @@ def build_model(
     mesh = build_mesh(mesh_shape(parallel, ranks.world_size), ranks.device.type)
     elementwise = ranks.everywhere(lambda: elementwise_implementation(training.fused_elementwise, ranks.device.type))
     with torch.device("meta"):
-        model = Decoder(architecture, elementwise).to(COMPUTE_DTYPES[training.weight_dtype])
+        model = Decoder(architecture, elementwise).to(DTYPES[training.weight_dtype])
     float8.apply(model, training, ranks.device)
     recompute.apply(model, parallel)
     if compiled:
         block_compile.apply(model)
-    fsdp.apply(model, mesh, parallel, COMPUTE_DTYPES[training.precision])
+    fsdp.apply(model, mesh, parallel, DTYPES[training.precision])
     model.to_empty(device=ranks.device)
     if training.weight_dtype != "fp32" and num_micro_batches > 1:
         fsdp.accumulate_in_fp32(model)
