@@ -4,9 +4,10 @@
     python benchmarks/peers.py --layers 4 --hidden 256 --vocab 32000 --batch 4 --sequence 512 --precision fp32
     python benchmarks/peers.py --model qwen2.5-0.5b --batch 4 --sequence 4096 --precision bf16
 
-Every engine runs in a fresh process: transformers' Trainer (as it is, with torch.compile, with Liger's kernels),
-LitGPT's pretraining step, and this repository's trainer. An engine whose losses are not those of ours has not done the
-same work, and its row is refused. Peers that are not installed are named. Writes all that was measured with --json.
+Every engine runs in a fresh process: transformers' Trainer (as it is, with torch.compile, with Liger's kernels, with a
+chunked loss as in torchtitan), LitGPT's pretraining step, and this repository's trainer. An engine whose losses are not
+those of ours has not done the same work, and its row is refused. Peers that are not installed are named. With
+--compile all engines are compiled, on a CPU too. Writes all that was measured with --json.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import shlex
@@ -37,6 +39,8 @@ NEEDS = {
     "trainer": ("transformers", "accelerate"),
     "trainer+compile": ("transformers", "accelerate"),
     "trainer+liger": ("transformers", "accelerate", "liger_kernel"),
+    "trainer+chunked": ("transformers", "accelerate"),
+    "trainer+compile+chunked": ("transformers", "accelerate"),
     "litgpt": ("litgpt", "lightning"),
     "litgpt+compile": ("litgpt", "lightning"),
     OURS: (),
@@ -70,6 +74,8 @@ TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2, "bf16-states": 2e-2}
 """How far the first loss may be from ours, in nats. Rounding of the arithmetic named; another model is off by more."""
 LAST_TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2, "bf16-states": 1e-1}
 """The same of the last loss: rounding has grown over the updates, another optimizer setting shows more."""
+LEAST_SECONDS = 5.0
+"""With less time left no engine is started."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,11 +94,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--rounds", type=int, default=1, help="times that each engine runs; medians are compared")
     parser.add_argument("--threads", type=int, help="PyTorch's threads in every engine (default: PyTorch's choice)")
     parser.add_argument("--engines", default="all", help=f"of {','.join(NEEDS)} (default: all that can run)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="ours with training.compile: on, and by default only the peers that are compiled",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
         "--ours", action="append", default=[], metavar="KEY=VALUE", help="a setting of our config; VALUE is JSON"
     )
     parser.add_argument("--time-limit", type=float, default=600.0, metavar="S", help="of one engine's process")
+    parser.add_argument(
+        "--total-time", type=float, metavar="S", help="of all engines together; those with no time left are named"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
@@ -101,6 +115,27 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 # --------------------------------------------------------------------------------------------------------------------
 # The run
+
+
+def asked_engines(options: argparse.Namespace) -> list[str]:
+    """Names of the engines that are asked for, in their order.
+
+    Raises:
+        SystemExit: a name that no engine has.
+    """
+    if options.engines == "all":
+        return [engine for engine in NEEDS if not options.compile or engine == OURS or "+compile" in engine]
+    asked = options.engines.split(",")
+    unknown = sorted(set(asked) - set(NEEDS))
+    if unknown:
+        sys.exit(f"--engines {','.join(unknown)}: there are {', '.join(NEEDS)}")
+    return asked
+
+
+def our_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of our config by dotted key: of ``--compile``, and of ``--ours``, which has the last word."""
+    given = {key: json.loads(value) for key, _, value in (text.partition("=") for text in options.ours)}
+    return ({"training.compile": "on"} if options.compile else {}) | given
 
 
 def architecture(options: argparse.Namespace) -> dict[str, Any]:
@@ -277,17 +312,13 @@ def machine() -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all engines and print the table; 0 when none that could run has failed or was refused."""
+    started = time.monotonic()
     options = parse_arguments(arguments)
     if options.engine:
         run_here(options.engine, Job.read(options.job))
         return 0
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    asked = list(NEEDS) if options.engines == "all" else options.engines.split(",")
-    unknown = sorted(set(asked) - set(NEEDS))
-    if unknown:
-        sys.exit(f"--engines {','.join(unknown)}: there are {', '.join(NEEDS)}")
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    asked = asked_engines(options)
     if min(options.warmup, options.steps, options.rounds) < 1:
         sys.exit("--warmup, --steps and --rounds are at least 1: the first step compiles and allocates")
     missing = {engine: reason for engine in asked if (reason := why_not(engine, device))}
@@ -316,15 +347,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=device,
             precision=options.precision,
             recompute=options.recompute,
-            ours={key: json.loads(value) for key, _, value in (text.partition("=") for text in options.ours)},
+            ours=our_settings(options),
         )
         job_path = Path(folder) / "job.json"
         job.write(job_path)
         make_data(job)
         record |= {"job": {**vars(job), "folder": None}, "threads": options.threads or torch.get_num_threads()}
-        for _ in range(options.rounds):
+        for round_number in range(options.rounds):
             for engine in engines:
-                runs.append(run_engine(engine, job_path, options.time_limit, options.threads))
+                left = math.inf if options.total_time is None else options.total_time - (time.monotonic() - started)
+                if left < LEAST_SECONDS and round_number:
+                    continue
+                if left < LEAST_SECONDS:
+                    runs.append({"engine": engine, "problem": "not run: no time left"})
+                else:
+                    runs.append(run_engine(engine, job_path, min(options.time_limit, left), options.threads))
                 last = runs[-1]
                 rate = last.get("problem") or f"{last['tokens_per_second']:,.0f} tokens/s"
                 print(f"{engine}: {rate}", file=sys.stderr, flush=True)

@@ -6,9 +6,9 @@ import torch
 
 from ..kernels.attention import Choice, UnusableBackend, choose_attention_backend
 from .config import RunConfig
+from .dtypes import DTYPES
 from .errors import UserError
 from .model.architecture import Architecture
-from .model.decoder import COMPUTE_DTYPES
 
 
 def choose_attention(config: RunConfig, architecture: Architecture, device: torch.device) -> Choice:
@@ -24,7 +24,7 @@ def choose_attention(config: RunConfig, architecture: Architecture, device: torc
         return choose_attention_backend(
             config.training.attention_backend,
             device,
-            COMPUTE_DTYPES[config.training.precision],
+            DTYPES[config.training.precision],
             architecture.head_dim,
             windows=windows,
             equal_lengths=config.data.attend_across_documents,

@@ -58,7 +58,7 @@ submit() {
     "$RETEMPER_ROOT/launch/preprocess_slurm.sh" "$@")
   array=${array%%;*} # where there are several clusters, the name of one follows
   # shellcheck disable=SC2086
-  join=$(RETEMPER_STAGE=join sbatch --parsable --export=ALL ${SBATCH_OPTIONS:-} --dependency="afterok:$array" \
+  join=$(RETEMPER_STAGE="join" sbatch --parsable --export=ALL ${SBATCH_OPTIONS:-} --dependency="afterok:$array" \
     --kill-on-invalid-dep=yes "$RETEMPER_ROOT/launch/preprocess_slurm.sh" "$@")
   echo "submitted: array job $array makes $SHARDS parts, then job ${join%%;*} joins them to $prefix"
 }

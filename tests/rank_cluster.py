@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -18,19 +21,20 @@ CPU = torch.device("cpu")
 
 
 class RankCluster:
-    """``world_size`` gloo ranks, each a process, that run functions by name and send back what they return."""
+    """``world_size`` gloo ranks, each a process, that run functions by name and send back what they return.
+
+    A fresh process imports what all need, which takes seconds, and forks the ranks before it has threads or a group.
+    """
 
     def __init__(self, world_size: int, rendezvous_file: str):
         context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, rendezvous_file, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        pipes = [context.Pipe() for _ in range(world_size)]
+        self._pipes: list[Connection] = [ours for ours, _ in pipes]
+        theirs = [their for _, their in pipes]
+        self._parent = context.Process(target=_fork_ranks, args=(rendezvous_file, theirs), daemon=True)
+        self._parent.start()
+        for their in theirs:
+            their.close()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``function(ranks, *arguments)`` on every rank at once; the results by rank. A failure anywhere is raised."""
@@ -46,19 +50,39 @@ class RankCluster:
         """End the ranks."""
         for pipe in self._pipes:
             pipe.send(None)
-        for process in self._processes:
-            process.join(30)
-            process.kill()
+        self._parent.join(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._parent.pid, signal.SIGKILL)
+        self._parent.join()
+
+
+def _fork_ranks(rendezvous_file: str, pipes: list[Connection]) -> None:
+    """The parent of the ranks: leads their process group, and ends after the last of them."""
+    os.setpgid(0, 0)
+    importlib.import_module("retemper.engine.trainer")
+    for rank, pipe in enumerate(pipes):
+        if os.fork() == 0:
+            for other in pipes[:rank] + pipes[rank + 1 :]:
+                other.close()
+            _serve(rank, len(pipes), rendezvous_file, pipe)
+    # So that a rank that dies closes its pipe's last end.
+    for pipe in pipes:
+        pipe.close()
+    for _ in pipes:
+        os.wait()
+    os._exit(0)
 
 
 def _serve(rank: int, world_size: int, rendezvous_file: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous_file}", rank=rank, world_size=world_size)
-    while (task := pipe.recv()) is not None:
-        function, arguments = task
-        try:
-            pipe.send((True, function(Ranks(rank, world_size, CPU), *arguments)))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
-    # The interpreter's own shutdown may abort inside gloo; every result has been sent.
-    os._exit(0)
+    try:
+        while (task := pipe.recv()) is not None:
+            function, arguments = task
+            try:
+                pipe.send((True, function(Ranks(rank, world_size, CPU), *arguments)))
+            except BaseException:
+                pipe.send((False, traceback.format_exc()))
+    finally:
+        # The interpreter's own shutdown may abort inside gloo; every result has been sent.
+        os._exit(0)

@@ -14,7 +14,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
+from retemper.engine.dtypes import DTYPES
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.tools.kernel_benchmark.cases import KERNELS, cases
 from retemper.tools.kernel_benchmark.measure import Result, Settings, measure_case
 from retemper.tools.kernel_benchmark.report import format_results, plot_results
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LIBRARIES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "numpy")
 
 
@@ -76,8 +76,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def run(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
+def run(
+    options: argparse.Namespace, keep: Callable[[list[Result], list[str]], None] = lambda *_: None
+) -> tuple[list[Result], list[str]]:
     """Measure what is asked for; also the names of cases that there was no time for.
+
+    ``keep`` is given both after every case: a run that is ended later has its figures.
 
     Raises:
         UserError: an unknown kernel, or no GPU where one is asked for.
@@ -96,6 +100,7 @@ def run(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
             left_out.append(f"{case.kernel}: {case.name}")
             continue
         results += measure_case(case, settings, say=_say, compiled=not options.no_compile)
+        keep(results, left_out)
     return results, left_out
 
 
@@ -116,18 +121,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype_name, options.dtype = options.dtype, DTYPES[options.dtype]
     if options.sizes == "auto":
         options.sizes = "issue" if name == "cuda" else "small"
-    results, left_out = run(options)
     facts = machine(options.device)
+    command = shlex.join(["python", "tools/benchmark_kernels.py", *(sys.argv[1:] if arguments is None else arguments)])
+
+    def keep(results: list[Result], left_out: list[str]) -> None:
+        if options.json:
+            record = {"command": command, "machine": facts, "dtype": dtype_name, "left_out": left_out}
+            record["results"] = [result.to_dict() for result in results]
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    results, left_out = run(options, keep)
+    keep(results, left_out)
     print(format_results(results))
     for case in left_out:
         print(f"not measured, no time left: {case}")
-    if options.json:
-        command = shlex.join(["python", "tools/benchmark_kernels.py", *(arguments or sys.argv[1:])])
-        record = {"command": command, "machine": facts, "dtype": dtype_name, "left_out": left_out}
-        options.json.write_text(
-            json.dumps({**record, "results": [result.to_dict() for result in results]}, indent=1) + "\n",
-            encoding="utf-8",
-        )
     if options.plot:
         try:
             plot_results(results, options.plot, f"{dtype_name}, {facts['device']}")

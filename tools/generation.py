@@ -23,7 +23,9 @@ from ..engine.checkpoint.tensors import check_model_tensors, load_tensors, model
 from ..engine.data.tokenizer import load_tokenizer
 from ..engine.errors import UserError
 from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
-from ..engine.model.decoder import Decoder, Packing
+from ..engine.model.decoder import Decoder
+from ..engine.model.packing import plan_packing
+from ..kernels.attention import choose_attention_backend
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -100,6 +102,10 @@ class TextGenerator:
         weights_dtype = dtype_named(dtype) or declared_dtype(config, str(where)) or torch.float32
         load = _checkpoint_decoder if is_checkpoint else _hf_decoder
         self.decoder = load(folder, architecture, weights_dtype, self.device)
+        # Not as documents of equal lengths: every call has another length, and cuDNN would plan each anew.
+        self.attention_backend = choose_attention_backend(
+            "auto", self.device, weights_dtype, architecture.head_dim, windows=architecture.sliding_windows
+        ).backend
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of ``prompt``, with special tokens recognized and a BOS where the tokenizer asks for one.
@@ -150,10 +156,14 @@ class TextGenerator:
     def next_logits(self, ids: list[int]) -> Tensor:
         """[V] fp32 logits of the token that follows ``ids``."""
         tokens_T = torch.tensor(ids, device=self.device)
-        packing = Packing(
-            position_ids=torch.arange(len(ids), device=self.device),
-            cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32, device=self.device),
-            max_seqlen=len(ids),
+        cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
+        packing = plan_packing(
+            torch.arange(len(ids), device=self.device),
+            cu_seqlens.to(self.device),
+            len(ids),
+            self.attention_backend,
+            self.decoder.architecture.sliding_windows,
+            cu_seqlens,
         )
         # The head runs on the last position only: logits of all positions would take T times the memory.
         last_H = self.decoder.model(tokens_T, packing)[-1]

@@ -1,4 +1,4 @@
-"""transformers' Trainer: as it is, with torch.compile, and with Liger's kernels."""
+"""transformers' Trainer: as it is, with torch.compile, Liger's kernels, or a loss in chunks as in torchtitan."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers import Trainer as HuggingFaceTrainer
+
+from retemper.tools.kernel_benchmark.chunked_loss import chunked_cross_entropy, sum_of_losses
 
 from .job import Clock, Job, draw
 
@@ -15,12 +18,12 @@ from .job import Clock, Job, draw
 class TimedTrainer(HuggingFaceTrainer):
     """The Trainer, reading its samples in order and telling its losses."""
 
-    loss: torch.Tensor
+    loss: Tensor
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
         self.loss = super().training_step(*arguments, **keywords)
         return self.loss
 
@@ -36,8 +39,30 @@ class _Timer(TrainerCallback):
         self.clock.step_done(self.trainer.loss)
 
 
+class ChunkedLossModel(nn.Module):
+    """The model with its head and loss taken a chunk of the sequence at a time, as in torchtitan."""
+
+    def __init__(self, model: Any, compiled: bool):
+        super().__init__()
+        self.model = model
+        decoder = model.model
+        # A plain attribute: the parameters are registered once.
+        self.__dict__["decoder"] = torch.compile(decoder) if compiled else decoder
+        self.chunk_loss = torch.compile(sum_of_losses) if compiled else sum_of_losses
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Mean loss over all tokens but the first of each sample."""
+        hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        loss = chunked_cross_entropy(
+            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), self.chunk_loss
+        )
+        return {"loss": loss}
+
+
 def run(job: Job, engine: str) -> dict[str, Any]:
-    """Train and measure. ``engine``: trainer, trainer+compile, trainer+liger."""
+    """Train and measure. ``engine``: trainer, then any of +compile, +liger, +chunked."""
+    extras = engine.split("+")[1:]
     options = {key: value for key, value in job.architecture.items() if key != "model_type"}
     config = AutoConfig.for_model(job.architecture["model_type"], **options)
     config.use_cache = False
@@ -47,6 +72,12 @@ def run(job: Job, engine: str) -> dict[str, Any]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(draw(name, parameter.shape, job))
+    checkpointing = {"use_reentrant": False}
+    chunked = "chunked" in extras
+    if chunked:
+        if job.recompute:
+            model.gradient_checkpointing_enable(checkpointing)
+        model = ChunkedLossModel(model, "compile" in extras)
     arguments = TrainingArguments(
         output_dir=str(Path(job.folder) / "trainer"),
         per_device_train_batch_size=job.batch_size,
@@ -61,10 +92,10 @@ def run(job: Job, engine: str) -> dict[str, Any]:
         optim="adamw_torch_fused",
         bf16=job.precision == "bf16",
         use_cpu=job.device == "cpu",
-        gradient_checkpointing=job.recompute,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if job.recompute else None,
-        torch_compile=engine == "trainer+compile",
-        use_liger_kernel=engine == "trainer+liger",
+        gradient_checkpointing=job.recompute and not chunked,
+        gradient_checkpointing_kwargs=checkpointing if job.recompute and not chunked else None,
+        torch_compile="compile" in extras and not chunked,
+        use_liger_kernel="liger" in extras,
         # In the Trainer's favour: nothing is logged, and no step waits to look for NaN.
         logging_strategy="no",
         logging_nan_inf_filter=False,

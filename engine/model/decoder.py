@@ -30,9 +30,6 @@ from ..errors import UserError
 from .architecture import Architecture, inverse_frequencies
 from .packing import Packing
 
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""Dtype of activations and gathered parameters, by ``training.precision``."""
-
 
 def elementwise_implementation(setting: Literal["auto", "triton", "torch"], device_type: str) -> Implementation:
     """The implementation that ``training.fused_elementwise`` asks for.

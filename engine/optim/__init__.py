@@ -8,13 +8,11 @@ import torch
 from torch import nn
 
 from ..config import OptimizerConfig
+from ..dtypes import DTYPES
 from .adamw import CompactAdamW
 from .clipping import clip_grad_norm
 
-__all__ = ["STATE_DTYPES", "allocate_states", "build_optimizer", "clip_grad_norm", "set_learning_rate"]
-
-STATE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""Dtype of both moments, by ``optimizer.state_dtype``."""
+__all__ = ["allocate_states", "build_optimizer", "clip_grad_norm", "set_learning_rate"]
 
 
 def build_optimizer(
@@ -35,9 +33,9 @@ def build_optimizer(
     # A stage of a pipeline may have none of a kind.
     groups = [group for group in groups if group["params"]]
     rate, betas = config.learning_rate, (config.beta1, config.beta2)
-    if {STATE_DTYPES[config.state_dtype], *(parameter.dtype for _, parameter in parameters)} == {torch.float32}:
+    if {DTYPES[config.state_dtype], *(parameter.dtype for _, parameter in parameters)} == {torch.float32}:
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.eps, fused=True)
-    return CompactAdamW(groups, STATE_DTYPES[config.state_dtype], seed, lr=rate, betas=betas, eps=config.eps)
+    return CompactAdamW(groups, DTYPES[config.state_dtype], seed, lr=rate, betas=betas, eps=config.eps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

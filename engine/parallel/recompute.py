@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -23,9 +22,13 @@ _ATTENTIONS = (
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
     "flash_attn_3::fwd",
+    "flex_attention",
 )
 """Operators by name: which of them exist depends on what is installed. Attention that is computed from plain matrix
-products (aten::bmm) is not among them: its scores are what must not be kept."""
+products (aten::bmm) is not among them: its scores are what must not be kept.
+
+FlexAttention is one operator where blocks are compiled. Where they are not, it is compiled alone: what it runs then is
+not seen here, and runs again."""
 
 
 def apply(model: Decoder, config: ParallelConfig) -> None:
@@ -58,7 +61,7 @@ def _keep_products(num_linear: int) -> Callable[..., CheckpointPolicy]:
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         nonlocal products
-        name = operator.name().partition(".")[0] if isinstance(operator, torch._ops.OpOverload) else ""
+        name = operator.name().partition(".")[0]
         products += name in _MATMULS
         keep = name in _ATTENTIONS or (name in _MATMULS and products < num_linear)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

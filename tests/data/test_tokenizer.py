@@ -150,7 +150,9 @@ def test_real_tokenizers_where_there_are_any():
         handle = load_tokenizer(path)
         size, eod = expected[name]
         assert (handle.vocab_size, handle.eod()) == (size, ("<|endoftext|>", eod))
+        assert eod not in handle.encode_batch(["a<|endoftext|>b"])[0]
+        if name != "qwen2.5":  # the others' tokens are compared in test_tokenizer_fast.py
+            continue
         plain = Tokenizer.from_file(str(path / "tokenizer.json"))
         for text, ids in zip(TEXTS[:6], handle.encode_batch(TEXTS[:6]), strict=True):
             assert ids.tolist() == plain.encode(text, add_special_tokens=False).ids
-        assert eod not in handle.encode_batch(["a<|endoftext|>b"])[0]

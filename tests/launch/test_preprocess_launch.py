@@ -82,17 +82,13 @@ def assert_like_one_machine(folder: Path, tokenizer: Path, prefix: str) -> None:
             assert (folder / f"{prefix}.{side}.{suffix}").read_bytes() == expected
 
 
-@pytest.fixture
-def submit(folder: Path, tokenizer: Path):
-    def run_script(*more: str, prefix: str = "out", **environment: str) -> subprocess.CompletedProcess[str]:
-        settings = {"SHARDS": str(NUM_SHARDS), "SBATCH_OPTIONS": "--partition=cpu --time=1:00:00", **environment}
-        return run(folder, SLURM, *preprocess_arguments(tokenizer, prefix, *more), **settings)
-
-    return run_script
+def submit(folder: Path, tokenizer: Path, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {"SHARDS": str(NUM_SHARDS), "SBATCH_OPTIONS": "--partition=cpu --time=1:00:00", **environment}
+    return run(folder, SLURM, *preprocess_arguments(tokenizer, "out", *more), **settings)
 
 
-def test_slurm_parts_are_joined_to_what_one_machine_makes(folder, tokenizer, submit):
-    done = submit()
+def test_slurm_parts_are_joined_and_made_again_where_they_are_missing(folder, tokenizer):
+    done = submit(folder, tokenizer)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "submitted: array job 17 makes 3 parts, then job 17 joins them to out\n"
     assert_like_one_machine(folder, tokenizer, "out")
@@ -101,17 +97,14 @@ def test_slurm_parts_are_joined_to_what_one_machine_makes(folder, tokenizer, sub
     assert "--dependency=afterok:17 --kill-on-invalid-dep=yes" in second and "--array" not in second
     assert "failed" not in (folder / "jobs.log").read_text()
     # Asked for again it is refused before anything is submitted.
-    again = submit()
+    again = submit(folder, tokenizer)
     assert again.returncode == 1 and "already there; pass --overwrite" in again.stderr
     assert len((folder / "sbatch.log").read_text().splitlines()) == 2
-
-
-def test_after_a_failure_the_same_command_makes_what_is_missing(folder, tokenizer, submit):
-    assert submit().returncode == 0
+    # After a failure the same command makes what is missing.
     for path in [*folder.glob("out.train.*"), *folder.glob("out.valid.*"), *folder.glob("out.shard-1-*")]:
         path.unlink()
     (folder / "jobs.log").unlink()
-    assert submit().returncode == 0
+    assert submit(folder, tokenizer).returncode == 0
     log = (folder / "jobs.log").read_text()
     assert "out.shard-0-of-3: complete" in log and "out.shard-2-of-3: complete" in log and "failed" not in log
     assert "out.shard-1-of-3: complete" not in log
@@ -128,8 +121,8 @@ def test_after_a_failure_the_same_command_makes_what_is_missing(folder, tokenize
         (["--dedup", "fuzzy"], {}, "argument --dedup: invalid choice"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_submitted(folder, submit, arguments, environment, message):
-    done = submit(*arguments, **environment)
+def test_wrong_arguments_are_refused_before_anything_is_submitted(folder, tokenizer, arguments, environment, message):
+    done = submit(folder, tokenizer, *arguments, **environment)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
     assert not (folder / "sbatch.log").exists()

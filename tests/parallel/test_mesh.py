@@ -33,20 +33,20 @@ def test_layouts(settings, world_size, layout):
         (
             {"replicate": 3},
             8,
-            "parallel.replicate 3 does not divide the 8 ranks of this run; use a divisor of 8, or start a multiple of 3 "
-            "ranks",
+            "parallel.replicate 3 does not divide the 8 ranks of this run; use a divisor of 8, or start a "
+            "multiple of 3 ranks",
         ),
         (
             {"pipeline": 2, "tensor": 3},
             8,
-            "parallel.pipeline 2 x parallel.tensor 3 = 6 does not divide the 8 ranks of this run; use a divisor of 8, or "
-            "start a multiple of 6 ranks",
+            "parallel.pipeline 2 x parallel.tensor 3 = 6 does not divide the 8 ranks of this run; use a divisor "
+            "of 8, or start a multiple of 6 ranks",
         ),
         (
             {"shard": 4, "tensor": 4},
             8,
-            "parallel.replicate 1 x parallel.shard 4 x parallel.tensor 4 = 16 ranks, but the run has 8; start that many "
-            "ranks or set parallel.shard to auto",
+            "parallel.replicate 1 x parallel.shard 4 x parallel.tensor 4 = 16 ranks, but the run has 8; start that "
+            "many ranks or set parallel.shard to auto",
         ),
     ],
 )

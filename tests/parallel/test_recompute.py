@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from packed_model import gradients, packed, tiny_decoder
+from torch._dynamo.backends.common import aot_autograd
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.engine.config import ParallelConfig
+from retemper.engine.parallel import compile as block_compile
 from retemper.engine.parallel import recompute
+from retemper.kernels.attention import plan_attention
 
 BATCH = packed(10, 11, 60)
+FLEX = torch.ops.higher_order.flex_attention
 
 
 def decoder(mode: str, every: int = 1, **changes):
@@ -25,6 +31,8 @@ def decoder(mode: str, every: int = 1, **changes):
 class Watch(TorchDispatchMode):
     """Counts operators, and remembers the storages that they make without keeping them alive."""
 
+    supports_higher_order_operators = True
+
     def __init__(self):
         super().__init__()
         self.counts: Counter = Counter()
@@ -32,7 +40,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        self.counts[func.overloadpacket] += 1
+        self.counts[getattr(func, "overloadpacket", func)] += 1
         for tensor in torch.utils._pytree.tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -115,3 +123,51 @@ def test_evaluation_is_the_same():
     with torch.no_grad():
         losses = [decoder(mode)(*BATCH) for mode in ("none", "selective", "full")]
     assert losses[0] == losses[1] == losses[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FlexAttention: an operator of higher order
+
+
+def flex_operator(q, k, v, *, block_mask, scale, enable_gqa):
+    """What ``flex_attention`` is to a compiled block; the function itself refuses gradients on a CPU."""
+    options = {"OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return FLEX(q, k, v, lambda score, b, h, i, j: score, block_mask.as_tuple(), scale, options)[0]
+
+
+@pytest.fixture(scope="module")
+def flex_batch():
+    tokens, packing, targets = BATCH
+    plan = plan_attention("flex", packing.cu_seqlens, (None,), tokens.device)
+    return tokens, packing._replace(attention=replace(plan, function=flex_operator)), targets
+
+
+@pytest.mark.parametrize(("mode", "repeats"), [("none", 0), ("selective", 0), ("full", 4)])
+def test_selective_keeps_what_flex_attention_gives(mode, repeats, flex_batch):
+    model = decoder(mode)
+    loss = model(*flex_batch)
+    with Watch() as backward:
+        loss.backward()
+    assert backward.counts[FLEX] == repeats
+    for name, value in gradients(decoder("none"), BATCH).items():
+        actual = loss if name == "loss" else model.get_parameter(name).grad
+        assert (actual - value).norm() <= 3e-6 * value.norm(), name
+
+
+@pytest.mark.parametrize(("mode", "repeats", "products"), [("none", 0, 0), ("selective", 0, 0), ("full", 1, 6)])
+def test_a_compiled_block_keeps_it_too(mode, repeats, products, flex_batch):
+    """The backward pass of a block is one graph, and has 14 matrix products of its own."""
+    backward: Counter = Counter()
+
+    def count(graph, inputs):
+        backward.update(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    model = decoder(mode)
+    options = {"bw_compiler": count, "partition_fn": min_cut_rematerialization_partition}
+    block_compile.apply(model, aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), **options))
+    gradients(model, flex_batch)
+    torch._dynamo.reset()
+    assert (backward[FLEX], backward[torch.ops.aten.mm.default]) == (repeats, 14 + products)

@@ -4,6 +4,7 @@ the command on tiny sizes. Its figures are not looked at."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from retemper.engine.errors import UserError
+from retemper.kernels.attention import BACKENDS
 from retemper.tools import benchmark_kernels
 from retemper.tools.kernel_benchmark import cases as cases_module
+from retemper.tools.kernel_benchmark import providers
 from retemper.tools.kernel_benchmark.cases import KERNELS, cases
+from retemper.tools.kernel_benchmark.chunked_loss import chunked_cross_entropy
 from retemper.tools.kernel_benchmark.measure import Settings, measure_case, run_once
 from retemper.tools.kernel_benchmark.providers import OURS, Provider
 
@@ -118,8 +122,92 @@ def test_a_wrong_kernel_is_found(function, said):
 
 
 def test_a_result_that_changes_is_told():
-    (result,) = measure_case(broken(lambda x: (F.silu(x["gate"]) * x["up"] * (1 + 1e-7 * torch.rand(())),)), SETTINGS)
+    factors = itertools.cycle([1.0, 1.000001])
+    (result,) = measure_case(broken(lambda x: (F.silu(x["gate"]) * x["up"] * next(factors),)), SETTINGS)
     assert result.same_bits is False and not result.wrong
+
+
+@pytest.mark.parametrize(
+    ("case", "runs"),
+    [
+        (cases_module.attention(24, 2, 4, 2, 16, mean_document=9), {"per_document"}),
+        (cases_module.attention(24, 2, 4, 2, 16), {"per_document", "sdpa"}),
+    ],
+    ids=["documents", "equal lengths"],
+)
+def test_each_attention_backend_is_measured_or_says_why_not(case, runs):
+    results = {result.provider: result for result in measure_case(case, SETTINGS)}
+    for backend in BACKENDS:
+        result = results[f"retemper, {backend}"]
+        if backend in runs:
+            assert result.problem is None and result.milliseconds is not None and result.peak_bytes is not None
+            assert set(result.errors) == {"output", "dq", "dk", "dv"} and max(result.errors.values()) < 1e-5
+        else:
+            assert result.milliseconds is None and not result.wrong
+            assert f"attention by {backend} " in result.problem
+    assert results["retemper"].detail.partition(":")[0] in runs
+
+
+def test_a_backend_that_is_wrong_is_found(monkeypatch):
+    right = providers.attention
+    monkeypatch.setattr(providers, "attention", lambda *args, plan: right(*args, plan=plan) * 1.001)
+    (case,) = (case for case in TINY.values() if case.kernel == "attention")
+    results = {result.provider: result for result in measure_case(case, SETTINGS)}
+    assert results["retemper, per_document"].wrong and not results["retemper, varlen"].wrong
+
+
+def test_what_is_chosen_for_the_process_is_chosen_by_each_provider_anew(monkeypatch):
+    chosen, timed = [], []
+
+    def choosing(name):
+        def build(_):
+            chosen.append(name)
+            return lambda x: timed.append((name, chosen[-1])) or (F.silu(x["gate"]) * x["up"],)
+
+        return build
+
+    case = next(case for case in TINY.values() if case.kernel == "swiglu")
+    case = dataclasses.replace(case, providers={name: Provider(choosing(name)) for name in ("first", "second")})
+    first, _ = measure_case(case, SETTINGS)
+    assert first.again_milliseconds is not None and timed[-1] == ("first", "first")
+    assert all(name == choice for name, choice in timed)
+    # PyTorch's attention is timed with PyTorch's kernels, whatever a backend of ours has put in their place.
+    monkeypatch.setattr(providers, "use_implementation", chosen.append)
+    case = cases_module.attention(8, 2, 4, 2, 16)
+    for name in ("torch SDPA", "retemper", "retemper, sdpa", "retemper, per_document"):
+        chosen.append(name)
+        providers.ATTENTION[name].build(case.make_inputs(CPU, torch.float32))
+        assert chosen[-1] is None
+
+
+@pytest.mark.parametrize("tokens", [3, 33, 64])
+def test_the_chunked_loss_beside_ours_is_cross_entropy(tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    hidden, weight = (torch.randn(rows, 16, generator=generator).requires_grad_() for rows in (tokens, 50))
+    targets = torch.randint(50, (tokens,), generator=generator)
+    targets[1] = -100
+    (3 * chunked_cross_entropy(hidden, weight, targets)).backward()
+    found = hidden.grad, weight.grad
+    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    loss = 3 * F.cross_entropy(hidden @ weight.t(), targets)
+    loss.backward()
+    for value, expected in zip(found, (hidden.grad, weight.grad), strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        value = chunked_cross_entropy(hidden.float(), weight.float(), targets)
+    torch.testing.assert_close(3 * value.double(), loss.detach(), rtol=1e-6, atol=0.0)
+
+
+def test_figures_are_kept_after_every_case(tmp_path, monkeypatch):
+    path, seen = tmp_path / "kernels.json", []
+
+    def watch(case, *_, **__):
+        seen.append(len(json.loads(path.read_text())["results"]) if path.exists() else None)
+        return measure_case(case, SETTINGS, compiled=False)
+
+    monkeypatch.setattr(benchmark_kernels, "measure_case", watch)
+    benchmark_kernels.main(["--sizes", "tiny", "--kernels", "rms_norm", "--device", "cpu", "--json", str(path)])
+    assert seen[0] is None and seen[1] > 0
 
 
 def test_inputs_are_random_and_some_targets_are_ignored():

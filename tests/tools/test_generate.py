@@ -26,6 +26,9 @@ from transformers import (
 
 from retemper.checkpoint_convert import hf_to_dcp
 from retemper.engine.errors import UserError, run_command
+from retemper.engine.model import packing
+from retemper.kernels import attention
+from retemper.kernels.attention import PER_DOCUMENT, plan_attention
 from retemper.tools import generate
 from retemper.tools.generation import Sampling, TextGenerator, choose_token, find_device
 
@@ -96,6 +99,15 @@ def test_checkpoint_and_folder_give_the_same(folders: dict[str, Path]) -> None:
     assert texts[2] == texts[3]
     own = TextGenerator(folders["llama-checkpoint"], str(folders["llama"]), device="cpu")
     assert own.generate(PROMPT, sampling).text == texts[0] != texts[1]
+
+
+def test_attention_is_planned_once_for_all_layers(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a layer makes its own plan, it reads the offsets back from the device."""
+    plans = []
+    monkeypatch.setattr(packing, "plan_attention", lambda *values: plans.append(plan_attention(*values)) or plans[-1])
+    monkeypatch.setattr(attention, "_plan_now", lambda *_: pytest.fail("a layer plans for itself"))
+    TextGenerator(folders["qwen2"], device="cpu").generate(PROMPT, Sampling(max_new_tokens=3))
+    assert [plan.backend for plan in plans] == [PER_DOCUMENT] * 3
 
 
 def test_computes_in_the_dtype_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:

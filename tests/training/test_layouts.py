@@ -39,6 +39,8 @@ def on_ranks(one_rank, request):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_losses_over_20_steps(layout, on_ranks, run_file, reference, tmp_path):
     world_size, overrides = LAYOUTS[layout]
+    # Without checkpoints on the way: they are other tests'.
+    overrides = [*overrides, "--checkpoint.save_interval", "1000"]
     on_ranks(world_size, tiny_run.train, run_file, ["--run_folder", str(tmp_path), *overrides])
     expected, actual = tiny_run.curve(reference), tiny_run.curve(tmp_path)
     assert [r[:2] for r in actual] == [r[:2] for r in expected]
@@ -47,14 +49,20 @@ def test_same_losses_over_20_steps(layout, on_ranks, run_file, reference, tmp_pa
         assert one[2:] == pytest.approx(other[2:], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def one_rank_gradients(one_rank, run_file, tmp_path_factory):
+    """Gradients of the first global batch on one rank, by parameter name."""
+    folder = tmp_path_factory.mktemp("gradients")
+    return tiny_run.first_gradients(one_rank, run_file, ["--run_folder", str(folder)])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_gradient_of_every_parameter(layout, on_ranks, one_rank, run_file, tmp_path):
+def test_same_gradient_of_every_parameter(layout, on_ranks, one_rank_gradients, run_file, tmp_path):
     world_size, overrides = LAYOUTS[layout]
-    base = ["--run_folder", str(tmp_path)]
-    expected = tiny_run.first_gradients(one_rank, run_file, base)
-    actual = on_ranks(world_size, tiny_run.first_gradients, run_file, [*base, *overrides])
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
+    options = ["--run_folder", str(tmp_path), *overrides]
+    actual = on_ranks(world_size, tiny_run.first_gradients, run_file, options)
+    assert actual.keys() == one_rank_gradients.keys()
+    for name, gradient in one_rank_gradients.items():
         assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 

@@ -64,7 +64,14 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(
 
 def test_a_longer_budget_continues_in_the_same_order(one_rank, run_file, tmp_path):
     """With a constant rate, a run that was extended is the run that had been longer from the start."""
-    overrides = ["--optimizer.schedule", "constant", "--training.eval_interval", "0"]
+    overrides = [
+        "--optimizer.schedule",
+        "constant",
+        "--training.eval_interval",
+        "0",
+        "--checkpoint.save_interval",
+        "100",
+    ]
     long, short = tmp_path / "long", tmp_path / "short"
     tiny_run.train(one_rank, run_file, [*overrides, "--run_folder", str(long)])
     half = str(10 * 8 * 32)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case, Tensors
-from .providers import Function
+from .providers import Function, Provider
 
 _deterministic: Any = torch.utils.deterministic
 FLUSH_BYTES = 256 * 1024**2
@@ -43,6 +43,8 @@ class Result:
     same_bits: bool | None = None
     """Whether a second call gave the same bits."""
     teraflops: float | None = None
+    detail: str | None = None
+    """What the provider did, where its name does not tell."""
     problem: str | None = None
     wrong: bool = False
     """Ours, and outside its bounds: the benchmark fails."""
@@ -76,31 +78,34 @@ def measure_case(
     reference = case.reference(inputs, gradients)
     kept = {name: x.clone() for name, x in inputs.items()}
     results = []
-    first: tuple[Result, _Call] | None = None
+    first: tuple[Result, Provider] | None = None
     for name, provider in case.providers.items():
         result = Result(case.kernel, case.name, name, provider.is_ours)
         if provider.is_compiled and not compiled:
             continue
+        results.append(result)
         result.problem = provider.refusal(inputs)
-        if result.problem is None:
-            try:
-                function = provider.build(inputs)
-                call = _Call(function, inputs, gradients, case.leaves, kept)
-                _check(case, call, reference, settings, result)
-                _time(case, call, settings, result)
-                first = first or (result, call)
-            except Exception as error:  # any library may fail in any way; the others are still measured
-                result.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[
-                    :200
-                ]
-                result.wrong = provider.is_ours
+        if result.problem is not None:
+            say(result)
+            continue
+        try:
+            call = _Call(provider.build(inputs), inputs, gradients, case.leaves, kept)
+            _check(case, call, reference, settings, result)
+            _time(case, call, settings, result)
+            result.detail = provider.describe(inputs) if provider.describe else None
+            first = first or (result, provider)
+        except Exception as error:  # any library may fail in any way; the others are still measured
+            lines = str(error).strip().splitlines()
+            result.problem = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+            result.wrong = provider.is_ours
         for name_of_input, x in kept.items():
             inputs[name_of_input].copy_(x)
-        results.append(result)
         say(result)
         gc.collect()
     if first and len(results) > 1:
-        first[0].again_milliseconds = statistics.median(_timings(first[1], settings))
+        # Built anew: others may have changed what is chosen for the whole process, as attention backends do.
+        again = _Call(first[1].build(inputs), inputs, gradients, case.leaves, kept)
+        first[0].again_milliseconds = statistics.median(_timings(again, settings))
     return results
 
 

@@ -6,6 +6,7 @@ needs once (imports, constants) is done in ``build`` and not timed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -16,11 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.attention import attention, per_document_attention
+from ...kernels.attention import (
+    BACKENDS,
+    Choice,
+    UnusableBackend,
+    attention,
+    choose_attention_backend,
+    plan_attention,
+)
+from ...kernels.attention.flash import use_implementation
 from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope, apply_rope_to_pair
 from ...kernels.swiglu import swiglu
+from . import chunked_loss
 from .references import EPS, IGNORE_INDEX
 
 Tensors = dict[str, Tensor]
@@ -41,6 +51,10 @@ class Provider:
     """Attention of sequences of one length only."""
     is_compiled: bool = False
     """Made by torch.compile."""
+    obstacle: Callable[[Tensors], str | None] | None = None
+    """A further reason why it cannot run."""
+    describe: Callable[[Tensors], str] | None = None
+    """What it does on these inputs, where its name does not tell."""
 
     @property
     def is_ours(self) -> bool:
@@ -55,7 +69,7 @@ class Provider:
             return "needs a GPU"
         if self.uniform_only and len(set(inputs["cu_seqlens"].diff().tolist())) > 1:
             return "has no documents of different lengths"
-        return None
+        return self.obstacle(inputs) if self.obstacle else None
 
 
 def _ours(function: Function, gpu_only: bool = False) -> Provider:
@@ -110,10 +124,23 @@ def _cut_cross_entropy(exact: bool) -> Callable[[Tensors], Function]:
     return build
 
 
+def _chunked_cross_entropy(compiled: bool) -> Callable[[Tensors], Function]:
+    def build(_: Tensors) -> Function:
+        chunk_loss: chunked_loss.ChunkLoss = chunked_loss.sum_of_losses
+        if compiled:
+            torch.compiler.reset()
+            chunk_loss = torch.compile(chunk_loss, dynamic=False)
+        return lambda x: (chunked_loss.chunked_cross_entropy(x["x"], x["weight"], x["targets"], chunk_loss),)
+
+    return build
+
+
 LINEAR_CROSS_ENTROPY = {
     "retemper": _ours(_our_cross_entropy),
     "torch eager": Provider(lambda _: _logits_cross_entropy),
     "torch.compile": _compiled(_logits_cross_entropy),
+    "as in torchtitan, 8 chunks": Provider(_chunked_cross_entropy(False)),
+    "as in torchtitan, loss compiled": Provider(_chunked_cross_entropy(True), is_compiled=True),
     "Liger": Provider(_liger_cross_entropy(False), "liger_kernel", gpu_only=True),
     "Liger, fp32 accumulation": Provider(_liger_cross_entropy(True), "liger_kernel", gpu_only=True),
     "CCE, exact": Provider(_cut_cross_entropy(True), "cut_cross_entropy", gpu_only=True),
@@ -127,9 +154,46 @@ if hasattr(F, "linear_cross_entropy"):  # torch 2.13
 # Attention
 
 
-def _our_attention(inputs: Tensors) -> Function:
-    longest = int(inputs["cu_seqlens"].diff().max())
-    return lambda x: (attention(x["q"], x["k"], x["v"], x["cu_seqlens"], longest),)
+def _choose(backend: str, inputs: Tensors) -> Choice:
+    q_TND, lengths = inputs["q"], inputs["cu_seqlens"].diff().tolist()
+    return choose_attention_backend(
+        backend, q_TND.device, q_TND.dtype, q_TND.shape[-1], equal_lengths=len(set(lengths)) == 1
+    )
+
+
+def _our_attention(backend: str) -> Provider:
+    """Our operation by one backend, or by what ``auto`` takes; planned once, as for all layers of a step."""
+
+    def obstacle(inputs: Tensors) -> str | None:
+        try:
+            _choose(backend, inputs)
+        except UnusableBackend as error:
+            return str(error)
+        return None
+
+    def build(inputs: Tensors) -> Function:
+        longest = int(inputs["cu_seqlens"].diff().max())
+        chosen = _choose(backend, inputs).backend
+        use_implementation(None)  # as in a run of its own; a plan for FlashAttention-3 or -4 puts that in place
+        plan = plan_attention(chosen, inputs["cu_seqlens"].cpu(), [None], inputs["q"].device)
+        return lambda x: (attention(x["q"], x["k"], x["v"], x["cu_seqlens"], longest, plan=plan),)
+
+    def describe(inputs: Tensors) -> str:
+        choice = _choose(backend, inputs)
+        return f"{choice.backend}: {choice.reason}"
+
+    return Provider(build, OURS, obstacle=obstacle, describe=describe if backend == "auto" else None)
+
+
+def _with_own_kernels(provider: Provider) -> Provider:
+    """A peer, by PyTorch's own flash kernels: a backend of ours may have put those of another FlashAttention in their
+    place, which holds for the whole process until it is undone."""
+
+    def build(inputs: Tensors) -> Function:
+        use_implementation(None)
+        return provider.build(inputs)
+
+    return dataclasses.replace(provider, build=build)
 
 
 def _sdpa(inputs: Tensors) -> Function:
@@ -188,14 +252,12 @@ def _flash_attn(inputs: Tensors) -> Function:
 
 
 ATTENTION = {
-    "retemper": Provider(_our_attention, OURS),
-    "torch SDPA per document": Provider(
-        lambda _: lambda x: (per_document_attention(x["q"], x["k"], x["v"], x["cu_seqlens"].diff().tolist()),)
-    ),
-    "torch SDPA": Provider(_sdpa, uniform_only=True),
+    "retemper": _our_attention("auto"),
+    **{f"retemper, {backend}": _our_attention(backend) for backend in BACKENDS},
+    "torch SDPA": _with_own_kernels(Provider(_sdpa, uniform_only=True)),
     "torch SDPA, cuDNN": Provider(_sdpa_with("CUDNN_ATTENTION"), gpu_only=True, uniform_only=True),
-    "torch SDPA, flash": Provider(_sdpa_with("FLASH_ATTENTION"), gpu_only=True, uniform_only=True),
-    "torch varlen_attn": Provider(_varlen, gpu_only=True),
+    "torch SDPA, flash": _with_own_kernels(Provider(_sdpa_with("FLASH_ATTENTION"), gpu_only=True, uniform_only=True)),
+    "torch varlen_attn": _with_own_kernels(Provider(_varlen, gpu_only=True)),
     "flash-attn": Provider(_flash_attn, "flash_attn", gpu_only=True),
 }
 

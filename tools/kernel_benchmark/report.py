@@ -35,7 +35,7 @@ def _row(result: Result) -> str:
     worst = "" if error is None else f"{name} {error:.1e}"
     megabytes = None if result.peak_bytes is None else result.peak_bytes / 2**20
     bits = {None: "", True: "yes", False: "no"}[result.same_bits]
-    note = ("WRONG: " if result.wrong else "") + (result.problem or "")
+    note = ("WRONG: " if result.wrong else "") + (result.problem or result.detail or "")
     return (
         f"| {result.provider} | {number(result.milliseconds, '.3f')} | {spread} | {number(result.teraflops, '.2f')} "
         f"| {number(megabytes, ',.0f')} | {worst} | {bits} | {note} |"

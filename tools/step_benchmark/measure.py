@@ -25,9 +25,9 @@ from ...engine.checkpoint.assets import ASSET_FOLDER
 from ...engine.config import DataConfig, ModelConfig, RunConfig, SourceConfig
 from ...engine.data.loader import Prefetcher
 from ...engine.data.packing import MicroBatch
+from ...engine.dtypes import DTYPES
 from ...engine.errors import UserError
 from ...engine.model.architecture import Architecture, parse_architecture, read_hf_config
-from ...engine.model.decoder import COMPUTE_DTYPES
 from ...engine.observe.flops import named_peak, training_flops
 from ...engine.parallel.process_group import Ranks
 from ...engine.trainer import StepResult, Trainer
@@ -119,7 +119,7 @@ def measure_step(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> 
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
         ranks.sum(0.0)  # together, as in a step: cores, power and heat are shared
-        rates = matmul_rates(ranks.device, COMPUTE_DTYPES, options.matmul_seconds) if options.matmul_seconds else []
+        rates = matmul_rates(ranks.device, DTYPES, options.matmul_seconds) if options.matmul_seconds else []
     return replace(found, matmul=rates)
 
 
