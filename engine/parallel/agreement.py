@@ -48,9 +48,11 @@ def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunCo
         raise UserError(problem or str(error)) from None
     problems = [f"rank {rank}: {its['problem']}" for rank, its in enumerate(meeting.notes) if its["problem"]]
     if problem or problems:
+        meeting.part()
         raise UserError(problem or problems[0])
     details = {"config": settings, "code": files}
     if differences := compare(meeting, details):
+        meeting.part()
         raise UserError(f"{'; '.join(differences)}; start every node with the same files and the same command")
     assert config is not None
     return config, meeting

@@ -13,6 +13,7 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,7 +22,8 @@ import torch.distributed as dist
 
 from ..errors import UserError
 
-_PAUSE = 0.05  # seconds between two looks; ranks are few or the store busy
+_PAUSE = 0.05  # seconds between two looks, for up to 32 ranks
+_PARTING_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class Meeting:
         shown = ", ".join(f"{rank} ({self.notes[rank]['host']})" for rank in ranks[:8])
         more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
         return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+
+    def part(self) -> None:
+        """Wait some seconds until all ranks know why they end: with the first of them the store may go."""
+        with suppress(RuntimeError):
+            self.store.set(f"parting/{self.rank}", "")
+            self.store.wait([f"parting/{rank}" for rank in range(self.world_size)], timedelta(seconds=_PARTING_SECONDS))
 
 
 def meet(note: dict[str, Any], timeout_seconds: float) -> Meeting:

@@ -137,7 +137,7 @@ def test_prefetching_changes_no_bit(settings, two_ranks, run_file, tmp_path):
 def test_which_blocks_are_gathered_ahead(count, one_rank, run_file, tmp_path):
     """FSDP is told the next blocks in the order of each pass."""
     overrides = ["--run_folder", str(tmp_path), "--parallel.prefetch_blocks", str(count)]
-    model = Trainer(tiny_run.configure(run_file, *overrides), one_rank).model
+    model = Trainer(tiny_run.configure(run_file, *overrides), one_rank).model.decoders[0]
     first, second = (layer._get_fsdp_state() for layer in model.model.blocks)
     root = model._get_fsdp_state()
     forward = {state: state._states_to_forward_prefetch for state in (root, first, second)}
