@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import yaml
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.config_parser import parse_config
 from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.parallel.process_group import Ranks
@@ -79,6 +82,7 @@ def write_run(folder: Path, model: Model) -> Path:
             "precision": "fp32",
         },
         "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4},
+        "checkpoint": {"save_interval": 3},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -103,6 +107,35 @@ def five_steps(ranks: Ranks, path: Path, overrides: list[str]) -> Outcome:
         losses.append(ranks.sum(result.loss.item()))
         norms.append(result.grad_norm.item())
     return Outcome(losses, norms, gradients, _whole(dict(trainer.model.named_parameters())))
+
+
+def run_until(ranks: Ranks, path: Path, overrides: list[str], last_step: int) -> None:
+    """The run, evaluations and checkpoints and all; left without ceremony when it begins a step after ``last_step``."""
+    trainer = Trainer(parse_config(["--config", str(path), *overrides]), ranks)
+
+    class Left(Exception):
+        pass
+
+    def on_phase(name: str) -> None:
+        if name == "data" and trainer.progress.step == last_step:
+            raise Left
+
+    trainer.on_phase = on_phase  # type: ignore[method-assign]
+    with contextlib.suppress(Left):
+        trainer.run()
+
+
+def checkpoint(run_folder: Path, step: int) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole."""
+    folder = run_folder / "checkpoints" / f"step-{step:08}"
+    tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored_tensors(folder).items()}
+    load_tensors(folder, tensors, distributed=False)
+    return tensors
+
+
+def records(run_folder: Path) -> list[dict[str, Any]]:
+    """The metric records of a run."""
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def _whole(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:

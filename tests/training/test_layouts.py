@@ -4,7 +4,6 @@ loop. Gradients and more layouts: tests/parallel/test_layout_parity.py."""
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ LAYOUTS = {
     "shard 2": (2, []),
     "replicate 2 x shard 2": (4, ["--parallel.replicate", "2"]),
     "context 2": (2, ["--parallel.context", "2"]),
-    "pipeline 2 x tensor 2": (4, ["--parallel.pipeline", "2", "--parallel.tensor", "2"]),
+    "pipeline 2 x context 2": (4, ["--parallel.pipeline", "2", "--parallel.context", "2"]),
 }
 
 
@@ -44,34 +43,8 @@ def test_same_losses_over_20_steps(layout, on_ranks, run_file, reference, tmp_pa
     overrides = [*overrides, "--checkpoint.save_interval", "1000"]
     on_ranks(world_size, tiny_run.train, run_file, ["--run_folder", str(tmp_path), *overrides])
     assert len([r for r in tiny_run.curve(tmp_path) if r[1] == "train"]) == 20
-    require_same_curve(tmp_path, reference)
-
-
-def require_same_curve(folder, reference):
-    """Same losses, evaluations and learning rates. Other orders of sums begin at 1e-7; with this learning rate the
-    gradient norm's difference doubles with every step, and within 20 steps comes to some 1e-5."""
-    for one, other in zip(tiny_run.curve(folder), tiny_run.curve(reference), strict=True):
-        assert one[:2] == other[:2]
-        assert (one[2], one[4]) == pytest.approx((other[2], other[4]), rel=1e-5)
-        assert one[3] == pytest.approx(other[3], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [("pipeline 2 x tensor 2", "shard 2"), ("context 2", "pipeline 2 x tensor 2")],
-)
-def test_a_checkpoint_of_one_layout_goes_on_in_another(first, then, on_ranks, run_file, reference, tmp_path):
-    options = ["--run_folder", str(tmp_path)]
-    world_size, overrides = LAYOUTS[first]
-    on_ranks(world_size, tiny_run.train_until, run_file, [*options, *overrides], 9)
-    world_size, overrides = LAYOUTS[then]
-    on_ranks(world_size, tiny_run.train, run_file, [*options, *overrides])
-    require_same_curve(tmp_path, reference)
-    last = Path("checkpoints") / "step-00000020"
-    expected, actual = (tiny_run.tensors_of(folder / last) for folder in (reference, tmp_path))
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (actual[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+    for one, other in zip(tiny_run.curve(tmp_path), tiny_run.curve(reference), strict=True):
+        assert one[:2] == other[:2] and one[2:] == pytest.approx(other[2:], rel=1e-5)
 
 
 def test_transformers_in_a_plain_loop_gives_the_same_curve(one_rank, run_file, reference, tmp_path):

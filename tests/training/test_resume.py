@@ -218,7 +218,7 @@ def test_a_bad_token_in_a_validation_set_is_refused_before_the_training(one_rank
     tiny_run.write_dataset(tmp_path / "bad", seed=3, token=1000)
     options = ["--run_folder", str(tmp_path / "run"), "--data.validation.bad", str(tmp_path / "bad")]
     message = _refused(one_rank, run_file, *options)
-    assert "bad.bin: token id 1000" in message and "vocabulary of 98" in message
+    assert "bad.bin: token id 1000" in message and "vocabulary of 97" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -19,7 +19,7 @@ from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.trainer import Trainer
 
-VOCAB_SIZE = 98
+VOCAB_SIZE = 97
 EOD = VOCAB_SIZE - 1
 ARCHITECTURE = {
     "model_type": "qwen2",

@@ -1,0 +1,80 @@
+"""A checkpoint of any layout goes on in any other, with the same losses, evaluations and weights."""
+
+from __future__ import annotations
+
+import parity_run
+import pytest
+from parity_run import STEPS, Model
+
+LAYOUTS = {
+    "one rank": (1, []),
+    "shard 2": (2, []),
+    "tensor 2": (2, ["--parallel.tensor", "2"]),
+    "pipeline 2, interleaved": (
+        2,
+        [
+            "--parallel.pipeline",
+            "2",
+            "--parallel.pipeline_schedule",
+            "interleaved_1f1b",
+            "--parallel.pipeline_stages_per_rank",
+            "2",
+        ],
+    ),
+    "pipeline 2 x tensor 2": (4, ["--parallel.pipeline", "2", "--parallel.tensor", "2"]),
+    "tensor 2 x shard 2": (4, ["--parallel.tensor", "2"]),
+    "context 2 x replicate 2": (4, ["--parallel.context", "2", "--parallel.replicate", "2"]),
+}
+SAVED_AT, LEFT_AT = 3, 4
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return parity_run.write_run(tmp_path_factory.mktemp("resume"), Model("qwen3", tied=True, packed=True))
+
+
+@pytest.fixture
+def on_ranks(one_rank, request):
+    def run(layout, function, path, options, *arguments):
+        world_size, overrides = LAYOUTS[layout]
+        if world_size == 1:
+            return function(one_rank, path, [*overrides, *options], *arguments)
+        cluster = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
+        return cluster.run(function, path, [*overrides, *options], *arguments)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(one_rank, path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    options = ["--run_folder", str(folder), "--data.validation", str({"same": str(path.parent / "data")})]
+    parity_run.run_until(one_rank, path, options, STEPS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("pipeline 2 x tensor 2", "shard 2"),
+        ("shard 2", "tensor 2 x shard 2"),
+        ("tensor 2", "pipeline 2, interleaved"),
+        ("pipeline 2, interleaved", "context 2 x replicate 2"),
+        ("context 2 x replicate 2", "pipeline 2 x tensor 2"),
+        ("tensor 2 x shard 2", "one rank"),
+    ],
+)
+def test_a_checkpoint_goes_on_in_another_layout(first, then, on_ranks, path, undisturbed, tmp_path):
+    options = ["--run_folder", str(tmp_path), "--data.validation", str({"same": str(path.parent / "data")})]
+    on_ranks(first, parity_run.run_until, path, options, LEFT_AT)
+    saved = parity_run.checkpoint(tmp_path, SAVED_AT)
+    on_ranks(then, parity_run.run_until, path, options, STEPS)
+    for step, actual in ((SAVED_AT, saved), (STEPS, parity_run.checkpoint(tmp_path, STEPS))):
+        expected = parity_run.checkpoint(undisturbed, step)
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert (actual[name] - tensor).norm() <= 1e-4 * tensor.norm(), f"{name} at step {step}"
+    ours, theirs = parity_run.records(tmp_path), parity_run.records(undisturbed)
+    assert [(r["step"], r.get("evaluation")) for r in ours] == [(r["step"], r.get("evaluation")) for r in theirs]
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-5)
+    assert sum("evaluation" in r for r in ours) == 1
