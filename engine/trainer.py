@@ -28,7 +28,7 @@ from .model.architecture import parse_architecture
 from .model.decoder import meta_decoder
 from .observe.flops import device_peak_flops, flops_per_token
 from .observe.loggers import MetricLog
-from .observe.progress import Stopwatch, duration, human, peak_memory_bytes
+from .observe.progress import Stopwatch, peak_memory_bytes, step_line
 from .observe.summary import describe_data, describe_run, notes
 from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate
 from .parallel import compile as block_compile
@@ -279,15 +279,9 @@ class Trainer:
             flops = flops_per_token(self.architecture, self.plan.sequence_length, causal_halved=False)
             values["mfu"] = rate / self.ranks.world_size * flops / peak
         self.log.record(self.progress.step, self.progress.tokens, values)
-        num_steps = self.progress.step + self._remaining_steps()
-        left = self._remaining_steps() * stopwatch.mean_step_seconds
-        self.log.say(
-            f"step {self.progress.step:>{len(str(num_steps))}}/{num_steps}"
-            f" | tokens {human(self.progress.tokens)} | loss {loss:.4f} | lr {result.learning_rate:.2e}"
-            f" | grad norm {grad_norm:.3f} | {rate:,.0f} tokens/s, {rate / self.ranks.world_size:,.0f} per rank"
-            + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
-            + f" | {values['peak_memory_bytes'] / 2**30:.2f} GiB | ETA {duration(left)}"
-        )
+        remaining = self._remaining_steps()
+        seconds_left = remaining * stopwatch.mean_step_seconds
+        self.log.say(step_line(self.progress.step, remaining, self.progress.tokens, values, seconds_left))
         self._require_finite({"loss": loss, "gradient norm": grad_norm})
 
     def _require_finite(self, numbers: dict[str, float]) -> None:
@@ -321,18 +315,13 @@ class Trainer:
         else:
             start = f"weights of {self.config.model.initialize_from or 'a random initialization'}"
         assert self.assets.config is not None
+        remaining, compiled = self._remaining_steps(), self.choices.compiled
+        summary = describe_run(
+            self.config, self.plan, self.ranks, self.architecture, remaining, start, self.attention, compiled
+        )
         for line in [
             *notes(self.config, self.catalog, self.assets.config.get("max_position_embeddings")),
-            *describe_run(
-                self.config,
-                self.plan,
-                self.ranks,
-                self.architecture,
-                self._remaining_steps(),
-                start,
-                self.attention,
-                self.choices.compiled,
-            ),
+            *summary,
             *describe_data(self.config.data, self.catalog, self.order, self._last_sample()),
             *self.casts,
         ]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -64,3 +64,16 @@ def human(number: float) -> str:
 def duration(seconds: float) -> str:
     """3725 -> '1:02:05'."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def step_line(step: int, remaining_steps: int, tokens: int, values: Mapping[str, float], seconds_left: float) -> str:
+    """The console line of a step; ``values`` as recorded."""
+    num_steps = step + remaining_steps
+    return (
+        f"step {step:>{len(str(num_steps))}}/{num_steps}"
+        f" | tokens {human(tokens)} | loss {values['loss']:.4f} | lr {values['learning_rate']:.2e}"
+        f" | grad norm {values['grad_norm']:.3f}"
+        f" | {values['tokens_per_second']:,.0f} tokens/s, {values['tokens_per_second_per_rank']:,.0f} per rank"
+        + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
+        + f" | {values['peak_memory_bytes'] / 2**30:.2f} GiB | ETA {duration(seconds_left)}"
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from .liveness import Liveness
 from .meeting import Meeting, meet
 
 Result = TypeVar("Result")
+
+# PyTorch's own code calls what PyTorch is about to rename, and would tell the user so on every rank.
+warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor", category=FutureWarning)
 
 
 @dataclass(frozen=True)

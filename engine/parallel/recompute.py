@@ -45,7 +45,7 @@ def apply(model: Decoder, config: ParallelConfig) -> None:
         if config.recompute == "selective":
             num_linear = sum(isinstance(module, nn.Linear) for module in block.modules())
             options["context_fn"] = functools.partial(_selective_contexts, num_linear)
-        block.forward = functools.partial(checkpoint, block.forward, **options)
+        block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
 
 
 def _selective_contexts(num_linear: int) -> tuple[Any, Any]:
