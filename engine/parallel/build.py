@@ -90,7 +90,7 @@ def build_model(
 
     decoders = [build_stage(stages[number]) for number in numbers]
     feed = Feed(mesh, ranks.device, choices.attention_backend, architecture.sliding_windows)
-    parts = ModelParts(decoders, mesh)
+    parts = ModelParts(decoders)
     if parallel.pipeline > 1:
         return parts, pipeline.Pipelined(decoders, numbers, config, feed, choices.num_micro_batches, compute_dtype)
     return parts, Sequential(decoders[0], feed, parallel.reduce_gradients == "micro_batch")

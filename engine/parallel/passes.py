@@ -59,8 +59,8 @@ class Feed:
 class ModelParts:
     """This rank's decoders: one, or with some pipelines several. Parameters bear their names in the whole model."""
 
-    def __init__(self, decoders: list[Decoder], mesh: Mesh):
-        self.decoders, self.mesh = decoders, mesh
+    def __init__(self, decoders: list[Decoder]):
+        self.decoders = decoders
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of this rank, by name."""

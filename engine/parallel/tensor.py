@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -112,9 +114,23 @@ def apply(model: Decoder, mesh: DeviceMesh, overlap: bool) -> None:
     parallelize_module(model, mesh, _present(model, DECODER_PLAN))
     for block in model.model.blocks:
         parallelize_module(block, mesh, _present(block, BLOCK_PLAN))
+    if model.model.embeds and model.model.embed_tokens is not None:
+        model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: _Arrived.apply(output))
     model.loss = _vocabulary_parallel_loss(mesh)
     if overlap:
         _overlap_exchange(mesh)
+
+
+class _Arrived(torch.autograd.Function):
+    """The embeddings, waited for: a compiled block takes those still on their way for a constant, without gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor) -> Tensor:
+        return hidden.trigger_wait() if isinstance(hidden, AsyncCollectiveTensor) else hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad_hidden: Tensor) -> Tensor:  # type: ignore[override]
+        return grad_hidden
 
 
 def _overlap_exchange(mesh: DeviceMesh) -> None:

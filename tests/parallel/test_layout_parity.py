@@ -49,6 +49,13 @@ CASES: list[tuple[int, str, tuple[Model, ...]]] = [
     (4, "context=2 shard=2", (PACKED, NORMED)),
     (4, "context=2 tensor=2", (PACKED,)),
     (4, "pipeline=2 context=2", (WHOLE,)),
+    (2, "tensor=2 compile=on", (WHOLE,)),
+]
+SLOW: list[tuple[int, str, tuple[Model, ...]]] = [
+    (2, "tensor=2 compile=on", (PACKED, NORMED)),
+    (2, "context=2 compile=on", (PACKED,)),
+    (2, "pipeline=2 compile=on", (PACKED,)),
+    (4, "tensor=2 context=2 compile=on", (NORMED,)),
 ]
 
 
@@ -71,7 +78,7 @@ def options_of(settings: str) -> list[str]:
     options = []
     for setting in settings.split():
         key, value = setting.split("=")
-        section = "training" if key == "micro_batch_size" else "parallel"
+        section = "training" if key in ("micro_batch_size", "compile") else "parallel"
         options += [f"--{section}.{key}", value]
     return options
 
@@ -79,8 +86,9 @@ def options_of(settings: str) -> list[str]:
 @pytest.mark.parametrize(
     ("world_size", "settings", "model"),
     [
-        pytest.param(world_size, settings, model, id=f"{settings}, {model}")
-        for world_size, settings, models in CASES
+        pytest.param(world_size, settings, model, id=f"{settings}, {model}", marks=marks)
+        for cases, marks in ((CASES, ()), (SLOW, pytest.mark.slow))
+        for world_size, settings, models in cases
         for model in models
     ],
 )
