@@ -146,6 +146,17 @@ class TrainingConfig:
     gc_interval: int = 50
     """Steps between collections of Python's garbage, which does not collect by itself while training: collections at
     different moments on different ranks make all of them wait each time. 0 leaves it to Python."""
+    max_skipped_steps: int = 10
+    """A step whose loss or gradient is not finite changes no weight on any rank; its samples and tokens count as used.
+    With more than this many such steps in a row the run ends, and names its newest checkpoint. 0: with the first."""
+    loss_spike_zscore: float | None = None
+    """Also skip steps whose loss lies more than this many (robust) standard deviations above the median of the 64
+    losses before it, such as 10. They count for ``max_skipped_steps``. Every step then waits for its loss before its
+    update, which costs a GPU some time. Null: no guard."""
+    stop_after_minutes: float | None = None
+    """Save and end with status 0 at the first step after so many minutes since the command's start, as if asked by a
+    signal: for queues with a time limit, less what a step and a checkpoint take. The same command goes on. Null: no
+    limit."""
     eval_interval: int = 0
     """Steps between evaluations of the validation sets; 0 evaluates only at the end."""
     eval_tokens: int = 1_000_000
@@ -236,7 +247,9 @@ class CheckpointConfig:
     save_interval: int = 1000
     """Steps between checkpoints; one is always written at the end."""
     keep_last: int = 3
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept. The last one of a run that used up its budget is kept as well."""
+    keep_every: int = 0
+    """Also keep the checkpoints whose step is a multiple of this; 0: none for that."""
     keep_best: bool = True
     """With validation sets: also save and keep the checkpoint with the lowest loss of the first validation set."""
 
@@ -267,7 +280,7 @@ class RunConfig:
     seed: int = 1234
     """Seed of the sample order and of random initialization."""
     resume: str = "auto"
-    """auto: continue from the newest complete checkpoint in ``run_folder``, or start fresh when there is none. none:
+    """auto: continue from the newest undamaged checkpoint in ``run_folder``, or start fresh when it has none. none:
     start fresh, refused where checkpoints exist. Anything else: path of the checkpoint to continue from."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA where there is a GPU, else CPU."""
@@ -283,13 +296,18 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"run_folder is {config.run_folder!r}; name the folder that the run shall write to")
     training, optimizer, parallel = config.training, config.optimizer, config.parallel
     _at_least(1, training, "training", "train_tokens", "sequence_length", "global_batch_size", "micro_batch_size")
-    _at_least(0, training, "training", "warmup_tokens", "eval_interval", "gc_interval")
+    _at_least(0, training, "training", "warmup_tokens", "eval_interval", "gc_interval", "max_skipped_steps")
+    for name in ("loss_spike_zscore", "stop_after_minutes"):
+        value = getattr(training, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"training.{name} is {value}; it must be positive and finite, or null")
     _at_least(1, training, "training", "eval_tokens")
     _at_least(1, config.data, "data", "prefetch_steps")
     _at_least(1, parallel, "parallel", "pipeline", "replicate", "context", "tensor", "pipeline_stages_per_rank")
     _at_least(1, parallel, "parallel", "recompute_every", "timeout_seconds")
     _at_least(0, parallel, "parallel", "prefetch_blocks")
     _at_least(1, config.checkpoint, "checkpoint", "save_interval", "keep_last")
+    _at_least(0, config.checkpoint, "checkpoint", "keep_every")
     _at_least(1, config.logging, "logging", "log_interval")
     _at_least(0, optimizer, "optimizer", "learning_rate", "min_learning_rate", "weight_decay", "clip_grad_norm")
     for name in ("beta1", "beta2"):

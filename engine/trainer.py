@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from .. import __version__
 from .attention_choice import choose_attention
@@ -24,42 +20,23 @@ from .data.loader import Prefetcher, TrainingData, validation_batches
 from .data.packing import MicroBatch
 from .errors import UserError
 from .garbage import GarbageSchedule
+from .health import Health
 from .model.architecture import parse_architecture
 from .model.decoder import meta_decoder
-from .observe.flops import device_peak_flops, flops_per_token
+from .observe.flops import flops_per_token
 from .observe.loggers import MetricLog
-from .observe.progress import Stopwatch, peak_memory_bytes, step_line
+from .observe.progress import Stopwatch, speed, step_line
 from .observe.summary import describe_data, describe_run, notes
-from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate
+from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate, step_unless
 from .parallel import compile as block_compile
 from .parallel import fsdp
 from .parallel.build import Choices, build_model
 from .parallel.build import check as check_model
 from .parallel.mesh import build_mesh, plan_layout
 from .parallel.process_group import Ranks, world_size_from_environment
+from .run_state import Progress, StepResult
 from .stopping import StopRequest
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    best: dict[str, Any] = field(default_factory=dict)
-    """Best evaluation: ``{"step", "name", "loss"}``."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step leaves on the device; reading it waits for the device."""
-
-    loss: Tensor
-    """[] fp32, this rank's part of the mean loss over the global batch."""
-    grad_norm: Tensor
-    """[] fp32, before clipping."""
-    learning_rate: float
+from .watchdog import Watchdog
 
 
 def check_layout(config: RunConfig) -> None:
@@ -79,21 +56,29 @@ class Trainer:
 
     Raises:
         UserError: configuration, data or checkpoint cannot be trained with.
+        StoppedBeforeTraining: all ranks were asked to stop before the first step.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks):
-        self.config, self.ranks = config, ranks
+    def __init__(self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None):
+        self.config, self.ranks, self.stop = config, ranks, stop or StopRequest(ranks)
+        self.stop.stop_after(config.training.stop_after_minutes)
         layout = plan_layout(config.parallel, ranks.world_size)
         self.plan = plan_batches(config.training, layout.data_parallel)
-        self.store = CheckpointStore(config.run_folder, ranks, config.checkpoint.keep_last, config.checkpoint.keep_best)
-        # The main rank's answer counts: shared file systems may show a new folder to some nodes later than to others.
-        self.resume_from = ranks.share(ranks.everywhere(lambda: self.store.resolve(config.resume)))
-        self.progress = Progress()
+        keep = config.checkpoint
+        self.store = CheckpointStore(config.run_folder, ranks, keep.keep_last, keep.keep_best, keep.keep_every)
+        self.resume_from = self.store.resolve(config.resume)
+        if self.resume_from is None and config.model.initialize_from is not None:
+            self.store.require_sound(config.model.initialize_from, "model.initialize_from")
+        self.progress, self.owes_evaluation = Progress(), config.training.eval_at_start
+        # The log is opened later.
+        self.health = Health(config.training, ranks, self._newest, lambda line: self.log.say(line))  # noqa: PLW0108
+        self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
         ranks.everywhere(self._open_inputs)
         self.mesh = build_mesh(layout, ranks.device.type)
         self.model, self.passes = build_model(config, self.architecture, ranks, self.mesh, self.choices)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
         self.casts: list[str] = []
+        self.stop.leave_if_agreed()
         ranks.everywhere(self._load_weights)
         self.data = TrainingData(
             self.catalog.train,
@@ -110,22 +95,32 @@ class Trainer:
     # The run
 
     def run(self) -> None:
-        """Train until the token budget is used up or somebody asks to stop."""
+        """Train until the token budget is used up or somebody asks to stop.
+
+        Raises:
+            UserError: another process writes to the run folder, or the run cannot go on.
+        """
+        with self.store.locked() as remarks:
+            self._run(remarks)
+
+    def _run(self, remarks: list[str]) -> None:
         # A fresh run also forgets the records at step 0 of one that was killed before its first checkpoint.
         known_step = self.progress.step if self.resume_from else -1
-        self.log = MetricLog(self.config.run_folder, known_step, self.ranks.is_main, self.config.logging.tensorboard)
+        tensorboard = self.config.logging.tensorboard
+        self.log = MetricLog(self.config.run_folder, known_step, self.ranks.is_main, tensorboard, self.owes_evaluation)
         self.ranks.on_main(self._open_run_folder)
-        for leftover in self.store.remove_leftovers():
-            self.log.say(f"removed {leftover}, which a killed run had left incomplete")
+        for line in [*remarks, *self.store.set_aside(), *self.store.remove_leftovers()]:
+            self.log.say(line)
         self._say_plan()
-        with StopRequest(self.ranks) as stop, GarbageSchedule(self.config.training.gc_interval) as garbage:
-            self._train(stop, garbage)
+        with self.stop, self.watchdog, GarbageSchedule(self.config.training.gc_interval) as garbage:
+            self._train(garbage)
         self.log.close()
 
-    def _train(self, stop: StopRequest, garbage: GarbageSchedule) -> None:
+    def _train(self, garbage: GarbageSchedule) -> None:
         config = self.config
-        if self.progress.step == 0 and config.training.eval_at_start:
-            self._evaluate()
+        if self.owes_evaluation:
+            self._evaluate_for_best()
+        self.stop.leave_if_agreed()
         stopwatch = Stopwatch()
         first_samples = range(self.progress.samples, self._last_sample(), self.plan.global_batch_size)
         with Prefetcher(self._prepare, first_samples, config.data.prefetch_steps) as prefetcher:
@@ -133,12 +128,13 @@ class Trainer:
                 result = self._step(*self._next_batches(prefetcher))
                 garbage.step_done(self.progress.step)
                 stopwatch.step_done()
-                last, stopping = self._remaining_steps() == 0, stop.agreed()
+                last, stopping = self._remaining_steps() == 0, self.stop.agreed()
                 due = first_sample == first_samples[0] or self.progress.step % config.logging.log_interval == 0
                 if last or stopping or due:
                     self._report(result, stopwatch)
+                self.watchdog.sleep()
                 with stopwatch.paused():
-                    self._evaluate_and_save(result, last, stopping)
+                    stopping = self._evaluate_and_save(result, last, stopping)
                 if stopping and not last:
                     self.log.say(f"stopped at step {self.progress.step} as asked; resume: auto continues")
                     return
@@ -154,7 +150,7 @@ class Trainer:
         Raises:
             UserError: on every rank, when any of them cannot read its data.
         """
-        self.on_phase("data")
+        self._begin("data")
         problem, batches = None, []
         try:
             batches = prefetcher.get()
@@ -170,14 +166,14 @@ class Trainer:
         """One optimizer step: accumulate gradients over the micro-batches, clip, update, advance the clock."""
         tokens = self.progress.tokens + self.plan.tokens_per_step
         rate = learning_rate(tokens, self.config.training, self.config.optimizer)
-        loss = self.passes.train(micro_batches, num_targets, self.on_phase)
-        self.on_phase("optimizer")
+        loss = self.passes.train(micro_batches, num_targets, self._begin)
+        self._begin("optimizer")
         clip = self.config.optimizer.clip_grad_norm
-        grad_norm = clip_grad_norm(self.model.parameters(), clip, self.model.own_parameters())
+        grad_norm = clip_grad_norm(self.model.parameters(), clip, self.model.own_parameters(), loss)
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
+        step_unless(self.optimizer, self.health.judge(self.progress.step + 1, loss, grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
-        self.on_phase("other")
+        self._begin("other")
         self.progress = replace(
             self.progress,
             step=self.progress.step + 1,
@@ -185,6 +181,10 @@ class Trainer:
             tokens=tokens,
         )
         return StepResult(loss, grad_norm, rate)
+
+    def _begin(self, name: str) -> None:
+        self.watchdog.beat(f"step {self.progress.step + 1}, {name}")
+        self.on_phase(name)
 
     def on_phase(self, name: str) -> None:
         """A part of the step begins: data, forward, backward, optimizer or other. For measurements to override."""
@@ -204,11 +204,18 @@ class Trainer:
     # Evaluating, saving, reporting
 
     def _evaluate(self) -> dict[str, float]:
-        """Mean loss per target of every validation set, in nats."""
+        """Mean loss per target of every validation set, in nats; of none, when asked to stop meanwhile."""
         losses = {}
+        count = self.plan.num_micro_batches * max(1, 16 // self.plan.num_micro_batches)
         for name, batches in self.validation.items():
-            loss_sum = self.ranks.sum(self.passes.evaluate(batches).item())
-            losses[name] = loss = loss_sum / self.validation_targets[name]
+            loss_sum = 0.0
+            for first in range(0, len(batches), count):
+                if self.stop.agreed():
+                    self.log.say("  evaluation broken off: asked to stop; the run that resumes makes it")
+                    return {}
+                loss_sum += self.passes.evaluate(batches[first : first + count]).item()
+            losses[name] = self.ranks.sum(loss_sum) / self.validation_targets[name]
+        for name, loss in losses.items():
             values = {"evaluation": name, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
             self.log.record(self.progress.step, self.progress.tokens, values, group=f"evaluation/{name}")
             self.log.say(
@@ -217,42 +224,53 @@ class Trainer:
             )
         return losses
 
-    def _evaluate_and_save(self, result: StepResult, last: bool, stopping: bool) -> None:
-        """What is due at the end of a step. A checkpoint of numbers that are not finite is never written."""
-        interval = self.config.training.eval_interval
-        evaluation, improved = {}, False
-        # Launchers give a run that is asked to stop some seconds: they are for saving.
-        evaluating = last or (interval and self.progress.step % interval == 0 and not stopping)
-        if self.validation and evaluating:
-            evaluation = self._evaluate()
-            self._require_finite({f"validation loss of {name}": loss for name, loss in evaluation.items()})
-            improved = self._note_best(*next(iter(evaluation.items())))
+    def _evaluate_and_save(self, result: StepResult, last: bool, stopping: bool) -> bool:
+        """What is due at the end of a step; whether to stop. Numbers that are not finite are never saved."""
+        evaluation: dict[str, float] = {}
+        improved = False
+        # Launchers give a run that is asked to stop some seconds: they are for saving. What resumes it evaluates.
+        if self.validation and self._evaluation_due() and (last or not stopping):
+            evaluation, improved = self._evaluate_for_best()
+            stopping = stopping or not evaluation
         due = self.progress.step % self.config.checkpoint.save_interval == 0
         if last or stopping or due or (improved and self.config.checkpoint.keep_best):
-            self._require_finite({"loss": self.ranks.sum(result.loss.item()), "gradient norm": result.grad_norm.item()})
-            self._require_finite_weights()
-            self._save(evaluation)
+            self._check(self.ranks.sum(result.loss.item()), result.grad_norm.item())
+            self.health.require_finite_weights(self.progress.step, self.model.parameters())
+            self._save(evaluation, final=last)
+            stopping = stopping or self.stop.agreed()  # saved already
+        return stopping
 
-    def _note_best(self, name: str, loss: float) -> bool:
-        """Whether this is the lowest loss of the set ``name`` so far."""
-        best = self.progress.best
+    def _evaluation_due(self) -> bool:
+        interval = self.config.training.eval_interval
+        return self._remaining_steps() == 0 or (interval > 0 and self.progress.step % interval == 0)
+
+    def _evaluate_for_best(self) -> tuple[dict[str, float], bool]:
+        """The losses, and whether that of the first set is its lowest so far."""
+        losses, step, best = self._evaluate(), self.progress.step, self.progress.best
+        self.health.require_finite(step, {f"validation loss of {name}": loss for name, loss in losses.items()})
+        if not losses or step == 0:  # which has no checkpoint
+            return losses, False
+        name, loss = next(iter(losses.items()))
         improved = best.get("name") != name or loss < best["loss"]
         if improved:
-            self.progress = replace(self.progress, best={"step": self.progress.step, "name": name, "loss": loss})
-        return improved
+            self.progress = replace(self.progress, best={"step": step, "name": name, "loss": loss})
+        return losses, improved
 
-    def _save(self, evaluation: dict[str, float]) -> None:
+    def _save(self, evaluation: dict[str, float], final: bool) -> None:
         manifest = Manifest(
             kind="training",
             step=self.progress.step,
             consumed_samples=self.progress.samples,
             consumed_tokens=self.progress.tokens,
+            final=final,
             sample_order=self.order.state(),
             datasets=self.catalog.fingerprints,
             evaluation=evaluation,
             best=self.progress.best,
+            health=self.health.state(),
             config=to_dict(self.config),
             world_size=self.ranks.world_size,
+            layout=self.mesh.layout._asdict(),
             retemper_version=__version__,
         )
         tensors = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}
@@ -263,43 +281,24 @@ class Trainer:
     def _report(self, result: StepResult, stopwatch: Stopwatch) -> None:
         """One console line and one metric record."""
         loss, grad_norm = self.ranks.sum(result.loss.item()), result.grad_norm.item()
-        seconds = stopwatch.lap()
-        rate = self.plan.tokens_per_step / seconds
+        flops = flops_per_token(self.architecture, self.plan.sequence_length, causal_halved=False)
         values = {
             "loss": loss,
             "learning_rate": result.learning_rate,
             "grad_norm": grad_norm,
-            "tokens_per_second": rate,
-            "tokens_per_second_per_rank": rate / self.ranks.world_size,
-            "step_seconds": seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.ranks.device),
+            "skipped_steps": self.health.skipped_steps(),
+            **speed(stopwatch.lap(), self.plan.tokens_per_step, flops, self.ranks),
         }
-        peak = device_peak_flops(self.ranks.device)
-        if peak is not None:
-            flops = flops_per_token(self.architecture, self.plan.sequence_length, causal_halved=False)
-            values["mfu"] = rate / self.ranks.world_size * flops / peak
         self.log.record(self.progress.step, self.progress.tokens, values)
         remaining = self._remaining_steps()
         seconds_left = remaining * stopwatch.mean_step_seconds
         self.log.say(step_line(self.progress.step, remaining, self.progress.tokens, values, seconds_left))
-        self._require_finite({"loss": loss, "gradient norm": grad_norm})
+        self._check(loss, grad_norm)
 
-    def _require_finite(self, numbers: dict[str, float]) -> None:
-        if not all(math.isfinite(number) for number in numbers.values()):
-            found = ", ".join(f"{name} {number}" for name, number in numbers.items())
-            raise UserError(
-                f"step {self.progress.step}: {found}: not finite; {self._newest()}, lower optimizer.learning_rate or "
-                "inspect the data"
-            )
-
-    def _require_finite_weights(self) -> None:
-        """Loss and gradients are of the weights before the step; a checkpoint holds what came out of it."""
-        finite = torch.stack([fsdp.local_shard(weight).isfinite().all() for weight in self.model.parameters()])
-        if self.ranks.sum(not finite.all().item()):
-            raise UserError(
-                f"step {self.progress.step}: the update made weights that are not finite; {self._newest()}, lower "
-                "optimizer.learning_rate or inspect the data"
-            )
+    def _check(self, loss: float, grad_norm: float) -> None:
+        """Raises UserError where too many steps in a row were skipped."""
+        numbers = {"loss": loss, "gradient norm": grad_norm}
+        self.health.check(self.progress.step, numbers, self.model.parameters())
 
     def _newest(self) -> str:
         complete = self.store.complete()
@@ -352,6 +351,8 @@ class Trainer:
             self.catalog.require_unchanged(was.datasets, str(folder))
             self.order = self.order.resumed(was.sample_order, was.consumed_samples)
             self.progress = Progress(was.step, was.consumed_samples, was.consumed_tokens, was.best)
+            self.health.restore(was.health)
+            self.owes_evaluation = self._evaluation_due() and not was.evaluation
         self.order.require(self._last_sample())
 
     def _read_validation(self) -> dict[str, list[MicroBatch]]:

@@ -233,7 +233,7 @@ def test_every_field_has_its_docstring_in_help(capsys):
         re.findall(r"^  --([\w.]+)[^\n]*?(?=\n|  )(.*?)(?=^  -|^\S|\Z)", capsys.readouterr().out, re.M | re.S)
     )
     fields = list(all_fields())
-    assert len(fields) == 61
+    assert len(fields) == 65
     for name in fields:
         text = re.sub(r"\((?:required|default|type)[^)]*\)|\{[^}]*\}", "", entries[name]).strip()
         assert len(text.split()) >= 2, f"--{name} has no text in --help"
@@ -400,6 +400,8 @@ def test_refused_options(config_file, arguments, expected):
         *(("optimizer.min_learning_rate", "-1.0"), ("optimizer.weight_decay", "-0.1"), ("optimizer.eps", ".inf")),
         *(("optimizer.clip_grad_norm", "-1.0"), ("optimizer.beta1", "1.0"), ("optimizer.beta2", "-0.5")),
         *(("optimizer.beta2", ".nan"), ("seed", "-1"), ("seed", str(2**63))),
+        *(("training.max_skipped_steps", "-1"), ("training.loss_spike_zscore", "0.0")),
+        *(("training.stop_after_minutes", "-1.0"), ("training.stop_after_minutes", ".inf")),
     ],
 )
 def test_values_out_of_range(config_file, option, value):

@@ -21,6 +21,7 @@ from ..data.tokenizer_files import (
 from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, parse_architecture, read_hf_config
 from .manifest import read_manifest
+from .safety import file_inside
 
 ASSET_FOLDER = "hf"
 TOKENIZER_FILES = (
@@ -54,8 +55,15 @@ class HfAssets:
 
     @classmethod
     def of_checkpoint(cls, folder: str | Path) -> HfAssets:
-        """The assets that the checkpoint ``folder`` carries."""
-        return cls.read(Path(folder) / ASSET_FOLDER)
+        """The assets that the checkpoint ``folder`` carries.
+
+        Raises:
+            UserError: one of them is a link that leads out of ``folder``.
+        """
+        assets = cls.read(Path(folder) / ASSET_FOLDER)
+        for name in assets.files:
+            file_inside(folder, f"{ASSET_FOLDER}/{name}")
+        return assets
 
     def with_config(self, config: dict) -> HfAssets:
         """These assets with another ``config.json``."""
@@ -84,9 +92,12 @@ class HfAssets:
         if data is None:
             return None
         try:
-            return json.loads(data)
-        except ValueError as error:
+            config = json.loads(data)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{ASSET_FOLDER}/{CONFIG_FILE} of the checkpoint is damaged: {error}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{ASSET_FOLDER}/{CONFIG_FILE} of the checkpoint is damaged: it holds no JSON object")
+        return config
 
     @property
     def tokenizer_sha256(self) -> str | None:

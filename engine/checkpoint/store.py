@@ -1,6 +1,7 @@
 """The checkpoints of a run: written under a temporary name, renamed when complete, found again, thinned out.
 
-``{run_folder}/checkpoints/step-00001000/`` exists only when complete and is never written again.
+``{run_folder}/checkpoints/step-00001000/`` exists only when complete and is never written again. Before one is used,
+all of its files are read and compared with the hashes in its manifest; a damaged one is set aside under another name.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -16,9 +19,15 @@ from torch import Tensor
 from ..errors import UserError
 from ..parallel.process_group import Ranks
 from .assets import ASSET_FOLDER, HfAssets
+from .hashing import FileRecord
+from .lock import run_folder_lock
 from .manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from .retention import reasons_to_keep, whole_checkpoints
 from .tensors import save_tensors
+from .verify import Damage, find_damage
 
+DAMAGED = ".damaged"
+"""Ending of the name of a checkpoint that was set aside."""
 _COMPLETE = re.compile(r"^step-(\d{8,})$")
 _TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")
 
@@ -26,52 +35,133 @@ _TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")
 class CheckpointStore:
     """The folder ``{run_folder}/checkpoints``."""
 
-    def __init__(self, run_folder: str | Path, ranks: Ranks, keep_last: int, keep_best: bool):
+    def __init__(self, run_folder: str | Path, ranks: Ranks, keep_last: int, keep_best: bool, keep_every: int = 0):
         self.folder = Path(run_folder) / "checkpoints"
         self.ranks = ranks
         self.keep_last = keep_last
         self.keep_best = keep_best
+        self.keep_every = keep_every
+        self._remarks: list[str] = []
+        """For the log: checkpoints in use that hold no hashes."""
+        self._damaged: list[tuple[Path, str]] = []
+        """What :meth:`set_aside` is to rename, and what is wrong with each."""
+
+    @contextmanager
+    def locked(self) -> Iterator[list[str]]:
+        """Be the only writer to the run folder, on all ranks; see :func:`run_folder_lock`.
+
+        Raises:
+            UserError: on every rank, when another process is.
+        """
+        with ExitStack() as stack:
+            yield self.ranks.on_main(lambda: stack.enter_context(run_folder_lock(self.folder.parent))) or []
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
+        return [folder for folder in self._candidates() if (folder / MANIFEST_FILE).is_file()]
+
+    def _candidates(self) -> list[Path]:
+        """Every folder with the name of a checkpoint, oldest first."""
         if not self.folder.is_dir():
             return []
-        found = {
-            int(match[1]): entry
-            for entry in self.folder.iterdir()
-            if (match := _COMPLETE.match(entry.name)) and (entry / MANIFEST_FILE).is_file()
-        }
-        return [found[step] for step in sorted(found)]
+        found = [entry for entry in self.folder.iterdir() if is_checkpoint_name(entry.name) and entry.is_dir()]
+        return sorted(found, key=step_of)
 
     def resolve(self, resume: str) -> Path | None:
-        """The checkpoint that ``resume`` (auto, none or a path) means; None to start fresh.
+        """The checkpoint that ``resume`` (auto, none or a path) means, verified by all ranks; None to start fresh.
+
+        Nothing is written: of what is damaged a note is taken, for :meth:`set_aside`.
 
         Raises:
-            UserError: a named checkpoint is missing, or the run would mix with another one in this folder.
+            UserError: a named checkpoint is missing or damaged, none is left that is not, or the run would mix with
+                another one in this folder.
         """
         if resume == "auto":
-            complete = self.complete()
-            if not complete and (broken := sorted(self.folder.glob("step-*"))):
-                raise UserError(
-                    f"{broken[-1]}: {MANIFEST_FILE} is missing, so it cannot be resumed, and there is no other one; "
-                    "move it away to start from the beginning, or choose another run_folder"
-                )
-            return complete[-1] if complete else None
+            # The main rank's answer counts: shared file systems may show a new folder to some nodes later than others.
+            return self._newest_sound(self.ranks.share(self.ranks.on_main(self._candidates)))
+        complete = self.ranks.share(self.ranks.on_main(self.complete))
         if resume == "none":
-            if self.complete():
+            if complete:
                 raise UserError(
                     f"resume is none, but {self.folder} holds checkpoints; choose another run_folder or resume: auto"
                 )
             return None
-        manifest = read_manifest(resume)
+        manifest = self.require_sound(resume, "resume")
         if manifest.kind != "training":
             raise UserError(f"resume {resume}: it holds weights only; start from it with model.initialize_from")
-        for newer in (path for path in self.complete() if read_manifest(path).step > manifest.step):
+        for newer in (path for path in complete if step_of(path) > manifest.step):
             raise UserError(
                 f"resume {resume} is at step {manifest.step}, but {newer} is newer: to go on from there set resume to "
                 "auto, to go back choose another run_folder or move the newer checkpoints away"
             )
         return Path(resume)
+
+    def require_sound(self, folder: str, key: str) -> Manifest:
+        """The manifest of a checkpoint that the setting ``key`` names, verified by all ranks. It is never renamed.
+
+        Raises:
+            UserError: on every rank, when it is missing or damaged.
+        """
+        self.ranks.everywhere(lambda: read_manifest(folder))
+        manifest, problem = self._examine(Path(folder))
+        if manifest is None or problem:
+            raise UserError(f"{problem}; name another checkpoint in {key}")
+        return manifest
+
+    def _newest_sound(self, candidates: list[Path]) -> Path | None:
+        for folder in reversed(candidates):
+            manifest, problem = self._examine(folder)
+            if manifest is not None and problem is None:
+                return folder
+            self._damaged.append((folder, problem or ""))
+        former = self._damaged[0][1] if self._damaged else next(map(str, sorted(self.folder.glob("step-*"))), None)
+        if self.ranks.share(former):
+            raise UserError(
+                f"{self.ranks.share(former)}, and {self.folder} holds no other checkpoint that can be resumed; put one "
+                "back, or move these away to start from the beginning, or choose another run_folder"
+            )
+        return None
+
+    def _examine(self, folder: Path) -> tuple[Manifest | None, str | None]:
+        """The manifest of ``folder``, and what is wrong with it; every rank reads a share of the files."""
+        share = (self.ranks.rank, self.ranks.world_size)
+        manifest, mine = self.ranks.everywhere(lambda: find_damage(folder, share))
+        reports = self.ranks.gather(mine)
+        damage = reports[0] or self._seen_by_main(folder, reports)
+        if manifest is not None and not manifest.files:
+            self._remarks.append(f"{folder} is not verified: it was written before manifests had hashes")
+        return manifest, damage[0].what if damage else None
+
+    def _seen_by_main(self, folder: Path, reports: list[list[Damage]]) -> list[Damage]:
+        """What the main rank says of files that others find damaged: a node with a stale view costs no checkpoint."""
+        suspects = [(rank, damage) for rank, found in enumerate(reports) for damage in found]
+        if not suspects:
+            return []
+        files = {damage.file for _, damage in suspects}
+        found: list[Damage] = self.ranks.share(self.ranks.on_main(lambda: find_damage(folder, only=files)[1]))
+        if not found:
+            rank, damage = suspects[0]
+            raise UserError(
+                f"rank {rank}: {damage.what}, but rank 0 finds it as it was written; see that all nodes show "
+                "run_folder alike"
+            )
+        return found
+
+    def set_aside(self) -> list[str]:
+        """Rename what :meth:`resolve` found damaged; returns lines for the log, on the main rank."""
+        return (self.ranks.on_main(self._set_aside) or []) + self._remarks
+
+    def _set_aside(self) -> list[str]:
+        lines = []
+        for folder, problem in self._damaged:
+            target, number = folder.with_name(f"{folder.name}{DAMAGED}"), 1
+            while os.path.lexists(target):
+                number += 1
+                target = folder.with_name(f"{folder.name}{DAMAGED}.{number}")
+            folder.rename(target)
+            lines.append(f"set aside   {problem}; renamed to {target}")
+        self._damaged.clear()
+        return lines
 
     def save(self, tensors: dict[str, Tensor], assets: HfAssets, manifest: Manifest) -> Path:
         """Write one checkpoint with all ranks and make it visible when every byte is on disk.
@@ -84,8 +174,9 @@ class CheckpointStore:
         self.ranks.on_main(lambda: self._begin(temporary, final))
         try:
             self.ranks.everywhere(lambda: self._require_visible(temporary))
-            save_tensors(temporary, tensors)
-            self.ranks.on_main(lambda: self._publish(temporary, final, assets, manifest))
+            records = self.ranks.gather(save_tensors(temporary, tensors))
+            hashed = {name: record for of_rank in records for name, record in of_rank.items()}
+            self.ranks.on_main(lambda: self._publish(temporary, final, assets, manifest, hashed))
         except BaseException:
             if self.ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -108,35 +199,55 @@ class CheckpointStore:
                 f"{temporary}: made by rank 0 but not seen here; put run_folder on a file system that all nodes share"
             )
 
-    def _publish(self, temporary: Path, final: Path, assets: HfAssets, manifest: Manifest) -> None:
+    def _publish(
+        self, temporary: Path, final: Path, assets: HfAssets, manifest: Manifest, hashed: dict[str, FileRecord]
+    ) -> None:
         assets.write(temporary / ASSET_FOLDER)
-        write_manifest(temporary, manifest)
         sync_tree(temporary)
+        write_manifest(temporary, manifest, hashed)
+        sync_path(temporary / MANIFEST_FILE)
+        sync_path(temporary)
         temporary.rename(final)
         sync_path(self.folder)
+        sync_path(self.folder.parent)  # in which the first checkpoint's folder is new
 
     def thin_out(self, best_step: int | None) -> None:
-        """Remove all but the newest ``keep_last`` checkpoints and the best one."""
+        """Remove the checkpoints that nothing of :func:`reasons_to_keep` holds for; damaged ones stay as they are."""
         self.ranks.on_main(lambda: self._thin_out(best_step))
 
     def _thin_out(self, best_step: int | None) -> None:
-        for checkpoint in self.complete()[: -self.keep_last]:
-            if not (self.keep_best and best_step == int(checkpoint.name.removeprefix("step-"))):
-                # Renamed first: killed half-way, this leaves a leftover and not half a checkpoint.
-                trash = checkpoint.rename(self._temporary_name(checkpoint))
-                shutil.rmtree(trash)
+        whole = whole_checkpoints(self.complete())
+        reasons = reasons_to_keep(whole, self.keep_last, self.keep_every, best_step if self.keep_best else None)
+        for checkpoint in (folder for folder, why in reasons.items() if not why):
+            self.remove(checkpoint)
 
-    def remove_leftovers(self) -> list[Path]:
-        """Remove what killed runs left half-written or half-removed; returns it, on the main rank."""
+    def remove(self, checkpoint: Path) -> None:
+        """Remove one checkpoint."""
+        # Renamed first: killed half-way, this leaves a leftover and not half a checkpoint.
+        trash = checkpoint.rename(self._temporary_name(checkpoint))
+        shutil.rmtree(trash)
+
+    def remove_leftovers(self) -> list[str]:
+        """Remove what killed runs left half-written or half-removed; returns lines for the log, on the main rank."""
         return self.ranks.on_main(self._remove_leftovers) or []
 
-    def _remove_leftovers(self) -> list[Path]:
+    def _remove_leftovers(self) -> list[str]:
         if not self.folder.is_dir():
             return []
         leftovers = [entry for entry in self.folder.iterdir() if _TEMPORARY.match(entry.name)]
         for entry in leftovers:
             shutil.rmtree(entry)
-        return leftovers
+        return [f"removed {entry}, which a killed run had left incomplete" for entry in leftovers]
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether the store gives such names to complete checkpoints."""
+    return _COMPLETE.match(name) is not None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def sync_tree(folder: Path) -> None:

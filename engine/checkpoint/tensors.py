@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ..errors import UserError
+from .hashing import FileRecord, HashingWriter
+from .safety import SafeReader, read_metadata
 
 OPTIMIZER_PREFIX = "optimizer."
 
@@ -69,33 +71,34 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: there is no readable DCP metadata.
     """
-    try:
-        metadata = dcp.FileSystemReader(str(folder)).read_metadata()
-    except Exception as error:
-        # The error's own words may advise to unpickle without care.
-        raise UserError(f"{folder}/.metadata: missing or damaged ({type(error).__name__}); use another one") from None
     return {
         name: StoredTensor(tuple(item.size), item.properties.dtype)
-        for name, item in metadata.state_dict_metadata.items()
+        for name, item in read_metadata(folder).state_dict_metadata.items()
         if isinstance(item, TensorStorageMetadata)
     }
 
 
-def save_tensors(folder: Path, tensors: dict[str, Tensor], distributed: bool = True) -> None:
+def save_tensors(folder: Path, tensors: dict[str, Tensor], distributed: bool = True) -> dict[str, FileRecord]:
     """Write ``tensors`` into ``folder``; with ``distributed`` every rank calls this and writes its shards.
+
+    Returns:
+        the files that this rank has written, hashed on their way to the disk.
 
     Raises:
         UserError: on every rank, when any of them cannot write.
     """
-    writer = dcp.FileSystemWriter(str(folder), single_file_per_rank=True, sync_files=True)
+    writer = HashingWriter(folder, single_file_per_rank=True)
     try:
         with _without_single_process_warning():
             dcp.save(tensors, storage_writer=writer, no_dist=not distributed)
     except CheckpointException as error:
         raise UserError(f"{folder}: cannot be written: {_reasons(error)}") from None
+    return writer.records
 
 
-def save_streamed_tensors(folder: Path, tensors: Mapping[str, StoredTensor], read: Callable[[str], Tensor]) -> None:
+def save_streamed_tensors(
+    folder: Path, tensors: Mapping[str, StoredTensor], read: Callable[[str], Tensor]
+) -> dict[str, FileRecord]:
     """Write tensors that need not fit in memory together, without a process group, each into a file of its own.
 
     Args:
@@ -103,12 +106,15 @@ def save_streamed_tensors(folder: Path, tensors: Mapping[str, StoredTensor], rea
         tensors: every name with its shape and dtype.
         read: gives the CPU tensor of a name, when its turn has come. What it raises ends the writing.
 
+    Returns:
+        the files, hashed on their way to the disk.
+
     Raises:
         OSError: the tensors cannot be written.
     """
     described = {name: torch.empty(item.shape, dtype=item.dtype, device="meta") for name, item in tensors.items()}
     # DCP holds on to every tensor of a file until the file is complete, hence one tensor to a file.
-    writer = dcp.FileSystemWriter(str(folder), single_file_per_rank=False, sync_files=True)
+    writer = HashingWriter(folder, single_file_per_rank=False)
     try:
         with _without_single_process_warning():
             dcp.save(described, storage_writer=writer, planner=_StreamingPlanner(read), no_dist=True)
@@ -116,6 +122,7 @@ def save_streamed_tensors(folder: Path, tensors: Mapping[str, StoredTensor], rea
         cause, _ = next(iter(error.failures.values()))
         # Where a disk is full, torch.save fails once more while it closes the file, and hides the reason.
         raise _os_error_behind(cause) or cause from None
+    return writer.records
 
 
 def _os_error_behind(error: BaseException | None) -> OSError | None:
@@ -155,7 +162,7 @@ def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bo
             )
     try:
         with _without_single_process_warning():
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=not distributed)
+            dcp.load(tensors, storage_reader=SafeReader(str(folder)), no_dist=not distributed)
     except CheckpointException as error:
         for cause, _ in error.failures.values():
             if isinstance(cause, KeyboardInterrupt):  # DCP wraps whatever is raised

@@ -23,12 +23,15 @@ class MetricLog:
         resumed_step: records of later steps are dropped.
         active: whether this rank writes; such a rank calls :meth:`open` first.
         tensorboard: also write TensorBoard events.
+        evaluates_again: the evaluations of ``resumed_step`` are dropped as well.
     """
 
-    def __init__(self, run_folder: str | Path, resumed_step: int, active: bool, tensorboard: bool):
+    def __init__(
+        self, run_folder: str | Path, resumed_step: int, active: bool, tensorboard: bool, evaluates_again: bool = False
+    ):
         self.active = active
         self._folder = Path(run_folder)
-        self._resumed_step = resumed_step
+        self._resumed_step, self._evaluates_again = resumed_step, evaluates_again
         self._tensorboard = tensorboard
         self._file: TextIO | None = None
         self._writer: Any = None
@@ -40,7 +43,7 @@ class MetricLog:
             OSError: the run folder cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        _forget_after(self._folder / METRICS_FILE, self._resumed_step)
+        _forget_after(self._folder / METRICS_FILE, self._resumed_step, self._evaluates_again)
         self._file = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -76,8 +79,8 @@ class MetricLog:
             self._writer.close()
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the records of steps after ``step``, and a last line that a killed run left unfinished."""
+def _forget_after(path: Path, step: int, evaluates_again: bool) -> None:
+    """Drop the records of steps after ``step``, its evaluations if they are made again, and an unfinished last line."""
     if not path.exists():
         return
     kept = []
@@ -87,7 +90,8 @@ def _forget_after(path: Path, step: int) -> None:
         except ValueError:
             continue
         recorded = record.get("step") if isinstance(record, dict) else None
-        if isinstance(recorded, int) and recorded <= step:
+        made_again = evaluates_again and recorded == step and "evaluation" in record
+        if isinstance(recorded, int) and recorded <= step and not made_again:
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

@@ -10,6 +10,9 @@ from datetime import timedelta
 
 import torch
 
+from ..parallel.process_group import Ranks
+from .flops import device_peak_flops
+
 
 class Stopwatch:
     """Time spent in training steps; evaluation and saving are left out."""
@@ -51,6 +54,28 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def speed(seconds: float, tokens: int, flops_per_token: float, ranks: Ranks) -> dict[str, float]:
+    """What a record says of speed and memory.
+
+    Args:
+        seconds: mean of a step.
+        tokens: of a step, over all ranks.
+        flops_per_token: of the model.
+        ranks: that share the work.
+    """
+    rate = tokens / seconds
+    values = {
+        "tokens_per_second": rate,
+        "tokens_per_second_per_rank": rate / ranks.world_size,
+        "step_seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(ranks.device),
+    }
+    peak = device_peak_flops(ranks.device)
+    if peak is not None:
+        values["mfu"] = rate / ranks.world_size * flops_per_token / peak
+    return values
 
 
 def human(number: float) -> str:

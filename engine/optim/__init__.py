@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import OptimizerConfig
 from ..dtypes import DTYPES
 from .adamw import CompactAdamW
 from .clipping import clip_grad_norm
 
-__all__ = ["allocate_states", "build_optimizer", "clip_grad_norm", "set_learning_rate"]
+__all__ = ["allocate_states", "build_optimizer", "clip_grad_norm", "set_learning_rate", "step_unless"]
 
 
 def build_optimizer(
@@ -42,6 +42,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Use ``value`` in every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Update the weights, or leave them and both moments bitwise as they are, without a host sync.
+
+    Args:
+        optimizer: of :func:`build_optimizer`.
+        skip: [] fp32 on the device, 1 to leave out the update, else 0.
+    """
+    optimizer.found_inf = skip  # type: ignore[attr-defined]  # PyTorch's fused AdamW reads it for its GradScaler
+    optimizer.step()
 
 
 @torch.no_grad()

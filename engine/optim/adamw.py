@@ -49,10 +49,15 @@ class CompactAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"weight_decay": 0.0, **defaults})
         self._state_dtype, self._seed, self._compiled = state_dtype, seed, compiled
         self._places: dict[Tensor, Tensor] = {}
+        self.found_inf: Tensor | None = None
+        """[] fp32, not 0 where the next step shall leave weights and moments as they are; as of PyTorch's AdamW."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. No host sync."""
+        """Update every parameter that has a gradient. No host sync.
+
+        ``step`` is on the host, which does not know of ``found_inf``: it also counts the steps that are left out.
+        """
         assert closure is None
         updated, numbers, keys = [], [], []
         for name, group, parameter in self._parameters():
@@ -70,8 +75,9 @@ class CompactAdamW(torch.optim.Optimizer):
         device = _local(updated[0][0]).device
         numbers_PN = _sent(torch.tensor(numbers, dtype=torch.float32), device)
         keys_P2 = _sent(torch.tensor(keys, dtype=torch.int32), device)
+        skip = torch.zeros((), device=device) if self.found_inf is None else self.found_inf.to(device)
         for position, (parameter, state) in enumerate(updated):
-            self._update(parameter, state, numbers_PN[position], keys_P2[position])
+            self._update(parameter, state, numbers_PN[position], keys_P2[position], skip)
 
     def _parameters(self) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
         for group in self.param_groups:
@@ -86,7 +92,7 @@ class CompactAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self._state_dtype)
         return state
 
-    def _update(self, parameter: Tensor, state: dict[str, Tensor], numbers: Tensor, keys: Tensor) -> None:
+    def _update(self, parameter: Tensor, state: dict[str, Tensor], numbers: Tensor, keys: Tensor, skip: Tensor) -> None:
         """Update this rank's shard, a chunk at a time."""
         assert parameter.grad is not None
         tensors = [_local(t) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
@@ -106,7 +112,7 @@ class CompactAdamW(torch.optim.Optimizer):
         for start in range(0, count, size):
             # The data of a view is no view: of those torch.compile would compile one variant for each kind of base.
             chunk = [tensor[start : start + size].view(-1, min(row, count - start)).data for tensor in flat]
-            update(*chunk, first + (start if consecutive else start // row * width), width, numbers, keys)
+            update(*chunk, first + (start if consecutive else start // row * width), width, numbers, keys, skip)
 
 
 def update_chunk(
@@ -118,6 +124,7 @@ def update_chunk(
     width: Tensor,
     numbers: Tensor,
     keys: Tensor,
+    skip: Tensor,
 ) -> None:
     """One step of AdamW in place. All arithmetic is fp32; bf16 tensors are written with stochastic rounding.
 
@@ -127,6 +134,7 @@ def update_chunk(
         width: [] int64, distance of rows in the whole parameter.
         numbers: [7] fp32, see :func:`_numbers`.
         keys: [2] int32, see :func:`~retemper.engine.optim.stochastic_rounding.stream_key`.
+        skip: [] fp32, not 0 to change nothing.
     """
     one_minus_beta1, beta2, one_minus_beta2, root_correction2, eps, step_size, decay = numbers.unbind()
     gradient, before = gradient.float(), weight.float()
@@ -137,13 +145,15 @@ def update_chunk(
     change = step_size * (mean / (square.sqrt() / root_correction2 + eps)) + decay * before
     rows, columns = (torch.arange(size, device=weight.device) for size in weight.shape)
     bits = random_bits(first + rows[:, None] * width + columns, keys)
-    _write(weight, before - change, bits)
-    _write(exp_avg, mean, bits >> 16)
-    _write(exp_avg_sq, square, mixed(bits ^ 0x5BD1E995))
+    skipped = skip != 0
+    _write(weight, before - change, bits, skipped)
+    _write(exp_avg, mean, bits >> 16, skipped)
+    _write(exp_avg_sq, square, mixed(bits ^ 0x5BD1E995), skipped)
 
 
-def _write(target: Tensor, values: Tensor, bits: Tensor) -> None:
-    target.copy_(round_stochastically(values, bits) if target.dtype == torch.bfloat16 else values)
+def _write(target: Tensor, values: Tensor, bits: Tensor, skipped: Tensor) -> None:
+    written = round_stochastically(values, bits) if target.dtype == torch.bfloat16 else values
+    target.copy_(torch.where(skipped, target, written))
 
 
 @functools.cache

@@ -13,26 +13,29 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, counted: Iterable[Tensor] | None = None) -> Tensor:
+def clip_grad_norm(
+    parameters: Iterable[Tensor], max_norm: float, counted: Iterable[Tensor] | None = None, loss: Tensor | None = None
+) -> Tensor:
     """Scale all gradients so that their global L2 norm is at most ``max_norm`` (0: leave them), without a host sync.
 
     Args:
         parameters: of this rank; where it is one of several, DTensors.
         max_norm: the largest norm that is left.
         counted: those of which no other stage of a pipeline has a copy; None for all.
+        loss: [] this rank's part of the loss, if any. Where it is not finite, the norm is NaN on all ranks.
 
     Returns:
         [] fp32, the norm over all parameters and ranks before clipping.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     own = gradients if counted is None else [p.grad for p in counted if p.grad is not None]
-    norm = _total_norm(own)
+    norm = _total_norm(own, loss)
     if max_norm > 0:
         _scale(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def _total_norm(gradients: list[Tensor]) -> Tensor:
+def _total_norm(gradients: list[Tensor], loss: Tensor | None) -> Tensor:
     """Over all ranks, each of which calls this: one sum of one number."""
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
@@ -43,6 +46,9 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
         for copies, some in by_copies.items()
     ]
     total = torch.stack(squares).sum()
+    if loss is not None:
+        # Zero times a finite number changes no bit; times any other it is NaN, which the sum takes to all ranks.
+        total = total + 0 * loss.to(total.device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total.sqrt()

@@ -25,12 +25,15 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..errors import UserError, report_user_error
+from ..stacks import dump_stacks
 from .meeting import Meeting
 
 _LOST_CONTACT = re.compile(r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 _SETTLING_SECONDS = 3.0
 """Ranks that fail together each say so by themselves: only after this is the first one's failure said by the others."""
 _LONGEST_LINE = 500
+_OWN_ERROR = "has ended with an error of its own"
+"""A verdict that needs no stacks: that rank has said where it stood."""
 
 
 class Liveness:
@@ -140,6 +143,8 @@ class Liveness:
             if begun != (begun := _collectives_begun()):
                 self._moved = time.monotonic()
             if verdict := self._verdict():
+                if _OWN_ERROR not in verdict:
+                    dump_stacks()
                 report_user_error(UserError(verdict))
                 self._leave("verdict", verdict)
                 self._linger()
@@ -156,7 +161,7 @@ class Liveness:
             if left["how"] == "verdict":
                 return left["text"]
             if left["how"] == "failed" and now - self._changed[rank] > _SETTLING_SECONDS:
-                return f"{name([rank])} has ended with an error of its own: {left['text']}"
+                return f"{name([rank])} {_OWN_ERROR}: {left['text']}"
         patience = self.timeout if self._failed is None else self.grace_seconds
         # Where collectives go on, nobody is missing, whatever has become of the signs.
         stuck = self._failed is not None or now - self._moved > self.grace_seconds

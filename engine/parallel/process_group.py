@@ -55,6 +55,13 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def gather(self, value: Result) -> list[Result]:
+        """Every rank's ``value`` (any picklable object), by rank, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def everywhere(self, action: Callable[[], Result]) -> Result:
         """Run ``action`` on every rank. Where it fails on some, all raise, so that none waits for another in vain.
 
@@ -77,10 +84,7 @@ class Ranks:
 
     def raise_together(self, problem: str | None) -> None:
         """Raise where any rank has a problem. All ranks must call this."""
-        problems = [problem]
-        if self.world_size > 1:
-            problems = [None] * self.world_size
-            dist.all_gather_object(problems, problem)
+        problems = self.gather(problem)
         found = problem or next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), None)
         if found:
             raise UserError(found)

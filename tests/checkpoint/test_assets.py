@@ -96,3 +96,14 @@ def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"hf/config.json of the checkpoint is damaged"):
         _ = HfAssets.read(tmp_path).config
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"hf/config.json of the checkpoint is damaged"):
+        _ = HfAssets.read(tmp_path).config
+
+
+def test_a_link_out_of_the_checkpoint_is_refused(tmp_path):
+    (tmp_path / "step" / "hf").mkdir(parents=True)
+    (tmp_path / "secret").write_text("of somebody")
+    (tmp_path / "step" / "hf" / "vocab.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"'hf/vocab.json', which is not inside it"):
+        HfAssets.of_checkpoint(tmp_path / "step")

@@ -30,7 +30,8 @@ from ...engine.errors import UserError
 from ...engine.model.architecture import Architecture, parse_architecture, read_hf_config
 from ...engine.observe.flops import named_peak, training_flops
 from ...engine.parallel.process_group import Ranks
-from ...engine.trainer import StepResult, Trainer
+from ...engine.run_state import StepResult
+from ...engine.trainer import Trainer
 from .matmul import MatmulRate, matmul_rates
 from .phases import PhaseClock, StepTime
 from .synthetic import DocumentLengths, write_random_dataset
@@ -227,9 +228,10 @@ class TimedTrainer(Trainer):
     def _report(self, *_: object) -> None:
         """Nothing: a report waits for the device."""
 
-    def _evaluate_and_save(self, result: StepResult, last: bool, stopping: bool) -> None:
+    def _evaluate_and_save(self, result: StepResult, last: bool, stopping: bool) -> bool:
         if last or stopping:
             self._clock.close()
+        return stopping
 
 
 def _describe(

@@ -1,0 +1,84 @@
+"""What is on disk and what it should be: sizes and hashes of a checkpoint's files, taken while they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and hash of a file."""
+
+    bytes: int
+    xxh3_128: str
+    """In hexadecimal, as of ``engine.data.sidecar.hash_file``."""
+
+
+def record_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> FileRecord:
+    """Read ``path`` for its record; ``on_bytes`` hears how many bytes each block had."""
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+            on_bytes(len(block))
+    return FileRecord(size, digest.hexdigest())
+
+
+class HashingWriter(dcp.FileSystemWriter):
+    """DCP's writer, which flushes every file to disk and keeps the :attr:`records` of those that this rank writes.
+
+    What is hashed is what was to be written: a disk that keeps something else is found out when it is read again.
+    """
+
+    def __init__(self, folder: Path, single_file_per_rank: bool):
+        super().__init__(str(folder), single_file_per_rank=single_file_per_rank, sync_files=True)
+        self.records: dict[str, FileRecord] = {}
+        self.fs = _HashingFileSystem(self.records)
+
+
+class _HashingFileSystem(FileSystem):
+    def __init__(self, records: dict[str, FileRecord]) -> None:
+        self.records = records
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            if mode != "wb":
+                yield stream
+                return
+            hashed = _HashedStream(stream)
+            yield hashed
+        self.records[Path(path).name] = hashed.record()
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
+
+
+class _HashedStream:
+    """As much of a file as DCP, torch.save and pickle write through: from its beginning to its end, never back."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._digest, self._size = xxhash.xxh3_128(), 0
+        self.flush, self.fileno, self.tell, self.close = stream.flush, stream.fileno, stream.tell, stream.close
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        count = self._stream.write(data)
+        self._size += count
+        return cast(int, count)
+
+    def record(self) -> FileRecord:
+        return FileRecord(self._size, self._digest.hexdigest())

@@ -1,0 +1,216 @@
+"""Nothing in a checkpoint is executed, and nothing outside its folder is read.
+
+The canary is a file that the pickles would make, were they executed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import pickle
+import shutil
+import struct
+
+import pytest
+import saved_runs
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from retemper.checkpoint_convert.dcp_to_hf import convert
+from retemper.engine.checkpoint import manifest as manifests
+from retemper.engine.checkpoint import tensors
+from retemper.engine.checkpoint.safety import SafeReader, read_metadata
+from retemper.engine.checkpoint.tensors import StoredTensor, load_tensors, stored_tensors
+from retemper.engine.checkpoint.verify import find_damage
+from retemper.engine.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A checkpoint of format 1: no hash tells that something has been changed."""
+    copy = saved_runs.copy_of(saved / "checkpoints" / "step-00000004", tmp_path / "step")
+    saved_runs.rewrite_manifest(copy, lambda content: None, version=1)
+    return copy
+
+
+class Call:
+    """Pickled, it is a call of ``function``."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def load(folder):
+    load_tensors(folder, saved_runs.tensors_at(0), distributed=False)
+
+
+READERS = {
+    "names": stored_tensors,
+    "values": load,
+    "verification": lambda folder: _raise_first(find_damage(folder)[1]),
+    "converter": lambda folder: convert(folder, folder.parent / "hf", say=lambda line: None),
+    "DCP": lambda folder: dcp.load(saved_runs.tensors_at(0), storage_reader=SafeReader(str(folder)), no_dist=True),
+}
+
+
+def _raise_first(damage):
+    if damage:
+        raise UserError(damage[0].what)
+
+
+def _payload(kind, canary):
+    call = Call(os.mkdir, str(canary))
+    loaded = Metadata({"x": call}) if kind == "inside metadata" else None
+    return {
+        "a call": lambda: pickle.dumps(call),
+        "protocol 0": lambda: pickle.dumps(call, protocol=0),
+        "inside metadata": lambda: pickle.dumps(loaded),
+        "eval": lambda: pickle.dumps(Call(eval, f"__import__('os').mkdir({str(canary)!r})")),
+        "path": lambda: pickle.dumps(Call(pathlib.Path.mkdir, pathlib.Path(canary))),
+        "torch.load": lambda: pickle.dumps(Call(torch.load, io.BytesIO(pickle.dumps(call)))),
+        # A dotted name under a module that is known.
+        "dotted": lambda: b"\x80\x04\x8c\x05torch\x8c\x08os.mkdir\x93\x8c" + struct.pack("B", len(str(canary)))
+        + str(canary).encode() + b"\x85R.",
+    }[kind]()  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", ["a call", "protocol 0", "inside metadata", "eval", "path", "torch.load", "dotted"])
+def test_a_pickle_in_the_metadata_is_not_executed(folder, tmp_path, kind, reader):
+    canary = tmp_path / "canary"
+    (folder / ".metadata").write_bytes(_payload(kind, canary))
+    with pytest.raises((UserError, CheckpointException)) as error:
+        READERS[reader](folder)
+    assert not canary.exists()
+    if reader != "DCP":
+        assert isinstance(error.value, UserError) and "\n" not in str(error.value)
+
+
+def test_the_canary_would_sing(tmp_path):
+    pickle.loads(_payload("a call", tmp_path / "canary"))
+    assert (tmp_path / "canary").exists()
+
+
+def test_metadata_that_changes_between_two_readings_is_not_executed_either(folder, tmp_path, monkeypatch):
+    """DCP reads it for itself, after we have."""
+    canary = tmp_path / "canary"
+    monkeypatch.setattr(tensors, "stored_tensors", lambda folder: {
+        name: StoredTensor(tuple(tensor.shape), tensor.dtype) for name, tensor in saved_runs.tensors_at(0).items()
+    })  # fmt: skip
+    (folder / ".metadata").write_bytes(_payload("a call", canary))
+    with pytest.raises(UserError, match="damaged"):
+        load(folder)
+    assert not canary.exists()
+
+
+def test_values_that_are_a_pickle_are_not_executed(folder, tmp_path, monkeypatch):
+    canary = tmp_path / "canary"
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    file = io.BytesIO()
+    torch.save(Call(os.mkdir, str(canary)), file)
+    metadata = read_metadata(folder)
+    for place in metadata.storage_data.values():
+        place.offset, place.length = 0, len(file.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    (folder / "__0_0.distcp").write_bytes(file.getvalue())
+    with pytest.raises(UserError, match="damaged"):
+        load(folder)
+    assert not canary.exists()
+    torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    assert canary.exists()
+
+
+def test_items_that_are_no_tensors_are_never_unpickled(tmp_path):
+    canary, folder = tmp_path / "canary", tmp_path / "step"
+    writer = dcp.FileSystemWriter(str(folder))
+    dcp.save({"x": Call(os.mkdir, str(canary)), "y": torch.ones(2)}, storage_writer=writer, no_dist=True)
+    assert list(stored_tensors(folder)) == ["y"]
+    with pytest.raises(UserError, match="1 tensors are missing"):
+        load_tensors(folder, {"x": torch.ones(2)}, distributed=False)
+    with pytest.raises(CheckpointException, match="is no tensor"):
+        dcp.load({"x": 0}, storage_reader=SafeReader(str(folder)), no_dist=True)
+    assert not canary.exists()
+    dcp.load({"x": 0}, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=True)
+    assert canary.exists()
+
+
+def test_metadata_cannot_change_classes(folder):
+    # Metadata.canary = 1, as the state (None, {"canary": 1}) of the class itself.
+    name = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
+    (folder / ".metadata").write_bytes(b"\x80\x04" + name + b"N}X\x06\0\0\0canaryK\x01s\x86b.")
+    with pytest.raises(UserError, match="changes PyTorch's classes"):
+        read_metadata(folder)
+    assert not hasattr(Metadata, "canary")
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.distcp", "/absolute", "a/../../outside.distcp", "link", "x\0", "\ud800", "", 3, "."]
+)
+def test_a_path_that_leaves_the_folder_is_refused(folder, tmp_path, name):
+    shutil.copy(folder / "__0_0.distcp", tmp_path / "outside.distcp")
+    (folder / "link").symlink_to(tmp_path / "outside.distcp")
+    name = str(tmp_path / "outside.distcp") if name == "/absolute" else name
+    metadata = read_metadata(folder)
+    for place in metadata.storage_data.values():
+        place.relative_path = name
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="names a file"):
+        load(folder)
+    # The same name in a manifest.
+    (folder / "link").rename(tmp_path / "link")
+    manifests.write_manifest(folder, saved_runs.manifest_at(4))
+    (tmp_path / "link").rename(folder / "link")
+    files = {str(name): {"bytes": 1, "xxh3_128": "0" * 32}}
+    saved_runs.rewrite_manifest(folder, lambda content: content["files"].update(files))
+    assert find_damage(folder)[1]
+
+
+def test_a_link_inside_and_a_folder_that_is_a_link_are_fine(folder, tmp_path):
+    (folder / "__0_0.distcp").rename(folder / "other")
+    (folder / "__0_0.distcp").symlink_to("other")
+    (tmp_path / "link").symlink_to(folder)
+    load(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda metadata: setattr(metadata, "storage_data", None),
+        lambda metadata: setattr(metadata, "state_dict_metadata", [1]),
+        lambda metadata: metadata.state_dict_metadata.update(x=3),
+        lambda metadata: [setattr(item, "size", (1, 2)) for item in metadata.state_dict_metadata.values()],
+        lambda metadata: [setattr(item, "chunks", 3) for item in metadata.state_dict_metadata.values()],
+        lambda metadata: [setattr(item, "offset", -1) for item in metadata.storage_data.values()],
+        lambda metadata: [setattr(item, "length", "1") for item in metadata.storage_data.values()],
+        lambda metadata: [setattr(item, "transform_descriptors", ["z"]) for item in metadata.storage_data.values()],
+        lambda metadata: metadata.storage_data.clear(),
+    ],
+)
+def test_metadata_of_wrong_types_is_a_line(folder, change):
+    metadata = read_metadata(folder)
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError):
+        load(folder)
+    if metadata.storage_data:
+        with pytest.raises(UserError, match="damaged"):
+            read_metadata(folder)
+
+
+def test_damaged_metadata_is_a_line(folder):
+    data = (folder / ".metadata").read_bytes()
+    for place in range(0, len(data), 11):
+        for broken in (data[:place], data[:place] + bytes([data[place] ^ 0x15]) + data[place + 1 :]):
+            (folder / ".metadata").write_bytes(broken)
+            try:
+                stored_tensors(folder)
+            except UserError as error:
+                assert "\n" not in str(error)

@@ -1,0 +1,98 @@
+"""Tiny runs in which one step goes wrong on one rank, and their oracle: the same run with that update left out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import tiny_run
+import torch
+from torch.distributed.tensor import DTensor
+
+from retemper.engine.checkpoint.tensors import optimizer_tensors
+from retemper.engine.errors import UserError
+from retemper.engine.parallel.process_group import Ranks
+from retemper.engine.trainer import Trainer
+
+
+def train(ranks: Ranks, path: Path, overrides: list[str], faults: dict[int, str], rank: int = 0) -> str | None:
+    """The run, with a fault on ``rank`` in the steps that are keys of ``faults``; what it says if it gives up.
+
+    Faults: ``gradient``, a NaN in one place of one gradient; ``loss``, an infinite loss with sound gradients;
+    ``spike``, loss and gradients 50 times as large (on all ranks); ``weight``, a NaN in a weight.
+    """
+    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
+    passes_train = trainer.passes.train
+
+    def faulty(*arguments):
+        fault = faults.get(trainer.progress.step + 1)
+        if fault == "weight":
+            _break(next(iter(trainer.model.parameters())))
+        loss = passes_train(*arguments)
+        if fault == "spike":
+            for parameter in trainer.model.parameters():
+                parameter.grad.mul_(50)
+            return 50 * loss
+        if ranks.rank != rank:
+            return loss
+        if fault == "gradient":
+            _break(next(iter(trainer.model.parameters())).grad)
+        return loss * float("inf") if fault == "loss" else loss
+
+    trainer.passes.train = faulty
+    try:
+        trainer.run()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _break(tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        _local(tensor).view(-1)[3] = float("nan")
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_short(ranks: Ranks, path: Path, overrides: list[str], file: Path) -> str:
+    """What the run says when ``file`` of its data is emptied behind its back, after the first step."""
+    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
+    make_step = trainer._step
+
+    def step(*batches):
+        if trainer.progress.step == 1 and ranks.is_main:
+            os.truncate(file, 0)
+        return make_step(*batches)
+
+    trainer._step = step
+    try:
+        trainer.run()
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the run went through")
+
+
+def train_without(ranks: Ranks, path: Path, overrides: list[str], left_out: set[int]) -> None:
+    """The oracle: an undisturbed run, of whose steps ``left_out`` every weight and moment is put back afterwards.
+
+    PyTorch's AdamW does not count the steps that it leaves out; ours counts them.
+    """
+    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
+    update = trainer.optimizer.step
+    counts = isinstance(trainer.optimizer, torch.optim.AdamW)
+
+    def step():
+        if trainer.progress.step + 1 not in left_out:
+            return update()
+        tensors = dict(trainer.model.named_parameters()) | optimizer_tensors(trainer.model, trainer.optimizer)
+        tensors = {name: t for name, t in tensors.items() if counts or not name.startswith("optimizer.step.")}
+        before = {name: _local(tensor).clone() for name, tensor in tensors.items()}
+        update()
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                _local(tensor).copy_(before[name])
+
+    trainer.optimizer.step = step
+    trainer.run()

@@ -1,0 +1,58 @@
+"""The command in a process of its own that waits in a named phase, until it is told to go on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from retemper.engine import pretrain, stopping
+from retemper.engine.checkpoint import store
+from retemper.engine.errors import run_command
+from retemper.engine.parallel.passes import Sequential
+from retemper.engine.trainer import Trainer
+
+AFTER_STEPS = 5
+
+
+def command(arguments: list[str], phase: str, pipe: Connection, output: Path) -> None:
+    """``pretrain.py`` with ``arguments``; says when it is in ``phase`` for the first time, and waits there."""
+    descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.argv[1:] = arguments
+    torch.set_num_threads(1)
+    stopping.GRACE_SECONDS = 0.3
+    owner, name, due = {
+        "reading": (pretrain, "parse_config", lambda *_: True),
+        "loading": (Trainer, "_load_weights", lambda *_: True),
+        "first report": (Trainer, "_say_plan", lambda *_: True),
+        "step": (Trainer, "_step", lambda trainer, *_: trainer.progress.step == AFTER_STEPS),
+        "deaf step": (Trainer, "_step", lambda trainer, *_: trainer.progress.step == AFTER_STEPS),
+        "evaluation": (Sequential, "evaluate", lambda *_: True),
+        "save": (store, "save_tensors", lambda *_: True),
+    }[phase]
+    _wait_before(owner, name, due, pipe, deaf=phase == "deaf step")
+    run_command(pretrain.main)
+
+
+def _wait_before(owner: Any, name: str, due: Any, pipe: Connection, deaf: bool) -> None:
+    function, waited = getattr(owner, name), []
+
+    def waiting(*arguments, **named):
+        if not waited and due(*arguments):
+            waited.append(True)
+            pipe.send("here")
+            if deaf:  # in C++, where Python handles no signal
+                dist.HashStore().wait(["what nobody sets"], timedelta(seconds=60))
+            pipe.recv()
+        return function(*arguments, **named)
+
+    setattr(owner, name, waiting)

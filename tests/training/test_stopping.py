@@ -1,0 +1,188 @@
+"""Asked to stop in every phase of a run: it saves once, ends with 0, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import stop_cases
+import tiny_run
+
+from retemper.engine.stopping import StopRequest
+from retemper.engine.trainer import Trainer
+
+# Enough windows that an evaluation takes several turns.
+OPTIONS = ["--training.eval_tokens", "2000", "--training.train_tokens", str(10 * 8 * 32), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes that have imported the trainer already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["retemper.engine.pretrain"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def undisturbed(one_rank, run_file, tmp_path_factory):
+    """Run folder of the run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    tiny_run.train(one_rank, run_file, [*OPTIONS, "--run_folder", str(folder)])
+    return folder
+
+
+class Case:
+    """A command that waits in a phase; when it is there, ``signals`` are sent, one after another."""
+
+    def __init__(self, processes, run_file, folder, phase, *options):
+        self.output = folder.parent / "output"
+        arguments = ["--config", str(run_file), *OPTIONS, "--run_folder", str(folder), *options]
+        self.pipe, theirs = processes.Pipe()
+        target = (arguments, phase, theirs, self.output)
+        self.process = processes.Process(target=stop_cases.command, args=target, daemon=True)
+        self.process.start()
+        theirs.close()
+        assert self.pipe.poll(60) and self.pipe.recv() == "here", self.said()
+
+    def send(self, *signals):
+        for number in signals:
+            os.kill(self.process.pid, number)
+
+    def end(self, go_on=True):
+        """Exit status."""
+        if go_on:
+            self.pipe.send("go on")
+        self.process.join(60)
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def said(self):
+        return self.output.read_text()
+
+
+def _checkpoints(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith("step-"))
+
+
+@pytest.mark.parametrize(
+    ("phase", "number", "saved"),
+    [
+        ("step", signal.SIGUSR1, [4, 6]),
+        ("step", signal.SIGINT, [4, 6]),
+        ("evaluation", signal.SIGTERM, [4, 5]),
+        ("save", signal.SIGTERM, [4]),
+    ],
+)
+def test_it_saves_once_and_the_next_run_is_the_undisturbed_one(
+    phase, number, saved, processes, one_rank, run_file, undisturbed, tmp_path
+):
+    folder = tmp_path / "run"
+    case = Case(processes, run_file, folder, phase)
+    case.send(number, number, signal.SIGTERM)  # what terminal and launcher repeat is one wish
+    assert case.end() == 0, case.said()
+    assert f"stopped at step {saved[-1]} as asked; resume: auto continues" in case.said()
+    assert _checkpoints(folder) == [f"step-{step:08d}" for step in saved]
+    tiny_run.train(one_rank, run_file, [*OPTIONS, "--run_folder", str(folder)])
+    assert tiny_run.curve(folder) == tiny_run.curve(undisturbed)
+    best = [
+        json.loads((run / "checkpoints" / "step-00000010" / "manifest.json").read_text())["best"]
+        for run in (folder, undisturbed)
+    ]
+    assert best[0] == best[1]
+
+
+@pytest.mark.parametrize("phase", ["reading", "loading", "first report"])
+def test_before_the_first_step_there_is_nothing_to_save(phase, processes, run_file, tmp_path):
+    case = Case(processes, run_file, tmp_path / "run", phase)
+    case.send(signal.SIGTERM)
+    # Before the ranks have met nothing is waited for.
+    assert case.end(go_on=phase != "reading") == 0, case.said()
+    assert case.said().endswith("stopped as asked before the first step: nothing to save\n")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("phase", "number"), [("deaf step", signal.SIGINT), ("save", signal.SIGTERM)])
+def test_a_second_wish_ends_it_at_once(phase, number, processes, one_rank, run_file, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    case = Case(processes, run_file, folder, phase)
+    case.send(number)
+    time.sleep(0.5)  # more than the grace of this process
+    case.send(number)
+    assert case.end(go_on=False) == 128 + number, case.said()
+    assert f"{number.name} again: ends at once" in case.said()
+    assert (folder / "checkpoints").exists() == (phase == "deaf step" or bool(list(folder.glob("checkpoints/.*"))))
+    assert [path.name for path in folder.glob("checkpoints/step-*")] == ["step-00000004"] * (phase == "deaf step")
+    tiny_run.train(one_rank, run_file, [*OPTIONS, "--run_folder", str(folder)])
+    assert tiny_run.curve(folder) == tiny_run.curve(undisturbed)
+
+
+def test_a_limit_of_time_is_a_wish_to_stop(one_rank, run_file, tmp_path, capsys):
+    # Long past when the first step is made, but not asked for before.
+    overrides = [*OPTIONS, "--training.stop_after_minutes", "1e-9", "--run_folder", str(tmp_path)]
+    stop = StopRequest(one_rank)
+    assert not stop.agreed()
+    stop.stop_after(1e-9)
+    assert stop.agreed()
+    stop.stop_after(1000)
+    assert not stop.agreed()
+    with pytest.raises(SystemExit) as left:
+        tiny_run.train(one_rank, run_file, overrides)
+    assert left.value.code == 0
+    assert "nothing to save" in capsys.readouterr().out
+
+
+def test_a_run_past_its_limit_saves_at_the_next_step(one_rank, run_file, tmp_path, capsys):
+    overrides = [*OPTIONS, "--training.stop_after_minutes", "1000", "--run_folder", str(tmp_path)]
+    trainer = Trainer(tiny_run.configure(run_file, *overrides), one_rank)
+    make_step = trainer._step
+
+    def step(*batches):
+        if trainer.progress.step == 6:
+            trainer.stop._began -= 60 * 1000
+            trainer.stop.stop_after(trainer.config.training.stop_after_minutes)
+        return make_step(*batches)
+
+    trainer._step = step
+    trainer.run()
+    assert _checkpoints(tmp_path) == ["step-00000004", "step-00000007"]
+    assert "stopped at step 7 as asked" in capsys.readouterr().out
+
+
+def test_a_broken_off_evaluation_is_recorded_once_however_often_the_run_resumes(
+    processes, one_rank, run_file, undisturbed, tmp_path
+):
+    folder = tmp_path / "run"
+    case = Case(processes, run_file, folder, "evaluation")
+    case.send(signal.SIGTERM)
+    assert case.end() == 0, case.said()
+    tiny_run.train_until(one_rank, run_file, [*OPTIONS, "--run_folder", str(folder)], 6)
+    tiny_run.train(one_rank, run_file, [*OPTIONS, "--run_folder", str(folder)])
+    assert tiny_run.curve(folder) == tiny_run.curve(undisturbed)
+
+
+def test_a_step_that_hangs_ends_with_the_stacks_of_all_threads(processes, run_file, tmp_path):
+    case = Case(processes, run_file, tmp_path / "run", "deaf step", "--parallel.timeout_seconds", "1")
+    assert case.end(go_on=False) == 1
+    stacks, _, end = case.said().partition("error: ")
+    assert "where each thread stands" in stacks and "stop_cases.py" in stacks and "in waiting" in stacks
+    assert end.startswith("step 6, data: no progress for ") and "parallel.timeout_seconds" in end
+    assert _checkpoints(tmp_path / "run") == ["step-00000004"]
+
+
+def test_handlers_are_restored_and_those_set_inside_are_kept():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with StopRequest() as stop:
+        stop.hold()
+        with stop:
+            pass
+        assert signal.getsignal(signal.SIGTERM) not in before
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        assert signal.getsignal(signal.SIGTERM) == before[0]
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before[1])

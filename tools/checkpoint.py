@@ -1,0 +1,64 @@
+"""Show, verify, compare and thin out checkpoints.
+
+    python tools/checkpoint.py ls runs/x                       # every checkpoint: step, loss, size, why it is kept
+    python tools/checkpoint.py verify runs/x/checkpoints/*     # read every byte; exit status 1 where one is damaged
+    python tools/checkpoint.py diff A B                        # settings and tensors that differ; exit status 1 then
+    python tools/checkpoint.py prune runs/x --keep-last 2 --keep-every 10000 --dry-run
+
+The work is done by retemper.tools.checkpoint_report; this file is the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from retemper.engine.errors import CommandParser, run_command
+from retemper.tools.checkpoint_report.comparison import compare
+from retemper.tools.checkpoint_report.listing import format_listing, list_checkpoints
+from retemper.tools.checkpoint_report.pruning import prune
+from retemper.tools.checkpoint_report.verification import verify
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options on the command line, by default that of this process."""
+    parser = CommandParser(description="Show, verify, compare and thin out checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|diff|prune")
+    ls = commands.add_parser("ls", help="the checkpoints of a run; sizes are checked, contents are not read")
+    ls.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
+    verify_ = commands.add_parser("verify", help="compare every byte with the hashes; exit status 1 on damage")
+    verify_.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="checkpoint or run folder")
+    diff = commands.add_parser("diff", help="what differs between two checkpoints; exit status 1 if anything does")
+    diff.add_argument("first", type=Path, metavar="A")
+    diff.add_argument("second", type=Path, metavar="B")
+    thin = commands.add_parser("prune", help="remove checkpoints; the best, final and damaged ones stay")
+    thin.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
+    thin.add_argument("--keep-last", type=_positive, required=True, metavar="N", help="newest ones that stay")
+    thin.add_argument("--keep-every", type=_positive, default=0, metavar="N", help="steps whose multiples stay")
+    thin.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    if options.command == "ls":
+        print(format_listing(list_checkpoints(options.run_folder)))
+        return 0
+    if options.command == "verify":
+        return 0 if verify(options.paths) else 1
+    if options.command == "diff":
+        return 1 if compare(options.first, options.second) else 0
+    prune(options.run_folder, options.keep_last, options.keep_every, options.dry_run)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,161 @@
+"""The checkpoints of a run in a table, and why each is kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...engine.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
+from ...engine.checkpoint.retention import reasons_to_keep
+from ...engine.checkpoint.store import DAMAGED, is_checkpoint_name, step_of
+from ...engine.checkpoint.verify import wrong_sizes
+from ...engine.errors import UserError
+from ...engine.observe.loggers import METRICS_FILE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint."""
+
+    name: str
+    manifest: Manifest | None
+    """None where it cannot be read."""
+    loss: float | None
+    """Training loss of the step, where it was logged."""
+    bytes: int
+    """Size of the files that are there."""
+    age_seconds: float
+    kept: list[str]
+    """Reasons of :func:`~retemper.engine.checkpoint.retention.reasons_to_keep`."""
+    state: str
+    """complete, unverifiable (format 1, without hashes), set aside, or what is wrong."""
+
+
+def checkpoint_folder(run_folder: Path) -> Path:
+    """The folder of a run's checkpoints.
+
+    Raises:
+        UserError: ``run_folder`` has none.
+    """
+    folder = run_folder / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{run_folder}: holds no folder checkpoints; name the run_folder of a run")
+    return folder
+
+
+def list_checkpoints(run_folder: Path) -> list[Row]:
+    """Every checkpoint of the run, by step, also those that are damaged or were set aside.
+
+    Raises:
+        UserError: it is no run folder, or cannot be read.
+    """
+    folder = checkpoint_folder(run_folder)
+    entries = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()]
+    names = [entry for entry in entries if is_checkpoint_name(entry.name.partition(DAMAGED)[0])]
+    states = {entry: _state(entry) for entry in names}
+    whole = {entry: manifest for entry, (manifest, state) in states.items() if manifest and state in _WHOLE}
+    whole = dict(sorted(whole.items(), key=lambda item: step_of(item[0])))
+    reasons = reasons_to_keep(whole, *_retention(list(whole.values())))
+    losses = _losses(run_folder)
+    return [
+        Row(
+            entry.name,
+            manifest,
+            losses.get(manifest.step) if manifest else None,
+            sum(path.stat().st_size for path in entry.rglob("*") if path.is_file()),
+            time.time() - (entry / MANIFEST_FILE if (entry / MANIFEST_FILE).is_file() else entry).stat().st_mtime,
+            reasons.get(entry, []),
+            state,
+        )
+        for entry, (manifest, state) in states.items()
+    ]
+
+
+_WHOLE = ("complete", "complete, without hashes")
+
+
+def _state(folder: Path) -> tuple[Manifest | None, str]:
+    manifest, state = None, f"damaged: {MANIFEST_FILE} is missing"
+    try:
+        if (folder / MANIFEST_FILE).is_file():
+            manifest = read_manifest(folder)
+            wrong = wrong_sizes(folder, manifest)
+            state = f"damaged: {wrong[0].what}" if wrong else _WHOLE[0 if manifest.files else 1]
+    except UserError as error:
+        state = f"damaged: {error}"
+    return manifest, "set aside" if DAMAGED in folder.name else state
+
+
+def _retention(manifests: Sequence[Manifest]) -> tuple[int, int, int | None]:
+    """keep_last, keep_every and the best step, as the newest checkpoint knows them."""
+    if not manifests:
+        return 1, 0, None
+    newest = manifests[-1]
+    settings = newest.config.get("checkpoint")
+    settings = settings if isinstance(settings, dict) else {}
+    last, every = settings.get("keep_last"), settings.get("keep_every")
+    return (
+        last if type(last) is int and last > 0 else 1,
+        every if type(every) is int and every > 0 else 0,
+        newest.best.get("step") if settings.get("keep_best", True) else None,
+    )
+
+
+def _losses(run_folder: Path) -> dict[int, float]:
+    """Training loss by step, from the run's records; lines that are none are passed over."""
+    losses: dict[int, float] = {}
+    path = run_folder / METRICS_FILE
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "evaluation" not in record and isinstance(record.get("loss"), float):
+            step = record.get("step")
+            losses |= {step: record["loss"]} if isinstance(step, int) else {}
+    return losses
+
+
+def format_listing(rows: Sequence[Row]) -> str:
+    """The table, a line each."""
+    if not rows:
+        return "no checkpoints"
+    table = [("checkpoint", "step", "tokens", "loss", "evaluation", "size", "age", "kept", "state")]
+    for row in rows:
+        manifest = row.manifest
+        evaluation = next(iter(manifest.evaluation.values()), None) if manifest else None
+        table.append(
+            (
+                row.name,
+                f"{manifest.step:,}" if manifest else "",
+                f"{manifest.consumed_tokens:,}" if manifest else "",
+                "" if row.loss is None else f"{row.loss:.4f}",
+                "" if evaluation is None else f"{evaluation:.4f}",
+                format_bytes(row.bytes),
+                _format_age(row.age_seconds),
+                ", ".join(row.kept),
+                row.state,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                     for line in table)  # fmt: skip
+
+
+def format_bytes(count: float) -> str:
+    """Such as 1.5 GB, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def _format_age(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"

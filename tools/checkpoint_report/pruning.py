@@ -1,0 +1,54 @@
+"""Removing checkpoints that nobody asked to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ...engine.checkpoint.lock import run_folder_lock
+from ...engine.checkpoint.retention import reasons_to_keep, whole_checkpoints
+from ...engine.checkpoint.store import CheckpointStore
+from ...engine.errors import UserError
+from ...engine.parallel.process_group import Ranks
+from .listing import checkpoint_folder
+
+
+def prune(
+    run_folder: Path, keep_last: int, keep_every: int = 0, dry_run: bool = False, say: Callable[[str], None] = print
+) -> None:
+    """Remove all checkpoints of a run but the newest, those at multiples of ``keep_every`` steps, the best, and final
+    ones. Damaged ones are neither counted nor removed.
+
+    Raises:
+        UserError: it is no run folder, a run is writing to it, or a checkpoint cannot be removed.
+    """
+    checkpoint_folder(run_folder)
+    store = CheckpointStore(run_folder, Ranks(0, 1, torch.device("cpu")), keep_last, keep_best=True)
+    if dry_run:
+        _prune(store, keep_last, keep_every, say, remove=False)
+        return
+    try:
+        with run_folder_lock(run_folder) as notes:
+            for note in notes:
+                say(note)
+            _prune(store, keep_last, keep_every, say, remove=True)
+    except OSError as error:
+        raise UserError(f"{error.filename or run_folder}: {error.strerror or error}") from None
+
+
+def _prune(store: CheckpointStore, keep_last: int, keep_every: int, say: Callable[[str], None], remove: bool) -> None:
+    complete = store.complete()
+    whole = whole_checkpoints(complete)
+    best = list(whole.values())[-1].best.get("step") if whole else None
+    for folder, reasons in reasons_to_keep(whole, keep_last, keep_every, best).items():
+        if reasons:
+            say(f"keep    {folder} ({', '.join(reasons)})")
+        elif remove:
+            store.remove(folder)
+            say(f"removed {folder}")
+        else:
+            say(f"remove  {folder}")
+    for folder in (folder for folder in complete if folder not in whole):
+        say(f"damaged {folder}: left alone; see verify")

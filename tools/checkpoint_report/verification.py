@@ -1,0 +1,48 @@
+"""Whether checkpoints are what was written, with every byte read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ...engine.checkpoint.manifest import MANIFEST_FILE
+from ...engine.checkpoint.store import is_checkpoint_name
+from ...engine.checkpoint.verify import find_damage
+from ...engine.errors import UserError
+from .listing import format_bytes
+
+
+def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:
+    """Verify every checkpoint of ``paths``, each of which is one, or a run folder; whether all are as written.
+
+    Raises:
+        UserError: a path is neither, or cannot be read.
+    """
+    sound = True
+    for folder in [folder for path in paths for folder in _checkpoints(path)]:
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, disable=None,
+                  leave=False, desc=folder.name) as bar:  # fmt: skip
+            manifest, damage = find_damage(folder, on_bytes=bar.update)
+        for item in damage:
+            say(f"damaged: {item.what}")
+        if manifest is not None and not damage:
+            size = sum(record.bytes for record in manifest.records.values())
+            said = f"{len(manifest.files)} files, {format_bytes(size)}: as they were written"
+            say(f"{folder}: " + (said if manifest.files else "not verified: written before manifests had hashes"))
+        sound = sound and manifest is not None and not damage
+    return sound
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; name a checkpoint or a run folder")
+    inside = path / "checkpoints"
+    if (path / MANIFEST_FILE).is_file() or not inside.is_dir():
+        return [path]
+    found = sorted(entry for entry in inside.iterdir() if entry.is_dir() and is_checkpoint_name(entry.name))
+    if not found:
+        raise UserError(f"{path}: holds no checkpoints")
+    return found
