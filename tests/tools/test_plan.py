@@ -147,14 +147,14 @@ def test_states_traffic_and_operations_are_those_of_the_formulas(run_file, pool)
     # forward, and backward these 2 again and 3 more.
     attention = layers * 7 * 2 * q * tokens * 256 / 2
     assert rehearsed.flops == pytest.approx(6 * tokens * (products + hidden * vocabulary) + attention, rel=1e-9)
-    # Blocks are gathered in bf16 for either pass, the rest once; all is reduced in fp32.
-    rest = 2 * vocabulary * hidden + hidden
+    # Blocks and the embedding are gathered in bf16 for either pass, head and norm once; all is reduced in fp32.
+    rest = vocabulary * hidden + hidden
     gathered = 2 * (2 * (a.num_parameters - rest) + rest)
     gather, reduce = (
         rehearsed.collectives[Collective(kind, ("shard",), 8, 8)] for kind in ("all-gather", "reduce-scatter")
     )
-    assert gather.size == gathered and gather.sent == gathered * 7 / 8 and gather.count == 2 * layers + 1
-    assert reduce.size == 4 * a.num_parameters and reduce.count == layers + 1
+    assert gather.size == gathered and gather.sent == gathered * 7 / 8 and gather.count == 2 * (layers + 1) + 1
+    assert reduce.size == 4 * a.num_parameters and reduce.count == layers + 2
 
 
 def test_a_gpus_loss_keeps_to_its_budget(tmp_path, pool):
