@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ...engine.budget import plan_batches
@@ -87,7 +88,8 @@ class RehearsedTrainer(Trainer):
             self.model, self.passes = build_model(config, architecture, ranks, self.mesh, self.choices)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
         counter.declare("parameters", self.model.parameters())
-        self._num_groups, self._num_reduced = sum(len(one.model.blocks) + 1 for one in self.model.decoders), 0
+        modules = (module for decoder in self.model.decoders for module in decoder.modules())
+        self._num_groups, self._num_reduced = sum(isinstance(module, FSDPModule) for module in modules), 0
         counter.on_reduced = self._note_reduced
         for parameter in self.model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))
