@@ -76,7 +76,7 @@ def step_traffic(
         micro_batches: gradient accumulation; weights are gathered and gradients reduced once for each.
         links: bandwidths; default :class:`Links`.
 
-    A ring of ranks in several nodes is as fast as its slowest link, which each GPU of a node has one of.
+    Rings over several nodes use the network cards of all their GPUs in a node.
     """
     links = links or Links()
     # A tensor-parallel rank's share of the weights is gathered in bf16 and its gradients are reduced in fp32.
@@ -138,5 +138,10 @@ def memory_bytes(architecture: Architecture, layout: Layout) -> float:
 
 
 def _rate(span: int, ranks: int, links: Links) -> float:
-    """Bytes per second per GPU of a ring of ``ranks`` over ``span`` consecutive GPUs."""
-    return links.intra_node if ranks == 1 or span <= links.gpus_per_node else links.inter_node
+    """Bytes per second per GPU of a ring of ``ranks`` over ``span`` consecutive GPUs. Over several nodes, NCCL cuts the
+    data into as many rings as the group has GPUs in a node, each of which leaves the node through another network card;
+    inside the node all of them share NVLink."""
+    if ranks == 1 or span <= links.gpus_per_node:
+        return links.intra_node
+    in_a_node = max(1, links.gpus_per_node // (span // ranks))
+    return min(links.intra_node, links.inter_node * in_a_node)

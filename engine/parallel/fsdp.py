@@ -22,7 +22,7 @@ from ..model.decoder import Decoder
 
 
 def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
-    """Shard ``model`` in place: each block by itself, the rest (embeddings, final norm, head) with the root.
+    """Shard ``model`` in place: each block and an embedding that is not the head by itself, the rest with the root.
 
     Args:
         mesh: what parameters are sharded over; of two axes, copied over the first.
@@ -35,6 +35,10 @@ def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtyp
     shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for block in model.model.blocks:
         shard(block, reshard_after_forward=config.reshard_after_forward)
+    embedding = model.model.embed_tokens
+    if embedding is not None and not model.architecture.tie_word_embeddings:
+        # In a group with the head, both would be gathered, and their whole gradients held, at the same time.
+        shard(embedding, reshard_after_forward=config.reshard_after_forward)
     shard(model, reshard_after_forward=False)
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)

@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..errors import UserError, report_user_error
@@ -213,8 +212,10 @@ def _collectives_begun() -> dict[str, int]:
     """Collectives that this rank has begun, by group. Groups of the same ranks are numbered as they were made."""
     begun: dict[str, int] = {}
     for group in list(distributed_c10d._world.pg_map):
-        ranks = json.dumps(dist.get_process_group_ranks(group))
-        name = hashlib.sha256(ranks.encode()).hexdigest()[:8]
+        ranks = distributed_c10d._world.pg_group_ranks.get(group)
+        if ranks is None:  # the main thread is making it or taking it down
+            continue
+        name = hashlib.sha256(json.dumps(list(ranks)).encode()).hexdigest()[:8]
         for device in group._device_types:
             with suppress(RuntimeError):  # not begun yet
                 key = next(k for n in range(1000) if (k := f"{name}.{device.type}.{n}") not in begun)

@@ -129,7 +129,7 @@ class _Arrived(torch.autograd.Function):
         return hidden.trigger_wait() if isinstance(hidden, AsyncCollectiveTensor) else hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx, grad_hidden: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, grad_hidden: Tensor) -> Tensor:
         return grad_hidden
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import tiny_run
 from launch_runs import ROOT, assert_same_curve, has_step
 
@@ -17,6 +18,7 @@ def _ranks(launcher: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_the_curve_is_undisturbed(run_file, undisturbed, tmp_path):
     folder = tmp_path / "run"
     command = [ROOT / "launch" / "one_node.sh", "--config", run_file, "--run_folder", folder]

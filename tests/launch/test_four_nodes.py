@@ -142,6 +142,7 @@ def wait_for_step(cluster: Cluster, run_folder: Path, step: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_cut_link_is_named_and_the_same_command_goes_on(cluster, run_file, undisturbed, tmp_path):
     folder = tmp_path / "run"
     command = ["--config", str(run_file), "--run_folder", str(folder)]

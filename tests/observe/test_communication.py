@@ -49,17 +49,21 @@ def test_weights_of_qwen2_72b_over_32_gpus():
     traffic = step_traffic(QWEN2_72B, Layout(tensor=1, shard=32), 4096, 1)
     assert traffic.gather_bytes == pytest.approx(4 * 72.7e9 * 31 / 32, rel=2e-3)
     assert traffic.reduce_bytes == pytest.approx(4 * 72.7e9 * 31 / 32, rel=2e-3)
-    assert traffic.weight_seconds == pytest.approx(8 * 72.7e9 * 31 / 32 / 50e9, rel=2e-3)
+    assert traffic.weight_seconds == pytest.approx(8 * 72.7e9 * 31 / 32 / (8 * 50e9), rel=2e-3)
 
 
 def test_links_are_of_the_widest_span():
+    # Eight network cards of 50 GB/s carry what leaves a node of eight GPUs that are all of the group.
     inside = step_traffic(QWEN2_72B, Layout(tensor=1, shard=8), 4096, 1)
     outside = step_traffic(QWEN2_72B, Layout(tensor=1, shard=9), 4096, 1)
     assert inside.weight_seconds == pytest.approx((inside.gather_bytes + inside.reduce_bytes) / 450e9)
-    assert outside.weight_seconds == pytest.approx((outside.gather_bytes + outside.reduce_bytes) / 50e9)
-    # Two GPUs of a node split matrices, so eight shards reach over two nodes.
+    assert outside.weight_seconds == pytest.approx((outside.gather_bytes + outside.reduce_bytes) / 400e9)
+    # Two GPUs of a node split matrices, so eight shards reach over two nodes, four of a group in each.
     spread = step_traffic(QWEN2_72B, Layout(tensor=2, shard=8), 4096, 1)
-    assert spread.weight_seconds == pytest.approx((spread.gather_bytes + spread.reduce_bytes) / 50e9)
+    assert spread.weight_seconds == pytest.approx((spread.gather_bytes + spread.reduce_bytes) / 200e9)
+    # Where eight GPUs split matrices, one of each group is in a node, and has one card.
+    alone = step_traffic(QWEN2_72B, Layout(tensor=8, shard=4), 4096, 1)
+    assert alone.weight_seconds == pytest.approx((alone.gather_bytes + alone.reduce_bytes) / 50e9)
     # Copies of one node each: shards inside, only the sums of gradients outside.
     hybrid = step_traffic(QWEN2_72B, Layout(tensor=1, shard=8, replicate=4), 4096, 1)
     assert hybrid.weight_seconds == pytest.approx(

@@ -49,14 +49,22 @@ CASES: list[tuple[int, str, tuple[Model, ...]]] = [
     (4, "context=2 shard=2", (PACKED, NORMED)),
     (4, "context=2 tensor=2", (PACKED,)),
     (4, "pipeline=2 context=2", (WHOLE,)),
-    (2, "tensor=2 compile=on", (WHOLE,)),
 ]
-SLOW: list[tuple[int, str, tuple[Model, ...]]] = [
-    (2, "tensor=2 compile=on", (PACKED, NORMED)),
+COMPILED: list[tuple[int, str, tuple[Model, ...]]] = [
+    (2, "tensor=2 compile=on", (WHOLE, PACKED, NORMED)),
     (2, "context=2 compile=on", (PACKED,)),
     (2, "pipeline=2 compile=on", (PACKED,)),
     (4, "tensor=2 context=2 compile=on", (NORMED,)),
 ]
+
+
+def parameters():
+    """The first model of a layout is for every run of the tests; the others, and most of what is compiled, are slow."""
+    for world_size, settings, models in CASES + COMPILED:
+        quick = models[:1] if (world_size, settings, models) in [*CASES, COMPILED[0]] else ()
+        for model in models:
+            marks = () if model in quick else pytest.mark.slow
+            yield pytest.param(world_size, settings, model, id=f"{settings}, {model}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +91,7 @@ def options_of(settings: str) -> list[str]:
     return options
 
 
-@pytest.mark.parametrize(
-    ("world_size", "settings", "model"),
-    [
-        pytest.param(world_size, settings, model, id=f"{settings}, {model}", marks=marks)
-        for cases, marks in ((CASES, ()), (SLOW, pytest.mark.slow))
-        for world_size, settings, models in cases
-        for model in models
-    ],
-)
+@pytest.mark.parametrize(("world_size", "settings", "model"), parameters())
 def test_same_numbers_as_one_process(world_size, settings, model, one_rank, reference, request):
     path, expected = reference(model)
     if world_size == 1:

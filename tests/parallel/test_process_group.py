@@ -12,10 +12,12 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
+from retemper.engine.parallel import liveness
 from retemper.engine.parallel.agreement import PACKAGE, code_files, flatten
 from retemper.engine.parallel.meeting import Meeting, _meet
 
@@ -323,3 +325,10 @@ def _meet_all(store: dist.Store) -> list[Meeting]:
         second = pool.submit(_meet, store, 1, 2, note, 10)
         time.sleep(0.2)
         return [pool.submit(_meet, store, 0, 2, note, 10).result(), second.result()]
+
+
+def test_a_group_that_is_being_made_or_taken_down_is_passed_over(monkeypatch):
+    """PyTorch's tables of groups are filled and emptied one after the other, while the watch reads them."""
+    world = SimpleNamespace(pg_map={object(): None}, pg_group_ranks={})
+    monkeypatch.setattr(liveness.distributed_c10d, "_world", world)
+    assert liveness._collectives_begun() == {}

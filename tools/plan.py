@@ -1,0 +1,97 @@
+"""Rehearse a cluster on a laptop: memory, traffic and time of a run's layout, without GPUs and without weights.
+
+    python tools/plan.py --config megatron_configs/qwen2_72b.yaml --nodes 4 --gpus-per-node 8 --gpu a100-80gb
+    python tools/plan.py --config run.yaml --nodes 2 --gpus-per-node 8 --gpu h100-80gb --search --json plan.json
+
+The work is done by retemper.tools.rehearsal; this file is the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from retemper.engine.config_parser import parse_config
+from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.tools.rehearsal.command import Request, rehearse
+from retemper.tools.rehearsal.gpus import GPUS
+from retemper.tools.rehearsal.outcome import RESERVE
+from retemper.tools.rehearsal.prediction import EFFICIENCY
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this command, and those of the run's configuration."""
+    parser = CommandParser(
+        description="Run a step of a training run without GPUs and without weights, with the real model and the real "
+        "parallel code, as one rank of the cluster: what memory, traffic and time it takes. Time is predicted from "
+        "datasheets and stated assumptions.",
+        epilog="All other options are those of engine/pretrain.py, such as --parallel.tensor 8.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="as for engine/pretrain.py")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help=", ".join(GPUS))
+    parser.add_argument(
+        "--search", action="store_true", help="try layouts, rank those that fit, and rehearse the fastest in full"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="rehearse a few blocks and extrapolate, instead of all of them"
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        default=EFFICIENCY,
+        metavar="PART",
+        help="of the GPU's peak that is reached while computing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--network",
+        type=float,
+        metavar="GBIT",
+        help="between nodes, for each GPU, in Gbit/s (default: that of the GPU's usual server)",
+    )
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=RESERVE / 2**30,
+        metavar="GIB",
+        help="of each GPU's memory for what is not counted (default: %(default)g)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found")
+    options, rest = parser.parse_known_args(arguments)
+    return options, [word for file in options.config for word in ("--config", file)] + rest
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options, run_arguments = parse_arguments(arguments)
+    config = parse_config(run_arguments)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json {options.json}: no folder {options.json.absolute().parent}; make it first")
+    request = Request(
+        options.nodes,
+        options.gpus_per_node,
+        options.gpu,
+        options.efficiency,
+        options.reserve,
+        options.network,
+        options.search,
+        options.quick,
+    )
+    text, record = rehearse(config, request, lambda line: print(line, file=sys.stderr, flush=True))
+    print(text)
+    if options.json is not None:
+        try:
+            options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {options.json}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    # A scheduler's SIGTERM cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_command(main)

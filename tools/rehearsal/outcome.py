@@ -1,0 +1,164 @@
+"""A layout judged: what its ranks hold and do, whether that fits, and how long a step takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ...engine.budget import BatchPlan, plan_batches
+from ...engine.config import RunConfig
+from ...engine.model.architecture import Architecture
+from ...engine.observe.flops import flops_per_token
+from ...engine.parallel.mesh import Layout
+from .gpus import GiB, Gpu
+from .memory import KINDS
+from .prediction import Assumptions, Prediction, bytes_of, predict
+from .rank import RankRehearsal
+
+RESERVE = 4 * GiB
+"""Kept free: CUDA's context and libraries (about 0.5 GiB), buffers of NCCL's channels (about 1 GiB for some groups),
+and what the allocator loses to fragmentation."""
+
+_ON_HOST = ("parameters", "gradients", "optimizer states")
+"""With ``parallel.cpu_offload``."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all layouts of a plan share."""
+
+    architecture: Architecture
+    gpu: Gpu
+    nodes: int
+    assumptions: Assumptions
+    reserve: float = RESERVE
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.nodes * self.assumptions.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What comes of a layout."""
+
+    config: RunConfig
+    layout: Layout
+    setting: Setting
+    ranks: list[RankRehearsal]
+    """One of each place in the pipeline."""
+    extrapolated: bool
+    """Rehearsed with a few blocks only."""
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The batches of a step."""
+        return plan_batches(self.config.training, self.layout.data_parallel)
+
+    @property
+    def fullest(self) -> RankRehearsal:
+        """The rank that holds most."""
+        return max(self.ranks, key=lambda rank: sum(self.peak_of(rank).values()))
+
+    def peak_of(self, rank: RankRehearsal) -> dict[str, float]:
+        """Bytes on the GPU by kind when most is held."""
+        left_out = _ON_HOST if self.config.parallel.cpu_offload else ()
+        on_gpu = [{k: v for k, v in kinds.items() if k not in left_out} for kinds in rank.peaks.values()]
+        fullest = max(on_gpu, key=lambda kinds: sum(kinds.values()))
+        return {kind: fullest.get(kind, 0.0) for kind in KINDS}
+
+    @property
+    def peak_bytes(self) -> float:
+        """On the GPU of the fullest rank."""
+        return sum(self.peak_of(self.fullest).values())
+
+    @property
+    def headroom(self) -> float:
+        """Bytes left on the fullest GPU, after the reserve."""
+        return self.setting.gpu.memory - self.setting.reserve - self.peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is headroom."""
+        return self.headroom >= 0
+
+    def prediction_of(self, rank: RankRehearsal) -> Prediction:
+        """The step of a rank."""
+        return predict(
+            self.config,
+            self.layout,
+            self.setting.gpu,
+            self.setting.assumptions,
+            self.plan.num_micro_batches,
+            rank.flops,
+            rank.collectives,
+            rank.parameters,
+        )
+
+    @property
+    def slowest(self) -> RankRehearsal:
+        """The rank that all wait for."""
+        return max(self.ranks, key=lambda rank: self.prediction_of(rank).step)
+
+    @property
+    def prediction(self) -> Prediction:
+        """The step of the slowest rank."""
+        return self.prediction_of(self.slowest)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one GPU."""
+        return self.plan.tokens_per_step / (self.prediction.step * self.layout.world_size)
+
+    def mfu(self, causal_halved: bool = False) -> float:
+        """Model FLOPs over the GPUs' peak; recomputation does not count. By default with all pairs of positions, as the
+        trainer says it."""
+        per_token = flops_per_token(self.setting.architecture, self.plan.sequence_length, causal_halved)
+        return self.tokens_per_second * per_token / self.setting.gpu.flops
+
+    @property
+    def hours(self) -> float:
+        """For ``training.train_tokens``, without evaluations, checkpoints and restarts."""
+        return self.plan.steps_for(self.config.training.train_tokens) * self.prediction.step / 3600
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Of one checkpoint: weights, both moments, and a step count for each parameter."""
+        per_parameter = bytes_of(self.config.training.weight_dtype) + 2 * bytes_of(self.config.optimizer.state_dtype)
+        return checkpoint_bytes(self.setting.architecture, per_parameter)
+
+
+def checkpoint_bytes(architecture: Architecture, bytes_per_parameter: int) -> float:
+    """Of the tensors of a checkpoint; its index and its manifest come on top."""
+    return architecture.num_parameters * bytes_per_parameter
+
+
+def shown_layout(config: RunConfig, layout: Layout) -> str:
+    """A layout in a few words."""
+    parallel = config.parallel
+    parts = [f"{axis} {size}" for axis, size in layout._asdict().items() if size > 1] or ["one rank"]
+    parts.append(f"micro batch {config.training.micro_batch_size}")
+    every = f" every {parallel.recompute_every}" if parallel.recompute_every > 1 else ""
+    parts.append(f"recompute {parallel.recompute}{every}")
+    if layout.pipeline > 1 and parallel.pipeline_schedule != "1f1b":
+        parts.append(parallel.pipeline_schedule)
+    if not parallel.reshard_after_forward:
+        parts.append("parameters kept gathered")
+    if parallel.reduce_gradients == "step" and layout.pipeline == 1:
+        parts.append("gradients reduced once")
+    if parallel.cpu_offload:
+        parts.append("offload")
+    return ", ".join(parts)
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB."""
+    return f"{size / GiB:.2f}" if abs(size) < 100 * GiB else f"{size / GiB:,.0f}"
+
+
+def digits(value: float) -> str:
+    """Three or four digits, with thousands apart."""
+    if value == 0 or not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

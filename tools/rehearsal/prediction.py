@@ -1,0 +1,122 @@
+"""From what ranks do to how long it takes: a roofline of stated assumptions, not a measurement.
+
+A rank's time for its micro-batches is its floating-point operations over the achievable part of the GPU's peak, and the
+exchanges that computing waits for: activations between tensor, context and pipeline ranks. Gathering parameters and
+reducing gradients run beside that, and count only as far as they take longer. A pipeline's idle time and the optimizer,
+which is bound by memory, come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...engine.config import RunConfig
+from ...engine.parallel.mesh import Layout
+from .gpus import Gpu
+from .work import Collective, Sent
+
+EFFICIENCY = 0.55
+"""Part of the peak that a GPU reaches while it computes a transformer's blocks, all else (norms, launches, unequal
+ranks) included. Megatron-LM reached 0.44 to 0.52 with all communication on A100s (Narayanan et al., 2021,
+https://arxiv.org/abs/2104.04473); published runs on H100s lie between 0.35 and 0.5."""
+
+LINK_EFFICIENCY = 0.8
+"""Part of the datasheet's bandwidth that links and memory reach."""
+
+_WAITED_FOR = ("tensor", "pipeline")
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a prediction rests on, besides datasheets."""
+
+    gpus_per_node: int
+    efficiency: float = EFFICIENCY
+    link_efficiency: float = LINK_EFFICIENCY
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a step, by what they go to."""
+
+    computing: float
+    waiting: float
+    """For activations of other ranks."""
+    weights: float
+    """Gathering parameters and reducing gradients, beside computing."""
+    idle: float
+    """In the pipeline."""
+    optimizer: float
+
+    @property
+    def exposed(self) -> float:
+        """The part of ``weights`` that nothing hides."""
+        return max(0.0, self.weights - self.computing - self.waiting - self.idle)
+
+    @property
+    def step(self) -> float:
+        """The whole step."""
+        return self.computing + self.waiting + self.idle + self.exposed + self.optimizer
+
+
+def predict(
+    config: RunConfig,
+    layout: Layout,
+    gpu: Gpu,
+    assumptions: Assumptions,
+    num_micro_batches: int,
+    flops: float,
+    collectives: dict[Collective, Sent],
+    parameters: float,
+) -> Prediction:
+    """The step of the rank that did ``flops`` and ``collectives`` and holds ``parameters``."""
+    computing = flops / (gpu.flops * assumptions.efficiency)
+    waiting = weights = 0.0
+    for collective, sent in collectives.items():
+        seconds = sent.sent / (bandwidth(collective, gpu) * assumptions.link_efficiency)
+        if collective.kind == "all-to-all" or set(collective.axes) & set(_WAITED_FOR):
+            waiting += seconds
+        else:
+            weights += seconds
+    return Prediction(
+        computing,
+        waiting,
+        weights,
+        (computing + waiting) * idle_share(config, layout, num_micro_batches),
+        parameters * optimizer_bytes(config, num_micro_batches) / (gpu.memory_bandwidth * assumptions.link_efficiency),
+    )
+
+
+def bandwidth(collective: Collective, gpu: Gpu) -> float:
+    """Bytes per second that each rank of a ring can send. Between nodes, rings run through the network cards of all the
+    group's ranks in a node, each of which carries its part of what passes."""
+    if collective.per_node == collective.ranks:
+        return gpu.intra_node
+    between = gpu.inter_node * collective.per_node
+    return between if collective.per_node == 1 else min(gpu.intra_node, between)
+
+
+def idle_share(config: RunConfig, layout: Layout, num_micro_batches: int) -> float:
+    """A pipeline's idle time over its busy time: filling and draining takes as long as ``pipeline - 1`` micro-batches
+    (Narayanan et al., 2021), over the number of stages on a rank where these alternate; zero-bubble schedules leave a
+    third of that (Qi et al., 2023, https://arxiv.org/abs/2401.10241)."""
+    parallel = config.parallel
+    share = (layout.pipeline - 1) / (num_micro_batches * parallel.pipeline_stages_per_rank)
+    return share / 3 if "zero_bubble" in parallel.pipeline_schedule else share
+
+
+def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
+    """Bytes read and written for each parameter: clipping reads the gradient twice and writes it; AdamW reads it, and
+    reads and writes the weight and both moments."""
+    weight, state = bytes_of(config.training.weight_dtype), bytes_of(config.optimizer.state_dtype)
+    return 4 * gradient_bytes(config, num_micro_batches) + 2 * (weight + 2 * state)
+
+
+def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:
+    """Bytes of a parameter's reduced gradient, see ``training.weight_dtype``."""
+    return 4 if num_micro_batches > 1 else bytes_of(config.training.weight_dtype)
+
+
+def bytes_of(dtype: str) -> int:
+    """Bytes of a number: fp32 or bf16."""
+    return {"fp32": 4, "bf16": 2}[dtype]
