@@ -33,6 +33,7 @@ from retemper.checkpoint_convert.weight_dtypes import (
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, CONFIG_FILE, HfAssets
 from retemper.engine.checkpoint.manifest import read_manifest
 from retemper.engine.checkpoint.tensors import StoredTensor, check_model_tensors, load_tensors, stored_tensors
+from retemper.engine.checkpoint.verify import require_undamaged
 from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.model.architecture import parse_architecture, read_hf_config
 
@@ -60,10 +61,10 @@ def convert(
     """
     output = require_absent(output)
     target, shard_bytes = dtype_named(dtype), parse_shard_size(max_shard_size)
-    kind = read_manifest(checkpoint).kind
+    manifest = read_manifest(checkpoint)
     where = Path(checkpoint) / ASSET_FOLDER / CONFIG_FILE
     config = read_hf_config(where)
-    if target is None and kind == "training":
+    if target is None and manifest.kind == "training":
         target = declared_dtype(config, str(where)) or torch.float32
 
     decoder = meta_decoder(parse_architecture(config, str(where)))
@@ -74,6 +75,9 @@ def convert(
     for line in describe_casts(stored, tensors):
         say(line)
 
+    whole = sum(record.bytes for record in manifest.records.values())
+    with tqdm(desc="verifying", total=whole, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        require_undamaged(Path(checkpoint), bar.update)
     num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     with new_folder(output) as temporary:
         with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:

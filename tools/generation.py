@@ -20,6 +20,7 @@ from ..checkpoint_convert.weight_dtypes import declared_dtype, dtype_named
 from ..engine.checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE
 from ..engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
+from ..engine.checkpoint.verify import require_undamaged
 from ..engine.data.tokenizer import load_tokenizer
 from ..engine.errors import UserError
 from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
@@ -231,6 +232,7 @@ def _empty_decoder(architecture: Architecture, dtype: torch.dtype, device: torch
 def _checkpoint_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Decoder:
     decoder = _empty_decoder(architecture, dtype, device)
     check_model_tensors(folder, decoder)
+    require_undamaged(folder)
     load_tensors(folder, model_tensors(decoder), distributed=False)
     return decoder
 

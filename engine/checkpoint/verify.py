@@ -70,6 +70,17 @@ def find_damage(
         return None, [Damage(MANIFEST_FILE, str(error).removesuffix("; use another checkpoint"))]
 
 
+def require_undamaged(folder: Path, on_bytes: Callable[[int], object] = lambda count: None) -> None:
+    """Read every byte of the checkpoint ``folder`` before anything is made of it.
+
+    Raises:
+        UserError: naming the first file that is not what was written.
+    """
+    _, damage = find_damage(folder, on_bytes=on_bytes)
+    if damage:
+        raise UserError(f"{damage[0].what}; use another checkpoint")
+
+
 def _deal(records: Mapping[str, FileRecord], rank: int, num_ranks: int) -> list[str]:
     """Files of ``rank``: the largest first, each to the rank that has the fewest bytes."""
     bytes_of = [(0, number) for number in range(num_ranks)]

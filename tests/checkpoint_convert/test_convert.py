@@ -424,7 +424,7 @@ def other_model(checkpoint: Path) -> None:
         (lambda checkpoint: (checkpoint / "manifest.json").write_text("{"), ["manifest.json"]),
         (lambda checkpoint: (checkpoint / ".metadata").unlink(), [".metadata"]),
         (lambda checkpoint: (checkpoint / "hf" / "config.json").unlink(), ["hf/config.json"]),
-        (truncate_largest, ["damaged checkpoint"]),
+        (truncate_largest, [": damaged, it has"]),
         (other_model, ["another model", "unexpected model.layers.1"]),
     ],
 )

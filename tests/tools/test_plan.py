@@ -11,6 +11,7 @@ from pathlib import Path
 import plan_runs
 import pytest
 import torch
+from rank_cluster import RankCluster
 
 from retemper.engine.checkpoint.tensors import model_tensors, optimizer_tensors, save_tensors
 from retemper.engine.errors import run_command
@@ -37,6 +38,14 @@ def pool():
     """Two processes that rehearse."""
     with Pool(2) as processes:
         yield processes
+
+
+@pytest.fixture(scope="module")
+def fresh_ranks(tmp_path_factory):
+    """Two ranks whose memory no other test has used."""
+    cluster = RankCluster(2, str(tmp_path_factory.mktemp("fresh_ranks") / "rendezvous"))
+    yield cluster
+    cluster.close()
 
 
 @pytest.fixture
@@ -82,21 +91,21 @@ def test_memory_of_one_rank_is_what_the_allocator_gives(overrides, run_file, poo
         "--parallel.pipeline 2",
     ],
 )
-def test_memory_of_two_ranks_is_what_real_tensors_take(overrides, run_file, pool, two_ranks):
+def test_memory_of_two_ranks_is_what_real_tensors_take(overrides, run_file, pool, fresh_ranks):
     """Real ranks and real collectives. Counted by the life of storages, as the test above holds to be the allocator's:
     its own record misses what gloo's threads give back."""
     part = plan_runs.part_of(plan_runs.configure(run_file, overrides), 2)
     ranks = places(part.layout)
-    real = [two_ranks.run(plan_runs.counted, replace(part, place=place))[place] for place in ranks]
+    real = [fresh_ranks.run(plan_runs.counted, replace(part, place=place))[place] for place in ranks]
     for one, rehearsed in zip(real, pool.rehearse([replace(part, place=place) for place in ranks]), strict=True):
         assert sum(rehearsed.kept.values()) == pytest.approx(sum(one.kept.values()), rel=0.02)
         assert peak(rehearsed) == pytest.approx(peak(one), rel=0.05)
 
 
 @pytest.mark.parametrize("overrides", ["--parallel.tensor 2 --parallel.recompute full", "--parallel.context 2", ""])
-def test_ranks_that_are_there_send_and_compute_the_same(overrides, run_file, pool, two_ranks):
+def test_ranks_that_are_there_send_and_compute_the_same(overrides, run_file, pool, fresh_ranks):
     part = plan_runs.part_of(plan_runs.configure(run_file, overrides), 2)
-    real = two_ranks.run(plan_runs.counted, part)[0]
+    real = fresh_ranks.run(plan_runs.counted, part)[0]
     (rehearsed,) = pool.rehearse([part])
     assert rehearsed.flops == real.flops > 0
     assert rehearsed.collectives == real.collectives

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from ...engine.budget import plan_batches
 from ...engine.config import RunConfig
 from ...engine.data.packing import MicroBatch
+from ...engine.health import Health
 from ...engine.model import packing
 from ...engine.model.architecture import Architecture
 from ...engine.model.decoder import LayerRange
@@ -24,7 +25,9 @@ from ...engine.parallel import pipeline
 from ...engine.parallel.build import Choices, build_model
 from ...engine.parallel.mesh import Layout, build_mesh
 from ...engine.parallel.process_group import Ranks
-from ...engine.trainer import Progress, Trainer
+from ...engine.run_state import Progress
+from ...engine.trainer import Trainer
+from ...engine.watchdog import Watchdog
 from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, plan_attention
 from .cluster import absent_cluster, without_values_from_materializing_on
 from .gpu_code import as_on_a_gpu, fresh_constants, labelled, nothing_read
@@ -80,6 +83,8 @@ class RehearsedTrainer(Trainer):
         self.config, self.ranks, self.architecture, self.counter = config, ranks, architecture, counter
         self.plan = plan_batches(config.training, part.layout.data_parallel)
         self.progress = Progress()
+        self.health = Health(config.training, ranks, newest=lambda: "", say=lambda line: None)
+        self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
         backend = PER_DOCUMENT if part.capability is None else attention_backend(config, architecture)
         self.choices = Choices(backend, False, self.plan.num_micro_batches)
         counter.begin("parameters")
