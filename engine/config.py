@@ -237,7 +237,8 @@ class ParallelConfig:
     recompute_every: int = 1
     """Recompute in every n-th block only; the others keep everything."""
     timeout_seconds: int = 600
-    """A collective that waits longer than this ends the run."""
+    """A collective that waits longer than this, a rank that is silent for longer, or a step that comes no further ends
+    the run; see docs/cluster.md."""
 
 
 @dataclass(frozen=True)

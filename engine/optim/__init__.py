@@ -45,13 +45,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """Update the weights, or leave them and both moments bitwise as they are, without a host sync.
+    """Update the weights, or leave them and both moments bitwise as they are, without a host sync where these are on
+    the device.
 
     Args:
         optimizer: of :func:`build_optimizer`.
         skip: [] fp32 on the device, 1 to leave out the update, else 0.
     """
-    optimizer.found_inf = skip  # type: ignore[attr-defined]  # PyTorch's fused AdamW reads it for its GradScaler
+    # PyTorch would copy the flag to offloaded parameters, on the host, without waiting, and might read it too soon.
+    home = optimizer.param_groups[0]["params"][0].device
+    optimizer.found_inf = skip.to(home)  # type: ignore[attr-defined]  # fused AdamW reads it for its GradScaler
     optimizer.step()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from .local import local_part
 from .stochastic_rounding import mixed, random_bits, round_stochastically, stream_key
 
 CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
@@ -72,7 +73,7 @@ class CompactAdamW(torch.optim.Optimizer):
         if not updated:
             return
         # One transfer each for all parameters; numbers that are tensors never make torch.compile compile again.
-        device = _local(updated[0][0]).device
+        device = local_part(updated[0][0]).device
         numbers_PN = _sent(torch.tensor(numbers, dtype=torch.float32), device)
         keys_P2 = _sent(torch.tensor(keys, dtype=torch.int32), device)
         skip = torch.zeros((), device=device) if self.found_inf is None else self.found_inf.to(device)
@@ -95,7 +96,7 @@ class CompactAdamW(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, state: dict[str, Tensor], numbers: Tensor, keys: Tensor, skip: Tensor) -> None:
         """Update this rank's shard, a chunk at a time."""
         assert parameter.grad is not None
-        tensors = [_local(t) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+        tensors = [local_part(t) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
         weight = tensors[0]
         if weight.numel() == 0:
             return
@@ -179,10 +180,6 @@ def shard_place(parameter: Tensor) -> tuple[int, int]:
     assert not sharded or parameter.ndim == 2, f"{parameter.placements} of {tuple(parameter.shape)}"
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return offset[0] * width + (offset[1] if sharded else 0), width
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

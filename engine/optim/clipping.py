@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .local import local_part
+
 
 @torch.no_grad()
 def clip_grad_norm(
@@ -39,7 +41,7 @@ def _total_norm(gradients: list[Tensor], loss: Tensor | None) -> Tensor:
     """Over all ranks, each of which calls this: one sum of one number."""
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        by_copies[_num_copies(gradient)].append(_local(gradient))
+        by_copies[_num_copies(gradient)].append(local_part(gradient))
     # Norms of bf16 gradients would be bf16.
     squares = [
         torch.stack(torch._foreach_norm(some, 2, torch.float32)).square().sum() / copies
@@ -64,7 +66,7 @@ def _num_copies(gradient: Tensor) -> int:
 
 def _scale(gradients: list[Tensor], factor: Tensor) -> None:
     """Multiply by ``factor``, [] fp32: a bf16 factor would bend all gradients of a step by up to 0.4 %."""
-    local = [_local(gradient) for gradient in gradients]
+    local = [local_part(gradient) for gradient in gradients]
     in_fp32 = [gradient for gradient in local if gradient.dtype == torch.float32]
     if in_fp32:
         torch._foreach_mul_(in_fp32, factor)
@@ -72,7 +74,3 @@ def _scale(gradients: list[Tensor], factor: Tensor) -> None:
         if gradient.dtype != torch.float32:
             # One element instead of none makes the product fp32; it is rounded as it is written.
             torch.mul(gradient, factor.reshape(1), out=gradient)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
