@@ -18,10 +18,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retemper.checkpoint_convert.hf_folder import DEFAULT_MAX_SHARD_SIZE, parse_shard_size, write_shards
-from retemper.checkpoint_convert.hf_model import meta_decoder
-from retemper.checkpoint_convert.new_folder import new_folder, require_absent
-from retemper.checkpoint_convert.weight_dtypes import (
+from retemper.engine.checkpoint.assets import ASSET_FOLDER, CONFIG_FILE, HfAssets
+from retemper.engine.checkpoint.manifest import read_manifest
+from retemper.engine.checkpoint.new_folder import new_folder, require_absent
+from retemper.engine.checkpoint.tensors import StoredTensor, check_model_tensors, load_tensors, stored_tensors
+from retemper.engine.checkpoint.verify import require_undamaged
+from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.hugging_face.folder import DEFAULT_MAX_SHARD_SIZE, parse_shard_size, write_shards
+from retemper.engine.hugging_face.model import meta_decoder
+from retemper.engine.hugging_face.weight_dtypes import (
     AUTO,
     DTYPE_CHOICES,
     cast_to,
@@ -30,11 +35,6 @@ from retemper.checkpoint_convert.weight_dtypes import (
     describe_casts,
     dtype_named,
 )
-from retemper.engine.checkpoint.assets import ASSET_FOLDER, CONFIG_FILE, HfAssets
-from retemper.engine.checkpoint.manifest import read_manifest
-from retemper.engine.checkpoint.tensors import StoredTensor, check_model_tensors, load_tensors, stored_tensors
-from retemper.engine.checkpoint.verify import require_undamaged
-from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.model.architecture import parse_architecture, read_hf_config
 
 

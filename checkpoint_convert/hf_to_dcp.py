@@ -18,10 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from retemper import __version__
-from retemper.checkpoint_convert.hf_model import open_hf_model
-from retemper.checkpoint_convert.hub_download import find_model_folder
-from retemper.checkpoint_convert.new_folder import new_folder, require_absent
-from retemper.checkpoint_convert.weight_dtypes import (
+from retemper.engine.checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE, HfAssets
+from retemper.engine.checkpoint.manifest import Manifest, write_manifest
+from retemper.engine.checkpoint.new_folder import new_folder, require_absent
+from retemper.engine.checkpoint.tensors import save_streamed_tensors
+from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.hugging_face.hub_download import find_model_folder
+from retemper.engine.hugging_face.model import open_hf_model
+from retemper.engine.hugging_face.weight_dtypes import (
     AUTO,
     DTYPE_CHOICES,
     cast_to,
@@ -29,10 +33,6 @@ from retemper.checkpoint_convert.weight_dtypes import (
     describe_casts,
     dtype_named,
 )
-from retemper.engine.checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE, HfAssets
-from retemper.engine.checkpoint.manifest import Manifest, write_manifest
-from retemper.engine.checkpoint.tensors import save_streamed_tensors
-from retemper.engine.errors import CommandParser, run_command
 
 
 def convert(hf: str, output: str | Path, dtype: str = AUTO, say: Callable[[str], None] = print) -> None:

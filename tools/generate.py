@@ -15,8 +15,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from retemper.checkpoint_convert.weight_dtypes import DTYPE_CHOICES
 from retemper.engine.errors import CommandParser, UserError, report_user_error, run_command
+from retemper.engine.hugging_face.weight_dtypes import DTYPE_CHOICES
 from retemper.tools.generation import Sampling, TextGenerator
 
 

@@ -15,14 +15,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..checkpoint_convert.hf_model import meta_decoder, open_hf_model
-from ..checkpoint_convert.weight_dtypes import declared_dtype, dtype_named
 from ..engine.checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE
 from ..engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
 from ..engine.checkpoint.verify import require_undamaged
 from ..engine.data.tokenizer import load_tokenizer
 from ..engine.errors import UserError
+from ..engine.hugging_face.model import meta_decoder, open_hf_model
+from ..engine.hugging_face.weight_dtypes import declared_dtype, dtype_named
 from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
 from ..engine.model.decoder import Decoder
 from ..engine.model.packing import plan_packing

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 import retemper
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
-from retemper.checkpoint_convert.hf_model import HfModel
 from retemper.engine.checkpoint.assets import HfAssets
 from retemper.engine.checkpoint.manifest import Manifest, read_manifest
 from retemper.engine.checkpoint.store import CheckpointStore
@@ -32,6 +31,7 @@ from retemper.engine.checkpoint.tensors import (
     stored_tensors,
 )
 from retemper.engine.errors import UserError
+from retemper.engine.hugging_face.model import HfModel
 from retemper.engine.model.architecture import parse_architecture, read_hf_config
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.parallel.process_group import Ranks

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import edit_json, read_folder, read_safetensors
 
-from retemper.checkpoint_convert.hf_folder import INDEX_FILE, WEIGHTS_FILE, HfWeights, parse_shard_size, write_shards
 from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.errors import UserError
+from retemper.engine.hugging_face.folder import INDEX_FILE, WEIGHTS_FILE, HfWeights, parse_shard_size, write_shards
 
 COUNTING = {name: torch.arange(start, start + 6, dtype=torch.float32).view(2, 3) for start, name in enumerate("abc")}
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..engine.checkpoint.assets import HfAssets
-from ..engine.checkpoint.tensors import StoredTensor
-from ..engine.errors import UserError
+from ..checkpoint.assets import HfAssets
+from ..checkpoint.tensors import StoredTensor
+from ..errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 AUTO = "auto"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..engine.checkpoint.assets import TOKENIZER_FILES
-from ..engine.errors import UserError
+from ..checkpoint.assets import TOKENIZER_FILES
+from ..errors import UserError
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _WANTED = ["*.safetensors", "*.json", *TOKENIZER_FILES]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.checkpoint.tensors import StoredTensor, describe_difference
-from ..engine.errors import UserError
-from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
-from ..engine.model.decoder import meta_decoder
-from .hf_folder import HfWeights
+from ..checkpoint.tensors import StoredTensor, describe_difference
+from ..errors import UserError
+from ..model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
+from ..model.decoder import meta_decoder
+from .folder import HfWeights
 from .weight_dtypes import DTYPES, dtype_name
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

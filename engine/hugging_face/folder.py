@@ -3,7 +3,7 @@
 Reading maps the files into memory: opening a folder of any size costs nothing, and a tensor costs memory only while it
 is in use. Pickled weights (``pytorch_model.bin``) are never opened, because loading them can run code.
 
-What the tensors mean to a decoder stands in :mod:`hf_model`.
+What the tensors mean to a decoder stands in :mod:`model`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..engine.checkpoint.tensors import StoredTensor
-from ..engine.errors import UserError
+from ..checkpoint.tensors import StoredTensor
+from ..errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
