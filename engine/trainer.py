@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from .. import __version__
-from .attention_choice import choose_attention
 from .budget import learning_rate, plan_batches
-from .checkpoint.assets import find_assets
-from .checkpoint.manifest import Manifest, read_manifest, require_same_order
+from .checkpoint.manifest import Manifest
 from .checkpoint.store import CheckpointStore
-from .checkpoint.tensors import check_model_tensors, describe_casts, load_tensors, model_tensors, optimizer_tensors
+from .checkpoint.tensors import model_tensors, optimizer_tensors
 from .config import RunConfig, to_dict, to_yaml
-from .data.catalog import open_catalog
-from .data.loader import Prefetcher, TrainingData, validation_batches
+from .data.loader import Prefetcher, TrainingData
 from .data.packing import MicroBatch
 from .errors import UserError
+from .evaluation import Validation, count_targets
 from .garbage import GarbageSchedule
 from .health import Health
-from .model.architecture import parse_architecture
-from .model.decoder import meta_decoder
 from .observe.flops import flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, speed, step_line
 from .observe.summary import describe_data, describe_run, notes
-from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate, step_unless
-from .parallel import compile as block_compile
-from .parallel import fsdp
-from .parallel.build import Choices, build_model
-from .parallel.build import check as check_model
+from .optim import build_optimizer, clip_grad_norm, set_learning_rate, step_unless
+from .parallel.build import build_model
 from .parallel.mesh import build_mesh, plan_layout
 from .parallel.process_group import Ranks, world_size_from_environment
+from .run_inputs import load_weights, open_inputs
 from .run_state import Progress, StepResult
 from .stopping import StopRequest
 from .watchdog import Watchdog
@@ -73,23 +66,29 @@ class Trainer:
         # The log is opened later.
         self.health = Health(config.training, ranks, self._newest, lambda line: self.log.say(line))  # noqa: PLW0108
         self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
-        ranks.everywhere(self._open_inputs)
+        self.inputs = ranks.everywhere(lambda: open_inputs(config, self.plan, self.resume_from, ranks.device))
+        if self.inputs.resumed:
+            self.progress = self.inputs.progress
+            self.health.restore(self.inputs.resumed.health)
+            self.owes_evaluation = self._evaluation_due() and not self.inputs.resumed.evaluation
+        ranks.everywhere(lambda: self.inputs.order.require(self._last_sample()))
+        architecture = self.inputs.architecture
         self.mesh = build_mesh(layout, ranks.device.type)
-        self.model, self.passes = build_model(config, self.architecture, ranks, self.mesh, self.choices)
+        self.model, self.passes = build_model(config, architecture, ranks, self.mesh, self.inputs.choices)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
-        self.casts: list[str] = []
         self.stop.leave_if_agreed()
-        ranks.everywhere(self._load_weights)
+        self.casts = ranks.everywhere(
+            lambda: load_weights(config, architecture, self.resume_from, self.model, self.optimizer)
+        )
         self.data = TrainingData(
-            self.catalog.train,
-            self.order,
+            self.inputs.catalog.train,
+            self.inputs.order,
             self.plan,
             self.mesh.data_rank,
-            self.architecture.vocab_size,
+            architecture.vocab_size,
             config.data.attend_across_documents,
         )
-        self.validation = ranks.everywhere(self._read_validation)
-        self.validation_targets = self._count_validation_targets()
+        self.validation = Validation(config, self.inputs.catalog, self.plan, architecture.vocab_size, self.mesh, ranks)
 
     # ---------------------------------------------------------------------------------------------------------------
     # The run
@@ -157,7 +156,7 @@ class Trainer:
         except UserError as error:
             problem = str(error)
         # One sum serves both ends: a rank without data makes it not a number.
-        num_targets = self.ranks.sum(math.nan if problem else self._count_targets(batches))
+        num_targets = self.ranks.sum(math.nan if problem else count_targets(batches, self.mesh))
         if math.isnan(num_targets):
             self.ranks.raise_together(problem)
         return batches, max(1.0, num_targets)
@@ -189,10 +188,6 @@ class Trainer:
     def on_phase(self, name: str) -> None:
         """A part of the step begins: data, forward, backward, optimizer or other. For measurements to override."""
 
-    def _count_targets(self, batches: Iterable[MicroBatch]) -> int:
-        """Targets of this rank's samples; of ranks that read the same ones, one counts them."""
-        return sum(batch.num_targets for batch in batches) if self.mesh.speaks_for_samples else 0
-
     def _remaining_steps(self) -> int:
         return self.plan.steps_for(max(0, self.config.training.train_tokens - self.progress.tokens))
 
@@ -205,16 +200,9 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         """Mean loss per target of every validation set, in nats; of none, when asked to stop meanwhile."""
-        losses = {}
-        count = self.plan.num_micro_batches * max(1, 16 // self.plan.num_micro_batches)
-        for name, batches in self.validation.items():
-            loss_sum = 0.0
-            for first in range(0, len(batches), count):
-                if self.stop.agreed():
-                    self.log.say("  evaluation broken off: asked to stop; the run that resumes makes it")
-                    return {}
-                loss_sum += self.passes.evaluate(batches[first : first + count]).item()
-            losses[name] = self.ranks.sum(loss_sum) / self.validation_targets[name]
+        losses = self.validation.losses(self.passes, self.stop.agreed)
+        if self.validation and not losses:
+            self.log.say("  evaluation broken off: asked to stop; the run that resumes makes it")
         for name, loss in losses.items():
             values = {"evaluation": name, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
             self.log.record(self.progress.step, self.progress.tokens, values, group=f"evaluation/{name}")
@@ -263,8 +251,8 @@ class Trainer:
             consumed_samples=self.progress.samples,
             consumed_tokens=self.progress.tokens,
             final=final,
-            sample_order=self.order.state(),
-            datasets=self.catalog.fingerprints,
+            sample_order=self.inputs.order.state(),
+            datasets=self.inputs.catalog.fingerprints,
             evaluation=evaluation,
             best=self.progress.best,
             health=self.health.state(),
@@ -274,14 +262,14 @@ class Trainer:
             retemper_version=__version__,
         )
         tensors = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}
-        folder = self.store.save(tensors, self.assets, manifest)
+        folder = self.store.save(tensors, self.inputs.assets, manifest)
         self.store.thin_out(self.progress.best.get("step"))
         self.log.say(f"  saved {folder}")
 
     def _report(self, result: StepResult, stopwatch: Stopwatch) -> None:
         """One console line and one metric record."""
         loss, grad_norm = self.ranks.sum(result.loss.item()), result.grad_norm.item()
-        flops = flops_per_token(self.architecture, self.plan.sequence_length, causal_halved=False)
+        flops = flops_per_token(self.inputs.architecture, self.plan.sequence_length, causal_halved=False)
         values = {
             "loss": loss,
             "learning_rate": result.learning_rate,
@@ -313,86 +301,13 @@ class Trainer:
             start = f"resumed from {self.resume_from} at step {self.progress.step:,}"
         else:
             start = f"weights of {self.config.model.initialize_from or 'a random initialization'}"
-        assert self.assets.config is not None
-        remaining, compiled = self._remaining_steps(), self.choices.compiled
-        summary = describe_run(
-            self.config, self.plan, self.ranks, self.architecture, remaining, start, self.attention, compiled
-        )
+        assert self.inputs.assets.config is not None
+        remaining = self._remaining_steps()
+        summary = describe_run(self.config, self.plan, self.ranks, self.inputs, remaining, start)
         for line in [
-            *notes(self.config, self.catalog, self.assets.config.get("max_position_embeddings")),
+            *notes(self.config, self.inputs.catalog, self.inputs.assets.config.get("max_position_embeddings")),
             *summary,
-            *describe_data(self.config.data, self.catalog, self.order, self._last_sample()),
+            *describe_data(self.config.data, self.inputs.catalog, self.inputs.order, self._last_sample()),
             *self.casts,
         ]:
             self.log.say(line)
-
-    # ---------------------------------------------------------------------------------------------------------------
-    # Building and restoring
-
-    def _open_inputs(self) -> None:
-        """Config and tokenizer of the model, the datasets, and the place in their order."""
-        config, folder = self.config, self.resume_from
-        self.assets = find_assets(config.model, folder)
-        assert self.assets.config is not None
-        named = folder or config.model.initialize_from
-        where = "model.architecture" if named is None else f"{named}/hf/config.json"
-        self.architecture = parse_architecture(self.assets.config, where)
-        self.attention = choose_attention(config, self.architecture, self.ranks.device)
-        compiled = block_compile.wanted(config, self.ranks.device, self.attention.backend)
-        self.choices = Choices(self.attention.backend, compiled, self.plan.num_micro_batches)
-        check_model(config, self.architecture, self.choices, self.ranks.device)
-        self.catalog = open_catalog(
-            config.data, self.plan, self.architecture.vocab_size, self.assets.tokenizer_sha256, config.seed
-        )
-        self.order = self.catalog.sample_order(config.seed)
-        if folder:
-            was = read_manifest(folder)
-            require_same_order(was, to_dict(config), folder)
-            self.catalog.require_unchanged(was.datasets, str(folder))
-            self.order = self.order.resumed(was.sample_order, was.consumed_samples)
-            self.progress = Progress(was.step, was.consumed_samples, was.consumed_tokens, was.best)
-            self.health.restore(was.health)
-            self.owes_evaluation = self._evaluation_due() and not was.evaluation
-        self.order.require(self._last_sample())
-
-    def _read_validation(self) -> dict[str, list[MicroBatch]]:
-        """This rank's micro-batches of every validation set: read once, so that bad data shows before the training."""
-        return {
-            name: list(
-                validation_batches(
-                    sources,
-                    self.plan,
-                    self.mesh.data_rank,
-                    self.architecture.vocab_size,
-                    self.config.data.attend_across_documents,
-                    self.config.training.eval_tokens,
-                )
-            )
-            for name, sources in self.catalog.validation.items()
-        }
-
-    def _count_validation_targets(self) -> dict[str, float]:
-        """Targets of every validation set over all ranks."""
-        counts = {name: self.ranks.sum(self._count_targets(batches)) for name, batches in self.validation.items()}
-        for name, count in counts.items():
-            if not count:
-                raise UserError(
-                    f"validation set '{name}' has no target: its loss mask leaves out every token that is evaluated; "
-                    "use another set, or raise training.eval_tokens"
-                )
-        return counts
-
-    def _load_weights(self) -> None:
-        """Everything as it was when the checkpoint was written; or weights of ``initialize_from``, or random ones."""
-        folder = self.resume_from or self.config.model.initialize_from
-        if folder is None:
-            for decoder in self.model.decoders:
-                decoder.initialize_(self.config.seed, fsdp.copy_full_)
-            return
-        check_model_tensors(folder, meta_decoder(self.architecture))
-        tensors = model_tensors(self.model)
-        if self.resume_from:
-            allocate_states(self.optimizer)
-            tensors |= optimizer_tensors(self.model, self.optimizer)
-        self.casts = describe_casts(folder, tensors, resuming=self.resume_from is not None)
-        load_tensors(folder, tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...kernels.attention import Choice
 from ..budget import BatchPlan
 from ..config import DataConfig, RunConfig
 from ..data.catalog import Catalog
@@ -10,9 +9,9 @@ from ..data.cuts import count_cuts
 from ..data.layout import GROUP_WINDOWS
 from ..data.sample_order import SampleOrder
 from ..data.source import Source
-from ..model.architecture import Architecture
 from ..parallel.mesh import plan_layout
 from ..parallel.process_group import Ranks
+from ..run_inputs import RunInputs
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
 
@@ -23,15 +22,13 @@ def describe_run(
     config: RunConfig,
     plan: BatchPlan,
     ranks: Ranks,
-    architecture: Architecture,
+    inputs: RunInputs,
     remaining_steps: int,
     start: str,
-    attention: Choice,
-    compiled: bool,
 ) -> list[str]:
-    """Lines about model, ranks, step and budget; ``start`` says where the weights come from, ``attention`` and
-    ``compiled`` how blocks are computed."""
-    training = config.training
+    """Lines about model, ranks, step and budget; ``start`` says where the weights come from."""
+    training, architecture, attention = config.training, inputs.architecture, inputs.attention
+    compiled = "compiled" if inputs.choices.compiled else "not compiled"
     layout = plan_layout(config.parallel, ranks.world_size)
     all_pairs, causal_pairs = (flops_per_token(architecture, plan.sequence_length, halved) for halved in (False, True))
     # What arithmetic alone allows. The time that is really left is measured, and stands on the line of every step.
@@ -41,7 +38,7 @@ def describe_run(
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, {start}",
         f"ranks       {ranks.world_size} ({ranks.device.type}): {layout}, compute in {training.precision}",
-        f"blocks      {'compiled' if compiled else 'not compiled'}, recompute {_describe_recompute(config)}, linear "
+        f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
         f"optimizer states in {config.optimizer.state_dtype}",
         f"attention   {attention.backend}: {attention.reason}",

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.config_parser import parse_config
 from retemper.engine.data.dataset_writer import IndexedDatasetWriter
+from retemper.engine.evaluation import count_targets
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.trainer import Trainer
 
@@ -102,7 +103,7 @@ def five_steps(ranks: Ranks, path: Path, overrides: list[str]) -> Outcome:
     losses, norms = [], []
     for step in range(STEPS):
         batches = trainer.data.micro_batches(step * GLOBAL_BATCH)
-        num_targets = ranks.sum(trainer._count_targets(batches))
+        num_targets = ranks.sum(count_targets(batches, trainer.mesh))
         result = trainer._step(batches, num_targets)
         losses.append(ranks.sum(result.loss.item()))
         norms.append(result.grad_norm.item())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from retemper.engine import pretrain, stopping
+from retemper.engine import pretrain, stopping, trainer
 from retemper.engine.checkpoint import store
 from retemper.engine.errors import run_command
 from retemper.engine.parallel.passes import Sequential
@@ -32,7 +32,7 @@ def command(arguments: list[str], phase: str, pipe: Connection, output: Path) ->
     stopping.GRACE_SECONDS = 0.3
     owner, name, due = {
         "reading": (pretrain, "parse_config", lambda *_: True),
-        "loading": (Trainer, "_load_weights", lambda *_: True),
+        "loading": (trainer, "load_weights", lambda *_: True),
         "first report": (Trainer, "_say_plan", lambda *_: True),
         "step": (Trainer, "_step", lambda trainer, *_: trainer.progress.step == AFTER_STEPS),
         "deaf step": (Trainer, "_step", lambda trainer, *_: trainer.progress.step == AFTER_STEPS),

@@ -51,7 +51,7 @@ def test_stages_and_caps_are_said_and_drawn(one_rank, run_file, staged, tmp_path
     """By counting: 'first' alone for 44 samples (1,380 tokens reach into the 44th), then half of each until it has
     given 60, then 'second' alone; and the start-up summary says so."""
     trainer = Trainer(tiny_run.configure(run_file, *staged, "--run_folder", str(tmp_path)), one_rank)
-    names = [trainer.catalog.train[trainer.order.sample(index).source].name for index in range(160)]
+    names = [trainer.inputs.catalog.train[trainer.inputs.order.sample(index).source].name for index in range(160)]
     assert set(names[:44]) == {"first"}
     assert names[44:76] == ["second", "first"] * 16
     assert set(names[76:]) == {"second"}
@@ -160,7 +160,7 @@ def test_gradients_of_a_mask_are_those_of_targets_masked_by_hand(one_rank, two_r
     for batch in trainer.data.micro_batches(0):
         targets = batch.targets.clone()
         for place in range(0, len(targets), 32):
-            window = trainer.order.sample(index).window
+            window = trainer.inputs.order.sample(index).window
             for offset in range(32):
                 if mask[window * 32 + offset + 1] == 0:
                     targets[place + offset] = IGNORE_INDEX

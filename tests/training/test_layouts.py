@@ -66,8 +66,8 @@ def test_transformers_in_a_plain_loop_gives_the_same_curve(one_rank, run_file, r
     for step in range(1, 21):
         losses, count = [], 0
         for index in range((step - 1) * 8, step * 8):
-            sample = trainer.order.sample(index)
-            source = trainer.catalog.train[sample.source]
+            sample = trainer.inputs.order.sample(index)
+            source = trainer.inputs.catalog.train[sample.source]
             window = source.window(sample.window, tiny_run.VOCAB_SIZE)
             stream = torch.from_numpy(np.append(window.tokens, window.targets[-1]))
             for document in stream.tensor_split(torch.from_numpy(window.ends + 1)):

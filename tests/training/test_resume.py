@@ -286,8 +286,10 @@ def test_new_sources_join_a_run_and_old_ones_go_on_from_their_place(one_rank, ru
     shutil.copytree(interrupted, folder)
     tiny_run.write_dataset(tmp_path / "third", seed=9)
     sources = f"[{{path: {tmp_path / 'third'}}}, {{path: {run_file.parent / 'first'}}}]"
-    former = Trainer(tiny_run.configure(run_file, "--run_folder", str(interrupted)), Ranks(0, 1, CPU)).order
-    order = Trainer(tiny_run.configure(run_file, "--run_folder", str(folder), "--data.train", sources), one_rank).order
+    former = Trainer(tiny_run.configure(run_file, "--run_folder", str(interrupted)), Ranks(0, 1, CPU)).inputs.order
+    order = Trainer(
+        tiny_run.configure(run_file, "--run_folder", str(folder), "--data.train", sources), one_rank
+    ).inputs.order
     consumed = 4 * 8
     given = former.cursors(consumed)["first"]
     assert order.cursors(consumed) == {**former.cursors(consumed), "third": 0}

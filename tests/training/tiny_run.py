@@ -16,6 +16,7 @@ from retemper.engine.config import RunConfig
 from retemper.engine.config_parser import parse_config
 from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.errors import UserError
+from retemper.engine.evaluation import count_targets
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.trainer import Trainer
 
@@ -117,7 +118,7 @@ def first_gradients(ranks: Ranks, path: Path, overrides: list[str]) -> dict[str,
     """Full gradients of the first global batch, before clipping, by parameter name."""
     trainer = Trainer(configure(path, *overrides), ranks)
     batches = trainer.data.micro_batches(0)
-    num_targets = ranks.sum(trainer._count_targets(batches))
+    num_targets = ranks.sum(count_targets(batches, trainer.mesh))
     trainer.passes.train(batches, num_targets, lambda phase: None)
     return gradients(trainer)
 

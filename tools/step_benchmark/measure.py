@@ -237,7 +237,7 @@ class TimedTrainer(Trainer):
 def _describe(
     trainer: TimedTrainer, steps: list[StepTime], warmup_seconds: float, before: dict[str, int]
 ) -> Measurement:
-    ranks, architecture, plan = trainer.ranks, trainer.architecture, trainer.plan
+    ranks, architecture, plan = trainer.ranks, trainer.inputs.architecture, trainer.plan
     memory = _memory(ranks.device)
     if ranks.device.type == "cpu":
         memory["resident_before"] = before["resident"]

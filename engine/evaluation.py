@@ -1,0 +1,64 @@
+"""The validation sets of a run: read once, evaluated again and again on the same windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from .budget import BatchPlan
+from .config import RunConfig
+from .data.catalog import Catalog
+from .data.loader import validation_batches
+from .data.packing import MicroBatch
+from .errors import UserError
+from .parallel.mesh import Mesh
+from .parallel.passes import Passes
+from .parallel.process_group import Ranks
+
+
+def count_targets(batches: Iterable[MicroBatch], mesh: Mesh) -> int:
+    """Targets of this rank's samples; of ranks that read the same ones, one counts them."""
+    return sum(batch.num_targets for batch in batches) if mesh.speaks_for_samples else 0
+
+
+class Validation:
+    """This rank's micro-batches of every validation set. Reading them at the start shows bad data before the training.
+
+    Raises:
+        UserError: on all ranks: a set cannot be read, or has no target.
+    """
+
+    def __init__(self, config: RunConfig, catalog: Catalog, plan: BatchPlan, vocab_size: int, mesh: Mesh, ranks: Ranks):
+        data, tokens = config.data, config.training.eval_tokens
+        self._ranks = ranks
+        self._at_a_time = plan.num_micro_batches * max(1, 16 // plan.num_micro_batches)
+        """Micro-batches between two looks at whether to stop: whole steps of a pipeline."""
+        self._batches = ranks.everywhere(
+            lambda: {
+                name: list(
+                    validation_batches(sources, plan, mesh.data_rank, vocab_size, data.attend_across_documents, tokens)
+                )
+                for name, sources in catalog.validation.items()
+            }
+        )
+        self._targets = {name: ranks.sum(count_targets(batches, mesh)) for name, batches in self._batches.items()}
+        for name, count in self._targets.items():
+            if not count:
+                raise UserError(
+                    f"validation set '{name}' has no target: its loss mask leaves out every token that is evaluated; "
+                    "use another set, or raise training.eval_tokens"
+                )
+
+    def __bool__(self) -> bool:
+        return bool(self._batches)
+
+    def losses(self, passes: Passes, stopping: Callable[[], bool]) -> dict[str, float]:
+        """Mean loss per target of every set, in nats; empty when ``stopping``, the same on all ranks, says so."""
+        losses = {}
+        for name, batches in self._batches.items():
+            loss_sum = 0.0
+            for first in range(0, len(batches), self._at_a_time):
+                if stopping():
+                    return {}
+                loss_sum += passes.evaluate(batches[first : first + self._at_a_time]).item()
+            losses[name] = self._ranks.sum(loss_sum) / self._targets[name]
+        return losses
