@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # Tests compare with its files. Installed without its dependencies, which are large and not needed for that.
 ORACLE := megatron-core==0.16.1
 
-.PHONY: help setup demo test test-slow gpu-check lint format clean
+.PHONY: help setup demo test test-slow faults gpu-check lint format clean
 
 help:
 	@echo "make demo       the main job on real text, on this machine, in some minutes"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the long runs that make test leaves out"
+	@echo "make faults     kills, full disks, damaged files and more against real runs: 200 cases, an hour or less"
 	@echo "make gpu-check PART=1 (then PART=2)  kernels and steps on a CUDA machine, beside the peers installed there"
 	@echo "make lint       ruff, format check and mypy"
 	@echo "make format     let ruff format the code"
@@ -37,6 +38,13 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# What goes wrong is left in the folder fault_report, with the logs; --only repeats single cases.
+CASES ?= 200
+SEED ?= 1
+faults: setup
+	rm -rf fault_report
+	$(BIN)/python tests/faults/run.py --cases $(CASES) --seed $(SEED) --output fault_report
+
 # Without `setup`: on a GPU machine PyTorch and its libraries are those of the machine.
 PART ?= 1
 gpu-check:
@@ -53,4 +61,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo_run gpu_check
+	rm -rf $(VENV) demo_run gpu_check fault_report

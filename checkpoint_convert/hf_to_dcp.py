@@ -1,75 +1,24 @@
 """Make a checkpoint to train from out of a Hugging Face folder.
 
     python checkpoint_convert/hf_to_dcp.py --hf Qwen/Qwen2-72B --output ckpt/base
-    python checkpoint_convert/hf_to_dcp.py --hf models/llama --output ckpt/llama --dtype bfloat16
+    python checkpoint_convert/hf_to_dcp.py --hf models/llama --output ckpt/llama --dtype bfloat16 --verify
 
 The checkpoint keeps every bit and every dtype unless ``--dtype`` says otherwise, and carries config and tokenizer.
-Tensors pass through memory one at a time.
+Tensors pass through memory in blocks. ``conversion.json`` in the output has the hash of every tensor on both sides.
+After an interruption the same command goes on from the files that it had finished. See docs/conversion.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from torch import Tensor
-from tqdm import tqdm
-
-from retemper import __version__
-from retemper.engine.checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE, HfAssets
-from retemper.engine.checkpoint.manifest import Manifest, write_manifest
-from retemper.engine.checkpoint.new_folder import new_folder, require_absent
-from retemper.engine.checkpoint.tensors import save_streamed_tensors
+from retemper.engine.conversion.hf_to_dcp import convert
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.hugging_face.hub_download import find_model_folder
-from retemper.engine.hugging_face.model import open_hf_model
-from retemper.engine.hugging_face.weight_dtypes import (
-    AUTO,
-    DTYPE_CHOICES,
-    cast_to,
-    declaring,
-    describe_casts,
-    dtype_named,
-)
+from retemper.engine.hugging_face.weight_dtypes import AUTO, DTYPE_CHOICES
 
-
-def convert(hf: str, output: str | Path, dtype: str = AUTO, say: Callable[[str], None] = print) -> None:
-    """Write the checkpoint ``output`` from the Hugging Face model ``hf``.
-
-    Args:
-        hf: a folder, or a name on the Hub.
-        output: the checkpoint folder; it must not exist.
-        dtype: ``auto`` keeps each tensor's own; else bfloat16, float16 or float32.
-        say: takes the lines that tell what was cast, left out and written.
-
-    Raises:
-        UserError: the model cannot be used, or ``output`` exists or cannot be written. Nothing is left behind.
-    """
-    output = require_absent(output)
-    target = dtype_named(dtype)
-    folder = find_model_folder(hf)
-    model = open_hf_model(folder)
-    tensors = cast_to(model.tensors, target)
-    assets = declaring(HfAssets.read(folder), (tensor.dtype for tensor in tensors.values()))
-    for line in [*model.notes, *describe_casts(model.tensors, tensors)]:
-        say(line)
-    if TOKENIZER_FILE not in assets.files:
-        say(f"{folder} holds no {TOKENIZER_FILE}: the checkpoint carries no tokenizer")
-
-    num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
-    with new_folder(output) as temporary:
-        with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-
-            def read(name: str) -> Tensor:
-                bar.update(tensors[name].num_bytes)
-                return model.read(name).to(tensors[name].dtype)
-
-            save_streamed_tensors(temporary, tensors, read)
-        assets.write(temporary / ASSET_FOLDER)
-        write_manifest(temporary, Manifest(kind="converted", retemper_version=__version__))
-    say(f"wrote {output}: {len(tensors)} tensors, {tqdm.format_sizeof(num_bytes, 'B')}")
+__all__ = ["convert", "main", "parse_arguments"]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -83,11 +32,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=AUTO,
         help="dtype of the stored weights (default: that of each tensor in the folder)",
     )
+    vocabulary = parser.add_mutually_exclusive_group()
+    vocabulary.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="V",
+        help="rows that embedding and head are to have: others are cut off, or added as the mean of those there are "
+        "(default: as many as there are)",
+    )
+    vocabulary.add_argument(
+        "--pad-vocab-to-multiple-of", type=int, metavar="N", help="add rows up to the next multiple of N"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads that copy tensors (default: one for each CPU, up to 8)"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="also compare logits with transformers, on the CPU; needs 4 bytes of memory per parameter",
+    )
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    # A scheduler's SIGTERM cleans up like Ctrl-C does.
+    # A scheduler's SIGTERM ends like Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     convert(**vars(parse_arguments()))
 

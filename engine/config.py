@@ -113,6 +113,10 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Samples that one rank runs forward and backward at a time. Changes memory and speed, never the result's
     meaning."""
+    trainable: Literal["all", "embeddings"] = "all"
+    """Which parameters learn. embeddings: those of the tokens, in and out (``model.embed_tokens`` and ``lm_head``): a
+    first stage after tools/extend_vocab.py. The others have no gradients and no states, and stay bitwise as they are;
+    see docs/vocabulary.md."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype. Gradients are reduced over ranks in fp32 with both."""
     fused_elementwise: Literal["auto", "triton", "torch"] = "auto"
@@ -153,6 +157,16 @@ class TrainingConfig:
     """Also skip steps whose loss lies more than this many (robust) standard deviations above the median of the 64
     losses before it, such as 10. They count for ``max_skipped_steps``. Every step then waits for its loss before its
     update, which costs a GPU some time. Null: no guard."""
+    loss_spike_action: Literal["skip", "rewind"] = "skip"
+    """What follows a loss spike. skip: the next step. rewind: going back to the newest undamaged checkpoint that is at
+    least ``rewind_steps`` older, and from there on around all samples up to the spike; where there is none, as skip."""
+    rewind_steps: int = 100
+    """Steps, at least, to go back before a loss spike. ``checkpoint.save_interval`` decides how many more."""
+    max_rewinds: int = 3
+    """A loss spike after so many rewinds ends the run."""
+    check_replicas_interval: int = 0
+    """Steps between comparisons of what several ranks hold alike: weights and optimizer states, bit for bit. A
+    difference ends the run and names ranks and tensor. 0: never."""
     stop_after_minutes: float | None = None
     """Save and end with status 0 at the first step after so many minutes since the command's start, as if asked by a
     signal: for queues with a time limit, less what a step and a checkpoint take. The same command goes on. Null: no
@@ -247,6 +261,13 @@ class CheckpointConfig:
 
     save_interval: int = 1000
     """Steps between checkpoints; one is always written at the end."""
+    asynchronous: bool = True
+    """Go on training while a checkpoint is written. This rank's part of weights and states is copied to host memory
+    meanwhile, which is kept for that (12 bytes per parameter over all ranks with fp32 weights and states); the next
+    update waits for the copies, nothing waits for the disk. False: training waits, and no memory is needed."""
+    max_failed_saves: int = 2
+    """A checkpoint that cannot be written, as when the disk is full, leaves nothing behind, and the next one is tried.
+    With more than this many in a row the run ends. A checkpoint at which the run would stop must succeed."""
     keep_last: int = 3
     """Newest checkpoints that are kept. The last one of a run that used up its budget is kept as well."""
     keep_every: int = 0
@@ -261,6 +282,8 @@ class LoggingConfig:
 
     log_interval: int = 1
     """Steps between console lines and metric records."""
+    stragglers: bool = True
+    """With several ranks: record the slowest rank's times for data, blocks and waiting; say who keeps the others."""
     tensorboard: bool = True
     """Write TensorBoard events under ``{run_folder}/tensorboard``."""
 
@@ -297,6 +320,7 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"run_folder is {config.run_folder!r}; name the folder that the run shall write to")
     training, optimizer, parallel = config.training, config.optimizer, config.parallel
     _at_least(1, training, "training", "train_tokens", "sequence_length", "global_batch_size", "micro_batch_size")
+    _at_least(0, training, "training", "max_rewinds", "check_replicas_interval")
     _at_least(0, training, "training", "warmup_tokens", "eval_interval", "gc_interval", "max_skipped_steps")
     for name in ("loss_spike_zscore", "stop_after_minutes"):
         value = getattr(training, name)
@@ -308,7 +332,7 @@ def validate(config: RunConfig) -> None:
     _at_least(1, parallel, "parallel", "recompute_every", "timeout_seconds")
     _at_least(0, parallel, "parallel", "prefetch_blocks")
     _at_least(1, config.checkpoint, "checkpoint", "save_interval", "keep_last")
-    _at_least(0, config.checkpoint, "checkpoint", "keep_every")
+    _at_least(0, config.checkpoint, "checkpoint", "keep_every", "max_failed_saves")
     _at_least(1, config.logging, "logging", "log_interval")
     _at_least(0, optimizer, "optimizer", "learning_rate", "min_learning_rate", "weight_decay", "clip_grad_norm")
     for name in ("beta1", "beta2"):
@@ -319,6 +343,7 @@ def validate(config: RunConfig) -> None:
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         raise UserError(f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1")
     _validate_pipeline(parallel)
+    _validate_rewind(training, config.checkpoint)
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed is {config.seed}; it must be in [0, 2^63)")
     _validate_schedule(training, optimizer)
@@ -364,6 +389,24 @@ def _validate_schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> 
                 f"optimizer.decay_tokens is {optimizer.decay_tokens:,}; it must be between 1 and train_tokens - "
                 f"warmup_tokens = {room:,}"
             )
+
+
+def _validate_rewind(training: TrainingConfig, checkpoint: CheckpointConfig) -> None:
+    _at_least(1, training, "training", "rewind_steps")
+    if training.loss_spike_action == "skip":
+        return
+    if training.loss_spike_zscore is None:
+        raise UserError(
+            "training.loss_spike_action is rewind, but training.loss_spike_zscore is null, so that nothing is a spike; "
+            "set it to a number such as 10, or remove loss_spike_action"
+        )
+    oldest = (checkpoint.keep_last - 1) * checkpoint.save_interval + 1
+    if oldest < training.rewind_steps:
+        raise UserError(
+            f"training.rewind_steps is {training.rewind_steps:,}, but the oldest of checkpoint.keep_last "
+            f"{checkpoint.keep_last} checkpoints, checkpoint.save_interval {checkpoint.save_interval:,} steps apart, "
+            f"may be only {oldest:,} steps old; keep more of them, save less often, or lower it"
+        )
 
 
 def _validate_pipeline(parallel: ParallelConfig) -> None:

@@ -44,6 +44,10 @@ class Health:
         """[3] fp32 on the device: steps skipped in all, in a row up to now, and in a row at most."""
         self._skipped = 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
+        self.spiked = False
+        """Whether the last step was a loss spike."""
+        self.rewinds: list[dict[str, int]] = []
+        """How often the run has gone back: ``{"step", "to_step", "samples"}``, the last being those passed over."""
 
     def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Whether to leave out the update of ``step``, the same on every rank. All ranks must call this.
@@ -57,8 +61,9 @@ class Health:
             [] fp32 on the device, 1 to leave it out, else 0.
         """
         skip = (~grad_norm.isfinite()).to(self._counts)
-        if self._config.loss_spike_zscore is not None and self._is_spike(step, self._ranks.sum(loss.item())):
-            skip = torch.ones_like(skip)
+        if self._config.loss_spike_zscore is not None:
+            self.spiked = self._is_spike(step, self._ranks.sum(loss.item()))
+            skip = torch.ones_like(skip) if self.spiked else skip
         total, in_a_row, most = self._counts.unbind()
         in_a_row = (in_a_row + skip) * skip
         self._counts = torch.stack([total + skip, in_a_row, torch.maximum(most, in_a_row)])
@@ -129,13 +134,24 @@ class Health:
         if self._ranks.sum(not finite.all().item()):
             raise self._error(step, "the update made weights that are not finite")
 
+    def require_rewind(self, step: int) -> None:
+        """Raises UserError where the run, with a spike in ``step``, has gone back as often as it may."""
+        if len(self.rewinds) >= self._config.max_rewinds:
+            steps = ", ".join(str(rewind["step"]) for rewind in self.rewinds) or "none"
+            raise self._error(
+                step,
+                f"the loss is a spike again, after training.max_rewinds {self._config.max_rewinds} (spikes in steps "
+                f"{steps})",
+            )
+
     def _error(self, step: int, what: str) -> UserError:
         return UserError(f"step {step}: {what}; {self._newest()}, lower optimizer.learning_rate or inspect the data")
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know to skip the same steps, in JSON's types. Waits for the device."""
         total, in_a_row, _ = (int(count) for count in self._counts.tolist())
-        return {"skipped_steps": total, "in_a_row": in_a_row, "losses": list(self._losses)}
+        state = {"skipped_steps": total, "in_a_row": in_a_row, "losses": list(self._losses)}
+        return state | ({"rewinds": self.rewinds} if self.rewinds else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state`; an empty one is that of a run which has skipped nothing."""
@@ -143,6 +159,7 @@ class Health:
         self._skipped = total
         self._counts = torch.tensor([total, in_a_row, in_a_row], dtype=torch.float32, device=self._ranks.device)
         self._losses = deque(state.get("losses", ()), maxlen=WINDOW)
+        self.spiked, self.rewinds = False, list(state.get("rewinds", ()))
 
 
 def robust_zscore(value: float, others: Iterable[float]) -> float:

@@ -11,17 +11,27 @@ from torch import Tensor
 from ..kernels.attention import Choice
 from .attention_choice import choose_attention
 from .budget import BatchPlan
-from .checkpoint.assets import HfAssets, find_assets
+from .checkpoint.assets import HfAssets, asset_folder, find_assets, is_hf_folder
 from .checkpoint.manifest import Manifest, read_manifest, require_same_order
-from .checkpoint.tensors import check_model_tensors, describe_casts, load_tensors, model_tensors, optimizer_tensors
+from .checkpoint.tensors import (
+    check_model_tensors,
+    describe_casts,
+    load_tensors,
+    model_tensors,
+    optimizer_tensors,
+    stored_tensors,
+)
 from .config import RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
 from .data.sample_order import SampleOrder
-from .model.architecture import Architecture, parse_architecture
+from .hugging_face.slices import load_hf_tensors
+from .hugging_face.start import open_start
+from .hugging_face.weight_dtypes import declaring
+from .model.architecture import CONFIG_FILE, Architecture, parse_architecture
 from .model.decoder import meta_decoder
 from .optim import allocate_states
 from .parallel import compile as block_compile
-from .parallel import fsdp
+from .parallel import fsdp, trainable
 from .parallel.build import Choices
 from .parallel.build import check as check_model
 from .parallel.passes import ModelParts
@@ -46,14 +56,23 @@ class RunInputs:
 def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, device: torch.device) -> RunInputs:
     """Config and tokenizer of the model, the datasets, and the place in their order.
 
+    Args:
+        config: of the run; ``model.initialize_from`` is a folder.
+        plan: of its steps.
+        resume_from: the checkpoint that the run goes on from.
+        device: where it computes.
+
     Raises:
         UserError: they cannot be used, or do not fit each other or the checkpoint.
     """
-    assets = find_assets(config.model, resume_from)
-    assert assets.config is not None
     named = resume_from or config.model.initialize_from
+    source = open_start(named) if named is not None and is_hf_folder(named) else None
+    assets = find_assets(config.model, resume_from)
+    if source is not None:  # as checkpoint_convert/hf_to_dcp.py keeps them
+        assets = declaring(assets, (tensor.dtype for tensor in source.tensors.values()))
+    assert assets.config is not None
     architecture = parse_architecture(
-        assets.config, "model.architecture" if named is None else f"{named}/hf/config.json"
+        assets.config, "model.architecture" if named is None else str(asset_folder(named) / CONFIG_FILE)
     )
     attention = choose_attention(config, architecture, device)
     compiled = block_compile.wanted(config, device, attention.backend)
@@ -64,6 +83,7 @@ def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, de
     if resume_from:
         was = read_manifest(resume_from)
         require_same_order(was, to_dict(config), resume_from)
+        trainable.require_same(was.config, config.training, resume_from)
         catalog.require_unchanged(was.datasets, str(resume_from))
         order = order.resumed(was.sample_order, was.consumed_samples)
         progress = Progress(was.step, was.consumed_samples, was.consumed_tokens, was.best)
@@ -79,6 +99,13 @@ def load_weights(
 ) -> list[str]:
     """Everything as it was when the checkpoint was written; or weights of ``initialize_from``, or random ones.
 
+    Args:
+        config: of the run; ``model.initialize_from`` is a folder.
+        architecture: of the model.
+        resume_from: the checkpoint that the run goes on from.
+        model: this rank's part of it, without values.
+        optimizer: of its parameters.
+
     Returns:
         lines about what was cast.
 
@@ -90,11 +117,21 @@ def load_weights(
         for decoder in model.decoders:
             decoder.initialize_(config.seed, fsdp.copy_full_)
         return []
+    if is_hf_folder(folder):
+        return _load_hf_weights(folder, model_tensors(model))
     check_model_tensors(folder, meta_decoder(architecture))
     tensors: dict[str, Tensor] = model_tensors(model)
     if resume_from:
         allocate_states(optimizer)
         tensors |= optimizer_tensors(model, optimizer)
-    casts = describe_casts(folder, tensors, resuming=resume_from is not None)
+    casts = describe_casts(folder, stored_tensors(folder), tensors, resuming=resume_from is not None)
     load_tensors(folder, tensors)
     return casts
+
+
+def _load_hf_weights(folder: str | Path, tensors: dict[str, Tensor]) -> list[str]:
+    source = open_start(folder)
+    lines = [f"weights     {source.weights.folder}: {note}" for note in source.notes]
+    lines += describe_casts(folder, source.tensors, tensors, resuming=False)
+    load_hf_tensors(source, tensors)
+    return lines

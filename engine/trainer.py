@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import __version__
 from .budget import learning_rate, plan_batches
 from .checkpoint.manifest import Manifest
+from .checkpoint.saver import Saver
 from .checkpoint.store import CheckpointStore
 from .checkpoint.tensors import model_tensors, optimizer_tensors
 from .config import RunConfig, to_dict, to_yaml
@@ -18,14 +19,18 @@ from .errors import UserError
 from .evaluation import Validation, count_targets
 from .garbage import GarbageSchedule
 from .health import Health
+from .hugging_face.start import with_local_weights
 from .observe.flops import flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, speed, step_line
+from .observe.stragglers import Stragglers
 from .observe.summary import describe_data, describe_run, notes
 from .optim import build_optimizer, clip_grad_norm, set_learning_rate, step_unless
 from .parallel.build import build_model
 from .parallel.mesh import build_mesh, plan_layout
 from .parallel.process_group import Ranks, world_size_from_environment
+from .replicas import ReplicaCheck
+from .rewind import Rewind, plan_rewind
 from .run_inputs import load_weights, open_inputs
 from .run_state import Progress, StepResult
 from .stopping import StopRequest
@@ -60,13 +65,16 @@ class Trainer:
         keep = config.checkpoint
         self.store = CheckpointStore(config.run_folder, ranks, keep.keep_last, keep.keep_best, keep.keep_every)
         self.resume_from = self.store.resolve(config.resume)
-        if self.resume_from is None and config.model.initialize_from is not None:
-            self.store.require_sound(config.model.initialize_from, "model.initialize_from")
+        # What is saved of the configuration keeps a name on the Hub; here it becomes a folder.
+        local = config if self.resume_from else with_local_weights(config, ranks, self.store.require_sound)
         self.progress, self.owes_evaluation = Progress(), config.training.eval_at_start
         # The log is opened later.
-        self.health = Health(config.training, ranks, self._newest, lambda line: self.log.say(line))  # noqa: PLW0108
+        say = lambda line: self.log.say(line)  # noqa: E731, PLW0108
+        self.health = Health(config.training, ranks, self._newest, say)
+        self.saver = Saver(self.store, ranks, keep, config.parallel.timeout_seconds, say)
+        self.check_replicas = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest)
         self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
-        self.inputs = ranks.everywhere(lambda: open_inputs(config, self.plan, self.resume_from, ranks.device))
+        self.inputs = ranks.everywhere(lambda: open_inputs(local, self.plan, self.resume_from, ranks.device))
         if self.inputs.resumed:
             self.progress = self.inputs.progress
             self.health.restore(self.inputs.resumed.health)
@@ -78,7 +86,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
         self.stop.leave_if_agreed()
         self.casts = ranks.everywhere(
-            lambda: load_weights(config, architecture, self.resume_from, self.model, self.optimizer)
+            lambda: load_weights(local, architecture, self.resume_from, self.model, self.optimizer)
         )
         self.data = TrainingData(
             self.inputs.catalog.train,
@@ -88,6 +96,8 @@ class Trainer:
             architecture.vocab_size,
             config.data.attend_across_documents,
         )
+        blocks = (block for decoder in self.model.decoders for block in decoder.model.blocks)
+        self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)
         self.validation = Validation(config, self.inputs.catalog, self.plan, architecture.vocab_size, self.mesh, ranks)
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -104,18 +114,18 @@ class Trainer:
 
     def _run(self, remarks: list[str]) -> None:
         # A fresh run also forgets the records at step 0 of one that was killed before its first checkpoint.
-        known_step = self.progress.step if self.resume_from else -1
-        tensorboard = self.config.logging.tensorboard
-        self.log = MetricLog(self.config.run_folder, known_step, self.ranks.is_main, tensorboard, self.owes_evaluation)
+        self.log = self._metric_log(self.progress.step if self.resume_from else -1)
         self.ranks.on_main(self._open_run_folder)
         for line in [*remarks, *self.store.set_aside(), *self.store.remove_leftovers()]:
             self.log.say(line)
         self._say_plan()
-        with self.stop, self.watchdog, GarbageSchedule(self.config.training.gc_interval) as garbage:
-            self._train(garbage)
+        with self.stop, self.watchdog, self.saver, GarbageSchedule(self.config.training.gc_interval) as garbage:
+            while rewind := self._train(garbage):
+                self._go_back(rewind)
         self.log.close()
 
-    def _train(self, garbage: GarbageSchedule) -> None:
+    def _train(self, garbage: GarbageSchedule) -> Rewind | None:
+        """All steps that are left, or up to a loss spike from which the run is to go back."""
         config = self.config
         if self.owes_evaluation:
             self._evaluate_for_best()
@@ -127,6 +137,9 @@ class Trainer:
                 result = self._step(*self._next_batches(prefetcher))
                 garbage.step_done(self.progress.step)
                 stopwatch.step_done()
+                self.saver.poll()
+                if self.health.spiked and (rewind := self._plan_rewind()):
+                    return rewind
                 last, stopping = self._remaining_steps() == 0, self.stop.agreed()
                 due = first_sample == first_samples[0] or self.progress.step % config.logging.log_interval == 0
                 if last or stopping or due:
@@ -135,9 +148,35 @@ class Trainer:
                 with stopwatch.paused():
                     stopping = self._evaluate_and_save(result, last, stopping)
                 if stopping and not last:
+                    self.saver.wait(required=True)
                     self.log.say(f"stopped at step {self.progress.step} as asked; resume: auto continues")
-                    return
+                    return None
+        self.saver.wait(required=True)
         self.log.say(f"finished: {self.progress.tokens:,} tokens in {self.progress.step:,} steps")
+        return None
+
+    def _plan_rewind(self) -> Rewind | None:
+        if self.config.training.loss_spike_action == "skip":
+            return None
+        self.watchdog.sleep()
+        self.saver.wait()  # what is being written may be what to go back to
+        order = self.inputs.order
+        return plan_rewind(self.config.training, self.store, self.health, self.progress, order, self.plan, self.log.say)
+
+    def _go_back(self, rewind: Rewind) -> None:
+        """Be what the run was at that checkpoint, but for the place in the data."""
+        for line in [*self.store.abandon_after(rewind.progress.step), rewind.line]:
+            self.log.say(line)
+        architecture = self.inputs.architecture
+        self.ranks.everywhere(
+            lambda: load_weights(self.config, architecture, rewind.checkpoint, self.model, self.optimizer)
+        )
+        self.progress = rewind.progress
+        self.health.restore(rewind.health)
+        self.owes_evaluation = self._evaluation_due() and not rewind.manifest.evaluation
+        self.log.close()
+        self.log = self._metric_log(self.progress.step)
+        self.ranks.on_main(self.log.open)
 
     def _prepare(self, first_sample: int) -> list[MicroBatch]:
         batches = self.data.micro_batches(first_sample)
@@ -152,7 +191,8 @@ class Trainer:
         self._begin("data")
         problem, batches = None, []
         try:
-            batches = prefetcher.get()
+            with self.stragglers.reading():
+                batches = prefetcher.get()
         except UserError as error:
             problem = str(error)
         # One sum serves both ends: a rank without data makes it not a number.
@@ -170,6 +210,7 @@ class Trainer:
         clip = self.config.optimizer.clip_grad_norm
         grad_norm = clip_grad_norm(self.model.parameters(), clip, self.model.own_parameters(), loss)
         set_learning_rate(self.optimizer, rate)
+        self.saver.hold_update()
         step_unless(self.optimizer, self.health.judge(self.progress.step + 1, loss, grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
         self._begin("other")
@@ -214,6 +255,8 @@ class Trainer:
 
     def _evaluate_and_save(self, result: StepResult, last: bool, stopping: bool) -> bool:
         """What is due at the end of a step; whether to stop. Numbers that are not finite are never saved."""
+        if self.check_replicas.due(self.progress.step):
+            self.check_replicas(self.progress.step, self.model, self.optimizer)
         evaluation: dict[str, float] = {}
         improved = False
         # Launchers give a run that is asked to stop some seconds: they are for saving. What resumes it evaluates.
@@ -262,13 +305,12 @@ class Trainer:
             retemper_version=__version__,
         )
         tensors = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}
-        folder = self.store.save(tensors, self.inputs.assets, manifest)
-        self.store.thin_out(self.progress.best.get("step"))
-        self.log.say(f"  saved {folder}")
+        self.saver.save(tensors, self.inputs.assets, manifest, self.progress.best.get("step"))
 
     def _report(self, result: StepResult, stopwatch: Stopwatch) -> None:
         """One console line and one metric record."""
         loss, grad_norm = self.ranks.sum(result.loss.item()), result.grad_norm.item()
+        stragglers = self.stragglers.report()
         flops = flops_per_token(self.inputs.architecture, self.plan.sequence_length, causal_halved=False)
         values = {
             "loss": loss,
@@ -276,11 +318,16 @@ class Trainer:
             "grad_norm": grad_norm,
             "skipped_steps": self.health.skipped_steps(),
             **speed(stopwatch.lap(), self.plan.tokens_per_step, flops, self.ranks),
+            **stragglers.values,
         }
         self.log.record(self.progress.step, self.progress.tokens, values)
         remaining = self._remaining_steps()
         seconds_left = remaining * stopwatch.mean_step_seconds
-        self.log.say(step_line(self.progress.step, remaining, self.progress.tokens, values, seconds_left))
+        for line in [
+            step_line(self.progress.step, remaining, self.progress.tokens, values, seconds_left),
+            *stragglers.lines,
+        ]:
+            self.log.say(line)
         self._check(loss, grad_norm)
 
     def _check(self, loss: float, grad_norm: float) -> None:
@@ -291,6 +338,10 @@ class Trainer:
     def _newest(self) -> str:
         complete = self.store.complete()
         return f"the newest checkpoint is {complete[-1]}" if complete else "no checkpoint has been written"
+
+    def _metric_log(self, known_step: int) -> MetricLog:
+        folder, tensorboard = self.config.run_folder, self.config.logging.tensorboard
+        return MetricLog(folder, known_step, self.ranks.is_main, tensorboard, self.owes_evaluation)
 
     def _open_run_folder(self) -> None:
         self.log.open()

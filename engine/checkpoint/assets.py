@@ -1,6 +1,7 @@
 """The small files that make weights a Hugging Face folder: config, generation config and tokenizer.
 
-They travel with every checkpoint under ``hf/``, so that a checkpoint alone is enough to export from.
+They travel with every checkpoint under ``hf/``, so that a checkpoint alone is enough to export from. A run may also
+start from a Hugging Face folder, where they stand beside the weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..data.tokenizer_files import (
 )
 from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, parse_architecture, read_hf_config
-from .manifest import read_manifest
+from .manifest import MANIFEST_FILE, read_manifest
 from .safety import file_inside
 
 ASSET_FOLDER = "hf"
@@ -124,15 +125,34 @@ def _is_of_tokenizer(name: str, names: Collection[str]) -> bool:
     return name.endswith(".json") and name.removesuffix(".json") + TIKTOKEN_SUFFIX in names
 
 
+def is_hf_folder(folder: str | Path) -> bool:
+    """Whether ``folder`` is a Hugging Face folder: weights or a config, and not a checkpoint's manifest beside them."""
+    here = Path(folder)
+    if (here / MANIFEST_FILE).exists():
+        return False
+    return (here / CONFIG_FILE).is_file() or next(here.glob("*.safetensors"), None) is not None
+
+
+def asset_folder(folder: str | Path) -> Path:
+    """Where the assets of a checkpoint, or of a Hugging Face folder, are."""
+    return Path(folder) if is_hf_folder(folder) else Path(folder) / ASSET_FOLDER
+
+
 def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
-    """Config and tokenizer of the run: from the checkpoint it continues or starts from, or as configured.
+    """Config and tokenizer of the run: from what it continues or starts from, or as configured.
+
+    Args:
+        config: of the model; ``initialize_from`` is a folder.
+        resume_from: the checkpoint that the run continues.
 
     Raises:
         UserError: there is no config, or the configured architecture is not that of the checkpoint.
     """
     folder = resume_from or config.initialize_from
     assets = HfAssets({})
-    if folder is not None:
+    if folder is not None and is_hf_folder(folder):
+        assets = HfAssets.read(folder)
+    elif folder is not None:
         read_manifest(folder)
         assets = HfAssets.of_checkpoint(folder)
     if config.architecture is not None:
@@ -147,5 +167,5 @@ def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
                 + "; remove model.architecture or name the right checkpoint"
             )
     if assets.config is None:
-        raise UserError(f"{folder}: carries no hf/config.json; set model.architecture")
+        raise UserError(f"{folder}: carries no hf/{CONFIG_FILE}; set model.architecture")
     return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets

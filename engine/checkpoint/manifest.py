@@ -54,7 +54,7 @@ class Manifest:
     step: int = 0
     """Optimizer steps made."""
     consumed_samples: int = 0
-    """Samples of the run's order that have been trained on: the place in the data."""
+    """Samples of the run's order that have been trained on, or passed over by a rewind: the place in the data."""
     consumed_tokens: int = 0
     """The clock."""
     final: bool = False
@@ -299,7 +299,15 @@ _NESTED: dict[str, Check] = {
     ),
     "evaluation": _table(_is_number),
     "best": _nothing_or(_record({"step": _is_count, "name": _is_text, "loss": _is_number})),
-    "health": _record({}, {"skipped_steps": _is_count, "in_a_row": _is_count, "losses": _list(_is_number)}),
+    "health": _record(
+        {},
+        {
+            "skipped_steps": _is_count,
+            "in_a_row": _is_count,
+            "losses": _list(_is_number),
+            "rewinds": _list(_record({"step": _is_count, "to_step": _is_count, "samples": _is_count})),
+        },
+    ),
     "layout": _table(_is_count),
     "versions": _table(_is_text),
     "files": _table(

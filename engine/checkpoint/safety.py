@@ -49,6 +49,15 @@ _CLASSES: tuple[type, ...] = (
 )
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 """The folder that was written to, which nobody reads; held as a path that cannot touch the disk."""
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_UNREAD = {
+    ("torch.distributed.checkpoint.planner", "SavePlan"),
+    ("torch.distributed.checkpoint.planner", "WriteItem"),
+    ("torch.distributed.checkpoint.planner", "WriteItemType"),
+    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
+    (_MEGATRON, "MCoreSavePlan"),
+}
+"""Megatron keeps the plan by which it saved beside the metadata; nobody reads it."""
 
 
 class DamagedCheckpoint(UserError):
@@ -59,12 +68,44 @@ class Refused(Exception):
     """The metadata is not what DCP writes."""
 
 
+def inert_class() -> type:
+    """A class for objects of unknown classes in a pickle: they keep their attributes, and do nothing.
+
+    A new one for each pickle, which can set attributes of what it has been given.
+    """
+
+    class Inert:
+        def __new__(cls, *_: Any, **__: Any) -> Any:
+            return super().__new__(cls)
+
+        def __setstate__(self, state: Any) -> None:
+            if isinstance(state, dict):
+                self.__dict__.update(state)
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            pass
+
+        def extend(self, values: Any) -> None:
+            pass
+
+        append = add = extend
+
+    return Inert
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Knows the classes of DCP's metadata (torch 2.11 to 2.13) by name, and nothing else."""
 
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file)
+        self._inert = inert_class()
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _UNREAD:
+            return self._inert
         known: dict[tuple[str, str], Any] = {(item.__module__, item.__name__): item for item in _CLASSES[:-1]}
         known[("torch", "Size")] = torch.Size
+        known[(_MEGATRON, "MCoreMetadata")] = Metadata
         known[("torch.serialization", "_get_layout")] = _layout_reader()
         for package in (pathlib.__name__, "pathlib._local"):
             known.update({(package, path): PurePosixPath for path in _PATHS})

@@ -6,11 +6,12 @@ all of its files are read and compared with the hashes in its manifest; a damage
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from .verify import Damage, find_damage
 
 DAMAGED = ".damaged"
 """Ending of the name of a checkpoint that was set aside."""
+REWOUND = ".rewound"
+"""The same, of one that the run has gone back behind."""
 _COMPLETE = re.compile(r"^step-(\d{8,})$")
 _TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")
 
@@ -45,6 +48,12 @@ class CheckpointStore:
         """For the log: checkpoints in use that hold no hashes."""
         self._damaged: list[tuple[Path, str]] = []
         """What :meth:`set_aside` is to rename, and what is wrong with each."""
+
+    def of(self, ranks: Ranks) -> CheckpointStore:
+        """This store, whose ranks exchange messages as ``ranks`` do."""
+        store = copy.copy(self)
+        store.ranks = ranks
+        return store
 
     @contextmanager
     def locked(self) -> Iterator[list[str]]:
@@ -154,17 +163,46 @@ class CheckpointStore:
     def _set_aside(self) -> list[str]:
         lines = []
         for folder, problem in self._damaged:
-            target, number = folder.with_name(f"{folder.name}{DAMAGED}"), 1
-            while os.path.lexists(target):
-                number += 1
-                target = folder.with_name(f"{folder.name}{DAMAGED}.{number}")
-            folder.rename(target)
-            lines.append(f"set aside   {problem}; renamed to {target}")
+            lines.append(f"set aside   {problem}; renamed to {_renamed(folder, DAMAGED)}")
         self._damaged.clear()
         return lines
 
-    def save(self, tensors: dict[str, Tensor], assets: HfAssets, manifest: Manifest) -> Path:
+    def newest_until(self, step: int) -> Path | None:
+        """The newest checkpoint of at most ``step`` steps that is undamaged, verified by all ranks."""
+        for folder in reversed(self.ranks.share(self.ranks.on_main(self._candidates))):
+            if step_of(folder) <= step:
+                manifest, problem = self._examine(folder)
+                if manifest is not None and problem is None:
+                    return folder
+        return None
+
+    def abandon_after(self, step: int) -> list[str]:
+        """Rename all checkpoints of more than ``step`` steps, which a run that goes back will reach again.
+
+        Returns:
+            lines for the log, on the main rank.
+        """
+        return self.ranks.on_main(lambda: self._abandon_after(step)) or []
+
+    def _abandon_after(self, step: int) -> list[str]:
+        # The newest first: killed half-way, this leaves a run that goes on from the newest that is left.
+        newer = [folder for folder in reversed(self._candidates()) if step_of(folder) > step]
+        return [f"  {folder} renamed to {_renamed(folder, REWOUND)}: the run goes back behind it" for folder in newer]
+
+    def save(
+        self,
+        tensors: Mapping[str, Tensor],
+        assets: HfAssets,
+        manifest: Manifest,
+        staged: Mapping[str, Tensor] | None = None,
+    ) -> Path:
         """Write one checkpoint with all ranks and make it visible when every byte is on disk.
+
+        Args:
+            tensors: every tensor by name.
+            assets: Hugging Face files that travel with it.
+            manifest: what it is.
+            staged: see :func:`save_tensors`.
 
         Raises:
             UserError: on every rank, when any of them cannot write. Nothing is left behind.
@@ -174,7 +212,7 @@ class CheckpointStore:
         self.ranks.on_main(lambda: self._begin(temporary, final))
         try:
             self.ranks.everywhere(lambda: self._require_visible(temporary))
-            records = self.ranks.gather(save_tensors(temporary, tensors))
+            records = self.ranks.gather(save_tensors(temporary, tensors, staged, self.ranks.group))
             hashed = {name: record for of_rank in records for name, record in of_rank.items()}
             self.ranks.on_main(lambda: self._publish(temporary, final, assets, manifest, hashed))
         except BaseException:
@@ -238,6 +276,16 @@ class CheckpointStore:
         for entry in leftovers:
             shutil.rmtree(entry)
         return [f"removed {entry}, which a killed run had left incomplete" for entry in leftovers]
+
+
+def _renamed(folder: Path, ending: str) -> Path:
+    """The new name of ``folder``, which nothing takes for a checkpoint of the run any more."""
+    target, number = folder.with_name(f"{folder.name}{ending}"), 1
+    while os.path.lexists(target):
+        number += 1
+        target = folder.with_name(f"{folder.name}{ending}.{number}")
+    folder.rename(target)
+    return target
 
 
 def is_checkpoint_name(name: str) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -55,9 +56,11 @@ def model_tensors(model: ParameterOwner) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state tensors of ``optimizer``, named by state and parameter."""
+    """The state tensors of ``optimizer``, named by state and parameter; frozen parameters have none."""
     tensors = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         # FSDP shows gathered copies under a parameter's name while its group is gathered; those have no state.
         assert parameter in optimizer.state, f"{name} is not a parameter that the optimizer steps"
         for state, value in optimizer.state[parameter].items():
@@ -78,8 +81,21 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     }
 
 
-def save_tensors(folder: Path, tensors: dict[str, Tensor], distributed: bool = True) -> dict[str, FileRecord]:
+def save_tensors(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    staged: Mapping[str, Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
+    distributed: bool = True,
+) -> dict[str, FileRecord]:
     """Write ``tensors`` into ``folder``; with ``distributed`` every rank calls this and writes its shards.
+
+    Args:
+        folder: where to.
+        tensors: by name; each may be sharded in any way.
+        staged: this rank's part of each, where it has been copied; ``tensors`` then only say how they are laid out.
+        group: of the ranks, for their messages; None: the default one.
+        distributed: whether there are other ranks.
 
     Returns:
         the files that this rank has written, hashed on their way to the disk.
@@ -90,7 +106,13 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], distributed: bool = T
     writer = HashingWriter(folder, single_file_per_rank=True)
     try:
         with _without_single_process_warning():
-            dcp.save(tensors, storage_writer=writer, no_dist=not distributed)
+            dcp.save(
+                dict(tensors),
+                storage_writer=writer,
+                planner=DefaultSavePlanner() if staged is None else _StagedPlanner(staged),
+                process_group=group,
+                no_dist=not distributed,
+            )
     except CheckpointException as error:
         raise UserError(f"{folder}: cannot be written: {_reasons(error)}") from None
     return writer.records
@@ -132,6 +154,17 @@ def _os_error_behind(error: BaseException | None) -> OSError | None:
     return error
 
 
+class _StagedPlanner(DefaultSavePlanner):
+    """Plans with tensors; the values that are written are those that have been copied."""
+
+    def __init__(self, staged: Mapping[str, Tensor]):
+        super().__init__()
+        self._staged = staged
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._staged[index.fqn]
+
+
 class _StreamingPlanner(DefaultSavePlanner):
     """Plans with descriptions of tensors; their values are fetched one at a time, as they are written."""
 
@@ -151,33 +184,58 @@ def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bo
     Raises:
         UserError: a tensor is missing, has another shape, or its file cannot be read.
     """
-    stored = stored_tensors(folder)
+    problem = "damaged checkpoint, use another one"
+    load_through(SafeReader(str(folder)), stored_tensors(folder), tensors, str(folder), problem, distributed)
+
+
+def load_through(
+    reader: dcp.StorageReader,
+    stored: Mapping[str, StoredTensor],
+    tensors: dict[str, Tensor],
+    where: str,
+    problem: str,
+    distributed: bool,
+) -> None:
+    """As :func:`load_tensors`, from whatever ``reader`` reads.
+
+    Args:
+        reader: reads values for DCP.
+        stored: what it can read.
+        tensors: to read into.
+        where: the folder, for errors.
+        problem: said in front of the reason, where ``reader`` fails.
+        distributed: whether there are other ranks, which then call this as well.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or cannot be read.
+    """
     missing = [name for name in tensors if name not in stored]
     if missing:
-        raise UserError(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}; is it the same model?")
+        raise UserError(f"{where}: {len(missing)} tensors are missing, such as {missing[0]}; is it the same model?")
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != stored[name].shape:
             raise UserError(
-                f"{folder}: {name} has shape {list(stored[name].shape)}, the model wants {list(tensor.shape)}"
+                f"{where}: {name} has shape {list(stored[name].shape)}, the model wants {list(tensor.shape)}"
             )
     try:
         with _without_single_process_warning():
-            dcp.load(tensors, storage_reader=SafeReader(str(folder)), no_dist=not distributed)
+            dcp.load(tensors, storage_reader=reader, no_dist=not distributed)
     except CheckpointException as error:
         for cause, _ in error.failures.values():
             if isinstance(cause, KeyboardInterrupt):  # DCP wraps whatever is raised
                 raise cause from None
-        raise UserError(f"{folder}: damaged checkpoint, use another one: {_reasons(error)}") from None
+        raise UserError(f"{where}: {problem}: {_reasons(error)}") from None
 
 
-def describe_casts(folder: str | Path, tensors: Mapping[str, Tensor], resuming: bool) -> list[str]:
+def describe_casts(
+    folder: str | Path, stored: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor], resuming: bool
+) -> list[str]:
     """Lines about the casts of :func:`load_tensors`: values widened to go on with a run (``resuming``), or rounded to
     begin one. Values widened to begin one are the usual case and not spoken of.
 
     Raises:
         UserError: the run would not go on as it was: values of the checkpoint would be rounded.
     """
-    stored = stored_tensors(folder)
     pairs = {name: (stored[name].dtype, tensor.dtype) for name, tensor in tensors.items() if name in stored}
     lines = []
     for (there, here), count in Counter(pairs.values()).items():

@@ -1,33 +1,36 @@
-"""The weights of a Hugging Face folder: safetensors files in, safetensors files out.
+"""The weights of a Hugging Face folder: what tensors there are, and their values, whole or in parts.
 
-Reading maps the files into memory: opening a folder of any size costs nothing, and a tensor costs memory only while it
-is in use. Pickled weights (``pytorch_model.bin``) are never opened, because loading them can run code.
+Opening a folder of any size costs nothing. :meth:`HfWeights.read` maps a tensor, which costs memory only while it is in
+use; :meth:`HfWeights.rows` reads rows into memory that the caller owns, and maps nothing. Pickled weights
+(``pytorch_model.bin``) are never opened, because loading them can run code.
 
-What the tensors mean to a decoder stands in :mod:`model`.
+What the tensors mean to a decoder stands in :mod:`model`; files are written by :mod:`shards`.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint.raw_bytes import opened_for_reading, read_exactly
+from ..checkpoint.tensor_source import ReadRows
 from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DEFAULT_MAX_SHARD_SIZE = "5GB"
-_SHARD_PATTERN = "model{suffix}.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+"""Longest header that the safetensors library reads."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.bin.index.json")
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class HfWeights:
@@ -53,15 +56,36 @@ class HfWeights:
             self._files = {WEIGHTS_FILE: self._open(WEIGHTS_FILE, "it holds the weights")}
             listed = dict.fromkeys(self._files[WEIGHTS_FILE].keys(), WEIGHTS_FILE)
         self._file_of = listed
+        self._offsets = {file: _tensor_offsets(self.folder / file) for file in self._files}
         self.tensors = {name: self._describe(name) for name in listed}
         """Names, shapes and dtypes."""
         present = (entry.name for entry in self.folder.glob("*.safetensors"))
         self.ignored_files = sorted(name for name in present if name not in self._files)
         """Safetensors files that are not part of the model."""
 
+    @property
+    def files(self) -> list[Path]:
+        """What decides the tensors: the safetensors files that are part of the model, and the index."""
+        index = self.folder / INDEX_FILE
+        return [*(self.folder / file for file in self._files), *([index] if index.is_file() else [])]
+
     def read(self, name: str) -> Tensor:
         """The CPU tensor ``name``, mapped from its file: read-only by agreement, paged in when used."""
         return self._files[self._file_of[name]].get_tensor(name)
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file of the tensor ``name``, and where in it its values begin, in bytes."""
+        path = self.folder / self._file_of[name]
+        return path, self._offsets[path.name][name]
+
+    @contextmanager
+    def rows(self, name: str) -> Iterator[ReadRows]:
+        """See :class:`~retemper.engine.checkpoint.tensor_source.TensorSource`."""
+        path, stored = self.folder / self._file_of[name], self.tensors[name]
+        start = self._offsets[path.name][name]
+        row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        with opened_for_reading(path) as descriptor:
+            yield lambda first, rows: read_exactly(descriptor, start + first * row_bytes, rows, path)
 
     def _describe(self, name: str) -> StoredTensor:
         tensor = self.read(name)
@@ -70,6 +94,7 @@ class HfWeights:
     def _open(self, file: str, why: str) -> Any:
         path = self.folder / file
         try:
+            _require_bounded_header(path)
             return safe_open(path, framework="pt")
         except FileNotFoundError:
             raise UserError(f"{path}: missing, though {why}; fetch the folder again") from None
@@ -107,7 +132,7 @@ def _read_index(path: Path) -> dict[str, str]:
     remedy = "fetch the folder again"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}; {remedy}") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -118,53 +143,30 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def parse_shard_size(size: str) -> int:
-    """Bytes in a size such as ``5GB`` (decimal units, as the Hub counts).
+def _require_bounded_header(path: Path) -> None:
+    """Refuse a header that would fill the memory, or that is longer than its file, before anything reads it.
 
     Raises:
-        UserError: it is not a positive number with a unit.
+        UserError: it is.
+        OSError: the file cannot be read.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)\s*", size, re.IGNORECASE)
-    num_bytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if num_bytes < 1:
-        raise UserError(f"--max-shard-size {size}: expected a positive size in KB, MB, GB or TB, such as 5GB")
-    return num_bytes
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
+    if length > min(MAX_HEADER_BYTES, max(0, size - 8)):
+        raise UserError(
+            f"{path}: truncated or not a safetensors file (its header says {length:,} bytes; the file has {size:,}, "
+            f"and {MAX_HEADER_BYTES:,} is the most for a header); fetch it again"
+        )
 
 
-def write_shards(
-    folder: Path,
-    tensors: Mapping[str, StoredTensor],
-    max_shard_size: int,
-    read: Callable[[dict[str, StoredTensor]], dict[str, Tensor]],
-) -> None:
-    """Write safetensors files with the names that the Hub uses, and their index when there are several.
+def _tensor_offsets(path: Path) -> dict[str, int]:
+    """Where the values of every tensor begin in the file, in bytes.
 
-    Args:
-        folder: where to.
-        tensors: names, shapes and dtypes, in the order in which they are laid out.
-        max_shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
-        read: gives the CPU tensors of one file. One file's tensors at a time are in memory.
-
-    Raises:
-        UserError: a file cannot be written.
+    The layout (https://huggingface.co/docs/safetensors): 8 bytes of header length, little-endian; the header, a JSON
+    object of ``{name: {dtype, shape, data_offsets}}``; the values. ``safe_open`` has checked it.
     """
-    split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda tensor: tensor.num_bytes,
-        filename_pattern=_SHARD_PATTERN,
-        max_shard_size=max_shard_size,
-    )
-    for file, names in split.filename_to_tensors.items():
-        path = folder / file
-        # save_file makes files that only their owner can read; these get the mode of any other new file.
-        path.touch()
-        mode = path.stat().st_mode
-        # transformers refuses files that do not say which framework wrote them.
-        try:
-            save_file(read({name: tensors[name] for name in names}), path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise UserError(f"{path.name}: cannot be written: {error}") from error
-        path.chmod(mode)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + item["data_offsets"][0] for name, item in header.items() if name != "__metadata__"}

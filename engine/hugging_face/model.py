@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.block_copy import BLOCK_BYTES
+from ..checkpoint.raw_bytes import bytes_of
+from ..checkpoint.tensor_source import ReadRows, rows_of
 from ..checkpoint.tensors import StoredTensor, describe_difference
 from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
@@ -33,14 +38,25 @@ class HfModel:
     notes: list[str]
     """What was left out, a line each."""
     weights: HfWeights
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the tensors that are no parameters, by the reason why."""
 
     def read(self, name: str) -> Tensor:
         """See :meth:`HfWeights.read`."""
         return self.weights.read(name)
 
+    def rows(self, name: str) -> AbstractContextManager[ReadRows]:
+        """See :meth:`HfWeights.rows`."""
+        return self.weights.rows(name)
 
-def open_hf_model(folder: str | Path) -> HfModel:
+
+def open_hf_model(folder: str | Path, any_vocab_size: bool = False) -> HfModel:
     """Open the Hugging Face ``folder`` and check that it holds exactly the parameters that its config calls for.
+
+    Args:
+        folder: the folder.
+        any_vocab_size: whether the embeddings may have another number of rows than the config's ``vocab_size``, which
+            then becomes that number.
 
     Raises:
         UserError: config or weights cannot be used, or do not fit each other.
@@ -49,6 +65,22 @@ def open_hf_model(folder: str | Path) -> HfModel:
     architecture = parse_architecture(config, str(Path(folder) / CONFIG_FILE))
     weights = HfWeights(folder)
     tensors, notes = dict(weights.tensors), []
+    left_out: dict[str, list[str]] = {}
+    rows = _embedding_rows(tensors, architecture)
+    if rows != architecture.vocab_size:
+        if not any_vocab_size:
+            raise UserError(
+                f"{folder}: {EMBEDDING} has {rows} rows, {CONFIG_FILE} says vocab_size {architecture.vocab_size}; "
+                f"convert it with checkpoint_convert/hf_to_dcp.py and --vocab-size {rows} to keep all rows, or "
+                f"--vocab-size {architecture.vocab_size} to do as the config says"
+            )
+        config = {**config, "vocab_size": rows}
+        architecture = parse_architecture(config, str(Path(folder) / CONFIG_FILE))
+    if config.get("auto_map"):
+        notes.append(
+            f"{CONFIG_FILE} names code of its own (auto_map): it is not run; the weights are read as model_type "
+            f"{architecture.model_type}"
+        )
     if weights.ignored_files:
         notes.append(
             f"ignored {len(weights.ignored_files)} safetensors files that are not part of the model: "
@@ -57,9 +89,11 @@ def open_hf_model(folder: str | Path) -> HfModel:
     recomputed = [name for name in tensors if name.endswith(_RECOMPUTED)]
     if recomputed:
         notes.append(f"left out {len(recomputed)} tensors that follow from the config: *{_RECOMPUTED}")
+        left_out["follows from the config"] = list(recomputed)
     if architecture.tie_word_embeddings and HEAD in tensors:
         _require_tied(weights)
         notes.append(f"left out {HEAD}, a copy of {EMBEDDING}: the config ties them")
+        left_out[f"the same bytes as {EMBEDDING}, which the config ties it to"] = [HEAD]
         recomputed.append(HEAD)
     for name in recomputed:
         del tensors[name]
@@ -69,7 +103,15 @@ def open_hf_model(folder: str | Path) -> HfModel:
         raise UserError(f"{folder}: the weights do not fit {CONFIG_FILE}: {difference}")
     ordered = {name: tensors[name] for name, _ in decoder.named_parameters()}
     _require_floats(ordered, folder)
-    return HfModel(config, architecture, ordered, notes, weights)
+    return HfModel(config, architecture, ordered, notes, weights, left_out)
+
+
+def _embedding_rows(tensors: dict[str, StoredTensor], architecture: Architecture) -> int:
+    """Rows of embedding and head, when they agree and have the width of the model; else what the config says, and
+    the comparison with the decoder names what is wrong."""
+    shapes = {tensors[name].shape for name in (EMBEDDING, HEAD) if name in tensors}
+    shape = shapes.pop() if len(shapes) == 1 else ()
+    return shape[0] if shape[1:] == (architecture.hidden_size,) and shape[0] else architecture.vocab_size
 
 
 def _require_tied(weights: HfWeights) -> None:
@@ -78,12 +120,26 @@ def _require_tied(weights: HfWeights) -> None:
     # Without embeddings, the comparison with the decoder names what is missing.
     if embedding is None:
         return
-    same = head == embedding and torch.equal(*(weights.read(name).view(torch.uint8) for name in (HEAD, EMBEDDING)))
-    if not same:
+    if head != embedding or not _same_values(weights, HEAD, EMBEDDING):
         raise UserError(
             f"{weights.folder}: {CONFIG_FILE} says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}; set "
             f"tie_word_embeddings to false to keep both, or remove {HEAD}"
         )
+
+
+def _same_values(weights: HfWeights, one: str, other: str) -> bool:
+    """Whether two tensors of one shape and dtype are the same, bit for bit, seen a block at a time."""
+    shape, dtype = weights.tensors[one].shape, weights.tensors[one].dtype
+    num_rows, *rest = rows_of(shape)
+    step = max(1, BLOCK_BYTES // max(1, math.prod(rest) * dtype.itemsize))
+    with weights.rows(one) as read_one, weights.rows(other) as read_other:
+        for first in range(0, num_rows, step):
+            blocks = [torch.empty((min(step, num_rows - first), *rest), dtype=dtype) for _ in range(2)]
+            read_one(first, blocks[0])
+            read_other(first, blocks[1])
+            if bytes_of(blocks[0]) != bytes_of(blocks[1]):
+                return False
+    return True
 
 
 def _require_floats(tensors: dict[str, StoredTensor], folder: str | Path) -> None:

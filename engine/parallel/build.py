@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import Decoder, LayerRange, elementwise_implementation
 from . import compile as block_compile
-from . import context, float8, fsdp, pipeline, recompute, tensor
+from . import context, float8, fsdp, pipeline, recompute, tensor, trainable
 from .mesh import Mesh
 from .passes import Feed, ModelParts, Passes, Sequential
 from .process_group import Ranks
@@ -41,6 +41,7 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
     tensor.check(architecture, config)
     context.check(architecture, parallel)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
+    trainable.check(config)
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
     if tokens % ranks:
         raise UserError(
@@ -58,8 +59,8 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
 def build_model(
     config: RunConfig, architecture: Architecture, ranks: Ranks, mesh: Mesh, choices: Choices
 ) -> tuple[ModelParts, Passes]:
-    """Meta device -> tensor -> context -> float8 -> recompute -> compile -> shard -> materialize; weights come
-    afterwards.
+    """Meta device -> tensor -> context -> float8 -> recompute -> compile -> freeze -> shard -> materialize;
+    weights come afterwards.
 
     Raises:
         UserError: an implementation is asked for that cannot run here.
@@ -82,6 +83,7 @@ def build_model(
         recompute.apply(model, parallel)
         if choices.compiled:
             block_compile.apply(model)
+        trainable.apply(model, training)
         fsdp.apply(model, mesh.fsdp, parallel, compute_dtype)
         model.to_empty(device="cpu" if parallel.cpu_offload else ranks.device)
         if training.weight_dtype != "fp32" and choices.num_micro_batches > 1:

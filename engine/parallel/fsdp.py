@@ -66,6 +66,8 @@ def accumulate_in_fp32(model: Decoder) -> None:
     fp32.
     """
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue  # and has no gradient to hook on
         parameter.grad_dtype = None  # of any dtype
         parameter.register_post_accumulate_grad_hook(_widen_gradient)
 

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -35,31 +35,39 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Over which they exchange control messages; None: the default one."""
 
     @property
     def is_main(self) -> bool:
         """Whether this rank speaks for all: console, metrics and manifests."""
         return self.rank == 0
 
+    def apart(self, timeout_seconds: float) -> Ranks:
+        """The same ranks with a process group of their own, over which another thread may exchange messages. All ranks
+        must call this."""
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        return replace(self, group=group)
+
     def sum(self, value: float) -> float:
         """Sum of a host number over all ranks, without touching the GPU."""
         total = torch.tensor(value, dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return total.item()
 
     def share(self, value):
         """The main rank's ``value`` (any picklable object) on every rank."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, value: Result) -> list[Result]:
         """Every rank's ``value`` (any picklable object), by rank, on every rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def everywhere(self, action: Callable[[], Result]) -> Result:

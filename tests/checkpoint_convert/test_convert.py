@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import weakref
@@ -12,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from converting import EMBEDDING, HEAD, INDEX, SINGLE, Copy, Run, convert_back, convert_there, edit_tensors, logits
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, TOKENIZER, Command, assert_refused, edit_json, read_folder, read_safetensors
+from tiny_models import FAMILIES, TOKENIZER, assert_refused, edit_json, read_folder, read_safetensors
 from transformers import AutoModelForCausalLM
 
 import retemper
@@ -30,46 +30,9 @@ from retemper.engine.checkpoint.tensors import (
     save_streamed_tensors,
     stored_tensors,
 )
-from retemper.engine.errors import UserError
-from retemper.engine.hugging_face.model import HfModel
 from retemper.engine.model.architecture import parse_architecture, read_hf_config
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.parallel.process_group import Ranks
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-Run = Callable[..., Command]
-Copy = Callable[[str], Path]
-
-
-def convert_there(hf: Path | str, output: Path, **options: str) -> list[str]:
-    """Convert to a checkpoint; returns what was said."""
-    said: list[str] = []
-    hf_to_dcp.convert(str(hf), output, say=said.append, **options)
-    return said
-
-
-def convert_back(checkpoint: Path, output: Path, **options: str) -> list[str]:
-    """Convert to a Hugging Face folder; returns what was said."""
-    said: list[str] = []
-    dcp_to_hf.convert(checkpoint, output, say=said.append, **options)
-    return said
-
-
-def logits(folder: Path) -> torch.Tensor:
-    """What transformers computes from ``folder``, in the dtype that its config declares."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokens = torch.arange(40).view(2, 20) * 7 % 97
-    with torch.no_grad():
-        return model(tokens).logits
-
-
-def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Apply ``change`` to the tensors of a safetensors file."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The round trip
@@ -253,7 +216,7 @@ def test_refuses_a_declared_dtype_that_weights_cannot_have(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory and interruption
+# One tensor at a time
 
 
 def test_tensors_pass_one_at_a_time(tmp_path: Path) -> None:
@@ -273,180 +236,6 @@ def test_tensors_pass_one_at_a_time(tmp_path: Path) -> None:
     loaded = {name: torch.empty(4, 4) for name in tensors}
     load_tensors(tmp_path, loaded, distributed=False)
     assert all((tensor == float(name)).all() for name, tensor in loaded.items())
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=["ctrl-c", "full"])
-def test_an_interrupted_conversion_leaves_nothing(
-    saved_models: dict[str, Path],
-    tmp_path: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    error: type[BaseException] | BaseException,
-) -> None:
-    calls = []
-
-    def read(self: HfModel, name: str) -> torch.Tensor:
-        calls.append(name)
-        if len(calls) > 5:
-            raise error
-        return self.weights.read(name)
-
-    monkeypatch.setattr(HfModel, "read", read)
-    result = run(hf_to_dcp, "--hf", saved_models["llama"], "--output", tmp_path / "checkpoint")
-    assert result.status == (130 if error is KeyboardInterrupt else 1)
-    assert "interrupted" in result.stderr or "No space left on device" in result.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_takes_a_line(saved_models: dict[str, Path], tmp_path: Path) -> None:
-    # A limit on the size of files stands in for the disk; the larger tensors go beyond it. It holds for the process,
-    # so that both commands run in one of their own.
-    script = f"""
-import resource, sys
-from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
-from retemper.engine.errors import UserError
-hf_to_dcp.convert({str(saved_models["llama"])!r}, "checkpoint")
-resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
-for convert in (lambda: hf_to_dcp.convert({str(saved_models["llama"])!r}, "again"),
-                lambda: dcp_to_hf.convert("checkpoint", "back")):
-    try:
-        convert()
-    except UserError as error:
-        print(error, file=sys.stderr)
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 2 and all("cannot be written: " in line and "File too large" in line for line in lines), lines
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-
-
-def wrong_shape(folder: Path) -> None:
-    edit_tensors(folder / SINGLE, lambda tensors: tensors.update({HEAD: torch.zeros(96, 32)}))
-
-
-def missing_tensor(folder: Path) -> None:
-    edit_tensors(folder / SINGLE, lambda tensors: tensors.pop("model.layers.1.self_attn.q_norm.weight"))
-
-
-def unexpected_tensor(folder: Path) -> None:
-    edit_tensors(folder / SINGLE, lambda tensors: tensors.update({"model.extra.weight": torch.zeros(1)}))
-
-
-def distinct_head(folder: Path) -> None:
-    edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=True))
-
-
-def quantized(folder: Path) -> None:
-    edit_tensors(folder / SINGLE, lambda tensors: tensors.update({HEAD: tensors[HEAD].to(torch.int8)}))
-
-
-def truncated(folder: Path) -> None:
-    os.truncate(folder / SINGLE, (folder / SINGLE).stat().st_size - 8)
-
-
-def pickle_only(folder: Path) -> None:
-    (folder / SINGLE).rename(folder / "pytorch_model.bin")
-
-
-def stranger(folder: Path) -> None:
-    edit_json(folder / "config.json", lambda config: config.update(model_type="gpt_neox"))
-
-
-def index_outside(folder: Path) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": {HEAD: "../model.safetensors"}}))
-
-
-def index_missing_file(folder: Path) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": {HEAD: "model-00001-of-00002.safetensors"}}))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "fragments"),
-    [
-        (wrong_shape, ["lm_head.weight is [96, 32], the model wants [97, 32]"]),
-        (missing_tensor, ["missing model.layers.1.self_attn.q_norm.weight"]),
-        (unexpected_tensor, ["unexpected model.extra.weight"]),
-        (distinct_head, ["tie_word_embeddings", HEAD, EMBEDDING]),
-        (quantized, [HEAD, "int8", "dequantized"]),
-        (truncated, [SINGLE, "truncated"]),
-        (pickle_only, ["pytorch_model.bin", "safetensors"]),
-        (stranger, ["config.json: model_type is 'gpt_neox'", "qwen3"]),
-        (index_outside, [INDEX, "../model.safetensors"]),
-        (index_missing_file, ["model-00001-of-00002.safetensors: missing"]),
-        (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
-        (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "JSON"]),
-    ],
-)
-def test_refuses_bad_folders(
-    copy_model: Copy, tmp_path: Path, run: Run, spoil: Callable[[Path], None], fragments: list[str]
-) -> None:
-    folder = copy_model("qwen3")
-    spoil(folder)
-    result = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "checkpoint")
-    assert_refused(result, *fragments)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen3"], "neither output nor leftovers"
-
-
-def test_nothing_is_overwritten(saved_models: dict[str, Path], tmp_path: Path, run: Run) -> None:
-    convert_there(saved_models["llama"], tmp_path / "checkpoint")
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "empty", "dangling", "checkpoint"):
-        output = tmp_path / name
-        assert_refused(run(hf_to_dcp, "--hf", saved_models["llama"], "--output", output), str(output), "exists already")
-        back = run(dcp_to_hf, "--checkpoint", tmp_path / "checkpoint", "--output", output)
-        assert_refused(back, str(output), "exists already")
-    assert (tmp_path / "file").read_text() == "mine" and list((tmp_path / "empty").iterdir()) == []
-    assert_refused(
-        run(hf_to_dcp, "--hf", saved_models["llama"], "--output", tmp_path / "file" / "below"), "cannot be written"
-    )
-
-
-def truncate_largest(checkpoint: Path) -> None:
-    largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
-
-
-def other_model(checkpoint: Path) -> None:
-    edit_json(checkpoint / "hf" / "config.json", lambda config: config.update(num_hidden_layers=1))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "fragments"),
-    [
-        (lambda checkpoint: (checkpoint / "manifest.json").unlink(), ["not a complete checkpoint", "manifest.json"]),
-        (lambda checkpoint: (checkpoint / "manifest.json").write_text("{"), ["manifest.json"]),
-        (lambda checkpoint: (checkpoint / ".metadata").unlink(), [".metadata"]),
-        (lambda checkpoint: (checkpoint / "hf" / "config.json").unlink(), ["hf/config.json"]),
-        (truncate_largest, [": damaged, it has"]),
-        (other_model, ["another model", "unexpected model.layers.1"]),
-    ],
-)
-def test_refuses_bad_checkpoints(
-    saved_models: dict[str, Path], tmp_path: Path, run: Run, spoil: Callable[[Path], None], fragments: list[str]
-) -> None:
-    convert_there(saved_models["llama"], tmp_path / "checkpoint")
-    spoil(tmp_path / "checkpoint")
-    result = run(dcp_to_hf, "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "back")
-    assert_refused(result, *fragments)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-
-
-def test_refuses_bad_options(saved_models: dict[str, Path], tmp_path: Path, run: Run) -> None:
-    options = ("--checkpoint", tmp_path / "none", "--output", tmp_path / "back")
-    assert_refused(run(dcp_to_hf, *options), "no such checkpoint folder")
-    assert_refused(run(dcp_to_hf, *options, "--max-shard-size", "5"), "--max-shard-size 5", "5GB")
-    assert_refused(run(hf_to_dcp, "--hf", tmp_path / "none", "--output", tmp_path / "x"), "--hf", "no such folder")
-    assert run(hf_to_dcp, "--hf", saved_models["llama"], "--output", tmp_path / "x", "--dtype", "int4").status == 1
-    with pytest.raises(UserError, match="--dtype int4"):
-        convert_there(saved_models["llama"], tmp_path / "x", dtype="int4")
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

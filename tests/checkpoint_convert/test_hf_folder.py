@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, read_folder, read_safetensors
 
 from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.errors import UserError
-from retemper.engine.hugging_face.folder import INDEX_FILE, WEIGHTS_FILE, HfWeights, parse_shard_size, write_shards
+from retemper.engine.hugging_face.folder import INDEX_FILE, WEIGHTS_FILE, HfWeights
+from retemper.engine.hugging_face.shards import parse_shard_size, write_shards
 
 COUNTING = {name: torch.arange(start, start + 6, dtype=torch.float32).view(2, 3) for start, name in enumerate("abc")}
 
@@ -104,6 +106,49 @@ def test_refuses_damaged_files(tmp_path: Path, spoil: Callable[[bytes], bytes]) 
         HfWeights(folder)
 
 
+def header_of(*places: tuple[int, int], shape: tuple[int, ...] = (2, 3), size: int = 48) -> bytes:
+    """A file with float32 tensors at ``places``, written after the published layout, and ``size`` bytes of values."""
+    entries = {f"t{number}": {"dtype": "F32", "shape": shape, "data_offsets": at} for number, at in enumerate(places)}
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(size)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header_of((0, 24), (16, 40), size=40),
+        header_of((0, 24), (24, 72)),
+        header_of((0, 24), (2**40, 2**40 + 24)),
+        header_of((0, 24), (-24, 0), size=24),
+        header_of((0, 24), shape=(2, 4), size=24),
+        header_of((8, 32), size=32),
+        (100_000_001).to_bytes(8, "little"),
+    ],
+    ids=["overlap", "beyond the file", "far beyond", "negative", "other shape", "hole", "header above the limit"],
+)
+def test_refuses_places_that_cannot_be(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / WEIGHTS_FILE
+    path.write_bytes(content)
+    if len(content) == 8:  # long enough for its header, and sparse
+        os.truncate(path, 100_000_100)
+    with pytest.raises(UserError, match=r"model\.safetensors: truncated or not a safetensors file"):
+        HfWeights(tmp_path)
+
+
+def test_rows_are_read_from_their_places(tmp_path: Path) -> None:
+    weights = HfWeights(write_indexed(tmp_path / "hf"))
+    for name, expected in COUNTING.items():
+        with weights.rows(name) as read:
+            for first, last in ((0, 2), (1, 2), (0, 1)):
+                rows = torch.empty(last - first, 3)
+                read(first, rows)
+                assert torch.equal(rows, expected[first:last])
+    cut = tmp_path / "hf" / "second.safetensors"
+    os.truncate(cut, cut.stat().st_size - 1)
+    with weights.rows("c") as read, pytest.raises(UserError, match=r"second\.safetensors: ends before byte"):
+        read(0, torch.empty(2, 3))
+
+
 @pytest.mark.parametrize("pickled", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
 def test_refuses_pickled_weights(tmp_path: Path, pickled: str) -> None:
     (tmp_path / pickled).write_bytes(b"\x80\x04")
@@ -120,16 +165,10 @@ def test_refuses_folders_without_weights(tmp_path: Path) -> None:
 
 
 def write_counting(folder: Path, max_shard_size: int) -> list[list[str]]:
-    """Write COUNTING (24 bytes a tensor); returns the groups of names that were asked for."""
-    asked = []
-
-    def read(wanted: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
-        asked.append(list(wanted))
-        return {name: COUNTING[name] for name in wanted}
-
+    """Write COUNTING (24 bytes a tensor); returns the groups of names that share a file."""
     tensors = {name: StoredTensor(tuple(value.shape), value.dtype) for name, value in COUNTING.items()}
-    write_shards(folder, tensors, max_shard_size, read)
-    return asked
+    write_shards(folder, tensors, max_shard_size, COUNTING.__getitem__)
+    return [list(load_file(path)) for path in sorted(folder.glob("*.safetensors"))]
 
 
 def test_shards_are_named_and_indexed_as_on_the_hub(tmp_path: Path) -> None:

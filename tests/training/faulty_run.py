@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -95,4 +97,66 @@ def train_without(ranks: Ranks, path: Path, overrides: list[str], left_out: set[
                 _local(tensor).copy_(before[name])
 
     trainer.optimizer.step = step
+    trainer.run()
+
+
+class Killed(BaseException):
+    """The end of a run that nobody could prepare for."""
+
+
+def train_on_bad_samples(
+    ranks: Ranks, path: Path, overrides: list[str], bad: set[int], killed_in: str | int | None = None
+) -> str | None:
+    """The run, in which loss and gradients are 50 times as large in steps that begin with one of the samples ``bad``;
+    what it says if it gives up.
+
+    Args:
+        ranks: that train together.
+        path: of the configuration.
+        overrides: of it.
+        bad: numbers of samples.
+        killed_in: what the run dies of: ``rewind``, before weights are read; a number: so many steps after a rewind.
+    """
+    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
+    passes_train, go_back, make_step = trainer.passes.train, trainer._go_back, trainer._step
+    left = math.inf
+
+    def train(*arguments):
+        loss = passes_train(*arguments)
+        if trainer.progress.samples not in bad:
+            return loss
+        for parameter in trainer.model.parameters():
+            parameter.grad.mul_(50)
+        return 50 * loss
+
+    def rewound(rewind):
+        nonlocal left
+        if killed_in == "rewind":
+            trainer.store.abandon_after(rewind.progress.step)
+            raise Killed
+        go_back(rewind)
+        left = killed_in or math.inf
+
+    def step(*batches):
+        nonlocal left
+        if left == 0:
+            trainer.saver.wait()
+            raise Killed
+        left -= 1
+        return make_step(*batches)
+
+    trainer.passes.train, trainer._go_back, trainer._step = train, rewound, step
+    try:
+        trainer.run()
+    except Killed:
+        return "killed"
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def train_from_sample(ranks: Ranks, path: Path, overrides: list[str], first_sample: int) -> None:
+    """The run, which goes on from its checkpoint with sample ``first_sample``: an oracle."""
+    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
+    trainer.progress = dataclasses.replace(trainer.progress, samples=first_sample)
     trainer.run()

@@ -191,7 +191,7 @@ def test_common_mistakes_are_told_what_to_name(one_rank, run_file, interrupted, 
     assert "name one of the checkpoints in it, such as" in message and message.endswith("step-00000004")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
-    options = ["--run_folder", str(tmp_path / "x"), "--model.initialize_from", str(tmp_path / "hf")]
+    options = ["--run_folder", str(tmp_path / "x"), "--resume", str(tmp_path / "hf")]
     assert "convert it with checkpoint_convert/hf_to_dcp.py" in _refused(one_rank, run_file, *options)
 
 

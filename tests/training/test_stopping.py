@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 
@@ -74,7 +75,7 @@ def _checkpoints(folder):
         ("step", signal.SIGUSR1, [4, 6]),
         ("step", signal.SIGINT, [4, 6]),
         ("evaluation", signal.SIGTERM, [4, 5]),
-        ("save", signal.SIGTERM, [4]),
+        ("save", signal.SIGTERM, [4, "later"]),  # training goes on behind a save, to some step
     ],
 )
 def test_it_saves_once_and_the_next_run_is_the_undisturbed_one(
@@ -84,8 +85,9 @@ def test_it_saves_once_and_the_next_run_is_the_undisturbed_one(
     case = Case(processes, run_file, folder, phase)
     case.send(number, number, signal.SIGTERM)  # what terminal and launcher repeat is one wish
     assert case.end() == 0, case.said()
-    assert f"stopped at step {saved[-1]} as asked; resume: auto continues" in case.said()
-    assert _checkpoints(folder) == [f"step-{step:08d}" for step in saved]
+    stopped = int(re.search(r"stopped at step (\d+) as asked; resume: auto continues", case.said())[1])
+    assert stopped == saved[-1] or (saved[-1] == "later" and 4 < stopped < 10)
+    assert _checkpoints(folder) == [f"step-{step:08d}" for step in [*saved[:-1], stopped]]
     tiny_run.train(one_rank, run_file, [*OPTIONS, "--run_folder", str(folder)])
     assert tiny_run.curve(folder) == tiny_run.curve(undisturbed)
     best = [

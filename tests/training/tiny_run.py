@@ -97,6 +97,7 @@ def train_until(ranks: Ranks, path: Path, overrides: list[str], step: int) -> No
 
     def counted(*batches):
         if trainer.progress.step == step:
+            trainer.saver.wait()
             raise Left
         return make_step(*batches)
 

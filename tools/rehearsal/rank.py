@@ -96,7 +96,7 @@ class RehearsedTrainer(Trainer):
         modules = (module for decoder in self.model.decoders for module in decoder.modules())
         self._num_groups, self._num_reduced = sum(isinstance(module, FSDPModule) for module in modules), 0
         counter.on_reduced = self._note_reduced
-        for parameter in self.model.parameters():
+        for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))
         self.on_phase("other")
 

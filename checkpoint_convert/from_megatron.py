@@ -1,0 +1,226 @@
+"""Make a Hugging Face folder, or a checkpoint to train from, out of a Megatron-Core checkpoint.
+
+    python checkpoint_convert/from_megatron.py --megatron megatron/ --config Qwen2-7B/ --output hf/
+    python checkpoint_convert/from_megatron.py --megatron megatron/iter_0001000 --output ckpt/base --format checkpoint
+
+Megatron need not be installed. ``--config`` is the model's Hugging Face config.json, or a folder that also has its
+tokenizer; without it, the settings that Megatron stores are used. Optimizer states are left out. Tensors pass through
+memory in blocks; ``conversion.json`` in the output has the hash of every tensor on both sides. See docs/megatron.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Callable, Sequence
+from functools import partial as bind
+from pathlib import Path
+from typing import Any
+
+from retemper import __version__
+from retemper.checkpoint_convert.megatron_reading import MegatronModel
+from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
+from retemper.engine.checkpoint.block_copy import OutputFile, WrittenFile
+from retemper.engine.checkpoint.manifest import Manifest, write_manifest
+from retemper.engine.checkpoint.new_folder import require_absent
+from retemper.engine.checkpoint.partial_folder import PartialFolder, partial_folder
+from retemper.engine.checkpoint.tensor_files import begin_tensor_file, write_metadata
+from retemper.engine.checkpoint.tensors import StoredTensor
+from retemper.engine.conversion.hf_to_dcp import describe_logits
+from retemper.engine.conversion.logits import compare_logits
+from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity
+from retemper.engine.conversion.run import parse_workers, require_outside, size_of, write_tensors
+from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, ShardPlan, parse_shard_size
+from retemper.engine.hugging_face.weight_dtypes import (
+    AUTO,
+    DTYPE_CHOICES,
+    cast_to,
+    declaring,
+    describe_casts,
+    dtype_named,
+)
+from retemper.engine.model.architecture import CONFIG_FILE, read_hf_config
+
+HF, CHECKPOINT = FORMATS = ("hf", "checkpoint")
+
+
+def convert(
+    megatron: str | Path,
+    output: str | Path,
+    format: str = HF,
+    config: str | Path | None = None,
+    tokenizer: str | None = None,
+    dtype: str = AUTO,
+    max_shard_size: str = DEFAULT_MAX_SHARD_SIZE,
+    workers: int | None = None,
+    verify: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write ``output`` from the Megatron checkpoint ``megatron``.
+
+    Args:
+        megatron: the folder of a checkpoint, or the one above it with ``latest_checkpointed_iteration.txt``.
+        output: the folder to write; it must not exist.
+        format: ``hf`` for a Hugging Face folder, ``checkpoint`` for one that the trainer starts from.
+        config: the model's config.json, or a folder that holds it and perhaps a tokenizer; None: made of what Megatron
+            has stored.
+        tokenizer: a folder, in place of that of ``config``.
+        dtype: ``auto`` keeps each tensor's own; else bfloat16, float16 or float32.
+        max_shard_size: largest safetensors file, such as ``5GB``.
+        workers: threads that copy tensors; by default one for each CPU, up to 8.
+        verify: compare logits with transformers, for ``hf`` only. Needs 4 bytes of memory per parameter.
+        say: takes the lines that tell what was cast, left out and written.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or ``output`` exists or cannot be written. Nothing is left behind, but
+            for finished files after an interruption or on a full disk: see :func:`partial_folder`.
+    """
+    output, workers = require_absent(output), parse_workers(workers)
+    target, shard_bytes = dtype_named(dtype), parse_shard_size(max_shard_size)
+    if verify and format != HF:
+        raise UserError(f"--verify: needs --format {HF}, transformers reads nothing else")
+    require_outside(output, megatron, "--megatron")
+    given, where = (None, "") if config is None else (read_hf_config(config), str(_config_file(Path(config))))
+    model = MegatronModel(megatron, given, where)
+    tensors = cast_to(model.tensors, target)
+    assets = _assets(config, tokenizer, model)
+    assets = declaring(assets, (tensor.dtype for tensor in tensors.values()))
+    for line in [*model.notes, *describe_casts(model.tensors, tensors)]:
+        say(line)
+    if assets.tokenizer_sha256 is None:
+        say("neither --config nor --tokenizer has a tokenizer: the output carries none")
+
+    options = {"format": format, "dtype": dtype, "max_shard_size": shard_bytes, "config": assets.config}
+    left_out = {"state of the optimizer": list(model.left_out)} if model.left_out else {}
+    record = ConversionRecord("from_megatron", _identify(model), options, left_out=left_out)
+    with partial_folder(output, record.identity, say) as partial:
+        if format == HF:
+            done = _write_hf(partial, model, tensors, assets, shard_bytes, workers)
+        else:
+            done = _write_checkpoint(partial, model, tensors, assets, workers)
+        if verify:
+            length = model.config.get("max_position_embeddings")
+            vocab_size = model.architecture.vocab_size
+            record.logits = compare_logits(partial.content, model, model.architecture, tensors, vocab_size, length)
+            say(describe_logits(record.logits))
+        record.write(partial.content, {**model.tensors, **model.left_out}, tensors, done.values())
+        if format == CHECKPOINT:
+            hashed = {file.name: file.record for file in done.values()}
+            write_manifest(partial.content, Manifest(kind="converted", retemper_version=__version__), hashed)
+    say(f"wrote {output}: {len(tensors)} tensors, {size_of(done.values())}")
+
+
+def _write_hf(
+    partial: PartialFolder,
+    model: MegatronModel,
+    tensors: dict[str, StoredTensor],
+    assets: HfAssets,
+    shard_bytes: int,
+    workers: int,
+) -> dict[str, WrittenFile]:
+    plan = ShardPlan(tensors, shard_bytes)
+    done = write_tensors(partial, plan.files, model, {}, workers)
+    plan.write_index(partial.content)
+    assets.write(partial.content)
+    return done
+
+
+def _write_checkpoint(
+    partial: PartialFolder, model: MegatronModel, tensors: dict[str, StoredTensor], assets: HfAssets, workers: int
+) -> dict[str, WrittenFile]:
+    files = [
+        OutputFile(f"__0_{number}.distcp", {name: tensor}, bind(_begin, name, tensor))
+        for number, (name, tensor) in enumerate(tensors.items())
+    ]
+    done = write_tensors(partial, files, model, {}, workers)
+    places = {name: (file.name, file.record.bytes) for file in done.values() for name in file.tensors}
+    write_metadata(partial.content, tensors, places)
+    assets.write(partial.content / ASSET_FOLDER)
+    return done
+
+
+def _begin(name: str, tensor: StoredTensor, path: Path) -> dict[str, int]:
+    return {name: begin_tensor_file(path, tensor)}
+
+
+def _config_file(path: Path) -> Path:
+    return path / CONFIG_FILE if path.is_dir() else path
+
+
+def _assets(config: str | Path | None, tokenizer: str | None, model: MegatronModel) -> HfAssets:
+    if config is None:
+        assets = HfAssets({}).with_config(model.config)
+    elif Path(config).is_dir():
+        assets = HfAssets.read(config)
+    else:
+        assets = HfAssets({CONFIG_FILE: Path(config).read_bytes()})
+    if tokenizer is None:
+        return assets
+    try:
+        return assets.with_tokenizer(tokenizer)
+    except UserError as error:
+        raise UserError(str(error).replace("model.tokenizer", "--tokenizer", 1)) from None
+
+
+def _identify(model: MegatronModel) -> dict[str, Any]:
+    """What tells this input from any other."""
+    first, *others = model.files
+    return {
+        "folder": str(model.folder.resolve()),
+        f"{first.name}_xxh3_128": file_hash(first),
+        "files": {path.name: file_identity(path) for path in others},
+    }
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options on the command line, by default that of this process."""
+    parser = CommandParser(description="Make a Hugging Face folder or a checkpoint out of a Megatron-Core checkpoint.")
+    parser.add_argument(
+        "--megatron",
+        required=True,
+        metavar="DIR",
+        help="checkpoint of the format torch_dist: its folder (iter_..., release), or the one above it",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must not exist")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=HF,
+        help="a Hugging Face folder, or a checkpoint for the trainer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="PATH",
+        help="the model's Hugging Face config.json, or the folder that has it and the tokenizer (default: made of the "
+        "settings stored in the checkpoint)",
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder with the tokenizer (default: that of --config)")
+    parser.add_argument(
+        "--dtype", choices=DTYPE_CHOICES, default=AUTO, help="dtype of the weights (default: that of each tensor)"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        default=DEFAULT_MAX_SHARD_SIZE,
+        metavar="SIZE",
+        help="largest safetensors file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads that copy tensors (default: one for each CPU, up to 8)"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="also compare logits with transformers, on the CPU; needs 4 bytes of memory per parameter",
+    )
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    # A scheduler's SIGTERM ends like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    convert(**vars(parse_arguments()))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,96 @@
+"""DCP metadata of tensors that consist of pieces, each in a file of its own.
+
+Megatron keeps a stacked tensor as one piece for every layer and tensor-parallel rank. Whoever loads puts pieces
+together as needed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor."""
+
+    tensor: str
+    shape: Shape
+    """Of the whole tensor."""
+    dtype: torch.dtype
+    offsets: Shape
+    sizes: Shape
+    """As it stands in its file."""
+
+    @property
+    def index(self) -> MetadataIndex:
+        """DCP's name for it."""
+        return MetadataIndex(self.tensor, torch.Size(self.offsets))
+
+
+Place = tuple[str, int]
+"""A file's name, and its size in bytes."""
+
+
+def write_piece_metadata(
+    folder: Path, pieces: Sequence[tuple[Piece, Place]], objects: Mapping[str, Place] | None = None
+) -> None:
+    """Write DCP's ``.metadata`` into ``folder``.
+
+    Args:
+        folder: of the checkpoint.
+        pieces: of all tensors, which they must cover, and the files that hold them.
+        objects: items that are no tensors, by name: the files that hold what ``torch.save`` made of them.
+    """
+    items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects or {}]
+    places = {MetadataIndex(name): place for name, place in (objects or {}).items()}
+    for piece, place in pieces:
+        box = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
+        data = TensorWriteData(box, TensorProperties(piece.dtype), torch.Size(piece.shape))
+        items.append(WriteItem(piece.index, WriteItemType.SHARD, tensor_data=data))
+        places[piece.index] = place
+    with warnings.catch_warnings():  # DCP's own, about having no process group
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        dcp.save({}, storage_writer=_PlacedWriter(folder, places), planner=_PiecePlanner(items), no_dist=True)
+
+
+class _PiecePlanner(DefaultSavePlanner):
+    """Plans what it is told. DCP checks that the pieces of every tensor cover it once."""
+
+    def __init__(self, items: list[WriteItem]):
+        super().__init__(flatten_state_dict=False)
+        self._items = items
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(self._items)
+        return self.plan
+
+
+class _PlacedWriter(dcp.FileSystemWriter):
+    """Writes no values: it says where they are."""
+
+    def __init__(self, folder: Path, places: Mapping[MetadataIndex, Place]):
+        super().__init__(str(folder))
+        self._places = places
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = []
+        for item in plan.items:
+            file, size = self._places[item.index]
+            results.append(WriteResult(item.index, size, _StorageInfo(file, 0, size)))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done

@@ -1,0 +1,259 @@
+"""Make a Megatron-Core checkpoint out of a Hugging Face folder or a checkpoint.
+
+    python checkpoint_convert/to_megatron.py --hf Qwen/Qwen2-7B --output megatron/ --tensor-parallel 4
+    python checkpoint_convert/to_megatron.py --checkpoint runs/x/checkpoints/step-00001000 --output megatron/
+
+The output is for Megatron-LM's ``--load`` with ``--ckpt-format torch_dist``, on any number of ranks. Optimizer states
+are left out. Config and tokenizer stand beside it under ``hf/``. Tensors pass through memory in blocks;
+``conversion.json`` has the hash of every tensor on both sides. See docs/megatron.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retemper.checkpoint_convert.megatron_config import args_from_config
+from retemper.checkpoint_convert.megatron_layout import Vocabulary
+from retemper.checkpoint_convert.megatron_reading import MegatronModel
+from retemper.checkpoint_convert.megatron_writing import Layout, MegatronPieces, complete_checkpoint
+from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
+from retemper.engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from retemper.engine.checkpoint.new_folder import require_absent
+from retemper.engine.checkpoint.partial_folder import partial_folder
+from retemper.engine.checkpoint.tensor_files import CheckpointRows
+from retemper.engine.checkpoint.tensor_source import TensorSource
+from retemper.engine.checkpoint.tensors import StoredTensor, check_model_tensors
+from retemper.engine.conversion.hf_to_dcp import describe_logits
+from retemper.engine.conversion.logits import compare_logits
+from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity
+from retemper.engine.conversion.run import parse_workers, require_outside, require_undamaged, size_of, write_tensors
+from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.hugging_face.hub_download import find_model_folder
+from retemper.engine.hugging_face.model import open_hf_model
+from retemper.engine.hugging_face.weight_dtypes import (
+    AUTO,
+    DTYPE_CHOICES,
+    cast_to,
+    declared_dtype,
+    describe_casts,
+    dtype_name,
+    dtype_named,
+)
+from retemper.engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
+from retemper.engine.model.decoder import meta_decoder
+
+_MAX_MULTIPLE = 2**20
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is converted."""
+
+    folder: Path
+    weights: TensorSource
+    config: dict[str, Any]
+    architecture: Architecture
+    assets: HfAssets
+    identity: dict[str, Any]
+    notes: list[str]
+    left_out: dict[str, list[str]]
+    all_tensors: dict[str, StoredTensor]
+    """Also those that are left out."""
+    dtype: torch.dtype | None = None
+    """What is written where nobody asks for another; None: each tensor's own."""
+
+
+def convert(
+    output: str | Path,
+    hf: str | None = None,
+    checkpoint: str | Path | None = None,
+    dtype: str = AUTO,
+    tensor_parallel: int = 1,
+    make_vocab_size_divisible_by: int = Vocabulary.divisible_by,
+    per_layer: bool = False,
+    workers: int | None = None,
+    verify: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write a Megatron checkpoint into ``output``.
+
+    Args:
+        output: the folder to write; it must not exist.
+        hf: a Hugging Face folder, or a name on the Hub; or
+        checkpoint: a folder written by the trainer or by hf_to_dcp.
+        dtype: ``auto`` keeps each tensor's own, and of a training checkpoint takes what its config declares, else
+            float32.
+        tensor_parallel: tensor-parallel ranks on which Megatron is going to run, for the padding of the vocabulary.
+        make_vocab_size_divisible_by: Megatron's option of that name. 1, on one rank, pads nothing.
+        per_layer: a key for each layer's tensors instead of stacked ones.
+        workers: threads that copy tensors; by default one for each CPU, up to 8.
+        verify: compare logits with transformers, for ``hf`` only. Needs 4 bytes of memory per parameter.
+        say: takes the lines that tell what was cast, left out and written.
+
+    Raises:
+        UserError: the model cannot be used, Megatron has none like it, or ``output`` exists or cannot be written.
+            Nothing is left behind, but for finished files after an interruption or on a full disk.
+    """
+    output, workers = require_absent(output), parse_workers(workers)
+    target = dtype_named(dtype)
+    for option, value in (
+        ("--tensor-parallel", tensor_parallel),
+        ("--make-vocab-size-divisible-by", make_vocab_size_divisible_by),
+    ):
+        if not 0 < value < _MAX_MULTIPLE:
+            raise UserError(f"{option} {value}: a positive number below {_MAX_MULTIPLE:,} is needed")
+    if verify and hf is None:
+        raise UserError("--verify: needs --hf, transformers reads nothing else")
+    assert (hf is None) != (checkpoint is None)
+    source = _open_hf(hf, output) if hf is not None else _open_checkpoint(Path(checkpoint or ""), output, workers)
+    where, layout = str(source.folder), Layout(Vocabulary(make_vocab_size_divisible_by, tensor_parallel), per_layer)
+    args = args_from_config(source.config, source.architecture, layout.vocabulary, where)
+    targets = cast_to(source.weights.tensors, target or source.dtype)
+    pieces = MegatronPieces(source.weights, targets, source.architecture, layout)
+    for line in [*source.notes, *describe_casts(source.weights.tensors, targets), *_advice(source, args)]:
+        say(line)
+
+    options = {
+        "dtype": dtype if target or source.dtype is None else dtype_name(source.dtype),
+        "tensor_parallel": tensor_parallel,
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
+        "per_layer": per_layer,
+    }
+    record = ConversionRecord("to_megatron", source.identity, options, left_out=source.left_out)
+    with partial_folder(output, record.identity, say) as partial:
+        done = write_tensors(partial, pieces.files(), pieces, pieces.hashed_rows, workers)
+        complete_checkpoint(partial.content, pieces, done, source.architecture, args, layout)
+        source.assets.write(partial.content / ASSET_FOLDER)
+        back = MegatronModel(partial.content, source.config, where)
+        assert back.tensors == targets
+        if verify:
+            length, vocab_size = source.config.get("max_position_embeddings"), source.architecture.vocab_size
+            record.logits = compare_logits(source.folder, back, source.architecture, targets, vocab_size, length)
+            say(describe_logits(record.logits))
+        left_out = {name: source.all_tensors[name] for names in source.left_out.values() for name in names}
+        record.write(partial.content, {**pieces.unpadded, **left_out}, pieces.targets, done.values())
+    say(f"wrote {output}: {len(targets)} tensors, {size_of(done.values())}; load it with --ckpt-format torch_dist")
+
+
+def _advice(source: _Source, args: argparse.Namespace) -> list[str]:
+    lines = []
+    padding = args.padded_vocab_size - args.vocab_size
+    if padding:
+        lines.append(f"padded the vocabulary of {args.vocab_size} with {padding} rows of zeros")
+    windows = {window for window in source.architecture.sliding_windows if window is not None}
+    if windows:
+        lines.append(
+            f"sliding windows of {', '.join(map(str, sorted(windows)))} tokens are no part of a Megatron checkpoint: "
+            "give Megatron --window-size"
+        )
+    return lines
+
+
+def _open_hf(hf: str, output: Path) -> _Source:
+    folder = find_model_folder(hf)
+    require_outside(output, folder, "--hf")
+    model = open_hf_model(folder)
+    identity = {
+        "name": hf,
+        "folder": str(folder.resolve()),
+        "config_xxh3_128": file_hash(folder / CONFIG_FILE),
+        "files": {path.name: file_identity(path) for path in model.weights.files},
+    }
+    return _Source(
+        folder,
+        model,
+        model.config,
+        model.architecture,
+        HfAssets.read(folder),
+        identity,
+        model.notes,
+        model.left_out,
+        model.weights.tensors,
+    )
+
+
+def _open_checkpoint(folder: Path, output: Path, workers: int) -> _Source:
+    manifest = read_manifest(folder)
+    require_outside(output, folder, "--checkpoint")
+    where = folder / ASSET_FOLDER / CONFIG_FILE
+    config = read_hf_config(where)
+    architecture = parse_architecture(config, str(where))
+    decoder = meta_decoder(architecture)
+    check_model_tensors(folder, decoder)
+    require_undamaged(folder, sum(file.bytes for file in manifest.records.values()), workers)
+    stored = CheckpointRows(folder)
+    weights = stored.only(name for name, _ in decoder.named_parameters())
+    states = [name for name in stored.tensors if name not in weights.tensors]
+    training = manifest.kind == "training"
+    return _Source(
+        folder,
+        weights,
+        config,
+        architecture,
+        HfAssets.of_checkpoint(folder),
+        {"folder": str(folder.resolve()), "manifest_xxh3_128": file_hash(folder / MANIFEST_FILE)},
+        [f"left out {len(states)} tensors of the optimizer"] if states else [],
+        {"state of the optimizer": states} if states else {},
+        stored.tensors,
+        (declared_dtype(config, str(where)) or torch.float32) if training else None,
+    )
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options on the command line, by default that of this process."""
+    parser = CommandParser(description="Make a Megatron-Core checkpoint out of a Hugging Face folder or a checkpoint.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hf", metavar="DIR|NAME", help="Hugging Face folder, or Hub name")
+    source.add_argument(
+        "--checkpoint", metavar="DIR", help="such as runs/x/checkpoints/step-00001000, or a converted one"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPE_CHOICES,
+        default=AUTO,
+        help="dtype of the weights (default: that of each tensor; what the config declares, for a training checkpoint)",
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tensor-parallel ranks of the Megatron run, by which it pads the vocabulary (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=Vocabulary.divisible_by,
+        metavar="N",
+        help="as of Megatron; 1 pads nothing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--per-layer", action="store_true", help="keys for each layer (non-homogeneous) instead of stacked tensors"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads that copy tensors (default: one for each CPU, up to 8)"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="also compare logits with transformers, on the CPU; needs 4 bytes of memory per parameter",
+    )
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    # A scheduler's SIGTERM ends like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    convert(**vars(parse_arguments()))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,159 @@
+"""An output folder that takes long to write: it appears when complete, and what was done outlives an interruption.
+
+``.{name}.{key}.partial/`` stands beside the output. Its key is a hash of all that decides the content, so that another
+command takes nothing of it. In it are ``content/``, which becomes the output by one rename, ``journal.jsonl``, a line
+for every finished file with its hash, and a lock, by which the same command started twice does not write twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..errors import UserError
+from .block_copy import Hashes, WrittenFile
+from .hashing import FileRecord, record_file
+from .new_folder import require_absent
+from .store import sync_path, sync_tree
+
+_CONTENT, _JOURNAL, _LOCK = "content", "journal.jsonl", ".lock"
+_SUFFIX = ".partial"
+
+
+class PartialFolder:
+    """The folder that is being written."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.content = folder / _CONTENT
+        """Becomes the output."""
+        self.content.mkdir(exist_ok=True)
+        self.noted = self._read_journal()
+        """Files that a former run has finished, by name. Whether they are still so is for :meth:`finished` to say."""
+
+    def note(self, file: WrittenFile) -> None:
+        """Remember that ``file`` is complete and on the disk."""
+        with open(self._folder / _JOURNAL, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(asdict(file)) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+        self.noted[file.name] = file
+
+    def finished(self, name: str, on_bytes: Callable[[int], object] = lambda count: None) -> WrittenFile | None:
+        """The noted file ``name``, read again; None when it has to be written."""
+        file, path = self.noted.get(name), self.content / name
+        if file is None or not path.is_file() or path.stat().st_size != file.record.bytes:
+            return None
+        return file if record_file(path, on_bytes) == file.record else None
+
+    def _read_journal(self) -> dict[str, WrittenFile]:
+        path = self._folder / _JOURNAL
+        noted = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                entry = json.loads(line)
+                tensors = {name: Hashes(**hashes) for name, hashes in entry["tensors"].items()}
+                noted[entry["name"]] = WrittenFile(entry["name"], FileRecord(**entry["record"]), tensors)
+            except (ValueError, KeyError, TypeError):  # the line that a killed run was at
+                continue
+        return noted
+
+
+@contextmanager
+def partial_folder(
+    output: Path, identity: Mapping[str, Any], say: Callable[[str], None] = print
+) -> Iterator[PartialFolder]:
+    """A folder to write ``output`` in, flushed to disk and renamed at the end.
+
+    Ctrl-C, and a disk that takes no more, leave what is finished for the same command to go on from, and say so. After
+    any other error nothing is left.
+
+    Args:
+        output: the folder to make.
+        identity: all that decides its content, for JSON.
+        say: takes the lines about what is taken up again, and what is left.
+
+    Raises:
+        UserError: ``output`` exists, cannot be written, or is being written by the same command.
+    """
+    require_absent(output)
+    key = xxhash.xxh3_64_hexdigest(json.dumps(identity, sort_keys=True).encode())
+    folder = output.parent / f".{output.name}.{key}{_SUFFIX}"
+    done = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, output):
+            try:
+                partial = PartialFolder(folder)
+                _say_what_is_there(output, partial, folder, say)
+                yield partial
+                sync_tree(partial.content)
+                require_absent(output)
+                partial.content.rename(output)
+                sync_path(output.parent)
+                done = True
+            except (OSError, KeyboardInterrupt) as error:
+                kept = _keep(folder)
+                if isinstance(error, KeyboardInterrupt):
+                    if kept:
+                        say(kept)
+                    raise
+                raise UserError(
+                    f"--output {output}: cannot be written: {error.strerror or error}{'; ' if kept else ''}{kept}"
+                ) from error
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            if done:
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from error
+
+
+def _keep(folder: Path) -> str:
+    """What to say about the finished files in ``folder``; nothing, and ``folder`` is gone, when there are none."""
+    noted = PartialFolder(folder).noted if folder.is_dir() else {}
+    if not noted:
+        shutil.rmtree(folder, ignore_errors=True)
+        return ""
+    return f"{len(noted)} finished files are kept in {folder}: the same command goes on from them; or remove it"
+
+
+def _say_what_is_there(output: Path, partial: PartialFolder, folder: Path, say: Callable[[str], None]) -> None:
+    if partial.noted:
+        say(f"going on from {len(partial.noted)} finished files in {folder}")
+    for other in sorted(output.parent.iterdir()):
+        if other != folder and other.name.startswith(f".{output.name}.") and other.name.endswith(_SUFFIX):
+            say(
+                f"{other} is of another command, input or version that did not finish; nothing of it is used, remove it"
+            )
+
+
+@contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    path = folder / _LOCK
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output {output}: another process is making it with the same command (it holds {path}); wait for it"
+            ) from None
+        except OSError:
+            pass  # A file system without locks: two at once would still compare all that they have written.
+        # Whoever held it until now may have finished, and removed the folder.
+        if os.fstat(descriptor).st_nlink == 0:
+            raise UserError(f"--output {output}: another process has just made it; look there, or start again")
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,147 @@
+"""Saving behind the training: tensors are copied to host memory and written by a thread, while training goes on.
+
+One checkpoint is on its way at a time. The thread's messages to other ranks go over a process group of its own, so that
+they never mix with those of the training. What goes wrong in it is noticed by all ranks at the same step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from types import TracebackType
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import CheckpointConfig
+from ..errors import UserError
+from ..parallel.process_group import Ranks
+from .assets import HfAssets
+from .manifest import Manifest
+from .staging import Staging
+from .store import CheckpointStore
+
+
+class Saver:
+    """Writes checkpoints while it is entered. All ranks call every method alike.
+
+    Args:
+        store: where to.
+        ranks: that save together.
+        config: whether training goes on meanwhile, and how many failures in a row end the run.
+        timeout_seconds: longest wait for other ranks.
+        say: takes lines for the log.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        ranks: Ranks,
+        config: CheckpointConfig,
+        timeout_seconds: float,
+        say: Callable[[str], None],
+    ):
+        self._store, self._ranks, self._say = store, ranks, say
+        self._timeout = timeout_seconds
+        self._staging = Staging() if config.asynchronous else None
+        self._max_failures, self._failures = config.max_failed_saves, 0
+        self._task: Future[list[str]] | None = None
+
+    def __enter__(self) -> Saver:
+        self._store = self._store.of(self._ranks.apart(self._timeout))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # A UserError has been raised on all ranks: what is on its way can still be completed. After anything else the
+        # other ranks may be gone, and nobody must wait for them.
+        if kind is None or issubclass(kind, UserError):
+            if self._task is not None:
+                self._finish()
+            dist.destroy_process_group(self._store.ranks.group)
+
+    def save(self, tensors: Mapping[str, Tensor], assets: HfAssets, manifest: Manifest, best_step: int | None) -> None:
+        """Begin to write a checkpoint, after the one before it is complete; then remove those that nothing keeps.
+
+        Args:
+            tensors: every tensor by name; they may change after :meth:`hold_update`.
+            assets: Hugging Face files that travel with it.
+            manifest: what the checkpoint is.
+            best_step: step of the best evaluation so far; see :meth:`CheckpointStore.thin_out`.
+
+        Raises:
+            UserError: more checkpoints in a row have failed than is allowed.
+        """
+        self.wait()
+        staging = self._staging
+        if staging:
+            staging.begin(tensors)
+
+        def write() -> list[str]:
+            staged = staging.copy() if staging else None
+            lines = [f"  saved {self._store.save(tensors, assets, manifest, staged)}"]
+            try:
+                self._store.thin_out(best_step)
+            except UserError as error:  # the next one tries again
+                lines.append(f"  older checkpoints could not be removed: {error}")
+            return lines
+
+        self._task = Future()
+        if staging is None:
+            _run(write, self._task)
+            self.wait()
+        else:
+            threading.Thread(target=_run, args=(write, self._task), name="checkpoint", daemon=True).start()
+
+    def hold_update(self) -> None:
+        """To be called before tensors change: they must have been copied. Waits for host memory, never for a GPU."""
+        if self._staging:
+            self._staging.hold_update()
+
+    def poll(self) -> None:
+        """Notice a checkpoint that has been written, or has failed. To be called at every step.
+
+        Raises:
+            UserError: more checkpoints in a row have failed than is allowed.
+        """
+        if self._task is not None and self._ranks.sum(not self._task.done()) == 0:
+            self.wait()
+
+    def wait(self, required: bool = False) -> None:
+        """Wait until nothing is on its way.
+
+        Args:
+            required: whether the run ends where that checkpoint has failed: it was the last one.
+
+        Raises:
+            UserError: it was ``required``, or more in a row have failed than is allowed.
+        """
+        if self._task is None:
+            return
+        problem = self._finish()
+        if problem is not None and (required or self._failures > self._max_failures):
+            raise UserError(problem)
+
+    def _finish(self) -> str | None:
+        """The line of a checkpoint that could not be written; the same on all ranks but for who saw it."""
+        task, self._task = self._task, None
+        assert task is not None
+        try:
+            lines = task.result()
+        except UserError as error:
+            self._failures += 1
+            self._say(f"  not saved, {self._failures} in a row: {error}")
+            return str(error)
+        self._failures = 0
+        for line in lines:
+            self._say(line)
+        return None
+
+
+def _run(write: Callable[[], list[str]], task: Future[list[str]]) -> None:
+    try:
+        task.set_result(write())
+    except BaseException as error:
+        task.set_exception(error)

@@ -1,0 +1,299 @@
+"""Single tensors in DCP's own files, read and written in parts.
+
+DCP itself reads and writes whole tensors, and holds the largest one two or three times. Its files are zip archives as
+of ``torch.save``, one per tensor or shard, in which the values stand uncompressed in one piece. PyTorch says where:
+it saves without values (``torch.serialization.skip_data``) and loads descriptions of tensors that know their offset in
+the file. What is written so differs from ``torch.save`` in one thing: the archive's CRC-32 of the values is not
+computed (as with ``torch.serialization.set_crc32_options(False)``). PyTorch does not read it, and the manifest has a
+stronger hash.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import io
+import math
+import os
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from ..errors import UserError
+from .raw_bytes import opened_for_reading, read_exactly
+from .safety import DamagedCheckpoint, read_metadata
+from .tensor_source import ReadRows, rows_of
+from .tensors import StoredTensor
+
+
+class _Values(NamedTuple):
+    """Where the values of a saved tensor are, and how they lie there."""
+
+    offset: int
+    """In the file, in bytes."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_contiguous: bool
+
+
+def begin_tensor_file(path: Path, tensor: StoredTensor) -> int:
+    """Make the file of ``tensor`` without its values; returns the offset in bytes where they belong.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with FakeTensorMode():
+        described = torch.empty(tensor.shape, dtype=tensor.dtype)
+    try:
+        # By name: only PyTorch's own stream leaves the values out and steps over them.
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(described, str(path))
+    except RuntimeError as error:
+        raise _reason(path, tensor, error) from None
+    with opened_for_reading(path) as descriptor:
+        values = _find_values(_FilePart(descriptor, 0, os.fstat(descriptor).st_size))
+    assert values[1:] == (tensor.shape, tensor.dtype, True), path
+    return values.offset
+
+
+def _reason(path: Path, tensor: StoredTensor, error: RuntimeError) -> OSError:
+    """Why ``path`` cannot be written. PyTorch's stream does not say; the operating system does when asked again."""
+    try:
+        with open(path, "wb") as file:
+            file.seek(tensor.num_bytes)
+            file.write(bytes(4096))
+    except OSError as cause:
+        return cause
+    return OSError(errno.EIO, f"PyTorch cannot write {path}: {error}")
+
+
+class _FilePart(io.RawIOBase):
+    """Some bytes of a file, as a file of their own."""
+
+    def __init__(self, descriptor: int, start: int, length: int):
+        self._descriptor, self._start, self._length, self._at = descriptor, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        count = os.preadv(self._descriptor, [view], self._start + self._at) if view else 0
+        self._at += count
+        return count
+
+
+def _find_values(part: _FilePart) -> _Values:
+    """Where the values of the one tensor saved in ``part`` are, relative to its start. Nothing is executed."""
+    with FakeTensorMode():
+        loaded = torch.load(cast(IO[bytes], part), map_location="cpu", weights_only=True)
+    assert isinstance(loaded, Tensor)
+    start = loaded.untyped_storage()._checkpoint_offset
+    assert start is not None
+    offset = start + int(loaded.storage_offset()) * loaded.dtype.itemsize
+    return _Values(offset, tuple(loaded.shape), loaded.dtype, loaded.is_contiguous())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A part of a tensor, as a rank has written it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    path: Path
+    start: int
+    length: int
+    stored_shape: tuple[int, ...]
+    """In the file."""
+
+
+class CheckpointRows:
+    """The tensors of a checkpoint, read in parts from whatever shards they consist of (a ``TensorSource``).
+
+    Args:
+        folder: of the checkpoint.
+        names: tensors to look at, by default all.
+
+    Raises:
+        DamagedCheckpoint: the metadata cannot be read, or a tensor's shards do not make it up.
+    """
+
+    def __init__(self, folder: str | Path, names: Collection[str] | None = None):
+        metadata = read_metadata(folder)
+        places = {(index.fqn, index.offset): info for index, info in metadata.storage_data.items()}
+        self.folder = Path(folder)
+        self.tensors: dict[str, StoredTensor] = {}
+        """Names, shapes and dtypes."""
+        self._chunks: dict[str, list[_Chunk]] = {}
+        for name, item in metadata.state_dict_metadata.items():
+            if not isinstance(item, TensorStorageMetadata) or (names is not None and name not in names):
+                continue
+            self.tensors[name] = StoredTensor(tuple(item.size), item.properties.dtype)
+            self._chunks[name] = []
+            for chunk in item.chunks:
+                info = places.get((name, chunk.offsets))
+                if info is None:
+                    raise DamagedCheckpoint(f"{folder}: no file holds {name} from {list(chunk.offsets)}")
+                self._chunks[name].append(
+                    _Chunk(
+                        tuple(chunk.offsets) or (0,),
+                        rows_of(tuple(chunk.sizes)),
+                        self.folder / info.relative_path,
+                        info.offset,
+                        info.length,
+                        rows_of(tuple(chunk.sizes)),
+                    )
+                )
+            present = sum(math.prod(chunk.sizes) for chunk in self._chunks[name])
+            if present != math.prod(item.size):
+                raise DamagedCheckpoint(
+                    f"{folder}: {name} has {math.prod(item.size):,} elements, its shards {present:,}; "
+                    "use another checkpoint"
+                )
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files that hold its tensors."""
+        return {chunk.path for name in self.tensors for chunk in self._chunks[name]}
+
+    def only(self, names: Iterable[str]) -> CheckpointRows:
+        """The same checkpoint, of which only ``names`` are seen, in that order."""
+        part = copy.copy(self)
+        part.tensors = {name: self.tensors[name] for name in names}
+        return part
+
+    def flattened(self, names: Iterable[str]) -> CheckpointRows:
+        """The same checkpoint, of which ``names`` are seen as [L * R, ...], though they are [L, R, ...].
+
+        Raises:
+            UserError: a shard has parts of several of the L.
+        """
+        part = copy.copy(self)
+        part.tensors, part._chunks = dict(self.tensors), dict(self._chunks)
+        for name in names:
+            count, rows, *rest = self.tensors[name].shape
+            part.tensors[name] = StoredTensor((count * rows, *rest), self.tensors[name].dtype)
+            part._chunks[name] = [self._flat(name, chunk, rows) for chunk in self._chunks[name]]
+        return part
+
+    def _flat(self, name: str, chunk: _Chunk, rows: int) -> _Chunk:
+        (index, first, *offsets), (count, num_rows, *sizes) = chunk.offsets, chunk.sizes
+        if count > 1 and num_rows != rows:
+            raise UserError(f"{self.folder}: a shard of {name} has {num_rows} of {rows} rows of several layers")
+        return replace(chunk, offsets=(index * rows + first, *offsets), sizes=(count * num_rows, *sizes))
+
+    @contextmanager
+    def rows(self, name: str) -> Iterator[ReadRows]:
+        """See :class:`~.tensor_source.TensorSource`. Files are opened when their turn comes: there may be thousands."""
+        found: dict[int, _Values | Tensor] = {}
+
+        def read(first: int, rows: Tensor) -> None:
+            for number, chunk in enumerate(self._chunks[name]):
+                start = max(first, chunk.offsets[0])
+                stop = min(first + rows.shape[0], chunk.offsets[0] + chunk.sizes[0])
+                if start >= stop or 0 in chunk.sizes:
+                    continue
+                place = rows[start - first : stop - first]
+                for axis in range(1, rows.dim()):
+                    place = place.narrow(axis, chunk.offsets[axis], chunk.sizes[axis])
+                with opened_for_reading(chunk.path) as descriptor:
+                    if number not in found:
+                        found[number] = self._locate(name, chunk, descriptor)
+                    values = found[number]
+                    if isinstance(values, Tensor):
+                        place.copy_(values[start - chunk.offsets[0] : stop - chunk.offsets[0]])
+                        continue
+                    into = (
+                        place
+                        if place.is_contiguous()
+                        else torch.empty_like(place, memory_format=torch.contiguous_format)
+                    )
+                    row_bytes = math.prod(chunk.sizes[1:]) * rows.dtype.itemsize
+                    offset = chunk.start + values.offset + (start - chunk.offsets[0]) * row_bytes
+                    read_exactly(descriptor, offset, into, chunk.path)
+                    if into is not place:
+                        place.copy_(into)
+
+        yield read
+
+    def _locate(self, name: str, chunk: _Chunk, descriptor: int) -> _Values | Tensor:
+        """Where the values of ``chunk`` are; or its values, when they do not lie there row after row."""
+        part = _FilePart(descriptor, chunk.start, chunk.length)
+        try:
+            values = _find_values(part)
+            if rows_of(values.shape) == chunk.stored_shape and values.dtype == self.tensors[name].dtype:
+                if values.is_contiguous:
+                    return values
+                part.seek(0)
+                loaded: Tensor = torch.load(cast(IO[bytes], part), map_location="cpu", weights_only=True)
+                return loaded.reshape(chunk.sizes)
+        except Exception as error:  # bytes that are no archive raise nearly anything
+            raise DamagedCheckpoint(
+                f"{chunk.path}: damaged ({type(error).__name__} where {name} should be); use another checkpoint"
+            ) from None
+        raise DamagedCheckpoint(
+            f"{chunk.path}: {name} is {list(values.shape)}, {values.dtype} there, the metadata says "
+            f"{list(chunk.stored_shape)}, {self.tensors[name].dtype}; use another checkpoint"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metadata
+
+
+def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor], files: Mapping[str, tuple[str, int]]) -> None:
+    """Write DCP's ``.metadata`` of tensors that stand each in a file of its own.
+
+    Args:
+        folder: of the checkpoint.
+        tensors: every name with its shape and dtype.
+        files: name of its file in ``folder``, and the file's size in bytes.
+    """
+    described = {name: torch.empty(item.shape, dtype=item.dtype, device="meta") for name, item in tensors.items()}
+    with warnings.catch_warnings():  # DCP's own, about having no process group
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        dcp.save(described, storage_writer=_PlacedWriter(folder, files), no_dist=True)
+
+
+class _PlacedWriter(dcp.FileSystemWriter):
+    """Writes no values: it says where they are."""
+
+    def __init__(self, folder: Path, files: Mapping[str, tuple[str, int]]):
+        super().__init__(str(folder))
+        self._files = files
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = []
+        for item in plan.items:
+            file, size = self._files[item.index.fqn]
+            results.append(WriteResult(item.index, size, _StorageInfo(file, 0, size)))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future

@@ -1,0 +1,167 @@
+"""The Hugging Face folder at the end of a run: ``checkpoint.export_hf``.
+
+All ranks write it together, from the checkpoint on the disk and not from their memory: file by file what
+checkpoint_convert/dcp_to_hf.py makes of that checkpoint. A run that could not finish it makes it when the same command
+is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from ..checkpoint.block_copy import OutputFile, WrittenFile, copy_files, default_workers
+from ..checkpoint.manifest import MANIFEST_FILE
+from ..checkpoint.partial_folder import partial_folder
+from ..checkpoint.store import CheckpointStore
+from ..config import CheckpointConfig
+from ..errors import UserError
+from ..hugging_face.upload import upload_folder
+from ..parallel.patience import work_apart
+from ..parallel.process_group import Ranks
+from .dcp_to_hf import Export, plan_export
+from .record import CONVERSION_FILE, file_hash
+from .run import size_of
+
+FOLDER = "hf"
+"""Of the exports in a run folder, named as their checkpoints."""
+
+
+def export_run(
+    config: CheckpointConfig,
+    store: CheckpointStore,
+    checkpoint: Path,
+    stop_agreed: Callable[[], bool],
+    say: Callable[[str], None],
+) -> None:
+    """Make, and upload, what the run's configuration asks for. All ranks call this.
+
+    Args:
+        config: of the run.
+        store: of its checkpoints.
+        checkpoint: the last of them.
+        stop_agreed: whether all ranks have been asked to stop; asked by all together.
+        say: takes lines for the log.
+
+    Raises:
+        UserError: on every rank, when it cannot be made or uploaded. The checkpoint is as it was.
+    """
+    if not config.export_hf:
+        return
+    ranks, output = store.ranks, store.folder.parent / FOLDER / checkpoint.name
+    try:
+        if ranks.share(ranks.on_main(lambda: _is_there(output, checkpoint))):
+            say(f"exported    {output} already")
+        else:
+            store.require_sound(str(checkpoint), "checkpoint.export_hf")
+            say(_write(ranks, checkpoint, output, stop_agreed))
+    except _Stopped:
+        say(f"broke off the export to {output} as asked; the same command makes it")
+        return
+    except UserError as error:
+        raise UserError(
+            f"checkpoint.export_hf: {error}; {checkpoint} itself is complete: start the same command again, or export "
+            f"it with checkpoint_convert/dcp_to_hf.py --checkpoint {checkpoint}"
+        ) from None
+    repository = config.push_to_hub
+    if repository is not None:
+        say(f"uploading   {output} to {repository}")
+        uploaded = work_apart(ranks, (lambda: upload_folder(output, repository)) if ranks.is_main else None)
+        say(f"uploaded    {uploaded}")
+
+
+class _Stopped(Exception):
+    """All ranks have been asked to stop."""
+
+
+class _BrokenOff(Exception):
+    """The rest of the work is of no use."""
+
+
+def _is_there(output: Path, checkpoint: Path) -> bool:
+    """Whether ``output`` has been made of ``checkpoint``.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not os.path.lexists(output):
+        return False
+    try:
+        content = json.loads((output / CONVERSION_FILE).read_text(encoding="utf-8"))
+        made_of = content["source"]["manifest_xxh3_128"]
+    except (OSError, ValueError, KeyError, TypeError):
+        made_of = None
+    if made_of != file_hash(checkpoint / MANIFEST_FILE):
+        raise UserError(f"{output}: exists already, and {CONVERSION_FILE} there names another checkpoint; move it away")
+    return True
+
+
+def _write(ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool]) -> str:
+    export = ranks.everywhere(lambda: plan_export(checkpoint))
+    with ExitStack() as stack:
+        identity = export.record.identity
+        # Nothing is taken up of what a killed run has left: its files are written again.
+        partial = ranks.on_main(lambda: stack.enter_context(partial_folder(output, identity, lambda line: None)))
+        content: Path = ranks.share(partial and partial.content)
+        ranks.everywhere(lambda: _require_visible(content))
+        mine = _deal(export.plan.files, ranks)
+        stopping = False
+
+        def broken_off() -> bool:
+            nonlocal stopping
+            stopping = stop_agreed()
+            return stopping
+
+        copying = _Copying(export, content, mine)
+        done = work_apart(ranks, copying, broken_off, copying.stop)
+        if stopping:
+            raise _Stopped
+        written = [file for of_rank in ranks.gather(done) for file in of_rank or ()]
+        ranks.on_main(lambda: _complete(export, content, written, stack))
+    return f"exported    {output}: {len(export.tensors)} tensors, {size_of(written)}"
+
+
+def _require_visible(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: made by rank 0 but not seen here; put run_folder on a file system that all nodes share"
+        )
+
+
+def _deal(files: list[OutputFile], ranks: Ranks) -> list[OutputFile]:
+    """This rank's share: the largest first, in turns."""
+    by_size = sorted(files, key=lambda file: -sum(tensor.num_bytes for tensor in file.tensors.values()))
+    return by_size[ranks.rank :: ranks.world_size]
+
+
+class _Copying:
+    """This rank's files, to be written in a thread and broken off from another."""
+
+    def __init__(self, export: Export, folder: Path, files: list[OutputFile]):
+        self._export, self._folder, self._files = export, folder, files
+        self._broken_off = False
+
+    def stop(self) -> None:
+        self._broken_off = True
+
+    def __call__(self) -> list[WrittenFile]:
+        source = self._export.source
+        workers = max(1, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        try:
+            done = copy_files(self._folder, self._files, source, workers, source.hashed_rows, self._on_bytes)
+        except _BrokenOff:
+            return []
+        return list(done.values())
+
+    def _on_bytes(self, count: int) -> None:
+        if self._broken_off:
+            raise _BrokenOff
+
+
+def _complete(export: Export, folder: Path, written: list[WrittenFile], stack: ExitStack) -> None:
+    export.write_assets(folder)
+    export.write_record(folder, written)
+    stack.close()

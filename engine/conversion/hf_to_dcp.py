@@ -1,0 +1,136 @@
+"""A checkpoint to train from, out of a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial as bind
+from pathlib import Path
+
+from ... import __version__
+from ..checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE, HfAssets
+from ..checkpoint.block_copy import OutputFile
+from ..checkpoint.manifest import Manifest, write_manifest
+from ..checkpoint.new_folder import require_absent
+from ..checkpoint.partial_folder import partial_folder
+from ..checkpoint.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
+from ..checkpoint.tensors import StoredTensor
+from ..hugging_face.folder import INDEX_FILE
+from ..hugging_face.hub_download import find_model_folder
+from ..hugging_face.model import HfModel, open_hf_model
+from ..hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_named
+from ..model.architecture import CONFIG_FILE, parse_architecture
+from .logits import compare_logits
+from .record import ConversionRecord, file_hash, file_identity
+from .run import parse_workers, require_outside, size_of, write_tensors
+from .vocabulary import ResizedVocabulary, resized_vocabulary
+
+
+def convert(
+    hf: str,
+    output: str | Path,
+    dtype: str = AUTO,
+    vocab_size: int | None = None,
+    pad_vocab_to_multiple_of: int | None = None,
+    workers: int | None = None,
+    verify: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write the checkpoint ``output`` from the Hugging Face model ``hf``.
+
+    Args:
+        hf: a folder, or a name on the Hub.
+        output: the checkpoint folder; it must not exist.
+        dtype: ``auto`` keeps each tensor's own; else bfloat16, float16 or float32.
+        vocab_size: rows that embedding and head are to have; by default as many as they have.
+        pad_vocab_to_multiple_of: the same, as the next multiple of this number.
+        workers: threads that copy tensors; by default one for each CPU, up to 8.
+        verify: compare logits with transformers. Needs 4 bytes of memory per parameter.
+        say: takes the lines that tell what was cast, left out and written.
+
+    Raises:
+        UserError: the model cannot be used, or ``output`` exists or cannot be written. Nothing is left behind, but for
+            finished files after an interruption or on a full disk: see :func:`partial_folder`.
+    """
+    output, workers = require_absent(output), parse_workers(workers)
+    target = dtype_named(dtype)
+    folder = find_model_folder(hf)
+    require_outside(output, folder, "--hf")
+    model = open_hf_model(folder, any_vocab_size=vocab_size is not None)
+    assets = HfAssets.read(folder)
+    rows = model.architecture.vocab_size
+    source = resized_vocabulary(model, rows, vocab_size, pad_vocab_to_multiple_of, assets.files)
+    tensors = cast_to(source.tensors, target)
+    assets = _with_vocabulary(assets, model, source)
+    config = assets.config or {}
+    assets = declaring(assets, (tensor.dtype for tensor in tensors.values()))
+    for line in [*model.notes, *describe_casts(model.tensors, tensors), *_describe_vocabulary(source)]:
+        say(line)
+    if TOKENIZER_FILE not in assets.files:
+        say(f"{folder} holds no {TOKENIZER_FILE}: the checkpoint carries no tokenizer")
+
+    options = {"dtype": dtype, "vocab_size": parse_architecture(config).vocab_size}
+    record = ConversionRecord("hf_to_dcp", _identify(hf, folder, model), options, source.record, model.left_out)
+    files = [
+        OutputFile(f"__0_{number}.distcp", {name: tensor}, bind(_begin, name, tensor))
+        for number, (name, tensor) in enumerate(tensors.items())
+    ]
+    with partial_folder(output, record.identity, say) as partial:
+        done = write_tensors(partial, files, source, source.hashed_rows, workers)
+        places = {name: (file.name, file.record.bytes) for file in done.values() for name in file.tensors}
+        write_metadata(partial.content, tensors, places)
+        assets.write(partial.content / ASSET_FOLDER)
+        if verify:
+            record.logits = compare_logits(
+                folder,
+                CheckpointRows(partial.content),
+                parse_architecture(config),
+                tensors,
+                min(rows, parse_architecture(config).vocab_size),
+                config.get("max_position_embeddings"),
+            )
+            say(describe_logits(record.logits))
+        record.write(partial.content, model.weights.tensors, tensors, done.values())
+        hashed = {file.name: file.record for file in done.values()}
+        write_manifest(partial.content, Manifest(kind="converted", retemper_version=__version__), hashed)
+    say(f"wrote {output}: {len(tensors)} tensors, {size_of(done.values())}")
+
+
+def _begin(name: str, tensor: StoredTensor, path: Path) -> dict[str, int]:
+    return {name: begin_tensor_file(path, tensor)}
+
+
+def _with_vocabulary(assets: HfAssets, model: HfModel, source: ResizedVocabulary) -> HfAssets:
+    """``assets`` whose config has as many tokens as the embeddings are going to have rows."""
+    wanted = source.vocab_size
+    config = assets.config
+    if config is None or config.get("vocab_size") == wanted:
+        return assets
+    return assets.with_config({**config, "vocab_size": wanted})
+
+
+def _describe_vocabulary(source: ResizedVocabulary) -> list[str]:
+    resized = source.record
+    if resized is None:
+        return []
+    return [f"vocabulary: {resized['rows_before']} rows become {resized['rows']} ({', '.join(resized['tensors'])})"]
+
+
+def describe_logits(measured: dict) -> str:
+    """The line about :func:`~.logits.compare_logits`."""
+    return (
+        f"verified: logits differ from {measured['compared_with']} by {measured['max_abs_difference']:.2g} at most "
+        f"(the largest is {measured['largest_logit']:.3g}), the best token is the same at "
+        f"{measured['argmax_agreement']:.1%} of positions"
+    )
+
+
+def _identify(hf: str, folder: Path, model: HfModel) -> dict:
+    """What tells this input from any other."""
+    index = folder / INDEX_FILE
+    return {
+        "name": hf,
+        "folder": str(folder.resolve()),
+        "config_xxh3_128": file_hash(folder / CONFIG_FILE),
+        "index_xxh3_128": file_hash(index) if index.is_file() else None,
+        "files": {path.name: file_identity(path) for path in model.weights.files},
+    }

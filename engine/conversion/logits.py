@@ -1,0 +1,158 @@
+"""``--verify``: the same token sequences through transformers and through our decoder, in float32 on the CPU.
+
+Hashes prove that no bit was lost; this proves that the bits mean the same model to both: names, orientation of
+matrices, rotary positions, norms, biases, tied embeddings. Code of the folder is never run. One model at a time is in
+memory, 4 bytes per parameter.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.attention import choose_attention_backend
+from ..checkpoint.tensor_source import TensorSource, rows_of
+from ..checkpoint.tensors import StoredTensor, model_tensors
+from ..errors import UserError
+from ..hugging_face.model import EMBEDDING
+from ..model.architecture import Architecture
+from ..model.decoder import meta_decoder
+from ..model.packing import plan_packing
+
+TOLERANCE = 1e-3
+"""Largest difference, as a part of the largest logit. Both compute in float32 and add up in different orders: tiny
+models differ by about 1e-6, deep ones by more, since every layer rounds again. A tensor in the wrong place, or rotary
+positions of another kind, change logits by about their own size."""
+_LENGTHS = (7, 33, 64)
+"""Tokens of the sequences."""
+
+
+def compare_logits(
+    folder: Path,
+    source: TensorSource,
+    architecture: Architecture,
+    rounded_to: Mapping[str, StoredTensor],
+    vocab_size: int,
+    max_length: int | None,
+) -> dict[str, Any]:
+    """Compare transformers on the Hugging Face ``folder`` with our decoder on ``source``.
+
+    Args:
+        folder: of the model, before or after the conversion.
+        source: the same tensors on the other side.
+        architecture: of the decoder that runs ``source``.
+        rounded_to: the dtypes that the tensors have in the output: both sides round to them, so that a cast is no
+            difference.
+        vocab_size: tokens that both sides have. Logits of others are not compared.
+        max_length: tokens that the model was made for, if known.
+
+    Returns:
+        for ``conversion.json``: ``max_abs_difference``, ``largest_logit``, ``argmax_agreement``, ...
+
+    Raises:
+        UserError: they differ by more than :data:`TOLERANCE`, or transformers cannot load the folder.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(length, max_length or length) for length in _LENGTHS]
+    sequences = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
+    theirs = [logits[:, :vocab_size] for logits in _theirs(folder, sequences, rounded_to)]
+    gc.collect()
+    ours = [logits[:, :vocab_size] for logits in _ours(source, architecture, sequences, rounded_to)]
+    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    largest = max(float(logits.abs().max()) for logits in theirs)
+    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(ours, theirs, strict=True))
+    # Written so that NaN fails.
+    if not difference <= TOLERANCE * largest:
+        raise UserError(
+            f"--verify: logits of transformers and of this program differ by {difference:.3g} where the largest is "
+            f"{largest:.3g} (allowed: {TOLERANCE * largest:.3g}), so {folder} is not the same model to both; please "
+            "report it with its config.json"
+        )
+    return {
+        "compared_with": f"transformers {_transformers_version()}",
+        "computed_in": "float32",
+        "sequence_lengths": lengths,
+        "max_abs_difference": difference,
+        "largest_logit": largest,
+        "allowed_difference": TOLERANCE * largest,
+        "argmax_agreement": same / sum(lengths),
+    }
+
+
+def _transformers_version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def _round(tensor: Tensor, name: str, rounded_to: Mapping[str, StoredTensor]) -> Tensor:
+    """``tensor`` as it is after a conversion, in float32."""
+    return tensor.to(rounded_to[name].dtype).float() if name in rounded_to else tensor.float()
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@torch.inference_mode()
+def _theirs(folder: Path, sequences: list[Tensor], rounded_to: Mapping[str, StoredTensor]) -> list[Tensor]:
+    """[T, V] logits of every sequence, by transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..hugging_face.folder import HfWeights
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        # A folder whose embeddings have rows that its config does not know is loaded with all of them.
+        config.vocab_size = HfWeights(folder).tensors[EMBEDDING].shape[0]
+        with _without_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True, **options
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--verify: transformers cannot load {folder}: {error}") from error
+    for name, parameter in model.named_parameters():
+        parameter.copy_(_round(parameter, name, rounded_to))
+    model.eval()
+    return [model(tokens[None]).logits[0] for tokens in sequences]
+
+
+@torch.inference_mode()
+def _ours(
+    source: TensorSource, architecture: Architecture, sequences: list[Tensor], rounded_to: Mapping[str, StoredTensor]
+) -> list[Tensor]:
+    """[T, V] logits of every sequence, by our decoder."""
+    device = torch.device("cpu")
+    decoder = meta_decoder(architecture).to(torch.float32).to_empty(device=device).eval()
+    for name, parameter in model_tensors(decoder).items():
+        with source.rows(name) as read:
+            stored = torch.empty(rows_of(source.tensors[name].shape), dtype=source.tensors[name].dtype)
+            read(0, stored)
+            parameter.copy_(_round(stored, name, rounded_to).view(parameter.shape))
+    backend = choose_attention_backend(
+        "auto", device, torch.float32, architecture.head_dim, windows=architecture.sliding_windows
+    ).backend
+    results = []
+    for tokens_T in sequences:
+        num_tokens = tokens_T.numel()
+        offsets = torch.tensor([0, num_tokens], dtype=torch.int32)
+        positions_T = torch.arange(num_tokens)
+        packing = plan_packing(positions_T, offsets, num_tokens, backend, architecture.sliding_windows, offsets)
+        results.append(decoder.model(tokens_T, packing) @ decoder.head_weight.T)
+    return results

@@ -1,0 +1,100 @@
+"""``conversion.json``: what a conversion made of what, tensor by tensor, beside its output.
+
+It names source, options and versions; for every tensor the shape, and dtype and xxh3_128 of its bytes as they are
+stored on both sides; and what was left out, and why. Nobody needs it to use the output: it is evidence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ... import __version__
+from ..checkpoint.block_copy import WrittenFile
+from ..checkpoint.hashing import record_file
+from ..checkpoint.manifest import code_versions
+from ..checkpoint.tensors import StoredTensor
+from ..hugging_face.weight_dtypes import dtype_name
+
+CONVERSION_FILE = "conversion.json"
+_FORMAT_VERSION = 1
+
+
+@dataclass
+class ConversionRecord:
+    """The content of ``conversion.json``."""
+
+    tool: str
+    source: dict[str, Any]
+    """Path, and what identifies the content."""
+    options: dict[str, Any]
+    vocabulary: dict[str, Any] | None = None
+    """Rows added to or cut off the embeddings, if any were."""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the source's tensors that have no part in the output, by the reason why."""
+    logits: dict[str, Any] | None = None
+    """What ``--verify`` measured."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the output's bytes."""
+        versions = {**code_versions(), "safetensors": version("safetensors")}
+        return {"tool": self.tool, "source": self.source, "options": self.options, "versions": versions}
+
+    def write(
+        self,
+        folder: Path,
+        source: Mapping[str, StoredTensor],
+        target: Mapping[str, StoredTensor],
+        files: Iterable[WrittenFile],
+    ) -> None:
+        """Write it into ``folder``.
+
+        Args:
+            folder: the output.
+            source: every tensor that the source has, as it is stored there.
+            target: every tensor of the model, as it is stored in the output.
+            files: that hold them.
+        """
+        written = {name: (file.name, hashes) for file in files for name, hashes in file.tensors.items()}
+        left_out = {name for names in self.left_out.values() for name in names}
+        # The two halves of the proof; everything before has made them so.
+        assert written.keys() == target.keys()
+        assert source.keys() == target.keys() | left_out and not target.keys() & left_out
+        tensors = {}
+        for name, after in target.items():
+            file, hashes = written[name]
+            before = source[name]
+            kept = before.dtype == after.dtype and before.shape == after.shape
+            assert not kept or hashes.source == hashes.written, name
+            tensors[name] = {
+                "shape": list(after.shape),
+                "file": file,
+                "from": {"dtype": dtype_name(before.dtype), "xxh3_128": hashes.source},
+                "to": {"dtype": dtype_name(after.dtype), "xxh3_128": hashes.written},
+            }
+        content = {
+            "format_version": _FORMAT_VERSION,
+            "retemper_version": __version__,
+            **self.identity,
+            "vocabulary": self.vocabulary,
+            "logits": self.logits,
+            "left_out": self.left_out,
+            "tensors": tensors,
+        }
+        (folder / CONVERSION_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """Size and time of the last change of a large file: what tells it from another without reading it."""
+    status = path.stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def file_hash(path: Path) -> str:
+    """xxh3_128 of a small file."""
+    return record_file(path).xxh3_128

@@ -1,0 +1,113 @@
+"""What both conversions do alike: copy tensors into a folder that survives an interruption, under a progress bar."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..checkpoint.block_copy import OutputFile, WrittenFile, copy_files, default_workers
+from ..checkpoint.partial_folder import PartialFolder
+from ..checkpoint.tensor_source import TensorSource
+from ..checkpoint.verify import find_damage
+from ..errors import UserError
+
+
+def parse_workers(workers: int | None) -> int:
+    """The number of ``--workers``; by default one for each CPU, up to 8.
+
+    Raises:
+        UserError: it is not positive.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: at least 1 is needed")
+    return workers or default_workers()
+
+
+def require_outside(output: Path, source: str | Path, option: str) -> None:
+    """Refuse to write into the folder that is read.
+
+    Raises:
+        UserError: ``output`` is in the folder that the option ``option`` names.
+    """
+    inside, root = os.path.realpath(output), os.path.realpath(source)
+    if os.path.commonpath([inside, root]) == root:
+        raise UserError(f"--output {output}: it is inside {option} {source}; name a folder elsewhere")
+
+
+@contextmanager
+def progress(description: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar on a terminal; gives what is to hear of every block, from any thread."""
+    lock = threading.Lock()
+    with tqdm(desc=description, total=num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+
+        def advance(count: int) -> None:
+            with lock:
+                bar.update(count)
+
+        yield advance
+
+
+def write_tensors(
+    partial: PartialFolder,
+    files: Sequence[OutputFile],
+    source: TensorSource,
+    hashed_rows: Mapping[str, int],
+    workers: int,
+) -> dict[str, WrittenFile]:
+    """Make ``files`` in ``partial``, but for those that a former run has made, which are read again.
+
+    Returns:
+        all of them, by name.
+
+    Raises:
+        UserError, OSError: see :func:`~retemper.engine.checkpoint.block_copy.copy_files`.
+    """
+    num_bytes = sum(tensor.num_bytes for file in files for tensor in file.tensors.values())
+    # Every byte is written, or read because it was there, and read back.
+    with progress("converting", 2 * num_bytes) as advance:
+        done: dict[str, WrittenFile] = {}
+        for file in files:
+            before = partial.finished(file.name, lambda count: advance(2 * count))
+            if before is not None:
+                done[file.name] = before
+        rest = [file for file in files if file.name not in done]
+        done |= copy_files(partial.content, rest, source, workers, hashed_rows, advance, partial.note)
+    return {file.name: done[file.name] for file in files}
+
+
+def require_undamaged(folder: Path, num_bytes: int, workers: int) -> None:
+    """Read every byte of the checkpoint ``folder``, ``workers`` files at a time.
+
+    Raises:
+        UserError: naming the first file that is not what was written.
+    """
+    stop = threading.Event()
+    with progress("verifying", num_bytes) as advance, ThreadPoolExecutor(workers, "verify") as pool:
+
+        def on_bytes(count: int) -> None:
+            if stop.is_set():
+                raise _Stopped
+            advance(count)
+
+        futures = [pool.submit(find_damage, folder, (number, workers), None, on_bytes) for number in range(workers)]
+        try:
+            damage = [found for future in futures for found in future.result()[1]]
+        finally:
+            stop.set()
+    if damage:
+        raise UserError(f"{damage[0].what}; use another checkpoint")
+
+
+class _Stopped(Exception):
+    """Nobody waits for the rest."""
+
+
+def size_of(files: Iterable[WrittenFile]) -> str:
+    """Their bytes together, for people."""
+    return tqdm.format_sizeof(sum(file.record.bytes for file in files), "B")

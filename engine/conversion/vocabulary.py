@@ -1,0 +1,121 @@
+"""Embedding and head with another number of rows than they are stored with.
+
+Rows are added to make a vocabulary divisible (by tensor-parallel ranks, by the width of matrix units), and cut off
+again for an export. Added rows are the mean of the rows there are. An added token's logit is then the mean of the
+others, and by Jensen's inequality its share of the softmax at most the average share: with n added to V tokens no
+log-probability falls by more than log(1 + n / V). With zeros, a logit of 0 could stand above all real ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..checkpoint.assets import TOKENIZER_FILE
+from ..checkpoint.block_copy import BLOCK_BYTES
+from ..checkpoint.tensor_source import ReadRows, TensorSource
+from ..checkpoint.tensors import StoredTensor
+from ..errors import UserError
+from ..hugging_face.model import EMBEDDING, HEAD
+
+
+class ResizedVocabulary:
+    """A source whose embedding and head have ``vocab_size`` rows (a ``TensorSource``).
+
+    Args:
+        source: has them with ``rows`` rows.
+        rows: rows that they are stored with.
+        vocab_size: rows that they are to have.
+    """
+
+    def __init__(self, source: TensorSource, rows: int, vocab_size: int):
+        self._source = source
+        self._rows = rows
+        self.vocab_size = vocab_size
+        resized = set() if rows == vocab_size else {name for name in (EMBEDDING, HEAD) if name in source.tensors}
+        self.hashed_rows = dict.fromkeys(resized, min(rows, vocab_size))
+        """Of each tensor with another number of rows: how many are the source's."""
+        self.tensors: Mapping[str, StoredTensor] = {
+            name: StoredTensor((vocab_size, *tensor.shape[1:]), tensor.dtype) if name in resized else tensor
+            for name, tensor in source.tensors.items()
+        }
+        self.record = self._describe(vocab_size) if resized else None
+        """For ``conversion.json``."""
+
+    def _describe(self, vocab_size: int) -> dict[str, Any]:
+        return {
+            "tensors": list(self.hashed_rows),
+            "rows_before": self._rows,
+            "rows": vocab_size,
+            "added_rows_are": "mean of the rows before" if vocab_size > self._rows else None,
+        }
+
+    @contextmanager
+    def rows(self, name: str) -> Iterator[ReadRows]:
+        """See :class:`~retemper.engine.checkpoint.tensor_source.TensorSource`."""
+        with self._source.rows(name) as read:
+            if self.hashed_rows.get(name, 0) < self._rows or name not in self.hashed_rows:
+                yield read
+                return
+            mean = _mean_row(read, self._source.tensors[name])
+
+            def read_resized(first: int, rows: Tensor) -> None:
+                num_stored = max(0, min(rows.shape[0], self._rows - first))
+                if num_stored:
+                    read(first, rows[:num_stored])
+                rows[num_stored:] = mean
+
+            yield read_resized
+
+
+def _mean_row(read: ReadRows, tensor: StoredTensor) -> Tensor:
+    """[hidden] mean of the rows of ``tensor``, summed in float64, in the dtype of ``tensor``."""
+    num_rows, hidden = tensor.shape
+    block = torch.empty((max(1, BLOCK_BYTES // (hidden * 8)), hidden), dtype=tensor.dtype)
+    total = torch.zeros(hidden, dtype=torch.float64)
+    for first in range(0, num_rows, block.shape[0]):
+        rows = block[: min(block.shape[0], num_rows - first)]
+        read(first, rows)
+        total += rows.double().sum(0)
+    return (total / num_rows).to(tensor.dtype)
+
+
+def resized_vocabulary(
+    source: TensorSource, rows: int, vocab_size: int | None, multiple_of: int | None, assets: Mapping[str, bytes]
+) -> ResizedVocabulary:
+    """``source`` with the vocabulary that ``--vocab-size`` or ``--pad-vocab-to-multiple-of`` ask for.
+
+    Raises:
+        UserError: the number makes no sense, or tokens of the tokenizer would lose their rows.
+    """
+    if vocab_size is not None and multiple_of is not None:
+        raise UserError("--vocab-size and --pad-vocab-to-multiple-of: give one of them")
+    if vocab_size is not None and vocab_size < 1:
+        raise UserError(f"--vocab-size {vocab_size}: at least 1 is needed")
+    if multiple_of is not None and multiple_of < 1:
+        raise UserError(f"--pad-vocab-to-multiple-of {multiple_of}: at least 1 is needed")
+    wanted = vocab_size or rows
+    if multiple_of is not None:
+        wanted = math.ceil(rows / multiple_of) * multiple_of
+    if wanted < rows and TOKENIZER_FILE in assets:
+        needed = _tokens_of(assets[TOKENIZER_FILE])
+        if wanted < needed:
+            raise UserError(
+                f"--vocab-size {wanted}: the tokenizer ({TOKENIZER_FILE}) has token ids up to {needed - 1:,}; use "
+                f"{needed} or more"
+            )
+    return ResizedVocabulary(source, rows, wanted)
+
+
+def _tokens_of(content: bytes) -> int:
+    try:
+        ids = Tokenizer.from_buffer(content).get_vocab(with_added_tokens=True).values()
+    except Exception as error:  # the library has no narrower class
+        raise UserError(f"{TOKENIZER_FILE}: cannot be read, so rows cannot be cut safely: {error}") from None
+    return max(ids, default=-1) + 1

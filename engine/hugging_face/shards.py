@@ -1,0 +1,121 @@
+"""Safetensors files as the Hub has them: how tensors are shared out among files, and what a file begins with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+
+from ..checkpoint.block_copy import OutputFile, copy_files
+from ..checkpoint.tensor_source import WholeTensors
+from ..checkpoint.tensors import StoredTensor
+from ..errors import UserError
+from .folder import INDEX_FILE
+
+DEFAULT_MAX_SHARD_SIZE = "5GB"
+_SHARD_PATTERN = "model{suffix}.safetensors"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def parse_shard_size(size: str) -> int:
+    """Bytes in a size such as ``5GB`` (decimal units, as the Hub counts).
+
+    Raises:
+        UserError: it is not a positive number with a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)\s*", size, re.IGNORECASE)
+    num_bytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if num_bytes < 1:
+        raise UserError(f"--max-shard-size {size}: expected a positive size in KB, MB, GB or TB, such as 5GB")
+    return num_bytes
+
+
+class ShardPlan:
+    """Which tensor goes into which file.
+
+    Args:
+        tensors: names, shapes and dtypes, in the order in which they are shared out.
+        max_shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], max_shard_size: int):
+        split = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: tensor.num_bytes,
+            filename_pattern=_SHARD_PATTERN,
+            max_shard_size=max_shard_size,
+        )
+        self.files = [
+            _shard_file(file, {name: tensors[name] for name in names})
+            for file, names in split.filename_to_tensors.items()
+        ]
+        """For :func:`~retemper.engine.checkpoint.block_copy.copy_files`."""
+        self._index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+
+    def write_index(self, folder: Path) -> None:
+        """Write the index, when there are several files."""
+        if len(self.files) > 1:
+            (folder / INDEX_FILE).write_text(json.dumps(self._index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shard_file(file: str, tensors: Mapping[str, StoredTensor]) -> OutputFile:
+    # Readers map the file: values of wide dtypes come first, so that each begins at a multiple of its width.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+
+    def begin(path: Path) -> dict[str, int]:
+        header, offsets, end = shard_header(ordered)
+        with open(path, "wb") as output:
+            output.write(header)
+            output.truncate(end)
+        return offsets
+
+    return OutputFile(file, ordered, begin)
+
+
+def shard_header(tensors: Mapping[str, StoredTensor]) -> tuple[bytes, dict[str, int], int]:
+    """What stands before the values in a safetensors file (https://huggingface.co/docs/safetensors): 8 bytes of length,
+    little-endian, and a JSON object, padded with spaces to a multiple of 8 bytes.
+
+    Returns:
+        those bytes, where each tensor begins in the file, and where the file ends, in bytes.
+    """
+    # transformers refuses files that do not say which framework wrote them.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end, starts = 0, {}
+    for name, tensor in tensors.items():
+        starts[name], end = end, end + tensor.num_bytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: first + at for name, at in starts.items()}, first + end
+
+
+def write_shards(
+    folder: Path, tensors: Mapping[str, StoredTensor], max_shard_size: int, read: Callable[[str], Tensor]
+) -> None:
+    """Write safetensors files with the names that the Hub uses, and their index when there are several.
+
+    Args:
+        folder: where to.
+        tensors: names, shapes and dtypes.
+        max_shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
+        read: gives the CPU tensor of a name. One at a time is in memory.
+
+    Raises:
+        OSError: a file cannot be written.
+        UserError: the disk gives back something else than was written.
+    """
+    plan = ShardPlan(tensors, max_shard_size)
+    copy_files(folder, plan.files, WholeTensors(tensors, read))
+    plan.write_index(folder)

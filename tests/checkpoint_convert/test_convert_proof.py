@@ -1,0 +1,271 @@
+"""What conversion.json says is so, by other readers; what the disk keeps is looked at; --verify finds a wrong model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
+from converting import EMBEDDING, HEAD, INDEX, SINGLE, Copy, Run, convert_back, convert_there, edit_tensors
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, TOKENIZER, assert_refused, edit_json, read_folder
+
+import retemper
+from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
+from retemper.engine.checkpoint import block_copy
+from retemper.engine.checkpoint.assets import TOKENIZER_FILES
+from retemper.engine.checkpoint.manifest import read_manifest
+from retemper.engine.checkpoint.tensors import save_tensors
+from retemper.engine.checkpoint.verify import find_damage
+from retemper.engine.conversion import logits
+from retemper.engine.conversion.record import CONVERSION_FILE
+from retemper.engine.model.architecture import Architecture
+from retemper.engine.model.decoder import Decoder, meta_decoder
+
+
+def proof(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / CONVERSION_FILE).read_text())
+
+
+def hash_of(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# conversion.json
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_record_agrees_with_other_readers(saved_models: dict[str, Path], tmp_path: Path, dtype: str) -> None:
+    folder, checkpoint, back = saved_models["mistral"], tmp_path / "checkpoint", tmp_path / "back"
+    convert_there(folder, checkpoint, dtype=dtype, workers=3)
+    convert_back(checkpoint, back, max_shard_size="10KB", workers=3)
+    originals = read_folder(folder)
+    there, home = proof(checkpoint), proof(back)
+    assert there["tensors"].keys() == home["tensors"].keys() == originals.keys()
+    # PyTorch's own reader of checkpoints, into tensors of the stored dtype.
+    kept = torch.float32 if dtype == "auto" else torch.bfloat16
+    loaded = {name: torch.empty(tensor.shape, dtype=kept) for name, tensor in originals.items()}
+    dcp.load(loaded, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+    written = read_folder(back)
+    weight_map = json.loads((back / INDEX).read_text())["weight_map"]
+    for name, original in originals.items():
+        assert there["tensors"][name]["shape"] == list(original.shape)
+        assert there["tensors"][name]["from"] == {"dtype": "float32", "xxh3_128": hash_of(original.data)}
+        in_checkpoint = {"dtype": str(kept).removeprefix("torch."), "xxh3_128": hash_of(raw(loaded[name]))}
+        assert there["tensors"][name]["to"] == home["tensors"][name]["from"] == in_checkpoint
+        assert home["tensors"][name]["to"]["xxh3_128"] == hash_of(written[name].data)
+        assert home["tensors"][name]["file"] == weight_map[name]
+        assert (checkpoint / there["tensors"][name]["file"]).is_file()
+    assert there["left_out"] == home["left_out"] == {} and there["vocabulary"] is None and there["logits"] is None
+    assert (there["tool"], home["tool"]) == ("hf_to_dcp", "dcp_to_hf")
+    assert there["retemper_version"] == retemper.__version__ and there["versions"]["torch"] == torch.__version__
+    assert there["source"]["folder"] == str(folder) and there["options"]["dtype"] == dtype
+    assert home["source"]["manifest_xxh3_128"] == hash_of((checkpoint / "manifest.json").read_bytes())
+
+
+def test_the_record_is_part_of_the_checkpoint(saved_models: dict[str, Path], tmp_path: Path) -> None:
+    convert_there(saved_models["llama"], tmp_path / "checkpoint")
+    assert CONVERSION_FILE in read_manifest(tmp_path / "checkpoint").files
+    assert find_damage(tmp_path / "checkpoint")[1] == []
+    edit_json(tmp_path / "checkpoint" / CONVERSION_FILE, lambda record: record.update(left_out={"x": ["y"]}))
+    assert [damage.file for damage in find_damage(tmp_path / "checkpoint")[1]] == [CONVERSION_FILE]
+
+
+def test_every_tensor_is_accounted_for(copy_model: Copy, tmp_path: Path) -> None:
+    folder = copy_model("qwen2-tied")
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    embedding = load_file(folder / weight_map[EMBEDDING])[EMBEDDING]
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({HEAD: embedding.clone(), buffer: torch.ones(4)}, folder / "more.safetensors")
+    edit_json(
+        folder / INDEX, lambda index: index["weight_map"].update(dict.fromkeys((HEAD, buffer), "more.safetensors"))
+    )
+    convert_there(folder, tmp_path / "checkpoint")
+    record = proof(tmp_path / "checkpoint")
+    assert record["tensors"].keys() == weight_map.keys()
+    assert sorted(record["left_out"].values()) == [[HEAD], [buffer]]
+    assert any(EMBEDDING in reason for reason in record["left_out"])
+
+
+def test_optimizer_states_are_left_out_by_name(saved_models: dict[str, Path], tmp_path: Path) -> None:
+    convert_there(saved_models["qwen3"], tmp_path / "checkpoint")
+    convert_back(tmp_path / "checkpoint", tmp_path / "back")
+    assert proof(tmp_path / "back")["left_out"] == {}
+
+
+def test_all_tokenizer_files_travel_as_they_are(copy_model: Copy, tmp_path: Path) -> None:
+    folder = copy_model("llama")
+    names = {name.replace("*", "qwen") for name in TOKENIZER_FILES} | {"generation_config.json", *TOKENIZER}
+    for name in names - {"generation_config.json"}:
+        (folder / name).write_bytes(f"content of {name}\r\n\xff".encode("latin-1"))
+    (folder / "training_args.bin").write_bytes(b"\x80")
+    convert_there(folder, tmp_path / "checkpoint")
+    convert_back(tmp_path / "checkpoint", tmp_path / "back")
+    for name in names:
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes(), name
+    assert "chat_template.jinja" in names and not (tmp_path / "back" / "training_args.bin").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards of any layout
+
+
+class Shards(torch.Tensor):
+    """A tensor that DCP saves in the parts that ``places`` name, as if ranks had held them."""
+
+    places: list[tuple[slice, ...]]
+    transposed: bool
+
+    def __create_write_items__(self, name: str, _: Any) -> list[Any]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+        items = []
+        for place in self.places:
+            offsets = torch.Size(part.start for part in place)
+            sizes = torch.Size(part.stop - part.start for part in place)
+            data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), TensorProperties(self.dtype), self.size())
+            items.append(WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, data))
+        return items
+
+    def __get_tensor_shard__(self, index: Any) -> torch.Tensor:
+        place = next(place for place in self.places if tuple(part.start for part in place) == tuple(index.offset))
+        part = self.as_subclass(torch.Tensor)[place]
+        return part.t().contiguous().t() if self.transposed else part.contiguous()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["row by row", "column by column"])
+@pytest.mark.parametrize("block_bytes", [100, 1 << 20])
+def test_sharded_tensors_are_put_together(
+    saved_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, transposed: bool
+) -> None:
+    convert_there(saved_models["mistral"], tmp_path / "checkpoint")
+    originals = load_file(saved_models["mistral"] / SINGLE)
+    cuts: dict[str, list[tuple[slice, ...]]] = {
+        EMBEDDING: [(slice(0, 50), slice(0, 32)), (slice(50, 97), slice(0, 32))],  # by rows
+        HEAD: [(slice(0, 97), slice(0, 16)), (slice(0, 97), slice(16, 32))],  # by columns
+        "model.layers.0.mlp.down_proj.weight": [
+            (slice(row, row + 16), slice(column, column + 24)) for row in (0, 16) for column in (0, 24)
+        ],
+    }
+    tensors = {}
+    for name, tensor in originals.items():
+        if name in cuts:
+            tensor = tensor.as_subclass(Shards)
+            tensor.places, tensor.transposed = cuts[name], transposed
+        tensors[name] = tensor
+    for path in (tmp_path / "checkpoint").glob("*.distcp"):
+        path.unlink()
+    hashed = save_tensors(tmp_path / "checkpoint", tensors, distributed=False)
+    assert len(hashed) < len(originals), "several tensors to a file, as ranks write them"
+    manifest = read_manifest(tmp_path / "checkpoint")
+    from retemper.engine.checkpoint.manifest import write_manifest
+
+    write_manifest(tmp_path / "checkpoint", dataclasses.replace(manifest, files={}))
+    monkeypatch.setattr(block_copy, "BLOCK_BYTES", block_bytes)
+    convert_back(tmp_path / "checkpoint", tmp_path / "back", workers=2)
+    assert read_folder(tmp_path / "back") == read_folder(saved_models["mistral"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the disk gives back
+
+
+def test_a_disk_that_keeps_something_else_is_found_out(
+    saved_models: dict[str, Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_there(saved_models["llama"], tmp_path / "checkpoint")
+    write = block_copy.write_exactly
+
+    def flip(descriptor: int, offset: int, data: memoryview) -> None:
+        write(descriptor, offset, data)
+        if len(data) > 3000:
+            os.pwrite(descriptor, bytes([data[100] ^ 1]), offset + 100)
+
+    monkeypatch.setattr(block_copy, "write_exactly", flip)
+    refused = run(hf_to_dcp, "--hf", saved_models["llama"], "--output", tmp_path / "again")
+    assert_refused(refused, "the disk gives back another", "weight")
+    refused = run(dcp_to_hf, "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "back")
+    assert_refused(refused, "the disk gives back another", "weight")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --verify
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_compared_with_transformers(saved_models: dict[str, Path], tmp_path: Path, family: str) -> None:
+    dtype = "bfloat16" if family == "mistral" else "auto"
+    said = convert_there(saved_models[family], tmp_path / "checkpoint", dtype=dtype, verify=True)
+    said += convert_back(tmp_path / "checkpoint", tmp_path / "back", dtype=dtype, verify=True)
+    assert len([line for line in said if line.startswith("verified: logits differ")]) == 2
+    for folder in (tmp_path / "checkpoint", tmp_path / "back"):
+        measured = proof(folder)["logits"]
+        assert 0 <= measured["max_abs_difference"] < 1e-4 * measured["largest_logit"]
+        assert measured["argmax_agreement"] == 1 and measured["sequence_lengths"] == [7, 33, 64]
+
+
+@pytest.mark.parametrize("change", [{"rope_theta": 500.0}, {"rms_norm_eps": 0.1}], ids=str)
+def test_a_model_that_is_not_the_same_is_refused(
+    saved_models: dict[str, Path],
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, float],
+) -> None:
+    convert_there(saved_models["qwen3"], tmp_path / "checkpoint")
+
+    def other(architecture: Architecture) -> Decoder:
+        return meta_decoder(dataclasses.replace(architecture, **change))
+
+    monkeypatch.setattr(logits, "meta_decoder", other)
+    for module, *source in (
+        (hf_to_dcp, "--hf", saved_models["qwen3"]),
+        (dcp_to_hf, "--checkpoint", tmp_path / "checkpoint"),
+    ):
+        refused = run(module, *source, "--output", tmp_path / "out", "--verify")
+        assert_refused(refused, "--verify: logits of transformers and of this program differ by")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_code_of_the_folder_is_never_run(copy_model: Copy, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, canary = copy_model("llama"), tmp_path / "canary"
+    (folder / "modeling.py").write_text(f"open({str(canary)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    names = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
+    edit_json(folder / "config.json", lambda config: config.update(auto_map=names))
+    said = convert_there(folder, tmp_path / "checkpoint", verify=True)
+    said += convert_back(tmp_path / "checkpoint", tmp_path / "back", verify=True)
+    assert [line for line in said if "auto_map" in line] == [
+        "config.json names code of its own (auto_map): it is not run; the weights are read as model_type llama"
+    ]
+    assert not canary.exists() and not (tmp_path / "back" / "modeling.py").exists()
+
+
+def test_a_difference_in_one_tensor_is_seen(
+    saved_models: dict[str, Path], copy_model: Copy, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is another model by two swapped rows."""
+    other = copy_model("qwen3")
+
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        weight = tensors["model.layers.1.self_attn.k_proj.weight"]
+        weight[[0, 1]] = weight[[1, 0]]
+
+    edit_tensors(other / SINGLE, swap)
+    theirs: Callable[..., Any] = logits._theirs
+    monkeypatch.setattr(logits, "_theirs", lambda folder, *rest: theirs(other, *rest))
+    refused = run(hf_to_dcp, "--hf", saved_models["qwen3"], "--output", tmp_path / "out", "--verify")
+    assert_refused(refused, "differ by")

@@ -1,0 +1,164 @@
+"""Against Megatron-Core itself: what its model saves, and what it makes of what we write. On the CPU."""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from retemper.checkpoint_convert import from_megatron, to_megatron
+from retemper.engine.checkpoint.verify import find_damage
+
+pytest.importorskip("megatron.core", reason="needs megatron-core, which `make setup` installs where there is a wheel")
+
+import megatron_models as mm
+
+from retemper.engine.parallel.process_group import Ranks
+
+sys.modules.setdefault("megatron_models", mm)
+VOCAB_SIZE = 97
+TOKENS = torch.arange(40).view(2, 20) * 7 % VOCAB_SIZE
+COMMON = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 8},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 8},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "tie_word_embeddings": False, "head_dim": 16},
+}
+SETTINGS = {
+    name: {**COMMON, **family, "num_attention_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 5000.0}
+    for name, family in FAMILIES.items()
+}
+
+
+class Backend(enum.Enum):
+    """Stands for the enumerations among Megatron-LM's settings, which we do not know."""
+
+    AUTO = 5
+
+
+def saved(model: Any, folder: Path, args: Any, metadata: dict[str, Any] | None = None) -> None:
+    """Save ``model`` as iteration 7 of a training run in ``folder``."""
+    checkpoint = folder / "iter_0000007"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    common = {"args": args, "iteration": 7, "checkpoint_version": 3.0, "content_metadata": metadata or {}}
+    mm.save(model, checkpoint, common, metadata)
+    (folder / "latest_checkpointed_iteration.txt").write_text("7")
+
+
+def transformers_logits(folder: Path) -> torch.Tensor:
+    """What transformers computes."""
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
+
+
+def random_hf_folder(folder: Path, settings: dict[str, Any]) -> Path:
+    """A Hugging Face model with random values in every parameter, norms and biases included."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_megatron_saves(one_rank: Ranks, tmp_path: Path, family: str) -> None:
+    settings = SETTINGS[family]
+    args = mm.args_of(settings, attention_backend=Backend.AUTO, padded_vocab_size=128)
+    with mm.megatron_on_cpu():
+        model = mm.gpt_model(args, 128)
+        saved(model, tmp_path / "megatron", args)
+        theirs = mm.logits(model, TOKENS)
+    # From what Megatron has stored: it does not say how many rows are padding.
+    from_megatron.convert(tmp_path / "megatron", tmp_path / "all", say=lambda line: None)
+    torch.testing.assert_close(transformers_logits(tmp_path / "all"), theirs, rtol=0, atol=1e-5)
+    config = json.loads((tmp_path / "all" / "config.json").read_text())
+    assert (config["model_type"], config["vocab_size"]) == (settings["model_type"], 128)
+    # And from the model's config.
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    said: list[str] = []
+    from_megatron.convert(
+        tmp_path / "megatron", tmp_path / "hf", config=tmp_path / "config.json", verify=True, say=said.append
+    )
+    torch.testing.assert_close(transformers_logits(tmp_path / "hf"), theirs[..., :VOCAB_SIZE], rtol=0, atol=1e-5)
+    assert "cut 31 rows of padding from the vocabulary of 128" in said
+
+
+@pytest.mark.parametrize("metadata", [{"non_homogeneous_layers": True}, {"singleton_local_shards": True}], ids=str)
+def test_what_megatron_saves_layer_by_layer(one_rank: Ranks, tmp_path: Path, metadata: dict[str, Any]) -> None:
+    args = mm.args_of(SETTINGS["llama"])
+    with mm.megatron_on_cpu():
+        model = mm.gpt_model(args, 128)
+        saved(model, tmp_path / "megatron", args, metadata)
+        theirs = mm.logits(model, TOKENS)
+    from_megatron.convert(tmp_path / "megatron" / "iter_0000007", tmp_path / "hf", say=lambda line: None)
+    torch.testing.assert_close(transformers_logits(tmp_path / "hf"), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("per_layer", [False, True], ids=["stacked", "per layer"])
+def test_megatron_loads_what_we_write(one_rank: Ranks, tmp_path: Path, family: str, per_layer: bool) -> None:
+    folder = random_hf_folder(tmp_path / "hf", SETTINGS[family])
+    to_megatron.convert(tmp_path / "megatron", hf=str(folder), per_layer=per_layer, say=lambda line: None)
+    assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    release = tmp_path / "megatron" / "release"
+    with mm.megatron_on_cpu():
+        assert mm.dist_checkpointing.check_is_distributed_checkpoint(str(release))
+        common = mm.dist_checkpointing.load_common_state_dict(str(release))
+        model = mm.gpt_model(common["args"], common["args"].padded_vocab_size)
+        mm.load(model, release, common["content_metadata"])
+        theirs = mm.logits(model, TOKENS)
+        padding = model.embedding.word_embeddings.weight[VOCAB_SIZE:]
+    assert (common["iteration"], common["checkpoint_version"]) == (0, 3.0)
+    torch.testing.assert_close(theirs[..., :VOCAB_SIZE], transformers_logits(folder), rtol=0, atol=1e-5)
+    assert padding.shape[0] == 31 and not padding.any()
+
+
+def megatron_on_two_ranks(ranks: Ranks, settings: dict[str, Any], written: str, output: str) -> dict[str, Any]:
+    """One rank's part of the test below."""
+    args = mm.args_of(settings)
+    with mm.megatron_on_cpu(tensor_parallel=2):
+        model = mm.gpt_model(args, 256)
+        saved(model, Path(output), args)
+        own = mm.logits(model, TOKENS)
+        mm.load(model, Path(written))
+        loaded = mm.logits(model, TOKENS)
+    return {"own": own, "loaded": loaded}
+
+
+def test_two_tensor_parallel_ranks(two_ranks: Any, tmp_path: Path) -> None:
+    """Every rank holds half of the groups, of gate and up, and of the vocabulary."""
+    settings = SETTINGS["llama"]
+    folder = random_hf_folder(tmp_path / "hf", settings)
+    to_megatron.convert(tmp_path / "ours", hf=str(folder), tensor_parallel=2, say=lambda line: None)
+    (tmp_path / "theirs").mkdir()
+    results = two_ranks.run(megatron_on_two_ranks, settings, str(tmp_path / "ours/release"), str(tmp_path / "theirs"))
+    expected = transformers_logits(folder)
+    from_megatron.convert(tmp_path / "theirs", tmp_path / "back", say=lambda line: None)
+    back = transformers_logits(tmp_path / "back")
+    for result in results:
+        torch.testing.assert_close(result["loaded"][..., :VOCAB_SIZE], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(result["own"], back, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_for_the_trainer(one_rank: Ranks, tmp_path: Path) -> None:
+    args = mm.args_of(SETTINGS["qwen3"])
+    with mm.megatron_on_cpu():
+        saved(mm.gpt_model(args, 128), tmp_path / "megatron", args)
+    from_megatron.convert(tmp_path / "megatron", tmp_path / "checkpoint", format="checkpoint", say=lambda line: None)
+    assert find_damage(tmp_path / "checkpoint")[1] == []
+    to_megatron.convert(tmp_path / "again", checkpoint=tmp_path / "checkpoint", say=lambda line: None)
+    with mm.megatron_on_cpu():
+        before, after = mm.gpt_model(args, 128), mm.gpt_model(args, 128)
+        for parameter in after.parameters():
+            torch.nn.init.zeros_(parameter)
+        mm.load(after, tmp_path / "again" / "release")
+    for (name, one), (_, other) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert torch.equal(one, other), name

@@ -1,0 +1,151 @@
+"""Faults of every kind against real torchrun runs: ``python tests/faults/run.py --cases 200 --seed 1 --output DIR``.
+
+Every case is one fault; the same command is launched again, and what it comes to is compared, bit for bit, with an
+undisturbed run: the loss curve, and all tensors of every checkpoint that is seen on the way. Cases are chained in
+lineages, so that each costs about one launch. Prints a table by kind, and ends with 1 when anything was wrong.
+
+    --only disk-full.2               this case alone
+    --only kill-rank.0,damage.3      a lineage of these, in this order
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from fault_cases import KINDS, Case, catalogue, draw
+from fault_lineage import Lineage, Result
+from fault_setup import set_up
+from fault_sweep import damages, sweep
+from tqdm import tqdm
+
+CASES_IN_LINEAGE = 8
+VERDICTS = ("exact", "refused", "wrong", "not reached")
+_SWEEP = "damage found without a launch: every file x every form"
+
+
+def lineages(cases: list[Case]) -> list[list[Case]]:
+    """Cases that share a command, in chains."""
+    by_options: dict[tuple[str, ...], list[Case]] = {}
+    for case in cases:
+        by_options.setdefault(case.options, []).append(case)
+    return [
+        group[first : first + CASES_IN_LINEAGE]
+        for group in by_options.values()
+        for first in range(0, len(group), CASES_IN_LINEAGE)
+    ]
+
+
+def table(results: list[Result], swept: tuple[int, list[str]] | None) -> str:
+    """What was tried and what came of it, in Markdown."""
+    rows = ["| Fault | tried | exact | refused, as it should | wrong | not reached |", "|---|--:|--:|--:|--:|--:|"]
+    for kind, (_, title, _) in KINDS.items():
+        mine = [result.verdict for result in results if result.case.kind == kind]
+        if mine:
+            rows.append(f"| {title} | {len(mine)} | " + " | ".join(str(mine.count(v)) for v in VERDICTS) + " |")
+    every = [result.verdict for result in results]
+    rows.append(f"| all, by real launches | {len(every)} | " + " | ".join(str(every.count(v)) for v in VERDICTS) + " |")
+    if swept is not None:
+        count, wrong = swept
+        rows.append(f"| {_SWEEP} | {count} | {count - len(wrong)} | 0 | {len(wrong)} | 0 |")
+    return "\n".join(rows)
+
+
+def run_all(
+    cases: list[Case], folder: Path, jobs: int, seed: int, with_sweep: bool, chained: bool = False
+) -> tuple[list[Result], tuple[int, list[str]] | None]:
+    """Run ``cases`` with ``jobs`` launches at a time; ``chained``: all in one lineage, in their order."""
+    workshop = set_up(folder)
+    chains = [cases] if chained else lineages(cases)
+    with tqdm(total=len(cases), unit="case", disable=None) as bar:
+
+        def on_result(result: Result) -> None:
+            bar.update()
+            if result.verdict in ("wrong", "not reached"):
+                bar.write(describe(result))
+
+        def run_one(numbered: tuple[int, list[Case]]) -> list[Result]:
+            number, chain = numbered
+            return Lineage(workshop, f"lineage{number:03d}", chain, on_result).run()
+
+        with ThreadPoolExecutor(jobs) as pool:
+            results = [result for done in pool.map(run_one, enumerate(chains)) for result in done]
+    swept = None
+    if with_sweep:
+        with tqdm(total=len(damages(seed)), unit="damage", disable=None, leave=False) as bar:
+            swept = sweep(workshop.midway(), folder / "sweep", seed, bar.update)
+    return results, swept
+
+
+def describe(result: Result) -> str:
+    """A case that went wrong, in some lines."""
+    head = f"{result.verdict}: {result.case.name} ({result.case.note}), {result.lineage}"
+    return "\n".join([head, *(f"    {problem}" for problem in result.problems)])
+
+
+def _selected(arguments: argparse.Namespace) -> list[Case]:
+    if arguments.only is None:
+        return catalogue(arguments.cases, arguments.seed)
+    names = [name.rpartition(".") for name in arguments.only.split(",")]
+    return [draw(kind, int(number), arguments.seed) for kind, _, number in names]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=200, help="number of cases (200)")
+    parser.add_argument("--seed", type=int, default=1, help="of all that is drawn (1)")
+    parser.add_argument("--only", help="names of cases, with commas: one lineage of these")
+    parser.add_argument("--output", type=Path, required=True, help="folder: faults.json, table.md, what went wrong")
+    parser.add_argument("--keep", action="store_true", help="keep the logs of all launches")
+    parser.add_argument("--jobs", type=int, default=1, help="lineages at a time; each uses about two cores (1)")
+    arguments = parser.parse_args()
+    if arguments.output.exists():
+        parser.error(f"--output {arguments.output}: exists already; remove it or name another")
+    arguments.output.mkdir(parents=True)
+    scratch = Path(tempfile.mkdtemp(prefix="retemper-faults-"))
+    failed: list[Result] = []
+    began, cases, only = time.monotonic(), _selected(arguments), arguments.only is not None
+    try:
+        results, swept = run_all(cases, scratch, arguments.jobs, arguments.seed, not only, only)
+        failed = [result for result in results if result.verdict in ("wrong", "not reached")]
+        for name in sorted({result.lineage for result in (results if arguments.keep else failed)}):
+            shutil.copytree(scratch / name, arguments.output / name, symlinks=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    minutes = (time.monotonic() - began) / 60
+    write_report(arguments, results, swept, minutes)
+    print(f"{table(results, swept)}\n\n{len(results)} cases in {minutes:.1f} minutes; {arguments.output}/faults.json")
+    for problem in swept[1] if swept else []:
+        print(problem)
+    return 1 if failed or (swept and swept[1]) else 0
+
+
+def write_report(
+    arguments: argparse.Namespace, results: list[Result], swept: tuple[int, list[str]] | None, minutes: float
+) -> None:
+    """faults.json and table.md."""
+    content: dict[str, Any] = {
+        "seed": arguments.seed,
+        "torch": torch.__version__,
+        "minutes": round(minutes, 1),
+        "swept": swept and {"tried": swept[0], "wrong": swept[1]},
+        "cases": [asdict(result) for result in results],
+    }
+    (arguments.output / "faults.json").write_text(json.dumps(content, indent=1) + "\n")
+    (arguments.output / "table.md").write_text(table(results, swept) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Runs that start from a Hugging Face folder: the same as from its conversion, and every rank reads its part only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import hf_starts
+import pytest
+import tiny_run
+import torch
+import yaml
+
+from retemper.checkpoint_convert import hf_to_dcp
+from retemper.engine.checkpoint.assets import HfAssets
+from retemper.engine.errors import UserError
+from retemper.engine.trainer import Trainer
+
+LAYOUTS = {
+    "one rank": (1, []),
+    "bf16 weights": (1, ["--training.weight_dtype", "bf16"]),
+    "shard 2": (2, []),
+    "tensor 2": (2, ["--parallel.tensor", "2"]),
+    "pipeline 2": (2, ["--parallel.pipeline", "2"]),
+    "shard 2 x tensor 2": (4, ["--parallel.tensor", "2"]),
+    "replicate 2 x shard 2": (4, ["--parallel.replicate", "2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A folder of bfloat16 weights in several files."""
+    return hf_starts.save_model(tmp_path_factory.mktemp("hf") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def hf_run(run_file, hf, tmp_path_factory):
+    """A configuration that starts from the folder."""
+    config = yaml.safe_load(run_file.read_text())
+    config["model"] = {"initialize_from": str(hf)}
+    path = tmp_path_factory.mktemp("config") / "run.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def on_ranks(one_rank, request):
+    """Runs a function on 1, 2 or 4 ranks; returns what each returned."""
+
+    def run(world_size, function, *arguments):
+        if world_size == 1:
+            return [function(one_rank, *arguments)]
+        return request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size]).run(function, *arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_starts_from_the_folders_values_and_reads_no_others(layout, on_ranks, hf_run, hf, tmp_path):
+    world_size, overrides = LAYOUTS[layout]
+    results = on_ranks(world_size, hf_starts.start, hf_run, ["--run_folder", str(tmp_path), *overrides])
+    there, dtype = hf_starts.tensors_in(hf), torch.bfloat16 if layout == "bf16 weights" else torch.float32
+    assert set(there) == {name for result in results for name in result["weights"]}
+    for rank, result in enumerate(results):
+        for name, weight in result["weights"].items():
+            assert weight.dtype == dtype and torch.equal(weight, there[name].to(dtype)), (rank, name)
+        assert result["read"] == 2 * sum(result["elements"].values()) > 0, rank
+        assert result["casts"] == []
+    whole = 2 * sum(tensor.numel() for tensor in there.values())
+    copies = 2 if "replicate" in layout else 1
+    # Ranks that share matrices each have all norms.
+    norms = 2 * sum(tensor.numel() for name, tensor in there.items() if "norm" in name)
+    assert sum(result["read"] for result in results) == copies * (whole + ("tensor" in layout) * norms)
+
+
+def test_a_run_from_the_folder_is_the_run_from_its_conversion(one_rank, hf_run, hf, tmp_path):
+    hf_to_dcp.convert(str(hf), tmp_path / "converted", say=lambda line: None)
+    for name, source in (("direct", hf), ("converted_run", tmp_path / "converted")):
+        options = ["--run_folder", str(tmp_path / name), "--model.initialize_from", str(source)]
+        tiny_run.train(one_rank, hf_run, [*options, "--training.train_tokens", str(4 * 8 * 32)])
+    direct, converted = (tmp_path / name / "checkpoints/step-00000004" for name in ("direct", "converted_run"))
+    ours, theirs = tiny_run.tensors_of(direct), tiny_run.tensors_of(converted)
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert HfAssets.of_checkpoint(direct).files == HfAssets.of_checkpoint(converted).files
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= set(HfAssets.of_checkpoint(direct).files)
+    manifest = json.loads((direct / "manifest.json").read_text())
+    assert manifest["config"]["model"]["initialize_from"] == str(hf)
+
+
+def test_a_run_that_resumes_does_not_look_at_the_folder_again(one_rank, hf_run, hf, tmp_path):
+    source = shutil.copytree(hf, tmp_path / "hf")
+    options = ["--run_folder", str(tmp_path / "run"), "--model.initialize_from", str(source)]
+    tiny_run.train(one_rank, hf_run, [*options, "--training.train_tokens", str(4 * 8 * 32)])
+    before = tiny_run.tensors_of(tmp_path / "run/checkpoints/step-00000004")
+    shutil.rmtree(source)
+    trainer = Trainer(tiny_run.configure(hf_run, *options), one_rank)
+    assert trainer.progress.step == 4
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter.full_tensor(), before[name]), name
+
+
+def test_weights_that_are_rounded_are_spoken_of(one_rank, hf_run, tmp_path):
+    wide = hf_starts.save_model(tmp_path / "wide", torch.float32)
+    options = ["--model.initialize_from", str(wide), "--training.weight_dtype", "bf16"]
+    result = hf_starts.start(one_rank, hf_run, ["--run_folder", str(tmp_path / "run"), *options])
+    count = len(result["weights"])
+    assert result["casts"] == [f"dtypes      {count} tensors of {wide} cast from float32 to bfloat16"]
+    there = hf_starts.tensors_in(wide)
+    assert all(torch.equal(weight, there[name].bfloat16()) for name, weight in result["weights"].items())
+
+
+def test_files_of_an_earlier_save_are_left_out_and_named(one_rank, hf_run, hf, tmp_path):
+    folder = shutil.copytree(hf, tmp_path / "hf")
+    (folder / "stale.safetensors").write_bytes(b"no safetensors file at all")
+    result = hf_starts.start(
+        one_rank, hf_run, ["--run_folder", str(tmp_path / "run"), "--model.initialize_from", str(folder)]
+    )
+    assert len(result["casts"]) == 1 and "stale.safetensors" in result["casts"][0]
+
+
+def spoil(folder, kind):
+    """Make ``folder`` one that no run can start from."""
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    first = folder / sorted(set(listed["weight_map"].values()))[0]
+    if kind == "pickled":
+        for file in (*folder.glob("*.safetensors"), index):
+            file.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"")
+    elif kind == "missing":
+        first.unlink()
+    elif kind == "cut":
+        first.write_bytes(first.read_bytes()[:-1])
+    elif kind == "outside":
+        listed["weight_map"]["model.norm.weight"] = "../x.safetensors"
+        index.write_text(json.dumps(listed))
+    elif kind == "other":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    elif kind == "no config":
+        (folder / "config.json").unlink()
+
+
+REFUSALS = {
+    "pickled": "only pickled weights (pytorch_model.bin)",
+    "missing": "missing, though model.safetensors.index.json lists it",
+    "cut": "truncated or not a safetensors file",
+    "outside": "'../x.safetensors', which is not the name of a file beside it",
+    "other": "missing model.layers.2",
+    "no config": "config.json",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_spoilt_folder_is_refused_on_every_rank_in_one_line(kind, two_ranks, hf_run, hf, tmp_path):
+    folder = shutil.copytree(hf, tmp_path / "hf")
+    spoil(folder, kind)
+    options = ["--run_folder", str(tmp_path / "run"), "--model.initialize_from", str(folder)]
+    messages = two_ranks.run(tiny_run.refusal, hf_run, options)
+    for message in messages:
+        assert REFUSALS[kind] in message and str(folder) in message and "\n" not in message
+        assert "model.initialize_from: " in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_folder_beside_others_is_not_looked_for_on_the_hub(one_rank, hf_run, hf, tmp_path, monkeypatch):
+    monkeypatch.chdir(hf.parent.parent)
+    monkeypatch.setattr("retemper.engine.hugging_face.start.find_model_folder", None)
+    options = ["--run_folder", str(tmp_path / "run"), "--model.initialize_from", f"{hf.parent.name}/nothing"]
+    with pytest.raises(UserError, match=r"nothing: no such"):
+        tiny_run.train(one_rank, hf_run, options)
+
+
+def test_a_name_on_the_hub_is_fetched_by_one_rank_first(two_ranks, hf_run, hf, tmp_path):
+    """Against a fake download; the configuration that is saved keeps the name."""
+    options = ["--run_folder", str(tmp_path / "run"), "--model.initialize_from", "somebody/tiny"]
+    results = two_ranks.run(hf_starts.train_from_hub, hf_run, options, str(hf))
+    assert [asked for asked, _ in results] == [
+        [("somebody/tiny", None), ("somebody/tiny", hf.name)],
+        [("somebody/tiny", hf.name)] * 2,
+    ]
+    (_, fetched, *_), (first_of_other, *_) = (moments for _, moments in results)
+    assert fetched < first_of_other
+    manifest = json.loads(next(tmp_path.glob("run/checkpoints/step-*/manifest.json")).read_text())
+    assert manifest["config"]["model"]["initialize_from"] == "somebody/tiny"
+    there = hf_starts.tensors_in(hf)
+    assert set(tiny_run.tensors_of(next(tmp_path.glob("run/checkpoints/step-*")))) >= set(there)

@@ -1,0 +1,244 @@
+"""A BPE model in ``tokenizer.json``: byte-level as of Qwen and Llama 3, or made from sentencepiece as of Llama 2.
+
+New tokens are merges behind the old ones. The file is changed as JSON, so that all else in it stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE
+from ...engine.errors import UserError
+from . import sentencepiece_file
+from .bpe import learn_bpe
+from .splitting import WordSplitter, may_be_piece
+from .vocabulary import Extension, NewToken
+
+_VOCAB_FILE, _MERGES_FILE = "vocab.json", "merges.txt"
+
+
+class BpeJson:
+    """The tokenizer of a folder.
+
+    Args:
+        files: of the folder, by name.
+        where: the path of tokenizer.json, for messages.
+
+    Raises:
+        UserError: such a BPE cannot be extended.
+    """
+
+    def __init__(self, files: dict[str, bytes], where: Path):
+        self._files, self._where = files, where
+        self._content: dict[str, Any] = json.loads(files[TOKENIZER_FILE])
+        model = self._content["model"]
+        for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                raise UserError(f"{where}: its BPE has a {key}, {model[key]!r}: such vocabularies cannot be extended")
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._content))
+        self._model = self._tokenizer.model
+        self._model.dropout = None
+        self._vocab: dict[str, int] = model["vocab"]
+        self._added: dict[str, int] = {token["content"]: token["id"] for token in self._content.get("added_tokens", [])}
+        self.first_id = max([*self._vocab.values(), *self._added.values()]) + 1
+        self._byte_of = _bytes_by_character() if _has_step(self._content, "ByteLevel") else None
+        self._split = None if self._byte_of else WordSplitter(self._vocab)
+        self.kind = "byte-level BPE" if self._byte_of else "BPE made from sentencepiece"
+
+    def words(self, text: str) -> Iterable[str]:
+        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        if self._tokenizer.normalizer is not None:
+            text = self._tokenizer.normalizer.normalize_str(text)
+        words = [text]
+        if self._tokenizer.pre_tokenizer is not None:
+            words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return words if self._split is None else [part for word in words for part in self._split(word)]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Learning
+
+    def learn(
+        self,
+        words: Counter[str],
+        held_out: Counter[str],
+        num_tokens: int,
+        min_count: int,
+        max_characters: int,
+        on_token: Callable[[], object],
+    ) -> Extension:
+        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        allowed, taken = self._length_bound(max_characters), {*self._vocab, *self._added}
+        learned = learn_bpe(
+            self._vocab, taken, self.pieces_of, self.first_id, words, held_out, num_tokens, min_count, allowed, on_token
+        )
+        tokens = [self._new_token(merge.token, piece, kind, merge.count) for merge, piece, kind in learned.tokens]
+        return self._extended(tokens, learned.pairs, [], learned.notes, learned.curve)
+
+    def pieces_of(self, word: str) -> list[int]:
+        """What the old tokenizer makes of an entry of the vocabulary, or of a word."""
+        return [token.id for token in self._model.tokenize(word)]
+
+    def _length_bound(self, max_characters: int) -> Callable[[str], bool]:
+        byte_of = self._byte_of
+        if byte_of is None:
+            return lambda piece: may_be_piece(piece, max_characters)
+        # Bytes of the form 10xxxxxx go on with a character.
+        begins = {character: byte & 0xC0 != 0x80 for character, byte in byte_of.items()}
+        return lambda piece: sum(begins.get(character, True) for character in piece) <= max_characters
+
+    def _new_token(self, token: int, piece: str, kind: Any, count: int = 0) -> NewToken:
+        return NewToken(token, piece, self._text_of(piece), tuple(self.pieces_of(piece)), kind, count)
+
+    def _text_of(self, piece: str) -> str:
+        if self._byte_of is None:
+            return piece.replace("\u2581", " ")
+        return bytes(self._byte_of[character] for character in piece).decode("utf-8", "replace")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Taking listed tokens
+
+    def take(self, texts: Sequence[str]) -> Extension:
+        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`. A text that the tokenizer's own rules keep
+        together gets the merges that lead to it, and the tokens on the way; another one is added."""
+        tokens: list[NewToken] = []
+        pairs: list[tuple[str, str]] = []
+        added: list[NewToken] = []
+        notes: list[str] = []
+        ranks: dict[tuple[str, str], int] = {}
+        known = {*self._vocab, *self._added}
+        for text in texts:
+            piece = self._piece_of(text)
+            if text in self._added or (piece is not None and piece in known):
+                notes.append(f"{text!r} is a token already")
+                continue
+            chain = None if piece is None else self._chain(piece, ranks)
+            # A part of the way that is an old token would let old merges follow new ones.
+            if piece is None or chain is None or any(left + right in known for left, right in chain):
+                token = self.first_id + len(tokens)
+                subtokens = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+                tokens.append(NewToken(token, text, text, subtokens, "added"))
+                added.append(tokens[-1])
+                known.add(text)
+                notes.append(f"{text!r} is added: no merges of the tokenizer's words lead to it; it is matched in text")
+                continue
+            for left, right in chain:
+                known.add(left + right)
+                ranks[left, right] = len(ranks)
+                pairs.append((left, right))
+                kind = "merge" if left + right == piece else "part"
+                tokens.append(self._new_token(self.first_id + len(tokens), left + right, kind))
+        if not tokens:
+            raise UserError("--tokens: all of them are tokens already; nothing is to be added")
+        return self._extended(tokens, pairs, added, notes, [])
+
+    def _piece_of(self, text: str) -> str | None:
+        """``text`` as an entry of the vocabulary, where it is one word of the tokenizer's."""
+        if self._byte_of is None:
+            return text.replace(" ", "\u2581") if may_be_piece(text.replace(" ", "\u2581"), len(text)) else None
+        words = list(self.words(text))
+        return words[0] if len(words) == 1 and self._text_of(words[0]) == text else None
+
+    def _chain(self, piece: str, ranks: dict[tuple[str, str], int]) -> list[tuple[str, str]] | None:
+        """The pairs that, after the old merges and those of ``ranks``, make one token of ``piece``, from the left."""
+        tokens = [token.value for token in self._model.tokenize(piece)]
+        if "".join(tokens) != piece:  # bytes or unknown characters
+            return None
+        while found := [pair for pair in zip(tokens, tokens[1:], strict=False) if pair in ranks]:
+            tokens = _joined(tokens, min(found, key=ranks.__getitem__))
+        return [("".join(tokens[:count]), tokens[count]) for count in range(1, len(tokens))]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Files
+
+    def _extended(
+        self,
+        tokens: list[NewToken],
+        pairs: list[tuple[str, str]],
+        added: list[NewToken],
+        notes: list[str],
+        curve: list[int],
+    ) -> Extension:
+        content = json.loads(self._files[TOKENIZER_FILE])
+        vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+        # The library numbers added tokens itself, behind the highest id of the vocabulary, unless they stand in that.
+        vocab |= self._added
+        vocab |= {token.piece: token.id for token in tokens}
+        if self._byte_of is None:
+            pairs = _all_splits([token for token in tokens if token.kind != "added"], vocab)
+        as_text = bool(merges) and isinstance(merges[0], str)
+        merges += [f"{left} {right}" if as_text else [left, right] for left, right in pairs]
+        content["added_tokens"] = [*content.get("added_tokens", []), *map(self._added_entry, added)]
+        files: dict[str, bytes | None] = {TOKENIZER_FILE: _dumped(content)}
+        if _VOCAB_FILE in self._files:
+            files[_VOCAB_FILE] = _dumped(json.loads(self._files[_VOCAB_FILE]) | vocab)
+        if _MERGES_FILE in self._files:
+            lines = self._files[_MERGES_FILE].decode("utf-8").rstrip("\n").split("\n")
+            files[_MERGES_FILE] = ("\n".join([*lines, *(f"{a} {b}" for a, b in pairs)]) + "\n").encode()
+        if SENTENCEPIECE_FILE in self._files:
+            before = self._files[SENTENCEPIECE_FILE]
+            files[SENTENCEPIECE_FILE], note = sentencepiece_file.extended_beside(before, self.first_id, tokens)
+            notes = [*notes, note]
+        return Extension(tokens, files, notes, curve)
+
+    def _added_entry(self, token: NewToken) -> dict[str, Any]:
+        # Normalizers of sentencepiece put a space before the token, too, which would then be part of it.
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "special": False}
+        return {"id": token.id, "content": token.piece, **flags, "normalized": self._byte_of is not None}
+
+
+def _joined(tokens: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    place = 0
+    while place < len(tokens):
+        if tuple(tokens[place : place + 2]) == pair:
+            out.append("".join(pair))
+            place += 2
+        else:
+            out.append(tokens[place])
+            place += 1
+    return out
+
+
+def _all_splits(tokens: list[NewToken], vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way to make a new token of two entries, as transformers converts sentencepiece models, which join whatever
+    makes a piece."""
+    return [
+        pair
+        for token in tokens
+        for pair in sorted(
+            (
+                (token.piece[:at], token.piece[at:])
+                for at in range(1, len(token.piece))
+                if token.piece[:at] in vocab and token.piece[at:] in vocab
+            ),
+            key=lambda pair: (vocab[pair[0]], vocab[pair[1]]),
+        )
+    ]
+
+
+def _has_step(content: dict[str, Any], kind: str) -> bool:
+    """Whether the pre-tokenizer is, or holds, a step of this kind."""
+    waiting = [content.get("pre_tokenizer") or {}]
+    while waiting:
+        step = waiting.pop()
+        if step.get("type") == kind:
+            return True
+        waiting += step.get("pretokenizers", [])
+    return False
+
+
+def _bytes_by_character() -> dict[str, int]:
+    """GPT-2's characters for the 256 bytes: printable Latin-1 for itself, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _dumped(content: Any) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()

@@ -1,0 +1,126 @@
+"""A unigram model in ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE
+from ...engine.errors import UserError
+from . import sentencepiece_file
+from .splitting import WordSplitter, may_be_piece
+from .unigram import learn_unigram
+from .vocabulary import WORD_START, Extension, NewToken
+
+
+class UnigramJson:
+    """The tokenizer of a folder.
+
+    Args:
+        files: of the folder, by name.
+        where: the path of tokenizer.json, for messages.
+
+    Raises:
+        UserError: its added tokens leave no room: the place of a piece in the list is its id.
+    """
+
+    kind = "unigram"
+
+    def __init__(self, files: dict[str, bytes], where: Path):
+        self._files = files
+        self._content: dict[str, Any] = json.loads(files[TOKENIZER_FILE])
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._content))
+        pieces = self._content["model"]["vocab"]
+        self._ids = {piece: place for place, (piece, _) in enumerate(pieces)}
+        self.first_id = len(pieces)
+        added = {token["content"]: token["id"] for token in self._content.get("added_tokens", [])}
+        above = max(added.values(), default=-1)
+        if above >= self.first_id:
+            raise UserError(
+                f"{where}: a unigram model of {self.first_id:,} pieces with added tokens up to id {above:,}; the next "
+                "piece would take the id of one of them, so it cannot be extended"
+            )
+        special = {*added, *(piece for piece, place in self._ids.items() if place == self._content["model"]["unk_id"])}
+        self._scores = {piece: score for piece, score in pieces if piece not in special}
+        self._split = WordSplitter(self._scores)
+
+    def words(self, text: str) -> Iterable[str]:
+        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        if self._tokenizer.normalizer is not None:
+            text = self._tokenizer.normalizer.normalize_str(text)
+        words = [text]
+        if self._tokenizer.pre_tokenizer is not None:
+            words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return [part for word in words for part in self._split(word)]
+
+    def pieces_of(self, piece: str) -> list[int]:
+        """What the old model makes of a piece."""
+        return [token.id for token in self._tokenizer.model.tokenize(piece)]
+
+    def learn(
+        self,
+        words: Counter[str],
+        held_out: Counter[str],
+        num_tokens: int,
+        min_count: int,
+        max_characters: int,
+        on_token: Callable[[], object],
+    ) -> Extension:
+        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        found, notes = learn_unigram(
+            self._scores,
+            self._ids,
+            self.pieces_of,
+            words,
+            num_tokens,
+            min_count,
+            lambda piece: may_be_piece(piece, max_characters),
+        )
+        return self._extended([(piece.text, piece.score, piece.count) for piece in found], notes, "piece")
+
+    def take(self, texts: Sequence[str]) -> Extension:
+        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`. They become added tokens."""
+        notes = [f"{text!r} is a token already" for text in texts if text.replace(" ", WORD_START) in self._ids]
+        new = [(text, 0.0, 0) for text in texts if text.replace(" ", WORD_START) not in self._ids]
+        if not new:
+            raise UserError("--tokens: all of them are tokens already; nothing is to be added")
+        return self._extended(new, [*notes, f"{len(new)} added tokens, matched in text"], "added")
+
+    def _extended(self, new: list[tuple[str, float, int]], notes: list[str], kind: Any) -> Extension:
+        tokens = [
+            NewToken(
+                self.first_id + place,
+                text,
+                text.replace(WORD_START, " "),
+                tuple(self._subtokens(text, kind)),
+                kind,
+                count,
+            )
+            for place, (text, _, count) in enumerate(new)
+        ]
+        scores = [score for _, score, _ in new]
+        content = json.loads(self._files[TOKENIZER_FILE])
+        if kind == "piece":
+            content["model"]["vocab"] += [[text, score] for text, score, _ in new]
+        else:
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+            entries = [{"id": token.id, "content": token.piece, **flags} for token in tokens]
+            content["added_tokens"] = [*content.get("added_tokens", []), *entries]
+        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        files: dict[str, bytes | None] = {TOKENIZER_FILE: text.encode()}
+        if SENTENCEPIECE_FILE in self._files:
+            files[SENTENCEPIECE_FILE], note = sentencepiece_file.extended_beside(
+                self._files[SENTENCEPIECE_FILE], self.first_id, tokens, scores
+            )
+            notes = [*notes, note]
+        return Extension(tokens, files, notes)
+
+    def _subtokens(self, text: str, kind: str) -> list[int]:
+        if kind == "piece":
+            return self.pieces_of(text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
