@@ -43,7 +43,7 @@ CASES ?= 200
 SEED ?= 1
 faults: setup
 	rm -rf fault_report
-	$(BIN)/python tests/faults/run.py --cases $(CASES) --seed $(SEED) --output fault_report
+	$(BIN)/python tests/faults/run.py --cases $(CASES) --seed $(SEED) --output fault_report $(FAULT_OPTIONS)
 
 # Without `setup`: on a GPU machine PyTorch and its libraries are those of the machine.
 PART ?= 1

@@ -14,13 +14,17 @@ from __future__ import annotations
 import argparse
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 from retemper.engine.conversion.dcp_to_hf import convert
+from retemper.engine.conversion.record import CONVERSION_FILE
 from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE
+from retemper.engine.hugging_face.upload import open_repository, upload_folder
 from retemper.engine.hugging_face.weight_dtypes import AUTO, DTYPE_CHOICES
 
 __all__ = ["convert", "main", "parse_arguments"]
+PUSH = "--push-to-hub"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,13 +65,26 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="store_true",
         help="also compare logits with transformers, on the CPU; needs 4 bytes of memory per parameter",
     )
+    parser.add_argument(
+        PUSH,
+        metavar="NAME",
+        help="also upload the output, but for conversion.json, to this model repository (namespace/name) on the Hub, "
+        "which is made if there is none, as visible as the account's default; the token comes from HF_TOKEN or `hf "
+        "auth login`",
+    )
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     # A scheduler's SIGTERM ends like Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    convert(**vars(parse_arguments()))
+    options = vars(parse_arguments())
+    repository = options.pop("push_to_hub")
+    if repository is not None:
+        print(f"to be uploaded to {open_repository(repository, PUSH)}")
+    convert(**options)
+    if repository is not None:
+        print(f"uploaded {upload_folder(Path(options['output']), repository, PUSH, [CONVERSION_FILE])}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from retemper.engine.checkpoint.safety import METADATA_FILE, read_metadata
+from retemper.engine.checkpoint.safety import METADATA_FILE, DamagedCheckpoint, read_metadata
 from retemper.engine.checkpoint.tensor_files import CheckpointRows
 from retemper.engine.checkpoint.tensor_source import ReadRows
 from retemper.engine.checkpoint.tensors import StoredTensor
@@ -108,6 +108,9 @@ class MegatronModel:
             self.notes.append(f"cut {padding} rows of padding from the vocabulary of {embedding[0]}")
         stacked = {place.name for place in self._places.values() if place.layer is not None}
         self._rows = CheckpointRows(self.folder, weights.keys()).flattened(stacked)
+        for path in sorted(self._rows.paths):
+            if not path.is_file():
+                raise DamagedCheckpoint(f"{path}: missing, though {METADATA_FILE} says it holds tensors")
 
     @property
     def files(self) -> list[Path]:

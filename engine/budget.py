@@ -65,19 +65,23 @@ def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerCon
     """Learning rate of the step after which ``tokens`` tokens have been consumed.
 
     Linear warm-up from zero to the peak, which the step that ends at ``warmup_tokens`` uses; the step that ends at
-    ``train_tokens`` uses the minimum (cosine, linear, wsd). Cosine: Loshchilov and Hutter, 2017,
+    ``train_tokens`` uses the minimum (cosine, linear, wsd). Where the schedule starts later, at
+    ``schedule_start_tokens``, all of this is counted from there, and the warm-up begins at the minimum, with which a
+    former schedule has ended: re-warming, Ibrahim et al., 2024, https://arxiv.org/abs/2403.08763. Cosine: Loshchilov and Hutter, 2017,
     https://arxiv.org/abs/1608.03983; wsd: Hu et al., 2024, https://arxiv.org/abs/2404.06395.
     """
-    peak, minimum = optimizer.learning_rate, optimizer.min_learning_rate
+    peak, minimum, start = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.schedule_start_tokens
+    tokens, train_tokens = tokens - start, training.train_tokens - start
     if tokens < training.warmup_tokens:
-        return peak * tokens / training.warmup_tokens
+        lowest = minimum if start else 0.0
+        return lowest + (peak - lowest) * tokens / training.warmup_tokens
     decay_start = training.warmup_tokens
     if optimizer.schedule == "constant":
         return peak
     if optimizer.schedule == "wsd":
-        decay_tokens = optimizer.decay_tokens or max(1, training.train_tokens // 10)
-        decay_start = max(decay_start, training.train_tokens - decay_tokens)
-    span = max(1, training.train_tokens - decay_start)
+        decay_tokens = optimizer.decay_tokens or max(1, train_tokens // 10)
+        decay_start = max(decay_start, train_tokens - decay_tokens)
+    span = max(1, train_tokens - decay_start)
     progress = min(1.0, max(0.0, (tokens - decay_start) / span))
     if optimizer.schedule == "cosine":
         progress = 0.5 * (1 - math.cos(math.pi * progress))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -88,8 +89,9 @@ class ModelConfig:
     """Which model, and which weights it starts from."""
 
     initialize_from: str | None = None
-    """Checkpoint folder whose weights the run starts from (made by checkpoint_convert/hf_to_dcp.py, or by a former
-    run). Null: random initialization from ``architecture``."""
+    """What the run starts from: a checkpoint folder (made by checkpoint_convert/hf_to_dcp.py, or by a former run), a
+    Hugging Face folder, or a model's name on the Hub (namespace/name), which is downloaded. Null: random initialization
+    from ``architecture``."""
     architecture: dict | str | None = None
     """Hugging Face ``config.json``: its keys written here, or the path of the file or its folder. Null: the one kept in
     ``initialize_from``."""
@@ -192,7 +194,11 @@ class OptimizerConfig:
     """Shape after warm-up: cosine or linear down to the minimum at ``train_tokens``; wsd stays at the peak and falls
     linearly over the last ``decay_tokens``; constant stays at the peak."""
     decay_tokens: int | None = None
-    """Length of the wsd schedule's decay. Null: a tenth of ``train_tokens``."""
+    """Length of the wsd schedule's decay. Null: a tenth of the schedule."""
+    schedule_start_tokens: int = 0
+    """Where the schedule begins, on the clock of ``training.train_tokens``: to warm up once more when a run that has
+    used up its budget gets a larger one, this is the former budget. That warm-up begins at the minimum instead of
+    zero, ``training.warmup_tokens`` later the peak is reached, and the decay goes on until ``train_tokens``."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms and biases have none."""
     beta1: float = 0.9
@@ -274,6 +280,12 @@ class CheckpointConfig:
     """Also keep the checkpoints whose step is a multiple of this; 0: none for that."""
     keep_best: bool = True
     """With validation sets: also save and keep the checkpoint with the lowest loss of the first validation set."""
+    export_hf: bool = False
+    """When the budget is used up, also write the final checkpoint as a Hugging Face folder,
+    ``{run_folder}/hf/step-...``: what checkpoint_convert/dcp_to_hf.py makes of it."""
+    push_to_hub: str | None = None
+    """Upload that folder to this model repository (namespace/name), which is made at the start if there is none, as
+    visible as the account's default. The token comes from HF_TOKEN or `hf auth login`. See docs/hugging_face.md."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +315,11 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 1234
     """Seed of the sample order and of random initialization."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Changes since the checkpoint that a run goes on from which are refused unless they are named here: seed,
+    training.sequence_length, data.validation_fraction, data.shuffle, data.packing, and data_files (other tokens or
+    masks in a dataset of the same name). Each source goes on after as many samples as it has given, so that some may
+    come again before others come at all. What else changes is listed at the start."""
     resume: str = "auto"
     """auto: continue from the newest undamaged checkpoint in ``run_folder``, or start fresh when it has none. none:
     start fresh, refused where checkpoints exist. Anything else: path of the checkpoint to continue from."""
@@ -333,6 +350,7 @@ def validate(config: RunConfig) -> None:
     _at_least(0, parallel, "parallel", "prefetch_blocks")
     _at_least(1, config.checkpoint, "checkpoint", "save_interval", "keep_last")
     _at_least(0, config.checkpoint, "checkpoint", "keep_every", "max_failed_saves")
+    _validate_upload(config.checkpoint)
     _at_least(1, config.logging, "logging", "log_interval")
     _at_least(0, optimizer, "optimizer", "learning_rate", "min_learning_rate", "weight_decay", "clip_grad_norm")
     for name in ("beta1", "beta2"):
@@ -346,6 +364,12 @@ def validate(config: RunConfig) -> None:
     _validate_rewind(training, config.checkpoint)
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed is {config.seed}; it must be in [0, 2^63)")
+    for change in config.allow_changes:
+        if change not in ALLOWABLE_CHANGES:
+            raise UserError(
+                f"allow_changes names {change!r}; it knows {', '.join(ALLOWABLE_CHANGES)}; what else can change "
+                "needs no leave"
+            )
     _validate_schedule(training, optimizer)
     _validate_data(config.data, training)
     if config.model.initialize_from is None and config.model.architecture is None:
@@ -355,6 +379,17 @@ def validate(config: RunConfig) -> None:
         )
 
 
+ORDER_KEYS = {
+    "seed": None,
+    "training.sequence_length": None,
+    "data.validation_fraction": None,
+    "data.shuffle": "windows",
+    "data.packing": "concat",
+}
+"""Settings that decide what the n-th sample of a source is, and what runs did before there was the setting."""
+DATA_FILES = "data_files"
+"""Name of a change of the tokens or masks of a dataset that keeps its name."""
+ALLOWABLE_CHANGES = (*ORDER_KEYS, DATA_FILES)
 _LARGEST = 10**15
 """Beyond any run: more is a slip of the keyboard, and would overflow somewhere less clear."""
 
@@ -366,11 +401,33 @@ def _at_least(bound: int, section: Any, prefix: str, *names: str) -> None:
             raise UserError(f"{prefix}.{name} is {value}; it must be at least {bound} and at most {_LARGEST:.0e}")
 
 
+def _validate_upload(checkpoint: CheckpointConfig) -> None:
+    name = checkpoint.push_to_hub
+    if name is None:
+        return
+    if not checkpoint.export_hf:
+        raise UserError(
+            f"checkpoint.push_to_hub is {name}, but checkpoint.export_hf is false: there would be nothing to upload; "
+            "set it to true, or remove checkpoint.push_to_hub"
+        )
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
+        raise UserError(
+            f"checkpoint.push_to_hub is {name!r}; name a repository on the Hub, such as my-organization/my-model"
+        )
+
+
 def _validate_schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> None:
-    if training.warmup_tokens > training.train_tokens:
+    start = optimizer.schedule_start_tokens
+    if not 0 <= start < training.train_tokens:
+        raise UserError(
+            f"optimizer.schedule_start_tokens is {start:,}; it must be at least 0 and less than training.train_tokens "
+            f"{training.train_tokens:,}"
+        )
+    behind = f" - optimizer.schedule_start_tokens {start:,}" if start else ""
+    if training.warmup_tokens > training.train_tokens - start:
         raise UserError(
             f"training.warmup_tokens {training.warmup_tokens:,} is more than training.train_tokens "
-            f"{training.train_tokens:,}; warm up over a part of the run"
+            f"{training.train_tokens:,}{behind}; warm up over a part of the run"
         )
     if optimizer.min_learning_rate > optimizer.learning_rate:
         raise UserError(
@@ -378,7 +435,7 @@ def _validate_schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> 
             f"{optimizer.learning_rate:g}; lower the minimum"
         )
     if optimizer.decay_tokens is not None:
-        room = training.train_tokens - training.warmup_tokens
+        room = training.train_tokens - start - training.warmup_tokens
         if optimizer.schedule != "wsd":
             raise UserError(
                 f"optimizer.decay_tokens is {optimizer.decay_tokens:,}, but schedule '{optimizer.schedule}' does not "
@@ -387,7 +444,7 @@ def _validate_schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> 
         if not 0 < optimizer.decay_tokens <= room:
             raise UserError(
                 f"optimizer.decay_tokens is {optimizer.decay_tokens:,}; it must be between 1 and train_tokens - "
-                f"warmup_tokens = {room:,}"
+                f"warmup_tokens{behind} = {room:,}"
             )
 
 

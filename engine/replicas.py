@@ -66,7 +66,7 @@ class ReplicaCheck:
         owners = {name: owners_of(tensor) for name, tensor in tensors.items()}
         for name, parameter in model.named_parameters():
             # States that are no part of anything, such as a count of steps, are alike wherever the parameter is.
-            for state in optimizer.state[parameter]:
+            for state in optimizer.state.get(parameter, {}):
                 if not isinstance(tensors[f"{OPTIMIZER_PREFIX}{state}.{name}"], DTensor):
                     owners[f"{OPTIMIZER_PREFIX}{state}.{name}"] = _all_holders(parameter)
         hashes = hash_tensors(tensors)

@@ -12,7 +12,8 @@ from ..kernels.attention import Choice
 from .attention_choice import choose_attention
 from .budget import BatchPlan
 from .checkpoint.assets import HfAssets, asset_folder, find_assets, is_hf_folder
-from .checkpoint.manifest import Manifest, read_manifest, require_same_order
+from .checkpoint.changes import require_allowed
+from .checkpoint.manifest import Manifest, read_manifest
 from .checkpoint.tensors import (
     check_model_tensors,
     describe_casts,
@@ -21,9 +22,10 @@ from .checkpoint.tensors import (
     optimizer_tensors,
     stored_tensors,
 )
-from .config import RunConfig, to_dict
+from .config import DATA_FILES, OptimizerConfig, RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
 from .data.sample_order import SampleOrder
+from .errors import UserError
 from .hugging_face.slices import load_hf_tensors
 from .hugging_face.start import open_start
 from .hugging_face.weight_dtypes import declaring
@@ -80,14 +82,28 @@ def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, de
     check_model(config, architecture, choices, device)
     catalog = open_catalog(config.data, plan, architecture.vocab_size, assets.tokenizer_sha256, config.seed)
     order, progress, was = catalog.sample_order(config.seed), Progress(), None
+    if resume_from is None:
+        _require_schedule_begun(config.optimizer, 0)
     if resume_from:
         was = read_manifest(resume_from)
-        require_same_order(was, to_dict(config), resume_from)
+        require_allowed(was, to_dict(config), config.allow_changes, resume_from)
         trainable.require_same(was.config, config.training, resume_from)
-        catalog.require_unchanged(was.datasets, str(resume_from))
-        order = order.resumed(was.sample_order, was.consumed_samples)
-        progress = Progress(was.step, was.consumed_samples, was.consumed_tokens, was.best)
+        if DATA_FILES not in config.allow_changes:
+            catalog.require_unchanged(was.datasets, str(resume_from))
+        former_length = was.config.get("training", {}).get("sequence_length", plan.sequence_length)
+        order = order.resumed(was.sample_order, was.consumed_samples, former_length)
+        samples = was.consumed_samples * former_length // plan.sequence_length
+        progress = Progress(was.step, samples, was.consumed_tokens, was.best)
+        _require_schedule_begun(config.optimizer, was.consumed_tokens)
     return RunInputs(assets, architecture, attention, choices, catalog, order, progress, was)
+
+
+def _require_schedule_begun(optimizer: OptimizerConfig, tokens: int) -> None:
+    if optimizer.schedule_start_tokens > tokens:
+        raise UserError(
+            f"optimizer.schedule_start_tokens is {optimizer.schedule_start_tokens:,}, but the run goes on at "
+            f"{tokens:,} tokens, where its schedule has not begun; set it to {tokens} at most"
+        )
 
 
 def load_weights(

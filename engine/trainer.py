@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from .. import __version__
 from .budget import learning_rate, plan_batches
+from .checkpoint.changes import describe_changes
 from .checkpoint.manifest import Manifest
 from .checkpoint.saver import Saver
 from .checkpoint.store import CheckpointStore
 from .checkpoint.tensors import model_tensors, optimizer_tensors
 from .config import RunConfig, to_dict, to_yaml
+from .conversion.export_run import export_run, prepare_export
 from .data.loader import Prefetcher, TrainingData
 from .data.packing import MicroBatch
 from .errors import UserError
@@ -80,6 +83,7 @@ class Trainer:
             self.health.restore(self.inputs.resumed.health)
             self.owes_evaluation = self._evaluation_due() and not self.inputs.resumed.evaluation
         ranks.everywhere(lambda: self.inputs.order.require(self._last_sample()))
+        self.export_remarks = prepare_export(config.checkpoint, ranks)
         architecture = self.inputs.architecture
         self.mesh = build_mesh(layout, ranks.device.type)
         self.model, self.passes = build_model(config, architecture, ranks, self.mesh, self.inputs.choices)
@@ -122,6 +126,9 @@ class Trainer:
         with self.stop, self.watchdog, self.saver, GarbageSchedule(self.config.training.gc_interval) as garbage:
             while rewind := self._train(garbage):
                 self._go_back(rewind)
+            if self._remaining_steps() == 0:
+                step, stop = self.progress.step, self.stop.agreed
+                export_run(self.config.checkpoint, self.store, step, self.resume_from, stop, self.log.say)
         self.log.close()
 
     def _train(self, garbage: GarbageSchedule) -> Rewind | None:
@@ -336,6 +343,8 @@ class Trainer:
         self.health.check(self.progress.step, numbers, self.model.parameters())
 
     def _newest(self) -> str:
+        with suppress(UserError):
+            self.saver.wait()  # what is being written is completed before the run ends
         complete = self.store.complete()
         return f"the newest checkpoint is {complete[-1]}" if complete else "no checkpoint has been written"
 
@@ -355,10 +364,13 @@ class Trainer:
         assert self.inputs.assets.config is not None
         remaining = self._remaining_steps()
         summary = describe_run(self.config, self.plan, self.ranks, self.inputs, remaining, start)
+        was = self.inputs.resumed
         for line in [
+            *(describe_changes(was, self.config, self.mesh.layout._asdict()) if was else []),
             *notes(self.config, self.inputs.catalog, self.inputs.assets.config.get("max_position_embeddings")),
             *summary,
             *describe_data(self.config.data, self.inputs.catalog, self.inputs.order, self._last_sample()),
             *self.casts,
+            *self.export_remarks,
         ]:
             self.log.say(line)

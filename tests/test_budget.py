@@ -98,6 +98,18 @@ def test_wsd_falls_over_its_decay_tokens(decay_tokens, expected):
         assert learning_rate(tokens, TRAINING, optimizer) == pytest.approx(rate, rel=1e-12), tokens
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_that_starts_again_is_the_first_one_later_but_warms_up_from_the_minimum(schedule):
+    first = replace(OPTIMIZER, schedule=schedule, decay_tokens=2_000 if schedule == "wsd" else None)
+    again = replace(first, schedule_start_tokens=11_000)
+    longer = replace(TRAINING, train_tokens=22_000)
+    for tokens in (1_000, 3_500, 9_500, 11_000):
+        assert learning_rate(11_000 + tokens, longer, again) == learning_rate(tokens, TRAINING, first)
+    assert [learning_rate(tokens, longer, again) for tokens in (11_000, 11_250, 11_500)] == pytest.approx(
+        [1e-4, 1.75e-4, 2.5e-4], rel=1e-12
+    )
+
+
 schedules = st.builds(
     OptimizerConfig,
     learning_rate=st.floats(1e-6, 1.0),

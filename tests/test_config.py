@@ -402,11 +402,15 @@ def test_refused_options(config_file, arguments, expected):
         *(("optimizer.beta2", ".nan"), ("seed", "-1"), ("seed", str(2**63))),
         *(("training.max_skipped_steps", "-1"), ("training.loss_spike_zscore", "0.0")),
         *(("training.stop_after_minutes", "-1.0"), ("training.stop_after_minutes", ".inf")),
+        *(("training.max_rewinds", "-1"), ("training.rewind_steps", "0"), ("training.check_replicas_interval", "-1")),
     ],
 )
 def test_values_out_of_range(config_file, option, value):
     message = refusal("--config", str(config_file), f"--{option}={value}")
     assert message.startswith(f"{option} is {value.removeprefix('.')}; ")
+
+
+REWIND = ["--training.loss_spike_zscore=8", "--training.loss_spike_action=rewind", "--checkpoint.save_interval=100"]
 
 
 @pytest.mark.parametrize(
@@ -434,6 +438,15 @@ def test_values_out_of_range(config_file, option, value):
         (
             ["--data.validation={held_out: x}", "--data.validation_fraction=0.1"],
             "data.validation names a set 'held_out'",
+        ),
+        (
+            ["--training.loss_spike_action=rewind"],
+            "training.loss_spike_action is rewind, but ",
+        ),
+        (
+            [*REWIND, "--training.rewind_steps=202"],
+            "training.rewind_steps is 202, but the oldest of checkpoint.keep_last 3 checkpoints, "
+            "checkpoint.save_interval 100 steps apart, may be only 201 steps old",
         ),
         (["--model.architecture=null"], "model.initialize_from and model.architecture are both null"),
     ],

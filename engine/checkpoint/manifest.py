@@ -29,14 +29,6 @@ FORMAT_VERSION = 2
 WITHOUT_HASHES = 1
 """Format of manifests that list no files; still read."""
 _SEAL = "manifest_xxh3_128"
-_ORDER_KEYS = {
-    "seed": None,
-    "training.sequence_length": None,
-    "data.validation_fraction": None,
-    "data.shuffle": "windows",
-    "data.packing": "concat",
-}
-"""Settings that decide what the n-th sample of a source is, and what runs did before there was the setting."""
 
 
 @functools.cache
@@ -186,33 +178,6 @@ def _names(manifest: Manifest) -> set[str]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else text[:100] + "..."
-
-
-def require_same_order(manifest: Manifest, config: Mapping[str, Any], folder: str | Path) -> None:
-    """Refuse changes of the configuration after which "the samples that follow" would mean nothing.
-
-    Args:
-        manifest: of the checkpoint ``folder`` that a run is to continue from.
-        config: the run's own, as a nested dictionary.
-
-    Raises:
-        UserError: naming the key and both values.
-    """
-    for path, former in _ORDER_KEYS.items():
-        here, there = _setting(config, path, None), _setting(manifest.config, path, former)
-        if here != there:
-            raise UserError(
-                f"{path} is {here}, but {folder} was trained with {there}, and the sample order depends on it; set it "
-                "back, or start a new run_folder with model.initialize_from"
-            )
-
-
-def _setting(config: Any, path: str, missing: Any) -> Any:
-    for key in path.split("."):
-        if not isinstance(config, Mapping) or key not in config:
-            return missing
-        config = config[key]
-    return config
 
 
 def _what_to_name(folder: Path) -> str:

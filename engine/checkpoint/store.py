@@ -185,8 +185,7 @@ class CheckpointStore:
         return self.ranks.on_main(lambda: self._abandon_after(step)) or []
 
     def _abandon_after(self, step: int) -> list[str]:
-        # The newest first: killed half-way, this leaves a run that goes on from the newest that is left.
-        newer = [folder for folder in reversed(self._candidates()) if step_of(folder) > step]
+        newer = [folder for folder in self._candidates() if step_of(folder) > step]
         return [f"  {folder} renamed to {_renamed(folder, REWOUND)}: the run goes back behind it" for folder in newer]
 
     def save(

@@ -147,7 +147,7 @@ def convert(
     require_outside(output, checkpoint, "--checkpoint")
     export = plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size)
     source, tensors, record = export.source, export.tensors, export.record
-    for line in describe_casts(export.stored.tensors, tensors):
+    for line in [*describe_casts(export.stored.tensors, tensors), *source.describe()]:
         say(line)
     require_undamaged(export.checkpoint, sum(file.bytes for file in export.manifest.records.values()), workers)
     with partial_folder(output, record.identity, say) as partial:

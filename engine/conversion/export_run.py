@@ -16,10 +16,10 @@ from pathlib import Path
 from ..checkpoint.block_copy import OutputFile, WrittenFile, copy_files, default_workers
 from ..checkpoint.manifest import MANIFEST_FILE
 from ..checkpoint.partial_folder import partial_folder
-from ..checkpoint.store import CheckpointStore
+from ..checkpoint.store import CheckpointStore, step_of
 from ..config import CheckpointConfig
 from ..errors import UserError
-from ..hugging_face.upload import upload_folder
+from ..hugging_face.upload import open_repository, upload_folder
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
 from .dcp_to_hf import Export, plan_export
@@ -28,12 +28,30 @@ from .run import size_of
 
 FOLDER = "hf"
 """Of the exports in a run folder, named as their checkpoints."""
+KEY_OF_UPLOAD = "checkpoint.push_to_hub"
+
+
+def prepare_export(config: CheckpointConfig, ranks: Ranks) -> list[str]:
+    """Find out before the training whether what comes after it is possible. All ranks call this.
+
+    Returns:
+        lines for the log, on the main rank.
+
+    Raises:
+        UserError: on every rank, when it is not.
+    """
+    repository = config.push_to_hub
+    if repository is None:
+        return []
+    place = ranks.on_main(lambda: open_repository(repository, KEY_OF_UPLOAD))
+    return [f"upload      at the end, to {place}"]
 
 
 def export_run(
     config: CheckpointConfig,
     store: CheckpointStore,
-    checkpoint: Path,
+    step: int,
+    resumed_from: Path | None,
     stop_agreed: Callable[[], bool],
     say: Callable[[str], None],
 ) -> None:
@@ -42,7 +60,8 @@ def export_run(
     Args:
         config: of the run.
         store: of its checkpoints.
-        checkpoint: the last of them.
+        step: of the last of them.
+        resumed_from: what the run went on from; it is exported where the run had no steps left, and it lies elsewhere.
         stop_agreed: whether all ranks have been asked to stop; asked by all together.
         say: takes lines for the log.
 
@@ -51,7 +70,11 @@ def export_run(
     """
     if not config.export_hf:
         return
-    ranks, output = store.ranks, store.folder.parent / FOLDER / checkpoint.name
+    ranks = store.ranks
+    complete = ranks.share(ranks.on_main(store.complete))
+    checkpoint = next((folder for folder in complete if step_of(folder) == step), resumed_from)
+    assert checkpoint is not None
+    output = store.folder.parent / FOLDER / f"step-{step:08d}"
     try:
         if ranks.share(ranks.on_main(lambda: _is_there(output, checkpoint))):
             say(f"exported    {output} already")
@@ -69,8 +92,8 @@ def export_run(
     repository = config.push_to_hub
     if repository is not None:
         say(f"uploading   {output} to {repository}")
-        uploaded = work_apart(ranks, (lambda: upload_folder(output, repository)) if ranks.is_main else None)
-        say(f"uploaded    {uploaded}")
+        upload = lambda: upload_folder(output, repository, KEY_OF_UPLOAD, [CONVERSION_FILE])  # noqa: E731
+        say(f"uploaded    {work_apart(ranks, upload if ranks.is_main else None)}")
 
 
 class _Stopped(Exception):

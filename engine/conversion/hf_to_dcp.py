@@ -63,7 +63,7 @@ def convert(
     assets = _with_vocabulary(assets, model, source)
     config = assets.config or {}
     assets = declaring(assets, (tensor.dtype for tensor in tensors.values()))
-    for line in [*model.notes, *describe_casts(model.tensors, tensors), *_describe_vocabulary(source)]:
+    for line in [*model.notes, *describe_casts(model.tensors, tensors), *source.describe()]:
         say(line)
     if TOKENIZER_FILE not in assets.files:
         say(f"{folder} holds no {TOKENIZER_FILE}: the checkpoint carries no tokenizer")
@@ -106,13 +106,6 @@ def _with_vocabulary(assets: HfAssets, model: HfModel, source: ResizedVocabulary
     if config is None or config.get("vocab_size") == wanted:
         return assets
     return assets.with_config({**config, "vocab_size": wanted})
-
-
-def _describe_vocabulary(source: ResizedVocabulary) -> list[str]:
-    resized = source.record
-    if resized is None:
-        return []
-    return [f"vocabulary: {resized['rows_before']} rows become {resized['rows']} ({', '.join(resized['tensors'])})"]
 
 
 def describe_logits(measured: dict) -> str:

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ... import __version__
 from ..checkpoint.block_copy import WrittenFile
 from ..checkpoint.hashing import record_file
@@ -22,6 +24,8 @@ from ..hugging_face.weight_dtypes import dtype_name
 
 CONVERSION_FILE = "conversion.json"
 _FORMAT_VERSION = 1
+_LAYOUT_VERSION = 1
+"""Of the files that conversions write. With a higher one, nothing that an older program has left is taken up again."""
 
 
 @dataclass
@@ -42,7 +46,7 @@ class ConversionRecord:
     @property
     def identity(self) -> dict[str, Any]:
         """All that decides the output's bytes."""
-        versions = {**code_versions(), "safetensors": version("safetensors")}
+        versions = {"layout": _LAYOUT_VERSION, "retemper": __version__, "torch": torch.__version__}
         return {"tool": self.tool, "source": self.source, "options": self.options, "versions": versions}
 
     def write(
@@ -79,8 +83,11 @@ class ConversionRecord:
             }
         content = {
             "format_version": _FORMAT_VERSION,
+            "tool": self.tool,
             "retemper_version": __version__,
-            **self.identity,
+            "versions": {**code_versions(), "safetensors": version("safetensors")},
+            "source": self.source,
+            "options": self.options,
             "vocabulary": self.vocabulary,
             "logits": self.logits,
             "left_out": self.left_out,

@@ -38,7 +38,7 @@ class ResizedVocabulary:
         self._source = source
         self._rows = rows
         self.vocab_size = vocab_size
-        resized = set() if rows == vocab_size else {name for name in (EMBEDDING, HEAD) if name in source.tensors}
+        resized = [name for name in (EMBEDDING, HEAD) if name in source.tensors and rows != vocab_size]
         self.hashed_rows = dict.fromkeys(resized, min(rows, vocab_size))
         """Of each tensor with another number of rows: how many are the source's."""
         self.tensors: Mapping[str, StoredTensor] = {
@@ -55,6 +55,12 @@ class ResizedVocabulary:
             "rows": vocab_size,
             "added_rows_are": "mean of the rows before" if vocab_size > self._rows else None,
         }
+
+    def describe(self) -> list[str]:
+        """A line, when the number of rows changes."""
+        if not self.hashed_rows:
+            return []
+        return [f"vocabulary: {self._rows} rows become {self.vocab_size} ({', '.join(self.hashed_rows)})"]
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:

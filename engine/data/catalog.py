@@ -58,14 +58,16 @@ class Catalog:
                 raise UserError(
                     f"data source '{name}' ({here['path']}) is not the one that {checkpoint} was trained on: "
                     f"{here['tokens']:,} tokens, hash {here['hash']}, was {there['tokens']:,} tokens, hash "
-                    f"{there['hash']}; restore it, or give the new data another name"
+                    f"{there['hash']}; restore it, or give the new data another name, or set allow_changes to "
+                    "[data_files]"
                 )
             masks = [here["mask"], there.get("mask")]  # absent before there were masks
             if masks[0] != masks[1] and (None in masks or all(masks)):
                 now, then = ("no loss mask" if mask is None else f"a loss mask of hash {mask or '?'}" for mask in masks)
                 raise UserError(
                     f"data source '{name}' ({here['path']}) has {now}, but {checkpoint} was trained with {then}; put "
-                    f"{here['path']}.mask.bin back as it was, or give the new data another name"
+                    f"{here['path']}.mask.bin back as it was, or give the new data another name, or set allow_changes "
+                    "to [data_files]"
                 )
 
 

@@ -195,17 +195,19 @@ class IndexedDataset:
 
     def _read_header(self) -> tuple[np.dtype, int, int]:
         """dtype, N and D."""
-        if self._idx[: len(MAGIC)] != MAGIC:
+        # Read like all that a run needs, not looked up in the map, where a disk that fails would end the process.
+        header = FileEntries(self.idx_path, "u1", 0, min(HEADER.size, len(self._idx)))[:].tobytes()
+        if header[: len(MAGIC)] != MAGIC:
             raise UserError(
-                f"{self.idx_path}: begins with {bytes(self._idx[: len(MAGIC)])!r}, not with {MAGIC!r}: not an index of "
+                f"{self.idx_path}: begins with {header[: len(MAGIC)]!r}, not with {MAGIC!r}: not an index of "
                 "Megatron-LM's current format; build the dataset with tools/preprocess.py"
             )
-        if len(self._idx) < HEADER.size:
+        if len(header) < HEADER.size:
             raise UserError(
                 f"{self.idx_path}: {len(self._idx)} bytes, less than the header's {HEADER.size}: the file is "
                 "truncated; build or copy the dataset again"
             )
-        _, version, code, num_sequences, num_indices = HEADER.unpack_from(self._idx)
+        _, version, code, num_sequences, num_indices = HEADER.unpack_from(header)
         if version != VERSION:
             raise UserError(f"{self.idx_path}: format version {version}, but only version {VERSION} is known here")
         if code not in DTYPES:
@@ -224,9 +226,11 @@ class IndexedDataset:
     def _check_ends(self) -> None:
         """Check the first and the last entries against each other and against the size of ``.bin``."""
         count, itemsize = self._num_sequences, self.dtype.itemsize
-        indices = self.document_indices
-        if len(indices) == 0 or indices[0] != 0 or indices[-1] != count:
-            ends = f"{indices[0]} .. {indices[-1]}" if len(indices) else "none"
+        lengths_at, indices_at = HEADER.size, HEADER.size + 12 * count
+        indices = FileEntries(self.idx_path, "<i8", indices_at, len(self.document_indices))
+        lengths = FileEntries(self.idx_path, "<i4", lengths_at, count)
+        if len(indices) == 0 or indices[0] != 0 or indices[len(indices) - 1] != count:
+            ends = f"{indices[0]} .. {indices[len(indices) - 1]}" if len(indices) else "none"
             raise UserError(
                 f"{self.idx_path}: document indices are {ends}, but must run from 0 to the number of sequences, {count}"
                 ": the index is damaged; build the dataset again"
@@ -236,7 +240,7 @@ class IndexedDataset:
                 f"{self.idx_path}: the first sequence points to byte {self._pointers[0]}, not 0: the index is damaged; "
                 "build the dataset again"
             )
-        pointer, length = (self._pointers[count - 1], int(self.sequence_lengths[-1])) if count else (0, 0)
+        pointer, length = (self._pointers[count - 1], lengths[count - 1]) if count else (0, 0)
         if len(self._bin) != pointer + length * itemsize:
             raise UserError(
                 f"{self.bin_path}: {len(self._bin)} bytes, but {self.idx_path} ends at {pointer} + {length} tokens x "

@@ -120,9 +120,17 @@ class SampleOrder:
         """What a checkpoint keeps besides the number of consumed samples."""
         return self.schedule.state()
 
-    def resumed(self, state: Mapping[str, Any], consumed_samples: int) -> SampleOrder:
-        """This order continued from a checkpoint; see :meth:`Schedule.resumed`."""
-        schedule = self.schedule.resumed(state, consumed_samples)
+    def resumed(self, state: Mapping[str, Any], consumed_samples: int, former_length: int | None = None) -> SampleOrder:
+        """This order continued from a checkpoint; see :meth:`Schedule.resumed`.
+
+        Args:
+            state: see :meth:`state`.
+            consumed_samples: of the checkpoint.
+            former_length: tokens in each of them, if not as now. The next sample is then the one after as many tokens
+                of now, in whole samples.
+        """
+        length = former_length or self.sequence_length
+        schedule = self.schedule.resumed(state, consumed_samples, length, self.sequence_length)
         return SampleOrder(self.sources, schedule, self.seed, self.sequence_length)
 
     def _make_permutation(self, position: int, epoch: int) -> Permutation:

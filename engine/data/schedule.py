@@ -100,14 +100,20 @@ class Schedule:
         stages = [{"stop": stage.stop, "shares": [asdict(share) for share in stage.shares]} for stage in self.stages]
         return {"start": self.start, "cursors": dict(self._start_cursors), "stages": stages}
 
-    def resumed(self, state: Mapping[str, Any], consumed_samples: int) -> Schedule:
+    def resumed(
+        self, state: Mapping[str, Any], consumed_samples: int, former_length: int = 1, length: int = 1
+    ) -> Schedule:
         """These stages continued from a checkpoint.
 
         Where they would have drawn the samples consumed so far as those of the checkpoint did, they go on as if the run
         had always had them: later stages, budgets and caps may change without a trace. Otherwise they take over at
-        ``consumed_samples``, each source going on from its own cursor.
+        ``consumed_samples``, each source going on from its own cursor. So they do where samples had another
+        ``former_length`` than their ``length`` now: places are converted then.
         """
         former = Schedule(_stages(state), state["start"], state["cursors"])
+        if former_length != length:
+            given = {name: count * former_length // length for name, count in former.cursors(consumed_samples).items()}
+            return Schedule(self.stages, consumed_samples * former_length // length, given)
         unbroken = Schedule(self.stages, state["start"], state["cursors"])
         if unbroken._history(consumed_samples) == former._history(consumed_samples):
             return unbroken

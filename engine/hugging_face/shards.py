@@ -21,6 +21,7 @@ DEFAULT_MAX_SHARD_SIZE = "5GB"
 _SHARD_PATTERN = "model{suffix}.safetensors"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names of dtypes in a header, in the order in which their tensors stand in a file."""
 
 
 def parse_shard_size(size: str) -> int:
@@ -65,8 +66,9 @@ class ShardPlan:
 
 
 def _shard_file(file: str, tensors: Mapping[str, StoredTensor]) -> OutputFile:
-    # Readers map the file: values of wide dtypes come first, so that each begins at a multiple of its width.
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    # As the safetensors library orders them, byte for byte the same file. Wide dtypes come first, so that values begin
+    # at multiples of their width: readers map the file.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (list(_DTYPES).index(item[1].dtype), item[0])))
 
     def begin(path: Path) -> dict[str, int]:
         header, offsets, end = shard_header(ordered)

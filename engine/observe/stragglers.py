@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..parallel.process_group import Ranks
@@ -93,7 +94,7 @@ class Stragglers:
         timed, mine = bool(self._calls), self._own_times()
         self._marks.clear()
         self._calls, self._steps, self._data_seconds, self._wanted = 0, 0, 0.0, True
-        return self._compared([Times(*times) for times in self._ranks.gather(tuple(mine))]) if timed else Report({}, [])
+        return self._compared(_of_all(self._ranks, mine)) if timed else Report({}, [])
 
     def _keeps_time(self) -> bool:
         """A block is called: whether that is timed. Evaluations, which keep no gradients, are not."""
@@ -127,6 +128,14 @@ class Stragglers:
             f"{getattr(usual, part):.3f} s on others, which wait for it"
         )
         return Report(values, [line])
+
+
+def _of_all(ranks: Ranks, mine: Times) -> list[Times]:
+    """The times of every rank: one sum of a small table, far quicker than exchanging objects."""
+    table = torch.zeros(ranks.world_size, len(mine), dtype=torch.float64)
+    table[ranks.rank] = torch.tensor(mine, dtype=torch.float64)
+    dist.all_reduce(table)
+    return [Times(*row) for row in table.tolist()]
 
 
 class _HostClock:

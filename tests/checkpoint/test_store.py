@@ -12,10 +12,12 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retemper.engine.checkpoint.manifest import Manifest, read_manifest, require_same_order
+from retemper.engine.checkpoint.changes import describe_changes, require_allowed
+from retemper.engine.checkpoint.manifest import Manifest, read_manifest
 from retemper.engine.checkpoint.retention import reasons_to_keep
 from retemper.engine.checkpoint.store import CheckpointStore
 from retemper.engine.checkpoint.verify import find_damage
+from retemper.engine.config import DataConfig, RunConfig, SourceConfig, TrainingConfig
 from retemper.engine.data.catalog import Catalog
 from retemper.engine.data.schedule import Schedule, Share, Stage
 from retemper.engine.errors import UserError
@@ -227,6 +229,9 @@ def _places(value, path=()):
         yield from _places(item, (*path, key))
 
 
+_RUN = RunConfig("run", DataConfig([SourceConfig("books")]), TrainingConfig(train_tokens=100))
+
+
 def _use(folder, place, value, version):
     """Put ``value`` at ``place`` of the manifest, and do with it what a resumed run does; whether that works."""
 
@@ -241,7 +246,8 @@ def _use(folder, place, value, version):
     fingerprints = {"books": {"path": "books", "tokens": 9000, "hash": "ab", "mask": None}}
     try:
         manifest = read_manifest(folder)
-        require_same_order(manifest, config, folder)
+        require_allowed(manifest, config, (), folder)
+        describe_changes(manifest, _RUN, {"shard": 2})
         Catalog([], [], {}, fingerprints).require_unchanged(manifest.datasets, "x")
         if manifest.sample_order:
             Schedule([Stage((Share("books"),))]).resumed(manifest.sample_order, manifest.consumed_samples)

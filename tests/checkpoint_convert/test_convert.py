@@ -194,6 +194,9 @@ def test_a_training_checkpoint_is_written_as_declared(
     assert [line for line in said if line.startswith("cast")] == casts
     assert written.keys() == weights.keys(), "weights only: no optimizer states, no head"
     assert all(torch.equal(written[key], weights[key].to(expected)) for key in weights)
+    record = json.loads((tmp_path / "back" / "conversion.json").read_text())
+    states = {f"optimizer.{state}.{key}" for state in ("exp_avg", "exp_avg_sq", "step") for key in weights}
+    assert set(record["left_out"].pop("state of the optimizer")) == states and not record["left_out"]
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert {config[key] for key in ("dtype", "torch_dtype") if key in config} == {name}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == expected

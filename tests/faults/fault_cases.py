@@ -32,6 +32,7 @@ POINTS: dict[str, tuple[str, str, str | int]] = {
     "folder removed": ("remove", _TEMPORARY + "$", 0),
     "evaluation": ("evaluate", "", ""),
     "checkpoint read": ("read", r"/step-\d+/__\d_0\.distcp$", ""),
+    "before the lock": ("create", r"/\.lock$", 0),
     "config.yaml half-written": ("write", r"/config\.yaml$", 0),
     "curve half-written": ("write", r"/metrics\.tmp$", 0),
     "before curve replaced": ("rename", r"/metrics\.tmp -> ", 0),
@@ -212,16 +213,26 @@ def _clock(random: Random, number: int) -> dict[str, Any]:
 
 
 def _overtaken(random: Random, number: int) -> dict[str, Any]:
-    """The first run finishes, or gets some checkpoints further, before the second has the run folder to itself."""
-    point = "checkpoint read"
-    then = {"wait": True} if number % 2 else {"steps": random.randint(10, 20)}
-    fault = _hook(point, random.randint(1, 3), random, "stop", then)
+    """A launch reads a checkpoint; meanwhile another finishes the run, or gets some checkpoints further."""
+    then = {"steps": random.randint(10, 20)} if number % 2 else {"wait": True}
+    point, nth = ("checkpoint read", random.randint(1, 3)) if number % 4 > 1 else ("before the lock", 1)
+    fault = _hook(point, nth, random, "stop", then)
     fault["spec"]["rank"] = 0
-    at = {"steps": random.randint(6, 9), "delay": 0.0}
-    return {"fault": {**fault, "by": "overtaken", "at": at}, "note": f"overtaken at: {point}, the first: {then}"}
+    options = ("--parallel.timeout_seconds", "120")
+    return {
+        "fault": {**fault, "by": "overtaken"},
+        "options": options,
+        "note": f"stopped at: {point} ({nth}), the faster one: {then}",
+    }
 
 
-RESUME_POINTS = ("checkpoint read", "config.yaml half-written", "curve half-written", "before curve replaced")
+RESUME_POINTS = (
+    "checkpoint read",
+    "before the lock",
+    "config.yaml half-written",
+    "curve half-written",
+    "before curve replaced",
+)
 KINDS: dict[str, tuple[int, str, Callable[[Random, int], dict[str, Any]]]] = {
     "kill-rank": (16, "kill -9 of a rank, at any time", _kill("rank")),
     "kill-ranks": (10, "kill -9 of all ranks, at any time", _kill("ranks")),
@@ -242,7 +253,7 @@ KINDS: dict[str, tuple[int, str, Callable[[Random, int], dict[str, Any]]]] = {
     "evaluation": (8, "kill during an evaluation", _kill_at("evaluation", largest=5)),
     "record": (5, "kill while a record is written", _kill_at("record half-written", largest=15)),
     "resume": (8, "kill while a run resumes", _kill_at(*RESUME_POINTS, largest=1)),
-    "overtaken": (2, "a second launch, overtaken by the first", _overtaken),
+    "overtaken": (4, "a second launch, overtaken by the first", _overtaken),
     "stop": (6, "asked to stop (TERM, INT, USR1)", _ask),
     "pause": (8, "SIGSTOP, and on after some seconds", _pause),
     "freeze": (6, "SIGSTOP for longer than the timeout", _freeze),

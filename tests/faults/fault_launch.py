@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -22,6 +23,8 @@ MARK = "RETEMPER_FAULTS_LAUNCH"
 NUM_RANKS = 2
 LONGEST_SECONDS = 240.0
 """A launch that takes longer hangs."""
+INTERRUPTED = threading.Event()
+"""Once set, nothing is waited for and nothing launched any more."""
 _STEP = re.compile(r"^step +(\d+)/", re.MULTILINE)
 
 
@@ -43,7 +46,10 @@ class Launch:
     """
 
     def __init__(self, command: list[str], log: Path, hook: dict[str, Any] | None = None, run_folder: Path = ROOT):
+        if INTERRUPTED.is_set():
+            raise RuntimeError("interrupted")
         self.log, self.mark = log, uuid.uuid4().hex
+        self._seen: set[int] = set()
         self.fired_file = log.with_suffix(".fired")
         environment = {**os.environ, MARK: self.mark, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "RETEMPER_FAULT"):
@@ -79,7 +85,7 @@ class Launch:
 
     def pids(self) -> dict[str, int]:
         """Living processes: ``launcher``, ``rank 0``, ``rank 1``, and others by number."""
-        found = {}
+        found: dict[str, int] = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
@@ -97,6 +103,7 @@ class Launch:
                 found["launcher"] = int(entry.name)
             else:
                 found[f"process {entry.name}"] = int(entry.name)
+        self._seen.update(found.values())
         return found
 
     def send(self, target: str, number: int) -> list[int]:
@@ -119,10 +126,18 @@ class Launch:
             living = self.pids()
             for pid in living.values():
                 send_signal(pid, signal.SIGKILL)
-            if not living and self.process.poll() is not None:
+            if not living and self.process.poll() is not None and all(map(is_gone, self._seen)):
                 return
             time.sleep(0.02)
         raise RuntimeError(f"processes outlive SIGKILL: {self.pids()}")
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has let go of its files and locks. While it ends, its environment goes first."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def send_signal(pid: int, number: int) -> None:
@@ -135,7 +150,7 @@ def wait_for(true: Callable[[], Any], seconds: float) -> bool:
     """Look again and again; whether it came true within ``seconds``."""
     until = time.monotonic() + seconds
     while not true():
-        if time.monotonic() > until:
+        if time.monotonic() > until or INTERRUPTED.is_set():
             return False
         time.sleep(0.01)
     return True

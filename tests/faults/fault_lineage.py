@@ -24,6 +24,7 @@ LEAST_STEPS = 24
 """A fault needs so many steps ahead of it to be reached."""
 _RANK_TRACEBACK = re.compile(r"^\[rank\d+\]: Traceback", re.MULTILINE)
 """As PyTorch marks it; the launcher prints one of its own."""
+_ERROR = re.compile(r"\b(error|\w+Error): ")
 _REASONS = {
     "ENOSPC": "No space left on device",
     "EIO": "Input/output error",
@@ -69,6 +70,7 @@ class _Round:
     before: judge.Rest
     results: list[Result]
     rest: Done | None = None
+    judged: Launch | None = None
     text: str = ""
     code: int | None = None
     fired: bool = True
@@ -219,8 +221,7 @@ class Lineage:
             self.touched |= this.rest.touched
             this.results[0].happened = this.rest.what
             this.before = judge.at_rest(self.run_folder, self.reference, self.touched)
-        fault = fault_case.fault if fault_case and fault_case.fault and fault_case.fault["by"] == "hook" else None
-        launch = self._launch(fault)
+        launch = this.judged = self._launch(fault_case.fault if fault_case else None)
         try:
             if fault_case is None:
                 this.hung = not launch.wait(LONGEST_SECONDS)
@@ -230,21 +231,21 @@ class Lineage:
             launch.end()
             mounts.empty(self.disk)
             mounts.unmount(self.run_folder / "checkpoints")
-        this.text, this.code = launch.text(), launch.process.returncode
-        if fault_case and fault_case.fault and fault_case.fault["by"] == "hook":
+        this.text, this.code = this.judged.text(), this.judged.process.returncode
+        if launch.fired():
             this.results[-1].happened = "; ".join(map(str, launch.fired()))
 
     def _drive(self, launch: Launch, this: _Round, case: Case) -> None:
         """Let the fault happen and the launch end."""
         fault = case.fault
         assert fault is not None and self.run_folder is not None
-        if fault["by"] == "hook":
+        if fault["by"] in ("hook", "overtaken"):
             wait_for(lambda: launch.fired() or launch.ended(), LONGEST_SECONDS)
             this.fired = bool(launch.fired())
+            if fault["by"] == "overtaken":
+                self._overtake(launch, this, fault)
+                return
             stopped = [line["pid"] for line in launch.fired() if line["action"] == "stop"]
-        elif fault["by"] == "overtaken":
-            self._overtake(launch, this, fault)
-            return
         else:
             this.fired = self._reach(launch, fault["at"], this.before.newest or 0)
             step, stopped = launch.step(), []
@@ -279,7 +280,7 @@ class Lineage:
         if "seconds" in then:
             launch.wait(then["seconds"])
         elif "steps" in then:
-            goal = launch.step() + then["steps"]
+            goal = max(launch.step(), this.before.newest or 0) + then["steps"]
             this.hung = not wait_for(lambda: launch.step() >= goal or launch.ended(), LONGEST_SECONDS)
         else:
             if "relaunch" in then:
@@ -302,19 +303,16 @@ class Lineage:
             second.end()
 
     def _overtake(self, launch: Launch, this: _Round, fault: dict[str, Any]) -> None:
-        """The same command a second time, held up between its look at the checkpoints and its first step."""
-        this.fired = self._reach(launch, fault["at"], this.before.newest or 0)
-        second = self._launch(fault)
+        """``launch`` is held up while it looks at the checkpoints; the same command is faster, and then it goes on."""
+        faster = this.judged = self._launch()
         try:
-            wait_for(lambda: second.fired() or second.ended(), LONGEST_SECONDS)
-            this.fired = this.fired and bool(second.fired())
-            self._end(launch, this, fault["then"])
-            launch.end()
-            second.send("rank 0", signal.SIGCONT)
-            this.hung = this.hung or not second.wait(LONGEST_SECONDS)
-            this.results[-1].notes.append(f"the second ended with {second.process.returncode}")
+            self._end(faster, this, fault["then"])
         finally:
-            second.end()
+            faster.end()
+        launch.send("rank 0", signal.SIGCONT)
+        this.hung = this.hung or not launch.wait(LONGEST_SECONDS)
+        launch.end()
+        this.results[-1].notes.append(f"it ended with {launch.process.returncode}: {_last_lines(launch.text())}")
 
     # ---------------------------------------------------------------------------------------------------------------
     # Judging it
@@ -449,5 +447,5 @@ def _without_mounts(case: Case) -> Case:
 
 
 def _last_lines(text: str) -> str:
-    lines = [line for line in text.splitlines() if "error: " in line] or text.splitlines()
-    return " | ".join(lines[-3:])[:600]
+    errors = [line for line in text.splitlines() if _ERROR.search(line) and "ChildFailedError" not in line]
+    return " | ".join(errors[:3] or text.splitlines()[-3:])[:600]

@@ -26,12 +26,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fault_cases import KINDS, Case, catalogue, draw
+from fault_launch import INTERRUPTED
 from fault_lineage import Lineage, Result
 from fault_setup import set_up
 from fault_sweep import damages, sweep
 from tqdm import tqdm
 
 CASES_IN_LINEAGE = 8
+MARKS = ("<!-- faults: begin -->", "<!-- faults: end -->")
 VERDICTS = ("exact", "refused", "wrong", "not reached")
 _SWEEP = "damage found without a launch: every file x every form"
 
@@ -64,11 +66,10 @@ def table(results: list[Result], swept: tuple[int, list[str]] | None) -> str:
 
 
 def run_all(
-    cases: list[Case], folder: Path, jobs: int, seed: int, with_sweep: bool, chained: bool = False
+    cases: list[Case], folder: Path, jobs: int, seed: int, with_sweep: bool
 ) -> tuple[list[Result], tuple[int, list[str]] | None]:
-    """Run ``cases`` with ``jobs`` launches at a time; ``chained``: all in one lineage, in their order."""
+    """Run ``cases``, ``jobs`` lineages at a time, and :func:`sweep`; results of both."""
     workshop = set_up(folder)
-    chains = [cases] if chained else lineages(cases)
     with tqdm(total=len(cases), unit="case", disable=None) as bar:
 
         def on_result(result: Result) -> None:
@@ -81,7 +82,11 @@ def run_all(
             return Lineage(workshop, f"lineage{number:03d}", chain, on_result).run()
 
         with ThreadPoolExecutor(jobs) as pool:
-            results = [result for done in pool.map(run_one, enumerate(chains)) for result in done]
+            try:
+                results = [result for done in pool.map(run_one, enumerate(lineages(cases))) for result in done]
+            except KeyboardInterrupt:
+                INTERRUPTED.set()  # every lineage ends its processes and mounts
+                raise
     swept = None
     if with_sweep:
         with tqdm(total=len(damages(seed)), unit="damage", disable=None, leave=False) as bar:
@@ -109,6 +114,7 @@ def main() -> int:
     parser.add_argument("--only", help="names of cases, with commas: one lineage of these")
     parser.add_argument("--output", type=Path, required=True, help="folder: faults.json, table.md, what went wrong")
     parser.add_argument("--keep", action="store_true", help="keep the logs of all launches")
+    parser.add_argument("--docs", type=Path, help="put the table into this file, between its two marks")
     parser.add_argument("--jobs", type=int, default=1, help="lineages at a time; each uses about two cores (1)")
     arguments = parser.parse_args()
     if arguments.output.exists():
@@ -118,7 +124,7 @@ def main() -> int:
     failed: list[Result] = []
     began, cases, only = time.monotonic(), _selected(arguments), arguments.only is not None
     try:
-        results, swept = run_all(cases, scratch, arguments.jobs, arguments.seed, not only, only)
+        results, swept = run_all(cases, scratch, arguments.jobs, arguments.seed, not only)
         failed = [result for result in results if result.verdict in ("wrong", "not reached")]
         for name in sorted({result.lineage for result in (results if arguments.keep else failed)}):
             shutil.copytree(scratch / name, arguments.output / name, symlinks=True)
@@ -145,6 +151,15 @@ def write_report(
     }
     (arguments.output / "faults.json").write_text(json.dumps(content, indent=1) + "\n")
     (arguments.output / "table.md").write_text(table(results, swept) + "\n")
+    if arguments.docs:
+        said = f"`make faults`, seed {arguments.seed}, PyTorch {torch.__version__}, {minutes:.0f} minutes:"
+        text = arguments.docs.read_text(encoding="utf-8")
+        before, begin, rest = text.partition(MARKS[0])
+        _, end, after = rest.partition(MARKS[1])
+        if not begin or not end:
+            raise SystemExit(f"--docs {arguments.docs}: has no lines {MARKS[0]} and {MARKS[1]}")
+        table_text = f"\n\n{said}\n\n{table(results, swept)}\n\n"
+        arguments.docs.write_text(before + begin + table_text + end + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

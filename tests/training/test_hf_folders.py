@@ -12,9 +12,11 @@ import torch
 import yaml
 
 from retemper.checkpoint_convert import hf_to_dcp
-from retemper.engine.checkpoint.assets import HfAssets
+from retemper.engine.checkpoint.assets import HfAssets, find_assets
+from retemper.engine.config import ModelConfig
 from retemper.engine.errors import UserError
 from retemper.engine.trainer import Trainer
+from retemper.tools.rehearsal.command import read_architecture
 
 LAYOUTS = {
     "one rank": (1, []),
@@ -74,6 +76,10 @@ def test_every_layout_starts_from_the_folders_values_and_reads_no_others(layout,
 
 
 def test_a_run_from_the_folder_is_the_run_from_its_conversion(one_rank, hf_run, hf, tmp_path):
+    hf = shutil.copytree(hf, tmp_path / "hf")
+    config = json.loads((hf / "config.json").read_text())
+    del config["dtype"]  # which is then declared as it is
+    (hf / "config.json").write_text(json.dumps(config))
     hf_to_dcp.convert(str(hf), tmp_path / "converted", say=lambda line: None)
     for name, source in (("direct", hf), ("converted_run", tmp_path / "converted")):
         options = ["--run_folder", str(tmp_path / name), "--model.initialize_from", str(source)]
@@ -82,6 +88,7 @@ def test_a_run_from_the_folder_is_the_run_from_its_conversion(one_rank, hf_run, 
     ours, theirs = tiny_run.tensors_of(direct), tiny_run.tensors_of(converted)
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert HfAssets.of_checkpoint(direct).files == HfAssets.of_checkpoint(converted).files
+    assert json.loads(HfAssets.of_checkpoint(direct).files["config.json"])["torch_dtype"] == "bfloat16"
     assert {"config.json", "generation_config.json", "tokenizer.json"} <= set(HfAssets.of_checkpoint(direct).files)
     manifest = json.loads((direct / "manifest.json").read_text())
     assert manifest["config"]["model"]["initialize_from"] == str(hf)
@@ -116,6 +123,11 @@ def test_files_of_an_earlier_save_are_left_out_and_named(one_rank, hf_run, hf, t
         one_rank, hf_run, ["--run_folder", str(tmp_path / "run"), "--model.initialize_from", str(folder)]
     )
     assert len(result["casts"]) == 1 and "stale.safetensors" in result["casts"][0]
+
+
+def test_tools_find_the_model_in_the_folder(hf):
+    model = ModelConfig(initialize_from=str(hf))
+    assert read_architecture(model).vocab_size == find_assets(model, None).config["vocab_size"] == 98
 
 
 def spoil(folder, kind):

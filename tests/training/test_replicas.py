@@ -81,7 +81,6 @@ def test_a_flipped_bit_is_named(layout, options, name, two_ranks, run_file, tmp_
         "--checkpoint.save_interval",
         "1",
     ]
-    options += ["--checkpoint.asynchronous", "false"]
     # The learning rate is zero: nothing else differs because of it.
     flips = {1: (3, name, 0, 1)}
     said = two_ranks.run(train, run_file, [*options, "--run_folder", str(tmp_path)], flips)

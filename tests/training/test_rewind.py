@@ -9,6 +9,8 @@ import pytest
 import tiny_run
 import torch
 
+from retemper.engine.trainer import Trainer
+
 BATCH, STEPS = 8, 44
 SPIKE = 40
 """Step of the spike in a run that has not gone back before."""
@@ -16,7 +18,7 @@ BAD = {(SPIKE - 1) * BATCH}
 """The samples that a step with a spike begins with."""
 TARGET = 30
 OPTIONS = [
-    *("--training.train_tokens", str(STEPS * BATCH * 32), "--training.eval_interval", "10"),
+    *("--training.train_tokens", str(STEPS * BATCH * 32), "--training.eval_interval", "5"),
     *("--training.loss_spike_zscore", "8", "--training.loss_spike_action", "rewind", "--training.rewind_steps", "8"),
     *("--checkpoint.save_interval", "6"),
 ]
@@ -84,6 +86,25 @@ def test_killed_at_any_moment_it_comes_to_the_same_end(killed_in, one_rank, rewo
     _same_tensors(tmp_path / LAST, rewound / LAST)
     assert tiny_run.curve(tmp_path) == tiny_run.curve(rewound)
     assert _manifest(tmp_path)["health"] == _manifest(rewound)["health"]
+
+
+def test_an_evaluation_that_the_checkpoint_lacks_is_made_again(one_rank, rewound, run_file, tmp_path):
+    """A run that is asked to stop saves and leaves its evaluation to the one that resumes."""
+    options = [*OPTIONS, "--run_folder", str(tmp_path)]
+    trainer = Trainer(tiny_run.configure(run_file, *options), one_rank)
+    make_step = trainer._step
+
+    def step(*batches):
+        if trainer.progress.step == TARGET - 1:
+            trainer.stop.stop_after(0.0)
+        return make_step(*batches)
+
+    trainer._step = step
+    trainer.run()
+    assert _manifest(tmp_path, TARGET)["evaluation"] == {}
+    assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
+    assert tiny_run.curve(tmp_path) == tiny_run.curve(rewound)
+    assert _manifest(tmp_path)["best"] == _manifest(rewound)["best"]
 
 
 def test_a_damaged_checkpoint_is_not_gone_back_to(one_rank, run_file, tmp_path):

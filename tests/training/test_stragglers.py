@@ -14,7 +14,7 @@ from torch import nn
 from retemper.engine.data.loader import Prefetcher
 from retemper.engine.observe import stragglers
 from retemper.engine.observe.loggers import MetricLog
-from retemper.engine.observe.stragglers import Stragglers
+from retemper.engine.observe.stragglers import Stragglers, Times
 from retemper.engine.trainer import Trainer
 
 STEPS = 4
@@ -23,7 +23,7 @@ SLEEP = 0.2
 
 
 def train(ranks, path, overrides, slow_rank=None, part=None):
-    """What the run says, in which ``slow_rank`` sleeps in every step: while it waits for data, or in its first block."""
+    """What the run says, in which ``slow_rank`` sleeps in every step: in waiting for data, or in its first block."""
     trainer, lines = Trainer(tiny_run.configure(path, *overrides), ranks), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricLog, "say", lambda log, line: lines.append(line))
@@ -104,13 +104,17 @@ def clock(monkeypatch):
     return clock
 
 
-def _ranks(others):
-    """Rank 0 of several, of which the others report the times in ``others``."""
+@pytest.fixture
+def watched(monkeypatch):
+    """Rank 0 of several, of which the others report the times in a list."""
 
-    def gather(value):
-        return [value] * (1 + len(others)) if isinstance(value, str) else [value, *others]
+    def watch(blocks, others):
+        monkeypatch.setattr(stragglers, "_of_all", lambda ranks, mine: [mine, *(Times(*times) for times in others)])
+        size = 1 + len(others)
+        ranks = SimpleNamespace(rank=0, world_size=size, device=torch.device("cpu"), gather=lambda name: [name] * size)
+        return Stragglers(ranks, blocks, True)
 
-    return SimpleNamespace(rank=0, world_size=1 + len(others), device=torch.device("cpu"), gather=gather)
+    return watch
 
 
 def _step(watch, clock, blocks, data=0.0):
@@ -120,9 +124,9 @@ def _step(watch, clock, blocks, data=0.0):
         block(torch.zeros(()))
 
 
-def test_whose_time_is_what(clock):
+def test_whose_time_is_what(clock, watched):
     block = Sleeper(clock)
-    watch = Stragglers(_ranks([(0.5, 2.0, 7.0), (0.25, 4.0, 5.0)]), [block], True)
+    watch = watched([block], [(0.5, 2.0, 7.0), (0.25, 4.0, 5.0)])
     _step(watch, clock, [block])
     assert watch.report() == ({}, [])
     block.gathering, block.computing = 1.0, 3.0
@@ -145,10 +149,10 @@ def test_whose_time_is_what(clock):
     )
 
 
-def test_of_many_calls_some_are_timed_for_all(clock, monkeypatch):
+def test_of_many_calls_some_are_timed_for_all(clock, watched, monkeypatch):
     monkeypatch.setattr(stragglers, "_MOST_TIMED", 4)
     block = Sleeper(clock)
-    watch = Stragglers(_ranks([(0.0, 1.0, 0.0)]), [block], True)
+    watch = watched([block], [(0.0, 1.0, 0.0)])
     _step(watch, clock, [block])
     watch.report()
     block.computing = 2.0
@@ -156,9 +160,9 @@ def test_of_many_calls_some_are_timed_for_all(clock, monkeypatch):
     assert watch.report().values["slowest_rank_blocks_seconds"] == 20.0
 
 
-def test_a_line_is_said_of_who_is_much_slower_twice(clock):
+def test_a_line_is_said_of_who_is_much_slower_twice(clock, watched):
     block, others = Sleeper(clock), [(0.0, 1.0, 0.0)] * 2
-    watch = Stragglers(_ranks(others), [block], True)
+    watch = watched([block], others)
 
     def report(seconds):
         block.computing = seconds

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 import yaml
 from torch.distributed.tensor import DTensor
 
+from retemper.engine.checkpoint.manifest import sealed
 from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.config import RunConfig
 from retemper.engine.config_parser import parse_config
@@ -150,3 +153,17 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored_tensors(checkpoint).items()}
     load_tensors(checkpoint, tensors, distributed=False)
     return tensors
+
+
+def copy_of(run_folder: Path, target: Path) -> Path:
+    """A copy that may be changed."""
+    shutil.copytree(run_folder, target)
+    return target
+
+
+def rewrite_manifest(path: Path, change: Callable[[dict], object]) -> None:
+    """Let ``change`` edit the content of a manifest, and seal it again."""
+    content = json.loads(path.read_text())
+    del content["manifest_xxh3_128"]
+    change(content)
+    path.write_text(sealed(content))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from ...engine.checkpoint.assets import ASSET_FOLDER
+from ...engine.checkpoint.assets import asset_folder
 from ...engine.config import ModelConfig, RunConfig, to_dict
 from ...engine.errors import UserError
 from ...engine.model.architecture import Architecture, parse_architecture, read_hf_config
@@ -110,7 +109,7 @@ def read_architecture(model: ModelConfig) -> Architecture:
     """
     source: Any = model.architecture
     if source is None:
-        source = str(Path(model.initialize_from or "") / ASSET_FOLDER)
+        source = str(asset_folder(model.initialize_from or ""))
     return parse_architecture(read_hf_config(source))
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...engine.checkpoint.assets import ASSET_FOLDER
+from ...engine.checkpoint.assets import asset_folder
 from ...engine.config import DataConfig, ModelConfig, RunConfig, SourceConfig
 from ...engine.data.loader import Prefetcher
 from ...engine.data.packing import MicroBatch
@@ -165,6 +165,7 @@ def prepare_config(config: RunConfig, options: BenchmarkOptions, folder: Path) -
             training, train_tokens=samples * training.sequence_length, warmup_tokens=0, eval_at_start=False
         ),
         optimizer=replace(config.optimizer, schedule="constant", decay_tokens=None),
+        checkpoint=replace(config.checkpoint, export_hf=False, push_to_hub=None),
         logging=replace(config.logging, tensorboard=False),
     )
 
@@ -175,11 +176,11 @@ def _only_random(data: DataConfig, prefix: Path) -> DataConfig:
 
 def _kept_config(model: ModelConfig) -> str:
     """Folder of the ``config.json`` that the checkpoint carries; its weights are not read."""
-    folder = Path(str(model.initialize_from)) / ASSET_FOLDER
+    folder = asset_folder(str(model.initialize_from))
     if not folder.is_dir():
         raise UserError(
-            f"model.initialize_from {model.initialize_from}: there is no {folder}; name a checkpoint, or set "
-            "model.architecture to a Hugging Face config.json: weights are not needed here"
+            f"model.initialize_from {model.initialize_from}: there is no {folder}; name a checkpoint or a Hugging Face "
+            "folder, or set model.architecture to a config.json: weights are not needed here"
         )
     return str(folder)
 

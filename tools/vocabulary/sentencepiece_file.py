@@ -48,8 +48,8 @@ class SentencePieceModel:
         above = _highest_added_id(files)
         if above >= self.first_id:
             raise UserError(
-                f"{where}: tokens added beside it have ids up to {above:,}, and it holds {self.first_id:,} pieces; save "
-                "the tokenizer as tokenizer.json first (transformers: AutoTokenizer.from_pretrained(folder)"
+                f"{where}: tokens added beside it have ids up to {above:,}, and it holds {self.first_id:,} pieces; "
+                "save the tokenizer as tokenizer.json first (transformers: AutoTokenizer.from_pretrained(folder)"
                 ".save_pretrained(folder))"
             )
         self._model, self._bare = loaded(self._proto), loaded(_without_normalization(self._proto))
@@ -87,7 +87,16 @@ class SentencePieceModel:
             return Extension(tokens, self._files(tokens, [piece.score for piece in found]), notes)
         vocab = {piece: self._ids[piece] for piece in self._scores}
         learned = learn_bpe(
-            vocab, {*self._ids}, self.pieces_of, self.first_id, words, held_out, num_tokens, min_count, allowed, on_token
+            vocab,
+            {*self._ids},
+            self.pieces_of,
+            self.first_id,
+            words,
+            held_out,
+            num_tokens,
+            min_count,
+            allowed,
+            on_token,
         )
         tokens = [self._token(merge.token, piece, kind, merge.count) for merge, piece, kind in learned.tokens]
         return Extension(tokens, self._files(tokens), learned.notes, learned.curve)
@@ -95,11 +104,11 @@ class SentencePieceModel:
     def take(self, texts: Sequence[str]) -> Extension:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`. They become user-defined symbols, which
         sentencepiece matches before anything else."""
-        notes = [f"{text!r} is a piece already" for text in texts if _escaped(text) in self._ids]
-        new = [text for text in texts if _escaped(text) not in self._ids]
+        notes = [f"{text!r} is a piece already" for text in texts if escaped(text) in self._ids]
+        new = [text for text in texts if escaped(text) not in self._ids]
         if not new:
             raise UserError("--tokens: all of them are pieces already; nothing is to be added")
-        tokens = [self._token(self.first_id + place, _escaped(text), "added") for place, text in enumerate(new)]
+        tokens = [self._token(self.first_id + place, escaped(text), "added") for place, text in enumerate(new)]
         return Extension(tokens, self._files(tokens), [*notes, f"{len(new)} user-defined symbols, matched in text"])
 
     def _token(self, token: int, piece: str, kind: Any, count: int = 0) -> NewToken:
@@ -139,7 +148,7 @@ def parse_model(content: bytes, where: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # generated
     try:
         proto.ParseFromString(content)
     except DecodeError as error:
@@ -175,12 +184,13 @@ def _with_pieces(proto: Any, tokens: list[NewToken], scores: list[float] | None)
         assert token.id == len(new.pieces)
         user_defined = token.kind == "added"
         score = 0.0 if user_defined else lowest - 1 - place if scores is None else scores[place]
-        new.pieces.add(piece=_escaped(token.piece), score=score, type=_USER_DEFINED if user_defined else NORMAL)
+        new.pieces.add(piece=escaped(token.piece), score=score, type=_USER_DEFINED if user_defined else NORMAL)
     new.trainer_spec.vocab_size = len(new.pieces)
     return new.SerializeToString()
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """``text`` as a piece."""
     return text.replace(" ", WORD_START)
 
 

@@ -37,8 +37,7 @@ class WordSplitter:
 
 
 def may_be_piece(text: str, max_characters: int) -> bool:
-    """Whether sentencepiece's trainer would take ``text`` for a piece: U+2581 at its beginning only, and not too long.
-    """
+    """Whether sentencepiece's trainer would take ``text`` for a piece: U+2581 only at its beginning, and not long."""
     rest = text[1:] if text.startswith(WORD_START) else text
     return bool(rest) and WORD_START not in rest and len(text) <= max_characters
 

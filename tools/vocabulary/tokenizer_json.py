@@ -5,6 +5,7 @@ New tokens are merges behind the old ones. The file is changed as JSON, so that 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -149,7 +150,7 @@ class BpeJson:
         tokens = [token.value for token in self._model.tokenize(piece)]
         if "".join(tokens) != piece:  # bytes or unknown characters
             return None
-        while found := [pair for pair in zip(tokens, tokens[1:], strict=False) if pair in ranks]:
+        while found := [pair for pair in itertools.pairwise(tokens) if pair in ranks]:
             tokens = _joined(tokens, min(found, key=ranks.__getitem__))
         return [("".join(tokens[:count]), tokens[count]) for count in range(1, len(tokens))]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import tokenizers
@@ -59,7 +59,7 @@ def learn_unigram(
     shared = [scores[piece] - score for piece, score in trained.items() if piece in scores and counts[piece]]
     shift = statistics.median(shared) if shared else 0.0
     saving = {
-        piece: counts[piece] * (len(pieces_of(piece)) - 1 or piece not in scores and len(piece) == 1)
+        piece: counts[piece] * (len(pieces_of(piece)) - 1 or (piece not in scores and len(piece) == 1))
         for piece in trained
         if piece not in taken and counts[piece] >= min_count and allowed(piece)
     }
@@ -67,8 +67,16 @@ def learn_unigram(
     chosen = best[:num_tokens]
     note = require_some(len(chosen), num_tokens, min_count)
     found = [NewPiece(piece, trained[piece] + shift, counts[piece]) for piece in chosen]
-    line = f"log-probabilities of the corpus's own unigram model moved by {shift:.3f}, the median of {len(shared)} pieces"
+    line = (
+        f"log-probabilities of the corpus's own unigram model moved by {shift:.3f}, the median of {len(shared)} pieces"
+    )
     return found, [line, *([note] if note else [])]
+
+
+def rarest_part(scores: Mapping[str, float], parts: Iterable[str]) -> float:
+    """The log-probability for a listed piece: that of the rarest of its ``parts``. It is more than their sum, so the
+    piece wins over them."""
+    return min((scores[part] for part in parts if part in scores), default=min(scores.values()))
 
 
 def _train(words: Counter[str], vocab_size: int) -> tuple[dict[str, float], Counter[str]]:

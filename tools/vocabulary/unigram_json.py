@@ -14,7 +14,7 @@ from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE
 from ...engine.errors import UserError
 from . import sentencepiece_file
 from .splitting import WordSplitter, may_be_piece
-from .unigram import learn_unigram
+from .unigram import learn_unigram, rarest_part
 from .vocabulary import WORD_START, Extension, NewToken
 
 
@@ -81,36 +81,45 @@ class UnigramJson:
             min_count,
             lambda piece: may_be_piece(piece, max_characters),
         )
-        return self._extended([(piece.text, piece.score, piece.count) for piece in found], notes, "piece")
+        return self._extended([(piece.text, piece.score, piece.count) for piece in found], notes)
 
     def take(self, texts: Sequence[str]) -> Extension:
-        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`. They become added tokens."""
+        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`. A single word becomes a piece, as likely as the
+        rarest piece that it is made of; several become an added token."""
         notes = [f"{text!r} is a token already" for text in texts if text.replace(" ", WORD_START) in self._ids]
-        new = [(text, 0.0, 0) for text in texts if text.replace(" ", WORD_START) not in self._ids]
+        new = [text for text in texts if text.replace(" ", WORD_START) not in self._ids]
         if not new:
             raise UserError("--tokens: all of them are tokens already; nothing is to be added")
-        return self._extended(new, [*notes, f"{len(new)} added tokens, matched in text"], "added")
+        words = [piece for text in new if may_be_piece(piece := text.replace(" ", WORD_START), len(text))]
+        phrases = [text for text in new if text.replace(" ", WORD_START) not in words]
+        notes += [f"{text!r} is added: it is several words; it is matched in text" for text in phrases]
+        pieces = [(piece, rarest_part(self._scores, self._texts_of(piece)), 0) for piece in words]
+        return self._extended(pieces, notes, phrases)
 
-    def _extended(self, new: list[tuple[str, float, int]], notes: list[str], kind: Any) -> Extension:
+    def _texts_of(self, piece: str) -> list[str]:
+        return [token.value for token in self._tokenizer.model.tokenize(piece)]
+
+    def _extended(self, new: list[tuple[str, float, int]], notes: list[str], added: Sequence[str] = ()) -> Extension:
         tokens = [
             NewToken(
                 self.first_id + place,
-                text,
-                text.replace(WORD_START, " "),
-                tuple(self._subtokens(text, kind)),
-                kind,
+                piece,
+                piece.replace(WORD_START, " "),
+                tuple(self.pieces_of(piece)),
+                "piece",
                 count,
             )
-            for place, (text, _, count) in enumerate(new)
+            for place, (piece, _, count) in enumerate(new)
         ]
-        scores = [score for _, score, _ in new]
+        for place, text in enumerate(added, self.first_id + len(new)):
+            subtokens = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            tokens.append(NewToken(place, text, text, subtokens, "added"))
+        scores = [score for _, score, _ in new] + [0.0] * len(added)
         content = json.loads(self._files[TOKENIZER_FILE])
-        if kind == "piece":
-            content["model"]["vocab"] += [[text, score] for text, score, _ in new]
-        else:
-            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-            entries = [{"id": token.id, "content": token.piece, **flags} for token in tokens]
-            content["added_tokens"] = [*content.get("added_tokens", []), *entries]
+        content["model"]["vocab"] += [[piece, score] for piece, score, _ in new]
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        entries = [{"id": token.id, "content": token.piece, **flags} for token in tokens if token.kind == "added"]
+        content["added_tokens"] = [*content.get("added_tokens", []), *entries]
         text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
         files: dict[str, bytes | None] = {TOKENIZER_FILE: text.encode()}
         if SENTENCEPIECE_FILE in self._files:
@@ -119,8 +128,3 @@ class UnigramJson:
             )
             notes = [*notes, note]
         return Extension(tokens, files, notes)
-
-    def _subtokens(self, text: str, kind: str) -> list[int]:
-        if kind == "piece":
-            return self.pieces_of(text)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,119 @@
+"""What has changed since the checkpoint that a run goes on from: listed, and refused where samples or values would be
+lost without a word. ``allow_changes`` names what is meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+from ..budget import learning_rate
+from ..config import ORDER_KEYS, OptimizerConfig, RunConfig, SourceConfig, TrainingConfig, to_dict
+from ..errors import UserError
+from .manifest import Manifest
+
+_OF_THE_COMMAND = ("run_folder", "resume", "allow_changes")
+"""Settings that say nothing of the run itself."""
+_ABSENT = "not set"
+
+
+def require_allowed(
+    manifest: Manifest, config: Mapping[str, Any], allowed: Collection[str], folder: str | Path
+) -> None:
+    """Refuse changes after which "the samples that follow" would mean something else, unless they are allowed.
+
+    Args:
+        manifest: of the checkpoint ``folder`` that a run is to continue from.
+        config: the run's own, as a nested dictionary.
+        allowed: settings that may have changed.
+
+    Raises:
+        UserError: naming the key and both values.
+    """
+    here, there = dict(_flat(config)), dict(_flat(manifest.config))
+    for key, former in ORDER_KEYS.items():
+        now, then = here.get(key), there.get(key, former)
+        if now != then and key not in allowed:
+            raise UserError(
+                f"{key} is {now}, but {folder} was trained with {then}, and the sample order depends on it; set it "
+                f"back, or start a new run_folder with model.initialize_from, or set allow_changes to [{key}]: then "
+                "samples that were trained on may come again before others come at all"
+            )
+
+
+def describe_changes(manifest: Manifest, config: RunConfig, layout: Mapping[str, int]) -> list[str]:
+    """A line for everything that is not as it was when the checkpoint was written.
+
+    Args:
+        manifest: of the checkpoint.
+        config: the run's own.
+        layout: ranks along every axis of the mesh now.
+    """
+    here, there = dict(_flat(to_dict(config))), dict(_flat(manifest.config))
+    changes = []
+    for key in [*there, *(key for key in here if key not in there)]:
+        now, then = (settings.get(key, _default(key)) for settings in (here, there))
+        if key not in _OF_THE_COMMAND and now != then:
+            changes.append(f"{key} {_shown(then)} -> {_shown(now)}" + (" (allowed)" if key in ORDER_KEYS else ""))
+    if manifest.layout and manifest.layout != layout:
+        changes.append(f"ranks {_ranks(manifest.layout)} -> {_ranks(layout)}")
+    if any(change.startswith(("training.", "optimizer.")) for change in changes):
+        changes += _change_of_rate(manifest, config)
+    now_made_by = Manifest(kind="training").versions
+    changes += [
+        f"{name} {version} -> {now_made_by[name]}"
+        for name, version in manifest.versions.items()
+        if now_made_by.get(name, version) != version
+    ]
+    return [f"changed     {change}" for change in changes]
+
+
+def _change_of_rate(manifest: Manifest, config: RunConfig) -> list[str]:
+    """What the changes make of the learning rate at this place."""
+    tokens = manifest.consumed_tokens
+    now = learning_rate(tokens, config.training, config.optimizer)
+    try:
+        training: Any = SimpleNamespace(**{**_defaults(TrainingConfig), **manifest.config["training"]})
+        optimizer: Any = SimpleNamespace(**{**_defaults(OptimizerConfig), **manifest.config["optimizer"]})
+        then = learning_rate(tokens, training, optimizer)
+    except (AttributeError, KeyError, TypeError):  # of a version whose settings were other ones
+        return []
+    return [f"learning rate at {tokens:,} tokens {then:.3g} -> {now:.3g}"] if then != now else []
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf. Items of a list of sources go by their names, other lists are leaves."""
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _flat(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        for number, item in enumerate(value):
+            name = item.get("name") or Path(str(item.get("path", number))).name
+            yield from _flat({part: entry for part, entry in item.items() if part != "name"}, f"{key}[{name}]")
+    else:
+        yield key, value
+
+
+def _default(key: str) -> Any:
+    """The default of a setting that there was not when the checkpoint was written."""
+    *sections, last = key.rpartition("].")[2].split(".")
+    kind: Any = SourceConfig if "]." in key else RunConfig
+    for section in sections:
+        kind = get_type_hints(kind).get(section) if dataclasses.is_dataclass(kind) else None
+    return _defaults(kind).get(last, _ABSENT) if dataclasses.is_dataclass(kind) else _ABSENT
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    """Those defaults of a configuration's section that are plain values."""
+    return {item.name: item.default for item in dataclasses.fields(kind) if item.default is not dataclasses.MISSING}
+
+
+def _ranks(layout: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in layout.items() if size > 1) or "1"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else "null" if value is None else str(value)

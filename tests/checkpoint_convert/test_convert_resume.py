@@ -1,0 +1,246 @@
+"""A conversion that was ended goes on from what it had finished, and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from converting import SINGLE, Run, convert_back, convert_there
+from tiny_models import assert_refused, read_folder
+
+from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
+from retemper.engine.checkpoint.manifest import read_manifest
+from retemper.engine.checkpoint.tensor_files import CheckpointRows
+from retemper.engine.checkpoint.tensor_source import ReadRows
+from retemper.engine.hugging_face.model import HfModel
+
+Source = type[HfModel] | type[CheckpointRows]
+# What is run after a few tensors, in a process of its own: the real command, in which reading the ninth tensor ends it.
+KILLED = """
+import os, signal, sys, time
+from retemper.checkpoint_convert import {module}
+from retemper.engine.checkpoint.tensor_files import CheckpointRows
+from retemper.engine.errors import run_command
+from retemper.engine.hugging_face.model import HfModel
+
+calls, rows = [], {source}.rows
+def counted(self, name):
+    calls.append(name)
+    if len(calls) > 8:
+        {end}
+    return rows(self, name)
+{source}.rows = counted
+run_command({module}.main)
+"""
+
+
+def interrupt_after(
+    monkeypatch: pytest.MonkeyPatch, source: Source, count: int, error: BaseException | type[BaseException] | None
+) -> list[str]:
+    """Make reading of tensor number ``count`` raise ``error``; gives the list of names that are read from now on."""
+    read: list[str] = []
+    rows: Callable[..., AbstractContextManager[ReadRows]] = source.rows
+
+    def counted(self: object, name: str) -> AbstractContextManager[ReadRows]:
+        if error is not None and len(read) >= count:
+            raise error
+        read.append(name)
+        return rows(self, name)
+
+    monkeypatch.setattr(source, "rows", counted)
+    return read
+
+
+def command_for(direction: str, saved_models: dict[str, Path], tmp_path: Path) -> tuple[list[object], Path]:
+    """Arguments of a conversion of the llama model into many files, and its output."""
+    if direction == "there":
+        return ["--hf", saved_models["llama"], "--output", tmp_path / "out", "--workers", 1], tmp_path / "out"
+    if not (tmp_path / "input" / "checkpoint").exists():
+        convert_there(saved_models["llama"], tmp_path / "input" / "checkpoint")
+    source = ["--checkpoint", tmp_path / "input" / "checkpoint", "--max-shard-size", "4KB"]
+    return [*source, "--output", tmp_path / "out", "--workers", 1], tmp_path / "out"
+
+
+MODULES = {"there": (hf_to_dcp, HfModel), "back": (dcp_to_hf, CheckpointRows)}
+
+
+def hidden(tmp_path: Path) -> list[Path]:
+    return sorted(path for path in tmp_path.iterdir() if path.name.startswith(".out."))
+
+
+def assert_whole(direction: str, output: Path, saved_models: dict[str, Path], tmp_path: Path) -> None:
+    if direction == "there":
+        read_manifest(output)
+        convert_back(output, tmp_path / "whole")
+        output = tmp_path / "whole"
+    assert read_folder(output) == read_folder(saved_models["llama"])
+
+
+@pytest.mark.parametrize("direction", MODULES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=["ctrl-c", "full"])
+def test_the_same_command_goes_on(
+    saved_models: dict[str, Path],
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    direction: str,
+    error: type[BaseException] | BaseException,
+) -> None:
+    arguments, output = command_for(direction, saved_models, tmp_path)
+    module, source = MODULES[direction]
+    with monkeypatch.context() as patch:
+        before = interrupt_after(patch, source, 9, error)
+        result = run(module, *arguments)
+    [folder] = hidden(tmp_path)
+    assert result.status == (130 if error is KeyboardInterrupt else 1) and not output.exists()
+    if error is KeyboardInterrupt:
+        assert result.stderr == "interrupted\n" and f"finished files are kept in {folder}" in result.stdout
+    else:
+        assert_refused(result, "cannot be written: No space left on device", f"finished files are kept in {folder}")
+    done = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    finished = {name for entry in done for name in entry["tensors"]}
+    assert finished and finished <= set(before)
+
+    after = interrupt_after(monkeypatch, source, 0, None)
+    result = run(module, *arguments)
+    assert result.status == 0, result.stderr
+    assert f"going on from {len(done)} finished files in {folder}" in result.stdout
+    assert not finished & set(after), "what was finished is not read again"
+    monkeypatch.undo()
+    assert hidden(tmp_path) == []
+    record = json.loads((output / "conversion.json").read_text())["tensors"]
+    assert set(after) | finished == record.keys()
+    assert_whole(direction, output, saved_models, tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=["ctrl-c", "full"])
+def test_nothing_is_kept_where_nothing_was_finished(
+    saved_models: dict[str, Path],
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException] | BaseException,
+) -> None:
+    interrupt_after(monkeypatch, HfModel, 0, error)
+    result = run(hf_to_dcp, "--hf", saved_models["llama"], "--output", tmp_path / "out")
+    assert result.status == (130 if error is KeyboardInterrupt else 1)
+    assert "interrupted" in result.stderr or "No space left on device" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("direction", MODULES)
+def test_after_a_kill_damaged_and_unfinished_files_are_made_anew(
+    saved_models: dict[str, Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    arguments, output = command_for(direction, saved_models, tmp_path)
+    module, source = MODULES[direction]
+    end = "os.kill(os.getpid(), signal.SIGKILL)"
+    script = KILLED.format(module=module.__name__.rsplit(".", 1)[1], source=source.__name__, end=end)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    [folder] = hidden(tmp_path)
+    journal = folder / "journal.jsonl"
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert len(entries) >= 3 and not output.exists()
+    # One of the files is damaged since, one is gone, and the journal ends in the middle of a line.
+    damaged, gone = (folder / "content" / entry["name"] for entry in entries[:2])
+    content = bytearray(damaged.read_bytes())
+    content[-1000] ^= 1
+    damaged.write_bytes(content)
+    gone.unlink()
+    with open(journal, "a") as file:
+        file.write('{"name": "x", "rec')
+
+    read = interrupt_after(monkeypatch, source, 0, None)
+    result = run(module, *arguments)
+    assert result.status == 0, result.stderr
+    kept = {name for entry in entries[2:] for name in entry["tensors"]}
+    again = {name for entry in entries[:2] for name in entry["tensors"]}
+    assert not kept & set(read) and again <= set(read)
+    monkeypatch.undo()
+    assert_whole(direction, output, saved_models, tmp_path)
+
+
+def test_sigterm_keeps_what_is_finished(saved_models: dict[str, Path], tmp_path: Path) -> None:
+    script = KILLED.format(module="hf_to_dcp", source="HfModel", end="time.sleep(0.2)")
+    arguments, output = command_for("there", saved_models, tmp_path)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not any((folder / "journal.jsonl").is_file() for folder in hidden(tmp_path)):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate()
+    assert (process.returncode, err) == (130, "interrupted\n") and "the same command goes on from them" in out
+    assert not output.exists() and len(hidden(tmp_path)) == 1
+
+
+def test_another_command_takes_nothing(
+    saved_models: dict[str, Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, output = command_for("there", saved_models, tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, HfModel, 9, KeyboardInterrupt)
+        run(hf_to_dcp, *arguments)
+    [left] = hidden(tmp_path)
+    read = interrupt_after(monkeypatch, HfModel, 0, None)
+    result = run(hf_to_dcp, *arguments, "--dtype", "float32")
+    assert result.status == 0 and f"{left} is of another command" in result.stdout
+    assert len(read) == len(json.loads((output / "conversion.json").read_text())["tensors"])
+    assert hidden(tmp_path) == [left]
+
+
+def test_another_input_takes_nothing(
+    copy_model: Callable[[str], Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_model("qwen3")
+    arguments = ["--hf", folder, "--output", tmp_path / "out", "--workers", 1]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, HfModel, 9, KeyboardInterrupt)
+        run(hf_to_dcp, *arguments)
+    assert len(hidden(tmp_path)) == 1
+    # Of the same size, and changed: fetched again, or trained further.
+    weights = bytearray((folder / SINGLE).read_bytes())
+    weights[-1] ^= 1
+    (folder / SINGLE).write_bytes(weights)
+    result = run(hf_to_dcp, *arguments)
+    assert result.status == 0 and "going on from" not in result.stdout
+    convert_back(tmp_path / "out", tmp_path / "back")
+    assert read_folder(tmp_path / "back") == read_folder(folder)
+
+
+def test_bad_input_found_late_leaves_nothing(
+    copy_model: Callable[[str], Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_model("qwen3")
+    rows = HfModel.rows
+
+    def cut(self: HfModel, name: str) -> AbstractContextManager[ReadRows]:
+        os.truncate(folder / SINGLE, 3000)
+        return rows(self, name)
+
+    monkeypatch.setattr(HfModel, "rows", cut)
+    assert_refused(run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "out"), "model.safetensors: ends before byte")
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]
+
+
+def test_one_at_a_time(saved_models: dict[str, Path], tmp_path: Path, run: Run) -> None:
+    script = KILLED.format(module="hf_to_dcp", source="HfModel", end="sys.stdin.read()")
+    arguments, output = command_for("there", saved_models, tmp_path)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not any((folder / "journal.jsonl").is_file() for folder in hidden(tmp_path)):
+            time.sleep(0.01)
+        assert_refused(run(hf_to_dcp, *arguments), f"--output {output}", "another process is making it")
+        assert len(hidden(tmp_path)) == 1
+        process.communicate("")
+    assert process.returncode == 0
+    assert_whole("there", output, saved_models, tmp_path)

@@ -1,0 +1,70 @@
+"""docs/conversion.md runs as it stands: every ``bash`` block, in a folder with a model, prints what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from retemper.engine.checkpoint.block_copy import BLOCK_BYTES, MAX_WORKERS
+from retemper.engine.conversion.logits import TOLERANCE
+from retemper.engine.hugging_face.folder import MAX_HEADER_BYTES
+
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the repository's commands and a tiny model in it."""
+    (tmp_path / "checkpoint_convert").symlink_to(ROOT / "checkpoint_convert")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "models" / "base")
+    return tmp_path
+
+
+def test_the_guide_runs_as_it_stands(folder: Path) -> None:
+    """Each line of a text block is in what the block before it printed, in that order."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    found = re.findall(r"^```bash\n(.*?)^```$\n\n^```text\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
+    assert len(found) == GUIDE.count("```bash") == 3
+    for block, expected in found:
+        command = ["bash", "-eu", "-o", "pipefail", "-c", block]
+        environment = {**os.environ, "PATH": path}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+        printed = done.stdout
+        for line in expected.splitlines():
+            before, there, printed = printed.partition(line)
+            assert there, f"not printed: {line}\n{before}"
+
+
+def test_options_that_the_guide_names_exist() -> None:
+    scripts = "".join(
+        (ROOT / "checkpoint_convert" / name).read_text("utf-8") for name in ("hf_to_dcp.py", "dcp_to_hf.py")
+    )
+    options = set(re.findall(r"--[a-z][\w-]+", GUIDE))
+    assert len(options) >= 8
+    assert not [option for option in sorted(options) if f'"{option}"' not in scripts]
+
+
+def test_numbers_that_the_guide_gives() -> None:
+    assert f"blocks of {BLOCK_BYTES >> 20} MB" in GUIDE
+    assert f"CPU, up to {MAX_WORKERS})" in GUIDE
+    assert f"or {MAX_HEADER_BYTES // 10**6} MB" in GUIDE
+    assert TOLERANCE == 1e-3 and "a thousandth of the" in GUIDE

@@ -1,0 +1,162 @@
+"""A Hub on this machine: as much of its interface as uploading a folder takes, and a note of every request.
+
+The paths and bodies are those of the Hub's HTTP interface (https://huggingface.co/docs/hub/api) and of Git LFS
+(https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md), for which huggingface_hub is the client.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+TOKEN = "hf_oNlyForThisTest"
+
+
+@dataclass
+class Request:
+    """One that the Hub got."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class FakeHub:
+    """What the Hub knows. To be entered; ``url`` is its address then."""
+
+    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Files of each, by name."""
+    private: bool = False
+    read_only: bool = False
+    """Whether the token may only read."""
+    refusals: dict[str, int] = field(default_factory=dict)
+    """Status of the answer to requests whose method and path match a pattern."""
+    requests: list[Request] = field(default_factory=list)
+    large: dict[str, bytes] = field(default_factory=dict)
+    """Files sent through LFS, by the sha256 that they have."""
+    commits: int = 0
+
+    def __enter__(self) -> FakeHub:
+        hub = self
+
+        class Handler(_Handler):
+            server_hub = hub
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, request: Request) -> tuple[int, object]:
+        """Status and content of the answer to ``request``."""
+        said = f"{request.method} {request.path}"
+        for pattern, status in self.refusals.items():
+            if re.search(pattern, said):
+                return status, {"error": "planted"}
+        if re.match(r"PUT /upload/", said):
+            self.large[hashlib.sha256(request.body).hexdigest()] = request.body
+            return 200, {}
+        if request.headers.get("authorization") != f"Bearer {TOKEN}":
+            return 401, {"error": "Invalid username or password."}
+        return self._answer_to_user(request, said)
+
+    def _answer_to_user(self, request: Request, said: str) -> tuple[int, object]:
+        if said == "GET /api/whoami-v2":
+            return 200, {"name": "somebody", "type": "user"}
+        if said == "POST /api/repos/create":
+            asked = json.loads(request.body)
+            name = f"{asked.get('organization') or 'somebody'}/{asked['name']}"
+            if name in self.repositories:
+                return 409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
+            if self.read_only:
+                return 403, {"error": "You don't have the rights to create a model"}
+            self.repositories[name] = {}
+            return 200, {"url": f"{self.url}/{name}"}
+        found = re.search(r"/(?:api/models/)?([\w.-]+/[\w.-]+?)(?:\.git)?(/.*)?$", request.path)
+        if found is None or found[1] not in self.repositories:
+            return 404, {"error": "Repository not found"}
+        return self._answer_about(self.repositories[found[1]], found[1], found[2] or "", request)
+
+    def _answer_about(self, files: dict[str, bytes], name: str, rest: str, request: Request) -> tuple[int, object]:
+        if rest == "":
+            return 200, {"id": name, "private": self.private, "sha": "0" * 40, "siblings": []}
+        if self.read_only:
+            return 403, {"error": "Forbidden"}
+        if rest == "/auth-check/write":
+            return 200, {}
+        if rest == "/preupload/main":
+            asked = json.loads(request.body)["files"]
+            mode = {True: "lfs", False: "regular"}
+            return 200, {
+                "files": [
+                    {
+                        "path": file["path"],
+                        "uploadMode": mode[file["path"].endswith(".safetensors")],
+                        "shouldIgnore": False,
+                        "oid": None,
+                    }
+                    for file in asked
+                ]
+            }
+        if rest == "/info/lfs/objects/batch":
+            asked = json.loads(request.body)["objects"]
+            return 200, {"transfer": "basic", "objects": [self._place(item) for item in asked]}
+        if rest == "/commit/main":
+            for line in request.body.decode().splitlines():
+                item = json.loads(line)
+                if item["key"] == "file":
+                    files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
+                if item["key"] == "lfsFile":
+                    files[item["value"]["path"]] = self.large[item["value"]["oid"]]
+            self.commits += 1
+            return 200, {"commitUrl": f"{self.url}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+        return 404, {"error": f"not known to this Hub: {rest}"}
+
+    def _place(self, item: dict) -> dict:
+        if item["oid"] in self.large:
+            return {"oid": item["oid"], "size": item["size"]}
+        action = {"upload": {"href": f"{self.url}/upload/{item['oid']}?X-Amz-Signature=secret", "header": {}}}
+        return {"oid": item["oid"], "size": item["size"], "authenticated": True, "actions": action}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def _handle(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, self.path.split("?")[0], headers, self._body(headers))
+        self.server_hub.requests.append(request)
+        status, content = self.server_hub.answer(request)
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _body(self, headers: dict[str, str]) -> bytes:
+        if headers.get("transfer-encoding") != "chunked":
+            return self.rfile.read(int(headers.get("content-length", "0")))
+        body = b""
+        while length := int(self.rfile.readline(), 16):
+            body += self.rfile.read(length)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    do_GET = do_POST = do_PUT = do_HEAD = _handle
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""

@@ -1,0 +1,80 @@
+"""Give a model new tokens for its domain.
+
+    python tools/extend_vocab.py --model ckpt/base --corpus corpus.jsonl --num-tokens 2000 --output ckpt/extended
+    python tools/extend_vocab.py --model models/llama --tokens words.txt --output models/llama-extended
+
+Ids that there are do not move. The work is done by retemper.tools.vocabulary; this file is the command line.
+docs/vocabulary.md tells more.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE
+from retemper.tools.vocabulary.command import ExtendOptions, extend
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
+    """The options on the command line, by default that of this process."""
+    parser = CommandParser(
+        description="Learn new tokens from a corpus, or take listed ones, and write the model with rows for them."
+    )
+    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="Hugging Face folder or name; or checkpoint")
+    parser.add_argument("--output", required=True, metavar="DIR", help="of the same kind as --model; must not exist")
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        default=[],
+        metavar="FILE|DIR|GLOB",
+        help="text of the domain, in any format that tools/preprocess.py reads. A tenth of its documents is held out, "
+        "to measure the gain with",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--num-tokens", type=int, default=2000, metavar="N", help="to learn (default: %(default)s)")
+    what.add_argument("--tokens", metavar="FILE", help="take these instead, one to a line, leading spaces included")
+    parser.add_argument("--json-key", nargs="+", default=["text"], metavar="KEY", help="as of tools/preprocess.py")
+    parser.add_argument(
+        "--txt-mode", choices=("file", "line"), default="file", help="in .txt a document is (default: the) file or line"
+    )
+    parser.add_argument("--max-documents", type=int, metavar="N", help="read no more documents of the corpus")
+    parser.add_argument("--max-bytes", type=int, metavar="N", help="read no more than about so much text")
+    parser.add_argument(
+        "--min-count",
+        type=int,
+        default=10,
+        metavar="N",
+        help="a token must occur so often in the corpus to be learned (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-characters",
+        type=int,
+        default=16,
+        metavar="N",
+        help="longest token to learn, the space before it included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pad-vocab-to-multiple-of",
+        type=int,
+        metavar="N",
+        help="rows of the new embedding (default: the largest power of two up to 128 that divides the old number)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        default=DEFAULT_MAX_SHARD_SIZE,
+        metavar="SIZE",
+        help="largest safetensors file of a Hugging Face folder (default: %(default)s)",
+    )
+    return ExtendOptions(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    extend(parse_arguments(arguments))
+
+
+if __name__ == "__main__":
+    # A scheduler's SIGTERM cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_command(main)

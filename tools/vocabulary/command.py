@@ -1,0 +1,303 @@
+"""Extend a model's vocabulary: read the corpus, learn tokens, check the new tokenizer, measure, write the model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ...engine.checkpoint.assets import ASSET_FOLDER, HfAssets
+from ...engine.checkpoint.new_folder import new_folder, require_absent
+from ...engine.conversion.run import require_outside
+from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
+from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
+from ...engine.errors import UserError
+from ...engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, parse_shard_size
+from .corpus import is_held_out, read_documents
+from .report import PAGE_FILE, REPORT_FILE, Gain, Measure, format_gain, format_tokens, write_page, write_report
+from .sentencepiece_file import SentencePieceModel, escaped
+from .tokenizer_json import BpeJson
+from .unigram_json import UnigramJson
+from .vocabulary import Extension, NewToken, Tokenizer
+from .weights import ExtendedVocabulary, StoredModel, choose_rows, open_model, write_manifest_of, write_model
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class ExtendOptions:
+    """The command line."""
+
+    model: str
+    output: str
+    corpus: Sequence[str] = ()
+    num_tokens: int = 2000
+    tokens: str | None = None
+    json_key: Sequence[str] = ("text",)
+    txt_mode: str = "file"
+    max_documents: int | None = None
+    max_bytes: int | None = None
+    min_count: int = 10
+    max_characters: int = 16
+    pad_vocab_to_multiple_of: int | None = None
+    max_shard_size: str = DEFAULT_MAX_SHARD_SIZE
+
+
+@dataclass
+class Corpus:
+    """What was read: words to learn from, and the documents to measure with."""
+
+    words: Counter[str]
+    held_out_words: Counter[str]
+    measured: list[str]
+    """Documents."""
+    what: str
+    """Which these are, in words."""
+    documents: int
+
+
+def extend(options: ExtendOptions, say: Callable[[str], None] = print) -> None:
+    """Write ``options.output``.
+
+    Raises:
+        UserError: model, tokenizer, corpus or options cannot be used, or the output exists or cannot be written.
+            Nothing is left behind.
+    """
+    output = require_absent(options.output)
+    shard_bytes = parse_shard_size(options.max_shard_size)
+    _check(options)
+    listed = None if options.tokens is None else read_list(options.tokens)
+    model = open_model(options.model)
+    require_outside(output, model.folder, "--model")
+    old = load_tokenizer(_tokenizer_path(model))
+    tokenizer = open_tokenizer(model.assets.files, old.file)
+    rows = model.architecture.vocab_size
+    if tokenizer.first_id > rows:
+        raise UserError(
+            f"--model {options.model}: its tokenizer has ids up to {tokenizer.first_id - 1:,}, but its embedding has "
+            f"{rows:,} rows; use the tokenizer that belongs to it"
+        )
+    for line in [*model.notes, f"tokenizer: {tokenizer.kind}, ids up to {tokenizer.first_id - 1:,}"]:
+        say(line)
+    corpus = _read(options, tokenizer) if options.corpus else None
+    if listed is not None:
+        extension = tokenizer.take(listed)
+    else:
+        assert corpus is not None
+        with tqdm(desc="learning", total=options.num_tokens, unit="token", disable=None, leave=False) as bar:
+            extension = tokenizer.learn(
+                corpus.words,
+                corpus.held_out_words,
+                options.num_tokens,
+                options.min_count,
+                options.max_characters,
+                bar.update,
+            )
+    for line in extension.notes:
+        say(line)
+    vocab_size, line = choose_rows(rows, tokenizer.first_id, len(extension.tokens), options.pad_vocab_to_multiple_of)
+    say(line)
+    assets = _extended_assets(model, extension, vocab_size)
+    with new_folder(output) as temporary:
+        gain = _write(temporary, options, model, old, extension, vocab_size, assets, shard_bytes, corpus, say)
+    texts = {part: old.decode([part]) for token in extension.tokens for part in token.subtokens}
+    say(format_tokens(extension.tokens, texts))
+    if gain is not None:
+        say(format_gain(gain))
+    say(f"wrote {output}: {'a checkpoint' if model.is_checkpoint else 'a Hugging Face folder'}, and {REPORT_FILE}")
+
+
+def _write(
+    folder: Path,
+    options: ExtendOptions,
+    model: StoredModel,
+    old: TokenizerHandle,
+    extension: Extension,
+    vocab_size: int,
+    assets: HfAssets,
+    shard_bytes: int,
+    corpus: Corpus | None,
+    say: Callable[[str], None],
+) -> Gain | None:
+    """Everything but the name of the output."""
+    beside = folder / ASSET_FOLDER if model.is_checkpoint else folder
+    assets.write(beside)
+    new = load_tokenizer(beside)
+    require_ids(model.asset_folder, beside, extension.tokens)
+    require_unchanged_texts(new, extension.tokens)
+    gain = None if corpus is None else _measure(corpus, old, new)
+    first_id = extension.tokens[0].id
+    source = ExtendedVocabulary(model.source, vocab_size, first_id, extension.tokens)
+    write_model(folder, model, source, assets, shard_bytes)
+    facts = {
+        "model": options.model,
+        "tokenizer": old.file.name,
+        "first_new_id": first_id,
+        "num_new_tokens": len(extension.tokens),
+        "rows_before": model.architecture.vocab_size,
+        "rows": vocab_size,
+    }
+    write_report(folder, facts, extension.tokens, gain, extension.curve)
+    if gain is not None and len(extension.curve) > 1:
+        title = f"New tokens for {Path(options.model).name}"
+        if not write_page(folder, title, gain, extension.curve, extension.tokens):
+            say(f"left out {PAGE_FILE}: its figure needs matplotlib (pip install -e .[demo])")
+    if model.is_checkpoint:
+        write_manifest_of(folder)
+    return gain
+
+
+def _check(options: ExtendOptions) -> None:
+    if options.tokens is None and not options.corpus:
+        raise UserError("--corpus or --tokens is needed: text to learn tokens from, or a list of them")
+    for name in ("num_tokens", "min_count", "max_characters", "max_documents", "max_bytes", "pad_vocab_to_multiple_of"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+
+
+def read_list(path: str) -> list[str]:
+    """The tokens of a file, one to a line, spaces at its ends included.
+
+    Raises:
+        UserError: it cannot be read, is empty, or names a token twice.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--tokens {path}: cannot be read: {error}") from None
+    places: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        if line in places:
+            raise UserError(f"--tokens {path}: line {number} is {line!r}, as line {places[line]} is; name each once")
+        places[line] = number
+    if not places:
+        raise UserError(f"--tokens {path}: holds no token; write one to a line")
+    return list(places)
+
+
+def open_tokenizer(files: dict[str, bytes], where: Path) -> Tokenizer:
+    """What can extend the tokenizer of a folder.
+
+    Args:
+        files: of the folder, by name.
+        where: path of the tokenizer's file.
+
+    Raises:
+        UserError: it is of a kind that cannot be extended.
+    """
+    if where.name == SENTENCEPIECE_FILE:
+        return SentencePieceModel(files, where)
+    if where.name != TOKENIZER_FILE:
+        raise UserError(f"{where}: a tiktoken file cannot be extended; save the tokenizer as {TOKENIZER_FILE} first")
+    kind = json.loads(files[TOKENIZER_FILE])["model"].get("type")
+    if kind == "BPE":
+        return BpeJson(files, where)
+    if kind == "Unigram":
+        return UnigramJson(files, where)
+    raise UserError(f"{where}: a {kind} model cannot be extended; supported: BPE and Unigram")
+
+
+def _tokenizer_path(model: StoredModel) -> Path:
+    name = tokenizer_file_name(model.assets.files)
+    if name is None:
+        raise UserError(f"{model.asset_folder}: holds no {TOKENIZER_FILE} and no {SENTENCEPIECE_FILE}; add one")
+    return model.asset_folder / name
+
+
+def _read(options: ExtendOptions, tokenizer: Tokenizer) -> Corpus:
+    """The corpus, split by documents; where a tenth of them is none, all are learned from and measured with."""
+    words: Counter[str] = Counter()
+    held_out_words: Counter[str] = Counter()
+    held_out: list[str] = []
+    others: list[str] = []
+    documents = read_documents(
+        options.corpus, options.json_key, options.txt_mode, options.max_documents, options.max_bytes
+    )
+    with tqdm(desc="reading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for text in documents:
+            bar.update(len(text))
+            if is_held_out(text):
+                held_out.append(text)
+                held_out_words.update(tokenizer.words(text))
+            else:
+                others.append(text)
+                words.update(tokenizer.words(text))
+    if not held_out and not others:
+        raise UserError(f"--corpus {' '.join(options.corpus)}: no document in it; name files with text")
+    count = len(held_out) + len(others)
+    if not held_out or not others:
+        both, texts = words + held_out_words, held_out + others
+        return Corpus(both, both, texts, "corpus itself, of which nothing could be held out", count)
+    return Corpus(words, held_out_words, held_out, "held-out tenth of the corpus", count)
+
+
+def _extended_assets(model: StoredModel, extension: Extension, vocab_size: int) -> HfAssets:
+    files = {name: data for name, data in model.assets.files.items() if extension.files.get(name, data) is not None}
+    files |= {name: data for name, data in extension.files.items() if data is not None}
+    config = {**model.config, "vocab_size": vocab_size}
+    assets = HfAssets(files)
+    return assets if config == model.config else assets.with_config(config)
+
+
+def require_ids(old: Path, new: Path, tokens: Sequence[NewToken]) -> None:
+    """See that every token of the tokenizer in ``old`` has the same id in ``new``, and ``tokens`` have theirs, by the
+    library that reads it.
+
+    Raises:
+        AssertionError: it has not, which would be a fault of this program.
+    """
+    before, after = _ids(old), _ids(new)
+    moved = [(token, before[token], after.get(token)) for token in before if after.get(token) != before[token]]
+    assert not moved, f"{new}: {moved[:3]}"
+    assert len(after) == len(before) + len(tokens), new
+    assert all(token.id in (after.get(token.piece), after.get(escaped(token.piece))) for token in tokens), new
+
+
+def require_unchanged_texts(new: TokenizerHandle, tokens: Sequence[NewToken]) -> None:
+    """See that added tokens leave the text around them as it is.
+
+    Raises:
+        UserError: the tokenizer begins anew behind an added token, and puts a space there.
+    """
+    for token in tokens:
+        probe = f"a{token.text}b c"
+        if token.kind == "added" and (back := new.decode(new.reference_encode([probe])[0])) != probe:
+            raise UserError(
+                f"--tokens: {token.text!r} can only be an added token, and the tokenizer would change the text around "
+                f"it ({probe!r} comes back as {back!r}); list its words one by one, or leave it out"
+            )
+
+
+def _ids(folder: Path) -> dict[str, int]:
+    if (folder / TOKENIZER_FILE).is_file():
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab(with_added_tokens=True)
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
+    return {model.IdToPiece(place): place for place in range(model.GetPieceSize())}
+
+
+def _measure(corpus: Corpus, old: TokenizerHandle, new: TokenizerHandle) -> Gain:
+    characters, num_bytes = sum(map(len, corpus.measured)), sum(len(text.encode()) for text in corpus.measured)
+    difference = new.check_fast_path(corpus.measured[:_BATCH])
+    if difference:
+        new.use_reference(difference)
+    before, after = (Measure(characters, num_bytes, _num_tokens(handle, corpus.measured)) for handle in (old, new))
+    return Gain(corpus.what, len(corpus.measured), before, after)
+
+
+def _num_tokens(handle: TokenizerHandle, texts: Sequence[str]) -> int:
+    return sum(int(handle.encode_flat(batch)[1].sum()) for batch in _batches(texts))
+
+
+def _batches(texts: Sequence[str]) -> Iterable[Sequence[str]]:
+    return (texts[first : first + _BATCH] for first in range(0, len(texts), _BATCH))

@@ -1,0 +1,228 @@
+"""Embedding and head with rows for new tokens, from a Hugging Face folder or a checkpoint to one of the same kind.
+
+The row of a new token is the mean of the rows of what the old tokenizer makes of it. Rows beyond all tokens, which only
+fill the vocabulary up to a round number, are the mean of all tokens' rows: by Jensen's inequality such a row gets no
+more of the softmax than the average token (Hewitt, 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ... import __version__
+from ...engine.checkpoint.assets import ASSET_FOLDER, HfAssets
+from ...engine.checkpoint.block_copy import BLOCK_BYTES, OutputFile, copy_files, default_workers
+from ...engine.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from ...engine.checkpoint.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
+from ...engine.checkpoint.tensor_source import ReadRows, TensorSource
+from ...engine.checkpoint.tensors import OPTIMIZER_PREFIX, StoredTensor, check_model_tensors, stored_tensors
+from ...engine.checkpoint.verify import require_undamaged
+from ...engine.errors import UserError
+from ...engine.hugging_face.hub_download import find_model_folder
+from ...engine.hugging_face.model import EMBEDDING, HEAD, open_hf_model
+from ...engine.hugging_face.shards import ShardPlan
+from ...engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture
+from ...engine.model.decoder import meta_decoder
+from .vocabulary import NewToken
+
+_LARGEST_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model on disk."""
+
+    folder: Path
+    is_checkpoint: bool
+    architecture: Architecture
+    config: dict[str, Any]
+    assets: HfAssets
+    source: TensorSource
+    """Its parameters."""
+    notes: list[str]
+
+    @property
+    def asset_folder(self) -> Path:
+        """Where its tokenizer and config are."""
+        return self.folder / ASSET_FOLDER if self.is_checkpoint else self.folder
+
+
+def open_model(name: str) -> StoredModel:
+    """A checkpoint, by its folder, or a Hugging Face model by folder or Hub name.
+
+    Raises:
+        UserError: it is neither, or not whole.
+    """
+    if (Path(name) / MANIFEST_FILE).is_file():
+        return _open_checkpoint(Path(name))
+    if Path(name).is_dir() and not (Path(name) / CONFIG_FILE).is_file():
+        raise UserError(
+            f"--model {name}: holds neither {CONFIG_FILE} nor {MANIFEST_FILE}; name a model or a checkpoint"
+        )
+    folder = find_model_folder(name)
+    model = open_hf_model(folder)
+    assets = HfAssets.read(folder)
+    return StoredModel(folder, False, model.architecture, model.config, assets, model, model.notes)
+
+
+def _open_checkpoint(folder: Path) -> StoredModel:
+    manifest, assets = read_manifest(folder), HfAssets.of_checkpoint(folder)
+    if assets.config is None:
+        raise UserError(f"--model {folder}: carries no {ASSET_FOLDER}/{CONFIG_FILE}; name another checkpoint")
+    architecture = parse_architecture(assets.config, str(folder / ASSET_FOLDER / CONFIG_FILE))
+    decoder = meta_decoder(architecture)
+    check_model_tensors(folder, decoder)
+    whole = sum(record.bytes for record in manifest.records.values())
+    with tqdm(desc="verifying", total=whole, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        require_undamaged(folder, bar.update)
+    names = [name for name, _ in decoder.named_parameters()]
+    states = sum(name.startswith(OPTIMIZER_PREFIX) for name in stored_tensors(folder))
+    notes = [f"left out {states} optimizer states: a run on other tokens begins anew"] if states else []
+    return StoredModel(
+        folder, True, architecture, assets.config, assets, CheckpointRows(folder, names).only(names), notes
+    )
+
+
+def choose_rows(rows: int, first_id: int, num_tokens: int, multiple_of: int | None) -> tuple[int, str]:
+    """Rows of the new embedding, and a line that says why.
+
+    Args:
+        rows: of the old one.
+        first_id: of the first new token.
+        num_tokens: of new tokens.
+        multiple_of: what the number of rows shall be a multiple of; None: of what the old one is, a power of two up to
+            128.
+    """
+    needed = first_id + num_tokens
+    fitting = multiple_of or max(2**power for power in range(8) if rows % 2**power == 0)
+    assert multiple_of or fitting <= _LARGEST_MULTIPLE
+    reason = "--pad-vocab-to-multiple-of" if multiple_of else f"as {rows:,} was"
+    wanted = -(-max(rows, needed) // fitting) * fitting
+    if wanted == rows:
+        return rows, f"{rows:,} rows as before: ids from {first_id:,} on had rows without tokens"
+    spare = f", the first {rows - first_id:,} in rows without tokens" if first_id < rows else ""
+    return wanted, (
+        f"{rows:,} rows become {wanted:,}, a multiple of {fitting} ({reason}): {num_tokens:,} new tokens{spare}, "
+        f"{wanted - needed:,} rows to fill up"
+    )
+
+
+class ExtendedVocabulary:
+    """A source whose embedding and head have rows for new tokens (a ``TensorSource``).
+
+    Args:
+        source: of the old model.
+        vocab_size: rows to have.
+        num_used: the old tokens' ids are below it.
+        tokens: new ones, with consecutive ids from ``num_used`` on.
+    """
+
+    def __init__(self, source: TensorSource, vocab_size: int, num_used: int, tokens: Sequence[NewToken]):
+        self._source, self._num_used, self._tokens = source, num_used, tokens
+        assert [token.id for token in tokens] == list(range(num_used, num_used + len(tokens)))
+        self._extended = [name for name in (EMBEDDING, HEAD) if name in source.tensors]
+        self.hashed_rows = dict.fromkeys(self._extended, num_used)
+        """How many rows of each extended tensor are the source's."""
+        self.tensors: Mapping[str, StoredTensor] = {
+            name: StoredTensor((vocab_size, *tensor.shape[1:]), tensor.dtype) if name in self._extended else tensor
+            for name, tensor in source.tensors.items()
+        }
+
+    @contextmanager
+    def rows(self, name: str) -> Iterator[ReadRows]:
+        """See :class:`~retemper.engine.checkpoint.tensor_source.TensorSource`."""
+        with self._source.rows(name) as read:
+            if name not in self._extended:
+                yield read
+                return
+            stored = self._source.tensors[name]
+            mean = self._mean(read, stored)
+            new = self._new_rows(read, stored, mean)
+            num_stored, first_new, stop_new = stored.shape[0], self._num_used, self._num_used + len(new)
+
+            def read_extended(first: int, rows: Tensor) -> None:
+                stop = first + rows.shape[0]
+                if first < num_stored:
+                    read(first, rows[: num_stored - first])
+                start, end = max(first, first_new), min(stop, stop_new)
+                if start < end:
+                    rows[start - first : end - first] = new[start - first_new : end - first_new]
+                start = max(first, num_stored, stop_new)
+                if start < stop:
+                    rows[start - first :] = mean
+
+            yield read_extended
+
+    def _mean(self, read: ReadRows, stored: StoredTensor) -> Tensor:
+        """[hidden] mean of the rows of all old tokens, summed in float64, in the stored dtype."""
+        hidden = stored.shape[1]
+        block = torch.empty((max(1, BLOCK_BYTES // (hidden * 8)), hidden), dtype=stored.dtype)
+        total = torch.zeros(hidden, dtype=torch.float64)
+        for first in range(0, self._num_used, block.shape[0]):
+            rows = block[: min(block.shape[0], self._num_used - first)]
+            read(first, rows)
+            total += rows.double().sum(0)
+        return (total / self._num_used).to(stored.dtype)
+
+    def _new_rows(self, read: ReadRows, stored: StoredTensor, mean: Tensor) -> Tensor:
+        """[new tokens, hidden] in the stored dtype; of a token that is made of nothing, ``mean``."""
+
+        @functools.cache
+        def row(token: int) -> Tensor:
+            values = torch.empty((1, stored.shape[1]), dtype=stored.dtype)
+            read(token, values)
+            return values[0].float()
+
+        new = torch.empty((len(self._tokens), stored.shape[1]), dtype=stored.dtype)
+        for place, token in enumerate(self._tokens):
+            new[place] = torch.stack([row(part) for part in token.subtokens]).mean(0) if token.subtokens else mean
+        return new
+
+
+def write_model(
+    folder: Path, model: StoredModel, source: ExtendedVocabulary, assets: HfAssets, max_shard_size: int
+) -> None:
+    """Write the model into ``folder``, as a checkpoint or a Hugging Face folder, whichever it was. A checkpoint's
+    manifest is left to :func:`write_manifest_of`.
+
+    Raises:
+        OSError: it cannot be written.
+        UserError: the disk gives back something else than was written.
+    """
+    tensors, plan = source.tensors, None
+    if model.is_checkpoint:
+        files = [
+            OutputFile(f"__0_{number}.distcp", {name: tensor}, functools.partial(_begin, name, tensor))
+            for number, (name, tensor) in enumerate(tensors.items())
+        ]
+    else:
+        plan = ShardPlan(tensors, max_shard_size)
+        files = plan.files
+    num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
+    # Everything is written, and read back.
+    with tqdm(desc="writing", total=2 * num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        done = copy_files(folder, files, source, default_workers(), source.hashed_rows, bar.update)
+    if plan is not None:
+        plan.write_index(folder)
+        assets.write(folder)
+        return
+    write_metadata(folder, tensors, {name: (f.name, f.record.bytes) for f in done.values() for name in f.tensors})
+    assets.write(folder / ASSET_FOLDER)
+
+
+def write_manifest_of(folder: Path) -> None:
+    """Complete a checkpoint that :func:`write_model` has written."""
+    write_manifest(folder, Manifest(kind="converted", retemper_version=__version__))
+
+
+def _begin(name: str, tensor: StoredTensor, path: Path) -> dict[str, int]:
+    return {name: begin_tensor_file(path, tensor)}
