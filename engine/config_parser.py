@@ -20,7 +20,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
-from .config import RunConfig, SourceConfig, StageConfig, to_dict, validate
+from .config import RunConfig, SourceConfig, StageConfig, to_dict
+from .config_checks import validate
 from .config_yaml import dump_yaml, load_yaml
 from .errors import UserError
 

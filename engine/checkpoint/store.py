@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 
 from ..errors import UserError
 from ..parallel.process_group import Ranks
@@ -134,7 +135,9 @@ class CheckpointStore:
     def _examine(self, folder: Path) -> tuple[Manifest | None, str | None]:
         """The manifest of ``folder``, and what is wrong with it; every rank reads a share of the files."""
         share = (self.ranks.rank, self.ranks.world_size)
-        manifest, mine = self.ranks.everywhere(lambda: find_damage(folder, share))
+        description, silent = f"verifying {folder.name}", None if self.ranks.is_main else True
+        with tqdm(desc=description, unit="B", unit_scale=True, disable=silent, leave=False, delay=2) as bar:
+            manifest, mine = self.ranks.everywhere(lambda: find_damage(folder, share, on_bytes=bar.update))
         reports = self.ranks.gather(mine)
         damage = reports[0] or self._seen_by_main(folder, reports)
         if manifest is not None and not manifest.files:

@@ -78,7 +78,7 @@ def resolve_where_rank_1_sees_damage(ranks: Ranks, run_folder: Path) -> tuple[st
     """As :func:`resolve`, with a node whose view of the file system is stale."""
     find = stores.find_damage
 
-    def find_damage(folder, share=(0, 1), only=None):
+    def find_damage(folder, share=(0, 1), only=None, on_bytes=None):
         manifest, damage = find(folder, share, only)
         return manifest, damage + ([Damage(".metadata", f"{folder}/.metadata: missing")] if ranks.rank else [])
 

@@ -63,11 +63,13 @@ def args_of(settings: dict[str, Any], **others: Any) -> Namespace:
         position_embedding_type="rope",
         normalization="RMSNorm",
         swiglu=True,
-        add_bias_linear=False,
+        add_bias_linear=settings.get("mlp_bias", False),
         add_qkv_bias=family == "qwen2",
         qk_layernorm=family == "qwen3",
         untie_embeddings_and_output_weights=not settings["tie_word_embeddings"],
         num_experts=None,
+        use_rope_scaling="rope_parameters" in settings,
+        rope_scaling_factor=settings.get("rope_parameters", {}).get("factor", 8.0),
         **others,
     )
 
@@ -107,6 +109,8 @@ def gpt_model(args: Namespace, padded_vocab_size: int) -> GPTModel:
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
         rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
     ).eval()
     generator = torch.Generator().manual_seed(parallel_state.get_tensor_model_parallel_rank())
     shared = torch.Generator().manual_seed(99)

@@ -7,6 +7,8 @@ import argparse
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -534,3 +536,12 @@ def test_commands(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
         load_file(tmp_path / "hf" / "model.safetensors").keys()
         == load_file(models["qwen3"] / "model.safetensors").keys()
     )
+
+
+def test_the_guide() -> None:
+    """Its commands have the options that they use."""
+    text = (Path(__file__).parents[2] / "docs" / "megatron.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^    python checkpoint_convert/(\w+)\.py (.*)$", text, re.MULTILINE)
+    assert {name for name, _ in commands} == {"from_megatron", "to_megatron"}
+    for name, options in commands:
+        {"from_megatron": from_megatron, "to_megatron": to_megatron}[name].parse_arguments(shlex.split(options))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,27 @@ import megatron_models as mm
 
 from retemper.engine.parallel.process_group import Ranks
 
-sys.modules.setdefault("megatron_models", mm)
 VOCAB_SIZE = 97
 TOKENS = torch.arange(40).view(2, 20) * 7 % VOCAB_SIZE
 COMMON = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 8},
+    "llama, biases, long": {
+        "model_type": "llama",
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "head_dim": 8,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 8},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "tie_word_embeddings": False, "head_dim": 16},
 }
@@ -162,3 +176,13 @@ def test_a_checkpoint_for_the_trainer(one_rank: Ranks, tmp_path: Path) -> None:
         mm.load(after, tmp_path / "again" / "release")
     for (name, one), (_, other) in zip(before.named_parameters(), after.named_parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_megatron_takes_another_padding(one_rank: Ranks, tmp_path: Path) -> None:
+    folder = random_hf_folder(tmp_path / "hf", SETTINGS["llama"])
+    to_megatron.convert(tmp_path / "out", hf=str(folder), make_vocab_size_divisible_by=1, say=lambda line: None)
+    with mm.megatron_on_cpu():
+        model = mm.gpt_model(mm.args_of(SETTINGS["llama"]), 128)
+        mm.load(model, tmp_path / "out" / "release")
+        theirs = mm.logits(model, TOKENS)
+    torch.testing.assert_close(theirs[..., :VOCAB_SIZE], transformers_logits(folder), rtol=0, atol=1e-5)

@@ -98,6 +98,18 @@ def is_held_out(text: str) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode()) % 10 == 0
 
 
+def test_nothing_is_learned_from_what_is_held_out(base, tmp_path):
+    sides = {word: [f"{word} {number} " * 30 for number in range(200)] for word in ("zyzzyva", "syzygy")}
+    texts = [text for text in sides["zyzzyva"] if is_held_out(text)][:8]
+    texts += [text for text in sides["syzygy"] if not is_held_out(text)][:8]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = ["--corpus", str(corpus), "--num-tokens", "1000", "--min-count", "100"]
+    command.main(["--model", str(base), "--output", str(tmp_path / "new"), *arguments])
+    learned = {token["text"].strip() for token in report(tmp_path / "new")["tokens"]}
+    assert "syzygy" in learned and not any("yzz" in text for text in learned)
+
+
 def test_transformers_reads_the_same_tokenizer(base, extended):
     theirs = AutoTokenizer.from_pretrained(extended)
     ours = load_tokenizer(extended, allow_special_tokens=True, backend="reference")

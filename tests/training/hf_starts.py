@@ -50,11 +50,12 @@ def start(ranks: Ranks, path: Path, overrides: list[str]) -> dict:
         num_bytes += into.numel() * into.itemsize
         read(descriptor, offset, into, file)
 
-    slices.read_exactly = counting_read
+    block = slices.BLOCK_BYTES
+    slices.read_exactly, slices.BLOCK_BYTES = counting_read, 200  # some rows of these small tensors
     try:
         trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
     finally:
-        slices.read_exactly = read
+        slices.read_exactly, slices.BLOCK_BYTES = read, block
     parameters = dict(trainer.model.named_parameters())
     local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in parameters.items()}
     return {

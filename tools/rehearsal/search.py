@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...engine.budget import plan_batches
-from ...engine.config import RunConfig, validate
+from ...engine.config import RunConfig
+from ...engine.config_checks import validate
 from ...engine.errors import UserError
 from ...engine.parallel.build import Choices, check
 from ...engine.parallel.mesh import Layout, plan_layout

@@ -68,7 +68,7 @@ def open_model(name: str) -> StoredModel:
         raise UserError(
             f"--model {name}: holds neither {CONFIG_FILE} nor {MANIFEST_FILE}; name a model or a checkpoint"
         )
-    folder = find_model_folder(name)
+    folder = find_model_folder(name, "--model")
     model = open_hf_model(folder)
     assets = HfAssets.read(folder)
     return StoredModel(folder, False, model.architecture, model.config, assets, model, model.notes)
