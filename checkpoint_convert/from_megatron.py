@@ -100,14 +100,12 @@ def convert(
         else:
             done = _write_checkpoint(partial, model, tensors, assets, workers)
         if verify:
-            length = model.config.get("max_position_embeddings")
-            vocab_size = model.architecture.vocab_size
-            record.logits = compare_logits(partial.content, model, model.architecture, tensors, vocab_size, length)
+            a, length = model.architecture, model.config.get("max_position_embeddings")
+            record.logits = compare_logits(partial.content, model, a, tensors, a.vocab_size, length)
             say(describe_logits(record.logits))
         record.write(partial.content, {**model.tensors, **model.left_out}, tensors, done.values())
         if format == CHECKPOINT:
-            hashed = {file.name: file.record for file in done.values()}
-            write_manifest(partial.content, Manifest(kind="converted", retemper_version=__version__), hashed)
+            _complete_checkpoint(partial.content, done)
     say(f"wrote {output}: {len(tensors)} tensors, {size_of(done.values())}")
 
 
@@ -138,6 +136,11 @@ def _write_checkpoint(
     write_metadata(partial.content, tensors, places)
     assets.write(partial.content / ASSET_FOLDER)
     return done
+
+
+def _complete_checkpoint(folder: Path, done: dict[str, WrittenFile]) -> None:
+    hashed = {file.name: file.record for file in done.values()}
+    write_manifest(folder, Manifest(kind="converted", retemper_version=__version__), hashed)
 
 
 def _begin(name: str, tensor: StoredTensor, path: Path) -> dict[str, int]:

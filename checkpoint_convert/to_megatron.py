@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,29 +103,19 @@ def convert(
     """
     output, workers = require_absent(output), parse_workers(workers)
     target = dtype_named(dtype)
-    for option, value in (
-        ("--tensor-parallel", tensor_parallel),
-        ("--make-vocab-size-divisible-by", make_vocab_size_divisible_by),
-    ):
-        if not 0 < value < _MAX_MULTIPLE:
-            raise UserError(f"{option} {value}: a positive number below {_MAX_MULTIPLE:,} is needed")
+    layout = _layout(make_vocab_size_divisible_by, tensor_parallel, per_layer)
     if verify and hf is None:
         raise UserError("--verify: needs --hf, transformers reads nothing else")
     assert (hf is None) != (checkpoint is None)
     source = _open_hf(hf, output) if hf is not None else _open_checkpoint(Path(checkpoint or ""), output, workers)
-    where, layout = str(source.folder), Layout(Vocabulary(make_vocab_size_divisible_by, tensor_parallel), per_layer)
+    where = str(source.folder)
     args = args_from_config(source.config, source.architecture, layout.vocabulary, where)
     targets = cast_to(source.weights.tensors, target or source.dtype)
     pieces = MegatronPieces(source.weights, targets, source.architecture, layout)
     for line in [*source.notes, *describe_casts(source.weights.tensors, targets), *_advice(source, args)]:
         say(line)
 
-    options = {
-        "dtype": dtype if target or source.dtype is None else dtype_name(source.dtype),
-        "tensor_parallel": tensor_parallel,
-        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
-        "per_layer": per_layer,
-    }
+    options = {"dtype": dtype if target or source.dtype is None else dtype_name(source.dtype), **asdict(layout)}
     record = ConversionRecord("to_megatron", source.identity, options, left_out=source.left_out)
     with partial_folder(output, record.identity, say) as partial:
         done = write_tensors(partial, pieces.files(), pieces, pieces.hashed_rows, workers)
@@ -140,6 +130,13 @@ def convert(
         left_out = {name: source.all_tensors[name] for names in source.left_out.values() for name in names}
         record.write(partial.content, {**pieces.unpadded, **left_out}, pieces.targets, done.values())
     say(f"wrote {output}: {len(targets)} tensors, {size_of(done.values())}; load it with --ckpt-format torch_dist")
+
+
+def _layout(divisible_by: int, tensor_parallel: int, per_layer: bool) -> Layout:
+    for option, value in (("--tensor-parallel", tensor_parallel), ("--make-vocab-size-divisible-by", divisible_by)):
+        if not 0 < value < _MAX_MULTIPLE:
+            raise UserError(f"{option} {value}: a positive number below {_MAX_MULTIPLE:,} is needed")
+    return Layout(Vocabulary(divisible_by, tensor_parallel), per_layer)
 
 
 def _advice(source: _Source, args: argparse.Namespace) -> list[str]:

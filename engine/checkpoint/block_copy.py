@@ -65,7 +65,8 @@ class WrittenFile:
 
 def default_workers() -> int:
     """One for each CPU that this process may use, up to :data:`MAX_WORKERS`."""
-    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MAX_WORKERS)
 
 
 def copy_files(
@@ -273,7 +274,8 @@ def read_back(
     places = sorted((offsets[name], offsets[name] + tensor.num_bytes, name) for name, tensor in tensors.items())
     with open(path, "rb", buffering=0) as file:
         # Only pages that have been flushed are forgotten, which the caller has seen to.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         end = os.fstat(file.fileno()).st_size
         buffer = memoryview(bytearray(min(BLOCK_BYTES, max(1, end))))
 

@@ -6,9 +6,8 @@ block, however large the tensor is.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -29,34 +28,6 @@ class TensorSource(Protocol):
 
     def rows(self, name: str) -> AbstractContextManager[ReadRows]:
         """What reads the rows of ``name`` while it is open."""
-
-
-class WholeTensors:
-    """A source out of a function that gives whole tensors, one of which is in memory at a time.
-
-    Args:
-        tensors: names, shapes and dtypes.
-        read: gives the CPU tensor of a name.
-    """
-
-    def __init__(self, tensors: Mapping[str, StoredTensor], read: Callable[[str], Tensor]):
-        self.tensors = tensors
-        self._read = read
-        self._turn = threading.Lock()
-
-    @contextmanager
-    def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`TensorSource`."""
-        with self._turn:
-            tensor = self._read(name)
-            described = self.tensors[name]
-            assert (tuple(tensor.shape), tensor.dtype) == (described.shape, described.dtype), name
-            tensor = tensor.reshape(rows_of(described.shape))
-
-            def read(first: int, rows: Tensor) -> None:
-                rows.copy_(tensor[first : first + rows.shape[0]])
-
-            yield read
 
 
 def rows_of(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,35 +118,6 @@ def save_tensors(
     return writer.records
 
 
-def save_streamed_tensors(
-    folder: Path, tensors: Mapping[str, StoredTensor], read: Callable[[str], Tensor]
-) -> dict[str, FileRecord]:
-    """Write tensors that need not fit in memory together, without a process group, each into a file of its own.
-
-    Args:
-        folder: where to.
-        tensors: every name with its shape and dtype.
-        read: gives the CPU tensor of a name, when its turn has come. What it raises ends the writing.
-
-    Returns:
-        the files, hashed on their way to the disk.
-
-    Raises:
-        OSError: the tensors cannot be written.
-    """
-    described = {name: torch.empty(item.shape, dtype=item.dtype, device="meta") for name, item in tensors.items()}
-    # DCP holds on to every tensor of a file until the file is complete, hence one tensor to a file.
-    writer = HashingWriter(folder, single_file_per_rank=False)
-    try:
-        with _without_single_process_warning():
-            dcp.save(described, storage_writer=writer, planner=_StreamingPlanner(read), no_dist=True)
-    except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        # Where a disk is full, torch.save fails once more while it closes the file, and hides the reason.
-        raise _os_error_behind(cause) or cause from None
-    return writer.records
-
-
 def _os_error_behind(error: BaseException | None) -> OSError | None:
     """The OSError that led to ``error``, if one did."""
     while error is not None and not isinstance(error, OSError):
@@ -163,19 +134,6 @@ class _StagedPlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self._staged[index.fqn]
-
-
-class _StreamingPlanner(DefaultSavePlanner):
-    """Plans with descriptions of tensors; their values are fetched one at a time, as they are written."""
-
-    def __init__(self, read: Callable[[str], Tensor]):
-        super().__init__()
-        self._read = read
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        tensor, described = self._read(index.fqn), self.state_dict[index.fqn]
-        assert (tensor.shape, tensor.dtype) == (described.shape, described.dtype), index.fqn
-        return tensor
 
 
 def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bool = True) -> None:
@@ -256,7 +214,8 @@ def describe_casts(
 def _reasons(error: CheckpointException) -> str:
     """The distinct causes, of all ranks."""
     causes = [_os_error_behind(cause) or cause for cause, _ in error.failures.values()]
-    return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause in causes}))
+    said = {str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}" for cause in causes}
+    return "; ".join(sorted(said))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ..checkpoint.store import CheckpointStore, step_of
 from ..config import CheckpointConfig
 from ..errors import UserError
 from ..hugging_face.upload import open_repository, upload_folder
+from ..hugging_face.weight_dtypes import describe_casts
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
 from .dcp_to_hf import Export, plan_export
@@ -80,7 +81,7 @@ def export_run(
             say(f"exported    {output} already")
         else:
             store.require_sound(str(checkpoint), "checkpoint.export_hf")
-            say(_write(ranks, checkpoint, output, stop_agreed))
+            _write(ranks, checkpoint, output, stop_agreed, say)
     except _Stopped:
         say(f"broke off the export to {output} as asked; the same command makes it")
         return
@@ -122,8 +123,12 @@ def _is_there(output: Path, checkpoint: Path) -> bool:
     return True
 
 
-def _write(ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool]) -> str:
+def _write(
+    ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool], say: Callable[[str], None]
+) -> None:
     export = ranks.everywhere(lambda: plan_export(checkpoint))
+    for line in describe_casts(export.stored.tensors, export.tensors):
+        say(f"export      {line}")
     with ExitStack() as stack:
         identity = export.record.identity
         # Nothing is taken up of what a killed run has left: its files are written again.
@@ -144,7 +149,7 @@ def _write(ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[
             raise _Stopped
         written = [file for of_rank in ranks.gather(done) for file in of_rank or ()]
         ranks.on_main(lambda: _complete(export, content, written, stack))
-    return f"exported    {output}: {len(export.tensors)} tensors, {size_of(written)}"
+    say(f"exported    {output}: {len(export.tensors)} tensors, {size_of(written)}")
 
 
 def _require_visible(folder: Path) -> None:

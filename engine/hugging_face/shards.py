@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from torch import Tensor
 
-from ..checkpoint.block_copy import OutputFile, copy_files
-from ..checkpoint.tensor_source import WholeTensors
+from ..checkpoint.block_copy import OutputFile
 from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from .folder import INDEX_FILE
@@ -101,23 +99,3 @@ def shard_header(tensors: Mapping[str, StoredTensor]) -> tuple[bytes, dict[str, 
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: first + at for name, at in starts.items()}, first + end
-
-
-def write_shards(
-    folder: Path, tensors: Mapping[str, StoredTensor], max_shard_size: int, read: Callable[[str], Tensor]
-) -> None:
-    """Write safetensors files with the names that the Hub uses, and their index when there are several.
-
-    Args:
-        folder: where to.
-        tensors: names, shapes and dtypes.
-        max_shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
-        read: gives the CPU tensor of a name. One at a time is in memory.
-
-    Raises:
-        OSError: a file cannot be written.
-        UserError: the disk gives back something else than was written.
-    """
-    plan = ShardPlan(tensors, max_shard_size)
-    copy_files(folder, plan.files, WholeTensors(tensors, read))
-    plan.write_index(folder)

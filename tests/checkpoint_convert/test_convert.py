@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,11 +22,9 @@ from retemper.engine.checkpoint.assets import HfAssets
 from retemper.engine.checkpoint.manifest import Manifest, read_manifest
 from retemper.engine.checkpoint.store import CheckpointStore
 from retemper.engine.checkpoint.tensors import (
-    StoredTensor,
     load_tensors,
     model_tensors,
     optimizer_tensors,
-    save_streamed_tensors,
     stored_tensors,
 )
 from retemper.engine.model.architecture import parse_architecture, read_hf_config
@@ -216,29 +213,6 @@ def test_refuses_a_declared_dtype_that_weights_cannot_have(
     result = run(dcp_to_hf, "--checkpoint", checkpoint, "--output", tmp_path / "back")
     assert_refused(result, "config.json", "'int8'", "--dtype")
     assert not (tmp_path / "back").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One tensor at a time
-
-
-def test_tensors_pass_one_at_a_time(tmp_path: Path) -> None:
-    alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-    most = 0
-
-    def read(name: str) -> torch.Tensor:
-        nonlocal most
-        tensor = torch.full((4, 4), float(name))
-        alive.add(tensor.untyped_storage())
-        most = max(most, len(alive))
-        return tensor
-
-    tensors = {str(number): StoredTensor((4, 4), torch.float32) for number in range(20)}
-    save_streamed_tensors(tmp_path, tensors, read)
-    assert most <= 2
-    loaded = {name: torch.empty(4, 4) for name in tensors}
-    load_tensors(tmp_path, loaded, distributed=False)
-    assert all((tensor == float(name)).all() for name, tensor in loaded.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

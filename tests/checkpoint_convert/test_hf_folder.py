@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, read_folder, read_safetensors
 
+from retemper.engine.checkpoint.block_copy import copy_files
+from retemper.engine.checkpoint.tensor_source import ReadRows, rows_of
 from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.folder import INDEX_FILE, WEIGHTS_FILE, HfWeights
-from retemper.engine.hugging_face.shards import parse_shard_size, write_shards
+from retemper.engine.hugging_face.shards import ShardPlan, parse_shard_size
 
 COUNTING = {name: torch.arange(start, start + 6, dtype=torch.float32).view(2, 3) for start, name in enumerate("abc")}
 
@@ -164,10 +167,29 @@ def test_refuses_folders_without_weights(tmp_path: Path) -> None:
         HfWeights(tmp_path / "absent")
 
 
+class InMemory:
+    """A source of the tensors that it is given."""
+
+    def __init__(self, values: dict[str, torch.Tensor]):
+        self.values = values
+        self.tensors = {name: StoredTensor(tuple(value.shape), value.dtype) for name, value in values.items()}
+
+    @contextmanager
+    def rows(self, name: str) -> Iterator[ReadRows]:
+        value = self.values[name].reshape(rows_of(self.tensors[name].shape))
+        yield lambda first, rows: rows.copy_(value[first : first + rows.shape[0]])
+
+
+def write_tensors(folder: Path, values: dict[str, torch.Tensor], max_shard_size: int) -> None:
+    source = InMemory(values)
+    plan = ShardPlan(source.tensors, max_shard_size)
+    copy_files(folder, plan.files, source)
+    plan.write_index(folder)
+
+
 def write_counting(folder: Path, max_shard_size: int) -> list[list[str]]:
     """Write COUNTING (24 bytes a tensor); returns the groups of names that share a file."""
-    tensors = {name: StoredTensor(tuple(value.shape), value.dtype) for name, value in COUNTING.items()}
-    write_shards(folder, tensors, max_shard_size, COUNTING.__getitem__)
+    write_tensors(folder, COUNTING, max_shard_size)
     return [list(load_file(path)) for path in sorted(folder.glob("*.safetensors"))]
 
 

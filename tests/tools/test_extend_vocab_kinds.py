@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,23 @@ def test_both_files_give_the_same_ids(pairs, kind):
     assert len([token for token in used if token >= SIZE]) > 10
 
 
+def test_both_files_say_the_same(pairs):
+    """tokenizer.json is what converting the new tokenizer.model gives: every way to a piece, pieces by their scores."""
+    _, after = pairs["json+model bpe"]
+    converted = models.sentencepiece_json((after / "tokenizer.model").read_bytes())["model"]
+    found = json.loads((after / "tokenizer.json").read_text())["model"]
+    assert found["vocab"] == converted["vocab"]
+    ways = [Counter(map(tuple, model["merges"])) for model in (found, converted)]
+    assert ways[0] == ways[1]
+    assert [*dict.fromkeys(map("".join, found["merges"]))] == [*dict.fromkeys(map("".join, converted["merges"]))]
+    _, after = pairs["json+model unigram"]
+    converted = models.sentencepiece_json((after / "tokenizer.model").read_bytes())["model"]
+    found = json.loads((after / "tokenizer.json").read_text())["model"]
+    assert [piece for piece, _ in found["vocab"]] == [piece for piece, _ in converted["vocab"]]
+    scores = [[score for _, score in model["vocab"]] for model in (found, converted)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["json+model bpe", "json bpe"])
 def test_transformers_gives_the_same_ids(pairs, kind):
     _, after = pairs[kind]
@@ -105,7 +123,7 @@ def test_scores(pairs, kind):
     if "bpe" in kind:
         assert max(added) < min(scores) and added == sorted(added, reverse=True)
     else:
-        assert min(scores) - 3 < min(added) and max(added) < 0
+        assert min(scores) - 3 < min(added) and min(scores) < max(added) < 0 and len(set(added)) > 5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import hf_starts
@@ -15,6 +16,8 @@ from retemper.checkpoint_convert import hf_to_dcp
 from retemper.engine.checkpoint.assets import HfAssets, find_assets
 from retemper.engine.config import ModelConfig
 from retemper.engine.errors import UserError
+from retemper.engine.hugging_face.model import open_hf_model
+from retemper.engine.hugging_face.slices import load_hf_tensors
 from retemper.engine.trainer import Trainer
 from retemper.tools.rehearsal.command import read_architecture
 
@@ -123,6 +126,18 @@ def test_files_of_an_earlier_save_are_left_out_and_named(one_rank, hf_run, hf, t
         one_rank, hf_run, ["--run_folder", str(tmp_path / "run"), "--model.initialize_from", str(folder)]
     )
     assert len(result["casts"]) == 1 and "stale.safetensors" in result["casts"][0]
+
+
+def test_a_file_that_is_cut_while_it_is_read_takes_a_line(hf, tmp_path):
+    folder = shutil.copytree(hf, tmp_path / "hf")
+    model = open_hf_model(folder)
+    path, start = model.weights.place("model.norm.weight")
+    os.truncate(path, start + 1)
+    target = {"model.norm.weight": torch.empty(32)}
+    with pytest.raises(
+        UserError, match=rf"^{folder}: cannot be read: {path}: ends before byte {start + 64:,};[^\n]*$"
+    ):
+        load_hf_tensors(model, target, distributed=False)
 
 
 def test_tools_find_the_model_in_the_folder(hf):

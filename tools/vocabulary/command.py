@@ -223,7 +223,6 @@ def _read(options: ExtendOptions, tokenizer: Tokenizer) -> Corpus:
     with tqdm(desc="reading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for text in documents:
             bar.update(len(text))
-            words.update(tokenizer.words(text))
             if is_held_out(text):
                 held_out.append(text)
                 held_out_words.update(tokenizer.words(text))

@@ -1,0 +1,239 @@
+"""Megatron checkpoints that are damaged, hostile, or of models that one side has not: one line, and nothing is left."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron_by_hand import by_hand, quiet_from, quiet_to, save_megatron, save_models
+from safetensors.torch import load_file, save_file
+from tiny_models import SHAPE, Command, assert_refused, edit_json, read_folder
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from retemper.checkpoint_convert import from_megatron, to_megatron
+
+Run = Callable[..., Command]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Hugging Face folders; not to be changed."""
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def megatron(models: dict[str, Path], tmp_path: Path) -> Path:
+    """A checkpoint of the Llama model to spoil."""
+    return save_megatron(tmp_path / "megatron", by_hand(models["llama"], padded=128))
+
+
+@pytest.fixture
+def refuse(run: Run, models: dict[str, Path], tmp_path: Path) -> Callable[..., None]:
+    """Runs from_megatron, which must refuse and leave nothing."""
+
+    def refused(
+        megatron: Path, *fragments: str, config: Path | None = models["llama"], options: Sequence[str] = ()
+    ) -> None:
+        before = sorted(tmp_path.iterdir())
+        given = ["--config", config] if config is not None else []
+        command = run(from_megatron, "--megatron", megatron, "--output", tmp_path / "output", *given, *options)
+        assert_refused(command, *fragments)
+        assert sorted(tmp_path.iterdir()) == before
+
+    return refused
+
+
+def test_folders_that_are_no_checkpoint(megatron: Path, refuse: Callable[..., None], tmp_path: Path) -> None:
+    refuse(tmp_path / "nowhere", "no such folder")
+    (megatron / "metadata.json").unlink()
+    refuse(megatron, "metadata.json is missing", "not saved to its end")
+    (megatron / "metadata.json").write_text("{")
+    refuse(megatron, "metadata.json", "JSON")
+    (megatron / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
+    refuse(megatron, "'zarr'", "--ckpt-convert-format torch_dist")
+    (megatron / "mp_rank_00").mkdir()
+    refuse(megatron, "old format", "--ckpt-convert-format torch_dist")
+    above = tmp_path / "above"
+    above.mkdir()
+    for said, fragment in (("../megatron", "neither an iteration"), ("12", "iter_0000012")):
+        (above / "latest_checkpointed_iteration.txt").write_text(said)
+        refuse(above, fragment)
+
+
+def test_models_of_another_kind(models: dict[str, Path], refuse: Callable[..., None], tmp_path: Path) -> None:
+    cases = {
+        "decoder.layers.mlp.router.weight": "mixture of experts",
+        "decoder.layers.self_attention.linear_kv_down_proj.weight": "latent attention",
+        "mtp.layers.0.enorm.weight": "multi-token prediction",
+        "decoder.layers.self_attention.linear_qkv.layer_norm_bias": "LayerNorm",
+        "decoder.layers.self_attention.q_layernorm.weight": "unexpected decoder.layers.self_attention.q_layernorm",
+    }
+    for number, (key, fragment) in enumerate(cases.items()):
+        state = by_hand(models["llama"], padded=128) | {key: torch.ones(2, 4)}
+        refuse(save_megatron(tmp_path / str(number), state), key, fragment)
+    state = by_hand(models["llama"], padded=128)
+    del state["decoder.layers.mlp.linear_fc2.weight"]
+    refuse(save_megatron(tmp_path / "missing", state), "missing decoder.layers.mlp.linear_fc2.weight")
+    refuse(save_megatron(tmp_path / "none", {"x": torch.ones(2)}), "0 tensors *embedding.word_embeddings.weight")
+
+
+def test_a_config_of_another_model(megatron: Path, models: dict[str, Path], refuse: Callable[..., None]) -> None:
+    refuse(megatron, "missing decoder.layers.self_attention.linear_qkv.bias", config=models["qwen2"])
+    config = json.loads((models["llama"] / "config.json").read_text())
+    other = megatron.parent / "other.json"
+    for change, fragment in (
+        ({"intermediate_size": 40}, "mlp.linear_fc1.weight is [2, 96, 32], the model wants [2, 80, 32]"),
+        ({"num_hidden_layers": 3}, "the model wants [3, "),
+        ({"vocab_size": 129}, "embedding.word_embeddings.weight is [128, 32], the model wants [129, 32]"),
+        ({"tie_word_embeddings": True}, "unexpected output_layer.weight"),
+    ):
+        other.write_text(json.dumps({**config, **change}))
+        refuse(megatron, str(other), fragment, config=other)
+    refuse(megatron, "No such file", config=megatron.parent / "nowhere")
+    refuse(megatron, "--tokenizer", options=["--tokenizer", str(megatron)])
+    refuse(megatron, "--verify", options=["--verify", "--format", "checkpoint"])
+
+
+def test_rows_that_are_too_many_for_padding(
+    models: dict[str, Path], refuse: Callable[..., None], tmp_path: Path
+) -> None:
+    state = by_hand(models["llama"], padded=97 + 8192)
+    refuse(save_megatron(tmp_path / "megatron", state), "8289 rows, vocab_size is 97: too many for padding")
+
+
+def test_damaged_files(megatron: Path, refuse: Callable[..., None]) -> None:
+    [tensors] = megatron.glob("*.distcp")
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[: len(content) // 2])
+    refuse(megatron, tensors.name)
+    tensors.write_bytes(content.replace(b"data.pkl", b"date.pkl"))
+    refuse(megatron, tensors.name, "damaged")
+    tensors.unlink()
+    refuse(megatron, tensors.name)
+    tensors.write_bytes(content)
+    metadata = megatron / ".metadata"
+    whole = metadata.read_bytes()
+    metadata.write_bytes(whole[:-40])
+    refuse(megatron, ".metadata", "damaged")
+    name = tensors.name.encode()
+    metadata.write_bytes(whole.replace(name, b"../" + name[3:]))
+    refuse(megatron, "not inside it")
+
+
+class Canary:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("place", ["common.pt", "common_state", ".metadata", "attribute"])
+def test_nothing_is_executed(
+    megatron: Path, refuse: Callable[..., None], tmp_path: Path, models: dict[str, Path], place: str
+) -> None:
+    canary = tmp_path / "canary"
+    if place == ".metadata":
+        (megatron / ".metadata").write_bytes(pickle.dumps(Canary(canary)))
+        refuse(megatron, ".metadata", "mkdir")
+    elif place == "attribute":
+        # Where Megatron keeps its plans; nobody reads it, but it is unpickled.
+        metadata = dcp.FileSystemReader(megatron).read_metadata()
+        metadata.all_local_plans = [Canary(canary)]  # type: ignore[attr-defined]
+        (megatron / ".metadata").write_bytes(pickle.dumps(metadata))
+        refuse(megatron, ".metadata", "mkdir")
+    else:
+        args = argparse.Namespace(num_layers=Canary(canary), hidden_size=32)
+        if place == "common.pt":
+            torch.save({"args": args, "more": Canary(canary)}, megatron / "common.pt")
+        else:
+            state = {"common_state/shard_0_1": [{"args": args}], **by_hand(models["llama"], padded=128)}
+            megatron = save_megatron(tmp_path / "new", state)
+        refuse(megatron, "its args hold no num_layers", "--config", config=None)
+        quiet_from(megatron, tmp_path / "hf", config=models["llama"])
+        assert read_folder(tmp_path / "hf") == read_folder(models["llama"])
+    assert not canary.exists()
+
+
+def test_settings_that_cannot_be_used(
+    megatron: Path, models: dict[str, Path], refuse: Callable[..., None], tmp_path: Path
+) -> None:
+    refuse(megatron, "its args cannot be read", "--config", config=None)
+    (megatron / "common.pt").write_bytes(b"PK nothing")
+    refuse(megatron, "its args cannot be read", "--config", config=None)
+    quiet_to(tmp_path / "good", hf=str(models["llama"]))
+    args = torch.load(tmp_path / "good" / "release" / "common.pt", weights_only=False)["args"]
+    for change, fragment in (
+        ({"num_experts": 8}, "num_experts 8"),
+        ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
+        ({"window_size": (4095, 0)}, "window_size (4095, 0)"),
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"ffn_hidden_size": 40}, "mlp.linear_fc1.weight is [2, 96, 32]"),
+    ):
+        torch.save({"args": argparse.Namespace(**{**vars(args), **change})}, megatron / "common.pt")
+        refuse(megatron, fragment, config=None)
+
+
+def test_the_new_place_of_settings(models: dict[str, Path], tmp_path: Path) -> None:
+    """Newer versions of Megatron keep them among the tensors, as an object."""
+    quiet_to(tmp_path / "good", hf=str(models["qwen3"]))
+    args = torch.load(tmp_path / "good" / "release" / "common.pt", weights_only=False)["args"]
+    state = {"common_state/shard_0_1": [{"args": args}], **by_hand(models["qwen3"], padded=128)}
+    quiet_from(save_megatron(tmp_path / "megatron", state), tmp_path / "hf")
+    assert read_folder(tmp_path / "hf") == read_folder(models["qwen3"])
+
+
+def test_models_that_megatron_has_not(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
+    def refused(name: str, change: dict[str, Any], *fragments: str, options: tuple[str, ...] = ()) -> None:
+        folder = tmp_path / "hf"
+        shutil.copytree(models[name], folder)
+        edit_json(folder / "config.json", lambda config: config.update(change))
+        assert_refused(run(to_megatron, "--hf", folder, "--output", tmp_path / "out", *options), *fragments)
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+        shutil.rmtree(folder)
+
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 64
+    refused("llama", {"rope_parameters": scaling}, "rope_scaling", "8192")
+    refused("llama", {}, "--tensor-parallel 0", options=("--tensor-parallel", "0"))
+    refused("llama", {"intermediate_size": 40}, "do not fit config.json")
+    assert_refused(run(to_megatron, "--output", tmp_path / "out"), "--hf", "--checkpoint")
+
+
+def test_biases_that_megatron_has_not(run: Run, tmp_path: Path) -> None:
+    config = AutoConfig.for_model("llama", **SHAPE, attention_bias=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    command = run(to_megatron, "--hf", tmp_path / "hf", "--output", tmp_path / "out")
+    assert_refused(command, "biases are on attention only")
+
+
+def test_one_dtype_for_what_megatron_keeps_as_one(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(models["llama"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.input_layernorm.weight"
+    save_file({**tensors, name: tensors[name].float()}, folder / "model.safetensors", metadata={"format": "pt"})
+    command = run(to_megatron, "--hf", folder, "--output", tmp_path / "out")
+    assert_refused(command, f"{name} is float32 and model.layers.0.input_layernorm.weight bfloat16", "--dtype")
+    quiet_to(tmp_path / "out", hf=str(folder), dtype="bfloat16")
+
+
+def test_nothing_that_exists_is_overwritten(run: Run, megatron: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for module, options in (
+        (from_megatron, ["--megatron", megatron, "--config", models["llama"]]),
+        (to_megatron, ["--hf", models["llama"]]),
+    ):
+        assert_refused(run(module, *options, "--output", tmp_path / "there"), "exists already")
+    assert_refused(run(from_megatron, "--megatron", megatron, "--output", megatron / "hf"), "inside --megatron")
