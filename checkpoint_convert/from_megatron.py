@@ -84,8 +84,7 @@ def convert(
     given, where = (None, "") if config is None else (read_hf_config(config), str(_config_file(Path(config))))
     model = MegatronModel(megatron, given, where)
     tensors = cast_to(model.tensors, target)
-    assets = _assets(config, tokenizer, model)
-    assets = declaring(assets, (tensor.dtype for tensor in tensors.values()))
+    assets = declaring(_assets(config, tokenizer, model), (tensor.dtype for tensor in tensors.values()))
     for line in [*model.notes, *describe_casts(model.tensors, tensors)]:
         say(line)
     if assets.tokenizer_sha256 is None:

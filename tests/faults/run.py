@@ -25,44 +25,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fault_cases import KINDS, Case, catalogue, draw
+from fault_cases import Case, catalogue, draw
 from fault_launch import INTERRUPTED
 from fault_lineage import Lineage, Result
+from fault_report import MARKS, WRONG, describe, lineages, table
 from fault_setup import set_up
 from fault_sweep import damages, sweep
 from tqdm import tqdm
-
-CASES_IN_LINEAGE = 8
-MARKS = ("<!-- faults: begin -->", "<!-- faults: end -->")
-VERDICTS = ("exact", "refused", "wrong", "not reached")
-_SWEEP = "damage found without a launch: every file x every form"
-
-
-def lineages(cases: list[Case]) -> list[list[Case]]:
-    """Cases that share a command, in chains."""
-    by_options: dict[tuple[str, ...], list[Case]] = {}
-    for case in cases:
-        by_options.setdefault(case.options, []).append(case)
-    return [
-        group[first : first + CASES_IN_LINEAGE]
-        for group in by_options.values()
-        for first in range(0, len(group), CASES_IN_LINEAGE)
-    ]
-
-
-def table(results: list[Result], swept: tuple[int, list[str]] | None) -> str:
-    """What was tried and what came of it, in Markdown."""
-    rows = ["| Fault | tried | exact | refused, as it should | wrong | not reached |", "|---|--:|--:|--:|--:|--:|"]
-    for kind, (_, title, _) in KINDS.items():
-        mine = [result.verdict for result in results if result.case.kind == kind]
-        if mine:
-            rows.append(f"| {title} | {len(mine)} | " + " | ".join(str(mine.count(v)) for v in VERDICTS) + " |")
-    every = [result.verdict for result in results]
-    rows.append(f"| all, by real launches | {len(every)} | " + " | ".join(str(every.count(v)) for v in VERDICTS) + " |")
-    if swept is not None:
-        count, wrong = swept
-        rows.append(f"| {_SWEEP} | {count} | {count - len(wrong)} | 0 | {len(wrong)} | 0 |")
-    return "\n".join(rows)
 
 
 def run_all(
@@ -74,7 +43,7 @@ def run_all(
 
         def on_result(result: Result) -> None:
             bar.update()
-            if result.verdict in ("wrong", "not reached"):
+            if result.verdict in WRONG:
                 bar.write(describe(result))
 
         def run_one(numbered: tuple[int, list[Case]]) -> list[Result]:
@@ -92,12 +61,6 @@ def run_all(
         with tqdm(total=len(damages(seed)), unit="damage", disable=None, leave=False) as bar:
             swept = sweep(workshop.midway(), folder / "sweep", seed, bar.update)
     return results, swept
-
-
-def describe(result: Result) -> str:
-    """A case that went wrong, in some lines."""
-    head = f"{result.verdict}: {result.case.name} ({result.case.note}), {result.lineage}"
-    return "\n".join([head, *(f"    {problem}" for problem in result.problems)])
 
 
 def _selected(arguments: argparse.Namespace) -> list[Case]:
@@ -125,7 +88,7 @@ def main() -> int:
     began, cases, only = time.monotonic(), _selected(arguments), arguments.only is not None
     try:
         results, swept = run_all(cases, scratch, arguments.jobs, arguments.seed, not only)
-        failed = [result for result in results if result.verdict in ("wrong", "not reached")]
+        failed = [result for result in results if result.verdict in WRONG]
         for name in sorted({result.lineage for result in (results if arguments.keep else failed)}):
             shutil.copytree(scratch / name, arguments.output / name, symlinks=True)
     finally:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from fault_cases import Case, catalogue, draw
 from fault_lineage import Lineage
+from fault_report import WRONG, describe, lineages
 from fault_setup import set_up
-from run import describe, lineages
 
 _TEMPORARY = r"/\.step-\d+\.[0-9a-f]{32}\.tmp"
 
@@ -18,7 +18,7 @@ def _killed(name, op, pattern, nth, rest=None):
 
 def _verdicts(workshop, chains):
     results = [r for n, chain in enumerate(chains) for r in Lineage(workshop, f"lineage{n}", chain).run()]
-    problems = [describe(result) for result in results if result.verdict not in ("exact", "refused")]
+    problems = [describe(result) for result in results if result.verdict in WRONG]
     assert not problems, "\n".join(problems)
     return {result.case.name: result.verdict for result in results}
 

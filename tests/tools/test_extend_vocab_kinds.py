@@ -77,14 +77,21 @@ def test_both_files_give_the_same_ids(pairs, kind):
     assert len([token for token in used if token >= SIZE]) > 10
 
 
-def test_both_files_say_the_same(pairs):
+def test_both_files_say_the_same(pairs, tmp_path):
     """tokenizer.json is what converting the new tokenizer.model gives: every way to a piece, pieces by their scores."""
-    _, after = pairs["json+model bpe"]
+    before, after = pairs["json+model bpe"][0], tmp_path / "after"
+    corpus = tmp_path / "corpus.jsonl"
+    text = "ribo some ribosome polyribosome awesome " * 20
+    corpus.write_text("".join(json.dumps({"text": text + "the " * number}) + "\n" for number in range(30)))
+    arguments = ["--num-tokens", "100", "--min-count", "5", "--corpus", str(corpus)]
+    command.main(["--model", str(before), "--output", str(after), *arguments])
     converted = models.sentencepiece_json((after / "tokenizer.model").read_bytes())["model"]
     found = json.loads((after / "tokenizer.json").read_text())["model"]
     assert found["vocab"] == converted["vocab"]
     ways = [Counter(map(tuple, model["merges"])) for model in (found, converted)]
     assert ways[0] == ways[1]
+    new = Counter("".join(way) for way in ways[1] if found["vocab"]["".join(way)] >= SIZE)
+    assert max(new.values()) > 1  # such as ▁ribo + some, and ▁ + ribosome
     assert [*dict.fromkeys(map("".join, found["merges"]))] == [*dict.fromkeys(map("".join, converted["merges"]))]
     _, after = pairs["json+model unigram"]
     converted = models.sentencepiece_json((after / "tokenizer.model").read_bytes())["model"]

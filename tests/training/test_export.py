@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def converted(run_folder: Path, output: Path) -> dict[str, bytes]:
+def converted(run_folder: Path, output: Path) -> dict[str, object]:
     """What the command makes of the run's last checkpoint."""
     dcp_to_hf.convert(run_folder / CHECKPOINT, output, max_shard_size=hf_exports.SHARD_SIZE, say=lambda line: None)
-    return contents(output)
+    return exported(output)
+
+
+def exported(folder: Path) -> dict[str, object]:
+    """As :func:`contents`, but for the hash of the code that made it, of which ranks may have an earlier view."""
+    files: dict[str, object] = dict(contents(folder))
+    proof = json.loads((folder / "conversion.json").read_text())
+    del proof["versions"]["code"]
+    return {**files, "conversion.json": proof}
 
 
 @pytest.mark.parametrize("layout", [[], ["--parallel.tensor", "1", "--parallel.pipeline", "2"]])
@@ -37,7 +46,7 @@ def test_two_ranks_write_what_the_converter_writes(two_ranks, run_file, tmp_path
     options = ["--run_folder", str(tmp_path / "run"), "--logging.tensorboard", "false", *layout]
     written = two_ranks.run(hf_exports.train, run_file, options)
     expected = converted(tmp_path / "run", tmp_path / "converted")
-    assert contents(tmp_path / "run" / EXPORT) == expected
+    assert exported(tmp_path / "run" / EXPORT) == expected
     assert not set(written[0]) & set(written[1]) and min(map(len, written)) >= 2
     assert {name for name in expected if name.endswith(".safetensors")} == {*written[0], *written[1]}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / EXPORT).config.vocab_size == tiny_run.VOCAB_SIZE
@@ -49,7 +58,7 @@ def test_an_export_that_is_wanted_later_is_made_later_and_once(one_rank, run_fil
     tiny_run.train(one_rank, run_file, [*hf_exports.SHORT, *options, "--checkpoint.export_hf", "false"])
     assert not (tmp_path / "run/hf").exists()
     hf_exports.train(one_rank, run_file, options)
-    assert contents(tmp_path / "run" / EXPORT) == converted(tmp_path / "run", tmp_path / "converted")
+    assert exported(tmp_path / "run" / EXPORT) == converted(tmp_path / "run", tmp_path / "converted")
     capsys.readouterr()
     assert hf_exports.train(one_rank, run_file, options) == []
     assert f"exported    {tmp_path / 'run' / EXPORT} already" in capsys.readouterr().out
@@ -79,7 +88,7 @@ def test_a_failed_export_costs_no_checkpoint_and_is_made_up_for(two_ranks, run_f
     manifest, damage = find_damage(tmp_path / "run" / CHECKPOINT)
     assert manifest is not None and manifest.final and not damage
     two_ranks.run(hf_exports.train, run_file, options)
-    assert contents(tmp_path / "run" / EXPORT) == converted(tmp_path / "run", tmp_path / "converted")
+    assert exported(tmp_path / "run" / EXPORT) == converted(tmp_path / "run", tmp_path / "converted")
 
 
 def test_a_run_that_is_asked_to_stop_breaks_the_export_off(two_ranks, run_file, tmp_path):
@@ -87,7 +96,7 @@ def test_a_run_that_is_asked_to_stop_breaks_the_export_off(two_ranks, run_file, 
     two_ranks.run(hf_exports.train_and_ask_to_stop, run_file, options)
     assert contents(tmp_path / "run/hf") == {}
     two_ranks.run(hf_exports.train, run_file, options)
-    assert contents(tmp_path / "run" / EXPORT) == converted(tmp_path / "run", tmp_path / "converted")
+    assert exported(tmp_path / "run" / EXPORT) == converted(tmp_path / "run", tmp_path / "converted")
 
 
 def test_what_is_in_the_way_stays(one_rank, run_file, tmp_path):
@@ -128,7 +137,7 @@ def test_a_failed_upload_leaves_the_export_and_the_same_command_makes_it(hub, on
     hub.refusals["/commit/main"] = 501
     with pytest.raises(UserError, match=r"checkpoint.push_to_hub somebody/tiny: the Hub answered 501.* hf upload"):
         hf_exports.train(one_rank, run_file, options)
-    assert contents(tmp_path / "run" / EXPORT) == converted(tmp_path / "run", tmp_path / "converted")
+    assert exported(tmp_path / "run" / EXPORT) == converted(tmp_path / "run", tmp_path / "converted")
     hub.refusals.clear()
     assert hf_exports.train(one_rank, run_file, options) == []
     assert "model.safetensors.index.json" in hub.repositories["somebody/tiny"]
@@ -141,6 +150,22 @@ def test_a_missing_token_is_found_out_before_the_training(hub, monkeypatch, two_
     said = "checkpoint.push_to_hub somebody/tiny: "
     assert messages[0].startswith(said) and messages[1] == f"rank 0: {messages[0]}"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint.push_to_hub", "a/b"], "checkpoint.push_to_hub is a/b, but checkpoint.export_hf is false"),
+        (
+            ["--checkpoint.export_hf", "true", "--checkpoint.push_to_hub", "tiny"],
+            "'tiny'; name a repository on the Hub",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(run_file, options, message):
+    with pytest.raises(UserError) as refused:
+        tiny_run.configure(run_file, *options)
+    assert message in str(refused.value)
 
 
 def test_the_converters_command_uploads(one_rank, run_file, tmp_path):

@@ -171,7 +171,7 @@ class BpeJson:
         vocab |= self._added
         vocab |= {token.piece: token.id for token in tokens}
         if self._byte_of is None:
-            pass
+            pairs = _all_splits([token for token in tokens if token.kind != "added"], vocab)
         as_text = bool(merges) and isinstance(merges[0], str)
         merges += [f"{left} {right}" if as_text else [left, right] for left, right in pairs]
         content["added_tokens"] = [*content.get("added_tokens", []), *map(self._added_entry, added)]
