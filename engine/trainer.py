@@ -27,7 +27,7 @@ from .observe.flops import flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, speed, step_line
 from .observe.stragglers import Stragglers
-from .observe.summary import describe_data, describe_run, notes
+from .observe.summary import describe_data, describe_run, describe_saving, notes
 from .optim import build_optimizer, clip_grad_norm, set_learning_rate, step_unless
 from .parallel.build import build_model
 from .parallel.mesh import build_mesh, plan_layout
@@ -369,6 +369,7 @@ class Trainer:
             *(describe_changes(was, self.config, self.mesh.layout._asdict()) if was else []),
             *notes(self.config, self.inputs.catalog, self.inputs.assets.config.get("max_position_embeddings")),
             *summary,
+            describe_saving(self.config, self.model.parameters()),
             *describe_data(self.config.data, self.inputs.catalog, self.inputs.order, self._last_sample()),
             *self.casts,
             *self.export_remarks,

@@ -80,11 +80,13 @@ def export_run(
         if ranks.share(ranks.on_main(lambda: _is_there(output, checkpoint))):
             say(f"exported    {output} already")
         else:
-            store.require_sound(str(checkpoint), "checkpoint.export_hf")
+            _require_sound(store, checkpoint)
             _write(ranks, checkpoint, output, stop_agreed, say)
     except _Stopped:
         say(f"broke off the export to {output} as asked; the same command makes it")
         return
+    except _Damaged:
+        raise
     except UserError as error:
         raise UserError(
             f"checkpoint.export_hf: {error}; {checkpoint} itself is complete: start the same command again, or export "
@@ -103,6 +105,20 @@ class _Stopped(Exception):
 
 class _BrokenOff(Exception):
     """The rest of the work is of no use."""
+
+
+class _Damaged(UserError):
+    """The checkpoint is not what was written."""
+
+
+def _require_sound(store: CheckpointStore, checkpoint: Path) -> None:
+    try:
+        store.require_sound(str(checkpoint), "checkpoint.export_hf")
+    except UserError as error:
+        problem = str(error).partition("; name another checkpoint")[0]
+        raise _Damaged(
+            f"checkpoint.export_hf: {problem}; start the same command again: it goes on from the newest that is sound"
+        ) from None
 
 
 def _is_there(output: Path, checkpoint: Path) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial as bind
 from pathlib import Path
 
 from ... import __version__
 from ..checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE, HfAssets
-from ..checkpoint.block_copy import OutputFile
+from ..checkpoint.block_copy import OutputFile, WrittenFile
 from ..checkpoint.manifest import Manifest, write_manifest
 from ..checkpoint.new_folder import require_absent
 from ..checkpoint.partial_folder import partial_folder
@@ -55,27 +55,19 @@ def convert(
     target = dtype_named(dtype)
     folder = find_model_folder(hf)
     require_outside(output, folder, "--hf")
-    model = open_hf_model(folder, any_vocab_size=vocab_size is not None)
-    assets = HfAssets.read(folder)
+    model, assets = open_hf_model(folder, any_vocab_size=vocab_size is not None), HfAssets.read(folder)
     rows = model.architecture.vocab_size
     source = resized_vocabulary(model, rows, vocab_size, pad_vocab_to_multiple_of, assets.files)
     tensors = cast_to(source.tensors, target)
-    assets = _with_vocabulary(assets, model, source)
+    assets = declaring(_with_vocabulary(assets, source), (tensor.dtype for tensor in tensors.values()))
     config = assets.config or {}
-    assets = declaring(assets, (tensor.dtype for tensor in tensors.values()))
-    for line in [*model.notes, *describe_casts(model.tensors, tensors), *source.describe()]:
+    for line in [*model.notes, *describe_casts(model.tensors, tensors), *source.describe(), *_missing(assets, folder)]:
         say(line)
-    if TOKENIZER_FILE not in assets.files:
-        say(f"{folder} holds no {TOKENIZER_FILE}: the checkpoint carries no tokenizer")
 
-    options = {"dtype": dtype, "vocab_size": parse_architecture(config).vocab_size}
+    options = {"dtype": dtype, "vocab_size": source.vocab_size}
     record = ConversionRecord("hf_to_dcp", _identify(hf, folder, model), options, source.record, model.left_out)
-    files = [
-        OutputFile(f"__0_{number}.distcp", {name: tensor}, bind(_begin, name, tensor))
-        for number, (name, tensor) in enumerate(tensors.items())
-    ]
     with partial_folder(output, record.identity, say) as partial:
-        done = write_tensors(partial, files, source, source.hashed_rows, workers)
+        done = write_tensors(partial, _files(tensors), source, source.hashed_rows, workers)
         places = {name: (file.name, file.record.bytes) for file in done.values() for name in file.tensors}
         write_metadata(partial.content, tensors, places)
         assets.write(partial.content / ASSET_FOLDER)
@@ -85,21 +77,40 @@ def convert(
                 CheckpointRows(partial.content),
                 parse_architecture(config),
                 tensors,
-                min(rows, parse_architecture(config).vocab_size),
+                min(rows, source.vocab_size),
                 config.get("max_position_embeddings"),
             )
             say(describe_logits(record.logits))
         record.write(partial.content, model.weights.tensors, tensors, done.values())
-        hashed = {file.name: file.record for file in done.values()}
-        write_manifest(partial.content, Manifest(kind="converted", retemper_version=__version__), hashed)
+        _seal(partial.content, done.values())
     say(f"wrote {output}: {len(tensors)} tensors, {size_of(done.values())}")
+
+
+def _missing(assets: HfAssets, folder: Path) -> list[str]:
+    if TOKENIZER_FILE in assets.files:
+        return []
+    return [f"{folder} holds no {TOKENIZER_FILE}: the checkpoint carries no tokenizer"]
+
+
+def _seal(folder: Path, done: Iterable[WrittenFile]) -> None:
+    """Write the manifest, with which the checkpoint is complete."""
+    hashed = {file.name: file.record for file in done}
+    write_manifest(folder, Manifest(kind="converted", retemper_version=__version__), hashed)
+
+
+def _files(tensors: Mapping[str, StoredTensor]) -> list[OutputFile]:
+    """A file of the checkpoint for each tensor."""
+    return [
+        OutputFile(f"__0_{number}.distcp", {name: tensor}, bind(_begin, name, tensor))
+        for number, (name, tensor) in enumerate(tensors.items())
+    ]
 
 
 def _begin(name: str, tensor: StoredTensor, path: Path) -> dict[str, int]:
     return {name: begin_tensor_file(path, tensor)}
 
 
-def _with_vocabulary(assets: HfAssets, model: HfModel, source: ResizedVocabulary) -> HfAssets:
+def _with_vocabulary(assets: HfAssets, source: ResizedVocabulary) -> HfAssets:
     """``assets`` whose config has as many tokens as the embeddings are going to have rows."""
     wanted = source.vocab_size
     config = assets.config

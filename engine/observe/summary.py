@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+
+from torch import Tensor
+from tqdm import tqdm
+
 from ..budget import BatchPlan
 from ..config import DataConfig, RunConfig
 from ..data.catalog import Catalog
@@ -9,6 +15,8 @@ from ..data.cuts import count_cuts
 from ..data.layout import GROUP_WINDOWS
 from ..data.sample_order import SampleOrder
 from ..data.source import Source
+from ..dtypes import DTYPES
+from ..optim.local import local_part
 from ..parallel.mesh import plan_layout
 from ..parallel.process_group import Ranks
 from ..run_inputs import RunInputs
@@ -53,6 +61,30 @@ def describe_run(
 def _describe_recompute(config: RunConfig) -> str:
     every = config.parallel.recompute_every
     return config.parallel.recompute + (f" in every {every}th block" if every > 1 else "")
+
+
+def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
+    """When checkpoints are written, and the host memory that this takes.
+
+    Args:
+        config: of the run.
+        parameters: of this rank.
+    """
+    states = 2 * DTYPES[config.optimizer.state_dtype].itemsize
+    num_bytes = sum(
+        local_part(parameter).numel() * (parameter.dtype.itemsize + states * parameter.requires_grad)
+        for parameter in parameters
+    )
+    how = "training waits for each"
+    if config.checkpoint.asynchronous:
+        on_node = num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        how = f"copied to host memory, {_size(on_node)} on this node, of which {_size(free)} are unused now"
+    return f"checkpoints every {config.checkpoint.save_interval:,} steps, {_size(num_bytes)} of this rank; {how}"
+
+
+def _size(num_bytes: int) -> str:
+    return tqdm.format_sizeof(num_bytes, "B")
 
 
 def describe_data(data: DataConfig, catalog: Catalog, order: SampleOrder, last_sample: int) -> list[str]:

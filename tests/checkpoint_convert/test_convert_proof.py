@@ -21,7 +21,7 @@ import retemper
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
 from retemper.engine.checkpoint import block_copy
 from retemper.engine.checkpoint.assets import TOKENIZER_FILES
-from retemper.engine.checkpoint.manifest import read_manifest
+from retemper.engine.checkpoint.manifest import read_manifest, write_manifest
 from retemper.engine.checkpoint.tensors import save_tensors
 from retemper.engine.checkpoint.verify import find_damage
 from retemper.engine.conversion import logits
@@ -160,13 +160,11 @@ def test_sharded_tensors_are_put_together(
             tensor = tensor.as_subclass(Shards)
             tensor.places, tensor.transposed = cuts[name], transposed
         tensors[name] = tensor
-    for path in (tmp_path / "checkpoint").glob("*.distcp"):
+    for path in (*(tmp_path / "checkpoint").glob("*.distcp"), tmp_path / "checkpoint" / ".metadata"):
         path.unlink()
     hashed = save_tensors(tmp_path / "checkpoint", tensors, distributed=False)
     assert len(hashed) < len(originals), "several tensors to a file, as ranks write them"
     manifest = read_manifest(tmp_path / "checkpoint")
-    from retemper.engine.checkpoint.manifest import write_manifest
-
     write_manifest(tmp_path / "checkpoint", dataclasses.replace(manifest, files={}))
     monkeypatch.setattr(block_copy, "BLOCK_BYTES", block_bytes)
     convert_back(tmp_path / "checkpoint", tmp_path / "back", workers=2)

@@ -212,6 +212,18 @@ def test_shards_are_named_and_indexed_as_on_the_hub(tmp_path: Path) -> None:
     assert {(tensor.dtype, tensor.shape) for tensor in written.values()} == {("F32", (2, 3))}
 
 
+def test_files_are_those_of_the_library(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    tensors = {
+        f'{letter}."é"': torch.randn(shape, generator=generator).to(dtype)
+        for letter, shape, dtype in zip("cebadf", [(3, 1), (5,), (2, 2), (), (0, 4), (7,)], 2 * dtypes, strict=True)
+    }
+    save_file(tensors, tmp_path / "library", metadata={"format": "pt"})
+    write_tensors(tmp_path, tensors, 10**6)
+    assert (tmp_path / WEIGHTS_FILE).read_bytes() == (tmp_path / "library").read_bytes()
+
+
 def test_one_file_needs_no_index(tmp_path: Path) -> None:
     assert write_counting(tmp_path, 72) == [["a", "b", "c"]]
     assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS_FILE]

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError
 from retemper.tools import extend_vocab as command
+from retemper.tools.vocabulary.splitting import WordSplitter
 
 SIZE = models.NUM_PIECES
 KINDS = ["json+model bpe", "json bpe", "model bpe", "json+model unigram", "json unigram", "model unigram"]
@@ -75,6 +76,21 @@ def test_both_files_give_the_same_ids(pairs, kind):
         assert fast.encode(text, add_special_tokens=False).ids == ids, text
         used.update(ids)
     assert len([token for token in used if token >= SIZE]) > 10
+
+
+def test_words_are_those_of_sentencepiece():
+    """Pieces begin at spaces, hold one script, and no two digits where the vocabulary has none of two."""
+    apart, together = WordSplitter(["▁a", "1"]), WordSplitter(["▁a", "12"])
+    for text, words in {
+        "▁ribo▁some": ["▁ribo", "▁some"],
+        "▁▁x▁": ["▁▁x", "▁"],
+        "▁线粒体abc.▁p": ["▁线粒体", "abc", ".", "▁p"],
+        "a▁12": ["a", "▁", "1", "2"],
+    }.items():
+        assert apart(text) == words
+    odd = "\n▁\u200d\ue000b\t  ▁▁\u3000。é"
+    assert "".join(apart(odd)) == odd
+    assert together("a▁12") == ["a", "▁12"]
 
 
 def test_both_files_say_the_same(pairs, tmp_path):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from retemper.checkpoint_convert import dcp_to_hf
 from retemper.engine.checkpoint.verify import find_damage
 from retemper.engine.errors import UserError
+from retemper.engine.trainer import Trainer
 
 CHECKPOINT, EXPORT = "checkpoints/step-00000004", "hf/step-00000004"
 COMMAND = str(Path(__file__).parents[2] / "checkpoint_convert" / "dcp_to_hf.py")
@@ -97,6 +98,23 @@ def test_a_run_that_is_asked_to_stop_breaks_the_export_off(two_ranks, run_file, 
     assert contents(tmp_path / "run/hf") == {}
     two_ranks.run(hf_exports.train, run_file, options)
     assert exported(tmp_path / "run" / EXPORT) == converted(tmp_path / "run", tmp_path / "converted")
+
+
+def test_a_checkpoint_that_is_damaged_meanwhile_is_not_exported(one_rank, run_file, tmp_path):
+    options = [*hf_exports.SHORT, "--run_folder", str(tmp_path / "run"), "--checkpoint.save_interval", "2"]
+    tiny_run.train(one_rank, run_file, [*options, "--checkpoint.export_hf", "false"])
+    trainer = Trainer(tiny_run.configure(run_file, *options), one_rank)
+    file = next((tmp_path / "run" / CHECKPOINT).glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"^checkpoint.export_hf: .*distcp: damaged.*; start the same command again: it"
+    ):
+        trainer.run()
+    assert not (tmp_path / "run" / EXPORT).exists()
+    tiny_run.train(one_rank, run_file, options)
+    assert (tmp_path / "run" / EXPORT).exists()
 
 
 def test_what_is_in_the_way_stays(one_rank, run_file, tmp_path):

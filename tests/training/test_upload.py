@@ -94,11 +94,20 @@ def test_a_token_of_the_login_is_used(hub, monkeypatch, tmp_path):
     assert open_repository(NAME, KEY).endswith("as somebody")
 
 
-@pytest.mark.parametrize("token", ["hf_wrong", f"{TOKEN}\x01x"])
-def test_a_wrong_token_is_not_shown(hub, monkeypatch, token):
-    monkeypatch.setenv("HF_TOKEN", token)
+def test_a_wrong_token_is_not_shown(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     message = refused(open_repository, NAME, KEY)
-    assert token not in message and ("check HF_TOKEN" in message or "***" in message)
+    assert "hf_wrong" not in message and "check HF_TOKEN" in message
+
+
+def test_an_error_that_quotes_the_token_is_shown_without(hub, monkeypatch):
+    """As HTTP clients do of headers that they do not like."""
+
+    def failing(api):
+        raise ValueError(f"Illegal header value b'Bearer {TOKEN}'")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", failing)
+    assert refused(open_repository, NAME, KEY).endswith("ValueError: Illegal header value b'Bearer ***'")
 
 
 def test_no_hub(hub, monkeypatch):

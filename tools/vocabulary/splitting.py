@@ -7,12 +7,17 @@ that, since others would join where no piece of the model does.
 
 from __future__ import annotations
 
+import functools
+import re
 import unicodedata
 from collections.abc import Iterable
 
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from .vocabulary import WORD_START
+
+_CHUNK = re.compile(f"{WORD_START}+[^{WORD_START}]*|[^{WORD_START}]+")
+_REMEMBERED = 1 << 18
 
 
 class WordSplitter:
@@ -24,16 +29,26 @@ class WordSplitter:
 
     def __init__(self, pieces: Iterable[str]):
         self._digits_apart = not any(_num_digits(piece) > 1 for piece in pieces)
-        steps = [pre_tokenizers.Split(Regex(" +[^ ]*"), "isolated"), pre_tokenizers.UnicodeScripts()]
+        steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.UnicodeScripts()]
         if self._digits_apart:
             steps.append(pre_tokenizers.Digits(individual_digits=True))
         self._cut = pre_tokenizers.Sequence(steps)
+        self._parts = functools.lru_cache(_REMEMBERED)(self._parts_of)
 
     def __call__(self, text: str) -> list[str]:
-        """The words of ``text``."""
-        # To the library a space belongs to every script, and U+2581 to none.
-        parts = self._cut.pre_tokenize_str(text.replace(WORD_START, " "))
-        return [part.replace(" ", WORD_START) for part, _ in parts]
+        """The words of ``text``, which make it up."""
+        return [part for chunk in _CHUNK.findall(text) for part in self._parts(chunk)]
+
+    def _parts_of(self, chunk: str) -> list[str]:
+        """Of spaces and what follows up to the next space."""
+        rest = chunk.lstrip(WORD_START)
+        spaces = chunk[: len(chunk) - len(rest)]
+        parts = [part for part, _ in self._cut.pre_tokenize_str(rest)] if rest else []
+        if "".join(parts) != rest:  # the library drops characters of no script
+            parts = [rest]
+        if not parts or (self._digits_apart and unicodedata.category(parts[0][0]) == "Nd"):
+            return [spaces, *parts] if spaces else parts
+        return [spaces + parts[0], *parts[1:]]
 
 
 def may_be_piece(text: str, max_characters: int) -> bool:

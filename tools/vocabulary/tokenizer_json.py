@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .splitting import WordSplitter, may_be_piece
 from .vocabulary import Extension, NewToken
 
 _VOCAB_FILE, _MERGES_FILE = "vocab.json", "merges.txt"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class BpeJson:
@@ -171,7 +173,7 @@ class BpeJson:
         vocab |= self._added
         vocab |= {token.piece: token.id for token in tokens}
         if self._byte_of is None:
-            pairs = _all_splits([token for token in tokens if token.kind != "added"], vocab)
+            pairs = _all_splits([token for token in tokens if token.kind != "added"], vocab, self._added)
         as_text = bool(merges) and isinstance(merges[0], str)
         merges += [f"{left} {right}" if as_text else [left, right] for left, right in pairs]
         content["added_tokens"] = [*content.get("added_tokens", []), *map(self._added_entry, added)]
@@ -206,21 +208,26 @@ def _joined(tokens: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def _all_splits(tokens: list[NewToken], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a new token of two entries, as transformers converts sentencepiece models, which join whatever
-    makes a piece."""
-    return [
-        pair
-        for token in tokens
-        for pair in sorted(
-            (
-                (token.piece[:at], token.piece[at:])
-                for at in range(1, len(token.piece))
-                if token.piece[:at] in vocab and token.piece[at:] in vocab
-            ),
-            key=lambda pair: (vocab[pair[0]], vocab[pair[1]]),
-        )
-    ]
+def _all_splits(tokens: list[NewToken], vocab: dict[str, int], closed: Container[str]) -> list[tuple[str, str]]:
+    """Every way to make a new token of two entries, and an old one with the help of a new one: sentencepiece joins
+    whatever makes a piece, and transformers converts its models so. Ways to old tokens stand first.
+
+    Args:
+        tokens: the new ones that merges make.
+        vocab: ids of old and new entries.
+        closed: old entries that no text makes.
+    """
+    first_id = min((token.id for token in tokens), default=0)
+    old = [piece for piece, place in vocab.items() if place < first_id and piece not in closed]
+    pieces = [*(piece for piece in old if not _BYTE.fullmatch(piece)), *(token.piece for token in tokens)]
+    ways: list[tuple[str, str]] = []
+    for piece in pieces:
+        halves = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        known = [(vocab[left], vocab[right], left, right) for left, right in halves if left in vocab and right in vocab]
+        # Those of old pieces out of old pieces are there.
+        new = [way for way in known if max(vocab[piece], *way[:2]) >= first_id]
+        ways += [(left, right) for _, _, left, right in sorted(new)]
+    return ways
 
 
 def _has_step(content: dict[str, Any], kind: str) -> bool:
