@@ -147,5 +147,5 @@ def test_plan_counts_no_states_for_what_is_frozen(untied_file, tmp_path, capfd):
     found = tmp_path / "plan.json"
     plan(["--config", str(untied_file), "--gpus-per-node", "2", "--gpu", "h100-80gb", "--json", str(found), *ONLY])
     assert "optimizer states" in capfd.readouterr().out
-    ranks = json.loads(found.read_text())["memory"]["ranks"]
-    assert [rank["kept"]["optimizer states"] for rank in ranks] == [2 * 98 * 32 * 4 + 2 * 4] * len(ranks)
+    ranks = json.loads(found.read_text())["ranks"]
+    assert [rank["kept_bytes"]["optimizer states"] for rank in ranks] == [2 * 98 * 32 * 4 + 2 * 4] * len(ranks)

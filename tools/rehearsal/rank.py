@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ...engine.budget import plan_batches
+from ...engine.checkpoint.saver import Saver
+from ...engine.checkpoint.store import CheckpointStore
 from ...engine.config import RunConfig
 from ...engine.data.packing import MicroBatch
 from ...engine.health import Health
@@ -85,6 +87,9 @@ class RehearsedTrainer(Trainer):
         self.progress = Progress()
         self.health = Health(config.training, ranks, newest=lambda: "", say=lambda line: None)
         self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
+        # Nothing is saved: the step asks whether a copy is still being made.
+        store = CheckpointStore(config.run_folder, ranks, keep_last=1, keep_best=False)
+        self.saver = Saver(store, ranks, config.checkpoint, config.parallel.timeout_seconds, lambda line: None)
         backend = PER_DOCUMENT if part.capability is None else attention_backend(config, architecture)
         self.choices = Choices(backend, False, self.plan.num_micro_batches)
         counter.begin("parameters")
