@@ -282,8 +282,8 @@ class CheckpointConfig:
     """When the budget is used up, also write the final checkpoint as a Hugging Face folder,
     ``{run_folder}/hf/step-...``: what checkpoint_convert/dcp_to_hf.py makes of it."""
     push_to_hub: str | None = None
-    """Upload that folder to this model repository (namespace/name), which is made at the start if there is none, as
-    visible as the account's default. The token comes from HF_TOKEN or `hf auth login`. See docs/hugging_face.md."""
+    """Upload that folder to this model repository (namespace/name), which is made at the start if there is none:
+    private, as long as you do not change that. The token comes from HF_TOKEN or `hf auth login`. See docs/hugging_face.md."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def require_repository_name(name: str, key: str) -> None:
 def open_repository(name: str, key: str) -> str:
     """Make sure that the repository ``name`` exists and can be written to, before long work is done for it.
 
-    One that does not exist is made, as visible as the account has it by default.
+    One that does not exist is made, and is private.
 
     Args:
         name: of a model repository.
@@ -49,7 +49,8 @@ def open_repository(name: str, key: str) -> str:
     def open_() -> str:
         api = HfApi()
         user = api.whoami()
-        url = api.create_repo(name, exist_ok=True)
+        # Whoever wants it public can make it so; what was public for an hour cannot be taken back.
+        url = api.create_repo(name, exist_ok=True, private=True)
         # For one that exists, creating it again asks for no right to write. Older versions cannot ask for that.
         if "write" in inspect.signature(api.auth_check).parameters:
             api.auth_check(name, write=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fault_mounts as mounts
 from fault_cases import KINDS, Case
 from fault_lineage import Result
 
@@ -35,6 +36,8 @@ def table(results: list[Result], swept: tuple[int, list[str]] | None) -> str:
     rows = ["| Fault | tried | exact | refused, as it should | wrong | not reached |", "|---|--:|--:|--:|--:|--:|"]
     for kind, (_, title, _) in KINDS.items():
         mine = [result.verdict for result in results if result.case.kind == kind]
+        if not mounts.can_mount():
+            title = title.replace("a small tmpfs", "hooked calls: nothing can be mounted")
         if mine:
             rows.append(f"| {title} | {len(mine)} | " + " | ".join(str(mine.count(v)) for v in VERDICTS) + " |")
     every = [result.verdict for result in results]

@@ -82,6 +82,7 @@ class FakeHub:
             if self.read_only:
                 return 403, {"error": "You don't have the rights to create a model"}
             self.repositories[name] = {}
+            self.private = asked.get("private", False) or asked.get("visibility") == "private"
             return 200, {"url": f"{self.url}/{name}"}
         found = re.search(r"/(?:api/models/)?([\w.-]+/[\w.-]+?)(?:\.git)?(/.*)?$", request.path)
         if found is None or found[1] not in self.repositories:

@@ -60,7 +60,7 @@ def refused(action, *arguments) -> str:
 
 def test_what_arrives_are_the_folders_bytes_in_one_commit(hub, folder):
     before = contents(folder)
-    assert open_repository(NAME, KEY) == f"{hub.url}/{NAME} (public), as somebody"
+    assert open_repository(NAME, KEY) == f"{hub.url}/{NAME} (private), as somebody"
     assert upload_folder(folder, NAME, KEY, ["conversion.json"]) == f"{hub.url}/{NAME}/commit/{'1' * 40}"
     assert contents(folder) == before and hub.commits == 1
     del before["conversion.json"]
@@ -69,8 +69,8 @@ def test_what_arrives_are_the_folders_bytes_in_one_commit(hub, folder):
 
 
 def test_a_repository_that_is_there_is_used(hub):
-    hub.repositories[NAME], hub.private = {}, True
-    assert open_repository(NAME, KEY) == f"{hub.url}/{NAME} (private), as somebody"
+    hub.repositories[NAME] = {}
+    assert open_repository(NAME, KEY) == f"{hub.url}/{NAME} (public), as somebody"
     assert hub.repositories[NAME] == {}
 
 
