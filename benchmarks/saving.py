@@ -37,7 +37,7 @@ def measure(gigabytes: float, saves: int, folder: Path, asynchronous: bool, step
         size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
         process, stalls, memory, seconds = psutil.Process(), [], [], []
         store = CheckpointStore(folder, ranks, keep_last=1, keep_best=False)
-        with Saver(store, ranks, CheckpointConfig(asynchronous=asynchronous), 600, lambda line: None) as saver:
+        with Saver(store, ranks, CheckpointConfig(asynchronous=asynchronous), lambda line: None) as saver:
             for step in tqdm(range(1, saves + 1), desc="saves", disable=None):
                 began = time.perf_counter()
                 saver.save(tensors, HfAssets({}), Manifest(kind="training", step=step), None)

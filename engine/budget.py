@@ -67,8 +67,8 @@ def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerCon
     Linear warm-up from zero to the peak, which the step that ends at ``warmup_tokens`` uses; the step that ends at
     ``train_tokens`` uses the minimum (cosine, linear, wsd). Where the schedule starts later, at
     ``schedule_start_tokens``, all of this is counted from there, and the warm-up begins at the minimum, with which a
-    former schedule has ended: re-warming, Ibrahim et al., 2024, https://arxiv.org/abs/2403.08763. Cosine: Loshchilov and Hutter, 2017,
-    https://arxiv.org/abs/1608.03983; wsd: Hu et al., 2024, https://arxiv.org/abs/2404.06395.
+    former schedule has ended: re-warming, Ibrahim et al., 2024, https://arxiv.org/abs/2403.08763. Cosine:
+    Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983; wsd: Hu et al., 2024, https://arxiv.org/abs/2404.06395.
     """
     peak, minimum, start = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.schedule_start_tokens
     tokens, train_tokens = tokens - start, training.train_tokens - start

@@ -283,7 +283,8 @@ class CheckpointConfig:
     ``{run_folder}/hf/step-...``: what checkpoint_convert/dcp_to_hf.py makes of it."""
     push_to_hub: str | None = None
     """Upload that folder to this model repository (namespace/name), which is made at the start if there is none:
-    private, as long as you do not change that. The token comes from HF_TOKEN or `hf auth login`. See docs/hugging_face.md."""
+    private, as long as you do not change that. The token comes from HF_TOKEN or `hf auth login`; see
+    docs/hugging_face.md."""
 
 
 @dataclass(frozen=True)

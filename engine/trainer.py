@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from .. import __version__
 from .budget import learning_rate, plan_batches
 from .checkpoint.changes import describe_changes
@@ -74,7 +76,7 @@ class Trainer:
         # The log is opened later.
         say = lambda line: self.log.say(line)  # noqa: E731, PLW0108
         self.health = Health(config.training, ranks, self._newest, say)
-        self.saver = Saver(self.store, ranks, keep, config.parallel.timeout_seconds, say)
+        self.saver = Saver(self.store, ranks, keep, say)
         self.check_replicas = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest)
         self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
         self.inputs = ranks.everywhere(lambda: open_inputs(local, self.plan, self.resume_from, ranks.device))
@@ -144,6 +146,8 @@ class Trainer:
                 result = self._step(*self._next_batches(prefetcher))
                 garbage.step_done(self.progress.step)
                 stopwatch.step_done()
+                if first_sample == first_samples[0]:
+                    self.saver.reserve(self._tensors())
                 self.saver.poll()
                 if self.health.spiked and (rewind := self._plan_rewind()):
                     return rewind
@@ -311,8 +315,13 @@ class Trainer:
             layout=self.mesh.layout._asdict(),
             retemper_version=__version__,
         )
-        tensors = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}
+        tensors = self._tensors()
+        self.log.sync()
         self.saver.save(tensors, self.inputs.assets, manifest, self.progress.best.get("step"))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, by name; the optimizer has its states after the first step."""
+        return {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}
 
     def _report(self, result: StepResult, stopwatch: Stopwatch) -> None:
         """One console line and one metric record."""
@@ -343,6 +352,7 @@ class Trainer:
         self.health.check(self.progress.step, numbers, self.model.parameters())
 
     def _newest(self) -> str:
+        self.watchdog.sleep()
         with suppress(UserError):
             self.saver.wait()  # what is being written is completed before the run ends
         complete = self.store.complete()
@@ -364,9 +374,9 @@ class Trainer:
         assert self.inputs.assets.config is not None
         remaining = self._remaining_steps()
         summary = describe_run(self.config, self.plan, self.ranks, self.inputs, remaining, start)
-        was = self.inputs.resumed
+        was, layout, datasets = self.inputs.resumed, self.mesh.layout._asdict(), self.inputs.catalog.fingerprints
         for line in [
-            *(describe_changes(was, self.config, self.mesh.layout._asdict()) if was else []),
+            *(describe_changes(was, self.config, layout, datasets) if was else []),
             *notes(self.config, self.inputs.catalog, self.inputs.assets.config.get("max_position_embeddings")),
             *summary,
             describe_saving(self.config, self.model.parameters()),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 from ..budget import learning_rate
-from ..config import ORDER_KEYS, OptimizerConfig, RunConfig, SourceConfig, TrainingConfig, to_dict
+from ..config import DATA_FILES, ORDER_KEYS, OptimizerConfig, RunConfig, SourceConfig, TrainingConfig, to_dict
 from ..errors import UserError
 from .manifest import Manifest
 
@@ -41,23 +41,31 @@ def require_allowed(
                 f"{key} is {now}, but {folder} was trained with {then}, and the sample order depends on it; set it "
                 f"back, or start a new run_folder with model.initialize_from, or set allow_changes to [{key}]: then "
                 "samples that were trained on may come again before others come at all"
+                + (", or be held out now" if key == "data.validation_fraction" else "")
             )
 
 
-def describe_changes(manifest: Manifest, config: RunConfig, layout: Mapping[str, int]) -> list[str]:
+def describe_changes(
+    manifest: Manifest, config: RunConfig, layout: Mapping[str, int], datasets: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     """A line for everything that is not as it was when the checkpoint was written.
 
     Args:
         manifest: of the checkpoint.
         config: the run's own.
         layout: ranks along every axis of the mesh now.
+        datasets: fingerprints of the training sources now.
     """
     here, there = dict(_flat(to_dict(config))), dict(_flat(manifest.config))
     changes = []
     for key in [*there, *(key for key in here if key not in there)]:
         now, then = (settings.get(key, _default(key)) for settings in (here, there))
-        if key not in _OF_THE_COMMAND and now != then:
+        if key not in _OF_THE_COMMAND and now != then and not (_opened(key, now, there) or _opened(key, then, here)):
             changes.append(f"{key} {_shown(then)} -> {_shown(now)}" + (" (allowed)" if key in ORDER_KEYS else ""))
+    for name in datasets.keys() & manifest.datasets.keys():
+        now, then = (_dataset(fingerprints[name]) for fingerprints in (datasets, manifest.datasets))
+        if now != then:
+            changes.append(f"{DATA_FILES} of {name} {then} -> {now} (allowed)")
     if manifest.layout and manifest.layout != layout:
         changes.append(f"ranks {_ranks(manifest.layout)} -> {_ranks(layout)}")
     if any(change.startswith(("training.", "optimizer.")) for change in changes):
@@ -69,6 +77,16 @@ def describe_changes(manifest: Manifest, config: RunConfig, layout: Mapping[str,
         if now_made_by.get(name, version) != version
     ]
     return [f"changed     {change}" for change in changes]
+
+
+def _opened(key: str, value: Any, others: Mapping[str, Any]) -> bool:
+    """Whether the empty ``value`` of ``key`` stands for entries that ``others`` has, which speak for themselves."""
+    return not value and any(other.startswith((f"{key}.", f"{key}[")) for other in others)
+
+
+def _dataset(fingerprint: Mapping[str, Any]) -> str:
+    mask = fingerprint.get("mask")
+    return f"{fingerprint['tokens']:,} tokens, hash {fingerprint['hash']}" + (f", loss mask {mask}" if mask else "")
 
 
 def _change_of_rate(manifest: Manifest, config: RunConfig) -> list[str]:

@@ -41,8 +41,10 @@ class HashingWriter(dcp.FileSystemWriter):
     What is hashed is what was to be written: a disk that keeps something else is found out when it is read again.
     """
 
-    def __init__(self, folder: Path, single_file_per_rank: bool):
-        super().__init__(str(folder), single_file_per_rank=single_file_per_rank, sync_files=True)
+    def __init__(self, folder: Path, from_host: bool):
+        # Where there is a GPU, DCP would wait for its queue every so many bytes, even with values on the host.
+        ahead = 0 if from_host else 10_000_000
+        super().__init__(str(folder), single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=ahead)
         self.records: dict[str, FileRecord] = {}
         self.fs = _HashingFileSystem(self.records)
 

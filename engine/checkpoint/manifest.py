@@ -262,6 +262,7 @@ _NESTED: dict[str, Check] = {
     "datasets": _table(
         _record({"tokens": _is_count, "hash": _optional(_is_text)}, {"mask": _optional(_is_text)}),
     ),
+    "config": _record({}, {"training": _record({}, {"sequence_length": lambda value: _is_count(value) and value > 0})}),
     "evaluation": _table(_is_number),
     "best": _nothing_or(_record({"step": _is_count, "name": _is_text, "loss": _is_number})),
     "health": _record(

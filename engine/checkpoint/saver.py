@@ -9,8 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from contextlib import nullcontext, suppress
 from types import TracebackType
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,7 +33,6 @@ class Saver:
         store: where to.
         ranks: that save together.
         config: whether training goes on meanwhile, and how many failures in a row end the run.
-        timeout_seconds: longest wait for other ranks.
         say: takes lines for the log.
     """
 
@@ -39,17 +41,15 @@ class Saver:
         store: CheckpointStore,
         ranks: Ranks,
         config: CheckpointConfig,
-        timeout_seconds: float,
         say: Callable[[str], None],
     ):
         self._store, self._ranks, self._say = store, ranks, say
-        self._timeout = timeout_seconds
         self._staging = Staging() if config.asynchronous else None
         self._max_failures, self._failures = config.max_failed_saves, 0
         self._task: Future[list[str]] | None = None
 
     def __enter__(self) -> Saver:
-        self._store = self._store.of(self._ranks.apart(self._timeout))
+        self._store = self._store.of(self._ranks.apart())
         return self
 
     def __exit__(
@@ -58,9 +58,20 @@ class Saver:
         # A UserError has been raised on all ranks: what is on its way can still be completed. After anything else the
         # other ranks may be gone, and nobody must wait for them.
         if kind is None or issubclass(kind, UserError):
-            if self._task is not None:
-                self._finish()
+            with nullcontext() if kind is None else suppress(Exception):  # what is leaving already says more
+                if self._task is not None:
+                    self._finish()
             dist.destroy_process_group(self._store.ranks.group)
+
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the host memory for copies of ``tensors``, so that what is too little shows before the first save.
+
+        Raises:
+            UserError: on every rank, when any of them cannot have it.
+        """
+        if self._staging is not None:
+            staging = self._staging
+            self._ranks.everywhere(lambda: staging.reserve(tensors))
 
     def save(self, tensors: Mapping[str, Tensor], assets: HfAssets, manifest: Manifest, best_step: int | None) -> None:
         """Begin to write a checkpoint, after the one before it is complete; then remove those that nothing keeps.
@@ -90,10 +101,11 @@ class Saver:
 
         self._task = Future()
         if staging is None:
-            _run(write, self._task)
+            _run(write, self._task, self._ranks.device)
             self.wait()
         else:
-            threading.Thread(target=_run, args=(write, self._task), name="checkpoint", daemon=True).start()
+            arguments = (write, self._task, self._ranks.device)
+            threading.Thread(target=_run, args=arguments, name="checkpoint", daemon=True).start()
 
     def hold_update(self) -> None:
         """To be called before tensors change: they must have been copied. Waits for host memory, never for a GPU."""
@@ -106,7 +118,10 @@ class Saver:
         Raises:
             UserError: more checkpoints in a row have failed than is allowed.
         """
-        if self._task is not None and self._ranks.sum(not self._task.done()) == 0:
+        if self._task is None:
+            return
+        self._raise_fault(self._task)
+        if self._ranks.sum(not self._task.done()) == 0:
             self.wait()
 
     def wait(self, required: bool = False) -> None:
@@ -128,6 +143,10 @@ class Saver:
         """The line of a checkpoint that could not be written; the same on all ranks but for who saw it."""
         task, self._task = self._task, None
         assert task is not None
+        # All meet every second instead of waiting in one collective: who is silent or has ended is then found out.
+        while self._ranks.sum(not task.done()):
+            wait_for([task], timeout=1.0)
+            self._raise_fault(task)
         try:
             lines = task.result()
         except UserError as error:
@@ -139,8 +158,15 @@ class Saver:
             self._say(line)
         return None
 
+    def _raise_fault(self, task: Future[list[str]]) -> None:
+        """A fault of the program, which the other ranks may not share: they must not be waited for."""
+        if task.done() and not isinstance(task.exception(), UserError | None):
+            task.result()
 
-def _run(write: Callable[[], list[str]], task: Future[list[str]]) -> None:
+
+def _run(write: Callable[[], list[str]], task: Future[list[str]], device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # which a thread does not take over from the one that starts it
     try:
         task.set_result(write())
     except BaseException as error:

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from ..errors import UserError
+from ..optim.local import local_part
 
 
 class Staging:
@@ -29,29 +31,45 @@ class Staging:
         self._host_copied = threading.Event()
         self._host_copied.set()
 
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the memory for copies of ``tensors``, where it has not been taken yet.
+
+        Raises:
+            UserError: there is too little.
+        """
+        try:
+            for name, tensor in tensors.items():
+                held, buffer = local_part(tensor), self._buffers.get(name)
+                if buffer is None or (buffer.shape, buffer.dtype) != (held.shape, held.dtype):
+                    self._buffers[name] = torch.zeros(held.shape, dtype=held.dtype, pin_memory=held.is_cuda)
+        except (RuntimeError, MemoryError) as error:
+            raise UserError(
+                f"checkpoint.asynchronous: no host memory for copies of weights and states ({error}); set it to false, "
+                "or use more nodes"
+            ) from None
+
     @torch.no_grad()
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         """Take note of the values that this rank holds of each tensor now, by name. Copies from a GPU are begun."""
+        self.reserve(tensors)
         self._on_host, self._copied = {}, []
         self._host_copied.clear()
+        on_devices: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for name, tensor in tensors.items():
-            held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            buffer = self._buffers.get(name)
-            if buffer is None or (buffer.shape, buffer.dtype) != (held.shape, held.dtype):
-                buffer = torch.empty(held.shape, dtype=held.dtype, pin_memory=held.is_cuda)
-                self._buffers[name] = buffer
+            held = local_part(tensor)
             if held.is_cuda:
-                with torch.cuda.stream(self._stream(held.device)):
-                    buffer.copy_(held, non_blocking=True)
+                on_devices.setdefault(held.device, []).append((self._buffers[name], held))
             else:
                 self._on_host[name] = held
-        self._copied = [stream.record_event() for stream in self._streams.values()]
-
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        """The stream of copies from ``device``, after what the device has been told to do up to now."""
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
-        stream.wait_stream(torch.cuda.current_stream(device))
-        return stream
+        for device, pairs in on_devices.items():
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            stream = self._streams[device]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for buffer, held in pairs:
+                    buffer.copy_(held, non_blocking=True)
+            self._copied.append(stream.record_event())
 
     @torch.no_grad()
     def copy(self) -> Mapping[str, Tensor]:

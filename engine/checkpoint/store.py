@@ -47,6 +47,8 @@ class CheckpointStore:
         self.keep_every = keep_every
         self._remarks: list[str] = []
         """For the log: checkpoints in use that hold no hashes."""
+        self._found: list[Path] = []
+        """What :meth:`resolve` chose from."""
         self._damaged: list[tuple[Path, str]] = []
         """What :meth:`set_aside` is to rename, and what is wrong with each."""
 
@@ -61,10 +63,21 @@ class CheckpointStore:
         """Be the only writer to the run folder, on all ranks; see :func:`run_folder_lock`.
 
         Raises:
-            UserError: on every rank, when another process is.
+            UserError: on every rank, when another process is, or has been since :meth:`resolve`.
         """
         with ExitStack() as stack:
-            yield self.ranks.on_main(lambda: stack.enter_context(run_folder_lock(self.folder.parent))) or []
+            remarks = self.ranks.on_main(lambda: stack.enter_context(run_folder_lock(self.folder.parent))) or []
+            self.ranks.on_main(self._require_as_found)
+            yield remarks
+
+    def _require_as_found(self) -> None:
+        """A run that was chosen to go on from a checkpoint before it had the lock may have been overtaken."""
+        changed = sorted({*self._found} ^ {*self._candidates()})
+        if changed:
+            raise UserError(
+                f"{changed[-1]}: written or removed by another run while this one was starting; start again to go on "
+                "from the newest checkpoint"
+            )
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -86,9 +99,10 @@ class CheckpointStore:
             UserError: a named checkpoint is missing or damaged, none is left that is not, or the run would mix with
                 another one in this folder.
         """
+        # The main rank's answer counts: shared file systems may show a new folder to some nodes later than others.
+        self._found = self.ranks.share(self.ranks.on_main(self._candidates))
         if resume == "auto":
-            # The main rank's answer counts: shared file systems may show a new folder to some nodes later than others.
-            return self._newest_sound(self.ranks.share(self.ranks.on_main(self._candidates)))
+            return self._newest_sound(self._found)
         complete = self.ranks.share(self.ranks.on_main(self.complete))
         if resume == "none":
             if complete:
@@ -121,6 +135,8 @@ class CheckpointStore:
     def _newest_sound(self, candidates: list[Path]) -> Path | None:
         for folder in reversed(candidates):
             manifest, problem = self._examine(folder)
+            if manifest is not None and manifest.step != step_of(folder):
+                problem = f"{folder}: its manifest is of step {manifest.step}"
             if manifest is not None and problem is None:
                 return folder
             self._damaged.append((folder, problem or ""))
@@ -274,7 +290,7 @@ class CheckpointStore:
     def _remove_leftovers(self) -> list[str]:
         if not self.folder.is_dir():
             return []
-        leftovers = [entry for entry in self.folder.iterdir() if _TEMPORARY.match(entry.name)]
+        leftovers = [entry for entry in self.folder.iterdir() if _TEMPORARY.match(entry.name) and entry.is_dir()]
         for entry in leftovers:
             shutil.rmtree(entry)
         return [f"removed {entry}, which a killed run had left incomplete" for entry in leftovers]

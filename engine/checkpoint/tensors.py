@@ -7,10 +7,11 @@ rank writes its shards; a reader with any other layout gets its own slices.
 from __future__ import annotations
 
 import math
+import pickle
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -103,9 +104,10 @@ def save_tensors(
     Raises:
         UserError: on every rank, when any of them cannot write.
     """
-    writer = HashingWriter(folder, single_file_per_rank=True)
+    writer = HashingWriter(folder, from_host=staged is not None)
     try:
-        with _without_single_process_warning():
+        # Not where there are others: filters of warnings are the whole process's, and this may be a thread.
+        with nullcontext() if distributed else _without_single_process_warning():
             dcp.save(
                 dict(tensors),
                 storage_writer=writer,
@@ -214,8 +216,15 @@ def describe_casts(
 def _reasons(error: CheckpointException) -> str:
     """The distinct causes, of all ranks."""
     causes = [_os_error_behind(cause) or cause for cause, _ in error.failures.values()]
-    said = {str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}" for cause in causes}
-    return "; ".join(sorted(said))
+    return "; ".join(sorted({_said_of(cause) for cause in causes}))
+
+
+def _said_of(cause: BaseException) -> str:
+    if isinstance(cause, UserError):
+        return str(cause)
+    if isinstance(cause, pickle.UnpicklingError):  # whose own words advise to load it without care
+        return "a file holds something else than tensors"
+    return f"{type(cause).__name__}: {cause}"
 
 
 @contextmanager

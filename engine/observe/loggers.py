@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -33,7 +34,9 @@ class MetricLog:
         self._folder = Path(run_folder)
         self._resumed_step, self._evaluates_again = resumed_step, evaluates_again
         self._tensorboard = tensorboard
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._pending = b""
+        """Records that a full disk has not taken yet."""
         self._writer: Any = None
 
     def open(self) -> None:
@@ -44,7 +47,7 @@ class MetricLog:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         _forget_after(self._folder / METRICS_FILE, self._resumed_step, self._evaluates_again)
-        self._file = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._file = (self._folder / METRICS_FILE).open("ab", buffering=0)
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -63,20 +66,45 @@ class MetricLog:
         finite = {
             key: None if isinstance(value, float) and not isfinite(value) else value for key, value in values.items()
         }
-        self._file.write(json.dumps({"step": step, "tokens": tokens, **finite}) + "\n")
-        self._file.flush()
+        self._pending += json.dumps({"step": step, "tokens": tokens, **finite}).encode() + b"\n"
+        with self._tolerant():
+            self._write_pending()
         if self._writer is not None:
-            for key, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._writer.add_scalar(f"{group}/{key}", value, step)
-            self._writer.flush()
+            with self._tolerant():
+                for key, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self._writer.add_scalar(f"{group}/{key}", value, step)
+                self._writer.flush()
+
+    def _write_pending(self) -> None:
+        assert self._file is not None
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """A full disk is said, and ends nothing: checkpoints decide on that. Records wait for space."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"  {self._folder}: metrics cannot be written now: {error.strerror or error}")
+
+    def sync(self) -> None:
+        """Flush the records to disk: a checkpoint that survives must find those of its steps."""
+        if self._file is not None:
+            with self._tolerant():
+                self._write_pending()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close everything."""
         if self._file is not None:
+            with self._tolerant():
+                self._write_pending()
             self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with self._tolerant():
+                self._writer.close()
 
 
 def _forget_after(path: Path, step: int, evaluates_again: bool) -> None:

@@ -31,6 +31,8 @@ _LOST_CONTACT = re.compile(r"gloo|nccl|tcpstore|connection (closed|reset|refused
 _SETTLING_SECONDS = 3.0
 """Ranks that fail together each say so by themselves: only after this is the first one's failure said by the others."""
 _LONGEST_LINE = 500
+APART = "apart"
+"""Description of groups for work behind the training, in which ranks may wait for one another for long."""
 _OWN_ERROR = "has ended with an error of its own"
 """A verdict that needs no stacks: that rank has said where it stood."""
 
@@ -213,7 +215,8 @@ def _collectives_begun() -> dict[str, int]:
     begun: dict[str, int] = {}
     for group in list(distributed_c10d._world.pg_map):
         ranks = distributed_c10d._world.pg_group_ranks.get(group)
-        if ranks is None:  # the main thread is making it or taking it down
+        # Where it is None, the main thread is making the group or taking it down.
+        if ranks is None or group.group_desc == APART:
             continue
         name = hashlib.sha256(json.dumps(list(ranks)).encode()).hexdigest()[:8]
         for device in group._device_types:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
-from .liveness import Liveness
+from .liveness import APART, Liveness
 from .meeting import Meeting, meet
 
 Result = TypeVar("Result")
@@ -43,11 +43,10 @@ class Ranks:
         """Whether this rank speaks for all: console, metrics and manifests."""
         return self.rank == 0
 
-    def apart(self, timeout_seconds: float) -> Ranks:
-        """The same ranks with a process group of their own, over which another thread may exchange messages. All ranks
-        must call this."""
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        return replace(self, group=group)
+    def apart(self) -> Ranks:
+        """The same ranks with a process group of their own, over which another thread may exchange messages, however
+        long one of them takes. All ranks must call this, and see by other messages whether all are alive."""
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(days=1), group_desc=APART))
 
     def sum(self, value: float) -> float:
         """Sum of a host number over all ranks, without touching the GPU."""

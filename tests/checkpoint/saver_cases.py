@@ -51,7 +51,7 @@ def advance(tensors: dict[str, torch.Tensor]) -> None:
 def saver(ranks: Ranks, run_folder: Path, lines: list[str], **settings):
     """A saver whose log is ``lines``; and its store."""
     store = CheckpointStore(run_folder, ranks, keep_last=100, keep_best=False)
-    with Saver(store, ranks, CheckpointConfig(**settings), 60, lines.append) as entered:
+    with Saver(store, ranks, CheckpointConfig(**settings), lines.append) as entered:
         yield entered
 
 

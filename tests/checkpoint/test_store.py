@@ -247,7 +247,7 @@ def _use(folder, place, value, version):
     try:
         manifest = read_manifest(folder)
         require_allowed(manifest, config, (), folder)
-        describe_changes(manifest, _RUN, {"shard": 2})
+        describe_changes(manifest, _RUN, {"shard": 2}, fingerprints)
         Catalog([], [], {}, fingerprints).require_unchanged(manifest.datasets, "x")
         if manifest.sample_order:
             Schedule([Stage((Share("books"),))]).resumed(manifest.sample_order, manifest.consumed_samples)

@@ -89,7 +89,7 @@ class RehearsedTrainer(Trainer):
         self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
         # Nothing is saved: the step asks whether a copy is still being made.
         store = CheckpointStore(config.run_folder, ranks, keep_last=1, keep_best=False)
-        self.saver = Saver(store, ranks, config.checkpoint, config.parallel.timeout_seconds, lambda line: None)
+        self.saver = Saver(store, ranks, config.checkpoint, lambda line: None)
         backend = PER_DOCUMENT if part.capability is None else attention_backend(config, architecture)
         self.choices = Choices(backend, False, self.plan.num_micro_batches)
         counter.begin("parameters")
