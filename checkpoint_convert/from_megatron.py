@@ -20,11 +20,7 @@ from typing import Any
 from retemper import __version__
 from retemper.checkpoint_convert.megatron_reading import MegatronModel
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.checkpoint.block_copy import OutputFile, WrittenFile
 from retemper.engine.checkpoint.manifest import Manifest, write_manifest
-from retemper.engine.checkpoint.new_folder import require_absent
-from retemper.engine.checkpoint.partial_folder import PartialFolder, partial_folder
-from retemper.engine.checkpoint.tensor_files import begin_tensor_file, write_metadata
 from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.conversion.hf_to_dcp import describe_logits
 from retemper.engine.conversion.logits import compare_logits
@@ -41,6 +37,10 @@ from retemper.engine.hugging_face.weight_dtypes import (
     dtype_named,
 )
 from retemper.engine.model.architecture import CONFIG_FILE, read_hf_config
+from retemper.engine.streaming.block_copy import OutputFile, WrittenFile
+from retemper.engine.streaming.new_folder import require_absent
+from retemper.engine.streaming.partial_folder import PartialFolder, partial_folder
+from retemper.engine.streaming.tensor_files import begin_tensor_file, write_metadata
 
 HF, CHECKPOINT = FORMATS = ("hf", "checkpoint")
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from retemper.engine.checkpoint.safety import METADATA_FILE, DamagedCheckpoint, read_metadata
-from retemper.engine.checkpoint.tensor_files import CheckpointRows
-from retemper.engine.checkpoint.tensor_source import ReadRows
 from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.weight_dtypes import DTYPES, dtype_name
 from retemper.engine.model.architecture import Architecture, parse_architecture
 from retemper.engine.model.decoder import meta_decoder
+from retemper.engine.streaming.tensor_files import CheckpointRows
+from retemper.engine.streaming.tensor_source import ReadRows
 
 from .megatron_config import config_from_args, describe_disagreement, read_args
 from .megatron_layout import EMBEDDING_KEY, FusedTensor, Run, fused_tensors
@@ -119,7 +119,7 @@ class MegatronModel:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.checkpoint.tensor_source.TensorSource`."""
+        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
         fused, place = self._fused[name], self._places[name]
         part = fused.parts.index(name)
         if place.is_part:

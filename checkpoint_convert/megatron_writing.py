@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retemper.engine.checkpoint.block_copy import OutputFile, WrittenFile
-from retemper.engine.checkpoint.tensor_files import begin_tensor_file
-from retemper.engine.checkpoint.tensor_source import ReadRows, TensorSource
 from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.weight_dtypes import dtype_name
 from retemper.engine.model.architecture import Architecture
+from retemper.engine.streaming.block_copy import OutputFile, WrittenFile
+from retemper.engine.streaming.tensor_files import begin_tensor_file
+from retemper.engine.streaming.tensor_source import ReadRows, TensorSource
 
 from .megatron_config import COMMON_FILE
 from .megatron_layout import FusedTensor, Vocabulary, extra_state_keys, fused_tensors
@@ -101,7 +101,7 @@ class MegatronPieces:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.checkpoint.tensor_source.TensorSource`. Rows of padding are zeros."""
+        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`. Rows of padding are zeros."""
         fused = self._fused[name]
         places = list(fused.places())
         with ExitStack() as stack:

@@ -25,10 +25,6 @@ from retemper.checkpoint_convert.megatron_reading import MegatronModel
 from retemper.checkpoint_convert.megatron_writing import Layout, MegatronPieces, complete_checkpoint
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
 from retemper.engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from retemper.engine.checkpoint.new_folder import require_absent
-from retemper.engine.checkpoint.partial_folder import partial_folder
-from retemper.engine.checkpoint.tensor_files import CheckpointRows
-from retemper.engine.checkpoint.tensor_source import TensorSource
 from retemper.engine.checkpoint.tensors import StoredTensor, check_model_tensors
 from retemper.engine.conversion.hf_to_dcp import describe_logits
 from retemper.engine.conversion.logits import compare_logits
@@ -48,6 +44,10 @@ from retemper.engine.hugging_face.weight_dtypes import (
 )
 from retemper.engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
 from retemper.engine.model.decoder import meta_decoder
+from retemper.engine.streaming.new_folder import require_absent
+from retemper.engine.streaming.partial_folder import partial_folder
+from retemper.engine.streaming.tensor_files import CheckpointRows
+from retemper.engine.streaming.tensor_source import TensorSource
 
 _MAX_MULTIPLE = 2**20
 

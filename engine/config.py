@@ -161,7 +161,8 @@ class TrainingConfig:
     """What follows a loss spike. skip: the next step. rewind: going back to the newest undamaged checkpoint that is at
     least ``rewind_steps`` older, and from there on around all samples up to the spike; where there is none, as skip."""
     rewind_steps: int = 100
-    """Steps, at least, to go back before a loss spike. ``checkpoint.save_interval`` decides how many more."""
+    """Steps, at least, to go back before a loss spike. The checkpoints that are kept decide how many more: about as
+    many again where ``checkpoint.keep_last`` keeps none that old; else up to ``checkpoint.save_interval``."""
     max_rewinds: int = 3
     """A loss spike after so many rewinds ends the run."""
     check_replicas_interval: int = 0

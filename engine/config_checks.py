@@ -57,7 +57,7 @@ def validate(config: RunConfig) -> None:
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         raise UserError(f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1")
     _validate_pipeline(parallel)
-    _validate_rewind(training, config.checkpoint)
+    _validate_rewind(training)
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed is {config.seed}; it must be in [0, 2^63)")
     for change in config.allow_changes:
@@ -129,21 +129,12 @@ def _validate_schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> 
             )
 
 
-def _validate_rewind(training: TrainingConfig, checkpoint: CheckpointConfig) -> None:
+def _validate_rewind(training: TrainingConfig) -> None:
     _at_least(1, training, "training", "rewind_steps")
-    if training.loss_spike_action == "skip":
-        return
-    if training.loss_spike_zscore is None:
+    if training.loss_spike_action == "rewind" and training.loss_spike_zscore is None:
         raise UserError(
             "training.loss_spike_action is rewind, but training.loss_spike_zscore is null, so that nothing is a spike; "
             "set it to a number such as 10, or remove loss_spike_action"
-        )
-    oldest = (checkpoint.keep_last - 1) * checkpoint.save_interval + 1
-    if oldest < training.rewind_steps:
-        raise UserError(
-            f"training.rewind_steps is {training.rewind_steps:,}, but the oldest of checkpoint.keep_last "
-            f"{checkpoint.keep_last} checkpoints, checkpoint.save_interval {checkpoint.save_interval:,} steps apart, "
-            f"may be only {oldest:,} steps old; keep more of them, save less often, or lower it"
         )
 
 

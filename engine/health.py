@@ -47,7 +47,8 @@ class Health:
         self.spiked = False
         """Whether the last step was a loss spike."""
         self.rewinds: list[dict[str, int]] = []
-        """How often the run has gone back: ``{"step", "to_step", "samples"}``, the last being those passed over."""
+        """How often the run has gone back: ``{"step", "to_step", "samples"}``. The first two count optimizer steps;
+        samples are those passed over, of ``training.sequence_length`` tokens each."""
 
     def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Whether to leave out the update of ``step``, the same on every rank. All ranks must call this.

@@ -5,8 +5,9 @@ are as they were there. The place in the data is not: all samples since then, th
 over. So did PaLM (Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, section 5.1): a restart some 100 steps
 before the spike, 200 to 500 batches skipped.
 
-Nothing is written but new names for the checkpoints in between. A run that is killed before its next checkpoint
-therefore comes to the same spike again, and goes back again, to the same place.
+Two things are written: new names for the checkpoints in between, and metrics.jsonl without the records since. A run
+that is killed before its next checkpoint therefore comes to the same spike again, and goes back again, to the same
+place.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from .budget import BatchPlan
+from .checkpoint.changes import require_allowed
 from .checkpoint.manifest import Manifest, read_manifest
 from .checkpoint.store import CheckpointStore
-from .config import TrainingConfig
+from .config import RunConfig, to_dict
 from .data.sample_order import SampleOrder
 from .errors import UserError
 from .health import Health
@@ -42,7 +44,7 @@ class Rewind:
 
 
 def plan_rewind(
-    config: TrainingConfig,
+    config: RunConfig,
     store: CheckpointStore,
     health: Health,
     progress: Progress,
@@ -59,16 +61,14 @@ def plan_rewind(
         UserError: it has gone back too often.
     """
     health.require_rewind(progress.step)
-    target = store.newest_until(progress.step - config.rewind_steps)
+    training = config.training
+    target = store.newest_until(progress.step - training.rewind_steps)
     if target is None:
-        say(f"  not rewound, only skipped: no checkpoint is training.rewind_steps {config.rewind_steps} steps older")
+        say(f"  not rewound, only skipped: no checkpoint is training.rewind_steps {training.rewind_steps} steps older")
         return None
     manifest = store.ranks.everywhere(lambda: read_manifest(target))
-    remaining = plan.steps_for(max(0, config.train_tokens - manifest.consumed_tokens))
-    try:
-        order.require(progress.samples + remaining * plan.global_batch_size)
-    except UserError as error:
-        say(f"  not rewound, only skipped: without the samples in between, {error}")
+    if obstacle := _obstacle(manifest, target, config, progress, order, plan):
+        say(f"  not rewound, only skipped: {obstacle}")
         return None
     skipped = progress.samples - manifest.consumed_samples
     rewinds = [*health.rewinds, {"step": progress.step, "to_step": manifest.step, "samples": skipped}]
@@ -78,5 +78,27 @@ def plan_rewind(
         Progress(manifest.step, progress.samples, manifest.consumed_tokens, manifest.best),
         {**manifest.health, "rewinds": rewinds},
         f"  rewound to step {manifest.step} ({target}): the {skipped:,} samples from there to the spike in step "
-        f"{progress.step} are passed over; rewind {len(rewinds)} of training.max_rewinds {config.max_rewinds}",
+        f"{progress.step} are passed over; rewind {len(rewinds)} of training.max_rewinds {training.max_rewinds}",
     )
+
+
+def _obstacle(
+    manifest: Manifest, target: Path, config: RunConfig, progress: Progress, order: SampleOrder, plan: BatchPlan
+) -> str | None:
+    """Why the run cannot go on from the checkpoint ``target`` and from behind the samples of ``progress``."""
+    try:
+        require_allowed(manifest, to_dict(config), (), target)
+    except UserError:
+        return f"{target} is from before the order of the data changed"
+    # A blend that was changed takes over at a sample; one that was not keeps the place where it took over.
+    if order.schedule.start > manifest.consumed_samples:
+        return f"{target} is from before the order of the data changed"
+    start = config.optimizer.schedule_start_tokens
+    if manifest.consumed_tokens < start:
+        return f"{target} is from before optimizer.schedule_start_tokens {start:,}"
+    remaining = plan.steps_for(max(0, config.training.train_tokens - manifest.consumed_tokens))
+    try:
+        order.require(progress.samples + remaining * plan.global_batch_size)
+    except UserError as error:
+        return f"without the samples in between, {error}"
+    return None

@@ -68,7 +68,10 @@ class Trainer:
         layout = plan_layout(config.parallel, ranks.world_size)
         self.plan = plan_batches(config.training, layout.data_parallel)
         keep = config.checkpoint
-        self.store = CheckpointStore(config.run_folder, ranks, keep.keep_last, keep.keep_best, keep.keep_every)
+        rewind_steps = config.training.rewind_steps if config.training.loss_spike_action == "rewind" else 0
+        self.store = CheckpointStore(
+            config.run_folder, ranks, keep.keep_last, keep.keep_best, keep.keep_every, rewind_steps
+        )
         self.resume_from = self.store.resolve(config.resume)
         # What is saved of the configuration keeps a name on the Hub; here it becomes a folder.
         local = config if self.resume_from else with_local_weights(config, ranks, self.store.require_sound)
@@ -126,19 +129,25 @@ class Trainer:
             self.log.say(line)
         self._say_plan()
         with self.stop, self.watchdog, self.saver, GarbageSchedule(self.config.training.gc_interval) as garbage:
-            while rewind := self._train(garbage):
+            rewind = None
+            while rewind := self._train(garbage, rewind):
                 self._go_back(rewind)
             if self._remaining_steps() == 0:
                 step, stop = self.progress.step, self.stop.agreed
                 export_run(self.config.checkpoint, self.store, step, self.resume_from, stop, self.log.say)
         self.log.close()
 
-    def _train(self, garbage: GarbageSchedule) -> Rewind | None:
-        """All steps that are left, or up to a loss spike from which the run is to go back."""
+    def _train(self, garbage: GarbageSchedule, after: Rewind | None) -> Rewind | None:
+        """All steps that are left, ``after`` going back, or up to a loss spike from which the run is to go back."""
         config = self.config
         if self.owes_evaluation:
             self._evaluate_for_best()
-        self.stop.leave_if_agreed()
+        if after is None:
+            self.stop.leave_if_agreed()
+        elif self.stop.agreed():
+            step = self.progress.step
+            self.log.say(f"stopped at step {step} as asked, gone back to before a spike; resume: auto continues")
+            return None
         stopwatch = Stopwatch()
         first_samples = range(self.progress.samples, self._last_sample(), self.plan.global_batch_size)
         with Prefetcher(self._prepare, first_samples, config.data.prefetch_steps) as prefetcher:
@@ -172,7 +181,7 @@ class Trainer:
         self.watchdog.sleep()
         self.saver.wait()  # what is being written may be what to go back to
         order = self.inputs.order
-        return plan_rewind(self.config.training, self.store, self.health, self.progress, order, self.plan, self.log.say)
+        return plan_rewind(self.config, self.store, self.health, self.progress, order, self.plan, self.log.say)
 
     def _go_back(self, rewind: Rewind) -> None:
         """Be what the run was at that checkpoint, but for the place in the data."""

@@ -410,7 +410,6 @@ def test_values_out_of_range(config_file, option, value):
     assert message.startswith(f"{option} is {value.removeprefix('.')}; ")
 
 
-REWIND = ["--training.loss_spike_zscore=8", "--training.loss_spike_action=rewind", "--checkpoint.save_interval=100"]
 
 
 @pytest.mark.parametrize(
@@ -442,11 +441,6 @@ REWIND = ["--training.loss_spike_zscore=8", "--training.loss_spike_action=rewind
         (
             ["--training.loss_spike_action=rewind"],
             "training.loss_spike_action is rewind, but ",
-        ),
-        (
-            [*REWIND, "--training.rewind_steps=202"],
-            "training.rewind_steps is 202, but the oldest of checkpoint.keep_last 3 checkpoints, "
-            "checkpoint.save_interval 100 steps apart, may be only 201 steps old",
         ),
         (["--model.architecture=null"], "model.initialize_from and model.architecture are both null"),
     ],

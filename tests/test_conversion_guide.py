@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from retemper.engine.checkpoint.block_copy import BLOCK_BYTES, MAX_WORKERS
 from retemper.engine.conversion.logits import TOLERANCE
+from retemper.engine.streaming.block_copy import BLOCK_BYTES, MAX_WORKERS
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import UserError
@@ -25,24 +25,42 @@ def whole_checkpoints(folders: list[Path]) -> dict[Path, Manifest]:
 
 
 def reasons_to_keep(
-    manifests: Mapping[Path, Manifest], keep_last: int, keep_every: int, best_step: int | None
+    manifests: Mapping[Path, Manifest], keep_last: int, keep_every: int, best_step: int | None, rewind_steps: int = 0
 ) -> dict[Path, list[str]]:
-    """Why each checkpoint is kept: last, every, best, final; those with an empty list are not.
+    """Why each checkpoint is kept: last, every, best, rewind, final; those with an empty list are not.
 
     Args:
         manifests: by folder, oldest first.
         keep_last: newest ones that are kept.
         keep_every: those whose step is a multiple of it are kept; 0: none for that.
-        best_step: step of the best evaluation; None where it is not kept.
+        best_step: step of the best evaluation; None where it is not kept. Where its checkpoint is missing, as after
+            a save that failed, the newest one that was the best when it was written is kept for it.
+        rewind_steps: steps that the run goes back at least after a loss spike; 0: it does not.
     """
     newest = list(manifests)[-keep_last:]
+    steps = {manifest.step for manifest in manifests.values()}
+    if best_step is not None and best_step not in steps:
+        best_step = max((m.step for m in manifests.values() if m.best.get("step") == m.step), default=None)
+    for_rewind = _steps_for_rewind(sorted(steps), rewind_steps) if rewind_steps else ()
     reasons: dict[Path, list[str]] = {}
     for folder, manifest in manifests.items():
         holds = {
             "last": folder in newest,
             "every": bool(keep_every) and manifest.step % keep_every == 0,
             "best": best_step is not None and manifest.step == best_step,
+            "rewind": manifest.step in for_rewind,
             "final": manifest.final,
         }
         reasons[folder] = [reason for reason, true in holds.items() if true]
     return reasons
+
+
+def _steps_for_rewind(steps: Sequence[int], rewind_steps: int) -> list[int]:
+    """Of ``steps``, in rising order: the newest that is old enough, and the oldest that is not yet, to follow it.
+
+    Without the second, the first would remain for ever where all that are younger are removed before they are old
+    enough. With it, the first is less than twice ``rewind_steps`` and the distance between two saves older than the
+    newest.
+    """
+    enough = [step for step in steps if step <= steps[-1] - rewind_steps]
+    return enough[-1:] + list(steps[len(enough) : len(enough) + 1])

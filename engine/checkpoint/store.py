@@ -39,12 +39,21 @@ _TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")
 class CheckpointStore:
     """The folder ``{run_folder}/checkpoints``."""
 
-    def __init__(self, run_folder: str | Path, ranks: Ranks, keep_last: int, keep_best: bool, keep_every: int = 0):
+    def __init__(
+        self,
+        run_folder: str | Path,
+        ranks: Ranks,
+        keep_last: int,
+        keep_best: bool,
+        keep_every: int = 0,
+        rewind_steps: int = 0,
+    ):
         self.folder = Path(run_folder) / "checkpoints"
         self.ranks = ranks
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.keep_every = keep_every
+        self.rewind_steps = rewind_steps
         self._remarks: list[str] = []
         """For the log: checkpoints in use that hold no hashes."""
         self._found: list[Path] = []
@@ -204,7 +213,9 @@ class CheckpointStore:
         return self.ranks.on_main(lambda: self._abandon_after(step)) or []
 
     def _abandon_after(self, step: int) -> list[str]:
-        newer = [folder for folder in self._candidates() if step_of(folder) > step]
+        # The newest first: killed half-way, this leaves all that are older. From the newest of these the run comes to
+        # the spike again, and goes back again.
+        newer = [folder for folder in reversed(self._candidates()) if step_of(folder) > step]
         return [f"  {folder} renamed to {_renamed(folder, REWOUND)}: the run goes back behind it" for folder in newer]
 
     def save(
@@ -273,7 +284,8 @@ class CheckpointStore:
 
     def _thin_out(self, best_step: int | None) -> None:
         whole = whole_checkpoints(self.complete())
-        reasons = reasons_to_keep(whole, self.keep_last, self.keep_every, best_step if self.keep_best else None)
+        best_step = best_step if self.keep_best else None
+        reasons = reasons_to_keep(whole, self.keep_last, self.keep_every, best_step, self.rewind_steps)
         for checkpoint in (folder for folder, why in reasons.items() if not why):
             self.remove(checkpoint)
 

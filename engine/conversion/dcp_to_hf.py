@@ -10,12 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.assets import ASSET_FOLDER, CONFIG_FILE, HfAssets
-from ..checkpoint.block_copy import WrittenFile
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
-from ..checkpoint.new_folder import require_absent
-from ..checkpoint.partial_folder import partial_folder
-from ..checkpoint.tensor_files import CheckpointRows
-from ..checkpoint.tensor_source import TensorSource
 from ..checkpoint.tensors import OPTIMIZER_PREFIX, StoredTensor, check_model_tensors
 from ..hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, ShardPlan, parse_shard_size
 from ..hugging_face.weight_dtypes import (
@@ -29,6 +24,11 @@ from ..hugging_face.weight_dtypes import (
 )
 from ..model.architecture import Architecture, parse_architecture, read_hf_config
 from ..model.decoder import meta_decoder
+from ..streaming.block_copy import WrittenFile
+from ..streaming.new_folder import require_absent
+from ..streaming.partial_folder import partial_folder
+from ..streaming.tensor_files import CheckpointRows
+from ..streaming.tensor_source import TensorSource
 from .hf_to_dcp import describe_logits
 from .logits import compare_logits
 from .record import ConversionRecord, file_hash

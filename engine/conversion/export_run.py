@@ -13,9 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..checkpoint.block_copy import OutputFile, WrittenFile, copy_files, default_workers
 from ..checkpoint.manifest import MANIFEST_FILE
-from ..checkpoint.partial_folder import partial_folder
 from ..checkpoint.store import CheckpointStore, step_of
 from ..config import CheckpointConfig
 from ..errors import UserError
@@ -23,6 +21,8 @@ from ..hugging_face.upload import open_repository, upload_folder
 from ..hugging_face.weight_dtypes import describe_casts
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
+from ..streaming.block_copy import OutputFile, WrittenFile, copy_files, default_workers
+from ..streaming.partial_folder import partial_folder
 from .dcp_to_hf import Export, plan_export
 from .record import CONVERSION_FILE, file_hash
 from .run import size_of

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from ... import __version__
 from ..checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE, HfAssets
-from ..checkpoint.block_copy import OutputFile, WrittenFile
 from ..checkpoint.manifest import Manifest, write_manifest
-from ..checkpoint.new_folder import require_absent
-from ..checkpoint.partial_folder import partial_folder
-from ..checkpoint.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
 from ..checkpoint.tensors import StoredTensor
 from ..hugging_face.folder import INDEX_FILE
 from ..hugging_face.hub_download import find_model_folder
 from ..hugging_face.model import HfModel, open_hf_model
 from ..hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_named
 from ..model.architecture import CONFIG_FILE, parse_architecture
+from ..streaming.block_copy import OutputFile, WrittenFile
+from ..streaming.new_folder import require_absent
+from ..streaming.partial_folder import partial_folder
+from ..streaming.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
 from .logits import compare_logits
 from .record import ConversionRecord, file_hash, file_identity
 from .run import parse_workers, require_outside, size_of, write_tensors

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention import choose_attention_backend
-from ..checkpoint.tensor_source import TensorSource, rows_of
 from ..checkpoint.tensors import StoredTensor, model_tensors
 from ..errors import UserError
 from ..hugging_face.model import EMBEDDING
 from ..model.architecture import Architecture
 from ..model.decoder import meta_decoder
 from ..model.packing import plan_packing
+from ..streaming.tensor_source import TensorSource, rows_of
 
 TOLERANCE = 1e-3
 """Largest difference, as a part of the largest logit. Both compute in float32 and add up in different orders: tiny

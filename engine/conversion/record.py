@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ..checkpoint.block_copy import WrittenFile
 from ..checkpoint.hashing import record_file
 from ..checkpoint.manifest import code_versions
 from ..checkpoint.tensors import StoredTensor
 from ..hugging_face.weight_dtypes import dtype_name
+from ..streaming.block_copy import WrittenFile
 
 CONVERSION_FILE = "conversion.json"
 _FORMAT_VERSION = 1

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoint.block_copy import OutputFile, WrittenFile, copy_files, default_workers
-from ..checkpoint.partial_folder import PartialFolder
-from ..checkpoint.tensor_source import TensorSource
 from ..checkpoint.verify import find_damage
 from ..errors import UserError
+from ..streaming.block_copy import OutputFile, WrittenFile, copy_files, default_workers
+from ..streaming.partial_folder import PartialFolder
+from ..streaming.tensor_source import TensorSource
 
 
 def parse_workers(workers: int | None) -> int:
@@ -66,7 +66,7 @@ def write_tensors(
         all of them, by name.
 
     Raises:
-        UserError, OSError: see :func:`~retemper.engine.checkpoint.block_copy.copy_files`.
+        UserError, OSError: see :func:`~retemper.engine.streaming.block_copy.copy_files`.
     """
     num_bytes = sum(tensor.num_bytes for file in files for tensor in file.tensors.values())
     # Every byte is written, or read because it was there, and read back.

@@ -18,11 +18,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..checkpoint.assets import TOKENIZER_FILE
-from ..checkpoint.block_copy import BLOCK_BYTES
-from ..checkpoint.tensor_source import ReadRows, TensorSource
 from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from ..hugging_face.model import EMBEDDING, HEAD
+from ..streaming.block_copy import BLOCK_BYTES
+from ..streaming.tensor_source import ReadRows, TensorSource
 
 
 class ResizedVocabulary:
@@ -64,7 +64,7 @@ class ResizedVocabulary:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.checkpoint.tensor_source.TensorSource`."""
+        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
         with self._source.rows(name) as read:
             if self.hashed_rows.get(name, 0) < self._rows or name not in self.hashed_rows:
                 yield read

@@ -20,10 +20,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoint.raw_bytes import opened_for_reading, read_exactly
-from ..checkpoint.tensor_source import ReadRows
 from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
+from ..streaming.raw_bytes import opened_for_reading, read_exactly
+from ..streaming.tensor_source import ReadRows
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -77,7 +77,7 @@ class HfWeights:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.checkpoint.tensor_source.TensorSource`."""
+        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
         path, stored = self.folder / self._file_of[name], self.tensors[name]
         start = self._offsets[path.name][name]
         row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.block_copy import BLOCK_BYTES
-from ..checkpoint.raw_bytes import bytes_of
-from ..checkpoint.tensor_source import ReadRows, rows_of
 from ..checkpoint.tensors import StoredTensor, describe_difference
 from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
 from ..model.decoder import meta_decoder
+from ..streaming.block_copy import BLOCK_BYTES
+from ..streaming.raw_bytes import bytes_of
+from ..streaming.tensor_source import ReadRows, rows_of
 from .folder import HfWeights
 from .weight_dtypes import DTYPES, dtype_name
 

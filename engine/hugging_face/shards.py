@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..checkpoint.block_copy import OutputFile
 from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
+from ..streaming.block_copy import OutputFile
 from .folder import INDEX_FILE
 
 DEFAULT_MAX_SHARD_SIZE = "5GB"
@@ -54,7 +54,7 @@ class ShardPlan:
             _shard_file(file, {name: tensors[name] for name in names})
             for file, names in split.filename_to_tensors.items()
         ]
-        """For :func:`~retemper.engine.checkpoint.block_copy.copy_files`."""
+        """For :func:`~retemper.engine.streaming.block_copy.copy_files`."""
         self._index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
 
     def write_index(self, folder: Path) -> None:

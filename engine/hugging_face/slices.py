@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from ..checkpoint.raw_bytes import opened_for_reading, read_exactly
 from ..checkpoint.tensors import load_through
+from ..streaming.raw_bytes import opened_for_reading, read_exactly
 from .model import HfModel
 
 BLOCK_BYTES = 64 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import saved_runs
@@ -203,6 +204,59 @@ def test_reasons_to_keep(tmp_path):
     kept = {int(path.name): why for path, why in reasons_to_keep(manifests, 2, 20, best_step=10).items()}
     assert kept == {10: ["best"], 20: ["every"], 30: ["final"], 40: ["every"], 50: [],
                     60: ["last", "every"], 70: ["last"]}  # fmt: skip
+
+
+def test_where_the_save_of_the_best_has_failed_the_best_before_is_kept(tmp_path):
+    """The record of the run names a step that has no checkpoint."""
+    best = {10: 10, 20: 20, 30: 20, 40: 35, 50: 35}
+    manifests = {
+        tmp_path / str(step): Manifest("training", step=step, best={"step": known, "name": "validation", "loss": 1.0})
+        for step, known in best.items()
+    }
+    for best_step, kept in ((35, [20, 50]), (20, [20, 50]), (10, [10, 50]), (None, [50])):
+        reasons = reasons_to_keep(manifests, 1, 0, best_step)
+        assert [int(path.name) for path, why in reasons.items() if why] == kept, best_step
+    assert reasons_to_keep(manifests, 1, 0, 35)[tmp_path / "20"] == ["best"]
+
+
+@settings(deadline=None)
+@given(gaps=st.lists(st.integers(1, 40), min_size=1, max_size=60), keep_last=st.integers(1, 4), wanted=st.integers(1, 90))
+def test_a_checkpoint_to_rewind_to_is_always_kept(gaps, keep_last, wanted):
+    """Saves at any distance, such as of the best at evaluations; a spike may follow in any step before the next."""
+    kept, step = {}, 0
+    for number, gap in enumerate(gaps):
+        step += gap
+        kept[Path(str(step))] = Manifest("training", step=step)
+        reasons = reasons_to_keep(kept, keep_last, 0, None, wanted)
+        kept = {path: manifest for path, manifest in kept.items() if reasons[path]}
+        assert len(kept) <= keep_last + 2
+        following = gaps[number + 1] if number + 1 < len(gaps) else 1
+        for spike in (step + 1, step + following):
+            old_enough = [manifest.step for manifest in kept.values() if manifest.step <= spike - wanted]
+            assert old_enough or step - gaps[0] < wanted
+            # The first one stays until there are two that are old enough.
+            assert not old_enough or step - old_enough[-1] < 2 * wanted + max(gaps)
+
+
+def test_what_is_kept_for_a_rewind(one_rank, run_folder):
+    saved_runs.save(one_rank, run_folder, 16, 20)
+    CheckpointStore(run_folder, one_rank, keep_last=1, keep_best=False, rewind_steps=10).thin_out(None)
+    assert names(run_folder) == ["step-00000008", "step-00000012", "step-00000020"]
+
+
+def test_killed_while_it_abandons_a_run_keeps_all_before(one_rank, run_folder, monkeypatch):
+    rename, left = Path.rename, [1]
+
+    def rename_once(path, target):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_once)
+    with pytest.raises(KeyboardInterrupt):
+        CheckpointStore(run_folder, one_rank, 3, False).abandon_after(4)
+    assert names(run_folder) == ["step-00000004", "step-00000008", "step-00000012.rewound"]
 
 
 def test_retention_counts_no_damaged_one_and_touches_no_other_name(one_rank, run_folder):

@@ -18,16 +18,16 @@ from tiny_models import assert_refused, read_folder
 
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
 from retemper.engine.checkpoint.manifest import read_manifest
-from retemper.engine.checkpoint.tensor_files import CheckpointRows
-from retemper.engine.checkpoint.tensor_source import ReadRows
 from retemper.engine.hugging_face.model import HfModel
+from retemper.engine.streaming.tensor_files import CheckpointRows
+from retemper.engine.streaming.tensor_source import ReadRows
 
 Source = type[HfModel] | type[CheckpointRows]
 # What is run after a few tensors, in a process of its own: the real command, in which reading the ninth tensor ends it.
 KILLED = """
 import os, signal, sys, time
 from retemper.checkpoint_convert import {module}
-from retemper.engine.checkpoint.tensor_files import CheckpointRows
+from retemper.engine.streaming.tensor_files import CheckpointRows
 from retemper.engine.errors import run_command
 from retemper.engine.hugging_face.model import HfModel
 

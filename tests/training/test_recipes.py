@@ -1,4 +1,4 @@
-"""docs/continued_pretraining.md runs as it stands: every command in order, with ten-millionths of the tokens and small batches."""
+"""docs/continued_pretraining.md runs as it stands: every command in order, with a ten-millionth of the tokens."""
 
 from __future__ import annotations
 

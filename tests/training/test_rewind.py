@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 import torch
 
+from retemper.engine.checkpoint.manifest import read_manifest
 from retemper.engine.trainer import Trainer
 
 BATCH, STEPS = 8, 44
@@ -165,3 +166,76 @@ def test_where_it_cannot_go_back_the_update_is_skipped(options, windows, reason,
         assert (f"  not rewound, only skipped: {reason}" in capfd.readouterr().out) == (action == "rewind")
     _same_tensors(folders["rewind"] / LAST, folders["skip"] / LAST)
     assert _manifest(folders["rewind"])["health"] == _manifest(folders["skip"])["health"]
+
+
+CHANGED = "is from before the order of the data changed"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "spike", "reason"),
+    [
+        # Twice as long samples: 36 steps of before are 18 of now.
+        (
+            ["--training.sequence_length", "16"],
+            ["--allow_changes", "[training.sequence_length]", "--training.train_tokens", str((36 // 2 + 4) * BATCH * 32)],
+            18 * BATCH + BATCH,
+            CHANGED,
+        ),
+        (["--seed", "5"], ["--allow_changes", "[seed]"], 37 * BATCH, CHANGED),
+        (["--data.train", "[{path: FIRST}]"], [], 37 * BATCH, CHANGED),
+        (
+            [],
+            ["--optimizer.schedule_start_tokens", str(31 * BATCH * 32)],
+            37 * BATCH,
+            "is from before optimizer.schedule_start_tokens 7,936",
+        ),
+        # What comes later may change.
+        (["--training.train_tokens", "100_000"], ["--data.train", "[{path: FIRST, max_epochs: 90}]"], 37 * BATCH, None),
+    ],
+    ids=["sequence length", "seed", "blend", "schedule", "nothing"],
+)
+def test_behind_a_change_of_its_clocks_it_does_not_go_back(
+    before, after, spike, reason, one_rank, run_file, tmp_path, capfd
+):
+    def with_paths(options):
+        return [option.replace("FIRST", str(run_file.parent / "first")) for option in options]
+
+    if reason is None:
+        before = [*before, "--data.train", "[{path: FIRST}]"]
+    options = [*OPTIONS, "--training.eval_interval", "0", "--run_folder", str(tmp_path)]
+    tiny_run.train_until(one_rank, run_file, [*options, *with_paths(before)], 36)
+    assert faulty_run.train_on_bad_samples(one_rank, run_file, [*options, *with_paths(after)], {spike}) is None
+    said = capfd.readouterr().out
+    newest = read_manifest(sorted((tmp_path / "checkpoints").glob("step-????????"))[-1])
+    assert newest.final
+    checkpoint = tmp_path / "checkpoints" / f"step-{TARGET:08d}"
+    if reason is None:
+        assert newest.health["rewinds"] == [{"step": 38, "to_step": TARGET, "samples": 8 * BATCH}]
+    else:
+        assert f"  not rewound, only skipped: {checkpoint} {reason}\n" in said
+        assert "rewinds" not in newest.health and newest.health["skipped_steps"] == 1
+
+
+def test_few_checkpoints_are_enough(one_rank, rewound, run_file, tmp_path):
+    options = [*OPTIONS, "--checkpoint.keep_last", "1", "--run_folder", str(tmp_path)]
+    assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
+    _same_tensors(tmp_path / LAST, rewound / LAST)
+
+
+def test_asked_to_stop_in_the_step_of_a_spike(one_rank, rewound, run_file, tmp_path, monkeypatch, capfd):
+    go_back = Trainer._go_back
+
+    def asked_meanwhile(trainer, rewind):
+        trainer.stop.stop_after(0.0)
+        go_back(trainer, rewind)
+
+    options = [*OPTIONS, "--run_folder", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_go_back", asked_meanwhile)
+        assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
+    said = capfd.readouterr().out
+    assert said.endswith(f"stopped at step {TARGET} as asked, gone back to before a spike; resume: auto continues\n")
+    assert "nothing to save" not in said
+    assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
+    _same_tensors(tmp_path / LAST, rewound / LAST)
+    assert tiny_run.curve(tmp_path) == tiny_run.curve(rewound)

@@ -89,18 +89,22 @@ def _state(folder: Path) -> tuple[Manifest | None, str]:
     return manifest, "set aside" if DAMAGED in folder.name else state
 
 
-def _retention(manifests: Sequence[Manifest]) -> tuple[int, int, int | None]:
-    """keep_last, keep_every and the best step, as the newest checkpoint knows them."""
+def _retention(manifests: Sequence[Manifest]) -> tuple[int, int, int | None, int]:
+    """keep_last, keep_every, the best step and rewind_steps, as the newest checkpoint knows them."""
     if not manifests:
-        return 1, 0, None
+        return 1, 0, None, 0
     newest = manifests[-1]
     settings = newest.config.get("checkpoint")
     settings = settings if isinstance(settings, dict) else {}
     last, every = settings.get("keep_last"), settings.get("keep_every")
+    training = newest.config.get("training")
+    training = training if isinstance(training, dict) else {}
+    steps = training.get("rewind_steps") if training.get("loss_spike_action") == "rewind" else 0
     return (
         last if type(last) is int and last > 0 else 1,
         every if type(every) is int and every > 0 else 0,
         newest.best.get("step") if settings.get("keep_best", True) else None,
+        steps if type(steps) is int and steps > 0 else 0,
     )
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ...engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from ...engine.checkpoint.new_folder import new_folder, require_absent
 from ...engine.conversion.run import require_outside
 from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
 from ...engine.errors import UserError
 from ...engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, parse_shard_size
+from ...engine.streaming.new_folder import new_folder, require_absent
 from .corpus import is_held_out, read_documents
 from .report import PAGE_FILE, REPORT_FILE, Gain, Measure, format_gain, format_tokens, write_page, write_report
 from .sentencepiece_file import SentencePieceModel, escaped

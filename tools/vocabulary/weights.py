@@ -20,10 +20,7 @@ from tqdm import tqdm
 
 from ... import __version__
 from ...engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from ...engine.checkpoint.block_copy import BLOCK_BYTES, OutputFile, copy_files, default_workers
 from ...engine.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from ...engine.checkpoint.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
-from ...engine.checkpoint.tensor_source import ReadRows, TensorSource
 from ...engine.checkpoint.tensors import OPTIMIZER_PREFIX, StoredTensor, check_model_tensors, stored_tensors
 from ...engine.checkpoint.verify import require_undamaged
 from ...engine.errors import UserError
@@ -32,6 +29,9 @@ from ...engine.hugging_face.model import EMBEDDING, HEAD, open_hf_model
 from ...engine.hugging_face.shards import ShardPlan
 from ...engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture
 from ...engine.model.decoder import meta_decoder
+from ...engine.streaming.block_copy import BLOCK_BYTES, OutputFile, copy_files, default_workers
+from ...engine.streaming.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
+from ...engine.streaming.tensor_source import ReadRows, TensorSource
 from .vocabulary import NewToken
 
 _LARGEST_MULTIPLE = 128
@@ -139,7 +139,7 @@ class ExtendedVocabulary:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.checkpoint.tensor_source.TensorSource`."""
+        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
         with self._source.rows(name) as read:
             if name not in self._extended:
                 yield read

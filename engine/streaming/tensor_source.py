@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .tensors import StoredTensor
+from ..checkpoint.tensors import StoredTensor
 
 ReadRows = Callable[[int, Tensor], None]
 """``read(first, rows)`` fills the contiguous CPU tensor ``rows``, of the stored dtype and shape [n, ...], with the rows

@@ -32,11 +32,11 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ..checkpoint.safety import DamagedCheckpoint, read_metadata
+from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from .raw_bytes import opened_for_reading, read_exactly
-from .safety import DamagedCheckpoint, read_metadata
 from .tensor_source import ReadRows, rows_of
-from .tensors import StoredTensor
 
 
 class _Values(NamedTuple):

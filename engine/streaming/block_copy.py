@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 import xxhash
 
+from ..checkpoint.hashing import FileRecord
+from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
-from .hashing import FileRecord
 from .raw_bytes import bytes_of, write_exactly
 from .tensor_source import ReadRows, TensorSource, rows_of
-from .tensors import StoredTensor
 
 BLOCK_BYTES = 8 << 20
 MAX_WORKERS = 8

@@ -19,11 +19,11 @@ from typing import Any
 
 import xxhash
 
+from ..checkpoint.hashing import FileRecord, record_file
+from ..checkpoint.store import sync_path, sync_tree
 from ..errors import UserError
 from .block_copy import Hashes, WrittenFile
-from .hashing import FileRecord, record_file
 from .new_folder import require_absent
-from .store import sync_path, sync_tree
 
 _CONTENT, _JOURNAL, _LOCK = "content", "journal.jsonl", ".lock"
 _SUFFIX = ".partial"
