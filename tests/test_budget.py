@@ -108,6 +108,8 @@ def test_a_schedule_that_starts_again_is_the_first_one_later_but_warms_up_from_t
     assert [learning_rate(tokens, longer, again) for tokens in (11_000, 11_250, 11_500)] == pytest.approx(
         [1e-4, 1.75e-4, 2.5e-4], rel=1e-12
     )
+    # Before it begins, it is where it begins.
+    assert learning_rate(5_000, longer, again) == learning_rate(11_000, longer, again) == 1e-4
 
 
 schedules = st.builds(

@@ -410,8 +410,6 @@ def test_values_out_of_range(config_file, option, value):
     assert message.startswith(f"{option} is {value.removeprefix('.')}; ")
 
 
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

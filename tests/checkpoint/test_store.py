@@ -220,7 +220,9 @@ def test_where_the_save_of_the_best_has_failed_the_best_before_is_kept(tmp_path)
 
 
 @settings(deadline=None)
-@given(gaps=st.lists(st.integers(1, 40), min_size=1, max_size=60), keep_last=st.integers(1, 4), wanted=st.integers(1, 90))
+@given(
+    gaps=st.lists(st.integers(1, 40), min_size=1, max_size=60), keep_last=st.integers(1, 4), wanted=st.integers(1, 90)
+)
 def test_a_checkpoint_to_rewind_to_is_always_kept(gaps, keep_last, wanted):
     """Saves at any distance, such as of the best at evaluations; a spike may follow in any step before the next."""
     kept, step = {}, 0

@@ -177,7 +177,12 @@ CHANGED = "is from before the order of the data changed"
         # Twice as long samples: 36 steps of before are 18 of now.
         (
             ["--training.sequence_length", "16"],
-            ["--allow_changes", "[training.sequence_length]", "--training.train_tokens", str((36 // 2 + 4) * BATCH * 32)],
+            [
+                "--allow_changes",
+                "[training.sequence_length]",
+                "--training.train_tokens",
+                str((36 // 2 + 4) * BATCH * 32),
+            ],
             18 * BATCH + BATCH,
             CHANGED,
         ),
