@@ -32,8 +32,10 @@ demo: setup
 	rm -rf demo_run
 	$(BIN)/python tools/demo/run.py --folder demo_run
 
+# Tests of one file share ranks that are started once, so files are dealt out whole. Each worker starts its own.
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
