@@ -268,8 +268,8 @@ class CheckpointConfig:
     """Steps between checkpoints; one is always written at the end."""
     asynchronous: bool = True
     """Go on training while a checkpoint is written. This rank's part of weights and states is copied to host memory
-    meanwhile, which is kept for that (12 bytes per parameter over all ranks with fp32 weights and states); the next
-    update waits for the copies, nothing waits for the disk. False: training waits, and no memory is needed."""
+    meanwhile, which is kept for that (12 bytes per parameter for each copy of the model, with fp32 weights and states);
+    the next update waits for the copies, nothing waits for the disk. False: training waits, and needs no memory."""
     max_failed_saves: int = 2
     """A checkpoint that cannot be written, as when the disk is full, leaves nothing behind, and the next one is tried.
     With more than this many in a row the run ends. A checkpoint at which the run would stop must succeed."""
