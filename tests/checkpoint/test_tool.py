@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import saved_runs
@@ -47,6 +48,14 @@ def test_ls(run, run_folder):
     assert "damaged: " in lines[3] and "config.json: missing" in lines[3]
     with pytest.raises(UserError, match="holds no folder checkpoints"):
         run("ls", run_folder / "checkpoints")
+
+
+def test_ls_knows_what_is_kept_for_a_rewind(run, run_folder):
+    training = {"loss_spike_action": "rewind", "rewind_steps": 8}
+    saved_runs.rewrite_manifest(folder_of(run_folder, 12), lambda content: content["config"].update(training=training))
+    _, [_, *lines] = run("ls", run_folder)
+    # keep_last is 2, and no younger one than the first is 8 steps older than the last.
+    assert [re.split("  +", line)[-2] for line in lines] == ["best, rewind", "last, every, rewind", "last"]
 
 
 def test_verify(run, run_folder):

@@ -87,6 +87,7 @@ def submit(folder: Path, tokenizer: Path, *more: str, **environment: str) -> sub
     return run(folder, SLURM, *preprocess_arguments(tokenizer, "out", *more), **settings)
 
 
+@pytest.mark.slow
 def test_slurm_parts_are_joined_and_made_again_where_they_are_missing(folder, tokenizer):
     done = submit(folder, tokenizer)
     assert (done.returncode, done.stderr) == (0, "")

@@ -283,6 +283,7 @@ def test_an_error_that_all_share_is_said_once_by_each(launch):
     assert [run.errors(rank) for rank in range(3)] == [["rank 1: bad"], ["bad"], ["rank 1: bad"]]
 
 
+@pytest.mark.slow
 def test_a_node_that_held_the_store_is_named_when_it_is_gone(launch):
     run = launch(*working("pass"))
     run.until_said(2, "now")
@@ -295,6 +296,7 @@ def test_a_node_that_held_the_store_is_named_when_it_is_gone(launch):
         assert re.match(expected, line), line
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_store(launch):
     run = launch(*working("pass", steps=50 + TIMEOUT_SECONDS * 200))
     run.until_said(2, "now")

@@ -179,6 +179,7 @@ def test_a_gpus_loss_keeps_to_its_budget(tmp_path, pool):
     assert logits + weight_gradient < found < 1.05 * (logits + weight_gradient)
 
 
+@pytest.mark.slow
 def test_triton_need_not_be_installed(run_file):
     """What a rehearsal finds is the same on a machine without it."""
     script = """
@@ -205,6 +206,7 @@ print(found.peaks, found.flops)
 # A few blocks for all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "overrides"),
     [
