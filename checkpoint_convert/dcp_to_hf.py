@@ -12,16 +12,14 @@ docs/conversion.md.
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.conversion.dcp_to_hf import convert
+from retemper.engine.conversion.options import add_copying, add_dtype, add_output, add_shard_size, end_like_ctrl_c
 from retemper.engine.conversion.record import CONVERSION_FILE
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE
 from retemper.engine.hugging_face.upload import open_repository, upload_folder
-from retemper.engine.hugging_face.weight_dtypes import AUTO, DTYPE_CHOICES
 
 __all__ = ["convert", "main", "parse_arguments"]
 PUSH = "--push-to-hub"
@@ -36,20 +34,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="DIR",
         help="such as runs/x/checkpoints/step-00001000, or a converted one",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must not exist")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPE_CHOICES,
-        default=AUTO,
-        help="dtype of the weights (default: what the model's config declares, for a training checkpoint; unchanged, "
-        "for a converted one)",
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        default=DEFAULT_MAX_SHARD_SIZE,
-        metavar="SIZE",
-        help="largest safetensors file (default: %(default)s)",
-    )
+    add_output(parser)
+    add_dtype(parser, "what the model's config declares, for a training checkpoint; unchanged, for a converted one")
+    add_shard_size(parser)
     parser.add_argument(
         "--vocab-size",
         type=int,
@@ -57,27 +44,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="rows that embedding and head are to have, such as those before they were padded (default: as many as "
         "there are)",
     )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="threads that copy tensors (default: one for each CPU, up to 8)"
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="also compare logits with transformers, on the CPU; needs 4 bytes of memory per parameter",
-    )
+    add_copying(parser)
     parser.add_argument(
         PUSH,
         metavar="NAME",
         help="also upload the output, but for conversion.json, to this model repository (namespace/name) on the Hub, "
-        "which is made if there is none, as visible as the account's default; the token comes from HF_TOKEN or `hf "
-        "auth login`",
+        "which is made if there is none, and is private then; the token comes from HF_TOKEN or `hf auth login`",
     )
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    # A scheduler's SIGTERM ends like Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_like_ctrl_c()
     options = vars(parse_arguments())
     repository = options.pop("push_to_hub")
     if repository is not None:

@@ -11,7 +11,6 @@ memory in blocks; ``conversion.json`` in the output has the hash of every tensor
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Callable, Sequence
 from functools import partial as bind
 from pathlib import Path
@@ -24,13 +23,13 @@ from retemper.engine.checkpoint.manifest import Manifest, write_manifest
 from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.conversion.hf_to_dcp import describe_logits
 from retemper.engine.conversion.logits import compare_logits
+from retemper.engine.conversion.options import add_copying, add_dtype, add_output, add_shard_size, end_like_ctrl_c
 from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity
 from retemper.engine.conversion.run import parse_workers, require_outside, size_of, write_tensors
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, ShardPlan, parse_shard_size
 from retemper.engine.hugging_face.weight_dtypes import (
     AUTO,
-    DTYPE_CHOICES,
     cast_to,
     declaring,
     describe_casts,
@@ -184,7 +183,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="DIR",
         help="checkpoint of the format torch_dist: its folder (iter_..., release), or the one above it",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must not exist")
+    add_output(parser)
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -198,29 +197,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "settings stored in the checkpoint)",
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="folder with the tokenizer (default: that of --config)")
-    parser.add_argument(
-        "--dtype", choices=DTYPE_CHOICES, default=AUTO, help="dtype of the weights (default: that of each tensor)"
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        default=DEFAULT_MAX_SHARD_SIZE,
-        metavar="SIZE",
-        help="largest safetensors file (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="threads that copy tensors (default: one for each CPU, up to 8)"
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="also compare logits with transformers, on the CPU; needs 4 bytes of memory per parameter",
-    )
+    add_dtype(parser, "that of each tensor")
+    add_shard_size(parser)
+    add_copying(parser)
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    # A scheduler's SIGTERM ends like Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_like_ctrl_c()
     convert(**vars(parse_arguments()))
 
 

@@ -11,12 +11,11 @@ After an interruption the same command goes on from the files that it had finish
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Sequence
 
 from retemper.engine.conversion.hf_to_dcp import convert
+from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.hugging_face.weight_dtypes import AUTO, DTYPE_CHOICES
 
 __all__ = ["convert", "main", "parse_arguments"]
 
@@ -25,13 +24,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The options on the command line, by default that of this process."""
     parser = CommandParser(description="Make a checkpoint to train from out of a Hugging Face folder.")
     parser.add_argument("--hf", required=True, metavar="DIR|NAME", help="Hugging Face folder, or Hub name")
-    parser.add_argument("--output", required=True, metavar="DIR", help="checkpoint to write; it must not exist")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPE_CHOICES,
-        default=AUTO,
-        help="dtype of the stored weights (default: that of each tensor in the folder)",
-    )
+    add_output(parser)
+    add_dtype(parser, "that of each tensor in the folder")
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument(
         "--vocab-size",
@@ -43,20 +37,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     vocabulary.add_argument(
         "--pad-vocab-to-multiple-of", type=int, metavar="N", help="add rows up to the next multiple of N"
     )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="threads that copy tensors (default: one for each CPU, up to 8)"
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="also compare logits with transformers, on the CPU; needs 4 bytes of memory per parameter",
-    )
+    add_copying(parser)
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    # A scheduler's SIGTERM ends like Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_like_ctrl_c()
     convert(**vars(parse_arguments()))
 
 

@@ -11,7 +11,6 @@ are left out. Config and tokenizer stand beside it under ``hf/``. Tensors pass t
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from retemper.engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from retemper.engine.checkpoint.tensors import StoredTensor, check_model_tensors
 from retemper.engine.conversion.hf_to_dcp import describe_logits
 from retemper.engine.conversion.logits import compare_logits
+from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c
 from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity
 from retemper.engine.conversion.run import parse_workers, require_outside, require_undamaged, size_of, write_tensors
 from retemper.engine.errors import CommandParser, UserError, run_command
@@ -35,7 +35,6 @@ from retemper.engine.hugging_face.hub_download import find_model_folder
 from retemper.engine.hugging_face.model import open_hf_model
 from retemper.engine.hugging_face.weight_dtypes import (
     AUTO,
-    DTYPE_CHOICES,
     cast_to,
     declared_dtype,
     describe_casts,
@@ -211,13 +210,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     source.add_argument(
         "--checkpoint", metavar="DIR", help="such as runs/x/checkpoints/step-00001000, or a converted one"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must not exist")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPE_CHOICES,
-        default=AUTO,
-        help="dtype of the weights (default: that of each tensor; what the config declares, for a training checkpoint)",
-    )
+    add_output(parser)
+    add_dtype(parser, "that of each tensor; what the config declares, for a training checkpoint")
     parser.add_argument(
         "--tensor-parallel",
         type=int,
@@ -235,20 +229,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--per-layer", action="store_true", help="keys for each layer (non-homogeneous) instead of stacked tensors"
     )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="threads that copy tensors (default: one for each CPU, up to 8)"
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="also compare logits with transformers, on the CPU; needs 4 bytes of memory per parameter",
-    )
+    add_copying(parser)
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    # A scheduler's SIGTERM ends like Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_like_ctrl_c()
     convert(**vars(parse_arguments()))
 
 
