@@ -1,0 +1,43 @@
+"""What the conversion commands have in common on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+
+from ..hugging_face.shards import DEFAULT_MAX_SHARD_SIZE
+from ..hugging_face.weight_dtypes import AUTO, DTYPE_CHOICES
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """``--output``."""
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must not exist")
+
+
+def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
+    """``--dtype``; ``default`` says what stands for auto."""
+    help_text = f"dtype of the weights (default: {default})"
+    parser.add_argument("--dtype", choices=DTYPE_CHOICES, default=AUTO, help=help_text)
+
+
+def add_shard_size(parser: argparse.ArgumentParser) -> None:
+    """``--max-shard-size``."""
+    help_text = "largest safetensors file (default: %(default)s)"
+    parser.add_argument("--max-shard-size", default=DEFAULT_MAX_SHARD_SIZE, metavar="SIZE", help=help_text)
+
+
+def add_copying(parser: argparse.ArgumentParser) -> None:
+    """``--workers`` and ``--verify``."""
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads that copy tensors (default: one for each CPU, up to 8)"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="also compare logits with transformers, on the CPU; needs 4 bytes of memory per parameter",
+    )
+
+
+def end_like_ctrl_c() -> None:
+    """Have a scheduler's SIGTERM end this process as Ctrl-C does: what is finished is kept, and said."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
