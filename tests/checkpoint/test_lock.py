@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import saved_runs
 
 from retemper.engine.checkpoint.lock import run_folder_lock
 from retemper.engine.checkpoint.store import CheckpointStore
@@ -79,4 +80,24 @@ def test_an_error_of_the_disk_is_no_lock(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", broken)
     with pytest.raises(OSError, match="Input/output"), run_folder_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("change", ["written", "removed"])
+def test_a_run_that_was_overtaken_while_it_started_is_refused(change, one_rank, run_folder):
+    """Otherwise it would go on from an old checkpoint, and drop the records that the other run has made since."""
+    store = CheckpointStore(run_folder, one_rank, 9, False)
+    assert store.resolve("auto").name == "step-00000012"
+    if change == "written":
+        saved_runs.save(one_rank, run_folder, 16)
+    else:
+        store.remove(run_folder / "checkpoints" / "step-00000004")
+    with (
+        pytest.raises(UserError, match=r"step-000000(16|04): written or removed by another run") as refused,
+        store.locked(),
+    ):
+        raise AssertionError("it went on")
+    assert "start again" in str(refused.value)
+    assert store.resolve("auto") is not None
+    with store.locked():
         pass

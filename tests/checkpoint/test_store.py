@@ -113,6 +113,12 @@ def test_no_flipped_bit_goes_unnoticed(saved, tmp_path, name):
     assert find_damage(folder) == (sound, [])
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(one_rank, run_folder):
+    (run_folder / "checkpoints" / "step-00000008").rename(run_folder / "checkpoints" / "step-00000020")
+    name, lines = saved_runs.resolve(one_rank, run_folder)
+    assert name == "step-00000012" and "step-00000020: its manifest is of step 8; renamed to " in lines[0]
+
+
 def test_a_file_that_was_not_written_is_not_read_as_part_of_it(one_rank, run_folder):
     (checkpoint(run_folder) / "hf" / "added_tokens.json").write_text("{}")
     (checkpoint(run_folder, 8) / "notes.txt").write_text("mine")

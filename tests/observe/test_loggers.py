@@ -1,5 +1,6 @@
 """The metrics of a run that is killed and resumed: one curve, whole lines, readable TensorBoard events."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -100,3 +101,32 @@ def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
     log.close()
     text = (tmp_path / METRICS_FILE).read_text()
     assert text == '{"step": 1, "tokens": 10, "loss": null, "grad_norm": null, "learning_rate": 0.5}\n'
+
+
+def test_a_full_disk_is_said_and_its_records_follow_when_there_is_space(tmp_path, capsys):
+    log = MetricLog(tmp_path, 0, active=True, tensorboard=False)
+    log.open()
+
+    class Disk:
+        """Takes some bytes, then no more."""
+
+        space = 30
+
+        def __init__(self, file):
+            self.file, self.fileno, self.close = file, file.fileno, file.close
+
+        def write(self, data):
+            if not self.space:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            count = self.file.write(data[: self.space])
+            self.space -= count
+            return count
+
+    log._file = Disk(log._file)
+    for step in (1, 2, 3):
+        if step == 3:
+            log._file.space = 10_000
+        log.record(step, 10 * step, {"loss": float(step)})
+    log.close()
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+    assert capsys.readouterr().out.count("metrics cannot be written now: No space left on device") == 2
