@@ -45,7 +45,7 @@ def configure(job: Job) -> RunConfig:
             "clip_grad_norm": job.clip_grad_norm,
         },
         "parallel": {"recompute": "full" if job.recompute else "none"},
-        "checkpoint": {"save_interval": 10**9, "keep_best": False},
+        "checkpoint": {"save_interval": 10**9, "keep_best": False, "asynchronous": False},
         "logging": {"log_interval": max(1, job.total_steps), "tensorboard": False},
     }
     settings = dict(job.ours)
