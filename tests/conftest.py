@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import torch.distributed as dist
-from rank_cluster import CPU, RankCluster
+from rank_cluster import CPU, RankCluster, share_meshes
 
 from retemper.engine.parallel.process_group import Ranks
 
@@ -49,5 +49,6 @@ def four_ranks(tmp_path_factory):
 def one_rank():
     """A single rank in this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    share_meshes()
     yield Ranks(0, 1, CPU)
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from retemper.engine.parallel import mesh
 from retemper.engine.parallel.process_group import Ranks
 
 CPU = torch.device("cpu")
@@ -56,6 +58,16 @@ class RankCluster:
         self._parent.join()
 
 
+def share_meshes() -> None:
+    """Let all runs in this process that are laid out alike use one mesh.
+
+    Every process group of gloo has a thread that wakes a hundred times a second; those of hundreds of runs would keep
+    two cores busy. They cannot be closed: DTensor's caches take meshes of equal layout for one another.
+    """
+    trainer: Any = importlib.import_module("retemper.engine.trainer")
+    trainer.build_mesh = functools.cache(mesh.build_mesh)
+
+
 def _fork_ranks(rendezvous_file: str, pipes: list[Connection]) -> None:
     """The parent of the ranks: leads their process group, and ends after the last of them."""
     os.setpgid(0, 0)
@@ -76,13 +88,15 @@ def _fork_ranks(rendezvous_file: str, pipes: list[Connection]) -> None:
 def _serve(rank: int, world_size: int, rendezvous_file: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous_file}", rank=rank, world_size=world_size)
+    share_meshes()
     try:
         while (task := pipe.recv()) is not None:
             function, arguments = task
             try:
-                pipe.send((True, function(Ranks(rank, world_size, CPU), *arguments)))
+                outcome = True, function(Ranks(rank, world_size, CPU), *arguments)
             except BaseException:
-                pipe.send((False, traceback.format_exc()))
+                outcome = False, traceback.format_exc()
+            pipe.send(outcome)
     finally:
         # The interpreter's own shutdown may abort inside gloo; every result has been sent.
         os._exit(0)

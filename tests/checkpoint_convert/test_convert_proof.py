@@ -19,7 +19,6 @@ from tiny_models import FAMILIES, TOKENIZER, assert_refused, edit_json, read_fol
 
 import retemper
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
-from retemper.engine.checkpoint import block_copy
 from retemper.engine.checkpoint.assets import TOKENIZER_FILES
 from retemper.engine.checkpoint.manifest import read_manifest, write_manifest
 from retemper.engine.checkpoint.tensors import save_tensors
@@ -28,6 +27,7 @@ from retemper.engine.conversion import logits
 from retemper.engine.conversion.record import CONVERSION_FILE
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.model.decoder import Decoder, meta_decoder
+from retemper.engine.streaming import block_copy
 
 
 def proof(folder: Path) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def test_a_run_uploads_its_export(hub, one_rank, run_file, tmp_path, capsys):
     del expected["conversion.json"]
     assert hub.repositories == {"somebody/tiny": expected} and hub.commits == 1
     said = capsys.readouterr().out
-    assert f"upload      at the end, to {hub.url}/somebody/tiny (public), as somebody" in said
+    assert f"upload      at the end, to {hub.url}/somebody/tiny (private), as somebody" in said
     everything = b"".join(contents(tmp_path / "run").values()) + said.encode()
     assert fake_hub.TOKEN.encode() not in everything
 
