@@ -14,12 +14,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer import dot_product_attention as attention
+from torch.distributed import distributed_c10d
 
 EXTRA_STATE = "_extra_state"
 
@@ -37,11 +39,15 @@ def megatron_on_cpu(tensor_parallel: int = 1) -> Iterator[None]:
         mock.patch("torch.cuda.synchronize", lambda *_: None),
         mock.patch.object(attention.tensor_parallel, "get_cuda_rng_tracker", lambda *_: _NoRandomStates()),
     ):
+        before = set(distributed_c10d._world.pg_map)
         parallel_state.initialize_model_parallel(tensor_parallel, 1)
         try:
             yield
         finally:
             parallel_state.destroy_model_parallel()
+            # Megatron leaves its many groups open, and every one has a thread that wakes a hundred times a second.
+            for group in set(distributed_c10d._world.pg_map) - before:
+                dist.destroy_process_group(group)
 
 
 def args_of(settings: dict[str, Any], **others: Any) -> Namespace:
