@@ -23,6 +23,7 @@ def _verdicts(workshop, chains):
     return {result.case.name: result.verdict for result in results}
 
 
+@pytest.mark.slow
 def test_a_torn_manifest_a_damaged_file_and_a_torn_shard(tmp_path):
     cases = [
         _killed("manifest.x", "write", r"/manifest\.json$", 4),
