@@ -119,6 +119,7 @@ def run_until(ranks: Ranks, path: Path, overrides: list[str], last_step: int) ->
 
     def on_phase(name: str) -> None:
         if name == "data" and trainer.progress.step == last_step:
+            trainer.saver.wait()
             raise Left
 
     trainer.on_phase = on_phase  # type: ignore[method-assign]
