@@ -62,10 +62,12 @@ def describe_changes(
         now, then = (settings.get(key, _default(key)) for settings in (here, there))
         if key not in _OF_THE_COMMAND and now != then and not (_opened(key, now, there) or _opened(key, then, here)):
             changes.append(f"{key} {_shown(then)} -> {_shown(now)}" + (" (allowed)" if key in ORDER_KEYS else ""))
-    for name in datasets.keys() & manifest.datasets.keys():
+    # A dataset that has lost its sidecar, or got one, is listed as well, and needs no leave.
+    leave = " (allowed)" if DATA_FILES in config.allow_changes else ""
+    for name in [name for name in datasets if name in manifest.datasets]:
         now, then = (_dataset(fingerprints[name]) for fingerprints in (datasets, manifest.datasets))
         if now != then:
-            changes.append(f"{DATA_FILES} of {name} {then} -> {now} (allowed)")
+            changes.append(f"{DATA_FILES} of {name} {then} -> {now}{leave}")
     if manifest.layout and manifest.layout != layout:
         changes.append(f"ranks {_ranks(manifest.layout)} -> {_ranks(layout)}")
     if any(change.startswith(("training.", "optimizer.")) for change in changes):

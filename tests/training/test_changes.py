@@ -110,13 +110,24 @@ def test_an_allowed_change_resumes_bitwise_when_interrupted(one_rank, run_file, 
     assert tiny_run.curve(other) == tiny_run.curve(folder)
 
 
-def test_other_data_under_the_same_name_goes_on_where_it_is_allowed(one_rank, run_file, folder, tmp_path):
+def test_other_data_under_the_same_name_goes_on_where_it_is_allowed(one_rank, run_file, folder, tmp_path, capsys):
     tiny_run.write_dataset(tmp_path / "first", seed=5)
     sources = f"[{{path: {tmp_path / 'first'}, weight: 2.0}}, {{path: {run_file.parent / 'second'}}}]"
     options = ["--run_folder", str(folder), "--data.train", sources, *STEPS]
     with pytest.raises(UserError, match=r"allow_changes to \[data_files\]"):
         Trainer(tiny_run.configure(run_file, *options), one_rank)
     tiny_run.train(one_rank, run_file, [*options, "--allow_changes", "[data_files]"])
+    [line] = [line for line in changed(capsys.readouterr().out) if line.startswith("data_files")]
+    assert line.startswith("data_files of first ") and line.endswith(" (allowed)")
+
+
+def test_a_lost_sidecar_is_listed_and_is_no_leave(one_rank, run_file, folder, capsys):
+    """What cannot be compared is not refused, and nobody has allowed it."""
+    manifest = folder / "checkpoints" / "step-00000004" / "manifest.json"
+    tiny_run.rewrite_manifest(manifest, lambda content: content["datasets"]["first"].update(hash="ab"))
+    tiny_run.train(one_rank, run_file, ["--run_folder", str(folder), *STEPS])
+    [line] = [line for line in changed(capsys.readouterr().out) if line.startswith("data_files")]
+    assert ", hash ab -> " in line and line.endswith("hash None")
 
 
 @pytest.mark.parametrize(
