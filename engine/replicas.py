@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .checkpoint.tensors import OPTIMIZER_PREFIX, ParameterOwner, model_tensors, optimizer_tensors
+from .checkpoint.tensors import OPTIMIZER_PREFIX, ParameterOwner, training_tensors
 from .errors import UserError
 from .optim.local import local_part
 from .parallel.process_group import Ranks
@@ -62,7 +62,7 @@ class ReplicaCheck:
         Raises:
             UserError: on all ranks: some hold other bits. Names them and the first tensor that differs.
         """
-        tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
+        tensors = training_tensors(model, optimizer)
         owners = {name: owners_of(tensor) for name, tensor in tensors.items()}
         for name, parameter in model.named_parameters():
             # States that are no part of anything, such as a count of steps, are alike wherever the parameter is.

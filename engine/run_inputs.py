@@ -19,8 +19,8 @@ from .checkpoint.tensors import (
     describe_casts,
     load_tensors,
     model_tensors,
-    optimizer_tensors,
     stored_tensors,
+    training_tensors,
 )
 from .config import DATA_FILES, OptimizerConfig, RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
@@ -82,8 +82,6 @@ def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, de
     check_model(config, architecture, choices, device)
     catalog = open_catalog(config.data, plan, architecture.vocab_size, assets.tokenizer_sha256, config.seed)
     order, progress, was = catalog.sample_order(config.seed), Progress(), None
-    if resume_from is None:
-        _require_schedule_begun(config.optimizer, 0)
     if resume_from:
         was = read_manifest(resume_from)
         require_allowed(was, to_dict(config), config.allow_changes, resume_from)
@@ -94,7 +92,7 @@ def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, de
         order = order.resumed(was.sample_order, was.consumed_samples, former_length)
         samples = was.consumed_samples * former_length // plan.sequence_length
         progress = Progress(was.step, samples, was.consumed_tokens, was.best)
-        _require_schedule_begun(config.optimizer, was.consumed_tokens)
+    _require_schedule_begun(config.optimizer, progress.tokens)
     return RunInputs(assets, architecture, attention, choices, catalog, order, progress, was)
 
 
@@ -136,10 +134,10 @@ def load_weights(
     if is_hf_folder(folder):
         return _load_hf_weights(folder, model_tensors(model))
     check_model_tensors(folder, meta_decoder(architecture))
-    tensors: dict[str, Tensor] = model_tensors(model)
+    tensors = model_tensors(model)
     if resume_from:
         allocate_states(optimizer)
-        tensors |= optimizer_tensors(model, optimizer)
+        tensors = training_tensors(model, optimizer)
     casts = describe_casts(folder, stored_tensors(folder), tensors, resuming=resume_from is not None)
     load_tensors(folder, tensors)
     return casts

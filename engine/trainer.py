@@ -7,15 +7,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from .. import __version__
 from .budget import learning_rate, plan_batches
 from .checkpoint.changes import describe_changes
 from .checkpoint.manifest import Manifest
 from .checkpoint.saver import Saver
 from .checkpoint.store import CheckpointStore
-from .checkpoint.tensors import model_tensors, optimizer_tensors
+from .checkpoint.tensors import training_tensors
 from .config import RunConfig, to_dict, to_yaml
 from .conversion.export_run import export_run, prepare_export
 from .data.loader import Prefetcher, TrainingData
@@ -156,7 +154,7 @@ class Trainer:
                 garbage.step_done(self.progress.step)
                 stopwatch.step_done()
                 if first_sample == first_samples[0]:
-                    self.saver.reserve(self._tensors())
+                    self.saver.reserve(training_tensors(self.model, self.optimizer))
                 self.saver.poll()
                 if self.health.spiked and (rewind := self._plan_rewind()):
                     return rewind
@@ -324,13 +322,9 @@ class Trainer:
             layout=self.mesh.layout._asdict(),
             retemper_version=__version__,
         )
-        tensors = self._tensors()
         self.log.sync()
+        tensors = training_tensors(self.model, self.optimizer)
         self.saver.save(tensors, self.inputs.assets, manifest, self.progress.best.get("step"))
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, by name; the optimizer has its states after the first step."""
-        return {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}
 
     def _report(self, result: StepResult, stopwatch: Stopwatch) -> None:
         """One console line and one metric record."""

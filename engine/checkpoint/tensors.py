@@ -69,6 +69,11 @@ def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -
     return tensors
 
 
+def training_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a training checkpoint holds, by name; the optimizer has its states after the first step."""
+    return {**model_tensors(model), **optimizer_tensors(model, optimizer)}
+
+
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Names, shapes and dtypes of the tensors in ``folder``, without reading them.
 

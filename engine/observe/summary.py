@@ -70,17 +70,19 @@ def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
         config: of the run.
         parameters: of this rank.
     """
-    states = 2 * DTYPES[config.optimizer.state_dtype].itemsize
-    num_bytes = sum(
-        local_part(parameter).numel() * (parameter.dtype.itemsize + states * parameter.requires_grad)
-        for parameter in parameters
-    )
+    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
+    sizes, pinned = [], 0
+    for held, learns in ((local_part(parameter), parameter.requires_grad) for parameter in parameters):
+        of_held = [held.numel() * size for size in (held.dtype.itemsize, *2 * learns * (state_bytes,))]
+        sizes += of_held
+        # PyTorch rounds what it pins beside a GPU up to powers of two.
+        pinned += sum(1 << (size - 1).bit_length() if held.is_cuda and size else size for size in of_held)
     how = "training waits for each"
     if config.checkpoint.asynchronous:
-        on_node = num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        on_node = pinned * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        how = f"copied to host memory, {_size(on_node)} on this node, of which {_size(free)} are unused now"
-    return f"checkpoints every {config.checkpoint.save_interval:,} steps, {_size(num_bytes)} of this rank; {how}"
+        how = f"copied to {_size(on_node)} of host memory on this node, where {_size(free)} are unused now"
+    return f"checkpoints every {config.checkpoint.save_interval:,} steps, {_size(sum(sizes))} of this rank; {how}"
 
 
 def _size(num_bytes: int) -> str:
