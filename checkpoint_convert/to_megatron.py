@@ -29,7 +29,7 @@ from retemper.engine.conversion.hf_to_dcp import describe_logits
 from retemper.engine.conversion.logits import compare_logits
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c
 from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity
-from retemper.engine.conversion.run import parse_workers, require_outside, require_undamaged, size_of, write_tensors
+from retemper.engine.conversion.run import parse_workers, require_outside, size_of, verify_source, write_tensors
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.hugging_face.hub_download import find_model_folder
 from retemper.engine.hugging_face.model import open_hf_model
@@ -183,7 +183,7 @@ def _open_checkpoint(folder: Path, output: Path, workers: int) -> _Source:
     architecture = parse_architecture(config, str(where))
     decoder = meta_decoder(architecture)
     check_model_tensors(folder, decoder)
-    require_undamaged(folder, sum(file.bytes for file in manifest.records.values()), workers)
+    verify_source(folder, sum(file.bytes for file in manifest.records.values()), workers)
     stored = CheckpointRows(folder)
     weights = stored.only(name for name, _ in decoder.named_parameters())
     states = [name for name in stored.tensors if name not in weights.tensors]

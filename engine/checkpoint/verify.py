@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import heapq
+import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -70,15 +72,36 @@ def find_damage(
         return None, [Damage(MANIFEST_FILE, str(error).removesuffix("; use another checkpoint"))]
 
 
-def require_undamaged(folder: Path, on_bytes: Callable[[int], object] = lambda count: None) -> None:
+def require_undamaged(folder: Path, on_bytes: Callable[[int], object] = lambda count: None, workers: int = 1) -> None:
     """Read every byte of the checkpoint ``folder`` before anything is made of it.
+
+    Args:
+        folder: of the checkpoint.
+        on_bytes: hears how many bytes each block that was read had, from any of the threads.
+        workers: threads that share the files.
 
     Raises:
         UserError: naming the first file that is not what was written.
     """
-    _, damage = find_damage(folder, on_bytes=on_bytes)
+    stop = threading.Event()
+
+    def advance(count: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        on_bytes(count)
+
+    with ThreadPoolExecutor(workers, "verify") as pool:
+        futures = [pool.submit(find_damage, folder, (number, workers), None, advance) for number in range(workers)]
+        try:
+            damage = [found for future in futures for found in future.result()[1]]
+        finally:
+            stop.set()
     if damage:
         raise UserError(f"{damage[0].what}; use another checkpoint")
+
+
+class _Stopped(Exception):
+    """Nobody waits for the rest."""
 
 
 def _deal(records: Mapping[str, FileRecord], rank: int, num_ranks: int) -> list[str]:

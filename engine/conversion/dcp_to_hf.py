@@ -32,7 +32,7 @@ from ..streaming.tensor_source import TensorSource
 from .hf_to_dcp import describe_logits
 from .logits import compare_logits
 from .record import ConversionRecord, file_hash
-from .run import parse_workers, require_outside, require_undamaged, size_of, write_tensors
+from .run import parse_workers, require_outside, size_of, verify_source, write_tensors
 from .vocabulary import ResizedVocabulary, resized_vocabulary
 
 
@@ -149,7 +149,7 @@ def convert(
     source, tensors, record = export.source, export.tensors, export.record
     for line in [*describe_casts(export.stored.tensors, tensors), *source.describe()]:
         say(line)
-    require_undamaged(export.checkpoint, sum(file.bytes for file in export.manifest.records.values()), workers)
+    verify_source(export.checkpoint, sum(file.bytes for file in export.manifest.records.values()), workers)
     with partial_folder(output, record.identity, say) as partial:
         done = write_tensors(partial, export.plan.files, source, source.hashed_rows, workers)
         export.write_assets(partial.content)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoint.verify import find_damage
+from ..checkpoint.verify import require_undamaged
 from ..errors import UserError
 from ..streaming.block_copy import OutputFile, WrittenFile, copy_files, default_workers
 from ..streaming.partial_folder import PartialFolder
@@ -81,31 +80,14 @@ def write_tensors(
     return {file.name: done[file.name] for file in files}
 
 
-def require_undamaged(folder: Path, num_bytes: int, workers: int) -> None:
-    """Read every byte of the checkpoint ``folder``, ``workers`` files at a time.
+def verify_source(folder: Path, num_bytes: int, workers: int) -> None:
+    """Read every byte of the checkpoint ``folder`` under a progress bar, ``workers`` files at a time.
 
     Raises:
         UserError: naming the first file that is not what was written.
     """
-    stop = threading.Event()
-    with progress("verifying", num_bytes) as advance, ThreadPoolExecutor(workers, "verify") as pool:
-
-        def on_bytes(count: int) -> None:
-            if stop.is_set():
-                raise _Stopped
-            advance(count)
-
-        futures = [pool.submit(find_damage, folder, (number, workers), None, on_bytes) for number in range(workers)]
-        try:
-            damage = [found for future in futures for found in future.result()[1]]
-        finally:
-            stop.set()
-    if damage:
-        raise UserError(f"{damage[0].what}; use another checkpoint")
-
-
-class _Stopped(Exception):
-    """Nobody waits for the rest."""
+    with progress("verifying", num_bytes) as advance:
+        require_undamaged(folder, advance, workers)
 
 
 def size_of(files: Iterable[WrittenFile]) -> str:
