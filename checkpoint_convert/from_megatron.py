@@ -12,34 +12,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
-from retemper import __version__
 from retemper.checkpoint_convert.megatron_reading import MegatronModel
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.checkpoint.manifest import Manifest, write_manifest
 from retemper.engine.checkpoint.tensors import StoredTensor
-from retemper.engine.conversion.hf_to_dcp import describe_logits
-from retemper.engine.conversion.logits import compare_logits
+from retemper.engine.conversion.checkpoint_model import CheckpointPlan, seal
+from retemper.engine.conversion.logits import compare_logits, describe_logits
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, add_shard_size, end_like_ctrl_c
 from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity
 from retemper.engine.conversion.run import parse_workers, require_outside, size_of, write_tensors
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, ShardPlan, parse_shard_size
-from retemper.engine.hugging_face.weight_dtypes import (
-    AUTO,
-    cast_to,
-    declaring,
-    describe_casts,
-    dtype_named,
-)
+from retemper.engine.hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_named
 from retemper.engine.model.architecture import CONFIG_FILE, read_hf_config
-from retemper.engine.streaming.block_copy import OutputFile, WrittenFile
+from retemper.engine.streaming.block_copy import WrittenFile
 from retemper.engine.streaming.new_folder import require_absent
 from retemper.engine.streaming.partial_folder import PartialFolder, partial_folder
-from retemper.engine.streaming.tensor_files import begin_tensor_file, write_metadata
 
 HF, CHECKPOINT = FORMATS = ("hf", "checkpoint")
 
@@ -103,7 +93,7 @@ def convert(
             say(describe_logits(record.logits))
         record.write(partial.content, {**model.tensors, **model.left_out}, tensors, done.values())
         if format == CHECKPOINT:
-            _complete_checkpoint(partial.content, done)
+            seal(partial.content, done.values())
     say(f"wrote {output}: {len(tensors)} tensors, {size_of(done.values())}")
 
 
@@ -125,24 +115,11 @@ def _write_hf(
 def _write_checkpoint(
     partial: PartialFolder, model: MegatronModel, tensors: dict[str, StoredTensor], assets: HfAssets, workers: int
 ) -> dict[str, WrittenFile]:
-    files = [
-        OutputFile(f"__0_{number}.distcp", {name: tensor}, bind(_begin, name, tensor))
-        for number, (name, tensor) in enumerate(tensors.items())
-    ]
-    done = write_tensors(partial, files, model, {}, workers)
-    places = {name: (file.name, file.record.bytes) for file in done.values() for name in file.tensors}
-    write_metadata(partial.content, tensors, places)
+    plan = CheckpointPlan(tensors)
+    done = write_tensors(partial, plan.files, model, {}, workers)
+    plan.write_metadata(partial.content, done.values())
     assets.write(partial.content / ASSET_FOLDER)
     return done
-
-
-def _complete_checkpoint(folder: Path, done: dict[str, WrittenFile]) -> None:
-    hashed = {file.name: file.record for file in done.values()}
-    write_manifest(folder, Manifest(kind="converted", retemper_version=__version__), hashed)
-
-
-def _begin(name: str, tensor: StoredTensor, path: Path) -> dict[str, int]:
-    return {name: begin_tensor_file(path, tensor)}
 
 
 def _config_file(path: Path) -> Path:

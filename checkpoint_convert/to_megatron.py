@@ -23,29 +23,19 @@ from retemper.checkpoint_convert.megatron_layout import Vocabulary
 from retemper.checkpoint_convert.megatron_reading import MegatronModel
 from retemper.checkpoint_convert.megatron_writing import Layout, MegatronPieces, complete_checkpoint
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from retemper.engine.checkpoint.tensors import StoredTensor, check_model_tensors
-from retemper.engine.conversion.hf_to_dcp import describe_logits
-from retemper.engine.conversion.logits import compare_logits
+from retemper.engine.checkpoint.tensors import StoredTensor
+from retemper.engine.conversion.checkpoint_model import open_checkpoint_model
+from retemper.engine.conversion.logits import compare_logits, describe_logits
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c
 from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity
-from retemper.engine.conversion.run import parse_workers, require_outside, size_of, verify_source, write_tensors
+from retemper.engine.conversion.run import parse_workers, require_outside, size_of, write_tensors
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.hugging_face.hub_download import find_model_folder
 from retemper.engine.hugging_face.model import open_hf_model
-from retemper.engine.hugging_face.weight_dtypes import (
-    AUTO,
-    cast_to,
-    declared_dtype,
-    describe_casts,
-    dtype_name,
-    dtype_named,
-)
-from retemper.engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
-from retemper.engine.model.decoder import meta_decoder
+from retemper.engine.hugging_face.weight_dtypes import AUTO, cast_to, describe_casts, dtype_name, dtype_named
+from retemper.engine.model.architecture import CONFIG_FILE, Architecture
 from retemper.engine.streaming.new_folder import require_absent
 from retemper.engine.streaming.partial_folder import partial_folder
-from retemper.engine.streaming.tensor_files import CheckpointRows
 from retemper.engine.streaming.tensor_source import TensorSource
 
 _MAX_MULTIPLE = 2**20
@@ -176,29 +166,20 @@ def _open_hf(hf: str, output: Path) -> _Source:
 
 
 def _open_checkpoint(folder: Path, output: Path, workers: int) -> _Source:
-    manifest = read_manifest(folder)
     require_outside(output, folder, "--checkpoint")
-    where = folder / ASSET_FOLDER / CONFIG_FILE
-    config = read_hf_config(where)
-    architecture = parse_architecture(config, str(where))
-    decoder = meta_decoder(architecture)
-    check_model_tensors(folder, decoder)
-    verify_source(folder, sum(file.bytes for file in manifest.records.values()), workers)
-    stored = CheckpointRows(folder)
-    weights = stored.only(name for name, _ in decoder.named_parameters())
-    states = [name for name in stored.tensors if name not in weights.tensors]
-    training = manifest.kind == "training"
+    model = open_checkpoint_model(folder)
+    model.verify(workers)
     return _Source(
         folder,
-        weights,
-        config,
-        architecture,
-        HfAssets.of_checkpoint(folder),
-        {"folder": str(folder.resolve()), "manifest_xxh3_128": file_hash(folder / MANIFEST_FILE)},
-        [f"left out {len(states)} tensors of the optimizer"] if states else [],
-        {"state of the optimizer": states} if states else {},
-        stored.tensors,
-        (declared_dtype(config, str(where)) or torch.float32) if training else None,
+        model.weights,
+        model.config,
+        model.architecture,
+        model.assets,
+        model.identity,
+        [f"left out {len(names)} tensors: {reason}" for reason, names in model.left_out.items()],
+        model.left_out,
+        model.stored.tensors,
+        model.export_dtype(),
     )
 
 

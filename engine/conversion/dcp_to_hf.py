@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from ..checkpoint.assets import ASSET_FOLDER, CONFIG_FILE, HfAssets
-from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
-from ..checkpoint.tensors import OPTIMIZER_PREFIX, StoredTensor, check_model_tensors
+from ..checkpoint.assets import HfAssets
+from ..checkpoint.tensors import StoredTensor
 from ..hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, ShardPlan, parse_shard_size
-from ..hugging_face.weight_dtypes import (
-    AUTO,
-    cast_to,
-    declared_dtype,
-    declaring,
-    describe_casts,
-    dtype_name,
-    dtype_named,
-)
-from ..model.architecture import Architecture, parse_architecture, read_hf_config
-from ..model.decoder import meta_decoder
+from ..hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_name, dtype_named
 from ..streaming.block_copy import WrittenFile
 from ..streaming.new_folder import require_absent
 from ..streaming.partial_folder import partial_folder
-from ..streaming.tensor_files import CheckpointRows
-from ..streaming.tensor_source import TensorSource
-from .hf_to_dcp import describe_logits
-from .logits import compare_logits
-from .record import ConversionRecord, file_hash
-from .run import parse_workers, require_outside, size_of, verify_source, write_tensors
+from .checkpoint_model import CheckpointModel, open_checkpoint_model
+from .logits import compare_logits, describe_logits
+from .record import ConversionRecord
+from .run import parse_workers, require_outside, size_of, write_tensors
 from .vocabulary import ResizedVocabulary, resized_vocabulary
 
 
@@ -40,15 +24,9 @@ from .vocabulary import ResizedVocabulary, resized_vocabulary
 class Export:
     """What is to be made of a checkpoint, before anything is written."""
 
-    checkpoint: Path
-    manifest: Manifest
-    architecture: Architecture
-    stored: CheckpointRows
-    """All tensors of the checkpoint."""
-    weights: TensorSource
-    """Those of the model, as they are stored."""
+    model: CheckpointModel
     source: ResizedVocabulary
-    """Those of the model, as many rows as are asked for."""
+    """Its parameters, as many rows as are asked for."""
     tensors: dict[str, StoredTensor]
     """As they are to be written."""
     assets: HfAssets
@@ -62,7 +40,7 @@ class Export:
 
     def write_record(self, folder: Path, done: Iterable[WrittenFile]) -> None:
         """The proof, when ``done`` holds all weights."""
-        self.record.write(folder, self.stored.tensors, self.tensors, done)
+        self.record.write(folder, self.model.stored.tensors, self.tensors, done)
 
 
 def plan_export(
@@ -74,45 +52,26 @@ def plan_export(
         UserError: the checkpoint is incomplete, or not a model that can be exported.
     """
     target, shard_bytes = dtype_named(dtype), parse_shard_size(max_shard_size)
-    manifest = read_manifest(checkpoint)
-    where = checkpoint / ASSET_FOLDER / CONFIG_FILE
-    config = read_hf_config(where)
-    if target is None and manifest.kind == "training":
-        target = declared_dtype(config, str(where)) or torch.float32
-
-    architecture = parse_architecture(config, str(where))
-    decoder = meta_decoder(architecture)
-    check_model_tensors(checkpoint, decoder)
-    stored = CheckpointRows(checkpoint)
-    weights = stored.only(name for name, _ in decoder.named_parameters())
-    assets = HfAssets.of_checkpoint(checkpoint)
-    rows = architecture.vocab_size
-    source = resized_vocabulary(weights, rows, vocab_size, None, assets.files)
+    model = open_checkpoint_model(checkpoint)
+    target = target or model.export_dtype()
+    assets = model.assets
+    rows = model.architecture.vocab_size
+    source = resized_vocabulary(model.weights, rows, vocab_size, None, assets.files)
     tensors = cast_to(source.tensors, target)
     if source.vocab_size != rows:
-        assets = assets.with_config({**config, "vocab_size": source.vocab_size})
-    record = ConversionRecord(
-        "dcp_to_hf",
-        _identify(checkpoint, manifest),
-        {
-            "dtype": dtype if target is None else dtype_name(target),
-            "max_shard_size": shard_bytes,
-            "vocab_size": source.vocab_size,
-        },
-        source.record,
-        _left_out(stored.tensors, tensors),
-    )
+        assets = assets.with_config({**model.config, "vocab_size": source.vocab_size})
+    options = {
+        "dtype": dtype if target is None else dtype_name(target),
+        "max_shard_size": shard_bytes,
+        "vocab_size": source.vocab_size,
+    }
     return Export(
-        checkpoint=checkpoint,
-        manifest=manifest,
-        architecture=architecture,
-        stored=stored,
-        weights=weights,
+        model=model,
         source=source,
         tensors=tensors,
         assets=declaring(assets, (tensor.dtype for tensor in tensors.values())),
         plan=ShardPlan(tensors, shard_bytes),
-        record=record,
+        record=ConversionRecord("dcp_to_hf", model.identity, options, source.record, model.left_out),
     )
 
 
@@ -146,36 +105,19 @@ def convert(
     output, workers = require_absent(output), parse_workers(workers)
     require_outside(output, checkpoint, "--checkpoint")
     export = plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size)
-    source, tensors, record = export.source, export.tensors, export.record
-    for line in [*describe_casts(export.stored.tensors, tensors), *source.describe()]:
+    model, source, tensors, record = export.model, export.source, export.tensors, export.record
+    for line in [*describe_casts(model.stored.tensors, tensors), *source.describe()]:
         say(line)
-    verify_source(export.checkpoint, sum(file.bytes for file in export.manifest.records.values()), workers)
+    model.verify(workers)
     with partial_folder(output, record.identity, say) as partial:
         done = write_tensors(partial, export.plan.files, source, source.hashed_rows, workers)
         export.write_assets(partial.content)
         if verify:
-            common = min(export.architecture.vocab_size, source.vocab_size)
-            length = (export.assets.config or {}).get("max_position_embeddings")
-            record.logits = compare_logits(
-                partial.content, export.weights, export.architecture, tensors, common, length
+            common, length = (
+                min(model.architecture.vocab_size, source.vocab_size),
+                model.config.get("max_position_embeddings"),
             )
+            record.logits = compare_logits(partial.content, model.weights, model.architecture, tensors, common, length)
             say(describe_logits(record.logits))
         export.write_record(partial.content, done.values())
     say(f"wrote {output}: {len(tensors)} tensors, {size_of(done.values())}")
-
-
-def _left_out(stored: Mapping[str, StoredTensor], tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
-    states = [name for name in stored if name not in tensors]
-    assert all(name.startswith(OPTIMIZER_PREFIX) for name in states)
-    return {"state of the optimizer": states} if states else {}
-
-
-def _identify(checkpoint: Path, manifest: Manifest) -> dict[str, Any]:
-    """What tells this input from any other: the manifest has the hash of every file."""
-    return {
-        "folder": str(checkpoint.resolve()),
-        "manifest_xxh3_128": file_hash(checkpoint / MANIFEST_FILE),
-        "kind": manifest.kind,
-        "step": manifest.step,
-        "consumed_tokens": manifest.consumed_tokens,
-    }

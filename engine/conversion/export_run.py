@@ -143,7 +143,7 @@ def _write(
     ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool], say: Callable[[str], None]
 ) -> None:
     export = ranks.everywhere(lambda: plan_export(checkpoint))
-    for line in describe_casts(export.stored.tensors, export.tensors):
+    for line in describe_casts(export.model.stored.tensors, export.tensors):
         say(f"export      {line}")
     with ExitStack() as stack:
         identity = export.record.identity

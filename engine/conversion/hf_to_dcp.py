@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial as bind
+from collections.abc import Callable
 from pathlib import Path
 
-from ... import __version__
 from ..checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE, HfAssets
-from ..checkpoint.manifest import Manifest, write_manifest
-from ..checkpoint.tensors import StoredTensor
 from ..hugging_face.folder import INDEX_FILE
 from ..hugging_face.hub_download import find_model_folder
 from ..hugging_face.model import HfModel, open_hf_model
 from ..hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_named
 from ..model.architecture import CONFIG_FILE, parse_architecture
-from ..streaming.block_copy import OutputFile, WrittenFile
 from ..streaming.new_folder import require_absent
 from ..streaming.partial_folder import partial_folder
-from ..streaming.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
-from .logits import compare_logits
+from ..streaming.tensor_files import CheckpointRows
+from .checkpoint_model import CheckpointPlan, seal
+from .logits import compare_logits, describe_logits
 from .record import ConversionRecord, file_hash, file_identity
 from .run import parse_workers, require_outside, size_of, write_tensors
 from .vocabulary import ResizedVocabulary, resized_vocabulary
@@ -67,9 +63,9 @@ def convert(
     options = {"dtype": dtype, "vocab_size": source.vocab_size}
     record = ConversionRecord("hf_to_dcp", _identify(hf, folder, model), options, source.record, model.left_out)
     with partial_folder(output, record.identity, say) as partial:
-        done = write_tensors(partial, _files(tensors), source, source.hashed_rows, workers)
-        places = {name: (file.name, file.record.bytes) for file in done.values() for name in file.tensors}
-        write_metadata(partial.content, tensors, places)
+        plan = CheckpointPlan(tensors)
+        done = write_tensors(partial, plan.files, source, source.hashed_rows, workers)
+        plan.write_metadata(partial.content, done.values())
         assets.write(partial.content / ASSET_FOLDER)
         if verify:
             record.logits = compare_logits(
@@ -82,7 +78,7 @@ def convert(
             )
             say(describe_logits(record.logits))
         record.write(partial.content, model.weights.tensors, tensors, done.values())
-        _seal(partial.content, done.values())
+        seal(partial.content, done.values())
     say(f"wrote {output}: {len(tensors)} tensors, {size_of(done.values())}")
 
 
@@ -92,24 +88,6 @@ def _missing(assets: HfAssets, folder: Path) -> list[str]:
     return [f"{folder} holds no {TOKENIZER_FILE}: the checkpoint carries no tokenizer"]
 
 
-def _seal(folder: Path, done: Iterable[WrittenFile]) -> None:
-    """Write the manifest, with which the checkpoint is complete."""
-    hashed = {file.name: file.record for file in done}
-    write_manifest(folder, Manifest(kind="converted", retemper_version=__version__), hashed)
-
-
-def _files(tensors: Mapping[str, StoredTensor]) -> list[OutputFile]:
-    """A file of the checkpoint for each tensor."""
-    return [
-        OutputFile(f"__0_{number}.distcp", {name: tensor}, bind(_begin, name, tensor))
-        for number, (name, tensor) in enumerate(tensors.items())
-    ]
-
-
-def _begin(name: str, tensor: StoredTensor, path: Path) -> dict[str, int]:
-    return {name: begin_tensor_file(path, tensor)}
-
-
 def _with_vocabulary(assets: HfAssets, source: ResizedVocabulary) -> HfAssets:
     """``assets`` whose config has as many tokens as the embeddings are going to have rows."""
     wanted = source.vocab_size
@@ -117,15 +95,6 @@ def _with_vocabulary(assets: HfAssets, source: ResizedVocabulary) -> HfAssets:
     if config is None or config.get("vocab_size") == wanted:
         return assets
     return assets.with_config({**config, "vocab_size": wanted})
-
-
-def describe_logits(measured: dict) -> str:
-    """The line about :func:`~.logits.compare_logits`."""
-    return (
-        f"verified: logits differ from {measured['compared_with']} by {measured['max_abs_difference']:.2g} at most "
-        f"(the largest is {measured['largest_logit']:.3g}), the best token is the same at "
-        f"{measured['argmax_agreement']:.1%} of positions"
-    )
 
 
 def _identify(hf: str, folder: Path, model: HfModel) -> dict:

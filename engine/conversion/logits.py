@@ -85,6 +85,15 @@ def compare_logits(
     }
 
 
+def describe_logits(measured: Mapping[str, Any]) -> str:
+    """A line about what :func:`compare_logits` has ``measured``."""
+    return (
+        f"verified: logits differ from {measured['compared_with']} by {measured['max_abs_difference']:.2g} at most "
+        f"(the largest is {measured['largest_logit']:.3g}), the best token is the same at "
+        f"{measured['argmax_agreement']:.1%} of positions"
+    )
+
+
 def _transformers_version() -> str:
     import transformers
 

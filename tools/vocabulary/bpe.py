@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .pair_merges import FIRST_UNKNOWN, NO_RIGHT, Merge, PairCorpus, learn_merges, replay, require_some
+from .pair_merges import FIRST_UNKNOWN, NO_RIGHT, Merge, PairCorpus, learn_merges, replay
+from .vocabulary import Wanted, require_some
 
 Kind = Literal["merge", "character"]
 
@@ -32,8 +33,7 @@ def learn_bpe(
     first_id: int,
     words: Counter[str],
     held_out: Counter[str],
-    num_tokens: int,
-    min_count: int,
+    wanted: Wanted,
     allowed: Callable[[str], bool],
     on_token: Callable[[], object],
 ) -> Learned:
@@ -45,16 +45,18 @@ def learn_bpe(
         pieces_of: what the old tokenizer makes of a word, or of a part of one.
         first_id: of the first new token.
         words, held_out: to learn from and to measure with, and their numbers.
-        num_tokens, min_count, allowed, on_token: of what to learn.
+        wanted: which are to be learned; their length is bounded by
+        allowed: whether an entry may be a token.
+        on_token: hears of each one.
 
     Raises:
         UserError: nothing can be learned.
     """
     texts = {token: piece for piece, token in vocab.items()}
     symbols = _Symbols(vocab, pieces_of, texts)
-    corpus = symbols.corpus(words, min_count)
-    merges = learn_merges(corpus, first_id, num_tokens, texts, taken, allowed, min_count, on_token)
-    note = require_some(len(merges), num_tokens, min_count)
+    corpus = symbols.corpus(words, wanted.min_count)
+    merges = learn_merges(corpus, first_id, wanted.num_tokens, texts, taken, allowed, wanted.min_count, on_token)
+    note = require_some(len(merges), wanted)
     tokens: list[tuple[Merge, str, Kind]] = [
         (merge, texts[merge.token], "character" if merge.right == NO_RIGHT else "merge") for merge in merges
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ...engine.checkpoint.assets import ASSET_FOLDER, HfAssets
+from ...engine.conversion.checkpoint_model import seal
 from ...engine.conversion.run import require_outside
 from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
@@ -22,8 +23,8 @@ from .report import PAGE_FILE, REPORT_FILE, Gain, Measure, format_gain, format_t
 from .sentencepiece_file import SentencePieceModel, escaped
 from .tokenizer_json import BpeJson
 from .unigram_json import UnigramJson
-from .vocabulary import Extension, NewToken, Tokenizer
-from .weights import ExtendedVocabulary, StoredModel, choose_rows, open_model, write_manifest_of, write_model
+from .vocabulary import Extension, NewToken, Tokenizer, Wanted
+from .weights import ExtendedVocabulary, StoredModel, choose_rows, open_model, write_weights
 
 _BATCH = 256
 
@@ -68,7 +69,6 @@ def extend(options: ExtendOptions, say: Callable[[str], None] = print) -> None:
             Nothing is left behind.
     """
     output = require_absent(options.output)
-    shard_bytes = parse_shard_size(options.max_shard_size)
     _check(options)
     listed = None if options.tokens is None else read_list(options.tokens)
     model = open_model(options.model)
@@ -89,21 +89,14 @@ def extend(options: ExtendOptions, say: Callable[[str], None] = print) -> None:
     else:
         assert corpus is not None
         with tqdm(desc="learning", total=options.num_tokens, unit="token", disable=None, leave=False) as bar:
-            extension = tokenizer.learn(
-                corpus.words,
-                corpus.held_out_words,
-                options.num_tokens,
-                options.min_count,
-                options.max_characters,
-                bar.update,
-            )
+            wanted = Wanted(options.num_tokens, options.min_count, options.max_characters)
+            extension = tokenizer.learn(corpus.words, corpus.held_out_words, wanted, bar.update)
     for line in extension.notes:
         say(line)
     vocab_size, line = choose_rows(rows, tokenizer.first_id, len(extension.tokens), options.pad_vocab_to_multiple_of)
     say(line)
-    assets = _extended_assets(model, extension, vocab_size)
     with new_folder(output) as temporary:
-        gain = _write(temporary, options, model, old, extension, vocab_size, assets, shard_bytes, corpus, say)
+        gain = _write(temporary, options, model, old, extension, vocab_size, corpus, say)
     texts = {part: old.decode([part]) for token in extension.tokens for part in token.subtokens}
     say(format_tokens(extension.tokens, texts))
     if gain is not None:
@@ -118,21 +111,19 @@ def _write(
     old: TokenizerHandle,
     extension: Extension,
     vocab_size: int,
-    assets: HfAssets,
-    shard_bytes: int,
     corpus: Corpus | None,
     say: Callable[[str], None],
 ) -> Gain | None:
     """Everything but the name of the output."""
     beside = folder / ASSET_FOLDER if model.is_checkpoint else folder
-    assets.write(beside)
+    _extended_assets(model, extension, vocab_size).write(beside)
     new = load_tokenizer(beside)
     require_ids(model.asset_folder, beside, extension.tokens)
     require_unchanged_texts(new, extension.tokens)
     gain = None if corpus is None else _measure(corpus, old, new)
     first_id = extension.tokens[0].id
     source = ExtendedVocabulary(model.source, vocab_size, first_id, extension.tokens)
-    write_model(folder, model, source, assets, shard_bytes)
+    done = write_weights(folder, model.is_checkpoint, source, parse_shard_size(options.max_shard_size))
     facts = {
         "model": options.model,
         "tokenizer": old.file.name,
@@ -147,13 +138,14 @@ def _write(
         if not write_page(folder, title, gain, extension.curve, extension.tokens):
             say(f"left out {PAGE_FILE}: its figure needs matplotlib (pip install -e .[demo])")
     if model.is_checkpoint:
-        write_manifest_of(folder)
+        seal(folder, done.values())
     return gain
 
 
 def _check(options: ExtendOptions) -> None:
     if options.tokens is None and not options.corpus:
         raise UserError("--corpus or --tokens is needed: text to learn tokens from, or a list of them")
+    parse_shard_size(options.max_shard_size)
     for name in ("num_tokens", "min_count", "max_characters", "max_documents", "max_bytes", "pad_vocab_to_multiple_of"):
         value = getattr(options, name)
         if value is not None and value < 1:

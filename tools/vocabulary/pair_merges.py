@@ -18,8 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...engine.errors import UserError
-
 Ints = npt.NDArray[np.int64]
 
 _GAP = -1
@@ -240,22 +238,3 @@ def replay(corpus: PairCorpus, merges: Sequence[Merge]) -> list[int]:
         corpus.merge(merge.left, merge.right, merge.token)
         totals.append(corpus.total)
     return totals
-
-
-def require_some(found: int, asked: int, min_count: int) -> str | None:
-    """A line where fewer tokens were found than asked for; None otherwise.
-
-    Raises:
-        UserError: none was found.
-    """
-    if found == 0:
-        raise UserError(
-            f"--num-tokens {asked:,}: no new token occurs {min_count} times in the corpus; give more text, or lower "
-            "--min-count"
-        )
-    if found < asked:
-        return (
-            f"made {found:,} new tokens instead of the --num-tokens {asked:,}: no other occurs {min_count} times in "
-            "the corpus (--min-count)"
-        )
-    return None

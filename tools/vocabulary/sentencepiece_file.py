@@ -18,7 +18,7 @@ from ...engine.errors import UserError
 from .bpe import learn_bpe
 from .splitting import WordSplitter, may_be_piece
 from .unigram import learn_unigram
-from .vocabulary import WORD_START, Extension, NewToken
+from .vocabulary import WORD_START, Extension, NewToken, Wanted
 
 _UNIGRAM, _BPE = 1, 2
 _KINDS = {_UNIGRAM: "sentencepiece unigram", _BPE: "sentencepiece BPE"}
@@ -65,38 +65,23 @@ class SentencePieceModel:
         return self._bare.EncodeAsIds(piece)
 
     def learn(
-        self,
-        words: Counter[str],
-        held_out: Counter[str],
-        num_tokens: int,
-        min_count: int,
-        max_characters: int,
-        on_token: Callable[[], object],
+        self, words: Counter[str], held_out: Counter[str], wanted: Wanted, on_token: Callable[[], object]
     ) -> Extension:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
-
-        def allowed(piece: str) -> bool:
-            return may_be_piece(piece, max_characters)
-
         if self._type == _UNIGRAM:
-            found, notes = learn_unigram(self._scores, self._ids, self.pieces_of, words, num_tokens, min_count, allowed)
+            found, notes = learn_unigram(self._scores, self._ids, self.pieces_of, words, wanted)
             tokens = [
                 self._token(self.first_id + place, piece.text, "piece", piece.count)
                 for place, piece in enumerate(found)
             ]
             return Extension(tokens, self._files(tokens, [piece.score for piece in found]), notes)
         vocab = {piece: self._ids[piece] for piece in self._scores}
+
+        def allowed(piece: str) -> bool:
+            return may_be_piece(piece, wanted.max_characters)
+
         learned = learn_bpe(
-            vocab,
-            {*self._ids},
-            self.pieces_of,
-            self.first_id,
-            words,
-            held_out,
-            num_tokens,
-            min_count,
-            allowed,
-            on_token,
+            vocab, {*self._ids}, self.pieces_of, self.first_id, words, held_out, wanted, allowed, on_token
         )
         tokens = [self._token(merge.token, piece, kind, merge.count) for merge, piece, kind in learned.tokens]
         return Extension(tokens, self._files(tokens), learned.notes, learned.curve)

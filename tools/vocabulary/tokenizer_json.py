@@ -20,7 +20,7 @@ from ...engine.errors import UserError
 from . import sentencepiece_file
 from .bpe import learn_bpe
 from .splitting import WordSplitter, may_be_piece
-from .vocabulary import Extension, NewToken
+from .vocabulary import Extension, NewToken, Wanted
 
 _VOCAB_FILE, _MERGES_FILE = "vocab.json", "merges.txt"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -67,18 +67,12 @@ class BpeJson:
     # Learning
 
     def learn(
-        self,
-        words: Counter[str],
-        held_out: Counter[str],
-        num_tokens: int,
-        min_count: int,
-        max_characters: int,
-        on_token: Callable[[], object],
+        self, words: Counter[str], held_out: Counter[str], wanted: Wanted, on_token: Callable[[], object]
     ) -> Extension:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
-        allowed, taken = self._length_bound(max_characters), {*self._vocab, *self._added}
+        allowed, taken = self._length_bound(wanted.max_characters), {*self._vocab, *self._added}
         learned = learn_bpe(
-            self._vocab, taken, self.pieces_of, self.first_id, words, held_out, num_tokens, min_count, allowed, on_token
+            self._vocab, taken, self.pieces_of, self.first_id, words, held_out, wanted, allowed, on_token
         )
         tokens = [self._new_token(merge.token, piece, kind, merge.count) for merge, piece, kind in learned.tokens]
         return self._extended(tokens, learned.pairs, [], learned.notes, learned.curve)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import tokenizers
 
-from .pair_merges import require_some
+from .splitting import may_be_piece
+from .vocabulary import Wanted, require_some
 
 _BATCH = 10_000
 _LARGEST_FEED = 20_000_000
@@ -38,9 +39,7 @@ def learn_unigram(
     taken: Container[str],
     pieces_of: Callable[[str], list[int]],
     words: Counter[str],
-    num_tokens: int,
-    min_count: int,
-    allowed: Callable[[str], bool],
+    wanted: Wanted,
 ) -> tuple[list[NewPiece], list[str]]:
     """The pieces that save most tokens, and lines for the console.
 
@@ -49,23 +48,22 @@ def learn_unigram(
         taken: entries that may not become pieces.
         pieces_of: what the old model makes of a piece.
         words: of the corpus, and their numbers.
-        num_tokens, min_count: how many, and how frequent at least.
-        allowed: whether an entry may be a piece.
+        wanted: how many, how frequent and how long.
 
     Raises:
         UserError: no piece is left.
     """
-    trained, counts = _train(words, max(8_000, 4 * num_tokens))
+    trained, counts = _train(words, max(8_000, 4 * wanted.num_tokens))
     shared = [scores[piece] - score for piece, score in trained.items() if piece in scores and counts[piece]]
     shift = statistics.median(shared) if shared else 0.0
     saving = {
         piece: counts[piece] * (len(pieces_of(piece)) - 1 or (piece not in scores and len(piece) == 1))
         for piece in trained
-        if piece not in taken and counts[piece] >= min_count and allowed(piece)
+        if piece not in taken and counts[piece] >= wanted.min_count and may_be_piece(piece, wanted.max_characters)
     }
     best = sorted((piece for piece, saved in saving.items() if saved > 0), key=lambda piece: (-saving[piece], piece))
-    chosen = best[:num_tokens]
-    note = require_some(len(chosen), num_tokens, min_count)
+    chosen = best[: wanted.num_tokens]
+    note = require_some(len(chosen), wanted)
     found = [NewPiece(piece, trained[piece] + shift, counts[piece]) for piece in chosen]
     line = (
         f"log-probabilities of the corpus's own unigram model moved by {shift:.3f}, the median of {len(shared)} pieces"

@@ -15,7 +15,7 @@ from ...engine.errors import UserError
 from . import sentencepiece_file
 from .splitting import WordSplitter, may_be_piece
 from .unigram import learn_unigram, rarest_part
-from .vocabulary import WORD_START, Extension, NewToken
+from .vocabulary import WORD_START, Extension, NewToken, Wanted
 
 
 class UnigramJson:
@@ -63,24 +63,10 @@ class UnigramJson:
         return [token.id for token in self._tokenizer.model.tokenize(piece)]
 
     def learn(
-        self,
-        words: Counter[str],
-        held_out: Counter[str],
-        num_tokens: int,
-        min_count: int,
-        max_characters: int,
-        on_token: Callable[[], object],
+        self, words: Counter[str], held_out: Counter[str], wanted: Wanted, on_token: Callable[[], object]
     ) -> Extension:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
-        found, notes = learn_unigram(
-            self._scores,
-            self._ids,
-            self.pieces_of,
-            words,
-            num_tokens,
-            min_count,
-            lambda piece: may_be_piece(piece, max_characters),
-        )
+        found, notes = learn_unigram(self._scores, self._ids, self.pieces_of, words, wanted)
         return self._extended([(piece.text, piece.score, piece.count) for piece in found], notes)
 
     def take(self, texts: Sequence[str]) -> Extension:

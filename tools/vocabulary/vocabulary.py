@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from ...engine.errors import UserError
+
 WORD_START = "\u2581"
 """What sentencepiece writes for a space."""
 
@@ -42,6 +44,36 @@ class Extension:
     """Tokens of the held-out words after 0, 1, 2 ... new tokens, where that is known."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which tokens are to be learned."""
+
+    num_tokens: int
+    min_count: int
+    """Occurrences in the corpus, at least."""
+    max_characters: int
+    """Of a token, the space before it included."""
+
+
+def require_some(found: int, wanted: Wanted) -> str | None:
+    """A line where fewer tokens were ``found`` than asked for; None otherwise.
+
+    Raises:
+        UserError: none was found.
+    """
+    if found == 0:
+        raise UserError(
+            f"--num-tokens {wanted.num_tokens:,}: no new token occurs {wanted.min_count} times in the corpus; give "
+            "more text, or lower --min-count"
+        )
+    if found < wanted.num_tokens:
+        return (
+            f"made {found:,} new tokens instead of the --num-tokens {wanted.num_tokens:,}: no other occurs "
+            f"{wanted.min_count} times in the corpus (--min-count)"
+        )
+    return None
+
+
 class Tokenizer(Protocol):
     """An old tokenizer that can be extended."""
 
@@ -54,15 +86,19 @@ class Tokenizer(Protocol):
         """The parts of a text that tokens do not cross, normalized, as entries of the vocabulary are written."""
 
     def learn(
-        self,
-        words: Counter[str],
-        held_out: Counter[str],
-        num_tokens: int,
-        min_count: int,
-        max_characters: int,
-        on_token: Callable[[], object],
+        self, words: Counter[str], held_out: Counter[str], wanted: Wanted, on_token: Callable[[], object]
     ) -> Extension:
-        """New tokens out of the words of a corpus and their numbers."""
+        """New tokens.
+
+        Args:
+            words: of the corpus, and how often each stands there.
+            held_out: the same of text to measure with.
+            wanted: which are to be learned.
+            on_token: hears of each one that is found, where they are found one by one.
+
+        Raises:
+            UserError: none can be learned.
+        """
 
     def take(self, texts: Sequence[str]) -> Extension:
         """The given tokens."""

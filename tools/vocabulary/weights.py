@@ -16,21 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ... import __version__
 from ...engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from ...engine.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from ...engine.checkpoint.tensors import OPTIMIZER_PREFIX, StoredTensor, check_model_tensors, stored_tensors
-from ...engine.checkpoint.verify import require_undamaged
+from ...engine.checkpoint.manifest import MANIFEST_FILE
+from ...engine.checkpoint.tensors import StoredTensor
+from ...engine.conversion.checkpoint_model import CheckpointPlan, open_checkpoint_model
+from ...engine.conversion.run import progress
 from ...engine.errors import UserError
 from ...engine.hugging_face.hub_download import find_model_folder
 from ...engine.hugging_face.model import EMBEDDING, HEAD, open_hf_model
 from ...engine.hugging_face.shards import ShardPlan
-from ...engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture
-from ...engine.model.decoder import meta_decoder
-from ...engine.streaming.block_copy import BLOCK_BYTES, OutputFile, copy_files, default_workers
-from ...engine.streaming.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
+from ...engine.model.architecture import CONFIG_FILE, Architecture
+from ...engine.streaming.block_copy import BLOCK_BYTES, WrittenFile, copy_files, default_workers
 from ...engine.streaming.tensor_source import ReadRows, TensorSource
 from .vocabulary import NewToken
 
@@ -75,21 +72,10 @@ def open_model(name: str) -> StoredModel:
 
 
 def _open_checkpoint(folder: Path) -> StoredModel:
-    manifest, assets = read_manifest(folder), HfAssets.of_checkpoint(folder)
-    if assets.config is None:
-        raise UserError(f"--model {folder}: carries no {ASSET_FOLDER}/{CONFIG_FILE}; name another checkpoint")
-    architecture = parse_architecture(assets.config, str(folder / ASSET_FOLDER / CONFIG_FILE))
-    decoder = meta_decoder(architecture)
-    check_model_tensors(folder, decoder)
-    whole = sum(record.bytes for record in manifest.records.values())
-    with tqdm(desc="verifying", total=whole, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        require_undamaged(folder, bar.update)
-    names = [name for name, _ in decoder.named_parameters()]
-    states = sum(name.startswith(OPTIMIZER_PREFIX) for name in stored_tensors(folder))
-    notes = [f"left out {states} optimizer states: a run on other tokens begins anew"] if states else []
-    return StoredModel(
-        folder, True, architecture, assets.config, assets, CheckpointRows(folder, names).only(names), notes
-    )
+    model = open_checkpoint_model(folder)
+    model.verify(default_workers())
+    notes = [f"left out {len(names)} tensors: {reason}" for reason, names in model.left_out.items()]
+    return StoredModel(folder, True, model.architecture, model.config, model.assets, model.weights, notes)
 
 
 def choose_rows(rows: int, first_id: int, num_tokens: int, multiple_of: int | None) -> tuple[int, str]:
@@ -188,41 +174,26 @@ class ExtendedVocabulary:
         return new
 
 
-def write_model(
-    folder: Path, model: StoredModel, source: ExtendedVocabulary, assets: HfAssets, max_shard_size: int
-) -> None:
-    """Write the model into ``folder``, as a checkpoint or a Hugging Face folder, whichever it was. A checkpoint's
-    manifest is left to :func:`write_manifest_of`.
+def write_weights(
+    folder: Path, as_checkpoint: bool, source: ExtendedVocabulary, max_shard_size: int
+) -> dict[str, WrittenFile]:
+    """Write the tensors into ``folder``, of a checkpoint, which is left to be sealed, or of a Hugging Face model.
+
+    Returns:
+        the files, by name.
 
     Raises:
         OSError: it cannot be written.
         UserError: the disk gives back something else than was written.
     """
-    tensors, plan = source.tensors, None
-    if model.is_checkpoint:
-        files = [
-            OutputFile(f"__0_{number}.distcp", {name: tensor}, functools.partial(_begin, name, tensor))
-            for number, (name, tensor) in enumerate(tensors.items())
-        ]
-    else:
-        plan = ShardPlan(tensors, max_shard_size)
-        files = plan.files
-    num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
+    shards, files = ShardPlan(source.tensors, max_shard_size), CheckpointPlan(source.tensors)
+    plan = files if as_checkpoint else shards
+    num_bytes = sum(tensor.num_bytes for tensor in source.tensors.values())
     # Everything is written, and read back.
-    with tqdm(desc="writing", total=2 * num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        done = copy_files(folder, files, source, default_workers(), source.hashed_rows, bar.update)
-    if plan is not None:
-        plan.write_index(folder)
-        assets.write(folder)
-        return
-    write_metadata(folder, tensors, {name: (f.name, f.record.bytes) for f in done.values() for name in f.tensors})
-    assets.write(folder / ASSET_FOLDER)
-
-
-def write_manifest_of(folder: Path) -> None:
-    """Complete a checkpoint that :func:`write_model` has written."""
-    write_manifest(folder, Manifest(kind="converted", retemper_version=__version__))
-
-
-def _begin(name: str, tensor: StoredTensor, path: Path) -> dict[str, int]:
-    return {name: begin_tensor_file(path, tensor)}
+    with progress("writing", 2 * num_bytes) as advance:
+        done = copy_files(folder, plan.files, source, default_workers(), source.hashed_rows, advance)
+    if as_checkpoint:
+        files.write_metadata(folder, done.values())
+    else:
+        shards.write_index(folder)
+    return done

@@ -1,0 +1,128 @@
+"""A checkpoint as converters see it: the parameters in one that there is, and the files of one that they write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import __version__
+from ..checkpoint.assets import ASSET_FOLDER, CONFIG_FILE, HfAssets
+from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from ..checkpoint.tensors import OPTIMIZER_PREFIX, StoredTensor, check_model_tensors
+from ..hugging_face.weight_dtypes import declared_dtype
+from ..model.architecture import Architecture, parse_architecture, read_hf_config
+from ..model.decoder import meta_decoder
+from ..streaming.block_copy import OutputFile, WrittenFile
+from ..streaming.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
+from .record import file_hash
+from .run import verify_source
+
+
+@dataclass(frozen=True)
+class CheckpointModel:
+    """The parameters of a decoder in a checkpoint, and what else it holds."""
+
+    folder: Path
+    manifest: Manifest
+    config: dict[str, Any]
+    """Content of its ``config.json``."""
+    architecture: Architecture
+    stored: CheckpointRows
+    """All tensors."""
+    weights: CheckpointRows
+    """Parameters, in the decoder's order."""
+    left_out: dict[str, list[str]]
+    """Names of the tensors that are no parameters, by the reason why."""
+    assets: HfAssets
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from any other: the manifest has the hash of every file."""
+        return {
+            "folder": str(self.folder.resolve()),
+            "manifest_xxh3_128": file_hash(self.folder / MANIFEST_FILE),
+            "kind": self.manifest.kind,
+            "step": self.manifest.step,
+            "consumed_tokens": self.manifest.consumed_tokens,
+        }
+
+    def export_dtype(self) -> torch.dtype | None:
+        """What parameters are written in where nobody asks for a dtype. None: each in its own; of a training
+        checkpoint, which keeps more digits than the model needs, what the config declares, else float32.
+
+        Raises:
+            UserError: the config declares a dtype that weights cannot have.
+        """
+        if self.manifest.kind != "training":
+            return None
+        return declared_dtype(self.config, str(self.folder / ASSET_FOLDER / CONFIG_FILE)) or torch.float32
+
+    def verify(self, workers: int) -> None:
+        """Read every byte, under a progress bar.
+
+        Raises:
+            UserError: naming the first file that is not what was written.
+        """
+        verify_source(self.folder, sum(file.bytes for file in self.manifest.records.values()), workers)
+
+
+def open_checkpoint_model(folder: Path) -> CheckpointModel:
+    """Open the checkpoint ``folder`` and check that it holds exactly the parameters that its config calls for.
+
+    Raises:
+        UserError: it is incomplete, carries no config, or holds another model.
+    """
+    manifest = read_manifest(folder)
+    where = folder / ASSET_FOLDER / CONFIG_FILE
+    config = read_hf_config(where)
+    architecture = parse_architecture(config, str(where))
+    decoder = meta_decoder(architecture)
+    check_model_tensors(folder, decoder)
+    stored = CheckpointRows(folder)
+    weights = stored.only(name for name, _ in decoder.named_parameters())
+    states = [name for name in stored.tensors if name not in weights.tensors]
+    assert all(name.startswith(OPTIMIZER_PREFIX) for name in states)
+    left_out = {"state of the optimizer": states} if states else {}
+    return CheckpointModel(
+        folder, manifest, config, architecture, stored, weights, left_out, HfAssets.of_checkpoint(folder)
+    )
+
+
+class CheckpointPlan:
+    """The files of a checkpoint to write, one for each tensor.
+
+    Args:
+        tensors: names, shapes and dtypes.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]):
+        self._tensors = tensors
+        self.files = [
+            OutputFile(f"__0_{number}.distcp", {name: tensor}, partial(_begin, name, tensor))
+            for number, (name, tensor) in enumerate(tensors.items())
+        ]
+        """For :func:`~retemper.engine.streaming.block_copy.copy_files`."""
+
+    def write_metadata(self, folder: Path, done: Iterable[WrittenFile]) -> None:
+        """Write what says which tensor is in which file, when all are ``done``."""
+        places = {name: (file.name, file.record.bytes) for file in done for name in file.tensors}
+        write_metadata(folder, self._tensors, places)
+
+
+def _begin(name: str, tensor: StoredTensor, path: Path) -> dict[str, int]:
+    return {name: begin_tensor_file(path, tensor)}
+
+
+def seal(folder: Path, done: Iterable[WrittenFile]) -> None:
+    """Write the manifest, with which a checkpoint of the files ``done``, and whatever stands beside them, is complete.
+
+    Raises:
+        UserError: a file is missing, or of another size than what was written.
+    """
+    hashed = {file.name: file.record for file in done}
+    write_manifest(folder, Manifest(kind="converted", retemper_version=__version__), hashed)
