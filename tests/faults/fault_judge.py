@@ -149,10 +149,14 @@ def wrong_checkpoint(path: Path, reference: Reference) -> list[str]:
         return [f"{path.name}: the undisturbed run has no such step"]
     if content["consumed_samples"] != step * reference.samples_per_step:
         problems.append(f"{path.name}: {content['consumed_samples']} samples consumed in {step} steps")
-    for key, value in _place(path).items():
-        # A run that is asked to stop saves without an evaluation that is due.
-        if value != reference.places[step].get(key) and not (key in ("evaluation", "best") and not value):
-            problems.append(f"{path.name}: {key} is {value}, undisturbed {reference.places[step].get(key)}")
+    place = _place(path)
+    expected = reference.places[step]
+    if not place["evaluation"]:
+        # A run that is asked to stop saves without an evaluation that is due, and with the best of the step before.
+        expected = expected | {"evaluation": {}, "best": reference.places.get(step - 1, {}).get("best", {})}
+    for key, value in place.items():
+        if value != expected.get(key):
+            problems.append(f"{path.name}: {key} is {value}, undisturbed {expected.get(key)}")
     theirs = fingerprints(path)
     if theirs.keys() != reference.fingerprints[step].keys():
         problems.append(f"{path.name}: has other tensors than undisturbed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import fault_judge as judge
 import fault_sweep
@@ -112,6 +113,20 @@ def test_other_wrong_states_are_found(finished, short_reference):
     assert "who knows in checkpoints/" in problems and "leftovers in the finished run" in problems
     last.rename(last.with_name("step-00000007"))
     assert "step-00000008 is missing in the finished run" in judge.finished(finished, short_reference, set())
+
+
+def test_an_evaluation_may_be_due_but_no_other_best(finished, short_reference):
+    """As a run leaves it that was asked to stop at the step of an evaluation that would have been the best."""
+    evaluated = max(step for step, place in short_reference.places.items() if place["evaluation"])
+    places = {step: dict(place) for step, place in short_reference.places.items()}
+    before = {"step": 2, "name": "validation", "loss": 9.0}
+    places[evaluated - 1]["best"] = before
+    reference = replace(short_reference, places=places)
+    checkpoint = finished / "checkpoints" / f"step-{evaluated:08d}"
+    _manifest(checkpoint, evaluation={}, best=before)
+    assert judge.wrong_checkpoint(checkpoint, reference) == []
+    _manifest(checkpoint, best={})
+    assert judge.wrong_checkpoint(checkpoint, reference) == [f"{checkpoint.name}: best is {{}}, undisturbed {before}"]
 
 
 def test_what_retention_must_keep():
