@@ -137,7 +137,7 @@ def _freeze(random: Random, number: int) -> dict[str, Any]:
 
 
 def _full(random: Random, number: int) -> dict[str, Any]:
-    left = int(random.random() * 700_000)
+    left = int(random.random() * 550_000)  # a checkpoint has 570,000
     fault = {"by": "disk", "left": left, "at": _moment(random), "then": {"wait": True}}
     return {"fault": fault, "note": f"disk full but for {left:,} bytes"}
 

@@ -9,6 +9,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,6 @@ class Lineage:
         assert self.run_folder is not None
         if keep:
             shutil.copytree(self.run_folder, self.folder / "evidence" / self.run_folder.name, symlinks=True)
-        mounts.empty(self.disk)
         shutil.rmtree(self.run_folder)
         self.run_folder = None
 
@@ -229,7 +229,6 @@ class Lineage:
                 self._drive(launch, this, fault_case)
         finally:
             launch.end()
-            mounts.empty(self.disk)
             mounts.unmount(self.run_folder / "checkpoints")
         this.text, this.code = this.judged.text(), this.judged.process.returncode
         if launch.fired():
@@ -239,6 +238,7 @@ class Lineage:
         """Let the fault happen and the launch end."""
         fault = case.fault
         assert fault is not None and self.run_folder is not None
+        meanwhile: AbstractContextManager[None] = nullcontext()
         if fault["by"] in ("hook", "overtaken"):
             wait_for(lambda: launch.fired() or launch.ended(), LONGEST_SECONDS)
             this.fired = bool(launch.fired())
@@ -250,7 +250,7 @@ class Lineage:
             this.fired = self._reach(launch, fault["at"], this.before.newest or 0)
             step, stopped = launch.step(), []
             if fault["by"] == "disk":
-                mounts.fill(self.disk, fault["left"])
+                meanwhile = mounts.filled(self.disk, fault["left"])
             elif fault["by"] == "read_only":
                 this.fired = wait_for((self.run_folder / "checkpoints").is_dir, 60)
                 mounts.make_read_only(self.run_folder / "checkpoints")
@@ -265,7 +265,8 @@ class Lineage:
             time.sleep(stop_seconds)
             for pid in stopped:
                 send_signal(pid, signal.SIGCONT)
-        self._end(launch, this, fault["then"])
+        with meanwhile:
+            self._end(launch, this, fault["then"])
 
     def _reach(self, launch: Launch, at: dict[str, Any], newest: int) -> bool:
         """Wait for the moment ``at``; whether the launch still runs then."""

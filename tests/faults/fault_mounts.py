@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 DISK_BYTES = 24 << 20
@@ -27,16 +31,31 @@ def mount_disk(folder: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], check=True)
 
 
-def fill(folder: Path, left: int) -> None:
-    """Use up the disk at ``folder`` but for ``left`` bytes."""
-    disk = os.statvfs(folder)
+@contextmanager
+def filled(folder: Path, left: int) -> Iterator[None]:
+    """Use up the disk at ``folder`` but for ``left`` bytes, and all that is freed meanwhile, as one does who shares it:
+    a run that removes a checkpoint has no more room for the next."""
+    stopped = threading.Event()
     with (folder / _BALLAST).open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, disk.f_bavail * disk.f_bsize - left))
 
+        def fill() -> None:
+            used = 0
+            while not stopped.wait(0.002):
+                disk = os.statvfs(folder)
+                more = disk.f_bavail * disk.f_bsize - left
+                if more > 0:
+                    with contextlib.suppress(OSError):  # the run has taken it meanwhile
+                        os.posix_fallocate(file.fileno(), used, more)
+                        used += more
 
-def empty(folder: Path) -> None:
-    """Take back :func:`fill`."""
-    (folder / _BALLAST).unlink(missing_ok=True)
+        thread = threading.Thread(target=fill)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            thread.join()
+            (folder / _BALLAST).unlink()
 
 
 def make_read_only(folder: Path) -> None:

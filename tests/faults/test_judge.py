@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import warnings
 from dataclasses import replace
 
 import fault_judge as judge
+import fault_mounts as mounts
 import fault_sweep
 import pytest
 import tiny_run
@@ -161,3 +163,28 @@ def test_cases_are_drawn_from_their_names():
     assert catalogue(200, seed=2) != cases
     damaged = {(case.rest["name"], case.rest["form"]) for case in cases if case.kind == "damage"}
     assert damaged >= {(name, form) for name in FILES for form in ("flip", "truncate", "delete")}
+
+
+@pytest.mark.skipif(not mounts.can_mount(), reason="mounting a file system needs root")
+def test_a_full_disk_stays_full(tmp_path):
+    mounts.mount_disk(tmp_path)
+    try:
+        old = tmp_path / "old"
+        old.write_bytes(bytes(2_000_000))
+        with mounts.filled(tmp_path, left=100_000):
+            assert _comes_true(lambda: shutil.disk_usage(tmp_path).free <= 100_000)
+            old.unlink()
+            assert _comes_true(lambda: shutil.disk_usage(tmp_path).free <= 100_000)
+            (tmp_path / "small").write_bytes(bytes(50_000))
+            with pytest.raises(OSError, match="No space left"):
+                (tmp_path / "large").write_bytes(bytes(1_000_000))
+        assert shutil.disk_usage(tmp_path).free > 20_000_000
+    finally:
+        mounts.unmount(tmp_path)
+
+
+def _comes_true(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
