@@ -1,4 +1,4 @@
-"""Words as sentencepiece cuts them in training, for tokenizers whose own rules cut nothing.
+"""Words: as a tokenizer cuts them, and as sentencepiece does in training, where its own rules cut nothing.
 
 A sentencepiece model joins characters wherever its pieces say so, and its tokenizer.json may cut nothing at all. But in
 training words begin at spaces, hold letters of one script, and with ``split_digits`` one digit. New pieces keep to
@@ -12,12 +12,21 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 
 from .vocabulary import WORD_START
 
 _CHUNK = re.compile(f"{WORD_START}+[^{WORD_START}]*|[^{WORD_START}]+")
 _REMEMBERED = 1 << 18
+
+
+def split_words(tokenizer: Tokenizer, text: str) -> list[str]:
+    """``text``, normalized and cut by the tokenizer's own rules."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is None:
+        return [text]
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
 class WordSplitter:

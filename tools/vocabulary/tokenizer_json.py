@@ -19,7 +19,7 @@ from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE
 from ...engine.errors import UserError
 from . import sentencepiece_file
 from .bpe import learn_bpe
-from .splitting import WordSplitter, may_be_piece
+from .splitting import WordSplitter, may_be_piece, split_words
 from .vocabulary import Extension, NewToken, Wanted
 
 _VOCAB_FILE, _MERGES_FILE = "vocab.json", "merges.txt"
@@ -56,11 +56,7 @@ class BpeJson:
 
     def words(self, text: str) -> Iterable[str]:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
-        if self._tokenizer.normalizer is not None:
-            text = self._tokenizer.normalizer.normalize_str(text)
-        words = [text]
-        if self._tokenizer.pre_tokenizer is not None:
-            words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        words = split_words(self._tokenizer, text)
         return words if self._split is None else [part for word in words for part in self._split(word)]
 
     # ------------------------------------------------------------------------------------------------------------------

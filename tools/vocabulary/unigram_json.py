@@ -13,7 +13,7 @@ import tokenizers
 from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE
 from ...engine.errors import UserError
 from . import sentencepiece_file
-from .splitting import WordSplitter, may_be_piece
+from .splitting import WordSplitter, may_be_piece, split_words
 from .unigram import learn_unigram, rarest_part
 from .vocabulary import WORD_START, Extension, NewToken, Wanted
 
@@ -51,12 +51,7 @@ class UnigramJson:
 
     def words(self, text: str) -> Iterable[str]:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
-        if self._tokenizer.normalizer is not None:
-            text = self._tokenizer.normalizer.normalize_str(text)
-        words = [text]
-        if self._tokenizer.pre_tokenizer is not None:
-            words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        return [part for word in words for part in self._split(word)]
+        return [part for word in split_words(self._tokenizer, text) for part in self._split(word)]
 
     def pieces_of(self, piece: str) -> list[int]:
         """What the old model makes of a piece."""
