@@ -58,6 +58,13 @@ def test_ls_knows_what_is_kept_for_a_rewind(run, run_folder):
     assert [re.split("  +", line)[-2] for line in lines] == ["best, rewind", "last, every, rewind", "last"]
 
 
+def test_ls_shows_what_a_rewind_has_left(run, run_folder):
+    folder_of(run_folder, 12).rename(run_folder / "checkpoints" / "step-00000012.rewound.2")
+    _, [_, *lines] = run("ls", run_folder)
+    assert lines[-1].split()[0] == "step-00000012.rewound.2" and lines[-1].endswith("rewound")
+    assert "last" in lines[-2] and "last" not in lines[-1]
+
+
 def test_verify(run, run_folder):
     checkpoints = [folder_of(run_folder, step) for step in (4, 8, 12)]
     status, lines = run("verify", run_folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...engine.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from ...engine.checkpoint.retention import reasons_to_keep
-from ...engine.checkpoint.store import DAMAGED, is_checkpoint_name, step_of
+from ...engine.checkpoint.store import DAMAGED, REWOUND, is_checkpoint_name, step_of
 from ...engine.checkpoint.verify import wrong_sizes
 from ...engine.errors import UserError
 from ...engine.observe.loggers import METRICS_FILE
@@ -31,7 +31,7 @@ class Row:
     kept: list[str]
     """Reasons of :func:`~retemper.engine.checkpoint.retention.reasons_to_keep`."""
     state: str
-    """complete, unverifiable (format 1, without hashes), set aside, or what is wrong."""
+    """complete, unverifiable (format 1, without hashes), set aside, rewound, or what is wrong."""
 
 
 def checkpoint_folder(run_folder: Path) -> Path:
@@ -47,14 +47,14 @@ def checkpoint_folder(run_folder: Path) -> Path:
 
 
 def list_checkpoints(run_folder: Path) -> list[Row]:
-    """Every checkpoint of the run, by step, also those that are damaged or were set aside.
+    """Every checkpoint of the run, by step, also those that are damaged, were set aside or lie behind a rewind.
 
     Raises:
         UserError: it is no run folder, or cannot be read.
     """
     folder = checkpoint_folder(run_folder)
     entries = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()]
-    names = [entry for entry in entries if is_checkpoint_name(entry.name.partition(DAMAGED)[0])]
+    names = [entry for entry in entries if is_checkpoint_name(_original_name(entry))]
     states = {entry: _state(entry) for entry in names}
     whole = {entry: manifest for entry, (manifest, state) in states.items() if manifest and state in _WHOLE}
     whole = dict(sorted(whole.items(), key=lambda item: step_of(item[0])))
@@ -86,7 +86,15 @@ def _state(folder: Path) -> tuple[Manifest | None, str]:
             state = f"damaged: {wrong[0].what}" if wrong else _WHOLE[0 if manifest.files else 1]
     except UserError as error:
         state = f"damaged: {error}"
-    return manifest, "set aside" if DAMAGED in folder.name else state
+    suffix = folder.name.removeprefix(_original_name(folder))
+    if suffix:
+        state = "rewound" if suffix.startswith(REWOUND) else "set aside"
+    return manifest, state
+
+
+def _original_name(folder: Path) -> str:
+    """Before it was renamed, if it was."""
+    return folder.name.partition(DAMAGED)[0].partition(REWOUND)[0]
 
 
 def _retention(manifests: Sequence[Manifest]) -> tuple[int, int, int | None, int]:
