@@ -16,7 +16,7 @@ from typing import Any
 
 import fault_judge as judge
 import fault_mounts as mounts
-from fault_cases import POINTS, RESUME_POINTS, Case
+from fault_cases import EARLY_POINTS, POINTS, RESUME_POINTS, Case
 from fault_damage import DAMAGES, Done
 from fault_launch import LONGEST_SECONDS, Launch, run_command, send_signal, wait_for
 
@@ -421,7 +421,7 @@ class Lineage:
 def _tells_of_its_start(case: Case) -> bool:
     """Whether a launch with this fault reports a step before the fault."""
     fault = case.fault or {}
-    return fault.get("point") not in RESUME_POINTS and "seconds" not in fault.get("at", {})
+    return fault.get("point") not in EARLY_POINTS and "seconds" not in fault.get("at", {})
 
 
 def _needs_checkpoints(case: Case) -> bool:
