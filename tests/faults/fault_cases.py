@@ -101,7 +101,7 @@ def _kill(target: str) -> Callable[[Random, int], dict[str, Any]]:
     def draw(random: Random, number: int) -> dict[str, Any]:
         chosen = target if target != "rank" else f"rank {random.randint(0, 1)}"
         early = target == "node" and number % 3 == 0
-        at = {"seconds": round(0.5 + 9 * random.random(), 2)} if early else _moment(random)
+        at = {"seconds": round(0.5 + 5 * random.random(), 2)} if early else _moment(random)
         then = _then(random)
         if target == "launcher":  # the ranks live on, and hold the run folder
             then = {"relaunch": True} if number % 2 else {"wait": True}
