@@ -233,8 +233,9 @@ RESUME_POINTS = (
     "curve half-written",
     "before curve replaced",
 )
-EARLY_POINTS = (*RESUME_POINTS, "half removed", "folder removed")
-"""May come before the first step: a run that begins removes what a killed one has left under temporary names."""
+EARLY_POINTS = (*RESUME_POINTS, "half removed", "folder removed", "evaluation", "record half-written")
+"""May come before the first step is told of: a run that begins removes what a killed one has left under temporary names,
+and makes an evaluation that it broke off."""
 KINDS: dict[str, tuple[int, str, Callable[[Random, int], dict[str, Any]]]] = {
     "kill-rank": (16, "kill -9 of a rank, at any time", _kill("rank")),
     "kill-ranks": (10, "kill -9 of all ranks, at any time", _kill("ranks")),
