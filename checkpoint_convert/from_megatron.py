@@ -21,7 +21,7 @@ from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.conversion.checkpoint_model import CheckpointPlan, seal
 from retemper.engine.conversion.logits import compare_logits, describe_logits
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, add_shard_size, end_like_ctrl_c
-from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity
+from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity, require_same_source
 from retemper.engine.conversion.run import parse_workers, require_outside, size_of, write_tensors
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, ShardPlan, parse_shard_size
@@ -87,6 +87,7 @@ def convert(
             done = _write_hf(partial, model, tensors, assets, shard_bytes, workers)
         else:
             done = _write_checkpoint(partial, model, tensors, assets, workers)
+        require_same_source(megatron, record.source, lambda: _identify(model))
         if verify:
             a, length = model.architecture, model.config.get("max_position_embeddings")
             record.logits = compare_logits(partial.content, model, a, tensors, a.vocab_size, length)

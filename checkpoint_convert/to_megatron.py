@@ -25,15 +25,16 @@ from retemper.checkpoint_convert.megatron_writing import Layout, MegatronPieces,
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
 from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.conversion.checkpoint_model import open_checkpoint_model
+from retemper.engine.conversion.hf_to_dcp import identify
 from retemper.engine.conversion.logits import compare_logits, describe_logits
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c
-from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity
+from retemper.engine.conversion.record import ConversionRecord, require_same_source
 from retemper.engine.conversion.run import parse_workers, require_outside, size_of, write_tensors
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.hugging_face.hub_download import find_model_folder
 from retemper.engine.hugging_face.model import open_hf_model
 from retemper.engine.hugging_face.weight_dtypes import AUTO, cast_to, describe_casts, dtype_name, dtype_named
-from retemper.engine.model.architecture import CONFIG_FILE, Architecture
+from retemper.engine.model.architecture import Architecture
 from retemper.engine.streaming.new_folder import require_absent
 from retemper.engine.streaming.partial_folder import partial_folder
 from retemper.engine.streaming.tensor_source import TensorSource
@@ -50,7 +51,8 @@ class _Source:
     config: dict[str, Any]
     architecture: Architecture
     assets: HfAssets
-    identity: dict[str, Any]
+    identify: Callable[[], dict[str, Any]]
+    """What tells it from any other."""
     notes: list[str]
     left_out: dict[str, list[str]]
     all_tensors: dict[str, StoredTensor]
@@ -105,9 +107,10 @@ def convert(
         say(line)
 
     options = {"dtype": dtype if target or source.dtype is None else dtype_name(source.dtype), **asdict(layout)}
-    record = ConversionRecord("to_megatron", source.identity, options, left_out=source.left_out)
+    record = ConversionRecord("to_megatron", source.identify(), options, left_out=source.left_out)
     with partial_folder(output, record.identity, say) as partial:
         done = write_tensors(partial, pieces.files(), pieces, pieces.hashed_rows, workers)
+        require_same_source(source.folder, record.source, source.identify)
         complete_checkpoint(partial.content, pieces, done, source.architecture, args, layout)
         source.assets.write(partial.content / ASSET_FOLDER)
         back = MegatronModel(partial.content, source.config, where)
@@ -146,19 +149,13 @@ def _open_hf(hf: str, output: Path) -> _Source:
     folder = find_model_folder(hf)
     require_outside(output, folder, "--hf")
     model = open_hf_model(folder)
-    identity = {
-        "name": hf,
-        "folder": str(folder.resolve()),
-        "config_xxh3_128": file_hash(folder / CONFIG_FILE),
-        "files": {path.name: file_identity(path) for path in model.weights.files},
-    }
     return _Source(
         folder,
         model,
         model.config,
         model.architecture,
         HfAssets.read(folder),
-        identity,
+        lambda: identify(hf, folder, model),
         model.notes,
         model.left_out,
         model.weights.tensors,
@@ -175,8 +172,8 @@ def _open_checkpoint(folder: Path, output: Path, workers: int) -> _Source:
         model.config,
         model.architecture,
         model.assets,
-        model.identity,
-        [f"left out {len(names)} tensors: {reason}" for reason, names in model.left_out.items()],
+        lambda: model.identity,
+        model.notes,
         model.left_out,
         model.stored.tensors,
         model.export_dtype(),

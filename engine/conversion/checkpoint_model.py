@@ -51,6 +51,14 @@ class CheckpointModel:
             "consumed_tokens": self.manifest.consumed_tokens,
         }
 
+    @property
+    def notes(self) -> list[str]:
+        """What is left out of it, and what cannot be verified, a line each."""
+        lines = [f"left out {len(names)} tensors: {reason}" for reason, names in self.left_out.items()]
+        if not self.manifest.records:
+            lines.append(f"{self.folder} is not verified: it was written before manifests had hashes")
+        return lines
+
     def export_dtype(self) -> torch.dtype | None:
         """What parameters are written in where nobody asks for a dtype. None: each in its own; of a training
         checkpoint, which keeps more digits than the model needs, what the config declares, else float32.

@@ -106,7 +106,7 @@ def convert(
     require_outside(output, checkpoint, "--checkpoint")
     export = plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size)
     model, source, tensors, record = export.model, export.source, export.tensors, export.record
-    for line in [*describe_casts(model.stored.tensors, tensors), *source.describe()]:
+    for line in [*model.notes, *describe_casts(model.stored.tensors, tensors), *source.describe()]:
         say(line)
     model.verify(workers)
     with partial_folder(output, record.identity, say) as partial:

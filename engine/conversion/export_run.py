@@ -148,7 +148,7 @@ def _write(
     with ExitStack() as stack:
         identity = export.record.identity
         # Nothing is taken up of what a killed run has left: its files are written again.
-        partial = ranks.on_main(lambda: stack.enter_context(partial_folder(output, identity, say)))
+        partial = ranks.on_main(lambda: stack.enter_context(partial_folder(output, identity, say, take_up=False)))
         content: Path = ranks.share(partial and partial.content)
         ranks.everywhere(lambda: _require_visible(content))
         mine = _deal(export.plan.files, ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE, HfAssets
 from ..hugging_face.folder import INDEX_FILE
@@ -16,7 +17,7 @@ from ..streaming.partial_folder import partial_folder
 from ..streaming.tensor_files import CheckpointRows
 from .checkpoint_model import CheckpointPlan, seal
 from .logits import compare_logits, describe_logits
-from .record import ConversionRecord, file_hash, file_identity
+from .record import ConversionRecord, file_hash, file_identity, require_same_source
 from .run import parse_workers, require_outside, size_of, write_tensors
 from .vocabulary import ResizedVocabulary, resized_vocabulary
 
@@ -61,10 +62,11 @@ def convert(
         say(line)
 
     options = {"dtype": dtype, "vocab_size": source.vocab_size}
-    record = ConversionRecord("hf_to_dcp", _identify(hf, folder, model), options, source.record, model.left_out)
+    record = ConversionRecord("hf_to_dcp", identify(hf, folder, model), options, source.record, model.left_out)
     with partial_folder(output, record.identity, say) as partial:
         plan = CheckpointPlan(tensors)
         done = write_tensors(partial, plan.files, source, source.hashed_rows, workers)
+        require_same_source(folder, record.source, lambda: identify(hf, folder, model))
         plan.write_metadata(partial.content, done.values())
         assets.write(partial.content / ASSET_FOLDER)
         if verify:
@@ -97,8 +99,8 @@ def _with_vocabulary(assets: HfAssets, source: ResizedVocabulary) -> HfAssets:
     return assets.with_config({**config, "vocab_size": wanted})
 
 
-def _identify(hf: str, folder: Path, model: HfModel) -> dict:
-    """What tells this input from any other."""
+def identify(hf: str, folder: Path, model: HfModel) -> dict[str, Any]:
+    """What tells the model named ``hf``, in ``folder``, from any other."""
     index = folder / INDEX_FILE
     return {
         "name": hf,

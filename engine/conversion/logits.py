@@ -23,6 +23,7 @@ from ..hugging_face.model import EMBEDDING
 from ..model.architecture import Architecture
 from ..model.decoder import meta_decoder
 from ..model.packing import plan_packing
+from ..streaming.partial_folder import Worthless
 from ..streaming.tensor_source import TensorSource, rows_of
 
 TOLERANCE = 1e-3
@@ -56,7 +57,7 @@ def compare_logits(
         for ``conversion.json``: ``max_abs_difference``, ``largest_logit``, ``argmax_agreement``, ...
 
     Raises:
-        UserError: they differ by more than :data:`TOLERANCE`, or transformers cannot load the folder.
+        UserError: they differ by more than :data:`TOLERANCE` or are not finite, or transformers cannot load the folder.
     """
     generator = torch.Generator().manual_seed(0)
     lengths = [min(length, max_length or length) for length in _LENGTHS]
@@ -64,12 +65,18 @@ def compare_logits(
     theirs = [logits[:, :vocab_size] for logits in _theirs(folder, sequences, rounded_to)]
     gc.collect()
     ours = [logits[:, :vocab_size] for logits in _ours(source, architecture, sequences, rounded_to)]
+    for who, logits in (("transformers", theirs), ("this program", ours)):
+        wrong = [length for length, part in zip(lengths, logits, strict=True) if not part.isfinite().all()]
+        if wrong:
+            raise Worthless(
+                f"--verify: logits of {who} are not finite for sequences of {', '.join(map(str, wrong))} tokens, so "
+                f"nothing is proven about {folder}; look for weights that are not finite"
+            )
     difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
     largest = max(float(logits.abs().max()) for logits in theirs)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(ours, theirs, strict=True))
-    # Written so that NaN fails.
-    if not difference <= TOLERANCE * largest:
-        raise UserError(
+    if difference > TOLERANCE * largest:
+        raise Worthless(
             f"--verify: logits of transformers and of this program differ by {difference:.3g} where the largest is "
             f"{largest:.3g} (allowed: {TOLERANCE * largest:.3g}), so {folder} is not the same model to both; please "
             "report it with its config.json"

@@ -7,7 +7,7 @@ stored on both sides; and what was left out, and why. Nobody needs it to use the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..checkpoint.manifest import code_versions
 from ..checkpoint.tensors import StoredTensor
 from ..hugging_face.weight_dtypes import dtype_name
 from ..streaming.block_copy import WrittenFile
+from ..streaming.partial_folder import Worthless
 
 CONVERSION_FILE = "conversion.json"
 _FORMAT_VERSION = 1
@@ -94,6 +95,25 @@ class ConversionRecord:
             "tensors": tensors,
         }
         (folder / CONVERSION_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def require_same_source(what: str | Path, before: dict[str, Any], identify: Callable[[], dict[str, Any]]) -> None:
+    """Refuse an output whose source is no longer what it was when the conversion began.
+
+    Args:
+        what: the source, for the error.
+        before: what told it from any other, :attr:`ConversionRecord.source`.
+        identify: gives the same of what is there now.
+
+    Raises:
+        Worthless: it is another, or gone.
+    """
+    try:
+        same = identify() == before
+    except OSError:
+        same = False
+    if not same:
+        raise Worthless(f"{what}: was changed while it was converted; leave it alone and start again")
 
 
 def file_identity(path: Path) -> dict[str, Any]:

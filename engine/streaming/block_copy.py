@@ -93,28 +93,26 @@ def copy_files(
         the files by name.
 
     Raises:
-        UserError: a source cannot be read, or the disk keeps something else than was written.
+        UserError: a source cannot be read, a value does not fit into the dtype that is asked for, or the disk keeps
+            something else than was written.
         OSError: a file cannot be written.
     """
     job = _Job(source, hashed_rows or {}, on_bytes, on_file)
     # The largest first, so that no worker is left alone with one in the end.
     by_size = sorted(files, key=lambda file: -sum(tensor.num_bytes for tensor in file.tensors.values()))
     states = [_FileState(file, folder / file.name, len(file.tensors)) for file in by_size]
-    with _one_torch_thread(), ThreadPoolExecutor(max(1, workers), "copy", torch.set_num_threads, (1,)) as pool:
-        futures = [pool.submit(job.copy, state, name) for state in states for name in state.file.tensors]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-            failures = [future.exception() for future in futures if future.done() and not future.cancelled()]
-        except BaseException:  # Ctrl-C: threads must end before anybody looks at the folder
-            job.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        else:
-            job.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-        finally:
-            for state in states:
-                state.close()
+    try:
+        with _one_torch_thread(), ThreadPoolExecutor(max(1, workers), "copy", torch.set_num_threads, (1,)) as pool:
+            futures = [pool.submit(job.copy, state, name) for state in states for name in state.file.tensors]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+                failures = [future.exception() for future in futures if future.done() and not future.cancelled()]
+            finally:  # also after Ctrl-C: threads must end before anybody looks at the folder, or closes a file
+                job.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+    finally:
+        for state in states:
+            state.close()
     for failure in failures:
         if failure is not None and not isinstance(failure, _Stopped):
             raise failure
@@ -248,12 +246,23 @@ class _Job:
             out = cast[: rows.shape[0]]
             if cast is not block:
                 out.copy_(rows)
+                _require_range(name, rows, out)
             data = bytes_of(out)
             written_hash.update(data)
             write_exactly(descriptor, offset, data)
             offset += len(data)
             self.advance(len(data))
         return Hashes(source_hash.hexdigest(), written_hash.hexdigest())
+
+
+def _require_range(name: str, rows: torch.Tensor, cast: torch.Tensor) -> None:
+    if cast.isfinite().all() or not (lost := rows[~cast.isfinite() & rows.isfinite()]).numel():
+        return
+    dtype = str(cast.dtype).removeprefix("torch.")
+    raise UserError(
+        f"{name}: values up to {float(lost.abs().max()):.4g} become infinite in {dtype}, whose largest is "
+        f"{torch.finfo(cast.dtype).max:.4g}; choose --dtype float32, or keep the dtype that there is"
+    )
 
 
 def read_back(

@@ -29,6 +29,10 @@ _CONTENT, _JOURNAL, _LOCK = "content", "journal.jsonl", ".lock"
 _SUFFIX = ".partial"
 
 
+class Worthless(UserError):
+    """What went wrong makes all that was written of no use: nothing of it is kept."""
+
+
 class PartialFolder:
     """The folder that is being written."""
 
@@ -39,6 +43,18 @@ class PartialFolder:
         self.content.mkdir(exist_ok=True)
         self.noted = self._read_journal()
         """Files that a former run has finished, by name. Whether they are still so is for :meth:`finished` to say."""
+
+    def clear(self, take_up: bool) -> None:
+        """Remove what no former run has finished, such as its copies of small files, or all of it."""
+        if not take_up:
+            (self._folder / _JOURNAL).unlink(missing_ok=True)
+            self.noted = {}
+        for path in sorted(self.content.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.content).as_posix() not in self.noted:
+                path.unlink()
 
     def note(self, file: WrittenFile) -> None:
         """Remember that ``file`` is complete and on the disk."""
@@ -58,7 +74,7 @@ class PartialFolder:
     def _read_journal(self) -> dict[str, WrittenFile]:
         path = self._folder / _JOURNAL
         noted = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
                 entry = json.loads(line)
                 tensors = {name: Hashes(**hashes) for name, hashes in entry["tensors"].items()}
@@ -70,17 +86,18 @@ class PartialFolder:
 
 @contextmanager
 def partial_folder(
-    output: Path, identity: Mapping[str, Any], say: Callable[[str], None] = print
+    output: Path, identity: Mapping[str, Any], say: Callable[[str], None] = print, take_up: bool = True
 ) -> Iterator[PartialFolder]:
     """A folder to write ``output`` in, flushed to disk and renamed at the end.
 
-    Ctrl-C, and a disk that takes no more, leave what is finished for the same command to go on from, and say so. After
-    any other error nothing is left.
+    Ctrl-C, a disk that takes no more, and a source that cannot be read, leave what is finished for the same command to
+    go on from, and say so. After :class:`Worthless`, and faults of this program, nothing is left.
 
     Args:
         output: the folder to make.
         identity: all that decides its content, for JSON.
         say: takes the lines about what is taken up again, and what is left.
+        take_up: whether what a former run has finished is used.
 
     Raises:
         UserError: ``output`` exists, cannot be written, or is being written by the same command.
@@ -88,42 +105,46 @@ def partial_folder(
     require_absent(output)
     key = xxhash.xxh3_64_hexdigest(json.dumps(identity, sort_keys=True).encode())
     folder = output.parent / f".{output.name}.{key}{_SUFFIX}"
-    done = False
+    renamed, kept = False, ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, output):
             try:
                 partial = PartialFolder(folder)
+                partial.clear(take_up)
                 _say_what_is_there(output, partial, folder, say)
                 yield partial
                 sync_tree(partial.content)
                 require_absent(output)
                 partial.content.rename(output)
+                renamed = True
                 sync_path(output.parent)
-                done = True
-            except (OSError, KeyboardInterrupt) as error:
-                kept = _keep(folder)
+            except Worthless:
+                raise
+            except (OSError, UserError, KeyboardInterrupt) as error:
+                kept = "" if renamed else _what_is_kept(folder)
                 if isinstance(error, KeyboardInterrupt):
                     if kept:
                         say(kept)
                     raise
-                raise UserError(
-                    f"--output {output}: cannot be written: {error.strerror or error}{'; ' if kept else ''}{kept}"
-                ) from error
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            if done:
-                shutil.rmtree(folder, ignore_errors=True)
+                reason = _describe(error, output, renamed) if isinstance(error, OSError) else str(error)
+                raise UserError(f"{reason}; {kept}" if kept else reason) from error
+            finally:
+                if not kept:
+                    shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from error
+        raise UserError(_describe(error, output)) from error
 
 
-def _keep(folder: Path) -> str:
-    """What to say about the finished files in ``folder``; nothing, and ``folder`` is gone, when there are none."""
+def _describe(error: OSError, output: Path, renamed: bool = False) -> str:
+    what = "is complete, but its name could not be flushed to the disk" if renamed else "cannot be written"
+    return f"--output {output}: {what}: {error.strerror or error}"
+
+
+def _what_is_kept(folder: Path) -> str:
+    """What to say about the finished files in ``folder``; nothing when there are none."""
     noted = PartialFolder(folder).noted if folder.is_dir() else {}
     if not noted:
-        shutil.rmtree(folder, ignore_errors=True)
         return ""
     return f"{len(noted)} finished files are kept in {folder}: the same command goes on from them; or remove it"
 

@@ -25,6 +25,7 @@ from retemper.engine.checkpoint.tensors import save_tensors
 from retemper.engine.checkpoint.verify import find_damage
 from retemper.engine.conversion import logits
 from retemper.engine.conversion.record import CONVERSION_FILE
+from retemper.engine.hugging_face.model import HfModel
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.model.decoder import Decoder, meta_decoder
 from retemper.engine.streaming import block_copy
@@ -261,3 +262,70 @@ def test_a_difference_in_one_tensor_is_seen(
     monkeypatch.setattr(logits, "_theirs", lambda folder, *rest: theirs(other, *rest))
     refused = run(hf_to_dcp, "--hf", saved_models["qwen3"], "--output", tmp_path / "out", "--verify")
     assert_refused(refused, "differ by")
+
+
+@pytest.mark.parametrize("side, value, who", [("_ours", "nan", "this program"), ("_theirs", "inf", "transformers")])
+@pytest.mark.parametrize("place", [0, 2])
+def test_logits_that_are_not_finite_prove_nothing(
+    saved_models: dict[str, Path],
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    side: str,
+    value: str,
+    who: str,
+    place: int,
+) -> None:
+    """In one sequence only, whichever it is."""
+    compute: Callable[..., list[torch.Tensor]] = getattr(logits, side)
+
+    def spoiled(*arguments: Any) -> list[torch.Tensor]:
+        found = [logits.clone() for logits in compute(*arguments)]
+        found[place][3, 5] = float(value)
+        return found
+
+    monkeypatch.setattr(logits, side, spoiled)
+    refused = run(hf_to_dcp, "--hf", saved_models["qwen3"], "--output", tmp_path / "out", "--verify")
+    assert_refused(refused, f"logits of {who} are not finite for sequences of {[7, 33, 64][place]} tokens")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a cast cannot hold, and a source that is another in the end
+
+
+def test_values_that_a_dtype_cannot_hold_are_refused(copy_model: Copy, tmp_path: Path, run: Run) -> None:
+    folder, name = copy_model("mistral"), "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(folder / SINGLE, lambda tensors: tensors[name][5].fill_(-7e4))
+    refused = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "out", "--dtype", "float16")
+    assert_refused(refused, f"{name}: values up to 7e+04 become infinite in float16, whose largest is 6.55e+04")
+    assert not (tmp_path / "out").exists()
+    convert_there(folder, tmp_path / "out", dtype="bfloat16")
+    # What was infinite before is nobody's loss.
+    edit_tensors(folder / SINGLE, lambda tensors: tensors[name][5].fill_(float("inf")))
+    convert_there(folder, tmp_path / "half", dtype="float16")
+    convert_back(tmp_path / "half", tmp_path / "back")
+    assert load_file(tmp_path / "back" / SINGLE)[name][5].isinf().all()
+
+
+@pytest.mark.parametrize("change", ["replaced", "gone"])
+def test_a_source_that_is_changed_meanwhile_is_refused(
+    copy_model: Copy, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    folder, rows, calls = copy_model("qwen3"), HfModel.rows, []
+
+    def replaced(self: HfModel, name: str) -> Any:
+        calls.append(name)
+        if len(calls) == 6 and change == "replaced":
+            other = tmp_path / "other"
+            other.write_bytes((folder / SINGLE).read_bytes())
+            edit_tensors(other, lambda tensors: tensors[EMBEDDING].fill_(1.0))
+            os.replace(other, folder / SINGLE)
+        if len(calls) == len(self.tensors) and change == "gone":
+            (folder / "config.json").unlink()
+        return rows(self, name)
+
+    monkeypatch.setattr(HfModel, "rows", replaced)
+    refused = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "out", "--workers", 1)
+    assert_refused(refused, f"{folder}: was changed while it was converted; leave it alone and start again")
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]

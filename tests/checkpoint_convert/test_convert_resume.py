@@ -18,7 +18,10 @@ from tiny_models import assert_refused, read_folder
 
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
 from retemper.engine.checkpoint.manifest import read_manifest
+from retemper.engine.conversion import logits
+from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.model import HfModel
+from retemper.engine.streaming import partial_folder
 from retemper.engine.streaming.tensor_files import CheckpointRows
 from retemper.engine.streaming.tensor_source import ReadRows
 
@@ -157,8 +160,8 @@ def test_after_a_kill_damaged_and_unfinished_files_are_made_anew(
     content[-1000] ^= 1
     damaged.write_bytes(content)
     gone.unlink()
-    with open(journal, "a") as file:
-        file.write('{"name": "x", "rec')
+    with open(journal, "ab") as file:
+        file.write(b'\xff\n{"name": "x", "rec')
 
     read = interrupt_after(monkeypatch, source, 0, None)
     result = run(module, *arguments)
@@ -215,6 +218,87 @@ def test_another_input_takes_nothing(
     assert result.status == 0 and "going on from" not in result.stdout
     convert_back(tmp_path / "out", tmp_path / "back")
     assert read_folder(tmp_path / "back") == read_folder(folder)
+
+
+def interrupted(folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[list[object], Path]:
+    """Arguments of a conversion that Ctrl-C has ended after some files, and the folder that it has left."""
+    arguments = ["--hf", folder, "--output", tmp_path / "out", "--workers", 1]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, HfModel, 9, KeyboardInterrupt)
+        assert run(hf_to_dcp, *arguments).status == 130
+    [left] = hidden(tmp_path)
+    return arguments, left
+
+
+def test_only_what_the_journal_names_is_taken_up(
+    copy_model: Callable[[str], Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, left = interrupted(copy_model("qwen3"), tmp_path, run, monkeypatch)
+    (left / "content" / "hf" / "sub").mkdir(parents=True)
+    for stale in ("hf/chat_template.jinja", "hf/sub/x", "__0_99.distcp", ".metadata"):
+        (left / "content" / stale).write_text("of the try before")
+    assert run(hf_to_dcp, *arguments).status == 0
+    assert not (tmp_path / "out" / "hf" / "sub").exists()
+    manifest = read_manifest(tmp_path / "out")
+    assert "hf/config.json" in manifest.files
+    assert not {"hf/chat_template.jinja", "hf/sub/x", "__0_99.distcp"} & manifest.files.keys()
+
+
+def test_a_file_of_other_tensors_is_made_anew(
+    copy_model: Callable[[str], Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_model("qwen3")
+    arguments, left = interrupted(folder, tmp_path, run, monkeypatch)
+    journal = left / "journal.jsonl"
+    first, *others = journal.read_text().splitlines()
+    entry = json.loads(first)
+    entry["tensors"] = {f"not {name}": hashes for name, hashes in entry["tensors"].items()}
+    journal.write_text("\n".join([json.dumps(entry), *others]) + "\n")
+    assert run(hf_to_dcp, *arguments).status == 0
+    convert_back(tmp_path / "out", tmp_path / "back")
+    assert read_folder(tmp_path / "back") == read_folder(folder)
+
+
+@pytest.mark.parametrize("failing", ["source", "verify"])
+def test_what_is_finished_outlives_an_error(
+    copy_model: Callable[[str], Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """A file server that does not answer for a moment, or transformers that cannot load the folder."""
+    arguments, left = interrupted(copy_model("qwen3"), tmp_path, run, monkeypatch)
+    error = UserError("model.safetensors: cannot be read: Stale file handle")
+    with monkeypatch.context() as patch:
+        if failing == "source":
+            interrupt_after(patch, HfModel, 2, error)
+            result = run(hf_to_dcp, *arguments)
+        else:
+            patch.setattr(logits, "_theirs", raising(error))
+            result = run(hf_to_dcp, *arguments, "--verify")
+    assert_refused(result, "Stale file handle; ", f"finished files are kept in {left}: the same command goes on")
+    read = interrupt_after(monkeypatch, HfModel, 0, None)
+    result = run(hf_to_dcp, *arguments)
+    assert result.status == 0 and "going on from" in result.stdout and hidden(tmp_path) == []
+    assert len(read) == (0 if failing == "verify" else len(read_folder(tmp_path / "qwen3")) - 11)
+
+
+def raising(error: BaseException) -> Callable[..., object]:
+    def function(*arguments: object) -> object:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")], ids=["ctrl-c", "EIO"])
+def test_an_error_after_the_rename_leaves_the_output(
+    saved_models: dict[str, Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    arguments, output = command_for("there", saved_models, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(partial_folder, "sync_path", raising(error))
+        result = run(hf_to_dcp, *arguments)
+    assert result.status != 0 and "kept" not in result.stdout + result.stderr and hidden(tmp_path) == []
+    if isinstance(error, OSError):
+        assert_refused(result, "is complete, but its name could not be flushed to the disk: Input/output error")
+    assert_whole("there", output, saved_models, tmp_path)
 
 
 def test_bad_input_found_late_leaves_nothing(

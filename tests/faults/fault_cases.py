@@ -234,8 +234,8 @@ RESUME_POINTS = (
     "before curve replaced",
 )
 EARLY_POINTS = (*RESUME_POINTS, "half removed", "folder removed", "evaluation", "record half-written")
-"""May come before the first step is told of: a run that begins removes what a killed one has left under temporary names,
-and makes an evaluation that it broke off."""
+"""May come before a step is told of: a run that begins removes what a killed one has left under temporary names, and
+makes an evaluation that it broke off."""
 KINDS: dict[str, tuple[int, str, Callable[[Random, int], dict[str, Any]]]] = {
     "kill-rank": (16, "kill -9 of a rank, at any time", _kill("rank")),
     "kill-ranks": (10, "kill -9 of all ranks, at any time", _kill("ranks")),

@@ -74,8 +74,7 @@ def open_model(name: str) -> StoredModel:
 def _open_checkpoint(folder: Path) -> StoredModel:
     model = open_checkpoint_model(folder)
     model.verify(default_workers())
-    notes = [f"left out {len(names)} tensors: {reason}" for reason, names in model.left_out.items()]
-    return StoredModel(folder, True, model.architecture, model.config, model.assets, model.weights, notes)
+    return StoredModel(folder, True, model.architecture, model.config, model.assets, model.weights, model.notes)
 
 
 def choose_rows(rows: int, first_id: int, num_tokens: int, multiple_of: int | None) -> tuple[int, str]:
