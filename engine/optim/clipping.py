@@ -31,14 +31,14 @@ def clip_grad_norm(
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     own = gradients if counted is None else [p.grad for p in counted if p.grad is not None]
-    norm = _total_norm(own, loss)
+    norm = _total_norm(own, loss, local_part(gradients[0]).device)
     if max_norm > 0:
         _scale(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def _total_norm(gradients: list[Tensor], loss: Tensor | None) -> Tensor:
-    """Over all ranks, each of which calls this: one sum of one number."""
+def _total_norm(gradients: list[Tensor], loss: Tensor | None, device: torch.device) -> Tensor:
+    """Over all ranks, each of which calls this, also without gradients: one sum of one number, on ``device``."""
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         by_copies[_num_copies(gradient)].append(local_part(gradient))
@@ -47,7 +47,7 @@ def _total_norm(gradients: list[Tensor], loss: Tensor | None) -> Tensor:
         torch.stack(torch._foreach_norm(some, 2, torch.float32)).square().sum() / copies
         for copies, some in by_copies.items()
     ]
-    total = torch.stack(squares).sum()
+    total = torch.stack([torch.zeros((), device=device), *squares]).sum()
     if loss is not None:
         # Zero times a finite number changes no bit; times any other it is NaN, which the sum takes to all ranks.
         total = total + 0 * loss.to(total.device)

@@ -106,6 +106,23 @@ def test_two_ranks_give_the_same_curve(two_ranks, untied_file, stage_one, tmp_pa
         assert one[:2] == other[:2] and one[2:] == pytest.approx(other[2:], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def tied_stage_one(one_rank, run_file, tmp_path_factory) -> Path:
+    """The same as :func:`stage_one`, of a model whose head is its embedding."""
+    folder = tmp_path_factory.mktemp("tied_stage_one") / "run"
+    tiny_run.train(one_rank, run_file, ["--run_folder", str(folder), *ONLY])
+    return folder
+
+
+@pytest.mark.parametrize("axis", ["pipeline", "context", "replicate"])
+def test_two_ranks_with_tied_embeddings(two_ranks, run_file, tied_stage_one, tmp_path, axis):
+    """All that the last stage of a pipeline trains is its copy of the embedding, which the first one counts."""
+    overrides = ["--run_folder", str(tmp_path), *ONLY, f"--parallel.{axis}", "2", "--checkpoint.save_interval", "1000"]
+    two_ranks.run(tiny_run.train, run_file, overrides)
+    for one, other in zip(tiny_run.curve(tmp_path), tiny_run.curve(tied_stage_one), strict=True):
+        assert one[:2] == other[:2] and one[2:] == pytest.approx(other[2:], rel=1e-5)
+
+
 def test_tied_embeddings_and_bf16_weights(one_rank, run_file, tmp_path):
     """With several micro-batches, bf16 weights have a hook on their gradients, which frozen ones cannot have."""
     overrides = ["--run_folder", str(tmp_path), *ONLY, "--training.weight_dtype", "bf16"]
