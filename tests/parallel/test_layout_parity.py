@@ -15,55 +15,58 @@ NORMED = Model("qwen3", tied=False, packed=True)
 
 INTERLEAVED = "pipeline_schedule=interleaved_1f1b pipeline_stages_per_rank=2"
 ZERO_BUBBLE = "pipeline_stages_per_rank=2 reshard_after_forward=false pipeline_schedule="
-CASES: list[tuple[int, str, tuple[Model, ...]]] = [
+Case = tuple[int, str, tuple[Model, ...]]
+CASES: list[Case] = [
     (1, "recompute=full", (PACKED, NORMED)),
-    (1, "recompute=selective", (WHOLE,)),
-    (1, "micro_batch_size=2", (PACKED,)),
     (1, "micro_batch_size=4", (WHOLE,)),
     (2, "shard=2", (PACKED, WHOLE, NORMED)),
     (2, "replicate=2", (PACKED,)),
-    (2, "shard=2 reshard_after_forward=false", (NORMED,)),
     (2, "shard=2 cpu_offload=true", (PACKED,)),
     (2, "shard=2 reduce_gradients=step", (NORMED,)),
-    (2, "shard=2 reduce_gradients=step micro_batch_size=2", (WHOLE,)),
-    (2, "shard=2 micro_batch_size=4", (PACKED,)),
-    (4, "shard=4", (PACKED,)),
     (4, "replicate=2 shard=2", (WHOLE, NORMED)),
     (2, "tensor=2", (PACKED, WHOLE, NORMED)),
     (2, "tensor=2 recompute=full", (NORMED,)),
-    (2, "tensor=2 recompute=selective", (PACKED,)),
     (4, "tensor=2 shard=2", (PACKED, NORMED)),
-    (4, "tensor=2 replicate=2", (WHOLE,)),
     (2, "pipeline=2", (PACKED, WHOLE, NORMED)),
-    (2, "pipeline=2 recompute=full", (PACKED,)),
     (2, f"pipeline=2 {INTERLEAVED}", (PACKED,)),
-    (2, f"pipeline=2 {ZERO_BUBBLE}interleaved_zero_bubble", (PACKED,)),
     (2, f"pipeline=2 {ZERO_BUBBLE}zbv_zero_bubble", (NORMED,)),
+    (4, "pipeline=2 tensor=2", (PACKED, NORMED)),
+    (2, "context=2", (PACKED, WHOLE, NORMED)),
+    (4, "context=2 shard=2", (PACKED, NORMED)),
+    (2, "tensor=2 compile=on", (WHOLE, PACKED, NORMED)),
+]
+"""With the first model for every run of the tests."""
+MORE_CASES: list[Case] = [
+    (1, "recompute=selective", (WHOLE,)),
+    (1, "micro_batch_size=2", (PACKED,)),
+    (2, "shard=2 reshard_after_forward=false", (NORMED,)),
+    (2, "shard=2 reduce_gradients=step micro_batch_size=2", (WHOLE,)),
+    (2, "shard=2 micro_batch_size=4", (PACKED,)),
+    (4, "shard=4", (PACKED,)),
+    (2, "tensor=2 recompute=selective", (PACKED,)),
+    (4, "tensor=2 replicate=2", (WHOLE,)),
+    (2, "pipeline=2 recompute=full", (PACKED,)),
+    (2, f"pipeline=2 {ZERO_BUBBLE}interleaved_zero_bubble", (PACKED,)),
     (4, "pipeline=4", (PACKED,)),
     (4, "pipeline=2 shard=2", (PACKED, WHOLE)),
-    (4, "pipeline=2 tensor=2", (PACKED, NORMED)),
     (4, "pipeline=2 replicate=2 reduce_gradients=step", (WHOLE,)),
-    (2, "context=2", (PACKED, WHOLE, NORMED)),
     (2, "context=2 recompute=selective", (NORMED,)),
     (4, "context=4", (PACKED,)),  # more ranks than key/value heads
-    (4, "context=2 shard=2", (PACKED, NORMED)),
     (4, "context=2 tensor=2", (PACKED,)),
     (4, "pipeline=2 context=2", (WHOLE,)),
-]
-COMPILED: list[tuple[int, str, tuple[Model, ...]]] = [
-    (2, "tensor=2 compile=on", (WHOLE, PACKED, NORMED)),
     (2, "context=2 compile=on", (PACKED,)),
     (2, "pipeline=2 compile=on", (PACKED,)),
     (4, "tensor=2 context=2 compile=on", (NORMED,)),
 ]
+"""Slow, as what is left of the others."""
 
 
 def parameters():
-    """The first model of a layout is for every run of the tests; the others, and most of what is compiled, are slow."""
-    for world_size, settings, models in CASES + COMPILED:
-        quick = models[:1] if (world_size, settings, models) in [*CASES, COMPILED[0]] else ()
+    """Every layout with every model that is named for it."""
+    quick = {(settings, models[0]) for _, settings, models in CASES}
+    for world_size, settings, models in CASES + MORE_CASES:
         for model in models:
-            marks = () if model in quick else pytest.mark.slow
+            marks = () if (settings, model) in quick else pytest.mark.slow
             yield pytest.param(world_size, settings, model, id=f"{settings}, {model}", marks=marks)
 
 

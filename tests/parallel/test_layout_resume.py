@@ -57,7 +57,7 @@ def undisturbed(one_rank, path, tmp_path_factory):
     ("first", "then"),
     [
         ("pipeline 2 x tensor 2", "shard 2"),
-        ("context 2 x replicate 2", "pipeline 2 x tensor 2"),
+        pytest.param("context 2 x replicate 2", "pipeline 2 x tensor 2", marks=pytest.mark.slow),
         pytest.param("shard 2", "tensor 2 x shard 2", marks=pytest.mark.slow),
         pytest.param("tensor 2", "pipeline 2, interleaved", marks=pytest.mark.slow),
         pytest.param("pipeline 2, interleaved", "context 2 x replicate 2", marks=pytest.mark.slow),
