@@ -15,11 +15,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from retemper.engine.conversion.dcp_to_hf import convert
+from retemper.engine.conversion.dcp_to_hf import convert, plan_export
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, add_shard_size, end_like_ctrl_c
 from retemper.engine.conversion.record import CONVERSION_FILE
+from retemper.engine.conversion.run import parse_workers, require_outside
 from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.hugging_face.upload import open_repository, upload_folder
+from retemper.engine.streaming.new_folder import require_absent
 
 __all__ = ["convert", "main", "parse_arguments"]
 PUSH = "--push-to-hub"
@@ -59,10 +61,26 @@ def main() -> None:
     options = vars(parse_arguments())
     repository = options.pop("push_to_hub")
     if repository is not None:
+        _require_possible(**options)  # before a repository is made for it
         print(f"to be uploaded to {open_repository(repository, PUSH)}")
     convert(**options)
     if repository is not None:
         print(f"uploaded {upload_folder(Path(options['output']), repository, PUSH, [CONVERSION_FILE])}")
+
+
+def _require_possible(
+    checkpoint: str,
+    output: str,
+    dtype: str,
+    max_shard_size: str,
+    vocab_size: int | None,
+    workers: int | None,
+    verify: bool,
+) -> None:
+    """Refuse what :func:`convert` would refuse before it reads any weights."""
+    parse_workers(workers)
+    require_outside(require_absent(output), checkpoint, "--checkpoint")
+    plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size)
 
 
 if __name__ == "__main__":

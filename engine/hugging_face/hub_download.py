@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from ..checkpoint.assets import TOKENIZER_FILES
 from ..errors import UserError
+from .hub_errors import asking_hub
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _WANTED = ["*.safetensors", "*.json", *TOKENIZER_FILES]
 # Repositories keep further copies of the weights: consolidated.safetensors beside Mistral's, original/ beside Llama's.
 _UNWANTED = ["*/*", "consolidated*"]
+
+
+def could_be_hub_name(name: str) -> bool:
+    """Whether ``name``, which is nothing on this machine, may be looked for on the Hub.
+
+    Not where the folder that would hold it is here: then it is a slip, and no wish to fetch what somebody calls the
+    same.
+    """
+    folder, slash, _ = name.partition("/")
+    return _HUB_NAME.fullmatch(name) is not None and not (slash and os.path.isdir(folder))
 
 
 def find_model_folder(name: str, key: str = "--hf", revision: str | None = None) -> Path:
@@ -25,27 +37,37 @@ def find_model_folder(name: str, key: str = "--hf", revision: str | None = None)
     Raises:
         UserError: there is no such folder, and the Hub has no such model or cannot be reached.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
-    if Path(name).exists() or not _HUB_NAME.fullmatch(name):
+    if os.path.lexists(name) or not could_be_hub_name(name):
         raise UserError(f"{key} {name}: no such folder; name a Hugging Face folder or a Hub name such as Qwen/Qwen2-7B")
     return _fetch(name, f"{key} {name}", revision)
 
 
 def _fetch(name: str, said: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    except GatedRepoError:
-        raise UserError(f"{said}: the Hub asks for a licence to be accepted first (`hf auth login`)") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{said}: no such folder, and no such model on the Hub; check the name") from None
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{said}: no folder of that name, not in the Hugging Face cache, and the Hub cannot be reached; name a "
-            "folder that holds config.json and model.safetensors, or connect once to fill the cache"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{said}: the Hub gave no model: {error}; name a folder") from error
+    def download() -> Path:
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        except GatedRepoError:
+            raise UserError(f"{said}: the Hub asks for a licence to be accepted first (`hf auth login`)") from None
+        except RepositoryNotFoundError:
+            raise UserError(f"{said}: no such folder, and no such model on the Hub; check the name") from None
+        except LocalEntryNotFoundError as error:
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise  # it can be reached, and has said what is wrong
+            raise UserError(
+                f"{said}: no folder of that name, not in the Hugging Face cache, and the Hub cannot be reached; name a "
+                "folder that holds config.json and model.safetensors, or connect once to fill the cache"
+            ) from None
+
+    remedy = "; start again, which fetches only what is missing, or name a folder"
+    forbidden = "the token may not read it (403); use one with access"
+    return asking_hub(download, f"{said}: not downloaded", remedy, forbidden)

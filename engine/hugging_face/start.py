@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,10 @@ from ..config import RunConfig
 from ..errors import UserError
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
-from .hub_download import find_model_folder
+from .hub_download import could_be_hub_name, find_model_folder
 from .model import HfModel, open_hf_model
 
 KEY = "model.initialize_from"
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def with_local_weights(config: RunConfig, ranks: Ranks, require_sound: Callable[[str, str], object]) -> RunConfig:
@@ -60,9 +58,7 @@ def open_start(folder: str | Path) -> HfModel:
 def _kind(name: str) -> str:
     if os.path.lexists(name):
         return "folder" if is_hf_folder(name) else "checkpoint"
-    # A folder that is missing where its neighbours are is a slip, and no wish to fetch what somebody calls the same.
-    named_beside_others = Path(name).parent.is_dir()
-    return "repository" if _REPOSITORY.fullmatch(name) and not named_beside_others else "checkpoint"
+    return "repository" if "/" in name and could_be_hub_name(name) else "checkpoint"
 
 
 def _download(name: str, ranks: Ranks) -> Path:

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeVar
 
 from ..errors import UserError
+from .folder import INDEX_FILE, WEIGHTS_FILE
+from .hub_errors import asking_hub
 
-Result = TypeVar("Result")
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_DIGITS = "[0-9]" * 5
+# No asterisk: in patterns of the Hub it stands for slashes as well, and what lies in subfolders is not ours.
+_WEIGHTS = (WEIGHTS_FILE, INDEX_FILE, f"model-{_DIGITS}-of-{_DIGITS}.safetensors")
+"""Patterns of the names that the weights of a model have, here and in transformers."""
+_FORBIDDEN = "the token may not write there (403); use one with write access, or another repository"
 
 
 def require_repository_name(name: str, key: str) -> None:
@@ -58,11 +65,14 @@ def open_repository(name: str, key: str) -> str:
         return f"{url} ({visible}), as {user.get('name')}"
 
     require_repository_name(name, key)
-    return _asking(open_, f"{key} {name}", "")
+    return asking_hub(open_, f"{key} {name}", "", _FORBIDDEN)
 
 
 def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = ()) -> str:
     """Upload the files in ``folder``, in one commit; those that are there already are not sent again.
+
+    The same commit deletes the weights that the repository had and ``folder`` has not, such as shards where there is
+    one file now: a reader that finds both takes the old ones. All other files there stay.
 
     Args:
         folder: a Hugging Face folder.
@@ -71,12 +81,12 @@ def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = 
         leave_out: names of files that stay here.
 
     Returns:
-        the address of the commit.
+        the address of the commit, and how many files it has deleted, if any.
 
     Raises:
-        UserError: it failed. The folder is as it was.
+        UserError: it failed. The folder is as it was, and so is the repository.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
@@ -84,44 +94,35 @@ def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = 
 
     def upload() -> str:
         api = HfApi()
-        message = f"Upload {folder.name}"
-        commit = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=list(leave_out)
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = {file: path for file, path in files.items() if file not in leave_out}
+        stale = sorted(file for file in api.list_repo_files(name) if _is_weights(file) and file not in files)
+        # HfApi.upload_folder may take several commits, the first of which would leave a model in pieces.
+        commit = api.create_commit(
+            name,
+            [
+                *(CommitOperationDelete(file, is_folder=False) for file in stale),
+                *(CommitOperationAdd(file, path) for file, path in files.items()),
+            ],
+            commit_message=f"Upload {folder.name}",
         )
-        return str(commit.commit_url)
+        return f"{commit.commit_url}{_describe_deleted(stale)}"
 
-    command = " ".join(["hf", "upload", name, str(folder), ".", *(f"--exclude {file}" for file in leave_out)])
-    return _asking(upload, f"{key} {name}", f"; {folder} is complete, upload it with: {command}")
-
-
-def _asking(action: Callable[[], Result], what: str, remedy: str) -> Result:
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    try:
-        return action()
-    except LocalTokenNotFoundError:
-        raise UserError(f"{what}: no token; set HF_TOKEN, or log in with `hf auth login`{remedy}") from None
-    # The errors of the HTTP client, of which its versions have different ones, have no common class.
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, HfHubHTTPError):
-            cause = cause.__cause__
-        said = _describe(cause.response.status_code, cause) if cause is not None else _without_secrets(error)
-        raise UserError(f"{what}: {said}{remedy}") from None
+    command = ["hf", "upload", name, str(folder), "."]
+    for file in leave_out:
+        command += ["--exclude", file]
+    for pattern in _WEIGHTS:
+        command += ["--delete", pattern]
+    remedy = f"; {folder} is complete, upload it with: {shlex.join(command)}"
+    return asking_hub(upload, f"{key} {name}", remedy, _FORBIDDEN)
 
 
-def _describe(status: int, error: BaseException) -> str:
-    if status == 401:
-        return "the Hub does not accept the token (401); check HF_TOKEN, or log in again with `hf auth login`"
-    if status == 403:
-        return "the token may not write there (403); use one with write access, or another repository"
-    return f"the Hub answered {status}: {_without_secrets(error)}"
+def _is_weights(file: str) -> bool:
+    return any(fnmatchcase(file, pattern) for pattern in _WEIGHTS)
 
 
-def _without_secrets(error: BaseException) -> str:
-    """What ``error`` says, in a line, without the token or the signatures of addresses."""
-    from huggingface_hub import get_token
-
-    text = re.sub(r"\?\S+", "", f"{type(error).__name__}: {' '.join(str(error).split())}")
-    token = get_token()
-    return text.replace(token, "***") if token else text
+def _describe_deleted(files: Sequence[str]) -> str:
+    if not files:
+        return ""
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f", without the weights that were there before ({files[0]}{more})"

@@ -13,6 +13,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 
 TOKEN = "hf_oNlyForThisTest"
 
@@ -92,6 +93,8 @@ class FakeHub:
     def _answer_about(self, files: dict[str, bytes], name: str, rest: str, request: Request) -> tuple[int, object]:
         if rest == "":
             return 200, {"id": name, "private": self.private, "sha": "0" * 40, "siblings": []}
+        if rest == "/tree/main":
+            return 200, _tree(files)
         if self.read_only:
             return 403, {"error": "Forbidden"}
         if rest == "/auth-check/write":
@@ -114,12 +117,16 @@ class FakeHub:
             asked = json.loads(request.body)["objects"]
             return 200, {"transfer": "basic", "objects": [self._place(item) for item in asked]}
         if rest == "/commit/main":
-            for line in request.body.decode().splitlines():
-                item = json.loads(line)
+            items = [json.loads(line) for line in request.body.decode().splitlines()]
+            if any(item["key"] == "deletedFile" and item["value"]["path"] not in files for item in items):
+                return 404, {"error": "A file with this name doesn't exist"}
+            for item in items:
                 if item["key"] == "file":
                     files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
                 if item["key"] == "lfsFile":
                     files[item["value"]["path"]] = self.large[item["value"]["oid"]]
+                if item["key"] == "deletedFile":
+                    del files[item["value"]["path"]]
             self.commits += 1
             return 200, {"commitUrl": f"{self.url}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
         return 404, {"error": f"not known to this Hub: {rest}"}
@@ -129,6 +136,15 @@ class FakeHub:
             return {"oid": item["oid"], "size": item["size"]}
         action = {"upload": {"href": f"{self.url}/upload/{item['oid']}?X-Amz-Signature=secret", "header": {}}}
         return {"oid": item["oid"], "size": item["size"], "authenticated": True, "actions": action}
+
+
+def _tree(files: dict[str, bytes]) -> list[dict]:
+    """Files and folders, as a recursive listing has them."""
+    folders = {parent.as_posix() for file in files for parent in PurePosixPath(file).parents} - {"."}
+    return [
+        *({"type": "directory", "oid": "2" * 40, "size": 0, "path": folder} for folder in sorted(folders)),
+        *({"type": "file", "oid": "3" * 40, "size": len(files[file]), "path": file} for file in sorted(files)),
+    ]
 
 
 class _Handler(BaseHTTPRequestHandler):

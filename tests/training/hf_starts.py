@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import huggingface_hub
 import tiny_run
 import torch
 from safetensors import safe_open
@@ -87,3 +88,18 @@ def train_from_hub(ranks: Ranks, path: Path, overrides: list[str], copy: str) ->
     finally:
         begin.find_model_folder = original
     return asked, moments
+
+
+def refusal_of_download(ranks: Ranks, path: Path, overrides: list[str], problem: Exception, failing_rank: int) -> str:
+    """What the run says whose download fails on one rank, as snapshot_download does."""
+
+    def download(name: str, **options: object) -> str:
+        if ranks.rank == failing_rank:
+            raise problem
+        return str(path.parent)
+
+    original, huggingface_hub.snapshot_download = huggingface_hub.snapshot_download, download
+    try:
+        return tiny_run.refusal(ranks, path, overrides)
+    finally:
+        huggingface_hub.snapshot_download = original

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -11,11 +12,13 @@ import pytest
 import tiny_run
 import torch
 import yaml
+from huggingface_hub import errors
 
 from retemper.checkpoint_convert import hf_to_dcp
 from retemper.engine.checkpoint.assets import HfAssets, find_assets
 from retemper.engine.config import ModelConfig
 from retemper.engine.errors import UserError
+from retemper.engine.hugging_face.hub_download import find_model_folder
 from retemper.engine.hugging_face.model import open_hf_model
 from retemper.engine.hugging_face.slices import load_hf_tensors
 from retemper.engine.trainer import Trainer
@@ -210,3 +213,93 @@ def test_a_name_on_the_hub_is_fetched_by_one_rank_first(two_ranks, hf_run, hf, t
     assert manifest["config"]["model"]["initialize_from"] == "somebody/tiny"
     there = hf_starts.tensors_in(hf)
     assert set(tiny_run.tensors_of(next(tmp_path.glob("run/checkpoints/step-*")))) >= set(there)
+
+
+HTTP = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])
+"""The client of huggingface_hub, of which its versions have different ones."""
+TOKEN = "hf_oNlyForThisTest"
+ADDRESS = f"https://somebody:{TOKEN}@cas.example/x?X-Amz-Signature=secret"
+
+
+def answer(kind: type[Exception], status: int) -> Exception:
+    """What huggingface_hub raises for an answer of the Hub."""
+    request = HTTP.Request("GET", "https://hub.example")
+    return kind(f"{status} from {ADDRESS}\n\nRequest ID", response=HTTP.Response(status, request=request))
+
+
+def not_cached(cause: Exception) -> Exception:
+    """What snapshot_download makes of most problems at the first question."""
+    error = errors.LocalEntryNotFoundError(f"Got: {cause}\nAn error happened")
+    error.__cause__ = cause
+    return error
+
+
+DOWNLOADS = {
+    "timeout": (HTTP.ReadTimeout("timed out"), "not downloaded: ReadTimeout: timed out; start again"),
+    "cut": (HTTP.RemoteProtocolError("peer closed\nconnection"), "RemoteProtocolError: peer closed connection; start"),
+    "Xet": (RuntimeError(f"CAS: {ADDRESS} Bearer {TOKEN}"), "RuntimeError: CAS: https://cas.example/x Bearer ***; "),
+    "full disk": (OSError(28, "No space left on device", "/cache/x"), "No space left on device: '/cache/x'; start"),
+    "name": (errors.HFValidationError("Cannot have --"), "HFValidationError: Cannot have --; start again"),
+    "token": (answer(errors.HfHubHTTPError, 401), "does not accept the token (401); check HF_TOKEN"),
+    "forbidden": (not_cached(answer(errors.HfHubHTTPError, 403)), "the token may not read it (403)"),
+    "trouble": (not_cached(answer(errors.HfHubHTTPError, 503)), "not downloaded: the Hub answered 503: HfHubHTTPError"),
+    "unreachable": (not_cached(HTTP.ConnectError("no route")), "the Hub cannot be reached; name a folder that holds"),
+    "gated": (answer(errors.GatedRepoError, 403), "somebody/tiny: the Hub asks for a licence to be accepted first"),
+    "unknown": (answer(errors.RepositoryNotFoundError, 404), "no such folder, and no such model on the Hub"),
+}
+
+
+@pytest.fixture
+def failing(monkeypatch, tmp_path):
+    """Makes downloads fail, where there is a token."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.chdir(tmp_path)
+
+    def fail(problem: BaseException) -> None:
+        def download(name, **options):
+            raise problem
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+
+    return fail
+
+
+@pytest.mark.parametrize("kind", DOWNLOADS)
+def test_a_download_that_fails_takes_one_line_without_secrets(failing, kind):
+    problem, said = DOWNLOADS[kind]
+    failing(problem)
+    with pytest.raises(UserError) as refusal:
+        find_model_folder("somebody/tiny")
+    message = str(refusal.value)
+    assert message.startswith("--hf somebody/tiny: ") and said in message
+    assert "\n" not in message and TOKEN not in message and "Amz" not in message
+    assert refusal.value.__suppress_context__
+
+
+def test_an_interrupted_download_is_no_failed_one(failing):
+    failing(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        find_model_folder("somebody/tiny")
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_a_download_that_fails_on_one_rank_ends_all(two_ranks, hf_run, tmp_path, failing_rank):
+    options = ["--run_folder", str(tmp_path / "run"), "--model.initialize_from", "somebody/tiny"]
+    problem = RuntimeError("CAS service error")
+    messages = two_ranks.run(hf_starts.refusal_of_download, hf_run, options, problem, failing_rank)
+    said = "model.initialize_from somebody/tiny: not downloaded: RuntimeError: CAS service error; "
+    assert messages[failing_rank].startswith(said)
+    assert messages[1 - failing_rank] == f"rank {failing_rank}: {messages[failing_rank]}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_slip_beside_other_folders_is_not_looked_for_on_the_hub(failing, tmp_path):
+    """A name of one part is: everything lies beside other folders."""
+    failing(errors.LocalEntryNotFoundError("not cached"))
+    (tmp_path / "models/base").mkdir(parents=True)
+    assert str(find_model_folder("models/base")) == "models/base"
+    with pytest.raises(UserError, match=r"^--hf models/bsae: no such folder; name a Hugging Face folder or a Hub name"):
+        find_model_folder("models/bsae")
+    for name in ("other/bsae", "gpt2"):
+        with pytest.raises(UserError, match=f"^--hf {name}: no folder of that name, .* the Hub cannot be reached"):
+            find_model_folder(name)
