@@ -7,6 +7,7 @@ start from a Hugging Face folder, where they stand beside the weights.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -49,17 +50,29 @@ class HfAssets:
 
     @classmethod
     def read(cls, folder: str | Path) -> HfAssets:
-        """All known asset files in ``folder``, which may lack any of them."""
-        names = {path.name for path in Path(folder).glob("*") if path.is_file()}
-        kept = sorted(name for name in names if name in MODEL_FILES or _is_of_tokenizer(name, names))
-        return cls({name: (Path(folder) / name).read_bytes() for name in kept})
+        """All known asset files in ``folder``, which may lack any of them, or not exist.
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
+        here = path = Path(folder)
+        files = {}
+        try:
+            names = {name for name in (os.listdir(here) if here.is_dir() else ()) if (here / name).is_file()}
+            for name in sorted(names):
+                if name in MODEL_FILES or _is_of_tokenizer(name, names):
+                    path = here / name
+                    files[name] = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
+        return cls(files)
 
     @classmethod
     def of_checkpoint(cls, folder: str | Path) -> HfAssets:
         """The assets that the checkpoint ``folder`` carries.
 
         Raises:
-            UserError: one of them is a link that leads out of ``folder``.
+            UserError: one of them cannot be read, or is a link that leads out of ``folder``.
         """
         assets = cls.read(Path(folder) / ASSET_FOLDER)
         for name in assets.files:
@@ -74,7 +87,7 @@ class HfAssets:
         """These assets with the tokenizer files of ``folder`` in place of their own.
 
         Raises:
-            UserError: ``folder`` holds no tokenizer.
+            UserError: ``folder`` holds no tokenizer, or one that cannot be read.
         """
         others = {name: data for name, data in self.files.items() if not _is_of_tokenizer(name, self.files)}
         there = HfAssets.read(folder).files
@@ -126,11 +139,18 @@ def _is_of_tokenizer(name: str, names: Collection[str]) -> bool:
 
 
 def is_hf_folder(folder: str | Path) -> bool:
-    """Whether ``folder`` is a Hugging Face folder: weights or a config, and not a checkpoint's manifest beside them."""
+    """Whether ``folder`` is a Hugging Face folder: weights or a config, and not a checkpoint's manifest beside them.
+
+    Raises:
+        UserError: this user may not look into it.
+    """
     here = Path(folder)
-    if (here / MANIFEST_FILE).exists():
-        return False
-    return (here / CONFIG_FILE).is_file() or next(here.glob("*.safetensors"), None) is not None
+    try:
+        if (here / MANIFEST_FILE).exists():
+            return False
+        return (here / CONFIG_FILE).is_file() or next(here.glob("*.safetensors"), None) is not None
+    except OSError as error:
+        raise UserError(f"{here}: cannot be read: {error.strerror or error}; make it readable") from None
 
 
 def asset_folder(folder: str | Path) -> Path:

@@ -8,7 +8,6 @@ log-probability falls by more than log(1 + n / V). With zeros, a logit of 0 coul
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from ..checkpoint.assets import TOKENIZER_FILE
 from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from ..hugging_face.model import EMBEDDING, HEAD
+from ..model.architecture import LARGEST_SIZE
 from ..streaming.block_copy import BLOCK_BYTES
 from ..streaming.tensor_source import ReadRows, TensorSource
 
@@ -108,7 +108,10 @@ def resized_vocabulary(
         raise UserError(f"--pad-vocab-to-multiple-of {multiple_of}: at least 1 is needed")
     wanted = vocab_size or rows
     if multiple_of is not None:
-        wanted = math.ceil(rows / multiple_of) * multiple_of
+        wanted = -(-rows // multiple_of) * multiple_of
+    if wanted > LARGEST_SIZE and wanted != rows:
+        option = f"--vocab-size {vocab_size}" if multiple_of is None else f"--pad-vocab-to-multiple-of {multiple_of}"
+        raise UserError(f"{option}: {wanted:,} rows, at most {LARGEST_SIZE:,} are supported")
     if wanted < rows and TOKENIZER_FILE in assets:
         needed = _tokens_of(assets[TOKENIZER_FILE])
         if wanted < needed:

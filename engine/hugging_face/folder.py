@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -85,20 +86,34 @@ class HfWeights:
             yield lambda first, rows: read_exactly(descriptor, start + first * row_bytes, rows, path)
 
     def _describe(self, name: str) -> StoredTensor:
-        tensor = self.read(name)
+        try:
+            tensor = self.read(name)
+        except Exception as error:  # the library has no narrower class for what PyTorch cannot hold
+            path, stored = self.folder / self._file_of[name], self._files[self._file_of[name]].get_slice(name)
+            raise UserError(
+                f"{path}: {name} is {stored.get_dtype()} {stored.get_shape()}, which cannot be read "
+                f"({str(error).partition(chr(10))[0]}); quantized weights must be dequantized first"
+            ) from None
         return StoredTensor(tuple(tensor.shape), tensor.dtype)
 
     def _open(self, file: str, why: str) -> Any:
         path = self.folder / file
         try:
+            with open(path, "rb"):  # safe_open calls every file missing that it cannot open
+                pass
             # It refuses headers of more than 100 MB, and places of tensors that overlap or lie outside the file.
             return safe_open(path, framework="pt")
         except FileNotFoundError:
             raise UserError(f"{path}: missing, though {why}; fetch the folder again") from None
         except SafetensorError as error:
+            if "unknown variant" in str(error):  # of its list of dtypes, the only one that it has
+                known = f"safetensors {safetensors.__version__}"
+                raise UserError(
+                    f"{path}: has a dtype that {known} does not know ({error}); dequantize the weights first"
+                ) from None
             raise UserError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
 
     def _require_listed(self, listed: Mapping[str, str]) -> None:
         """Every tensor of the index must be in the file that the index names."""
@@ -129,7 +144,9 @@ def _read_index(path: Path) -> dict[str, str]:
     remedy = "fetch the folder again"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}; {remedy}") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

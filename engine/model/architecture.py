@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +25,14 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
 """What transformers takes for keys that a ``config.json`` leaves out, where it differs between families."""
+
+# Far above all models there are. Beyond them, even a model without values takes minutes, or overflows PyTorch's sizes.
+LARGEST_SIZE = 2**24
+"""Of a vocabulary, a width or a number of heads."""
+_MOST_LAYERS = 10_000
+_MOST_PARAMETERS = 2**48
+_DEEPEST = 50
+"""Levels of objects and lists in a config. Writing one takes more of Python's stack than reading it."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +86,36 @@ def read_hf_config(source: dict[str, Any] | str | Path) -> dict[str, Any]:
     """The raw ``config.json``: given as a dictionary, a file or a folder that holds one.
 
     Raises:
-        UserError: the file is missing or is not a JSON object.
+        UserError: the file cannot be read, or is not a JSON object.
     """
     if isinstance(source, dict):
         return source
     path = Path(source)
-    if path.is_dir():
-        path = path / CONFIG_FILE
+    too_deep = f"nested more than {_DEEPEST} levels deep; a Hugging Face config.json is needed"
     try:
+        if path.is_dir():
+            path = path / CONFIG_FILE
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; a Hugging Face config.json is needed") from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+        raise UserError(f"{path}: not valid JSON: {error}; fetch it again") from None
+    except RecursionError:
+        raise UserError(f"{path}: {too_deep}") from None
+    if _is_deeper(content, _DEEPEST):
+        raise UserError(f"{path}: {too_deep}")
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def _is_deeper(content: Any, levels: int) -> bool:
+    """Whether JSON ``content`` has objects or lists more than ``levels`` deep in each other."""
+    level = [content]
+    for _ in range(levels + 1):
+        nested = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level = [child for children in nested for child in children]
+    return bool(level)
 
 
 def parse_architecture(config: dict[str, Any], where: str = "model.architecture") -> Architecture:
@@ -106,25 +130,26 @@ def parse_architecture(config: dict[str, Any], where: str = "model.architecture"
     reader.refuse_unless("hidden_act", "silu", default="silu")
     reader.refuse_unless("attention_dropout", 0.0, default=0.0)
     reader.refuse_unless("partial_rotary_factor", 1.0, default=1.0)
-    hidden_size = reader.integer("hidden_size")
-    num_layers = reader.integer("num_hidden_layers")
-    heads = reader.integer("num_attention_heads")
-    kv_heads = reader.integer("num_key_value_heads", default=heads)
+    _refuse_quantized(reader)
+    hidden_size = reader.size("hidden_size")
+    num_layers = reader.size("num_hidden_layers", most=_MOST_LAYERS)
+    heads = reader.size("num_attention_heads")
+    kv_heads = reader.size("num_key_value_heads", default=heads)
     if heads % kv_heads:
         reader.fail("num_attention_heads", heads, f"it must be a multiple of num_key_value_heads = {kv_heads}")
     if config.get("head_dim") is None and hidden_size % heads:
         reader.fail("hidden_size", hidden_size, f"it must be a multiple of num_attention_heads = {heads}")
-    head_dim = reader.integer("head_dim", default=hidden_size // heads)
+    head_dim = reader.size("head_dim", default=hidden_size // heads)
     if head_dim % 2:
         reader.fail("head_dim", head_dim, "rotary positions need an even one")
     theta, linear_factor, scaling = _rope(reader)
     # Qwen2 has biases on q, k, v only; Llama's and Qwen3's attention_bias puts one on the output as well.
     attention_bias = model_type != "mistral" and reader.flag("attention_bias")
-    return Architecture(
+    architecture = Architecture(
         model_type=model_type,
-        vocab_size=reader.integer("vocab_size"),
+        vocab_size=reader.size("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=reader.integer("intermediate_size"),
+        intermediate_size=reader.size("intermediate_size"),
         num_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -141,6 +166,27 @@ def parse_architecture(config: dict[str, Any], where: str = "model.architecture"
         sliding_windows=_sliding_windows(reader, model_type, num_layers),
         initializer_range=reader.number("initializer_range", default=0.02),
     )
+    if architecture.num_parameters > _MOST_PARAMETERS:
+        problem = (
+            f"the sizes make {architecture.num_parameters:,} parameters, at most {_MOST_PARAMETERS:,} are supported"
+        )
+        reader.fail("hidden_size", hidden_size, f"{problem}; correct them")
+    return architecture
+
+
+def _refuse_quantized(reader: _Reader) -> None:
+    """transformers and others choose by this key how they read the weights; ours are plain numbers, in and out."""
+    quantization = reader.config.get("quantization_config")
+    if quantization is None:
+        return
+    remedy = (
+        "quantized weights must be dequantized first; if these are plain, remove quantization_config from the config"
+    )
+    if isinstance(quantization, dict) and "quant_method" in quantization:
+        _Reader(quantization, f"{reader.where}: quantization_config").fail(
+            "quant_method", quantization["quant_method"], remedy
+        )
+    reader.fail("quantization_config", quantization, remedy)
 
 
 def _rope(reader: _Reader) -> tuple[float, float, RopeScaling | None]:
@@ -216,6 +262,11 @@ def inverse_frequencies(architecture: Architecture) -> list[float]:
     return stretched
 
 
+_SHORT = reprlib.Repr()
+"""Cuts what a stranger's config may hold, for a line."""
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
+
+
 class _Reader:
     """Typed access to a config dictionary with errors that name the place, the key and the value."""
 
@@ -224,7 +275,7 @@ class _Reader:
         self.where = where
 
     def fail(self, key: str, value: Any, remedy: str) -> NoReturn:
-        raise UserError(f"{self.where}: {key} is {value!r}; {remedy}")
+        raise UserError(f"{self.where}: {key} is {_SHORT.repr(value)}; {remedy}")
 
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:
         value = self.config.get(key)
@@ -239,10 +290,16 @@ class _Reader:
             self.fail(key, value, "a positive integer is needed")
         return value
 
+    def size(self, key: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
+        value = self.integer(key, default)
+        if value > most:
+            self.fail(key, value, f"at most {most:,} is supported")
+        return value
+
     def number(self, key: str, default: float | None = None) -> float:
         value = self.config.get(key)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             self.fail(key, value, "a positive number is needed")
         return float(value)
 

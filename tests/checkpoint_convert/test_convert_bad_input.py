@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from converting import EMBEDDING, HEAD, INDEX, SINGLE, Copy, Run, convert_there, edit_tensors
+from converting import EMBEDDING, HEAD, INDEX, SINGLE, Copy, Run, convert_there, edit_tensors, logits
 from tiny_models import assert_refused, edit_json
 
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
+from retemper.engine.checkpoint.assets import HfAssets, is_hf_folder
 from retemper.engine.errors import UserError
+from retemper.engine.hugging_face.start import open_start
 
 
 def wrong_shape(folder: Path) -> None:
@@ -67,6 +70,39 @@ def index_missing_file(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": {HEAD: "model-00001-of-00002.safetensors"}}))
 
 
+def extra_tensor_of(dtype: str) -> Callable[[Path], None]:
+    """Add a tensor of a dtype that PyTorch has not, after the published layout."""
+
+    def spoil(folder: Path) -> None:
+        content = (folder / SINGLE).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header, values = json.loads(content[8 : 8 + length]), content[8 + length :]
+        header["extra"] = {"dtype": dtype, "shape": [4], "data_offsets": [len(values), len(values) + 3]}
+        text = json.dumps(header).encode()
+        (folder / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + values + bytes(3))
+
+    return spoil
+
+
+def config_with(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", lambda config: config.update(changes))
+
+
+def nested_config(levels: int) -> Callable[[Path], None]:
+    """A config with lists in each other."""
+
+    def spoil(folder: Path) -> None:
+        whole = (folder / "config.json").read_text().rstrip().removesuffix("}")
+        (folder / "config.json").write_text(f'{whole}, "x": {"[" * levels}{"]" * levels}}}')
+
+    return spoil
+
+
+def folder_for_weights(folder: Path) -> None:
+    (folder / SINGLE).unlink()
+    (folder / SINGLE).mkdir()
+
+
 @pytest.mark.parametrize(
     ("spoil", "fragments"),
     [
@@ -84,6 +120,15 @@ def index_missing_file(folder: Path) -> None:
         (lambda folder: (folder / SINGLE).unlink(), ["neither", INDEX, SINGLE]),
         (lambda folder: (folder / INDEX).write_text("{}"), [INDEX, "weight_map"]),
         (absurd_header, [SINGLE, "not a safetensors file"]),
+        (folder_for_weights, [SINGLE, "cannot be read: Is a directory"]),
+        (extra_tensor_of("F6_E2M3"), [SINGLE, "extra is F6_E2M3 [4]", "dequantized first"]),
+        (extra_tensor_of("F99"), [SINGLE, "has a dtype that safetensors", "F99"]),
+        (config_with(hidden_size=2**40), ["config.json: hidden_size is 1099511627776; at most 16,777,216"]),
+        (config_with(hidden_size=2**24, head_dim=2**24), ["config.json: hidden_size is 16777216; the sizes make"]),
+        (config_with(num_hidden_layers=10**9), ["config.json: num_hidden_layers is 1000000000; at most 10,000"]),
+        (config_with(rms_norm_eps=10**400), ["config.json: rms_norm_eps is 1000", "a positive number"]),
+        (nested_config(10**5), ["config.json: nested more than 50 levels deep"]),
+        (nested_config(500), ["config.json: nested more than 50 levels deep"]),
         (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
         (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "JSON"]),
     ],
@@ -96,6 +141,54 @@ def test_refuses_bad_folders(
     result = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "checkpoint")
     assert_refused(result, *fragments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen3"], "neither output nor leftovers"
+
+
+def test_a_quantized_config_beside_plain_weights(copy_model: Copy, tmp_path: Path, run: Run) -> None:
+    """transformers chooses by it how to read, and does not take the weights as they are; null is as if absent."""
+    folder = copy_model("qwen3")
+    plain = logits(folder)
+    config_with(quantization_config={"bits": 4})(folder)
+    with pytest.raises(ValueError, match="quant_method"):  # every method asks for a library of its own
+        logits(folder)
+    for quantization, value in (({"bits": 4}, "is {'bits': 4};"), ({"quant_method": "gptq"}, "is 'gptq';")):
+        config_with(quantization_config=quantization)(folder)
+        result = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "checkpoint")
+        assert_refused(result, f"{folder}/config.json: quantization_config", value, "remove quantization_config")
+        with pytest.raises(UserError, match=r"^model\.initialize_from: .*config\.json: quantization_config"):
+            open_start(folder)
+    config_with(quantization_config=None)(folder)
+    assert torch.equal(logits(folder), plain)
+    convert_there(folder, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_file_that_this_user_may_not_read(
+    copy_model: Copy, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = copy_model("qwen3")
+    (folder / name).touch()
+    read_bytes = Path.read_bytes
+
+    def guarded(path: Path) -> bytes:  # permissions would not stop root
+        if path.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", guarded)
+    result = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "checkpoint")
+    assert_refused(result, f"{folder / name}: cannot be read: Permission denied; make it readable")
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]
+
+
+def test_a_folder_that_this_user_may_not_enter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:  # permissions would not stop root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    (tmp_path / "tokenizer.json").touch()
+    for look in (is_hf_folder, HfAssets.read):
+        with pytest.raises(UserError, match=rf"^{tmp_path}: cannot be read: Permission denied; make it readable$"):
+            look(tmp_path)
 
 
 def test_nothing_is_overwritten(saved_models: dict[str, Path], tmp_path: Path, run: Run) -> None:
@@ -151,6 +244,9 @@ def test_refuses_bad_options(saved_models: dict[str, Path], tmp_path: Path, run:
     assert_refused(run(dcp_to_hf, *options, "--max-shard-size", "5"), "--max-shard-size 5", "5GB")
     assert_refused(run(hf_to_dcp, "--hf", tmp_path / "none", "--output", tmp_path / "x"), "--hf", "no such folder")
     assert run(hf_to_dcp, "--hf", saved_models["llama"], "--output", tmp_path / "x", "--dtype", "int4").status == 1
+    for option, number in (("--vocab-size", 2**62), ("--pad-vocab-to-multiple-of", 2**62)):
+        result = run(hf_to_dcp, "--hf", saved_models["llama"], "--output", tmp_path / "x", option, number)
+        assert_refused(result, f"{option} {number}: ", "at most 16,777,216 are supported")
     with pytest.raises(UserError, match="--dtype int4"):
         convert_there(saved_models["llama"], tmp_path / "x", dtype="int4")
     assert list(tmp_path.iterdir()) == []

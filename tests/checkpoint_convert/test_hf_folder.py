@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +87,23 @@ def test_refuses_a_missing_file_and_a_missing_tensor(tmp_path: Path) -> None:
         HfWeights(folder)
     (folder / "first.safetensors").unlink()
     with pytest.raises(UserError, match=r"first\.safetensors: missing"):
+        HfWeights(folder)
+
+
+@pytest.mark.parametrize("file", ["second.safetensors", INDEX_FILE])
+def test_a_file_that_this_user_may_not_read_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    folder, unguarded = write_indexed(tmp_path / "hf"), open
+
+    def guarded(path: str | Path, *arguments: Any, **options: Any) -> Any:  # permissions would not stop root
+        if Path(path).name == file:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return unguarded(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", guarded)
+    monkeypatch.setattr(Path, "open", guarded)
+    with pytest.raises(UserError, match=rf"^{folder / file}: cannot be read: Permission denied; make it readable$"):
         HfWeights(folder)
 
 

@@ -293,6 +293,13 @@ REFUSALS = {
     "odd head": ({"head_dim": 15}, "head_dim", "15"),
     "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "0.5"),
     "zero theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta", "0.0"),
+    "a width beyond all": ({"hidden_size": 2**40}, "hidden_size", "1099511627776"),
+    "a vocabulary beyond all": ({"vocab_size": 2**62}, "vocab_size", "4611686018427387904"),
+    "layers beyond all": ({"num_hidden_layers": 10_001}, "num_hidden_layers", "10001"),
+    "sizes that overflow together": ({"hidden_size": 2**24, "head_dim": 2**24}, "hidden_size", "16777216"),
+    "a number beyond floats": ({"rms_norm_eps": 10**400}, "rms_norm_eps", f"1{'0' * 17}...{'0' * 19}"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method", "'gptq'"),
+    "quantized in some way": ({"quantization_config": {"bits": 4}}, "quantization_config", "{'bits': 4}"),
     "text theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e6"}}, "rope_theta", "'1e6'"),
 }
 
@@ -318,7 +325,14 @@ def test_layer_types_must_name_every_layer():
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(None, "No such file"), ("{", "not valid JSON"), ("[1]", "expected a JSON object, found list")],
+    [
+        (None, "No such file"),
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object, found list"),
+        ("null", "expected a JSON object, found NoneType"),
+        ('{"x": ' + "[" * 10**5 + "]" * 10**5 + "}", "nested more than 50 levels deep"),
+        ('{"x": ' + "[" * 50 + "1" + "]" * 50 + "}", "nested more than 50 levels deep"),
+    ],
 )
 def test_unreadable_config_files(tmp_path, content, expected):
     path = tmp_path / "config.json"
@@ -328,3 +342,8 @@ def test_unreadable_config_files(tmp_path, content, expected):
         read_hf_config(tmp_path if content is not None else path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_in_a_place_that_cannot_be(tmp_path):
+    with pytest.raises(UserError, match=r"x: File name too long; a Hugging Face config.json is needed$"):
+        read_hf_config(tmp_path / ("x" * 300))
