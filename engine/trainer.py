@@ -330,7 +330,8 @@ class Trainer:
         """One console line and one metric record."""
         loss, grad_norm = self.ranks.sum(result.loss.item()), result.grad_norm.item()
         stragglers = self.stragglers.report()
-        flops = flops_per_token(self.inputs.architecture, self.plan.sequence_length, causal_halved=False)
+        architecture, trainable = self.inputs.architecture, self.config.training.trainable
+        flops = flops_per_token(architecture, self.plan.sequence_length, causal_halved=False, trainable=trainable)
         values = {
             "loss": loss,
             "learning_rate": result.learning_rate,

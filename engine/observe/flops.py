@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import torch
 
@@ -21,27 +22,47 @@ _DENSE_BF16_PEAKS = {
 }
 
 
-def training_flops(architecture: Architecture, num_tokens: float, num_pairs: float) -> float:
+Trainable = Literal["all", "embeddings"]
+"""``training.trainable``."""
+
+
+def training_flops(
+    architecture: Architecture, num_tokens: float, num_pairs: float, trainable: Trainable = "all"
+) -> float:
     """Model FLOPs, forward and backward, of ``num_tokens`` tokens of which ``num_pairs`` pairs attend to each other.
 
-    Every matrix weight costs 6 per token (2 forward, 4 backward; embeddings look up, the head multiplies). Scores and
-    their product with the values cost ``12 * q`` per layer and pair, q = heads x head size. Pairs are counted in every
-    layer, also beyond a sliding window; work that recomputation adds is not counted.
+    For each token a matrix weight W of a product y = W x costs a multiplication and an addition in each of three
+    products: y itself, the gradient of x (W^T dy), and its own gradient (dy x^T). That is 6 (PaLM, appendix B,
+    https://arxiv.org/abs/2204.02311; embeddings look up, the head multiplies). A frozen weight has no gradient of its
+    own: 4. With ``embeddings`` the blocks are frozen, and the head is not; the gradients of activations still go
+    through all blocks, as the embedding lies below them.
+
+    Scores and their product with the values have no weights: ``12 * q`` per layer and pair, q = heads x head size,
+    whatever learns. Pairs are counted in every layer, also beyond a sliding window; work that recomputation adds is not
+    counted.
+
+    Args:
+        architecture: of the model.
+        num_tokens, num_pairs: see above.
+        trainable: which parameters learn.
     """
     h, d = architecture.hidden_size, architecture.head_dim
     q, kv = architecture.num_attention_heads * d, architecture.num_key_value_heads * d
     per_layer = h * (q + 2 * kv) + q * h + 3 * h * architecture.intermediate_size
-    matrices = architecture.num_layers * per_layer + h * architecture.vocab_size
-    return 6 * matrices * num_tokens + 12 * q * architecture.num_layers * num_pairs
+    per_block_weight = 6 if trainable == "all" else 4
+    matrices = per_block_weight * architecture.num_layers * per_layer + 6 * h * architecture.vocab_size
+    return matrices * num_tokens + 12 * q * architecture.num_layers * num_pairs
 
 
-def flops_per_token(architecture: Architecture, sequence_length: int, causal_halved: bool) -> float:
+def flops_per_token(
+    architecture: Architecture, sequence_length: int, causal_halved: bool, trainable: Trainable = "all"
+) -> float:
     """:func:`training_flops` per token, in a sequence that is one document.
 
     All s x s pairs are counted (PaLM appendix B, https://arxiv.org/abs/2204.02311), half of that when only causal pairs
     are (Megatron-LM).
     """
-    return training_flops(architecture, 1, sequence_length * (0.5 if causal_halved else 1.0))
+    return training_flops(architecture, 1, sequence_length * (0.5 if causal_halved else 1.0), trainable)
 
 
 def named_peak(device_name: str) -> tuple[str, float] | None:

@@ -38,7 +38,9 @@ def describe_run(
     training, architecture, attention = config.training, inputs.architecture, inputs.attention
     compiled = "compiled" if inputs.choices.compiled else "not compiled"
     layout = plan_layout(config.parallel, ranks.world_size)
-    all_pairs, causal_pairs = (flops_per_token(architecture, plan.sequence_length, halved) for halved in (False, True))
+    all_pairs, causal_pairs = (
+        flops_per_token(architecture, plan.sequence_length, halved, training.trainable) for halved in (False, True)
+    )
     # What arithmetic alone allows. The time that is really left is measured, and stands on the line of every step.
     peak = device_peak_flops(ranks.device)
     seconds = remaining_steps * plan.tokens_per_step * causal_pairs / ((peak or 1.0) * ranks.world_size)

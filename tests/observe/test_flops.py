@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from retemper.engine.config import TrainingConfig
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder, Packing
 from retemper.engine.observe.flops import flops_per_token, peak_flops
+from retemper.engine.parallel import trainable
 
 
 def architecture(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocab: int, **more):
@@ -40,8 +42,9 @@ def test_published_models(shape, all_pairs, causal_pairs):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("hidden", "heads", "kv_heads", "head_dim"), [(32, 4, 2, 8), (32, 4, 4, 16), (48, 2, 1, 8)])
-def test_torch_counts_the_same(tied, hidden, heads, kv_heads, head_dim):
-    """One document of T tokens, forward and backward.
+@pytest.mark.parametrize("learning", ["all", "embeddings"])
+def test_torch_counts_the_same(tied, hidden, heads, kv_heads, head_dim, learning):
+    """One document of T tokens, forward and backward; all parameters learn, or the blocks are frozen.
 
     The attention is left out of torch's count and added by hand, because on a CPU its fused operator has no formula:
     scores and their product with the values are two products of 2 x T x T x q forward and twice that backward, 12 q T
@@ -52,6 +55,7 @@ def test_torch_counts_the_same(tied, hidden, heads, kv_heads, head_dim):
         hidden, layers, heads, kv_heads, 80, 101, head_dim=head_dim, model_type="qwen3", tie_word_embeddings=tied
     )
     model = Decoder(shape)
+    trainable.apply(model, TrainingConfig(train_tokens=1, trainable=learning))
     tokens = torch.randint(0, 101, (length,))
     packing = Packing(torch.arange(length), torch.tensor([0, length], dtype=torch.int32), length)
     with FlopCounterMode(display=False) as counter:
@@ -59,8 +63,8 @@ def test_torch_counts_the_same(tied, hidden, heads, kv_heads, head_dim):
     counts = counter.get_flop_counts()["Global"]
     matrices = sum(count for operator, count in counts.items() if "attention" not in str(operator))
     attention = layers * 12 * heads * head_dim * length * length
-    assert matrices + attention == length * flops_per_token(shape, length, causal_halved=False)
-    assert matrices + attention // 2 == length * flops_per_token(shape, length, causal_halved=True)
+    assert matrices + attention == length * flops_per_token(shape, length, causal_halved=False, trainable=learning)
+    assert matrices + attention // 2 == length * flops_per_token(shape, length, causal_halved=True, trainable=learning)
 
 
 @pytest.mark.parametrize(

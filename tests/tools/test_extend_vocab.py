@@ -286,6 +286,6 @@ def test_tokenizers_that_cannot_be_extended(base, corpus, refused, tmp_path):
 def test_a_tokenizer_of_another_model_is_refused(base, corpus, refused, tmp_path):
     folder = models.write_model(tmp_path / "model")
     content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["vocab"]["far"] = 5000
+    content["model"]["vocab"] |= {token["content"]: token["id"] for token in content["added_tokens"]} | {"far": 5000}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     assert "ids up to 5,000, but its embedding has" in refused("--model", folder, "--corpus", corpus)

@@ -11,8 +11,17 @@ import torch
 import yaml
 
 from retemper.engine.checkpoint.tensors import stored_tensors
+from retemper.engine.model.architecture import parse_architecture
+from retemper.engine.observe import progress
+from retemper.engine.observe.summary import describe_run
+from retemper.engine.parallel.mesh import plan_layout
 from retemper.engine.trainer import Trainer
 from retemper.tools.plan import main as plan
+from retemper.tools.rehearsal.formulas import rough_prediction
+from retemper.tools.rehearsal.gpus import GPUS
+from retemper.tools.rehearsal.outcome import Setting
+from retemper.tools.rehearsal.prediction import Assumptions
+from retemper.tools.step_benchmark.measure import BenchmarkOptions, measure_step
 
 EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
 ONLY = ["--training.trainable", "embeddings"]
@@ -142,6 +151,55 @@ def test_second_stage_starts_from_the_first(one_rank, untied_file, stage_one, tm
         assert parameter.requires_grad and torch.equal(parameter.full_tensor(), trained[name])
 
 
+def flops_of_embeddings(pair: int) -> int:
+    """FLOPs of a token in samples of 32 tokens by hand, where only embeddings learn: matrices of the two blocks cost 2
+    forward and 2 backward, of the head 2 and 4; attention makes ``pair`` products of width 32 in each of two layers."""
+    block = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48
+    return 4 * 2 * block + 6 * 32 * (tiny_run.VOCAB_SIZE + 1) + pair * 2 * 2 * 32 * 32
+
+
+def test_speed_counts_no_gradients_of_frozen_weights(one_rank, untied_file, tmp_path, monkeypatch):
+    """The MFU of the metrics, by a peak that is made up, and the summary."""
+    monkeypatch.setattr(progress, "device_peak_flops", lambda device: 1e9)
+    budget = ["--training.train_tokens", "512", "--training.warmup_tokens", "0", "--training.eval_interval", "0"]
+    trainer = Trainer(tiny_run.configure(untied_file, "--run_folder", str(tmp_path / "run"), *budget, *ONLY), one_rank)
+    trainer.run()
+    records = [record for record in tiny_run.records(tmp_path / "run") if "mfu" in record]
+    expected = flops_of_embeddings(pair=6)
+    assert len(records) == 2
+    for record in records:
+        assert record["mfu"] * 1e9 / record["tokens_per_second_per_rank"] == pytest.approx(expected)
+    lines = describe_run(trainer.config, trainer.plan, one_rank, trainer.inputs, 2, "new")
+    assert lines[-1].startswith(f"FLOPs/token {expected:.4g} (all pairs")
+
+
+def test_benchmark_counts_no_gradients_of_frozen_weights(one_rank, untied_file):
+    config = tiny_run.configure(untied_file, *ONLY)
+    found = measure_step(config, BenchmarkOptions(steps=1, warmup_steps=0, matmul_seconds=0.0), one_rank)
+    assert found.flops_per_step["all pairs of positions"] == found.tokens_per_step * flops_of_embeddings(pair=6)
+    assert found.flops_formula.startswith("FLOPs per token = 4 L (h (q + 2 kv) + q h + 3 h f) (frozen) + 6 h v + 12 L")
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_plan_counts_no_gradients_of_frozen_weights(untied_file, tmp_path, recompute):
+    """Operators that a rehearsal sees, whose attention is 7 products of causal pairs, the formula of its MFU, and the
+    closed formula that chooses what to rehearse."""
+    path = tmp_path / "plan.json"
+    overrides = ["--training.precision", "bf16", "--parallel.recompute", recompute, *ONLY]
+    plan(["--config", str(untied_file), "--gpus-per-node", "1", "--gpu", "h100-80gb", "--json", str(path), *overrides])
+    record = json.loads(path.read_text())
+    (rank,) = record["ranks"]
+    if recompute == "none":
+        assert rank["flops"] == 8 * 32 * (flops_of_embeddings(pair=0) + 7 * 2 * 2 * 32 * 16)
+    assert record["flops_per_token"] == flops_of_embeddings(pair=6)
+    rate = record["tokens_per_second_per_gpu"]
+    assert record["mfu"] == pytest.approx(rate * flops_of_embeddings(pair=6) / record["gpu"]["flops"])
+    config = tiny_run.configure(untied_file, *overrides)
+    setting = Setting(parse_architecture(config.model.architecture), GPUS["h100-80gb"], 1, Assumptions(1))
+    rough = rough_prediction(config, plan_layout(config.parallel, 1), setting)
+    assert rough.computing == pytest.approx(record["step_seconds"]["computing"], rel=0.1)
+
+
 def test_changed_on_resume_is_refused(one_rank, untied_file, stage_one):
     line = tiny_run.refusal(one_rank, untied_file, ["--run_folder", str(stage_one)])
     assert "training.trainable is all" in line and "trained with embeddings" in line
@@ -165,6 +223,7 @@ def test_plan_counts_no_states_for_what_is_frozen(untied_file, tmp_path, capfd):
     found = tmp_path / "plan.json"
     plan(["--config", str(untied_file), "--gpus-per-node", "2", "--gpu", "h100-80gb", "--json", str(found), *ONLY])
     assert "optimizer states" in capfd.readouterr().out
-    ranks = json.loads(found.read_text())["ranks"]
+    record = json.loads(found.read_text())
+    ranks = record["ranks"]
     assert -(-49 * 32 * 4 // 512) * 512 == 6656
     assert [rank["kept_bytes"]["optimizer states"] for rank in ranks] == [4 * 6656 + 2 * 512] * len(ranks)

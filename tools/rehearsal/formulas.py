@@ -68,10 +68,12 @@ def _tokens(config: RunConfig, layout: Layout) -> float:
 
 
 def _flops(config: RunConfig, layout: Layout, architecture: Architecture) -> float:
-    """Of a micro-batch, on one rank; a pass forward is a third of both."""
-    per_token = flops_per_token(architecture, config.training.sequence_length, causal_halved=True)
-    again = {"none": 0.0, "selective": 0.02, "full": 1 / 3}[config.parallel.recompute] / config.parallel.recompute_every
-    return per_token * _tokens(config, layout) * (1 + again) / layout.pipeline
+    """Of a micro-batch, on one rank; a pass forward is a third of both where all parameters learn."""
+    length, trainable = config.training.sequence_length, config.training.trainable
+    both = flops_per_token(architecture, length, causal_halved=True, trainable=trainable)
+    forward = flops_per_token(architecture, length, causal_halved=True) / 3
+    again = {"none": 0.0, "selective": 0.06, "full": 1.0}[config.parallel.recompute] / config.parallel.recompute_every
+    return (both + again * forward) * _tokens(config, layout) / layout.pipeline
 
 
 def _collectives(config: RunConfig, layout: Layout, setting: Setting, count: int) -> dict[Collective, Sent]:

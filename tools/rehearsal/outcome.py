@@ -114,7 +114,8 @@ class Outcome:
     def mfu(self, causal_halved: bool = False) -> float:
         """Model FLOPs over the GPUs' peak; recomputation does not count. By default with all pairs of positions, as the
         trainer says it."""
-        per_token = flops_per_token(self.setting.architecture, self.plan.sequence_length, causal_halved)
+        trainable = self.config.training.trainable
+        per_token = flops_per_token(self.setting.architecture, self.plan.sequence_length, causal_halved, trainable)
         return self.tokens_per_second * per_token / self.setting.gpu.flops
 
     @property

@@ -80,7 +80,8 @@ def _traffic_table(outcome: Outcome) -> list[str]:
 
 def _time_lines(outcome: Outcome) -> list[str]:
     architecture, plan = outcome.setting.architecture, outcome.plan
-    every, causal = (flops_per_token(architecture, plan.sequence_length, halved) for halved in (False, True))
+    trainable = outcome.config.training.trainable
+    every, causal = (flops_per_token(architecture, plan.sequence_length, halved, trainable) for halved in (False, True))
     ranks, rank = outcome.layout.world_size, outcome.slowest
     tokens = outcome.config.training.train_tokens
     seconds = outcome.hours * 3600
@@ -180,7 +181,9 @@ def to_record(outcome: Outcome) -> dict[str, Any]:
             for rank in outcome.ranks
         ],
         "step_seconds": {**dataclasses.asdict(outcome.prediction), "step": outcome.prediction.step},
-        "flops_per_token": flops_per_token(setting.architecture, outcome.plan.sequence_length, causal_halved=False),
+        "flops_per_token": flops_per_token(
+            setting.architecture, outcome.plan.sequence_length, False, outcome.config.training.trainable
+        ),
         "tokens_per_second_per_gpu": outcome.tokens_per_second,
         "mfu": outcome.mfu(),
         "hours": outcome.hours,

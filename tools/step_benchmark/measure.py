@@ -28,7 +28,7 @@ from ...engine.data.packing import MicroBatch
 from ...engine.dtypes import DTYPES
 from ...engine.errors import UserError
 from ...engine.model.architecture import Architecture, parse_architecture, read_hf_config
-from ...engine.observe.flops import named_peak, training_flops
+from ...engine.observe.flops import Trainable, named_peak, training_flops
 from ...engine.parallel.process_group import Ranks
 from ...engine.run_state import StepResult
 from ...engine.trainer import Trainer
@@ -247,7 +247,7 @@ def _describe(
     documents = ranks.sum(sum(int((length > 0).sum()) for length in lengths)) / len(steps)
     pairs = ranks.sum(sum(int((length.long() ** 2).sum()) for length in lengths)) / len(steps)
     tokens = plan.tokens_per_step
-    all_pairs = tokens * plan.sequence_length
+    all_pairs, trainable = tokens * plan.sequence_length, trainer.config.training.trainable
     return Measurement(
         # Notes on the made-up dataset are nobody's concern.
         plan=[line for line in trainer.plan_lines if str(Path(trainer.config.run_folder).parent) not in line],
@@ -258,11 +258,14 @@ def _describe(
         tokens_per_step=tokens,
         documents_per_step=documents,
         flops_per_step={
-            "all pairs of positions": training_flops(architecture, tokens, all_pairs),
-            "causal pairs (halved)": training_flops(architecture, tokens, all_pairs / 2),
-            "causal pairs within documents": training_flops(architecture, tokens, pairs / 2),
+            name: training_flops(architecture, tokens, counted, trainable)
+            for name, counted in (
+                ("all pairs of positions", all_pairs),
+                ("causal pairs (halved)", all_pairs / 2),
+                ("causal pairs within documents", pairs / 2),
+            )
         },
-        flops_formula=formula(architecture, plan.sequence_length),
+        flops_formula=formula(architecture, plan.sequence_length, trainable),
         steps=steps,
         warmup_seconds=warmup_seconds,
         memory=_largest(memory, ranks),
@@ -270,13 +273,15 @@ def _describe(
     )
 
 
-def formula(architecture: Architecture, sequence_length: int) -> str:
+def formula(architecture: Architecture, sequence_length: int, trainable: Trainable = "all") -> str:
     """The formula of :func:`training_flops` per token, in letters and in this model's numbers."""
     a, d = architecture, architecture.head_dim
     q, kv = a.num_attention_heads * d, a.num_key_value_heads * d
+    block = "L (h (q + 2 kv) + q h + 3 h f)"
+    weights = f"6 ({block} + h v)" if trainable == "all" else f"4 {block} (frozen) + 6 h v"
     return (
-        "FLOPs per token = 6 (L (h (q + 2 kv) + q h + 3 h f) + h v) + 12 L q s, the last term halved where causal "
-        f"pairs count; layers L {a.num_layers}, hidden h {a.hidden_size}, heads x size q {q}, kv {kv}, feed-forward f "
+        f"FLOPs per token = {weights} + 12 L q s, the last term halved where causal pairs count; layers L "
+        f"{a.num_layers}, hidden h {a.hidden_size}, heads x size q {q}, kv {kv}, feed-forward f "
         f"{a.intermediate_size}, vocabulary v {a.vocab_size}, s {sequence_length} (within documents: the mean of "
         "length^2 over the mean length)"
     )

@@ -18,7 +18,7 @@ from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE, t
 from ...engine.errors import UserError
 from ...engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, parse_shard_size
 from ...engine.streaming.new_folder import new_folder, require_absent
-from .corpus import is_held_out, read_documents
+from .corpus import Sample, is_held_out, read_documents
 from .report import PAGE_FILE, REPORT_FILE, Gain, Measure, format_gain, format_tokens, write_page, write_report
 from .sentencepiece_file import SentencePieceModel, escaped
 from .tokenizer_json import BpeJson
@@ -27,6 +27,8 @@ from .vocabulary import Extension, NewToken, Tokenizer, Wanted
 from .weights import ExtendedVocabulary, StoredModel, choose_rows, open_model, write_weights
 
 _BATCH = 256
+_MEASURED_CHARACTERS = 1 << 26
+"""Of the documents that are kept in memory to measure with: at most 256 MiB."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,6 @@ class Corpus:
     """Documents."""
     what: str
     """Which these are, in words."""
-    documents: int
 
 
 def extend(options: ExtendOptions, say: Callable[[str], None] = print) -> None:
@@ -159,11 +160,12 @@ def read_list(path: str) -> list[str]:
         UserError: it cannot be read, is empty, or names a token twice.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Some editors begin a file with a byte-order mark. Only line feeds end lines: a token may hold U+2028.
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--tokens {path}: cannot be read: {error}") from None
     places: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate((line.removesuffix("\r") for line in lines), 1):
         if not line:
             continue
         if line in places:
@@ -188,12 +190,20 @@ def open_tokenizer(files: dict[str, bytes], where: Path) -> Tokenizer:
         return SentencePieceModel(files, where)
     if where.name != TOKENIZER_FILE:
         raise UserError(f"{where}: a tiktoken file cannot be extended; save the tokenizer as {TOKENIZER_FILE} first")
-    kind = json.loads(files[TOKENIZER_FILE])["model"].get("type")
+    kind = _kind_of_model(files[TOKENIZER_FILE])
     if kind == "BPE":
         return BpeJson(files, where)
     if kind == "Unigram":
         return UnigramJson(files, where)
     raise UserError(f"{where}: a {kind} model cannot be extended; supported: BPE and Unigram")
+
+
+def _kind_of_model(content: bytes) -> str:
+    """Of a tokenizer.json. Old ones, such as GPT-2's, do not say it; the library tries what fits."""
+    import tokenizers
+
+    kind = json.loads(content)["model"].get("type")
+    return kind or type(tokenizers.Tokenizer.from_str(content.decode("utf-8")).model).__name__
 
 
 def _tokenizer_path(model: StoredModel) -> Path:
@@ -204,11 +214,11 @@ def _tokenizer_path(model: StoredModel) -> Path:
 
 
 def _read(options: ExtendOptions, tokenizer: Tokenizer) -> Corpus:
-    """The corpus, split by documents; where a tenth of them is none, all are learned from and measured with."""
+    """The corpus, split by documents; where a tenth of them is none, all are learned from and measured with. Of what is
+    learned from only words stay in memory, and of what is measured with a bounded part of the documents."""
     words: Counter[str] = Counter()
     held_out_words: Counter[str] = Counter()
-    held_out: list[str] = []
-    others: list[str] = []
+    measured, num_others, num_held_out = Sample(_MEASURED_CHARACTERS), 0, 0
     documents = read_documents(
         options.corpus, options.json_key, options.txt_mode, options.max_documents, options.max_bytes
     )
@@ -216,18 +226,26 @@ def _read(options: ExtendOptions, tokenizer: Tokenizer) -> Corpus:
         for text in documents:
             bar.update(len(text))
             if is_held_out(text):
-                held_out.append(text)
+                if num_held_out == 0:  # the others need not be measured with
+                    measured = Sample(_MEASURED_CHARACTERS)
+                num_held_out += 1
+                measured.add(text)
                 held_out_words.update(tokenizer.words(text))
             else:
-                others.append(text)
+                num_others += 1
+                if num_held_out == 0:
+                    measured.add(text)
                 words.update(tokenizer.words(text))
-    if not held_out and not others:
+    if not measured.texts:
         raise UserError(f"--corpus {' '.join(options.corpus)}: no document in it; name files with text")
-    count = len(held_out) + len(others)
-    if not held_out or not others:
-        both, texts = words + held_out_words, held_out + others
-        return Corpus(both, both, texts, "corpus itself, of which nothing could be held out", count)
-    return Corpus(words, held_out_words, held_out, "held-out tenth of the corpus", count)
+    what = "held-out tenth of the corpus"
+    if num_held_out == 0 or num_others == 0:
+        what = "corpus itself, of which nothing could be held out"
+        words = held_out_words = words + held_out_words
+    if measured.one_in > 1:
+        what += f", one in {measured.one_in} of its documents"
+        held_out_words = Counter(word for text in measured.texts for word in tokenizer.words(text))
+    return Corpus(words, held_out_words, measured.texts, what)
 
 
 def _extended_assets(model: StoredModel, extension: Extension, vocab_size: int) -> HfAssets:

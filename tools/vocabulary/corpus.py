@@ -53,7 +53,41 @@ def read_documents(
 
 def is_held_out(text: str) -> bool:
     """By its content: equal documents fall on the same side, wherever they stand."""
-    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "replace")) % HELD_OUT == 0
+    return _digest(text) % HELD_OUT == 0
+
+
+class Sample:
+    """Documents that are kept, in their order: all of them as long as they are short enough together, then every second
+    one by content, every fourth, and so on. So they come from all of a corpus, and what is kept is bounded, but for a
+    single document that is longer.
+
+    Args:
+        max_characters: kept at most.
+    """
+
+    def __init__(self, max_characters: int):
+        self.texts: list[str] = []
+        self.one_in = 1
+        """Of so many documents about one is kept."""
+        self._max_characters, self._characters = max_characters, 0
+
+    def add(self, text: str) -> None:
+        """Keep ``text``, or do not."""
+        if not self._is_chosen(text):
+            return
+        self.texts.append(text)
+        self._characters += len(text)
+        while self._characters > self._max_characters and len(self.texts) > 1:
+            self.one_in *= 2
+            self.texts = [kept for kept in self.texts if self._is_chosen(kept)] or self.texts[:1]
+            self._characters = sum(map(len, self.texts))
+
+    def _is_chosen(self, text: str) -> bool:
+        return _digest(text) // HELD_OUT % self.one_in == 0
+
+
+def _digest(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "replace"))
 
 
 def _refuse(where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:

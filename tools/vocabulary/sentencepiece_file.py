@@ -7,7 +7,6 @@ joined before is joined before them. Of a unigram model it is a log-probability:
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from ...engine.errors import UserError
 from .bpe import learn_bpe
 from .splitting import WordSplitter, may_be_piece
 from .unigram import learn_unigram
-from .vocabulary import WORD_START, Extension, NewToken, Wanted
+from .vocabulary import WORD_START, Extension, NewToken, Wanted, by_piece, read_object
 
 _UNIGRAM, _BPE = 1, 2
 _KINDS = {_UNIGRAM: "sentencepiece unigram", _BPE: "sentencepiece BPE"}
@@ -34,7 +33,7 @@ class SentencePieceModel:
         where: the path of tokenizer.model, for messages.
 
     Raises:
-        UserError: it is no sentencepiece model, or such a one cannot be extended.
+        UserError: it is no sentencepiece model, or such a one cannot be extended, or what stands beside it is damaged.
     """
 
     def __init__(self, files: dict[str, bytes], where: Path):
@@ -45,7 +44,7 @@ class SentencePieceModel:
         self.kind = _KINDS[self._type]
         self._ids = {piece.piece: place for place, piece in enumerate(self._proto.pieces)}
         self.first_id = len(self._proto.pieces)
-        above = _highest_added_id(files)
+        above = _highest_added_id(files, where.parent)
         if above >= self.first_id:
             raise UserError(
                 f"{where}: tokens added beside it have ids up to {above:,}, and it holds {self.first_id:,} pieces; "
@@ -89,11 +88,8 @@ class SentencePieceModel:
     def take(self, texts: Sequence[str]) -> Extension:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`. They become user-defined symbols, which
         sentencepiece matches before anything else."""
-        notes = [f"{text!r} is a piece already" for text in texts if escaped(text) in self._ids]
-        new = [text for text in texts if escaped(text) not in self._ids]
-        if not new:
-            raise UserError("--tokens: all of them are pieces already; nothing is to be added")
-        tokens = [self._token(self.first_id + place, escaped(text), "added") for place, text in enumerate(new)]
+        new, notes = by_piece(texts, self._ids)
+        tokens = [self._token(self.first_id + place, piece, "added") for place, piece in enumerate(new)]
         return Extension(tokens, self._files(tokens), [*notes, f"{len(new)} user-defined symbols, matched in text"])
 
     def _token(self, token: int, piece: str, kind: Any, count: int = 0) -> NewToken:
@@ -179,10 +175,17 @@ def escaped(text: str) -> str:
     return text.replace(" ", WORD_START)
 
 
-def _highest_added_id(files: dict[str, bytes]) -> int:
+def _highest_added_id(files: dict[str, bytes], folder: Path) -> int:
     """Of the tokens that transformers keeps beside a sentencepiece model; -1 without any."""
+    added, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    remedy = "get it anew from where the model came from: its tokens' ids are needed"
     ids = [-1]
-    with_ids = json.loads(files.get("added_tokens.json", b"{}"))
-    ids += [token for token in with_ids.values() if isinstance(token, int)]
-    ids += map(int, json.loads(files.get("tokenizer_config.json", b"{}")).get("added_tokens_decoder", {}))
+    ids += [token for token in read_object(files, added, remedy).values() if isinstance(token, int)]
+    decoder = read_object(files, config, remedy).get("added_tokens_decoder") or {}
+    try:
+        ids += map(int, decoder)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{config}: added_tokens_decoder: the keys of an object must be ids ({error}); {remedy}"
+        ) from None
     return max(ids)

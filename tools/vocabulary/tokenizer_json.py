@@ -20,9 +20,10 @@ from ...engine.errors import UserError
 from . import sentencepiece_file
 from .bpe import learn_bpe
 from .splitting import WordSplitter, may_be_piece, split_words
-from .vocabulary import Extension, NewToken, Wanted
+from .vocabulary import Extension, NewToken, Wanted, read_object, require_ids_as_read
 
 _VOCAB_FILE, _MERGES_FILE = "vocab.json", "merges.txt"
+_REMEDY = f"get it anew from where the model came from, or take it away: {TOKENIZER_FILE} is complete"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -34,7 +35,7 @@ class BpeJson:
         where: the path of tokenizer.json, for messages.
 
     Raises:
-        UserError: such a BPE cannot be extended.
+        UserError: such a BPE cannot be extended, or what stands beside it is damaged.
     """
 
     def __init__(self, files: dict[str, bytes], where: Path):
@@ -49,6 +50,9 @@ class BpeJson:
         self._model.dropout = None
         self._vocab: dict[str, int] = model["vocab"]
         self._added: dict[str, int] = {token["content"]: token["id"] for token in self._content.get("added_tokens", [])}
+        require_ids_as_read(self._tokenizer, self._added, where)
+        self._vocab_beside = read_object(files, where.with_name(_VOCAB_FILE), _REMEDY)
+        self._merges_beside = _read_lines(files, where.with_name(_MERGES_FILE))
         self.first_id = max([*self._vocab.values(), *self._added.values()]) + 1
         self._byte_of = _bytes_by_character() if _has_step(self._content, "ByteLevel") else None
         self._split = None if self._byte_of else WordSplitter(self._vocab)
@@ -105,9 +109,12 @@ class BpeJson:
         notes: list[str] = []
         ranks: dict[tuple[str, str], int] = {}
         known = {*self._vocab, *self._added}
+        phrases: set[str] = set()
         for text in texts:
             piece = self._piece_of(text)
-            if text in self._added or (piece is not None and piece in known):
+            # To sentencepiece a space and U+2581 are the same.
+            entry = text if self._byte_of else sentencepiece_file.escaped(text)
+            if text in self._added or entry in phrases or (piece is not None and piece in known):
                 notes.append(f"{text!r} is a token already")
                 continue
             chain = None if piece is None else self._chain(piece, ranks)
@@ -118,6 +125,7 @@ class BpeJson:
                 tokens.append(NewToken(token, text, text, subtokens, "added"))
                 added.append(tokens[-1])
                 known.add(text)
+                phrases.add(entry)
                 notes.append(f"{text!r} is added: no merges of the tokenizer's words lead to it; it is matched in text")
                 continue
             for left, right in chain:
@@ -169,10 +177,10 @@ class BpeJson:
         content["added_tokens"] = [*content.get("added_tokens", []), *map(self._added_entry, added)]
         files: dict[str, bytes | None] = {TOKENIZER_FILE: _dumped(content)}
         if _VOCAB_FILE in self._files:
-            files[_VOCAB_FILE] = _dumped(json.loads(self._files[_VOCAB_FILE]) | vocab)
+            files[_VOCAB_FILE] = _dumped(self._vocab_beside | vocab)
         if _MERGES_FILE in self._files:
-            lines = self._files[_MERGES_FILE].decode("utf-8").rstrip("\n").split("\n")
-            files[_MERGES_FILE] = ("\n".join([*lines, *(f"{a} {b}" for a, b in pairs)]) + "\n").encode()
+            lines = [*self._merges_beside, *(f"{left} {right}" for left, right in pairs)]
+            files[_MERGES_FILE] = ("\n".join(lines) + "\n").encode()
         if SENTENCEPIECE_FILE in self._files:
             before = self._files[SENTENCEPIECE_FILE]
             files[SENTENCEPIECE_FILE], note = sentencepiece_file.extended_beside(before, self.first_id, tokens)
@@ -183,6 +191,14 @@ class BpeJson:
         # Normalizers of sentencepiece put a space before the token, too, which would then be part of it.
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "special": False}
         return {"id": token.id, "content": token.piece, **flags, "normalized": self._byte_of is not None}
+
+
+def _read_lines(files: dict[str, bytes], path: Path) -> list[str]:
+    """Of a file beside the tokenizer; none where there is no such file."""
+    try:
+        return files.get(path.name, b"").decode("utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read: {error}; {_REMEDY}") from None
 
 
 def _joined(tokens: list[str], pair: tuple[str, str]) -> list[str]:

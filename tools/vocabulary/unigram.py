@@ -57,7 +57,8 @@ def learn_unigram(
     shared = [scores[piece] - score for piece, score in trained.items() if piece in scores and counts[piece]]
     shift = statistics.median(shared) if shared else 0.0
     saving = {
-        piece: counts[piece] * (len(pieces_of(piece)) - 1 or (piece not in scores and len(piece) == 1))
+        # A character without a piece is one unknown token: a piece for it saves none, and yet is wanted.
+        piece: counts[piece] * (len(pieces_of(piece)) - 1 or len(piece) == 1)
         for piece in trained
         if piece not in taken and counts[piece] >= wanted.min_count and may_be_piece(piece, wanted.max_characters)
     }

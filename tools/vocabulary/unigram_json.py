@@ -15,7 +15,7 @@ from ...engine.errors import UserError
 from . import sentencepiece_file
 from .splitting import WordSplitter, may_be_piece, split_words
 from .unigram import learn_unigram, rarest_part
-from .vocabulary import WORD_START, Extension, NewToken, Wanted
+from .vocabulary import WORD_START, Extension, NewToken, Wanted, by_piece, require_ids_as_read
 
 
 class UnigramJson:
@@ -26,7 +26,8 @@ class UnigramJson:
         where: the path of tokenizer.json, for messages.
 
     Raises:
-        UserError: its added tokens leave no room: the place of a piece in the list is its id.
+        UserError: its added tokens leave no room: the place of a piece in the list is its id. Or it has no unknown
+            token.
     """
 
     kind = "unigram"
@@ -45,7 +46,14 @@ class UnigramJson:
                 f"{where}: a unigram model of {self.first_id:,} pieces with added tokens up to id {above:,}; the next "
                 "piece would take the id of one of them, so it cannot be extended"
             )
-        special = {*added, *(piece for piece, place in self._ids.items() if place == self._content["model"]["unk_id"])}
+        require_ids_as_read(self._tokenizer, added, where)
+        unknown = self._content["model"].get("unk_id")
+        if unknown is None:
+            raise UserError(
+                f"{where}: a unigram model without model.unk_id: the library fails at every character that it does not "
+                "know; set it to the place of the unknown token in model.vocab"
+            )
+        special = {*added, pieces[unknown][0]}
         self._scores = {piece: score for piece, score in pieces if piece not in special}
         self._split = WordSplitter(self._scores)
 
@@ -67,12 +75,9 @@ class UnigramJson:
     def take(self, texts: Sequence[str]) -> Extension:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`. A single word becomes a piece, as likely as the
         rarest piece that it is made of; several become an added token."""
-        notes = [f"{text!r} is a token already" for text in texts if text.replace(" ", WORD_START) in self._ids]
-        new = [text for text in texts if text.replace(" ", WORD_START) not in self._ids]
-        if not new:
-            raise UserError("--tokens: all of them are tokens already; nothing is to be added")
-        words = [piece for text in new if may_be_piece(piece := text.replace(" ", WORD_START), len(text))]
-        phrases = [text for text in new if text.replace(" ", WORD_START) not in words]
+        new, notes = by_piece(texts, self._ids)
+        words = [piece for piece in new if may_be_piece(piece, len(piece))]
+        phrases = [text for piece, text in new.items() if not may_be_piece(piece, len(piece))]
         notes += [f"{text!r} is added: it is several words; it is matched in text" for text in phrases]
         pieces = [(piece, rarest_part(self._scores, self._texts_of(piece)), 0) for piece in words]
         return self._extended(pieces, notes, phrases)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import tokenizers
 
 from ...engine.errors import UserError
 
@@ -72,6 +76,70 @@ def require_some(found: int, wanted: Wanted) -> str | None:
             f"{wanted.min_count} times in the corpus (--min-count)"
         )
     return None
+
+
+def by_piece(texts: Iterable[str], known: Container[str]) -> tuple[dict[str, str], list[str]]:
+    """Listed texts by their pieces, and a line for each that is left out: a space and U+2581 make the same piece.
+
+    Args:
+        texts: as they are listed.
+        known: pieces that there are.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    new: dict[str, str] = {}
+    notes: list[str] = []
+    for text in texts:
+        piece = text.replace(" ", WORD_START)
+        if piece in known or piece in new:
+            notes.append(f"{text!r} is a token already")
+        else:
+            new[piece] = text
+    if not new:
+        raise UserError("--tokens: all of them are tokens already; nothing is to be added")
+    return new, notes
+
+
+def read_object(files: Mapping[str, bytes], path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file beside a tokenizer; empty where there is no such file.
+
+    Args:
+        files: of the folder, by name.
+        path: of the file.
+        remedy: what to do where it is damaged.
+
+    Raises:
+        UserError: it is no JSON, or no object.
+    """
+    try:
+        content = json.loads(files.get(path.name, b"{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}; {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__} where an object is needed; {remedy}")
+    return content
+
+
+def require_ids_as_read(tokenizer: tokenizers.Tokenizer, added: Mapping[str, int], path: Path) -> None:
+    """See that added tokens have the ids that ``tokenizer.json`` says.
+
+    Args:
+        tokenizer: as the library reads the file. It numbers added tokens itself, unless they stand in the vocabulary.
+        added: ids in the file.
+        path: of the file.
+
+    Raises:
+        UserError: the library gives one of them another id.
+    """
+    for content, token in added.items():
+        read = tokenizer.token_to_id(content)
+        if read != token:
+            raise UserError(
+                f"{path}: added token {content!r} has id {token} in the file, and the tokenizers library reads it as "
+                f"{read}; if the model was trained with {read}, save the file anew with the library "
+                "(Tokenizer.from_file(path).save(path)), or else mend its ids"
+            )
 
 
 class Tokenizer(Protocol):
