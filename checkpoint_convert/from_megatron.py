@@ -83,10 +83,7 @@ def convert(
     left_out = {"state of the optimizer": list(model.left_out)} if model.left_out else {}
     record = ConversionRecord("from_megatron", _identify(model), options, left_out=left_out)
     with partial_folder(output, record.identity, say) as partial:
-        if format == HF:
-            done = _write_hf(partial, model, tensors, assets, shard_bytes, workers)
-        else:
-            done = _write_checkpoint(partial, model, tensors, assets, workers)
+        done = _write(format, partial, model, tensors, assets, shard_bytes, workers)
         require_same_source(megatron, record.source, lambda: _identify(model))
         if verify:
             a, length = model.architecture, model.config.get("max_position_embeddings")
@@ -98,7 +95,8 @@ def convert(
     say(f"wrote {output}: {len(tensors)} tensors, {size_of(done.values())}")
 
 
-def _write_hf(
+def _write(
+    format: str,
     partial: PartialFolder,
     model: MegatronModel,
     tensors: dict[str, StoredTensor],
@@ -106,16 +104,12 @@ def _write_hf(
     shard_bytes: int,
     workers: int,
 ) -> dict[str, WrittenFile]:
-    plan = ShardPlan(tensors, shard_bytes)
-    done = write_tensors(partial, plan.files, model, {}, workers)
-    plan.write_index(partial.content)
-    assets.write(partial.content)
-    return done
-
-
-def _write_checkpoint(
-    partial: PartialFolder, model: MegatronModel, tensors: dict[str, StoredTensor], assets: HfAssets, workers: int
-) -> dict[str, WrittenFile]:
+    if format == HF:
+        shards = ShardPlan(tensors, shard_bytes)
+        done = write_tensors(partial, shards.files, model, {}, workers)
+        shards.write_index(partial.content)
+        assets.write(partial.content)
+        return done
     plan = CheckpointPlan(tensors)
     done = write_tensors(partial, plan.files, model, {}, workers)
     plan.write_metadata(partial.content, done.values())

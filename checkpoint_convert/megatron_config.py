@@ -2,29 +2,37 @@
 
 Megatron stores them beside the tensors in a pickle, ``common.pt`` or the object ``common_state``. It is read without
 executing anything: every class in it is taken for one that does nothing (:func:`read_args`).
+
+Settings that no tensor betrays are compared one by one with a given config. Those which both sides can express (norm
+epsilon, rotary base and scaling, windows) may differ, and the difference is said. Those which make another decoder are
+refused, whether there is a config or not: nothing else would notice.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from retemper.engine.checkpoint.safety import file_inside, inert_class
+from retemper.engine.checkpoint.safety import file_inside, inert_class, require_modest, shown
 from retemper.engine.errors import UserError
-from retemper.engine.model.architecture import Architecture, RopeScaling, parse_architecture
+from retemper.engine.model.architecture import Architecture, RopeScaling
 
 from .megatron_layout import Vocabulary
 
 COMMON_FILE = "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"
-_MAX_PICKLE_BYTES = 256 << 20
+_MAX_FILE_BYTES = 256 << 20
+_MAX_PICKLE_BYTES = 64 << 20
 
 # The settings that have a counterpart: Hugging Face's key and Megatron's.
 _SAME = (
@@ -39,23 +47,37 @@ _SAME = (
     ("initializer_range", "init_method_std"),
 )
 _OPTIONAL = ("max_position_embeddings", "initializer_range")
-# What our decoder is, in Megatron's words. Another value is another model.
+# What our decoder is, in Megatron's words: all settings of megatron-core 0.16.1 (TransformerConfig, GPTModel) that
+# change what a model computes, but for those that a config can express. Another value is another model. A version that
+# does not know a setting does what is said here, and None is what some call it where it is off.
 _FIXED: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
+    "no_rope_freq": None,
     "normalization": "RMSNorm",
     "apply_layernorm_1p": False,
+    "apply_residual_connection_post_layernorm": False,
     "swiglu": True,
     "squared_relu": False,
+    "quick_geglu": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "softmax_type": "vanilla",
+    "softmax_scale": None,
     "qk_l2_norm": False,
-    "window_size": None,
+    "attention_output_gate": False,
+    "experimental_attention_variant": None,
     "num_experts": None,
     "multi_latent_attention": False,
     "mtp_num_layers": None,
 }
 # Megatron's use_rope_scaling is Llama 3's rule with these settings; only the factor can be set.
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
+_INTERPOLATION = "rotary_seq_len_interpolation_factor"
+_LARGEST = 1e30
+"""Of a setting that is a number."""
+_MOST_LAYERS = 10_000
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -81,7 +103,7 @@ def read_args(folder: Path, metadata: Metadata) -> dict[str, Any] | None:
     path = file_inside(folder, COMMON_FILE)
     try:
         if path.is_file():
-            content = _unpickle(path.read_bytes()) if path.stat().st_size <= _MAX_PICKLE_BYTES else None
+            content = _unpickle(path.read_bytes()) if path.stat().st_size <= _MAX_FILE_BYTES else None
         else:
             content = _unpickle(_stored_object(folder, metadata))
     except Exception:  # Bytes that are no pickle raise nearly anything; the config must come from elsewhere then.
@@ -92,20 +114,29 @@ def read_args(folder: Path, metadata: Metadata) -> dict[str, Any] | None:
     return dict(found) if found else None
 
 
+def args_place(folder: Path) -> str:
+    """Where :func:`read_args` found the settings, for errors."""
+    path = folder / COMMON_FILE
+    return str(path if path.is_file() else folder)
+
+
 def _stored_object(folder: Path, metadata: Metadata) -> bytes:
     place = next(info for index, info in metadata.storage_data.items() if index.fqn == _COMMON_OBJECT)
     with open(file_inside(folder, place.relative_path), "rb") as file:
         file.seek(place.offset)
-        return file.read(min(place.length, _MAX_PICKLE_BYTES))
+        return file.read(min(place.length, _MAX_FILE_BYTES))
 
 
 def _unpickle(saved: bytes) -> Any:
     """What ``torch.save`` wrote, without its tensors."""
     with zipfile.ZipFile(BytesIO(saved)) as archive:
         (member,) = (item for item in archive.infolist() if item.filename.split("/", 1)[-1] == "data.pkl")
-        if member.file_size > _MAX_PICKLE_BYTES:
+        # torch.save compresses nothing: 64 MiB of a forged pickle could come out of 64 KiB.
+        if member.file_size > _MAX_PICKLE_BYTES or member.compress_type != zipfile.ZIP_STORED:
             raise pickle.UnpicklingError
-        return _InertUnpickler(BytesIO(archive.read(member))).load()
+        pickled = archive.read(member)
+    require_modest(pickled)
+    return _InertUnpickler(BytesIO(pickled)).load()
 
 
 def config_from_args(args: Mapping[str, Any], padded_vocab_size: int, where: str) -> dict[str, Any]:
@@ -119,23 +150,27 @@ def config_from_args(args: Mapping[str, Any], padded_vocab_size: int, where: str
     config: dict[str, Any] = {}
     for key, name in _SAME:
         value = args.get(name)
-        if type(value) in (int, float):
+        if isinstance(value, int | float) and type(value) is not bool and abs(value) < _LARGEST:
             config[key] = value
         elif key not in _OPTIONAL:
             raise UserError(f"{where}: its args hold no {name}; name the model's config.json with --config")
-    for name, expected in _FIXED.items():
-        if (value := args.get(name, expected)) != expected:
-            raise UserError(
-                f"{where}: its args say {name} {_shown(value)}, supported: {expected}; if that is wrong, name the "
-                "model's config.json with --config"
-            )
-    grouped = args.get("group_query_attention") and type(args.get("num_query_groups")) is int
-    config["num_key_value_heads"] = args["num_query_groups"] if grouped else config["num_attention_heads"]
+    if not 0 < config["num_hidden_layers"] <= _MOST_LAYERS:
+        raise UserError(f"{where}: its args say num_layers {_shown(args['num_layers'])}; name a config with --config")
+    if any(_windows(args, config["num_hidden_layers"], where)):
+        raise UserError(
+            f"{where}: its args say window_size {_shown(args['window_size'])}, which depends on the family; name the "
+            "model's config.json with --config"
+        )
+    config["num_key_value_heads"] = _groups(args)
     known = args.get("vocab_size")
     config["vocab_size"] = known if type(known) is int and 0 < known <= padded_vocab_size else padded_vocab_size
     config["tie_word_embeddings"] = not args.get("untie_embeddings_and_output_weights", False)
     config |= _family(args, where)
-    config["rope_scaling"] = _rope_scaling(args)
+    factor, scaling = _rope_scaling(args, where)
+    if scaling:
+        config["rope_scaling"] = {"rope_type": "llama3", **asdict(scaling)}
+    elif factor != 1:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     return {**config, "hidden_act": "silu"}
 
 
@@ -154,17 +189,95 @@ def _family(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**llama, "attention_bias": biased, "mlp_bias": biased}
 
 
-def _rope_scaling(args: Mapping[str, Any]) -> dict[str, Any] | None:
+def _groups(args: Mapping[str, Any]) -> Any:
+    grouped = args.get("group_query_attention") and type(args.get("num_query_groups")) is int
+    return args["num_query_groups"] if grouped else args.get("num_attention_heads")
+
+
+def _rope_scaling(args: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    """The factor of linear scaling (1: none), and Llama 3's."""
     if args.get("use_rope_scaling"):
-        return {
-            "rope_type": "llama3",
-            "factor": float(args.get("rope_scaling_factor", 8.0)),
-            "low_freq_factor": _LOW,
-            "high_freq_factor": _HIGH,
-            "original_max_position_embeddings": _ORIGINAL,
-        }
-    factor = args.get("rotary_seq_len_interpolation_factor")
-    return {"rope_type": "linear", "factor": float(factor)} if factor is not None else None
+        return 1.0, RopeScaling(_factor(args, "rope_scaling_factor", 8.0, where), _LOW, _HIGH, _ORIGINAL)
+    if args.get(_INTERPOLATION) is None:
+        return 1.0, None
+    return _factor(args, _INTERPOLATION, 1.0, where), None
+
+
+def _factor(args: Mapping[str, Any], name: str, default: float, where: str) -> float:
+    value = args.get(name, default)
+    if type(value) not in (int, float) or not 0 < value < _LARGEST:
+        raise UserError(
+            f"{where}: its args say {name} {_shown(value)}, a positive number is needed; name the model's config.json "
+            "with --config"
+        )
+    return float(value)
+
+
+def _windows(args: Mapping[str, Any], num_layers: Any, where: str) -> tuple[int | None, ...]:
+    """How many tokens every layer attends to, itself included; None: all before.
+
+    As ``megatron.core.transformer.utils.is_layer_window_attention`` and ``get_sliding_window_causal_mask`` (0.16.1): a
+    window of (w, 0) lets a token see w before it. Layers count from 1, and every n-th of ``window_attn_skip_freq`` = n
+    has no window; a list says it for each layer.
+    """
+    size, skip = args.get("window_size"), args.get("window_attn_skip_freq")
+    if not size or type(num_layers) is not int:
+        return ()
+    sound = type(size) in (tuple, list) and [type(side) for side in size] == [int, int] and size[1] in (-1, 0)
+    if not sound or size[0] < -1:
+        raise UserError(
+            f"{where}: its args say window_size {_shown(size)}, supported: (tokens before, 0); no config.json "
+            "expresses that"
+        )
+    if type(skip) is int and skip > 0:
+        windowed = [layer % skip != 0 for layer in range(1, num_layers + 1)]
+    elif type(skip) is list and len(skip) == num_layers:
+        windowed = [bool(item) for item in skip]
+    elif skip is None:
+        windowed = [True] * num_layers
+    else:
+        raise UserError(
+            f"{where}: its args say window_attn_skip_freq {_shown(skip)}, a number or a list of {num_layers} is needed"
+        )
+    return tuple(size[0] + 1 if has and size[0] >= 0 else None for has in windowed)
+
+
+def require_our_decoder(args: Mapping[str, Any], where: str) -> None:
+    """Refuse ``args`` that tell Megatron to build what no config can express.
+
+    Raises:
+        UserError: they do.
+    """
+    for name, expected in _FIXED.items():
+        if not _is(name, args.get(name, expected), expected, args):
+            _refuse(where, name, args[name], f"supported: {expected}")
+    if args.get("use_rope_scaling") and args.get(_INTERPOLATION) not in (None, 1):
+        _refuse(where, _INTERPOLATION, args[_INTERPOLATION], "and use_rope_scaling besides; one of them is supported")
+
+
+def _is(name: str, value: Any, expected: Any, args: Mapping[str, Any]) -> bool:
+    """Whether a setting means what is ``expected``."""
+    if value is None:
+        return not expected
+    if name == "no_rope_freq" and type(value) is list:
+        return not any(value)
+    if name == "softmax_scale" and type(args.get("kv_channels")) is int and 0 < args["kv_channels"] < _MOST_LAYERS:
+        usual = args["kv_channels"] ** -0.5  # What it is where nobody sets it.
+        return type(value) in (int, float) and math.isclose(value, usual, rel_tol=1e-6)
+    if name in ("no_rope_freq", "mtp_num_layers"):
+        return type(value) is int and value == 0
+    return bool(value == expected)
+
+
+def _refuse(where: str, name: str, value: Any, supported: str) -> NoReturn:
+    raise UserError(
+        f"{where}: its args say {name} {_shown(value)}, {supported}; no config.json expresses that model, convert it "
+        f"with a tool that knows it{_taking_away(where)}"
+    )
+
+
+def _taking_away(where: str) -> str:
+    return f"; if these args are wrong, take {COMMON_FILE} away and name --config" if COMMON_FILE in where else ""
 
 
 def args_from_config(
@@ -189,10 +302,10 @@ def args_from_config(
     values = {key: getattr(a, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")}
     values |= {"num_hidden_layers": a.num_layers, "rms_norm_eps": a.rms_norm_eps, "rope_theta": a.rope_theta}
     values |= {"initializer_range": a.initializer_range, "max_position_embeddings": config.get(_OPTIONAL[0])}
-    windows = [window for window in a.sliding_windows if window is not None]
     return argparse.Namespace(
         **{name: values[key] for key, name in _SAME if values[key] is not None},
-        **{**_FIXED, "window_size": (windows[0] - 1, 0) if windows else None},
+        **_FIXED,
+        **_window_args(a.sliding_windows),
         seq_length=values["max_position_embeddings"],
         num_query_groups=a.num_key_value_heads,
         group_query_attention=a.num_key_value_heads != a.num_attention_heads,
@@ -214,21 +327,69 @@ def args_from_config(
     )
 
 
-def describe_disagreement(args: Mapping[str, Any], config: Mapping[str, Any], where: str) -> list[str]:
-    """A line for every number that ``args`` and ``config`` give otherwise and that no shape would betray."""
-    try:
-        there = parse_architecture(config_from_args(args, 1, where))
-    except UserError:
-        return []
-    here = parse_architecture(dict(config), where)
-    return [
-        f"{name} is {getattr(here, name)} in config.json, which is taken; the checkpoint's args say "
-        f"{getattr(there, name)}"
-        for name in ("rms_norm_eps", "rope_theta", "rope_linear_factor", "rope_scaling")
-        if getattr(here, name) != getattr(there, name)
+def _window_args(windows: Sequence[int | None]) -> dict[str, Any]:
+    """The reverse of :func:`_windows`."""
+    sizes = {window for window in windows if window is not None}
+    if not sizes:
+        return {"window_size": None, "window_attn_skip_freq": None}
+    (size,) = sizes  # Every family has one.
+    some = [int(window is not None) for window in windows] if None in windows else None
+    return {"window_size": (size - 1, 0), "window_attn_skip_freq": some}
+
+
+def window_options(args: argparse.Namespace) -> str:
+    """The options that give Megatron the windows of ``args``, which it does not take from a checkpoint."""
+    before, after = args.window_size
+    options = f"--window-size {before},{after}"
+    if args.window_attn_skip_freq is None:
+        return options
+    runs = [f"[{has}]*{len(list(run))}" for has, run in itertools.groupby(args.window_attn_skip_freq)]
+    return f"{options} --window-attn-skip-freq '{'+'.join(runs)}'"
+
+
+def describe_disagreement(args: Mapping[str, Any], architecture: Architecture, where: str) -> list[str]:
+    """A line for every value that ``args`` and the given config have otherwise and that no shape would betray.
+
+    Raises:
+        UserError: they divide query, key and value into other heads, so that the tensors cannot be the config's model.
+    """
+    a = architecture
+    heads = {"num_attention_heads": a.num_attention_heads, "kv_channels": a.head_dim}
+    there = {name: args.get(name) for name in heads}
+    if "group_query_attention" in args:
+        heads["num_query_groups"], there["num_query_groups"] = a.num_key_value_heads, _groups(args)
+    for name, here in heads.items():
+        if type(there[name]) is int and there[name] != here:
+            raise UserError(
+                f"{where}: its args say {name} {_shown(there[name])}, --config has {here}: tensors of these shapes fit "
+                f"both, but are other heads; name this model's config.json{_taking_away(where)}"
+            )
+    lines = [
+        _difference(key, getattr(a, key), args[name])
+        for key, name in (("rms_norm_eps", "norm_epsilon"), ("rope_theta", "rotary_base"))
+        if type(args.get(name)) in (int, float) and args[name] != getattr(a, key)
     ]
+    try:
+        factor, scaling = _rope_scaling(args, where)
+    except UserError as error:
+        lines.append(f"{str(error).split(';')[0]}; the config's rotary scaling is taken")
+    else:
+        if factor != a.rope_linear_factor:
+            lines.append(_difference("rope_linear_factor", a.rope_linear_factor, factor))
+        if scaling != a.rope_scaling:
+            lines.append(_difference("rope_scaling", a.rope_scaling, scaling))
+    windows = _windows(args, a.num_layers, where) or (None,) * a.num_layers
+    if windows != a.sliding_windows:
+        layer = next(i for i in range(a.num_layers) if windows[i] != a.sliding_windows[i])
+        lines.append(_difference(f"the sliding window of layer {layer}", a.sliding_windows[layer], windows[layer]))
+    return lines
+
+
+def _difference(name: str, here: Any, there: Any) -> str:
+    said = there if isinstance(there, RopeScaling) else _shown(there)
+    return f"{name} is {here} in config.json, which is taken; the checkpoint's args say {said}"
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if type(value) in (int, float, str, bool, tuple, type(None)) else "something else"
-    return text if len(text) <= 50 else text[:50] + "..."
+    text = shown(value)
+    return text if len(text) <= 80 else text[:80] + "..."

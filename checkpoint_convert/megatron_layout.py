@@ -127,11 +127,6 @@ class FusedTensor:
         """Of one layer, without padding."""
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
-    @property
-    def is_sequence(self) -> bool:
-        """Whether every part is in one piece."""
-        return len(self.runs) == len(self.parts)
-
     def places(self) -> Iterator[tuple[int, Run]]:
         """Every run with the row at which it begins."""
         at = 0

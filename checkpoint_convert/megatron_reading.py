@@ -27,7 +27,7 @@ from retemper.engine.model.decoder import meta_decoder
 from retemper.engine.streaming.tensor_files import CheckpointRows
 from retemper.engine.streaming.tensor_source import ReadRows
 
-from .megatron_config import config_from_args, describe_disagreement, read_args
+from .megatron_config import args_place, config_from_args, describe_disagreement, read_args, require_our_decoder
 from .megatron_layout import EMBEDDING_KEY, FusedTensor, Run, fused_tensors
 
 FORMAT_FILE = "metadata.json"
@@ -85,17 +85,19 @@ class MegatronModel:
         self._prefix = _prefix(weights, self.folder)
         _refuse_foreign(weights, self.folder)
         embedding = weights[self._prefix + EMBEDDING_KEY].shape
-        args = read_args(self.folder, metadata)
+        args, said_in = read_args(self.folder, metadata), args_place(self.folder)
+        if args is not None:
+            require_our_decoder(args, said_in)
         if config is None:
             if args is None:
                 raise UserError(f"{self.folder}: its args cannot be read; name the model's config.json with --config")
-            config, where = config_from_args(args, embedding[0], str(self.folder)), f"args of {self.folder}"
+            config, where = config_from_args(args, embedding[0], said_in), f"args of {self.folder}"
             self.notes.append(f"no --config: made of the checkpoint's args, vocab_size {config['vocab_size']}")
-        elif args is not None:
-            self.notes += describe_disagreement(args, config, where)
         self.config: dict[str, Any] = config
         """Content of a Hugging Face ``config.json``."""
         self.architecture: Architecture = parse_architecture(config, where)
+        if args is not None:
+            self.notes += describe_disagreement(args, self.architecture, said_in)
         shapes = {name: tuple(item.shape) for name, item in meta_decoder(self.architecture).named_parameters()}
         self._fused = {part: fused for fused in fused_tensors(self.architecture, shapes) for part in fused.parts}
         self._places = self._locate(weights, where, _most_padding(args))

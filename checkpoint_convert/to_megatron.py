@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from retemper.checkpoint_convert.megatron_config import args_from_config
+from retemper.checkpoint_convert.megatron_config import args_from_config, window_options
 from retemper.checkpoint_convert.megatron_layout import Vocabulary
 from retemper.checkpoint_convert.megatron_reading import MegatronModel
 from retemper.checkpoint_convert.megatron_writing import Layout, MegatronPieces, complete_checkpoint
@@ -60,6 +60,11 @@ class _Source:
     dtype: torch.dtype | None = None
     """What is written where nobody asks for another; None: each tensor's own."""
 
+    @property
+    def unused(self) -> dict[str, StoredTensor]:
+        """The tensors that are left out."""
+        return {name: self.all_tensors[name] for names in self.left_out.values() for name in names}
+
 
 def convert(
     output: str | Path,
@@ -93,17 +98,16 @@ def convert(
             Nothing is left behind, but for finished files after an interruption or on a full disk.
     """
     output, workers = require_absent(output), parse_workers(workers)
-    target = dtype_named(dtype)
-    layout = _layout(make_vocab_size_divisible_by, tensor_parallel, per_layer)
+    target, layout = dtype_named(dtype), _layout(make_vocab_size_divisible_by, tensor_parallel, per_layer)
+    assert (hf is None) != (checkpoint is None)
     if verify and hf is None:
         raise UserError("--verify: needs --hf, transformers reads nothing else")
-    assert (hf is None) != (checkpoint is None)
     source = _open_hf(hf, output) if hf is not None else _open_checkpoint(Path(checkpoint or ""), output, workers)
     where = str(source.folder)
     args = args_from_config(source.config, source.architecture, layout.vocabulary, where)
     targets = cast_to(source.weights.tensors, target or source.dtype)
     pieces = MegatronPieces(source.weights, targets, source.architecture, layout)
-    for line in [*source.notes, *describe_casts(source.weights.tensors, targets), *_advice(source, args)]:
+    for line in [*source.notes, *describe_casts(source.weights.tensors, targets), *_advice(args)]:
         say(line)
 
     options = {"dtype": dtype if target or source.dtype is None else dtype_name(source.dtype), **asdict(layout)}
@@ -119,8 +123,7 @@ def convert(
             length, vocab_size = source.config.get("max_position_embeddings"), source.architecture.vocab_size
             record.logits = compare_logits(source.folder, back, source.architecture, targets, vocab_size, length)
             say(describe_logits(record.logits))
-        left_out = {name: source.all_tensors[name] for names in source.left_out.values() for name in names}
-        record.write(partial.content, {**pieces.unpadded, **left_out}, pieces.targets, done.values())
+        record.write(partial.content, {**pieces.unpadded, **source.unused}, pieces.targets, done.values())
     say(f"wrote {output}: {len(targets)} tensors, {size_of(done.values())}; load it with --ckpt-format torch_dist")
 
 
@@ -131,17 +134,13 @@ def _layout(divisible_by: int, tensor_parallel: int, per_layer: bool) -> Layout:
     return Layout(Vocabulary(divisible_by, tensor_parallel), per_layer)
 
 
-def _advice(source: _Source, args: argparse.Namespace) -> list[str]:
+def _advice(args: argparse.Namespace) -> list[str]:
     lines = []
     padding = args.padded_vocab_size - args.vocab_size
     if padding:
         lines.append(f"padded the vocabulary of {args.vocab_size} with {padding} rows of zeros")
-    windows = {window for window in source.architecture.sliding_windows if window is not None}
-    if windows:
-        lines.append(
-            f"sliding windows of {', '.join(map(str, sorted(windows)))} tokens are no part of a Megatron checkpoint: "
-            "give Megatron --window-size"
-        )
+    if args.window_size is not None:
+        lines.append(f"sliding windows are no part of a Megatron checkpoint: give Megatron {window_options(args)}")
     return lines
 
 

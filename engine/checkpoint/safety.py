@@ -1,18 +1,22 @@
 """What a checkpoint from a stranger may not do: run code, or name a file outside its folder.
 
 DCP keeps its ``.metadata`` as a pickle, which could call any function. Here, and only here, it is read: by an unpickler
-that knows no more than the classes which such metadata consists of. Values are read by DCP itself, with ``torch.load``
+that knows no more than the classes which such metadata consists of, and after :func:`require_modest` has seen that it
+asks for no more memory than its length explains. Values are read by DCP itself, with ``torch.load``
 and ``weights_only=True``, which no environment variable overrides where it is written out (torch.serialization.load);
 its other way of reading, for items that are no tensors, unpickles anything and is never taken.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 import pickle
+import pickletools
 import re
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -33,6 +37,8 @@ from torch.futures import Future
 from ..errors import UserError
 
 METADATA_FILE = ".metadata"
+_MAX_METADATA_BYTES = 1 << 30
+"""About 5 million pieces of tensors; the table for a 72B model with AdamW on 64 ranks has 0.2 million."""
 _ENCODING = metadata._MEM_FORMAT_ENCODING
 _INFO = filesystem._StorageInfo
 _CLASSES: tuple[type, ...] = (
@@ -58,6 +64,18 @@ _UNREAD = {
     (_MEGATRON, "MCoreSavePlan"),
 }
 """Megatron keeps the plan by which it saved beside the metadata; nobody reads it."""
+_MAX_PATH = 1 << 16
+"""Characters of the path of a folder; systems allow 4096."""
+_MAX_DIMS = 64
+"""Of a tensor; PyTorch sums over no more."""
+_ARGUMENT_BYTES: list[int | None] = [None] * 256
+"""By the code of each instruction of a pickle: how many bytes its argument has, or how they are counted."""
+for _op in pickletools.opcodes:
+    _ARGUMENT_BYTES[ord(_op.code)] = 0 if _op.arg is None else _op.arg.n
+_COUNTED = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4}
+_COUNTED |= {pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
+_PUT, _LONG_BINPUT, _STOP = (code[0] for code in (pickle.PUT, pickle.LONG_BINPUT, pickle.STOP))
+_TWO_LINES = (pickle.GLOBAL[0], pickle.INST[0])
 
 
 class DamagedCheckpoint(UserError):
@@ -80,7 +98,7 @@ def inert_class() -> type:
 
         def __setstate__(self, state: Any) -> None:
             if isinstance(state, dict):
-                self.__dict__.update(state)
+                self.__dict__ = state  # Not a copy: a thousand objects may be given one huge state.
 
         def __setitem__(self, key: Any, value: Any) -> None:
             pass
@@ -91,6 +109,52 @@ def inert_class() -> type:
         append = add = extend
 
     return Inert
+
+
+def require_modest(pickled: bytes) -> None:
+    """Refuse a pickle that asks for more memory than its length explains, before anything is unpickled.
+
+    Python's unpickler reserves 16 bytes for every number below the one under which a value is remembered: 9 bytes can
+    cost 68 GB. Pickles number from zero, so that no number is above the place where it stands. Strings must end within
+    the file. Then memory is in proportion to the file, or to its square where many objects are given one large state.
+    That a hostile pickle takes long is not prevented, nor that a million tuples in each other end the process.
+
+    Raises:
+        Refused: it asks for more, or is no pickle.
+    """
+    at, end, lengths = 0, len(pickled), _ARGUMENT_BYTES
+    while at < end:
+        code = pickled[at]
+        length = lengths[code]
+        if length is None:
+            raise Refused(f"byte {at} is no instruction of a pickle")
+        if length >= 0:
+            if code == _STOP:
+                return
+            if code == _LONG_BINPUT:
+                _require_counted(int.from_bytes(pickled[at + 1 : at + 5], "little"), at)
+            at += 1 + length
+        elif length == pickletools.UP_TO_NEWLINE:
+            stop = _line_end(pickled, at)
+            if code == _PUT:
+                _require_counted(int(pickled[at + 1 : min(stop, at + 20)]), at)
+            at = (_line_end(pickled, stop) if code in _TWO_LINES else stop) + 1
+        else:
+            count = _COUNTED[length]
+            at += 1 + count + int.from_bytes(pickled[at + 1 : at + 1 + count], "little")
+    raise Refused("its pickle does not end")
+
+
+def _require_counted(number: int, at: int) -> None:
+    if number > at:
+        raise Refused(f"its pickle remembers {number:,} values in {at:,} bytes")
+
+
+def _line_end(pickled: bytes, at: int) -> int:
+    found = pickled.find(b"\n", at + 1)
+    if found < 0:
+        raise Refused("its pickle does not end")
+    return found
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -104,16 +168,16 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) in _UNREAD:
             return self._inert
         known: dict[tuple[str, str], Any] = {(item.__module__, item.__name__): item for item in _CLASSES[:-1]}
-        known[("torch", "Size")] = torch.Size
+        known[("torch", "Size")] = _size_maker()
         known[(_MEGATRON, "MCoreMetadata")] = Metadata
         known[("torch.serialization", "_get_layout")] = _layout_reader()
         for package in (pathlib.__name__, "pathlib._local"):
-            known.update({(package, path): PurePosixPath for path in _PATHS})
+            known.update(dict.fromkeys([(package, path) for path in _PATHS], _path_maker()))
         found = known.get((module, name))
         if found is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             found = getattr(torch, name)
         if found is None:
-            raise Refused(f"it asks for {module}.{name}, which is no part of a checkpoint's metadata")
+            raise Refused(f"it asks for {shown(f'{module}.{name}')}, which is no part of a checkpoint's metadata")
         return found
 
 
@@ -121,10 +185,30 @@ def _layout_reader() -> Callable[[str], torch.layout]:
     # A function of its own for each load: a pickle can set attributes of what it has been given.
     def layout(name: str) -> torch.layout:
         if name != "torch.strided":
-            raise Refused(f"a tensor's layout is {name!r}")
+            raise Refused(f"a tensor's layout is {shown(name)}")
         return torch.strided
 
     return layout
+
+
+def _path_maker() -> Callable[..., PurePosixPath]:
+    # Paths made of paths would double with each, to any size.
+    def path(*parts: str) -> PurePosixPath:
+        if not all(type(part) is str for part in parts) or sum(map(len, parts)) + len(parts) > _MAX_PATH:
+            raise Refused("its folder is no path")
+        return PurePosixPath(*parts)
+
+    return path
+
+
+def _size_maker() -> Callable[[Any], torch.Size]:
+    # Each would be a copy of what may be one huge tuple.
+    def size(dims: Any) -> torch.Size:
+        if len(dims) > _MAX_DIMS:
+            raise Refused(f"a shape has {len(dims)} dimensions")
+        return torch.Size(dims)
+
+    return size
 
 
 def unpickle_metadata(file: IO[bytes]) -> Metadata:
@@ -134,10 +218,18 @@ def unpickle_metadata(file: IO[bytes]) -> Metadata:
         Refused: it is something else.
         Exception: whatever the unpickler raises on damage.
     """
+    pickled = file.read(_MAX_METADATA_BYTES + 1)
+    if len(pickled) > _MAX_METADATA_BYTES:
+        raise Refused(f"it is larger than {_MAX_METADATA_BYTES:,} bytes")
+    require_modest(pickled)
     before = [dict(vars(item)) for item in _CLASSES]
+    collecting = gc.isenabled()
+    gc.disable()  # It would look at all that has been made again and again, which takes longer than making it.
     try:
-        loaded = _MetadataUnpickler(file).load()
+        loaded = _MetadataUnpickler(BytesIO(pickled)).load()
     finally:
+        if collecting:
+            gc.enable()
         changed = [_restore(item, attributes) for item, attributes in zip(_CLASSES, before, strict=True)]
     if any(changed):
         raise Refused("it changes PyTorch's classes")
@@ -190,24 +282,34 @@ def _require_sound(loaded: Metadata, folder: Path) -> None:
         raise Refused("it has no tables of tensors and files")
     for name, item in tensors.items():
         if type(name) is not str or not isinstance(item, TensorStorageMetadata | BytesStorageMetadata):
-            raise Refused(f"{name!r} is a {type(item).__name__}")
+            raise Refused(f"{shown(name)} is a {type(item).__name__}")
         if isinstance(item, TensorStorageMetadata):
             sizes = [item.size, *(part for chunk in item.chunks for part in (chunk.offsets, chunk.sizes))]
             if not all(isinstance(size, torch.Size) for size in sizes):
-                raise Refused(f"{name} has a shape that is none")
+                raise Refused(f"{shown(name)} has a shape that is none")
             if not isinstance(item.properties.dtype, torch.dtype):
-                raise Refused(f"{name} has no dtype")
+                raise Refused(f"{shown(name)} has no dtype")
     checked: set[str] = set()
     for index, info in places.items():
         if not isinstance(index, MetadataIndex) or not isinstance(info, _INFO):
             raise Refused("its table of files holds something else")
         if type(info.offset) is not int or type(info.length) is not int or min(info.offset, info.length) < 0:
-            raise Refused(f"{index.fqn} is at {info.offset!r}, {info.length!r} bytes")
+            raise Refused(f"{shown(index.fqn)} is at {shown(info.offset)}, {shown(info.length)} bytes")
         if info.transform_descriptors:
-            raise Refused(f"{index.fqn} is transformed by {info.transform_descriptors!r}")
+            raise Refused(f"{shown(index.fqn)} is transformed by {shown(info.transform_descriptors)}")
         if info.relative_path not in checked:
             file_inside(folder, info.relative_path)
             checked.add(info.relative_path)
+
+
+def shown(value: Any) -> str:
+    """A stranger's ``value`` for an error: short, whatever it is. Lists within lists can take any length to write."""
+    if isinstance(value, str | bytes):
+        return repr(value[:200]) + ("..." if len(value) > 200 else "")
+    items = value if type(value) in (list, tuple) and len(value) <= 20 else [value]
+    if all(item is None or type(item) in (int, float, bool) for item in items):
+        return repr(value) if all(type(item) is not int or item.bit_length() <= 64 for item in items) else "a number"
+    return f"a {type(value).__name__}"
 
 
 def file_inside(folder: str | Path, name: Any) -> Path:
@@ -217,11 +319,11 @@ def file_inside(folder: str | Path, name: Any) -> Path:
         DamagedCheckpoint: it is absolute, has a part ``..``, or leads out of ``folder`` by a symbolic link.
     """
     if not isinstance(name, str) or not name or re.search(r"[\0\\\ud800-\udfff]", name):
-        raise DamagedCheckpoint(f"{folder}: names a file {name!r}, which is no path; use another checkpoint")
+        raise DamagedCheckpoint(f"{folder}: names a file {shown(name)}, which is no path; use another checkpoint")
     relative = PurePosixPath(name)
     real, root = os.path.realpath(Path(folder) / name), os.path.realpath(folder)
     if relative.is_absolute() or ".." in relative.parts or not real.startswith(os.path.join(root, "")):
-        raise DamagedCheckpoint(f"{folder}: names a file {name!r}, which is not inside it; use another checkpoint")
+        raise DamagedCheckpoint(f"{folder}: names a file {shown(name)}, which is not inside it; use another checkpoint")
     return Path(folder) / name
 
 

@@ -5,10 +5,12 @@ The canary is a file that the pickles would make, were they executed.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import pathlib
 import pickle
+import pickletools
 import shutil
 import struct
 
@@ -22,7 +24,16 @@ from torch.distributed.checkpoint.metadata import Metadata
 from retemper.checkpoint_convert.dcp_to_hf import convert
 from retemper.engine.checkpoint import manifest as manifests
 from retemper.engine.checkpoint import tensors
-from retemper.engine.checkpoint.safety import SafeReader, read_metadata
+from retemper.engine.checkpoint.safety import (
+    Refused,
+    SafeReader,
+    file_inside,
+    inert_class,
+    read_metadata,
+    require_modest,
+    shown,
+    unpickle_metadata,
+)
 from retemper.engine.checkpoint.tensors import StoredTensor, load_tensors, stored_tensors
 from retemper.engine.checkpoint.verify import find_damage
 from retemper.engine.errors import UserError
@@ -214,3 +225,109 @@ def test_damaged_metadata_is_a_line(folder):
                 stored_tensors(folder)
             except UserError as error:
                 assert "\n" not in str(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def unpickled(head):
+    """Unpickles ``head``, which begins with an empty list or the like; nothing else of it is valid metadata."""
+    return unpickle_metadata(io.BytesIO(b"\x80\x04" + head + b"."))
+
+
+@pytest.mark.parametrize(
+    "put",
+    [b"r" + struct.pack("<I", 1_000_000), b"p1000000\n", b"p" + b"9" * 400 + b"\n"],
+    ids=["binary", "text", "big"],
+)
+def test_a_number_that_makes_the_unpickler_reserve_memory_is_refused(folder, put):
+    with pytest.raises(Refused, match="remembers"):
+        unpickled(b"]" + put)
+    whole = (folder / ".metadata").read_bytes()
+    assert whole[:2] == b"\x80\x04"
+    (folder / ".metadata").write_bytes(b"\x80\x04]" + put + b"0" + whole[2:])
+    with pytest.raises(UserError, match="remembers"):
+        read_metadata(folder)
+    (folder / ".metadata").write_bytes(b"\x80\x04]0" + whole[2:])
+    read_metadata(folder)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_pickle_of_python_is_modest(protocol):
+    """Whatever instructions it has, and whatever bytes its strings have, which may look like instructions."""
+    content = [
+        *(f"r\xff\xff\xff\xff{i}\n" for i in range(70_000)),
+        {"a": (1, -(2**300), 2.5, None, True, b"r" + b"\xff" * 300, "p999999\n" * 90), "b": {1, 2}},
+        Metadata({}, {}, {}),
+        bytearray(b"r\xff\xff\xff\xff" * 60),
+    ]
+    saved = pickle.dumps(content, protocol)
+    require_modest(saved)
+    require_modest(saved + b"\xff\xff")  # What follows is not read.
+    require_modest(pickletools.optimize(saved[:0] + pickle.dumps(content[:300], protocol)))
+    for stop in (0, 1, 2, 11, len(saved) // 2, len(saved) - 1):
+        with pytest.raises(Refused, match="does not end"):
+            require_modest(saved[:stop])
+
+
+@pytest.mark.parametrize("code", [b"\x8d", b"\x8e", b"\x96", b"X", b"T", b"B", b"\x8b"])
+def test_a_string_longer_than_the_file_is_refused(code):
+    lengths = {b"\x8d": "<Q", b"\x8e": "<Q", b"\x96": "<Q"}
+    with pytest.raises(Refused, match="does not end"):
+        unpickled(code + struct.pack(lengths.get(code, "<I"), 10_000_000) + b"x")
+
+
+def test_paths_and_shapes_that_grow_are_refused():
+    path = b"cpathlib\nPurePosixPath\n"
+    with pytest.raises(Refused, match="no path"):
+        unpickled(path + b"q\x00h\x00h\x00\x8c\x01a\x85R\x85R")
+    with pytest.raises(Refused, match="no path"):
+        unpickled(path + b"(" + b"\x8c\x01a" * 40_000 + b"tR")
+    with pytest.raises(Refused, match="65 dimensions"):
+        unpickled(b"ctorch\nSize\n(" + b"K\x01" * 65 + b"t\x85R")
+    with pytest.raises(Refused, match="it holds a Size"):
+        unpickled(b"ctorch\nSize\n(" + b"K\x01" * 64 + b"t\x85R")
+
+
+def test_one_state_for_many_objects_is_not_copied():
+    inert, state = inert_class(), {"x": 1}
+    objects = [inert(), inert()]
+    for item in objects:
+        item.__setstate__(state)
+    assert all(vars(item) is state for item in objects)
+
+
+def test_errors_are_short_whatever_they_are_about(folder):
+    nested = []
+    for _ in range(18):
+        nested = [nested, nested]
+    for value in (nested, "x" * 10**6, 10**5000, {1: nested}, [nested], ("a",) * 1000):
+        assert len(shown(value)) < 250
+    with pytest.raises(UserError) as error:
+        file_inside(folder, nested)
+    assert len(str(error.value)) < 1000
+    metadata = read_metadata(folder)
+    for change in ("offset", "relative_path", "transform_descriptors"):
+        changed = pickle.loads(pickle.dumps(metadata))
+        for place in changed.storage_data.values():
+            setattr(place, change, nested)
+        (folder / ".metadata").write_bytes(pickle.dumps(changed))
+        with pytest.raises(UserError) as error:
+            read_metadata(folder)
+        assert len(str(error.value)) < 1000
+
+
+def test_garbage_collection_goes_on_afterwards(folder):
+    assert gc.isenabled()
+    read_metadata(folder)
+    assert gc.isenabled()
+    with pytest.raises(Refused):
+        unpickled(b"]")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        read_metadata(folder)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

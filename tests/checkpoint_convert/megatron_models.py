@@ -1,6 +1,6 @@
 """Megatron-Core's own GPT model on the CPU: what it saves, what it loads and what it computes.
 
-Its code asks for a GPU in three places that a small model on the CPU does not need; they are replaced for a while.
+Its code asks for a GPU in four places that a small model on the CPU does not need; they are replaced for a while.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ from torch.distributed import distributed_c10d
 EXTRA_STATE = "_extra_state"
 
 
+_ones = torch.ones
+
+
+def _ones_on_cpu(*shape: Any, **options: Any) -> torch.Tensor:
+    return _ones(*shape, **{**options, "device": "cpu"})
+
+
 class _NoRandomStates:
     def fork(self, *_: Any) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -37,6 +44,7 @@ def megatron_on_cpu(tensor_parallel: int = 1) -> Iterator[None]:
     with (
         mock.patch("torch.cuda.current_device", lambda: torch.device("cpu")),
         mock.patch("torch.cuda.synchronize", lambda *_: None),
+        mock.patch("torch.ones", _ones_on_cpu),
         mock.patch.object(attention.tensor_parallel, "get_cuda_rng_tracker", lambda *_: _NoRandomStates()),
     ):
         before = set(distributed_c10d._world.pg_map)
@@ -80,8 +88,11 @@ def args_of(settings: dict[str, Any], **others: Any) -> Namespace:
     )
 
 
-def gpt_model(args: Namespace, padded_vocab_size: int) -> GPTModel:
-    """The model of Megatron's training script for ``args``, with random values in every parameter."""
+def gpt_model(args: Namespace, padded_vocab_size: int, **settings: Any) -> GPTModel:
+    """The model of Megatron's training script for ``args``, with random values in every parameter.
+
+    ``settings`` are more of a TransformerConfig's.
+    """
     config = TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -105,6 +116,9 @@ def gpt_model(args: Namespace, padded_vocab_size: int) -> GPTModel:
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        window_size=getattr(args, "window_size", None),
+        window_attn_skip_freq=getattr(args, "window_attn_skip_freq", None),
+        **settings,
     )
     model = GPTModel(
         config,

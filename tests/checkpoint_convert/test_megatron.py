@@ -163,6 +163,14 @@ def test_numbers_that_no_shape_betrays(models: dict[str, Path], tmp_path: Path) 
     said = quiet_from(tmp_path / "megatron", tmp_path / "hf", config=tmp_path / "other.json")
     assert any("rms_norm_eps is 3e-05 in config.json" in line and "1e-06" in line for line in said)
     assert not any("rope_theta is" in line for line in said)
+    # One value that cannot be used hides no other.
+    common = torch.load(tmp_path / "megatron" / "release" / "common.pt", weights_only=False)
+    others = {"rotary_base": 10**5000, "window_size": (7, 0), "use_rope_scaling": True, "rope_scaling_factor": None}
+    vars(common["args"]).update(others, hidden_size=None)
+    torch.save(common, tmp_path / "megatron" / "release" / "common.pt")
+    said = quiet_from(tmp_path / "megatron", tmp_path / "again", config=tmp_path / "other.json")
+    for fragment in ("rms_norm_eps is 3e-05", "rope_theta is 10000.0", "rope_scaling_factor None", "layer 0 is None"):
+        assert sum(fragment in line for line in said) == 1, (fragment, said)
 
 
 def test_dtypes(models: dict[str, Path], tmp_path: Path) -> None:

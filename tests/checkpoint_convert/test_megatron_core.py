@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from retemper.checkpoint_convert import from_megatron, to_megatron
+from retemper.checkpoint_convert import from_megatron, megatron_config, to_megatron
 from retemper.engine.checkpoint.verify import find_damage
+from retemper.engine.errors import UserError
 
 pytest.importorskip("megatron.core", reason="needs megatron-core, which `make setup` installs where there is a wheel")
 
@@ -186,3 +189,78 @@ def test_megatron_takes_another_padding(one_rank: Ranks, tmp_path: Path) -> None
         mm.load(model, tmp_path / "out" / "release")
         theirs = mm.logits(model, TOKENS)
     torch.testing.assert_close(theirs[..., :VOCAB_SIZE], transformers_logits(folder), rtol=0, atol=1e-5)
+
+
+# Settings that leave every tensor as it is and change what the model computes.
+UNSEEN: dict[str, Any] = {
+    "rotary_interleaved": True,
+    "no_rope_freq": 3,
+    "softmax_type": "off-by-one",
+    "softmax_scale": 0.7,
+    "glu_linear_offset": 1.0,
+    "activation_func_clamp_value": 0.25,
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+@pytest.mark.parametrize("given", [True, False], ids=["config", "no config"])
+def test_a_setting_that_no_tensor_betrays(one_rank: Ranks, tmp_path: Path, name: str, given: bool) -> None:
+    settings, value = SETTINGS["llama"], UNSEEN[name]
+    args = mm.args_of(settings, **{name: value})
+    with mm.megatron_on_cpu():
+        model, usual = mm.gpt_model(args, 128, **{name: value}), mm.gpt_model(args, 128)
+        usual.load_state_dict(model.state_dict(), strict=True)
+        assert (mm.logits(model, TOKENS) - mm.logits(usual, TOKENS)).abs().max() > 1e-3
+        saved(model, tmp_path / "megatron", args)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = tmp_path / "config.json" if given else None
+    with pytest.raises(UserError, match=f"its args say {name} {value!r}, supported"):
+        from_megatron.convert(tmp_path / "megatron", tmp_path / "hf", config=config, say=lambda line: None)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_what_megatron_does_where_nothing_is_said() -> None:
+    """The value that stands for our decoder is Megatron's default, but for these that its option must turn on."""
+    ours = {"normalization": "RMSNorm"}
+    fields = {field.name: field.default for field in dataclasses.fields(mm.TransformerConfig)}
+    names = {"num_experts": "num_moe_experts", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
+    of_the_model = {"position_embedding_type", "rotary_percent", "swiglu", "squared_relu", "quick_geglu"}
+    for name, value in megatron_config._FIXED.items():
+        if name not in of_the_model:
+            assert ours.get(name, fields[names.get(name, name)]) == value, name
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_windows(one_rank: Ranks, tmp_path: Path, first: int) -> None:
+    """Megatron, started with what we advise, has the windows of transformers, also where only some layers have one."""
+    windows = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": first}
+    folder = random_hf_folder(tmp_path / "hf", {**SETTINGS["qwen2"], **windows})
+    said: list[str] = []
+    to_megatron.convert(tmp_path / "megatron", hf=str(folder), say=said.append)
+    [advice] = [line for line in said if "--window-size" in line] or [""]
+    assert bool(advice) == (first < 3)
+    options = shlex.split(advice)
+    release = tmp_path / "megatron" / "release"
+    with mm.megatron_on_cpu():
+        args = mm.dist_checkpointing.load_common_state_dict(str(release))["args"]
+        if first < 3:
+            before, after = options[options.index("--window-size") + 1].split(",")
+            assert (int(before), int(after)) == args.window_size
+        if 0 < first < 3:
+            # As Megatron-LM's moe_freq_type does, after it has seen that there is nothing but such signs.
+            pattern = options[options.index("--window-attn-skip-freq") + 1]
+            assert set(pattern) <= set(",0123456789[]()+*") and eval(pattern) == args.window_attn_skip_freq
+        model = mm.gpt_model(args, args.padded_vocab_size)
+        mm.load(model, release)
+        theirs = mm.logits(model, TOKENS)
+    expected = transformers_logits(folder)
+    torch.testing.assert_close(theirs[..., :VOCAB_SIZE], expected, rtol=0, atol=1e-5)
+    # And back: nothing to say where both agree, a line where they do not.
+    config = json.loads((folder / "config.json").read_text())
+    said.clear()
+    from_megatron.convert(tmp_path / "megatron", tmp_path / "back", config=folder, say=said.append)
+    assert not any("sliding window" in line for line in said)
+    (tmp_path / "other.json").write_text(json.dumps({**config, "sliding_window": 7}))
+    from_megatron.convert(tmp_path / "megatron", tmp_path / "o", config=tmp_path / "other.json", say=said.append)
+    differs = f"the sliding window of layer {first} is 7 in config.json, which is taken; the checkpoint's args say 6"
+    assert (differs in said) == (first < 3)

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tiny_models import SHAPE, Command, assert_refused, edit_json, read_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from retemper.checkpoint_convert import from_megatron, to_megatron
+from retemper.checkpoint_convert.megatron_config import read_args
+from retemper.engine.checkpoint.safety import read_metadata
 
 Run = Callable[..., Command]
 
@@ -178,11 +181,79 @@ def test_settings_that_cannot_be_used(
         ({"num_experts": 8}, "num_experts 8"),
         ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
         ({"window_size": (4095, 0)}, "window_size (4095, 0)"),
+        ({"window_size": (-1, 0), "num_layers": 10**9}, "num_layers 1000000000"),
+        ({"window_size": (7, 3)}, "window_size (7, 3)"),
+        ({"window_size": (7, 0), "window_attn_skip_freq": [1]}, "window_attn_skip_freq [1]"),
+        ({"window_size": (7, 0), "window_attn_skip_freq": 0}, "window_attn_skip_freq 0"),
         ({"hidden_size": None}, "no hidden_size"),
+        ({"norm_epsilon": 10**400}, "no norm_epsilon"),
+        ({"rotary_seq_len_interpolation_factor": "x"}, "rotary_seq_len_interpolation_factor 'x', a positive number"),
+        ({"rotary_seq_len_interpolation_factor": -2}, "rotary_seq_len_interpolation_factor -2, a positive number"),
+        ({"use_rope_scaling": True, "rope_scaling_factor": None}, "rope_scaling_factor None, a positive number"),
         ({"ffn_hidden_size": 40}, "mlp.linear_fc1.weight is [2, 96, 32]"),
     ):
         torch.save({"args": argparse.Namespace(**{**vars(args), **change})}, megatron / "common.pt")
         refuse(megatron, fragment, config=None)
+
+
+def test_another_model_under_a_given_config(
+    megatron: Path, models: dict[str, Path], refuse: Callable[..., None], tmp_path: Path
+) -> None:
+    """What no tensor betrays must be refused by the settings alone, whatever else they say."""
+    quiet_to(tmp_path / "good", hf=str(models["llama"]))
+    args = torch.load(tmp_path / "good" / "release" / "common.pt", weights_only=False)["args"]
+    scaled = {"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2}
+    others: list[dict[str, Any]] = [
+        {"rotary_interleaved": True, "norm_epsilon": 3e-5, "rotary_base": 99},
+        {"rotary_percent": 0.5},
+        {"position_embedding_type": "yarn"},
+        {"no_rope_freq": [0, 1]},
+        {"normalization": "LayerNorm"},
+        {"apply_layernorm_1p": True},
+        {"apply_residual_connection_post_layernorm": True},
+        {"swiglu": False},
+        {"swiglu": None},
+        {"squared_relu": True},
+        {"glu_linear_offset": 1.0},
+        {"activation_func_clamp_value": 0.0},
+        {"softmax_type": "learnable"},
+        {"softmax_scale": 1.0},
+        {"qk_l2_norm": True},
+        {"mtp_num_layers": 1},
+        {"num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 4},
+        {"num_query_groups": 1},
+        {"rotary_seq_len_interpolation_factor": 2, **scaled},
+        {"window_size": (7, 3)},
+    ]
+    for change in others:
+        torch.save({"args": argparse.Namespace(**{**vars(args), **change})}, megatron / "common.pt")
+        [(name, value)] = list(change.items())[:1]
+        refuse(megatron, f"{megatron / 'common.pt'}: its args say {name} {value!r}")
+    # What other versions say for the same.
+    same = {"no_rope_freq": [0, 0], "rotary_interleaved": None, "mtp_num_layers": 0, "window_size": None}
+    same |= {"softmax_scale": args.kv_channels**-0.5, "rotary_percent": 1, "window_attn_skip_freq": 2}
+    torch.save({"args": argparse.Namespace(**{**vars(args), **same})}, megatron / "common.pt")
+    quiet_from(megatron, tmp_path / "hf", config=models["llama"])
+    for name in vars(args).keys() & set(same):
+        delattr(args, name)
+    torch.save({"args": args}, megatron / "common.pt")
+    quiet_from(megatron, tmp_path / "old", config=models["llama"])
+    assert read_folder(tmp_path / "old") == read_folder(tmp_path / "hf") == read_folder(models["llama"])
+
+
+def test_settings_that_cost_memory(models: dict[str, Path], tmp_path: Path) -> None:
+    """A number under which a value is remembered makes Python's unpickler reserve that many places."""
+    quiet_to(tmp_path / "good", hf=str(models["llama"]))
+    release = tmp_path / "good" / "release"
+    assert read_args(release, read_metadata(release)) is not None
+    with zipfile.ZipFile(release / "common.pt") as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        pickled = archive.read(name)
+    for head, packing in ((b"}q\x00", zipfile.ZIP_DEFLATED), (b"}r" + (1_000_000).to_bytes(4, "little"), 0)):
+        assert pickled[2:5] == b"}q\x00"
+        with zipfile.ZipFile(release / "common.pt", "w", packing) as archive:
+            archive.writestr(name, pickled[:2] + head + pickled[5:])
+        assert read_args(release, read_metadata(release)) is None
 
 
 def test_the_new_place_of_settings(models: dict[str, Path], tmp_path: Path) -> None:
