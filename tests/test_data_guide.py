@@ -61,6 +61,7 @@ def squeezed(text: str) -> str:
     return "\n".join(" ".join(line.split()) for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_the_guide_runs_as_it_stands(folder, environment):
     """Each line of a text block is in what the block before it printed, in that order."""
     ran = 0

@@ -33,7 +33,6 @@ CASES: list[Case] = [
     (4, "pipeline=2 tensor=2", (PACKED, NORMED)),
     (2, "context=2", (PACKED, WHOLE, NORMED)),
     (4, "context=2 shard=2", (PACKED, NORMED)),
-    (2, "tensor=2 compile=on", (WHOLE, PACKED, NORMED)),
 ]
 """With the first model for every run of the tests."""
 MORE_CASES: list[Case] = [
@@ -54,6 +53,7 @@ MORE_CASES: list[Case] = [
     (4, "context=4", (PACKED,)),  # more ranks than key/value heads
     (4, "context=2 tensor=2", (PACKED,)),
     (4, "pipeline=2 context=2", (WHOLE,)),
+    (2, "tensor=2 compile=on", (WHOLE, PACKED, NORMED)),
     (2, "context=2 compile=on", (PACKED,)),
     (2, "pipeline=2 compile=on", (PACKED,)),
     (4, "tensor=2 context=2 compile=on", (NORMED,)),

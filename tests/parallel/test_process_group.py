@@ -241,9 +241,10 @@ def test_an_undisturbed_run_ends_well(launch):
         ("os.kill(os.getpid(), signal.SIGKILL)", r"rank 2 \(host2\) gave no sign of life for \d+ s; see that node"),
         ("os.kill(os.getpid(), signal.SIGSTOP)", r"rank 2 \(host2\) gave no sign of life for [4-9] s; see that node"),
         ("time.sleep(1000)", r"rank 2 \(host2\) has not come to a collective operation in which others have waited"),
-        (
+        pytest.param(
             "raise KeyError('no such thing')",
             r"rank 2 \(host2\) has ended with an error of its own: KeyError: 'no such thing'",
+            marks=pytest.mark.slow,
         ),
         (
             "raise UserError('a bad file')",

@@ -68,8 +68,8 @@ def peak(rehearsal) -> float:
     [
         "--training.precision fp32",
         "--parallel.recompute full --training.micro_batch_size 1",
-        "--parallel.recompute selective",
-        "--training.weight_dtype bf16 --optimizer.state_dtype bf16",
+        pytest.param("--parallel.recompute selective", marks=pytest.mark.slow),
+        pytest.param("--training.weight_dtype bf16 --optimizer.state_dtype bf16", marks=pytest.mark.slow),
     ],
 )
 def test_memory_of_one_rank_is_what_the_allocator_gives(overrides, run_file, pool):
@@ -84,11 +84,11 @@ def test_memory_of_one_rank_is_what_the_allocator_gives(overrides, run_file, poo
     "overrides",
     [
         "",
-        "--parallel.replicate 2 --parallel.recompute full",
-        "--parallel.reshard_after_forward false --parallel.reduce_gradients step",
-        "--parallel.tensor 2",
-        "--parallel.context 2 --parallel.recompute selective",
-        "--parallel.pipeline 2",
+        pytest.param("--parallel.replicate 2 --parallel.recompute full", marks=pytest.mark.slow),
+        pytest.param("--parallel.reshard_after_forward false --parallel.reduce_gradients step", marks=pytest.mark.slow),
+        pytest.param("--parallel.tensor 2", marks=pytest.mark.slow),
+        pytest.param("--parallel.context 2 --parallel.recompute selective", marks=pytest.mark.slow),
+        pytest.param("--parallel.pipeline 2", marks=pytest.mark.slow),
     ],
 )
 def test_memory_of_two_ranks_is_what_real_tensors_take(overrides, run_file, pool, fresh_ranks):
@@ -102,7 +102,14 @@ def test_memory_of_two_ranks_is_what_real_tensors_take(overrides, run_file, pool
         assert peak(rehearsed) == pytest.approx(peak(one), rel=0.05)
 
 
-@pytest.mark.parametrize("overrides", ["--parallel.tensor 2 --parallel.recompute full", "--parallel.context 2", ""])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param("--parallel.tensor 2 --parallel.recompute full", marks=pytest.mark.slow),
+        pytest.param("--parallel.context 2", marks=pytest.mark.slow),
+        "",
+    ],
+)
 def test_ranks_that_are_there_send_and_compute_the_same(overrides, run_file, pool, fresh_ranks):
     part = plan_runs.part_of(plan_runs.configure(run_file, overrides), 2)
     real = fresh_ranks.run(plan_runs.counted, part)[0]
@@ -351,6 +358,7 @@ def test_the_command_prints_and_writes_what_it_found(run_file, tmp_path, capsys)
     assert record["gpu_hours"] == pytest.approx(4 * steps * record["step_seconds"]["step"] / 3600)
 
 
+@pytest.mark.slow
 def test_a_search_ranks_what_fits_and_rehearses_the_fastest(run_file, tmp_path, capsys):
     path = tmp_path / "plan.json"
     run("--config", run_file, "--gpus-per-node", 4, "--gpu", "a100-40gb", "--search", "--json", path)

@@ -31,7 +31,14 @@ def _dtypes(tensors):
     return tuple(kind.pop() for kind in kinds)
 
 
-@pytest.mark.parametrize("options", [BF16_WEIGHTS, BF16_STATES, BF16_WEIGHTS + BF16_STATES])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(BF16_WEIGHTS, marks=pytest.mark.slow),
+        pytest.param(BF16_STATES, marks=pytest.mark.slow),
+        BF16_WEIGHTS + BF16_STATES,
+    ],
+)
 def test_an_interrupted_run_is_bitwise_the_undisturbed_run(options, two_ranks, run_file, reference, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     two_ranks.run(tiny_run.train, run_file, [*options, "--run_folder", str(whole)])

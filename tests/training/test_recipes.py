@@ -61,6 +61,7 @@ def run(command, one_rank):
     return trainer
 
 
+@pytest.mark.slow
 def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     trainers = []

@@ -45,7 +45,7 @@ def test_bitwise_equal_after_two_interruptions(two_ranks, run_file, two_rank_ref
         assert torch.equal(actual[name], tensor), name
 
 
-@pytest.mark.parametrize("cluster", ["one_rank", "four_ranks"])
+@pytest.mark.parametrize("cluster", ["one_rank", pytest.param("four_ranks", marks=pytest.mark.slow)])
 def test_another_number_of_ranks_goes_on_with_the_same_samples(
     cluster, request, two_ranks, run_file, reference, tmp_path
 ):

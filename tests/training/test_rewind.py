@@ -79,7 +79,9 @@ def test_two_ranks_decide_alike(two_ranks, run_file, tmp_path):
     assert tiny_run.curve(tmp_path / "rewound") == tiny_run.curve(tmp_path / "oracle")
 
 
-@pytest.mark.parametrize("killed_in", ["rewind", 3, 9])
+@pytest.mark.parametrize(
+    "killed_in", ["rewind", pytest.param(3, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)]
+)
 def test_killed_at_any_moment_it_comes_to_the_same_end(killed_in, one_rank, rewound, run_file, tmp_path):
     """In the middle of going back; after it, before the next checkpoint; and after that."""
     options = [*OPTIONS, "--run_folder", str(tmp_path)]
@@ -186,13 +188,14 @@ CHANGED = "is from before the order of the data changed"
             18 * BATCH + BATCH,
             CHANGED,
         ),
-        (["--seed", "5"], ["--allow_changes", "[seed]"], 37 * BATCH, CHANGED),
-        (["--data.train", "[{path: FIRST}]"], [], 37 * BATCH, CHANGED),
-        (
+        pytest.param(["--seed", "5"], ["--allow_changes", "[seed]"], 37 * BATCH, CHANGED, marks=pytest.mark.slow),
+        pytest.param(["--data.train", "[{path: FIRST}]"], [], 37 * BATCH, CHANGED, marks=pytest.mark.slow),
+        pytest.param(
             [],
             ["--optimizer.schedule_start_tokens", str(31 * BATCH * 32)],
             37 * BATCH,
             "is from before optimizer.schedule_start_tokens 7,936",
+            marks=pytest.mark.slow,
         ),
         # What comes later may change.
         (["--training.train_tokens", "100_000"], ["--data.train", "[{path: FIRST, max_epochs: 90}]"], 37 * BATCH, None),

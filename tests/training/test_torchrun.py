@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import tiny_run
 
 PRETRAIN = str(Path(__file__).parents[2] / "engine" / "pretrain.py")
@@ -34,6 +35,7 @@ def _pids_of_ranks(launcher):
     return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_terminated_then_killed_then_resumed_is_the_undisturbed_run(two_ranks, run_file, tmp_path):
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
     # Long enough that the run cannot end between its being seen at a step and the signal.

@@ -102,9 +102,11 @@ def test_resumed_bitwise(one_rank, untied_file, stage_one, tmp_path):
     "layout",
     [
         [],
-        ["--parallel.tensor", "2"],
+        pytest.param(["--parallel.tensor", "2"], marks=pytest.mark.slow),
         ["--parallel.pipeline", "2"],
-        ["--training.weight_dtype", "fp32", "--parallel.reduce_gradients", "step"],
+        pytest.param(
+            ["--training.weight_dtype", "fp32", "--parallel.reduce_gradients", "step"], marks=pytest.mark.slow
+        ),
     ],
     ids=["shard", "tensor", "pipeline", "reduce once"],
 )
@@ -123,7 +125,9 @@ def tied_stage_one(one_rank, run_file, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("axis", ["pipeline", "context", "replicate"])
+@pytest.mark.parametrize(
+    "axis", ["pipeline", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("context", "replicate"))]
+)
 def test_two_ranks_with_tied_embeddings(two_ranks, run_file, tied_stage_one, tmp_path, axis):
     """All that the last stage of a pipeline trains is its copy of the embedding, which the first one counts."""
     overrides = ["--run_folder", str(tmp_path), *ONLY, f"--parallel.{axis}", "2", "--checkpoint.save_interval", "1000"]
@@ -180,7 +184,7 @@ def test_benchmark_counts_no_gradients_of_frozen_weights(one_rank, untied_file):
     assert found.flops_formula.startswith("FLOPs per token = 4 L (h (q + 2 kv) + q h + 3 h f) (frozen) + 6 h v + 12 L")
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_plan_counts_no_gradients_of_frozen_weights(untied_file, tmp_path, recompute):
     """Operators that a rehearsal sees, whose attention is 7 products of causal pairs, the formula of its MFU, and the
     closed formula that chooses what to rehearse."""
