@@ -140,7 +140,7 @@ def _find_on_hub(name: str) -> Path:
         raise UserError(_unreachable(name)) from None
     except EntryNotFoundError:
         raise UserError(f"{name}: this Hub repository has no {TOKENIZER_FILE}; {remedy}") from None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # those of the HTTP library, which differ between versions of the Hub client, too
         raise UserError(f"{name}: the Hub gave no tokenizer: {error}; {remedy}") from error
 
 

@@ -139,6 +139,16 @@ def test_hub_name_comes_from_the_cache_without_a_network(tiny_tokenizer, tmp_pat
         load_tokenizer("acme/other")
 
 
+def test_a_download_that_breaks_off_is_a_line(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("Data processing error: incomplete message")  # as of Xet's storage
+
+    monkeypatch.setattr("retemper.engine.data.tokenizer_files._require_hub", lambda name: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
+    with pytest.raises(UserError, match=r"^acme/other: the Hub gave no tokenizer: .*incomplete message; name a folder"):
+        load_tokenizer("acme/other")
+
+
 def test_real_tokenizers_where_there_are_any():
     """An addition to the tests above, for which the tiny tokenizer is enough."""
     folder = shared_data()
