@@ -150,6 +150,7 @@ def megatron_on_two_ranks(ranks: Ranks, settings: dict[str, Any], written: str, 
     return {"own": own, "loaded": loaded}
 
 
+@pytest.mark.slow
 def test_two_tensor_parallel_ranks(two_ranks: Any, tmp_path: Path) -> None:
     """Every rank holds half of the groups, of gate and up, and of the vocabulary."""
     settings = SETTINGS["llama"]

@@ -350,6 +350,7 @@ def test_the_benchmark(tmp_path, corpus, tiny_tokenizer, capsys, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["corpus.jsonl", "results.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("megatron") is None, reason="pip install --no-deps megatron-core==0.16.1")
 def test_the_loop_of_megatron_lm(tmp_path, corpus, tiny_tokenizer):
     options = BenchmarkOptions(corpus, str(tiny_tokenizer), workers=1)

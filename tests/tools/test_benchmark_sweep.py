@@ -52,6 +52,7 @@ def run_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_a_row(run_file, tmp_path, monkeypatch, capsys):
     program = tmp_path / "program.py"
     program.write_text(SMALL_MEMORY)

@@ -186,6 +186,7 @@ def test_settings_that_do_not_fit_are_refused(run_file, options, message):
     assert message in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_converters_command_uploads(one_rank, run_file, tmp_path):
     hf_exports.train(one_rank, run_file, ["--run_folder", str(tmp_path / "run"), "--checkpoint.export_hf", "false"])
     with fake_hub.FakeHub() as hub:

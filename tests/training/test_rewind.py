@@ -126,6 +126,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(one_rank, run_file, tmp_path):
     assert {"step-00000030.rewound", "step-00000036.rewound"} < set(_names(tmp_path))
 
 
+@pytest.mark.slow
 def test_too_many_end_the_run(one_rank, run_file, tmp_path, rewound):
     # The second spike comes in the eighth step after going back.
     bad = {*BAD, (SPIKE + 7) * BATCH}
@@ -224,12 +225,14 @@ def test_behind_a_change_of_its_clocks_it_does_not_go_back(
         assert "rewinds" not in newest.health and newest.health["skipped_steps"] == 1
 
 
+@pytest.mark.slow
 def test_few_checkpoints_are_enough(one_rank, rewound, run_file, tmp_path):
     options = [*OPTIONS, "--checkpoint.keep_last", "1", "--run_folder", str(tmp_path)]
     assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
     _same_tensors(tmp_path / LAST, rewound / LAST)
 
 
+@pytest.mark.slow
 def test_asked_to_stop_in_the_step_of_a_spike(one_rank, rewound, run_file, tmp_path, monkeypatch, capfd):
     go_back = Trainer._go_back
 
