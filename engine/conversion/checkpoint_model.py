@@ -14,13 +14,14 @@ from ... import __version__
 from ..checkpoint.assets import ASSET_FOLDER, CONFIG_FILE, HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from ..checkpoint.tensors import OPTIMIZER_PREFIX, StoredTensor, check_model_tensors
+from ..checkpoint.verify import require_undamaged
 from ..hugging_face.weight_dtypes import declared_dtype
 from ..model.architecture import Architecture, parse_architecture, read_hf_config
 from ..model.decoder import meta_decoder
 from ..streaming.block_copy import OutputFile, WrittenFile
 from ..streaming.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
 from .record import file_hash
-from .run import verify_source
+from .run import progress
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,14 @@ class CheckpointModel:
         return declared_dtype(self.config, str(self.folder / ASSET_FOLDER / CONFIG_FILE)) or torch.float32
 
     def verify(self, workers: int) -> None:
-        """Read every byte, under a progress bar.
+        """Read every byte under a progress bar, ``workers`` files at a time.
 
         Raises:
             UserError: naming the first file that is not what was written.
         """
-        verify_source(self.folder, sum(file.bytes for file in self.manifest.records.values()), workers)
+        num_bytes = sum(file.bytes for file in self.manifest.records.values())
+        with progress("verifying", num_bytes) as advance:
+            require_undamaged(self.folder, advance, workers)
 
 
 def open_checkpoint_model(folder: Path) -> CheckpointModel:

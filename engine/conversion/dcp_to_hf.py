@@ -113,10 +113,8 @@ def convert(
         done = write_tensors(partial, export.plan.files, source, source.hashed_rows, workers)
         export.write_assets(partial.content)
         if verify:
-            common, length = (
-                min(model.architecture.vocab_size, source.vocab_size),
-                model.config.get("max_position_embeddings"),
-            )
+            common = min(model.architecture.vocab_size, source.vocab_size)
+            length = model.config.get("max_position_embeddings")
             record.logits = compare_logits(partial.content, model.weights, model.architecture, tensors, common, length)
             say(describe_logits(record.logits))
         export.write_record(partial.content, done.values())

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoint.verify import require_undamaged
 from ..errors import UserError
 from ..streaming.block_copy import OutputFile, WrittenFile, copy_files, default_workers
 from ..streaming.partial_folder import PartialFolder
@@ -79,16 +78,6 @@ def write_tensors(
         rest = [file for file in files if file.name not in done]
         done |= copy_files(partial.content, rest, source, workers, hashed_rows, advance, partial.note)
     return {file.name: done[file.name] for file in files}
-
-
-def verify_source(folder: Path, num_bytes: int, workers: int) -> None:
-    """Read every byte of the checkpoint ``folder`` under a progress bar, ``workers`` files at a time.
-
-    Raises:
-        UserError: naming the first file that is not what was written.
-    """
-    with progress("verifying", num_bytes) as advance:
-        require_undamaged(folder, advance, workers)
 
 
 def size_of(files: Iterable[WrittenFile]) -> str:

@@ -256,7 +256,12 @@ class _Job:
 
 
 def _require_range(name: str, rows: torch.Tensor, cast: torch.Tensor) -> None:
-    if cast.isfinite().all() or not (lost := rows[~cast.isfinite() & rows.isfinite()]).numel():
+    """Refuse a cast that has made finite values infinite."""
+    finite = cast.isfinite()
+    if finite.all():
+        return
+    lost = rows[~finite & rows.isfinite()]
+    if not lost.numel():  # they were infinite, or no numbers, before
         return
     dtype = str(cast.dtype).removeprefix("torch.")
     raise UserError(
