@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,36 @@ def test_transformers_imports_beside_the_package_kernels(tmp_path):
     path = Path(run_elsewhere(code, tmp_path).splitlines()[-1])
     assert ROOT / "kernels" not in path.parents
     assert "site-packages" in path.parts
+
+
+def test_scripts_run_from_a_clone_without_installation_and_import_that_clone(tmp_path):
+    """Even where another clone is installed: without site-packages only the standard library is left."""
+    clone = tmp_path / "clone of mine"
+    (clone / "engine").mkdir(parents=True)
+    (clone / "tools" / "demo").mkdir(parents=True)
+    shutil.copy(ROOT / "__init__.py", clone)
+    (clone / "engine" / "errors.py").touch()
+    (clone / "engine" / "where.py").write_text("HERE = __file__\n", encoding="utf-8")
+    for folder in ("tools", "tools/demo"):
+        shutil.copy(ROOT / "tools" / "retemper.py", clone / folder)
+        script = clone / folder / "command.py"
+        script.write_text(
+            "import retemper\nfrom retemper.engine.where import HERE\nprint(retemper.__file__, HERE, sep='|')\n"
+        )
+        for isolation in ([], ["-S"]):
+            command = [sys.executable, *isolation, str(script)]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+            assert done.stdout.strip() == f"{clone / '__init__.py'}|{clone / 'engine' / 'where.py'}"
+
+
+def test_every_folder_with_a_script_has_the_module_that_finds_the_clone():
+    text = (ROOT / "tools" / "retemper.py").read_text(encoding="utf-8")
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    scripts = [ROOT / name for name in listed.stdout.split()]
+    folders = {path.parent for path in scripts if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    folders -= {ROOT / "tools" / "ingest_benchmark"}  # run as modules of the package, with python -m
+    for folder in sorted({*folders, ROOT / "tests"}):
+        assert (folder / "retemper.py").read_text(encoding="utf-8") == text, folder
 
 
 @pytest.mark.parametrize("folder", SCRIPT_FOLDERS)

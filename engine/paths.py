@@ -1,0 +1,39 @@
+"""Paths as users write them: ``~`` and ``$VARIABLE`` are expanded in every option and setting that names a path."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from .errors import UserError
+
+_VARIABLE = re.compile(r"\$(?:(?P<bare>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)\})", re.ASCII)
+
+
+def expand_path(path: str, name: str) -> str:
+    """Return ``path`` with ``~``, ``~user``, ``$VARIABLE`` and ``${VARIABLE}`` expanded, as a shell does.
+
+    Args:
+        path: as given by the user. Names on the Hub (``namespace/name``) and ``-`` come back unchanged.
+        name: the option or setting that it is the value of, for the error.
+
+    Raises:
+        UserError: the user or the variable does not exist. A folder called ``~`` or ``$HOME`` is never meant.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        variable = match["bare"] or match["braced"]
+        if variable not in os.environ:
+            raise UserError(
+                f"{name} {path}: the environment variable {variable} is not set; set it, or write the path out"
+            )
+        return os.environ[variable]
+
+    home, slash, rest = path.partition("/")
+    if home.startswith("~"):
+        if os.path.expanduser(home) == home:
+            raise UserError(
+                f"{name} {path}: this machine has no user {home[1:]!r}; for a file of that name write ./{path}"
+            )
+        home = os.path.expanduser(home)
+    return _VARIABLE.sub(value, home + slash + rest)
