@@ -20,7 +20,6 @@ class Situation:
     """What decides whether a setting matters."""
 
     config: RunConfig
-    ranks: int = 1
     same_weights: bool = False
     """Whether several ranks hold the same parameters."""
     reduces: bool = False

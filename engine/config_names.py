@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from .config import RunConfig, SourceConfig, StageConfig
 
-_SAME_WORD = 0.85
+_SAME_WORD = 0.75
 """Similarity from which one of two entries that users name themselves may be a misspelling of the other."""
 
 

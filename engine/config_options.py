@@ -36,6 +36,8 @@ class Settings:
         """Whether there is a file that cannot be read, so that much more will be missing."""
         self.notes: list[str] = []
         """What is worth knowing but no error."""
+        self._places: dict[str, list[str]] = {}
+        """Options that changed one place in a list or dictionary, by the key of that."""
         self._entries_of_nothing: dict[str, str] = {}
         """Options that set an entry of a dictionary that was null or absent, by the dictionary's key."""
 
@@ -50,19 +52,25 @@ class Settings:
             self.found.add(str(error))
             self.unreadable = True
             return
-        _merge(self.tree, check(content, RunConfig, "", self.found, f"{path}: "), RunConfig)
+        content = check(content, RunConfig, "", self.found, f"{path}: ")
+        self._note_replaced(content, f"--config {name}")
+        _merge(self.tree, content, RunConfig)
 
     def add_option(self, option: str, text: str) -> None:
         """Set the key of ``--option text``, or one place in it; ``--data.train+`` appends to the list."""
         key = option.removesuffix("+")
         try:
             holder, last, hint, name = self._place(key)
+            listing = ".".join(name.split("[")[0].split(".")[:2])
+            if name != listing or option != key:
+                self._places.setdefault(listing, []).append(option)
             if option != key:
                 self._append(holder, last, hint, name, text)
                 return
             value = check(_typed(text, hint, key), hint, name, self.found)
             if value is UNUSABLE:
                 return
+            self._note_replaced(_nested(name, value), f"--{key}")
             if is_section(hint) and isinstance(holder, dict):
                 _merge(holder.setdefault(last, {}), value, bare(hint))
             else:
@@ -81,6 +89,14 @@ class Settings:
                 f"{_ARCHITECTURE}",
                 _ARCHITECTURE,
             )
+
+    def _note_replaced(self, content: dict[str, Any], by: str) -> None:
+        """Note the options before whose effect is lost, because ``content`` sets the whole list or dictionary."""
+        for listing in list(self._places):
+            section, _, leaf = listing.rpartition(".")
+            if leaf in (content.get(section, {}) if section else content):
+                for option in self._places.pop(listing):
+                    self.notes.append(f"--{option} has no effect: {by}, which comes later, sets the whole {listing}")
 
     def _append(self, holder: Any, last: Any, hint: Any, name: str, text: str) -> None:
         listing = holder.get(last) if isinstance(holder, dict) else holder[last]
@@ -121,14 +137,17 @@ class Settings:
         if isinstance(node, list):
             part, _, rest = rest.partition(".")
             if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
-                kinds = f"numbers from 0 to {len(node) - 1}" if node else f"none yet: append with --{name}+"
-                raise UserError(f"--{key}: {name} has {len(node)} items, {kinds}; {part!r} is not one of them")
+                items = "1 item" if len(node) == 1 else f"{len(node)} items"
+                raise UserError(
+                    f"--{key}: {part!r} is not the number of an item: {name} has {items}, counted from 0; append "
+                    f"another with --{name}+"
+                )
             return int(part), item_hint(hint), f"{name}[{int(part)}]", rest
         if is_section(hint):
             hints = hints_of(bare(hint))
-            part, _, rest = rest.partition(".")
+            part, dot, rest = rest.partition(".")
             part, rest = _without_brackets(part, rest)
-            if part not in hints:
+            if part not in hints or (dot and not rest):
                 full = f"{name}.{part}" if name else part
                 raise UserError(f"unknown option --{key}{did_you_mean(full if '[' in full else key)}")
             return part, hints[part], f"{name}.{part}" if name else part, rest
@@ -159,6 +178,14 @@ class Settings:
         if child is None:
             return {}
         raise UserError(f"--{key}: {name} is {show(child)}, which has no entries; set --{name} itself")
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    """``value`` of the section or key ``name``, as a file would set it; nothing for a place in a list."""
+    section, _, leaf = name.rpartition(".")
+    if "." in section or "[" in name:
+        return {}
+    return {section: {leaf: value}} if section else {leaf: value}
 
 
 def _without_brackets(part: str, rest: str) -> tuple[str, str]:
