@@ -192,8 +192,8 @@ ALWAYS = {
 }
 """Settings that matter in every run; ``[]`` is an item of a list."""
 ELSEWHERE = {
-    "data.train[].max_epochs": "engine/config_effect.py: caps",
-    "data.train[].max_tokens": "engine/config_effect.py: caps",
+    "data.train[].max_epochs": "engine/config_effect.py: _caps of a source",
+    "data.train[].max_tokens": "engine/config_effect.py: _caps of a source",
     "training.fused_elementwise": "engine/model/decoder.py: elementwise_implementation refuses what cannot run",
     "training.attention_backend": "engine/attention_choice.py: choose_attention refuses what cannot run",
     "training.compile": "engine/parallel/compile.py: wanted refuses what cannot be compiled",

@@ -196,7 +196,7 @@ def build(value: Any, hint: Any, name: str, found: Problems, missing: list[str])
 def _placeholder(hint: Any, name: str, found: Problems, missing: list[str]) -> Any:
     if is_section(hint):
         return build({}, hint, name, found, missing)
-    if not name.endswith("].path"):  # an item's missing key has been reported as such
+    if "[" not in name:  # a key that an item of a list lacks has been reported as such
         missing.append(name)
     found.add_key(name)
     return {int: 1, list: []}.get(get_origin(bare(hint)) or bare(hint), name)
