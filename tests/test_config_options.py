@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -340,3 +341,25 @@ def test_compile_is_a_switch_too(config_file, text, expected):
     assert parse_config(["--config", str(config_file)]) == parse(config_file)
     config_file.write_text(to_yaml(parse(config_file)))
     assert parse(config_file).training.compile == expected
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The guide
+
+
+def test_the_commands_of_the_guide_do_what_it_says(tmp_path, monkeypatch):
+    guide = (SHIPPED.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(re.search(r"```yaml\n(.*?)```", guide, re.S)[1])
+    commands = re.search(r"```bash\n(.*?)```", guide, re.S)[1].splitlines()
+    runs = [parse_config(shlex.split(command)[2:]) for command in commands]
+    before = parse_config(["--config", "run.yaml"])
+    assert [(source.path, source.weight) for source in before.data.train] == [("corpora/web", 2), ("corpora/code", 2)]
+    assert (runs[0].optimizer.learning_rate, runs[0].training.train_tokens) == (3e-5, 20_000_000)
+    assert runs[1].model.architecture["rope_scaling"] == {
+        **before.model.architecture["rope_scaling"],
+        "factor": 32.0,
+    }
+    assert [source.weight for source in runs[2].data.train] == [3.0, 2.0, 1.0]
+    assert runs[3].data.validation == {"news": "corpora/news", "wiki.en": "corpora/other_wiki"}
+    assert [source.weight for source in runs[4].data.train] == [1.0, 0.5]
