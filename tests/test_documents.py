@@ -67,7 +67,7 @@ def test_shipped_config_is_valid_on_its_ranks(path):
 def test_the_reference_recipe():
     config = parse_config(["--config", str(ROOT / "megatron_configs" / "qwen2_72b.yaml")])
     training, optimizer = config.training, config.optimizer
-    plan = plan_batches(training, 32)
+    plan = plan_batches(training, plan_layout(config.parallel, 32).data_parallel)
     assert (plan.num_micro_batches, plan.steps_for(training.train_tokens)) == (1, 50)
     rates = [learning_rate(step * plan.tokens_per_step, training, optimizer) for step in range(1, 51)]
     assert rates[:5] == pytest.approx([1e-5, 2e-5, 3e-5, 4e-5, 5e-5])
