@@ -23,9 +23,9 @@ class UserError(ValueError):
         problems: usually one. Several independent ones, such as all of a configuration, are printed one to a line.
     """
 
-    def __init__(self, *problems: str) -> None:
+    def __init__(self, *problems: object) -> None:
         super().__init__(*problems)
-        self.problems = problems
+        self.problems = tuple(map(str, problems))
 
     def __str__(self) -> str:
         return " | ".join(self.problems)

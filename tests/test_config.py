@@ -1,7 +1,6 @@
 """Reading and checking a run's configuration: what is accepted, and that every refusal is one line with a remedy."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retemper.engine import config, config_parser
+from retemper.engine import config
 from retemper.engine.config import (
     DataConfig,
     ModelConfig,
@@ -44,14 +43,6 @@ model:
 optimizer:
   learning_rate: 1e-4
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_parser() -> Iterator[None]:
-    """Building the parser reads every docstring; once is enough for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config_parser, "build_parser", functools.cache(config_parser.build_parser))
-        yield
 
 
 @pytest.fixture
