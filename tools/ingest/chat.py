@@ -18,7 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -29,9 +30,11 @@ import numpy.typing as npt
 
 from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config, tokenizer_kind
 from ...engine.errors import UserError
-from .chat_messages import Conversation, all_strings, called_names, read_conversation
-from .chat_template import CONFIG_FILE, ChatTemplate, Span, TurnFinder, frame, load_template
-from .records import MalformedError
+from .chat_conversation import Conversation, all_strings
+from .chat_losses import count_dropped, refuse_dropped_calls, refuse_dropped_messages
+from .chat_messages import read_conversation
+from .chat_template import CONFIG_FILE, ChatTemplate, Span, TurnFinder, frame, load_template, trained_spans
+from .records import LeftOutError, MalformedError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BOUNDARY_TOKENS = 16
@@ -53,6 +56,8 @@ class EncodedChat:
     """Of the rendered text."""
     text_bytes: int
     """Of the rendered text in UTF-8."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What of the record is not trained on, by kind."""
 
 
 class ChatEncoder:
@@ -109,12 +114,16 @@ class ChatEncoder:
 
         Raises:
             MalformedError: it is no conversation, or not one to learn from.
+            LeftOutError: all turns of the assistant are marked as not for training.
         """
         try:
             conversation = read_conversation(record)
+            if len(conversation.untrained) == len(conversation.assistant_turns()):
+                raise LeftOutError("conversations marked as not for training")
             self._refuse_control_tokens(conversation)
+            conversation = self._template.adapt(conversation)
             text = self._template.render(conversation)
-            _refuse_left_out(conversation, text)
+            refuse_dropped_messages(conversation, text)
             encoding = self._tokenize(text)
             if self._fits(encoding.ids):
                 return self._finish(conversation, 0, text, encoding)
@@ -214,6 +223,8 @@ class ChatEncoder:
             if index + 1 == len(whole.messages):
                 continue
             conversation = replace(whole, messages=whole.messages[: index + 1])
+            if conversation.untrained.issuperset(conversation.assistant_turns()):
+                return None
             try:
                 text = self._template.render(conversation)
             except MalformedError:  # some templates want another role at the end
@@ -233,16 +244,21 @@ class ChatEncoder:
             spans = self._template.render_marked(conversation)[1]
         else:
             spans = self._finder.find(conversation, text)
-        _refuse_left_out_calls(conversation, spans, text)
-        mask = _token_mask(encoding.offsets, spans)
+        refuse_dropped_calls(conversation, "".join(text[start:end] for start, end in spans))
+        mask = _token_mask(encoding.offsets, trained_spans(conversation, spans, text))
         if not mask.any():
             raise MalformedError("the chat template renders nothing that the assistant says")
         ids = encoding.ids
         if self._adds_eod(ids):
             ids = [*ids, self._eod_id]
             mask = np.append(mask, np.uint8(0))
+        notes = conversation.notes + count_dropped(conversation, text, self._template.text)
+        if conversation.untrained:
+            notes["turns of the assistant marked as not for training"] += len(
+                conversation.untrained.intersection(conversation.assistant_turns())
+            )
         return EncodedChat(
-            np.array(ids, np.int32), mask, len(conversation.messages), dropped, len(text), len(text.encode("utf-8"))
+            np.array(ids, np.int32), mask, len(conversation.messages), dropped, len(text), len(text.encode("utf-8")), notes
         )
 
 
@@ -255,31 +271,6 @@ def _token_mask(offsets: list[Span], spans: list[Span]) -> npt.NDArray[np.uint8]
     for first, end in spans:
         mask |= (starts < end) & (np.maximum(ends, starts + 1) > first)
     return mask
-
-
-def _refuse_left_out(conversation: Conversation, text: str) -> None:
-    """Some templates pass over roles that they do not know, without a word."""
-    for index, message in enumerate(conversation.messages):
-        content = message.get("content", "").strip()
-        # Contents of tools may be written as JSON.
-        if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
-            raise MalformedError(f"the chat template leaves message {index + 1} out (role {message['role']!r})")
-    for tool in conversation.tools or ():
-        name = tool.get("function", tool).get("name") if isinstance(tool.get("function", tool), dict) else None
-        if isinstance(name, str) and name not in text:
-            raise MalformedError(f"the chat template leaves the tool {name!r} out")
-
-
-def _refuse_left_out_calls(conversation: Conversation, spans: list[Span], text: str) -> None:
-    said = "".join(text[start:end] for start, end in spans)
-    for index in conversation.assistant_turns():
-        for name in called_names(conversation.messages[index]):
-            if name not in said:
-                raise MalformedError(f"the chat template leaves the tool calls of message {index + 1} out")
-
-
-def _as_json(content: str) -> str:
-    return json.dumps(content, ensure_ascii=False)[1:-1]
 
 
 def _shared_length(one: str, other: str) -> int:

@@ -8,15 +8,18 @@ long it took. Templates come from the tokenizer's folder or a file, never from t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ...engine.errors import UserError
-from .chat_messages import Conversation
+from .chat_conversation import Conversation, called_functions
+from .chat_tools import with_arguments
 from .records import MalformedError
 
 Span = tuple[int, int]
@@ -24,7 +27,7 @@ Span = tuple[int, int]
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")\s*\)""")
 # The line feed at its end is taken away by trim_blocks, so that the template still begins at the start of a line.
 _CLOCK = (
@@ -35,6 +38,7 @@ _CLOCK = (
 )
 _OPEN_REASONING = re.compile(r"<think>\s*\Z")
 _MARKERS = "\ue0f0\ue0f1\ue1f0\ue1f1\ue2f0\ue2f1\ue3f0\ue3f1"
+_ARGUMENTS = {"alpha": "omega"}
 _QUESTION, _ANSWERS = "Alpha", ("Omega", "Zeta")
 
 
@@ -66,6 +70,46 @@ class ChatTemplate:
             formats = {single or double for single, double in _CLOCK_CALL.findall(source)}
             self.moments["retemper_moment"] = {form: now.strftime(form) for form in formats}
             self.text = _CLOCK + source
+
+    def adapt(self, conversation: Conversation) -> Conversation:
+        """The conversation with its tool calls in the form that this template is written for.
+
+        Arguments become objects, which is what transformers documents, unless the template concatenates strings.
+        A content of null next to calls is kept, as transformers does, unless the template would print "None".
+        """
+        if not any("tool_calls" in message for message in conversation.messages):
+            return conversation
+        conversation = with_arguments(conversation, self._wants_argument_strings)
+        if not self._prints_null:
+            return conversation
+        messages = [
+            {key: value for key, value in message.items() if value is not None} for message in conversation.messages
+        ]
+        return replace(conversation, messages=messages)
+
+    @cached_property
+    def _wants_argument_strings(self) -> bool:
+        """Whether arguments must be strings of JSON: an object is an error, or printed as Python writes it."""
+        as_object, as_string = (self._try_call(arguments) for arguments in (_ARGUMENTS, json.dumps(_ARGUMENTS)))
+        if as_string is None or json.dumps(_ARGUMENTS) not in as_string:
+            return False
+        return as_object is None or str(_ARGUMENTS) in as_object
+
+    @cached_property
+    def _prints_null(self) -> bool:
+        """Whether a content of null next to calls is an error, or printed."""
+        arguments = json.dumps(_ARGUMENTS) if self._wants_argument_strings else _ARGUMENTS
+        text = self._try_call(arguments, {"content": None})
+        return text is None or "None" in text or "null" in text
+
+    def _try_call(self, arguments: Any, more: dict[str, Any] | None = None) -> str | None:
+        """The text of a conversation with a tool call; None: the template refuses it."""
+        call = {"id": "call00000", "type": "function", "function": {"name": "look", "arguments": arguments}}
+        message = {"role": "assistant", "tool_calls": [call], **({"content": ""} if more is None else more)}
+        try:
+            return self.render(Conversation([*_probe(None).messages, message]))
+        except (MalformedError, RecursionError):
+            return None
 
     def render(self, conversation: Conversation, prompt: bool = False) -> str:
         """The text of a conversation, with ``prompt`` up to where the assistant begins to write.
@@ -101,6 +145,32 @@ class ChatTemplate:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise MalformedError(f"the chat template refuses the conversation: {reason}") from None
         return texts[0], spans[0] if spans else []
+
+
+def trained_spans(conversation: Conversation, spans: list[Span], text: str) -> list[Span]:
+    """The spans of the turns that are not marked as not for training.
+
+    Raises:
+        MalformedError: there are such turns, and the template's {% generation %} blocks are not one for each turn.
+    """
+    if not conversation.untrained:
+        return spans
+    turns = conversation.assistant_turns()
+    if len(spans) == len(turns) and all(
+        _may_be_turn(conversation.messages[index], text[start:end])
+        for index, (start, end) in zip(turns, spans, strict=True)
+    ):
+        return [span for index, span in zip(turns, spans, strict=True) if index not in conversation.untrained]
+    raise MalformedError(
+        "a turn is marked as not for training, but the {% generation %} blocks of the chat template are not one for "
+        "each turn of the assistant; give --chat-template a template without such blocks, or leave the record out"
+    )
+
+
+def _may_be_turn(message: dict[str, Any], said: str) -> bool:
+    """Whether what is known of the message is in what a span says."""
+    content = (message.get("content") or "").rpartition("</think>")[2].strip()
+    return content.lower() in said.lower() and all(call["name"] in said for call in called_functions(message))
 
 
 class TurnFinder:

@@ -48,6 +48,10 @@ class MalformedError(Exception):
         self.kind = kind
 
 
+class LeftOutError(Exception):
+    """The reason to leave out a document that is well-formed; counted."""
+
+
 @dataclass
 class ReadContext:
     """What a reader shares with its worker while it reads one span."""
