@@ -31,6 +31,7 @@ import numpy.typing as npt
 from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config, tokenizer_kind
 from ...engine.errors import UserError
 from .chat_conversation import Conversation, all_strings
+from .chat_limits import memory_limit
 from .chat_losses import count_dropped, refuse_dropped_calls, refuse_dropped_messages
 from .chat_messages import read_conversation
 from .chat_template import CONFIG_FILE, ChatTemplate, Span, TurnFinder, frame, load_template, trained_spans
@@ -192,8 +193,11 @@ class ChatEncoder:
         if self._forbidden is None:
             return
         for index, message in enumerate(conversation.messages):
-            for text in all_strings({key: value for key, value in message.items() if key != "role"}):
-                self._refuse_control_token(text, f"message {index + 1}")
+            for key, value in message.items():
+                if key == "role":
+                    continue
+                for text in (value,) if type(value) is str else all_strings([key, value]):
+                    self._refuse_control_token(text, f"message {index + 1}")
         for text in all_strings(conversation.tools):
             self._refuse_control_token(text, "tools")
 
@@ -243,7 +247,8 @@ class ChatEncoder:
         if self._finder is None:
             spans = self._template.render_marked(conversation)[1]
         else:
-            spans = self._finder.find(conversation, text)
+            with memory_limit:
+                spans = self._finder.find(conversation, text)
         refuse_dropped_calls(conversation, "".join(text[start:end] for start, end in spans))
         mask = _token_mask(encoding.offsets, trained_spans(conversation, spans, text))
         if not mask.any():
@@ -252,14 +257,14 @@ class ChatEncoder:
         if self._adds_eod(ids):
             ids = [*ids, self._eod_id]
             mask = np.append(mask, np.uint8(0))
-        notes = conversation.notes + count_dropped(conversation, text, self._template.text)
+        notes = conversation.notes
+        count_dropped(conversation, text, self._template.text, notes)
         if conversation.untrained:
             notes["turns of the assistant marked as not for training"] += len(
                 conversation.untrained.intersection(conversation.assistant_turns())
             )
-        return EncodedChat(
-            np.array(ids, np.int32), mask, len(conversation.messages), dropped, len(text), len(text.encode("utf-8")), notes
-        )
+        kept, text_bytes = len(conversation.messages), len(text.encode("utf-8"))
+        return EncodedChat(np.array(ids, np.int32), mask, kept, dropped, len(text), text_bytes, notes)
 
 
 def _token_mask(offsets: list[Span], spans: list[Span]) -> npt.NDArray[np.uint8]:

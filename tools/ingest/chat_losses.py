@@ -45,37 +45,36 @@ def refuse_dropped_calls(conversation: Conversation, said: str) -> None:
                     )
 
 
-def count_dropped(conversation: Conversation, text: str, template: str) -> Counter[str]:
-    """What else of the messages is not in the rendered ``text``: by kind, the number of messages.
+def count_dropped(conversation: Conversation, text: str, template: str, notes: Counter[str]) -> None:
+    """Count in ``notes`` what else of the messages is not in the rendered ``text``: by kind, the number of messages.
 
     Args:
         template: the template's source. A key whose value is no text counts as used if its name occurs there.
     """
-    dropped: Counter[str] = Counter()
     for message in conversation.messages:
         role, content = message["role"], message.get("content") or ""
-        if role == "assistant" and content not in text and not _contains(text, content):
+        if role == "assistant" and not _contains(text, content):
             answer = content.rpartition(_REASONING_END)[2] if _REASONING_END in content else None
             if answer is None or not _contains(text, answer):
-                dropped["content of an assistant turn changed or dropped by the template"] += 1
+                notes["content of an assistant turn changed or dropped by the template"] += 1
             else:
-                dropped["reasoning in the content of an assistant turn dropped by the template"] += 1
+                notes["reasoning in the content of an assistant turn dropped by the template"] += 1
+        if len(message) == 2:  # role and content
+            continue
         for key in message.keys() - _READ:
             values = [value for value in all_strings(message[key]) if value.strip()]
-            if key in _IDENTIFIERS or (not values and _mentions(template, key)):
-                continue
-            if not all(_contains(text, value) for value in values) or not values:
+            used = all(_contains(text, value) for value in values) if values else _mentions(template, key)
+            if key not in _IDENTIFIERS and not used:
                 label = "reasoning" if key in _REASONING else f"key {key!r}"
-                dropped[f"{label} of a turn of role {role} dropped by the template"] += 1
-    return dropped
+                notes[f"{label} of a turn of role {role} dropped by the template"] += 1
 
 
 def _contains(text: str, part: str) -> bool:
     """Whether ``text`` has ``part``, perhaps trimmed, or written as JSON as some templates do."""
+    if part in text:
+        return True
     part = part.strip()
-    return part in text or any(
-        json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True) if part
-    )
+    return part in text or any(json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True) if part)
 
 
 def _mentions(template: str, key: str) -> bool:

@@ -20,10 +20,11 @@ _FACTORS = frozenset({"weight", "loss_weight", "loss_scale", "train_weight", "tr
 """What the loss is multiplied by."""
 _ABOUT_LOSS = frozenset({"mask", "masks", "masked", "masking", "unmasked", "loss", "losses"})
 _ABOUT_TRAINING = frozenset(
-    "train training trained trainable untrained untrainable weight weights weighting learn learned learnable learning "
-    "supervise supervised unsupervised ignore ignored skip skipped exclude excluded backprop gradient grad".split()
+    {"train", "training", "trained", "trainable", "untrained", "untrainable", "weight", "weights", "weighting"}
+    | {"learn", "learned", "learnable", "learning", "supervise", "supervised", "unsupervised", "ignore", "ignored"}
+    | {"skip", "skipped", "exclude", "excluded", "backprop", "gradient", "grad"}
 )
-"""Words of keys that are refused unless their value is a text: a name such as "alpaca" in training_set decides nothing."""
+"""Words of keys that are refused unless their value is a text: "alpaca" in training_set decides nothing."""
 _WORDS = re.compile(r"[a-z0-9]+|[A-Z]+(?![a-z])|[A-Z][a-z0-9]*")
 _YES = frozenset({"true", "yes", "on"})
 _NO = frozenset({"false", "no", "off"})
@@ -33,7 +34,7 @@ _Kind = Literal["switch", "factor", "about loss", "about training"]
 
 
 def take_training_mark(item: dict[str, Any], place: str) -> bool | None:
-    """Remove the marks from ``item``, a turn or a record without nulls, and return what they say.
+    """Remove the marks from ``item``, a turn or a record, and return what they say.
 
     Returns:
         False: not to be trained on. True: explicitly to be trained on. None: nothing is said; so says a factor of 1.
@@ -45,8 +46,9 @@ def take_training_mark(item: dict[str, Any], place: str) -> bool | None:
     said: dict[str, bool] = {}
     for key in [key for key in item if _kind(key) is not None]:
         kind, value = _kind(key), item[key]
+        if value is None:
+            continue
         if value in ("", [], {}):
-            del item[key]
             continue
         number = _number(value)
         if kind in ("switch", "factor"):
@@ -64,6 +66,11 @@ def take_training_mark(item: dict[str, Any], place: str) -> bool | None:
     if len(set(said.values())) > 1:
         raise MalformedError(f"{place}: {' and '.join(said)} contradict each other; keep one")
     return next(iter(said.values()), None)
+
+
+def may_be_mark(key: str) -> bool:
+    """Whether the name of a key speaks of training."""
+    return _kind(key) is not None
 
 
 @lru_cache(maxsize=4096)

@@ -9,10 +9,10 @@ them. What could be read in two ways is refused; nothing is guessed. Marks of tu
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 from .chat_conversation import Conversation
-from .chat_marks import take_training_mark
+from .chat_marks import may_be_mark, take_training_mark
 from .chat_tools import parse_embedded, read_calls, read_tools
 from .records import MalformedError
 from .texts import json_type
@@ -34,15 +34,16 @@ _OTHER_LISTS = ("conversation", "dialog", "dialogue", "turns", "chat")
 """Lists only where their value is one: "chat" may as well be a name."""
 _ALPACA = ("instruction", "output")
 _ALPACA_KEYS = frozenset({"instruction", "input", "output", "history"})
+_SHAPES = frozenset({*_LISTS, *_OTHER_LISTS, *_ALPACA})
+_CONVERSATION_KEYS = frozenset({"system", "tools"})
+_PLAIN = frozenset(ROLES) - {"function_call", "tool_call"}
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _MOST_KEYS = 100
 """Names of unused keys that are told apart in a conversation."""
 
 
-class _Message(NamedTuple):
-    value: dict[str, Any]
-    trained: bool | None = None
-    """What a mark says."""
+_Message = tuple[dict[str, Any], bool | None]
+"""A message, and what a mark says of training on it."""
 
 
 def read_conversation(record: dict[str, Any]) -> Conversation:
@@ -56,27 +57,35 @@ def read_conversation(record: dict[str, Any]) -> Conversation:
             to train on cannot be obeyed.
     """
     notes: Counter[str] = Counter()
-    record, key = _find_list({key: value for key, value in record.items() if value is not None})
-    _refuse_media(record, "the record")
-    trained = take_training_mark(record, "the record")
+    record, key = _find_list(record)
+    trained = _read_other_keys(record, key, notes) if len(record) > 1 else None
     messages = _alpaca_messages(record) if key is None else _listed_messages(record[key], key, notes)
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise MalformedError(f"system is {json_type(system)}, not a string")
     if system:
-        if messages[0].value["role"] == "system":
+        if messages[0][0]["role"] == "system":
             raise MalformedError("two system prompts: the key system, and the first message")
-        messages.insert(0, _Message({"role": "system", "content": system}))
-    if not any(message.value["role"] == "assistant" for message in messages):
+        messages.insert(0, ({"role": "system", "content": system}, None))
+    turns = [index for index, (message, _) in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
         raise MalformedError("no turn of the assistant, so there is nothing to learn")
-    untrained = frozenset(
-        index
-        for index, message in enumerate(messages)
-        if message.value["role"] == "assistant" and False in (trained, message.trained)
-    )
-    for name in list(record.keys() - {key, "system", "tools"} - (_ALPACA_KEYS if key is None else set()))[:_MOST_KEYS]:
+    untrained = frozenset(index for index in turns if trained is False or messages[index][1] is False)
+    tools = record.get("tools")
+    if tools is not None:
+        tools = read_tools(tools, notes)
+    return Conversation([message for message, _ in messages], tools, untrained, notes)
+
+
+def _read_other_keys(record: dict[str, Any], key: str | None, notes: Counter[str]) -> bool | None:
+    """Count the keys next to the conversation that are not used; returns what a mark among them says."""
+    used = _CONVERSATION_KEYS | (_ALPACA_KEYS if key is None else {key})
+    others = {name: value for name, value in record.items() if name not in used and value is not None}
+    _refuse_media(others, "the record")
+    trained = take_training_mark(others, "the record") if any(map(may_be_mark, others)) else None
+    for name in list(others)[:_MOST_KEYS]:
         notes[f"key {name!r} next to the conversation not used"] += 1
-    return Conversation([message.value for message in messages], read_tools(record.get("tools"), notes), untrained, notes)
+    return trained
 
 
 def _find_list(record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -84,25 +93,29 @@ def _find_list(record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
 
     A list within an object, such as {"conversation": {"messages": [...]}}, is moved to the record itself.
     """
-    lists = [key for key in _LISTS if key in record] + [key for key in _OTHER_LISTS if _may_be_list(record.get(key))]
-    alpaca = all(key in record for key in _ALPACA)
-    shapes = lists + (["instruction and output"] if alpaca else [])
+    shapes = [name for name, value in record.items() if name in _SHAPES and value is not None]
+    if len(shapes) > 1 or shapes[:1] != ["messages"]:
+        shapes = [name for name in shapes if name in _LISTS or (name in _OTHER_LISTS and _may_be_list(record[name]))]
+        if all(record.get(name) is not None for name in _ALPACA):
+            shapes.append("instruction and output")
     if len(shapes) > 1:
         raise MalformedError(f"two conversations in one record: {' and '.join(shapes)}; keep one")
     if not shapes:
         keys = ", ".join(map(repr, list(record)[:8])) or "none"
         raise MalformedError(f"no messages, conversations, or instruction with output (keys there: {keys})")
-    if not lists:
+    key = shapes[0]
+    if key not in record:
         return record, None
-    key = lists[0]
     value = record[key]
+    if isinstance(value, list):
+        return record, key
     if isinstance(value, str):
         value = parse_embedded(value, key)
     if not isinstance(value, dict):
         return {**record, key: value}, key
     inner = {name: item for name, item in value.items() if item is not None}
-    outer = {name: item for name, item in record.items() if name != key}
-    if not any(name in inner for name in (*_LISTS, *_OTHER_LISTS, *_ALPACA)):
+    outer = {name: item for name, item in record.items() if name != key and item is not None}
+    if inner.keys().isdisjoint((*_LISTS, *_OTHER_LISTS, *_ALPACA)):
         raise MalformedError(f"{key} is an object, not an array")
     if both := sorted(inner.keys() & outer.keys()):
         raise MalformedError(f"{key} and the record both have the key {both[0]!r}; keep one")
@@ -130,6 +143,10 @@ def _listed_messages(value: Any, key: str, notes: Counter[str]) -> list[_Message
 def _read_message(item: Any, place: str, notes: Counter[str]) -> _Message:
     if not isinstance(item, dict):
         raise MalformedError(f"{place} is {json_type(item)}, not an object")
+    if len(item) == 2 and type(content := item.get("content", item.get("value"))) is str:
+        role = item.get("role", item.get("from"))  # most messages: nothing but these two
+        if type(role) is str and role in _PLAIN and (ROLES[role] != "assistant" or content.strip()):
+            return {"role": ROLES[role], "content": content}, None
     # transformers leaves out what is null: templates would print None.
     null_content = any(key in item and item[key] is None for key in _CONTENT_KEYS)
     item = {key: value for key, value in item.items() if value is not None}
@@ -162,7 +179,7 @@ def _read_message(item: Any, place: str, notes: Counter[str]) -> _Message:
         message["content"] = content
     if calls:
         message["tool_calls"] = calls
-    return _Message({**message, **item}, mark)
+    return {**message, **item}, mark
 
 
 def _take_role(item: dict[str, Any], place: str) -> str:
@@ -218,7 +235,7 @@ def _alpaca_messages(record: dict[str, Any]) -> list[_Message]:
     question = "\n".join(part for part in parts if part)
     if not question.strip():
         raise MalformedError("the instruction is empty")
-    messages = []
+    messages: list[_Message] = []
     for index, (asked, answered) in enumerate([*history, (question, record["output"])]):
         place = f"history[{index}]" if index < len(history) else "output"
         for text in (asked, answered):
@@ -226,5 +243,5 @@ def _alpaca_messages(record: dict[str, Any]) -> list[_Message]:
                 raise MalformedError(f"{place} is {json_type(text)}, not a string")
         if not answered.strip():
             raise MalformedError(f"{place}: the assistant's content is empty")
-        messages += [_Message({"role": "user", "content": asked}), _Message({"role": "assistant", "content": answered})]
+        messages += [({"role": "user", "content": asked}, None), ({"role": "assistant", "content": answered}, None)]
     return messages

@@ -13,12 +13,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from ...engine.errors import UserError
-from .chat_conversation import Conversation, called_functions
+from .chat_conversation import Conversation, all_strings, called_functions
+from .chat_limits import FREE_OUTPUT, MAX_FAILURES, TooCostlyError, check_output, check_source, render_within_limits
 from .chat_tools import with_arguments
 from .records import MalformedError
 
@@ -58,7 +59,9 @@ class ChatTemplate:
     def __init__(self, source: str, origin: str, special_tokens: dict[str, str], now: datetime) -> None:
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        check_source(source, origin)
         self.origin = origin
+        self._failures = 0
         self.marks_turns = _MARKED.search(source) is not None
         """Whether {% generation %} blocks say what the assistant writes."""
         self._render: Any = render_jinja_template
@@ -128,15 +131,27 @@ class ChatTemplate:
         return self._call(conversation, return_assistant_tokens_mask=True)
 
     def _call(self, conversation: Conversation, **options: bool) -> tuple[str, list[Span]]:
+        render = partial(
+            self._render,
+            conversations=[conversation.messages],
+            tools=conversation.tools,
+            chat_template=self.text,
+            **options,
+            **self.special_tokens,
+            **self.moments,
+        )
         try:
-            texts, spans = self._render(
-                conversations=[conversation.messages],
-                tools=conversation.tools,
-                chat_template=self.text,
-                **options,
-                **self.special_tokens,
-                **self.moments,
-            )
+            texts, spans = render_within_limits(render)
+            if len(texts[0]) > FREE_OUTPUT:
+                check_output(texts[0], sum(map(len, all_strings([conversation.messages, conversation.tools]))))
+        except TooCostlyError as error:
+            self._failures += 1
+            if self._failures >= MAX_FAILURES:
+                raise UserError(
+                    f"{self.origin}: the chat template cannot be used: {error}, and so for {MAX_FAILURES} "
+                    "conversations; give --chat-template FILE with another"
+                ) from None
+            raise MalformedError(f"the chat template cannot be used for the conversation: {error}") from None
         except ImportError as error:
             raise UserError(f"--chat needs jinja2: pip install 'jinja2>=3.1.6' ({error})") from None
         except RecursionError:
@@ -349,7 +364,7 @@ def _render_probe(template: ChatTemplate, conversation: Conversation, prompt: bo
     """
     try:
         return template.render(conversation, prompt)
-    except MalformedError as error:
+    except (MalformedError, RecursionError) as error:
         raise UserError(f"{template.origin}: not a usable chat template, a plain question fails: {error}") from None
 
 

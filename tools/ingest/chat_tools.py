@@ -134,7 +134,7 @@ def without_nulls(value: Any, notes: Counter[str]) -> Any:
 
 
 def with_arguments(conversation: Conversation, as_text: bool) -> Conversation:
-    """The conversation with the arguments of all calls as objects, or as strings of JSON for templates that want them."""
+    """The conversation with the arguments of all calls as objects, or as strings of JSON."""
     messages = []
     for message in conversation.messages:
         if calls := message.get("tool_calls"):
