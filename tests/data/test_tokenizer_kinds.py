@@ -23,6 +23,7 @@ from oracles.tiny_tokenizer import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retemper.engine.checkpoint.assets import HfAssets
+from retemper.engine.data.document_frame import DocumentFrame
 from retemper.engine.data.index_format import best_dtype
 from retemper.engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from retemper.engine.errors import UserError
@@ -49,7 +50,7 @@ def expect_ids(handle: TokenizerHandle, texts: list[str], expected: list[list[in
     assert ids.tolist() == [token for one in expected for token in one]
     assert lengths.tolist() == list(map(len, expected))
     assert [one.tolist() for one in handle.encode_batch(texts)] == expected
-    ids, lengths = handle.encode_documents(texts, 7)
+    ids, lengths = handle.encode_documents(texts, DocumentFrame(suffix=(7,)))
     assert ids.tolist() == [token for one in expected if one for token in [*one, 7]]
     assert (ids.dtype, lengths.dtype, ids.flags.writeable) == (np.int32, np.int64, True)
     assert handle.check_fast_path(texts) is None and handle.fallback_reason is None
