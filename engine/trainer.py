@@ -381,7 +381,7 @@ class Trainer:
         was, layout, datasets = self.inputs.resumed, self.mesh.layout._asdict(), self.inputs.catalog.fingerprints
         for line in [
             *(describe_changes(was, self.config, layout, datasets) if was else []),
-            *notes(self.config, self.inputs.catalog, self.inputs.assets.config.get("max_position_embeddings")),
+            *notes(self.config, self.inputs.catalog, self.inputs.assets),
             *summary,
             describe_saving(self.config, self.model.parameters()),
             *describe_data(self.config.data, self.inputs.catalog, self.inputs.order, self._last_sample()),

@@ -39,6 +39,9 @@ TEXTS = [
     *(sample_text(seed, 40) for seed in range(5)),
 ]
 
+END = 1_000_000
+"""An id that no text has."""
+
 
 def batches() -> st.SearchStrategy[list[str]]:
     """Batches of texts that mix ordinary words, tokens written out and any Unicode."""
@@ -111,12 +114,12 @@ def ids_of(plain: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def expect_ids(handle: TokenizerHandle, texts: list[str], expected: list[list[int]]) -> None:
-    """All ways of encoding ``texts`` give ``expected``, with 7 as the end of documents."""
+    """All ways of encoding ``texts`` give ``expected``, with END as the end of documents."""
     for ids, lengths in (handle.encode_flat(texts), handle.reference_encode(texts)):
         assert ids.tolist() == [token for one in expected for token in one]
         assert lengths.tolist() == list(map(len, expected))
-    ids, lengths = handle.encode_documents(texts, DocumentFrame(suffix=(7,)))
-    assert ids.tolist() == [token for one in expected if one for token in [*one, 7]]
+    ids, lengths = handle.encode_documents(texts, DocumentFrame(suffix=(END,)))
+    assert ids.tolist() == [token for one in expected if one for token in [*one, END]]
     assert lengths.tolist() == [len(one) + 1 if one else 0 for one in expected]
     assert (ids.dtype, lengths.dtype, ids.flags.writeable) == (np.int32, np.int64, True)
     assert handle.fast_path_failures == 0

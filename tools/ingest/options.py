@@ -24,8 +24,6 @@ class PreprocessOptions:
     input: Sequence[str]
     tokenizer: str | None = None
     """None: that of ``model``, and without one Qwen2's."""
-    model: str | None = None
-    """Folder, checkpoint or Hub name of the model whose tokenizer is used."""
     output_prefix: str = "dataset"
     json_key: Sequence[str] = ("text",)
     metadata: Sequence[str] = ()
@@ -35,6 +33,8 @@ class PreprocessOptions:
     chat_template: str | None = None
     chat_date: str | None = None
     """YYYY-MM-DD, what templates take for today; None: the day of the run."""
+    model: str | None = None
+    """Folder, checkpoint or Hub name of the model whose tokenizer is used."""
     append_eod: bool = True
     eod_token: str | None = None
     """None: the tokenizer's document end."""
