@@ -53,8 +53,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--bos",
         choices=BOS_CHOICES,
         default="auto",
-        help="whether a prompt begins with the BOS (auto: as the documents of training where a checkpoint says, else as "
-        "the tokenizer begins texts)",
+        help="whether a prompt begins with the BOS (auto: as the documents in training where a checkpoint says, else "
+        "as the tokenizer begins texts)",
     )
     parser.add_argument(
         "--dtype", choices=DTYPE_CHOICES, default="auto", help="to compute in (default: what the model's config says)"
