@@ -42,6 +42,21 @@ def _unigram(special: tuple[str, ...]) -> str:
     return tokenizer.to_str()
 
 
+@cache
+def byte_fallback(special: tuple[str, ...]) -> str:
+    """BPE over characters with a space in front, and bytes where the alphabet ends."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(vocab_size=250, special_tokens=list(special), show_progress=False)
+    tokenizer.train_from_iterator(TRAINING, trainer)
+    content = json.loads(tokenizer.to_str())
+    vocab = content["model"]["vocab"]
+    for byte in range(256):
+        vocab[f"<0x{byte:02X}>"] = len(vocab)
+    content["model"]["byte_fallback"] = True
+    return json.dumps(content)
+
+
 def save(folder: Path, content: str, single: str = "$A", offsets: bool = False, **config: Any) -> Path:
     """Write a tokenizer.json whose post-processor makes ``single`` of a text, and a tokenizer_config.json."""
     folder.mkdir(parents=True)
@@ -103,7 +118,13 @@ KINDS: dict[str, Callable[[Path], Path]] = {
         eos_token="<|end_of_text|>",
     ),
     "mistral": lambda folder: save(
-        folder, _unigram(SENTENCEPIECE), "<s> $A", tokenizer_class=FAST, add_bos_token=True, add_eos_token=False, **S
+        folder,
+        byte_fallback(SENTENCEPIECE),
+        "<s> $A",
+        tokenizer_class=FAST,
+        add_bos_token=True,
+        add_eos_token=False,
+        **S,
     ),
     "qwen 2": lambda folder: save(
         folder,
@@ -122,7 +143,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     ),
     "gemma": lambda folder: save(
         folder,
-        _unigram(("<pad>", "<eos>", "<bos>", "<unk>")),
+        byte_fallback(("<pad>", "<eos>", "<bos>", "<unk>")),
         "<bos> $A",
         tokenizer_class=FAST,
         bos_token={"__type": "AddedToken", "content": "<bos>", "special": True},
