@@ -294,9 +294,8 @@ def _load_tokenizer(
 def _bos_of_training(checkpoint: Path) -> tuple[int, ...] | None:
     """What the documents that a checkpoint was trained on begin with, where all sources agree and that is recorded."""
     recorded = [dataset.get("bos") for dataset in read_manifest(checkpoint).datasets.values()]
-    if not recorded or any(ids is None or ids != recorded[0] for ids in recorded):
-        return None
-    return tuple(recorded[0])
+    first: list[int] | None = recorded[0] if recorded else None
+    return None if first is None or any(ids != first for ids in recorded) else tuple(first)
 
 
 def _stop_ids(config: dict[str, Any], assets: Path) -> set[int]:

@@ -250,7 +250,7 @@ class ChatEncoder:
         if not mask.any():
             raise MalformedError("the chat template renders nothing that the assistant says")
         ids, mask = self._bos.apply(encoding.ids, mask)
-        if self._adds_eod(ids):
+        if self._eod_id is not None and self._adds_eod(ids):
             ids = [*ids, self._eod_id]
             mask = np.append(mask, np.uint8(0))
         return EncodedChat(
