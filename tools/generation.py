@@ -114,7 +114,10 @@ class TextGenerator:
         self.notes = []
         """What a user may not have meant."""
         if trained is not None and trained != ids_of(frame.prefix):
-            here, there = (f"with {ids}" if ids else "without a BOS" for ids in (trained, ids_of(frame.prefix)))
+            here, there = (
+                f"with token {' '.join(map(str, ids))}" if ids else "without a BOS"
+                for ids in (trained, ids_of(frame.prefix))
+            )
             self.notes.append(
                 f"prompts begin {here}, as the documents in training did; the tokenizer begins texts {there}; choose "
                 "with --bos"
