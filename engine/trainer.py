@@ -391,7 +391,7 @@ class Trainer:
         was, layout, datasets = self.inputs.resumed, self.mesh.layout._asdict(), self.inputs.catalog.fingerprints
         for line in [
             *(describe_changes(was, self.config, layout, datasets) if was else []),
-            *notes(self.config, self.inputs.catalog, self.inputs.assets.config.get("max_position_embeddings")),
+            *notes(self.config, self.inputs.catalog, self.inputs.assets),
             *(f"note: {line}" for line in [*self._budget_used(), *without_effect(self._situation())]),
             *summary,
             describe_saving(self.config, self.model.parameters()),

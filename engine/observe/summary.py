@@ -9,9 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..budget import BatchPlan
+from ..checkpoint.assets import HfAssets
 from ..config import DataConfig, RunConfig
 from ..data.catalog import Catalog
 from ..data.cuts import count_cuts
+from ..data.document_frame import frame_of_files
 from ..data.layout import GROUP_WINDOWS
 from ..data.sample_order import SampleOrder
 from ..data.source import Source
@@ -23,6 +25,7 @@ from ..precision import Precision
 from ..run_inputs import RunInputs
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
+from .tokenizer_notes import tokenizer_notes
 
 _GROUPS_COUNTED = 8  # of each source, to estimate how many documents are cut
 
@@ -146,14 +149,17 @@ def _spread_groups(source: Source) -> list[int]:
     return [number * groups // count for number in range(count)]
 
 
-def notes(config: RunConfig, catalog: Catalog, max_positions: int | None) -> list[str]:
+def notes(config: RunConfig, catalog: Catalog, assets: HfAssets) -> list[str]:
     """What a user may not have meant."""
     training, lines = config.training, []
+    assert assets.config is not None
+    max_positions: int | None = assets.config.get("max_position_embeddings")
     if catalog.unchecked:
         lines.append(
             f"note: no sidecar stands beside {', '.join(catalog.unchecked)}: which tokenizer made it is not checked, "
             "and token ids only as they are read"
         )
+    lines += tokenizer_notes(catalog, frame_of_files(assets.files), assets.tokenizer_sha256 is not None)
     if max_positions is not None and training.sequence_length > max_positions:
         lines.append(
             f"note: training.sequence_length {training.sequence_length:,} is beyond the model's "
