@@ -29,6 +29,7 @@ __all__ = [
     "TOKENIZER_FILE",
     "TokenizerHandle",
     "TokenizerSpec",
+    "load_prompt_tokenizer",
     "load_tokenizer",
 ]
 
@@ -181,9 +182,25 @@ class TokenizerHandle:
         flat, lengths = self.encode_flat(texts)
         return np.split(flat, np.cumsum(lengths)[:-1])
 
-    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """Text of ``ids``, special tokens written out, ids that the vocabulary lacks left out."""
-        return self._reference.decode([int(token) for token in ids])
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model is to continue, after a BOS where the tokenizer puts one before texts.
+
+        Load the tokenizer with :func:`load_prompt_tokenizer`, so that special tokens in ``text`` are recognized.
+
+        Raises:
+            UserError: as :meth:`encode_flat`.
+        """
+        try:
+            return self._reference.encode_prompt(text)
+        except UserError:
+            raise
+        except Exception:  # TypeError, RuntimeError or UnicodeEncodeError, by library
+            self._refuse_surrogates([text])
+            raise
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer], *, special_tokens: bool = True) -> str:
+        """Text of ``ids``, with special tokens written out or left out, and without ids that the vocabulary lacks."""
+        return self._reference.decode([int(token) for token in ids], special_tokens)
 
     def eod(self, eod_token: str | None = None) -> tuple[str, int]:
         """The token that ends a document, and its id. From here on, that token in a text is ordinary text, unless
@@ -301,6 +318,20 @@ def load_tokenizer(
     """
     text = os.fspath(name)
     return TokenizerHandle(text, find_tokenizer_file(text), allow_special_tokens=allow_special_tokens, backend=backend)
+
+
+def load_prompt_tokenizer(name: str | os.PathLike[str]) -> TokenizerHandle:
+    """As :func:`load_tokenizer`, for prompts rather than documents: special tokens in a text are control tokens. A
+    sentencepiece model has none in text; there a prompt is text throughout.
+
+    Raises:
+        UserError: as :func:`load_tokenizer`.
+    """
+    text = os.fspath(name)
+    file = find_tokenizer_file(text)
+    return TokenizerHandle(
+        text, file, allow_special_tokens=tokenizer_kind(file) != "sentencepiece", backend="reference"
+    )
 
 
 def _append_to_each(ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], token_id: int) -> FlatIds:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ..errors import UserError
 from .tokenizer_files import CONFIG_FILES, read_config
+from .tokenizer_json import parse_tokenizer
 
 FlatIds = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 """Ids of all texts laid end to end, int32[T], and the number of ids of each, int64[texts]."""
@@ -43,8 +44,11 @@ class Reference(Protocol):
     def encode(self, texts: Sequence[str]) -> FlatIds:
         """Ids of each text. A text that is not Unicode raises whatever the library raises."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, special tokens written out, unknown ids left out."""
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of the beginning of a text that a model is to continue, with what the tokenizer puts before a text."""
+
+    def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
+        """Text of ``ids``, with special tokens written out or left out, and unknown ids left out."""
 
     def document_end(self, token: str | None) -> tuple[str, int]:
         """The token that ends a document (``token``, or by default the tokenizer's own), and its id."""
@@ -62,25 +66,14 @@ class TokenizersReference:
     """
 
     def __init__(self, name: str, file: Path, content: bytes, allow_special_tokens: bool) -> None:
-        from tokenizers import Tokenizer
-
         self._name = name
         self._folder = file.parent
         self.changes = 0
-        try:
-            self._tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception for a file that it cannot parse
-            raise UserError(
-                f"{file}: not a tokenizer that the tokenizers library can read: {one_line(error)}"
-            ) from error
+        self._tokenizer = parse_tokenizer(content, file)
         self.library = f"tokenizers {version('tokenizers')}"
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._allow_special_tokens = allow_special_tokens
         self._tokenizer.encode_special_tokens = not allow_special_tokens
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        if getattr(self._tokenizer.model, "dropout", None) is not None:
-            self._tokenizer.model.dropout = None
         # Only recent versions of the library have the variant that does not track character offsets.
         self._encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
 
@@ -88,9 +81,13 @@ class TokenizersReference:
         """See :class:`Reference`."""
         return flatten([encoding.ids for encoding in self._encode(list(texts), add_special_tokens=False)])
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def encode_prompt(self, text: str) -> list[int]:
+        """See :class:`Reference`: with the BOS and whatever else the post-processor adds."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
         """See :class:`Reference`."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self._tokenizer.decode(ids, skip_special_tokens=not special_tokens)
 
     def document_end(self, token: str | None) -> tuple[str, int]:
         """``token``; else ``<|endoftext|>`` where the vocabulary has it; else the EOS that tokenizer_config.json or
@@ -160,6 +157,7 @@ class SentencePieceReference:
             raise UserError(f"{file}: a .model file needs sentencepiece: pip install sentencepiece") from error
 
         self._name = name
+        self._folder = file.parent
         self.changes = 0
         self._model = SentencePieceProcessor()
         try:
@@ -175,7 +173,13 @@ class SentencePieceReference:
         """See :class:`Reference`."""
         return flatten(self._model.Encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=1))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def encode_prompt(self, text: str) -> list[int]:
+        """See :class:`Reference`: after a BOS, as of transformers' LlamaTokenizer, where the model has one and
+        tokenizer_config.json next to it does not say ``add_bos_token: false``."""
+        bos = self._model.bos_id() >= 0 and read_config(self._folder / CONFIG_FILES[0]).get("add_bos_token", True)
+        return list(self._model.Encode(text, out_type=int, add_bos=bool(bos)))
+
+    def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
         """See :class:`Reference`. Each run of ids between control pieces is decoded by itself."""
         parts: list[str] = []
         run: list[int] = []
@@ -185,8 +189,9 @@ class SentencePieceReference:
             if not self._model.IsControl(token):
                 run.append(token)
                 continue
-            parts += [self._model.Decode(run) if run else "", self._model.IdToPiece(token)]
-            run = []
+            if special_tokens:
+                parts += [self._model.Decode(run) if run else "", self._model.IdToPiece(token)]
+                run = []
         return "".join([*parts, self._model.Decode(run) if run else ""])
 
     def document_end(self, token: str | None) -> tuple[str, int]:

@@ -137,9 +137,14 @@ class TiktokenReference:
         lengths = np.fromiter(map(len, ids[1:]), np.int64, len(ids) - 1)
         return np.concatenate(ids).view(np.int32), lengths
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def encode_prompt(self, text: str) -> list[int]:
+        """See :class:`~.tokenizer_backends.Reference`. Such encodings put nothing before a text."""
+        return [int(token) for token in self.encode([text])[0]]
+
+    def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
         """See :class:`~.tokenizer_backends.Reference`. Bytes that are not UTF-8 become U+FFFD."""
-        return self._encoding.decode([token for token in ids if token in self._known_ids])
+        left_out = set() if special_tokens else set(self._special_tokens.values())
+        return self._encoding.decode([token for token in ids if token in self._known_ids and token not in left_out])
 
     def document_end(self, token: str | None) -> tuple[str, int]:
         """``token``, or ``<|endoftext|>``: a special token.

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config, tokenizer_kind
+from ...engine.data.tokenizer_json import deterministic, parse_tokenizer
 from ...engine.errors import UserError
 from .chat_messages import Conversation, all_strings, called_names, read_conversation
 from .chat_template import CONFIG_FILE, ChatTemplate, Span, TurnFinder, frame, load_template
@@ -156,6 +157,7 @@ class ChatEncoder:
             reference = AutoTokenizer.from_pretrained(self._file.parent, local_files_only=True, trust_remote_code=False)
         except Exception:  # whatever its tokenizer classes raise
             return False
+        deterministic(reference.backend_tokenizer)
         theirs: Any = reference.apply_chat_template(
             messages, chat_template=self._template.text, return_dict=False, **self._template.moments
         )
@@ -319,19 +321,16 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _load_tokenizer(file: Path, named: list[str]) -> Any:
-    from tokenizers import Tokenizer
-
     if not file.is_file() or tokenizer_kind(file) != "tokenizer.json":
         raise UserError(
             f"{file}: --chat needs a tokenizer with a tokenizer.json; save this one in that format (transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
         )
     try:
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception for a file that it cannot parse
-        raise UserError(f"{file}: not a tokenizer that the tokenizers library can read: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    tokenizer = parse_tokenizer(content, file)
     # A post-processor adds tokens, which a template has written itself, or moves offsets past the space before a word.
     tokenizer.post_processor = None
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}

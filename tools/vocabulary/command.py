@@ -15,12 +15,15 @@ from ...engine.conversion.checkpoint_model import seal
 from ...engine.conversion.run import require_outside
 from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
+from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.errors import UserError
 from ...engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, parse_shard_size
 from ...engine.streaming.new_folder import new_folder, require_absent
 from .corpus import Sample, is_held_out, read_documents
 from .report import PAGE_FILE, REPORT_FILE, Gain, Measure, format_gain, format_tokens, write_page, write_report
-from .sentencepiece_file import SentencePieceModel, escaped
+from .sentencepiece_file import escaped
+from .sentencepiece_json import converted
+from .serving import require_served_alike
 from .tokenizer_json import BpeJson
 from .unigram_json import UnigramJson
 from .vocabulary import Extension, NewToken, Tokenizer, Wanted
@@ -118,9 +121,10 @@ def _write(
     """Everything but the name of the output."""
     beside = folder / ASSET_FOLDER if model.is_checkpoint else folder
     _extended_assets(model, extension, vocab_size).write(beside)
-    new = load_tokenizer(beside)
     require_ids(model.asset_folder, beside, extension.tokens)
-    require_unchanged_texts(new, extension.tokens)
+    for line in require_served_alike(beside, extension.tokens):
+        say(line)
+    new = load_tokenizer(beside)
     gain = None if corpus is None else _measure(corpus, old, new)
     first_id = extension.tokens[0].id
     source = ExtendedVocabulary(model.source, vocab_size, first_id, extension.tokens)
@@ -187,7 +191,8 @@ def open_tokenizer(files: dict[str, bytes], where: Path) -> Tokenizer:
         UserError: it is of a kind that cannot be extended.
     """
     if where.name == SENTENCEPIECE_FILE:
-        return SentencePieceModel(files, where)
+        files = {**files, TOKENIZER_FILE: converted(files, where)}
+        where = where.with_name(TOKENIZER_FILE)
     if where.name != TOKENIZER_FILE:
         raise UserError(f"{where}: a tiktoken file cannot be extended; save the tokenizer as {TOKENIZER_FILE} first")
     kind = _kind_of_model(files[TOKENIZER_FILE])
@@ -200,10 +205,8 @@ def open_tokenizer(files: dict[str, bytes], where: Path) -> Tokenizer:
 
 def _kind_of_model(content: bytes) -> str:
     """Of a tokenizer.json. Old ones, such as GPT-2's, do not say it; the library tries what fits."""
-    import tokenizers
-
     kind = json.loads(content)["model"].get("type")
-    return kind or type(tokenizers.Tokenizer.from_str(content.decode("utf-8")).model).__name__
+    return kind or type(parse_tokenizer(content, TOKENIZER_FILE).model).__name__
 
 
 def _tokenizer_path(model: StoredModel) -> Path:
@@ -270,26 +273,10 @@ def require_ids(old: Path, new: Path, tokens: Sequence[NewToken]) -> None:
     assert all(token.id in (after.get(token.piece), after.get(escaped(token.piece))) for token in tokens), new
 
 
-def require_unchanged_texts(new: TokenizerHandle, tokens: Sequence[NewToken]) -> None:
-    """See that added tokens leave the text around them as it is.
-
-    Raises:
-        UserError: the tokenizer begins anew behind an added token, and puts a space there.
-    """
-    for token in tokens:
-        probe = f"a{token.text}b c"
-        if token.kind == "added" and (back := new.decode(new.reference_encode([probe])[0])) != probe:
-            raise UserError(
-                f"--tokens: {token.text!r} can only be an added token, and the tokenizer would change the text around "
-                f"it ({probe!r} comes back as {back!r}); list its words one by one, or leave it out"
-            )
-
-
 def _ids(folder: Path) -> dict[str, int]:
     if (folder / TOKENIZER_FILE).is_file():
-        import tokenizers
-
-        return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab(with_added_tokens=True)
+        file = folder / TOKENIZER_FILE
+        return parse_tokenizer(file.read_bytes(), file).get_vocab(with_added_tokens=True)
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))

@@ -121,6 +121,11 @@ def read_object(files: Mapping[str, bytes], path: Path, remedy: str) -> dict[str
     return content
 
 
+def dump_json(content: Any) -> bytes:
+    """A JSON file of a tokenizer's folder."""
+    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+
+
 def require_ids_as_read(tokenizer: tokenizers.Tokenizer, added: Mapping[str, int], path: Path) -> None:
     """See that added tokens have the ids that ``tokenizer.json`` says.
 

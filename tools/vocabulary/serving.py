@@ -1,0 +1,150 @@
+"""The extended tokenizer as other programs read it: transformers' ``AutoTokenizer`` must give the ids of training.
+
+AutoTokenizer does not simply read tokenizer.json. It takes added tokens from ``added_tokens_decoder`` of
+tokenizer_config.json where there is one, from added_tokens.json and tokenizer.json otherwise, and classes such as
+LlamaTokenizer build the rules for spaces themselves. So the files next to tokenizer.json get the new tokens too, and
+what AutoTokenizer then gives is compared with our own ids, for texts with each of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
+from ...engine.data.tokenizer_files import TOKENIZER_FILE
+from ...engine.data.tokenizer_json import deterministic
+from ...engine.errors import UserError
+from .vocabulary import WORD_START, NewToken, dump_json, read_object
+
+_CONFIG_FILE, _ADDED_FILE = "tokenizer_config.json", "added_tokens.json"
+_REMEDY = "get it again from where the model came from"
+_SPACE_NOTE = (
+    f"{TOKENIZER_FILE} writes spaces as transformers' LlamaTokenizer does (Metaspace): a text that begins with a space "
+    "has one token less than before, all others are as before"
+)
+
+
+def with_added_tokens(
+    files: Mapping[str, bytes], entries: Sequence[Mapping[str, Any]], folder: Path
+) -> dict[str, bytes | None]:
+    """Return the files next to tokenizer.json that list added tokens, with ``entries`` in them.
+
+    Args:
+        files: of the folder, by name. A file that it lacks, or that has no such list, is not made.
+        entries: as in ``added_tokens`` of tokenizer.json.
+        folder: of the files, for messages.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    if not entries:
+        return {}
+    changed: dict[str, bytes | None] = {}
+    config = read_object(files, folder / _CONFIG_FILE, _REMEDY)
+    if isinstance(config.get("added_tokens_decoder"), dict):
+        new = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in entries}
+        changed[_CONFIG_FILE] = dump_json({**config, "added_tokens_decoder": {**config["added_tokens_decoder"], **new}})
+    if _ADDED_FILE in files:
+        added = read_object(files, folder / _ADDED_FILE, _REMEDY)
+        changed[_ADDED_FILE] = dump_json(added | {entry["content"]: entry["id"] for entry in entries})
+    return changed
+
+
+def require_served_alike(folder: Path, tokens: Sequence[NewToken]) -> list[str]:
+    """See that texts with the new tokens stay as they are, and that AutoTokenizer gives them our ids.
+
+    Where the tokenizer puts a space before every part of a text, as Llama 2's tokenizer.json does, and that is what is
+    wrong, ``tokenizer.json`` is changed to the rule of transformers' LlamaTokenizer.
+
+    Args:
+        folder: of the extended tokenizer, which may be changed, with the model's config.json.
+        tokens: the new ones.
+
+    Returns:
+        Lines for the console.
+
+    Raises:
+        UserError: a difference remains.
+    """
+    problem, notes = _problem(folder, tokens)
+    file = folder / TOKENIZER_FILE
+    if problem is not None and (rewritten := _with_metaspace(json.loads(file.read_bytes()))) is not None:
+        file.write_bytes(dump_json(rewritten))
+        problem, notes = _problem(folder, tokens)
+        notes = [_SPACE_NOTE, *notes]
+    if problem is not None:
+        raise UserError(problem)
+    return notes
+
+
+def probes(tokens: Iterable[NewToken]) -> list[str]:
+    """Return texts that hold each token alone, inside a word, between words, and twice."""
+    texts: dict[str, None] = {}
+    for token in tokens:
+        text = token.text
+        if "\ufffd" not in text:  # a part of a character, which is never written alone
+            texts |= dict.fromkeys([text, f"x{text}y", f"x {text} y", f"x{text} {text}.", f" {text} "])
+    return list(texts)
+
+
+def _problem(folder: Path, tokens: Sequence[NewToken]) -> tuple[str | None, list[str]]:
+    """What is wrong, if anything, and lines for the console."""
+    ours = load_tokenizer(folder, backend="reference")
+    changed = _changed_text(ours, tokens)
+    return (changed, []) if changed is not None else _other_ids(ours, folder, tokens)
+
+
+def _changed_text(ours: TokenizerHandle, tokens: Sequence[NewToken]) -> str | None:
+    """Added tokens must leave the text around them as it is."""
+    for token in tokens:
+        probe = f"a{token.text}b c"
+        if token.kind == "added" and (back := ours.decode(ours.reference_encode([probe])[0])) != probe:
+            return (
+                f"--tokens: {token.text!r} can only be an added token, and the tokenizer would change the text around "
+                f"it ({probe!r} comes back as {back!r}); list its words one by one, or leave it out"
+            )
+    return None
+
+
+def _other_ids(ours: TokenizerHandle, folder: Path, tokens: Sequence[NewToken]) -> tuple[str | None, list[str]]:
+    """Compare with AutoTokenizer. Where transformers cannot load the tokenizer, there is a line that says so."""
+    from transformers import AutoTokenizer
+
+    library = f"AutoTokenizer of transformers {version('transformers')}"
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever its tokenizer classes raise
+        reason = " ".join(str(error).split())[:200]
+        return None, [f"note: {library} cannot load the new tokenizer, so its ids were not compared: {reason}"]
+    if getattr(theirs, "is_fast", False):
+        deterministic(theirs.backend_tokenizer)
+    texts = probes(tokens)
+    for text, mine in zip(texts, ours.encode_batch(texts), strict=True):
+        other = theirs.encode(text, add_special_tokens=False)
+        if mine.tolist() != other:
+            return (
+                f"the tokenizer with the new tokens gives {text!r} the ids {mine.tolist()}, and {library} gives "
+                f"{other}, so that the model would be served other ids than it is trained on; save the tokenizer with "
+                "transformers first (AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or list other "
+                "tokens"
+            ), []
+    return None, []
+
+
+def _with_metaspace(content: dict[str, Any]) -> dict[str, Any] | None:
+    """``content`` with transformers' rule for spaces in place of Llama 2's; None where it has another one.
+
+    Llama 2's normalizer puts U+2581 before every part between added tokens, Metaspace only before the whole text, and
+    only where this does not begin with a space.
+    """
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": WORD_START}
+    steps = (content.get("normalizer") or {}).get("normalizers") or []
+    if steps[-2:] != [{"type": "Prepend", "prepend": WORD_START}, escape] or content.get("pre_tokenizer") is not None:
+        return None
+    normalizer = {"type": "Sequence", "normalizers": steps[:-2]} if steps[:-2] else None
+    metaspace = {"type": "Metaspace", "replacement": WORD_START, "prepend_scheme": "first", "split": False}
+    return {**content, "normalizer": normalizer, "pre_tokenizer": metaspace}
