@@ -173,8 +173,7 @@ class TextGenerator:
     def _continuation(self, prompt_ids: list[int], new_ids: list[int]) -> str:
         """Text of ``new_ids`` as it stands after the prompt: alone, some tokenizers drop its leading space."""
         prompt, whole, alone = (
-            self.tokenizer.decode(ids, special_tokens=False)
-            for ids in (prompt_ids, [*prompt_ids, *new_ids], new_ids)
+            self.tokenizer.decode(ids, special_tokens=False) for ids in (prompt_ids, [*prompt_ids, *new_ids], new_ids)
         )
         return whole[len(prompt) :] if whole.startswith(prompt) else alone
 

@@ -174,10 +174,10 @@ class SentencePieceReference:
         return flatten(self._model.Encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=1))
 
     def encode_prompt(self, text: str) -> list[int]:
-        """See :class:`Reference`: after a BOS, as of transformers' LlamaTokenizer, where the model has one and
-        tokenizer_config.json next to it does not say ``add_bos_token: false``."""
-        bos = self._model.bos_id() >= 0 and read_config(self._folder / CONFIG_FILES[0]).get("add_bos_token", True)
-        return list(self._model.Encode(text, out_type=int, add_bos=bool(bos)))
+        """See :class:`Reference`: after a BOS where tokenizer_config.json next to the model says ``add_bos_token:
+        true``, as transformers reads such a folder."""
+        bos = self._model.bos_id() >= 0 and read_config(self._folder / CONFIG_FILES[0]).get("add_bos_token") is True
+        return list(self._model.Encode(text, out_type=int, add_bos=bos))
 
     def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
         """See :class:`Reference`. Each run of ids between control pieces is decoded by itself."""

@@ -24,6 +24,7 @@ from .report import PAGE_FILE, REPORT_FILE, Gain, Measure, format_gain, format_t
 from .sentencepiece_file import escaped
 from .sentencepiece_json import converted
 from .serving import require_served_alike
+from .token_list import read_list, texts_of
 from .tokenizer_json import BpeJson
 from .unigram_json import UnigramJson
 from .vocabulary import Extension, NewToken, Tokenizer, Wanted
@@ -78,18 +79,18 @@ def extend(options: ExtendOptions, say: Callable[[str], None] = print) -> None:
     model = open_model(options.model)
     require_outside(output, model.folder, "--model")
     old = load_tokenizer(_tokenizer_path(model))
-    tokenizer = open_tokenizer(model.assets.files, old.file)
+    tokenizer, notes = open_tokenizer(model.assets.files, old.file)
     rows = model.architecture.vocab_size
     if tokenizer.first_id > rows:
         raise UserError(
             f"--model {options.model}: its tokenizer has ids up to {tokenizer.first_id - 1:,}, but its embedding has "
             f"{rows:,} rows; use the tokenizer that belongs to it"
         )
-    for line in [*model.notes, f"tokenizer: {tokenizer.kind}, ids up to {tokenizer.first_id - 1:,}"]:
+    for line in [*model.notes, *notes, f"tokenizer: {tokenizer.kind}, ids up to {tokenizer.first_id - 1:,}"]:
         say(line)
     corpus = _read(options, tokenizer) if options.corpus else None
     if listed is not None:
-        extension = tokenizer.take(listed)
+        extension = tokenizer.take(texts_of(listed, tokenizer.text_of, str(options.tokens)))
     else:
         assert corpus is not None
         with tqdm(desc="learning", total=options.num_tokens, unit="token", disable=None, leave=False) as bar:
@@ -157,31 +158,8 @@ def _check(options: ExtendOptions) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
 
 
-def read_list(path: str) -> list[str]:
-    """The tokens of a file, one to a line, spaces at its ends included.
-
-    Raises:
-        UserError: it cannot be read, is empty, or names a token twice.
-    """
-    try:
-        # Some editors begin a file with a byte-order mark. Only line feeds end lines: a token may hold U+2028.
-        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--tokens {path}: cannot be read: {error}") from None
-    places: dict[str, int] = {}
-    for number, line in enumerate((line.removesuffix("\r") for line in lines), 1):
-        if not line:
-            continue
-        if line in places:
-            raise UserError(f"--tokens {path}: line {number} is {line!r}, as line {places[line]} is; name each once")
-        places[line] = number
-    if not places:
-        raise UserError(f"--tokens {path}: holds no token; write one to a line")
-    return list(places)
-
-
-def open_tokenizer(files: dict[str, bytes], where: Path) -> Tokenizer:
-    """What can extend the tokenizer of a folder.
+def open_tokenizer(files: dict[str, bytes], where: Path) -> tuple[Tokenizer, list[str]]:
+    """What can extend the tokenizer of a folder, and lines about it for the console.
 
     Args:
         files: of the folder, by name.
@@ -190,16 +168,17 @@ def open_tokenizer(files: dict[str, bytes], where: Path) -> Tokenizer:
     Raises:
         UserError: it is of a kind that cannot be extended.
     """
+    notes: list[str] = []
     if where.name == SENTENCEPIECE_FILE:
-        files = {**files, TOKENIZER_FILE: converted(files, where)}
-        where = where.with_name(TOKENIZER_FILE)
+        content, notes = converted(files, where)
+        files, where = {**files, TOKENIZER_FILE: content}, where.with_name(TOKENIZER_FILE)
     if where.name != TOKENIZER_FILE:
         raise UserError(f"{where}: a tiktoken file cannot be extended; save the tokenizer as {TOKENIZER_FILE} first")
     kind = _kind_of_model(files[TOKENIZER_FILE])
     if kind == "BPE":
-        return BpeJson(files, where)
+        return BpeJson(files, where), notes
     if kind == "Unigram":
-        return UnigramJson(files, where)
+        return UnigramJson(files, where), notes
     raise UserError(f"{where}: a {kind} model cannot be extended; supported: BPE and Unigram")
 
 

@@ -17,19 +17,21 @@ from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.data.tokenizer_probes import PROBES
 from ...engine.errors import UserError
 from .sentencepiece_file import loaded, parse_model
+from .serving import STRIP_STEPS
 from .vocabulary import WORD_START, dump_json, read_object
 
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 """Types of pieces."""
+_DIFFERENCES_ALLOWED = 0.01
 _REMEDY = (
     "save the tokenizer as tokenizer.json first (transformers: AutoTokenizer.from_pretrained(folder)"
     ".save_pretrained(folder))"
 )
 
 
-def converted(files: Mapping[str, bytes], where: Path) -> bytes:
-    """Return the tokenizer.json of a tokenizer.model.
+def converted(files: Mapping[str, bytes], where: Path) -> tuple[bytes, list[str]]:
+    """Return the tokenizer.json of a tokenizer.model, and lines about it for the console.
 
     Args:
         files: of the folder, by name.
@@ -50,9 +52,10 @@ def converted(files: Mapping[str, bytes], where: Path) -> bytes:
             f"{where}: tokens added beside it have ids up to {above:,}, and it holds {len(proto.pieces):,} pieces; "
             f"{_REMEDY}"
         )
-    content = dump_json(_content(proto))
-    _require_same_ids(proto, content, where)
-    return content
+    config = read_object(files, where.with_name("tokenizer_config.json"), _REMEDY)
+    content = dump_json({**_content(proto), "post_processor": _post_processor(proto, config)})
+    notes = _require_same_ids(proto, content, where)
+    return content, [f"note: the output has a tokenizer.json, made from {where}, which programs read first", *notes]
 
 
 def _content(proto: Any) -> dict[str, Any]:
@@ -66,8 +69,8 @@ def _content(proto: Any) -> dict[str, Any]:
     prefix = [{"type": "Prepend", "prepend": WORD_START}] if proto.normalizer_spec.add_dummy_prefix else []
     map_ = proto.normalizer_spec.precompiled_charsmap
     precompiled = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(map_).decode()}
-    spaces = [(" {2,}", " "), (r"\A +", ""), (r" +\z", "")] if proto.normalizer_spec.remove_extra_whitespaces else []
-    fewer = [{"type": "Replace", "pattern": {"Regex": pattern}, "content": text} for pattern, text in spaces]
+    one = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    fewer = [one, *STRIP_STEPS] if proto.normalizer_spec.remove_extra_whitespaces else []
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": WORD_START}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     unescape = {"type": "Replace", "pattern": {"String": WORD_START}, "content": " "}
@@ -78,12 +81,29 @@ def _content(proto: Any) -> dict[str, Any]:
         "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": [*([precompiled] if map_ else []), *fewer, *prefix, escape]},
         "pre_tokenizer": None,
-        "post_processor": None,
         "decoder": {
             "type": "Sequence",
             "decoders": [unescape, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
         },
         "model": _unigram(proto) if proto.trainer_spec.model_type == _UNIGRAM else _bpe(proto),
+    }
+
+
+def _post_processor(proto: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The BOS that transformers puts before a text of such a folder: where tokenizer_config.json asks for it."""
+    place = proto.trainer_spec.bos_id
+    if place < 0 or config.get("add_bos_token") is not True:
+        return None
+    bos = proto.pieces[place].piece
+    first, text, other = (
+        {"SpecialToken": {"id": bos, "type_id": 0}},
+        *({"Sequence": {"id": i, "type_id": 0}} for i in "AB"),
+    )
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, other],
+        "special_tokens": {bos: {"id": bos, "ids": [place], "tokens": [bos]}},
     }
 
 
@@ -132,21 +152,30 @@ def _require_convertible(proto: Any, where: Path) -> None:
     )
     for holds, reason in reasons:
         if holds:
-            raise UserError(f"{where}: the sentencepiece model {reason}, which tokenizer.json cannot express; {_REMEDY}")
+            raise UserError(
+                f"{where}: the sentencepiece model {reason}, which tokenizer.json cannot express; {_REMEDY}"
+            )
 
 
-def _require_same_ids(proto: Any, content: bytes, where: Path) -> None:
-    """Compare the ids of both on a fixed set of texts."""
+def _require_same_ids(proto: Any, content: bytes, where: Path) -> list[str]:
+    """Compare the ids of both on a fixed set of texts. A handful may differ: the tokenizers library normalizes letters
+    with several combining marks in another order.
+
+    Returns:
+        A line for the console where one differs.
+    """
     ours, theirs = parse_tokenizer(content, where), loaded(proto)
     ours.encode_special_tokens = True
     texts = [*PROBES, " the cat", "  a", " ", f"{WORD_START}x"]
-    for text, expected in zip(texts, theirs.Encode(texts, out_type=int), strict=True):
-        found = ours.encode(text, add_special_tokens=False).ids
-        if found != expected:
-            raise UserError(
-                f"{where}: as tokenizer.json it would give the text {text[:40]!r} the ids {found[:8]}, not the "
-                f"{expected[:8]} of sentencepiece; {_REMEDY}"
-            )
+    found = [encoding.ids for encoding in ours.encode_batch(texts, add_special_tokens=False)]
+    expected = theirs.Encode(texts, out_type=int)
+    differing = [text for text, *ids in zip(texts, found, expected, strict=True) if ids[0] != ids[1]]
+    if len(differing) > _DIFFERENCES_ALLOWED * len(texts):
+        raise UserError(
+            f"{where}: as tokenizer.json it would give {len(differing)} of {len(texts)} test texts other ids than "
+            f"sentencepiece does, the first {differing[0][:40]!r}; {_REMEDY}"
+        )
+    return [f"note: {differing[0][:40]!r} gets other ids from it than from {SENTENCEPIECE_FILE}"] if differing else []
 
 
 def _highest_added_id(files: dict[str, bytes], folder: Path) -> int:

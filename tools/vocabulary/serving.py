@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
-from ...engine.data.tokenizer_files import TOKENIZER_FILE
+from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config
 from ...engine.data.tokenizer_json import deterministic
 from ...engine.errors import UserError
 from .vocabulary import WORD_START, NewToken, dump_json, read_object
 
 _CONFIG_FILE, _ADDED_FILE = "tokenizer_config.json", "added_tokens.json"
 _REMEDY = "get it again from where the model came from"
-_SPACE_NOTE = (
-    f"{TOKENIZER_FILE} writes spaces as transformers' LlamaTokenizer does (Metaspace): a text that begins with a space "
-    "has one token less than before, all others are as before"
-)
+STRIP_STEPS = tuple({"type": "Replace", "pattern": {"Regex": regex}, "content": ""} for regex in (r"\A +", r" +\z"))
+"""Normalizers that take spaces from both ends of a text."""
+_PLAIN_CLASS = "PreTrainedTokenizerFast"
+_LIBRARY = f"AutoTokenizer of transformers {version('transformers')}"
 
 
 def with_added_tokens(
@@ -57,8 +57,10 @@ def with_added_tokens(
 def require_served_alike(folder: Path, tokens: Sequence[NewToken]) -> list[str]:
     """See that texts with the new tokens stay as they are, and that AutoTokenizer gives them our ids.
 
-    Where the tokenizer puts a space before every part of a text, as Llama 2's tokenizer.json does, and that is what is
-    wrong, ``tokenizer.json`` is changed to the rule of transformers' LlamaTokenizer.
+    Two things are repaired. Where AutoTokenizer's class for the folder has rules of its own, the folder names the class
+    that reads tokenizer.json as it is. Where the tokenizer puts a space before every part of a text, as Llama 2's
+    tokenizer.json does, and so changes the text behind an added token, tokenizer.json gets the rule of transformers'
+    LlamaTokenizer.
 
     Args:
         folder: of the extended tokenizer, which may be changed, with the model's config.json.
@@ -70,15 +72,16 @@ def require_served_alike(folder: Path, tokens: Sequence[NewToken]) -> list[str]:
     Raises:
         UserError: a difference remains.
     """
-    problem, notes = _problem(folder, tokens)
-    file = folder / TOKENIZER_FILE
-    if problem is not None and (rewritten := _with_metaspace(json.loads(file.read_bytes()))) is not None:
-        file.write_bytes(dump_json(rewritten))
-        problem, notes = _problem(folder, tokens)
-        notes = [_SPACE_NOTE, *notes]
+    problem, is_text = _problem(folder, tokens)
+    notes = []
+    for repair in (_space_like_llama, _name_plain_class) if is_text else (_name_plain_class, _space_like_llama):
+        if problem is not None and (note := repair(folder)) is not None:
+            problem, _ = _problem(folder, tokens)
+            notes.append(note)
     if problem is not None:
         raise UserError(problem)
-    return notes
+    theirs = _auto_tokenizer(folder)
+    return notes if not isinstance(theirs, str) else [*notes, f"note: the new ids were not compared: {theirs}"]
 
 
 def probes(tokens: Iterable[NewToken]) -> list[str]:
@@ -91,11 +94,11 @@ def probes(tokens: Iterable[NewToken]) -> list[str]:
     return list(texts)
 
 
-def _problem(folder: Path, tokens: Sequence[NewToken]) -> tuple[str | None, list[str]]:
-    """What is wrong, if anything, and lines for the console."""
+def _problem(folder: Path, tokens: Sequence[NewToken]) -> tuple[str | None, bool]:
+    """What is wrong, if anything, and whether it is the text rather than the ids."""
     ours = load_tokenizer(folder, backend="reference")
     changed = _changed_text(ours, tokens)
-    return (changed, []) if changed is not None else _other_ids(ours, folder, tokens)
+    return (_other_ids(ours, folder, tokens), False) if changed is None else (changed, True)
 
 
 def _changed_text(ours: TokenizerHandle, tokens: Sequence[NewToken]) -> str | None:
@@ -110,41 +113,70 @@ def _changed_text(ours: TokenizerHandle, tokens: Sequence[NewToken]) -> str | No
     return None
 
 
-def _other_ids(ours: TokenizerHandle, folder: Path, tokens: Sequence[NewToken]) -> tuple[str | None, list[str]]:
-    """Compare with AutoTokenizer. Where transformers cannot load the tokenizer, there is a line that says so."""
-    from transformers import AutoTokenizer
-
-    library = f"AutoTokenizer of transformers {version('transformers')}"
-    try:
-        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever its tokenizer classes raise
-        reason = " ".join(str(error).split())[:200]
-        return None, [f"note: {library} cannot load the new tokenizer, so its ids were not compared: {reason}"]
-    if getattr(theirs, "is_fast", False):
-        deterministic(theirs.backend_tokenizer)
+def _other_ids(ours: TokenizerHandle, folder: Path, tokens: Sequence[NewToken]) -> str | None:
+    """Compare with AutoTokenizer, where it can load the tokenizer."""
+    theirs = _auto_tokenizer(folder)
+    if isinstance(theirs, str):
+        return None
     texts = probes(tokens)
     for text, mine in zip(texts, ours.encode_batch(texts), strict=True):
         other = theirs.encode(text, add_special_tokens=False)
         if mine.tolist() != other:
             return (
-                f"the tokenizer with the new tokens gives {text!r} the ids {mine.tolist()}, and {library} gives "
+                f"the tokenizer with the new tokens gives {text!r} the ids {mine.tolist()}, and {_LIBRARY} gives "
                 f"{other}, so that the model would be served other ids than it is trained on; save the tokenizer with "
                 "transformers first (AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or list other "
                 "tokens"
-            ), []
-    return None, []
+            )
+    return None
 
 
-def _with_metaspace(content: dict[str, Any]) -> dict[str, Any] | None:
-    """``content`` with transformers' rule for spaces in place of Llama 2's; None where it has another one.
+def _auto_tokenizer(folder: Path) -> Any:
+    """What transformers loads from ``folder``; or why it cannot, as a string."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever its tokenizer classes raise
+        return f"{_LIBRARY} cannot load the tokenizer: {' '.join(str(error).split())[:200]}"
+    if getattr(loaded, "is_fast", False):
+        deterministic(loaded.backend_tokenizer)
+    return loaded
+
+
+def _name_plain_class(folder: Path) -> str | None:
+    """Make AutoTokenizer read tokenizer.json as it is. Special tokens that its class has by default get names."""
+    theirs = _auto_tokenizer(folder)
+    path = folder / _CONFIG_FILE
+    config = read_config(path)
+    if isinstance(theirs, str) or config.get("tokenizer_class") == _PLAIN_CLASS:
+        return None
+    names = {name: token for name, token in theirs.special_tokens_map.items() if isinstance(token, str)}
+    path.write_bytes(dump_json({**names, **config, "tokenizer_class": _PLAIN_CLASS}))
+    return (
+        f"note: tokenizer_class in {_CONFIG_FILE} is {_PLAIN_CLASS} now: {type(theirs).__name__} of transformers "
+        f"replaces rules of {TOKENIZER_FILE} by its own and would give other ids"
+    )
+
+
+def _space_like_llama(folder: Path) -> str | None:
+    """Put transformers' rule for spaces in place of Llama 2's, where tokenizer.json has that.
 
     Llama 2's normalizer puts U+2581 before every part between added tokens, Metaspace only before the whole text, and
-    only where this does not begin with a space.
+    only where this does not begin with a space. Steps that take spaces from the ends of a text take them from every
+    such part, too, and are left out.
     """
+    file = folder / TOKENIZER_FILE
+    content = json.loads(file.read_bytes())
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": WORD_START}
     steps = (content.get("normalizer") or {}).get("normalizers") or []
     if steps[-2:] != [{"type": "Prepend", "prepend": WORD_START}, escape] or content.get("pre_tokenizer") is not None:
         return None
-    normalizer = {"type": "Sequence", "normalizers": steps[:-2]} if steps[:-2] else None
+    kept = [step for step in steps[:-2] if step not in STRIP_STEPS]
+    normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
     metaspace = {"type": "Metaspace", "replacement": WORD_START, "prepend_scheme": "first", "split": False}
-    return {**content, "normalizer": normalizer, "pre_tokenizer": metaspace}
+    file.write_bytes(dump_json({**content, "normalizer": normalizer, "pre_tokenizer": metaspace}))
+    return (
+        f"note: {TOKENIZER_FILE} writes spaces as transformers' LlamaTokenizer does (Metaspace): texts that begin or "
+        "end with a space may get one token more or less than before, all others are as before"
+    )

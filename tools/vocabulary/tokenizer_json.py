@@ -57,6 +57,13 @@ class BpeJson:
         self._split = None if self._byte_of else WordSplitter(self._vocab)
         self.kind = "byte-level BPE" if self._byte_of else "BPE made from sentencepiece"
 
+    def text_of(self, piece: str) -> str:
+        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        if self._byte_of is None or all(character in self._byte_of for character in piece):
+            text = self._text_of(piece)
+            return piece if "\ufffd" in text else text
+        return piece
+
     def words(self, text: str) -> Iterable[str]:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
         words = split_words(self._tokenizer, text)

@@ -57,6 +57,10 @@ class UnigramJson:
         self._scores = {piece: score for piece, score in pieces if piece not in special}
         self._split = WordSplitter(self._scores)
 
+    def text_of(self, piece: str) -> str:
+        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        return piece.replace(WORD_START, " ")
+
     def words(self, text: str) -> Iterable[str]:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
         return [part for word in split_words(self._tokenizer, text) for part in self._split(word)]

@@ -155,6 +155,9 @@ class Tokenizer(Protocol):
     first_id: int
     """Of the first new token: above all ids there are."""
 
+    def text_of(self, piece: str) -> str:
+        """The text that an entry of the vocabulary stands for; the entry itself where it is not written as one."""
+
     def words(self, text: str) -> Iterable[str]:
         """The parts of a text that tokens do not cross, normalized, as entries of the vocabulary are written."""
 
