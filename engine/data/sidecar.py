@@ -53,7 +53,7 @@ class Sidecar:
     tokenizer: str
     """Folder, file or Hugging Face Hub name, as it was given."""
     tokenizer_sha256: str
-    """SHA-256 of the tokenizer's file, in hexadecimal: the same vocabulary under another name has the same hash."""
+    """SHA-256 of the tokenizer's file, in hexadecimal."""
     vocab_size: int
     """Every token id of the tokenizer, added tokens included, is below it."""
     append_eod: bool
@@ -81,6 +81,9 @@ class Sidecar:
     """xxh3-128 of .mask.bin; empty when there is none."""
     metadata_xxh3_128: str = ""
     """xxh3-128 of .metadata.jsonl; empty when there is none."""
+    tokenizer_fingerprint: str = ""
+    """The tokenizer's vocabulary and behaviour, see :mod:`tokenizer_fingerprint`; empty in datasets of earlier
+    versions."""
 
     @staticmethod
     def read(prefix: str | os.PathLike[str]) -> Sidecar | None:
@@ -107,6 +110,7 @@ class Sidecar:
         if not isinstance(sources, list):
             raise UserError(f"{path}: sources is not a list; {_REMEDY}")
         record["sources"] = tuple(_from_record(InputSource, source, path) for source in sources)
+        record = {**_ADDED_LATER, **record}
         return _from_record(Sidecar, record, path)
 
     def to_json(self) -> bytes:
@@ -154,6 +158,8 @@ def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
             )
 
 
+_ADDED_LATER: dict[str, Any] = {"tokenizer_fingerprint": ""}
+"""Fields that sidecars of this format version may lack, with their values there."""
 _REMEDY = "build the dataset again, or remove this file to go without the checks that it allows"
 
 

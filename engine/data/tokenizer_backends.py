@@ -7,6 +7,7 @@ are switched off. The libraries are imported when a tokenizer of theirs is loade
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from itertools import chain
@@ -18,7 +19,9 @@ import numpy.typing as npt
 
 from ..errors import UserError
 from .tokenizer_files import CONFIG_FILES, read_config
+from .tokenizer_fingerprint import fingerprint_of, fingerprint_of_json, vocab_text
 from .tokenizer_json import parse_tokenizer
+from .tokenizer_probes import PROBES
 
 FlatIds = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 """Ids of all texts laid end to end, int32[T], and the number of ids of each, int64[texts]."""
@@ -50,6 +53,9 @@ class Reference(Protocol):
     def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
         """Text of ``ids``, with special tokens written out or left out, and unknown ids left out."""
 
+    def fingerprint(self) -> str:
+        """What tells it from other tokenizers; see :mod:`tokenizer_fingerprint`."""
+
     def document_end(self, token: str | None) -> tuple[str, int]:
         """The token that ends a document (``token``, or by default the tokenizer's own), and its id."""
 
@@ -72,6 +78,11 @@ class TokenizersReference:
         self._tokenizer = parse_tokenizer(content, file)
         self.library = f"tokenizers {version('tokenizers')}"
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._matched = [
+            (token_id, token.content, token.lstrip, token.rstrip, token.single_word, token.normalized)
+            for token_id, token in sorted(self._tokenizer.get_added_tokens_decoder().items())
+            if not token.special
+        ]
         self._allow_special_tokens = allow_special_tokens
         self._tokenizer.encode_special_tokens = not allow_special_tokens
         # Only recent versions of the library have the variant that does not track character offsets.
@@ -119,6 +130,10 @@ class TokenizersReference:
                 "another token with --eod-token, or pass --allow-special-tokens"
             )
         return token, token_id
+
+    def fingerprint(self) -> str:
+        """See :class:`Reference`. :meth:`document_end` does not change it."""
+        return fingerprint_of_json(self._tokenizer, self._matched, self.encode(PROBES)[0].tolist())
 
     def to_json(self) -> str:
         """The tokenizer as it is now, as a ``tokenizer.json``."""
@@ -193,6 +208,14 @@ class SentencePieceReference:
                 parts += [self._model.Decode(run) if run else "", self._model.IdToPiece(token)]
                 run = []
         return "".join([*parts, self._model.Decode(run) if run else ""])
+
+    def fingerprint(self) -> str:
+        """See :class:`Reference`."""
+        model, ids = self._model, range(self.vocab_size)
+        pieces = {str(model.IdToPiece(place)): place for place in ids}
+        kinds = [(model.GetScore(i), model.IsControl(i), model.IsUnused(i), model.IsByte(i)) for i in ids]
+        rules = json.dumps(kinds).encode()
+        return fingerprint_of("sentencepiece", vocab_text(pieces), [], rules, self.encode(PROBES)[0].tolist())
 
     def document_end(self, token: str | None) -> tuple[str, int]:
         """``token``, or the EOS piece.

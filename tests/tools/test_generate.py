@@ -141,7 +141,7 @@ def test_stops_at_the_end_of_text(folders: dict[str, Path], tmp_path: Path, wher
 
 def test_the_tokenizers_document_end_stops_too(folders: dict[str, Path]) -> None:
     model = TextGenerator(folders["qwen2"], device="cpu")
-    assert model.stop_ids == {model.tokenizer.token_to_id("<|endoftext|>")}
+    assert model.stop_ids == {model.tokenizer.eod()[1]}
 
 
 def test_ends_where_the_context_is_full(folders: dict[str, Path]) -> None:

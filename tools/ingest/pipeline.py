@@ -12,6 +12,7 @@ workers or the size of tasks. Nothing stands under a final name before all of it
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -292,6 +293,11 @@ class _Run:
                 total[int(source)].update(reasons)
         return total
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the tokenizer; computed when the workers are done."""
+        return self.tokenizer.fingerprint
+
     def _sidecar(self, totals: SourceTotals, left_out: Sequence[Counter[str]]) -> Sidecar:
         mine = [[file for file in self.files if file.source == index] for index in range(len(self.options.input))]
         return Sidecar(
@@ -315,6 +321,7 @@ class _Run:
                 for index, (name, files) in enumerate(zip(self.options.input, mine, strict=True))
             ),
             options=self.options.record(),
+            tokenizer_fingerprint=self.fingerprint,
         )
 
     def _say_start(self, workers: int, num_todo: int) -> None:
