@@ -14,7 +14,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from retemper.engine.data.tokenizer import load_tokenizer
-from retemper.engine.data.tokenizer_fast import EXACT, why_not_exact
+from retemper.engine.data.tokenizer_fast import EXACT
 
 pytest.importorskip("fastokens", reason="the fast path is an optional package: pip install fastokens")
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
+import unicodedata
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain
@@ -158,15 +160,26 @@ class ChatEncoder:
         except Exception:  # whatever its tokenizer classes raise
             return False
         deterministic(reference.backend_tokenizer)
-        theirs: Any = reference.apply_chat_template(
+        if self._encodes_like(reference, messages):
+            return True
+        composed = [{**message, "content": unicodedata.normalize("NFC", message["content"])} for message in messages]
+        if self._encodes_like(reference, composed):
+            print(
+                f"note: {self._file}: {type(reference).__name__} of transformers normalizes text to Unicode's form C, "
+                "and this file does not: texts in another form get other ids when the model is served",
+                file=sys.stderr,
+            )
+            return True
+        raise UserError(
+            f"{self._file}: with the chat template it gives other tokens than transformers does; "
+            "save the tokenizer anew (AutoTokenizer.from_pretrained(folder).save_pretrained(other))"
+        )
+
+    def _encodes_like(self, reference: Any, messages: list[dict[str, str]]) -> bool:
+        theirs = reference.apply_chat_template(
             messages, chat_template=self._template.text, return_dict=False, **self._template.moments
         )
-        if self._tokenize(self._template.render(Conversation(messages))).ids != theirs:
-            raise UserError(
-                f"{self._file}: with the chat template it gives other tokens than transformers does; "
-                "save the tokenizer anew (AutoTokenizer.from_pretrained(folder).save_pretrained(other))"
-            )
-        return True
+        return bool(self._tokenize(self._template.render(Conversation(messages))).ids == theirs)
 
     def _control_tokens(self, named: dict[str, str]) -> dict[str, Any]:
         """The added tokens that are not text: special ones, and those of any kind that frame plain messages."""
