@@ -33,7 +33,8 @@ from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config, tokenize
 from ...engine.data.tokenizer_json import deterministic, parse_tokenizer
 from ...engine.errors import UserError
 from .chat_messages import Conversation, all_strings, called_names, read_conversation
-from .chat_template import CONFIG_FILE, ChatTemplate, Span, TurnFinder, frame, load_template
+from .chat_template import ChatTemplate, Span, TurnFinder, frame
+from .chat_template_files import CONFIG_FILE, has_template_for_tools, load_template
 from .records import MalformedError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -68,6 +69,8 @@ class ChatEncoder:
         allow_special_tokens: contents may contain control tokens, which then become such.
         template: a file with the chat template; None: the tokenizer's own.
         now: what templates take for the present; None: this moment.
+        for_tools: use the tokenizer's template for conversations with tools. Without, those have an encoder of their
+            own where there is such a template.
 
     Raises:
         UserError: not a tokenizer.json, no chat template, or none that can be used.
@@ -81,17 +84,22 @@ class ChatEncoder:
         allow_special_tokens: bool,
         template: Path | None = None,
         now: datetime | None = None,
+        for_tools: bool = False,
     ) -> None:
         file = tokenizer / TOKENIZER_FILE if tokenizer.is_dir() else tokenizer
         folder = file.parent
         config = _read_tokenizer_config(folder)
-        source, origin = load_template(folder, config, template)
+        now = now or datetime.now()
+        source, origin = load_template(folder, config, template, for_tools)
+        self._for_tools: ChatEncoder | None = None
+        if template is None and not for_tools and has_template_for_tools(folder, config):
+            self._for_tools = ChatEncoder(tokenizer, eod_id, max_tokens, allow_special_tokens, now=now, for_tools=True)
         named = _named_tokens(config)
         self._file = file
         self._tokenizer = _load_tokenizer(file, list(named.values()))
         self._eod_id = eod_id
         self._max_tokens = max_tokens
-        self._template = ChatTemplate(source, origin, named, now or datetime.now())
+        self._template = ChatTemplate(source, origin, named, now)
         control = self._control_tokens(named)
         self._control = _any_of(control)
         self._finder = None if self._template.marks_turns else TurnFinder(self._template, self._control)
@@ -115,6 +123,8 @@ class ChatEncoder:
         """
         try:
             conversation = read_conversation(record)
+            if conversation.tools is not None and self._for_tools is not None:
+                return self._for_tools.encode(record)
             self._refuse_control_tokens(conversation)
             text = self._template.render(conversation)
             _refuse_left_out(conversation, text)
@@ -128,12 +138,14 @@ class ChatEncoder:
     @property
     def tells_date(self) -> bool:
         """Whether the template asks for the present."""
-        return bool(self._template.moments)
+        return bool(self._template.moments) or (self._for_tools is not None and self._for_tools.tells_date)
 
     @property
     def fingerprint(self) -> str:
         """Changes with everything besides the tokenizer that decides what becomes of a conversation."""
-        parts = [self._template.text, self._template.special_tokens, self._template.moments]
+        parts: list[Any] = [self._template.text, self._template.special_tokens, self._template.moments]
+        if self._for_tools is not None:
+            parts.append(self._for_tools.fingerprint)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "backslashreplace")).hexdigest()
 
     def check_against_transformers(self) -> bool:
