@@ -29,14 +29,10 @@ _QWEN2, _LLAMA3 = (
     ]
     for digits in (r"\p{N}", r"\p{N}{1,3}")
 )
-_NFC = [{"type": "NFC"}]
 EXACT: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "GPT-2": ([], _GPT2),
-    "GPT-2, NFC": (_NFC, _GPT2),
-    "Qwen2": (_NFC, _QWEN2),
-    "Qwen2, not normalized": ([], _QWEN2),
+    "Qwen2": ([{"type": "NFC"}], _QWEN2),
     "Llama 3": ([], _LLAMA3),
-    "Llama 3, NFC": (_NFC, _LLAMA3),
 }
 """Steps of normalizer and pre-tokenizer of tokenizer.json, sequences unfolded, without what does not change ids. The
 model is a BPE with all 256 bytes."""
