@@ -20,6 +20,7 @@ from ..errors import UserError
 from .tokenizer_backends import DOCUMENT_END, MAX_ID, FlatIds, Reference, SentencePieceReference, TokenizersReference
 from .tokenizer_fast import FastEncoder, NotFast
 from .tokenizer_files import CONFIG_FILES, TOKENIZER_FILE, find_tokenizer_file, tokenizer_kind, tokenizer_sha256
+from .tokenizer_neighbours import require_agreement, unlisted
 from .tokenizer_tiktoken import TiktokenReference
 
 __all__ = [
@@ -99,6 +100,8 @@ class TokenizerHandle:
         self._allow_special_tokens = allow_special_tokens
         self._backend = backend
         self._reference = load_reference(name, file, content, description, allow_special_tokens)
+        if isinstance(self._reference, TokenizersReference):
+            require_agreement(file, self._reference.id_of)
         self.vocab_size = self._reference.vocab_size
         """Every id is below it, those of added tokens and after holes in the numbering included."""
         if self.vocab_size > MAX_ID + 1:
@@ -129,6 +132,20 @@ class TokenizerHandle:
         """What tells it from other tokenizers, whatever bytes its file has; see :mod:`tokenizer_fingerprint`. Takes a
         tenth of a second for a vocabulary of 150,000."""
         return self._reference.fingerprint()
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth knowing about the files, a line each."""
+        if not isinstance(self._reference, TokenizersReference):
+            return []
+        missing = unlisted(self.file, self._reference.matched)
+        if not missing:
+            return []
+        return [
+            f"note: {self.file} matches the added token {missing[0]!r} in text ({len(missing)} such), and "
+            "added_tokens_decoder of tokenizer_config.json next to it does not list it: transformers' classes for Qwen "
+            "and Llama would give other ids when the model is served; add it there"
+        ]
 
     @property
     def encoder(self) -> str:

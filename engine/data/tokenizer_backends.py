@@ -135,6 +135,15 @@ class TokenizersReference:
         """See :class:`Reference`. :meth:`document_end` does not change it."""
         return fingerprint_of_json(self._tokenizer, self._matched, self.encode(PROBES)[0].tolist())
 
+    def id_of(self, token: str) -> int | None:
+        """Id of a token, if there is such a one."""
+        return self._tokenizer.token_to_id(token)
+
+    @property
+    def matched(self) -> list[str]:
+        """The added tokens of the file that are matched in text."""
+        return [content for _, content, *_ in self._matched]
+
     def to_json(self) -> str:
         """The tokenizer as it is now, as a ``tokenizer.json``."""
         return self._tokenizer.to_str()

@@ -328,6 +328,8 @@ class _Run:
         eod = self.eod if self.options.append_eod else None
         end = f"documents end with {eod[0]} ({eod[1]})" if eod else "documents end with no token"
         again = len(self.keys) - num_todo
+        for note in self.tokenizer.notes:
+            print(note, file=sys.stderr)
         print(
             f"{len(self.files)} input files, {sum(file.size for file in self.files) / 1e6:,.1f} MB; tokenizer "
             f"{self.tokenizer.name} ({self.tokenizer.vocab_size:,} ids); {end}; {workers} "
