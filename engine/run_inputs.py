@@ -80,7 +80,7 @@ def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, de
     compiled = block_compile.wanted(config, device, attention.backend)
     choices = Choices(attention.backend, compiled, plan.num_micro_batches)
     check_model(config, architecture, choices, device)
-    catalog = open_catalog(config.data, plan, architecture.vocab_size, assets.tokenizer_sha256, config.seed)
+    catalog = open_catalog(config.data, plan, architecture.vocab_size, assets.tokenizer, config.seed)
     order, progress, was = catalog.sample_order(config.seed), Progress(), None
     if resume_from:
         was = read_manifest(resume_from)

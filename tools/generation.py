@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..engine.checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE
+from ..engine.checkpoint.assets import ASSET_FOLDER
 from ..engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
 from ..engine.checkpoint.verify import require_undamaged
 from ..engine.data.document_frame import DocumentFrame, TokenizerFrame, ids_of, read_tokenizer_frame
-from ..engine.data.tokenizer import load_tokenizer
+from ..engine.data.tokenizer import TokenizerHandle, load_prompt_tokenizer
 from ..engine.errors import UserError
 from ..engine.hugging_face.model import meta_decoder, open_hf_model
 from ..engine.hugging_face.weight_dtypes import declared_dtype, dtype_named
@@ -82,7 +81,8 @@ class TextGenerator:
 
     Args:
         folder: a Hugging Face folder, or a checkpoint folder (training or converted).
-        tokenizer: folder with the ``tokenizer.json`` to use; None for the model's own.
+        tokenizer: folder, file or Hub name of the tokenizer, of any kind that preprocess takes; None for the model's
+            own.
         dtype: ``auto`` for the one that the model's config declares, else float32; or bfloat16, float16, float32.
         device: where to run: auto, cpu, cuda, cuda:1, ...
         bos: whether a prompt begins with the BOS: yes, no, or auto: as the documents that a checkpoint was trained on,
@@ -144,7 +144,7 @@ class TextGenerator:
         """
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = self.tokenizer.encode_flat([prompt])[0].tolist()
         if not ids:
             raise UserError(f"prompt {prompt[:40]!r}: the tokenizer makes no tokens of it; give another")
         ids = [*DocumentFrame(self.prefix).missing_prefix(np.array(ids)), *ids]
@@ -201,8 +201,10 @@ class TextGenerator:
 
     def _continuation(self, prompt_ids: list[int], new_ids: list[int]) -> str:
         """Text of ``new_ids`` as it stands after the prompt: alone, some tokenizers drop its leading space."""
-        prompt, whole = self.tokenizer.decode(prompt_ids), self.tokenizer.decode([*prompt_ids, *new_ids])
-        return whole[len(prompt) :] if whole.startswith(prompt) else self.tokenizer.decode(new_ids)
+        prompt, whole, alone = (
+            self.tokenizer.decode(ids, special_tokens=False) for ids in (prompt_ids, [*prompt_ids, *new_ids], new_ids)
+        )
+        return whole[len(prompt) :] if whole.startswith(prompt) else alone
 
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -276,22 +278,19 @@ def _hf_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, de
 
 def _load_tokenizer(
     name: str | None, assets: Path, architecture: Architecture
-) -> tuple[Tokenizer, set[int], TokenizerFrame]:
+) -> tuple[TokenizerHandle, set[int], TokenizerFrame]:
     """The tokenizer; the id of the token that ends its documents, if it has one that the model knows; and what it puts
     around a text."""
-    if name is None and not (assets / TOKENIZER_FILE).is_file():
-        raise UserError(f"{assets}: holds no {TOKENIZER_FILE}; name a tokenizer folder with --tokenizer")
-    handle = load_tokenizer(name or assets)
-    # The handle reads text as training data, with special tokens as ordinary text; a prompt may mean them.
-    tokenizer = Tokenizer.from_file(str(handle.file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     try:
-        _, document_end = handle.eod()
+        tokenizer = load_prompt_tokenizer(name if name is not None else assets)
+    except UserError as error:
+        raise error if name is not None else UserError(f"{error}; or name one with --tokenizer") from None
+    try:
+        _, document_end = tokenizer.eod()
     except UserError:  # it names none: then only the model's own configuration ends a text
-        return tokenizer, set(), read_tokenizer_frame(handle.file)
+        return tokenizer, set(), read_tokenizer_frame(tokenizer.file)
     ends = {document_end} if document_end < architecture.vocab_size else set()
-    return tokenizer, ends, read_tokenizer_frame(handle.file)
+    return tokenizer, ends, read_tokenizer_frame(tokenizer.file)
 
 
 def _bos_of_training(checkpoint: Path) -> tuple[int, ...] | None:

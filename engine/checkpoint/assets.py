@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..config import ModelConfig
+from ..data.tokenizer import load_reference
 from ..data.tokenizer_files import (
     SENTENCEPIECE_FILE,
     TIKTOKEN_SUFFIX,
@@ -21,6 +22,7 @@ from ..data.tokenizer_files import (
     tokenizer_file_name,
     tokenizer_sha256,
 )
+from ..data.tokenizer_identity import TokenizerIdentity
 from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, parse_architecture, read_hf_config
 from .manifest import MANIFEST_FILE, read_manifest
@@ -115,15 +117,24 @@ class HfAssets:
         return config
 
     @property
-    def tokenizer_sha256(self) -> str | None:
-        """What :attr:`~retemper.engine.data.tokenizer.TokenizerHandle.sha256` is of such a folder, by which datasets
-        are matched; None without a tokenizer."""
+    def tokenizer(self) -> TokenizerIdentity | None:
+        """By which datasets are matched; None without a tokenizer."""
         name = tokenizer_file_name(self.files)
         if name is None:
             return None
         of_tiktoken = name.endswith(TIKTOKEN_SUFFIX)
         beside = self.files.get(name.removesuffix(TIKTOKEN_SUFFIX) + ".json") if of_tiktoken else None
-        return tokenizer_sha256(self.files[name], beside)
+        content = self.files[name]
+
+        def fingerprint() -> str:
+            return load_reference(name, Path(name), content, beside).fingerprint()
+
+        return TokenizerIdentity(tokenizer_sha256(content, beside), fingerprint)
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """That of the tokenizer's file; None without a tokenizer."""
+        return None if self.tokenizer is None else self.tokenizer.sha256
 
     def write(self, folder: Path) -> None:
         """Write the files into ``folder``, which is made."""

@@ -17,6 +17,7 @@ from .sample_order import OrderedSource, SampleOrder
 from .schedule import Schedule, Share, Stage
 from .sidecar import Sidecar, hash_file, require_same_dataset
 from .source import Source, split_source
+from .tokenizer_identity import TokenizerIdentity
 
 _INDEX_BYTES_CHECKED = 64 * 1024**2
 """An index of up to this size (3 million documents) is hashed at start, in milliseconds; a larger one would delay it.
@@ -73,7 +74,7 @@ class Catalog:
 
 
 def open_catalog(
-    config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer_sha256: str | None, seed: int
+    config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer: TokenizerIdentity | None, seed: int
 ) -> Catalog:
     """Open every dataset that ``config`` names.
 
@@ -81,7 +82,7 @@ def open_catalog(
         config: names of the datasets, and how windows are made of them.
         plan: sequence length and global batch.
         vocab_size: of the model.
-        tokenizer_sha256: of the run's tokenizer; None checks no tokenizer.
+        tokenizer: of the run; None checks no tokenizer.
         seed: of the layouts of documents in windows.
 
     Raises:
@@ -91,7 +92,7 @@ def open_catalog(
     held_out, fingerprints, unchecked = [], {}, []
     blends = [stage.train for stage in config.stages] or [config.train]
     for settings in {settings.identity: settings for blend in blends for settings in blend}.values():
-        dataset, sidecar = _open(settings.path, vocab_size, tokenizer_sha256)
+        dataset, sidecar = _open(settings.path, vocab_size, tokenizer)
         kept, left = split_source(settings.identity, dataset, plan.sequence_length, config.validation_fraction)
         kept, left = (replace(part, bos_id=_bos_id(sidecar)) for part in (kept, left))
         unchecked += [] if sidecar else [settings.path]
@@ -116,7 +117,7 @@ def open_catalog(
         )
     validation = {HELD_OUT: held_out} if held_out else {}
     for name, path in config.validation.items():
-        dataset, sidecar = _open(path, vocab_size, tokenizer_sha256)
+        dataset, sidecar = _open(path, vocab_size, tokenizer)
         unchecked += [] if sidecar else [path]
         source = Source(name, dataset, plan.sequence_length, 0, dataset.num_tokens, bos_id=_bos_id(sidecar))
         _require_windows(source, "evaluate on")
@@ -162,7 +163,7 @@ def _share(settings: SourceConfig, source: Source, weights: str) -> Share:
     return Share(source.name, weight, min(caps, default=None))
 
 
-def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[IndexedDataset, Sidecar | None]:
+def _open(path: str, vocab_size: int, tokenizer: TokenizerIdentity | None) -> tuple[IndexedDataset, Sidecar | None]:
     dataset = IndexedDataset(path)
     sidecar = Sidecar.read(dataset.prefix)
     if sidecar is None:
@@ -171,11 +172,11 @@ def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[Ind
     small = os.path.getsize(dataset.idx_path) <= _INDEX_BYTES_CHECKED
     if small and hash_file(dataset.idx_path) != sidecar.idx_xxh3_128:
         raise UserError(f"{path}.idx is damaged: its hash is not the one in {path}.json; preprocess the corpus again")
-    if tokenizer_sha256 is not None and sidecar.tokenizer_sha256 != tokenizer_sha256:
+    if tokenizer is not None and not tokenizer.made(sidecar):
         raise UserError(
             f"{path}: made with tokenizer {sidecar.tokenizer} (sha256 {sidecar.tokenizer_sha256[:12]}...), but the "
-            f"model's tokenizer.json has sha256 {tokenizer_sha256[:12]}...; preprocess the corpus with the model's own "
-            "tokenizer, or set model.tokenizer to the folder of the one that was used"
+            f"model's tokenizer (sha256 {tokenizer.sha256[:12]}...) has another vocabulary or other rules; preprocess "
+            "the corpus with the model's own tokenizer, or set model.tokenizer to the folder of the one that was used"
         )
     if sidecar.max_token_id >= vocab_size:
         raise UserError(

@@ -53,7 +53,7 @@ class Sidecar:
     tokenizer: str
     """Folder, file or Hugging Face Hub name, as it was given."""
     tokenizer_sha256: str
-    """SHA-256 of the tokenizer's file, in hexadecimal: the same vocabulary under another name has the same hash."""
+    """SHA-256 of the tokenizer's file, in hexadecimal."""
     vocab_size: int
     """Every token id of the tokenizer, added tokens included, is below it."""
     append_eod: bool
@@ -89,6 +89,9 @@ class Sidecar:
     eos_ids: tuple[int, ...] | None = None
     """What the tokenizer puts behind a text, before the end-of-document token; nearly always empty. None: not
     recorded."""
+    tokenizer_fingerprint: str = ""
+    """The tokenizer's vocabulary and behaviour, see :mod:`tokenizer_fingerprint`; empty in datasets of earlier
+    versions."""
 
     @staticmethod
     def read(prefix: str | os.PathLike[str]) -> Sidecar | None:
@@ -115,7 +118,7 @@ class Sidecar:
         if not isinstance(sources, list):
             raise UserError(f"{path}: sources is not a list; {_REMEDY}")
         record["sources"] = tuple(_from_record(InputSource, source, path) for source in sources)
-        record = {**dict.fromkeys(_ADDED_LATER), **record}
+        record = {**_ADDED_LATER, **record}
         return _from_record(Sidecar, record, path)
 
     def to_json(self) -> bytes:
@@ -163,6 +166,8 @@ def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
             )
 
 
+_ADDED_LATER: dict[str, Any] = {"tokenizer_fingerprint": "", "bos_token": None, "bos_ids": None, "eos_ids": None}
+"""Fields that sidecars of this format version may lack, with their values there."""
 _REMEDY = "build the dataset again, or remove this file to go without the checks that it allows"
 
 
@@ -173,10 +178,6 @@ def hash_file(path: str | os.PathLike[str]) -> str:
         while block := file.read(8 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-_ADDED_LATER = ("bos_token", "bos_ids", "eos_ids")
-"""Fields that sidecars of this format version may lack: they were written before these existed."""
 
 
 def _from_record(kind: type[_Record], record: Any, path: Path) -> _Record:

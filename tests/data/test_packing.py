@@ -24,6 +24,7 @@ from retemper.engine.data.sample_order import OrderedSource
 from retemper.engine.data.schedule import Share, Stage
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.source import Source, Window, split_source
+from retemper.engine.data.tokenizer_identity import TokenizerIdentity
 from retemper.engine.errors import UserError
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 
@@ -274,7 +275,8 @@ PLAN = BatchPlan(sequence_length=8, global_batch_size=4, micro_batch_size=1, dat
 
 
 def catalog_of(path: str, vocab_size: int = VOCAB, tokenizer: str | None = None, **changes) -> Catalog:
-    return open_catalog(DataConfig(train=[SourceConfig(path)], **changes), PLAN, vocab_size, tokenizer, 7)
+    identity = None if tokenizer is None else TokenizerIdentity(tokenizer, lambda: "1:BPE:other:tokenizer")
+    return open_catalog(DataConfig(train=[SourceConfig(path)], **changes), PLAN, vocab_size, identity, 7)
 
 
 def refusal(*arguments, **changes) -> str:

@@ -33,6 +33,7 @@ from ...engine.data.dataset_writer import (
 from ...engine.data.index_format import HEADER, dataset_prefix
 from ...engine.data.indexed_dataset import IndexedDataset
 from ...engine.data.sidecar import InputSource, Sidecar, hash_file, require_same_dataset
+from ...engine.data.tokenizer_fingerprint import same_tokenizer
 from ...engine.errors import UserError
 from .progress import ProgressReport
 from .workspace import open_workspace
@@ -299,11 +300,19 @@ def _check_alike(parts: Sequence[Part]) -> None:
     known = [(part.prefix, part.sidecar) for part in parts if part.sidecar is not None]
     for name in ("tokenizer_sha256", "append_eod", "eod_id"):
         values = [(prefix, getattr(sidecar, name)) for prefix, sidecar in known]
+        if name == "tokenizer_sha256":
+            values = [(prefix, _tokenizer_of(sidecar, known[0][1])) for prefix, sidecar in known]
         _check_equal(name, values, "the same tokenizer, --eod-token and --append-eod")
     for name in ("bos_ids", "eos_ids"):
         # Datasets made before these were recorded have neither.
         framed = [(prefix, list(getattr(sidecar, name) or ())) for prefix, sidecar in known]
         _check_equal(name, framed, "the same tokenizer and --bos")
+
+
+def _tokenizer_of(sidecar: Sidecar, first: Sidecar) -> str:
+    """The tokenizer's hash; that of ``first`` where it is the same tokenizer, saved in another way."""
+    same = same_tokenizer(sidecar.tokenizer_fingerprint, first.tokenizer_fingerprint)
+    return first.tokenizer_sha256 if same else sidecar.tokenizer_sha256
 
 
 def _without_mask(parts: Sequence[Part], fill: bool) -> int:

@@ -12,6 +12,7 @@ workers or the size of tasks. Nothing stands under a final name before all of it
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -321,6 +322,11 @@ class _Run:
                 total[int(source)].update(reasons)
         return total
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the tokenizer; computed when the workers are done."""
+        return self.tokenizer.fingerprint
+
     def _sidecar(self, totals: SourceTotals, left_out: Sequence[Counter[str]]) -> Sidecar:
         mine = [[file for file in self.files if file.source == index] for index in range(len(self.options.input))]
         return Sidecar(
@@ -347,12 +353,15 @@ class _Run:
             bos_token=name_of(self.begin) or None,
             bos_ids=ids_of(self.begin),
             eos_ids=ids_of(self.end[:-1]),
+            tokenizer_fingerprint=self.fingerprint,
         )
 
     def _say_start(self, workers: int, num_todo: int) -> None:
         begin = f"documents begin with {describe_tokens(self.begin)}" if self.begin else "documents begin without a BOS"
         end = f"end with {describe_tokens(self.end)}" if self.end else "end with no token"
         again = len(self.keys) - num_todo
+        for note in self.tokenizer.notes:
+            print(note, file=sys.stderr)
         print(
             f"{len(self.files)} input files, {sum(file.size for file in self.files) / 1e6:,.1f} MB; tokenizer "
             f"{self.tokenizer.name} ({self.tokenizer.vocab_size:,} ids); {begin} and {end}; {workers} "
