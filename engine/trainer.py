@@ -23,6 +23,7 @@ from .evaluation import Validation, count_targets
 from .garbage import GarbageSchedule
 from .health import Health
 from .hugging_face.start import with_local_weights
+from .model.config_keys import describe_unread
 from .observe.flops import flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, speed, step_line
@@ -379,8 +380,10 @@ class Trainer:
         remaining = self._remaining_steps()
         summary = describe_run(self.config, self.plan, self.ranks, self.inputs, remaining, start)
         was, layout, datasets = self.inputs.resumed, self.mesh.layout._asdict(), self.inputs.catalog.fingerprints
+        given = self.config.model.architecture
         for line in [
             *(describe_changes(was, self.config, layout, datasets) if was else []),
+            *(describe_unread(self.inputs.assets.config, given) if isinstance(given, str) else []),
             *notes(self.config, self.inputs.catalog, self.inputs.assets.config.get("max_position_embeddings")),
             *summary,
             describe_saving(self.config, self.model.parameters()),

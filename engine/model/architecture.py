@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,11 @@ from .rope_settings import RopeScaling, read_rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
+ADAPTER_REMEDY = (
+    f"{ADAPTER_FILE} says that this is a PEFT adapter, not a model; merge it first: "
+    "PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(other)"
+)
 INLINE = "model.architecture"
 """Names a config that is written in the run's configuration, in errors."""
 _SILU = ("silu", "swish")
@@ -101,7 +107,7 @@ def read_hf_config(source: dict[str, Any] | str | Path) -> dict[str, Any]:
         text = _read_text(path)
         content = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, path))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; a Hugging Face config.json is needed") from None
+        raise UserError(f"{path}: {error.strerror or error}; {_missing_config_remedy(path)}") from None
     except UserError:
         raise
     except ValueError as error:
@@ -113,6 +119,15 @@ def read_hf_config(source: dict[str, Any] | str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def _missing_config_remedy(path: Path) -> str:
+    if path.name == CONFIG_FILE and os.path.isdir(path.parent):
+        if os.path.exists(path.parent / ADAPTER_FILE):
+            return ADAPTER_REMEDY
+        if os.path.exists(path.parent / "params.json"):
+            return "params.json is of the publisher's own layout; get the model as transformers saves it"
+    return "a Hugging Face config.json is needed"
 
 
 def _read_text(path: Path) -> str:
