@@ -29,6 +29,7 @@ from .errors import UserError
 from .hugging_face.slices import load_hf_tensors
 from .hugging_face.start import open_start
 from .hugging_face.weight_dtypes import declaring
+from .memory_bound import require_memory
 from .model.architecture import CONFIG_FILE, INLINE, Architecture, parse_architecture
 from .model.decoder import meta_decoder
 from .optim import allocate_states
@@ -76,6 +77,7 @@ def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, de
     given = config.model.architecture
     where = given if isinstance(given, str) else INLINE
     architecture = parse_architecture(assets.config, where if named is None else str(asset_folder(named) / CONFIG_FILE))
+    require_memory(config, architecture, device)
     attention = choose_attention(config, architecture, device)
     compiled = block_compile.wanted(config, device, attention.backend)
     choices = Choices(attention.backend, compiled, plan.num_micro_batches)

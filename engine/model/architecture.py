@@ -41,7 +41,7 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 # Far above all models there are. Beyond them, even a model without values takes minutes, or overflows PyTorch's sizes.
 LARGEST_SIZE = 2**24
 """Of a vocabulary, a width or a number of heads."""
-MOST_LAYERS = 2_000
+MOST_LAYERS = 1_000
 _MOST_PARAMETERS = 10**13
 _MOST_BYTES = 16 << 20
 """Of a config.json: published ones have a few kB."""

@@ -197,12 +197,12 @@ def require_known_keys(config: dict[str, Any], where: str) -> None:
     Raises:
         UserError: naming all of them, each with the nearest key.
     """
-    unknown = unread_keys(config)
+    unknown = [key for key in config if not _is_known(key) or key in OTHER_NAMES]
     if not unknown:
         return
     hints = []
     for key in unknown[:_MOST_NAMED]:
-        near = _FORGIVABLE.get(key) or _near(key, READ, _SIMILAR)
+        near = OTHER_NAMES.get(key) or _FORGIVABLE.get(key) or _near(key, READ, _SIMILAR)
         hints.append(f"{shown(key)} (did you mean {near}?)" if near else shown(key))
     raise UserError(f"{where}: unknown settings: {_list(hints, len(unknown))}; correct or remove them")
 
@@ -224,7 +224,9 @@ def _is_foreign(key: str) -> bool:
     return key in _OFF or key in _ONE or key in _ON or key.startswith(tuple(_PREFIXES))
 
 
-def _is_known(key: str) -> bool:
+def _is_known(key: Any) -> bool:
+    if not isinstance(key, str):  # YAML has other keys as well
+        return False
     return key in READ or key in HARMLESS or key in OTHER_NAMES or _is_foreign(key)
 
 
@@ -259,6 +261,7 @@ def _refuse_other_name(reader: ConfigReader, key: str, value: Any) -> None:
     reader.fail(key, value, f"it has no effect: the setting is called {ours}{there}; rename or remove it")
 
 
-def _near(key: str, names: Iterable[str], cutoff: float) -> str | None:
+def _near(name: Any, names: Iterable[str], cutoff: float) -> str | None:
+    key = str(name)
     found = difflib.get_close_matches(key.lower().replace("-", "_"), names, n=1, cutoff=cutoff) if len(key) < 80 else []
     return found[0] if found else None
