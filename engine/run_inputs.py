@@ -28,7 +28,7 @@ from .data.sample_order import SampleOrder
 from .errors import UserError
 from .hugging_face.slices import load_hf_tensors
 from .hugging_face.start import open_start
-from .hugging_face.weight_dtypes import declaring
+from .hugging_face.weight_dtypes import declared_dtype, declaring
 from .memory_bound import require_memory
 from .model.architecture import CONFIG_FILE, INLINE, Architecture, parse_architecture
 from .model.decoder import meta_decoder
@@ -76,7 +76,10 @@ def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, de
     assert assets.config is not None
     given = config.model.architecture
     where = given if isinstance(given, str) else INLINE
-    architecture = parse_architecture(assets.config, where if named is None else str(asset_folder(named) / CONFIG_FILE))
+    where = where if named is None else str(asset_folder(named) / CONFIG_FILE)
+    architecture = parse_architecture(assets.config, where)
+    if config.checkpoint.export_hf:
+        declared_dtype(assets.config, where)  # in which the end of the run exports the weights
     require_memory(config, architecture, device)
     attention = choose_attention(config, architecture, device)
     compiled = block_compile.wanted(config, device, attention.backend)

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..streaming.block_copy import OutputFile, WrittenFile, copy_files, default_workers
-from ..streaming.finite import REMEDY
-from ..streaming.partial_folder import PartialFolder
+from ..streaming.finite import REMEDY, NotFinite
+from ..streaming.partial_folder import PartialFolder, Worthless
 from ..streaming.tensor_source import TensorSource
 
 
@@ -84,7 +84,10 @@ def write_tensors(
                 done[file.name] = before
         rest = [file for file in files if file.name not in done]
         remedy = None if allow_nonfinite else REMEDY
-        done |= copy_files(partial.content, rest, source, workers, hashed_rows, advance, partial.note, remedy)
+        try:
+            done |= copy_files(partial.content, rest, source, workers, hashed_rows, advance, partial.note, remedy)
+        except NotFinite as error:  # other weights are another source, and the option makes another output
+            raise Worthless(str(error)) from None
     return {file.name: done[file.name] for file in files}
 
 

@@ -72,6 +72,8 @@ def renaming_hint(unexpected: Collection[str]) -> str:
     telling = next((name for name in unexpected if name.endswith(f".{_TELLING}")), None)
     if telling is None:
         return ""
-    prefix = telling.removesuffix(_TELLING).removesuffix(_PREFIX)
+    prefix = telling.removesuffix(_TELLING)
+    if prefix.endswith(f".{_PREFIX}"):
+        prefix = prefix.removesuffix(_PREFIX)
     remedy = next((said for known, said in _REMEDIES.items() if prefix.startswith(known)), "save the model itself")
     return f"; names begin with {prefix!r}: {remedy} with save_pretrained, or rename the tensors without it"

@@ -11,6 +11,10 @@ OPTION = "--allow-nonfinite"
 REMEDY = f"get another copy of the weights, or give {OPTION} to keep these values"
 
 
+class NotFinite(UserError):
+    """A tensor of the source holds values that are NaN or infinite."""
+
+
 def all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite.
 
@@ -26,11 +30,11 @@ def require_finite(name: str, values: Tensor, remedy: str = REMEDY) -> None:
     """Refuse ``values``, all or a part of the tensor ``name``, when some are not finite.
 
     Raises:
-        UserError: naming the tensor, one of the values and ``remedy``.
+        NotFinite: naming the tensor, one of the values and ``remedy``.
     """
     if all_finite(values):
         return
     wrong = values[~torch.isfinite(values)]
-    raise UserError(
+    raise NotFinite(
         f"{name} holds {wrong.numel():,} values that are NaN or infinite, the first is {float(wrong[0])}; {remedy}"
     )
