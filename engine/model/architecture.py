@@ -152,6 +152,18 @@ def _object(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     return content
 
 
+def architecture_of(source: dict[str, Any] | str | Path) -> Architecture:
+    """The architecture that ``source`` describes: see :func:`read_hf_config`.
+
+    Raises:
+        UserError: naming the file, or ``model.architecture`` for a dictionary.
+    """
+    config = read_hf_config(source)
+    if isinstance(source, dict):
+        return parse_architecture(config)
+    return parse_architecture(config, str(Path(source) / CONFIG_FILE if os.path.isdir(source) else source))
+
+
 def _is_deeper(content: Any, levels: int) -> bool:
     """Whether JSON ``content`` has objects or lists more than ``levels`` deep in each other."""
     level = [content]

@@ -10,7 +10,7 @@ from typing import Any
 from ...engine.checkpoint.assets import asset_folder
 from ...engine.config import ModelConfig, RunConfig, to_dict
 from ...engine.errors import UserError
-from ...engine.model.architecture import Architecture, parse_architecture, read_hf_config
+from ...engine.model.architecture import Architecture, architecture_of
 from .gpus import GiB, find_gpu
 from .outcome import Outcome, Setting
 from .pool import Pool
@@ -110,7 +110,7 @@ def read_architecture(model: ModelConfig) -> Architecture:
     source: Any = model.architecture
     if source is None:
         source = str(asset_folder(model.initialize_from or ""))
-    return parse_architecture(read_hf_config(source))
+    return architecture_of(source)
 
 
 def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
