@@ -7,7 +7,6 @@ import signal
 
 from ..hugging_face.shards import DEFAULT_MAX_SHARD_SIZE
 from ..hugging_face.weight_dtypes import AUTO, DTYPE_CHOICES
-from ..streaming.finite import OPTION
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +42,7 @@ def add_copying(parser: argparse.ArgumentParser) -> None:
 def add_allow_nonfinite(parser: argparse.ArgumentParser) -> None:
     """``--allow-nonfinite``."""
     parser.add_argument(
-        OPTION, action="store_true", help="copy weights that are NaN or infinite (default: refuse them)"
+        "--allow-nonfinite", action="store_true", help="copy weights that are NaN or infinite (default: refuse them)"
     )
 
 
