@@ -16,18 +16,16 @@ from .dtypes import DTYPES
 from .errors import UserError
 from .model.architecture import Architecture
 from .parallel.mesh import plan_layout
-from .parallel.process_group import world_size_from_environment
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def require_memory(config: RunConfig, architecture: Architecture, device: torch.device) -> None:
+def require_memory(config: RunConfig, architecture: Architecture, device: torch.device, world_size: int) -> None:
     """Refuse a model whose weights, gradients and optimizer states are larger than the memory of its ranks.
 
     Raises:
         UserError: with both sides of the arithmetic.
     """
-    world_size = world_size_from_environment()
     layout = plan_layout(config.parallel, world_size)
     sharing = layout.world_size // layout.replicate
     weight_bytes = DTYPES[config.training.weight_dtype].itemsize

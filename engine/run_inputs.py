@@ -29,7 +29,6 @@ from .errors import UserError
 from .hugging_face.slices import load_hf_tensors
 from .hugging_face.start import open_start
 from .hugging_face.weight_dtypes import declared_dtype, declaring
-from .memory_bound import require_memory
 from .model.architecture import CONFIG_FILE, INLINE, Architecture, parse_architecture
 from .model.decoder import meta_decoder
 from .optim import allocate_states
@@ -80,7 +79,6 @@ def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, de
     architecture = parse_architecture(assets.config, where)
     if config.checkpoint.export_hf:
         declared_dtype(assets.config, where)  # in which the end of the run exports the weights
-    require_memory(config, architecture, device)
     attention = choose_attention(config, architecture, device)
     compiled = block_compile.wanted(config, device, attention.backend)
     choices = Choices(attention.backend, compiled, plan.num_micro_batches)

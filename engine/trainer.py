@@ -23,6 +23,7 @@ from .evaluation import Validation, count_targets
 from .garbage import GarbageSchedule
 from .health import Health
 from .hugging_face.start import with_local_weights
+from .memory_bound import require_memory
 from .model.config_keys import describe_unread
 from .observe.flops import flops_per_token
 from .observe.loggers import MetricLog
@@ -82,6 +83,8 @@ class Trainer:
         self.check_replicas = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest)
         self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
         self.inputs = ranks.everywhere(lambda: open_inputs(local, self.plan, self.resume_from, ranks.device))
+        architecture = self.inputs.architecture
+        ranks.everywhere(lambda: require_memory(config, architecture, ranks.device, ranks.world_size))
         if self.inputs.resumed:
             self.progress = self.inputs.progress
             self.health.restore(self.inputs.resumed.health)

@@ -40,10 +40,10 @@ def a_run(**training: object) -> RunConfig:
     )
 
 
-def refused(config: RunConfig, memory: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+def refused(config: RunConfig, memory: int, monkeypatch: pytest.MonkeyPatch, world_size: int = 1) -> bool:
     monkeypatch.setattr(memory_bound, "device_memory", lambda device: memory)
     try:
-        require_memory(config, SMALL, CPU)
+        require_memory(config, SMALL, CPU, world_size)
     except UserError as error:
         assert "\n" not in str(error) and f"{SMALL.num_parameters:,} parameters" in str(error)
         return True
@@ -64,14 +64,13 @@ def test_counts_what_training_keeps_for_each_parameter(monkeypatch: pytest.Monke
 
 
 def test_ranks_share_what_is_sharded_and_the_memory_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     total = 16 * SMALL.num_parameters
-    assert not refused(a_run(), total // 4 * 2, monkeypatch)
-    assert refused(a_run(), total // 4 * 2 - 2, monkeypatch)
+    assert not refused(a_run(), total // 4 * 2, monkeypatch, world_size=4)
+    assert refused(a_run(), total // 4 * 2 - 2, monkeypatch, world_size=4)
     copies = replace(a_run(), parallel=ParallelConfig(replicate=4, shard=1))
-    assert not refused(copies, total * 2, monkeypatch)
-    assert refused(copies, total * 2 - 2, monkeypatch)
+    assert not refused(copies, total * 2, monkeypatch, world_size=4)
+    assert refused(copies, total * 2 - 2, monkeypatch, world_size=4)
 
 
 def test_the_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

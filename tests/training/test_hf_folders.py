@@ -164,7 +164,7 @@ def spoil(folder, kind):
         index.write_text(json.dumps(listed))
     elif kind == "other":
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": None}))
     elif kind == "no config":
         (folder / "config.json").unlink()
 
