@@ -139,11 +139,12 @@ def _theirs(folder: Path, sequences: list[Tensor], rounded_to: Mapping[str, Stor
         stored = HfWeights(folder).tensors
         config.vocab_size = (stored.get(EMBEDDING) or stored[HEAD]).shape[0]
         with _without_progress_bars():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--verify: transformers cannot load {folder}: {error}") from error
+    model, loading = loaded
     if loading["missing_keys"]:  # it takes random values for them
         raise Worthless(
             f"--verify: transformers does not find {sorted(loading['missing_keys'])[0]} in {folder}, because of the "

@@ -56,10 +56,10 @@ class ConfigReader:
         """A finite positive number; with ``or_zero`` also 0. null means the default."""
         value = self.config.get(key)
         value = default if value is None else value
-        sound = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not sound or not (0 < value <= sys.float_info.max or (or_zero and value == 0)):
-            self.fail(key, value, "a number of at least 0 is needed" if or_zero else "a positive number is needed")
-        return float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if 0 < value <= sys.float_info.max or (or_zero and value == 0):
+                return float(value)
+        self.fail(key, value, "a number of at least 0 is needed" if or_zero else "a positive number is needed")
 
     def flag(self, key: str) -> bool:
         """true or false; null and a missing key mean false."""
