@@ -56,9 +56,9 @@ class ConfigReader:
         """A finite positive number; with ``or_zero`` also 0. null means the default."""
         value = self.config.get(key)
         value = default if value is None else value
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if 0 < value <= sys.float_info.max or (or_zero and value == 0):
-                return float(value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and is_number and (0 < value <= sys.float_info.max or (or_zero and value == 0)):
+            return float(value)
         self.fail(key, value, "a number of at least 0 is needed" if or_zero else "a positive number is needed")
 
     def flag(self, key: str) -> bool:
