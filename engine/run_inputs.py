@@ -28,8 +28,8 @@ from .data.sample_order import SampleOrder
 from .errors import UserError
 from .hugging_face.slices import load_hf_tensors
 from .hugging_face.start import open_start
-from .hugging_face.weight_dtypes import declaring
-from .model.architecture import CONFIG_FILE, Architecture, parse_architecture
+from .hugging_face.weight_dtypes import declared_dtype, declaring
+from .model.architecture import CONFIG_FILE, INLINE, Architecture, parse_architecture
 from .model.decoder import meta_decoder
 from .optim import allocate_states
 from .parallel import compile as block_compile
@@ -73,9 +73,12 @@ def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, de
     if source is not None:  # as checkpoint_convert/hf_to_dcp.py keeps them
         assets = declaring(assets, (tensor.dtype for tensor in source.tensors.values()))
     assert assets.config is not None
-    architecture = parse_architecture(
-        assets.config, "model.architecture" if named is None else str(asset_folder(named) / CONFIG_FILE)
-    )
+    given = config.model.architecture
+    where = given if isinstance(given, str) else INLINE
+    where = where if named is None else str(asset_folder(named) / CONFIG_FILE)
+    architecture = parse_architecture(assets.config, where)
+    if config.checkpoint.export_hf:
+        declared_dtype(assets.config, where)  # in which the end of the run exports the weights
     attention = choose_attention(config, architecture, device)
     compiled = block_compile.wanted(config, device, attention.backend)
     choices = Choices(attention.backend, compiled, plan.num_micro_batches)
@@ -145,7 +148,8 @@ def load_weights(
 
 def _load_hf_weights(folder: str | Path, tensors: dict[str, Tensor]) -> list[str]:
     source = open_start(folder)
-    lines = [f"weights     {source.weights.folder}: {note}" for note in source.notes]
+    where = f"weights     {source.weights.folder}: "
+    lines = [line if line.startswith("note: ") else where + line for line in source.notes]
     lines += describe_casts(folder, source.tensors, tensors, resuming=False)
     load_hf_tensors(source, tensors)
     return lines

@@ -24,6 +24,8 @@ from .evaluation import Validation, count_targets
 from .garbage import GarbageSchedule
 from .health import Health
 from .hugging_face.start import with_local_weights
+from .memory_bound import require_memory
+from .model.config_keys import describe_unread
 from .observe.flops import flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, speed, step_line
@@ -85,6 +87,8 @@ class Trainer:
         self.check_replicas = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest)
         self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
         self.inputs = ranks.everywhere(lambda: open_inputs(local, self.plan, self.resume_from, ranks.device))
+        architecture = self.inputs.architecture
+        ranks.everywhere(lambda: require_memory(config, architecture, ranks.device, ranks.world_size))
         if self.inputs.resumed:
             self.progress = self.inputs.progress
             self.health.restore(self.inputs.resumed.health)
@@ -389,8 +393,10 @@ class Trainer:
         remaining = self._remaining_steps()
         summary = describe_run(self.config, self.plan, self.ranks, self.inputs, remaining, start, self.precision)
         was, layout, datasets = self.inputs.resumed, self.mesh.layout._asdict(), self.inputs.catalog.fingerprints
+        given = self.config.model.architecture
         for line in [
             *(describe_changes(was, self.config, layout, datasets) if was else []),
+            *(describe_unread(self.inputs.assets.config, given) if isinstance(given, str) else []),
             *notes(self.config, self.inputs.catalog, self.inputs.assets),
             *(f"note: {line}" for line in [*self._budget_used(), *without_effect(self._situation())]),
             *summary,

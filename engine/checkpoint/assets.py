@@ -24,7 +24,7 @@ from ..data.tokenizer_files import (
 )
 from ..data.tokenizer_identity import TokenizerIdentity
 from ..errors import UserError
-from ..model.architecture import CONFIG_FILE, parse_architecture, read_hf_config
+from ..model.architecture import CONFIG_FILE, Architecture, architecture_of, parse_architecture, read_hf_config
 from .manifest import MANIFEST_FILE, read_manifest
 from .safety import file_inside
 
@@ -210,13 +210,18 @@ def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
         wanted = read_hf_config(config.architecture)
         if assets.config is None:
             assets = assets.with_config(wanted)
-        elif (here := parse_architecture(wanted)) != (there := parse_architecture(assets.config, str(folder))):
-            differing = [name for name in vars(here) if getattr(here, name) != getattr(there, name)]
-            raise UserError(
-                f"model.architecture differs from the config.json kept in {folder}: "
-                + ", ".join(f"{name} {getattr(here, name)} is {getattr(there, name)} there" for name in differing)
-                + "; remove model.architecture or name the right checkpoint"
-            )
+        else:
+            _require_same(architecture_of(config.architecture), parse_architecture(assets.config, str(folder)), folder)
     if assets.config is None:
         raise UserError(f"{folder}: carries no hf/{CONFIG_FILE}; set model.architecture")
     return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets
+
+
+def _require_same(here: Architecture, there: Architecture, folder: str | Path | None) -> None:
+    differing = [name for name in vars(here) if getattr(here, name) != getattr(there, name)]
+    if differing:
+        raise UserError(
+            f"model.architecture differs from the config.json kept in {folder}: "
+            + ", ".join(f"{name} {getattr(here, name)} is {getattr(there, name)} there" for name in differing)
+            + "; remove model.architecture or name the right checkpoint"
+        )

@@ -22,6 +22,7 @@ from ..hugging_face.weight_dtypes import describe_casts
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
 from ..streaming.block_copy import OutputFile, WrittenFile, copy_files, default_workers
+from ..streaming.finite import OPTION
 from ..streaming.partial_folder import partial_folder
 from .dcp_to_hf import Export, plan_export
 from .record import CONVERSION_FILE, file_hash
@@ -195,7 +196,9 @@ class _Copying:
         source = self._export.source
         workers = max(1, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         try:
-            done = copy_files(self._folder, self._files, source, workers, source.hashed_rows, self._on_bytes)
+            rows = source.hashed_rows
+            remedy = f"go back to an earlier checkpoint, or give dcp_to_hf.py {OPTION}"
+            done = copy_files(self._folder, self._files, source, workers, rows, self._on_bytes, nonfinite_remedy=remedy)
         except _BrokenOff:
             return []
         return list(done.values())
