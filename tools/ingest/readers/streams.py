@@ -5,9 +5,11 @@ Leaves out what the bytes mean.
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
+import lzma
 import os
 import struct
 import zlib
@@ -18,11 +20,12 @@ from typing import IO, Any, TypeVar, cast
 import zstandard
 
 from ....engine.errors import UserError
+from ..expansion import ExpansionLimit
 from ..inputs import InputFile
-from ..records import ReadContext
+from ..records import DamagedError, ReadContext
 
 _GzipFile: Any = gzip.GzipFile
-_DAMAGED: tuple[Any, ...] = (EOFError, gzip.BadGzipFile, zstandard.ZstdError, zlib.error)
+_DAMAGED: tuple[Any, ...] = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error)
 with suppress(ImportError):
     from isal import igzip, igzip_lib  # 3 times as fast
 
@@ -30,6 +33,8 @@ with suppress(ImportError):
     _DAMAGED += (igzip_lib.IsalError,)
 
 _BUFFER_BYTES = 1 << 20
+_COMPRESSED_READ_BYTES = 64 << 10
+"""Read at once of a compressed file: the position on disk then tells how much was decompressed."""
 _ZSTD_MAX_WINDOW = 1 << 31
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _RLE_BLOCK = 1
@@ -56,7 +61,7 @@ def open_stream(file: InputFile, context: ReadContext) -> Iterator[io.BufferedRe
     with raw:
         check_unchanged(file, os.fstat(raw.fileno()).st_size)
         if file.compression and file.size == 0:
-            raise UserError(f"{file.path}: an empty file, which no compressed file is; copy it again")
+            raise DamagedError(f"{file.path}: an empty file, which no compressed file is; copy it again")
         with io.BufferedReader(_CheckedStream(file, raw, context), _BUFFER_BYTES) as stream:
             yield stream
 
@@ -87,11 +92,11 @@ def damage_is_user_error(path: str, kind: str) -> Iterator[None]:
     except UserError:
         raise
     except MemoryError as error:
-        raise UserError(
+        raise DamagedError(
             f"{path}: damaged, or too much in one piece: it asks for more memory than there is ({short_reason(error)})"
         ) from error
     except Exception as error:
-        raise UserError(
+        raise DamagedError(
             f"{path}: truncated, damaged or no {kind} file ({short_reason(error)}); copy or write it again"
         ) from error
 
@@ -113,16 +118,17 @@ def short_reason(error: Exception) -> str:
 
 
 class _CheckedStream(io.RawIOBase):
-    """The decompressed bytes of a file; what is wrong with it is raised as UserError, wherever it is read."""
+    """The decompressed bytes of a file; what is wrong with it is raised as UserError, wherever it is read.
+
+    Everything before the damage is given first.
+    """
 
     def __init__(self, file: InputFile, raw: io.FileIO, context: ReadContext) -> None:
         self._path, self._raw, self._context = file.path, raw, context
-        self._bytes: Any = raw
-        if file.compression == ".gz":
-            self._bytes = _GzipFile(fileobj=raw, mode="rb")
-        elif file.compression == ".zst":
-            decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
-            self._bytes = decompressor.stream_reader(cast(IO[bytes], _ZstdFrames(raw)), read_across_frames=True)
+        self._bytes: Any = _decompressed(file.compression, raw) if file.compression else raw
+        self._expansion = ExpansionLimit(file.path, file.size, context.options.max_expansion)
+        self._produced = 0
+        self._damage: DamagedError | None = None
 
     def readable(self) -> bool:
         return True
@@ -134,17 +140,61 @@ class _CheckedStream(io.RawIOBase):
         return self._raw.seek(offset, whence)
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        if self._damage is not None:
+            raise self._damage
         count, room = 0, memoryview(buffer)
         try:
             # Decompressors give what they have; a full buffer each time is less work, and lets callers peek.
             while count < len(room) and (more := self._bytes.readinto(room[count:])):
                 count += more
-            self._context.consumed = self._raw.tell()
         except _DAMAGED as error:
-            raise UserError(f"{self._path}: truncated or damaged ({error}); copy or compress it again") from error
+            self._damage = self._damaged(error)
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+            if error.errno is not None:
+                raise UserError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+            self._damage = self._damaged(error)  # bz2 has no exception of its own
+        self._context.consumed = consumed = self._raw.tell()
+        if self._bytes is not self._raw:
+            self._produced += count
+            self._expansion.check(consumed, self._produced)
+        if self._damage is not None and not count:
+            raise self._damage
         return count
+
+    def _damaged(self, error: Exception) -> DamagedError:
+        return DamagedError(f"{self._path}: truncated or damaged ({error}); copy or compress it again")
+
+
+def _decompressed(compression: str, raw: io.FileIO) -> Any:
+    """A reader of the decompressed bytes, with ``readinto``."""
+    if compression == ".zst":
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
+        return decompressor.stream_reader(cast(IO[bytes], _ZstdFrames(raw)), read_across_frames=True)
+    source = cast(IO[bytes], _SmallReads(raw))
+    return {".gz": _open_gzip, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}[compression](source)
+
+
+def _open_gzip(source: IO[bytes]) -> Any:
+    return _GzipFile(fileobj=source, mode="rb")
+
+
+class _SmallReads(io.RawIOBase):
+    """A file from which little is read at once, whatever a decompressor asks for."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw = raw
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._raw.seek(offset, whence)
+
+    def readinto(self, buffer: bytearray | memoryview) -> int | None:  # type: ignore[override]
+        return self._raw.readinto(memoryview(buffer)[:_COMPRESSED_READ_BYTES])
 
 
 class _ZstdFrames:
@@ -155,7 +205,7 @@ class _ZstdFrames:
     """
 
     def __init__(self, raw: io.FileIO) -> None:
-        self._file = io.BufferedReader(raw, _BUFFER_BYTES)
+        self._file = io.BufferedReader(raw, _COMPRESSED_READ_BYTES)
         self._pieces = self._walk()
 
     def read(self, size: int = -1) -> bytes:
