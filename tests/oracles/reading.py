@@ -56,10 +56,10 @@ def read_file(
     return reading
 
 
-def read_texts(path: Path, cuts: Sequence[int] = (), key: str = "text") -> Reading:
+def read_texts(path: Path, cuts: Sequence[int] = (), key: str = "text", input_format: str | None = None) -> Reading:
     """The same by the way that is taken for JSONL of which only one key is wanted; it gives no places."""
     reading = Reading()
-    for span, context in _spans(path, cuts, (key,), InputOptions(), reading, ReadOptions()):
+    for span, context in _spans(path, cuts, (key,), InputOptions(input_format=input_format), reading, ReadOptions()):
         reading.values += map(joined, lines.read_texts(span, context, key))
     return reading
 

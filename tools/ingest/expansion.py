@@ -10,19 +10,19 @@ from __future__ import annotations
 from ...engine.errors import UserError
 
 DEFAULT_EXPANSION = 300
-LEAST_BYTES = 32 << 20
+LEAST_BYTES = 8 << 20
 """Files that give less are not looked at."""
-_WINDOW_BYTES = 128 << 20
-_SLACK_BYTES = 128 << 10
-"""Decompressors read ahead by this much at most."""
-LEAST_ROWS = 1 << 20
+_WINDOW_BYTES = 64 << 20
+READ_AHEAD_BYTES = 32 << 10
+"""What decompressors may read of a file at once, for its position to tell what they have used."""
+LEAST_ROWS = 1 << 18
 _ROWS_PER_BYTE = 8
 
 
 class ExpansionLimit:
     """Watches one file being read.
 
-    Both the file as a whole and every 128 MiB of what it gives are bounded, so that a bomb behind ordinary data is
+    Both the file as a whole and every 64 MiB of what it gives are bounded, so that a bomb behind ordinary data is
     found too.
 
     Args:
@@ -49,7 +49,7 @@ class ExpansionLimit:
         window = produced - self._window_start[1]
         if window >= _WINDOW_BYTES:
             taken = consumed - self._window_start[0]
-            if window > self._ratio * (taken + _SLACK_BYTES):
+            if window > self._ratio * (taken + 2 * READ_AHEAD_BYTES):
                 self._refuse(window, taken)
             self._window_start = (consumed, produced)
 

@@ -62,8 +62,8 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
             if lines.num_lines > 1:
                 if wrong is None and quoting == "auto" and _is_several_rows(lines.raw(), separator, len(names)):
                     wrong = MalformedError(
-                        f"a quote over {lines.num_lines} lines, each of which is a row by itself; if quotes are text in "
-                        "this file, give --quoting none, else --quoting standard"
+                        f"a quote over {lines.num_lines} lines, each of which is a row by itself; if quotes are text "
+                        "here, give --quoting none, else --quoting standard"
                     )
                 if lines.num_lines > longest:
                     longest, longest_at = lines.num_lines, where.describe()

@@ -158,7 +158,7 @@ def _copied(beginning: bytes, file: BinaryIO, folder: Path, where: Where) -> Ite
             copy.write(part)
             if rest > MAX_RECORD_BYTES:
                 raise DamagedError(
-                    f"{where.describe()}: a line of more than {MAX_RECORD_BYTES >> 30} GiB; is it lines? if so, split it"
+                    f"{where.describe()}: a line of more than {MAX_RECORD_BYTES >> 30} GiB; is it JSONL? split it"
                 )
             if part.endswith(b"\n"):
                 break

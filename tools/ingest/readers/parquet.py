@@ -50,6 +50,9 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
             raise UserError(f"{file.path}: had {file.units} row groups and has {len(sizes)} now; start again")
         if not usable_columns(there, Where(file.path), context):
             return
+        ExpansionLimit(file.path, file.size, context.options.max_expansion).check_rows(
+            sum(rows for rows, _ in sizes), file.size
+        )
         names = [name for name in there if context.columns is None or name in context.columns]
         number = sum(rows for rows, _ in sizes[: span.start])
         first, total = number, max(sum(rows for rows, _ in sizes[span.start : span.stop]), 1)
@@ -87,6 +90,7 @@ class _RowGroup:
             self._on_disk = sum(column.total_compressed_size for column in wanted)
             self._decoded = sum(column.total_uncompressed_size for column in wanted)
             values = max((column.num_values for column in wanted), default=0)
+        ExpansionLimit(path, self._on_disk, context.options.max_expansion).check(self._on_disk, self._decoded)
         self._expansion = ExpansionLimit(path, self._on_disk, context.options.max_expansion)
         self._expansion.check_rows(max(values, self._rows if wanted else 0), self._on_disk)
 

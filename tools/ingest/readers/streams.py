@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar, cast
 import zstandard
 
 from ....engine.errors import UserError
-from ..expansion import ExpansionLimit
+from ..expansion import READ_AHEAD_BYTES, ExpansionLimit
 from ..inputs import InputFile
 from ..records import DamagedError, ReadContext
 
@@ -33,8 +33,6 @@ with suppress(ImportError):
     _DAMAGED += (igzip_lib.IsalError,)
 
 _BUFFER_BYTES = 1 << 20
-_COMPRESSED_READ_BYTES = 64 << 10
-"""Read at once of a compressed file: the position on disk then tells how much was decompressed."""
 _ZSTD_MAX_WINDOW = 1 << 31
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _RLE_BLOCK = 1
@@ -194,7 +192,7 @@ class _SmallReads(io.RawIOBase):
         return self._raw.seek(offset, whence)
 
     def readinto(self, buffer: bytearray | memoryview) -> int | None:  # type: ignore[override]
-        return self._raw.readinto(memoryview(buffer)[:_COMPRESSED_READ_BYTES])
+        return self._raw.readinto(memoryview(buffer)[:READ_AHEAD_BYTES])
 
 
 class _ZstdFrames:
@@ -205,7 +203,7 @@ class _ZstdFrames:
     """
 
     def __init__(self, raw: io.FileIO) -> None:
-        self._file = io.BufferedReader(raw, _COMPRESSED_READ_BYTES)
+        self._file = io.BufferedReader(raw, READ_AHEAD_BYTES)
         self._pieces = self._walk()
 
     def read(self, size: int = -1) -> bytes:
