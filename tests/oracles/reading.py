@@ -46,7 +46,9 @@ def read_file(
 ) -> Reading:
     """Read a file in spans that ``cuts`` part, refusals being collected; ``options`` are those of ``ReadOptions``."""
     reading = Reading()
-    inputs = InputOptions(txt_mode, input_format=input_format, skip_damage=options.get("skip_damage", False))
+    inputs = InputOptions(
+        txt_mode, input_format=input_format, keys=columns, skip_damage=options.get("skip_damage", False)
+    )
     for span, context in _spans(path, cuts, columns, inputs, reading, ReadOptions(**options)):
         records = FORMATS[span.file.format].read(span, context)
         for record in readable_part(records, str(path), context):

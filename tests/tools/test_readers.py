@@ -392,8 +392,8 @@ def test_the_standard_librarys_gzip_does_too(tmp_path, monkeypatch):
 
 def test_a_decompressor_may_give_a_byte_at_a_time(tmp_path, monkeypatch):
     class Slow(gzip.GzipFile):
-        def readinto(self, buffer: memoryview) -> int:
-            return super().readinto(buffer[:1])
+        def readinto1(self, buffer: memoryview) -> int:
+            return super().readinto1(buffer[:1])
 
     monkeypatch.setattr(streams, "_GzipFile", Slow)
     assert read_file(write(tmp_path / "a.txt.gz", gzip.compress(BOM + b"x"))).values == ["x"]

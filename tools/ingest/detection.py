@@ -89,6 +89,8 @@ def _json_shape(content: bytes, named: str | None, keys: Sequence[str] | None) -
             lines.pop()  # cut off, perhaps
         return "jsonl" if all(_is_json(line, dict, keys if is_text else None) for line in lines) else None
     if named != "json" and _ARRAY_OF_JSON.match(content):
+        if is_text and keys is not None and not any(f'"{key}"'.encode() in content for key in keys):
+            return None
         return None if _is_json(first, list) and rest.strip() else "json"
     return None
 

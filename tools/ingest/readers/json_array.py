@@ -149,7 +149,7 @@ class _Values:
                 yield beginning, Path(copy.name)
 
     def _fill(self) -> bool:
-        block = self._stream.read(_READ_BYTES)
+        block = self._stream.read1(_READ_BYTES)
         self._buffer += block
         return bool(block)
 

@@ -124,6 +124,8 @@ class _CheckedStream(io.RawIOBase):
     def __init__(self, file: InputFile, raw: io.FileIO, context: ReadContext) -> None:
         self._path, self._raw, self._context = file.path, raw, context
         self._bytes: Any = _decompressed(file.compression, raw) if file.compression else raw
+        self._readinto = self._bytes.readinto1 if file.compression else raw.readinto
+        self._is_isal = file.compression == ".gz" and _GzipFile is not gzip.GzipFile
         self._expansion = ExpansionLimit(file.path, file.size, context.options.max_expansion)
         self._produced = 0
         self._damage: DamagedError | None = None
@@ -142,10 +144,13 @@ class _CheckedStream(io.RawIOBase):
             raise self._damage
         count, room = 0, memoryview(buffer)
         try:
-            # Decompressors give what they have; a full buffer each time is less work, and lets callers peek.
-            while count < len(room) and (more := self._bytes.readinto(room[count:])):
+            # A full buffer each time is less work, and lets callers peek. Filling it step by step keeps what was
+            # decompressed before an error.
+            while count < len(room) and (more := self._readinto(room[count:])):
                 count += more
         except _DAMAGED as error:
+            if self._is_isal and self._context.options.skip_damage:
+                return self._retry_with_zlib(buffer, count)
             self._damage = self._damaged(error)
         except OSError as error:
             if error.errno is not None:
@@ -158,6 +163,26 @@ class _CheckedStream(io.RawIOBase):
         if self._damage is not None and not count:
             raise self._damage
         return count
+
+    def _retry_with_zlib(self, buffer: bytearray | memoryview, count: int) -> int:
+        """Continue with the standard library: isal drops what it has decompressed in the step that fails.
+
+        ``count`` bytes are in ``buffer`` already.
+        """
+        self._raw.seek(0)
+        self._is_isal = False
+        self._bytes = gzip.GzipFile(fileobj=cast(IO[bytes], _SmallReads(self._raw)), mode="rb")
+        self._readinto = self._bytes.readinto1
+        left = self._produced + count
+        try:
+            while left and (block := self._bytes.read1(min(left, _BUFFER_BYTES))):
+                left -= len(block)
+        except _DAMAGED as error:
+            self._damage = self._damaged(error)
+        if count:
+            self._produced += count
+            return count
+        return self.readinto(buffer)
 
     def _damaged(self, error: Exception) -> DamagedError:
         return DamagedError(f"{self._path}: truncated or damaged ({error}); copy or compress it again")
