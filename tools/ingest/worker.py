@@ -31,7 +31,7 @@ from .long_text import LongText, encode_in_pieces
 from .options import BATCH_CHARACTERS
 from .preload import load_tokenizer_once
 from .readers import lines
-from .records import UNREADABLE, MalformedError, ReadContext, ReadOptions, Record, Where, readable_part
+from .records import UNREADABLE, DamagedError, MalformedError, ReadContext, ReadOptions, Record, Where, readable_part
 from .shard_writer import ShardWriter
 from .shards import Shard
 from .tasks import Span, Task
@@ -205,8 +205,11 @@ class TaskRunner:
                     note=self._result.notes.append,
                 )
                 self._source = span.file.source
-                for _ in self._run_span(span, context):
-                    self._show(done + context.consumed)
+                try:
+                    for _ in self._run_span(span, context):
+                        self._show(done + context.consumed)
+                except DamagedError as error:
+                    raise UserError(f"{error}; or keep what comes before with --skip-bad-lines") from error
                 done += span.num_bytes
             self._result.fast_path_failures = self._tokenizer.fast_path_failures - failures
             self._shard.finish()
