@@ -100,7 +100,7 @@ def _is_json(line: bytes, kind: type, keys: Sequence[str] | None = None) -> bool
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
         return False
-    return type(value) is kind and (keys is None or any(key in value for key in keys))
+    return isinstance(value, kind) and (keys is None or any(f'"{key}"'.encode() in line for key in keys))
 
 
 def _first_bytes(path: str, size: int) -> bytes:

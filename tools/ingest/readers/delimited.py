@@ -11,7 +11,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from ....engine.errors import UserError
 from ..json_records import invalid_utf8
@@ -35,20 +35,13 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
     """The rows below the header."""
     path = span.file.path
     csv.field_size_limit(_MAX_CELL)
-    quoting = context.options.quoting
-    separator, quoted = _SEPARATORS[span.file.format], quoting == "standard"
+    separator = _SEPARATORS[span.file.format]
     with open_stream(span.file, context) as stream:
         skip_bom(stream, path)
-        if quoting == "auto":
-            # A header in which all names are in quotes is no text: whoever wrote it quotes.
-            first = stream.peek(_HEADER_BYTES)[:_HEADER_BYTES].partition(b"\n")[0].rstrip(b"\r")
-            quoted = span.file.format not in _UNQUOTED or all(
-                len(name) > 1 and name[:1] == name[-1:] == b'"' for name in first.split(separator.encode())
-            )
-        lines = _Lines(stream, path)
-        longest, longest_at, looks_quoted = 0, "", ""
+        lines, quotes = _Lines(stream, path), _Quotes(context, separator)
+        quotes.decide(stream, span.file.format)
         names: list[str] | None = None
-        for where, cells, wrong in _rows(lines, separator, quoted):
+        for where, cells, wrong in _rows(lines, separator, quotes.quoted):
             if names is None:
                 if wrong:
                     raise UserError(f"{where.describe()}: the header is malformed: {wrong}")
@@ -57,32 +50,62 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
                     return
                 continue
             if wrong is None and len(cells) != len(names):
-                hint = "" if quoted else "; if cells are in quotes, give --quoting standard"
+                hint = "" if quotes.quoted else "; if cells are in quotes, give --quoting standard"
                 wrong = MalformedError(f"{len(cells)} cells, where the header has {len(names)}{hint}")
-            if lines.num_lines > 1:
-                if wrong is None and quoting == "auto" and _is_several_rows(lines.raw(), separator, len(names)):
-                    wrong = MalformedError(
-                        f"a quote over {lines.num_lines} lines, each of which is a row by itself; if quotes are text "
-                        "here, give --quoting none, else --quoting standard"
-                    )
-                if lines.num_lines > longest:
-                    longest, longest_at = lines.num_lines, where.describe()
+            wrong = wrong or quotes.check(where, cells, lines)
             if wrong:
                 context.refuse(where, str(wrong), wrong.kind, lines.raw())
                 continue
-            if not quoted and not looks_quoted and quoting == "auto" and _looks_quoted(cells):
-                looks_quoted = where.describe()
             record = dict(zip(names, cells, strict=True))
             record.pop("", None)
             yield Record(record, where)
-    if longest > _MANY_LINES:
-        context.note(
-            f"{longest_at}: a quoted cell goes over {longest:,} lines; if quotes are text, give --quoting none"
-        )
-    if looks_quoted:
-        context.note(
-            f"{looks_quoted}: cells seem to be in quotes, which were kept as text; --quoting standard undoes them"
-        )
+    quotes.report()
+
+
+class _Quotes:
+    """Whether quotes are syntax or text in a file, and what in it speaks against that."""
+
+    def __init__(self, context: ReadContext, separator: str) -> None:
+        self.quoted = context.options.quoting == "standard"
+        self._decides = context.options.quoting == "auto"
+        self._context, self._separator = context, separator
+        self._longest, self._longest_at = 0, ""
+        self._looks_quoted = ""
+
+    def decide(self, stream: io.BufferedReader[Any], format_name: str) -> None:
+        """Choose for a file, of which the header comes next in ``stream``, where the user leaves that open."""
+        if self._decides:
+            # A header in which all names are in quotes is no text: whoever wrote it quotes.
+            first = stream.peek(_HEADER_BYTES)[:_HEADER_BYTES].partition(b"\n")[0].rstrip(b"\r")
+            self.quoted = format_name not in _UNQUOTED or all(
+                len(name) > 1 and name[:1] == name[-1:] == b'"' for name in first.split(self._separator.encode())
+            )
+
+    def check(self, where: Where, cells: list[str], lines: _Lines) -> MalformedError | None:
+        """What is wrong with the quotes of a row that is right by the rules."""
+        if lines.num_lines > 1:
+            if self._decides and _is_several_rows(lines.raw(), self._separator, len(cells)):
+                return MalformedError(
+                    f"a quote over {lines.num_lines} lines, each of which is a row by itself; if quotes are text "
+                    "here, give --quoting none, else --quoting standard"
+                )
+            if lines.num_lines > self._longest:
+                self._longest, self._longest_at = lines.num_lines, where.describe()
+        elif self._decides and not self.quoted and not self._looks_quoted and _looks_quoted(cells):
+            self._looks_quoted = where.describe()
+        return None
+
+    def report(self) -> None:
+        """Note what is suspicious in the file."""
+        if self._longest > _MANY_LINES:
+            self._context.note(
+                f"{self._longest_at}: a quoted cell goes over {self._longest:,} lines; if quotes are text, give "
+                "--quoting none"
+            )
+        if self._looks_quoted:
+            self._context.note(
+                f"{self._looks_quoted}: cells seem to be in quotes, which were kept as text; --quoting standard undoes them"
+            )
 
 
 def _is_several_rows(raw: bytes, separator: str, num_cells: int) -> bool:
@@ -106,7 +129,7 @@ def _looks_quoted(cells: list[str]) -> bool:
 
 def _rows(lines: _Lines, separator: str, quoted: bool) -> Iterator[tuple[Where, list[str], MalformedError | None]]:
     """For each row where it begins, its cells and what is wrong with it; blank lines are nothing."""
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     reader = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting)
     while True:
         where = lines.begin_row()

@@ -13,7 +13,7 @@ import lzma
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, TypeVar, cast
 
@@ -124,7 +124,7 @@ class _CheckedStream(io.RawIOBase):
     def __init__(self, file: InputFile, raw: io.FileIO, context: ReadContext) -> None:
         self._path, self._raw, self._context = file.path, raw, context
         self._bytes: Any = _decompressed(file.compression, raw) if file.compression else raw
-        self._readinto = self._bytes.readinto1 if file.compression else raw.readinto
+        self._readinto: Callable[[memoryview], int | None] = self._bytes.readinto1 if file.compression else raw.readinto
         self._is_isal = file.compression == ".gz" and _GzipFile is not gzip.GzipFile
         self._expansion = ExpansionLimit(file.path, file.size, context.options.max_expansion)
         self._produced = 0
@@ -194,11 +194,9 @@ def _decompressed(compression: str, raw: io.FileIO) -> Any:
         decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
         return decompressor.stream_reader(cast(IO[bytes], _ZstdFrames(raw)), read_across_frames=True)
     source = cast(IO[bytes], _SmallReads(raw))
-    return {".gz": _open_gzip, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}[compression](source)
-
-
-def _open_gzip(source: IO[bytes]) -> Any:
-    return _GzipFile(fileobj=source, mode="rb")
+    if compression == ".gz":
+        return _GzipFile(fileobj=source, mode="rb")
+    return bz2.BZ2File(source) if compression == ".bz2" else lzma.LZMAFile(source)
 
 
 class _SmallReads(io.RawIOBase):
