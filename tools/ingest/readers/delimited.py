@@ -104,7 +104,7 @@ class _Quotes:
             )
         if self._looks_quoted:
             self._context.note(
-                f"{self._looks_quoted}: cells seem to be in quotes, which were kept as text; --quoting standard undoes them"
+                f"{self._looks_quoted}: cells seem to be in quotes, kept as text; --quoting standard undoes them"
             )
 
 
