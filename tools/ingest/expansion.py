@@ -12,8 +12,8 @@ from ...engine.errors import UserError
 DEFAULT_EXPANSION = 300
 LEAST_BYTES = 8 << 20
 """Files that give less are not looked at."""
-_WINDOW_BYTES = 64 << 20
-READ_AHEAD_BYTES = 32 << 10
+_WINDOW_BYTES = 32 << 20
+READ_AHEAD_BYTES = 16 << 10
 """What decompressors may read of a file at once, for its position to tell what they have used."""
 LEAST_ROWS = 1 << 18
 _ROWS_PER_BYTE = 8
@@ -22,7 +22,7 @@ _ROWS_PER_BYTE = 8
 class ExpansionLimit:
     """Watches one file being read.
 
-    Both the file as a whole and every 64 MiB of what it gives are bounded, so that a bomb behind ordinary data is
+    Both the file as a whole and every 32 MiB of what it gives are bounded, so that a bomb behind ordinary data is
     found too.
 
     Args:
