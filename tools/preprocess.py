@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 from retemper.engine.data.document_frame import BOS_CHOICES
 from retemper.engine.errors import CommandParser, run_command
+from retemper.tools.ingest.expansion import DEFAULT_EXPANSION
+from retemper.tools.ingest.formats import FORMATS
 from retemper.tools.ingest.options import PreprocessOptions
 from retemper.tools.ingest.pipeline import preprocess
 from retemper.tools.ingest.report import format_report
@@ -40,9 +42,9 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         required=True,
         metavar="FILE|DIR|GLOB|-",
-        help=".jsonl, .json, .txt, .md, .html, .csv, .tsv (all also as .gz and .zst), .parquet, .xlsx, .pdf; a folder "
-        "stands for all such files in it, - for standard input. Documents keep the order of the arguments; within a "
-        "folder or pattern, of the paths",
+        help=".jsonl, .json, .txt, .md, .html, .csv, .tsv (all also as .gz, .zst, .bz2 and .xz), .parquet, .arrow, "
+        ".xlsx, .pdf; a folder stands for the documents in it, - for standard input. Documents keep the order of the "
+        "arguments; within a folder or pattern, of the paths",
     )
     group.add_argument(
         "--json-key",
@@ -66,6 +68,34 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--stdin-format", default="jsonl", metavar="FORMAT", help="format of standard input (default: %(default)s)"
     )
     group.add_argument(
+        "--input-format",
+        metavar="FORMAT",
+        help="format of all files of --input, whatever their names (default: by name, and by content where the name is "
+        "ambiguous): " + ", ".join(FORMATS),
+    )
+    group.add_argument(
+        "--quoting",
+        choices=("auto", "standard", "none"),
+        default="auto",
+        help="quotation marks in CSV and TSV: standard: RFC 4180; none: they are text; auto (the default): standard "
+        "for CSV, none for TSV",
+    )
+    group.add_argument(
+        "--sheet",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="sheets of .xlsx workbooks to read (default: those with the column of the text)",
+    )
+    group.add_argument(
+        "--max-expansion",
+        type=int,
+        default=DEFAULT_EXPANSION,
+        metavar="N",
+        help="refuse files that expand to more than N times their size, as compressed bombs do; 0: no limit (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
         "--chat",
         action="store_true",
         help="records are conversations (messages, ShareGPT, Alpaca): apply the model's chat template and write a loss "
@@ -78,7 +108,8 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--skip-bad-lines",
         action="store_true",
-        help="write malformed lines and rows to {prefix}.rejects.jsonl and go on, rather than stop at the first",
+        help="write malformed lines and rows, and the places where files are damaged, to {prefix}.rejects.jsonl and "
+        "continue, rather than stop at the first",
     )
 
 

@@ -37,10 +37,11 @@ from .assembly import Assembly, SourceTotals
 from .chat_bos import ChatBos
 from .cleaning import Cleaner
 from .held_out import read_held_out
-from .inputs import InputOptions, expand_inputs, with_stdin_copied
+from .inputs import expand_inputs, with_stdin_copied
 from .options import PreprocessOptions, contents_of, task_key
 from .pool import run_tasks, start_early, usable_cores, worker_context
 from .progress import ProgressReport
+from .records import UNREADABLE
 from .rejects import REJECTS, write_rejects
 from .shards import Shard
 from .split import Split
@@ -48,6 +49,8 @@ from .tasks import Span, choose_task_bytes, plan_tasks, shard_of_tasks
 from .tokenizer_choice import check_vocabulary, choose_tokenizer, read_frame
 from .worker import FastPathError, TaskResult, WorkerSettings
 from .workspace import finished_results, open_workspace, remove_workspace
+
+_SHOWN_NOTES = 20
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class _Run:
 
     def __init__(self, options: PreprocessOptions, prefix: str) -> None:
         self.options, self.prefix = options, prefix
-        self.files = expand_inputs(options.input, InputOptions(options.txt_mode, options.stdin_format))
+        self.files = expand_inputs(options.input, options.inputs)
         choice = choose_tokenizer(options)
         _say_notes(choice.notes)
         # Conversations are encoded by the reference, which says where in the text each token lies.
@@ -145,7 +148,7 @@ class _Run:
 
     def tokenize(self) -> None:
         """Have the workers make all shards that are not there yet."""
-        allowed = {"malformed": self.options.skip_bad_lines}
+        allowed = {"malformed": self.options.skip_bad_lines, UNREADABLE: self.options.skip_bad_lines}
         allowed["invalid UTF-8"] = self.options.skip_bad_lines or self.options.drop_invalid_utf8
         self.results = finished_results(self.work, self.keys, {kind for kind, yes in allowed.items() if not yes})
         todo = [(task, key) for key, task in self.keys.items() if key not in self.results]
@@ -170,6 +173,7 @@ class _Run:
     def assemble(self) -> PreprocessReport:
         """Make the datasets from the shards, and publish them together."""
         results = [self.results[key] for key in self.keys]
+        _print_notes([note for result in results for note in result.notes])
         shards = [Shard(self.work, key) for key in self.keys]
         assembly = Assembly(shards, self.options, self.work, len(self.options.input))
         first_bad = next((result.first_bad for result in results if result.first_bad), None)
@@ -240,6 +244,7 @@ class _Run:
             chat_template=None if options.chat_template is None else Path(options.chat_template),
             chat_bos=self._chat_bos,
             chat_date=self.chat_date,
+            reading=options.reading,
             skip_bad_lines=options.skip_bad_lines,
             drop_invalid_utf8=options.drop_invalid_utf8,
             normalize_nfc=options.normalize == "nfc",
@@ -401,6 +406,14 @@ def _facts(span: Span) -> dict[str, object]:
         "start": span.start,
         "stop": span.stop,
     }
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    """Print what readers found worth knowing about the files."""
+    for note in notes[:_SHOWN_NOTES]:
+        print(f"note: {note}", file=sys.stderr)
+    if len(notes) > _SHOWN_NOTES:
+        print(f"note: {len(notes) - _SHOWN_NOTES:,} more such notes about files", file=sys.stderr)
 
 
 def _checked_prefix(options: PreprocessOptions) -> str:
