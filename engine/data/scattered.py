@@ -55,7 +55,8 @@ class ScatteredSequences:
 
     def between(self, low: int, high: int) -> npt.NDArray[np.int64]:
         """The beginnings that are >= ``low`` and < ``high``."""
-        first, last = self.first_at_least(low), self.first_at_least(high)
+        first = self.first_at_least(low)
+        last = max(first, self.first_at_least(high))
         blocks = range(first // _BLOCK, -(-last // _BLOCK))
         parts = [self._starts(block) for block in blocks]
         return np.concatenate(parts)[first - blocks.start * _BLOCK :][: last - first] if parts else np.empty(0, "i8")
