@@ -274,8 +274,8 @@ class IndexedDataset:
         size = os.path.getsize(self.mask_path)
         if size != len(self._tokens):
             raise UserError(
-                f"{self.mask_path}: {size} bytes, but {self.bin_path} holds {len(self._tokens)} tokens: the mask belongs "
-                "to another dataset; build or copy all files again, or remove it to train on every token"
+                f"{self.mask_path}: {size} bytes, but {self.bin_path} holds {len(self._tokens)} tokens: the mask "
+                "belongs to another dataset; build or copy all files again, or remove it to train on every token"
             )
         return FileEntries(self.mask_path, "u1", 0, size)
 

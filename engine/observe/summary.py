@@ -23,6 +23,7 @@ from ..run_inputs import RunInputs
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
 
+_MANY_EPOCHS = 4
 _GROUPS_COUNTED = 8  # of each source, to estimate how many documents are cut
 
 
@@ -158,4 +159,18 @@ def notes(config: RunConfig, catalog: Catalog, max_positions: int | None) -> lis
             f"note: training.sequence_length {training.sequence_length:,} is beyond the model's "
             f"max_position_embeddings {max_positions:,}; the exported config.json keeps saying {max_positions:,}"
         )
+    return lines
+
+
+def data_notes(catalog: Catalog, order: SampleOrder, last_sample: int) -> list[str]:
+    """What a user may not have meant by the datasets of a run that ends after ``last_sample`` samples."""
+    lines, given = [f"note: {remark}" for remark in catalog.remarks], order.cursors(last_sample)
+    for source in catalog.train:
+        epochs = given[source.name] / source.num_windows
+        if epochs > _MANY_EPOCHS:
+            lines.append(
+                f"note: training source '{source.name}' is read {epochs:.1f} times until the end of the run; from "
+                f"about {_MANY_EPOCHS} epochs on, repeated data teaches ever less (Muennighoff et al., 2023, "
+                "https://arxiv.org/abs/2305.16264): add data, lower its weight, or cap it with max_epochs"
+            )
     return lines

@@ -173,9 +173,17 @@ DAMAGES = {
         "x.bin",
         "24 bytes, but .* ends at 24 . 1 tokens",
     ),
-    "huge length": (lambda i, b: _patch(i, 38, struct.pack("<i", 2**31 - 1)), "x.idx", "sequence 1 of length 2147483647"),
+    "huge length": (
+        lambda i, b: _patch(i, 38, struct.pack("<i", 2**31 - 1)),
+        "x.idx",
+        "sequence 1 of length 2147483647",
+    ),
     "dtype code of smaller tokens": (lambda i, b: _patch(i, 17, b"\x08"), "x.idx", "says 2 bytes a token, .* 4 bytes"),
-    "dtype code of larger tokens": (lambda i, b: _patch(i, 17, b"\x05"), "x.bin", "24 bytes, but .* tokens x 8 bytes = 28"),
+    "dtype code of larger tokens": (
+        lambda i, b: _patch(i, 17, b"\x05"),
+        "x.bin",
+        "24 bytes, but .* tokens x 8 bytes = 28",
+    ),
     "no tokens file": (lambda i, b: b.unlink(), "x.bin", "no such file"),
     "no index": (lambda i, b: i.unlink(), "x.idx", "no such file"),
 }
@@ -248,7 +256,9 @@ def test_many_scattered_sequences(tmp_path):
     starts = np.cumsum(lengths) - lengths
     order = generator.permutation(5000)[:4500]
     stream = generator.integers(0, 250, lengths.sum())
-    write_scattered(tmp_path / "x", stream.tolist(), list(zip(starts[order].tolist(), lengths[order].tolist(), strict=True)))
+    write_scattered(
+        tmp_path / "x", stream.tolist(), list(zip(starts[order].tolist(), lengths[order].tolist(), strict=True))
+    )
     dataset = IndexedDataset(tmp_path / "x")
     expected = np.concatenate([stream[starts[i] : starts[i] + lengths[i]] for i in order])
     begins = np.cumsum(lengths[order]) - lengths[order]
@@ -256,8 +266,10 @@ def test_many_scattered_sequences(tmp_path):
     for start in generator.integers(0, len(expected) - 3000, 40).tolist():
         stop = start + int(generator.integers(0, 3000))
         assert dataset.tokens(start, stop).tolist() == expected[start:stop].tolist()
-        assert dataset.boundaries(start, stop).tolist() == np.unique(begins[(begins > start) & (begins < stop)]).tolist()
-    assert f"4,500 sequences do not begin in .bin where the one before ends" in dataset.remarks[0]
+        assert (
+            dataset.boundaries(start, stop).tolist() == np.unique(begins[(begins > start) & (begins < stop)]).tolist()
+        )
+    assert "4,500 sequences do not begin in .bin where the one before ends" in dataset.remarks[0]
 
 
 @pytest.mark.parametrize(

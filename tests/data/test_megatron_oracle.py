@@ -193,7 +193,9 @@ def test_both_read_an_index_that_was_filtered_or_permuted(tmp_path_factory, corp
     try:
         ours = IndexedDataset(folder / "x")
     except UserError as error:
-        assert chosen == list(range(len(chosen))) and "belongs to another dataset" in str(error) or "dtype" in str(error)
+        assert (chosen == list(range(len(chosen))) and "belongs to another dataset" in str(error)) or "dtype" in str(
+            error
+        )
         return
     expected = [theirs[number].tolist() for number in range(len(theirs))]
     assert [sequence.tolist() for sequence in ours] == expected
