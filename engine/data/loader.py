@@ -104,7 +104,7 @@ def describe_evaluated(sources: Sequence[Source], sequence_length: int, max_toke
     _, count = _windows_evaluated(sources, sequence_length, max_tokens)
     total = sum(source.num_windows_with_tail for source in sources)
     if count == total:
-        return f"all {total:,} windows, none left out"
+        return f"all windows ({total:,}), none left out"
     return f"{count:,} of {total:,} windows, spread evenly; training.eval_tokens {max_tokens:,} leaves out the others"
 
 

@@ -55,9 +55,10 @@ def check_windows(source: Source, vocab_size: int, attend_across_documents: bool
     if not found:
         mask = "its loss mask leaves out every token" if source.dataset.has_loss_mask else ""
         single = "" if attend_across_documents else "every document is of one token"
+        reasons = " or ".join(filter(None, (mask, single)))
         raise UserError(
-            f"{source.dataset.prefix}: training source '{source.name}' has no target in {len(numbers):,} of its "
-            f"{source.num_windows:,} windows, evenly spread: {' or '.join(filter(None, (mask, single)))}; build it "
+            f"{source.dataset.prefix}: training source '{source.name}' has no target in any of {len(numbers):,} "
+            f"windows, spread evenly over its {source.num_windows:,}: {reasons}; build it "
             "again with something to predict, or remove it"
         )
 

@@ -149,8 +149,8 @@ def notes(config: RunConfig, catalog: Catalog, max_positions: int | None) -> lis
     training, lines = config.training, []
     if catalog.unchecked:
         lines.append(
-            f"note: no sidecar stands beside {', '.join(catalog.unchecked)}: which tokenizer made it is not checked, "
-            "and token ids only as they are read"
+            f"note: no sidecar next to {', '.join(dict.fromkeys(catalog.unchecked))}: which tokenizer made it is not "
+            "checked, and of the token ids at the start only a sample (tools/show_dataset.py --verify checks all)"
         )
     if not catalog.validation and (training.eval_interval or training.eval_at_start):
         lines.append("note: training.eval_interval or eval_at_start is set, but there is no validation set")
