@@ -105,18 +105,21 @@ def document_problem(entries: IndexEntries, ends_only: bool = False) -> str | No
 def require_token_size(entries: IndexEntries) -> None:
     """Refuse an index that would be in file order if tokens had another size: then its dtype code is wrong.
 
+    Sequences that all have one length prove nothing: they may be every second one of a dataset.
+
     Raises:
         UserError: with both sizes.
     """
-    sizes = {1, 2, 4, 8} - {entries.itemsize}
+    sizes, found = {1, 2, 4, 8} - {entries.itemsize}, set[int]()
     for first in range(0, len(entries.lengths) - 1, CHECKED_AT_ONCE):
         pointers = entries.pointers[first : first + CHECKED_AT_ONCE + 1]
         lengths = entries.lengths[first : first + len(pointers) - 1].astype(np.int64)
+        found |= {int(lengths.min()), int(lengths.max())}
         steps = np.diff(pointers)
-        sizes = {size for size in sizes if (steps == lengths * size).all() and lengths.any()}
+        sizes = {size for size in sizes if (steps == lengths * size).all()}
         if not sizes:
             return
-    if sizes and len(entries.lengths) > 1:
+    if len(found) > 1:
         raise UserError(
             f"{entries.idx_path}: its dtype code says {entries.itemsize} bytes a token, but its pointers are those of "
             f"{min(sizes)} bytes a token: the code is wrong; {DAMAGED}"
