@@ -16,6 +16,7 @@ from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
 from retemper.engine.observe.summary import data_notes
+from retemper.tools.ingest.merging import MergeOptions, merge
 
 PLAN = BatchPlan(sequence_length=8, global_batch_size=4, micro_batch_size=1, data_parallel_size=1)
 SIDECAR = Sidecar("tok", "a" * 64, 100, True, "<eod>", 0, (), {})
@@ -169,3 +170,50 @@ def test_many_epochs_are_noted(tmp_path):
     assert not notes(catalog, 300)
     [line] = notes(catalog, 380)
     assert line.startswith("note: training source 's0' is read 5.1 times until the end of the run;")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Indexes that are not in file order
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_windows_of_an_index_out_of_order_are_those_of_the_dataset_in_order(tmp_path, packing):
+    """Whatever is made of them: layouts, masks, a held-out part. In order it is written by merge.py."""
+    generator = np.random.default_rng(2)
+    lengths = generator.integers(1, 30, 60).tolist()
+    path = write(tmp_path / "x", lengths, mask=generator.integers(0, 2, sum(lengths)))
+    index = Path(f"{path}.idx").read_bytes()
+    order = generator.permutation(60)[:50]
+    pointers = np.frombuffer(index, "<i8", 60, 34 + 240)[order]
+    part = np.array(lengths, "<i4")[order].tobytes() + pointers.tobytes() + np.arange(51, dtype="<i8").tobytes()
+    Path(f"{path}.idx").write_bytes(index[:18] + np.array([50, 51], "<u8").tobytes() + part)
+    merge(MergeOptions([path], str(tmp_path / "ordered")))
+    catalogs = [
+        open_catalog(
+            DataConfig(train=[SourceConfig(prefix, name="s")], packing=packing, validation_fraction=0.2),
+            PLAN,
+            100,
+            None,
+            7,
+        )
+        for prefix in (path, str(tmp_path / "ordered"))
+    ]
+    for one, other in zip(*([*c.train, *c.validation["held_out"]] for c in catalogs), strict=True):
+        assert one.num_windows == other.num_windows > 3 and (one.start, one.stop) == (other.start, other.stop)
+        for number in range(one.num_windows):
+            pairs = zip(one.window(number, 100), other.window(number, 100), strict=True)
+            assert all(mine.tolist() == theirs.tolist() for mine, theirs in pairs)
+
+
+def test_a_very_large_index_is_checked_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("retemper.engine.data.indexed_dataset.CHECKED_ON_OPENING", 10)
+    monkeypatch.setattr("retemper.engine.data.index_check.CHECKED_AT_ONCE", 4)
+    monkeypatch.setattr("retemper.engine.data.index_check._SPREAD_BLOCKS", 2)
+    path = write(tmp_path / "x", [20] * 40)
+    opened(path).finish_checks()
+    index = bytearray(Path(f"{path}.idx").read_bytes())
+    index[34 + 4 * 20 + 3] = 0x80  # the sign of the 21st length
+    Path(f"{path}.idx").write_bytes(index)
+    catalog = opened(path)
+    with pytest.raises(UserError, match=r"x.idx: sequence 20 of length -"):
+        catalog.finish_checks()
