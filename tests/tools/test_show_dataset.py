@@ -224,7 +224,7 @@ def test_bad_requests_are_refused(tmp_path, made, capsys, refused, tiny_tokenize
 
 def test_missing_matplotlib_is_told_before_the_pass(made, refused, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install -e .[demo]" in refused(made, "--html", tmp_path / "page.html")
+    assert "pip install matplotlib" in refused(made, "--html", tmp_path / "page.html")
 
 
 def test_verify_checks_every_token_id(foreign, tiny_tokenizer, capsys, refused):
@@ -260,5 +260,5 @@ def test_an_index_out_of_order_is_shown_and_said(foreign, capsys):
     assert (report["tokens"], report["lengths"]["longest"]) == (5, 4)
     assert "3 of 3 sequences do not begin in .bin where the one before ends" in report["warnings"][0]
     assert "note: " in show(capsys, foreign, "--verify")
-    counted = {one["token"] for one in report["most_frequent"]}
+    counted = {one["id"] for one in report["most_frequent"]}
     assert counted == {5, 300, 0, 6, 7}
