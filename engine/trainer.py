@@ -7,6 +7,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from .. import __version__
 from .budget import learning_rate, plan_batches
 from .checkpoint.changes import describe_changes
@@ -30,8 +33,8 @@ from .observe.flops import flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, speed, step_line
 from .observe.stragglers import Stragglers
-from .observe.summary import describe_data, describe_run, describe_saving, notes
-from .optim import build_optimizer, clip_grad_norm, set_learning_rate, step_unless
+from .observe.summary import data_notes, describe_data, describe_run, describe_saving, notes
+from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate, step_unless
 from .parallel.build import build_model
 from .parallel.mesh import build_mesh, plan_layout
 from .parallel.process_group import Ranks, world_size_from_environment
@@ -114,6 +117,7 @@ class Trainer:
         blocks = (block for decoder in self.model.decoders for block in decoder.model.blocks)
         self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)
         self.validation = Validation(config, self.inputs.catalog, self.plan, architecture.vocab_size, self.mesh, ranks)
+        ranks.everywhere(self.inputs.catalog.finish_checks)
 
     # ---------------------------------------------------------------------------------------------------------------
     # The run
@@ -209,7 +213,7 @@ class Trainer:
         return [batch.pin_memory() for batch in batches] if self.ranks.device.type == "cuda" else batches
 
     def _next_batches(self, prefetcher: Prefetcher) -> tuple[list[MicroBatch], float]:
-        """This rank's micro-batches, and the number of targets in the global batch.
+        """This rank's micro-batches, and the number of targets in the global batch, which may be 0.
 
         Raises:
             UserError: on every rank, when any of them cannot read its data.
@@ -225,12 +229,32 @@ class Trainer:
         num_targets = self.ranks.sum(math.nan if problem else count_targets(batches, self.mesh))
         if math.isnan(num_targets):
             self.ranks.raise_together(problem)
-        return batches, max(1.0, num_targets)
+        return batches, num_targets
 
     def _step(self, micro_batches: list[MicroBatch], num_targets: float) -> StepResult:
-        """One optimizer step: accumulate gradients over the micro-batches, clip, update, advance the clock."""
+        """One optimizer step: accumulate gradients over the micro-batches, clip, update, advance the clock.
+
+        Without a target on any rank there is nothing to compute: only the clock advances.
+        """
         tokens = self.progress.tokens + self.plan.tokens_per_step
         rate = learning_rate(tokens, self.config.training, self.config.optimizer)
+        if num_targets > 0:
+            loss, grad_norm = self._update(micro_batches, num_targets, rate)
+        else:
+            loss = grad_norm = torch.full((), math.nan)
+            self.health.count_without_targets(self.progress.step + 1)
+            allocate_states(self.optimizer)  # which a checkpoint holds also of a run that has made no update yet
+        self._begin("other")
+        self.progress = replace(
+            self.progress,
+            step=self.progress.step + 1,
+            samples=self.progress.samples + self.plan.global_batch_size,
+            tokens=tokens,
+        )
+        return StepResult(loss, grad_norm, rate, num_targets > 0)
+
+    def _update(self, micro_batches: list[MicroBatch], num_targets: float, rate: float) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm of a step, whose update is made unless it would do harm."""
         loss = self.passes.train(micro_batches, num_targets, self._begin)
         self._begin("optimizer")
         clip = self.config.optimizer.clip_grad_norm
@@ -239,14 +263,7 @@ class Trainer:
         self.saver.hold_update()
         step_unless(self.optimizer, self.health.judge(self.progress.step + 1, loss, grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
-        self._begin("other")
-        self.progress = replace(
-            self.progress,
-            step=self.progress.step + 1,
-            samples=self.progress.samples + self.plan.global_batch_size,
-            tokens=tokens,
-        )
-        return StepResult(loss, grad_norm, rate)
+        return loss, grad_norm
 
     def _begin(self, name: str) -> None:
         self.watchdog.beat(f"step {self.progress.step + 1}, {name}")
@@ -346,10 +363,11 @@ class Trainer:
         architecture, trainable = self.inputs.architecture, self.config.training.trainable
         flops = flops_per_token(architecture, self.plan.sequence_length, causal_halved=False, trainable=trainable)
         values = {
-            "loss": loss,
+            "loss": loss if result.has_targets else None,
             "learning_rate": result.learning_rate,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if result.has_targets else None,
             "skipped_steps": self.health.skipped_steps(),
+            "steps_without_targets": self.health.steps_without_targets,
             **speed(stopwatch.lap(), self.plan.tokens_per_step, flops, self.ranks),
             **stragglers.values,
         }
@@ -398,10 +416,12 @@ class Trainer:
             *(describe_changes(was, self.config, layout, datasets) if was else []),
             *(describe_unread(self.inputs.assets.config, given) if isinstance(given, str) else []),
             *notes(self.config, self.inputs.catalog, self.inputs.assets),
+            *data_notes(self.inputs.catalog, self.inputs.order, self._last_sample()),
             *(f"note: {line}" for line in [*self._budget_used(), *without_effect(self._situation())]),
             *summary,
             describe_saving(self.config, self.model.parameters()),
             *describe_data(self.config.data, self.inputs.catalog, self.inputs.order, self._last_sample()),
+            *self.validation.describe(),
             *self.casts,
             *self.export_remarks,
         ]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from ..config import DataConfig, SourceConfig, StageConfig
 from ..errors import UserError
 from .indexed_dataset import IndexedDataset
 from .sample_order import OrderedSource, SampleOrder
+from .samples import NamedDataset, check_windows, equal_datasets
 from .schedule import Schedule, Share, Stage
 from .sidecar import Sidecar, hash_file, require_same_dataset
 from .source import Source, split_source
@@ -42,6 +44,17 @@ class Catalog:
     None where that is not recorded."""
     unchecked: list[str] = field(default_factory=list)
     """Datasets without a sidecar: nothing says which tokenizer made them."""
+    remarks: list[str] = field(default_factory=list)
+    """What is unusual about datasets that can be used, for the user."""
+
+    def finish_checks(self) -> None:
+        """Wait for what opening has left to threads: the checks of very large indexes.
+
+        Raises:
+            UserError: an index is damaged.
+        """
+        for source in itertools.chain(self.train, *self.validation.values()):
+            source.dataset.finish_check()
 
     def sample_order(self, seed: int) -> SampleOrder:
         """The order of a fresh run."""
@@ -86,20 +99,23 @@ def open_catalog(
         seed: of the layouts of documents in windows.
 
     Raises:
-        UserError: a dataset is missing, damaged, made with another tokenizer, or too small.
+        UserError: a dataset is missing, damaged, made with another tokenizer, too small, or has nothing to predict.
     """
     train: dict[str, Source] = {}
     held_out, fingerprints, unchecked = [], {}, []
+    opened: list[NamedDataset] = []
     blends = [stage.train for stage in config.stages] or [config.train]
     for settings in {settings.identity: settings for blend in blends for settings in blend}.values():
         dataset, sidecar = _open(settings.path, vocab_size, tokenizer)
         kept, left = split_source(settings.identity, dataset, plan.sequence_length, config.validation_fraction)
         kept, left = (replace(part, bos_id=_bos_id(sidecar)) for part in (kept, left))
         unchecked += [] if sidecar else [settings.path]
+        opened.append(NamedDataset(f"training source '{settings.identity}'", settings.path, dataset, sidecar))
         _require_windows(kept, "train on")
+        check_windows(kept, vocab_size, config.attend_across_documents, all_ids=sidecar is None)
         train[kept.name] = kept.laid_out(config.packing, config.shuffle, seed)
         if config.validation_fraction > 0:
-            _require_windows(left, "hold out with this data.validation_fraction")
+            _require_targets(left, f"data.validation_fraction {config.validation_fraction:g} holds out")
             held_out.append(left)
         fingerprints[settings.identity] = {
             "path": settings.path,
@@ -119,10 +135,12 @@ def open_catalog(
     for name, path in config.validation.items():
         dataset, sidecar = _open(path, vocab_size, tokenizer)
         unchecked += [] if sidecar else [path]
+        opened.append(NamedDataset(f"validation set '{name}'", path, dataset, sidecar))
         source = Source(name, dataset, plan.sequence_length, 0, dataset.num_tokens, bos_id=_bos_id(sidecar))
-        _require_windows(source, "evaluate on")
+        _require_targets(source, "the set has")
         validation[name] = [source]
-    return Catalog(list(train.values()), _stages(config, train), validation, fingerprints, unchecked)
+    remarks = [*dict.fromkeys(line for one in opened for line in one.dataset.remarks), *equal_datasets(opened)]
+    return Catalog(list(train.values()), _stages(config, train), validation, fingerprints, unchecked, remarks)
 
 
 def _stages(config: DataConfig, sources: Mapping[str, Source]) -> list[Stage]:
@@ -195,4 +213,13 @@ def _require_windows(source: Source, purpose: str) -> None:
         raise UserError(
             f"{source.dataset.prefix}: {source.stop - source.start:,} tokens are too few to {purpose}: one window "
             f"needs {source.sequence_length + 1:,}; add data or lower training.sequence_length"
+        )
+
+
+def _require_targets(source: Source, holder: str) -> None:
+    """Refuse a part to evaluate that has nothing to predict, whatever its documents and mask."""
+    if source.num_targets < 1:
+        raise UserError(
+            f"{source.dataset.prefix}: {holder} {source.stop - source.start} tokens, but an evaluation needs at least "
+            "2, one to predict from and one to predict; add data"
         )

@@ -152,6 +152,11 @@ def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
     Raises:
         UserError: the first thing that does not fit.
     """
+    if dataset.remarks:  # which may be meant in a dataset of others, but what has a sidecar was written in order
+        raise UserError(
+            f"{dataset.remarks[0]}; {dataset.prefix}.json says that it was written here, where that is damage: build "
+            "or copy all files of the dataset again, or remove the .json if the index was changed on purpose"
+        )
     facts: tuple[tuple[str, object, object], ...] = (
         ("documents", sidecar.documents, dataset.num_documents),
         ("tokens", sidecar.tokens, dataset.num_tokens),

@@ -21,7 +21,7 @@ from .layout import DocumentLayout, Group, Pieces, in_windows, pieces_between
 
 
 class Window(NamedTuple):
-    """One sample before packing."""
+    """One sample before packing. S is the sequence length, or less in the last window of a validation set."""
 
     tokens: npt.NDArray[np.int64]
     """[S] token ids."""
@@ -54,8 +54,18 @@ class Source:
 
     @property
     def num_windows(self) -> int:
-        """Whole windows in this part."""
-        return max(0, (self.stop - self.start - 1) // self.sequence_length)
+        """Whole windows in this part: what is trained on."""
+        return self.num_targets // self.sequence_length
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens in this part that follow another, before any masking."""
+        return max(0, self.stop - self.start - 1)
+
+    @property
+    def num_windows_with_tail(self) -> int:
+        """Windows in this part, the last of which may be shorter: what is evaluated."""
+        return -(-self.num_targets // self.sequence_length)
 
     def laid_out(
         self, packing: Literal["concat", "best_fit"], shuffle: Literal["windows", "documents"], seed: int
@@ -86,16 +96,17 @@ class Source:
         return in_windows(documents, count, self.sequence_length)
 
     def window(self, index: int, vocab_size: int, epoch: int = 0) -> Window:
-        """Read window ``index`` as it is in ``epoch``.
+        """Read window ``index`` as it is in ``epoch``; without a layout there may be a last one that is shorter.
 
         Raises:
             UserError: a token id is outside ``[0, vocab_size)``.
         """
-        assert 0 <= index < self.num_windows
         if self.layout is not None:
+            assert 0 <= index < self.num_windows
             return self._read_pieces(self.layout.window(index, epoch), vocab_size)
+        assert 0 <= index < self.num_windows_with_tail
         start = self.start + index * self.sequence_length
-        stop = start + self.sequence_length + 1
+        stop = min(start + self.sequence_length + 1, self.stop)
         ids = self.dataset.tokens(start, stop)
         self._check(ids, vocab_size, lambda place: start + place)
         boundaries = self.dataset.boundaries(start, stop) - start
@@ -103,7 +114,7 @@ class Source:
         return Window(
             ids[:-1],
             ids[1:],
-            boundaries[boundaries < self.sequence_length],
+            boundaries[boundaries < len(ids) - 1],
             boundaries - 1,
             None if mask is None else mask[1:],
             self.bos_id,
