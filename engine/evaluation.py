@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from .best import Measure, fingerprint
 from .budget import BatchPlan
 from .config import RunConfig
 from .data.catalog import Catalog
@@ -47,6 +48,14 @@ class Validation:
                     f"validation set '{name}' has no target: its loss mask leaves out every token that is evaluated; "
                     "use another set, or raise training.eval_tokens"
                 )
+
+        self.measure = self._measure(mesh, plan.sequence_length)
+        """What decides which evaluation is the best; None without validation sets."""
+
+    def _measure(self, mesh: Mesh, sequence_length: int) -> Measure | None:
+        for name, batches in self._batches.items():
+            return Measure(name, fingerprint(batches, mesh.speaks_for_samples, sequence_length, self._ranks))
+        return None
 
     def __bool__(self) -> bool:
         return bool(self._batches)

@@ -175,17 +175,34 @@ def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
     elif folder is not None:
         read_manifest(folder)
         assets = HfAssets.of_checkpoint(folder)
-    if config.architecture is not None:
-        wanted = read_hf_config(config.architecture)
-        if assets.config is None:
-            assets = assets.with_config(wanted)
-        elif (here := parse_architecture(wanted)) != (there := parse_architecture(assets.config, str(folder))):
-            differing = [name for name in vars(here) if getattr(here, name) != getattr(there, name)]
-            raise UserError(
-                f"model.architecture differs from the config.json kept in {folder}: "
-                + ", ".join(f"{name} {getattr(here, name)} is {getattr(there, name)} there" for name in differing)
-                + "; remove model.architecture or name the right checkpoint"
-            )
+    wanted = read_hf_config(config.architecture) if config.architecture is not None else None
+    if wanted is not None and assets.config is None:
+        assets = assets.with_config(wanted)
+    elif wanted is not None:
+        remedy = "remove model.architecture or name the right checkpoint"
+        _require_same_architecture(wanted, "model.architecture", assets, folder, remedy)
+    if resume_from is not None and config.initialize_from is not None:
+        start = asset_folder(config.initialize_from) / CONFIG_FILE
+        if start.is_file():
+            # It is not read any more, but must not be another model than the one that is trained.
+            key = f"the model of model.initialize_from {config.initialize_from}"
+            remedy = "choose another run_folder for that model, or remove model.initialize_from to continue this one"
+            _require_same_architecture(read_hf_config(str(start)), key, assets, folder, remedy)
     if assets.config is None:
         raise UserError(f"{folder}: carries no hf/{CONFIG_FILE}; set model.architecture")
     return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets
+
+
+def _require_same_architecture(
+    wanted: dict, key: str, assets: HfAssets, folder: str | Path | None, remedy: str
+) -> None:
+    if assets.config is None:
+        return
+    here, there = parse_architecture(wanted), parse_architecture(assets.config, str(folder))
+    differing = [name for name in vars(here) if getattr(here, name) != getattr(there, name)]
+    if differing:
+        raise UserError(
+            f"{key} differs from the config.json kept in {folder}: "
+            + ", ".join(f"{name} {getattr(here, name)} is {getattr(there, name)} there" for name in differing)
+            + f"; {remedy}"
+        )
