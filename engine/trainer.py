@@ -119,7 +119,9 @@ class Trainer:
         """Refuse a place that cannot take what the run will write; lines for the log. For measurements to override."""
         folder, steps = self.store.folder.parent / EXPORT_FOLDER, self._remaining_steps()
         test = lambda: require_destination(self.config, self.store, self.inputs.architecture, steps, folder)  # noqa: E731
-        return self.ranks.on_main(test) or []
+        lines = self.ranks.on_main(test) or []
+        self.store.expected_bytes = self.ranks.share(self.store.expected_bytes)
+        return lines
 
     # ---------------------------------------------------------------------------------------------------------------
     # The run

@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,16 +110,18 @@ def require_destination(
         UserError: a folder cannot be written, or its disk is too small.
     """
     run_folder = Path(config.run_folder)
-    folders = [run_folder] + [run_folder / TENSORBOARD_FOLDER] * config.logging.tensorboard
+    folders = [run_folder, *[run_folder / TENSORBOARD_FOLDER] * config.logging.tensorboard]
     exports = config.checkpoint.export_hf
     require_writable([*folders, *[store.folder] * (steps > 0), *[export_folder] * exports])
     if exports:
         size = architecture.num_parameters * _EXPORT_BYTES
-        require_space(export_folder, size, "the Hugging Face folder of checkpoint.export_hf", "free some space there")
+        require_space(
+            export_folder, size, "the Hugging Face folder of checkpoint.export_hf", lambda: "free some space there"
+        )
     if not steps:
         return []
     size = store.expected_bytes = checkpoint_bytes(config, architecture)
-    require_space(store.folder, size, "a checkpoint", store.describe_pruning())
+    require_space(store.folder, size, "a checkpoint", store.describe_pruning)
     return _note_on_space(config, store, steps, size)
 
 
@@ -137,7 +139,7 @@ def _note_on_space(config: RunConfig, store: CheckpointStore, steps: int, size: 
     ]
 
 
-def require_space(folder: Path, needed: int, what: str, remedy: str) -> None:
+def require_space(folder: Path, needed: int, what: str, remedy: Callable[[], str]) -> None:
     """Refuse a disk that cannot take ``needed`` bytes more.
 
     Args:
@@ -151,7 +153,7 @@ def require_space(folder: Path, needed: int, what: str, remedy: str) -> None:
     """
     free = free_bytes(folder)
     if free < needed:
-        raise UserError(f"{folder}: {describe_space(needed, free, what)}; {remedy}")
+        raise UserError(f"{folder}: {describe_space(needed, free, what)}; {remedy()}")
 
 
 def describe_space(needed: int, free: int, what: str) -> str:

@@ -284,8 +284,11 @@ class CheckpointStore:
         return final
 
     def _describe_full_disk(self) -> str:
-        said = describe_space(self.expected_bytes, free_bytes(self.folder), "a checkpoint")
-        return f"{said}; {self.describe_pruning()}"
+        try:
+            said = describe_space(self.expected_bytes, free_bytes(self.folder), "a checkpoint")
+            return f"{said}; {self.describe_pruning()}"
+        except OSError:  # a disk that is not only full
+            return "no space left for a checkpoint"
 
     def describe_pruning(self) -> str:
         """What makes space on the disk of the checkpoints."""
