@@ -29,7 +29,7 @@ def last_record(run_folder: Path) -> dict[str, Any] | None:
         with (run_folder / METRICS_FILE).open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
             lines = file.read().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return next((record for record in map(_record, reversed(lines)) if record is not None), None)
 
