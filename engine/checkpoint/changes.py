@@ -108,9 +108,7 @@ def _with_one_spelling(
             # A path or the keys themselves. Another architecture than the checkpoint's is refused.
             with suppress(UserError):
                 model["architecture"] = read_hf_config(model["architecture"])
-        if optimizer.get("schedule", "wsd") != "wsd":
-            optimizer.pop("decay_tokens", None)  # which only wsd has
-        elif one_is_given and optimizer.get("decay_tokens") is None:
+        if one_is_given and optimizer.get("schedule") == "wsd" and optimizer.get("decay_tokens") is None:
             tokens = _section(settings, "training").get("train_tokens", 0)
             optimizer["decay_tokens"] = max(1, (tokens - optimizer.get("schedule_start_tokens", 0)) // 10)
         for axis in AXES if same_ranks else ():
