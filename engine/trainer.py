@@ -18,8 +18,7 @@ from .checkpoint.saver import Saver
 from .checkpoint.store import CheckpointStore
 from .checkpoint.tensors import training_tensors
 from .config import RunConfig, to_dict, to_yaml
-from .conversion.export_run import FOLDER as EXPORT_FOLDER
-from .conversion.export_run import export_run, prepare_export
+from .conversion.export_run import export_folder, export_run, prepare_export
 from .data.loader import Prefetcher, TrainingData
 from .data.packing import MicroBatch
 from .errors import UserError
@@ -93,7 +92,7 @@ class Trainer:
             self.owes_evaluation = self._evaluation_due() and not self.inputs.resumed.evaluation
         ranks.everywhere(lambda: self.inputs.order.require(self._last_sample()))
         architecture = self.inputs.architecture
-        self.remarks = renamed + self.test_destination() + prepare_export(config.checkpoint, ranks)
+        self.remarks = renamed + self.test_destination()
         self.mesh = build_mesh(layout, ranks.device.type)
         self.model, self.passes = build_model(config, architecture, ranks, self.mesh, self.inputs.choices)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
@@ -117,11 +116,12 @@ class Trainer:
 
     def test_destination(self) -> list[str]:
         """Refuse a place that cannot take what the run will write; lines for the log. For measurements to override."""
-        folder, steps = self.store.folder.parent / EXPORT_FOLDER, self._remaining_steps()
-        test = lambda: require_destination(self.config, self.store, self.inputs.architecture, steps, folder)  # noqa: E731
+        config, steps, store = self.config, self._remaining_steps(), self.store
+        output = export_folder(store.folder.parent, self.progress.step + steps)
+        test = lambda: require_destination(config, store, self.inputs.architecture, steps, output.parent)  # noqa: E731
         lines = self.ranks.on_main(test) or []
-        self.store.expected_bytes = self.ranks.share(self.store.expected_bytes)
-        return lines
+        store.expected_bytes = self.ranks.share(store.expected_bytes)
+        return lines + prepare_export(config.checkpoint, self.ranks, output)
 
     # ---------------------------------------------------------------------------------------------------------------
     # The run

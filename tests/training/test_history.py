@@ -122,15 +122,17 @@ def test_the_model_of_another_run_is_not_trained_on_unnoticed(one_rank, run_file
     [
         ("checkpoints", []),
         ("hf", ["--checkpoint.export_hf", "true"]),
+        ("hf/step-00000020", ["--checkpoint.export_hf", "true"]),
         ("tensorboard", ["--logging.tensorboard", "true"]),
         ("", []),
     ],
 )
 def test_a_file_in_the_place_of_a_folder_is_refused_before_the_first_step(name, options, one_rank, run_file, tmp_path):
     path = tmp_path / "run" / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text("mine")
-    assert f"{path}: a file, where the run needs" in refused(one_rank, run_file, tmp_path / "run", *options)
+    said = "in the place of the Hugging Face folder" if "step" in name else "a file, where the run needs"
+    assert f"{path}: {said}" in refused(one_rank, run_file, tmp_path / "run", *options)
     assert path.read_text() == "mine" and len(list(path.parent.iterdir())) == 1
 
 
