@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -181,16 +182,25 @@ def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
     elif wanted is not None:
         remedy = "remove model.architecture or name the right checkpoint"
         _require_same_architecture(wanted, "model.architecture", assets, folder, remedy)
-    if resume_from is not None and config.initialize_from is not None:
-        start = asset_folder(config.initialize_from) / CONFIG_FILE
-        if start.is_file():
-            # It is not read any more, but must not be another model than the one that is trained.
-            key = f"the model of model.initialize_from {config.initialize_from}"
-            remedy = "choose another run_folder for that model, or remove model.initialize_from to continue this one"
-            _require_same_architecture(read_hf_config(str(start)), key, assets, folder, remedy)
+    start = _former_start(config) if resume_from is not None else None
+    if start is not None:
+        # It is not read any more, but must not be another model than the one that is trained.
+        key = f"the model of model.initialize_from {config.initialize_from}"
+        remedy = "choose another run_folder for that model, or remove model.initialize_from to continue this one"
+        _require_same_architecture(read_hf_config(str(start)), key, assets, folder, remedy)
     if assets.config is None:
         raise UserError(f"{folder}: carries no hf/{CONFIG_FILE}; set model.architecture")
     return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets
+
+
+def _former_start(config: ModelConfig) -> Path | None:
+    """``config.json`` of what a run that resumes once started from, if it is still there."""
+    if config.initialize_from is None or not os.path.isdir(config.initialize_from):
+        return None
+    with suppress(UserError):
+        path = asset_folder(config.initialize_from) / CONFIG_FILE
+        return path if path.is_file() else None
+    return None
 
 
 def _require_same_architecture(

@@ -118,7 +118,10 @@ class CheckpointStore:
         # The main rank's answer counts: shared file systems may show a new folder to some nodes later than others.
         self._found = self.ranks.share(self.ranks.on_main(self._candidates))
         if resume == "auto":
-            return self._newest_sound(self._found) or self._nothing_lost(resume)
+            newest = self._newest_sound(self._found)
+            if newest is None:
+                self._require_nothing_lost(resume)
+            return newest
         complete = self.ranks.share(self.ranks.on_main(self.complete))
         if resume == "none":
             if complete:
@@ -140,11 +143,11 @@ class CheckpointStore:
                 "auto, to go back choose another run_folder or move the newer checkpoints away"
             )
         if not self._found:
-            self._nothing_lost(resume)
+            self._require_nothing_lost(resume)
         self.origin = origin_of(Path(resume), manifest.step)
         return Path(resume)
 
-    def _nothing_lost(self, resume: str) -> None:
+    def _require_nothing_lost(self, resume: str) -> None:
         self.ranks.on_main(lambda: require_no_lost_checkpoints(self.folder.parent, resume))
 
     def require_sound(self, folder: str, key: str) -> Manifest:

@@ -82,7 +82,7 @@ def start_over(run_folder: Path, names: tuple[str, ...] = ()) -> list[str]:
     """
     last = last_record(run_folder)
     step = last["step"] if last else None
-    lines = []
+    lines: list[str] = []
     for name in (METRICS_FILE, TENSORBOARD_FOLDER, *names):
         path = run_folder / name
         if not _holds_something(path) or (name in names and not lines):
