@@ -13,12 +13,12 @@ import argparse
 import signal
 from collections.abc import Sequence
 
+from retemper.engine.data.document_frame import BOS_CHOICES
 from retemper.engine.errors import CommandParser, run_command
 from retemper.tools.ingest.options import PreprocessOptions
 from retemper.tools.ingest.pipeline import preprocess
 from retemper.tools.ingest.report import format_report
-
-DEFAULT_TOKENIZER = "Qwen/Qwen2-72B"
+from retemper.tools.ingest.tokenizer_choice import DEFAULT_TOKENIZER
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions:
@@ -84,11 +84,22 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
 
 def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--model",
+        metavar="DIR|NAME",
+        help="the model to be trained, whose tokenizer is used: a Hugging Face folder, a checkpoint, or a Hub name",
+    )
+    group.add_argument(
         "--tokenizer",
-        default=DEFAULT_TOKENIZER,
         metavar="DIR|FILE|NAME",
-        help="folder or file: tokenizer.json, sentencepiece .model, or .tiktoken; or a Hugging Face Hub name (default: "
-        "%(default)s, the Qwen2 family's)",
+        help="instead of --model, a tokenizer's folder or file: tokenizer.json, sentencepiece .model, or .tiktoken; or "
+        f"a Hugging Face Hub name (default: {DEFAULT_TOKENIZER}, the Qwen2 family's)",
+    )
+    group.add_argument(
+        "--bos",
+        choices=BOS_CHOICES,
+        default="auto",
+        help="whether documents begin with the BOS. auto: as the tokenizer begins texts (Llama and Mistral: yes, Qwen: "
+        "no), and conversations as the chat template does",
     )
     group.add_argument(
         "--append-eod",

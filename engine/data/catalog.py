@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -36,8 +36,9 @@ class Catalog:
     """What is drawn from them; without ``data.stages`` a single one."""
     validation: dict[str, list[Source]]
     fingerprints: dict[str, dict[str, Any]]
-    """By training source: ``{"path", "tokens", "hash", "mask"}``. The hash is None where there is no sidecar; mask is
-    the loss mask's, empty without a sidecar and None without a mask."""
+    """By training source: ``{"path", "tokens", "hash", "mask", "bos"}``. The hash is None where there is no sidecar;
+    mask is the loss mask's, empty without a sidecar and None without a mask; bos are the ids that documents begin with,
+    None where that is not recorded."""
     unchecked: list[str] = field(default_factory=list)
     """Datasets without a sidecar: nothing says which tokenizer made them."""
 
@@ -92,6 +93,7 @@ def open_catalog(
     for settings in {settings.identity: settings for blend in blends for settings in blend}.values():
         dataset, sidecar = _open(settings.path, vocab_size, tokenizer_sha256)
         kept, left = split_source(settings.identity, dataset, plan.sequence_length, config.validation_fraction)
+        kept, left = (replace(part, bos_id=_bos_id(sidecar)) for part in (kept, left))
         unchecked += [] if sidecar else [settings.path]
         _require_windows(kept, "train on")
         train[kept.name] = kept.laid_out(config.packing, config.shuffle, seed)
@@ -103,6 +105,7 @@ def open_catalog(
             "tokens": dataset.num_tokens,
             "hash": sidecar.bin_xxh3_128 if sidecar else None,
             "mask": (sidecar.mask_xxh3_128 if sidecar else "") if dataset.has_loss_mask else None,
+            "bos": None if sidecar is None or sidecar.bos_ids is None else list(sidecar.bos_ids),
         }
     windows = sum(source.num_windows for source in train.values())
     if windows < plan.global_batch_size:
@@ -115,7 +118,7 @@ def open_catalog(
     for name, path in config.validation.items():
         dataset, sidecar = _open(path, vocab_size, tokenizer_sha256)
         unchecked += [] if sidecar else [path]
-        source = Source(name, dataset, plan.sequence_length, 0, dataset.num_tokens)
+        source = Source(name, dataset, plan.sequence_length, 0, dataset.num_tokens, bos_id=_bos_id(sidecar))
         _require_windows(source, "evaluate on")
         validation[name] = [source]
     return Catalog(list(train.values()), _stages(config, train), validation, fingerprints, unchecked)
@@ -180,6 +183,10 @@ def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[Ind
             "preprocess the corpus with the model's own tokenizer"
         )
     return dataset, sidecar
+
+
+def _bos_id(sidecar: Sidecar | None) -> int | None:
+    return sidecar.bos_ids[0] if sidecar is not None and sidecar.bos_ids else None
 
 
 def _require_windows(source: Source, purpose: str) -> None:

@@ -81,6 +81,14 @@ class Sidecar:
     """xxh3-128 of .mask.bin; empty when there is none."""
     metadata_xxh3_128: str = ""
     """xxh3-128 of .metadata.jsonl; empty when there is none."""
+    bos_token: str | None = None
+    """What each document begins with, the BOS, written out; None: no token is added there. Of conversations, what the
+    chat template begins with."""
+    bos_ids: tuple[int, ...] | None = None
+    """Its ids; empty: no token is added. None: not recorded, in datasets of earlier versions."""
+    eos_ids: tuple[int, ...] | None = None
+    """What the tokenizer puts behind a text, before the end-of-document token; nearly always empty. None: not
+    recorded."""
 
     @staticmethod
     def read(prefix: str | os.PathLike[str]) -> Sidecar | None:
@@ -107,6 +115,7 @@ class Sidecar:
         if not isinstance(sources, list):
             raise UserError(f"{path}: sources is not a list; {_REMEDY}")
         record["sources"] = tuple(_from_record(InputSource, source, path) for source in sources)
+        record = {**dict.fromkeys(_ADDED_LATER), **record}
         return _from_record(Sidecar, record, path)
 
     def to_json(self) -> bytes:
@@ -166,6 +175,10 @@ def hash_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+_ADDED_LATER = ("bos_token", "bos_ids", "eos_ids")
+"""Fields that sidecars of this format version may lack: they were written before these existed."""
+
+
 def _from_record(kind: type[_Record], record: Any, path: Path) -> _Record:
     """Build the dataclass ``kind`` from a JSON object that has exactly its fields, each of its type."""
     if not isinstance(record, Mapping):
@@ -177,6 +190,11 @@ def _from_record(kind: type[_Record], record: Any, path: Path) -> _Record:
         raise UserError(f"{path}: unknown {', '.join(unknown)}; {_REMEDY}")
     for name, hint in get_type_hints(kind).items():
         value = record[name]
+        if name in ("bos_ids", "eos_ids"):
+            if value is not None and not (isinstance(value, list) and all(type(number) is int for number in value)):
+                raise UserError(f"{path}: {name} is {value!r}, not a list of token ids; {_REMEDY}")
+            record = {**record, name: None if value is None else tuple(value)}
+            continue
         wanted = tuple if name == "sources" else dict if get_origin(hint) is dict else hint
         fits = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
         if hint == dict[str, int]:

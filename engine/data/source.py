@@ -34,6 +34,8 @@ class Window(NamedTuple):
     """Positions in 0..S-1 of documents' last tokens."""
     predicted: npt.NDArray[np.bool_] | None = None
     """[S] whether the target counts, by the dataset's loss mask. None: all do."""
+    bos_id: int | None = None
+    """What documents begin with, where that is a BOS: it is no target, not even behind the document before it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Source:
     stop: int
     layout: DocumentLayout | None = None
     """How documents are laid out anew. None: windows are read as they lie in the file, the same in all epochs."""
+    bos_id: int | None = None
+    """See :attr:`Window.bos_id`."""
 
     @property
     def num_windows(self) -> int:
@@ -102,6 +106,7 @@ class Source:
             boundaries[boundaries < self.sequence_length],
             boundaries - 1,
             None if mask is None else mask[1:],
+            self.bos_id,
         )
 
     def _read_pieces(self, pieces: Pieces, vocab_size: int) -> Window:
@@ -130,7 +135,7 @@ class Source:
         inner = ends[ends < self.sequence_length - 1]
         targets[inner], counts[inner] = tokens[inner + 1], may_count[inner + 1]
         counts[ends[len(inner) :]] = False
-        return Window(tokens, targets, stops[:-1], ends, counts)
+        return Window(tokens, targets, stops[:-1], ends, counts, self.bos_id)
 
     def _check(self, ids: npt.NDArray[np.int64], vocab_size: int, position: Callable[[int], int]) -> None:
         """Refuse token ``ids`` outside the vocabulary; ``position`` says where in the dataset the n-th of them lies."""

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from .document_frame import DocumentFrame
 from .tokenizer_backends import DOCUMENT_END, MAX_ID, FlatIds, Reference, SentencePieceReference, TokenizersReference
 from .tokenizer_fast import FastEncoder, NotFast
 from .tokenizer_files import CONFIG_FILES, TOKENIZER_FILE, find_tokenizer_file, tokenizer_kind, tokenizer_sha256
@@ -34,9 +35,6 @@ __all__ = [
 
 BACKENDS = ("auto", "reference")
 """``auto``: the fast path where there is an exact one; ``reference``: always the library of the format."""
-
-_LONG_DOCUMENT = 500
-"""Ids. Copying documents of this mean length one by one is faster than ``np.insert``."""
 
 
 @dataclass(frozen=True)
@@ -146,19 +144,16 @@ class TokenizerHandle:
                 self.fast_path_failures += 1
         return self.reference_encode(texts)
 
-    def encode_documents(self, texts: Sequence[str], eod_id: int | None) -> FlatIds:
-        """Ids of each of ``texts`` with ``eod_id`` after it, end to end, int32[T], writable, and their numbers,
+    def encode_documents(self, texts: Sequence[str], frame: DocumentFrame) -> FlatIds:
+        """Ids of each of ``texts`` with ``frame`` around it, end to end, int32[T], writable, and their numbers,
         int64[texts].
 
-        A text that gives no token stays without: length 0, no ``eod_id``. With None nothing is appended to any.
+        A text that gives no token stays without a frame: length 0.
 
         Raises:
             UserError: as :meth:`encode_flat`.
         """
-        ids, lengths = self.encode_flat(texts)
-        if eod_id is None:
-            return np.require(ids, requirements="W"), lengths
-        return _append_to_each(ids, lengths, eod_id)
+        return frame.around(*self.encode_flat(texts))
 
     def reference_encode(self, texts: Sequence[str]) -> FlatIds:
         """As :meth:`encode_flat`, always by the library that the file's format belongs to."""
@@ -301,19 +296,3 @@ def load_tokenizer(
     """
     text = os.fspath(name)
     return TokenizerHandle(text, find_tokenizer_file(text), allow_special_tokens=allow_special_tokens, backend=backend)
-
-
-def _append_to_each(ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], token_id: int) -> FlatIds:
-    """``token_id`` after each non-empty run of ``ids``, at 1 to 4 % of what encoding them cost."""
-    has_ids = lengths > 0
-    ends = np.cumsum(lengths[has_ids])
-    lengths = lengths + has_ids
-    if len(ids) < _LONG_DOCUMENT * len(ends):
-        return np.insert(ids, ends, token_id), lengths
-    out = np.empty(len(ids) + len(ends), np.int32)
-    out[ends + np.arange(len(ends))] = token_id
-    start = 0
-    for index, end in enumerate(ends.tolist()):
-        out[start + index : end + index] = ids[start:end]
-        start = end
-    return out, lengths

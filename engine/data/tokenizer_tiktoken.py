@@ -157,6 +157,15 @@ class TiktokenReference:
         return token, self._special_tokens[token]
 
 
+def special_tokens_of(file: Path) -> dict[str, int]:
+    """Return the special tokens of the tiktoken ``file``, with their ids.
+
+    Raises:
+        UserError: see :class:`TiktokenReference`.
+    """
+    return _find_encoding(file).special_tokens
+
+
 def _parse_ranks(file: Path, content: bytes) -> dict[bytes, int]:
     ranks = {}
     for number, line in enumerate(content.splitlines(), 1):

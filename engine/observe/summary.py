@@ -9,9 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..budget import BatchPlan
+from ..checkpoint.assets import HfAssets
 from ..config import DataConfig, RunConfig
 from ..data.catalog import Catalog
 from ..data.cuts import count_cuts
+from ..data.document_frame import frame_of_files
 from ..data.layout import GROUP_WINDOWS
 from ..data.sample_order import SampleOrder
 from ..data.source import Source
@@ -19,9 +21,11 @@ from ..dtypes import DTYPES
 from ..optim.local import local_part
 from ..parallel.mesh import plan_layout
 from ..parallel.process_group import Ranks
+from ..precision import Precision
 from ..run_inputs import RunInputs
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
+from .tokenizer_notes import tokenizer_notes
 
 _GROUPS_COUNTED = 8  # of each source, to estimate how many documents are cut
 
@@ -33,6 +37,7 @@ def describe_run(
     inputs: RunInputs,
     remaining_steps: int,
     start: str,
+    precision: Precision,
 ) -> list[str]:
     """Lines about model, ranks, step and budget; ``start`` says where the weights come from."""
     training, architecture, attention = config.training, inputs.architecture, inputs.attention
@@ -47,7 +52,8 @@ def describe_run(
     shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, {start}",
-        f"ranks       {ranks.world_size} ({ranks.device.type}): {layout}, compute in {training.precision}",
+        f"ranks       {ranks.world_size} ({ranks.device.type}): {layout}, compute in {precision.name} "
+        f"({precision.reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
         f"optimizer states in {config.optimizer.state_dtype}",
@@ -143,16 +149,17 @@ def _spread_groups(source: Source) -> list[int]:
     return [number * groups // count for number in range(count)]
 
 
-def notes(config: RunConfig, catalog: Catalog, max_positions: int | None) -> list[str]:
+def notes(config: RunConfig, catalog: Catalog, assets: HfAssets) -> list[str]:
     """What a user may not have meant."""
     training, lines = config.training, []
+    assert assets.config is not None
+    max_positions: int | None = assets.config.get("max_position_embeddings")
     if catalog.unchecked:
         lines.append(
             f"note: no sidecar stands beside {', '.join(catalog.unchecked)}: which tokenizer made it is not checked, "
             "and token ids only as they are read"
         )
-    if not catalog.validation and (training.eval_interval or training.eval_at_start):
-        lines.append("note: training.eval_interval or eval_at_start is set, but there is no validation set")
+    lines += tokenizer_notes(catalog, frame_of_files(assets.files), assets.tokenizer_sha256 is not None)
     if max_positions is not None and training.sequence_length > max_positions:
         lines.append(
             f"note: training.sequence_length {training.sequence_length:,} is beyond the model's "

@@ -17,6 +17,7 @@ from oracles.tiny_tokenizer import sample_text, shared_data
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from retemper.engine.data.document_frame import DocumentFrame
 from retemper.engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from retemper.engine.data.tokenizer_fast import why_not_exact
 from retemper.engine.errors import UserError
@@ -37,6 +38,9 @@ TEXTS = [
     "<|endoftext|>",
     *(sample_text(seed, 40) for seed in range(5)),
 ]
+
+END = 1_000_000
+"""An id that no text has."""
 
 
 def batches() -> st.SearchStrategy[list[str]]:
@@ -110,12 +114,12 @@ def ids_of(plain: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def expect_ids(handle: TokenizerHandle, texts: list[str], expected: list[list[int]]) -> None:
-    """All ways of encoding ``texts`` give ``expected``, with 7 as the end of documents."""
+    """All ways of encoding ``texts`` give ``expected``, with END as the end of documents."""
     for ids, lengths in (handle.encode_flat(texts), handle.reference_encode(texts)):
         assert ids.tolist() == [token for one in expected for token in one]
         assert lengths.tolist() == list(map(len, expected))
-    ids, lengths = handle.encode_documents(texts, 7)
-    assert ids.tolist() == [token for one in expected if one for token in [*one, 7]]
+    ids, lengths = handle.encode_documents(texts, DocumentFrame(suffix=(END,)))
+    assert ids.tolist() == [token for one in expected if one for token in [*one, END]]
     assert lengths.tolist() == [len(one) + 1 if one else 0 for one in expected]
     assert (ids.dtype, lengths.dtype, ids.flags.writeable) == (np.int32, np.int64, True)
     assert handle.fast_path_failures == 0
@@ -158,7 +162,7 @@ def test_an_eod_that_is_not_flagged_special_is_text_on_the_fast_path_too(saved, 
         assert used.encoder.startswith("fastokens")
         assert word not in used.encode_flat(["x <think> y"])[0]
         assert used.check_fast_path(["x <think> y", "<think>"]) is None
-        ids, lengths = used.encode_documents(["x <think> y", ""], word)
+        ids, lengths = used.encode_documents(["x <think> y", ""], DocumentFrame(suffix=(word,)))
         assert ids.tolist().count(word) == 1 and ids[-1] == word and lengths.tolist() == [len(ids), 0]
     allowed = load_tokenizer(saved, allow_special_tokens=True)
     allowed.eod("<think>")
@@ -176,14 +180,16 @@ def test_asking_for_a_special_eod_does_not_load_the_fast_path_again(saved):
 def test_threads_share_a_tokenizer(saved):
     handle = load_tokenizer(saved)
     jobs = [[sample_text(seed * 20 + i, 30) for i in range(20)] for seed in range(12)]
-    expected = [load_tokenizer(saved, backend="reference").encode_documents(texts, 0) for texts in jobs]
+    expected = [
+        load_tokenizer(saved, backend="reference").encode_documents(texts, DocumentFrame(suffix=(0,))) for texts in jobs
+    ]
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     start = threading.Barrier(6)
 
     def work(first: int) -> None:
         start.wait()
         for job in range(first, len(jobs), 6):
-            found[job] = handle.encode_documents(jobs[job], 0)
+            found[job] = handle.encode_documents(jobs[job], DocumentFrame(suffix=(0,)))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -198,7 +204,7 @@ def test_threads_share_a_tokenizer(saved):
 def test_huge_texts(tiny_tokenizer, text):
     handle = load_tokenizer(tiny_tokenizer)
     assert handle.check_fast_path([text, "", text[:10]]) is None
-    ids, lengths = handle.encode_documents(["a", text], 0)
+    ids, lengths = handle.encode_documents(["a", text], DocumentFrame(suffix=(0,)))
     assert (ids[-1], lengths.sum()) == (0, len(ids)) and len(ids) > 10_000
     assert handle.fast_path_failures == 0 and handle.encoder.startswith("fastokens")
 
@@ -357,7 +363,7 @@ def test_a_lone_surrogate_is_refused(tiny_tokenizer):
     for backend in ("auto", "reference"):
         handle = load_tokenizer(tiny_tokenizer, backend=backend)
         with pytest.raises(UserError, match=r"text 1 of the batch holds a lone surrogate \(U\+DC00 at character 2\)"):
-            handle.encode_documents(["fine", "ab\udc00"], 0)
+            handle.encode_documents(["fine", "ab\udc00"], DocumentFrame(suffix=(0,)))
 
 
 def test_real_tokenizers_and_text_where_there_are_any():

@@ -25,11 +25,12 @@ from transformers import (
 )
 
 from retemper.checkpoint_convert import hf_to_dcp
+from retemper.engine.checkpoint.manifest import Manifest
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.model import packing
 from retemper.kernels import attention
 from retemper.kernels.attention import PER_DOCUMENT, plan_attention
-from retemper.tools import generate
+from retemper.tools import generate, generation
 from retemper.tools.generation import Sampling, TextGenerator, choose_token, find_device
 
 CONTEXT = 48
@@ -99,6 +100,34 @@ def test_checkpoint_and_folder_give_the_same(folders: dict[str, Path]) -> None:
     assert texts[2] == texts[3]
     own = TextGenerator(folders["llama-checkpoint"], str(folders["llama"]), device="cpu")
     assert own.generate(PROMPT, sampling).text == texts[0] != texts[1]
+
+
+def test_prompts_begin_with_one_bos_and_do_not_end(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["llama"], tmp_path / "hf"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ends = [("<|im_end|>", 1), ("<|endoftext|>", 0)]
+    tokenizer.post_processor = TemplateProcessing(single="<|im_end|> $A <|endoftext|>", special_tokens=ends)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    reference = AutoTokenizer.from_pretrained(folder)
+    bare = reference(PROMPT, add_special_tokens=False)["input_ids"]
+    for bos, expected in (("auto", [1, *bare]), ("yes", [1, *bare]), ("no", bare)):
+        model = TextGenerator(folder, device="cpu", bos=bos)
+        assert model.encode(PROMPT) == expected
+        assert model.encode(f"<|im_end|>{PROMPT}") == [1, *bare]
+
+
+def test_prompts_begin_as_the_documents_in_training(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = folders["llama-checkpoint"]  # of a tokenizer without a BOS
+    bare = TextGenerator(checkpoint, device="cpu").encode(PROMPT)
+    for recorded, begin in (([[1], [1]], [1]), ([[1], []], []), ([[1], None], []), ([[]], [])):
+        datasets = {str(number): {"bos": ids} for number, ids in enumerate(recorded)}
+        monkeypatch.setattr(generation, "read_manifest", lambda _, found=datasets: Manifest("training", datasets=found))
+        model = TextGenerator(checkpoint, device="cpu")
+        assert model.encode(PROMPT) == [*begin, *bare]
+        assert bool(model.notes) is bool(begin)
+        assert TextGenerator(checkpoint, device="cpu", bos="no").encode(PROMPT) == bare
+        # A tokenizer that the user names speaks for itself.
+        assert TextGenerator(checkpoint, str(folders["llama"]), device="cpu").encode(PROMPT) == [1, *bare]
 
 
 def test_attention_is_planned_once_for_all_layers(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config, tokenizer_kind
 from ...engine.errors import UserError
+from .chat_bos import ChatBos
 from .chat_messages import Conversation, all_strings, called_names, read_conversation
 from .chat_template import CONFIG_FILE, ChatTemplate, Span, TurnFinder, frame, load_template
 from .records import MalformedError
@@ -65,6 +66,7 @@ class ChatEncoder:
         allow_special_tokens: contents may contain control tokens, which then become such.
         template: a file with the chat template; None: the tokenizer's own.
         now: what templates take for the present; None: this moment.
+        bos: what to do where the template writes a BOS, or none; None: leave it as the template has it.
 
     Raises:
         UserError: not a tokenizer.json, no chat template, or none that can be used.
@@ -78,6 +80,7 @@ class ChatEncoder:
         allow_special_tokens: bool,
         template: Path | None = None,
         now: datetime | None = None,
+        bos: ChatBos | None = None,
     ) -> None:
         file = tokenizer / TOKENIZER_FILE if tokenizer.is_dir() else tokenizer
         folder = file.parent
@@ -88,6 +91,7 @@ class ChatEncoder:
         self._tokenizer = _load_tokenizer(file, list(named.values()))
         self._eod_id = eod_id
         self._max_tokens = max_tokens
+        self._bos = bos or ChatBos()
         self._template = ChatTemplate(source, origin, named, now or datetime.now())
         control = self._control_tokens(named)
         self._control = _any_of(control)
@@ -126,6 +130,13 @@ class ChatEncoder:
     def tells_date(self) -> bool:
         """Whether the template asks for the present."""
         return bool(self._template.moments)
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether a plain conversation begins with the BOS."""
+        messages = [{"role": "user", "content": "Alpha"}, {"role": "assistant", "content": "Omega"}]
+        ids = self._tokenize(self._template.render(Conversation(messages))).ids
+        return self._bos.starts(self._bos.apply(ids, np.zeros(len(ids), np.uint8))[0])
 
     @property
     def fingerprint(self) -> str:
@@ -203,7 +214,8 @@ class ChatEncoder:
             raise MalformedError("an escaped lone surrogate, half a character, which is not text") from None
 
     def _fits(self, ids: list[int]) -> bool:
-        return self._max_tokens is None or len(ids) + self._adds_eod(ids) <= self._max_tokens
+        added = self._adds_eod(ids) + self._bos.change(ids)
+        return self._max_tokens is None or len(ids) + added <= self._max_tokens
 
     def _adds_eod(self, ids: list[int]) -> bool:
         return self._eod_id is not None and (not ids or ids[-1] != self._eod_id)
@@ -237,8 +249,8 @@ class ChatEncoder:
         mask = _token_mask(encoding.offsets, spans)
         if not mask.any():
             raise MalformedError("the chat template renders nothing that the assistant says")
-        ids = encoding.ids
-        if self._adds_eod(ids):
+        ids, mask = self._bos.apply(encoding.ids, mask)
+        if self._eod_id is not None and self._adds_eod(ids):
             ids = [*ids, self._eod_id]
             mask = np.append(mask, np.uint8(0))
         return EncodedChat(

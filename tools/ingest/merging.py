@@ -300,6 +300,10 @@ def _check_alike(parts: Sequence[Part]) -> None:
     for name in ("tokenizer_sha256", "append_eod", "eod_id"):
         values = [(prefix, getattr(sidecar, name)) for prefix, sidecar in known]
         _check_equal(name, values, "the same tokenizer, --eod-token and --append-eod")
+    for name in ("bos_ids", "eos_ids"):
+        # Datasets made before these were recorded have neither.
+        framed = [(prefix, list(getattr(sidecar, name) or ())) for prefix, sidecar in known]
+        _check_equal(name, framed, "the same tokenizer and --bos")
 
 
 def _without_mask(parts: Sequence[Part], fill: bool) -> int:

@@ -22,7 +22,8 @@ class PreprocessOptions:
     """The fields are the command's flags, under the same names."""
 
     input: Sequence[str]
-    tokenizer: str
+    tokenizer: str | None = None
+    """None: that of ``model``, and without one Qwen2's."""
     output_prefix: str = "dataset"
     json_key: Sequence[str] = ("text",)
     metadata: Sequence[str] = ()
@@ -32,9 +33,13 @@ class PreprocessOptions:
     chat_template: str | None = None
     chat_date: str | None = None
     """YYYY-MM-DD, what templates take for today; None: the day of the run."""
+    model: str | None = None
+    """Folder, checkpoint or Hub name of the model whose tokenizer is used."""
     append_eod: bool = True
     eod_token: str | None = None
     """None: the tokenizer's document end."""
+    bos: str = "auto"
+    """Whether documents begin with the BOS: one of ``BOS_CHOICES``; auto: as the tokenizer begins texts."""
     allow_special_tokens: bool = False
     encoder: str = "auto"
     workers: int | None = None
@@ -90,6 +95,10 @@ class PreprocessOptions:
         Raises:
             UserError: naming the flag, its value and the remedy.
         """
+        if self.tokenizer is not None and self.model is not None:
+            raise UserError(
+                f"--tokenizer {self.tokenizer} and --model {self.model} both name a tokenizer; leave one of the two out"
+            )
         for name, least in (
             ("workers", 1),
             ("min_chars", 0),
@@ -145,9 +154,11 @@ _NOT_CONTENTS = frozenset(
     {
         "input",
         "tokenizer",
+        "model",
         "output_prefix",
         "append_eod",
         "eod_token",
+        "bos",
         "encoder",
         "workers",
         "overwrite",

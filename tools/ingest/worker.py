@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from ...engine.data.document_frame import DocumentFrame
 from ...engine.data.tokenizer import TokenizerHandle, TokenizerSpec
 from ...engine.errors import UserError
+from .chat_bos import ChatBos
 from .cleaning import Cleaner
 from .formats import FORMATS
 from .long_text import LongText, encode_in_pieces
@@ -60,14 +62,17 @@ class WorkerSettings:
     tokenizer: TokenizerSpec
     tokenizer_sha256: str
     eod_token: str | None
-    """Appended to each document; None: nothing is."""
+    """Appended to each document; None: nothing is. From then on it is ordinary text in text."""
     dtype: str
     folder: Path
     """Where shards and temporary files are written."""
+    frame: DocumentFrame = field(default_factory=DocumentFrame)
+    """Ids in front of each document and behind it, the end-of-document token included."""
     text: TextChoice = field(default_factory=lambda: TextChoice(("text",)))
     metadata: tuple[str, ...] = ()
     chat: bool = False
     chat_template: Path | None = None
+    chat_bos: ChatBos = field(default_factory=ChatBos)
     chat_date: str = "2000-01-01"
     """The day, in ISO format, that templates take for today: one for all workers."""
     skip_bad_lines: bool = False
@@ -171,6 +176,7 @@ class TaskRunner:
                 settings.tokenizer.allow_special_tokens,
                 settings.chat_template,
                 datetime.fromisoformat(settings.chat_date),
+                settings.chat_bos,
             )
 
     def run(self, task: Task, key: str) -> TaskResult:
@@ -286,7 +292,7 @@ class TaskRunner:
             return
         try:
             self._compare(texts)
-            ids, lengths = self._tokenizer.encode_documents(texts, self._eod_id)
+            ids, lengths = self._tokenizer.encode_documents(texts, self._settings.frame)
         except UserError as error:
             self._write_one_by_one(texts, metadata, span, error)
             return
@@ -326,10 +332,10 @@ class TaskRunner:
             return self._tokenizer.encode_flat([piece])[0]
 
         try:
-            with self._shard.long_document(self._source, metadata) as document:
+            with self._shard.long_document(self._source, metadata, self._settings.frame) as document:
                 for piece, ids in encode_in_pieces(cleaned(), encode):
                     document.add(piece, ids)
-                document.end(self._eod_id, cleaned())
+                document.end(cleaned())
         except MalformedError as error:
             self._refuse(text.where, str(error), error.kind, None)
         except _LeftOutError as left_out:

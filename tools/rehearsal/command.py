@@ -11,6 +11,7 @@ from ...engine.config import ModelConfig, RunConfig, to_dict
 from ...engine.errors import UserError
 from ...engine.hugging_face.config_source import architecture_source
 from ...engine.model.architecture import Architecture, parse_architecture, read_hf_config
+from ...engine.precision import with_named_precision
 from .gpus import GiB, Gpu, describe_gpu, find_gpu
 from .outcome import Outcome, Setting, dtypes
 from .pool import Pool
@@ -173,6 +174,7 @@ def read_architecture(model: ModelConfig) -> Architecture:
 
 def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The run without what needs a GPU to be built, and the keys of that. None of it takes more memory."""
+    config = with_named_precision(config, "bf16")  # what auto means on every GPU that is planned for
     training, parallel = config.training, config.parallel
     left_out = []
     if training.float8:
