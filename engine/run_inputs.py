@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from .checkpoint.tensors import (
 )
 from .config import DATA_FILES, OptimizerConfig, RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
+from .data.renamed import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
 from .hugging_face.slices import load_hf_tensors
@@ -53,6 +54,21 @@ class RunInputs:
     progress: Progress
     resumed: Manifest | None
     """Of the checkpoint that the run goes on from."""
+
+
+def keep_source_names(config: RunConfig, resume_from: Path | None) -> tuple[RunConfig, list[str]]:
+    """The configuration with the names that the checkpoint ``resume_from`` knows the training sources by.
+
+    Returns:
+        the configuration, and lines for the log.
+
+    Raises:
+        UserError: the checkpoint or a source cannot be read.
+    """
+    if resume_from is None:
+        return config, []
+    data, lines = keep_names(config.data, read_manifest(resume_from).datasets)
+    return replace(config, data=data), lines
 
 
 def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, device: torch.device) -> RunInputs:

@@ -13,13 +13,16 @@ from torch import Tensor
 from .. import __version__
 from .budget import learning_rate, plan_batches
 from .checkpoint.changes import describe_changes
+from .checkpoint.destination import require_destination
 from .checkpoint.manifest import Manifest
+from .checkpoint.retention import describe_rule
+from .checkpoint.run_record import CONFIG_FILE, note_start
 from .checkpoint.saver import Saver
 from .checkpoint.store import CheckpointStore
 from .checkpoint.tensors import training_tensors
 from .config import RunConfig, to_dict, to_yaml
 from .config_effect import Situation, without_effect
-from .conversion.export_run import export_run, prepare_export
+from .conversion.export_run import export_folder, export_run, prepare_export
 from .data.loader import Prefetcher, TrainingData
 from .data.packing import MicroBatch
 from .errors import UserError
@@ -41,7 +44,7 @@ from .parallel.process_group import Ranks, world_size_from_environment
 from .precision import with_precision
 from .replicas import ReplicaCheck
 from .rewind import Rewind, plan_rewind
-from .run_inputs import load_weights, open_inputs
+from .run_inputs import keep_source_names, load_weights, open_inputs
 from .run_state import Progress, StepResult
 from .stopping import StopRequest
 from .watchdog import Watchdog
@@ -76,9 +79,11 @@ class Trainer:
         keep = config.checkpoint
         rewind_steps = config.training.rewind_steps if config.training.loss_spike_action == "rewind" else 0
         self.store = CheckpointStore(
-            config.run_folder, ranks, keep.keep_last, keep.keep_best, keep.keep_every, rewind_steps
+            config.run_folder, ranks, keep.keep_last, bool(keep.keep_best), keep.keep_every, rewind_steps
         )
         self.resume_from = self.store.resolve(config.resume)
+        self.config, renamed = ranks.everywhere(lambda: keep_source_names(config, self.resume_from))
+        config = self.config
         # What is saved of the configuration keeps a name on the Hub; here it becomes a folder.
         local = config if self.resume_from else with_local_weights(config, ranks, self.store.require_sound)
         self.start_folder = local.model.initialize_from
@@ -97,8 +102,8 @@ class Trainer:
             self.health.restore(self.inputs.resumed.health)
             self.owes_evaluation = self._owes_evaluation(self.inputs.resumed.evaluation)
         ranks.everywhere(lambda: self.inputs.order.require(self._last_sample()))
-        self.export_remarks = prepare_export(config.checkpoint, ranks)
         architecture = self.inputs.architecture
+        self.remarks = renamed + self.test_destination()
         self.mesh = build_mesh(layout, ranks.device.type)
         self.model, self.passes = build_model(config, architecture, ranks, self.mesh, self.inputs.choices)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
@@ -118,6 +123,17 @@ class Trainer:
         self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)
         self.validation = Validation(config, self.inputs.catalog, self.plan, architecture.vocab_size, self.mesh, ranks)
         ranks.everywhere(self.inputs.catalog.finish_checks)
+        if self.validation.measure is not None:
+            self.remarks += self.validation.measure.note_on(self.progress.best)
+
+    def test_destination(self) -> list[str]:
+        """Refuse a place that cannot take what the run will write; lines for the log. For measurements to override."""
+        config, steps, store = self.config, self._remaining_steps(), self.store
+        output = export_folder(store.folder.parent, self.progress.step + steps)
+        test = lambda: require_destination(config, store, self.inputs.architecture, steps, output.parent)  # noqa: E731
+        lines = self.ranks.on_main(test) or []
+        store.expected_bytes = self.ranks.share(store.expected_bytes)
+        return lines + prepare_export(config.checkpoint, self.ranks, output)
 
     # ---------------------------------------------------------------------------------------------------------------
     # The run
@@ -132,8 +148,8 @@ class Trainer:
             self._run(remarks)
 
     def _run(self, remarks: list[str]) -> None:
-        # A fresh run also forgets the records at step 0 of one that was killed before its first checkpoint.
-        self.log = self._metric_log(self.progress.step if self.resume_from else -1)
+        # A fresh run also renames the records of one that was killed before its first checkpoint.
+        self.log = self._metric_log(self.progress.step if self.resume_from else None)
         self.ranks.on_main(self._open_run_folder)
         for line in [*remarks, *self.store.set_aside(), *self.store.remove_leftovers()]:
             self.log.say(line)
@@ -301,13 +317,14 @@ class Trainer:
         if self.check_replicas.due(self.progress.step):
             self.check_replicas(self.progress.step, self.model, self.optimizer)
         evaluation: dict[str, float] = {}
-        improved = False
+        improved, keep_best = False, self.config.checkpoint.keep_best
+        due = self.progress.step % self.config.checkpoint.save_interval == 0
         # Launchers give a run that is asked to stop some seconds: they are for saving. What resumes it evaluates.
         if self.validation and self._evaluation_due() and (last or not stopping):
-            evaluation, improved = self._evaluate_for_best()
+            # With keep_best true, only an evaluation of what is saved anyway can be the best.
+            evaluation, improved = self._evaluate_for_best(last or stopping or due or keep_best is not True)
             stopping = stopping or not evaluation
-        due = self.progress.step % self.config.checkpoint.save_interval == 0
-        if last or stopping or due or (improved and self.config.checkpoint.keep_best):
+        if last or stopping or due or (improved and keep_best == "improved"):
             self._check(self.ranks.sum(result.loss.item()), result.grad_norm.item())
             self.health.require_finite_weights(self.progress.step, self.model.parameters())
             self._save(evaluation, final=last)
@@ -323,16 +340,17 @@ class Trainer:
         asked = self.config.training.eval_at_start and self._remaining_steps() == 0
         return self._evaluation_due() and (asked or not made)
 
-    def _evaluate_for_best(self) -> tuple[dict[str, float], bool]:
-        """The losses, and whether that of the first set is its lowest so far."""
-        losses, step, best = self._evaluate(), self.progress.step, self.progress.best
+    def _evaluate_for_best(self, counts: bool = True) -> tuple[dict[str, float], bool]:
+        """The losses, and whether that of the first set is its lowest so far, where it ``counts``."""
+        losses, step, measure = self._evaluate(), self.progress.step, self.validation.measure
         self.health.require_finite(step, {f"validation loss of {name}": loss for name, loss in losses.items()})
-        if not losses or step == 0:  # which has no checkpoint
+        if not losses or not counts or step == 0:  # which has no checkpoint
             return losses, False
-        name, loss = next(iter(losses.items()))
-        improved = best.get("name") != name or loss < best["loss"]
+        assert measure is not None
+        loss = losses[measure.name]
+        improved = measure.improves(self.progress.best, loss)
         if improved:
-            self.progress = replace(self.progress, best={"step": step, "name": name, "loss": loss})
+            self.progress = replace(self.progress, best=measure.record(step, loss))
         return losses, improved
 
     def _save(self, evaluation: dict[str, float], final: bool) -> None:
@@ -393,13 +411,15 @@ class Trainer:
         complete = self.store.complete()
         return f"the newest checkpoint is {complete[-1]}" if complete else "no checkpoint has been written"
 
-    def _metric_log(self, known_step: int) -> MetricLog:
+    def _metric_log(self, known_step: int | None) -> MetricLog:
         folder, tensorboard = self.config.run_folder, self.config.logging.tensorboard
         return MetricLog(folder, known_step, self.ranks.is_main, tensorboard, self.owes_evaluation)
 
     def _open_run_folder(self) -> None:
-        self.log.open()
-        (Path(self.config.run_folder) / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        folder = Path(self.config.run_folder)
+        self.log.open(renamed_with_the_curve=(CONFIG_FILE,))
+        (folder / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+        note_start(folder, self.resume_from is None, self.store.origin)
 
     def _say_plan(self) -> None:
         if self.resume_from:
@@ -420,10 +440,16 @@ class Trainer:
             *(f"note: {line}" for line in [*self._budget_used(), *without_effect(self._situation())]),
             *summary,
             describe_saving(self.config, self.model.parameters()),
+            describe_rule(
+                self.config.checkpoint,
+                self.config.training.eval_interval,
+                next(iter(self.inputs.catalog.validation), None),
+                self.store.rewind_steps,
+            ),
             *describe_data(self.config.data, self.inputs.catalog, self.inputs.order, self._last_sample()),
             *self.validation.describe(),
             *self.casts,
-            *self.export_remarks,
+            *self.remarks,
         ]:
             self.log.say(line)
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -206,22 +207,40 @@ def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
     elif folder is not None:
         read_manifest(folder)
         assets = HfAssets.of_checkpoint(folder)
-    if config.architecture is not None:
-        wanted = read_hf_config(config.architecture)
-        if assets.config is None:
-            assets = assets.with_config(wanted)
-        else:
-            _require_same(architecture_of(config.architecture), parse_architecture(assets.config, str(folder)), folder)
+    if config.architecture is not None and assets.config is None:
+        assets = assets.with_config(read_hf_config(config.architecture))
+    elif config.architecture is not None:
+        remedy = "remove model.architecture or name the right checkpoint"
+        _require_same(architecture_of(config.architecture), "model.architecture", assets, folder, remedy)
+    start = _former_start(config) if resume_from is not None else None
+    if start is not None:
+        # It is not read any more, but must not be another model than the one that is trained.
+        key = f"the model of model.initialize_from {config.initialize_from}"
+        remedy = "choose another run_folder for that model, or remove model.initialize_from to continue this one"
+        _require_same(architecture_of(start), key, assets, folder, remedy)
     if assets.config is None:
         raise UserError(f"{folder}: carries no hf/{CONFIG_FILE}; set model.architecture")
     return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets
 
 
-def _require_same(here: Architecture, there: Architecture, folder: str | Path | None) -> None:
+def _former_start(config: ModelConfig) -> Path | None:
+    """``config.json`` of what a run that resumes once started from, if it is still there."""
+    if config.initialize_from is None or not os.path.isdir(config.initialize_from):
+        return None
+    with suppress(UserError):
+        path = asset_folder(config.initialize_from) / CONFIG_FILE
+        return path if path.is_file() else None
+    return None
+
+
+def _require_same(here: Architecture, key: str, assets: HfAssets, folder: str | Path | None, remedy: str) -> None:
+    if assets.config is None:
+        return
+    there = parse_architecture(assets.config, str(folder))
     differing = [name for name in vars(here) if getattr(here, name) != getattr(there, name)]
     if differing:
         raise UserError(
-            f"model.architecture differs from the config.json kept in {folder}: "
+            f"{key} differs from the config.json kept in {folder}: "
             + ", ".join(f"{name} {getattr(here, name)} is {getattr(there, name)} there" for name in differing)
-            + "; remove model.architecture or name the right checkpoint"
+            + f"; {remedy}"
         )

@@ -203,6 +203,9 @@ class TimedTrainer(Trainer):
     def on_phase(self, name: str) -> None:
         self._clock.mark(name)
 
+    def test_destination(self) -> list[str]:
+        return []  # no checkpoint is written
+
     def _next_batches(self, prefetcher: Prefetcher) -> tuple[list[MicroBatch], float]:
         timed = self.progress.step >= self._warmup_steps
         if self.progress.step == 0:
