@@ -10,6 +10,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .tensorboard import TensorBoard
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -37,7 +39,8 @@ class MetricLog:
         self._file: BinaryIO | None = None
         self._pending = b""
         """Records that a full disk has not taken yet."""
-        self._writer: Any = None
+        self._failing = False
+        self._tensorboard_writer: TensorBoard | None = None
 
     def open(self) -> None:
         """Make the run folder and open the files.
@@ -49,9 +52,7 @@ class MetricLog:
         _forget_after(self._folder / METRICS_FILE, self._resumed_step, self._evaluates_again)
         self._file = (self._folder / METRICS_FILE).open("ab", buffering=0)
         if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._resumed_step + 1)
+            self._tensorboard_writer = TensorBoard(self._folder / "tensorboard", self._resumed_step + 1, self.say)
 
     def say(self, line: str) -> None:
         """Print a line for people."""
@@ -69,12 +70,8 @@ class MetricLog:
         self._pending += json.dumps({"step": step, "tokens": tokens, **finite}).encode() + b"\n"
         with self._tolerant():
             self._write_pending()
-        if self._writer is not None:
-            with self._tolerant():
-                for key, value in values.items():
-                    if isinstance(value, (int, float)):
-                        self._writer.add_scalar(f"{group}/{key}", value, step)
-                self._writer.flush()
+        if self._tensorboard_writer is not None:
+            self._tensorboard_writer.record(step, values, group)
 
     def _write_pending(self) -> None:
         assert self._file is not None
@@ -83,11 +80,15 @@ class MetricLog:
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """A full disk is said, and ends nothing: checkpoints decide on that. Records wait for space."""
+        """A full disk is reported once, and ends nothing: checkpoints decide on that. Records wait for space."""
         try:
             yield
+            self._failing = False
         except OSError as error:
-            self.say(f"  {self._folder}: metrics cannot be written now: {error.strerror or error}")
+            if not self._failing:
+                self._failing = True
+                reason = error.strerror or error
+                self.say(f"note: {self._folder / METRICS_FILE} cannot be written now: {reason}; records wait for it")
 
     def sync(self) -> None:
         """Flush the records to disk: a checkpoint that survives must find those of its steps."""
@@ -102,9 +103,8 @@ class MetricLog:
             with self._tolerant():
                 self._write_pending()
             self._file.close()
-        if self._writer is not None:
-            with self._tolerant():
-                self._writer.close()
+        if self._tensorboard_writer is not None:
+            self._tensorboard_writer.close()
 
 
 def _forget_after(path: Path, step: int, evaluates_again: bool) -> None:

@@ -17,6 +17,8 @@ from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..dtypes import DTYPES
 from ..optim.local import local_part
+from ..parallel import trainable
+from ..parallel.launcher import launcher_notes
 from ..parallel.mesh import plan_layout
 from ..parallel.process_group import Ranks
 from ..run_inputs import RunInputs
@@ -46,7 +48,8 @@ def describe_run(
     seconds = remaining_steps * plan.tokens_per_step * causal_pairs / ((peak or 1.0) * ranks.world_size)
     shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
     return [
-        f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, {start}",
+        f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
+        f"{human(trainable.count(architecture, training))} of them trainable, {start}",
         f"ranks       {ranks.world_size} ({ranks.device.type}): {layout}, compute in {training.precision}",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
@@ -145,7 +148,7 @@ def _spread_groups(source: Source) -> list[int]:
 
 def notes(config: RunConfig, catalog: Catalog, max_positions: int | None) -> list[str]:
     """What a user may not have meant."""
-    training, lines = config.training, []
+    training, lines = config.training, launcher_notes()
     if catalog.unchecked:
         lines.append(
             f"note: no sidecar stands beside {', '.join(catalog.unchecked)}: which tokenizer made it is not checked, "
