@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 import time
 
+LONGEST_GAP = 5.0  # seconds: a busy machine may well leave a thread waiting for some
+
 
 class AwakeClock:
     """Seconds in which this process could run.
@@ -18,7 +20,7 @@ class AwakeClock:
             a stop, and does not pass.
     """
 
-    def __init__(self, longest_gap: float = 5.0):
+    def __init__(self, longest_gap: float = LONGEST_GAP):
         self.longest_gap = longest_gap
         self._lock = threading.Lock()
         self._last = time.monotonic()

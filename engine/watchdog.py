@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 
-from .awake import AwakeClock
+from .awake import LONGEST_GAP, AwakeClock
 from .errors import UserError, report_user_error
 from .parallel.process_group import Ranks
 from .stacks import dump_stacks
@@ -26,7 +26,8 @@ class Watchdog:
 
     def __init__(self, seconds: float, ranks: Ranks):
         self.seconds = seconds if ranks.world_size == 1 else 1.25 * seconds + 5
-        self._clock = AwakeClock()
+        self._interval = min(1.0, self.seconds / 10)
+        self._clock = AwakeClock(max(2 * self._interval, min(LONGEST_GAP, self.seconds / 2)))
         self._beat: tuple[float, str] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -48,7 +49,7 @@ class Watchdog:
         self._beat = None
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self.seconds / 10)):
+        while not self._ended.wait(self._interval):
             beat = self._beat
             waited = self._clock.now() - beat[0] if beat is not None else 0.0  # read in any case
             if beat is not None and waited > self.seconds:
