@@ -9,6 +9,7 @@ from math import isfinite
 from pathlib import Path
 
 from ..config import CheckpointConfig
+from ..conversion.export_run import FOLDER
 from ..parallel.process_group import Ranks
 from ..run_state import Progress
 from .progress import duration, human, peak_memory_bytes
@@ -70,7 +71,7 @@ def next_command(config: CheckpointConfig, checkpoint: Path | None, finished: bo
         return ["next        the same command goes on from here"]
     if checkpoint is None or config.export_hf:
         return []  # the export names its folder itself
-    output = checkpoint.parent.parent / "hf"
+    output = checkpoint.parent.parent / FOLDER / checkpoint.name
     return [
         f"next        python checkpoint_convert/dcp_to_hf.py --checkpoint {shlex.quote(str(checkpoint))} "
         f"--output {shlex.quote(str(output))}"
