@@ -3,7 +3,8 @@
 A run is described by one YAML file whose keys are the fields below; every key can be overridden on the command line
 (``--optimizer.learning_rate 3e-5``). How files and options are read is in :mod:`retemper.engine.config_parser`, what
 no machine could run is refused in :mod:`retemper.engine.config_checks`; what depends on the number of ranks is checked
-in :mod:`retemper.engine.budget` and :mod:`retemper.engine.parallel.mesh`.
+in :mod:`retemper.engine.budget` and :mod:`retemper.engine.parallel.mesh`. Values without effect are found by
+:mod:`retemper.engine.config_effect`, where every new setting needs an entry.
 """
 
 from __future__ import annotations
@@ -11,16 +12,28 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from .config_yaml import dump_yaml
+
+PATH_MARK = "a path: ~ and $VARIABLE are expanded when the configuration is read"
+FilePath = Annotated[str, PATH_MARK]
+"""Type of every setting that names a file or folder, or may do so."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What ``true`` and ``false`` mean to a setting that has more than two values."""
+
+    true: str
+    false: str
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     """One training dataset of the blend."""
 
-    path: str
+    path: FilePath
     """Prefix of the dataset: ``{path}.bin`` and ``{path}.idx``, as written by tools/preprocess.py or Megatron-LM."""
     weight: float = 1.0
     """Share of the training tokens (or documents, see ``data.weights``) that come from this source, relative to the sum
@@ -71,7 +84,7 @@ class DataConfig:
     """How windows are made of documents. concat: one behind the other, cut every sequence_length tokens. best_fit: the
     documents of 128 consecutive windows are put together so that nearly all that fit in a window stay whole. Both use
     every token and pad nothing. Validation sets are read with concat, as they lie in the file."""
-    validation: dict[str, str] = field(default_factory=dict)
+    validation: dict[str, FilePath] = field(default_factory=dict)
     """Named validation datasets: name -> prefix."""
     validation_fraction: float = 0.0
     """Share of each training source's last documents that is held out and evaluated as the set ``held_out``."""
@@ -86,14 +99,14 @@ class DataConfig:
 class ModelConfig:
     """Which model, and which weights it starts from."""
 
-    initialize_from: str | None = None
-    """What the run starts from: a checkpoint folder (made by checkpoint_convert/hf_to_dcp.py, or by a former run), a
-    Hugging Face folder, or a model's name on the Hub (namespace/name), which is downloaded. Null: random initialization
-    from ``architecture``."""
-    architecture: dict | str | None = None
+    initialize_from: FilePath | None = None
+    """What the run starts from: a checkpoint folder (made by checkpoint_convert/hf_to_dcp.py, or by a former run), the
+    folder of a run, which means its newest checkpoint, a Hugging Face folder, or a model's name on the Hub
+    (namespace/name), which is downloaded. Null: random initialization from ``architecture``."""
+    architecture: dict | FilePath | None = None
     """Hugging Face ``config.json``: its keys written here, or the path of the file or its folder. Null: the one kept in
     ``initialize_from``."""
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     """Hugging Face folder with the tokenizer that the datasets must have been made with, and that exports carry. Null:
     the one kept in ``initialize_from``, if any."""
 
@@ -117,8 +130,9 @@ class TrainingConfig:
     """Which parameters learn. embeddings: those of the tokens, in and out (``model.embed_tokens`` and ``lm_head``): a
     first stage after tools/extend_vocab.py. The others have no gradients and no states, and stay bitwise as they are;
     see docs/vocabulary.md."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute dtype. Gradients are reduced over ranks in fp32 with both."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute dtype. auto: bf16 where the hardware computes it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
+    or Arm BF16), else fp32; the start summary says which and why. Gradients are reduced over ranks in fp32."""
     fused_elementwise: Literal["auto", "triton", "torch"] = "auto"
     """What computes norms, rotary positions and SwiGLU. torch: PyTorch's operators, which torch.compile fuses. triton:
     our fused kernels; needs a GPU. auto: torch, because no measurement has shown triton to be faster yet."""
@@ -141,7 +155,7 @@ class TrainingConfig:
     FlashAttention-4 or -3 through PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with
     ``data.attend_across_documents``. flash_attn: the flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex:
     FlexAttention. per_document: PyTorch's SDPA for one document after the other, everywhere."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
     """Compile every block with torch.compile: faster steps after a minute of compiling, other roundings. auto: on a GPU
     whose attention kernel can be part of a compiled block."""
     float8: bool = False
@@ -178,7 +192,7 @@ class TrainingConfig:
     """At most this many tokens of each validation set are evaluated: windows spread evenly, the same ones each time,
     read once and kept in memory (24 bytes a token over all ranks)."""
     eval_at_start: bool = False
-    """Evaluate once before the first step of a fresh run."""
+    """Evaluate once before the first step of a fresh run, and when a run is started whose budget is used up."""
 
 
 @dataclass(frozen=True)
@@ -304,7 +318,7 @@ class LoggingConfig:
 class RunConfig:
     """A whole run."""
 
-    run_folder: str
+    run_folder: FilePath
     """Folder of checkpoints, metrics, TensorBoard events and the resolved config."""
     data: DataConfig
     training: TrainingConfig
@@ -320,9 +334,10 @@ class RunConfig:
     training.sequence_length, data.validation_fraction, data.shuffle, data.packing, and data_files (other tokens or
     masks in a dataset of the same name). Each source goes on after as many samples as it has given, so that some may
     come again before others come at all. What else changes is listed at the start."""
-    resume: str = "auto"
+    resume: Annotated[FilePath, Switch("auto", "none")] = "auto"
     """auto: continue from the newest undamaged checkpoint in ``run_folder``, or start fresh when it has none. none:
-    start fresh, refused where checkpoints exist. Anything else: path of the checkpoint to continue from."""
+    start fresh, refused where checkpoints exist. true means auto, false means none. Anything else: path of the
+    checkpoint to continue from."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA where there is a GPU, else CPU."""
 

@@ -16,12 +16,26 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+_MOST_PROBLEMS = 20
+"""Shown of one error. More come from one cause, such as a file of another program."""
+
 
 class UserError(ValueError):
-    """Wrong configuration, data or files: one line that names the file or key, the value and the remedy."""
+    """Wrong configuration, data or files: one line that names the file or key, the value and the remedy.
+
+    Args:
+        problems: usually one. Several independent ones, such as all of a configuration, are printed one to a line.
+    """
 
     said = False
     """Whether another rank, which has the same error, prints it."""
+
+    def __init__(self, *problems: object) -> None:
+        super().__init__(*problems)
+        self.problems = tuple(map(str, problems))
+
+    def __str__(self) -> str:
+        return " | ".join(self.problems)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -32,18 +46,20 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def report_user_error(error: UserError) -> None:
-    """Print ``error`` as one line on stderr, naming the rank when there are several."""
+    """Print ``error`` on stderr, one line for each problem, naming the rank when there are several."""
     several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     rank = f"[rank {os.environ['RANK']}] " if several else ""
+    more = len(error.problems) - _MOST_PROBLEMS
+    lines = [*error.problems[:_MOST_PROBLEMS], *([f"and {more} more problems"] if more > 0 else [])]
     # A path may hold bytes that are no text.
-    message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+    messages = [" ".join(line.split()).encode("utf-8", "backslashreplace").decode() for line in lines]
     if not error.said:
         # In one write: ranks share the stream, and lines of others must not come between a line and its end.
         with contextlib.suppress(OSError):  # nobody reads it any more
-            sys.stderr.write(f"{rank}error: {message}\n")
+            sys.stderr.write("".join(f"{rank}error: {message}\n" for message in messages))
             sys.stderr.flush()
     if not error.said or os.environ.get("LOCAL_RANK", "0") == "0":
-        tell_torchrun(message)
+        tell_torchrun(" | ".join(messages))
 
 
 def tell_torchrun(message: str) -> None:

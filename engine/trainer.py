@@ -16,6 +16,7 @@ from .checkpoint.saver import Saver
 from .checkpoint.store import CheckpointStore
 from .checkpoint.tensors import training_tensors
 from .config import RunConfig, to_dict, to_yaml
+from .config_effect import Situation, without_effect
 from .conversion.export_run import export_run, prepare_export
 from .data.loader import Prefetcher, TrainingData
 from .data.packing import MicroBatch
@@ -37,6 +38,7 @@ from .optim import build_optimizer, clip_grad_norm, set_learning_rate, step_unle
 from .parallel.build import build_model
 from .parallel.mesh import build_mesh, plan_layout
 from .parallel.process_group import Ranks, world_size_from_environment
+from .precision import with_precision
 from .replicas import ReplicaCheck
 from .rewind import Rewind, plan_rewind
 from .run_inputs import load_weights, open_inputs
@@ -69,6 +71,7 @@ class Trainer:
         self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, console: Console | None = None
     ):
         self.console = console
+        config, self.precision = with_precision(config, ranks)
         self.config, self.ranks, self.stop = config, ranks, stop or StopRequest(ranks)
         self.stop.stop_after(config.training.stop_after_minutes)
         layout = plan_layout(config.parallel, ranks.world_size)
@@ -82,6 +85,7 @@ class Trainer:
             self.resume_from = self.store.resolve(config.resume)
         # What is saved of the configuration keeps a name on the Hub; here it becomes a folder.
         local = config if self.resume_from else with_local_weights(config, ranks, self.store.require_sound)
+        self.start_folder = local.model.initialize_from
         self.progress, self.owes_evaluation = Progress(), config.training.eval_at_start
         # The log is opened later.
         say = lambda line: self.log.say(line)  # noqa: E731, PLW0108
@@ -94,7 +98,7 @@ class Trainer:
         if self.inputs.resumed:
             self.progress = self.inputs.progress
             self.health.restore(self.inputs.resumed.health)
-            self.owes_evaluation = self._evaluation_due() and not self.inputs.resumed.evaluation
+            self.owes_evaluation = self._owes_evaluation(self.inputs.resumed.evaluation)
         ranks.everywhere(lambda: self.inputs.order.require(self._last_sample()))
         self.export_remarks = prepare_export(config.checkpoint, ranks)
         architecture = self.inputs.architecture
@@ -211,7 +215,7 @@ class Trainer:
         )
         self.progress = rewind.progress
         self.health.restore(rewind.health)
-        self.owes_evaluation = self._evaluation_due() and not rewind.manifest.evaluation
+        self.owes_evaluation = self._owes_evaluation(rewind.manifest.evaluation)
         self.log.close()
         self.log = self._metric_log(self.progress.step)
         self.ranks.on_main(self.log.open)
@@ -321,6 +325,11 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         interval = self.config.training.eval_interval
         return self._remaining_steps() == 0 or (interval > 0 and self.progress.step % interval == 0)
+
+    def _owes_evaluation(self, made: dict[str, float]) -> bool:
+        """Whether a run at a checkpoint evaluates before its next step; ``made`` are the losses measured there."""
+        asked = self.config.training.eval_at_start and self._remaining_steps() == 0
+        return self._evaluation_due() and (asked or not made)
 
     def _evaluate_for_best(self) -> tuple[dict[str, float], bool]:
         """The losses, and whether that of the first set is its lowest so far."""
@@ -442,14 +451,16 @@ class Trainer:
         if self.resume_from:
             start = f"resumed from {self.resume_from} at step {self.progress.step:,}"
         else:
-            start = f"weights of {self.config.model.initialize_from or 'a random initialization'}"
+            name, folder = self.config.model.initialize_from, self.start_folder
+            start = f"weights of {name or 'a random initialization'}" + (f": {folder}" if folder != name else "")
         assert self.inputs.assets.config is not None
         remaining = self._remaining_steps()
-        summary = describe_run(self.config, self.plan, self.ranks, self.inputs, remaining, start)
+        summary = describe_run(self.config, self.plan, self.ranks, self.inputs, remaining, start, self.precision)
         was, layout, datasets = self.inputs.resumed, self.mesh.layout._asdict(), self.inputs.catalog.fingerprints
         for line in [
             *(describe_changes(was, self.config, layout, datasets) if was else []),
             *notes(self.config, self.inputs.catalog, self.inputs.assets.config.get("max_position_embeddings")),
+            *(f"note: {line}" for line in [*self._budget_used(), *without_effect(self._situation())]),
             *summary,
             describe_saving(self.config, self.model.parameters()),
             *describe_data(self.config.data, self.inputs.catalog, self.inputs.order, self._last_sample()),
@@ -457,3 +468,25 @@ class Trainer:
             *self.export_remarks,
         ]:
             self.log.say(line)
+
+    def _budget_used(self) -> list[str]:
+        """A line where the run has trained on more tokens than it is asked for now."""
+        budget, tokens = self.config.training.train_tokens, self.progress.tokens
+        if tokens - budget < self.plan.tokens_per_step:  # the last step is a whole one
+            return []
+        return [
+            f"training.train_tokens {budget:,} is less than the {tokens:,} tokens that this run has trained on: "
+            "no step is left; raise it to train on"
+        ]
+
+    def _situation(self) -> Situation:
+        layout, resumed = self.mesh.layout, self.inputs.resumed
+        return Situation(
+            self.config,
+            same_weights=layout.replicate > 1 or layout.tensor > 1,
+            reduces=layout.data_parallel * layout.context > 1,
+            num_micro_batches=self.plan.num_micro_batches,
+            device=self.ranks.device.type,
+            resumed=resumed.config if resumed else None,
+            source_tokens={source.name: source.stop - source.start for source in self.inputs.catalog.train},
+        )

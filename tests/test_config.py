@@ -1,7 +1,6 @@
 """Reading and checking a run's configuration: what is accepted, and that every refusal is one line with a remedy."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retemper.engine import config, config_parser
+from retemper.engine import config
 from retemper.engine.config import (
     DataConfig,
     ModelConfig,
@@ -44,14 +43,6 @@ model:
 optimizer:
   learning_rate: 1e-4
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_parser() -> Iterator[None]:
-    """Building the parser reads every docstring anew; once is enough for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config_parser, "build_parser", functools.cache(config_parser.build_parser))
-        yield
 
 
 @pytest.fixture
@@ -154,8 +145,6 @@ def test_entries_are_added_to_the_dictionary_as_it_stands(config_file, tmp_path)
     assert parse(config_file, *options).model.architecture == {"model_type": "qwen2", "b": {"c": [1e-5, "x"]}}
     options = ("--model.architecture={x: 1}", "--model.architecture.y=no", "--model.architecture.x=2")
     assert parse(config_file, *options).model.architecture == {"x": 2, "y": "no"}
-    options = ("--model.architecture=models/x", "--model.architecture.y=1.5")
-    assert parse(config_file, *options).model.architecture == {"y": 1.5}
 
 
 def test_a_source_can_be_appended(config_file):
@@ -202,7 +191,11 @@ def test_to_yaml_is_read_back(config_file, tmp_path):
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    text=st.one_of(st.text(), st.from_regex(r"[-+~.0-9:_a-zA-Z]{1,8}", fullmatch=True)),
+    # Without what is expanded in paths.
+    text=st.one_of(
+        st.text().filter(lambda text: not re.match("~", text) and "$" not in text),
+        st.from_regex(r"[-+.0-9:_a-zA-Z][-+~.0-9:_a-zA-Z]{0,7}", fullmatch=True),
+    ),
     learning_rate=st.floats(5e-6, 1e9),
     tokens=st.integers(1000, 10**15),
 )
@@ -276,7 +269,7 @@ def test_every_field_of_every_section_has_a_docstring():
         ("optimizer.eps: 3\n", "unknown key 'optimizer.eps'; set it in a file, as optimizer: {eps: ...}"),
         ("zzz: 1\n", "unknown key 'zzz'; see --help for all keys"),
         ("1: 1\n", "unknown key '1'; see --help"),
-        ("? [a]\n: 1\n", "line 18: ['a'] cannot be a key"),
+        ("? [a]\n: 1\n", "line 18: a list cannot be a key"),
         ("seed: null\n", "seed is null; expected int"),
         ("seed: true\n", "seed is true; expected int"),
         ("seed: '5'\n", "seed is '5'; expected int"),
@@ -289,7 +282,7 @@ def test_every_field_of_every_section_has_a_docstring():
         ("parallel: {shard: 1.5}\n", "parallel.shard is 1.5; expected int or 'auto'"),
         ("parallel: {shard: 2.0}\n", "parallel.shard is 2.0; a whole number is needed: write 2"),
         ("seed: [\n", "not valid YAML"),
-        ("seed: !!python/object:os.system x\n", "not valid YAML"),
+        ("seed: !!python/object:os.system x\n", "line 18: the tag !!python/object:os.system is not supported"),
     ],
 )
 def test_refused_lines_name_the_file(config_file, text, expected):
@@ -326,7 +319,9 @@ def test_refused_files(tmp_path):
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     assert "not a UTF-8 text file" in refusal("--config", str(binary))
-    assert "expected 'key: value' lines, found null" in refusal("--config", str(with_text(tmp_path / "empty.yaml", "")))
+    assert "expected 'key: value' lines, found nothing" in refusal(
+        "--config", str(with_text(tmp_path / "empty.yaml", ""))
+    )
 
 
 def test_missing_keys(config_file):
@@ -373,8 +368,7 @@ def test_missing_keys(config_file):
         (["--data.train", "[{path: a, weight: abc}]"], "data.train[0].weight is 'abc'; expected float"),
         (["--data.train", "[{path: a, path: b}]"], "--data.train: duplicate key 'path'"),
         (["--data.train", "[{weight: 3}]"], "data.train[0].path is missing"),
-        (["--data.train+", "{paht: x}"], "did you mean 'data.train[0].path'?"),
-        (["--data.train[0].weight", "3"], "unknown option --data.train[0].weight; set it in a file"),
+        (["--data.train+", "{paht: x}"], "did you mean 'data.train[2].path'?"),
         (["--training", "3"], "training is 3; expected 'key: value' lines"),
         (["--optimizer", "{eps: 1e-7, lrr: 3}"], "unknown key 'optimizer.lrr'"),
     ],
@@ -421,7 +415,7 @@ def test_values_out_of_range(config_file, option, value):
             ["--optimizer.min_learning_rate=1e-3"],
             "optimizer.min_learning_rate 0.001 is above optimizer.learning_rate 0.0001",
         ),
-        (["--optimizer.decay_tokens=5"], "optimizer.decay_tokens is 5, but schedule 'cosine' does not use it"),
+        (["--optimizer.decay_tokens=5"], "optimizer.decay_tokens is 5, but only optimizer.schedule wsd uses it"),
         (
             ["--optimizer.schedule=wsd", "--optimizer.decay_tokens=999_001"],
             "optimizer.decay_tokens is 999,001; it must be between 1 and train_tokens - warmup_tokens = 999,000",

@@ -27,6 +27,14 @@ SHIPPED = {
     "qwen2.5_7b": (8, 7.616),
     "qwen3_8b": (8, 8.191),
     "llama3_8b": (8, 8.030),
+    "llama3.1_8b": (8, 8.030),
+    "llama3.2_1b": (8, 1.236),
+    "mistral_7b": (8, 7.248),
+    "qwen2.5_1.5b": (8, 1.544),
+    "qwen2.5_3b": (8, 3.086),
+    "qwen2.5_14b": (8, 14.770),
+    "qwen2.5_32b": (8, 32.764),
+    "qwen2.5_72b": (32, 72.706),
     "demo_base": (1, None),
     "demo": (2, None),
 }
@@ -59,7 +67,7 @@ def test_shipped_config_is_valid_on_its_ranks(path):
 def test_the_reference_recipe():
     config = parse_config(["--config", str(ROOT / "megatron_configs" / "qwen2_72b.yaml")])
     training, optimizer = config.training, config.optimizer
-    plan = plan_batches(training, 32)
+    plan = plan_batches(training, plan_layout(config.parallel, 32).data_parallel)
     assert (plan.num_micro_batches, plan.steps_for(training.train_tokens)) == (1, 50)
     rates = [learning_rate(step * plan.tokens_per_step, training, optimizer) for step in range(1, 51)]
     assert rates[:5] == pytest.approx([1e-5, 2e-5, 3e-5, 4e-5, 5e-5])

@@ -35,7 +35,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="as for engine/pretrain.py")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
-    parser.add_argument("--gpu", required=True, metavar="NAME", help=", ".join(GPUS))
+    parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; the memory may be left out: h200, rtx4090")
+    described = parser.add_argument_group("a GPU that is not in that list, instead of --gpu")
+    described.add_argument("--gpu-memory", type=float, metavar="GIB", help="that PyTorch may use")
+    described.add_argument("--gpu-tflops", type=float, metavar="N", help="dense bf16 TFLOP/s of the datasheet")
+    described.add_argument(
+        "--gpu-bandwidth", type=float, metavar="GB/S", help="of its memory (default: as an A100's to its TFLOP/s)"
+    )
+    described.add_argument(
+        "--gpu-link", type=float, metavar="GB/S", help="to the server's other GPUs, one direction (default: PCIe 4, 32)"
+    )
     parser.add_argument(
         "--search", action="store_true", help="try layouts, rank those that fit, and rehearse the fastest in full"
     )
@@ -81,6 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.network,
         options.search,
         options.quick,
+        options.gpu_memory,
+        options.gpu_tflops,
+        options.gpu_bandwidth,
+        options.gpu_link,
     )
     text, record = rehearse(config, request, lambda line: print(line, file=sys.stderr, flush=True))
     print(text)

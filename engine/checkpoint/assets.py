@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -153,8 +154,25 @@ def is_hf_folder(folder: str | Path) -> bool:
         raise UserError(f"{here}: cannot be read: {error.strerror or error}; make it readable") from None
 
 
+def newest_of_run(folder: str | Path) -> str | None:
+    """Return the newest complete checkpoint where ``folder`` is a run's; None where it is anything else.
+
+    Raises:
+        UserError: the run has no complete checkpoint.
+    """
+    checkpoints = Path(folder) / "checkpoints"
+    if (Path(folder) / MANIFEST_FILE).exists() or not checkpoints.is_dir() or is_hf_folder(folder):
+        return None
+    steps = {int(entry.name[5:]): entry for entry in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", entry.name)}
+    complete = [step for step, entry in steps.items() if (entry / MANIFEST_FILE).is_file()]
+    if not complete:
+        raise UserError(f"{folder}: the folder of a run without a complete checkpoint; name a checkpoint")
+    return str(steps[max(complete)])
+
+
 def asset_folder(folder: str | Path) -> Path:
-    """Where the assets of a checkpoint, or of a Hugging Face folder, are."""
+    """Where the assets of a checkpoint, of a run's newest checkpoint, or of a Hugging Face folder, are."""
+    folder = newest_of_run(folder) or folder
     return Path(folder) if is_hf_folder(folder) else Path(folder) / ASSET_FOLDER
 
 
@@ -169,6 +187,8 @@ def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
         UserError: there is no config, or the configured architecture is not that of the checkpoint.
     """
     folder = resume_from or config.initialize_from
+    if folder is not None:
+        folder = newest_of_run(folder) or folder
     assets = HfAssets({})
     if folder is not None and is_hf_folder(folder):
         assets = HfAssets.read(folder)

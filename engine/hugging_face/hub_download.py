@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.assets import TOKENIZER_FILES
@@ -26,13 +27,25 @@ def could_be_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None and not (slash and os.path.isdir(folder))
 
 
-def find_model_folder(name: str, key: str = "--hf", revision: str | None = None) -> Path:
+def find_config_folder(name: str, key: str) -> Path:
+    """Return the folder ``name``, or a local copy of the Hub repository of that name with its ``config.json`` only.
+
+    Raises:
+        UserError: there is no such folder, and the Hub has no such model or cannot be reached.
+    """
+    return find_model_folder(name, key, wanted=["config.json"])
+
+
+def find_model_folder(
+    name: str, key: str = "--hf", revision: str | None = None, wanted: Sequence[str] = _WANTED
+) -> Path:
     """The folder ``name``, or the local copy of the Hub repository of that name, fetched when it is not there.
 
     Args:
         name: of a folder, or on the Hub.
         key: the option or setting that gives the name, for errors.
         revision: commit of the repository; None: its newest.
+        wanted: patterns of the files to fetch.
 
     Raises:
         UserError: there is no such folder, and the Hub has no such model or cannot be reached.
@@ -41,10 +54,10 @@ def find_model_folder(name: str, key: str = "--hf", revision: str | None = None)
         return Path(name)
     if os.path.lexists(name) or not could_be_hub_name(name):
         raise UserError(f"{key} {name}: no such folder; name a Hugging Face folder or a Hub name such as Qwen/Qwen2-7B")
-    return _fetch(name, f"{key} {name}", revision)
+    return _fetch(name, f"{key} {name}", revision, wanted)
 
 
-def _fetch(name: str, said: str, revision: str | None) -> Path:
+def _fetch(name: str, said: str, revision: str | None, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -55,7 +68,7 @@ def _fetch(name: str, said: str, revision: str | None) -> Path:
 
     def download() -> Path:
         try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=_UNWANTED))
         except GatedRepoError:
             raise UserError(f"{said}: the Hub asks for a licence to be accepted first (`hf auth login`)") from None
         except RepositoryNotFoundError:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint.assets import is_hf_folder
+from ..checkpoint.assets import is_hf_folder, newest_of_run
 from ..config import RunConfig
 from ..errors import UserError
 from ..parallel.patience import work_apart
@@ -19,7 +19,8 @@ KEY = "model.initialize_from"
 
 
 def with_local_weights(config: RunConfig, ranks: Ranks, require_sound: Callable[[str, str], object]) -> RunConfig:
-    """``config`` whose ``model.initialize_from`` is a folder: a name on the Hub becomes that of its local copy.
+    """``config`` whose ``model.initialize_from`` is a folder: a name on the Hub becomes that of its local copy, the
+    folder of a run its newest checkpoint.
 
     Args:
         config: of the run.
@@ -32,6 +33,9 @@ def with_local_weights(config: RunConfig, ranks: Ranks, require_sound: Callable[
     name = config.model.initialize_from
     if name is None:
         return config
+    if newest := ranks.share(ranks.on_main(lambda: newest_of_run(name))):
+        require_sound(newest, KEY)
+        return replace(config, model=replace(config.model, initialize_from=newest))
     # The main rank's view counts: ranks must not go different ways.
     kind = ranks.share(ranks.on_main(lambda: _kind(name)))
     if kind == "checkpoint":

@@ -21,6 +21,7 @@ from ..parallel import trainable
 from ..parallel.launcher import launcher_notes
 from ..parallel.mesh import plan_layout
 from ..parallel.process_group import Ranks
+from ..precision import Precision
 from ..run_inputs import RunInputs
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
@@ -35,6 +36,7 @@ def describe_run(
     inputs: RunInputs,
     remaining_steps: int,
     start: str,
+    precision: Precision,
 ) -> list[str]:
     """Lines about model, ranks, step and budget; ``start`` says where the weights come from."""
     training, architecture, attention = config.training, inputs.architecture, inputs.attention
@@ -50,7 +52,8 @@ def describe_run(
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
         f"{human(trainable.count(architecture, training))} of them trainable, {start}",
-        f"ranks       {ranks.world_size} ({ranks.device.type}): {layout}, compute in {training.precision}",
+        f"ranks       {ranks.world_size} ({ranks.device.type}): {layout}, compute in {precision.name} "
+        f"({precision.reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
         f"optimizer states in {config.optimizer.state_dtype}",
@@ -154,8 +157,6 @@ def notes(config: RunConfig, catalog: Catalog, max_positions: int | None) -> lis
             f"note: no sidecar stands beside {', '.join(catalog.unchecked)}: which tokenizer made it is not checked, "
             "and token ids only as they are read"
         )
-    if not catalog.validation and (training.eval_interval or training.eval_at_start):
-        lines.append("note: training.eval_interval or eval_at_start is set, but there is no validation set")
     if max_positions is not None and training.sequence_length > max_positions:
         lines.append(
             f"note: training.sequence_length {training.sequence_length:,} is beyond the model's "

@@ -34,33 +34,34 @@ def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunCo
     """
     if not several:
         return read(), None
-    config, problem = None, None
+    config, mine = None, None
     try:
         config = read()
     except UserError as error:
-        problem = str(error)
+        mine = error
+    problem = mine and str(mine)
     settings = flatten(to_dict(config)) if config else {}
     files = code_files(PACKAGE)
     note = {"problem": problem, "config": digest(settings), "code": digest(files), "torch": str(torch.__version__)}
     try:
         meeting = meet(note, config.parallel.timeout_seconds if config else _UNREADABLE_CONFIG_SECONDS)
     except UserError as error:
-        raise UserError(problem or str(error)) from None
+        raise mine or error from None
     problems = [f"rank {rank}: {its['problem']}" for rank, its in enumerate(meeting.notes) if its["problem"]]
     if problem or problems:
         meeting.part()
-        raise _of_all(meeting, problem or problems[0])
+        raise _of_all(meeting, mine or UserError(problems[0]))
     details = {"config": settings, "code": files}
     if differences := compare(meeting, details):
         meeting.part()
-        raise _of_all(meeting, f"{'; '.join(differences)}; start every node with the same files and the same command")
+        what = f"{'; '.join(differences)}; start every node with the same files and the same command"
+        raise _of_all(meeting, UserError(what))
     assert config is not None
     return config, meeting
 
 
-def _of_all(meeting: Meeting, text: str) -> UserError:
-    """An error that every rank raises, and the first one prints."""
-    error = UserError(text)
+def _of_all(meeting: Meeting, error: UserError) -> UserError:
+    """``error``, which every rank raises, and the first one prints."""
     error.said = meeting.rank > 0
     return error
 

@@ -32,8 +32,8 @@ def wanted(config: TrainingConfig, device: torch.device) -> bool:
         return False
     if importlib.util.find_spec("torchao") is None:
         raise UserError(
-            "training.float8 is true, but torchao is not installed; pip install 'retemper[fp8]' (or pip install "
-            "torchao), or set training.float8 to false"
+            "training.float8 is true, but torchao is not installed; pip install torchao, or set "
+            "training.float8 to false"
         )
     if device.type != "cuda":
         raise UserError(f"training.float8 is true, but the run is on {device.type}; use a GPU or set it to false")

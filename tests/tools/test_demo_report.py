@@ -175,7 +175,7 @@ def test_unreadable_metrics_name_the_file_and_the_line(data: ReportData, tmp_pat
 
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=re.escape("pip install -e .[demo]")):
+    with pytest.raises(UserError, match=re.escape("pip install matplotlib")):
         require_matplotlib()
 
 

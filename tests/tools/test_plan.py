@@ -22,15 +22,22 @@ from retemper.engine.parallel.mesh import Layout
 from retemper.tools import plan as command
 from retemper.tools.rehearsal.command import Request, read_architecture
 from retemper.tools.rehearsal.extrapolation import places, rehearse_short
-from retemper.tools.rehearsal.gpus import GPUS, GiB
+from retemper.tools.rehearsal.gpus import GPUS, GiB, find_gpu
 from retemper.tools.rehearsal.outcome import Outcome, checkpoint_bytes
 from retemper.tools.rehearsal.pool import Pool
 from retemper.tools.rehearsal.prediction import Assumptions, bandwidth, idle_share, predict
-from retemper.tools.rehearsal.search import judge, judge_short, require_possible
+from retemper.tools.rehearsal.search import describe, judge, judge_short, require_possible, search
 from retemper.tools.rehearsal.work import Collective, Sent
 
 ROOT = Path(__file__).parents[2]
 QWEN2_72B = ROOT / "megatron_configs" / "qwen2_72b.yaml"
+SHIPPED = [path for path in sorted(QWEN2_72B.parent.glob("*.yaml")) if not path.stem.startswith("demo")]
+MACHINES = {
+    "qwen2_72b": (4, 8, "a100-80gb"),
+    "qwen2.5_72b": (4, 8, "h100-80gb"),
+    "qwen2.5_0.5b": (1, 1, "h100-80gb"),
+}
+"""(nodes, GPUs in each, GPU) where it is not one node of 8 GPUs of 80 GB."""
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +315,70 @@ def request(gpu: str, nodes: int, gpus_per_node: int, **changes) -> Request:
     return replace(Request(nodes, gpus_per_node, gpu, 0.55, 4.0, None, False, False), **changes)
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.slow
+def test_shipped_configs_are_within_5_percent_of_the_best_layout_that_is_found(path, pool):
+    """On the machine that the first line of the file names."""
+    config = plan_runs.configure(path)
+    nodes, gpus, gpu = MACHINES.get(path.stem, (1, 8, "h100-80gb"))
+    setting = request(gpu, nodes, gpus).setting(read_architecture(config.model))
+    (shipped,) = judge_short([(config, require_possible(config, setting))], setting, pool)
+    assert shipped.fits
+    best = search(config, setting, pool, lambda line: None, seconds=60.0, wanted=2).outcomes[0]
+    assert shipped.tokens_per_second >= 0.95 * best.tokens_per_second, describe(best)
+
+
+def test_gpus_are_found_by_what_people_call_them():
+    names = {"h200": "h200-141gb", "RTX 4090": "rtx-4090-24gb", "a6000": "rtx-a6000-48gb", "l40s": "l40s-48gb"}
+    assert {name: find_gpu(name).name for name in names} == names
+    assert all(find_gpu(name) is gpu for name, gpu in GPUS.items())
+
+
+def test_a_gpu_is_described_by_memory_and_speed(run_file, pool, capsys):
+    """The A100's own numbers give its prediction, but for the links, of which there are none on one rank."""
+    a100 = GPUS["a100-80gb"]
+    numbers = ("--gpu-memory", a100.memory / GiB, "--gpu-tflops", 312)
+    found = []
+    for gpu in (("--gpu", "a100-80gb"), numbers):
+        run("--config", run_file, "--gpus-per-node", 1, "--quick", *gpu)
+        text = capsys.readouterr().out
+        found.append([line for line in text.splitlines() if line.startswith(("speed", "memory"))])
+    assert found[0] == found[1] != []
+
+
+def test_mfu_is_at_most_the_assumed_efficiency(run_file, pool):
+    """With causal pairs, which the prediction counts; long samples make the difference large."""
+    options = "--training.sequence_length 4096 --training.global_batch_size 8 --training.micro_batch_size 1"
+    config = plan_runs.configure(run_file, options)
+    setting = request("h100", 1, 1).setting(read_architecture(config.model))
+    (outcome,) = judge_short([(config, require_possible(config, setting))], setting, pool)
+    assert 0 < outcome.mfu(causal_halved=True) <= 0.55 < outcome.mfu(causal_halved=False)
+
+
+def test_needless_recomputation_is_named(run_file, capsys):
+    options = ("--config", run_file, "--gpus-per-node", 1, "--gpu", "h100", "--quick", "--parallel.recompute")
+    run(*options, "full")
+    assert "note: parallel.recompute full is not needed: with none" in capsys.readouterr().out
+    run(*options, "none")
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_of_a_model_on_the_hub_only_the_config_is_fetched(run_file, tmp_path, monkeypatch, capsys):
+    fetched = []
+
+    def download(name, *, allow_patterns, **_):
+        fetched.append((name, allow_patterns))
+        (tmp_path / "snapshot").mkdir()
+        (tmp_path / "snapshot" / "config.json").write_text(json.dumps(plan_runs.ARCHITECTURE), encoding="utf-8")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    options = ("--model.architecture", "null", "--model.initialize_from", "some/model")
+    run("--config", run_file, "--gpus-per-node", 1, "--gpu", "h100", "--quick", *options)
+    assert fetched == [("some/model", ["config.json"])]
+    assert "fits" in capsys.readouterr().out
+
+
 def judged(pool, gpu: str, whole: bool = False) -> Outcome:
     """The shipped configuration on 32 GPUs."""
     config = plan_runs.configure(QWEN2_72B)
@@ -373,8 +444,13 @@ def test_a_search_ranks_what_fits_and_rehearses_the_fastest(run_file, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--gpu v100", "--gpu v100: use one of a100-40gb, "),
-        ("--gpu a100", "--gpu a100: use one of a100-40gb, "),
+        ("--gpu v100", "--gpu v100: unknown; use one of a100-40gb, "),
+        ("--gpu a100", "--gpu a100 is one of a100-40gb, a100-80gb; name one"),
+        ("--gpu h100 --gpu-tflops 100", "--gpu h100 and --gpu-tflops both say what the GPU is"),
+        ("--gpu-tflops 100", "--gpu-memory GIB and --gpu-tflops N"),
+        ("", "name a GPU with --gpu"),
+        ("--gpu-tflops 100 --gpu-memory -1", "--gpu-memory -1: must be above 0"),
+        ("--gpu-tflops nan --gpu-memory 24", "--gpu-tflops nan: must be above 0"),
         ("--gpu h100 --nodes 0", "--nodes 0: must be at least 1"),
         ("--gpu h100 --efficiency 2", "--efficiency 2: must be above 0"),
         ("--gpu h100 --reserve 100", "--reserve 100: must be from 0 to less than"),

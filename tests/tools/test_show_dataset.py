@@ -218,4 +218,4 @@ def test_bad_requests_are_refused(tmp_path, made, capsys, refused, tiny_tokenize
 
 def test_missing_matplotlib_is_told_before_the_pass(made, refused, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install -e .[demo]" in refused(made, "--html", tmp_path / "page.html")
+    assert "pip install matplotlib" in refused(made, "--html", tmp_path / "page.html")

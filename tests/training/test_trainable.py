@@ -173,7 +173,7 @@ def test_speed_counts_no_gradients_of_frozen_weights(one_rank, untied_file, tmp_
     assert len(records) == 2
     for record in records:
         assert record["mfu"] * 1e9 / record["tokens_per_second_per_rank"] == pytest.approx(expected)
-    lines = describe_run(trainer.config, trainer.plan, one_rank, trainer.inputs, 2, "new")
+    lines = describe_run(trainer.config, trainer.plan, one_rank, trainer.inputs, 2, "new", trainer.precision)
     assert lines[-1].startswith(f"FLOPs/token {expected:.4g} (all pairs")
 
 

@@ -213,7 +213,7 @@ def _load_rensa() -> Any:
     try:
         from rensa import RMinHash
     except ImportError:
-        raise UserError("--dedup minhash needs rensa: pip install 'retemper[dedup]' (or 'rensa>=0.5,<0.6')") from None
+        raise UserError("--dedup minhash needs rensa: pip install 'rensa>=0.5,<0.6'") from None
     version = getattr(RMinHash, "ALGORITHM_VERSION", None)
     if version != _RENSA_ALGORITHM:
         raise UserError(

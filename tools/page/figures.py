@@ -33,7 +33,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError(
-            "the page's figures are drawn with matplotlib, which is not installed: run pip install -e .[demo]"
+            "the page's figures are drawn with matplotlib, which is not installed: run pip install matplotlib"
         ) from None
 
 

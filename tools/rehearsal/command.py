@@ -7,16 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...engine.checkpoint.assets import asset_folder
 from ...engine.config import ModelConfig, RunConfig, to_dict
 from ...engine.errors import UserError
+from ...engine.hugging_face.config_source import architecture_source
 from ...engine.model.architecture import Architecture, parse_architecture, read_hf_config
-from .gpus import GiB, find_gpu
-from .outcome import Outcome, Setting
+from ...engine.precision import with_named_precision
+from .gpus import GiB, Gpu, describe_gpu, find_gpu
+from .outcome import Outcome, Setting, dtypes
 from .pool import Pool
 from .prediction import Assumptions
-from .report import format_found, format_outcome, to_record
-from .search import describe, judge, judge_short, require_possible, search
+from .report import format_found, format_needless_recomputation, format_outcome, to_record
+from .search import (
+    calibrate,
+    describe,
+    judge,
+    judge_short,
+    narrower,
+    require_possible,
+    search,
+    without_recomputation,
+)
 
 _MOST_RANKS = 1 << 16
 
@@ -27,7 +37,7 @@ class Request:
 
     nodes: int
     gpus_per_node: int
-    gpu: str
+    gpu: str | None
     efficiency: float
     reserve: float
     """GiB."""
@@ -35,6 +45,32 @@ class Request:
     """Gbit/s."""
     search: bool
     quick: bool
+    gpu_memory: float | None = None
+    """GiB. With ``gpu_tflops`` instead of ``gpu``."""
+    gpu_tflops: float | None = None
+    gpu_bandwidth: float | None = None
+    """GB/s of its memory."""
+    gpu_link: float | None = None
+    """GB/s to the other GPUs of a server."""
+
+    def chosen_gpu(self) -> Gpu:
+        """The GPU by name, or as described.
+
+        Raises:
+            UserError: it is unknown, described by half, or both named and described.
+        """
+        described = {
+            f"--gpu-{name}": getattr(self, f"gpu_{name}")
+            for name in ("memory", "tflops", "bandwidth", "link")
+            if getattr(self, f"gpu_{name}") is not None
+        }
+        if self.gpu is not None and described:
+            raise UserError(f"--gpu {self.gpu} and {', '.join(described)} both say what the GPU is; leave one out")
+        if self.gpu is not None:
+            return find_gpu(self.gpu)
+        if self.gpu_memory is None or self.gpu_tflops is None:
+            raise UserError("name a GPU with --gpu, or describe it with --gpu-memory GIB and --gpu-tflops N")
+        return describe_gpu(self.gpu_memory, self.gpu_tflops, self.gpu_bandwidth, self.gpu_link)
 
     def setting(self, architecture: Architecture) -> Setting:
         """The cluster.
@@ -54,7 +90,7 @@ class Request:
             raise UserError(f"--efficiency {self.efficiency:g}: must be above 0 and at most 1")
         if self.network is not None and not 0 < self.network < math.inf:
             raise UserError(f"--network {self.network:g}: must be positive, in Gbit/s for each GPU")
-        gpu = find_gpu(self.gpu)
+        gpu = self.chosen_gpu()
         if not 0 <= self.reserve * GiB < gpu.memory:
             raise UserError(
                 f"--reserve {self.reserve:g}: must be from 0 to less than the GPU's {gpu.memory / GiB:.1f} GiB"
@@ -85,36 +121,60 @@ def rehearse(config: RunConfig, request: Request, say: Callable[[str], None]) ->
     if not request.search:
         require_possible(config, setting)
     with Pool() as pool:
-        if not request.search:
-            outcome = _one(config, setting, pool, request.quick, say)
-            return format_outcome(outcome), record | to_record(outcome)
-        found = search(config, setting, pool, say)
-        record["search"] = [to_record(outcome) for outcome in found.outcomes]
-        best = found.outcomes[0] if found.outcomes else None
-        if best is None or not best.fits:
-            raise UserError(_nothing_fits(best, setting))
-        text = format_found(found)
-        if not request.quick:
-            best = _one(best.config, setting, pool, False, say)
-            text += f"\n\nThe fastest of them, rehearsed in full:\n\n{format_outcome(best)}"
-        text += f"\n\nTo use it:\n\n{_settings(best)}"
-        return text, record | to_record(best)
+        if request.search:
+            text, best, outcomes = _search(config, request, setting, pool, say)
+            record["search"] = [to_record(outcome) for outcome in outcomes]
+            return text, record | to_record(best)
+        outcome = _one(config, setting, pool, request.quick, say)
+        text = format_outcome(outcome)
+        if outcome.fits and (faster := without_recomputation(outcome, pool)):
+            text += "\n\n" + format_needless_recomputation(outcome, faster)
+        return text, record | to_record(outcome)
+
+
+def _search(
+    config: RunConfig, request: Request, setting: Setting, pool: Pool, say: Callable[[str], None]
+) -> tuple[str, Outcome, list[Outcome]]:
+    """(text, the layout to use, all that were rehearsed).
+
+    Raises:
+        UserError: no layout fits.
+    """
+    calibration = calibrate(config, setting, pool)
+    found = search(config, setting, pool, say, calibration)
+    outcomes, text = list(found.outcomes), format_found(found)
+    best = found.outcomes[0] if found.outcomes else None
+    for other in narrower(config):
+        if best is not None and best.fits and other.training.weight_dtype != config.training.weight_dtype:
+            continue  # far from what was asked for, and not needed
+        say(f"with {dtypes(other)}")
+        found = search(other, setting, pool, say, calibration, seconds=40.0, wanted=2)
+        outcomes += found.outcomes
+        text += f"\n\nWith {dtypes(other)}, which is another run than the configured one:\n\n{format_found(found)}"
+        if found.outcomes and found.outcomes[0].fits and not (best is not None and best.fits):
+            best = found.outcomes[0]
+    if best is None or not best.fits:
+        raise UserError(_nothing_fits(best, setting))
+    if not request.quick:
+        best = _one(best.config, setting, pool, False, say)
+        text += f"\n\nThe fastest of the configured run, rehearsed in full:\n\n{format_outcome(best)}"
+        if dtypes(best.config) != dtypes(config):
+            text = text.replace("The fastest of the configured run", f"The fastest with {dtypes(best.config)}")
+    return f"{text}\n\nTo use it:\n\n{_settings(best, config)}", best, outcomes
 
 
 def read_architecture(model: ModelConfig) -> Architecture:
-    """The model's shape. No weights are read.
+    """The model's shape. No weights are read; of a model on the Hub, only ``config.json`` is fetched.
 
     Raises:
         UserError: there is no config of the model.
     """
-    source: Any = model.architecture
-    if source is None:
-        source = str(asset_folder(model.initialize_from or ""))
-    return parse_architecture(read_hf_config(source))
+    return parse_architecture(read_hf_config(architecture_source(model)))
 
 
 def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The run without what needs a GPU to be built, and the keys of that. None of it takes more memory."""
+    config = with_named_precision(config, "bf16")  # what auto means on every GPU that is planned for
     training, parallel = config.training, config.parallel
     left_out = []
     if training.float8:
@@ -153,14 +213,20 @@ def _nothing_fits(smallest: Outcome | None, setting: Setting) -> str:
         return f"--gpu {room}: no layout fits by formulas; use more or larger GPUs, or parallel.cpu_offload true"
     return (
         f"--gpu {room}: no layout fits; the smallest that was rehearsed ({describe(smallest)}) needs "
-        f"{-smallest.headroom / GiB:.1f} GiB more on each GPU; use more or larger GPUs, or optimizer.state_dtype bf16"
+        f"{-smallest.headroom / GiB:.1f} GiB more on each GPU; use more or larger GPUs, or parallel.cpu_offload true"
     )
 
 
-def _settings(outcome: Outcome) -> str:
+def _settings(outcome: Outcome, configured: RunConfig) -> str:
     """The keys of the configuration that make the layout."""
-    parallel, layout = outcome.config.parallel, outcome.layout
-    lines = ["    training:", f"      micro_batch_size: {outcome.config.training.micro_batch_size}", "    parallel:"]
+    config, layout = outcome.config, outcome.layout
+    parallel, training, optimizer = config.parallel, config.training, config.optimizer
+    lines = ["    training:", f"      micro_batch_size: {training.micro_batch_size}"]
+    if training.weight_dtype != configured.training.weight_dtype:
+        lines.append(f"      weight_dtype: {training.weight_dtype}")
+    if optimizer.state_dtype != configured.optimizer.state_dtype:
+        lines += ["    optimizer:", f"      state_dtype: {optimizer.state_dtype}"]
+    lines.append("    parallel:")
     lines += [f"      {axis}: {size}" for axis, size in layout._asdict().items() if size > 1 and axis != "shard"]
     lines += ["      shard: auto", f"      recompute: {parallel.recompute}"]
     return "\n".join(lines)

@@ -111,9 +111,13 @@ class Outcome:
         """Of one GPU."""
         return self.plan.tokens_per_step / (self.prediction.step * self.layout.world_size)
 
-    def mfu(self, causal_halved: bool = False) -> float:
-        """Model FLOPs over the GPUs' peak; recomputation does not count. By default with all pairs of positions, as the
-        trainer says it."""
+    def mfu(self, causal_halved: bool) -> float:
+        """Model FLOPs over the GPUs' peak; recomputation does not count.
+
+        Args:
+            causal_halved: count the pairs of positions that causal attention computes, as the prediction does: then it
+                is at most the assumed efficiency. False: all pairs, as the trainer's log does.
+        """
         trainable = self.config.training.trainable
         per_token = flops_per_token(self.setting.architecture, self.plan.sequence_length, causal_halved, trainable)
         return self.tokens_per_second * per_token / self.setting.gpu.flops
@@ -151,6 +155,12 @@ def shown_layout(config: RunConfig, layout: Layout) -> str:
     if parallel.cpu_offload:
         parts.append("offload")
     return ", ".join(parts)
+
+
+def dtypes(config: RunConfig) -> str:
+    """What weights and optimizer states are kept in, in words."""
+    weights, states = config.training.weight_dtype, config.optimizer.state_dtype
+    return f"{weights} weights and states" if weights == states else f"{weights} weights and {states} states"
 
 
 def gib(size: float) -> str:

@@ -91,8 +91,8 @@ def _time_lines(outcome: Outcome) -> list[str]:
         f"with all that is computed again: {digits(executed / 1e9)} G",
         f"step time   {_seconds(outcome.prediction)}",
         f"speed       {digits(outcome.tokens_per_second)} tokens/s on each GPU, "
-        f"{digits(outcome.tokens_per_second * ranks)} in all; MFU {outcome.mfu():.1%} (all pairs), "
-        f"{outcome.mfu(causal_halved=True):.1%} (causal pairs)",
+        f"{digits(outcome.tokens_per_second * ranks)} in all; MFU {outcome.mfu(causal_halved=True):.1%} (causal pairs; "
+        f"--efficiency is its bound), {outcome.mfu(causal_halved=False):.1%} (all pairs, as in a run's log)",
         f"run         {tokens:,} tokens = {plan.steps_for(tokens):,} steps: {duration(seconds)} = "
         f"{digits(outcome.hours)} hours, {digits(outcome.hours * ranks)} GPU-hours",
         f"checkpoint  {digits(outcome.checkpoint_bytes / 1e9)} GB (weights and both moments)",
@@ -128,16 +128,26 @@ def assumption_lines(outcome: Outcome) -> list[str]:
     return lines
 
 
+def format_needless_recomputation(outcome: Outcome, faster: Outcome) -> str:
+    """A layout that recomputes, and the same layout with less of that, which fits too."""
+    gain = faster.tokens_per_second / outcome.tokens_per_second - 1
+    return (
+        f"note: parallel.recompute {outcome.config.parallel.recompute} is not needed: with "
+        f"{faster.config.parallel.recompute} the same layout fits with {gib(faster.headroom)} GiB of headroom, and is "
+        f"predicted to be {gain:.0%} faster"
+    )
+
+
 def format_found(found: Found) -> str:
     """The ranking of a search."""
     lines = [
-        "| layout | tokens/s/GPU | MFU | peak GiB | headroom GiB | fits |",
+        "| layout | tokens/s/GPU | MFU (causal) | peak GiB | headroom GiB | fits |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for outcome in found.outcomes:
         lines.append(
             f"| {shown_layout(outcome.config, outcome.layout)} | {digits(outcome.tokens_per_second)} "
-            f"| {outcome.mfu():.1%} | {gib(outcome.peak_bytes)} | {gib(outcome.headroom)} "
+            f"| {outcome.mfu(causal_halved=True):.1%} | {gib(outcome.peak_bytes)} | {gib(outcome.headroom)} "
             f"| {'yes' if outcome.fits else 'no'} |"
         )
     lines.append("")
@@ -154,6 +164,8 @@ def to_record(outcome: Outcome) -> dict[str, Any]:
     return {
         "layout": outcome.layout._asdict(),
         "parallel": dataclasses.asdict(outcome.config.parallel),
+        "weight_dtype": outcome.config.training.weight_dtype,
+        "state_dtype": outcome.config.optimizer.state_dtype,
         "micro_batch_size": outcome.config.training.micro_batch_size,
         "micro_batches": outcome.plan.num_micro_batches,
         "gpu": dataclasses.asdict(setting.gpu),
@@ -185,7 +197,8 @@ def to_record(outcome: Outcome) -> dict[str, Any]:
             setting.architecture, outcome.plan.sequence_length, False, outcome.config.training.trainable
         ),
         "tokens_per_second_per_gpu": outcome.tokens_per_second,
-        "mfu": outcome.mfu(),
+        "mfu": outcome.mfu(causal_halved=False),
+        "mfu_causal": outcome.mfu(causal_halved=True),
         "hours": outcome.hours,
         "gpu_hours": outcome.hours * outcome.layout.world_size,
         "checkpoint_bytes": outcome.checkpoint_bytes,

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ...engine.budget import plan_batches
 from ...engine.config import RunConfig
@@ -55,11 +55,27 @@ class Found:
 
 
 def search(
-    config: RunConfig, setting: Setting, pool: Pool, say: Callable[[str], None], seconds: float = 120.0, wanted: int = 6
+    config: RunConfig,
+    setting: Setting,
+    pool: Pool,
+    say: Callable[[str], None],
+    calibration: Calibration | None = None,
+    seconds: float = 120.0,
+    wanted: int = 6,
 ) -> Found:
-    """Rehearse layouts of the run, those first that formulas find fastest, until ``wanted`` fit or time is up."""
+    """Rehearse layouts of the run, those first that formulas find fastest, until ``wanted`` fit or time is up.
+
+    Args:
+        config: of the run; its dtypes are those of all layouts.
+        setting: the cluster.
+        pool: processes that rehearse.
+        say: told what is being done.
+        calibration: of the model, where it is known; it does not depend on the dtypes of weights and states.
+        seconds: after which no more layouts are rehearsed.
+        wanted: number of layouts that fit.
+    """
     start = time.monotonic()
-    calibration = calibrate(config, setting, pool)
+    calibration = calibration or calibrate(config, setting, pool)
     all_candidates = candidates(config, setting, calibration)
     room = setting.gpu.memory - setting.reserve
     hopeful = sorted((c for c in all_candidates if c.rough_bytes <= room), key=lambda c: -c.rough_rate)
@@ -74,6 +90,39 @@ def search(
         say(f"{position} layouts rehearsed with a few blocks, {sum(o.fits for o in outcomes)} fit")
     outcomes.sort(key=lambda o: (not o.fits, -o.tokens_per_second if o.fits else o.peak_bytes))
     return Found(outcomes, len(all_candidates), too_large, len(hopeful) - position)
+
+
+def narrower(config: RunConfig) -> list[RunConfig]:
+    """The run with bf16 optimizer states, and with bf16 weights too, for where memory is short. These are not the
+    configured run, so they are proposed, and never chosen where the configured one fits."""
+    optimizer = replace(config.optimizer, state_dtype="bf16")
+    states = replace(config, optimizer=optimizer)
+    both = replace(states, training=replace(config.training, weight_dtype="bf16"))
+    return [one for one in (states, both) if one != config]
+
+
+def without_recomputation(outcome: Outcome, pool: Pool) -> Outcome | None:
+    """The same layout with less recomputation, if that fits and is faster; the fastest of these.
+
+    Args:
+        outcome: of a layout that fits.
+        pool: processes that rehearse.
+    """
+    modes: tuple[Literal["none", "selective"], ...] = ("none", "selective")
+    for mode in modes:
+        if outcome.config.parallel.recompute in ("none", mode):
+            break
+        parallel = replace(outcome.config.parallel, recompute=mode, recompute_every=1)
+        config = replace(outcome.config, parallel=parallel)
+        try:
+            validate(config)
+            require_possible(config, outcome.setting)
+        except UserError:
+            continue
+        (other,) = judge_short([(config, outcome.layout)], outcome.setting, pool)
+        if other.fits and other.tokens_per_second > outcome.tokens_per_second:
+            return other
+    return None
 
 
 def judge_short(layouts: list[tuple[RunConfig, Layout]], setting: Setting, pool: Pool) -> list[Outcome]:

@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...engine.checkpoint.assets import asset_folder
-from ...engine.config import DataConfig, ModelConfig, RunConfig, SourceConfig
+from ...engine.config import DataConfig, RunConfig, SourceConfig
 from ...engine.data.loader import Prefetcher
 from ...engine.data.packing import MicroBatch
 from ...engine.dtypes import DTYPES
 from ...engine.errors import UserError
+from ...engine.hugging_face.config_source import architecture_source
 from ...engine.model.architecture import Architecture, parse_architecture, read_hf_config
 from ...engine.observe.flops import Trainable, named_peak, training_flops
 from ...engine.parallel.process_group import Ranks
@@ -131,7 +131,7 @@ def prepare_config(config: RunConfig, options: BenchmarkOptions, folder: Path) -
     Raises:
         UserError: there is no config of the model.
     """
-    source = config.model.architecture or _kept_config(config.model)
+    source = architecture_source(config.model)
     architecture = parse_architecture(read_hf_config(source))
     training, data = config.training, config.data
     num_steps = options.warmup_steps + options.steps
@@ -172,17 +172,6 @@ def prepare_config(config: RunConfig, options: BenchmarkOptions, folder: Path) -
 
 def _only_random(data: DataConfig, prefix: Path) -> DataConfig:
     return replace(data, train=[SourceConfig(path=str(prefix))], stages=[], weights="tokens")
-
-
-def _kept_config(model: ModelConfig) -> str:
-    """Folder of the ``config.json`` that the checkpoint carries; its weights are not read."""
-    folder = asset_folder(str(model.initialize_from))
-    if not folder.is_dir():
-        raise UserError(
-            f"model.initialize_from {model.initialize_from}: there is no {folder}; name a checkpoint or a Hugging Face "
-            "folder, or set model.architecture to a config.json: weights are not needed here"
-        )
-    return str(folder)
 
 
 class TimedTrainer(Trainer):

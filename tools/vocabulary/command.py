@@ -137,7 +137,7 @@ def _write(
     if gain is not None and len(extension.curve) > 1:
         title = f"New tokens for {Path(options.model).name}"
         if not write_page(folder, title, gain, extension.curve, extension.tokens):
-            say(f"left out {PAGE_FILE}: its figure needs matplotlib (pip install -e .[demo])")
+            say(f"left out {PAGE_FILE}: its figure needs matplotlib (pip install matplotlib)")
     if model.is_checkpoint:
         seal(folder, done.values())
     return gain
