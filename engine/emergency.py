@@ -52,6 +52,8 @@ class EmergencySave:
         self._ranks, self._saver, self._say = ranks, saver, say
         self._parameters = dict(parameters)
         self._patience = min(_OTHERS_SECONDS, timeout_seconds / 2)
+        self._first_here = 0
+        """The first of the ranks that have failed, which prints."""
         self.whole = True
         """Whether weights and states are those between two steps. False while a step changes them."""
 
@@ -84,7 +86,11 @@ class EmergencySave:
             line = self._save(manifest(what), optimizer, assets)
         except Exception as problem:
             line = f"not saved: {' '.join(str(problem).split())[:300]}"
-        self._say(f"  after step {step} the run failed ({what}): {line}")
+        line = f"  after step {step} the run failed ({what}): {line}"
+        if self._ranks.is_main:
+            self._say(line)
+        elif self._ranks.rank == self._first_here:
+            print(f"[rank {self._ranks.rank}]{line}", flush=True)
 
     def _save(self, manifest: Manifest, optimizer: torch.optim.Optimizer, assets: HfAssets) -> str:
         self._saver.settle()
@@ -113,6 +119,7 @@ class EmergencySave:
             while not (complete := store.check(keys)) and time.monotonic() < until:
                 time.sleep(0.05)
             came = [rank for rank, key in enumerate(keys) if complete or store.check([key])]
+            self._first_here = came[0]
             here = {rank: store.get(keys[rank]) == b"1" for rank in came}
         if len(here) < world_size:
             missing = sorted(set(range(world_size)) - set(here))

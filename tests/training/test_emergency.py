@@ -200,8 +200,8 @@ def test_two_ranks_that_fail_alike_save_together(two_ranks, one_rank, run_file, 
     assert "step-00000008" in _checkpoints(folder)
 
 
-def _emergency(said, store, timeout_seconds=0.4):
-    ranks = Ranks(0, 2, torch.device("cpu"), store=store)
+def _emergency(said, store, timeout_seconds=0.4, rank=0):
+    ranks = Ranks(rank, 2, torch.device("cpu"), store=store)
     return EmergencySave(ranks, {}, None, said.append, timeout_seconds)
 
 
@@ -220,6 +220,14 @@ def test_a_rank_that_fails_alone_gives_up_soon_and_says_so(other, reason):
     _emergency(said, store)(Failure("a kernel"), STEP, None, None, None)
     [line] = said
     assert line.startswith("  after step 5 the run failed (Failure: a kernel): not saved: ") and reason in line
+
+
+def test_where_the_main_rank_has_not_failed_another_one_prints(capsys):
+    said = []
+    _emergency(said, dist.HashStore(), rank=1)(Failure("a kernel"), STEP, None, None, None)
+    assert said == []
+    line = capsys.readouterr().out
+    assert line.startswith("[rank 1]  after step 5 the run failed") and "rank 0 did not fail with it" in line
 
 
 def test_a_rank_that_has_lost_another_waits_for_nobody():
