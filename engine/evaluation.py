@@ -68,14 +68,29 @@ class Validation:
     def __bool__(self) -> bool:
         return bool(self._batches)
 
-    def losses(self, passes: Passes, stopping: Callable[[], bool]) -> dict[str, float]:
-        """Mean loss per target of every set, in nats; empty when ``stopping``, the same on all ranks, says so."""
+    @property
+    def num_batches(self) -> int:
+        """This rank's micro-batches of all sets."""
+        return sum(map(len, self._batches.values()))
+
+    def losses(
+        self, passes: Passes, stopping: Callable[[], bool], on_batches: Callable[[int], object] = lambda count: None
+    ) -> dict[str, float]:
+        """Mean loss per target of every set, in nats; empty when ``stopping``, the same on all ranks, says so.
+
+        Args:
+            passes: compute losses.
+            stopping: asked now and then.
+            on_batches: told how many micro-batches more are done.
+        """
         losses = {}
         for name, batches in self._batches.items():
             loss_sum = 0.0
             for first in range(0, len(batches), self._at_a_time):
                 if stopping():
                     return {}
-                loss_sum += passes.evaluate(batches[first : first + self._at_a_time]).item()
+                some = batches[first : first + self._at_a_time]
+                loss_sum += passes.evaluate(some).item()
+                on_batches(len(some))
             losses[name] = self._ranks.sum(loss_sum) / self._targets[name]
         return losses

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from .config_effect import Situation, without_effect
 from .conversion.export_run import export_folder, export_run, prepare_export
 from .data.loader import Prefetcher, TrainingData
 from .data.packing import MicroBatch
+from .emergency import EmergencySave
 from .errors import UserError
 from .evaluation import Validation, count_targets
 from .garbage import GarbageSchedule
@@ -32,11 +34,14 @@ from .health import Health
 from .hugging_face.start import with_local_weights
 from .memory_bound import require_memory
 from .model.config_keys import describe_unread
+from .observe.closing import Totals, next_command
+from .observe.console import Console
 from .observe.flops import flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, speed, step_line
 from .observe.stragglers import Stragglers
 from .observe.summary import data_notes, describe_data, describe_run, describe_saving, notes
+from .observe.waiting import Counted, reported_if_slow
 from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate, step_unless
 from .parallel.build import build_model
 from .parallel.mesh import build_mesh, plan_layout
@@ -70,7 +75,10 @@ class Trainer:
         StoppedBeforeTraining: all ranks were asked to stop before the first step.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None):
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, console: Console | None = None
+    ):
+        self.console = console
         config, self.precision = with_precision(config, ranks)
         self.config, self.ranks, self.stop = config, ranks, stop or StopRequest(ranks)
         self.stop.stop_after(config.training.stop_after_minutes)
@@ -81,7 +89,8 @@ class Trainer:
         self.store = CheckpointStore(
             config.run_folder, ranks, keep.keep_last, bool(keep.keep_best), keep.keep_every, rewind_steps
         )
-        self.resume_from = self.store.resolve(config.resume)
+        with self._if_slow("looking for a checkpoint and verifying it"):
+            self.resume_from = self.store.resolve(config.resume)
         self.config, renamed = ranks.everywhere(lambda: keep_source_names(config, self.resume_from))
         config = self.config
         # What is saved of the configuration keeps a name on the Hub; here it becomes a folder.
@@ -94,7 +103,8 @@ class Trainer:
         self.saver = Saver(self.store, ranks, keep, say)
         self.check_replicas = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest)
         self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
-        self.inputs = ranks.everywhere(lambda: open_inputs(local, self.plan, self.resume_from, ranks.device))
+        with self._if_slow("opening the data"):
+            self.inputs = ranks.everywhere(lambda: open_inputs(local, self.plan, self.resume_from, ranks.device))
         architecture = self.inputs.architecture
         ranks.everywhere(lambda: require_memory(config, architecture, ranks.device, ranks.world_size))
         if self.inputs.resumed:
@@ -102,15 +112,16 @@ class Trainer:
             self.health.restore(self.inputs.resumed.health)
             self.owes_evaluation = self._owes_evaluation(self.inputs.resumed.evaluation)
         ranks.everywhere(lambda: self.inputs.order.require(self._last_sample()))
-        architecture = self.inputs.architecture
         self.remarks = renamed + self.test_destination()
         self.mesh = build_mesh(layout, ranks.device.type)
-        self.model, self.passes = build_model(config, architecture, ranks, self.mesh, self.inputs.choices)
+        with self._if_slow("building the model"):
+            self.model, self.passes = build_model(config, architecture, ranks, self.mesh, self.inputs.choices)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
         self.stop.leave_if_agreed()
-        self.casts = ranks.everywhere(
-            lambda: load_weights(local, architecture, self.resume_from, self.model, self.optimizer)
-        )
+        with self._if_slow("loading the weights"):
+            self.casts = ranks.everywhere(
+                lambda: load_weights(local, architecture, self.resume_from, self.model, self.optimizer)
+            )
         self.data = TrainingData(
             self.inputs.catalog.train,
             self.inputs.order,
@@ -121,10 +132,16 @@ class Trainer:
         )
         blocks = (block for decoder in self.model.decoders for block in decoder.model.blocks)
         self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)
-        self.validation = Validation(config, self.inputs.catalog, self.plan, architecture.vocab_size, self.mesh, ranks)
+        with self._if_slow("reading the validation sets"):
+            self.validation = Validation(
+                config, self.inputs.catalog, self.plan, architecture.vocab_size, self.mesh, ranks
+            )
         ranks.everywhere(self.inputs.catalog.finish_checks)
         if self.validation.measure is not None:
             self.remarks += self.validation.measure.note_on(self.progress.best)
+        parameters, seconds = dict(self.model.named_parameters()), config.parallel.timeout_seconds
+        self.emergency = EmergencySave(ranks, parameters, self.saver, say, seconds)
+        self.totals = Totals(self.progress)
 
     def test_destination(self) -> list[str]:
         """Refuse a place that cannot take what the run will write; lines for the log. For measurements to override."""
@@ -161,6 +178,7 @@ class Trainer:
             if self._remaining_steps() == 0:
                 step, stop = self.progress.step, self.stop.agreed
                 export_run(self.config.checkpoint, self.store, step, self.resume_from, stop, self.log.say)
+        self._say_totals()
         self.log.close()
 
     def _train(self, garbage: GarbageSchedule, after: Rewind | None) -> Rewind | None:
@@ -176,7 +194,8 @@ class Trainer:
             return None
         stopwatch = Stopwatch()
         first_samples = range(self.progress.samples, self._last_sample(), self.plan.global_batch_size)
-        with Prefetcher(self._prepare, first_samples, config.data.prefetch_steps) as prefetcher:
+        prefetching = Prefetcher(self._prepare, first_samples, config.data.prefetch_steps)
+        with prefetching as prefetcher, self._saved_if_it_fails():
             for first_sample in first_samples:
                 result = self._step(*self._next_batches(prefetcher))
                 garbage.step_done(self.progress.step)
@@ -244,7 +263,11 @@ class Trainer:
         # One sum serves both ends: a rank without data makes it not a number.
         num_targets = self.ranks.sum(math.nan if problem else count_targets(batches, self.mesh))
         if math.isnan(num_targets):
-            self.ranks.raise_together(problem)
+            try:
+                self.ranks.raise_together(problem)
+            except UserError as error:
+                self._save_in_emergency(error)
+                raise
         return batches, num_targets
 
     def _step(self, micro_batches: list[MicroBatch], num_targets: float) -> StepResult:
@@ -267,6 +290,7 @@ class Trainer:
             samples=self.progress.samples + self.plan.global_batch_size,
             tokens=tokens,
         )
+        self.emergency.whole = True
         return StepResult(loss, grad_norm, rate, num_targets > 0)
 
     def _update(self, micro_batches: list[MicroBatch], num_targets: float, rate: float) -> tuple[Tensor, Tensor]:
@@ -277,6 +301,7 @@ class Trainer:
         grad_norm = clip_grad_norm(self.model.parameters(), clip, self.model.own_parameters(), loss)
         set_learning_rate(self.optimizer, rate)
         self.saver.hold_update()
+        self.emergency.whole = False
         step_unless(self.optimizer, self.health.judge(self.progress.step + 1, loss, grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
@@ -300,10 +325,13 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         """Mean loss per target of every validation set, in nats; of none, when asked to stop meanwhile."""
-        losses = self.validation.losses(self.passes, self.stop.agreed)
+        step, say, active = self.progress.step, self.log.say, self.ranks.is_main
+        with Counted(f"evaluation at step {step}, micro-batches", self.validation.num_batches, say, active) as counted:
+            losses = self.validation.losses(self.passes, self.stop.agreed, counted.update)
         if self.validation and not losses:
             self.log.say("  evaluation broken off: asked to stop; the run that resumes makes it")
         for name, loss in losses.items():
+            self.totals.add_loss(f"validation {name}", self.progress.step, loss)
             values = {"evaluation": name, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
             self.log.record(self.progress.step, self.progress.tokens, values, group=f"evaluation/{name}")
             self.log.say(
@@ -354,7 +382,13 @@ class Trainer:
         return losses, improved
 
     def _save(self, evaluation: dict[str, float], final: bool) -> None:
-        manifest = Manifest(
+        manifest = self._manifest(evaluation, final)
+        self.log.sync()
+        tensors = training_tensors(self.model, self.optimizer)
+        self.saver.save(tensors, self.inputs.assets, manifest, self.progress.best.get("step"))
+
+    def _manifest(self, evaluation: dict[str, float], final: bool, emergency: str = "") -> Manifest:
+        return Manifest(
             kind="training",
             step=self.progress.step,
             consumed_samples=self.progress.samples,
@@ -365,14 +399,31 @@ class Trainer:
             evaluation=evaluation,
             best=self.progress.best,
             health=self.health.state(),
+            emergency=emergency,
             config=to_dict(self.config),
             world_size=self.ranks.world_size,
             layout=self.mesh.layout._asdict(),
             retemper_version=__version__,
         )
-        self.log.sync()
-        tensors = training_tensors(self.model, self.optimizer)
-        self.saver.save(tensors, self.inputs.assets, manifest, self.progress.best.get("step"))
+
+    @contextmanager
+    def _saved_if_it_fails(self) -> Iterator[None]:
+        """Inside, a step: where it fails, the state before it is saved. A run that refuses to go on names another
+        checkpoint."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            self._save_in_emergency(error)
+            raise
+
+    def _save_in_emergency(self, error: Exception) -> None:
+        self.watchdog.sleep()
+        if self.progress.step > self.totals.start.step:
+            self.log.sync()
+            step, manifest = self.progress.step, lambda what: self._manifest({}, final=False, emergency=what)
+            self.emergency(error, step, self.optimizer, self.inputs.assets, manifest)
 
     def _report(self, result: StepResult, stopwatch: Stopwatch) -> None:
         """One console line and one metric record."""
@@ -390,6 +441,8 @@ class Trainer:
             **stragglers.values,
         }
         self.log.record(self.progress.step, self.progress.tokens, values)
+        self.totals.step_seconds, self.totals.steps = stopwatch.totals
+        self.totals.add_loss("training", self.progress.step, loss)
         remaining = self._remaining_steps()
         seconds_left = remaining * stopwatch.mean_step_seconds
         for line in [
@@ -415,9 +468,23 @@ class Trainer:
         folder, tensorboard = self.config.run_folder, self.config.logging.tensorboard
         return MetricLog(folder, known_step, self.ranks.is_main, tensorboard, self.owes_evaluation)
 
+    def _if_slow(self, what: str) -> AbstractContextManager[None]:
+        return reported_if_slow(what, lambda line: print(line, flush=True), self.ranks.is_main)
+
+    def _say_totals(self) -> None:
+        finished = self._remaining_steps() == 0
+        complete = self.store.complete() if self.ranks.is_main else []
+        for line in [
+            *self.totals.table(self.progress, self.plan.tokens_per_step, self.ranks),
+            *next_command(self.config.checkpoint, complete[-1] if complete else None, finished),
+        ]:
+            self.log.say(line)
+
     def _open_run_folder(self) -> None:
         folder = Path(self.config.run_folder)
         self.log.open(renamed_with_the_curve=(CONFIG_FILE,))
+        if self.console is not None:
+            self.console.open(self.config.run_folder)
         (folder / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
         note_start(folder, self.resume_from is None, self.store.origin)
 

@@ -29,7 +29,9 @@ def whole_checkpoints(folders: list[Path]) -> dict[Path, Manifest]:
 def reasons_to_keep(
     manifests: Mapping[Path, Manifest], keep_last: int, keep_every: int, best_step: int | None, rewind_steps: int = 0
 ) -> dict[Path, list[str]]:
-    """Why each checkpoint is kept: last, every, best, rewind, final; those with an empty list are not.
+    """Why each checkpoint is kept: last, every, best, rewind, final, emergency; those with an empty list are not.
+
+    One that was written because a step failed holds no other's place: it is kept until an ordinary one is newer.
 
     "final" holds for the newest only: the last checkpoint of a budget that was raised since is one like the others.
 
@@ -41,7 +43,9 @@ def reasons_to_keep(
             a save that failed, the newest one that was the best when it was written is kept for it.
         rewind_steps: steps that the run goes back at least after a loss spike; 0: it does not.
     """
-    newest = list(manifests)[-keep_last:]
+    ordinary = [folder for folder, manifest in manifests.items() if not manifest.emergency]
+    newest = ordinary[-keep_last:]
+    last_step = manifests[ordinary[-1]].step if ordinary else -1
     steps = {manifest.step for manifest in manifests.values()}
     if best_step is not None and best_step not in steps:
         best_step = max((m.step for m in manifests.values() if m.best.get("step") == m.step), default=None)
@@ -54,6 +58,7 @@ def reasons_to_keep(
             "best": best_step is not None and manifest.step == best_step,
             "rewind": manifest.step in for_rewind,
             "final": manifest.final and folder == newest[-1],
+            "emergency": bool(manifest.emergency) and manifest.step > last_step,
         }
         reasons[folder] = [reason for reason, true in holds.items() if true]
     return reasons

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .curves import METRICS_FILE, TENSORBOARD_FOLDER, continue_curve, start_over
+from .tensorboard import TensorBoard
 
 __all__ = ["METRICS_FILE", "MetricLog"]
 
@@ -44,7 +45,8 @@ class MetricLog:
         self._file: BinaryIO | None = None
         self._pending = b""
         """Records that a full disk has not taken yet."""
-        self._writer: Any = None
+        self._failing = False
+        self._tensorboard_writer: TensorBoard | None = None
 
     def open(self, renamed_with_the_curve: tuple[str, ...] = ()) -> None:
         """Make the run folder and open the files; print which records were moved.
@@ -64,10 +66,8 @@ class MetricLog:
             self.say(line)
         self._file = (self._folder / METRICS_FILE).open("ab", buffering=0)
         if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge_step = 0 if self._resumed_step is None else self._resumed_step + 1
-            self._writer = SummaryWriter(str(self._folder / TENSORBOARD_FOLDER), purge_step=purge_step)
+            first_step = 0 if self._resumed_step is None else self._resumed_step + 1
+            self._tensorboard_writer = TensorBoard(self._folder / TENSORBOARD_FOLDER, first_step, self.say)
 
     def say(self, line: str) -> None:
         """Print a line for people."""
@@ -85,12 +85,8 @@ class MetricLog:
         self._pending += json.dumps({"step": step, "tokens": tokens, **finite}).encode() + b"\n"
         with self._tolerant():
             self._write_pending()
-        if self._writer is not None:
-            with self._tolerant():
-                for key, value in values.items():
-                    if isinstance(value, (int, float)):
-                        self._writer.add_scalar(f"{group}/{key}", value, step)
-                self._writer.flush()
+        if self._tensorboard_writer is not None:
+            self._tensorboard_writer.record(step, values, group)
 
     def _write_pending(self) -> None:
         assert self._file is not None
@@ -99,11 +95,15 @@ class MetricLog:
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """A full disk is said, and ends nothing: checkpoints decide on that. Records wait for space."""
+        """A full disk is reported once, and ends nothing: checkpoints decide on that. Records wait for space."""
         try:
             yield
+            self._failing = False
         except OSError as error:
-            self.say(f"  {self._folder}: metrics cannot be written now: {error.strerror or error}")
+            if not self._failing:
+                self._failing = True
+                reason = error.strerror or error
+                self.say(f"note: {self._folder / METRICS_FILE} cannot be written now: {reason}; records wait for it")
 
     def sync(self) -> None:
         """Flush the records to disk: a checkpoint that survives must find those of its steps."""
@@ -118,6 +118,5 @@ class MetricLog:
             with self._tolerant():
                 self._write_pending()
             self._file.close()
-        if self._writer is not None:
-            with self._tolerant():
-                self._writer.close()
+        if self._tensorboard_writer is not None:
+            self._tensorboard_writer.close()

@@ -42,6 +42,11 @@ class Stopwatch:
         """Mean over all laps."""
         return self._total_seconds / max(1, self._total_steps)
 
+    @property
+    def totals(self) -> tuple[float, int]:
+        """Seconds and steps of all laps."""
+        return self._total_seconds, self._total_steps
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time inside does not count."""

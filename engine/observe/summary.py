@@ -19,6 +19,8 @@ from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..dtypes import DTYPES
 from ..optim.local import local_part
+from ..parallel import trainable
+from ..parallel.launcher import launcher_notes
 from ..parallel.mesh import plan_layout
 from ..parallel.process_group import Ranks
 from ..precision import Precision
@@ -52,7 +54,8 @@ def describe_run(
     seconds = remaining_steps * plan.tokens_per_step * causal_pairs / ((peak or 1.0) * ranks.world_size)
     shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
     return [
-        f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, {start}",
+        f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
+        f"{human(trainable.count(architecture, training))} of them trainable, {start}",
         f"ranks       {ranks.world_size} ({ranks.device.type}): {layout}, compute in {precision.name} "
         f"({precision.reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
@@ -152,7 +155,7 @@ def _spread_groups(source: Source) -> list[int]:
 
 def notes(config: RunConfig, catalog: Catalog, assets: HfAssets) -> list[str]:
     """What a user may not have meant."""
-    training, lines = config.training, []
+    training, lines = config.training, launcher_notes()
     assert assets.config is not None
     max_positions: int | None = assets.config.get("max_position_embeddings")
     if catalog.unchecked:

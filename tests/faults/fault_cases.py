@@ -111,8 +111,22 @@ def _kill(target: str) -> Callable[[Random, int], dict[str, Any]]:
 
 
 def _ask(random: Random, number: int) -> dict[str, Any]:
-    name, target = ("TERM", "INT", "USR1")[number % 3], random.choice(["rank 0", "rank 1", "ranks"])
-    return {"fault": _signal(target, _moment(random), {"wait": True}, name), "note": f"SIG{name} to {target}"}
+    names = ("TERM", "HUP", "USR2", "INT", "XCPU", "USR1")
+    name, target = names[number % len(names)], random.choice(["rank 0", "rank 1", "ranks"])
+    fault = _signal(target, _moment(random), {"wait": True}, name, survives=True)
+    return {"fault": fault, "note": f"SIG{name} to {target}"}
+
+
+def _hang_up(random: Random, number: int) -> dict[str, Any]:
+    """torchrun passes the signal on, also under nohup, and has a status of its own."""
+    fault = _signal("launcher", _moment(random), {"wait": True}, "HUP", saves=True)
+    return {"fault": fault, "note": "SIGHUP to the launcher"}
+
+
+def _output_gone(random: Random, number: int) -> dict[str, Any]:
+    action = ("no reader", "full output")[number % 2]
+    fault = _hook("record half-written", random.randint(2, 15), random, action, {"wait": True})
+    return {"fault": {**fault, "survives": True}, "note": f"standard output and error of rank 0: {action}"}
 
 
 def _pause(random: Random, number: int) -> dict[str, Any]:
@@ -129,7 +143,7 @@ def _pause(random: Random, number: int) -> dict[str, Any]:
 def _freeze(random: Random, number: int) -> dict[str, Any]:
     made: dict[str, Any] = {"options": SHORT_TIMEOUT}
     if number % 3 == 2:
-        fault = _signal("node", _moment(random), {"wait": True}, "STOP", stop_seconds=12.0)
+        fault = _signal("node", _moment(random), {"wait": True}, "STOP", stop_seconds=12.0, survives=True)
         return {**made, "fault": fault, "note": "SIGSTOP of launcher and ranks for 12 s, timeout 6 s"}
     target = f"rank {number % 3}"
     fault = _signal(target, _moment(random), {"wait": True}, "STOP", names_rank=True)
@@ -272,7 +286,9 @@ KINDS: dict[str, tuple[int, str, Callable[[Random, int], dict[str, Any]]]] = {
     "record": (5, "kill while a record is written", _kill_at("record half-written", largest=15)),
     "resume": (8, "kill while a run resumes", _kill_at(*RESUME_POINTS, largest=1)),
     "overtaken": (4, "a second launch, overtaken by the first", _overtaken),
-    "stop": (6, "asked to stop (TERM, INT, USR1)", _ask),
+    "stop": (6, "asked to stop (TERM, HUP, USR2, INT, XCPU, USR1)", _ask),
+    "hangup": (2, "SIGHUP to the launcher", _hang_up),
+    "output": (4, "standard output without a reader or on a full disk", _output_gone),
     "pause": (8, "SIGSTOP, and on after some seconds", _pause),
     "freeze": (6, "SIGSTOP for longer than the timeout", _freeze),
     "disk-full": (8, "disk full (a small tmpfs)", _full),

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -188,4 +190,52 @@ def test_a_full_disk_is_said_and_its_records_follow_when_there_is_space(tmp_path
         log.record(step, 10 * step, {"loss": float(step)})
     log.close()
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
-    assert capsys.readouterr().out.count("metrics cannot be written now: No space left on device") == 2
+    [note] = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: {tmp_path / METRICS_FILE} cannot be written now: No space left on device")
+
+
+class _Unusable(types.ModuleType):
+    """A library whose parts raise what incompatible versions of NumPy, protobuf or setuptools raise."""
+
+    def __init__(self, error):
+        super().__init__("torch.utils.tensorboard")
+        self.error = error
+
+    def __getattr__(self, name):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("cannot import name notf"),
+        ValueError("numpy.dtype size changed"),
+        TypeError("Descriptors cannot be created directly"),
+        SystemExit(1),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_tensorboard_that_cannot_be_used_is_one_note(error, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", _Unusable(error))
+    write_run(tmp_path, 0, range(1, 4), tensorboard=True)
+    [note] = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: TensorBoard cannot be used: {type(error).__name__}: {error}; training continues")
+    assert "logging.tensorboard: false" in note
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("call", ["add_scalar", "flush", "close"])
+@pytest.mark.parametrize(
+    "error", [UnicodeEncodeError("ascii", "ü", 0, 1, "not in range"), OSError(28, "No space left")]
+)
+def test_tensorboard_that_stops_working_is_one_note(call, error, monkeypatch, tmp_path, capsys):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(SummaryWriter, call, fail)
+    write_run(tmp_path, 0, range(1, 4), tensorboard=True)
+    [note] = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: TensorBoard cannot write to {tmp_path / 'tensorboard'}: {type(error).__name__}")
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
