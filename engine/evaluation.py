@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from .best import Measure, fingerprint
 from .budget import BatchPlan
 from .config import RunConfig
 from .data.catalog import Catalog
-from .data.loader import validation_batches
+from .data.loader import describe_evaluated, validation_batches
 from .data.packing import MicroBatch
 from .errors import UserError
 from .parallel.mesh import Mesh
@@ -44,9 +45,25 @@ class Validation:
         for name, count in self._targets.items():
             if not count:
                 raise UserError(
-                    f"validation set '{name}' has no target: its loss mask leaves out every token that is evaluated; "
-                    "use another set, or raise training.eval_tokens"
+                    f"validation set '{name}' has no target: its loss mask leaves out every token that is evaluated, "
+                    "or every document is of one token; use another set, or raise training.eval_tokens"
                 )
+
+        self.measure = self._measure(mesh, plan.sequence_length)
+        """What decides which evaluation is the best; None without validation sets."""
+        self._extents = {
+            name: describe_evaluated(sources, plan.sequence_length, tokens)
+            for name, sources in catalog.validation.items()
+        }
+
+    def describe(self) -> list[str]:
+        """Lines about what is evaluated of each set."""
+        return [f"validation  {name}: {self._targets[name]:,.0f} targets in {it}" for name, it in self._extents.items()]
+
+    def _measure(self, mesh: Mesh, sequence_length: int) -> Measure | None:
+        for name, batches in self._batches.items():
+            return Measure(name, fingerprint(batches, mesh.speaks_for_samples, sequence_length, self._ranks))
+        return None
 
     def __bool__(self) -> bool:
         return bool(self._batches)

@@ -265,7 +265,10 @@ _NESTED: dict[str, Check] = {
     "kind": lambda value: value in ("training", "converted"),
     "sample_order": _nothing_or(_is_sample_order),
     "datasets": _table(
-        _record({"tokens": _is_count, "hash": _optional(_is_text)}, {"mask": _optional(_is_text)}),
+        _record(
+            {"tokens": _is_count, "hash": _optional(_is_text)},
+            {"mask": _optional(_is_text), "bos": _optional(_list(_is_count))},
+        ),
     ),
     "config": _record({}, {"training": _record({}, {"sequence_length": lambda value: _is_count(value) and value > 0})}),
     "evaluation": _table(_is_number),

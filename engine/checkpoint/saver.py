@@ -95,7 +95,7 @@ class Saver:
             staged = staging.copy() if staging else None
             lines = [f"  saved {self._store.save(tensors, assets, manifest, staged)}"]
             try:
-                self._store.thin_out(best_step)
+                lines += [f"  {line}" for line in self._store.thin_out(best_step)]
             except UserError as error:  # the next one tries again
                 lines.append(f"  older checkpoints could not be removed: {error}")
             return lines

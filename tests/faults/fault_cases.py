@@ -240,6 +240,21 @@ def _overtaken(random: Random, number: int) -> dict[str, Any]:
     }
 
 
+def _vanished(random: Random, number: int) -> dict[str, Any]:
+    form = ("moved", "link", "empty")[number % 3]
+    return {"rest": {"do": "vanish", "form": form}, "refused": True, "note": f"checkpoints/ is gone: {form}"}
+
+
+def _irremovable(random: Random, number: int) -> dict[str, Any]:
+    """Housekeeping fails, and only that: a link in the place of an old checkpoint, a file that may not be removed."""
+    if number % 4 == 3:
+        return {"rest": {"do": "archive"}, "note": "a link in the place of the oldest checkpoint"}
+    point = ("half removed", "before removal", "folder removed")[number % 4]
+    nth = random.randint(1, 3)
+    fault = _hook(point, nth, random, "error", {"steps": 6}, errno="EPERM", lasting=False)
+    return {"fault": fault, "note": f"EPERM at: {point} ({nth})"}
+
+
 RESUME_POINTS = (
     "checkpoint read",
     "before the lock",
@@ -285,6 +300,8 @@ KINDS: dict[str, tuple[int, str, Callable[[Random, int], dict[str, Any]]]] = {
     "stray": (11, "garbage in checkpoints/", _stray),
     "curve": (3, "torn or garbled metrics.jsonl", _torn_curve),
     "clock": (8, "clock jumps", _clock),
+    "vanished": (3, "checkpoints/ moved away, unmounted, a link to nowhere", _vanished),
+    "irremovable": (4, "old checkpoints that cannot be removed", _irremovable),
 }
 """Kind: (share of the cases, title, what draws one)."""
 

@@ -31,6 +31,7 @@ _REASONS = {
     "EIO": "Input/output error",
     "EDQUOT": "Disk quota exceeded",
     "EROFS": "Read-only file system",
+    "EPERM": "Operation not permitted",
 }
 
 
