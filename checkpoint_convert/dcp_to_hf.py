@@ -75,6 +75,7 @@ def _require_possible(
     max_shard_size: str,
     vocab_size: int | None,
     workers: int | None,
+    allow_nonfinite: bool,
     verify: bool,
 ) -> None:
     """Refuse what :func:`convert` would refuse before it reads any weights."""

@@ -22,7 +22,7 @@ from retemper.engine.conversion.checkpoint_model import CheckpointPlan, seal
 from retemper.engine.conversion.logits import compare_logits, describe_logits
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, add_shard_size, end_like_ctrl_c
 from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity, require_same_source
-from retemper.engine.conversion.run import parse_workers, require_outside, size_of, write_tensors
+from retemper.engine.conversion.run import nonfinite_option, parse_workers, require_outside, size_of, write_tensors
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, ShardPlan, parse_shard_size
 from retemper.engine.hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_named
@@ -43,6 +43,7 @@ def convert(
     dtype: str = AUTO,
     max_shard_size: str = DEFAULT_MAX_SHARD_SIZE,
     workers: int | None = None,
+    allow_nonfinite: bool = False,
     verify: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -58,6 +59,7 @@ def convert(
         dtype: ``auto`` keeps each tensor's own; else bfloat16, float16 or float32.
         max_shard_size: largest safetensors file, such as ``5GB``.
         workers: threads that copy tensors; by default one for each CPU, up to 8.
+        allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
         verify: compare logits with transformers, for ``hf`` only. Needs 4 bytes of memory per parameter.
         say: takes the lines that tell what was cast, left out and written.
 
@@ -80,10 +82,11 @@ def convert(
         say("neither --config nor --tokenizer has a tokenizer: the output carries none")
 
     options = {"format": format, "dtype": dtype, "max_shard_size": shard_bytes, "config": assets.config}
+    options |= nonfinite_option(allow_nonfinite)
     left_out = {"state of the optimizer": list(model.left_out)} if model.left_out else {}
     record = ConversionRecord("from_megatron", _identify(model), options, left_out=left_out)
     with partial_folder(output, record.identity, say) as partial:
-        done = _write(format, partial, model, tensors, assets, shard_bytes, workers)
+        done = _write(format, partial, model, tensors, assets, shard_bytes, workers, allow_nonfinite)
         require_same_source(megatron, record.source, lambda: _identify(model))
         if verify:
             a, length = model.architecture, model.config.get("max_position_embeddings")
@@ -103,15 +106,16 @@ def _write(
     assets: HfAssets,
     shard_bytes: int,
     workers: int,
+    allow_nonfinite: bool,
 ) -> dict[str, WrittenFile]:
     if format == HF:
         shards = ShardPlan(tensors, shard_bytes)
-        done = write_tensors(partial, shards.files, model, {}, workers)
+        done = write_tensors(partial, shards.files, model, {}, workers, allow_nonfinite)
         shards.write_index(partial.content)
         assets.write(partial.content)
         return done
     plan = CheckpointPlan(tensors)
-    done = write_tensors(partial, plan.files, model, {}, workers)
+    done = write_tensors(partial, plan.files, model, {}, workers, allow_nonfinite)
     plan.write_metadata(partial.content, done.values())
     assets.write(partial.content / ASSET_FOLDER)
     return done

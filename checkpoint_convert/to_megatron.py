@@ -29,7 +29,7 @@ from retemper.engine.conversion.hf_to_dcp import identify
 from retemper.engine.conversion.logits import compare_logits, describe_logits
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c
 from retemper.engine.conversion.record import ConversionRecord, require_same_source
-from retemper.engine.conversion.run import parse_workers, require_outside, size_of, write_tensors
+from retemper.engine.conversion.run import nonfinite_option, parse_workers, require_outside, size_of, write_tensors
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.hugging_face.hub_download import find_model_folder
 from retemper.engine.hugging_face.model import open_hf_model
@@ -75,6 +75,7 @@ def convert(
     make_vocab_size_divisible_by: int = Vocabulary.divisible_by,
     per_layer: bool = False,
     workers: int | None = None,
+    allow_nonfinite: bool = False,
     verify: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -90,6 +91,7 @@ def convert(
         make_vocab_size_divisible_by: Megatron's option of that name. 1, on one rank, pads nothing.
         per_layer: a key for each layer's tensors instead of stacked ones.
         workers: threads that copy tensors; by default one for each CPU, up to 8.
+        allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
         verify: compare logits with transformers, for ``hf`` only. Needs 4 bytes of memory per parameter.
         say: takes the lines that tell what was cast, left out and written.
 
@@ -111,9 +113,10 @@ def convert(
         say(line)
 
     options = {"dtype": dtype if target or source.dtype is None else dtype_name(source.dtype), **asdict(layout)}
+    options |= nonfinite_option(allow_nonfinite)
     record = ConversionRecord("to_megatron", source.identify(), options, left_out=source.left_out)
     with partial_folder(output, record.identity, say) as partial:
-        done = write_tensors(partial, pieces.files(), pieces, pieces.hashed_rows, workers)
+        done = write_tensors(partial, pieces.files(), pieces, pieces.hashed_rows, workers, allow_nonfinite)
         require_same_source(source.folder, record.source, source.identify)
         complete_checkpoint(partial.content, pieces, done, source.architecture, args, layout)
         source.assets.write(partial.content / ASSET_FOLDER)

@@ -288,11 +288,14 @@ class CheckpointConfig:
     """A checkpoint that cannot be written, as when the disk is full, leaves nothing behind, and the next one is tried.
     With more than this many in a row the run ends. A checkpoint at which the run would stop must succeed."""
     keep_last: int = 3
-    """Newest checkpoints that are kept. The last one of a run that used up its budget is kept as well."""
+    """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Also keep the checkpoints whose step is a multiple of this; 0: none for that."""
-    keep_best: bool = True
-    """With validation sets: also save and keep the checkpoint with the lowest loss of the first validation set."""
+    keep_best: bool | Literal["improved"] = True
+    """With validation sets: also keep the checkpoint with the lowest loss of the first one. true: the best of the
+    checkpoints that are saved at a step with an evaluation; choose ``save_interval`` as a multiple of
+    ``training.eval_interval``. improved: also save at every evaluation that is the best so far, which early in a run
+    can be each of them. false: no checkpoint is kept for its loss."""
     export_hf: bool = False
     """When the budget is used up, also write the final checkpoint as a Hugging Face folder,
     ``{run_folder}/hf/step-...``: what checkpoint_convert/dcp_to_hf.py makes of it."""
@@ -335,9 +338,10 @@ class RunConfig:
     masks in a dataset of the same name). Each source goes on after as many samples as it has given, so that some may
     come again before others come at all. What else changes is listed at the start."""
     resume: Annotated[FilePath, Switch("auto", "none")] = "auto"
-    """auto: continue from the newest undamaged checkpoint in ``run_folder``, or start fresh when it has none. none:
-    start fresh, refused where checkpoints exist. true means auto, false means none. Anything else: path of the
-    checkpoint to continue from."""
+    """auto: continue from the newest undamaged checkpoint in ``run_folder``, or start fresh where there was never one.
+    none: start fresh, refused where checkpoints exist. true means auto, false means none. Anything else: path of the
+    checkpoint to continue from. The same command again, after an interruption, continues from the newest checkpoint
+    that the run has written since."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA where there is a GPU, else CPU."""
 

@@ -170,9 +170,13 @@ class Settings:
                 return {}
             # Deferred: the parser is also used where there is no model.
             from .model.architecture import read_hf_config
+            from .model.config_keys import unread_keys
 
-            self.notes.append(f"--{key} changes one entry of what {child} holds")
-            return dict(read_hf_config(expand_path(child, name)))
+            content = read_hf_config(expand_path(child, name))
+            unread = unread_keys(content)  # a published file may have them, a run's configuration may not
+            without = f", without its keys that are not read: {', '.join(unread)}" if unread else ""
+            self.notes.append(f"--{key} changes one entry of what {child} holds{without}")
+            return {entry: value for entry, value in content.items() if entry not in unread}
         if hint is not Any:
             raise UserError(f"unknown option --{key}{did_you_mean(key)}")
         if child is None:

@@ -7,8 +7,12 @@ line without a traceback and exit with status 1; everything else is a bug in thi
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -22,6 +26,9 @@ class UserError(ValueError):
     Args:
         problems: usually one. Several independent ones, such as all of a configuration, are printed one to a line.
     """
+
+    said = False
+    """Whether another rank, which has the same error, prints it."""
 
     def __init__(self, *problems: object) -> None:
         super().__init__(*problems)
@@ -46,9 +53,26 @@ def report_user_error(error: UserError) -> None:
     lines = [*error.problems[:_MOST_PROBLEMS], *([f"and {more} more problems"] if more > 0 else [])]
     # A path may hold bytes that are no text.
     messages = [" ".join(line.split()).encode("utf-8", "backslashreplace").decode() for line in lines]
-    # In one write: ranks share the stream, and lines of others must not come between a line and its end.
-    sys.stderr.write("".join(f"{rank}error: {message}\n" for message in messages))
-    sys.stderr.flush()
+    if not error.said:
+        # In one write: ranks share the stream, and lines of others must not come between a line and its end.
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            sys.stderr.write("".join(f"{rank}error: {message}\n" for message in messages))
+            sys.stderr.flush()
+    if not error.said or os.environ.get("LOCAL_RANK", "0") == "0":
+        tell_torchrun(" | ".join(messages))
+
+
+def tell_torchrun(message: str) -> None:
+    """Leave ``message`` for the report of torchrun, which would say that there is none. The first one counts.
+
+    The format is that of ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
+        json.dump({"message": {"message": message, "extraInfo": more}}, file)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -65,4 +89,26 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    except Exception as error:
+        if too_many_files := _too_many_files(error):
+            report_user_error(UserError(too_many_files))
+            sys.exit(1)
+        tell_torchrun(" ".join(f"{type(error).__name__}: {error}".split())[:1000])
+        raise
     sys.exit(status or 0)
+
+
+def _too_many_files(error: BaseException | None) -> str | None:
+    """The line of an error that comes of the limit of open files, however libraries have wrapped it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            break
+        if "Too many open files" in str(error):
+            break
+        error = error.__cause__ or error.__context__
+    else:
+        return None
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"too many open files: this process may have {limit:,}; raise the limit, as with ulimit -n 4096"

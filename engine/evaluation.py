@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from .best import Measure, fingerprint
 from .budget import BatchPlan
 from .config import RunConfig
 from .data.catalog import Catalog
-from .data.loader import validation_batches
+from .data.loader import describe_evaluated, validation_batches
 from .data.packing import MicroBatch
 from .errors import UserError
 from .parallel.mesh import Mesh
@@ -44,21 +45,52 @@ class Validation:
         for name, count in self._targets.items():
             if not count:
                 raise UserError(
-                    f"validation set '{name}' has no target: its loss mask leaves out every token that is evaluated; "
-                    "use another set, or raise training.eval_tokens"
+                    f"validation set '{name}' has no target: its loss mask leaves out every token that is evaluated, "
+                    "or every document is of one token; use another set, or raise training.eval_tokens"
                 )
+
+        self.measure = self._measure(mesh, plan.sequence_length)
+        """What decides which evaluation is the best; None without validation sets."""
+        self._extents = {
+            name: describe_evaluated(sources, plan.sequence_length, tokens)
+            for name, sources in catalog.validation.items()
+        }
+
+    def describe(self) -> list[str]:
+        """Lines about what is evaluated of each set."""
+        return [f"validation  {name}: {self._targets[name]:,.0f} targets in {it}" for name, it in self._extents.items()]
+
+    def _measure(self, mesh: Mesh, sequence_length: int) -> Measure | None:
+        for name, batches in self._batches.items():
+            return Measure(name, fingerprint(batches, mesh.speaks_for_samples, sequence_length, self._ranks))
+        return None
 
     def __bool__(self) -> bool:
         return bool(self._batches)
 
-    def losses(self, passes: Passes, stopping: Callable[[], bool]) -> dict[str, float]:
-        """Mean loss per target of every set, in nats; empty when ``stopping``, the same on all ranks, says so."""
+    @property
+    def num_batches(self) -> int:
+        """This rank's micro-batches of all sets."""
+        return sum(map(len, self._batches.values()))
+
+    def losses(
+        self, passes: Passes, stopping: Callable[[], bool], on_batches: Callable[[int], object] = lambda count: None
+    ) -> dict[str, float]:
+        """Mean loss per target of every set, in nats; empty when ``stopping``, the same on all ranks, says so.
+
+        Args:
+            passes: compute losses.
+            stopping: asked now and then.
+            on_batches: told how many micro-batches more are done.
+        """
         losses = {}
         for name, batches in self._batches.items():
             loss_sum = 0.0
             for first in range(0, len(batches), self._at_a_time):
                 if stopping():
                     return {}
-                loss_sum += passes.evaluate(batches[first : first + self._at_a_time]).item()
+                some = batches[first : first + self._at_a_time]
+                loss_sum += passes.evaluate(some).item()
+                on_batches(len(some))
             losses[name] = self._ranks.sum(loss_sum) / self._targets[name]
         return losses

@@ -1,9 +1,10 @@
-"""Steps whose update would do harm: their update is left out on all ranks alike, counted, and bounded.
+"""Steps whose update would do harm or means nothing: it is left out on all ranks alike, counted, and bounded.
 
 Whether a step is skipped is decided on the device, in the step itself: an ordinary step waits for nothing. The host
 reads the counts where it reads the loss anyway, on log steps and before a checkpoint. Only the guard against loss
 spikes, an option, needs the loss on the host before the update. What a skipped step consumed stays consumed: samples,
-tokens and the learning rate go on as if it had been made.
+tokens and the learning rate go on as if it had been made. The same holds for a step without a target, which computes
+nothing; these are counted apart, and no bound on skipped steps or loss spikes takes notice of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ WINDOW = 64
 _FEWEST = 32
 """Losses without which nothing is called a spike."""
 
+MAX_STEPS_WITHOUT_TARGETS = 100
+"""So many steps in a row without a target end the run: what it reads has nothing to predict."""
+
 
 class Health:
     """What is skipped, and when it is too much.
@@ -46,6 +50,8 @@ class Health:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.spiked = False
         """Whether the last step was a loss spike."""
+        self.steps_without_targets = 0
+        self._without_targets_in_a_row = 0
         self.rewinds: list[dict[str, int]] = []
         """How often the run has gone back: ``{"step", "to_step", "samples"}``. The first two count optimizer steps;
         samples are those passed over, of ``training.sequence_length`` tokens each."""
@@ -61,6 +67,7 @@ class Health:
         Returns:
             [] fp32 on the device, 1 to leave it out, else 0.
         """
+        self._without_targets_in_a_row = 0
         skip = (~grad_norm.isfinite()).to(self._counts)
         if self._config.loss_spike_zscore is not None:
             self.spiked = self._is_spike(step, self._ranks.sum(loss.item()))
@@ -69,6 +76,22 @@ class Health:
         in_a_row = (in_a_row + skip) * skip
         self._counts = torch.stack([total + skip, in_a_row, torch.maximum(most, in_a_row)])
         return skip
+
+    def count_without_targets(self, step: int) -> None:
+        """Count ``step``, in which no rank has a target, so that there is no loss, gradient or update.
+
+        Raises:
+            UserError: on all ranks, after too many in a row.
+        """
+        self.spiked = False
+        self.steps_without_targets += 1
+        self._without_targets_in_a_row += 1
+        if self._without_targets_in_a_row >= MAX_STEPS_WITHOUT_TARGETS:
+            raise UserError(
+                f"step {step}: {MAX_STEPS_WITHOUT_TARGETS} steps in a row had no target: loss masks leave out every "
+                f"token, or documents are of one token; {self._newest()}, inspect the data with tools/show_dataset.py, "
+                "or raise training.global_batch_size"
+            )
 
     def _is_spike(self, step: int, loss: float) -> bool:
         """A loss that is not finite is none: it is skipped in any case."""
@@ -151,7 +174,9 @@ class Health:
     def state(self) -> dict[str, Any]:
         """What a resumed run must know to skip the same steps, in JSON's types. Waits for the device."""
         total, in_a_row, _ = (int(count) for count in self._counts.tolist())
-        state = {"skipped_steps": total, "in_a_row": in_a_row, "losses": list(self._losses)}
+        state: dict[str, Any] = {"skipped_steps": total, "in_a_row": in_a_row, "losses": list(self._losses)}
+        if self.steps_without_targets:
+            state["without_targets"] = [self.steps_without_targets, self._without_targets_in_a_row]
         return state | ({"rewinds": self.rewinds} if self.rewinds else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -160,6 +185,7 @@ class Health:
         self._skipped = total
         self._counts = torch.tensor([total, in_a_row, in_a_row], dtype=torch.float32, device=self._ranks.device)
         self._losses = deque(state.get("losses", ()), maxlen=WINDOW)
+        self.steps_without_targets, self._without_targets_in_a_row = state.get("without_targets", (0, 0))
         self.spiked, self.rewinds = False, list(state.get("rewinds", ()))
 
 

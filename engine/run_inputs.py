@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,12 +24,13 @@ from .checkpoint.tensors import (
 )
 from .config import DATA_FILES, OptimizerConfig, RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
+from .data.renamed import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
 from .hugging_face.slices import load_hf_tensors
 from .hugging_face.start import open_start
-from .hugging_face.weight_dtypes import declaring
-from .model.architecture import CONFIG_FILE, Architecture, parse_architecture
+from .hugging_face.weight_dtypes import declared_dtype, declaring
+from .model.architecture import CONFIG_FILE, INLINE, Architecture, parse_architecture
 from .model.decoder import meta_decoder
 from .optim import allocate_states
 from .parallel import compile as block_compile
@@ -55,6 +56,21 @@ class RunInputs:
     """Of the checkpoint that the run goes on from."""
 
 
+def keep_source_names(config: RunConfig, resume_from: Path | None) -> tuple[RunConfig, list[str]]:
+    """The configuration with the names that the checkpoint ``resume_from`` knows the training sources by.
+
+    Returns:
+        the configuration, and lines for the log.
+
+    Raises:
+        UserError: the checkpoint or a source cannot be read.
+    """
+    if resume_from is None:
+        return config, []
+    data, lines = keep_names(config.data, read_manifest(resume_from).datasets)
+    return replace(config, data=data), lines
+
+
 def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, device: torch.device) -> RunInputs:
     """Config and tokenizer of the model, the datasets, and the place in their order.
 
@@ -73,14 +89,17 @@ def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, de
     if source is not None:  # as checkpoint_convert/hf_to_dcp.py keeps them
         assets = declaring(assets, (tensor.dtype for tensor in source.tensors.values()))
     assert assets.config is not None
-    architecture = parse_architecture(
-        assets.config, "model.architecture" if named is None else str(asset_folder(named) / CONFIG_FILE)
-    )
+    given = config.model.architecture
+    where = given if isinstance(given, str) else INLINE
+    where = where if named is None else str(asset_folder(named) / CONFIG_FILE)
+    architecture = parse_architecture(assets.config, where)
+    if config.checkpoint.export_hf:
+        declared_dtype(assets.config, where)  # in which the end of the run exports the weights
     attention = choose_attention(config, architecture, device)
     compiled = block_compile.wanted(config, device, attention.backend)
     choices = Choices(attention.backend, compiled, plan.num_micro_batches)
     check_model(config, architecture, choices, device)
-    catalog = open_catalog(config.data, plan, architecture.vocab_size, assets.tokenizer_sha256, config.seed)
+    catalog = open_catalog(config.data, plan, architecture.vocab_size, assets.tokenizer, config.seed)
     order, progress, was = catalog.sample_order(config.seed), Progress(), None
     if resume_from:
         was = read_manifest(resume_from)
@@ -145,7 +164,8 @@ def load_weights(
 
 def _load_hf_weights(folder: str | Path, tensors: dict[str, Tensor]) -> list[str]:
     source = open_start(folder)
-    lines = [f"weights     {source.weights.folder}: {note}" for note in source.notes]
+    where = f"weights     {source.weights.folder}: "
+    lines = [line if line.startswith("note: ") else where + line for line in source.notes]
     lines += describe_casts(folder, source.tensors, tensors, resuming=False)
     load_hf_tensors(source, tensors)
     return lines

@@ -24,7 +24,9 @@ class StepResult:
     """What a step leaves on the device; reading it waits for the device."""
 
     loss: Tensor
-    """[] fp32, this rank's part of the mean loss over the global batch."""
+    """[] fp32, this rank's part of the mean loss over the global batch; NaN without targets."""
     grad_norm: Tensor
-    """[] fp32, before clipping; not finite, on all ranks, where the loss of any of them is not."""
+    """[] fp32, before clipping; not finite, on all ranks, where the loss of any of them is not, or without targets."""
     learning_rate: float
+    has_targets: bool = True
+    """Whether any rank had a token to predict. Without, nothing was computed and nothing has changed."""

@@ -1,9 +1,11 @@
 """Being asked to stop: by a signal or by the clock, noticed by all ranks together where nothing is lost.
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 are one wish, of which launchers and terminals send several copies: the launcher
-passes on what the ranks have got already. Whatever comes within :data:`GRACE_SECONDS` belongs to it. A signal after
-that is a second wish: to end at once, whatever is lost. Checkpoints bear their names only when they are complete, so
-that one which is being written then is not seen by the next run.
+SIGTERM and SIGINT (Ctrl-C) are requests to stop. SIGUSR1, SIGUSR2 (LSF, Grid Engine), SIGHUP (a closed terminal),
+SIGXCPU (a limit of CPU time) and SIGPWR (power or a container going down) are notices that the end is near. All of them
+mean the same: save and end. Launchers and terminals send several copies: whatever comes within :data:`GRACE_SECONDS` of
+the first belongs to it. SIGTERM or SIGINT after that ends the process at once, whatever is lost. A repeated notice does
+not: the kernel sends SIGXCPU every second while the checkpoint is being written. Checkpoints get their names only when
+they are complete, so that one which is being written then is not seen by the next run.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ from typing import Any
 
 from .parallel.process_group import Ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REQUESTS = (signal.SIGTERM, signal.SIGINT)
+NOTICES = tuple(
+    signal.Signals[name]
+    for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU", "SIGPWR")
+    if name in signal.Signals.__members__  # SIGPWR exists on Linux only
+)
+SIGNALS = REQUESTS + NOTICES
 GRACE_SECONDS = 2.0
 """Signals that follow the first one within this time mean the same."""
 
@@ -60,6 +68,8 @@ class StopRequest:
             self._hear.setblocking(False)
             self._former_descriptor = signal.set_wakeup_fd(self._hear.fileno(), warn_on_full_buffer=False)
             for number in SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # under nohup the run is to outlive its terminal
                 self._former[number] = signal.signal(number, self._remember)
             self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
             self._thread.start()
@@ -116,7 +126,7 @@ class StopRequest:
                     continue
                 if self._first is None:
                     self._first = now
-                elif now - self._first > GRACE_SECONDS:
+                elif number in REQUESTS and now - self._first > GRACE_SECONDS:
                     with contextlib.suppress(OSError):
                         name = signal.Signals(number).name
                         os.write(2, f"{name} again: ends at once; the checkpoints written before are intact\n".encode())

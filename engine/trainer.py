@@ -3,40 +3,53 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from .. import __version__
 from .budget import learning_rate, plan_batches
 from .checkpoint.changes import describe_changes
+from .checkpoint.destination import require_destination
 from .checkpoint.manifest import Manifest
+from .checkpoint.retention import describe_rule
+from .checkpoint.run_record import CONFIG_FILE, note_start
 from .checkpoint.saver import Saver
 from .checkpoint.store import CheckpointStore
 from .checkpoint.tensors import training_tensors
 from .config import RunConfig, to_dict, to_yaml
 from .config_effect import Situation, without_effect
-from .conversion.export_run import export_run, prepare_export
+from .conversion.export_run import export_folder, export_run, prepare_export
 from .data.loader import Prefetcher, TrainingData
 from .data.packing import MicroBatch
+from .emergency import EmergencySave
 from .errors import UserError
 from .evaluation import Validation, count_targets
 from .garbage import GarbageSchedule
 from .health import Health
 from .hugging_face.start import with_local_weights
+from .memory_bound import require_memory
+from .model.config_keys import describe_unread
+from .observe.closing import Totals, next_command
+from .observe.console import Console
 from .observe.flops import flops_per_token
 from .observe.loggers import MetricLog
 from .observe.progress import Stopwatch, speed, step_line
 from .observe.stragglers import Stragglers
-from .observe.summary import describe_data, describe_run, describe_saving, notes
-from .optim import build_optimizer, clip_grad_norm, set_learning_rate, step_unless
+from .observe.summary import data_notes, describe_data, describe_run, describe_saving, notes
+from .observe.waiting import Counted, reported_if_slow
+from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate, step_unless
 from .parallel.build import build_model
 from .parallel.mesh import build_mesh, plan_layout
 from .parallel.process_group import Ranks, world_size_from_environment
 from .precision import with_precision
 from .replicas import ReplicaCheck
 from .rewind import Rewind, plan_rewind
-from .run_inputs import load_weights, open_inputs
+from .run_inputs import keep_source_names, load_weights, open_inputs
 from .run_state import Progress, StepResult
 from .stopping import StopRequest
 from .watchdog import Watchdog
@@ -62,7 +75,10 @@ class Trainer:
         StoppedBeforeTraining: all ranks were asked to stop before the first step.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None):
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, console: Console | None = None
+    ):
+        self.console = console
         config, self.precision = with_precision(config, ranks)
         self.config, self.ranks, self.stop = config, ranks, stop or StopRequest(ranks)
         self.stop.stop_after(config.training.stop_after_minutes)
@@ -71,9 +87,12 @@ class Trainer:
         keep = config.checkpoint
         rewind_steps = config.training.rewind_steps if config.training.loss_spike_action == "rewind" else 0
         self.store = CheckpointStore(
-            config.run_folder, ranks, keep.keep_last, keep.keep_best, keep.keep_every, rewind_steps
+            config.run_folder, ranks, keep.keep_last, bool(keep.keep_best), keep.keep_every, rewind_steps
         )
-        self.resume_from = self.store.resolve(config.resume)
+        with self._if_slow("looking for a checkpoint and verifying it"):
+            self.resume_from = self.store.resolve(config.resume)
+        self.config, renamed = ranks.everywhere(lambda: keep_source_names(config, self.resume_from))
+        config = self.config
         # What is saved of the configuration keeps a name on the Hub; here it becomes a folder.
         local = config if self.resume_from else with_local_weights(config, ranks, self.store.require_sound)
         self.start_folder = local.model.initialize_from
@@ -84,21 +103,25 @@ class Trainer:
         self.saver = Saver(self.store, ranks, keep, say)
         self.check_replicas = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest)
         self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
-        self.inputs = ranks.everywhere(lambda: open_inputs(local, self.plan, self.resume_from, ranks.device))
+        with self._if_slow("opening the data"):
+            self.inputs = ranks.everywhere(lambda: open_inputs(local, self.plan, self.resume_from, ranks.device))
+        architecture = self.inputs.architecture
+        ranks.everywhere(lambda: require_memory(config, architecture, ranks.device, ranks.world_size))
         if self.inputs.resumed:
             self.progress = self.inputs.progress
             self.health.restore(self.inputs.resumed.health)
             self.owes_evaluation = self._owes_evaluation(self.inputs.resumed.evaluation)
         ranks.everywhere(lambda: self.inputs.order.require(self._last_sample()))
-        self.export_remarks = prepare_export(config.checkpoint, ranks)
-        architecture = self.inputs.architecture
+        self.remarks = renamed + self.test_destination()
         self.mesh = build_mesh(layout, ranks.device.type)
-        self.model, self.passes = build_model(config, architecture, ranks, self.mesh, self.inputs.choices)
+        with self._if_slow("building the model"):
+            self.model, self.passes = build_model(config, architecture, ranks, self.mesh, self.inputs.choices)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
         self.stop.leave_if_agreed()
-        self.casts = ranks.everywhere(
-            lambda: load_weights(local, architecture, self.resume_from, self.model, self.optimizer)
-        )
+        with self._if_slow("loading the weights"):
+            self.casts = ranks.everywhere(
+                lambda: load_weights(local, architecture, self.resume_from, self.model, self.optimizer)
+            )
         self.data = TrainingData(
             self.inputs.catalog.train,
             self.inputs.order,
@@ -109,7 +132,25 @@ class Trainer:
         )
         blocks = (block for decoder in self.model.decoders for block in decoder.model.blocks)
         self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)
-        self.validation = Validation(config, self.inputs.catalog, self.plan, architecture.vocab_size, self.mesh, ranks)
+        with self._if_slow("reading the validation sets"):
+            self.validation = Validation(
+                config, self.inputs.catalog, self.plan, architecture.vocab_size, self.mesh, ranks
+            )
+        ranks.everywhere(self.inputs.catalog.finish_checks)
+        if self.validation.measure is not None:
+            self.remarks += self.validation.measure.note_on(self.progress.best)
+        parameters, seconds = dict(self.model.named_parameters()), config.parallel.timeout_seconds
+        self.emergency = EmergencySave(ranks, parameters, self.saver, say, seconds)
+        self.totals = Totals(self.progress)
+
+    def test_destination(self) -> list[str]:
+        """Refuse a place that cannot take what the run will write; lines for the log. For measurements to override."""
+        config, steps, store = self.config, self._remaining_steps(), self.store
+        output = export_folder(store.folder.parent, self.progress.step + steps)
+        test = lambda: require_destination(config, store, self.inputs.architecture, steps, output.parent)  # noqa: E731
+        lines = self.ranks.on_main(test) or []
+        store.expected_bytes = self.ranks.share(store.expected_bytes)
+        return lines + prepare_export(config.checkpoint, self.ranks, output)
 
     # ---------------------------------------------------------------------------------------------------------------
     # The run
@@ -124,8 +165,8 @@ class Trainer:
             self._run(remarks)
 
     def _run(self, remarks: list[str]) -> None:
-        # A fresh run also forgets the records at step 0 of one that was killed before its first checkpoint.
-        self.log = self._metric_log(self.progress.step if self.resume_from else -1)
+        # A fresh run also renames the records of one that was killed before its first checkpoint.
+        self.log = self._metric_log(self.progress.step if self.resume_from else None)
         self.ranks.on_main(self._open_run_folder)
         for line in [*remarks, *self.store.set_aside(), *self.store.remove_leftovers()]:
             self.log.say(line)
@@ -137,6 +178,7 @@ class Trainer:
             if self._remaining_steps() == 0:
                 step, stop = self.progress.step, self.stop.agreed
                 export_run(self.config.checkpoint, self.store, step, self.resume_from, stop, self.log.say)
+        self._say_totals()
         self.log.close()
 
     def _train(self, garbage: GarbageSchedule, after: Rewind | None) -> Rewind | None:
@@ -152,7 +194,8 @@ class Trainer:
             return None
         stopwatch = Stopwatch()
         first_samples = range(self.progress.samples, self._last_sample(), self.plan.global_batch_size)
-        with Prefetcher(self._prepare, first_samples, config.data.prefetch_steps) as prefetcher:
+        prefetching = Prefetcher(self._prepare, first_samples, config.data.prefetch_steps)
+        with prefetching as prefetcher, self._saved_if_it_fails():
             for first_sample in first_samples:
                 result = self._step(*self._next_batches(prefetcher))
                 garbage.step_done(self.progress.step)
@@ -205,7 +248,7 @@ class Trainer:
         return [batch.pin_memory() for batch in batches] if self.ranks.device.type == "cuda" else batches
 
     def _next_batches(self, prefetcher: Prefetcher) -> tuple[list[MicroBatch], float]:
-        """This rank's micro-batches, and the number of targets in the global batch.
+        """This rank's micro-batches, and the number of targets in the global batch, which may be 0.
 
         Raises:
             UserError: on every rank, when any of them cannot read its data.
@@ -220,21 +263,26 @@ class Trainer:
         # One sum serves both ends: a rank without data makes it not a number.
         num_targets = self.ranks.sum(math.nan if problem else count_targets(batches, self.mesh))
         if math.isnan(num_targets):
-            self.ranks.raise_together(problem)
-        return batches, max(1.0, num_targets)
+            try:
+                self.ranks.raise_together(problem)
+            except UserError as error:
+                self._save_in_emergency(error)
+                raise
+        return batches, num_targets
 
     def _step(self, micro_batches: list[MicroBatch], num_targets: float) -> StepResult:
-        """One optimizer step: accumulate gradients over the micro-batches, clip, update, advance the clock."""
+        """One optimizer step: accumulate gradients over the micro-batches, clip, update, advance the clock.
+
+        Without a target on any rank there is nothing to compute: only the clock advances.
+        """
         tokens = self.progress.tokens + self.plan.tokens_per_step
         rate = learning_rate(tokens, self.config.training, self.config.optimizer)
-        loss = self.passes.train(micro_batches, num_targets, self._begin)
-        self._begin("optimizer")
-        clip = self.config.optimizer.clip_grad_norm
-        grad_norm = clip_grad_norm(self.model.parameters(), clip, self.model.own_parameters(), loss)
-        set_learning_rate(self.optimizer, rate)
-        self.saver.hold_update()
-        step_unless(self.optimizer, self.health.judge(self.progress.step + 1, loss, grad_norm))
-        self.optimizer.zero_grad(set_to_none=True)
+        if num_targets > 0:
+            loss, grad_norm = self._update(micro_batches, num_targets, rate)
+        else:
+            loss = grad_norm = torch.full((), math.nan)
+            self.health.count_without_targets(self.progress.step + 1)
+            allocate_states(self.optimizer)  # which a checkpoint holds also of a run that has made no update yet
         self._begin("other")
         self.progress = replace(
             self.progress,
@@ -242,7 +290,21 @@ class Trainer:
             samples=self.progress.samples + self.plan.global_batch_size,
             tokens=tokens,
         )
-        return StepResult(loss, grad_norm, rate)
+        self.emergency.whole = True
+        return StepResult(loss, grad_norm, rate, num_targets > 0)
+
+    def _update(self, micro_batches: list[MicroBatch], num_targets: float, rate: float) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm of a step, whose update is made unless it would do harm."""
+        loss = self.passes.train(micro_batches, num_targets, self._begin)
+        self._begin("optimizer")
+        clip = self.config.optimizer.clip_grad_norm
+        grad_norm = clip_grad_norm(self.model.parameters(), clip, self.model.own_parameters(), loss)
+        set_learning_rate(self.optimizer, rate)
+        self.saver.hold_update()
+        self.emergency.whole = False
+        step_unless(self.optimizer, self.health.judge(self.progress.step + 1, loss, grad_norm))
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, grad_norm
 
     def _begin(self, name: str) -> None:
         self.watchdog.beat(f"step {self.progress.step + 1}, {name}")
@@ -263,10 +325,13 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         """Mean loss per target of every validation set, in nats; of none, when asked to stop meanwhile."""
-        losses = self.validation.losses(self.passes, self.stop.agreed)
+        step, say, active = self.progress.step, self.log.say, self.ranks.is_main
+        with Counted(f"evaluation at step {step}, micro-batches", self.validation.num_batches, say, active) as counted:
+            losses = self.validation.losses(self.passes, self.stop.agreed, counted.update)
         if self.validation and not losses:
             self.log.say("  evaluation broken off: asked to stop; the run that resumes makes it")
         for name, loss in losses.items():
+            self.totals.add_loss(f"validation {name}", self.progress.step, loss)
             values = {"evaluation": name, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
             self.log.record(self.progress.step, self.progress.tokens, values, group=f"evaluation/{name}")
             self.log.say(
@@ -280,13 +345,14 @@ class Trainer:
         if self.check_replicas.due(self.progress.step):
             self.check_replicas(self.progress.step, self.model, self.optimizer)
         evaluation: dict[str, float] = {}
-        improved = False
+        improved, keep_best = False, self.config.checkpoint.keep_best
+        due = self.progress.step % self.config.checkpoint.save_interval == 0
         # Launchers give a run that is asked to stop some seconds: they are for saving. What resumes it evaluates.
         if self.validation and self._evaluation_due() and (last or not stopping):
-            evaluation, improved = self._evaluate_for_best()
+            # With keep_best true, only an evaluation of what is saved anyway can be the best.
+            evaluation, improved = self._evaluate_for_best(last or stopping or due or keep_best is not True)
             stopping = stopping or not evaluation
-        due = self.progress.step % self.config.checkpoint.save_interval == 0
-        if last or stopping or due or (improved and self.config.checkpoint.keep_best):
+        if last or stopping or due or (improved and keep_best == "improved"):
             self._check(self.ranks.sum(result.loss.item()), result.grad_norm.item())
             self.health.require_finite_weights(self.progress.step, self.model.parameters())
             self._save(evaluation, final=last)
@@ -302,20 +368,27 @@ class Trainer:
         asked = self.config.training.eval_at_start and self._remaining_steps() == 0
         return self._evaluation_due() and (asked or not made)
 
-    def _evaluate_for_best(self) -> tuple[dict[str, float], bool]:
-        """The losses, and whether that of the first set is its lowest so far."""
-        losses, step, best = self._evaluate(), self.progress.step, self.progress.best
+    def _evaluate_for_best(self, counts: bool = True) -> tuple[dict[str, float], bool]:
+        """The losses, and whether that of the first set is its lowest so far, where it ``counts``."""
+        losses, step, measure = self._evaluate(), self.progress.step, self.validation.measure
         self.health.require_finite(step, {f"validation loss of {name}": loss for name, loss in losses.items()})
-        if not losses or step == 0:  # which has no checkpoint
+        if not losses or not counts or step == 0:  # which has no checkpoint
             return losses, False
-        name, loss = next(iter(losses.items()))
-        improved = best.get("name") != name or loss < best["loss"]
+        assert measure is not None
+        loss = losses[measure.name]
+        improved = measure.improves(self.progress.best, loss)
         if improved:
-            self.progress = replace(self.progress, best={"step": step, "name": name, "loss": loss})
+            self.progress = replace(self.progress, best=measure.record(step, loss))
         return losses, improved
 
     def _save(self, evaluation: dict[str, float], final: bool) -> None:
-        manifest = Manifest(
+        manifest = self._manifest(evaluation, final)
+        self.log.sync()
+        tensors = training_tensors(self.model, self.optimizer)
+        self.saver.save(tensors, self.inputs.assets, manifest, self.progress.best.get("step"))
+
+    def _manifest(self, evaluation: dict[str, float], final: bool, emergency: str = "") -> Manifest:
+        return Manifest(
             kind="training",
             step=self.progress.step,
             consumed_samples=self.progress.samples,
@@ -326,14 +399,31 @@ class Trainer:
             evaluation=evaluation,
             best=self.progress.best,
             health=self.health.state(),
+            emergency=emergency,
             config=to_dict(self.config),
             world_size=self.ranks.world_size,
             layout=self.mesh.layout._asdict(),
             retemper_version=__version__,
         )
-        self.log.sync()
-        tensors = training_tensors(self.model, self.optimizer)
-        self.saver.save(tensors, self.inputs.assets, manifest, self.progress.best.get("step"))
+
+    @contextmanager
+    def _saved_if_it_fails(self) -> Iterator[None]:
+        """Inside, a step: where it fails, the state before it is saved. A run that refuses to go on names another
+        checkpoint."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            self._save_in_emergency(error)
+            raise
+
+    def _save_in_emergency(self, error: Exception) -> None:
+        self.watchdog.sleep()
+        if self.progress.step > self.totals.start.step:
+            self.log.sync()
+            step, manifest = self.progress.step, lambda what: self._manifest({}, final=False, emergency=what)
+            self.emergency(error, step, self.optimizer, self.inputs.assets, manifest)
 
     def _report(self, result: StepResult, stopwatch: Stopwatch) -> None:
         """One console line and one metric record."""
@@ -342,14 +432,17 @@ class Trainer:
         architecture, trainable = self.inputs.architecture, self.config.training.trainable
         flops = flops_per_token(architecture, self.plan.sequence_length, causal_halved=False, trainable=trainable)
         values = {
-            "loss": loss,
+            "loss": loss if result.has_targets else None,
             "learning_rate": result.learning_rate,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if result.has_targets else None,
             "skipped_steps": self.health.skipped_steps(),
+            "steps_without_targets": self.health.steps_without_targets,
             **speed(stopwatch.lap(), self.plan.tokens_per_step, flops, self.ranks),
             **stragglers.values,
         }
         self.log.record(self.progress.step, self.progress.tokens, values)
+        self.totals.step_seconds, self.totals.steps = stopwatch.totals
+        self.totals.add_loss("training", self.progress.step, loss)
         remaining = self._remaining_steps()
         seconds_left = remaining * stopwatch.mean_step_seconds
         for line in [
@@ -371,13 +464,29 @@ class Trainer:
         complete = self.store.complete()
         return f"the newest checkpoint is {complete[-1]}" if complete else "no checkpoint has been written"
 
-    def _metric_log(self, known_step: int) -> MetricLog:
+    def _metric_log(self, known_step: int | None) -> MetricLog:
         folder, tensorboard = self.config.run_folder, self.config.logging.tensorboard
         return MetricLog(folder, known_step, self.ranks.is_main, tensorboard, self.owes_evaluation)
 
+    def _if_slow(self, what: str) -> AbstractContextManager[None]:
+        return reported_if_slow(what, lambda line: print(line, flush=True), self.ranks.is_main)
+
+    def _say_totals(self) -> None:
+        finished = self._remaining_steps() == 0
+        complete = self.store.complete() if self.ranks.is_main else []
+        for line in [
+            *self.totals.table(self.progress, self.plan.tokens_per_step, self.ranks),
+            *next_command(self.config.checkpoint, complete[-1] if complete else None, finished),
+        ]:
+            self.log.say(line)
+
     def _open_run_folder(self) -> None:
-        self.log.open()
-        (Path(self.config.run_folder) / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        folder = Path(self.config.run_folder)
+        self.log.open(renamed_with_the_curve=(CONFIG_FILE,))
+        if self.console is not None:
+            self.console.open(self.config.run_folder)
+        (folder / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+        note_start(folder, self.resume_from is None, self.store.origin)
 
     def _say_plan(self) -> None:
         if self.resume_from:
@@ -389,15 +498,25 @@ class Trainer:
         remaining = self._remaining_steps()
         summary = describe_run(self.config, self.plan, self.ranks, self.inputs, remaining, start, self.precision)
         was, layout, datasets = self.inputs.resumed, self.mesh.layout._asdict(), self.inputs.catalog.fingerprints
+        given = self.config.model.architecture
         for line in [
             *(describe_changes(was, self.config, layout, datasets) if was else []),
-            *notes(self.config, self.inputs.catalog, self.inputs.assets.config.get("max_position_embeddings")),
+            *(describe_unread(self.inputs.assets.config, given) if isinstance(given, str) else []),
+            *notes(self.config, self.inputs.catalog, self.inputs.assets),
+            *data_notes(self.inputs.catalog, self.inputs.order, self._last_sample()),
             *(f"note: {line}" for line in [*self._budget_used(), *without_effect(self._situation())]),
             *summary,
             describe_saving(self.config, self.model.parameters()),
+            describe_rule(
+                self.config.checkpoint,
+                self.config.training.eval_interval,
+                next(iter(self.inputs.catalog.validation), None),
+                self.store.rewind_steps,
+            ),
             *describe_data(self.config.data, self.inputs.catalog, self.inputs.order, self._last_sample()),
+            *self.validation.describe(),
             *self.casts,
-            *self.export_remarks,
+            *self.remarks,
         ]:
             self.log.say(line)
 

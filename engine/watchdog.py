@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 
+from .awake import LONGEST_GAP, AwakeClock
 from .errors import UserError, report_user_error
 from .parallel.process_group import Ranks
 from .stacks import dump_stacks
@@ -26,6 +26,8 @@ class Watchdog:
 
     def __init__(self, seconds: float, ranks: Ranks):
         self.seconds = seconds if ranks.world_size == 1 else 1.25 * seconds + 5
+        self._interval = min(1.0, self.seconds / 10)
+        self._clock = AwakeClock(max(2 * self._interval, min(LONGEST_GAP, self.seconds / 2)))
         self._beat: tuple[float, str] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -40,16 +42,17 @@ class Watchdog:
 
     def beat(self, what: str) -> None:
         """Something begins: ``what``, for the message."""
-        self._beat = time.monotonic(), what
+        self._beat = self._clock.now(), what
 
     def sleep(self) -> None:
         """Until the next beat anything may take as long as it likes."""
         self._beat = None
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self.seconds / 10)):
+        while not self._ended.wait(self._interval):
             beat = self._beat
-            if beat is not None and (waited := time.monotonic() - beat[0]) > self.seconds:
+            waited = self._clock.now() - beat[0] if beat is not None else 0.0  # read in any case
+            if beat is not None and waited > self.seconds:
                 self._end(beat[1], waited)
 
     def _end(self, what: str, waited: float) -> None:

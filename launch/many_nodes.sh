@@ -33,7 +33,7 @@ fail() {
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 root=$(dirname "$(dirname "$(realpath "$0")")")
-exec "${PYTHON:-python}" -m torch.distributed.run \
+exec "${PYTHON:-python}" "$root/launch/quiet_torchrun.py" \
   --nnodes "$NNODES" --nproc-per-node "${NPROC_PER_NODE:-gpu}" --max-restarts "${MAX_RESTARTS:-0}" \
   --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-retemper}" \
   --rdzv-conf "join_timeout=${RDZV_TIMEOUT:-900}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \

@@ -14,6 +14,6 @@ set -euo pipefail
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 root=$(dirname "$(dirname "$(realpath "$0")")")
-exec "${PYTHON:-python}" -m torch.distributed.run --standalone \
+exec "${PYTHON:-python}" "$root/launch/quiet_torchrun.py" --standalone \
   --nproc-per-node "${NPROC_PER_NODE:-gpu}" --max-restarts "${MAX_RESTARTS:-0}" \
   "$root/engine/pretrain.py" "$@"

@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     diff = commands.add_parser("diff", help="what differs between two checkpoints; exit status 1 if anything does")
     diff.add_argument("first", type=Path, metavar="A")
     diff.add_argument("second", type=Path, metavar="B")
-    thin = commands.add_parser("prune", help="remove checkpoints; the best, final and damaged ones stay")
+    thin = commands.add_parser("prune", help="remove checkpoints; the best and damaged ones stay")
     thin.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
     thin.add_argument("--keep-last", type=_positive, required=True, metavar="N", help="newest ones that stay")
     thin.add_argument("--keep-every", type=_positive, default=0, metavar="N", help="steps whose multiples stay")

@@ -34,7 +34,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--num-tokens", type=int, default=2000, metavar="N", help="to learn (default: %(default)s)")
-    what.add_argument("--tokens", metavar="FILE", help="take these instead, one to a line, leading spaces included")
+    what.add_argument(
+        "--tokens",
+        metavar="FILE",
+        help="take these instead: one to a line with its leading space, JSON lines, or a vocabulary.json of this tool",
+    )
     parser.add_argument("--json-key", nargs="+", default=["text"], metavar="KEY", help="as of tools/preprocess.py")
     parser.add_argument(
         "--txt-mode", choices=("file", "line"), default="file", help="in .txt a document is (default: the) file or line"

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from retemper.engine.data.document_frame import BOS_CHOICES
 from retemper.engine.errors import CommandParser, UserError, report_user_error, run_command
 from retemper.engine.hugging_face.weight_dtypes import DTYPE_CHOICES
 from retemper.tools.generation import Sampling, TextGenerator
@@ -48,6 +49,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--seed", type=int, default=Sampling.seed, help="of the sampling (default: %(default)s)")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.json (default: the model's own)")
+    parser.add_argument(
+        "--bos",
+        choices=BOS_CHOICES,
+        default="auto",
+        help="whether a prompt begins with the BOS (auto: as the documents in training where a checkpoint says, else "
+        "as the tokenizer begins texts)",
+    )
     parser.add_argument(
         "--dtype", choices=DTYPE_CHOICES, default="auto", help="to compute in (default: what the model's config says)"
     )
@@ -100,7 +108,9 @@ def main() -> None:
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
     interactive = options.prompt is None and sys.stdin.isatty()
     prompts = options.prompt if options.prompt is not None else [] if interactive else piped_prompts()
-    model = TextGenerator(options.model, options.tokenizer, options.dtype, options.device)
+    model = TextGenerator(options.model, options.tokenizer, options.dtype, options.device, options.bos)
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
     # All prompts are checked before the first is run: an error in the last should not cost the work on the others.
     for prompt in prompts:
         model.encode(prompt)

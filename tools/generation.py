@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..engine.checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE
+from ..engine.checkpoint.assets import ASSET_FOLDER
 from ..engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
 from ..engine.checkpoint.verify import require_undamaged
-from ..engine.data.tokenizer import load_tokenizer
+from ..engine.data.document_frame import DocumentFrame, TokenizerFrame, ids_of, read_tokenizer_frame
+from ..engine.data.tokenizer import TokenizerHandle, load_prompt_tokenizer
 from ..engine.errors import UserError
 from ..engine.hugging_face.model import meta_decoder, open_hf_model
 from ..engine.hugging_face.weight_dtypes import declared_dtype, dtype_named
@@ -80,15 +81,25 @@ class TextGenerator:
 
     Args:
         folder: a Hugging Face folder, or a checkpoint folder (training or converted).
-        tokenizer: folder with the ``tokenizer.json`` to use; None for the model's own.
+        tokenizer: folder, file or Hub name of the tokenizer, of any kind that preprocess takes; None for the model's
+            own.
         dtype: ``auto`` for the one that the model's config declares, else float32; or bfloat16, float16, float32.
         device: where to run: auto, cpu, cuda, cuda:1, ...
+        bos: whether a prompt begins with the BOS: yes, no, or auto: as the documents that a checkpoint was trained on,
+            and where that is not recorded, as the tokenizer begins texts.
 
     Raises:
         UserError: the folder, its weights or its tokenizer cannot be used, or there is no such device.
     """
 
-    def __init__(self, folder: str | Path, tokenizer: str | None = None, dtype: str = "auto", device: str = "auto"):
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        bos: str = "auto",
+    ):
         folder = Path(folder)
         self.device = find_device(device)
         is_checkpoint = _is_checkpoint(folder)
@@ -96,7 +107,21 @@ class TextGenerator:
         where = assets / CONFIG_FILE
         config = read_hf_config(where)
         architecture = parse_architecture(config, str(where))
-        self.tokenizer, document_end = _load_tokenizer(tokenizer, assets, architecture)
+        self.tokenizer, document_end, frame = _load_tokenizer(tokenizer, assets, architecture)
+        trained = _bos_of_training(folder) if is_checkpoint and tokenizer is None and bos == "auto" else None
+        self.prefix = ids_of(frame.documents_begin_with(bos)) if trained is None else trained
+        """Ids in front of every prompt."""
+        self.notes = []
+        """What a user may not have meant."""
+        if trained is not None and trained != ids_of(frame.prefix):
+            here, there = (
+                f"with token {' '.join(map(str, ids))}" if ids else "without a BOS"
+                for ids in (trained, ids_of(frame.prefix))
+            )
+            self.notes.append(
+                f"prompts begin {here}, as the documents in training did; the tokenizer begins texts {there}; choose "
+                "with --bos"
+            )
         self.stop_ids = _stop_ids(config, assets) | document_end
         self.context: int | None = config.get("max_position_embeddings")
         """Tokens that the model was made for, where its config says."""
@@ -109,16 +134,20 @@ class TextGenerator:
         ).backend
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt``, with special tokens recognized and a BOS where the tokenizer asks for one.
+        """Token ids of ``prompt``, with special tokens recognized, behind a BOS where there is to be one.
+
+        A BOS that is written in the prompt is not doubled. What the tokenizer puts behind a text is left out: the text
+        is to go on.
 
         Raises:
             UserError: the prompt is empty, leaves no room in the context, or has tokens that the model does not know.
         """
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
-        ids = self.tokenizer.encode(prompt).ids
+        ids = self.tokenizer.encode_flat([prompt])[0].tolist()
         if not ids:
             raise UserError(f"prompt {prompt[:40]!r}: the tokenizer makes no tokens of it; give another")
+        ids = [*DocumentFrame(self.prefix).missing_prefix(np.array(ids)), *ids]
         if self.context is not None and len(ids) >= self.context:
             raise UserError(
                 f"the prompt has {len(ids):,} tokens, and the model's context (max_position_embeddings) is "
@@ -172,8 +201,10 @@ class TextGenerator:
 
     def _continuation(self, prompt_ids: list[int], new_ids: list[int]) -> str:
         """Text of ``new_ids`` as it stands after the prompt: alone, some tokenizers drop its leading space."""
-        prompt, whole = self.tokenizer.decode(prompt_ids), self.tokenizer.decode([*prompt_ids, *new_ids])
-        return whole[len(prompt) :] if whole.startswith(prompt) else self.tokenizer.decode(new_ids)
+        prompt, whole, alone = (
+            self.tokenizer.decode(ids, special_tokens=False) for ids in (prompt_ids, [*prompt_ids, *new_ids], new_ids)
+        )
+        return whole[len(prompt) :] if whole.startswith(prompt) else alone
 
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -245,20 +276,28 @@ def _hf_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, de
     return decoder
 
 
-def _load_tokenizer(name: str | None, assets: Path, architecture: Architecture) -> tuple[Tokenizer, set[int]]:
-    """The tokenizer, and the id of the token that ends its documents, if it has one that the model knows."""
-    if name is None and not (assets / TOKENIZER_FILE).is_file():
-        raise UserError(f"{assets}: holds no {TOKENIZER_FILE}; name a tokenizer folder with --tokenizer")
-    handle = load_tokenizer(name or assets)
-    # The handle reads text as training data, with special tokens as ordinary text; a prompt may mean them.
-    tokenizer = Tokenizer.from_file(str(handle.file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+def _load_tokenizer(
+    name: str | None, assets: Path, architecture: Architecture
+) -> tuple[TokenizerHandle, set[int], TokenizerFrame]:
+    """The tokenizer; the id of the token that ends its documents, if it has one that the model knows; and what it puts
+    around a text."""
     try:
-        _, document_end = handle.eod()
+        tokenizer = load_prompt_tokenizer(name if name is not None else assets)
+    except UserError as error:
+        raise error if name is not None else UserError(f"{error}; or name one with --tokenizer") from None
+    try:
+        _, document_end = tokenizer.eod()
     except UserError:  # it names none: then only the model's own configuration ends a text
-        return tokenizer, set()
-    return tokenizer, {document_end} if document_end < architecture.vocab_size else set()
+        return tokenizer, set(), read_tokenizer_frame(tokenizer.file)
+    ends = {document_end} if document_end < architecture.vocab_size else set()
+    return tokenizer, ends, read_tokenizer_frame(tokenizer.file)
+
+
+def _bos_of_training(checkpoint: Path) -> tuple[int, ...] | None:
+    """What the documents that a checkpoint was trained on begin with, where all sources agree and that is recorded."""
+    recorded = [dataset.get("bos") for dataset in read_manifest(checkpoint).datasets.values()]
+    first: list[int] | None = recorded[0] if recorded else None
+    return None if first is None or any(ids != first for ids in recorded) else tuple(first)
 
 
 def _stop_ids(config: dict[str, Any], assets: Path) -> set[int]:

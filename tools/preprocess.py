@@ -13,12 +13,14 @@ import argparse
 import signal
 from collections.abc import Sequence
 
+from retemper.engine.data.document_frame import BOS_CHOICES
 from retemper.engine.errors import CommandParser, run_command
+from retemper.tools.ingest.expansion import DEFAULT_EXPANSION
+from retemper.tools.ingest.formats import FORMATS
 from retemper.tools.ingest.options import PreprocessOptions
 from retemper.tools.ingest.pipeline import preprocess
 from retemper.tools.ingest.report import format_report
-
-DEFAULT_TOKENIZER = "Qwen/Qwen2-72B"
+from retemper.tools.ingest.tokenizer_choice import DEFAULT_TOKENIZER
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions:
@@ -40,9 +42,9 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         required=True,
         metavar="FILE|DIR|GLOB|-",
-        help=".jsonl, .json, .txt, .md, .html, .csv, .tsv (all also as .gz and .zst), .parquet, .xlsx, .pdf; a folder "
-        "stands for all such files in it, - for standard input. Documents keep the order of the arguments; within a "
-        "folder or pattern, of the paths",
+        help=".jsonl, .json, .txt, .md, .html, .csv, .tsv (all also as .gz, .zst, .bz2 and .xz), .parquet, .arrow, "
+        ".xlsx, .pdf; a folder stands for the documents in it, - for standard input. Documents keep the order of the "
+        "arguments; within a folder or pattern, of the paths",
     )
     group.add_argument(
         "--json-key",
@@ -66,6 +68,34 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--stdin-format", default="jsonl", metavar="FORMAT", help="format of standard input (default: %(default)s)"
     )
     group.add_argument(
+        "--input-format",
+        metavar="FORMAT",
+        help="format of all files of --input, whatever their names (default: by name, and by content where the name is "
+        "ambiguous): " + ", ".join(FORMATS),
+    )
+    group.add_argument(
+        "--quoting",
+        choices=("auto", "standard", "none"),
+        default="auto",
+        help="quotation marks in CSV and TSV: standard: RFC 4180; none: they are text; auto (the default): standard "
+        "for CSV, none for TSV",
+    )
+    group.add_argument(
+        "--sheet",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="sheets of .xlsx workbooks to read (default: those with the column of the text)",
+    )
+    group.add_argument(
+        "--max-expansion",
+        type=int,
+        default=DEFAULT_EXPANSION,
+        metavar="N",
+        help="refuse files that expand to more than N times their size, as compressed bombs do; 0: no limit (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
         "--chat",
         action="store_true",
         help="records are conversations (messages, ShareGPT, Alpaca): apply the model's chat template and write a loss "
@@ -78,17 +108,29 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--skip-bad-lines",
         action="store_true",
-        help="write malformed lines and rows to {prefix}.rejects.jsonl and go on, rather than stop at the first",
+        help="write malformed lines and rows, and the places where files are damaged, to {prefix}.rejects.jsonl and "
+        "continue, rather than stop at the first",
     )
 
 
 def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--model",
+        metavar="DIR|NAME",
+        help="the model to be trained, whose tokenizer is used: a Hugging Face folder, a checkpoint, or a Hub name",
+    )
+    group.add_argument(
         "--tokenizer",
-        default=DEFAULT_TOKENIZER,
         metavar="DIR|FILE|NAME",
-        help="folder or file: tokenizer.json, sentencepiece .model, or .tiktoken; or a Hugging Face Hub name (default: "
-        "%(default)s, the Qwen2 family's)",
+        help="instead of --model, a tokenizer's folder or file: tokenizer.json, sentencepiece .model, or .tiktoken; or "
+        f"a Hugging Face Hub name (default: {DEFAULT_TOKENIZER}, the Qwen2 family's)",
+    )
+    group.add_argument(
+        "--bos",
+        choices=BOS_CHOICES,
+        default="auto",
+        help="whether documents begin with the BOS. auto: as the tokenizer begins texts (Llama and Mistral: yes, Qwen: "
+        "no), and conversations as the chat template does",
     )
     group.add_argument(
         "--append-eod",

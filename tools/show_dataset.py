@@ -18,6 +18,7 @@ from pathlib import Path
 
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
+from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.tools.inspection.decoding import decode_document
 from retemper.tools.inspection.page import check_page_path, write_page
@@ -48,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     report.add_argument("--json", action="store_true", help="print JSON instead of text")
     other = parser.add_argument_group("instead of the report").add_mutually_exclusive_group()
     other.add_argument("--index", type=_count, metavar="I", help="decode document I, counted from 0")
-    other.add_argument("--verify", action="store_true", help="check every index entry and the content hashes")
+    other.add_argument("--verify", action="store_true", help="check every index entry, token id and hash")
     options = parser.parse_args(arguments)
     _refuse_combinations(options)
     return options
@@ -57,8 +58,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.verify:
-        dataset = IndexedDataset(options.dataset)
-        _print(verify_dataset(dataset, Sidecar.read(dataset.prefix)))
+        dataset = IndexedDataset(options.dataset, check_whole=True)
+        tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+        _print(verify_dataset(dataset, Sidecar.read(dataset.prefix), tokenizer))
     elif options.index is not None:
         _print(_one_document(options))
     else:
@@ -78,7 +80,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _one_document(options: argparse.Namespace) -> str:
-    dataset = IndexedDataset(options.dataset)
+    dataset = IndexedDataset(options.dataset, check_whole=True)
     sidecar = Sidecar.read(dataset.prefix)
     tokenizer = choose_tokenizer(options.tokenizer, sidecar, dataset.prefix)
     max_tokens = options.max_tokens if options.max_tokens is not None else InspectOptions("").max_tokens
@@ -93,7 +95,7 @@ def _refuse_combinations(options: argparse.Namespace) -> None:
     if mode is None:
         return
     useless = ["quick", "config", "documents", "seed", "html", "json"]
-    useless += ["tokenizer", "max_tokens"] if options.verify else []
+    useless += ["max_tokens"] if options.verify else []
     if given := [name for name in useless if not (getattr(options, name) is None or getattr(options, name) is False)]:
         raise UserError(f"--{given[0].replace('_', '-')} has no meaning with {mode}; leave one of them out")
 

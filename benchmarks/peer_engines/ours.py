@@ -71,6 +71,9 @@ class TimedTrainer(Trainer):
         self.clock.ready()
         super().run()
 
+    def test_destination(self) -> list[str]:
+        return []
+
     def _step(self, *arguments: Any, **keywords: Any) -> Any:
         result = super()._step(*arguments, **keywords)
         self.clock.step_done(result.loss)

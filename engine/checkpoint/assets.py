@@ -10,10 +10,12 @@ import json
 import os
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..config import ModelConfig
+from ..data.tokenizer import load_reference
 from ..data.tokenizer_files import (
     SENTENCEPIECE_FILE,
     TIKTOKEN_SUFFIX,
@@ -21,8 +23,9 @@ from ..data.tokenizer_files import (
     tokenizer_file_name,
     tokenizer_sha256,
 )
+from ..data.tokenizer_identity import TokenizerIdentity
 from ..errors import UserError
-from ..model.architecture import CONFIG_FILE, parse_architecture, read_hf_config
+from ..model.architecture import CONFIG_FILE, Architecture, architecture_of, parse_architecture, read_hf_config
 from .manifest import MANIFEST_FILE, read_manifest
 from .safety import file_inside
 
@@ -115,15 +118,24 @@ class HfAssets:
         return config
 
     @property
-    def tokenizer_sha256(self) -> str | None:
-        """What :attr:`~retemper.engine.data.tokenizer.TokenizerHandle.sha256` is of such a folder, by which datasets
-        are matched; None without a tokenizer."""
+    def tokenizer(self) -> TokenizerIdentity | None:
+        """By which datasets are matched; None without a tokenizer."""
         name = tokenizer_file_name(self.files)
         if name is None:
             return None
         of_tiktoken = name.endswith(TIKTOKEN_SUFFIX)
         beside = self.files.get(name.removesuffix(TIKTOKEN_SUFFIX) + ".json") if of_tiktoken else None
-        return tokenizer_sha256(self.files[name], beside)
+        content = self.files[name]
+
+        def fingerprint() -> str:
+            return load_reference(name, Path(name), content, beside).fingerprint()
+
+        return TokenizerIdentity(tokenizer_sha256(content, beside), fingerprint)
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """That of the tokenizer's file; None without a tokenizer."""
+        return None if self.tokenizer is None else self.tokenizer.sha256
 
     def write(self, folder: Path) -> None:
         """Write the files into ``folder``, which is made."""
@@ -195,17 +207,40 @@ def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
     elif folder is not None:
         read_manifest(folder)
         assets = HfAssets.of_checkpoint(folder)
-    if config.architecture is not None:
-        wanted = read_hf_config(config.architecture)
-        if assets.config is None:
-            assets = assets.with_config(wanted)
-        elif (here := parse_architecture(wanted)) != (there := parse_architecture(assets.config, str(folder))):
-            differing = [name for name in vars(here) if getattr(here, name) != getattr(there, name)]
-            raise UserError(
-                f"model.architecture differs from the config.json kept in {folder}: "
-                + ", ".join(f"{name} {getattr(here, name)} is {getattr(there, name)} there" for name in differing)
-                + "; remove model.architecture or name the right checkpoint"
-            )
+    if config.architecture is not None and assets.config is None:
+        assets = assets.with_config(read_hf_config(config.architecture))
+    elif config.architecture is not None:
+        remedy = "remove model.architecture or name the right checkpoint"
+        _require_same(architecture_of(config.architecture), "model.architecture", assets, folder, remedy)
+    start = _former_start(config) if resume_from is not None else None
+    if start is not None:
+        # It is not read any more, but must not be another model than the one that is trained.
+        key = f"the model of model.initialize_from {config.initialize_from}"
+        remedy = "choose another run_folder for that model, or remove model.initialize_from to continue this one"
+        _require_same(architecture_of(start), key, assets, folder, remedy)
     if assets.config is None:
         raise UserError(f"{folder}: carries no hf/{CONFIG_FILE}; set model.architecture")
     return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets
+
+
+def _former_start(config: ModelConfig) -> Path | None:
+    """``config.json`` of what a run that resumes once started from, if it is still there."""
+    if config.initialize_from is None or not os.path.isdir(config.initialize_from):
+        return None
+    with suppress(UserError):
+        path = asset_folder(config.initialize_from) / CONFIG_FILE
+        return path if path.is_file() else None
+    return None
+
+
+def _require_same(here: Architecture, key: str, assets: HfAssets, folder: str | Path | None, remedy: str) -> None:
+    if assets.config is None:
+        return
+    there = parse_architecture(assets.config, str(folder))
+    differing = [name for name in vars(here) if getattr(here, name) != getattr(there, name)]
+    if differing:
+        raise UserError(
+            f"{key} differs from the config.json kept in {folder}: "
+            + ", ".join(f"{name} {getattr(here, name)} is {getattr(there, name)} there" for name in differing)
+            + f"; {remedy}"
+        )

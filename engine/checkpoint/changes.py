@@ -4,8 +4,12 @@ lost without a word. ``allow_changes`` names what is meant.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
@@ -13,6 +17,8 @@ from typing import Any, get_type_hints
 from ..budget import learning_rate
 from ..config import DATA_FILES, ORDER_KEYS, OptimizerConfig, RunConfig, SourceConfig, TrainingConfig, to_dict
 from ..errors import UserError
+from ..model.architecture import read_hf_config
+from ..parallel.mesh import AXES
 from .manifest import Manifest
 
 _OF_THE_COMMAND = ("run_folder", "resume", "allow_changes")
@@ -56,11 +62,13 @@ def describe_changes(
         layout: ranks along every axis of the mesh now.
         datasets: fingerprints of the training sources now.
     """
-    here, there = dict(_flat(to_dict(config))), dict(_flat(manifest.config))
+    both = _with_one_spelling(to_dict(config), manifest.config, same_ranks=manifest.layout == layout)
+    here, there = (dict(_flat(settings)) for settings in both)
     changes = []
     for key in [*there, *(key for key in here if key not in there)]:
         now, then = (settings.get(key, _default(key)) for settings in (here, there))
-        if key not in _OF_THE_COMMAND and now != then and not (_opened(key, now, there) or _opened(key, then, here)):
+        changed = now != then and not _is_same_path(key, now, then)
+        if key not in _OF_THE_COMMAND and changed and not (_opened(key, now, there) or _opened(key, then, here)):
             changes.append(f"{key} {_shown(then)} -> {_shown(now)}" + (" (allowed)" if key in ORDER_KEYS else ""))
     # A dataset that has lost its sidecar, or got one, is listed as well, and needs no leave.
     leave = " (allowed)" if DATA_FILES in config.allow_changes else ""
@@ -79,6 +87,48 @@ def describe_changes(
         if now_made_by.get(name, version) != version
     ]
     return [f"changed     {change}" for change in changes]
+
+
+def _with_one_spelling(
+    now: Mapping[str, Any], then: Mapping[str, Any], same_ranks: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both configurations with one spelling for settings that mean the same.
+
+    Args:
+        now: the run's own, as a nested dictionary.
+        then: that of the checkpoint.
+        same_ranks: whether the run has the ranks of the checkpoint along every axis: then it does not matter which of
+            them were given, and which followed from the number of ranks.
+    """
+    both = copy.deepcopy(dict(now)), copy.deepcopy(dict(then))
+    one_is_given = sum(_section(settings, "optimizer").get("decay_tokens") is None for settings in both) == 1
+    for settings in both:
+        model, optimizer = _section(settings, "model"), _section(settings, "optimizer")
+        if model.get("architecture") is not None:
+            # A path or the keys themselves. Another architecture than the checkpoint's is refused.
+            with suppress(UserError):
+                model["architecture"] = read_hf_config(model["architecture"])
+        if one_is_given and optimizer.get("schedule") == "wsd" and optimizer.get("decay_tokens") is None:
+            tokens = _section(settings, "training").get("train_tokens", 0)
+            optimizer["decay_tokens"] = max(1, (tokens - optimizer.get("schedule_start_tokens", 0)) // 10)
+        for axis in AXES if same_ranks else ():
+            _section(settings, "parallel").pop(axis, None)
+    return both
+
+
+def _section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = settings.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+_PATHS = re.compile(r"^model\.(initialize_from|tokenizer|architecture)$|^data\.validation\.|\]\.path$")
+
+
+def _is_same_path(key: str, now: Any, then: Any) -> bool:
+    """Whether both values of a setting that names a file or folder lead to the same one."""
+    if not (_PATHS.search(key) and isinstance(now, str) and isinstance(then, str)):
+        return False
+    return os.path.realpath(now) == os.path.realpath(then)
 
 
 def _opened(key: str, value: Any, others: Mapping[str, Any]) -> bool:

@@ -29,6 +29,8 @@ FORMAT_VERSION = 2
 WITHOUT_HASHES = 1
 """Format of manifests that list no files; still read."""
 _SEAL = "manifest_xxh3_128"
+_OPTIONAL = {"emergency"}
+"""Fields that are left out where they are empty: manifests written before there were any are read alike."""
 
 
 @functools.cache
@@ -61,6 +63,8 @@ class Manifest:
     """Best evaluation so far: ``{"step", "name", "loss"}``."""
     health: dict[str, Any] = field(default_factory=dict)
     """See :meth:`retemper.engine.health.Health.state`."""
+    emergency: str = ""
+    """What failed in the step after this one, where the checkpoint was written because of it. Left out where empty."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration of the run, its seed included."""
     world_size: int = 1
@@ -102,6 +106,7 @@ def write_manifest(folder: Path, manifest: Manifest, hashed: Mapping[str, FileRe
     records.pop(MANIFEST_FILE, None)
     files = {name: dataclasses.asdict(records[name]) for name in sorted(records)}
     content = dataclasses.asdict(dataclasses.replace(manifest, files=files))
+    content = {key: value for key, value in content.items() if value or key not in _OPTIONAL}
     (folder / MANIFEST_FILE).write_text(sealed(content), encoding="utf-8")
 
 
@@ -153,7 +158,7 @@ def _checked(content: Any, text: str, path: Path) -> Manifest:
         if not _is_sealed(content, text):
             raise DamagedCheckpoint(f"{path}: damaged, {_SEAL} is not that of the rest; use another checkpoint")
         del content[_SEAL]
-        unexpected = content.keys() ^ _names(_EMPTY)
+        unexpected = content.keys() ^ _names(_EMPTY) - (_OPTIONAL - content.keys())
     if unexpected or "kind" not in content:
         raise DamagedCheckpoint(f"{path}: damaged, unexpected or missing keys {sorted(unexpected)}")
     for key, value in content.items():
@@ -260,7 +265,10 @@ _NESTED: dict[str, Check] = {
     "kind": lambda value: value in ("training", "converted"),
     "sample_order": _nothing_or(_is_sample_order),
     "datasets": _table(
-        _record({"tokens": _is_count, "hash": _optional(_is_text)}, {"mask": _optional(_is_text)}),
+        _record(
+            {"tokens": _is_count, "hash": _optional(_is_text)},
+            {"mask": _optional(_is_text), "bos": _optional(_list(_is_count))},
+        ),
     ),
     "config": _record({}, {"training": _record({}, {"sequence_length": lambda value: _is_count(value) and value > 0})}),
     "evaluation": _table(_is_number),

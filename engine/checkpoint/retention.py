@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..config import CheckpointConfig
 from ..errors import UserError
 from .manifest import Manifest, read_manifest
 from .verify import wrong_sizes
@@ -27,7 +29,11 @@ def whole_checkpoints(folders: list[Path]) -> dict[Path, Manifest]:
 def reasons_to_keep(
     manifests: Mapping[Path, Manifest], keep_last: int, keep_every: int, best_step: int | None, rewind_steps: int = 0
 ) -> dict[Path, list[str]]:
-    """Why each checkpoint is kept: last, every, best, rewind, final; those with an empty list are not.
+    """Why each checkpoint is kept: last, every, best, rewind, final, emergency; those with an empty list are not.
+
+    One that was written because a step failed holds no other's place: it is kept until an ordinary one is newer.
+
+    "final" holds for the newest only: the last checkpoint of a budget that was raised since is one like the others.
 
     Args:
         manifests: by folder, oldest first.
@@ -37,7 +43,9 @@ def reasons_to_keep(
             a save that failed, the newest one that was the best when it was written is kept for it.
         rewind_steps: steps that the run goes back at least after a loss spike; 0: it does not.
     """
-    newest = list(manifests)[-keep_last:]
+    ordinary = [folder for folder, manifest in manifests.items() if not manifest.emergency]
+    newest = ordinary[-keep_last:]
+    last_step = manifests[ordinary[-1]].step if ordinary else -1
     steps = {manifest.step for manifest in manifests.values()}
     if best_step is not None and best_step not in steps:
         best_step = max((m.step for m in manifests.values() if m.best.get("step") == m.step), default=None)
@@ -49,7 +57,8 @@ def reasons_to_keep(
             "every": bool(keep_every) and manifest.step % keep_every == 0,
             "best": best_step is not None and manifest.step == best_step,
             "rewind": manifest.step in for_rewind,
-            "final": manifest.final,
+            "final": manifest.final and folder == newest[-1],
+            "emergency": bool(manifest.emergency) and manifest.step > last_step,
         }
         reasons[folder] = [reason for reason, true in holds.items() if true]
     return reasons
@@ -64,3 +73,26 @@ def _steps_for_rewind(steps: Sequence[int], rewind_steps: int) -> list[int]:
     """
     enough = [step for step in steps if step <= steps[-1] - rewind_steps]
     return enough[-1:] + list(steps[len(enough) : len(enough) + 1])
+
+
+def describe_rule(config: CheckpointConfig, eval_interval: int, first_set: str | None, rewind_steps: int) -> str:
+    """Which checkpoints a run keeps, for the log.
+
+    Args:
+        config: of the run.
+        eval_interval: steps between evaluations; 0: only at the end.
+        first_set: name of the validation set that decides which is the best; None without validation sets.
+        rewind_steps: see :func:`reasons_to_keep`.
+    """
+    parts = [f"the newest {config.keep_last}" if config.keep_last > 1 else "the newest"]
+    if config.keep_every:
+        parts.append(f"those at multiples of {config.keep_every:,} steps")
+    if first_set is not None and config.keep_best == "improved":
+        parts.append(f"the best by {first_set}, saved at every evaluation that is the best so far")
+    elif first_set is not None and config.keep_best:
+        common = math.lcm(config.save_interval, eval_interval)
+        when = f"every {common:,} steps and at the end" if eval_interval else "only at the end"
+        parts.append(f"the best by {first_set} of those that are saved where it is evaluated ({when})")
+    if rewind_steps:
+        parts.append(f"one that is {rewind_steps:,} steps old to rewind to")
+    return f"keeps       {', '.join(parts)}"

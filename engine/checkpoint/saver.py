@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -23,7 +24,7 @@ from ..parallel.process_group import Ranks
 from .assets import HfAssets
 from .manifest import Manifest
 from .staging import Staging
-from .store import CheckpointStore
+from .store import CheckpointStore, step_of
 
 
 class Saver:
@@ -94,7 +95,7 @@ class Saver:
             staged = staging.copy() if staging else None
             lines = [f"  saved {self._store.save(tensors, assets, manifest, staged)}"]
             try:
-                self._store.thin_out(best_step)
+                lines += [f"  {line}" for line in self._store.thin_out(best_step)]
             except UserError as error:  # the next one tries again
                 lines.append(f"  older checkpoints could not be removed: {error}")
             return lines
@@ -106,6 +107,30 @@ class Saver:
         else:
             arguments = (write, self._task, self._ranks.device)
             threading.Thread(target=_run, args=arguments, name="checkpoint", daemon=True).start()
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks, with the process group of this saver, for use while nothing is being written."""
+        return self._store.ranks
+
+    def settle(self) -> None:
+        """Wait for what is being written, without a message to another rank. Whether it succeeded does not matter."""
+        if self._task is not None:
+            wait_for([self._task])
+            self._task = None
+
+    def at_step(self, step: int) -> Path | None:
+        """The complete checkpoint of ``step``, if there is one. All ranks must call this after :meth:`settle`."""
+        complete = self.ranks.share(self._store.complete() if self._ranks.is_main else None)
+        return next((folder for folder in complete if step_of(folder) == step), None)
+
+    def save_now(self, tensors: Mapping[str, Tensor], assets: HfAssets, manifest: Manifest) -> Path:
+        """Write a checkpoint at once and remove none. All ranks must call this after :meth:`settle`.
+
+        Raises:
+            UserError: on every rank, when any of them cannot write.
+        """
+        return self._store.save(tensors, assets, manifest)
 
     def hold_update(self) -> None:
         """To be called before tensors change: they must have been copied. Waits for host memory, never for a GPU."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -21,10 +21,13 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..parallel.process_group import Ranks
 from .assets import ASSET_FOLDER, HfAssets
+from .destination import describe_pruning, describe_space, free_bytes, is_about_space
 from .hashing import FileRecord
 from .lock import run_folder_lock
 from .manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from .removal import remove_tree
 from .retention import reasons_to_keep, whole_checkpoints
+from .run_record import Origin, RunRecord, began_at, note_checkpoint, origin_of, require_no_lost_checkpoints
 from .tensors import save_tensors
 from .verify import Damage, find_damage
 
@@ -54,8 +57,12 @@ class CheckpointStore:
         self.keep_best = keep_best
         self.keep_every = keep_every
         self.rewind_steps = rewind_steps
+        self.expected_bytes = 0
+        """Estimated size of a checkpoint; 0 where it is not known."""
+        self.origin: Origin | None = None
+        """The checkpoint that ``resume: PATH`` named, where :meth:`resolve` chose it."""
         self._remarks: list[str] = []
-        """For the log: checkpoints in use that hold no hashes."""
+        """For the log: what is worth knowing of the checkpoint in use."""
         self._found: list[Path] = []
         """What :meth:`resolve` chose from."""
         self._damaged: list[tuple[Path, str]] = []
@@ -111,7 +118,10 @@ class CheckpointStore:
         # The main rank's answer counts: shared file systems may show a new folder to some nodes later than others.
         self._found = self.ranks.share(self.ranks.on_main(self._candidates))
         if resume == "auto":
-            return self._newest_sound(self._found)
+            newest = self._newest_sound(self._found)
+            if newest is None:
+                self._require_nothing_lost(resume)
+            return newest
         complete = self.ranks.share(self.ranks.on_main(self.complete))
         if resume == "none":
             if complete:
@@ -119,6 +129,11 @@ class CheckpointStore:
                     f"resume is none, but {self.folder} holds checkpoints; choose another run_folder or resume: auto"
                 )
             return None
+        began = self.ranks.share(self.ranks.on_main(lambda: began_at(self.folder.parent, complete, resume)))
+        own = [path for path in self._found if began is not None and step_of(path) > began]
+        if own:
+            self._remarks.append(f"resume      the run began at {resume}, and continues from its own newest checkpoint")
+            return self._newest_sound(own)
         manifest = self.require_sound(resume, "resume")
         if manifest.kind != "training":
             raise UserError(f"resume {resume}: it holds weights only; start from it with model.initialize_from")
@@ -127,7 +142,13 @@ class CheckpointStore:
                 f"resume {resume} is at step {manifest.step}, but {newer} is newer: to go on from there set resume to "
                 "auto, to go back choose another run_folder or move the newer checkpoints away"
             )
+        if not self._found:
+            self._require_nothing_lost(resume)
+        self.origin = origin_of(Path(resume), manifest.step)
         return Path(resume)
+
+    def _require_nothing_lost(self, resume: str) -> None:
+        self.ranks.on_main(lambda: require_no_lost_checkpoints(self.folder.parent, resume))
 
     def require_sound(self, folder: str, key: str) -> Manifest:
         """The manifest of a checkpoint that the setting ``key`` names, verified by all ranks. It is never renamed.
@@ -147,6 +168,7 @@ class CheckpointStore:
             if manifest is not None and manifest.step != step_of(folder):
                 problem = f"{folder}: its manifest is of step {manifest.step}"
             if manifest is not None and problem is None:
+                self._remarks += self.ranks.on_main(partial(self._newer_ones_lost, manifest.step)) or []
                 return folder
             self._damaged.append((folder, problem or ""))
         former = self._damaged[0][1] if self._damaged else next(map(str, sorted(self.folder.glob("step-*"))), None)
@@ -156,6 +178,17 @@ class CheckpointStore:
                 "back, or move these away to start from the beginning, or choose another run_folder"
             )
         return None
+
+    def _newer_ones_lost(self, step: int) -> list[str]:
+        """A line where checkpoints of later steps than ``step`` have been moved away, and not by this program."""
+        record = RunRecord.read(self.folder.parent)
+        newest = record.newest_step if record else None
+        if newest is None or newest <= step or any(self.folder.glob(f"step-{newest:08d}*")):
+            return []
+        return [
+            f"note: the run has written a checkpoint of step {newest:,}, which is not in {self.folder} any more; it "
+            f"continues from step {step:,}"
+        ]
 
     def _examine(self, folder: Path) -> tuple[Manifest | None, str | None]:
         """The manifest of ``folder``, and what is wrong with it; every rank reads a share of the files."""
@@ -216,6 +249,7 @@ class CheckpointStore:
         # The newest first: killed half-way, this leaves all that are older. From the newest of these the run comes to
         # the spike again, and goes back again.
         newer = [folder for folder in reversed(self._candidates()) if step_of(folder) > step]
+        note_checkpoint(self.folder.parent, step)
         return [f"  {folder} renamed to {_renamed(folder, REWOUND)}: the run goes back behind it" for folder in newer]
 
     def save(
@@ -244,11 +278,28 @@ class CheckpointStore:
             records = self.ranks.gather(save_tensors(temporary, tensors, staged, self.ranks.group))
             hashed = {name: record for of_rank in records for name, record in of_rank.items()}
             self.ranks.on_main(lambda: self._publish(temporary, final, assets, manifest, hashed))
-        except BaseException:
+        except BaseException as error:
             if self.ranks.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
+                remove_tree(temporary)
+            if isinstance(error, UserError) and is_about_space(str(error)):
+                raise UserError(f"{error}; {self._describe_full_disk()}") from None
             raise
         return final
+
+    def _describe_full_disk(self) -> str:
+        try:
+            said = describe_space(self.expected_bytes, free_bytes(self.folder), "a checkpoint")
+            return f"{said}; {self.describe_pruning()}"
+        except OSError:  # a disk that is not only full
+            return "no space left for a checkpoint"
+
+    def describe_pruning(self) -> str:
+        """What makes space on the disk of the checkpoints."""
+        whole = whole_checkpoints(self.complete())
+        best = list(whole.values())[-1].best.get("step") if whole else None
+        reasons = reasons_to_keep(whole, 1, self.keep_every, best)
+        removable = [folder for folder, why in reasons.items() if not why]
+        return describe_pruning(self.folder.parent, removable, self.keep_every)
 
     def _temporary_name(self, checkpoint: Path) -> Path:
         return self.folder / f".{checkpoint.name}.{uuid.uuid4().hex}.tmp"
@@ -275,37 +326,63 @@ class CheckpointStore:
         sync_path(temporary / MANIFEST_FILE)
         sync_path(temporary)
         temporary.rename(final)
+        note_checkpoint(self.folder.parent, manifest.step)
         sync_path(self.folder)
         sync_path(self.folder.parent)  # in which the first checkpoint's folder is new
 
-    def thin_out(self, best_step: int | None) -> None:
-        """Remove the checkpoints that nothing of :func:`reasons_to_keep` holds for; damaged ones stay as they are."""
-        self.ranks.on_main(lambda: self._thin_out(best_step))
+    def thin_out(self, best_step: int | None) -> list[str]:
+        """Remove the checkpoints that nothing of :func:`reasons_to_keep` holds for; damaged ones stay as they are.
 
-    def _thin_out(self, best_step: int | None) -> None:
+        Returns:
+            lines about those that could not be removed, on the main rank.
+        """
+        return self.ranks.on_main(lambda: self._thin_out(best_step)) or []
+
+    def _thin_out(self, best_step: int | None) -> list[str]:
         whole = whole_checkpoints(self.complete())
         best_step = best_step if self.keep_best else None
         reasons = reasons_to_keep(whole, self.keep_last, self.keep_every, best_step, self.rewind_steps)
-        for checkpoint in (folder for folder, why in reasons.items() if not why):
-            self.remove(checkpoint)
+        problems = [problem for folder, why in reasons.items() if not why for problem in self.remove(folder)]
+        return [_not_removed("an older checkpoint", problems)] if problems else []
 
-    def remove(self, checkpoint: Path) -> None:
-        """Remove one checkpoint."""
+    def remove(self, checkpoint: Path) -> list[str]:
+        """Remove one checkpoint. Of a link, what it leads to stays.
+
+        Returns:
+            what could not be removed, and why, with full paths.
+        """
+        if checkpoint.is_symlink():
+            return remove_tree(checkpoint)
         # Renamed first: killed half-way, this leaves a leftover and not half a checkpoint.
-        trash = checkpoint.rename(self._temporary_name(checkpoint))
-        shutil.rmtree(trash)
+        try:
+            trash = checkpoint.rename(self._temporary_name(checkpoint))
+        except OSError as error:
+            return [f"{checkpoint.absolute()}: {error.strerror or error}"]
+        return remove_tree(trash)
 
     def remove_leftovers(self) -> list[str]:
-        """Remove what killed runs left half-written or half-removed; returns lines for the log, on the main rank."""
+        """Remove what killed runs left half-written or half-removed. What cannot be removed is passed over.
+
+        Returns:
+            lines for the log, on the main rank.
+        """
         return self.ranks.on_main(self._remove_leftovers) or []
 
     def _remove_leftovers(self) -> list[str]:
         if not self.folder.is_dir():
             return []
-        leftovers = [entry for entry in self.folder.iterdir() if _TEMPORARY.match(entry.name) and entry.is_dir()]
-        for entry in leftovers:
-            shutil.rmtree(entry)
-        return [f"removed {entry}, which a killed run had left incomplete" for entry in leftovers]
+        lines = []
+        for entry in sorted(self.folder.iterdir()):
+            if _TEMPORARY.match(entry.name) and (entry.is_symlink() or entry.is_dir()):
+                problems = remove_tree(entry)
+                said = f"removed {entry}, which a killed run had left incomplete"
+                lines.append(_not_removed("a leftover of a killed run", problems) if problems else said)
+        return lines
+
+
+def _not_removed(what: str, problems: list[str]) -> str:
+    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return f"note: {what} could not be removed: {problems[0]}{more}; remove it yourself, nothing reads it"
 
 
 def _renamed(folder: Path, ending: str) -> Path:

@@ -253,13 +253,21 @@ def check_model_tensors(folder: str | Path, model: ParameterOwner) -> None:
 
 
 def describe_difference(stored: Mapping[str, StoredTensor], model: ParameterOwner) -> str:
-    """How names and shapes of ``stored`` differ from the parameters of ``model``, in a line; empty when they do not."""
+    """How names and shapes of ``stored`` differ from the parameters of ``model``, in a line; empty when they do not.
+
+    It names some of what is missing, of what is there instead, and of what has another shape.
+    """
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    problems = [f"missing {name}" for name in wanted if name not in stored]
-    problems += [f"unexpected {name}" for name in stored if name not in wanted]
-    problems += [
+    missing = [name for name in wanted if name not in stored]
+    unexpected = [name for name in stored if name not in wanted]
+    shapes = [
         f"{name} is {list(stored[name].shape)}, the model wants {list(shape)}"
         for name, shape in wanted.items()
         if name in stored and stored[name].shape != shape
     ]
-    return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+    groups = (("missing ", missing), ("unexpected ", unexpected), ("", shapes))
+    return "; ".join(prefix + _some_of(problems) for prefix, problems in groups if problems)
+
+
+def _some_of(problems: list[str]) -> str:
+    return ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")

@@ -16,7 +16,7 @@ from ..streaming.partial_folder import partial_folder
 from .checkpoint_model import CheckpointModel, open_checkpoint_model
 from .logits import compare_logits, describe_logits
 from .record import ConversionRecord
-from .run import parse_workers, require_outside, size_of, write_tensors
+from .run import nonfinite_option, parse_workers, require_outside, size_of, write_tensors
 from .vocabulary import ResizedVocabulary, resized_vocabulary
 
 
@@ -82,6 +82,7 @@ def convert(
     max_shard_size: str = DEFAULT_MAX_SHARD_SIZE,
     vocab_size: int | None = None,
     workers: int | None = None,
+    allow_nonfinite: bool = False,
     verify: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -95,6 +96,7 @@ def convert(
         max_shard_size: largest safetensors file, such as ``5GB``.
         vocab_size: rows that embedding and head are to have; by default as many as they have.
         workers: threads that copy tensors; by default one for each CPU, up to 8.
+        allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
         verify: compare logits with transformers. Needs 4 bytes of memory per parameter.
         say: takes the lines that tell what was cast and written.
 
@@ -108,9 +110,10 @@ def convert(
     model, source, tensors, record = export.model, export.source, export.tensors, export.record
     for line in [*model.notes, *describe_casts(model.stored.tensors, tensors), *source.describe()]:
         say(line)
+    record.options |= nonfinite_option(allow_nonfinite)
     model.verify(workers)
     with partial_folder(output, record.identity, say) as partial:
-        done = write_tensors(partial, export.plan.files, source, source.hashed_rows, workers)
+        done = write_tensors(partial, export.plan.files, source, source.hashed_rows, workers, allow_nonfinite)
         export.write_assets(partial.content)
         if verify:
             common = min(model.architecture.vocab_size, source.vocab_size)

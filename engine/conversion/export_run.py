@@ -22,6 +22,7 @@ from ..hugging_face.weight_dtypes import describe_casts
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
 from ..streaming.block_copy import OutputFile, WrittenFile, copy_files, default_workers
+from ..streaming.finite import OPTION
 from ..streaming.partial_folder import partial_folder
 from .dcp_to_hf import Export, plan_export
 from .record import CONVERSION_FILE, file_hash
@@ -32,8 +33,18 @@ FOLDER = "hf"
 KEY_OF_UPLOAD = "checkpoint.push_to_hub"
 
 
-def prepare_export(config: CheckpointConfig, ranks: Ranks) -> list[str]:
+def export_folder(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is exported to."""
+    return run_folder / FOLDER / f"step-{step:08d}"
+
+
+def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list[str]:
     """Find out before the training whether what comes after it is possible. All ranks call this.
+
+    Args:
+        config: of the run.
+        ranks: of the run.
+        output: :func:`export_folder` of its last step.
 
     Returns:
         lines for the log, on the main rank.
@@ -41,11 +52,21 @@ def prepare_export(config: CheckpointConfig, ranks: Ranks) -> list[str]:
     Raises:
         UserError: on every rank, when it is not.
     """
+    if config.export_hf:
+        ranks.on_main(lambda: _require_own(output))
     repository = config.push_to_hub
     if repository is None:
         return []
     place = ranks.on_main(lambda: open_repository(repository, KEY_OF_UPLOAD))
     return [f"upload      at the end, to {place}"]
+
+
+def _require_own(output: Path) -> None:
+    if os.path.lexists(output) and not (output / CONVERSION_FILE).is_file():
+        raise UserError(
+            f"{output}: in the place of the Hugging Face folder that checkpoint.export_hf makes at the end, and no "
+            f"export: it has no {CONVERSION_FILE}; move it away"
+        )
 
 
 def export_run(
@@ -75,7 +96,7 @@ def export_run(
     complete = ranks.share(ranks.on_main(store.complete))
     checkpoint = next((folder for folder in complete if step_of(folder) == step), resumed_from)
     assert checkpoint is not None
-    output = store.folder.parent / FOLDER / f"step-{step:08d}"
+    output = export_folder(store.folder.parent, step)
     try:
         if ranks.share(ranks.on_main(lambda: _is_there(output, checkpoint))):
             say(f"exported    {output} already")
@@ -195,7 +216,9 @@ class _Copying:
         source = self._export.source
         workers = max(1, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         try:
-            done = copy_files(self._folder, self._files, source, workers, source.hashed_rows, self._on_bytes)
+            rows = source.hashed_rows
+            remedy = f"go back to an earlier checkpoint, or give dcp_to_hf.py {OPTION}"
+            done = copy_files(self._folder, self._files, source, workers, rows, self._on_bytes, nonfinite_remedy=remedy)
         except _BrokenOff:
             return []
         return list(done.values())

@@ -18,7 +18,7 @@ from ..streaming.tensor_files import CheckpointRows
 from .checkpoint_model import CheckpointPlan, seal
 from .logits import compare_logits, describe_logits
 from .record import ConversionRecord, file_hash, file_identity, require_same_source
-from .run import parse_workers, require_outside, size_of, write_tensors
+from .run import nonfinite_option, parse_workers, require_outside, size_of, write_tensors
 from .vocabulary import ResizedVocabulary, resized_vocabulary
 
 
@@ -29,6 +29,7 @@ def convert(
     vocab_size: int | None = None,
     pad_vocab_to_multiple_of: int | None = None,
     workers: int | None = None,
+    allow_nonfinite: bool = False,
     verify: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -41,6 +42,7 @@ def convert(
         vocab_size: rows that embedding and head are to have; by default as many as they have.
         pad_vocab_to_multiple_of: the same, as the next multiple of this number.
         workers: threads that copy tensors; by default one for each CPU, up to 8.
+        allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
         verify: compare logits with transformers. Needs 4 bytes of memory per parameter.
         say: takes the lines that tell what was cast, left out and written.
 
@@ -61,11 +63,11 @@ def convert(
     for line in [*model.notes, *describe_casts(model.tensors, tensors), *source.describe(), *_missing(assets, folder)]:
         say(line)
 
-    options = {"dtype": dtype, "vocab_size": source.vocab_size}
+    options = {"dtype": dtype, "vocab_size": source.vocab_size, **nonfinite_option(allow_nonfinite)}
     record = ConversionRecord("hf_to_dcp", identify(hf, folder, model), options, source.record, model.left_out)
     with partial_folder(output, record.identity, say) as partial:
         plan = CheckpointPlan(tensors)
-        done = write_tensors(partial, plan.files, source, source.hashed_rows, workers)
+        done = write_tensors(partial, plan.files, source, source.hashed_rows, workers, allow_nonfinite)
         require_same_source(folder, record.source, lambda: identify(hf, folder, model))
         plan.write_metadata(partial.content, done.values())
         assets.write(partial.content / ASSET_FOLDER)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...kernels.attention import choose_attention_backend
 from ..checkpoint.tensors import StoredTensor, model_tensors
 from ..errors import UserError
-from ..hugging_face.model import EMBEDDING
+from ..hugging_face.model import EMBEDDING, HEAD
 from ..model.architecture import Architecture
 from ..model.decoder import meta_decoder
 from ..model.packing import plan_packing
@@ -136,13 +136,20 @@ def _theirs(folder: Path, sequences: list[Tensor], rounded_to: Mapping[str, Stor
     try:
         config = AutoConfig.from_pretrained(folder, **options)
         # A folder whose embeddings have rows that its config does not know is loaded with all of them.
-        config.vocab_size = HfWeights(folder).tensors[EMBEDDING].shape[0]
+        stored = HfWeights(folder).tensors
+        config.vocab_size = (stored.get(EMBEDDING) or stored[HEAD]).shape[0]
         with _without_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=torch.float32, use_safetensors=True, **options
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--verify: transformers cannot load {folder}: {error}") from error
+    model, loading = loaded
+    if loading["missing_keys"]:  # it takes random values for them
+        raise Worthless(
+            f"--verify: transformers does not find {sorted(loading['missing_keys'])[0]} in {folder}, because of the "
+            "names of its tensors, so there is nothing to compare with; convert it without --verify"
+        )
     for name, parameter in model.named_parameters():
         parameter.copy_(_round(parameter, name, rounded_to))
     model.eval()

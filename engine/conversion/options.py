@@ -27,7 +27,8 @@ def add_shard_size(parser: argparse.ArgumentParser) -> None:
 
 
 def add_copying(parser: argparse.ArgumentParser) -> None:
-    """``--workers`` and ``--verify``."""
+    """``--allow-nonfinite``, ``--workers`` and ``--verify``."""
+    add_allow_nonfinite(parser)
     parser.add_argument(
         "--workers", type=int, metavar="N", help="threads that copy tensors (default: one for each CPU, up to 8)"
     )
@@ -35,6 +36,13 @@ def add_copying(parser: argparse.ArgumentParser) -> None:
         "--verify",
         action="store_true",
         help="also compare logits with transformers, on the CPU; needs 4 bytes of memory per parameter",
+    )
+
+
+def add_allow_nonfinite(parser: argparse.ArgumentParser) -> None:
+    """``--allow-nonfinite``."""
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="copy weights that are NaN or infinite (default: refuse them)"
     )
 
 

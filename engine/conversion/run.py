@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..streaming.block_copy import OutputFile, WrittenFile, copy_files, default_workers
-from ..streaming.partial_folder import PartialFolder
+from ..streaming.finite import REMEDY, NotFinite
+from ..streaming.partial_folder import PartialFolder, Worthless
 from ..streaming.tensor_source import TensorSource
 
 
@@ -38,6 +39,11 @@ def require_outside(output: Path, source: str | Path, option: str) -> None:
         raise UserError(f"--output {output}: it is inside {option} {source}; name a folder elsewhere")
 
 
+def nonfinite_option(allow_nonfinite: bool) -> dict[str, bool]:
+    """The option for ``conversion.json``: files that were copied with it are not taken up without it."""
+    return {"allow_nonfinite": True} if allow_nonfinite else {}
+
+
 @contextmanager
 def progress(description: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
     """A progress bar on a terminal; gives what is to hear of every block, from any thread."""
@@ -57,6 +63,7 @@ def write_tensors(
     source: TensorSource,
     hashed_rows: Mapping[str, int],
     workers: int,
+    allow_nonfinite: bool = False,
 ) -> dict[str, WrittenFile]:
     """Make ``files`` in ``partial``, but for those that a former run has made, which are read again.
 
@@ -76,7 +83,11 @@ def write_tensors(
             if before is not None and before.tensors.keys() == file.tensors.keys():
                 done[file.name] = before
         rest = [file for file in files if file.name not in done]
-        done |= copy_files(partial.content, rest, source, workers, hashed_rows, advance, partial.note)
+        remedy = None if allow_nonfinite else REMEDY
+        try:
+            done |= copy_files(partial.content, rest, source, workers, hashed_rows, advance, partial.note, remedy)
+        except NotFinite as error:  # other weights are another source, and the option makes another output
+            raise Worthless(str(error)) from None
     return {file.name: done[file.name] for file in files}
 
 

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..checkpoint.assets import TOKENIZER_FILE
 from ..checkpoint.tensors import StoredTensor
+from ..data.tokenizer_json import parse_tokenizer
 from ..errors import UserError
 from ..hugging_face.model import EMBEDDING, HEAD
 from ..model.architecture import LARGEST_SIZE
@@ -124,7 +124,7 @@ def resized_vocabulary(
 
 def _tokens_of(content: bytes) -> int:
     try:
-        ids = Tokenizer.from_buffer(content).get_vocab(with_added_tokens=True).values()
-    except Exception as error:  # the library has no narrower class
-        raise UserError(f"{TOKENIZER_FILE}: cannot be read, so rows cannot be cut safely: {error}") from None
+        ids = parse_tokenizer(content, TOKENIZER_FILE).get_vocab(with_added_tokens=True).values()
+    except UserError as error:
+        raise UserError(f"{error}: it cannot be read, so rows cannot be cut safely") from None
     return max(ids, default=-1) + 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,9 +15,11 @@ from ..config import DataConfig, SourceConfig, StageConfig
 from ..errors import UserError
 from .indexed_dataset import IndexedDataset
 from .sample_order import OrderedSource, SampleOrder
+from .samples import NamedDataset, check_windows, equal_datasets
 from .schedule import Schedule, Share, Stage
 from .sidecar import Sidecar, hash_file, require_same_dataset
 from .source import Source, split_source
+from .tokenizer_identity import TokenizerIdentity
 
 _INDEX_BYTES_CHECKED = 64 * 1024**2
 """An index of up to this size (3 million documents) is hashed at start, in milliseconds; a larger one would delay it.
@@ -36,10 +39,22 @@ class Catalog:
     """What is drawn from them; without ``data.stages`` a single one."""
     validation: dict[str, list[Source]]
     fingerprints: dict[str, dict[str, Any]]
-    """By training source: ``{"path", "tokens", "hash", "mask"}``. The hash is None where there is no sidecar; mask is
-    the loss mask's, empty without a sidecar and None without a mask."""
+    """By training source: ``{"path", "tokens", "hash", "mask", "bos"}``. The hash is None where there is no sidecar;
+    mask is the loss mask's, empty without a sidecar and None without a mask; bos are the ids that documents begin with,
+    None where that is not recorded."""
     unchecked: list[str] = field(default_factory=list)
     """Datasets without a sidecar: nothing says which tokenizer made them."""
+    remarks: list[str] = field(default_factory=list)
+    """What is unusual about datasets that can be used, for the user."""
+
+    def finish_checks(self) -> None:
+        """Wait for what opening has left to threads: the checks of very large indexes.
+
+        Raises:
+            UserError: an index is damaged.
+        """
+        for source in itertools.chain(self.train, *self.validation.values()):
+            source.dataset.finish_check()
 
     def sample_order(self, seed: int) -> SampleOrder:
         """The order of a fresh run."""
@@ -72,7 +87,7 @@ class Catalog:
 
 
 def open_catalog(
-    config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer_sha256: str | None, seed: int
+    config: DataConfig, plan: BatchPlan, vocab_size: int, tokenizer: TokenizerIdentity | None, seed: int
 ) -> Catalog:
     """Open every dataset that ``config`` names.
 
@@ -80,29 +95,34 @@ def open_catalog(
         config: names of the datasets, and how windows are made of them.
         plan: sequence length and global batch.
         vocab_size: of the model.
-        tokenizer_sha256: of the run's tokenizer; None checks no tokenizer.
+        tokenizer: of the run; None checks no tokenizer.
         seed: of the layouts of documents in windows.
 
     Raises:
-        UserError: a dataset is missing, damaged, made with another tokenizer, or too small.
+        UserError: a dataset is missing, damaged, made with another tokenizer, too small, or has nothing to predict.
     """
     train: dict[str, Source] = {}
     held_out, fingerprints, unchecked = [], {}, []
+    opened: list[NamedDataset] = []
     blends = [stage.train for stage in config.stages] or [config.train]
     for settings in {settings.identity: settings for blend in blends for settings in blend}.values():
-        dataset, sidecar = _open(settings.path, vocab_size, tokenizer_sha256)
+        dataset, sidecar = _open(settings.path, vocab_size, tokenizer)
         kept, left = split_source(settings.identity, dataset, plan.sequence_length, config.validation_fraction)
+        kept, left = (replace(part, bos_id=_bos_id(sidecar)) for part in (kept, left))
         unchecked += [] if sidecar else [settings.path]
+        opened.append(NamedDataset(f"training source '{settings.identity}'", settings.path, dataset, sidecar))
         _require_windows(kept, "train on")
+        check_windows(kept, vocab_size, config.attend_across_documents, all_ids=sidecar is None)
         train[kept.name] = kept.laid_out(config.packing, config.shuffle, seed)
         if config.validation_fraction > 0:
-            _require_windows(left, "hold out with this data.validation_fraction")
+            _require_targets(left, f"data.validation_fraction {config.validation_fraction:g} holds out")
             held_out.append(left)
         fingerprints[settings.identity] = {
             "path": settings.path,
             "tokens": dataset.num_tokens,
             "hash": sidecar.bin_xxh3_128 if sidecar else None,
             "mask": (sidecar.mask_xxh3_128 if sidecar else "") if dataset.has_loss_mask else None,
+            "bos": None if sidecar is None or sidecar.bos_ids is None else list(sidecar.bos_ids),
         }
     windows = sum(source.num_windows for source in train.values())
     if windows < plan.global_batch_size:
@@ -113,12 +133,14 @@ def open_catalog(
         )
     validation = {HELD_OUT: held_out} if held_out else {}
     for name, path in config.validation.items():
-        dataset, sidecar = _open(path, vocab_size, tokenizer_sha256)
+        dataset, sidecar = _open(path, vocab_size, tokenizer)
         unchecked += [] if sidecar else [path]
-        source = Source(name, dataset, plan.sequence_length, 0, dataset.num_tokens)
-        _require_windows(source, "evaluate on")
+        opened.append(NamedDataset(f"validation set '{name}'", path, dataset, sidecar))
+        source = Source(name, dataset, plan.sequence_length, 0, dataset.num_tokens, bos_id=_bos_id(sidecar))
+        _require_targets(source, "the set has")
         validation[name] = [source]
-    return Catalog(list(train.values()), _stages(config, train), validation, fingerprints, unchecked)
+    remarks = [*dict.fromkeys(line for one in opened for line in one.dataset.remarks), *equal_datasets(opened)]
+    return Catalog(list(train.values()), _stages(config, train), validation, fingerprints, unchecked, remarks)
 
 
 def _stages(config: DataConfig, sources: Mapping[str, Source]) -> list[Stage]:
@@ -159,7 +181,7 @@ def _share(settings: SourceConfig, source: Source, weights: str) -> Share:
     return Share(source.name, weight, min(caps, default=None))
 
 
-def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[IndexedDataset, Sidecar | None]:
+def _open(path: str, vocab_size: int, tokenizer: TokenizerIdentity | None) -> tuple[IndexedDataset, Sidecar | None]:
     dataset = IndexedDataset(path)
     sidecar = Sidecar.read(dataset.prefix)
     if sidecar is None:
@@ -168,11 +190,11 @@ def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[Ind
     small = os.path.getsize(dataset.idx_path) <= _INDEX_BYTES_CHECKED
     if small and hash_file(dataset.idx_path) != sidecar.idx_xxh3_128:
         raise UserError(f"{path}.idx is damaged: its hash is not the one in {path}.json; preprocess the corpus again")
-    if tokenizer_sha256 is not None and sidecar.tokenizer_sha256 != tokenizer_sha256:
+    if tokenizer is not None and not tokenizer.made(sidecar):
         raise UserError(
             f"{path}: made with tokenizer {sidecar.tokenizer} (sha256 {sidecar.tokenizer_sha256[:12]}...), but the "
-            f"model's tokenizer.json has sha256 {tokenizer_sha256[:12]}...; preprocess the corpus with the model's own "
-            "tokenizer, or set model.tokenizer to the folder of the one that was used"
+            f"model's tokenizer (sha256 {tokenizer.sha256[:12]}...) has another vocabulary or other rules; preprocess "
+            "the corpus with the model's own tokenizer, or set model.tokenizer to the folder of the one that was used"
         )
     if sidecar.max_token_id >= vocab_size:
         raise UserError(
@@ -182,9 +204,22 @@ def _open(path: str, vocab_size: int, tokenizer_sha256: str | None) -> tuple[Ind
     return dataset, sidecar
 
 
+def _bos_id(sidecar: Sidecar | None) -> int | None:
+    return sidecar.bos_ids[0] if sidecar is not None and sidecar.bos_ids else None
+
+
 def _require_windows(source: Source, purpose: str) -> None:
     if source.num_windows < 1:
         raise UserError(
             f"{source.dataset.prefix}: {source.stop - source.start:,} tokens are too few to {purpose}: one window "
             f"needs {source.sequence_length + 1:,}; add data or lower training.sequence_length"
+        )
+
+
+def _require_targets(source: Source, holder: str) -> None:
+    """Refuse a part to evaluate that has nothing to predict, whatever its documents and mask."""
+    if source.num_targets < 1:
+        raise UserError(
+            f"{source.dataset.prefix}: {holder} {source.stop - source.start} tokens, but an evaluation needs at least "
+            "2, one to predict from and one to predict; add data"
         )

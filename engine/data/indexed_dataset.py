@@ -2,37 +2,46 @@
 
 The ``.bin`` file is the tokens of all sequences, one after another, without a header. The ``.idx`` file says where each
 sequence lies; its layout is in index_format.py. Files made by Megatron-LM are read, and Megatron-LM reads the files
-made here. Opening is O(1) whatever the size; reading a range of tokens is one read of .bin and two or three of the
-index (file_entries.py). Sample order, packing and blending stand elsewhere: this module knows sequences, not samples.
+made here. Opening checks every entry of the index (index_check.py), of a very large one behind what follows. Reading a
+range of tokens is one read of .bin and two or three of the index (file_entries.py); where sequences are not in the
+order of the file, one read for each (scattered.py). This module knows sequences, not samples.
 """
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
+import threading
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
 from .file_entries import AscendingEntries, FileEntries
-from .index_format import CHUNK, DTYPES, HEADER, MAGIC, VERSION, dataset_prefix
+from .index_check import DAMAGED, IndexEntries, count_displaced, document_problem, require_token_size
+from .index_format import DTYPES, HEADER, MAGIC, VERSION, dataset_prefix
+from .scattered import ScatteredSequences
+
+CHECKED_ON_OPENING = 1 << 23
+"""Sequences up to which opening checks the whole index, in up to 50 ms. Of a larger one it checks some blocks; a thread
+checks all of them meanwhile, for :meth:`IndexedDataset.finish_check`."""
 
 
 class IndexedDataset:
     """A read-only indexed dataset.
 
-    Opening checks in O(1) that the two files belong together; :meth:`verify` checks every entry of the index. An
-    instance may be used after ``fork``; a pickled one opens the files again.
+    An instance may be used after ``fork``; a pickled one opens the files again.
 
     Args:
         prefix: path without suffix; with ``.bin`` or ``.idx`` it is accepted too.
+        check_whole: check also a very large index before anything else. False: leave that to :meth:`finish_check`.
 
     Raises:
         UserError: a file is missing, truncated, of another format, or the two do not belong together.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+    def __init__(self, prefix: str | os.PathLike[str], check_whole: bool = False) -> None:
         self.prefix = dataset_prefix(prefix)
         self.idx_path, self.bin_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
         self._idx = _map_file(self.idx_path)
@@ -40,21 +49,37 @@ class IndexedDataset:
         self.dtype, self._num_sequences, num_indices = self._read_header()
         lengths_at = HEADER.size
         pointers_at = lengths_at + 4 * self._num_sequences
-        indices_at = pointers_at + 8 * self._num_sequences
-        self._check_index_size(indices_at + 8 * num_indices, num_indices)
+        self._indices_at = pointers_at + 8 * self._num_sequences
+        self._check_index_size(self._indices_at + 8 * num_indices, num_indices)
         self.sequence_lengths: npt.NDArray[np.int32] = np.frombuffer(
             self._idx, dtype="<i4", count=self._num_sequences, offset=lengths_at
         )
         """int32[N], tokens in each sequence: a read-only view of the file, unaligned, so that most uses copy."""
-        self.document_indices: npt.NDArray[np.int64] = np.frombuffer(
-            self._idx, dtype="<i8", count=num_indices, offset=indices_at
-        )
-        """int64[D], first sequence of each document and N at the end: a read-only unaligned view of the file."""
         self._pointers = AscendingEntries(self.idx_path, "<i8", pointers_at, self._num_sequences, len(self._bin))
-        self._check_ends()
-        self._tokens = FileEntries(self.bin_path, self.dtype, 0, self.num_tokens)
+        self._entries = IndexEntries(
+            self.idx_path,
+            self.bin_path,
+            FileEntries(self.idx_path, "<i4", lengths_at, self._num_sequences),
+            self._pointers,
+            FileEntries(self.idx_path, "<i8", self._indices_at, num_indices),
+            len(self._bin),
+            self.dtype.itemsize,
+        )
+        self.remarks: list[str] = []
+        """What is unusual about the index, though the dataset can be read: for users."""
+        self._scattered: ScatteredSequences | None = None
+        self._each_sequence = False
+        """Whether the document indices are useless, so that each sequence is taken for a document."""
+        self._check_thread: threading.Thread | None = None
+        self._found_later: UserError | None = None
+        self._check(check_whole)
+        self._starts = self._scattered or self._pointers
+        self._num_tokens = len(self._bin) // self.dtype.itemsize
+        self._tokens = FileEntries(self.bin_path, self.dtype, 0, self._num_tokens)
         self.mask_path = f"{self.prefix}.mask.bin"
         self._mask = self._open_mask() if os.path.exists(self.mask_path) else None
+        if self._scattered is not None:
+            self._num_tokens = self._scattered.num_tokens
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         return IndexedDataset, (self.prefix,)
@@ -72,12 +97,41 @@ class IndexedDataset:
     @property
     def num_documents(self) -> int:
         """Documents, empty ones included."""
-        return len(self.document_indices) - 1
+        return self._num_sequences if self._each_sequence else len(self._entries.document_indices) - 1
+
+    @functools.cached_property
+    def document_indices(self) -> npt.NDArray[np.int64]:
+        """int64[D], first sequence of each document and N at the end: a read-only unaligned view of the file, or
+        0 .. N where the file's own are useless."""
+        if self._each_sequence:
+            return np.arange(self._num_sequences + 1)
+        return np.frombuffer(self._idx, dtype="<i8", count=self.num_documents + 1, offset=self._indices_at)
+
+    def document_edges(self, first: int, stop: int) -> npt.NDArray[np.int64]:
+        """A copy of ``document_indices[first:stop + 1]``, without a pass over the others."""
+        if self._each_sequence:
+            return np.arange(first, stop + 1)
+        return self._entries.document_indices[first : stop + 1].astype(np.int64)
+
+    @property
+    def document_index_ignored(self) -> bool:
+        """Whether the file's document indices are useless, so that each sequence is a document."""
+        return self._each_sequence
+
+    @property
+    def has_modes(self) -> bool:
+        """Whether the index ends with the modes of a multimodal dataset, which are not read."""
+        return len(self._idx) > self._indices_at + 8 * len(self._entries.document_indices)
+
+    @property
+    def in_file_order(self) -> bool:
+        """Whether every sequence begins in ``.bin`` where the one before ends."""
+        return self._scattered is None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in ``.bin``."""
-        return len(self._bin) // self.dtype.itemsize
+        """Tokens of all sequences."""
+        return self._num_tokens
 
     def __len__(self) -> int:
         return self._num_sequences
@@ -90,7 +144,7 @@ class IndexedDataset:
         """
         if not 0 <= index < self._num_sequences:
             raise IndexError(f"sequence {index} of {self._num_sequences} in {self.prefix}")
-        length = int(self.sequence_lengths[index])
+        length = self._entries.lengths[index]
         return np.frombuffer(self._bin, dtype=self.dtype, count=length, offset=self._pointers[index])
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -99,8 +153,14 @@ class IndexedDataset:
         Raises:
             IndexError: not 0 <= start <= stop <= num_tokens.
         """
+        return self.stored_tokens(start, stop).astype(np.int64)
+
+    def stored_tokens(self, start: int, stop: int) -> npt.NDArray[np.integer]:
+        """As :meth:`tokens`, in the file's dtype and read-only."""
         start, stop = self._checked_range(start, stop)
-        return self._tokens[start:stop].astype(np.int64)
+        if self._scattered is not None:
+            return _read_runs(self._tokens, self._scattered.runs(start, stop))
+        return self._tokens[start:stop]
 
     @property
     def has_loss_mask(self) -> bool:
@@ -113,10 +173,17 @@ class IndexedDataset:
         Raises:
             IndexError: not 0 <= start <= stop <= num_tokens.
         """
+        stored = self.stored_mask(start, stop)
+        return None if stored is None else stored != 0
+
+    def stored_mask(self, start: int, stop: int) -> npt.NDArray[np.integer] | None:
+        """As :meth:`loss_mask`, the file's bytes."""
         start, stop = self._checked_range(start, stop)
         if self._mask is None:
             return None
-        return self._mask[start:stop] != 0
+        if self._scattered is not None:
+            return _read_runs(self._mask, self._scattered.runs(start, stop))
+        return self._mask[start:stop]
 
     def sequence_start(self, index: int) -> int:
         """Position in tokens at which sequence ``index`` begins; ``num_tokens`` for ``index`` == N.
@@ -126,7 +193,7 @@ class IndexedDataset:
         """
         if not 0 <= index <= self._num_sequences:
             raise IndexError(f"sequence {index} of {self._num_sequences} in {self.prefix}")
-        return self.num_tokens if index == self._num_sequences else self._pointers[index] // self.dtype.itemsize
+        return self.num_tokens if index == self._num_sequences else self._starts[index] // self.dtype.itemsize
 
     def boundaries(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Positions strictly inside (``start``, ``stop``) at which a new sequence begins, int64, ascending, each once.
@@ -136,55 +203,79 @@ class IndexedDataset:
         """
         start, stop = self._checked_range(start, stop)
         itemsize = self.dtype.itemsize
-        pointers = self._pointers.between(start * itemsize + 1, stop * itemsize)
+        pointers = self._starts.between(start * itemsize + 1, stop * itemsize)
         # Sequences of length zero, which other writers may leave, begin where their successor does.
         repeated = pointers[1:] == pointers[:-1]
         return (np.delete(pointers, np.flatnonzero(repeated)) if repeated.any() else pointers) // itemsize
 
     def next_boundary(self, position: int) -> int:
         """The first position >= ``position`` at which a sequence begins, or ``num_tokens`` when there is none."""
-        return self.sequence_start(self._pointers.first_at_least(position * self.dtype.itemsize))
+        return self.sequence_start(self._starts.first_at_least(position * self.dtype.itemsize))
 
-    def verify(self) -> None:
-        """Check every length, pointer and document index: O(N) time, bounded memory.
+    def finish_check(self) -> None:
+        """Wait for the check of a very large index that opening began; others have been checked.
 
         Raises:
             UserError: names the first sequence or document that does not fit.
         """
-        end = 0
-        for first in range(0, self._num_sequences, CHUNK):
-            lengths = self.sequence_lengths[first : first + CHUNK].astype(np.int64)
-            pointers = self._pointers[first : first + CHUNK]
-            sizes = lengths * self.dtype.itemsize
-            expected = end + np.cumsum(sizes) - sizes
-            wrong = np.flatnonzero((lengths < 0) | (pointers != expected))
-            if len(wrong):
-                at = int(wrong[0])
+        if self._check_thread is not None:
+            self._check_thread.join()
+        if self._found_later is not None:
+            raise self._found_later
+
+    def _check(self, whole: bool) -> None:
+        """Find out how sequences lie in ``.bin``, and refuse what cannot be read."""
+        entries, later = self._entries, not whole and self._num_sequences > CHECKED_ON_OPENING
+        self._check_end(may_leave_tokens=True)
+        displaced = count_displaced(entries, entries.spread_blocks() if later else range(entries.num_blocks))
+        problem = document_problem(entries, ends_only=later)
+        if displaced and later:
+            displaced = count_displaced(entries, range(entries.num_blocks))
+        if displaced:
+            require_token_size(entries)
+            self._scattered = ScatteredSequences(entries.lengths, entries.pointers, entries.itemsize)
+            self._check_whole_tokens()
+            self.remarks.append(
+                f"{self.idx_path}: {displaced:,} of {self._num_sequences:,} sequences do not begin in .bin where the "
+                f"one before ends (filtered or permuted): they are read one by one, as Megatron-LM does, "
+                f"{self._scattered.num_tokens:,} tokens; {self.bin_path} holds "
+                f"{len(self._bin) // self.dtype.itemsize:,}"
+            )
+        else:
+            self._check_end()
+        if problem:
+            self._each_sequence = True
+            self.remarks.append(
+                f"{self.idx_path}: its list of documents {problem}, so it does not fit the {self._num_sequences:,} "
+                "sequences and is ignored: each sequence is taken for a document, as training does anyway "
+                "(tools/merge.py writes a correct index)"
+            )
+        if later:
+            self._check_thread = threading.Thread(target=self._check_rest, name="index-check", daemon=True)
+            self._check_thread.start()
+
+    def _check_rest(self) -> None:
+        """Check what opening has only sampled. Of a very large index most of which is as it should be, the rest is
+        damaged rather than filtered."""
+        try:
+            entries = self._entries
+            if count_displaced(entries, range(entries.num_blocks)) and self._scattered is None:
                 raise UserError(
-                    f"{self.idx_path}: sequence {first + at} of length {lengths[at]} points to byte {pointers[at]}, "
-                    f"but the sequences before it end at byte {expected[at]}: the index is damaged; build the dataset "
-                    "again"
+                    f"{self.idx_path}: some sequences do not begin in .bin where the one before ends, though most do; "
+                    "if that is meant, let tools/merge.py write the dataset in the order of its index; if not, "
+                    f"{DAMAGED}"
                 )
-            end = int(expected[-1] + sizes[-1])
-            _forget_pages(self._idx)
-        previous = 0
-        for first in range(0, len(self.document_indices), CHUNK):
-            indices = self.document_indices[first : first + CHUNK].astype(np.int64)
-            wrong = np.flatnonzero(np.diff(indices, prepend=previous) < 0)
-            if len(wrong):
-                raise UserError(
-                    f"{self.idx_path}: document index {first + int(wrong[0])} is {indices[wrong[0]]}, less than the "
-                    "one before it: the index is damaged; build the dataset again"
-                )
-            previous = int(indices[-1])
-            _forget_pages(self._idx)
+            if not self._each_sequence and (problem := document_problem(entries)):
+                raise UserError(f"{self.idx_path}: its list of documents {problem}: {DAMAGED}")
+        except UserError as error:
+            self._found_later = error
 
     def _open_mask(self) -> FileEntries:
         size = os.path.getsize(self.mask_path)
-        if size != self.num_tokens:
+        if size != len(self._tokens):
             raise UserError(
-                f"{self.mask_path}: {size} bytes, but {self.bin_path} holds {self.num_tokens} tokens: the mask belongs "
-                "to another dataset; build or copy all files again, or remove it to train on every token"
+                f"{self.mask_path}: {size} bytes, but {self.bin_path} holds {len(self._tokens)} tokens: the mask "
+                "belongs to another dataset; build or copy all files again, or remove it to train on every token"
             )
         return FileEntries(self.mask_path, "u1", 0, size)
 
@@ -223,36 +314,29 @@ class IndexedDataset:
                 f"document indices = {expected}: the file is truncated or damaged; build or copy the dataset again"
             )
 
-    def _check_ends(self) -> None:
-        """Check the first and the last entries against each other and against the size of ``.bin``."""
+    def _check_end(self, may_leave_tokens: bool = False) -> None:
+        """Check the end of the last sequence against the size of ``.bin``."""
         count, itemsize = self._num_sequences, self.dtype.itemsize
-        lengths_at, indices_at = HEADER.size, HEADER.size + 12 * count
-        indices = FileEntries(self.idx_path, "<i8", indices_at, len(self.document_indices))
-        lengths = FileEntries(self.idx_path, "<i4", lengths_at, count)
-        if len(indices) == 0 or indices[0] != 0 or indices[len(indices) - 1] != count:
-            ends = f"{indices[0]} .. {indices[len(indices) - 1]}" if len(indices) else "none"
-            raise UserError(
-                f"{self.idx_path}: document indices are {ends}, but must run from 0 to the number of sequences, {count}"
-                ": the index is damaged; build the dataset again"
-            )
-        if count and self._pointers[0] != 0:
-            raise UserError(
-                f"{self.idx_path}: the first sequence points to byte {self._pointers[0]}, not 0: the index is damaged; "
-                "build the dataset again"
-            )
-        pointer, length = (self._pointers[count - 1], lengths[count - 1]) if count else (0, 0)
-        if len(self._bin) != pointer + length * itemsize:
+        pointer, length = (self._pointers[count - 1], self._entries.lengths[count - 1]) if count else (0, 0)
+        past = pointer + length * itemsize - len(self._bin)
+        if (past > 0 and pointer >= 0 and length >= 0) or (past and not may_leave_tokens):
             raise UserError(
                 f"{self.bin_path}: {len(self._bin)} bytes, but {self.idx_path} ends at {pointer} + {length} tokens x "
                 f"{itemsize} bytes = {pointer + length * itemsize}: one of the two is truncated or belongs to another "
                 "dataset; build or copy both again"
             )
 
+    def _check_whole_tokens(self) -> None:
+        if len(self._bin) % self.dtype.itemsize:
+            raise UserError(
+                f"{self.bin_path}: {len(self._bin)} bytes are not a multiple of {self.dtype.itemsize}, the size of a "
+                "token: the file is truncated; build or copy the dataset again"
+            )
 
-def _forget_pages(mapped: mmap.mmap | bytes) -> None:
-    """Let pages that were read no longer count as this process's memory; the page cache keeps them."""
-    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
+
+def _read_runs(entries: FileEntries, runs: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
+    parts = [entries[start:stop] for start, stop in runs.tolist()]
+    return np.concatenate(parts) if parts else entries[0:0]
 
 
 def _map_file(path: str) -> mmap.mmap | bytes:

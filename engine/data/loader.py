@@ -66,28 +66,46 @@ def validation_batches(
     attend_across_documents: bool,
     max_tokens: int,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a validation set: all its windows, or as many as make ``max_tokens`` tokens, spread
-    evenly over all sources. The same ones each time.
+    """This rank's micro-batches of a validation set: all its targets, the last window of each source being shorter; or
+    as many whole windows as make ``max_tokens`` tokens, spread evenly over all sources. The same ones each time.
 
     Every rank gets the same number of micro-batches, since they compute together: places beyond the last window are
     filled with masked tokens.
     """
-    ends = list(itertools.accumulate(source.num_windows for source in sources))
-    count = min(ends[-1], max(1, max_tokens // plan.sequence_length))
+    ends, count = _windows_evaluated(sources, plan.sequence_length, max_tokens)
 
     def window(place: int) -> Window | None:
         if place >= count:
             return None
         number = place * ends[-1] // count
         position = bisect.bisect_right(ends, number)
-        source = sources[position]
-        return source.window(number - ends[position] + source.num_windows, vocab_size)
+        first = ends[position - 1] if position else 0
+        return sources[position].window(number - first, vocab_size)
 
     width = plan.micro_batch_size * plan.data_parallel_size
     for first in range(0, count, width):
         mine = first + data_rank * plan.micro_batch_size
         windows = [window(place) for place in range(mine, mine + plan.micro_batch_size)]
         yield pack(windows, plan.sequence_length, attend_across_documents)
+
+
+def _windows_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
+    """(running sum of the windows of each source, how many of them are evaluated)."""
+    ends = list(itertools.accumulate(source.num_windows_with_tail for source in sources))
+    if sum(source.num_targets for source in sources) <= max_tokens:
+        return ends, ends[-1]
+    whole = list(itertools.accumulate(source.num_windows for source in sources))
+    ends = whole if whole[-1] else ends
+    return ends, min(ends[-1], max(1, max_tokens // sequence_length))
+
+
+def describe_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> str:
+    """Which part of a validation set is evaluated."""
+    _, count = _windows_evaluated(sources, sequence_length, max_tokens)
+    total = sum(source.num_windows_with_tail for source in sources)
+    if count == total:
+        return f"all windows ({total:,}), none left out"
+    return f"{count:,} of {total:,} windows, spread evenly; training.eval_tokens {max_tokens:,} leaves out the others"
 
 
 class Prefetcher:

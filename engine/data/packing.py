@@ -48,10 +48,11 @@ class MicroBatch(NamedTuple):
 def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_documents: bool) -> MicroBatch:
     """Lay windows end to end.
 
-    A window that is None is a place that must be filled and must not count: its targets are all masked. With
+    A window that is None is a place that must be filled and must not count: its targets are all masked. So is what a
+    shorter window leaves of its place, a document of its own. With
     ``attend_across_documents`` a window is one document; without, attention and positions restart where documents or
     pieces of documents begin, and the target of a document's last token (which is of another document) is masked. What
-    a dataset's loss mask leaves out is masked in both.
+    a dataset's loss mask leaves out is masked in both, and so is the BOS of the next document.
     """
     num_tokens = len(windows) * sequence_length
     tokens = np.zeros(num_tokens, dtype=np.int64)
@@ -62,7 +63,7 @@ def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_d
         starts.append([offset])
         if window is None:
             continue
-        part = slice(offset, offset + sequence_length)
+        part = slice(offset, offset + len(window.tokens))
         tokens[part] = window.tokens
         targets[part] = window.targets
         if window.predicted is not None:
@@ -70,6 +71,12 @@ def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_d
         if not attend_across_documents:
             targets[offset + window.ends] = IGNORE_INDEX
             starts.append(offset + window.starts)
+        elif window.bos_id is not None:
+            # Where a text begins cannot be predicted: the loss would drop with every document that a window holds.
+            ends = offset + window.ends
+            targets[ends[targets[ends] == window.bos_id]] = IGNORE_INDEX
+        if len(window.tokens) < sequence_length:
+            starts.append([part.stop])
     cu_seqlens = np.concatenate((*starts, [num_tokens]))
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     position_ids = np.arange(num_tokens) - np.repeat(cu_seqlens[:-1], lengths)

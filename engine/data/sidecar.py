@@ -53,7 +53,7 @@ class Sidecar:
     tokenizer: str
     """Folder, file or Hugging Face Hub name, as it was given."""
     tokenizer_sha256: str
-    """SHA-256 of the tokenizer's file, in hexadecimal: the same vocabulary under another name has the same hash."""
+    """SHA-256 of the tokenizer's file, in hexadecimal."""
     vocab_size: int
     """Every token id of the tokenizer, added tokens included, is below it."""
     append_eod: bool
@@ -81,6 +81,17 @@ class Sidecar:
     """xxh3-128 of .mask.bin; empty when there is none."""
     metadata_xxh3_128: str = ""
     """xxh3-128 of .metadata.jsonl; empty when there is none."""
+    bos_token: str | None = None
+    """What each document begins with, the BOS, written out; None: no token is added there. Of conversations, what the
+    chat template begins with."""
+    bos_ids: tuple[int, ...] | None = None
+    """Its ids; empty: no token is added. None: not recorded, in datasets of earlier versions."""
+    eos_ids: tuple[int, ...] | None = None
+    """What the tokenizer puts behind a text, before the end-of-document token; nearly always empty. None: not
+    recorded."""
+    tokenizer_fingerprint: str = ""
+    """The tokenizer's vocabulary and behaviour, see :mod:`tokenizer_fingerprint`; empty in datasets of earlier
+    versions."""
 
     @staticmethod
     def read(prefix: str | os.PathLike[str]) -> Sidecar | None:
@@ -107,6 +118,7 @@ class Sidecar:
         if not isinstance(sources, list):
             raise UserError(f"{path}: sources is not a list; {_REMEDY}")
         record["sources"] = tuple(_from_record(InputSource, source, path) for source in sources)
+        record = {**_ADDED_LATER, **record}
         return _from_record(Sidecar, record, path)
 
     def to_json(self) -> bytes:
@@ -140,6 +152,11 @@ def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
     Raises:
         UserError: the first thing that does not fit.
     """
+    if dataset.remarks:  # which may be meant in a dataset of others, but what has a sidecar was written in order
+        raise UserError(
+            f"{dataset.remarks[0]}; {dataset.prefix}.json says that it was written here, where that is damage: build "
+            "or copy all files of the dataset again, or remove the .json if the index was changed on purpose"
+        )
     facts: tuple[tuple[str, object, object], ...] = (
         ("documents", sidecar.documents, dataset.num_documents),
         ("tokens", sidecar.tokens, dataset.num_tokens),
@@ -154,6 +171,8 @@ def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
             )
 
 
+_ADDED_LATER: dict[str, Any] = {"tokenizer_fingerprint": "", "bos_token": None, "bos_ids": None, "eos_ids": None}
+"""Fields that sidecars of this format version may lack, with their values there."""
 _REMEDY = "build the dataset again, or remove this file to go without the checks that it allows"
 
 
@@ -177,6 +196,11 @@ def _from_record(kind: type[_Record], record: Any, path: Path) -> _Record:
         raise UserError(f"{path}: unknown {', '.join(unknown)}; {_REMEDY}")
     for name, hint in get_type_hints(kind).items():
         value = record[name]
+        if name in ("bos_ids", "eos_ids"):
+            if value is not None and not (isinstance(value, list) and all(type(number) is int for number in value)):
+                raise UserError(f"{path}: {name} is {value!r}, not a list of token ids; {_REMEDY}")
+            record = {**record, name: None if value is None else tuple(value)}
+            continue
         wanted = tuple if name == "sources" else dict if get_origin(hint) is dict else hint
         fits = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
         if hint == dict[str, int]:

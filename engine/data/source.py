@@ -21,7 +21,7 @@ from .layout import DocumentLayout, Group, Pieces, in_windows, pieces_between
 
 
 class Window(NamedTuple):
-    """One sample before packing."""
+    """One sample before packing. S is the sequence length, or less in the last window of a validation set."""
 
     tokens: npt.NDArray[np.int64]
     """[S] token ids."""
@@ -34,6 +34,8 @@ class Window(NamedTuple):
     """Positions in 0..S-1 of documents' last tokens."""
     predicted: npt.NDArray[np.bool_] | None = None
     """[S] whether the target counts, by the dataset's loss mask. None: all do."""
+    bos_id: int | None = None
+    """What documents begin with, where that is a BOS: it is no target, not even behind the document before it."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,23 @@ class Source:
     stop: int
     layout: DocumentLayout | None = None
     """How documents are laid out anew. None: windows are read as they lie in the file, the same in all epochs."""
+    bos_id: int | None = None
+    """See :attr:`Window.bos_id`."""
 
     @property
     def num_windows(self) -> int:
-        """Whole windows in this part."""
-        return max(0, (self.stop - self.start - 1) // self.sequence_length)
+        """Whole windows in this part: what is trained on."""
+        return self.num_targets // self.sequence_length
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens in this part that follow another, before any masking."""
+        return max(0, self.stop - self.start - 1)
+
+    @property
+    def num_windows_with_tail(self) -> int:
+        """Windows in this part, the last of which may be shorter: what is evaluated."""
+        return -(-self.num_targets // self.sequence_length)
 
     def laid_out(
         self, packing: Literal["concat", "best_fit"], shuffle: Literal["windows", "documents"], seed: int
@@ -82,16 +96,17 @@ class Source:
         return in_windows(documents, count, self.sequence_length)
 
     def window(self, index: int, vocab_size: int, epoch: int = 0) -> Window:
-        """Read window ``index`` as it is in ``epoch``.
+        """Read window ``index`` as it is in ``epoch``; without a layout there may be a last one that is shorter.
 
         Raises:
             UserError: a token id is outside ``[0, vocab_size)``.
         """
-        assert 0 <= index < self.num_windows
         if self.layout is not None:
+            assert 0 <= index < self.num_windows
             return self._read_pieces(self.layout.window(index, epoch), vocab_size)
+        assert 0 <= index < self.num_windows_with_tail
         start = self.start + index * self.sequence_length
-        stop = start + self.sequence_length + 1
+        stop = min(start + self.sequence_length + 1, self.stop)
         ids = self.dataset.tokens(start, stop)
         self._check(ids, vocab_size, lambda place: start + place)
         boundaries = self.dataset.boundaries(start, stop) - start
@@ -99,9 +114,10 @@ class Source:
         return Window(
             ids[:-1],
             ids[1:],
-            boundaries[boundaries < self.sequence_length],
+            boundaries[boundaries < len(ids) - 1],
             boundaries - 1,
             None if mask is None else mask[1:],
+            self.bos_id,
         )
 
     def _read_pieces(self, pieces: Pieces, vocab_size: int) -> Window:
@@ -130,7 +146,7 @@ class Source:
         inner = ends[ends < self.sequence_length - 1]
         targets[inner], counts[inner] = tokens[inner + 1], may_count[inner + 1]
         counts[ends[len(inner) :]] = False
-        return Window(tokens, targets, stops[:-1], ends, counts)
+        return Window(tokens, targets, stops[:-1], ends, counts, self.bos_id)
 
     def _check(self, ids: npt.NDArray[np.int64], vocab_size: int, position: Callable[[int], int]) -> None:
         """Refuse token ``ids`` outside the vocabulary; ``position`` says where in the dataset the n-th of them lies."""

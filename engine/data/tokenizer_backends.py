@@ -7,6 +7,7 @@ are switched off. The libraries are imported when a tokenizer of theirs is loade
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from itertools import chain
@@ -18,6 +19,9 @@ import numpy.typing as npt
 
 from ..errors import UserError
 from .tokenizer_files import CONFIG_FILES, read_config
+from .tokenizer_fingerprint import fingerprint_of, fingerprint_of_json, vocab_text
+from .tokenizer_json import parse_tokenizer
+from .tokenizer_probes import PROBES
 
 FlatIds = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 """Ids of all texts laid end to end, int32[T], and the number of ids of each, int64[texts]."""
@@ -43,8 +47,11 @@ class Reference(Protocol):
     def encode(self, texts: Sequence[str]) -> FlatIds:
         """Ids of each text. A text that is not Unicode raises whatever the library raises."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, special tokens written out, unknown ids left out."""
+    def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
+        """Text of ``ids``, with special tokens written out or left out, and unknown ids left out."""
+
+    def fingerprint(self) -> str:
+        """What tells it from other tokenizers; see :mod:`tokenizer_fingerprint`."""
 
     def document_end(self, token: str | None) -> tuple[str, int]:
         """The token that ends a document (``token``, or by default the tokenizer's own), and its id."""
@@ -62,25 +69,19 @@ class TokenizersReference:
     """
 
     def __init__(self, name: str, file: Path, content: bytes, allow_special_tokens: bool) -> None:
-        from tokenizers import Tokenizer
-
         self._name = name
         self._folder = file.parent
         self.changes = 0
-        try:
-            self._tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception for a file that it cannot parse
-            raise UserError(
-                f"{file}: not a tokenizer that the tokenizers library can read: {one_line(error)}"
-            ) from error
+        self._tokenizer = parse_tokenizer(content, file)
         self.library = f"tokenizers {version('tokenizers')}"
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._matched = [
+            (token_id, token.content, token.lstrip, token.rstrip, token.single_word, token.normalized)
+            for token_id, token in sorted(self._tokenizer.get_added_tokens_decoder().items())
+            if not token.special
+        ]
         self._allow_special_tokens = allow_special_tokens
         self._tokenizer.encode_special_tokens = not allow_special_tokens
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        if getattr(self._tokenizer.model, "dropout", None) is not None:
-            self._tokenizer.model.dropout = None
         # Only recent versions of the library have the variant that does not track character offsets.
         self._encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
 
@@ -88,9 +89,9 @@ class TokenizersReference:
         """See :class:`Reference`."""
         return flatten([encoding.ids for encoding in self._encode(list(texts), add_special_tokens=False)])
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
         """See :class:`Reference`."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self._tokenizer.decode(ids, skip_special_tokens=not special_tokens)
 
     def document_end(self, token: str | None) -> tuple[str, int]:
         """``token``; else ``<|endoftext|>`` where the vocabulary has it; else the EOS that tokenizer_config.json or
@@ -122,6 +123,19 @@ class TokenizersReference:
                 "another token with --eod-token, or pass --allow-special-tokens"
             )
         return token, token_id
+
+    def fingerprint(self) -> str:
+        """See :class:`Reference`. :meth:`document_end` does not change it."""
+        return fingerprint_of_json(self._tokenizer, self._matched, self.encode(PROBES)[0].tolist())
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token, if there is such a one."""
+        return self._tokenizer.token_to_id(token)
+
+    @property
+    def matched(self) -> list[str]:
+        """The added tokens of the file that are matched in text."""
+        return [content for _, content, *_ in self._matched]
 
     def to_json(self) -> str:
         """The tokenizer as it is now, as a ``tokenizer.json``."""
@@ -160,6 +174,7 @@ class SentencePieceReference:
             raise UserError(f"{file}: a .model file needs sentencepiece: pip install sentencepiece") from error
 
         self._name = name
+        self._folder = file.parent
         self.changes = 0
         self._model = SentencePieceProcessor()
         try:
@@ -175,7 +190,7 @@ class SentencePieceReference:
         """See :class:`Reference`."""
         return flatten(self._model.Encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=1))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
         """See :class:`Reference`. Each run of ids between control pieces is decoded by itself."""
         parts: list[str] = []
         run: list[int] = []
@@ -185,9 +200,18 @@ class SentencePieceReference:
             if not self._model.IsControl(token):
                 run.append(token)
                 continue
-            parts += [self._model.Decode(run) if run else "", self._model.IdToPiece(token)]
-            run = []
+            if special_tokens:
+                parts += [self._model.Decode(run) if run else "", self._model.IdToPiece(token)]
+                run = []
         return "".join([*parts, self._model.Decode(run) if run else ""])
+
+    def fingerprint(self) -> str:
+        """See :class:`Reference`."""
+        model, ids = self._model, range(self.vocab_size)
+        pieces = {str(model.IdToPiece(place)): place for place in ids}
+        kinds = [(model.GetScore(i), model.IsControl(i), model.IsUnused(i), model.IsByte(i)) for i in ids]
+        rules = json.dumps(kinds).encode()
+        return fingerprint_of("sentencepiece", vocab_text(pieces), [], rules, self.encode(PROBES)[0].tolist())
 
     def document_end(self, token: str | None) -> tuple[str, int]:
         """``token``, or the EOS piece.

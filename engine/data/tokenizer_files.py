@@ -102,6 +102,13 @@ def _find_in_folder(name: str, folder: Path) -> Path:
     ranks = sorted(name for name in names if name.endswith(TIKTOKEN_SUFFIX))
     if ranks:
         raise UserError(f"{name}: holds {' and '.join(ranks)}; name one of these files with --tokenizer")
+    if {"vocab.json", "merges.txt"} <= set(names):
+        raise UserError(
+            f"{name}: holds vocab.json and merges.txt, which do not say how text is cut, and no {TOKENIZER_FILE}; make "
+            "one with transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) where the model's "
+            "config.json is in the folder, else with the class instead of AutoTokenizer, such as Qwen2Tokenizer; or "
+            "name another tokenizer with --tokenizer"
+        )
     raise UserError(
         f"{name}: no {TOKENIZER_FILE} in this folder; save the tokenizer in the fast format (transformers: "
         "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)) or name another with --tokenizer (it has no "

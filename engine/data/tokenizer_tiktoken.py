@@ -24,6 +24,8 @@ import numpy as np
 
 from ..errors import UserError
 from .tokenizer_backends import DOCUMENT_END, MAX_ID, FlatIds, one_line
+from .tokenizer_fingerprint import fingerprint_of
+from .tokenizer_probes import PROBES
 
 _R50K_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 _CL100K_PATTERN = (
@@ -88,7 +90,9 @@ class TiktokenReference:
             installed.
     """
 
-    def __init__(self, name: str, file: Path, content: bytes, allow_special_tokens: bool) -> None:
+    def __init__(
+        self, name: str, file: Path, content: bytes, description: bytes | None, allow_special_tokens: bool
+    ) -> None:
         try:
             import tiktoken
         except ImportError as error:
@@ -97,7 +101,7 @@ class TiktokenReference:
         self._name = name
         self.changes = 0
         ranks = _parse_ranks(file, content)
-        encoding = _find_encoding(file)
+        encoding = _find_encoding(file, description)
         _check(file, ranks, encoding)
         try:
             self._encoding = tiktoken.Encoding(
@@ -113,6 +117,7 @@ class TiktokenReference:
         self.vocab_size = max(self._known_ids) + 1
         self._allowed = set(encoding.special_tokens) if allow_special_tokens else set()
         self._nfc = encoding.nfc
+        self._content, self._pattern = content, encoding.pattern
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
         """See :class:`~.tokenizer_backends.Reference`.
@@ -137,9 +142,16 @@ class TiktokenReference:
         lengths = np.fromiter(map(len, ids[1:]), np.int64, len(ids) - 1)
         return np.concatenate(ids).view(np.int32), lengths
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
         """See :class:`~.tokenizer_backends.Reference`. Bytes that are not UTF-8 become U+FFFD."""
-        return self._encoding.decode([token for token in ids if token in self._known_ids])
+        left_out = set() if special_tokens else set(self._special_tokens.values())
+        return self._encoding.decode([token for token in ids if token in self._known_ids and token not in left_out])
+
+    def fingerprint(self) -> str:
+        """See :class:`~.tokenizer_backends.Reference`."""
+        rules, special = f"{self._pattern}\0{self._nfc}".encode(), sorted(self._special_tokens.items())
+        ranks = b"\n".join(sorted(line for line in self._content.splitlines() if line))
+        return fingerprint_of("tiktoken", ranks, special, rules, self.encode(PROBES)[0].tolist())
 
     def document_end(self, token: str | None) -> tuple[str, int]:
         """``token``, or ``<|endoftext|>``: a special token.
@@ -157,6 +169,15 @@ class TiktokenReference:
         return token, self._special_tokens[token]
 
 
+def special_tokens_of(file: Path) -> dict[str, int]:
+    """Return the special tokens of the tiktoken ``file``, with their ids.
+
+    Raises:
+        UserError: see :class:`TiktokenReference`.
+    """
+    return _find_encoding(file).special_tokens
+
+
 def _parse_ranks(file: Path, content: bytes) -> dict[bytes, int]:
     ranks = {}
     for number, line in enumerate(content.splitlines(), 1):
@@ -172,22 +193,28 @@ def _parse_ranks(file: Path, content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _find_encoding(file: Path) -> Encoding:
-    """The encoding that the JSON file beside ``file`` describes, or the one known by the name of ``file``."""
+def _find_encoding(file: Path, description: bytes | None) -> Encoding:
+    """The encoding that the JSON file beside ``file`` describes, or the one known by the name of ``file``.
+
+    Args:
+        file: the tokenizer's file.
+        description: content of the JSON file; None where there is none.
+    """
     beside = file.with_suffix(".json")
-    try:
-        description = json.loads(beside.read_bytes())
-    except FileNotFoundError:
+    if description is None:
         if file.stem in KNOWN_ENCODINGS:
             return KNOWN_ENCODINGS[file.stem]
         raise UserError(
             f"{file}: a tiktoken file does not hold its pattern and special tokens, and those of '{file.stem}' are not "
             f"known ({', '.join(KNOWN_ENCODINGS)} are); write them to {beside} as "
             '{"pattern": "...", "special_tokens": {"<|endoftext|>": ID}}'
-        ) from None
-    except (OSError, ValueError) as error:
+        )
+    try:
+        return _parse_description(beside, json.loads(description))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{beside}: cannot be read as JSON: {error}") from error
-    return _parse_description(beside, description)
 
 
 def _parse_description(beside: Path, description: Any) -> Encoding:

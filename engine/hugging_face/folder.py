@@ -23,43 +23,61 @@ from torch import Tensor
 
 from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
+from ..model.architecture import ADAPTER_FILE, ADAPTER_REMEDY
 from ..streaming.raw_bytes import opened_for_reading, read_exactly
 from ..streaming.tensor_source import ReadRows
+from .names import parameter_names
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.bin.index.json")
+_OTHER_FORMATS = {
+    "*.gguf": "a format of llama.cpp: get the model as safetensors",
+    "model-*.safetensors": f"shards without their {INDEX_FILE}: fetch the folder again",
+    "consolidated*.safetensors": "the layout of its publisher: get the model as transformers saves it",
+    "*.safetensors": f"another name: name a folder that holds {WEIGHTS_FILE}",
+    "*.h5": "TensorFlow weights: save them as safetensors with transformers",
+    "*.msgpack": "Flax weights: save them as safetensors with transformers",
+}
+_MOST_INDEX_BYTES = 256 << 20
 
 
 class HfWeights:
-    """The tensors of a Hugging Face folder, as the index says, or as they stand in ``model.safetensors``.
+    """The tensors of a Hugging Face folder, under the names that parameters have in transformers.
 
-    The index decides: a safetensors file that it does not list, left by an earlier save, is not opened.
+    Files are chosen as transformers does: ``model.safetensors``, else what the index lists. A folder with both is
+    refused unless they are the same, because other programs take the index first. Other safetensors files, left by an
+    earlier save, are not opened.
 
     Raises:
-        UserError: there are no safetensors weights, the index is wrong, or a file is missing or damaged.
+        UserError: there are no safetensors weights, or two sets of them; the index is wrong, or a file is missing or
+            damaged; two tensors have the same name.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"{folder}: no such folder; name a Hugging Face folder (config.json, {WEIGHTS_FILE})")
+        self._refuse_adapter()
         index = self.folder / INDEX_FILE
         if index.is_file():
             listed = _read_index(index)
+            self._require_one_set(listed)
             self._files = {file: self._open(file, f"{INDEX_FILE} lists it") for file in dict.fromkeys(listed.values())}
             self._require_listed(listed)
         else:
             self._require_safetensors()
             self._files = {WEIGHTS_FILE: self._open(WEIGHTS_FILE, "it holds the weights")}
-            listed = dict.fromkeys(self._files[WEIGHTS_FILE].keys(), WEIGHTS_FILE)
-        self._file_of = listed
+        self._file_of = self._file_of_each_tensor()
         self._offsets = {file: _tensor_offsets(self.folder / file) for file in self._files}
-        self.tensors = {name: self._describe(name) for name in listed}
+        self.stored_names = parameter_names(self._file_of, self.folder)
+        """Name in the files of each tensor."""
+        self.tensors = {name: self._describe(stored) for name, stored in self.stored_names.items()}
         """Names, shapes and dtypes."""
-        present = (entry.name for entry in self.folder.glob("*.safetensors"))
-        self.ignored_files = sorted(name for name in present if name not in self._files)
-        """Safetensors files that are not part of the model."""
+        patterns = ("*.safetensors", *_PICKLED)
+        present = {entry.name for pattern in patterns for entry in self.folder.glob(pattern)}
+        self.ignored_files = sorted(name for name in present - self._files.keys() if _holds_weights(name))
+        """Files of weights that are not read, here and in transformers."""
 
     @property
     def files(self) -> list[Path]:
@@ -69,25 +87,34 @@ class HfWeights:
 
     def read(self, name: str) -> Tensor:
         """The CPU tensor ``name``, mapped from its file: read-only by agreement, paged in when used."""
-        return self._files[self._file_of[name]].get_tensor(name)
+        return self._read_stored(self.stored_names[name])
 
     def place(self, name: str) -> tuple[Path, int]:
         """The file of the tensor ``name``, and where in it its values begin, in bytes."""
-        path = self.folder / self._file_of[name]
-        return path, self._offsets[path.name][name]
+        stored = self.stored_names[name]
+        path = self.folder / self._file_of[stored]
+        return path, self._offsets[path.name][stored]
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
         """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
-        path, stored = self.folder / self._file_of[name], self.tensors[name]
-        start = self._offsets[path.name][name]
-        row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        (path, start), tensor = self.place(name), self.tensors[name]
+        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         with opened_for_reading(path) as descriptor:
             yield lambda first, rows: read_exactly(descriptor, start + first * row_bytes, rows, path)
 
+    def rename(self, name: str, new_name: str) -> None:
+        """Have the tensor ``name`` under ``new_name``, in the same place of the order."""
+        change = lambda key: new_name if key == name else key  # noqa: E731
+        self.stored_names = {change(key): stored for key, stored in self.stored_names.items()}
+        self.tensors = {change(key): tensor for key, tensor in self.tensors.items()}
+
+    def _read_stored(self, stored: str) -> Tensor:
+        return self._files[self._file_of[stored]].get_tensor(stored)
+
     def _describe(self, name: str) -> StoredTensor:
         try:
-            tensor = self.read(name)
+            tensor = self._read_stored(name)
         except Exception as error:  # the library has no narrower class for what PyTorch cannot hold
             path, stored = self.folder / self._file_of[name], self._files[self._file_of[name]].get_slice(name)
             raise UserError(
@@ -95,6 +122,26 @@ class HfWeights:
                 f"({str(error).partition(chr(10))[0]}); quantized weights must be dequantized first"
             ) from None
         return StoredTensor(tuple(tensor.shape), tensor.dtype)
+
+    def _refuse_adapter(self) -> None:
+        """transformers takes a folder with an adapter for that adapter, and loads the model it was made for."""
+        if not (self.folder / ADAPTER_FILE).exists():
+            return
+        weights = next((name for name in (WEIGHTS_FILE, INDEX_FILE) if (self.folder / name).exists()), None)
+        if weights is None:
+            raise UserError(f"{self.folder}: {ADAPTER_REMEDY}")
+        raise UserError(
+            f"{self.folder}: holds {ADAPTER_FILE} next to {weights}: transformers loads the model that the adapter was "
+            f"made for and not {weights}; move the adapter away, or merge it and name the result"
+        )
+
+    def _require_one_set(self, listed: Mapping[str, str]) -> None:
+        others = [file for file in listed.values() if file != WEIGHTS_FILE]
+        if others and (self.folder / WEIGHTS_FILE).exists():
+            raise UserError(
+                f"{self.folder}: holds two sets of weights, {WEIGHTS_FILE} and those of {INDEX_FILE} ({others[0]}): "
+                "transformers takes the first, other programs the second; remove one of them"
+            )
 
     def _open(self, file: str, why: str) -> Any:
         path = self.folder / file
@@ -124,6 +171,16 @@ class HfWeights:
                     f"{self.folder / file}: holds no {name}, though {INDEX_FILE} says so; fetch the folder again"
                 )
 
+    def _file_of_each_tensor(self) -> dict[str, str]:
+        """transformers loads all tensors of the files, whether the index lists them or not."""
+        found: dict[str, str] = {}
+        for file, opened in self._files.items():
+            for name in list(opened.keys()):  # it has no iterator
+                if name in found:
+                    raise UserError(f"{self.folder}: {found[name]} and {file} both hold {name}; fetch the folder again")
+                found[name] = file
+        return found
+
     def _require_safetensors(self) -> None:
         if (self.folder / WEIGHTS_FILE).exists():
             return
@@ -133,7 +190,17 @@ class HfWeights:
                 f"{self.folder}: only pickled weights ({pickled[0]}), which can run code when loaded; save them as "
                 "safetensors with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other)"
             )
-        raise UserError(f"{self.folder}: holds neither {INDEX_FILE} nor {WEIGHTS_FILE}; name a Hugging Face folder")
+        problem = f"{self.folder}: holds neither {INDEX_FILE} nor {WEIGHTS_FILE}"
+        for pattern, remedy in _OTHER_FORMATS.items():
+            found = sorted(path.name for path in self.folder.glob(pattern))
+            if found:
+                raise UserError(f"{problem}, but {found[0]}, {remedy}")
+        raise UserError(f"{problem}; name a Hugging Face folder")
+
+
+def _holds_weights(name: str) -> bool:
+    """Whether a file of these endings may be a model's weights: training_args.bin and the like are not."""
+    return name.endswith(".safetensors") or name.startswith(("pytorch_model", "consolidated", "model"))
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -143,7 +210,11 @@ def _read_index(path: Path) -> dict[str, str]:
     """
     remedy = "fetch the folder again"
     try:
+        if path.stat().st_size > _MOST_INDEX_BYTES:
+            raise UserError(f"{path}: more than {_MOST_INDEX_BYTES:,} bytes, which no index has; {remedy}")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
     except (ValueError, RecursionError) as error:

@@ -14,11 +14,13 @@ from torch import Tensor
 from ..checkpoint.tensors import StoredTensor, describe_difference
 from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
+from ..model.config_keys import describe_unread
 from ..model.decoder import meta_decoder
 from ..streaming.block_copy import BLOCK_BYTES
 from ..streaming.raw_bytes import bytes_of
 from ..streaming.tensor_source import ReadRows, rows_of
 from .folder import HfWeights
+from .names import describe_renamed, renaming_hint
 from .weight_dtypes import DTYPES, dtype_name
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -64,7 +66,11 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False) -> HfModel:
     config = read_hf_config(folder)
     architecture = parse_architecture(config, str(Path(folder) / CONFIG_FILE))
     weights = HfWeights(folder)
-    tensors, notes = dict(weights.tensors), []
+    notes = [*describe_unread(config, CONFIG_FILE), *describe_renamed(weights.stored_names)]
+    if architecture.tie_word_embeddings and HEAD in weights.tensors and EMBEDDING not in weights.tensors:
+        weights.rename(HEAD, EMBEDDING)
+        notes.append(f"note: {EMBEDDING} is read from {HEAD}, the only one in the files: the config ties them")
+    tensors = dict(weights.tensors)
     left_out: dict[str, list[str]] = {}
     rows = _embedding_rows(tensors, architecture)
     if rows != architecture.vocab_size:
@@ -83,7 +89,7 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False) -> HfModel:
         )
     if weights.ignored_files:
         notes.append(
-            f"ignored {len(weights.ignored_files)} safetensors files that are not part of the model: "
+            f"ignored {len(weights.ignored_files)} files of weights that are not part of the model: "
             + ", ".join(weights.ignored_files)
         )
     recomputed = [name for name in tensors if name.endswith(_RECOMPUTED)]
@@ -100,7 +106,9 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False) -> HfModel:
     decoder = meta_decoder(architecture)
     difference = describe_difference(tensors, decoder)
     if difference:
-        raise UserError(f"{folder}: the weights do not fit {CONFIG_FILE}: {difference}")
+        unexpected = tensors.keys() - {name for name, _ in decoder.named_parameters()}
+        hint = renaming_hint([weights.stored_names[name] for name in tensors if name in unexpected])
+        raise UserError(f"{folder}: the weights do not fit {CONFIG_FILE}: {difference}{hint}")
     ordered = {name: tensors[name] for name, _ in decoder.named_parameters()}
     _require_floats(ordered, folder)
     return HfModel(config, architecture, ordered, notes, weights, left_out)

@@ -24,11 +24,16 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from ..checkpoint.tensors import load_through
+from ..streaming.finite import OPTION, require_finite
 from ..streaming.raw_bytes import opened_for_reading, read_exactly
 from .model import HfModel
 
 BLOCK_BYTES = 64 << 20
 """What is read at a time on its way to another dtype or device."""
+_NONFINITE_REMEDY = (
+    "get another copy of the weights; to start from them nonetheless, convert the folder with "
+    f"checkpoint_convert/hf_to_dcp.py {OPTION}"
+)
 
 
 def load_hf_tensors(model: HfModel, tensors: dict[str, Tensor], distributed: bool = True) -> int:
@@ -43,10 +48,10 @@ def load_hf_tensors(model: HfModel, tensors: dict[str, Tensor], distributed: boo
         bytes that this rank has read.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: a file cannot be read, or holds values that are not finite.
     """
     reader = SliceReader(model)
-    load_through(reader, model.tensors, tensors, str(model.weights.folder), "cannot be read", distributed)
+    load_through(reader, model.tensors, tensors, str(model.weights.folder), "cannot be used", distributed)
     return reader.bytes_read
 
 
@@ -122,6 +127,7 @@ class SliceReader(StorageReader):
                 part = target[row : row + step]
                 block = part if direct else torch.empty(part.shape, dtype=stored.dtype)
                 _read_box(descriptor, path, start, stored.shape, stored.dtype, (first + row, *corner), block)
+                require_finite(name, block, _NONFINITE_REMEDY)
                 if not direct:
                     part.copy_(block)
 

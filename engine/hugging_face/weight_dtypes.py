@@ -46,7 +46,9 @@ def declared_dtype(config: Mapping[str, Any], where: str) -> torch.dtype | None:
         return None
     dtype = DTYPES.get(str(declared).removeprefix("torch."))
     if dtype is None:
-        raise UserError(f"{where}: dtype is {declared!r}, supported: {', '.join(DTYPES)}; choose one with --dtype")
+        raise UserError(
+            f"{where}: dtype is {declared!r}, supported: {', '.join(DTYPES)}; correct it, or choose one with --dtype"
+        )
     return dtype
 
 

@@ -8,41 +8,46 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
-import sys
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 from ..errors import UserError
+from .config_keys import account_for_keys, require_known_keys
+from .config_reader import ConfigReader, shown
+from .rope_settings import RopeScaling, read_rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
+ADAPTER_REMEDY = (
+    f"{ADAPTER_FILE} says that this is a PEFT adapter, not a model; merge it first: "
+    "PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(other)"
+)
+INLINE = "model.architecture"
+"""Names a config that is written in the run's configuration, in errors."""
+_SILU = ("silu", "swish")
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
-    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
 }
 """What transformers takes for keys that a ``config.json`` leaves out, where it differs between families."""
 
 # Far above all models there are. Beyond them, even a model without values takes minutes, or overflows PyTorch's sizes.
 LARGEST_SIZE = 2**24
 """Of a vocabulary, a width or a number of heads."""
-_MOST_LAYERS = 10_000
-_MOST_PARAMETERS = 2**48
+MOST_LAYERS = 1_000
+_MOST_PARAMETERS = 10**13
+_MOST_BYTES = 16 << 20
+"""Of a config.json: published ones have a few kB."""
 _DEEPEST = 50
 """Levels of objects and lists in a config. Writing one takes more of Python's stack than reading it."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's frequency-dependent stretching of rotary wavelengths (``rope_type: llama3``)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+_TOO_DEEP = f"nested more than {_DEEPEST} levels deep; a Hugging Face config.json is needed"
 
 
 @dataclass(frozen=True)
@@ -85,28 +90,78 @@ class Architecture:
 def read_hf_config(source: dict[str, Any] | str | Path) -> dict[str, Any]:
     """The raw ``config.json``: given as a dictionary, a file or a folder that holds one.
 
+    A dictionary is what a run's configuration has inline: no published file, so that unknown keys are errors.
+
     Raises:
         UserError: the file cannot be read, or is not a JSON object.
     """
     if isinstance(source, dict):
+        if _is_deeper(source, _DEEPEST):
+            raise UserError(f"{INLINE}: {_TOO_DEEP}")
+        require_known_keys(source, INLINE)
         return source
     path = Path(source)
-    too_deep = f"nested more than {_DEEPEST} levels deep; a Hugging Face config.json is needed"
     try:
         if path.is_dir():
             path = path / CONFIG_FILE
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = _read_text(path)
+        content = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, path))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; a Hugging Face config.json is needed") from None
+        raise UserError(f"{path}: {error.strerror or error}; {_missing_config_remedy(path)}") from None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}; fetch it again") from None
     except RecursionError:
-        raise UserError(f"{path}: {too_deep}") from None
+        raise UserError(f"{path}: {_TOO_DEEP}") from None
     if _is_deeper(content, _DEEPEST):
-        raise UserError(f"{path}: {too_deep}")
+        raise UserError(f"{path}: {_TOO_DEEP}")
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def _missing_config_remedy(path: Path) -> str:
+    if path.name == CONFIG_FILE and os.path.isdir(path.parent):
+        if os.path.exists(path.parent / ADAPTER_FILE):
+            return ADAPTER_REMEDY
+        if os.path.exists(path.parent / "params.json"):
+            return "params.json is of the publisher's own layout; get the model as transformers saves it"
+    return "a Hugging Face config.json is needed"
+
+
+def _read_text(path: Path) -> str:
+    """The text of a regular file of a bounded size: a device or a pipe would never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: not a regular file; a Hugging Face config.json is needed")
+    if status.st_size > _MOST_BYTES:
+        raise UserError(
+            f"{path}: {status.st_size:,} bytes, at most {_MOST_BYTES:,} are read; a Hugging Face config.json is needed"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _object(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    """A JSON object, in which a key may be repeated only with the same value."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content and content[key] != value:
+            raise UserError(f"{path}: {shown(key)} is there twice, with different values; remove one of them")
+        content[key] = value
+    return content
+
+
+def architecture_of(source: dict[str, Any] | str | Path) -> Architecture:
+    """The architecture that ``source`` describes: see :func:`read_hf_config`.
+
+    Raises:
+        UserError: naming the file, or ``model.architecture`` for a dictionary.
+    """
+    config = read_hf_config(source)
+    if isinstance(source, dict):
+        return parse_architecture(config)
+    return parse_architecture(config, str(Path(source) / CONFIG_FILE if os.path.isdir(source) else source))
 
 
 def _is_deeper(content: Any, levels: int) -> bool:
@@ -118,53 +173,52 @@ def _is_deeper(content: Any, levels: int) -> bool:
     return bool(level)
 
 
-def parse_architecture(config: dict[str, Any], where: str = "model.architecture") -> Architecture:
+def parse_architecture(config: dict[str, Any], where: str = INLINE) -> Architecture:
     """Read ``config``, the content of a Hugging Face ``config.json``; ``where`` names it in errors.
 
     Raises:
         UserError: a missing or impossible value, or a setting that the decoder does not implement.
     """
-    model_type = _Reader(config, where).choice("model_type", MODEL_TYPES)
+    model_type = ConfigReader(config, where).choice("model_type", MODEL_TYPES)
+    _refuse_quantized(ConfigReader(config, where))
+    account_for_keys(config, where, model_type)
     config = {**_FAMILY_DEFAULTS[model_type], **config}
-    reader = _Reader(config, where)
-    reader.refuse_unless("hidden_act", "silu", default="silu")
-    reader.refuse_unless("attention_dropout", 0.0, default=0.0)
-    reader.refuse_unless("partial_rotary_factor", 1.0, default=1.0)
-    _refuse_quantized(reader)
-    hidden_size = reader.size("hidden_size")
-    num_layers = reader.size("num_hidden_layers", most=_MOST_LAYERS)
-    heads = reader.size("num_attention_heads")
-    kv_heads = reader.size("num_key_value_heads", default=heads)
+    reader = ConfigReader(config, where)
+    reader.choice("hidden_act", _SILU, default=_SILU[0])
+    reader.refuse_unless("attention_dropout", 0.0)
+    hidden_size = reader.size("hidden_size", LARGEST_SIZE)
+    num_layers = reader.size("num_hidden_layers", MOST_LAYERS)
+    heads = reader.size("num_attention_heads", LARGEST_SIZE)
+    kv_heads = reader.size("num_key_value_heads", LARGEST_SIZE, default=heads)
     if heads % kv_heads:
         reader.fail("num_attention_heads", heads, f"it must be a multiple of num_key_value_heads = {kv_heads}")
     if config.get("head_dim") is None and hidden_size % heads:
         reader.fail("hidden_size", hidden_size, f"it must be a multiple of num_attention_heads = {heads}")
-    head_dim = reader.size("head_dim", default=hidden_size // heads)
+    head_dim = reader.size("head_dim", LARGEST_SIZE, default=hidden_size // heads)
     if head_dim % 2:
         reader.fail("head_dim", head_dim, "rotary positions need an even one")
-    theta, linear_factor, scaling = _rope(reader)
-    # Qwen2 has biases on q, k, v only; Llama's and Qwen3's attention_bias puts one on the output as well.
-    attention_bias = model_type != "mistral" and reader.flag("attention_bias")
+    rope = read_rope(reader, reader.integer("max_position_embeddings"))
+    biases = _biases(reader, model_type)
     architecture = Architecture(
         model_type=model_type,
-        vocab_size=reader.size("vocab_size"),
+        vocab_size=reader.size("vocab_size", LARGEST_SIZE),
         hidden_size=hidden_size,
-        intermediate_size=reader.size("intermediate_size"),
+        intermediate_size=reader.size("intermediate_size", LARGEST_SIZE),
         num_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
-        rope_theta=theta,
-        rope_linear_factor=linear_factor,
-        rope_scaling=scaling,
+        rms_norm_eps=reader.number("rms_norm_eps", default=1e-6, or_zero=True),
+        rope_theta=rope.theta,
+        rope_linear_factor=rope.linear_factor,
+        rope_scaling=rope.scaling,
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
-        qkv_bias=model_type == "qwen2" or attention_bias,
-        output_bias=model_type != "qwen2" and attention_bias,
-        mlp_bias=model_type == "llama" and reader.flag("mlp_bias"),
+        qkv_bias=biases.qkv,
+        output_bias=biases.output,
+        mlp_bias=biases.mlp,
         qk_norm=model_type == "qwen3",
         sliding_windows=_sliding_windows(reader, model_type, num_layers),
-        initializer_range=reader.number("initializer_range", default=0.02),
+        initializer_range=reader.number("initializer_range", default=0.02, or_zero=True),
     )
     if architecture.num_parameters > _MOST_PARAMETERS:
         problem = (
@@ -174,7 +228,26 @@ def parse_architecture(config: dict[str, Any], where: str = "model.architecture"
     return architecture
 
 
-def _refuse_quantized(reader: _Reader) -> None:
+class _Biases(NamedTuple):
+    """Which linear layers have biases."""
+
+    qkv: bool
+    output: bool
+    mlp: bool
+
+
+def _biases(reader: ConfigReader, model_type: str) -> _Biases:
+    attention, mlp = reader.flag("attention_bias"), reader.flag("mlp_bias")
+    if mlp and model_type != "llama":
+        reader.fail("mlp_bias", mlp, f"{model_type} models have no biases in the MLP; remove it")
+    if attention and model_type == "mistral":
+        reader.fail("attention_bias", attention, "mistral models have no biases; remove it, or set model_type: llama")
+    if model_type == "qwen2":  # on query, key and value, whatever attention_bias says
+        return _Biases(qkv=True, output=False, mlp=False)
+    return _Biases(qkv=attention, output=attention, mlp=mlp)
+
+
+def _refuse_quantized(reader: ConfigReader) -> None:
     """transformers and others choose by this key how they read the weights; ours are plain numbers, in and out."""
     quantization = reader.config.get("quantization_config")
     if quantization is None:
@@ -183,62 +256,55 @@ def _refuse_quantized(reader: _Reader) -> None:
         "quantized weights must be dequantized first; if these are plain, remove quantization_config from the config"
     )
     if isinstance(quantization, dict) and "quant_method" in quantization:
-        _Reader(quantization, f"{reader.where}: quantization_config").fail(
+        ConfigReader(quantization, f"{reader.where}: quantization_config").fail(
             "quant_method", quantization["quant_method"], remedy
         )
     reader.fail("quantization_config", quantization, remedy)
 
 
-def _rope(reader: _Reader) -> tuple[float, float, RopeScaling | None]:
-    """(theta, linear factor, llama3 scaling) from either spelling: ``rope_parameters`` or ``rope_theta`` with
-    ``rope_scaling``."""
-    parameters = {"rope_theta": reader.config.get("rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):
-        value = reader.config.get(key) or {}
-        if not isinstance(value, dict):
-            reader.fail(key, value, "an object of rotary settings is needed")
-        parameters.update(value)
-    nested = _Reader(parameters, f"{reader.where}: rope_parameters")
-    nested.refuse_unless("partial_rotary_factor", 1.0, default=1.0)
-    theta = nested.number("rope_theta", default=10000.0)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return theta, 1.0, None
-    if kind == "linear":
-        return theta, nested.number("factor"), None
-    if kind == "llama3":
-        scaling = RopeScaling(
-            factor=nested.number("factor"),
-            low_freq_factor=nested.number("low_freq_factor"),
-            high_freq_factor=nested.number("high_freq_factor"),
-            original_max_position_embeddings=nested.integer("original_max_position_embeddings"),
-        )
-        if not scaling.low_freq_factor < scaling.high_freq_factor:
-            nested.fail("high_freq_factor", scaling.high_freq_factor, "it must be above low_freq_factor")
-        return theta, 1.0, scaling
-    nested.fail("rope_type", kind, "supported: default, linear, llama3")
-
-
-def _sliding_windows(reader: _Reader, model_type: str, num_layers: int) -> tuple[int | None, ...]:
-    """Windows by layer. Mistral's ``sliding_window`` holds for all layers; Qwen's counts only with
+def _sliding_windows(reader: ConfigReader, model_type: str, num_layers: int) -> tuple[int | None, ...]:
+    """Windows by layer. Mistral's ``sliding_window`` holds for all layers, Llama has none; Qwen's counts only with
     ``use_sliding_window`` and from layer ``max_window_layers`` on (or as ``layer_types`` says)."""
-    window = reader.config.get("sliding_window")
-    enabled = model_type == "mistral" or (model_type != "llama" and reader.config.get("use_sliding_window", False))
-    if not enabled or window is None:
-        return (None,) * num_layers
-    window = reader.integer("sliding_window")
-    if model_type == "mistral":
-        return (window,) * num_layers
-    layer_types = reader.config.get("layer_types")
-    if layer_types is not None:
-        if not isinstance(layer_types, list) or len(layer_types) != num_layers:
-            reader.fail("layer_types", layer_types, f"it must name num_hidden_layers = {num_layers} layers")
-        for kind in layer_types:
-            if kind not in ("full_attention", "sliding_attention"):
-                reader.fail("layer_types", kind, "supported: full_attention, sliding_attention")
-        return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    first = reader.integer("max_window_layers", default=28)
-    return tuple(window if layer >= first else None for layer in range(num_layers))
+    config, kinds = reader.config, _layer_types(reader, num_layers)
+    wanted, window = reader.flag("use_sliding_window"), None
+    if config.get("sliding_window") is not None:
+        window = reader.integer("sliding_window", least=0)
+    first = reader.integer("max_window_layers", default=28, least=0)
+    windows: tuple[int | None, ...] = (None,) * num_layers
+    if model_type == "llama":
+        if wanted or (window is not None and config.get("use_sliding_window") is None):
+            key = "use_sliding_window" if wanted else "sliding_window"
+            reader.fail(key, config[key], "Llama models have no sliding windows; remove it, or set model_type: mistral")
+    elif model_type == "mistral":
+        if window is not None and not wanted and config.get("use_sliding_window") is not None:
+            remedy = f"Mistral models have their sliding_window ({window}) in all layers; set sliding_window to null"
+            reader.fail("use_sliding_window", False, remedy)
+        if window is not None and config.get("max_window_layers"):
+            reader.fail("max_window_layers", first, "Mistral models have their window in all layers; remove it")
+        windows = (window,) * num_layers
+    elif wanted and kinds is not None:
+        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    elif wanted:
+        windows = tuple(window if layer >= first else None for layer in range(num_layers))
+    if any(size is not None for size in windows):
+        reader.integer("sliding_window")  # in use, 0 would hide everything
+    if kinds is not None and [kind == "sliding_attention" for kind in kinds] != [bool(window) for window in windows]:
+        has = f"sliding_window {config.get('sliding_window')} and use_sliding_window {str(wanted).lower()}"
+        remedy = f"with model_type {model_type}, {has}, other layers have windows; correct or remove layer_types"
+        reader.fail("layer_types", kinds, remedy)
+    return windows
+
+
+def _layer_types(reader: ConfigReader, num_layers: int) -> list[str] | None:
+    kinds = reader.config.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        reader.fail("layer_types", kinds, f"it must name num_hidden_layers = {num_layers} layers")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            reader.fail("layer_types", kind, "supported: full_attention, sliding_attention")
+    return kinds
 
 
 def inverse_frequencies(architecture: Architecture) -> list[float]:
@@ -260,56 +326,3 @@ def inverse_frequencies(architecture: Architecture) -> list[float]:
         keep = min(1.0, max(0.0, (rotations - scaling.low_freq_factor) / span))
         stretched.append(keep * frequency + (1 - keep) * frequency / scaling.factor)
     return stretched
-
-
-_SHORT = reprlib.Repr()
-"""Cuts what a stranger's config may hold, for a line."""
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
-
-
-class _Reader:
-    """Typed access to a config dictionary with errors that name the place, the key and the value."""
-
-    def __init__(self, config: dict[str, Any], where: str):
-        self.config = config
-        self.where = where
-
-    def fail(self, key: str, value: Any, remedy: str) -> NoReturn:
-        raise UserError(f"{self.where}: {key} is {_SHORT.repr(value)}; {remedy}")
-
-    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
-        value = self.config.get(key)
-        if value not in allowed:
-            self.fail(key, value, f"supported: {', '.join(allowed)}")
-        return value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.config.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.fail(key, value, "a positive integer is needed")
-        return value
-
-    def size(self, key: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
-        value = self.integer(key, default)
-        if value > most:
-            self.fail(key, value, f"at most {most:,} is supported")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.config.get(key)
-        value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-            self.fail(key, value, "a positive number is needed")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.config.get(key)
-        if value not in (None, True, False):
-            self.fail(key, value, "true or false is needed")
-        return bool(value)
-
-    def refuse_unless(self, key: str, expected: Any, default: Any) -> None:
-        value = self.config.get(key, default)
-        if value != expected:
-            self.fail(key, value, f"only {expected!r} is implemented")

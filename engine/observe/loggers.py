@@ -10,25 +10,33 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
-METRICS_FILE = "metrics.jsonl"
+from .curves import METRICS_FILE, TENSORBOARD_FOLDER, continue_curve, start_over
+from .tensorboard import TensorBoard
+
+__all__ = ["METRICS_FILE", "MetricLog"]
 
 
 class MetricLog:
     """Writes records of one run on its main rank; on others it does nothing.
 
-    A resumed run first forgets the records after the step that it continues from, so that the file always holds one
-    curve.
+    ``metrics.jsonl`` always holds one curve: see :mod:`.curves` for the records of an earlier run or of steps that are
+    made again.
 
     Args:
         run_folder: made when it is missing.
-        resumed_step: records of later steps are dropped.
+        resumed_step: step that the run continues from; None when it starts over.
         active: whether this rank writes; such a rank calls :meth:`open` first.
         tensorboard: also write TensorBoard events.
-        evaluates_again: the evaluations of ``resumed_step`` are dropped as well.
+        evaluates_again: the evaluations of ``resumed_step`` are made again.
     """
 
     def __init__(
-        self, run_folder: str | Path, resumed_step: int, active: bool, tensorboard: bool, evaluates_again: bool = False
+        self,
+        run_folder: str | Path,
+        resumed_step: int | None,
+        active: bool,
+        tensorboard: bool,
+        evaluates_again: bool = False,
     ):
         self.active = active
         self._folder = Path(run_folder)
@@ -37,21 +45,29 @@ class MetricLog:
         self._file: BinaryIO | None = None
         self._pending = b""
         """Records that a full disk has not taken yet."""
-        self._writer: Any = None
+        self._failing = False
+        self._tensorboard_writer: TensorBoard | None = None
 
-    def open(self) -> None:
-        """Make the run folder and open the files.
+    def open(self, renamed_with_the_curve: tuple[str, ...] = ()) -> None:
+        """Make the run folder and open the files; print which records were moved.
+
+        Args:
+            renamed_with_the_curve: names of further files of an earlier run, where this one starts over.
 
         Raises:
             OSError: the run folder cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        _forget_after(self._folder / METRICS_FILE, self._resumed_step, self._evaluates_again)
+        if self._resumed_step is None:
+            lines = start_over(self._folder, renamed_with_the_curve)
+        else:
+            lines = continue_curve(self._folder, self._resumed_step, self._evaluates_again)
+        for line in lines:
+            self.say(line)
         self._file = (self._folder / METRICS_FILE).open("ab", buffering=0)
         if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._resumed_step + 1)
+            first_step = 0 if self._resumed_step is None else self._resumed_step + 1
+            self._tensorboard_writer = TensorBoard(self._folder / TENSORBOARD_FOLDER, first_step, self.say)
 
     def say(self, line: str) -> None:
         """Print a line for people."""
@@ -69,12 +85,8 @@ class MetricLog:
         self._pending += json.dumps({"step": step, "tokens": tokens, **finite}).encode() + b"\n"
         with self._tolerant():
             self._write_pending()
-        if self._writer is not None:
-            with self._tolerant():
-                for key, value in values.items():
-                    if isinstance(value, (int, float)):
-                        self._writer.add_scalar(f"{group}/{key}", value, step)
-                self._writer.flush()
+        if self._tensorboard_writer is not None:
+            self._tensorboard_writer.record(step, values, group)
 
     def _write_pending(self) -> None:
         assert self._file is not None
@@ -83,11 +95,15 @@ class MetricLog:
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """A full disk is said, and ends nothing: checkpoints decide on that. Records wait for space."""
+        """A full disk is reported once, and ends nothing: checkpoints decide on that. Records wait for space."""
         try:
             yield
+            self._failing = False
         except OSError as error:
-            self.say(f"  {self._folder}: metrics cannot be written now: {error.strerror or error}")
+            if not self._failing:
+                self._failing = True
+                reason = error.strerror or error
+                self.say(f"note: {self._folder / METRICS_FILE} cannot be written now: {reason}; records wait for it")
 
     def sync(self) -> None:
         """Flush the records to disk: a checkpoint that survives must find those of its steps."""
@@ -102,25 +118,5 @@ class MetricLog:
             with self._tolerant():
                 self._write_pending()
             self._file.close()
-        if self._writer is not None:
-            with self._tolerant():
-                self._writer.close()
-
-
-def _forget_after(path: Path, step: int, evaluates_again: bool) -> None:
-    """Drop the records of steps after ``step``, its evaluations if they are made again, and an unfinished last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        recorded = record.get("step") if isinstance(record, dict) else None
-        made_again = evaluates_again and recorded == step and "evaluation" in record
-        if isinstance(recorded, int) and recorded <= step and not made_again:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+        if self._tensorboard_writer is not None:
+            self._tensorboard_writer.close()

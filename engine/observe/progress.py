@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -40,6 +41,11 @@ class Stopwatch:
     def mean_step_seconds(self) -> float:
         """Mean over all laps."""
         return self._total_seconds / max(1, self._total_steps)
+
+    @property
+    def totals(self) -> tuple[float, int]:
+        """Seconds and steps of all laps."""
+        return self._total_seconds, self._total_steps
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -91,13 +97,14 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def step_line(step: int, remaining_steps: int, tokens: int, values: Mapping[str, float], seconds_left: float) -> str:
+def step_line(step: int, remaining_steps: int, tokens: int, values: Mapping[str, Any], seconds_left: float) -> str:
     """The console line of a step; ``values`` as recorded."""
     num_steps = step + remaining_steps
+    loss = "no targets" if values["loss"] is None else f"loss {values['loss']:.4f}"
+    norm = "" if values["grad_norm"] is None else f" | grad norm {values['grad_norm']:.3f}"
     return (
         f"step {step:>{len(str(num_steps))}}/{num_steps}"
-        f" | tokens {human(tokens)} | loss {values['loss']:.4f} | lr {values['learning_rate']:.2e}"
-        f" | grad norm {values['grad_norm']:.3f}"
+        f" | tokens {human(tokens)} | {loss} | lr {values['learning_rate']:.2e}{norm}"
         f" | {values['tokens_per_second']:,.0f} tokens/s, {values['tokens_per_second_per_rank']:,.0f} per rank"
         + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
         + f" | {values['peak_memory_bytes'] / 2**30:.2f} GiB | ETA {duration(seconds_left)}"

@@ -26,6 +26,8 @@ from ..parallel.process_group import Ranks
 
 EXCESS = 0.2
 """Share by which a rank's own time must exceed the others' median in two reports running to be spoken of."""
+EXCESS_SECONDS = 0.02
+"""Seconds of a step by which it must exceed it as well: short steps differ by as much for no reason."""
 _MOST_TIMED = 512  # calls of blocks in a step
 _PARTS = {"data": "reading data", "blocks": "the blocks' forward pass"}
 
@@ -119,7 +121,10 @@ class Stragglers:
             values[f"slowest_rank_{part}_seconds"] = getattr(its, part)
             values[f"other_ranks_{part}_seconds"] = getattr(usual, part)
         median = statistics.median(of_rank.own for of_rank in others)
-        former, self._suspect = self._suspect, slowest if its.own > (1 + EXCESS) * median else None
+        former, self._suspect = (
+            self._suspect,
+            slowest if its.own > max((1 + EXCESS) * median, median + EXCESS_SECONDS) else None,
+        )
         if self._suspect is None or self._suspect != former:
             return Report(values, [])
         part = max(_PARTS, key=lambda part: getattr(its, part) - getattr(usual, part))

@@ -9,21 +9,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..budget import BatchPlan
+from ..checkpoint.assets import HfAssets
 from ..config import DataConfig, RunConfig
 from ..data.catalog import Catalog
 from ..data.cuts import count_cuts
+from ..data.document_frame import frame_of_files
 from ..data.layout import GROUP_WINDOWS
 from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..dtypes import DTYPES
 from ..optim.local import local_part
+from ..parallel import trainable
+from ..parallel.launcher import launcher_notes
 from ..parallel.mesh import plan_layout
 from ..parallel.process_group import Ranks
 from ..precision import Precision
 from ..run_inputs import RunInputs
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
+from .tokenizer_notes import tokenizer_notes
 
+_MANY_EPOCHS = 4
 _GROUPS_COUNTED = 8  # of each source, to estimate how many documents are cut
 
 
@@ -48,7 +54,8 @@ def describe_run(
     seconds = remaining_steps * plan.tokens_per_step * causal_pairs / ((peak or 1.0) * ranks.world_size)
     shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
     return [
-        f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, {start}",
+        f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
+        f"{human(trainable.count(architecture, training))} of them trainable, {start}",
         f"ranks       {ranks.world_size} ({ranks.device.type}): {layout}, compute in {precision.name} "
         f"({precision.reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
@@ -146,17 +153,34 @@ def _spread_groups(source: Source) -> list[int]:
     return [number * groups // count for number in range(count)]
 
 
-def notes(config: RunConfig, catalog: Catalog, max_positions: int | None) -> list[str]:
+def notes(config: RunConfig, catalog: Catalog, assets: HfAssets) -> list[str]:
     """What a user may not have meant."""
-    training, lines = config.training, []
+    training, lines = config.training, launcher_notes()
+    assert assets.config is not None
+    max_positions: int | None = assets.config.get("max_position_embeddings")
     if catalog.unchecked:
         lines.append(
-            f"note: no sidecar stands beside {', '.join(catalog.unchecked)}: which tokenizer made it is not checked, "
-            "and token ids only as they are read"
+            f"note: no sidecar next to {', '.join(dict.fromkeys(catalog.unchecked))}: which tokenizer made it is not "
+            "checked, and of the token ids at the start only a sample (tools/show_dataset.py --verify checks all)"
         )
+    lines += tokenizer_notes(catalog, frame_of_files(assets.files), assets.tokenizer_sha256 is not None)
     if max_positions is not None and training.sequence_length > max_positions:
         lines.append(
             f"note: training.sequence_length {training.sequence_length:,} is beyond the model's "
             f"max_position_embeddings {max_positions:,}; the exported config.json keeps saying {max_positions:,}"
         )
+    return lines
+
+
+def data_notes(catalog: Catalog, order: SampleOrder, last_sample: int) -> list[str]:
+    """What a user may not have meant by the datasets of a run that ends after ``last_sample`` samples."""
+    lines, given = [f"note: {remark}" for remark in catalog.remarks], order.cursors(last_sample)
+    for source in catalog.train:
+        epochs = given[source.name] / source.num_windows
+        if epochs > _MANY_EPOCHS:
+            lines.append(
+                f"note: training source '{source.name}' is read {epochs:.1f} times until the end of the run; from "
+                f"about {_MANY_EPOCHS} epochs on, repeated data teaches ever less (Muennighoff et al., 2023, "
+                "https://arxiv.org/abs/2305.16264): add data, lower its weight, or cap it with max_epochs"
+            )
     return lines

@@ -60,10 +60,12 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 @torch.no_grad()
 def allocate_states(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer's state tensors, so that a checkpoint can be read into them.
+    """Make the optimizer's state tensors as they are before the first step: all zero. Nothing where there are some.
 
-    A step with zero gradients and zero learning rate changes no parameter; the states it makes are overwritten.
+    A step with zero gradients and zero learning rate changes no parameter, and leaves both moments at zero.
     """
+    if optimizer.state:
+        return
     rates = [group["lr"] for group in optimizer.param_groups]
     set_learning_rate(optimizer, 0.0)
     for group in optimizer.param_groups:
@@ -73,3 +75,5 @@ def allocate_states(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+    for state in optimizer.state.values():
+        state["step"].zero_()

@@ -50,13 +50,20 @@ def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunCo
     problems = [f"rank {rank}: {its['problem']}" for rank, its in enumerate(meeting.notes) if its["problem"]]
     if problem or problems:
         meeting.part()
-        raise mine or UserError(problems[0])
+        raise _of_all(meeting, mine or UserError(problems[0]))
     details = {"config": settings, "code": files}
     if differences := compare(meeting, details):
         meeting.part()
-        raise UserError(f"{'; '.join(differences)}; start every node with the same files and the same command")
+        what = f"{'; '.join(differences)}; start every node with the same files and the same command"
+        raise _of_all(meeting, UserError(what))
     assert config is not None
     return config, meeting
+
+
+def _of_all(meeting: Meeting, error: UserError) -> UserError:
+    """``error``, which every rank raises, and the first one prints."""
+    error.said = meeting.rank > 0
+    return error
 
 
 def flatten(value: Any, name: str = "") -> dict[str, str]:

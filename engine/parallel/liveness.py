@@ -2,7 +2,8 @@
 
 A collective that fails or never returns does not say whose fault it was. Here, one thread exchanges signs of life,
 another judges them, and the first rank to reach a verdict has all others end with the same line. Both run beside the
-main thread, which may be stuck in a collective for ever.
+main thread, which may be stuck in a collective for ever. Time in which this process was stopped does not count: the
+others may have been stopped with it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
+from ..awake import LONGEST_GAP, AwakeClock
 from ..errors import UserError, report_user_error
 from ..stacks import dump_stacks
 from .meeting import Meeting
@@ -49,8 +51,9 @@ class Liveness:
         # All ranks read what all have written: where there are many, more rarely.
         self.interval = max(0.2, min(2.5, timeout_seconds / 10)) * max(1.0, meeting.world_size / 128)
         self.grace_seconds = 3 * self.interval
+        self._clock = AwakeClock(max(2 * self.interval, min(LONGEST_GAP, timeout_seconds / 2)))
         self._store: Any = meeting.store.clone()  # type: ignore[attr-defined]  # a connection of its own
-        now = time.monotonic()
+        now = self._clock.now()
         self._signs: list[dict[str, Any]] = [{} for _ in meeting.notes]
         self._changed = [now] * meeting.world_size
         self._reached, self._moved = now, now
@@ -70,16 +73,32 @@ class Liveness:
         if error is not None:
             # Launchers end the neighbours of a rank that has died. Some seconds are needed to say why.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if error is not None and not isinstance(error, UserError) and _LOST_CONTACT.search(str(error)):
-            self._failed = time.monotonic()
+        if error is not None and is_lost_contact(error):
+            self._failed = self._clock.now()
             time.sleep(3 * self.grace_seconds)  # by then this process has ended, if there is a culprit
         if error is None:
             self._leave("finished", "")
             self._stop()
             return
-        self._leave("failed", " ".join(f"{kind.__name__ if kind else ''}: {error}".split()))
+        text = " ".join(f"{kind.__name__ if kind else ''}: {error}".split())
+        self._leave("failed", text)
+        if isinstance(error, UserError):
+            error.said = self._main_says(text)
         # The line or traceback comes first; then, while the launcher sees this process alive, all can learn of it.
         atexit.register(self._linger)
+
+    def _main_says(self, text: str) -> bool:
+        """Whether rank 0 has the same error as this rank, and prints it: soon, if at all."""
+        if self.meeting.rank == 0:
+            return False
+        mine = _without_rank(text)
+        until = time.monotonic() + min(_SETTLING_SECONDS, self.grace_seconds)
+        while time.monotonic() < until:
+            left = self._signs[0].get("left")
+            if left:
+                return left["how"] == "failed" and _without_rank(left["text"]) == mine
+            time.sleep(0.02)
+        return False
 
     # ---------------------------------------------------------------------------------------------------------------
     # Signs of life
@@ -103,10 +122,10 @@ class Liveness:
     def _read(self, keys: list[str]) -> None:
         present = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
         for key, value in zip(present, self._store.multi_get(present), strict=True):
-            rank, sign, now = keys.index(key), json.loads(value), time.monotonic()
+            rank, sign, now = keys.index(key), json.loads(value), self._clock.now()
             if sign != self._signs[rank]:
                 self._signs[rank], self._changed[rank] = sign, now
-        self._reached = time.monotonic()
+        self._reached = self._clock.now()
 
     def _leave(self, how: str, text: str) -> None:
         """Let the others know that no more signs will come."""
@@ -142,7 +161,7 @@ class Liveness:
         begun: dict[str, int] = {}
         while not self._ended.wait(self.interval / 2):
             if begun != (begun := _collectives_begun()):
-                self._moved = time.monotonic()
+                self._moved = self._clock.now()
             if verdict := self._verdict():
                 if _OWN_ERROR not in verdict:
                     dump_stacks()
@@ -156,7 +175,7 @@ class Liveness:
         """Why this run cannot go on, or None."""
         if self._left:
             return None
-        now, name = time.monotonic(), self.meeting.name
+        now, name = self._clock.now(), self.meeting.name
         for rank in self._others():
             left = self._signs[rank].get("left") or {"how": "", "text": ""}
             if left["how"] == "verdict":
@@ -178,7 +197,7 @@ class Liveness:
 
     def _silent(self, patience: float) -> list[int]:
         """Ranks of which nothing has been heard for ``patience`` seconds; those at the store, if it cannot be read."""
-        now = time.monotonic()
+        now = self._clock.now()
         known = [
             rank
             for rank in self._others()
@@ -208,6 +227,16 @@ class Liveness:
             f"{self.meeting.name(late)} has not come to a collective operation in which others have waited for "
             f"{waited:.0f} s: it hangs, or needs a larger parallel.timeout_seconds"
         )
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether ``error`` comes of another rank's end, and not of this one."""
+    return not isinstance(error, UserError) and _LOST_CONTACT.search(str(error)) is not None
+
+
+def _without_rank(text: str) -> str:
+    """``text`` as the rank says it that has the problem: others put its number before it."""
+    return re.sub(r"^\w+: (rank \d+: )?", "", text)[: _LONGEST_LINE // 2]
 
 
 def _collectives_begun() -> dict[str, int]:

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..awake import AwakeClock
 from ..errors import UserError
+from .launcher import read_launcher
 
 _PAUSE = 0.05  # seconds between two looks, for up to 32 ranks
 _PARTING_SECONDS = 5
@@ -63,32 +65,47 @@ def meet(note: dict[str, Any], timeout_seconds: float) -> Meeting:
     Raises:
         UserError: the store cannot be reached, or ranks do not come; says which.
     """
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    launcher = read_launcher()
+    port = os.environ.get("MASTER_PORT")
+    where = f"{os.environ.get('MASTER_ADDR')}:{port}"
     limit = timedelta(seconds=timeout_seconds)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-        return _meet(store, rank, world_size, note, timeout_seconds)
+        return _meet(store, rank, world_size, note, timeout_seconds, launcher.node)
     except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT {port} is in use on this machine: set it to a free one (torchrun: --standalone on one "
+                "machine, else --master-port)"
+            ) from None
         raise UserError(
             f"the launcher's store at {where} did not answer within {timeout_seconds:g} s ({str(error)[:100]}); see "
             "that its host runs and can be reached from here"
         ) from None
 
 
-def _meet(store: dist.Store, rank: int, world_size: int, note: dict[str, Any], timeout_seconds: float) -> Meeting:
+def _meet(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    note: dict[str, Any],
+    timeout_seconds: float,
+    node: int | None = None,
+) -> Meeting:
     # Everyone says hello with a name used once. Rank 0 calls the roll; who finds its own name in it answers to just
     # this roll. A roll to which all have answered has nobody from a former attempt in it.
     mine = uuid.uuid4().hex[:12]
     here = {
         "host": socket.gethostname(),
         # torchrun's agent on the first node holds the store, else rank 0 does.
-        "holds_store": int(os.environ.get("GROUP_RANK", rank)) == 0,
+        "holds_store": (rank if node is None else node) == 0,
     }
     hellos = [f"hello/{other}" for other in range(world_size)]
     store.set(hellos[rank], json.dumps({"name": mine, **here, **note}))
-    deadline = time.monotonic() + timeout_seconds
+    clock = AwakeClock()
+    deadline = clock.now() + timeout_seconds
     pause = _PAUSE * max(1, world_size // 32)
-    while time.monotonic() < deadline:
+    while clock.now() < deadline:
         if rank == 0 and store.check(hellos):
             names = [json.loads(value)["name"] for value in store.multi_get(hellos)]
             store.set("roll", json.dumps(names))

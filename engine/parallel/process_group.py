@@ -7,7 +7,6 @@ the same as under ``torchrun``.
 from __future__ import annotations
 
 import gc
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +18,12 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from .launcher import read_launcher
 from .liveness import APART, Liveness
 from .meeting import Meeting, meet
 
 Result = TypeVar("Result")
+_SHORTEST_COLLECTIVE_LIMIT = 3600.0  # seconds
 
 # PyTorch's own code calls what PyTorch is about to rename, and would tell the user so on every rank.
 warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor", category=FutureWarning)
@@ -37,6 +38,8 @@ class Ranks:
     device: torch.device
     group: dist.ProcessGroup | None = None
     """Over which they exchange control messages; None: the default one."""
+    store: dist.Store | None = None
+    """Of the launcher, for messages that no rank waits for in a collective."""
 
     @property
     def is_main(self) -> bool:
@@ -108,13 +111,13 @@ def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
 
 
 def launched_by_torchrun() -> bool:
-    """Whether this process is one of several that a launcher has numbered."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether this process is one of those that a launcher has numbered."""
+    return read_launcher().announced
 
 
 def world_size_from_environment() -> int:
     """Number of ranks that torchrun announces; 1 without it. Known before any rank is contacted."""
-    return int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1
+    return read_launcher().world_size
 
 
 @contextmanager
@@ -126,7 +129,7 @@ def process_group(device_name: str, timeout_seconds: int, meeting: Meeting | Non
 
     Args:
         device_name: auto, cpu or cuda.
-        timeout_seconds: longest wait of a collective.
+        timeout_seconds: how long ranks wait for one that is silent, or does not come to a collective.
         meeting: of the ranks, where they have met already.
     """
     if not launched_by_torchrun():
@@ -135,8 +138,9 @@ def process_group(device_name: str, timeout_seconds: int, meeting: Meeting | Non
         return
     meeting = meeting or meet({}, timeout_seconds)
     liveness = Liveness(meeting, timeout_seconds)
-    # What watches the others speaks first: it knows more than the collective that fails.
-    limit = timeout_seconds + liveness.grace_seconds
+    # What watches the others speaks first: it knows more than the collective that fails, which also counts the time in
+    # which all ranks were stopped.
+    limit = max(_SHORTEST_COLLECTIVE_LIMIT, 10 * timeout_seconds)
     with liveness, _joined(device_name, limit, meeting.store, meeting.rank, meeting.world_size) as ranks:
         yield ranks
 
@@ -151,7 +155,7 @@ def _joined(device_name: str, timeout_seconds: float, store: dist.Store, rank: i
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     # After an error the group is left as it is: other ranks may be inside a collective, and shutting down would wait
     # for them. The launcher ends them when this process exits.
-    yield Ranks(rank, world_size, device)
+    yield Ranks(rank, world_size, device, store=store)
     # gloo may abort the interpreter's exit while tensors still hold on to the group.
     gc.collect()
     dist.destroy_process_group()
@@ -160,7 +164,7 @@ def _joined(device_name: str, timeout_seconds: float, store: dist.Store, rank: i
 def _device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = read_launcher().local_rank
     count = torch.cuda.device_count()
     if count == 0:
         raise UserError(f"device {name}: PyTorch sees no GPU on this machine; set device to cpu or auto")

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import RunConfig, TrainingConfig
 from ..errors import UserError
+from ..model.architecture import Architecture
 from ..model.decoder import Decoder
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -40,6 +41,14 @@ def apply(model: Decoder, config: TrainingConfig) -> None:
         return
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in EMBEDDINGS)
+
+
+def count(architecture: Architecture, config: TrainingConfig) -> int:
+    """Number of parameters that learn."""
+    if config.trainable == "all":
+        return architecture.num_parameters
+    tables = 1 if architecture.tie_word_embeddings else len(EMBEDDINGS)
+    return tables * architecture.vocab_size * architecture.hidden_size
 
 
 def require_same(former: Mapping[str, Any], config: TrainingConfig, folder: str | Path) -> None:

@@ -25,6 +25,7 @@ import xxhash
 from ..checkpoint.hashing import FileRecord
 from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
+from .finite import REMEDY, all_finite, require_finite
 from .raw_bytes import bytes_of, write_exactly
 from .tensor_source import ReadRows, TensorSource, rows_of
 
@@ -77,6 +78,7 @@ def copy_files(
     hashed_rows: Mapping[str, int] | None = None,
     on_bytes: Callable[[int], object] = lambda count: None,
     on_file: Callable[[WrittenFile], object] = lambda file: None,
+    nonfinite_remedy: str | None = REMEDY,
 ) -> dict[str, WrittenFile]:
     """Write ``files`` into ``folder``, each with the tensors of ``source``, cast to the dtypes that it asks for.
 
@@ -88,16 +90,17 @@ def copy_files(
         hashed_rows: for tensors whose last rows are not of the source: how many are. All rows, where not named.
         on_bytes: hears how many bytes were written or read back. Called by one thread at a time.
         on_file: hears of every file that is complete, flushed to disk and read back. By one thread at a time.
+        nonfinite_remedy: what an error about NaN and infinite values of the source advises; None copies them.
 
     Returns:
         the files by name.
 
     Raises:
-        UserError: a source cannot be read, a value does not fit into the dtype that is asked for, or the disk keeps
-            something else than was written.
+        UserError: a source cannot be read or has values that are not finite, a value does not fit into the dtype that
+            is asked for, or the disk keeps something else than was written.
         OSError: a file cannot be written.
     """
-    job = _Job(source, hashed_rows or {}, on_bytes, on_file)
+    job = _Job(source, hashed_rows or {}, on_bytes, on_file, nonfinite_remedy)
     # The largest first, so that no worker is left alone with one in the end.
     by_size = sorted(files, key=lambda file: -sum(tensor.num_bytes for tensor in file.tensors.values()))
     states = [_FileState(file, folder / file.name, len(file.tensors)) for file in by_size]
@@ -192,6 +195,7 @@ class _Job:
         hashed_rows: Mapping[str, int],
         on_bytes: Callable[[int], object],
         on_file: Callable[[WrittenFile], object],
+        nonfinite_remedy: str | None,
     ):
         self.source = source
         self.hashed_rows = hashed_rows
@@ -201,6 +205,7 @@ class _Job:
         self._report = threading.Lock()
         self._on_bytes = on_bytes
         self._on_file = on_file
+        self._nonfinite_remedy = nonfinite_remedy
 
     def advance(self, count: int) -> None:
         if self.stop.is_set():
@@ -246,6 +251,9 @@ class _Job:
             out = cast[: rows.shape[0]]
             if cast is not block:
                 out.copy_(rows)
+            if not all_finite(out):
+                if self._nonfinite_remedy is not None:
+                    require_finite(name, rows, self._nonfinite_remedy)
                 _require_range(name, rows, out)
             data = bytes_of(out)
             written_hash.update(data)
@@ -257,10 +265,7 @@ class _Job:
 
 def _require_range(name: str, rows: torch.Tensor, cast: torch.Tensor) -> None:
     """Refuse a cast that has made finite values infinite."""
-    finite = cast.isfinite()
-    if finite.all():
-        return
-    lost = rows[~finite & rows.isfinite()]
+    lost = rows[~cast.isfinite() & rows.isfinite()]
     if not lost.numel():  # they were infinite, or no numbers, before
         return
     dtype = str(cast.dtype).removeprefix("torch.")

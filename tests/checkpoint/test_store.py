@@ -137,7 +137,7 @@ def test_when_none_is_left_the_run_is_refused_and_nothing_is_renamed(one_rank, r
     assert "no other checkpoint" in saved_runs.resolve(one_rank, run_folder)[0]
     for path in (run_folder / "checkpoints").iterdir():
         path.rename(run_folder / path.name)
-    assert saved_runs.resolve(one_rank, run_folder) == ("fresh", [])
+    assert saved_runs.resolve(one_rank, run_folder, "none") == ("fresh", [])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -204,12 +204,13 @@ def test_a_node_that_sees_an_old_folder_costs_no_checkpoint(two_ranks, run_folde
 
 
 def test_reasons_to_keep(tmp_path):
+    """The last checkpoint of a budget that was raised since, of step 30, is kept for nothing."""
     manifests = {
-        tmp_path / str(step): Manifest(kind="training", step=step, final=step == 30) for step in range(10, 80, 10)
+        tmp_path / str(step): Manifest(kind="training", step=step, final=step in (30, 70)) for step in range(10, 80, 10)
     }
     kept = {int(path.name): why for path, why in reasons_to_keep(manifests, 2, 20, best_step=10).items()}
-    assert kept == {10: ["best"], 20: ["every"], 30: ["final"], 40: ["every"], 50: [],
-                    60: ["last", "every"], 70: ["last"]}  # fmt: skip
+    assert kept == {10: ["best"], 20: ["every"], 30: [], 40: ["every"], 50: [],
+                    60: ["last", "every"], 70: ["last", "final"]}  # fmt: skip
 
 
 def test_where_the_save_of_the_best_has_failed_the_best_before_is_kept(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 
 import pytest
@@ -93,6 +95,8 @@ def test_diff(run, run_folder, one_rank):
     assert run("diff", first, first) == (0, ["no differences"])
     status, lines = run("diff", first, second)
     assert status == 1
+    settings = [line for line in lines if line.startswith("manifest")]
+    assert lines[0] == f"summary   step 4 | step 8: {len(settings)} entries of the manifest and 3 of 3 tensors differ"
     assert "manifest  step: 4 | 8" in lines and "manifest  evaluation.validation: 4.96 | 4.92" in lines
     assert [line for line in lines if line.startswith("tensor")] == [
         "tensor    model.embed_tokens.weight: 48 of 48 values differ, by at most 4",
@@ -108,6 +112,7 @@ def test_diff(run, run_folder, one_rank):
     other = store.save(tensors, saved_runs.ASSETS, saved_runs.manifest_at(16))
     assert run("diff", other, other) == (0, ["no differences"])
     _, lines = run("diff", first, other)
+    assert lines[0].endswith("and 4 of 4 tensors differ")
     assert [line for line in lines if line.startswith("tensor")] == [
         f"tensor    optimizer.step.model.norm.weight: only in {first}",
         f"tensor    new: only in {other}",
@@ -131,6 +136,25 @@ def test_prune(run, run_folder, one_rank):
     left = [int(path.name[5:]) for path in sorted((run_folder / "checkpoints").iterdir())]
     assert left == [4, 8, 12, 16, 24]  # best, every, damaged, every, last
     assert run("verify", *[folder_of(run_folder, step) for step in (4, 8, 16, 24)])[0] == 0
+
+
+def test_prune_unlinks_links_and_names_what_it_cannot_remove(run, run_folder, tmp_path, monkeypatch):
+    folder_of(run_folder, 4).rename(tmp_path / "archived")
+    folder_of(run_folder, 4).symlink_to(tmp_path / "archived")
+    saved_runs.rewrite_manifest(folder_of(run_folder, 12), lambda content: content["best"].update(step=12))
+    refused, unlink = folder_of(run_folder, 8).name, os.unlink
+
+    def refusing(path, *rest, **options):
+        if refused in str(path) and str(path).endswith("config.json"):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), "config.json")
+        unlink(path, *rest, **options)
+
+    monkeypatch.setattr(os, "unlink", refusing)
+    with pytest.raises(UserError) as error:
+        run("prune", run_folder, "--keep-last", "1")
+    [left] = (run_folder / "checkpoints").glob(f".{refused}.*.tmp")
+    assert str(error.value).startswith(f"{left}/hf/config.json: Operation not permitted")
+    assert (tmp_path / "archived" / "manifest.json").is_file() and not os.path.lexists(folder_of(run_folder, 4))
 
 
 @pytest.mark.parametrize("arguments", [[], ["ls"], ["prune", "x"], ["prune", "x", "--keep-last", "0"], ["diff", "a"]])

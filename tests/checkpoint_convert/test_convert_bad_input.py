@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from converting import EMBEDDING, HEAD, INDEX, SINGLE, Copy, Run, convert_there, edit_tensors, logits
+from safetensors.torch import load_file
 from tiny_models import assert_refused, edit_json
 
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
@@ -67,7 +68,14 @@ def index_outside(folder: Path) -> None:
 
 
 def index_missing_file(folder: Path) -> None:
+    (folder / SINGLE).unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {HEAD: "model-00001-of-00002.safetensors"}}))
+
+
+def two_sets_of_weights(folder: Path) -> None:
+    shutil.copy(folder / SINGLE, folder / "other.safetensors")
+    names = load_file(folder / SINGLE)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "other.safetensors")}))
 
 
 def extra_tensor_of(dtype: str) -> Callable[[Path], None]:
@@ -119,14 +127,15 @@ def folder_for_weights(folder: Path) -> None:
         (index_missing_file, ["model-00001-of-00002.safetensors: missing"]),
         (lambda folder: (folder / SINGLE).unlink(), ["neither", INDEX, SINGLE]),
         (lambda folder: (folder / INDEX).write_text("{}"), [INDEX, "weight_map"]),
+        (two_sets_of_weights, [SINGLE, INDEX, "other.safetensors", "two sets of weights"]),
         (absurd_header, [SINGLE, "not a safetensors file"]),
         (folder_for_weights, [SINGLE, "cannot be read: Is a directory"]),
         (extra_tensor_of("F6_E2M3"), [SINGLE, "extra is F6_E2M3 [4]", "dequantized first"]),
         (extra_tensor_of("F99"), [SINGLE, "has a dtype that safetensors", "F99"]),
         (config_with(hidden_size=2**40), ["config.json: hidden_size is 1099511627776; at most 16,777,216"]),
         (config_with(hidden_size=2**24, head_dim=2**24), ["config.json: hidden_size is 16777216; the sizes make"]),
-        (config_with(num_hidden_layers=10**9), ["config.json: num_hidden_layers is 1000000000; at most 10,000"]),
-        (config_with(rms_norm_eps=10**400), ["config.json: rms_norm_eps is 1000", "a positive number"]),
+        (config_with(num_hidden_layers=10**9), ["config.json: num_hidden_layers is 1000000000; at most 1,000"]),
+        (config_with(rms_norm_eps=10**400), ["config.json: rms_norm_eps is 1000", "a number of at least 0"]),
         (nested_config(10**5), ["config.json: nested more than 50 levels deep"]),
         (nested_config(500), ["config.json: nested more than 50 levels deep"]),
         (lambda folder: (folder / "config.json").unlink(), ["config.json"]),

@@ -52,11 +52,12 @@ def test_reads_a_single_file_without_index(tmp_path: Path) -> None:
 def test_files_that_the_index_does_not_list_are_ignored(tmp_path: Path) -> None:
     folder = write_indexed(tmp_path / "hf")
     save_file({"a": torch.zeros(2, 3), "old": torch.zeros(1)}, folder / "model-00001-of-00009.safetensors")
-    (folder / WEIGHTS_FILE).write_bytes(b"not even a safetensors file")
+    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    (folder / "training_args.bin").write_bytes(b"no weights")
     weights = HfWeights(folder)
     assert list(weights.tensors) == list("abc")
     assert torch.equal(weights.read("a"), COUNTING["a"])
-    assert weights.ignored_files == ["model-00001-of-00009.safetensors", WEIGHTS_FILE]
+    assert weights.ignored_files == ["model-00001-of-00009.safetensors", "pytorch_model.bin"]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_reads_what_megatron_writes(tmp_path_factory, documents, code, modes):
     prefix = tmp_path_factory.mktemp("d") / "x"
     write_megatron(prefix, documents, code, modes)
     dataset = IndexedDataset(prefix)
-    dataset.verify()
+    assert dataset.in_file_order and not dataset.remarks
     sequences = [sequence for document in documents for sequence in document]
     assert [sequence.tolist() for sequence in dataset] == sequences
     assert (len(dataset), dataset.num_sequences) == (len(sequences), len(sequences))
@@ -146,9 +146,44 @@ DAMAGES = {
     ),
     "tokens empty": (lambda i, b: os.truncate(b, 0), "x.bin", "0 bytes, but"),
     "tokens too long": (lambda i, b: os.truncate(b, 28), "x.bin", "28 bytes, but"),
-    "first pointer": (lambda i, b: _patch(i, 46, struct.pack("<q", 4)), "x.idx", "points to byte 4, not 0"),
-    "first document": (lambda i, b: _patch(i, 70, struct.pack("<q", 1)), "x.idx", "1 .. 3, but must run from 0"),
-    "last document": (lambda i, b: _patch(i, 94, struct.pack("<q", 2)), "x.idx", "0 .. 2, but must run from 0"),
+    "first pointer": (lambda i, b: _patch(i, 46, struct.pack("<q", -4)), "x.idx", "length 3 points to byte -4, which"),
+    "pointer beyond the file": (
+        lambda i, b: _patch(i, 54, struct.pack("<q", 20)),
+        "x.idx",
+        "sequence 1 of length 2 points to byte 20, which is not inside .*x.bin of 24 bytes",
+    ),
+    "pointer near the largest": (
+        lambda i, b: _patch(i, 54, struct.pack("<q", 2**63 - 4)),
+        "x.idx",
+        "sequence 1 of length 2 points to byte 9223372036854775804, which is not inside",
+    ),
+    "pointer inside a token": (
+        lambda i, b: _patch(i, 54, struct.pack("<q", 6)),
+        "x.idx",
+        "sequence 1 of length 2 points to byte 6, which is not a multiple of 4",
+    ),
+    "negative length": (lambda i, b: _patch(i, 38, struct.pack("<i", -2)), "x.idx", "sequence 1 of length -2 points"),
+    "negative length, pointers to match": (
+        lambda i, b: _patch(i, 34, struct.pack("<iiiqqq", 4, -1, 3, 0, 16, 12)),
+        "x.idx",
+        "sequence 1 of length -1 points",
+    ),
+    "pointers that do not match the lengths": (
+        lambda i, b: _patch(i, 54, struct.pack("<qq", 16, 24)),
+        "x.bin",
+        "24 bytes, but .* ends at 24 . 1 tokens",
+    ),
+    "huge length": (
+        lambda i, b: _patch(i, 38, struct.pack("<i", 2**31 - 1)),
+        "x.idx",
+        "sequence 1 of length 2147483647",
+    ),
+    "dtype code of smaller tokens": (lambda i, b: _patch(i, 17, b"\x08"), "x.idx", "says 2 bytes a token, .* 4 bytes"),
+    "dtype code of larger tokens": (
+        lambda i, b: _patch(i, 17, b"\x05"),
+        "x.bin",
+        "24 bytes, but .* tokens x 8 bytes = 28",
+    ),
     "no tokens file": (lambda i, b: b.unlink(), "x.bin", "no such file"),
     "no index": (lambda i, b: i.unlink(), "x.idx", "no such file"),
 }
@@ -165,19 +200,124 @@ def test_damage_is_refused_on_opening(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Indexes that are not in file order, and document indices that fit no sequence
+
+
+def write_scattered(prefix: Path, stream: list[int], places: list[tuple[int, int]], code: int = 4) -> None:
+    """An index of sequences (first token, length) over a .bin of the tokens ``stream``."""
+    write_megatron(prefix, [[stream[at : at + length]] for at, length in places], code)
+    width = {1: 1, 4: 4, 5: 8, 8: 2}[code]
+    pointers = b"".join(struct.pack("<q", width * at) for at, _ in places)
+    _patch(Path(f"{prefix}.idx"), 34 + 4 * len(places), pointers)
+    Path(f"{prefix}.bin").write_bytes(np.array(stream, f"u{width}").tobytes())
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), size=st.integers(1, 40), code=st.sampled_from([1, 4, 5, 8]))
+def test_an_index_that_is_not_in_file_order_is_read_sequence_by_sequence(tmp_path_factory, data, size, code):
+    """Filtered, permuted, repeated, overlapping: one stream in the order of the index, boundaries and mask with it."""
+    stream = list(range(size))
+    place = st.integers(0, size).flatmap(lambda at: st.tuples(st.just(at), st.integers(0, size - at)))
+    places = data.draw(st.lists(place, min_size=2, max_size=9))
+    prefix = tmp_path_factory.mktemp("d") / "x"
+    write_scattered(prefix, stream, places, code)
+    Path(f"{prefix}.mask.bin").write_bytes(bytes(token % 3 == 0 for token in stream))
+    ends = list(itertools.accumulate(length for _, length in places))
+    in_order = all(at == end for (at, _), end in zip(places, [0, *ends], strict=False))
+    if in_order and ends[-1] != size:
+        return  # of another .bin: refused
+    try:
+        dataset = IndexedDataset(prefix)
+    except UserError as error:
+        # By chance the pointers of tokens of another size.
+        widths = {b - a for a, b in itertools.pairwise(at for at, _ in places)}
+        assert "dtype code" in str(error) and widths
+        return
+    assert dataset.in_file_order == in_order == (not dataset.remarks)
+    sequences = [stream[at : at + length] for at, length in places]
+    expected = flat(sequences)
+    assert [sequence.tolist() for sequence in dataset] == sequences
+    start = data.draw(st.integers(0, len(expected)))
+    stop = data.draw(st.integers(start, len(expected)))
+    starts = [0, *ends[:-1]]
+    assert dataset.num_tokens == len(expected)
+    assert dataset.tokens(start, stop).tolist() == expected[start:stop]
+    assert dataset.loss_mask(start, stop).tolist() == [token % 3 == 0 for token in expected[start:stop]]
+    assert dataset.boundaries(start, stop).tolist() == sorted({at for at in starts if start < at < stop})
+    assert dataset.next_boundary(start) == min((at for at in starts if at >= start), default=len(expected))
+    assert [dataset.sequence_start(i) for i in range(len(places) + 1)] == [*starts, len(expected)]
+
+
+def test_many_scattered_sequences(tmp_path):
+    """More than the blocks that their beginnings are found by."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(0, 6, 5000)
+    starts = np.cumsum(lengths) - lengths
+    order = generator.permutation(5000)[:4500]
+    stream = generator.integers(0, 250, lengths.sum())
+    write_scattered(
+        tmp_path / "x", stream.tolist(), list(zip(starts[order].tolist(), lengths[order].tolist(), strict=True))
+    )
+    dataset = IndexedDataset(tmp_path / "x")
+    expected = np.concatenate([stream[starts[i] : starts[i] + lengths[i]] for i in order])
+    begins = np.cumsum(lengths[order]) - lengths[order]
+    assert dataset.tokens(0, dataset.num_tokens).tolist() == expected.tolist()
+    for start in generator.integers(0, len(expected) - 3000, 40).tolist():
+        stop = start + int(generator.integers(0, 3000))
+        assert dataset.tokens(start, stop).tolist() == expected[start:stop].tolist()
+        assert (
+            dataset.boundaries(start, stop).tolist() == np.unique(begins[(begins > start) & (begins < stop)]).tolist()
+        )
+    assert "4,500 sequences do not begin in .bin where the one before ends" in dataset.remarks[0]
+
+
 @pytest.mark.parametrize(
-    "offset, content, message",
+    ("indices", "reason"),
     [
-        (54, struct.pack("<q", 8), "sequence 1 of length 2 points to byte 8, but .* end at byte 12"),
-        (34, struct.pack("<i", 2), "sequence 1 of length 2 points to byte 12, but .* end at byte 8"),
-        (38, struct.pack("<i", -2), "sequence 1 of length -2"),
-        (78, struct.pack("<q", 3), "document index 2 is 2, less than"),
+        ([0], "runs from 0 to 0, not from 0 to 3"),
+        ([0, 1], "runs from 0 to 1, not from 0 to 3"),
+        ([1, 2, 3], "runs from 1 to 3"),
+        ([0, 1, 4], "runs from 0 to 4"),
+        ([0, 3, 2, 3], "falls to 2 at entry 2"),
+        ([0, -1, 3], "falls to -1 at entry 1"),
+        ([], "is empty"),
     ],
 )
-def test_verify_finds_damage_inside(tmp_path, monkeypatch, offset, content, message):
-    monkeypatch.setattr("retemper.engine.data.indexed_dataset.CHUNK", 1)  # errors across chunks too
+def test_document_indices_that_fit_no_sequence_are_ignored(tmp_path, indices, reason):
+    """Training reads sequences only; Megatron-LM left the list at [0] when it merged, before March 2021."""
     write_megatron(tmp_path / "x", [[[1, 2, 3]], [[4, 5]], [[6]]], 4)
-    IndexedDataset(tmp_path / "x").verify()
+    index = (tmp_path / "x.idx").read_bytes()
+    index = index[:26] + struct.pack("<Q", len(indices)) + index[34:70] + struct.pack(f"<{len(indices)}q", *indices)
+    (tmp_path / "x.idx").write_bytes(index)
+    dataset = IndexedDataset(tmp_path / "x")
+    assert [sequence.tolist() for sequence in dataset] == [[1, 2, 3], [4, 5], [6]]
+    assert (dataset.num_documents, dataset.document_indices.tolist()) == (3, [0, 1, 2, 3])
+    assert dataset.document_edges(1, 3).tolist() == [1, 2, 3]
+    assert len(dataset.remarks) == 1 and reason in dataset.remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("offset", "content", "message"),
+    [
+        (38, struct.pack("<i", -2), "sequence 1 of length -2"),
+        (70, struct.pack("<q", 16), "some sequences do not begin .* though most do; .*merge.py"),
+        (110, struct.pack("<q", 4), "its list of documents falls to 3 at entry 3"),
+        (110, struct.pack("<q", 3), None),
+    ],
+)
+def test_a_very_large_index_is_checked_behind_the_opening(tmp_path, monkeypatch, offset, content, message):
+    """Blocks of one sequence, of which opening sees the first and the last."""
+    monkeypatch.setattr("retemper.engine.data.indexed_dataset.CHECKED_ON_OPENING", 2)
+    monkeypatch.setattr("retemper.engine.data.index_check.CHECKED_AT_ONCE", 1)
+    monkeypatch.setattr("retemper.engine.data.index_check._SPREAD_BLOCKS", 2)
+    write_megatron(tmp_path / "x", [[[1, 2, 3]], [[4, 5]], [[6]], [[7]], [[8]]], 4)
     _patch(tmp_path / "x.idx", offset, content)
+    dataset = IndexedDataset(tmp_path / "x")
+    if message is None:
+        dataset.finish_check()
+        return
     with pytest.raises(UserError, match=message):
-        IndexedDataset(tmp_path / "x").verify()
+        dataset.finish_check()
+    if "merge" in message:  # which reads it as it is
+        assert not IndexedDataset(tmp_path / "x", check_whole=True).in_file_order

@@ -114,7 +114,7 @@ def test_we_read_megatrons(tmp_path_factory, corpus, by_item):
     prefix, (dtype, documents) = tmp_path_factory.mktemp("d") / "x", corpus
     write_theirs(prefix, documents, dtype, by_item)
     ours = IndexedDataset(prefix)
-    ours.verify()
+    assert ours.in_file_order and not ours.remarks
     assert documents_of(ours) == documents
     assert ours.tokens(0, ours.num_tokens).tolist() == flat([flat(document) for document in documents])
     assert (ours.dtype.name, ours.num_documents) == (dtype, len(documents))
@@ -173,3 +173,34 @@ def test_documents_at_once_and_from_files_are_theirs_too(tmp_path):
 @pytest.mark.parametrize("vocab_size", [1, 65499, 65500, 65536, 151_669])
 def test_the_dtype_is_megatrons_choice(vocab_size):
     assert best_dtype(vocab_size) == np.dtype(megatron.DType.optimal_dtype(vocab_size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(corpus=corpora(), data=st.data())
+def test_both_read_an_index_that_was_filtered_or_permuted(tmp_path_factory, corpus, data):
+    """Written by Megatron-LM's own writer over the former .bin; afterwards merge.py puts it in order."""
+    folder, (dtype, documents) = tmp_path_factory.mktemp("d"), corpus
+    write_theirs(folder / "x", documents, dtype)
+    whole = megatron.IndexedDataset(str(folder / "x"), mmap=any(documents))
+    numbers = st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=10) if len(whole) else st.just([])
+    chosen = data.draw(numbers)
+    index = megatron._IndexWriter(str(folder / "x.idx"), whole.index.dtype)
+    lengths, pointers = whole.index.sequence_lengths[chosen], whole.index.sequence_pointers[chosen]
+    with index as writer, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "_sequence_pointers", lambda lengths: pointers.tolist())
+        writer.write(lengths.tolist(), None, list(range(len(chosen) + 1)))
+    theirs = megatron.IndexedDataset(str(folder / "x"), mmap=any(documents))
+    try:
+        ours = IndexedDataset(folder / "x")
+    except UserError as error:
+        assert (chosen == list(range(len(chosen))) and "belongs to another dataset" in str(error)) or "dtype" in str(
+            error
+        )
+        return
+    expected = [theirs[number].tolist() for number in range(len(theirs))]
+    assert [sequence.tolist() for sequence in ours] == expected
+    assert ours.tokens(0, ours.num_tokens).tolist() == flat(expected)
+    merge(MergeOptions([str(folder / "x")], str(folder / "merged")))
+    merged = IndexedDataset(folder / "merged")
+    assert merged.in_file_order and [sequence.tolist() for sequence in merged] == expected
+    assert documents_of(megatron.IndexedDataset(str(folder / "merged"), mmap=bool(expected))) == documents_of(ours)

@@ -24,6 +24,7 @@ from retemper.engine.data.sample_order import OrderedSource
 from retemper.engine.data.schedule import Share, Stage
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.source import Source, Window, split_source
+from retemper.engine.data.tokenizer_identity import TokenizerIdentity
 from retemper.engine.errors import UserError
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 
@@ -193,7 +194,14 @@ def test_validation_covers_each_window_once_and_ranks_stay_in_step(tmp_path, ran
     plan = BatchPlan(length, 12, micro, ranks)
     per_rank = [list(validation_batches(sources, plan, rank, VOCAB, False, max_tokens)) for rank in range(ranks)]
     assert len({len(batches) for batches in per_rank}) == 1
-    windows = [pack([source.window(i, VOCAB)], length, False) for source in sources for i in range(source.num_windows)]
+    # Of a set that fits, the shorter last window of each source as well.
+    with_tails = max_tokens >= sum(source.num_targets for source in sources)
+    numbers = [source.num_windows_with_tail if with_tails else source.num_windows for source in sources]
+    windows = [
+        pack([source.window(i, VOCAB)], length, False)
+        for source, count in zip(sources, numbers, strict=True)
+        for i in range(count)
+    ]
     count = min(len(windows), max(1, max_tokens // length))
     # Spread evenly: the i-th of count windows is at i / count of the way, over all sources.
     windows = [windows[int(Fraction(i * len(windows), count))] for i in range(count)]
@@ -204,6 +212,8 @@ def test_validation_covers_each_window_once_and_ranks_stay_in_step(tmp_path, ran
     assert seen == Counter(part for window in windows for part in cut([window], length))
     targets = sum(batch.num_targets for batches in per_rank for batch in batches)
     assert targets == sum(window.num_targets for window in windows)
+    if with_tails:  # every token but the first of its document
+        assert targets == (200 - 40 - 20) - 60 + (101 - 3)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -274,7 +284,8 @@ PLAN = BatchPlan(sequence_length=8, global_batch_size=4, micro_batch_size=1, dat
 
 
 def catalog_of(path: str, vocab_size: int = VOCAB, tokenizer: str | None = None, **changes) -> Catalog:
-    return open_catalog(DataConfig(train=[SourceConfig(path)], **changes), PLAN, vocab_size, tokenizer, 7)
+    identity = None if tokenizer is None else TokenizerIdentity(tokenizer, lambda: "1:BPE:other:tokenizer")
+    return open_catalog(DataConfig(train=[SourceConfig(path)], **changes), PLAN, vocab_size, identity, 7)
 
 
 def refusal(*arguments, **changes) -> str:
@@ -306,7 +317,7 @@ def test_missing_dataset(tmp_path):
 
 
 def test_token_ids_outside_the_vocabulary(tmp_path):
-    """With a sidecar at once; without one when the window is read, naming the token and its place."""
+    """With a sidecar by that; without one in a sample of windows, or when a window is read: naming the place."""
     documents = [[1] * 30, [1, 2, 999, 3] + [1] * 30]
     path = write(tmp_path / "known", documents, SIDECAR)
     message = refusal(path, 999)
@@ -316,7 +327,8 @@ def test_token_ids_outside_the_vocabulary(tmp_path):
     assert catalog_of(path, 1000).train[0].num_windows == 7
 
     path = write(tmp_path / "unknown", documents)
-    source = catalog_of(path, 999).train[0]
+    assert "unknown.bin: token id 999 at token 32 is outside the model's vocabulary of 999" in refusal(path, 999)
+    source = catalog_of(path, 1000).train[0]
     source.window(0, 999)
     with pytest.raises(UserError, match=r"token id 999 at token 32 is outside the model's vocabulary of 999") as caught:
         source.window(4, 999)
@@ -339,8 +351,12 @@ def test_wrong_tokenizer(tmp_path):
     [
         ([8], {}, "8 tokens are too few to train on: one window needs 9"),
         ([32], {}, "data.train holds 3 windows of 8 tokens, fewer than one global batch of 4"),
-        ([100, 5], {"validation_fraction": 0.05}, "5 tokens are too few to hold out"),
-        ([100], {"validation_fraction": 0.5}, "0 tokens are too few to hold out"),
+        (
+            [100, 1],
+            {"validation_fraction": 0.01},
+            "data.validation_fraction 0.01 holds out 1 tokens",
+        ),
+        ([100], {"validation_fraction": 0.5}, "data.validation_fraction 0.5 holds out 0 tokens"),
     ],
 )
 def test_too_few_windows(tmp_path, lengths, changes, expected):
@@ -353,8 +369,11 @@ def test_the_smallest_dataset_that_will_do(tmp_path):
 
 def test_too_small_a_validation_set(tmp_path):
     path = write(tmp_path / "web", documents_of([100]))
-    small = write(tmp_path / "small", documents_of([3]))
-    assert "3 tokens are too few to evaluate on" in refusal(path, validation={"small": small})
+    small = write(tmp_path / "small", documents_of([1]))
+    assert "small: the set has 1 tokens, but an evaluation needs" in refusal(path, validation={"small": small})
+    shorter_than_a_window = write(tmp_path / "short", documents_of([3]))
+    [source] = catalog_of(path, validation={"short": shorter_than_a_window}).validation["short"]
+    assert source.window(0, VOCAB).targets.tolist() == source.dataset.tokens(1, 3).tolist()
 
 
 def test_changed_data_is_refused_on_resume(tmp_path):
@@ -377,8 +396,11 @@ def test_a_damaged_index_or_another_datasets_sidecar_is_refused(tmp_path):
     write(tmp_path / "web", documents_of([10] * 30), SIDECAR)
     index = tmp_path / "web.idx"
     whole = index.read_bytes()
-    index.write_bytes(whole[:60] + bytes([whole[60] ^ 4]) + whole[61:])  # the length of a document in the middle
-    with pytest.raises(UserError, match=r"web\.idx is damaged"):
+    index.write_bytes(whole[:58] + bytes([whole[58] ^ 4]) + whole[59:])  # the length of a document in the middle
+    with pytest.raises(UserError, match=r"web\.idx: .* one before ends .*; .*web\.json says that it was written here"):
+        catalog_of(str(tmp_path / "web"))
+    index.write_bytes(whole[:26] + bytes([whole[26] - 1]) + whole[27:-8])  # without its last document
+    with pytest.raises(UserError, match=r"web\.idx: its list of documents runs .*; .*web\.json says"):
         catalog_of(str(tmp_path / "web"))
     index.write_bytes(whole)
     write(tmp_path / "other", documents_of([10] * 31), SIDECAR)

@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import constants
 from oracles.tiny_tokenizer import sample_text, shared_data, train_tiny_tokenizer
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError
@@ -166,3 +167,68 @@ def test_real_tokenizers_where_there_are_any():
         plain = Tokenizer.from_file(str(path / "tokenizer.json"))
         for text, ids in zip(TEXTS[:6], handle.encode_batch(TEXTS[:6]), strict=True):
             assert ids.tolist() == plain.encode(text, add_special_tokens=False).ids
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files next to tokenizer.json
+
+ADDED = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}, "gives it the id"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"900": {"content": "<x>"}}}, "does not have it"),
+        ("added_tokens.json", {"<|im_end|>": 7}, "gives it the id"),
+    ],
+)
+def test_files_that_give_added_tokens_other_ids_are_refused(name, content, message, tiny_tokenizer, tmp_path):
+    folder = edited_copy(tiny_tokenizer, tmp_path / "x")
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{name}: gives the added token .*tokenizer\.json next to it {message}"):
+        load_tokenizer(folder)
+
+
+def test_special_tokens_that_no_text_holds_may_be_listed_alone(tiny_tokenizer, tmp_path):
+    folder = edited_copy(tiny_tokenizer, tmp_path / "x")
+    eos = load_tokenizer(folder).eod()[1]
+    decoder = {"900": {"content": "<pad>", "special": True}, str(eos): {"content": "<|endoftext|>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    (folder / "added_tokens.json").write_text('{"<|endoftext|>": 7}')  # not read where there is a decoder
+    assert load_tokenizer(folder).notes == []
+
+
+def test_a_token_that_transformers_would_not_know_is_a_note(tiny_tokenizer, tmp_path):
+    """As after extending a vocabulary in tokenizer.json alone."""
+    added = json.loads((tiny_tokenizer / "tokenizer.json").read_text())["added_tokens"]
+    token = {"id": vocab_size(tiny_tokenizer), "content": "the cat", **ADDED, "special": False}
+    folder = edited_copy(tiny_tokenizer, tmp_path / "x", added_tokens=[*added, token])
+    assert load_tokenizer(folder).notes == []
+    decoder = {str(one["id"]): {key: one[key] for key in one if key != "id"} for one in added}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": decoder}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    handle = load_tokenizer(folder)
+    assert len(handle.notes) == 1 and "'the cat'" in handle.notes[0]
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.encode("the cat", add_special_tokens=False) != handle.encode_flat(["the cat"])[0].tolist()
+    decoder[str(token["id"])] = {key: token[key] for key in token if key != "id"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(folder).notes == []
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.encode("the cat", add_special_tokens=False) == handle.encode_flat(["the cat"])[0].tolist()
+
+
+def test_vocabulary_and_merges_alone_are_refused_with_a_remedy_that_works(tiny_tokenizer, tmp_path):
+    model = json.loads((tiny_tokenizer / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])) + "\n")
+    with pytest.raises(UserError, match=r"holds vocab\.json and merges\.txt.*AutoTokenizer.*config\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    handle = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        expected = theirs.encode(text, split_special_tokens=True)
+        assert handle.encode_flat([text])[0].tolist() == expected

@@ -23,6 +23,7 @@ from oracles.tiny_tokenizer import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retemper.engine.checkpoint.assets import HfAssets
+from retemper.engine.data.document_frame import DocumentFrame
 from retemper.engine.data.index_format import best_dtype
 from retemper.engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from retemper.engine.errors import UserError
@@ -30,6 +31,8 @@ from retemper.engine.errors import UserError
 sentencepiece = pytest.importorskip("sentencepiece", reason="an optional package: pip install sentencepiece")
 tiktoken = pytest.importorskip("tiktoken", reason="an optional package: pip install tiktoken")
 
+END = 1_000_000
+"""An id that no text has."""
 PIECES = [
     *("<s>", "</s>", "<unk>", "<think>", "<|endoftext|>", "<0x41>", "▁", "the", " cat", "  ", "\n", "\t", "\0"),
     *("\u2028", "\u3000", "\ufeff", "e\u0301", "é", "ﬁ", "Å", "天", "🙂", "\u200d", "'s", "12", "!", "\r\n"),
@@ -44,13 +47,13 @@ def batches() -> st.SearchStrategy[list[str]]:
 
 
 def expect_ids(handle: TokenizerHandle, texts: list[str], expected: list[list[int]]) -> None:
-    """All ways of encoding give ``expected``, with 7 as the end of documents."""
+    """All ways of encoding give ``expected``, with END as the end of documents."""
     ids, lengths = handle.encode_flat(texts)
     assert ids.tolist() == [token for one in expected for token in one]
     assert lengths.tolist() == list(map(len, expected))
     assert [one.tolist() for one in handle.encode_batch(texts)] == expected
-    ids, lengths = handle.encode_documents(texts, 7)
-    assert ids.tolist() == [token for one in expected if one for token in [*one, 7]]
+    ids, lengths = handle.encode_documents(texts, DocumentFrame(suffix=(END,)))
+    assert ids.tolist() == [token for one in expected if one for token in [*one, END]]
     assert (ids.dtype, lengths.dtype, ids.flags.writeable) == (np.int32, np.int64, True)
     assert handle.check_fast_path(texts) is None and handle.fallback_reason is None
 

@@ -111,8 +111,22 @@ def _kill(target: str) -> Callable[[Random, int], dict[str, Any]]:
 
 
 def _ask(random: Random, number: int) -> dict[str, Any]:
-    name, target = ("TERM", "INT", "USR1")[number % 3], random.choice(["rank 0", "rank 1", "ranks"])
-    return {"fault": _signal(target, _moment(random), {"wait": True}, name), "note": f"SIG{name} to {target}"}
+    names = ("TERM", "HUP", "USR2", "INT", "XCPU", "USR1")
+    name, target = names[number % len(names)], random.choice(["rank 0", "rank 1", "ranks"])
+    fault = _signal(target, _moment(random), {"wait": True}, name, survives=True)
+    return {"fault": fault, "note": f"SIG{name} to {target}"}
+
+
+def _hang_up(random: Random, number: int) -> dict[str, Any]:
+    """torchrun passes the signal on, also under nohup, and has a status of its own."""
+    fault = _signal("launcher", _moment(random), {"wait": True}, "HUP", saves=True)
+    return {"fault": fault, "note": "SIGHUP to the launcher"}
+
+
+def _output_gone(random: Random, number: int) -> dict[str, Any]:
+    action = ("no reader", "full output")[number % 2]
+    fault = _hook("record half-written", random.randint(2, 15), random, action, {"wait": True})
+    return {"fault": {**fault, "survives": True}, "note": f"standard output and error of rank 0: {action}"}
 
 
 def _pause(random: Random, number: int) -> dict[str, Any]:
@@ -129,7 +143,7 @@ def _pause(random: Random, number: int) -> dict[str, Any]:
 def _freeze(random: Random, number: int) -> dict[str, Any]:
     made: dict[str, Any] = {"options": SHORT_TIMEOUT}
     if number % 3 == 2:
-        fault = _signal("node", _moment(random), {"wait": True}, "STOP", stop_seconds=12.0)
+        fault = _signal("node", _moment(random), {"wait": True}, "STOP", stop_seconds=12.0, survives=True)
         return {**made, "fault": fault, "note": "SIGSTOP of launcher and ranks for 12 s, timeout 6 s"}
     target = f"rank {number % 3}"
     fault = _signal(target, _moment(random), {"wait": True}, "STOP", names_rank=True)
@@ -226,6 +240,21 @@ def _overtaken(random: Random, number: int) -> dict[str, Any]:
     }
 
 
+def _vanished(random: Random, number: int) -> dict[str, Any]:
+    form = ("moved", "link", "empty")[number % 3]
+    return {"rest": {"do": "vanish", "form": form}, "refused": True, "note": f"checkpoints/ is gone: {form}"}
+
+
+def _irremovable(random: Random, number: int) -> dict[str, Any]:
+    """Housekeeping fails, and only that: a link in the place of an old checkpoint, a file that may not be removed."""
+    if number % 4 == 3:
+        return {"rest": {"do": "archive"}, "note": "a link in the place of the oldest checkpoint"}
+    point = ("half removed", "before removal", "folder removed")[number % 4]
+    nth = random.randint(1, 3)
+    fault = _hook(point, nth, random, "error", {"steps": 6}, errno="EPERM", lasting=False)
+    return {"fault": fault, "note": f"EPERM at: {point} ({nth})"}
+
+
 RESUME_POINTS = (
     "checkpoint read",
     "before the lock",
@@ -257,7 +286,9 @@ KINDS: dict[str, tuple[int, str, Callable[[Random, int], dict[str, Any]]]] = {
     "record": (5, "kill while a record is written", _kill_at("record half-written", largest=15)),
     "resume": (8, "kill while a run resumes", _kill_at(*RESUME_POINTS, largest=1)),
     "overtaken": (4, "a second launch, overtaken by the first", _overtaken),
-    "stop": (6, "asked to stop (TERM, INT, USR1)", _ask),
+    "stop": (6, "asked to stop (TERM, HUP, USR2, INT, XCPU, USR1)", _ask),
+    "hangup": (2, "SIGHUP to the launcher", _hang_up),
+    "output": (4, "standard output without a reader or on a full disk", _output_gone),
     "pause": (8, "SIGSTOP, and on after some seconds", _pause),
     "freeze": (6, "SIGSTOP for longer than the timeout", _freeze),
     "disk-full": (8, "disk full (a small tmpfs)", _full),
@@ -269,6 +300,8 @@ KINDS: dict[str, tuple[int, str, Callable[[Random, int], dict[str, Any]]]] = {
     "stray": (11, "garbage in checkpoints/", _stray),
     "curve": (3, "torn or garbled metrics.jsonl", _torn_curve),
     "clock": (8, "clock jumps", _clock),
+    "vanished": (3, "checkpoints/ moved away, unmounted, a link to nowhere", _vanished),
+    "irremovable": (4, "old checkpoints that cannot be removed", _irremovable),
 }
 """Kind: (share of the cases, title, what draws one)."""
 

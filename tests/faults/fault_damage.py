@@ -227,6 +227,26 @@ def metrics(run_folder: Path, form: str, place: float, **_: Any) -> Done:
     return Done(f"metrics.jsonl ends with {form}")
 
 
+def vanish(run_folder: Path, form: str, **_: Any) -> Done:
+    """All checkpoints are gone, as when their disk is not mounted: moved, a link to nowhere, or an empty folder."""
+    folder = run_folder / "checkpoints"
+    folder.rename(run_folder / "elsewhere")
+    if form == "link":
+        folder.symlink_to("/unmounted/checkpoints")
+    elif form == "empty":
+        folder.mkdir()
+    return Done(f"checkpoints/ has vanished: {form}", named="has written checkpoints up to step")
+
+
+def archive(run_folder: Path, **_: Any) -> Done:
+    """The oldest checkpoint is moved to an archive, and a link is left in its place."""
+    oldest, target = checkpoints(run_folder)[0], run_folder / "archive"
+    target.mkdir(exist_ok=True)
+    oldest.rename(target / oldest.name)
+    oldest.symlink_to(target / oldest.name)
+    return Done(f"{oldest.name} is a link to an archive")
+
+
 DAMAGES: dict[str, Callable[..., Done]] = {
     "file": damage,
     "pickle": pickle_in,
@@ -234,4 +254,6 @@ DAMAGES: dict[str, Callable[..., Done]] = {
     "empty_newer": empty_newer,
     "times": times,
     "metrics": metrics,
+    "vanish": vanish,
+    "archive": archive,
 }

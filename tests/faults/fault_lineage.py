@@ -31,6 +31,7 @@ _REASONS = {
     "EIO": "Input/output error",
     "EDQUOT": "Disk quota exceeded",
     "EROFS": "Read-only file system",
+    "EPERM": "Operation not permitted",
 }
 
 
@@ -375,8 +376,10 @@ class Lineage:
         """How the launch ended fits what was done to it."""
         fault = case.fault
         assert fault is not None
-        if case.kind == "stop" and this.code != 0:
-            this.problems.append(f"asked to stop, it ended with {this.code}: {_last_lines(this.text)}")
+        if fault.get("survives") and this.code != 0:
+            this.problems.append(f"a run that was to survive ended with {this.code}: {_last_lines(this.text)}")
+        if fault.get("saves") and not re.search("stopped at step .* as asked", this.text):
+            this.problems.append(f"it has not saved: {_last_lines(this.text)}")
         if fault.get("names_rank"):
             rank = fault["target"]
             if this.code == 0 or not re.search(rf"{rank}\b.*(no sign of life|has not come)", this.text):

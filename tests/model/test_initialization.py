@@ -33,7 +33,7 @@ def initialized(seed: int, **changes) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen3"}], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen3", "mlp_bias": False}], ids=["llama", "qwen3"])
 def test_norms_are_one_and_biases_zero(changes):
     parameters = initialized(0, **changes)
     vectors = {name: value for name, value in parameters.items() if value.ndim == 1}

@@ -2,11 +2,14 @@
 
 import errno
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from retemper.engine.observe.curves import _TAIL_BYTES, last_record
 from retemper.engine.observe.loggers import METRICS_FILE, MetricLog
 
 
@@ -30,12 +33,70 @@ def test_records(tmp_path):
 
 
 @pytest.mark.parametrize("resumed_step", [0, 3, 5, 9])
-def test_later_records_than_the_resumed_step_are_forgotten(tmp_path, resumed_step):
+def test_later_records_than_the_resumed_step_are_moved(tmp_path, resumed_step, capsys):
     write_run(tmp_path, 0, range(1, 6))
     write_run(tmp_path, resumed_step, range(resumed_step + 1, resumed_step + 3), shift=0.5)
     kept = [(step, float(step)) for step in range(1, min(resumed_step, 5) + 1)]
     added = [(step, step + 0.5) for step in (resumed_step + 1, resumed_step + 2)]
     assert [(record["step"], record["loss"]) for record in records(tmp_path)] == kept + added
+    moved = tmp_path / "metrics.5.jsonl"
+    steps = [json.loads(line)["step"] for line in moved.read_text().splitlines()] if moved.exists() else []
+    assert steps == list(range(resumed_step + 1, 6))
+    assert (f"{len(steps)} of metrics.jsonl after step {resumed_step} moved to {moved}" in capsys.readouterr().out) == (
+        resumed_step < 5
+    )
+
+
+def test_no_record_is_lost_in_many_restarts(tmp_path):
+    """Each start makes the steps after 2 again, or starts over; every record ever written is in some file."""
+    shift = 0.0
+    for start in (None, 2, 2, None, 0, 2, None):
+        shift += 0.01
+        write_run(tmp_path, start, range((start or 0) + 1, 5), shift=shift)
+    lines = [line for path in tmp_path.glob("metrics*.jsonl") for line in path.read_text().splitlines()]
+    expected, shift = [], 0.0
+    for start in (None, 2, 2, None, 0, 2, None):
+        shift += 0.01
+        expected += [round(step + shift, 2) for step in range((start or 0) + 1, 5)]
+    assert sorted(round(json.loads(line)["loss"], 2) for line in lines) == sorted(expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.4-2.jsonl", "metrics.4-3.jsonl",
+        "metrics.4-4.jsonl", "metrics.4-5.jsonl", "metrics.4-6.jsonl", "metrics.4.jsonl", "metrics.jsonl"]  # fmt: skip
+
+
+def test_lines_that_are_no_records_are_moved_too(tmp_path):
+    write_run(tmp_path, None, range(1, 3))
+    noise = b'\xff\xfe{]\n[1]\n{"step": "x"}\n'
+    with (tmp_path / METRICS_FILE).open("ab") as file:
+        file.write(noise)
+    write_run(tmp_path, 2, range(3, 4))
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "metrics.unreadable.jsonl").read_bytes() == noise
+
+
+def test_a_run_that_starts_over_renames_curve_events_and_configuration(tmp_path):
+    write_run(tmp_path, None, range(1, 6), tensorboard=True)
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    log = MetricLog(tmp_path, None, active=True, tensorboard=True)
+    log.open(renamed_with_the_curve=("config.yaml",))
+    log.record(1, 10, {"loss": 7.0})
+    log.close()
+    assert [record["loss"] for record in records(tmp_path)] == [7.0]
+    assert (tmp_path / "config.5.yaml").read_text() == "seed: 1\n" and not (tmp_path / "config.yaml").exists()
+    assert len((tmp_path / "metrics.5.jsonl").read_text().splitlines()) == 5
+    for name, count in (("tensorboard.5", 5), ("tensorboard", 1)):
+        events = EventAccumulator(str(tmp_path / name))
+        events.Reload()
+        assert len(events.Scalars("train/loss")) == count
+
+
+def test_the_last_record_is_found_from_the_end(tmp_path):
+    assert last_record(tmp_path) is None
+    path = tmp_path / METRICS_FILE
+    path.write_text("")
+    assert last_record(tmp_path) is None
+    lines = [json.dumps({"step": step, "note": "x" * 100}) for step in range(20_000)]
+    path.write_text("\n".join([*lines, '{"step": 99999, "no']))
+    assert path.stat().st_size > 2 * _TAIL_BYTES and last_record(tmp_path)["step"] == 19_999
 
 
 def test_a_torn_last_line_is_dropped(tmp_path):
@@ -129,4 +190,52 @@ def test_a_full_disk_is_said_and_its_records_follow_when_there_is_space(tmp_path
         log.record(step, 10 * step, {"loss": float(step)})
     log.close()
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
-    assert capsys.readouterr().out.count("metrics cannot be written now: No space left on device") == 2
+    [note] = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: {tmp_path / METRICS_FILE} cannot be written now: No space left on device")
+
+
+class _Unusable(types.ModuleType):
+    """A library whose parts raise what incompatible versions of NumPy, protobuf or setuptools raise."""
+
+    def __init__(self, error):
+        super().__init__("torch.utils.tensorboard")
+        self.error = error
+
+    def __getattr__(self, name):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("cannot import name notf"),
+        ValueError("numpy.dtype size changed"),
+        TypeError("Descriptors cannot be created directly"),
+        SystemExit(1),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_tensorboard_that_cannot_be_used_is_one_note(error, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", _Unusable(error))
+    write_run(tmp_path, 0, range(1, 4), tensorboard=True)
+    [note] = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: TensorBoard cannot be used: {type(error).__name__}: {error}; training continues")
+    assert "logging.tensorboard: false" in note
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("call", ["add_scalar", "flush", "close"])
+@pytest.mark.parametrize(
+    "error", [UnicodeEncodeError("ascii", "ü", 0, 1, "not in range"), OSError(28, "No space left")]
+)
+def test_tensorboard_that_stops_working_is_one_note(call, error, monkeypatch, tmp_path, capsys):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(SummaryWriter, call, fail)
+    write_run(tmp_path, 0, range(1, 4), tensorboard=True)
+    [note] = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: TensorBoard cannot write to {tmp_path / 'tensorboard'}: {type(error).__name__}")
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ from retemper.tools.ingest.formats import FORMATS
 from retemper.tools.ingest.inputs import InputOptions, expand_inputs
 from retemper.tools.ingest.long_text import LongText
 from retemper.tools.ingest.readers import lines
-from retemper.tools.ingest.records import ReadContext, Where
+from retemper.tools.ingest.records import ReadContext, ReadOptions, Where, readable_part
 from retemper.tools.ingest.tasks import Span
 
 
@@ -28,6 +28,8 @@ class Reading:
     """Of the records: ``file:line``, the folder left out."""
     refused: list[str] = field(default_factory=list)
     """``file:line: reason [kind]`` of what was no record."""
+    notes: list[str] = field(default_factory=list)
+    """What else the reader reports."""
 
     def refuse(self, where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:
         """The reader's callback, which lets it go on."""
@@ -35,22 +37,31 @@ class Reading:
 
 
 def read_file(
-    path: Path, cuts: Sequence[int] = (), columns: tuple[str, ...] | None = ("text",), txt_mode: str = "file"
+    path: Path,
+    cuts: Sequence[int] = (),
+    columns: tuple[str, ...] | None = ("text",),
+    txt_mode: str = "file",
+    input_format: str | None = None,
+    **options: Any,
 ) -> Reading:
-    """Read a file in spans that ``cuts`` part, refusals being collected."""
+    """Read a file in spans that ``cuts`` part, refusals being collected; ``options`` are those of ``ReadOptions``."""
     reading = Reading()
-    for span, context in _spans(path, cuts, columns, txt_mode, reading):
-        for record in FORMATS[span.file.format].read(span, context):
+    inputs = InputOptions(
+        txt_mode, input_format=input_format, keys=columns, skip_damage=options.get("skip_damage", False)
+    )
+    for span, context in _spans(path, cuts, columns, inputs, reading, ReadOptions(**options)):
+        records = FORMATS[span.file.format].read(span, context)
+        for record in readable_part(records, str(path), context):
             reading.values.append(joined(record.value))
             reading.places.append(short(record.where))
             assert 0 <= context.consumed <= span.num_bytes
     return reading
 
 
-def read_texts(path: Path, cuts: Sequence[int] = (), key: str = "text") -> Reading:
+def read_texts(path: Path, cuts: Sequence[int] = (), key: str = "text", input_format: str | None = None) -> Reading:
     """The same by the way that is taken for JSONL of which only one key is wanted; it gives no places."""
     reading = Reading()
-    for span, context in _spans(path, cuts, (key,), "file", reading):
+    for span, context in _spans(path, cuts, (key,), InputOptions(input_format=input_format), reading, ReadOptions()):
         reading.values += map(joined, lines.read_texts(span, context, key))
     return reading
 
@@ -69,10 +80,20 @@ def short(where: Where) -> str:
     return where.describe().removeprefix(os.path.dirname(where.path) + "/")
 
 
-def _spans(path: Path, cuts: Sequence[int], columns: tuple[str, ...] | None, txt_mode: str, reading: Reading) -> Any:
-    (file,) = expand_inputs([str(path)], InputOptions(txt_mode))
+def _spans(
+    path: Path,
+    cuts: Sequence[int],
+    columns: tuple[str, ...] | None,
+    inputs: InputOptions,
+    reading: Reading,
+    options: ReadOptions,
+) -> Iterator[tuple[Span, ReadContext]]:
+    (file,) = expand_inputs([str(path)], inputs)
     end = file.units if FORMATS[file.format].split == "units" else file.size
     with tempfile.TemporaryDirectory() as scratch:
         for start, stop in pairwise((0, *cuts, end)):
-            yield Span(file, start, stop), ReadContext(reading.refuse, Path(scratch), columns=columns)
+            context = ReadContext(
+                reading.refuse, Path(scratch), columns=columns, options=options, note=reading.notes.append
+            )
+            yield Span(file, start, stop), context
             assert os.listdir(scratch) == [], "a temporary file was left"

@@ -25,7 +25,11 @@ def refused(capsys, tiny_tokenizer):
         full = ["--tokenizer", str(tiny_tokenizer), "--workers", "1", *map(str, arguments)]
         with pytest.raises(SystemExit) as exit_:
             run_command(lambda: command.main(full))
-        lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" workers")]
+        lines = [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if not line.endswith(" workers") and line[:6] != "note: "
+        ]
         assert exit_.value.code == 1
         assert len(lines) == 1, lines
         return lines[0]

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from retemper.engine.data.tokenizer import load_tokenizer
-from retemper.engine.errors import UserError
 from retemper.tools import extend_vocab as command
 from retemper.tools.vocabulary.splitting import WordSplitter
 
@@ -52,8 +51,9 @@ def test_old_ids_stay_and_texts_come_back(pairs, kind):
     found = report(after)
     assert (old.vocab_size, new.vocab_size) == (SIZE, SIZE + found["num_new_tokens"])
     assert found["num_new_tokens"] == 30 or ("unigram" in kind and found["num_new_tokens"] > 12)
+    first = old.encode_flat(["x"])[0].tolist()
     for token in range(3, SIZE):
-        assert old.decode([token]) == new.decode([token])
+        assert old.decode([*first, token]) == new.decode([*first, token]) or "\ufffd" in new.decode([token])
     saved = 0
     for text in TEXTS:
         one, other = (handle.encode_flat([text])[0].tolist() for handle in (old, new))
@@ -152,12 +152,12 @@ def test_scores(pairs, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_listed_tokens(kind, tmp_path):
     before, listed = models.write_model(tmp_path / "before", kind), tmp_path / "list.txt"
-    listed.write_text(" ribosome\n" + "cytochrome b\n" * ("json" not in kind), encoding="utf-8")
+    listed.write_text(" ribosome\ncytochrome b\n", encoding="utf-8")
     command.main(["--model", str(before), "--tokens", str(listed), "--output", str(tmp_path / "after")])
     handle = load_tokenizer(tmp_path / "after", backend="reference")
     by_text = {token["text"]: token["id"] for token in report(tmp_path / "after")["tokens"]}
     assert by_text[" ribosome"] in handle.encode_flat(["the ribosome sat"])[0]
-    assert "json" in kind or by_text["cytochrome b"] in handle.encode_flat(["the cytochrome b sat"])[0]
+    assert by_text["cytochrome b"] in handle.encode_flat(["the cytochrome b sat"])[0]
     assert handle.decode(handle.encode_flat(["the ribosome sat"])[0]) == "the ribosome sat"
 
 
@@ -173,13 +173,3 @@ def test_added_tokens_above_the_pieces(corpus, tmp_path, capsys):
     assert not (tmp_path / "after" / "tokenizer.model").exists()
     new = Tokenizer.from_file(str(tmp_path / "after" / "tokenizer.json"))
     assert new.token_to_id("<pad>") == SIZE and report(tmp_path / "after")["first_new_id"] == SIZE + 1
-
-
-@pytest.mark.parametrize("kind", ["json bpe", "json unigram"])
-def test_added_tokens_that_would_change_texts_are_refused(kind, tmp_path):
-    """These tokenizers put a space before whatever stands behind an added token."""
-    before, listed = models.write_model(tmp_path / "before", kind), tmp_path / "list.txt"
-    listed.write_text(" ribosome\ncytochrome b\n", encoding="utf-8")
-    with pytest.raises(UserError, match="'cytochrome b' can only be an added token"):
-        command.main(["--model", str(before), "--tokens", str(listed), "--output", str(tmp_path / "after")])
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["before", "list.txt"]

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
-from oracles.tiny_tokenizer import sample_text
+from oracles.tiny_tokenizer import sample_text, train_tiny_sentencepiece, write_tiny_tiktoken
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -25,11 +26,13 @@ from transformers import (
 )
 
 from retemper.checkpoint_convert import hf_to_dcp
+from retemper.engine.checkpoint.manifest import Manifest
+from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.model import packing
 from retemper.kernels import attention
 from retemper.kernels.attention import PER_DOCUMENT, plan_attention
-from retemper.tools import generate
+from retemper.tools import generate, generation
 from retemper.tools.generation import Sampling, TextGenerator, choose_token, find_device
 
 CONTEXT = 48
@@ -101,6 +104,76 @@ def test_checkpoint_and_folder_give_the_same(folders: dict[str, Path]) -> None:
     assert own.generate(PROMPT, sampling).text == texts[0] != texts[1]
 
 
+def test_prompts_begin_with_one_bos_and_do_not_end(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["llama"], tmp_path / "hf"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ends = [("<|im_end|>", 1), ("<|endoftext|>", 0)]
+    tokenizer.post_processor = TemplateProcessing(single="<|im_end|> $A <|endoftext|>", special_tokens=ends)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    reference = AutoTokenizer.from_pretrained(folder)
+    bare = reference(PROMPT, add_special_tokens=False)["input_ids"]
+    for bos, expected in (("auto", [1, *bare]), ("yes", [1, *bare]), ("no", bare)):
+        model = TextGenerator(folder, device="cpu", bos=bos)
+        assert model.encode(PROMPT) == expected
+        assert model.encode(f"<|im_end|>{PROMPT}") == [1, *bare]
+
+
+def test_prompts_begin_as_the_documents_in_training(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = folders["llama-checkpoint"]  # of a tokenizer without a BOS
+    bare = TextGenerator(checkpoint, device="cpu").encode(PROMPT)
+    for recorded, begin in (([[1], [1]], [1]), ([[1], []], []), ([[1], None], []), ([[]], [])):
+        datasets = {str(number): {"bos": ids} for number, ids in enumerate(recorded)}
+        monkeypatch.setattr(generation, "read_manifest", lambda _, found=datasets: Manifest("training", datasets=found))
+        model = TextGenerator(checkpoint, device="cpu")
+        assert model.encode(PROMPT) == [*begin, *bare]
+        assert bool(model.notes) is bool(begin)
+        assert TextGenerator(checkpoint, device="cpu", bos="no").encode(PROMPT) == bare
+        # A tokenizer that the user names speaks for itself.
+        assert TextGenerator(checkpoint, str(folders["llama"]), device="cpu").encode(PROMPT) == [1, *bare]
+
+
+def test_a_tokenizer_model_of_sentencepiece(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Named, and as the model's own, with a BOS where transformers puts one."""
+    library = sentencepiece.SentencePieceProcessor(
+        model_file=str(train_tiny_sentencepiece(tmp_path / "only" / "tokenizer.model"))
+    )
+    named = TextGenerator(folders["qwen2"], str(tmp_path / "only"), device="cpu")
+    assert named.encode(PROMPT) == library.encode(PROMPT) and named.stop_ids == {library.eos_id()}
+    assert named.generate(PROMPT, Sampling(max_new_tokens=3)).text
+    folder = Path(shutil.copytree(folders["llama"], tmp_path / "hf"))
+    (folder / "tokenizer.json").unlink()
+    shutil.copy(tmp_path / "only" / "tokenizer.model", folder)
+    for settings in ({}, {"add_bos_token": True}, {"add_bos_token": False}):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **settings}))
+        ids = TextGenerator(folder, device="cpu").encode(PROMPT)
+        assert ids == AutoTokenizer.from_pretrained(folder).encode(PROMPT)
+        assert (ids[0] == library.bos_id()) is settings.get("add_bos_token", False)
+
+
+def test_a_tiktoken_file(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["qwen2"], tmp_path / "hf"))
+    (folder / "tokenizer.json").unlink()
+    write_tiny_tiktoken(folder / "tiny.tiktoken")
+    model = TextGenerator(folder, device="cpu")
+    handle = load_tokenizer(folder, allow_special_tokens=True)
+    prompt = f"{PROMPT}<|endoftext|>a"
+    end = handle.eod()[1]
+    if end < VOCAB_SIZE:
+        assert model.encode(prompt) == handle.encode_flat([prompt])[0].tolist() and end in model.encode(prompt)
+        assert model.stop_ids == {end}
+    assert model.generate(PROMPT, Sampling(max_new_tokens=3)).num_tokens == 3
+
+
+def test_bpe_dropout_is_off(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["qwen2"], tmp_path / "hf"))
+    expected = TextGenerator(folder, device="cpu").encode(PROMPT)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    model = TextGenerator(folder, device="cpu")
+    assert all(model.encode(PROMPT) == expected for _ in range(5))
+
+
 def test_attention_is_planned_once_for_all_layers(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a layer makes its own plan, it reads the offsets back from the device."""
     plans = []
@@ -141,7 +214,7 @@ def test_stops_at_the_end_of_text(folders: dict[str, Path], tmp_path: Path, wher
 
 def test_the_tokenizers_document_end_stops_too(folders: dict[str, Path]) -> None:
     model = TextGenerator(folders["qwen2"], device="cpu")
-    assert model.stop_ids == {model.tokenizer.token_to_id("<|endoftext|>")}
+    assert model.stop_ids == {model.tokenizer.eod()[1]}
 
 
 def test_ends_where_the_context_is_full(folders: dict[str, Path]) -> None:

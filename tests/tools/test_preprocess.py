@@ -206,19 +206,23 @@ def truncated_archives(folder: Path) -> dict[str, str]:
 
 def test_damaged_archives_are_refused(tmp_path, refused):
     for name, message in truncated_archives(tmp_path).items():
-        arguments = ("--input", tmp_path / name, "--output-prefix", tmp_path / "o" / "out", "--skip-bad-lines")
-        assert refused(*arguments).startswith(f"error: {tmp_path / name}: {message}")
+        arguments = ("--input", tmp_path / name, "--output-prefix", tmp_path / "o" / "out")
+        error = refused(*arguments)
+        assert error.startswith(f"error: {tmp_path / name}: {message}")
+        assert error.endswith("; or keep what comes before with --skip-bad-lines")
         assert os.listdir(tmp_path / "o") == []
 
 
 def test_inputs_that_cannot_be_are_refused(tmp_path, refused):
-    (tmp_path / "x.doc").write_text("a,b")
+    for name in ("x.doc", "x.unknown"):
+        (tmp_path / name).write_text("a,b")
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     (tmp_path / "none").mkdir()
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "absent")
     cases = [
         (["absent.jsonl"], "absent.jsonl: no such file or folder"),
-        (["x.doc"], r"x.doc: unknown format; known are .*\.jsonl"),
+        (["x.doc"], r"x.doc: a word processor's document, which is not read; convert it"),
+        (["x.unknown"], r"x.unknown: unknown format; known are .*\.jsonl"),
         (["*.parquet"], r"\*.parquet: no file matches this pattern"),
         (["none"], "none: no .jsonl, .* file in this folder"),
         (["gone.jsonl"], "gone.jsonl: no such file or folder"),

@@ -48,7 +48,8 @@ def test_a_folder_of_every_format(tmp_path, tiny_tokenizer, task_bytes):
     (data / "c.tsv").write_text("text\tn\n" + "".join(f"{text}\t{n}\n" for n, text in enumerate(TEXTS[6:8])))
     write_parquet(data / "d.parquet", TEXTS[8:13])
     write_xlsx(data / "e.xlsx", TEXTS[13:16])
-    (data / "f.md").write_text(f"# {TEXTS[16]}\n\n*{TEXTS[17]}*\n")
+    (data / "f").mkdir()  # next to tables Markdown describes them
+    (data / "f" / "f.md").write_text(f"# {TEXTS[16]}\n\n*{TEXTS[17]}*\n")
     (data / "g.html").write_text(f"<html><head><title>x</title></head><body><p>{TEXTS[18]}</p></body></html>")
     (data / "h.txt").write_text(TEXTS[19])
     (data / "i.doc").write_text("not a format")

@@ -282,7 +282,7 @@ def test_a_json_object_is_one_record(tmp_path, small_limits):
 
 
 BAD_ELEMENTS = {
-    b'[{"text": "a"}, 5, null, "x", []]': ["2: a number", "3: null", "4: a string", "5: an array"],
+    b'[{"text": "a"}, 5, null, []]': ["2: a number", "3: null", "4: an array"],
     b'[{"text": "a"},,{"text": "b"},]': ["2: not valid JSON", "4: not valid JSON"],
     b'[{"text": "a"} {"text": "b"}]': ["1: not valid JSON"],
     b'[{"text": "a", "text": "b"}]': ["1: the key 'text' twice"],
@@ -309,7 +309,7 @@ BAD_ARRAYS = {
     b'[{"text": "a"}}]': r"a.json: element 1: the JSON array has a '}' too many",
     b"[{]}]": r"a.json: element 1: the JSON array has a '}' too many",
     b'[{"text": "a"}] [': r"a.json: has more after the end of the JSON array",
-    b'{"text": "a"}\n{"text": "b"}': r"a.json: has more after the end of a JSON object; .* rename it to .jsonl",
+    b'{"text": "a"} 5': r"a.json: has more after the end of JSON object 1, which is not another one",
 }
 
 
@@ -392,8 +392,8 @@ def test_the_standard_librarys_gzip_does_too(tmp_path, monkeypatch):
 
 def test_a_decompressor_may_give_a_byte_at_a_time(tmp_path, monkeypatch):
     class Slow(gzip.GzipFile):
-        def readinto(self, buffer: memoryview) -> int:
-            return super().readinto(buffer[:1])
+        def readinto1(self, buffer: memoryview) -> int:
+            return super().readinto1(buffer[:1])
 
     monkeypatch.setattr(streams, "_GzipFile", Slow)
     assert read_file(write(tmp_path / "a.txt.gz", gzip.compress(BOM + b"x"))).values == ["x"]

@@ -50,12 +50,12 @@ def test_rows_are_those_that_the_csv_module_wrote(tmp_path, suffix, end, quoting
     compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(suffix[4:], bytes)
     path = tmp_path / f"a{suffix}"
     path.write_bytes(compress(b"\xef\xbb\xbf" + content))
-    reading = read_file(path)
+    reading = read_file(path, quoting="standard")
     assert (reading.values, reading.refused) == (EXPECTED, [])
     assert [place.rpartition(":")[2] for place in reading.places] == ["2", "3", "4", "7", "8"]
     # Blank lines are nothing, and the last line needs no end.
     path.write_bytes(compress(content.replace(end.encode(), end.encode() * 2, 2).removesuffix(end.encode())))
-    assert read_file(path).values == EXPECTED
+    assert read_file(path, quoting="standard").values == EXPECTED
 
 
 BAD_ROWS = {
@@ -306,7 +306,7 @@ def test_characters_that_xml_cannot_hold_are_read_as_excel_writes_them(tmp_path,
     assert texts == ["a\r\nbA", "_x000D_", "_xD800_ and _x00"]
 
 
-def test_sheets_without_the_column_are_refused_and_the_others_read(tmp_path, openpyxl):
+def test_sheets_without_the_column_are_left_out_and_named(tmp_path, openpyxl):
     book = openpyxl.Workbook()
     book.active.append(["id", "note"])
     book.active.append([1, "a"])
@@ -319,9 +319,15 @@ def test_sheets_without_the_column_are_refused_and_the_others_read(tmp_path, ope
     book.save(tmp_path / "a.xlsx")
     reading = read_file(tmp_path / "a.xlsx")
     assert reading.values == [{"text": "b"}]
-    assert reading.refused[0].startswith("a.xlsx: sheet 'Sheet' row 1: no column 'text' (columns there: 'id', 'note')")
-    assert reading.refused[1].startswith("a.xlsx: sheet 'twice' row 1: two columns are called 'text'")
-    assert len(reading.refused) == 2
+    assert [note.split(": ", 1)[1] for note in reading.notes] == [
+        "left out sheet 'Sheet', without a column 'text'; --sheet NAME reads a sheet"
+    ]
+    assert reading.refused[0].startswith("a.xlsx: sheet 'twice' row 1: two columns are called 'text'")
+    assert len(reading.refused) == 1
+    assert read_file(tmp_path / "a.xlsx", columns=("note",), sheets=("Sheet",)).values == [{"id": 1, "note": "a"}]
+    assert len(read_file(tmp_path / "a.xlsx", sheets=("Sheet", "good")).refused) == 1
+    with pytest.raises(UserError, match=r"a.xlsx: no sheet 'Good' \(sheets there: 'Sheet', 'good', 'twice'\)"):
+        read_file(tmp_path / "a.xlsx", sheets=("Good",))
 
 
 def test_what_is_no_workbook_is_refused(tmp_path, openpyxl):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from oracles.html_page import Page
 from oracles.megatron_index import read_megatron, write_megatron
 from oracles.preprocessing import jsonl, run
 from oracles.tiny_tokenizer import train_tiny_tokenizer
 
-from retemper.engine.errors import run_command
+from retemper.engine.data.indexed_dataset import IndexedDataset
+from retemper.engine.data.sidecar import Sidecar
+from retemper.engine.data.tokenizer import load_tokenizer
+from retemper.engine.errors import UserError, run_command
 from retemper.tools import show_dataset
+from retemper.tools.inspection.verification import verify_dataset
 
 HOSTILE = "<script>alert('&')</script> \x1b[31m\x00 </pre>"
 TEXTS = ["the cat", "sat 🙂 on a mat " * 3, "rain", HOSTILE]
@@ -219,3 +225,40 @@ def test_bad_requests_are_refused(tmp_path, made, capsys, refused, tiny_tokenize
 def test_missing_matplotlib_is_told_before_the_pass(made, refused, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(made, "--html", tmp_path / "page.html")
+
+
+def test_verify_checks_every_token_id(foreign, tiny_tokenizer, capsys, refused):
+    """Against the vocabulary that is named; without one, what no vocabulary has."""
+    assert "every token id: at most 300, name --tokenizer" in show(capsys, foreign, "--verify")
+    vocabulary = load_tokenizer(str(tiny_tokenizer)).vocab_size
+    assert f"at most 300, below {vocabulary:,}" in show(capsys, foreign, "--verify", "--tokenizer", tiny_tokenizer)
+    tokens = np.array([300, 0, 5, 6, vocabulary], "<i4")
+    tokens.tofile(f"{foreign}.bin")
+    message = refused(foreign, "--verify", "--tokenizer", tiny_tokenizer)
+    assert f"m.bin: token id {vocabulary} at token 4 is outside the tokenizer's vocabulary of {vocabulary:,}" in message
+    tokens[2] = -7
+    tokens.tofile(f"{foreign}.bin")
+    assert "m.bin: token id -7 at token 2 is negative" in refused(foreign, "--verify")
+
+
+def test_verify_compares_the_largest_id_of_a_sidecar(made):
+    """Whose hash says that the tokens are those that were counted."""
+    dataset, sidecar = IndexedDataset(made, check_whole=True), Sidecar.read(made)
+    too_small = dataclasses.replace(sidecar, vocab_size=sidecar.max_token_id)
+    verify_dataset(dataset, dataclasses.replace(sidecar, vocab_size=sidecar.max_token_id + 1))
+    with pytest.raises(UserError, match=r"out: holds token id \d+, outside the tokenizer's vocabulary of \d+"):
+        verify_dataset(dataset, too_small)
+
+
+def test_an_index_out_of_order_is_shown_and_said(foreign, capsys):
+    """The second and the first sequence of three, as documents; decoded, counted and verified alike."""
+    index = bytearray(Path(f"{foreign}.idx").read_bytes())
+    index[34:46] = np.array([1, 2, 2], "<i4").tobytes()
+    index[46:70] = np.array([8, 0, 12], "<i8").tobytes()
+    Path(f"{foreign}.idx").write_bytes(index)
+    report = json.loads(show(capsys, foreign, "--json"))
+    assert (report["tokens"], report["lengths"]["longest"]) == (5, 4)
+    assert "3 of 3 sequences do not begin in .bin where the one before ends" in report["warnings"][0]
+    assert "note: " in show(capsys, foreign, "--verify")
+    counted = {one["id"] for one in report["most_frequent"]}
+    assert counted == {5, 300, 0, 6, 7}

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import tiny_run
+import yaml
 
 from retemper.engine.budget import learning_rate
+from retemper.engine.checkpoint.changes import describe_changes
+from retemper.engine.checkpoint.manifest import Manifest
+from retemper.engine.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig, to_dict
 from retemper.engine.errors import UserError
 from retemper.engine.trainer import Trainer
 
@@ -37,6 +42,44 @@ def changed(output):
 def test_nothing_has_changed(one_rank, run_file, folder, capsys):
     tiny_run.train(one_rank, run_file, ["--run_folder", str(folder)])
     assert changed(capsys.readouterr().out) == []
+
+
+def test_other_spellings_of_the_same_settings_are_no_changes(one_rank, run_file, folder, tmp_path, monkeypatch, capsys):
+    content = yaml.safe_load(run_file.read_text())
+    architecture = tmp_path / "config.json"
+    architecture.write_text(json.dumps(dict(reversed(content["model"]["architecture"].items()))))
+    content["model"]["architecture"] = str(architecture)
+    for source in content["data"]["train"]:
+        source["path"] = os.path.relpath(source["path"], tmp_path)
+    content["data"]["train"][1] |= {"weight": 1.0, "name": "second", "max_epochs": None}
+    (tmp_path / "link").symlink_to(run_file.parent)
+    content["data"]["validation"]["validation"] = "link/./validation"
+    content["optimizer"] |= {"learning_rate": 0.01, "decay_tokens": None}
+    content["parallel"] = {"shard": 1, "tensor": 1}
+    content = {key: content[key] for key in reversed(content)}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    tiny_run.train_until(one_rank, path, ["--run_folder", os.path.relpath(folder)], 5)
+    assert changed(capsys.readouterr().out) == []
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        (None, 512, []),  # a tenth of the budget
+        (512, None, []),
+        (None, 500, ["optimizer.decay_tokens 512 -> 500"]),
+        (None, None, []),
+    ],
+)
+def test_a_default_that_is_written_out_is_no_change(then, now, said):
+    def config(decay_tokens):
+        optimizer = OptimizerConfig(schedule="wsd", decay_tokens=decay_tokens)
+        return RunConfig("run", DataConfig(), TrainingConfig(train_tokens=5120), optimizer=optimizer)
+
+    manifest = Manifest("training", config=to_dict(config(then)), layout={"shard": 2})
+    assert [line.split("     ")[1] for line in describe_changes(manifest, config(now), {"shard": 2}, {})] == said
 
 
 def test_every_change_is_said_with_both_values(one_rank, run_file, folder, tmp_path, capsys):

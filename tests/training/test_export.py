@@ -121,9 +121,14 @@ def test_what_is_in_the_way_stays(one_rank, run_file, tmp_path):
     other = tmp_path / "run" / EXPORT
     other.mkdir(parents=True)
     (other / "config.json").write_text("mine")
+    with pytest.raises(UserError, match=r"step-00000004: .*no export: it has no conversion.json; move it away"):
+        hf_exports.train(one_rank, run_file, ["--run_folder", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    # The export of another checkpoint may become that of this one, when the run comes to it again.
+    (other / "conversion.json").write_text("{}")
     with pytest.raises(UserError, match=r"step-00000004: exists already, and .* names another checkpoint"):
         hf_exports.train(one_rank, run_file, ["--run_folder", str(tmp_path / "run")])
-    assert contents(other) == {"config.json": b"mine"}
+    assert contents(other) == {"config.json": b"mine", "conversion.json": b"{}"}
     assert find_damage(tmp_path / "run" / CHECKPOINT)[1] == []
 
 

@@ -89,17 +89,30 @@ def test_a_checkpoint_holds_fp32_masters_though_blocks_stay_gathered_and_compute
     assert not torch.equal(weights, weights.bfloat16().float())
 
 
-def test_retention_keeps_the_newest_and_the_best(one_rank, run_file, tmp_path):
-    overrides = ["--run_folder", str(tmp_path), "--checkpoint.keep_last", "1", "--checkpoint.keep_best", "true"]
-    # After the peak rate of step 4 this run gets worse, so its first evaluation stays the best.
-    overrides += ["--optimizer.learning_rate", "3", "--optimizer.min_learning_rate", "3"]
-    tiny_run.train(one_rank, run_file, [*overrides, "--training.eval_interval", "2"])
-    losses = {r["step"]: r["loss"] for r in tiny_run.records(tmp_path) if "evaluation" in r}
-    best = min(losses, key=losses.__getitem__)
-    assert best < 20
-    assert _checkpoints(tmp_path) == [f"step-{best:08d}", "step-00000020"]
+_EVERY_4 = "the best by validation of those that are saved where it is evaluated (every 4 steps and at the end)"
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "rule", "saved", "best"),
+    [
+        ("true", f", {_EVERY_4}", [4, 8, 12, 16, 20], 12),
+        ("improved", ", the best by validation, saved at every evaluation that is the best so far",
+         [2, 4, 6, 8, 12, 16, 20], 6),
+        ("false", "", [4, 8, 12, 16, 20], 6),
+    ],
+)  # fmt: skip
+def test_retention_keeps_the_newest_and_the_best(keep_best, rule, saved, best, one_rank, run_file, tmp_path, capsys):
+    losses = {2: 5.0, 4: 4.0, 6: 3.0, 8: 3.5, 10: 3.6, 12: 3.2, 14: 3.1, 16: 3.4, 18: 3.3, 20: 3.9}
+    overrides = ["--run_folder", str(tmp_path), "--checkpoint.keep_last", "1", "--checkpoint.keep_best", keep_best]
+    trainer = Trainer(tiny_run.configure(run_file, *overrides, "--training.eval_interval", "2"), one_rank)
+    trainer._evaluate = lambda: {"validation": losses[trainer.progress.step]}
+    trainer.run()
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line[-8:]) for line in lines if line.startswith("  saved ")] == saved
+    assert _checkpoints(tmp_path) == [f"step-{best:08d}"] * (keep_best != "false") + ["step-00000020"]
     manifest = json.loads((tmp_path / "checkpoints" / "step-00000020" / "manifest.json").read_text())
-    assert manifest["best"] == {"step": best, "name": "validation", "loss": losses[best]}
+    assert (manifest["best"]["step"], manifest["best"]["loss"]) == (best, losses[best])
+    assert f"keeps       the newest{rule}" in lines
 
 
 def test_what_a_killed_save_left_is_passed_over_and_removed(one_rank, run_file, reference, tmp_path):

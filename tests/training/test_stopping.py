@@ -13,7 +13,8 @@ import pytest
 import stop_cases
 import tiny_run
 
-from retemper.engine.stopping import StopRequest
+from retemper.engine import stopping
+from retemper.engine.stopping import NOTICES, REQUESTS, StopRequest
 from retemper.engine.trainer import Trainer
 
 # Enough windows that an evaluation takes several turns.
@@ -73,6 +74,7 @@ def _checkpoints(folder):
     ("phase", "number", "saved"),
     [
         ("step", signal.SIGUSR1, [4, 6]),
+        ("step", signal.SIGHUP, [4, 6]),
         ("step", signal.SIGINT, [4, 6]),
         ("evaluation", signal.SIGTERM, [4, 5]),
         ("save", signal.SIGTERM, [4, "later"]),  # training goes on behind a save, to some step
@@ -188,3 +190,39 @@ def test_handlers_are_restored_and_those_set_inside_are_kept():
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGUSR1, before[1])
+
+
+@pytest.mark.parametrize("number", [*REQUESTS, *NOTICES], ids=lambda number: number.name)
+def test_every_notice_of_an_end_is_a_wish_to_stop(number, one_rank):
+    with StopRequest(one_rank) as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), number)
+        until = time.monotonic() + 5
+        while not stop.agreed() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert stop.agreed()
+
+
+def test_a_notice_that_is_repeated_does_not_end_a_save_and_a_request_does(one_rank, capfd):
+    """The kernel sends SIGXCPU every second from the limit of CPU time on, and launchers pass SIGHUP on."""
+    if not (child := os.fork()):
+        stopping.GRACE_SECONDS = 0.05
+        with StopRequest(one_rank):
+            for number in [*NOTICES, *NOTICES, signal.SIGTERM, signal.SIGTERM]:
+                os.kill(os.getpid(), number)
+                time.sleep(0.1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err.startswith("SIGTERM again: ends at once")
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(one_rank):
+    """nohup, and a shell's ``trap '' HUP``: the run is to outlive its terminal."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(one_rank) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+            assert not stop.agreed()
+    finally:
+        signal.signal(signal.SIGHUP, former)

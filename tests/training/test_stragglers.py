@@ -173,6 +173,10 @@ def test_a_line_is_said_of_who_is_much_slower_twice(clock, watched):
     [line] = report(1.4)
     expected = "the blocks' forward pass 1.400 s a step, 1.000 s on others, which wait for it"
     assert line == f"  slowest: rank 0 ({socket.gethostname()}), {expected}"
+    others[:] = [(0.0, 0.05, 0.0)] * 2
+    assert [report(s) for s in (0.069, 0.069)] == [[], []]  # a third more, and too little to matter
+    others[:] = [(0.0, 1.0, 0.0)] * 2
+    assert report(1.4) == []
     others[0] = (0.0, 3.0, 0.0)  # another one
     assert report(1.4) == []
     others[0] = (2.0, 1.0, 0.0)

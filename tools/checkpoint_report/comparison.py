@@ -19,20 +19,28 @@ _GROUP_BYTES = 1 << 30
 
 
 def compare(first: Path, second: Path, say: Callable[[str], None] = print) -> int:
-    """Say what differs, a line each; returns the number of lines.
+    """Say how much differs, then what, a line each; returns the number of differences.
 
     Values are compared in float64. The files' hashes are left out: they differ where anything does.
 
     Raises:
         UserError: one of them is no checkpoint, or damaged.
     """
-    lines = 0
-    for line in [*_manifest_differences(first, second), *_tensor_differences(first, second)]:
+    settings = list(_manifest_differences(first, second))
+    tensors = list(_tensor_differences(first, second))
+    lines = [*settings, *tensors]
+    for line in [_summary(first, second, settings, tensors), *lines] if lines else ["no differences"]:
         say(line)
-        lines += 1
-    if not lines:
-        say("no differences")
-    return lines
+    return len(lines)
+
+
+def _summary(first: Path, second: Path, settings: list[str], tensors: list[str]) -> str:
+    """How much differs, before the list of it."""
+    steps = " | ".join(f"step {read_manifest(folder).step:,}" for folder in (first, second))
+    names = {line.split()[1].rstrip(":") for line in tensors}
+    total = len({*stored_tensors(first), *stored_tensors(second)})
+    entries = "1 entry" if len(settings) == 1 else f"{len(settings)} entries"
+    return f"summary   {steps}: {entries} of the manifest and {len(names)} of {total} tensors differ"
 
 
 def _manifest_differences(first: Path, second: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...engine.checkpoint.destination import format_bytes
 from ...engine.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from ...engine.checkpoint.retention import reasons_to_keep
 from ...engine.checkpoint.store import DAMAGED, REWOUND, is_checkpoint_name, step_of
@@ -155,15 +156,6 @@ def format_listing(rows: Sequence[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
                      for line in table)  # fmt: skip
-
-
-def format_bytes(count: float) -> str:
-    """Such as 1.5 GB, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
 
 
 def _format_age(seconds: float) -> str:

@@ -18,8 +18,8 @@ from .listing import checkpoint_folder
 def prune(
     run_folder: Path, keep_last: int, keep_every: int = 0, dry_run: bool = False, say: Callable[[str], None] = print
 ) -> None:
-    """Remove all checkpoints of a run but the newest, those at multiples of ``keep_every`` steps, the best, and final
-    ones. Damaged ones are neither counted nor removed.
+    """Remove all checkpoints of a run but the newest, those at multiples of ``keep_every`` steps, and the best. Damaged
+    ones are neither counted nor removed. Of a link, what it leads to stays.
 
     Raises:
         UserError: it is no run folder, a run is writing to it, or a checkpoint cannot be removed.
@@ -42,13 +42,16 @@ def _prune(store: CheckpointStore, keep_last: int, keep_every: int, say: Callabl
     complete = store.complete()
     whole = whole_checkpoints(complete)
     best = list(whole.values())[-1].best.get("step") if whole else None
+    problems: list[str] = []
     for folder, reasons in reasons_to_keep(whole, keep_last, keep_every, best).items():
         if reasons:
             say(f"keep    {folder} ({', '.join(reasons)})")
         elif remove:
-            store.remove(folder)
-            say(f"removed {folder}")
+            problems += (left := store.remove(folder))
+            say(f"removed {folder}" if not left else f"not removed entirely: {folder}")
         else:
             say(f"remove  {folder}")
     for folder in (folder for folder in complete if folder not in whole):
         say(f"damaged {folder}: left alone; see verify")
+    if problems:
+        raise UserError(f"{problems[0]}; {len(problems)} files or folders could not be removed: remove them yourself")

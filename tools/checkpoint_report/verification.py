@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ...engine.checkpoint.destination import format_bytes
 from ...engine.checkpoint.manifest import MANIFEST_FILE
 from ...engine.checkpoint.store import is_checkpoint_name
 from ...engine.checkpoint.verify import find_damage
 from ...engine.errors import UserError
-from .listing import format_bytes
 
 
 def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:

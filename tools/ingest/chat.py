@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -29,12 +31,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config, tokenizer_kind
+from ...engine.data.tokenizer_json import deterministic, parse_tokenizer
 from ...engine.errors import UserError
+from .chat_bos import ChatBos
 from .chat_conversation import Conversation, all_strings
 from .chat_limits import memory_limit
 from .chat_losses import count_dropped, refuse_dropped_calls, refuse_dropped_messages
 from .chat_messages import read_conversation
-from .chat_template import CONFIG_FILE, ChatTemplate, Span, TurnFinder, frame, load_template, trained_spans
+from .chat_template import ChatTemplate, Span, TurnFinder, frame, trained_spans
+from .chat_template_files import CONFIG_FILE, has_template_for_tools, load_template
 from .records import LeftOutError, MalformedError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -71,6 +76,9 @@ class ChatEncoder:
         allow_special_tokens: contents may contain control tokens, which then become such.
         template: a file with the chat template; None: the tokenizer's own.
         now: what templates take for the present; None: this moment.
+        bos: what to do where the template writes a BOS, or none; None: leave it as the template has it.
+        for_tools: use the tokenizer's template for conversations with tools. Without, those have an encoder of their
+            own where there is such a template.
 
     Raises:
         UserError: not a tokenizer.json, no chat template, or none that can be used.
@@ -84,17 +92,26 @@ class ChatEncoder:
         allow_special_tokens: bool,
         template: Path | None = None,
         now: datetime | None = None,
+        bos: ChatBos | None = None,
+        for_tools: bool = False,
     ) -> None:
         file = tokenizer / TOKENIZER_FILE if tokenizer.is_dir() else tokenizer
         folder = file.parent
         config = _read_tokenizer_config(folder)
-        source, origin = load_template(folder, config, template)
+        now = now or datetime.now()
+        source, origin = load_template(folder, config, template, for_tools)
+        self._for_tools: ChatEncoder | None = None
+        if template is None and not for_tools and has_template_for_tools(folder, config):
+            self._for_tools = ChatEncoder(
+                tokenizer, eod_id, max_tokens, allow_special_tokens, now=now, bos=bos, for_tools=True
+            )
         named = _named_tokens(config)
         self._file = file
         self._tokenizer = _load_tokenizer(file, list(named.values()))
         self._eod_id = eod_id
         self._max_tokens = max_tokens
-        self._template = ChatTemplate(source, origin, named, now or datetime.now())
+        self._bos = bos or ChatBos()
+        self._template = ChatTemplate(source, origin, named, now)
         control = self._control_tokens(named)
         self._control = _any_of(control)
         self._finder = None if self._template.marks_turns else TurnFinder(self._template, self._control)
@@ -119,15 +136,19 @@ class ChatEncoder:
         """
         try:
             conversation = read_conversation(record)
+            if conversation.tools is not None and self._for_tools is not None:
+                return self._for_tools.encode(record)
             if len(conversation.untrained) == len(conversation.assistant_turns()):
                 raise LeftOutError("conversations marked as not for training")
             self._refuse_control_tokens(conversation)
             conversation = self._template.adapt(conversation)
-            text = self._template.render(conversation)
-            refuse_dropped_messages(conversation, text)
+            with memory_limit:
+                text = self._template.render(conversation)
+                refuse_dropped_messages(conversation, text)
+                spans = self._find_turns(conversation, text) if self._max_tokens is None else None
             encoding = self._tokenize(text)
-            if self._fits(encoding.ids):
-                return self._finish(conversation, 0, text, encoding)
+            if spans is not None or self._fits(encoding.ids):
+                return self._finish(conversation, 0, text, encoding, spans)
             return self._shorten(conversation, text, encoding)
         except RecursionError:
             raise MalformedError("nested too deeply") from None
@@ -135,12 +156,21 @@ class ChatEncoder:
     @property
     def tells_date(self) -> bool:
         """Whether the template asks for the present."""
-        return bool(self._template.moments)
+        return bool(self._template.moments) or (self._for_tools is not None and self._for_tools.tells_date)
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether a plain conversation begins with the BOS."""
+        messages = [{"role": "user", "content": "Alpha"}, {"role": "assistant", "content": "Omega"}]
+        ids = self._tokenize(self._template.render(Conversation(messages))).ids
+        return self._bos.starts(self._bos.apply(ids, np.zeros(len(ids), np.uint8))[0])
 
     @property
     def fingerprint(self) -> str:
         """Changes with everything besides the tokenizer that decides what becomes of a conversation."""
-        parts = [self._template.text, self._template.special_tokens, self._template.moments]
+        parts: list[Any] = [self._template.text, self._template.special_tokens, self._template.moments]
+        if self._for_tools is not None:
+            parts.append(self._for_tools.fingerprint)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "backslashreplace")).hexdigest()
 
     def check_against_transformers(self) -> bool:
@@ -166,15 +196,27 @@ class ChatEncoder:
             reference = AutoTokenizer.from_pretrained(self._file.parent, local_files_only=True, trust_remote_code=False)
         except Exception:  # whatever its tokenizer classes raise
             return False
-        theirs: Any = reference.apply_chat_template(
+        deterministic(reference.backend_tokenizer)
+        if self._encodes_like(reference, messages):
+            return True
+        composed = [{**message, "content": unicodedata.normalize("NFC", message["content"])} for message in messages]
+        if self._encodes_like(reference, composed):
+            print(
+                f"note: {self._file}: {type(reference).__name__} of transformers normalizes text to Unicode's form C, "
+                "and this file does not: texts in another form get other ids when the model is served",
+                file=sys.stderr,
+            )
+            return True
+        raise UserError(
+            f"{self._file}: with the chat template it gives other tokens than transformers does; "
+            "save the tokenizer anew (AutoTokenizer.from_pretrained(folder).save_pretrained(other))"
+        )
+
+    def _encodes_like(self, reference: Any, messages: list[dict[str, str]]) -> bool:
+        theirs = reference.apply_chat_template(
             messages, chat_template=self._template.text, return_dict=False, **self._template.moments
         )
-        if self._tokenize(self._template.render(Conversation(messages))).ids != theirs:
-            raise UserError(
-                f"{self._file}: with the chat template it gives other tokens than transformers does; "
-                "save the tokenizer anew (AutoTokenizer.from_pretrained(folder).save_pretrained(other))"
-            )
-        return True
+        return bool(self._tokenize(self._template.render(Conversation(messages))).ids == theirs)
 
     def _control_tokens(self, named: dict[str, str]) -> dict[str, Any]:
         """The added tokens that are not text: special ones, and those of any kind that frame plain messages."""
@@ -216,7 +258,8 @@ class ChatEncoder:
             raise MalformedError("an escaped lone surrogate, half a character, which is not text") from None
 
     def _fits(self, ids: list[int]) -> bool:
-        return self._max_tokens is None or len(ids) + self._adds_eod(ids) <= self._max_tokens
+        added = self._adds_eod(ids) + self._bos.change(ids)
+        return self._max_tokens is None or len(ids) + added <= self._max_tokens
 
     def _adds_eod(self, ids: list[int]) -> bool:
         return self._eod_id is not None and (not ids or ids[-1] != self._eod_id)
@@ -243,18 +286,23 @@ class ChatEncoder:
                 return self._finish(conversation, len(whole.messages) - index - 1, text, encoding)
         return None
 
-    def _finish(self, conversation: Conversation, dropped: int, text: str, encoding: Any) -> EncodedChat:
+    def _find_turns(self, conversation: Conversation, text: str) -> list[Span]:
         if self._finder is None:
-            spans = self._template.render_marked(conversation)[1]
-        else:
-            with memory_limit:
-                spans = self._finder.find(conversation, text)
+            return self._template.render_marked(conversation)[1]
+        with memory_limit:
+            return self._finder.find(conversation, text)
+
+    def _finish(
+        self, conversation: Conversation, dropped: int, text: str, encoding: Any, spans: list[Span] | None = None
+    ) -> EncodedChat:
+        if spans is None:
+            spans = self._find_turns(conversation, text)
         refuse_dropped_calls(conversation, "".join(text[start:end] for start, end in spans))
         mask = _token_mask(encoding.offsets, trained_spans(conversation, spans, text))
         if not mask.any():
             raise MalformedError("the chat template renders nothing that the assistant says")
-        ids = encoding.ids
-        if self._adds_eod(ids):
+        ids, mask = self._bos.apply(encoding.ids, mask)
+        if self._eod_id is not None and self._adds_eod(ids):
             ids = [*ids, self._eod_id]
             mask = np.append(mask, np.uint8(0))
         notes = conversation.notes
@@ -315,19 +363,16 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _load_tokenizer(file: Path, named: list[str]) -> Any:
-    from tokenizers import Tokenizer
-
     if not file.is_file() or tokenizer_kind(file) != "tokenizer.json":
         raise UserError(
             f"{file}: --chat needs a tokenizer with a tokenizer.json; save this one in that format (transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
         )
     try:
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception for a file that it cannot parse
-        raise UserError(f"{file}: not a tokenizer that the tokenizers library can read: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    tokenizer = parse_tokenizer(content, file)
     # A post-processor adds tokens, which a template has written itself, or moves offsets past the space before a word.
     tokenizer.post_processor = None
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}

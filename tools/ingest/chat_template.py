@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 from ...engine.errors import UserError
@@ -26,8 +25,6 @@ from .records import MalformedError
 Span = tuple[int, int]
 """First character and end, exclusive."""
 
-CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
 _MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")\s*\)""")
 # The line feed at its end is taken away by trim_blocks, so that the template still begins at the start of a line.
@@ -322,38 +319,6 @@ class TurnFinder:
                 end = closing.end()
             spans.append((start, end))
         return spans
-
-
-def load_template(folder: Path, config: dict[str, Any], file: Path | None) -> tuple[str, str]:
-    """Text and origin of the chat template: ``file``, else chat_template.jinja of ``folder``, else its config's.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    if file is None and (folder / TEMPLATE_FILE).is_file():
-        file = folder / TEMPLATE_FILE
-    if file is not None:
-        try:
-            return file.read_text(encoding="utf-8"), str(file)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read as a chat template: {error}") from None
-    origin = str(folder / CONFIG_FILE)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-    if isinstance(template, dict):
-        if "default" not in template:
-            names = ", ".join(map(str, template)) or "none"
-            raise UserError(f"{origin}: no chat template is called default (there: {names}); give --chat-template FILE")
-        template = template["default"]
-    if template is None:
-        raise UserError(
-            f"{folder}: the tokenizer has no chat template, often so with base models (neither {TEMPLATE_FILE}, nor "
-            f"chat_template in {CONFIG_FILE}); give one with --chat-template FILE"
-        )
-    if not isinstance(template, str):
-        raise UserError(f"{origin}: chat_template is not a string; give --chat-template FILE")
-    return template, origin
 
 
 def _render_probe(template: ChatTemplate, conversation: Conversation, prompt: bool = False) -> str:

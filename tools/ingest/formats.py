@@ -14,7 +14,8 @@ from typing import Literal
 from ...engine.errors import UserError
 from .records import Reader
 
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = {".gz": ".gz", ".gzip": ".gz", ".zst": ".zst", ".zstd": ".zst", ".bz2": ".bz2", ".xz": ".xz"}
+"""Suffixes of compressed files, and the kind of compression: the one suffix that stands for it elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Format:
     """How a file is cut for several workers: anywhere (a record belongs to the range in which its first byte lies),
     between units of which the module's ``count_units(path)`` says the number, or not at all. Compressed: not at all."""
     compressible: bool = False
-    """Whether it may also be .gz or .zst."""
+    """Whether it may also be compressed as a whole file."""
+    has_records: bool = True
+    """Whether a file holds records; else its text is one document."""
 
     @property
     def read(self) -> Reader:
@@ -48,30 +51,35 @@ class Format:
 FORMATS = {
     form.name: form
     for form in (
-        Format("jsonl", (".jsonl", ".ndjson"), "lines", "bytes", compressible=True),
+        Format("jsonl", (".jsonl", ".ndjson", ".jsonlines", ".jl"), "lines", "bytes", compressible=True),
         Format("json", (".json",), "json_array", compressible=True),
-        Format("txt", (".txt",), "text", compressible=True),
-        Format("txt-lines", (), "lines", "bytes", compressible=True),
+        Format("txt", (".txt",), "text", compressible=True, has_records=False),
+        Format("txt-lines", (), "lines", "bytes", compressible=True, has_records=False),
         Format("csv", (".csv",), "delimited", compressible=True),
         Format("tsv", (".tsv",), "delimited", compressible=True),
         Format("parquet", (".parquet",), "parquet", "units"),
+        Format("arrow", (".arrow", ".feather"), "arrow"),
         Format("xlsx", (".xlsx",), "xlsx"),
-        Format("pdf", (".pdf",), "pdf"),
-        Format("markdown", (".md", ".markdown"), "markup", compressible=True),
-        Format("html", (".html", ".htm"), "markup", compressible=True),
+        Format("pdf", (".pdf",), "pdf", has_records=False),
+        Format("markdown", (".md", ".markdown"), "markup", compressible=True, has_records=False),
+        Format("html", (".html", ".htm"), "markup", compressible=True, has_records=False),
     )
 }
 
 
 def format_of(path: str) -> tuple[Format, str] | None:
-    """Format and compression (".gz", ".zst" or "") of a file, by its name; None when it is not known."""
-    name = path.lower()
-    compression = next((end for end in COMPRESSIONS if name.endswith(end)), "")
-    stem = name.removesuffix(compression)
+    """Format and compression (a value of ``COMPRESSIONS`` or "") of a file, by its name; None when it is not known."""
+    stem, compression = split_compression(path.lower())
     for form in FORMATS.values():
         if stem.endswith(form.suffixes) and (form.compressible or not compression):
             return form, compression
     return None
+
+
+def split_compression(path: str) -> tuple[str, str]:
+    """``path`` without the suffix of a compressed file, and the kind of compression."""
+    suffix = next((end for end in COMPRESSIONS if path.endswith(end)), "")
+    return path.removesuffix(suffix), COMPRESSIONS.get(suffix, "")
 
 
 def known_formats() -> str:

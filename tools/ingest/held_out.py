@@ -35,7 +35,7 @@ def read_held_out(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, fo
 def _texts(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, folder: Path) -> Iterator[str]:
     if STDIN in paths:
         raise UserError("--held-out -: standard input is for the corpus; name a file")
-    for file in expand_inputs(paths, InputOptions(), "--held-out"):
+    for file in expand_inputs(paths, InputOptions(keys=choice.roots), "--held-out"):
         context = ReadContext(_refuse, folder)
         stop = file.units if FORMATS[file.format].split == "units" else file.size
         for record in FORMATS[file.format].read(Span(file, 0, stop), context):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ import orjson
 
 from .records import MalformedError
 
+_LARGE = 2.0**63
 _NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
 
 
@@ -22,6 +24,10 @@ class WantedKeys:
     def __init__(self, keys: Iterable[str]) -> None:
         names = dict.fromkeys(name for key in keys for name in (key, *key.split(".")))
         self._spellings = {name: tuple({orjson.dumps(name), json.dumps(name).encode("ascii")}) for name in names}
+
+    def values(self, record: dict[str, Any]) -> Iterable[Any]:
+        """Those of the wanted keys that ``record`` has; without wanted keys, all."""
+        return [record[name] for name in self._spellings if name in record] if self._spellings else record.values()
 
     def surely_once(self, key: str, content: bytes) -> bool:
         """Whether ``content`` holds ``key`` once and no more; false where that takes parsing."""
@@ -46,10 +52,52 @@ def parse_json(content: bytes, keys: WantedKeys, whole: bool = True) -> Any:
     try:
         value = orjson.loads(content)
     except orjson.JSONDecodeError as error:
+        if "infinity" in error.msg:
+            return _parse_exactly(content, keys)
         place = f" at character {error.pos + 1} of the line" if whole else ""
         if error.doc.startswith(_NO_NUMBERS, error.pos):
             raise MalformedError(f"NaN or Infinity{place}, which JSON does not have: write null") from None
         raise_bad_json(content, error, place)
+    if type(value) is dict:
+        keys.check(value, content)
+        if _holds_large_number(keys.values(value)):
+            return _parse_exactly(content, keys)
+    return value
+
+
+def _holds_large_number(values: Iterable[Any]) -> bool:
+    """Whether a float may be an integer beyond 64 bits, which orjson rounds to a float."""
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)
+        if kind is float:
+            if abs(value) >= _LARGE:
+                return True
+        elif kind is dict:
+            waiting.extend(value.values())
+        elif kind is list:
+            waiting.extend(value)
+    return False
+
+
+def _parse_exactly(content: bytes, keys: WantedKeys) -> Any:
+    """The JSON value with its integers exact, whatever their size; several times slower than orjson."""
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise MalformedError("nested too deeply to read an integer beyond 64 bits") from None
+    except ValueError as error:
+        # Not JSON, or an integer of more digits than Python converts (4,300).
+        reason = "an integer of too many digits" if "limit" in str(error) else f"not valid JSON: {error}"
+        raise MalformedError(reason) from None
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, float) and not math.isfinite(item):
+            raise MalformedError("not valid JSON: a number beyond the range of floating point")
+        if isinstance(item, (dict, list)):
+            waiting.extend(item.values() if isinstance(item, dict) else item)
     if type(value) is dict:
         keys.check(value, content)
     return value

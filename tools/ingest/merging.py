@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,14 @@ from ...engine.data.dataset_writer import (
 from ...engine.data.index_format import HEADER, dataset_prefix
 from ...engine.data.indexed_dataset import IndexedDataset
 from ...engine.data.sidecar import InputSource, Sidecar, hash_file, require_same_dataset
+from ...engine.data.tokenizer_fingerprint import same_tokenizer
 from ...engine.errors import UserError
 from .progress import ProgressReport
 from .workspace import open_workspace
 
 _WITHIN_A_SHARD = ("dedup", "max_documents", "shuffle")
 """Options of a run that saw one shard at a time: the shards joined are not what one machine would have made."""
+_TOKENS_AT_ONCE = 1 << 22
 _SHARD_NAME = re.compile(r"(?P<stem>.*)\.shard-(?P<index>\d+)-of-(?P<count>\d+)(?P<side>(\.[^./]+)?)")
 
 
@@ -140,7 +143,7 @@ def merge(options: MergeOptions) -> MergeReport:
                 progress.show(done, done // itemsize)
 
             for part in parts:
-                _append(part, writer, on_bytes)
+                _append(part, writer, on_bytes, work)
             writer.sidecar = sidecar
     except OSError as error:
         raise UserError(f"{error.filename or prefix}: {error.strerror or error}; nothing was written") from error
@@ -238,8 +241,7 @@ def _check_runs(prefixes: Iterable[str]) -> None:
 def _part(prefix: str) -> Part:
     """Open a dataset, and check what costs nothing: sizes, and its sidecar against its index."""
     dataset = IndexedDataset(prefix)
-    indices = len(dataset.document_indices)
-    if os.path.getsize(dataset.idx_path) != HEADER.size + 12 * dataset.num_sequences + 8 * indices:
+    if dataset.has_modes:
         raise UserError(
             f"{dataset.idx_path}: has the modes of a multimodal dataset, which cannot be joined here; use "
             "Megatron-LM's tools/merge_datasets.py"
@@ -299,7 +301,19 @@ def _check_alike(parts: Sequence[Part]) -> None:
     known = [(part.prefix, part.sidecar) for part in parts if part.sidecar is not None]
     for name in ("tokenizer_sha256", "append_eod", "eod_id"):
         values = [(prefix, getattr(sidecar, name)) for prefix, sidecar in known]
+        if name == "tokenizer_sha256":
+            values = [(prefix, _tokenizer_of(sidecar, known[0][1])) for prefix, sidecar in known]
         _check_equal(name, values, "the same tokenizer, --eod-token and --append-eod")
+    for name in ("bos_ids", "eos_ids"):
+        # Datasets made before these were recorded have neither.
+        framed = [(prefix, list(getattr(sidecar, name) or ())) for prefix, sidecar in known]
+        _check_equal(name, framed, "the same tokenizer and --bos")
+
+
+def _tokenizer_of(sidecar: Sidecar, first: Sidecar) -> str:
+    """The tokenizer's hash; that of ``first`` where it is the same tokenizer, saved in another way."""
+    same = same_tokenizer(sidecar.tokenizer_fingerprint, first.tokenizer_fingerprint)
+    return first.tokenizer_sha256 if same else sidecar.tokenizer_sha256
 
 
 def _without_mask(parts: Sequence[Part], fill: bool) -> int:
@@ -325,22 +339,25 @@ def _check_equal(name: str, values: Sequence[tuple[str, Any]], remedy: str) -> N
             )
 
 
-def _append(part: Part, writer: IndexedDatasetWriter, on_bytes: Callable[[int], None]) -> None:
-    """Check the index of ``part``, copy the rest of it, and check what was copied.
+def _append(part: Part, writer: IndexedDatasetWriter, on_bytes: Callable[[int], None], work: Path) -> None:
+    """Check the index of ``part``, copy the rest of it in the index's order, and check what was copied.
 
     Raises:
         UserError: the index is damaged, or a file is not what its sidecar says.
     """
-    dataset = IndexedDataset(part.prefix)
-    dataset.verify()
+    dataset = IndexedDataset(part.prefix, check_whole=True)
     if part.sidecar is not None:
         _check_hash(part, IDX, hash_file(dataset.idx_path), part.sidecar.idx_xxh3_128)
-    files = {suffix: _CopiedFile(f"{part.prefix}{suffix}", size, on_bytes) for suffix, size in part.sizes.items()}
+    paths = {suffix: f"{part.prefix}{suffix}" for suffix in part.sizes}
+    if not dataset.in_file_order:
+        paths |= _put_in_order(dataset, work)
+    files = {suffix: _CopiedFile(path, os.path.getsize(path), on_bytes) for suffix, path in paths.items()}
     after_pointers = HEADER.size + 12 * part.num_sequences
+    ends = FileArray(dataset.idx_path, "<i8", after_pointers + 8, part.num_documents)
     writer.add_ranges(
         files[BIN].range,
         FileArray(dataset.idx_path, "<i4", HEADER.size, part.num_sequences),
-        ends=FileArray(dataset.idx_path, "<i8", after_pointers + 8, part.num_documents),
+        ends=None if dataset.document_index_ignored else ends,
         mask=files[MASK].range if MASK in files else None,
         metadata=files[METADATA].range if METADATA in files else None,
     )
@@ -357,6 +374,21 @@ def _append(part: Part, writer: IndexedDatasetWriter, on_bytes: Callable[[int], 
             f"{part.prefix}{METADATA}: {files[METADATA].lines} lines, but the dataset has {part.num_documents} "
             "documents, each of which has one; build or copy the dataset again"
         )
+
+
+def _put_in_order(dataset: IndexedDataset, work: Path) -> dict[str, str]:
+    """Write tokens and mask of ``dataset`` to temporary files, in the order of its index; their paths by suffix."""
+    paths = {BIN: str(work / "in_order.bin")}
+    if dataset.has_loss_mask:
+        paths[MASK] = str(work / "in_order.mask.bin")
+    for suffix, path in paths.items():
+        read = dataset.stored_tokens if suffix == BIN else dataset.stored_mask
+        with open(path, "wb") as file:
+            for start in range(0, dataset.num_tokens, _TOKENS_AT_ONCE):
+                block = read(start, min(start + _TOKENS_AT_ONCE, dataset.num_tokens))
+                assert block is not None
+                file.write(block.tobytes())
+    return paths
 
 
 def _check_hash(part: Part, suffix: str, found: str, recorded: str) -> None:

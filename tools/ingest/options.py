@@ -10,7 +10,10 @@ from datetime import date
 from typing import Any
 
 from ...engine.errors import UserError
+from .expansion import DEFAULT_EXPANSION
 from .formats import FORMATS
+from .inputs import InputOptions
+from .records import ReadOptions
 from .texts import TextChoice
 
 BATCH_CHARACTERS = 512 << 10
@@ -22,19 +25,30 @@ class PreprocessOptions:
     """The fields are the command's flags, under the same names."""
 
     input: Sequence[str]
-    tokenizer: str
+    tokenizer: str | None = None
+    """None: that of ``model``, and without one Qwen2's."""
     output_prefix: str = "dataset"
     json_key: Sequence[str] = ("text",)
     metadata: Sequence[str] = ()
     txt_mode: str = "file"
     stdin_format: str = "jsonl"
+    input_format: str | None = None
+    """None: by name and content."""
+    quoting: str = "auto"
+    sheet: Sequence[str] = ()
+    """Empty: sheets with the text's column."""
+    max_expansion: int = DEFAULT_EXPANSION
     chat: bool = False
     chat_template: str | None = None
     chat_date: str | None = None
     """YYYY-MM-DD, what templates take for today; None: the day of the run."""
+    model: str | None = None
+    """Folder, checkpoint or Hub name of the model whose tokenizer is used."""
     append_eod: bool = True
     eod_token: str | None = None
     """None: the tokenizer's document end."""
+    bos: str = "auto"
+    """Whether documents begin with the BOS: one of ``BOS_CHOICES``; auto: as the tokenizer begins texts."""
     allow_special_tokens: bool = False
     encoder: str = "auto"
     workers: int | None = None
@@ -80,6 +94,17 @@ class PreprocessOptions:
         return int(index), int(count)
 
     @property
+    def inputs(self) -> InputOptions:
+        """How the files of ``input`` are understood."""
+        keys = None if self.chat else self.text_choice.roots
+        return InputOptions(self.txt_mode, self.stdin_format, self.input_format, keys, self.skip_bad_lines)
+
+    @property
+    def reading(self) -> ReadOptions:
+        """How they are read."""
+        return ReadOptions(self.quoting, tuple(self.sheet), self.max_expansion, self.skip_bad_lines)
+
+    @property
     def needs_digests(self) -> bool:
         """Whether documents must be told apart by their content."""
         return self.dedup == "exact" or self.split is not None
@@ -90,12 +115,17 @@ class PreprocessOptions:
         Raises:
             UserError: naming the flag, its value and the remedy.
         """
+        if self.tokenizer is not None and self.model is not None:
+            raise UserError(
+                f"--tokenizer {self.tokenizer} and --model {self.model} both name a tokenizer; leave one of the two out"
+            )
         for name, least in (
             ("workers", 1),
             ("min_chars", 0),
             ("min_tokens", 0),
             ("max_tokens", 1),
             ("max_documents", 1),
+            ("max_expansion", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -125,8 +155,9 @@ class PreprocessOptions:
                 raise UserError(f"--{name} is for texts, not for --chat; leave one of the two out")
         if list(self.input).count("-") > 1:
             raise UserError("--input -: standard input can be read only once")
-        if self.stdin_format not in FORMATS:
-            raise UserError(f"--stdin-format {self.stdin_format}: unknown; choose from {', '.join(FORMATS)}")
+        for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
+            if form is not None and form not in FORMATS:
+                raise UserError(f"--{name}-format {form}: unknown; choose from {', '.join(FORMATS)}")
         _ = self.text_choice, self.shard_place
 
     def record(self) -> dict[str, Any]:
@@ -145,9 +176,11 @@ _NOT_CONTENTS = frozenset(
     {
         "input",
         "tokenizer",
+        "model",
         "output_prefix",
         "append_eod",
         "eod_token",
+        "bos",
         "encoder",
         "workers",
         "overwrite",
@@ -176,7 +209,17 @@ def contents_of(options: PreprocessOptions, **others: str | int | None) -> dict[
     Args:
         others: what stands for files and libraries that the options name: hashes, versions.
     """
-    later = {"max_documents", "shuffle", "seed", "shard", "skip_bad_lines", "split", "dedup", "dedup_threshold"}
+    later = {
+        "max_expansion",
+        "max_documents",
+        "shuffle",
+        "seed",
+        "shard",
+        "skip_bad_lines",
+        "split",
+        "dedup",
+        "dedup_threshold",
+    }
     files = {"held_out", "chat_template"}
     kept = {name: value for name, value in asdict(options).items() if name not in later | files | _NOT_CONTENTS}
     return {**kept, "encoder": options.encoder, "digests": options.needs_digests, **others}

@@ -12,11 +12,12 @@ workers or the size of tasks. Nothing stands under a final name before all of it
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import date, datetime
@@ -26,24 +27,30 @@ import numpy as np
 
 from ... import __version__
 from ...engine.data.dataset_writer import IndexedDatasetWriter, best_dtype, refuse_existing_outputs
+from ...engine.data.document_frame import DocumentFrame, Token, TokenizerFrame, describe_tokens, ids_of, name_of
 from ...engine.data.index_format import dataset_prefix
 from ...engine.data.sidecar import InputSource, Sidecar
 from ...engine.data.tokenizer import TokenizerHandle, TokenizerSpec
 from ...engine.data.tokenizer_files import find_tokenizer_file
 from ...engine.errors import UserError
 from .assembly import Assembly, SourceTotals
+from .chat_bos import ChatBos
 from .cleaning import Cleaner
 from .held_out import read_held_out
-from .inputs import InputOptions, expand_inputs, with_stdin_copied
+from .inputs import expand_inputs, with_stdin_copied
 from .options import PreprocessOptions, contents_of, task_key
 from .pool import run_tasks, start_early, usable_cores, worker_context
 from .progress import ProgressReport
+from .records import UNREADABLE
 from .rejects import REJECTS, write_rejects
 from .shards import Shard
 from .split import Split
 from .tasks import Span, choose_task_bytes, plan_tasks, shard_of_tasks
+from .tokenizer_choice import check_vocabulary, choose_tokenizer, read_frame
 from .worker import FastPathError, TaskResult, WorkerSettings
 from .workspace import finished_results, open_workspace, remove_workspace
+
+_SHOWN_NOTES = 20
 
 
 @dataclass(frozen=True)
@@ -95,14 +102,24 @@ class _Run:
 
     def __init__(self, options: PreprocessOptions, prefix: str) -> None:
         self.options, self.prefix = options, prefix
-        self.files = expand_inputs(options.input, InputOptions(options.txt_mode, options.stdin_format))
-        file = find_tokenizer_file(options.tokenizer)
+        self.files = expand_inputs(options.input, options.inputs)
+        choice = choose_tokenizer(options)
+        _say_notes(choice.notes)
         # Conversations are encoded by the reference, which says where in the text each token lies.
         backend = "reference" if options.chat else options.encoder
-        tokenizer = TokenizerSpec(options.tokenizer, file, options.allow_special_tokens, backend)
+        tokenizer = TokenizerSpec(choice.name, find_tokenizer_file(choice.name), options.allow_special_tokens, backend)
         start_early(tokenizer)
         self.tokenizer = tokenizer.load()
         self.eod = _document_end(self.tokenizer, options)
+        frame = read_frame(self.tokenizer, choice)
+        self.begin = frame.documents_begin_with(options.bos)
+        """Tokens that documents begin with; of conversations known once the chat template has been read."""
+        self.end = self._document_end_tokens(frame)
+        """Tokens that documents end with, the end-of-document token last."""
+        self.named_bos = frame.prefix or ((frame.bos,) if frame.bos else ())
+        _say_notes(check_vocabulary(self.tokenizer, choice, (*self.begin, *self.end)))
+        if frame.remark and options.bos == "auto" and not options.chat:
+            _say_notes([frame.remark])
         self.dtype = best_dtype(self.tokenizer.vocab_size)
         self.results: dict[str, TaskResult] = {}
         self.held_out: Path | None = None
@@ -115,14 +132,15 @@ class _Run:
         index, count = self.options.shard_place or (0, 1)
         task_bytes = self.options.task_bytes or choose_task_bytes(self.files, count)
         tasks = shard_of_tasks(plan_tasks(self.files, task_bytes), index, count)
+        chat = self._prepare_chat()
         contents = contents_of(
             self.options,
             version=__version__,
             tokenizer=self.tokenizer.sha256,
-            # The token decides what text becomes, the id what documents end with.
+            # The token decides what text becomes, the ids what documents begin and end with.
             eod_token=self.eod[0] if self.eod else None,
-            eod=self._eod_id,
-            chat=self._prepare_chat(),
+            frame=f"{ids_of(self.begin)} {ids_of(self.end)}",
+            chat=chat,
             held_out=self._prepare_held_out(),
             minhash=self._minhash_fingerprint(),
         )
@@ -130,7 +148,7 @@ class _Run:
 
     def tokenize(self) -> None:
         """Have the workers make all shards that are not there yet."""
-        allowed = {"malformed": self.options.skip_bad_lines}
+        allowed = {"malformed": self.options.skip_bad_lines, UNREADABLE: self.options.skip_bad_lines}
         allowed["invalid UTF-8"] = self.options.skip_bad_lines or self.options.drop_invalid_utf8
         self.results = finished_results(self.work, self.keys, {kind for kind, yes in allowed.items() if not yes})
         todo = [(task, key) for key, task in self.keys.items() if key not in self.results]
@@ -155,6 +173,7 @@ class _Run:
     def assemble(self) -> PreprocessReport:
         """Make the datasets from the shards, and publish them together."""
         results = [self.results[key] for key in self.keys]
+        _print_notes([note for result in results for note in result.notes])
         shards = [Shard(self.work, key) for key in self.keys]
         assembly = Assembly(shards, self.options, self.work, len(self.options.input))
         first_bad = next((result.first_bad for result in results if result.first_bad), None)
@@ -218,11 +237,14 @@ class _Run:
             eod_token=self.eod[0] if self.eod and options.append_eod else None,
             dtype=self.dtype.str,
             folder=self.work,
+            frame=DocumentFrame(ids_of(self.begin), ids_of(self.end)),
             text=options.text_choice,
             metadata=tuple(options.metadata),
             chat=options.chat,
             chat_template=None if options.chat_template is None else Path(options.chat_template),
+            chat_bos=self._chat_bos,
             chat_date=self.chat_date,
+            reading=options.reading,
             skip_bad_lines=options.skip_bad_lines,
             drop_invalid_utf8=options.drop_invalid_utf8,
             normalize_nfc=options.normalize == "nfc",
@@ -241,6 +263,17 @@ class _Run:
         """The token that is appended to each document."""
         return self.eod[1] if self.eod and self.options.append_eod else None
 
+    def _document_end_tokens(self, frame: TokenizerFrame) -> tuple[Token, ...]:
+        if self.eod is None or not self.options.append_eod:
+            return ()
+        # A chat template writes itself what the tokenizer would put behind a text.
+        suffix = () if self.options.chat else frame.suffix
+        return suffix if suffix and suffix[-1][1] == self.eod[1] else (*suffix, self.eod)
+
+    @property
+    def _chat_bos(self) -> ChatBos:
+        return ChatBos(self.options.bos, ids_of(self.named_bos))
+
     def _prepare_chat(self) -> str | None:
         """Check that conversations can be encoded, and as transformers does; what stands for how they are."""
         options = self.options
@@ -255,8 +288,10 @@ class _Run:
             options.allow_special_tokens,
             None if options.chat_template is None else Path(options.chat_template),
             datetime.fromisoformat(self.chat_date),
+            self._chat_bos,
         )
         encoder.check_against_transformers()
+        self.begin = self.named_bos if encoder.begins_with_bos else ()
         if encoder.tells_date:
             # Kept in the sidecar, so that shards of different days are not joined.
             self.options = replace(options, chat_date=self.chat_date)
@@ -292,6 +327,11 @@ class _Run:
                 total[int(source)].update(reasons)
         return total
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the tokenizer; computed when the workers are done."""
+        return self.tokenizer.fingerprint
+
     def _sidecar(self, totals: SourceTotals, left_out: Sequence[Counter[str]]) -> Sidecar:
         mine = [[file for file in self.files if file.source == index] for index in range(len(self.options.input))]
         return Sidecar(
@@ -315,15 +355,21 @@ class _Run:
                 for index, (name, files) in enumerate(zip(self.options.input, mine, strict=True))
             ),
             options=self.options.record(),
+            bos_token=name_of(self.begin) or None,
+            bos_ids=ids_of(self.begin),
+            eos_ids=ids_of(self.end[:-1]),
+            tokenizer_fingerprint=self.fingerprint,
         )
 
     def _say_start(self, workers: int, num_todo: int) -> None:
-        eod = self.eod if self.options.append_eod else None
-        end = f"documents end with {eod[0]} ({eod[1]})" if eod else "documents end with no token"
+        begin = f"documents begin with {describe_tokens(self.begin)}" if self.begin else "documents begin without a BOS"
+        end = f"end with {describe_tokens(self.end)}" if self.end else "end with no token"
         again = len(self.keys) - num_todo
+        for note in self.tokenizer.notes:
+            print(note, file=sys.stderr)
         print(
             f"{len(self.files)} input files, {sum(file.size for file in self.files) / 1e6:,.1f} MB; tokenizer "
-            f"{self.tokenizer.name} ({self.tokenizer.vocab_size:,} ids); {end}; {workers} "
+            f"{self.tokenizer.name} ({self.tokenizer.vocab_size:,} ids); {begin} and {end}; {workers} "
             "workers" + (f"; {again} of {len(self.keys)} parts are there from a run before" if again else ""),
             file=sys.stderr,
             flush=True,
@@ -342,6 +388,12 @@ class _Run:
         )
 
 
+def _say_notes(notes: Iterable[str]) -> None:
+    """Print what a user may not have meant."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
 def _facts(span: Span) -> dict[str, object]:
     """What decides the contents of a span."""
     file = span.file
@@ -354,6 +406,14 @@ def _facts(span: Span) -> dict[str, object]:
         "start": span.start,
         "stop": span.stop,
     }
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    """Print what readers found worth knowing about the files."""
+    for note in notes[:_SHOWN_NOTES]:
+        print(f"note: {note}", file=sys.stderr)
+    if len(notes) > _SHOWN_NOTES:
+        print(f"note: {len(notes) - _SHOWN_NOTES:,} more such notes about files", file=sys.stderr)
 
 
 def _checked_prefix(options: PreprocessOptions) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...engine.errors import UserError
+
 if TYPE_CHECKING:
     from .long_text import LongText
 
@@ -52,6 +54,32 @@ class LeftOutError(Exception):
     """The reason to leave out a document that is well-formed; counted."""
 
 
+UNREADABLE = "unreadable rest of a file"
+"""The reason that is counted for a file that ends early or is damaged."""
+
+
+class DamagedError(UserError):
+    """The rest of a file cannot be read: it is truncated or damaged. What comes before is read all the same."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How the user wants files read. Readers take what concerns their format."""
+
+    quoting: str = "auto"
+    """Of CSV and TSV: "standard" (RFC 4180), "none" (quotes are text), or "auto" (CSV standard, TSV none)."""
+    sheets: tuple[str, ...] = ()
+    """Sheets of a workbook to read; empty: those with the wanted columns."""
+    max_expansion: int = 300
+    """Bytes that a compressed file may give for each byte on disk; 0: any number."""
+    skip_damage: bool = False
+    """Report damage by ``ReadContext.refuse`` and continue behind it, where that is possible."""
+
+
+def _ignore(note: str) -> None:
+    pass
+
+
 @dataclass
 class ReadContext:
     """What a reader shares with its worker while it reads one span."""
@@ -66,10 +94,29 @@ class ReadContext:
     """Input bytes of the span read so far, which the reader keeps up to date for the progress bar."""
     columns: tuple[str, ...] | None = None
     """The keys that are wanted of each record, for readers that can spare the others; None: all."""
+    options: ReadOptions = ReadOptions()
+    note: Callable[[str], None] = _ignore
+    """Called with what is worth knowing about a file that is read without errors, one line each."""
 
 
 Reader = Callable[["Any", ReadContext], Iterator[Record]]
 """``read(span, context)``: the records of a span, in order. Raises UserError for what damages the file as a whole."""
+
+
+def readable_part(records: Iterator[Any], path: str, context: ReadContext) -> Iterator[Any]:
+    """``records`` of the file ``path``, up to where it is damaged.
+
+    Raises:
+        DamagedError: it is damaged, and ``context.options.skip_damage`` is not set.
+    """
+    return _up_to_damage(records, path, context) if context.options.skip_damage else records
+
+
+def _up_to_damage(records: Iterator[Any], path: str, context: ReadContext) -> Iterator[Any]:
+    try:
+        yield from records
+    except DamagedError as error:
+        context.refuse(Where(path), str(error).removeprefix(f"{path}: "), UNREADABLE, None)
 
 
 def count_newlines(path: str, start: int, stop: int) -> int:

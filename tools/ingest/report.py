@@ -21,6 +21,7 @@ def format_report(report: PreprocessReport) -> str:
     rows["characters"] = f"{sum(sidecar.characters for sidecar in sidecars):,}"
     rows["bytes per token"] = f"{text_bytes / max(tokens, 1):.2f}"
     rows["encoder"] = report.encoder
+    rows["document begin"] = f"{first.bos_token} ({' '.join(map(str, first.bos_ids))})" if first.bos_ids else "no BOS"
     rows["document end"] = f"{first.eod_token} ({first.eod_id})" if first.append_eod else "none appended"
     # Every side of a split records what the whole run left out.
     left_out = Counter(first.left_out)

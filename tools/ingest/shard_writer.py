@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ...engine.data.document_frame import DocumentFrame
 from .records import Where
 from .shards import DOCUMENT, Shard
 
@@ -99,9 +100,10 @@ class ShardWriter:
         self._append(table, encoded.ids, None if metadata is None else [metadata])
 
     @contextmanager
-    def long_document(self, source: int, metadata: bytes | None) -> Iterator[_LongDocument]:
-        """A document that comes in pieces; what was written of it is taken back unless it is ended."""
-        document = _LongDocument(self, source, metadata, self._tokens.tell(), self._digest.copy())
+    def long_document(self, source: int, metadata: bytes | None, frame: DocumentFrame) -> Iterator[_LongDocument]:
+        """A document that comes in pieces, with ``frame`` around it; what was written of it is taken back unless it is
+        ended."""
+        document = _LongDocument(self, source, metadata, frame, self._tokens.tell(), self._digest.copy())
         try:
             yield document
         finally:
@@ -169,10 +171,17 @@ class _LongDocument:
     """One document on its way into a shard, piece by piece."""
 
     def __init__(
-        self, writer: ShardWriter, source: int, metadata: bytes | None, start: int, digest_before: xxhash.xxh3_128
+        self,
+        writer: ShardWriter,
+        source: int,
+        metadata: bytes | None,
+        frame: DocumentFrame,
+        start: int,
+        digest_before: xxhash.xxh3_128,
     ) -> None:
         self.start, self.digest_before, self.ended = start, digest_before, False
-        self._writer, self._source, self._metadata = writer, source, metadata
+        self._writer, self._source, self._metadata, self._frame = writer, source, metadata, frame
+        self._last_ids = np.empty(0, np.int32)
         self._table = np.zeros(1, DOCUMENT)
         self._text_digest = xxhash.xxh3_128()
 
@@ -185,17 +194,24 @@ class _LongDocument:
         """Write the next piece."""
         content = text.encode()
         self._text_digest.update(content)
-        self._table["tokens"] += len(ids)
         self._table["characters"] += len(text)
         self._table["text_bytes"] += len(content)
-        self._writer._write_tokens(ids)
+        if len(ids):
+            if self.num_tokens == 0:
+                self._write(self._frame.missing_prefix(ids))
+            self._write(ids)
+            self._last_ids = ids
 
-    def end(self, eod_id: int | None, pieces: Iterator[str]) -> None:
+    def _write(self, ids: npt.ArrayLike) -> None:
+        array = np.asarray(ids, np.int32)
+        self._table["tokens"] += len(array)
+        self._writer._write_tokens(array)
+
+    def end(self, pieces: Iterator[str]) -> None:
         """Write the document's end, if its length is wanted; ``pieces`` are its text once more, read where needed."""
         writer = self._writer
-        if eod_id is not None:
-            self._table["tokens"] += 1
-            writer._write_tokens(np.array([eod_id]))
+        if self.num_tokens:
+            self._write(self._frame.missing_suffix(self._last_ids))
         if not writer._wanted(self._source, self._table["tokens"]).all():
             return
         self._table["source"] = self._source

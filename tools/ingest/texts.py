@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,9 @@ def look_up(record: dict[str, Any], key: str) -> Any:
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
             keys = ", ".join(map(repr, list(record)[:8])) or "none"
-            raise MalformedError(f"no key {key!r} (keys there: {keys}); name the text's key with --json-key")
+            raise MalformedError(
+                f"no key {key!r} (keys there: {keys}); name the text's key with --json-key{suggested_key(record)}"
+            )
         value = value[name]
     return value
 
@@ -107,10 +110,27 @@ def metadata_line(value: dict[str, Any] | str | LongText, keys: Sequence[str]) -
                 kept[key] = look_up(value, key)
             except MalformedError:
                 continue
+    default = str if not any(isinstance(v, bytes) for v in kept.values()) else None
     try:
-        return orjson.dumps(kept, default=str if not any(isinstance(v, bytes) for v in kept.values()) else None) + b"\n"
+        return orjson.dumps(kept, default=default) + b"\n"
     except (TypeError, orjson.JSONEncodeError) as error:
+        if "64-bit" not in str(error):
+            raise MalformedError(f"metadata {', '.join(kept)}: {error}") from None
+    try:
+        text = json.dumps(kept, default=default, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return text.encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
         raise MalformedError(f"metadata {', '.join(kept)}: {error}") from None
+
+
+_USUAL_KEYS = ("text", "content", "raw_content", "body", "document", "article", "passage", "page_content", "markdown")
+
+
+def suggested_key(names: Iterable[str]) -> str:
+    """`` (here perhaps: content)`` where one of ``names`` is a usual name of a text, else nothing."""
+    there = set(names)
+    found = next((name for name in _USUAL_KEYS if name in there), None)
+    return f" (here perhaps {found})" if found else ""
 
 
 def json_type(value: Any) -> str:

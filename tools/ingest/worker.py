@@ -23,15 +23,27 @@ from typing import Any
 
 import numpy as np
 
+from ...engine.data.document_frame import DocumentFrame
 from ...engine.data.tokenizer import TokenizerHandle, TokenizerSpec
 from ...engine.errors import UserError
+from .chat_bos import ChatBos
 from .cleaning import Cleaner
 from .formats import FORMATS
 from .long_text import LongText, encode_in_pieces
 from .options import BATCH_CHARACTERS
 from .preload import load_tokenizer_once
 from .readers import lines
-from .records import LeftOutError, MalformedError, ReadContext, Where
+from .records import (
+    UNREADABLE,
+    DamagedError,
+    LeftOutError,
+    MalformedError,
+    ReadContext,
+    ReadOptions,
+    Record,
+    Where,
+    readable_part,
+)
 from .shard_writer import ShardWriter
 from .shards import Shard
 from .tasks import Span, Task
@@ -56,16 +68,20 @@ class WorkerSettings:
     tokenizer: TokenizerSpec
     tokenizer_sha256: str
     eod_token: str | None
-    """Appended to each document; None: nothing is."""
+    """Appended to each document; None: nothing is. From then on it is ordinary text in text."""
     dtype: str
     folder: Path
     """Where shards and temporary files are written."""
+    frame: DocumentFrame = field(default_factory=DocumentFrame)
+    """Ids in front of each document and behind it, the end-of-document token included."""
     text: TextChoice = field(default_factory=lambda: TextChoice(("text",)))
     metadata: tuple[str, ...] = ()
     chat: bool = False
     chat_template: Path | None = None
+    chat_bos: ChatBos = field(default_factory=ChatBos)
     chat_date: str = "2000-01-01"
     """The day, in ISO format, that templates take for today: one for all workers."""
+    reading: ReadOptions = field(default_factory=ReadOptions)
     skip_bad_lines: bool = False
     drop_invalid_utf8: bool = False
     normalize_nfc: bool = False
@@ -91,6 +107,8 @@ class TaskResult:
     """By source (its number as a string) and reason."""
     first_bad: str | None = None
     """``file:line: reason`` of the first record that was skipped."""
+    notes: list[str] = field(default_factory=list)
+    """What is worth knowing about files that were read without errors, and which ones are damaged."""
     fast_path_failures: int = 0
     """Batches that the reference encoded because the fast path failed on them."""
     encoder: str = ""
@@ -132,7 +150,7 @@ class TaskResult:
             raise UserError(f"{path}: damaged ({error}); remove it") from None
 
 
-BAD_KINDS = ("malformed", "invalid UTF-8")
+BAD_KINDS = ("malformed", "invalid UTF-8", UNREADABLE)
 DROPPED_TURNS = "turns beyond --max-tokens"
 """A count of messages of conversations that were kept, not of documents."""
 KEPT_NOTE = "in kept conversations: "
@@ -178,6 +196,7 @@ class TaskRunner:
                 settings.tokenizer.allow_special_tokens,
                 settings.chat_template,
                 datetime.fromisoformat(settings.chat_date),
+                settings.chat_bos,
             )
 
     def run(self, task: Task, key: str) -> TaskResult:
@@ -201,10 +220,19 @@ class TaskRunner:
             ShardWriter(shard, self._settings, self._result) as self._shard,
         ):
             for span in task.spans:
-                context = ReadContext(self._refuse, Path(scratch), columns=self._columns())
+                context = ReadContext(
+                    self._refuse,
+                    Path(scratch),
+                    columns=self._columns(),
+                    options=self._settings.reading,
+                    note=self._result.notes.append,
+                )
                 self._source = span.file.source
-                for _ in self._run_span(span, context):
-                    self._show(done + context.consumed)
+                try:
+                    for _ in self._run_span(span, context):
+                        self._show(done + context.consumed)
+                except DamagedError as error:
+                    raise UserError(f"{error}; or keep what comes before with --skip-bad-lines") from error
                 done += span.num_bytes
             self._result.fast_path_failures = self._tokenizer.fast_path_failures - failures
             self._shard.finish()
@@ -253,10 +281,11 @@ class TaskRunner:
         """Text and metadata line of each record of ``span`` that has a text."""
         choice, metadata = self._settings.text, self._settings.metadata
         if span.file.format == "jsonl" and choice.single_key is not None and not metadata:
-            for text in lines.read_texts(span, context, choice.single_key):
+            texts = lines.read_texts(span, context, choice.single_key)
+            for text in readable_part(texts, span.file.path, context):
                 yield text, None
             return
-        for record in FORMATS[span.file.format].read(span, context):
+        for record in _records(span, context):
             try:
                 line = metadata_line(record.value, metadata) if metadata else None
                 yield choice.text(record.value), line
@@ -273,6 +302,8 @@ class TaskRunner:
             )
         if self._result.first_bad is None:
             self._result.first_bad = f"{where.describe()}: {reason}"
+        if kind == UNREADABLE:
+            self._result.notes.append(f"{where.describe()}: left out its unreadable rest: {reason}")
         self._result.count(self._source, kind)
         self._shard.reject(where, reason, raw)
 
@@ -293,7 +324,7 @@ class TaskRunner:
             return
         try:
             self._compare(texts)
-            ids, lengths = self._tokenizer.encode_documents(texts, self._eod_id)
+            ids, lengths = self._tokenizer.encode_documents(texts, self._settings.frame)
         except UserError as error:
             self._write_one_by_one(texts, metadata, span, error)
             return
@@ -333,10 +364,10 @@ class TaskRunner:
             return self._tokenizer.encode_flat([piece])[0]
 
         try:
-            with self._shard.long_document(self._source, metadata) as document:
+            with self._shard.long_document(self._source, metadata, self._settings.frame) as document:
                 for piece, ids in encode_in_pieces(cleaned(), encode):
                     document.add(piece, ids)
-                document.end(self._eod_id, cleaned())
+                document.end(cleaned())
         except MalformedError as error:
             self._refuse(text.where, str(error), error.kind, None)
         except LeftOutError as left_out:
@@ -344,7 +375,7 @@ class TaskRunner:
 
     def _run_chat(self, span: Span, context: ReadContext) -> Iterator[None]:
         assert self._chat is not None
-        for number, record in enumerate(FORMATS[span.file.format].read(span, context)):
+        for number, record in enumerate(_records(span, context)):
             try:
                 if not isinstance(record.value, dict):
                     raise MalformedError("a text, not a record with a conversation")
@@ -367,6 +398,11 @@ class TaskRunner:
             if number % 256 == 0:
                 yield
         yield
+
+
+def _records(span: Span, context: ReadContext) -> Iterator[Record]:
+    """The records of ``span``, up to where its file is damaged."""
+    return readable_part(FORMATS[span.file.format].read(span, context), span.file.path, context)
 
 
 _make_runner: Callable[[], TaskRunner]

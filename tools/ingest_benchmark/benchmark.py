@@ -155,7 +155,8 @@ class Bench:
 
     def preprocess(self, corpus: Corpus, prefix: Path) -> Cost:
         """The preprocess command."""
-        command = [sys.executable, str(COMMAND), "--input", str(corpus.path), *self._common]
+        # Neither the bare tokenizer nor Megatron-LM's loop writes a BOS.
+        command = [sys.executable, str(COMMAND), "--input", str(corpus.path), *self._common, "--bos", "no"]
         return measure([*command, "--workers", str(self._workers), "--output-prefix", str(prefix)])[0]
 
     def run_peer(self, tokenizer: TokenizerHandle, corpus: Corpus, prefix: Path) -> Cost:
@@ -178,7 +179,7 @@ def check_tokens(limit: Sequence[dict[str, Any]], ours: Path) -> str:
     """
     sidecar = Sidecar.read(ours)
     assert sidecar is not None
-    tokens = sidecar.tokens - (sidecar.documents if sidecar.append_eod else 0)
+    tokens = sidecar.tokens - sidecar.documents * (sidecar.append_eod + len(sidecar.eos_ids or ()))
     for one in limit:
         if one["tokens"] != tokens:
             raise UserError(

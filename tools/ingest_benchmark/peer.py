@@ -19,9 +19,9 @@ _state: dict[str, Any] = {}
 
 
 def _start(tokenizer: str, key: str, eod_id: int) -> None:
-    from tokenizers import Tokenizer
+    from ...engine.data.tokenizer_json import parse_tokenizer
 
-    loaded = Tokenizer.from_file(tokenizer)
+    loaded = parse_tokenizer(Path(tokenizer).read_bytes(), tokenizer)
     loaded.encode_special_tokens = True
     _state.update(tokenizer=loaded, key=key, eod_id=eod_id)
 

@@ -92,11 +92,11 @@ def decode_document(
     """Document ``index``, cut after ``max_tokens``.
 
     Raises:
-        UserError: there is no such document, or the index is damaged there.
+        UserError: there is no such document.
     """
     start, stop = document_edges(dataset, index)
     ids = dataset.tokens(start, min(stop, start + max_tokens))
-    first, last = dataset.document_indices[index : index + 2].tolist()
+    first, last = dataset.document_edges(index, index + 1).tolist()
     problem, found = "", []
     if len(unknown := ids[(ids < 0) | (ids >= tokenizer.vocab_size)]):
         problem = (

@@ -25,6 +25,7 @@ def dataset_facts(report: DatasetReport) -> dict[str, str]:
         "tokens": f"{report.tokens:,}",
         "files": f"{size(report.bytes)}, tokens as {report.dtype}",
         "tokenizer": _tokenizer(report),
+        "document begin": _document_begin(report),
         "document end": _document_end(report),
         "bytes per token": _bytes_per_token(report),
     }
@@ -177,6 +178,13 @@ def _tokenizer(report: DatasetReport) -> str:
     if used is None:
         return f"{report.sidecar.tokenizer}, which is not to be had here" if report.sidecar is not None else "not known"
     return f"{used.name} ({used.kind}, {used.vocab_size:,} ids, sha256 {used.sha256[:12]}...)"
+
+
+def _document_begin(report: DatasetReport) -> str:
+    sidecar = report.sidecar
+    if sidecar is None or sidecar.bos_ids is None:
+        return ""
+    return f"{sidecar.bos_token} ({' '.join(map(str, sidecar.bos_ids))})" if sidecar.bos_ids else "no BOS"
 
 
 def _document_end(report: DatasetReport) -> str:

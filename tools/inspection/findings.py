@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...engine.data.indexed_dataset import IndexedDataset
 from ...engine.data.sidecar import Sidecar
 from .decoding import TextFacts
 from .lengths import LengthFacts
@@ -13,9 +14,14 @@ _OTHER_TOKENIZER = "they were made with another one, or the file is damaged"
 
 
 def find_warnings(
-    sidecar: Sidecar | None, lengths: LengthFacts | None, counts: PassFacts, text: TextFacts | None, documents: int
+    dataset: IndexedDataset,
+    sidecar: Sidecar | None,
+    lengths: LengthFacts | None,
+    counts: PassFacts,
+    text: TextFacts | None,
 ) -> Iterator[str]:
-    """What is likely wrong with a dataset of so many ``documents``."""
+    """What is likely wrong with ``dataset``."""
+    yield from dataset.remarks
     tokens, about = counts.tokens, "about " if counts.tokens.sampled else ""
     if outside := (tokens.outside_any if tokens.outside_vocab is None else tokens.outside_vocab):
         vocabulary = "any" if tokens.vocab_size is None else f"the tokenizer's {tokens.vocab_size:,} ids"
@@ -37,7 +43,7 @@ def find_warnings(
         )
     if sidecar is not None and sidecar.append_eod and counts.ends is not None:
         empty = lengths.empty if lengths is not None else 0
-        if (without := documents - empty - counts.ends.ended) > 0:
+        if (without := dataset.num_documents - empty - counts.ends.ended) > 0:
             yield f"{without:,} documents do not end with {sidecar.eod_token}, though the sidecar says that all do"
     if counts.ends is not None and counts.ends.inside:
         yield (

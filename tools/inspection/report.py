@@ -114,7 +114,7 @@ def inspect_dataset(options: InspectOptions) -> DatasetReport:
     Raises:
         UserError: a file is missing or damaged, or what was asked for cannot be given.
     """
-    dataset = IndexedDataset(options.dataset)
+    dataset = IndexedDataset(options.dataset, check_whole=True)
     sidecar = Sidecar.read(dataset.prefix)
     if sidecar is not None:
         require_same_dataset(sidecar, dataset)
@@ -149,7 +149,7 @@ def inspect_dataset(options: InspectOptions) -> DatasetReport:
         text=text,
         decoded=[] if tokenizer is None else _decode(dataset, tokenizer, options, eod_id),
         training=training,
-        warnings=list(find_warnings(sidecar, lengths, counts, text, dataset.num_documents)),
+        warnings=list(find_warnings(dataset, sidecar, lengths, counts, text)),
         missing=[
             *([reason] if reason else []),
             *find_missing(sidecar, tokenizer is not None, counts, text, training is not None),

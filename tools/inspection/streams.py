@@ -45,34 +45,15 @@ class DatasetStream:
     def __init__(self, dataset: IndexedDataset, block_tokens: int = BLOCK_TOKENS) -> None:
         self.dataset = dataset
         self._block_tokens = block_tokens
-        num_sequences, num_indices = dataset.num_sequences, dataset.num_documents + 1
-        self._lengths = FileArray(dataset.idx_path, "<i4", HEADER.size, num_sequences)
-        self._indices = FileArray(dataset.idx_path, "<i8", HEADER.size + 12 * num_sequences, num_indices)
-        self._tokens = FileArray(dataset.bin_path, dataset.dtype.str, 0, dataset.num_tokens)
-        self._mask = FileArray(dataset.mask_path, "u1", 0, dataset.num_tokens) if dataset.has_loss_mask else None
+        self._lengths = FileArray(dataset.idx_path, "<i4", HEADER.size, dataset.num_sequences)
 
     def edges(self, first: int, stop: int) -> npt.NDArray[np.int64]:
-        """Token positions at which the documents [``first``, ``stop``) begin, and at which the last one ends.
-
-        Raises:
-            UserError: the index is damaged.
-        """
-        edges = self._edges(first, stop)
-        if (np.diff(edges) < 0).any() or edges[0] < 0 or edges[-1] > self.dataset.num_tokens:
-            raise UserError(
-                f"{self.dataset.idx_path}: the lengths and document indices of documents {first} to {stop - 1} do not "
-                "fit one another: the index is damaged; --verify says where, build the dataset again"
-            )
-        return edges
-
-    def _edges(self, first: int, stop: int) -> npt.NDArray[np.int64]:
-        indices = self._indices[first : stop + 1].astype(np.int64)
+        """Token positions at which the documents [``first``, ``stop``) begin, and at which the last one ends."""
+        indices = self.dataset.document_edges(first, stop)
         low, high = int(indices[0]), int(indices[-1])
         if high - low > _SEQUENCES_AT_ONCE and stop - first > 1:  # very many sequences in a document
             middle = (first + stop) // 2
-            return np.concatenate([self._edges(first, middle)[:-1], self._edges(middle, stop)])
-        if (np.diff(indices) < 0).any() or not 0 <= low <= high <= self.dataset.num_sequences:
-            return np.array([1, 0])  # damaged
+            return np.concatenate([self.edges(first, middle)[:-1], self.edges(middle, stop)])
         start = self.dataset.sequence_start(low)
         if stop - first == 1:
             return np.array([start, self.dataset.sequence_start(high)])
@@ -103,16 +84,16 @@ class DatasetStream:
             yield self._block(document, np.array([low, high]), low == start, high == stop)
 
     def _block(self, document: int, edges: npt.NDArray[np.int64], begins: bool, ends: bool) -> Block:
-        part = slice(int(edges[0]), int(edges[-1]))
-        mask = None if self._mask is None else self._mask[part]
-        return Block(document, edges, self._tokens[part], mask, begins, ends)
+        start, stop = int(edges[0]), int(edges[-1])
+        tokens, mask = self.dataset.stored_tokens(start, stop), self.dataset.stored_mask(start, stop)
+        return Block(document, edges, tokens, mask, begins, ends)
 
 
 def document_edges(dataset: IndexedDataset, index: int) -> tuple[int, int]:
     """Token positions at which document ``index`` begins and ends.
 
     Raises:
-        UserError: there is no such document, or the index is damaged there.
+        UserError: there is no such document.
     """
     if not 0 <= index < dataset.num_documents:
         held = f"documents 0 to {dataset.num_documents - 1}" if dataset.num_documents else "no documents"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...engine.data.sidecar import Sidecar
 from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
+from ...engine.data.tokenizer_identity import TokenizerIdentity
 from ...engine.errors import UserError
 
 
@@ -29,18 +30,22 @@ def choose_tokenizer(name: str | None, sidecar: Sidecar | None, prefix: str) -> 
     """
     if name is not None:
         tokenizer = load_tokenizer(name)
-        if sidecar is not None and tokenizer.sha256 != sidecar.tokenizer_sha256:
-            print(f"{prefix}: made with {sidecar.tokenizer}, whose file differs from this one's", file=sys.stderr)
+        if sidecar is not None and not _identity(tokenizer).made(sidecar):
+            print(f"{prefix}: made with {sidecar.tokenizer}, which differs from this one", file=sys.stderr)
         return tokenizer
     if sidecar is None:
         raise UserError(f"{prefix}: no sidecar names its tokenizer; name it with --tokenizer to decode documents")
     tokenizer = load_tokenizer(sidecar.tokenizer)
-    if tokenizer.sha256 != sidecar.tokenizer_sha256:
+    if not _identity(tokenizer).made(sidecar):
         raise UserError(
             f"{prefix}: made with a tokenizer file of SHA-256 {sidecar.tokenizer_sha256[:12]}..., but that of "
             f"{tokenizer.name} is now {tokenizer.sha256[:12]}...: name the one it was made with, with --tokenizer"
         )
     return tokenizer
+
+
+def _identity(tokenizer: TokenizerHandle) -> TokenizerIdentity:
+    return TokenizerIdentity(tokenizer.sha256, lambda: tokenizer.fingerprint)
 
 
 def find_eod_id(tokenizer: TokenizerHandle | None, sidecar: Sidecar | None) -> int | None:

@@ -18,6 +18,7 @@ from ...engine.data.index_format import dataset_prefix
 from ...engine.data.layout import GROUP_WINDOWS
 from ...engine.data.sample_order import SampleOrder
 from ...engine.data.source import Source
+from ...engine.data.tokenizer_identity import TokenizerIdentity
 from ...engine.model.architecture import parse_architecture
 from ...engine.observe.summary import describe_data
 
@@ -99,8 +100,8 @@ def plan_training(config_file: str, prefix: str) -> TrainingPlan:
     """
     config, role = _with_dataset(parse_config(["--config", config_file]), prefix)
     plan = plan_batches(config.training, 1)  # steps and epochs are those of any number of ranks
-    vocab_size, tokenizer_sha256, checked = _model_facts(config)
-    catalog = open_catalog(config.data, plan, vocab_size, tokenizer_sha256, config.seed)
+    vocab_size, tokenizer, checked = _model_facts(config)
+    catalog = open_catalog(config.data, plan, vocab_size, tokenizer, config.seed)
     order = catalog.sample_order(config.seed)
     steps = plan.steps_for(config.training.train_tokens)
     last_sample = steps * plan.global_batch_size
@@ -138,13 +139,13 @@ def _same(one: str, other: str) -> bool:
     return os.path.realpath(dataset_prefix(one)) == os.path.realpath(dataset_prefix(other))
 
 
-def _model_facts(config: RunConfig) -> tuple[int, str | None, bool]:
-    """Vocabulary, hash of the tokenizer, and whether these are known: the model may not have been converted yet."""
+def _model_facts(config: RunConfig) -> tuple[int, TokenizerIdentity | None, bool]:
+    """Vocabulary, tokenizer, and whether these are known: the model may not have been converted yet."""
     if config.model.initialize_from is not None and not os.path.exists(config.model.initialize_from):
         return _ANY_VOCABULARY, None, False
     assets = find_assets(config.model, None)
     assert assets.config is not None
-    return parse_architecture(assets.config).vocab_size, assets.tokenizer_sha256, True
+    return parse_architecture(assets.config).vocab_size, assets.tokenizer, True
 
 
 def _plan_source(source: Source, catalog: Catalog, order: SampleOrder, stops: list[int], prefix: str) -> SourcePlan:

@@ -10,7 +10,7 @@ from typing import Any
 from ...engine.config import ModelConfig, RunConfig, to_dict
 from ...engine.errors import UserError
 from ...engine.hugging_face.config_source import architecture_source
-from ...engine.model.architecture import Architecture, parse_architecture, read_hf_config
+from ...engine.model.architecture import Architecture, architecture_of
 from ...engine.precision import with_named_precision
 from .gpus import GiB, Gpu, describe_gpu, find_gpu
 from .outcome import Outcome, Setting, dtypes
@@ -169,7 +169,7 @@ def read_architecture(model: ModelConfig) -> Architecture:
     Raises:
         UserError: there is no config of the model.
     """
-    return parse_architecture(read_hf_config(architecture_source(model)))
+    return architecture_of(architecture_source(model))
 
 
 def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ...engine.budget import plan_batches
 from ...engine.config import RunConfig
@@ -108,8 +108,10 @@ def without_recomputation(outcome: Outcome, pool: Pool) -> Outcome | None:
         outcome: of a layout that fits.
         pool: processes that rehearse.
     """
-    less = {"none": [], "selective": ["none"], "full": ["none", "selective"]}[outcome.config.parallel.recompute]
-    for mode in less:
+    modes: tuple[Literal["none", "selective"], ...] = ("none", "selective")
+    for mode in modes:
+        if outcome.config.parallel.recompute in ("none", mode):
+            break
         parallel = replace(outcome.config.parallel, recompute=mode, recompute_every=1)
         config = replace(outcome.config, parallel=parallel)
         try:

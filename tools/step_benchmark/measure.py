@@ -27,7 +27,7 @@ from ...engine.data.packing import MicroBatch
 from ...engine.dtypes import DTYPES
 from ...engine.errors import UserError
 from ...engine.hugging_face.config_source import architecture_source
-from ...engine.model.architecture import Architecture, parse_architecture, read_hf_config
+from ...engine.model.architecture import Architecture, architecture_of
 from ...engine.observe.flops import Trainable, named_peak, training_flops
 from ...engine.parallel.process_group import Ranks
 from ...engine.run_state import StepResult
@@ -132,7 +132,7 @@ def prepare_config(config: RunConfig, options: BenchmarkOptions, folder: Path) -
         UserError: there is no config of the model.
     """
     source = architecture_source(config.model)
-    architecture = parse_architecture(read_hf_config(source))
+    architecture = architecture_of(source)
     training, data = config.training, config.data
     num_steps = options.warmup_steps + options.steps
     samples = num_steps * training.global_batch_size
@@ -202,6 +202,9 @@ class TimedTrainer(Trainer):
 
     def on_phase(self, name: str) -> None:
         self._clock.mark(name)
+
+    def test_destination(self) -> list[str]:
+        return []  # no checkpoint is written
 
     def _next_batches(self, prefetcher: Prefetcher) -> tuple[list[MicroBatch], float]:
         timed = self.progress.step >= self._warmup_steps

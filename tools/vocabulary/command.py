@@ -15,12 +15,16 @@ from ...engine.conversion.checkpoint_model import seal
 from ...engine.conversion.run import require_outside
 from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
+from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.errors import UserError
 from ...engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, parse_shard_size
 from ...engine.streaming.new_folder import new_folder, require_absent
 from .corpus import Sample, is_held_out, read_documents
 from .report import PAGE_FILE, REPORT_FILE, Gain, Measure, format_gain, format_tokens, write_page, write_report
-from .sentencepiece_file import SentencePieceModel, escaped
+from .sentencepiece_file import escaped
+from .sentencepiece_json import converted
+from .serving import require_served_alike
+from .token_list import read_list, texts_of
 from .tokenizer_json import BpeJson
 from .unigram_json import UnigramJson
 from .vocabulary import Extension, NewToken, Tokenizer, Wanted
@@ -75,18 +79,18 @@ def extend(options: ExtendOptions, say: Callable[[str], None] = print) -> None:
     model = open_model(options.model)
     require_outside(output, model.folder, "--model")
     old = load_tokenizer(_tokenizer_path(model))
-    tokenizer = open_tokenizer(model.assets.files, old.file)
+    tokenizer, notes = open_tokenizer(model.assets.files, old.file)
     rows = model.architecture.vocab_size
     if tokenizer.first_id > rows:
         raise UserError(
             f"--model {options.model}: its tokenizer has ids up to {tokenizer.first_id - 1:,}, but its embedding has "
             f"{rows:,} rows; use the tokenizer that belongs to it"
         )
-    for line in [*model.notes, f"tokenizer: {tokenizer.kind}, ids up to {tokenizer.first_id - 1:,}"]:
+    for line in [*model.notes, *notes, f"tokenizer: {tokenizer.kind}, ids up to {tokenizer.first_id - 1:,}"]:
         say(line)
     corpus = _read(options, tokenizer) if options.corpus else None
     if listed is not None:
-        extension = tokenizer.take(listed)
+        extension = tokenizer.take(texts_of(listed, tokenizer.text_of, str(options.tokens)))
     else:
         assert corpus is not None
         with tqdm(desc="learning", total=options.num_tokens, unit="token", disable=None, leave=False) as bar:
@@ -118,9 +122,10 @@ def _write(
     """Everything but the name of the output."""
     beside = folder / ASSET_FOLDER if model.is_checkpoint else folder
     _extended_assets(model, extension, vocab_size).write(beside)
-    new = load_tokenizer(beside)
     require_ids(model.asset_folder, beside, extension.tokens)
-    require_unchanged_texts(new, extension.tokens)
+    for line in require_served_alike(beside, extension.tokens):
+        say(line)
+    new = load_tokenizer(beside)
     gain = None if corpus is None else _measure(corpus, old, new)
     first_id = extension.tokens[0].id
     source = ExtendedVocabulary(model.source, vocab_size, first_id, extension.tokens)
@@ -153,31 +158,8 @@ def _check(options: ExtendOptions) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
 
 
-def read_list(path: str) -> list[str]:
-    """The tokens of a file, one to a line, spaces at its ends included.
-
-    Raises:
-        UserError: it cannot be read, is empty, or names a token twice.
-    """
-    try:
-        # Some editors begin a file with a byte-order mark. Only line feeds end lines: a token may hold U+2028.
-        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--tokens {path}: cannot be read: {error}") from None
-    places: dict[str, int] = {}
-    for number, line in enumerate((line.removesuffix("\r") for line in lines), 1):
-        if not line:
-            continue
-        if line in places:
-            raise UserError(f"--tokens {path}: line {number} is {line!r}, as line {places[line]} is; name each once")
-        places[line] = number
-    if not places:
-        raise UserError(f"--tokens {path}: holds no token; write one to a line")
-    return list(places)
-
-
-def open_tokenizer(files: dict[str, bytes], where: Path) -> Tokenizer:
-    """What can extend the tokenizer of a folder.
+def open_tokenizer(files: dict[str, bytes], where: Path) -> tuple[Tokenizer, list[str]]:
+    """What can extend the tokenizer of a folder, and lines about it for the console.
 
     Args:
         files: of the folder, by name.
@@ -186,24 +168,24 @@ def open_tokenizer(files: dict[str, bytes], where: Path) -> Tokenizer:
     Raises:
         UserError: it is of a kind that cannot be extended.
     """
+    notes: list[str] = []
     if where.name == SENTENCEPIECE_FILE:
-        return SentencePieceModel(files, where)
+        content, notes = converted(files, where)
+        files, where = {**files, TOKENIZER_FILE: content}, where.with_name(TOKENIZER_FILE)
     if where.name != TOKENIZER_FILE:
         raise UserError(f"{where}: a tiktoken file cannot be extended; save the tokenizer as {TOKENIZER_FILE} first")
     kind = _kind_of_model(files[TOKENIZER_FILE])
     if kind == "BPE":
-        return BpeJson(files, where)
+        return BpeJson(files, where), notes
     if kind == "Unigram":
-        return UnigramJson(files, where)
+        return UnigramJson(files, where), notes
     raise UserError(f"{where}: a {kind} model cannot be extended; supported: BPE and Unigram")
 
 
 def _kind_of_model(content: bytes) -> str:
     """Of a tokenizer.json. Old ones, such as GPT-2's, do not say it; the library tries what fits."""
-    import tokenizers
-
     kind = json.loads(content)["model"].get("type")
-    return kind or type(tokenizers.Tokenizer.from_str(content.decode("utf-8")).model).__name__
+    return kind or type(parse_tokenizer(content, TOKENIZER_FILE).model).__name__
 
 
 def _tokenizer_path(model: StoredModel) -> Path:
@@ -270,26 +252,10 @@ def require_ids(old: Path, new: Path, tokens: Sequence[NewToken]) -> None:
     assert all(token.id in (after.get(token.piece), after.get(escaped(token.piece))) for token in tokens), new
 
 
-def require_unchanged_texts(new: TokenizerHandle, tokens: Sequence[NewToken]) -> None:
-    """See that added tokens leave the text around them as it is.
-
-    Raises:
-        UserError: the tokenizer begins anew behind an added token, and puts a space there.
-    """
-    for token in tokens:
-        probe = f"a{token.text}b c"
-        if token.kind == "added" and (back := new.decode(new.reference_encode([probe])[0])) != probe:
-            raise UserError(
-                f"--tokens: {token.text!r} can only be an added token, and the tokenizer would change the text around "
-                f"it ({probe!r} comes back as {back!r}); list its words one by one, or leave it out"
-            )
-
-
 def _ids(folder: Path) -> dict[str, int]:
     if (folder / TOKENIZER_FILE).is_file():
-        import tokenizers
-
-        return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab(with_added_tokens=True)
+        file = folder / TOKENIZER_FILE
+        return parse_tokenizer(file.read_bytes(), file).get_vocab(with_added_tokens=True)
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))

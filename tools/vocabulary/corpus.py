@@ -35,7 +35,7 @@ def read_documents(
         raise UserError("--corpus -: name a file, a folder or a pattern")
     choice, num_documents, num_bytes = TextChoice.parse(json_key), 0, 0
     with tempfile.TemporaryDirectory() as scratch:
-        for file in expand_inputs(inputs, InputOptions(txt_mode=txt_mode), "--corpus"):
+        for file in expand_inputs(inputs, InputOptions(txt_mode, keys=choice.roots), "--corpus"):
             form = FORMATS[file.format]
             span = Span(file, 0, file.units if form.split == "units" else file.size)
             for record in form.read(span, ReadContext(_refuse, Path(scratch))):

@@ -13,14 +13,14 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE
+from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.errors import UserError
 from . import sentencepiece_file
 from .bpe import learn_bpe
+from .serving import with_added_tokens
 from .splitting import WordSplitter, may_be_piece, split_words
-from .vocabulary import Extension, NewToken, Wanted, read_object, require_ids_as_read
+from .vocabulary import Extension, NewToken, Wanted, dump_json, read_object, require_ids_as_read
 
 _VOCAB_FILE, _MERGES_FILE = "vocab.json", "merges.txt"
 _REMEDY = f"get it anew from where the model came from, or take it away: {TOKENIZER_FILE} is complete"
@@ -45,9 +45,8 @@ class BpeJson:
         for key in ("continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(key):
                 raise UserError(f"{where}: its BPE has a {key}, {model[key]!r}: such vocabularies cannot be extended")
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._content))
+        self._tokenizer = parse_tokenizer(json.dumps(self._content), where)
         self._model = self._tokenizer.model
-        self._model.dropout = None
         self._vocab: dict[str, int] = model["vocab"]
         self._added: dict[str, int] = {token["content"]: token["id"] for token in self._content.get("added_tokens", [])}
         require_ids_as_read(self._tokenizer, self._added, where)
@@ -57,6 +56,13 @@ class BpeJson:
         self._byte_of = _bytes_by_character() if _has_step(self._content, "ByteLevel") else None
         self._split = None if self._byte_of else WordSplitter(self._vocab)
         self.kind = "byte-level BPE" if self._byte_of else "BPE made from sentencepiece"
+
+    def text_of(self, piece: str) -> str:
+        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        if self._byte_of is None or all(character in self._byte_of for character in piece):
+            text = self._text_of(piece)
+            return piece if "\ufffd" in text else text
+        return piece
 
     def words(self, text: str) -> Iterable[str]:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
@@ -174,10 +180,12 @@ class BpeJson:
             pairs = _all_splits([token for token in tokens if token.kind != "added"], vocab, self._added)
         as_text = bool(merges) and isinstance(merges[0], str)
         merges += [f"{left} {right}" if as_text else [left, right] for left, right in pairs]
-        content["added_tokens"] = [*content.get("added_tokens", []), *map(self._added_entry, added)]
-        files: dict[str, bytes | None] = {TOKENIZER_FILE: _dumped(content)}
+        entries = list(map(self._added_entry, added))
+        content["added_tokens"] = [*content.get("added_tokens", []), *entries]
+        files: dict[str, bytes | None] = {TOKENIZER_FILE: dump_json(content)}
+        files |= with_added_tokens(self._files, entries, self._where.parent)
         if _VOCAB_FILE in self._files:
-            files[_VOCAB_FILE] = _dumped(self._vocab_beside | vocab)
+            files[_VOCAB_FILE] = dump_json(self._vocab_beside | vocab)
         if _MERGES_FILE in self._files:
             lines = [*self._merges_beside, *(f"{left} {right}" for left, right in pairs)]
             files[_MERGES_FILE] = ("\n".join(lines) + "\n").encode()
@@ -252,7 +260,3 @@ def _bytes_by_character() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-def _dumped(content: Any) -> bytes:
-    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()

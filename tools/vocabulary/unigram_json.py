@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE
+from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.errors import UserError
 from . import sentencepiece_file
+from .serving import with_added_tokens
 from .splitting import WordSplitter, may_be_piece, split_words
 from .unigram import learn_unigram, rarest_part
-from .vocabulary import WORD_START, Extension, NewToken, Wanted, by_piece, require_ids_as_read
+from .vocabulary import WORD_START, Extension, NewToken, Wanted, by_piece, dump_json, require_ids_as_read
 
 
 class UnigramJson:
@@ -33,9 +33,9 @@ class UnigramJson:
     kind = "unigram"
 
     def __init__(self, files: dict[str, bytes], where: Path):
-        self._files = files
+        self._files, self._where = files, where
         self._content: dict[str, Any] = json.loads(files[TOKENIZER_FILE])
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._content))
+        self._tokenizer = parse_tokenizer(json.dumps(self._content), where)
         pieces = self._content["model"]["vocab"]
         self._ids = {piece: place for place, (piece, _) in enumerate(pieces)}
         self.first_id = len(pieces)
@@ -56,6 +56,10 @@ class UnigramJson:
         special = {*added, pieces[unknown][0]}
         self._scores = {piece: score for piece, score in pieces if piece not in special}
         self._split = WordSplitter(self._scores)
+
+    def text_of(self, piece: str) -> str:
+        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        return piece.replace(WORD_START, " ")
 
     def words(self, text: str) -> Iterable[str]:
         """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
@@ -106,8 +110,8 @@ class UnigramJson:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
         entries = [{"id": token.id, "content": token.piece, **flags} for token in tokens if token.kind == "added"]
         content["added_tokens"] = [*content.get("added_tokens", []), *entries]
-        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-        files: dict[str, bytes | None] = {TOKENIZER_FILE: text.encode()}
+        files: dict[str, bytes | None] = {TOKENIZER_FILE: dump_json(content)}
+        files |= with_added_tokens(self._files, entries, self._where.parent)
         if SENTENCEPIECE_FILE in self._files:
             files[SENTENCEPIECE_FILE], note = sentencepiece_file.extended_beside(
                 self._files[SENTENCEPIECE_FILE], self.first_id, tokens, scores

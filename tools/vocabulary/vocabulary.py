@@ -121,6 +121,11 @@ def read_object(files: Mapping[str, bytes], path: Path, remedy: str) -> dict[str
     return content
 
 
+def dump_json(content: Any) -> bytes:
+    """A JSON file of a tokenizer's folder."""
+    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+
+
 def require_ids_as_read(tokenizer: tokenizers.Tokenizer, added: Mapping[str, int], path: Path) -> None:
     """See that added tokens have the ids that ``tokenizer.json`` says.
 
@@ -149,6 +154,9 @@ class Tokenizer(Protocol):
     """In words, for the console."""
     first_id: int
     """Of the first new token: above all ids there are."""
+
+    def text_of(self, piece: str) -> str:
+        """The text that an entry of the vocabulary stands for; the entry itself where it is not written as one."""
 
     def words(self, text: str) -> Iterable[str]:
         """The parts of a text that tokens do not cross, normalized, as entries of the vocabulary are written."""

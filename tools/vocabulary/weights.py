@@ -190,7 +190,8 @@ def write_weights(
     num_bytes = sum(tensor.num_bytes for tensor in source.tensors.values())
     # Everything is written, and read back.
     with progress("writing", 2 * num_bytes) as advance:
-        done = copy_files(folder, plan.files, source, default_workers(), source.hashed_rows, advance)
+        rows, remedy = source.hashed_rows, "new rows are means of the old ones; repair the model first"
+        done = copy_files(folder, plan.files, source, default_workers(), rows, advance, nonfinite_remedy=remedy)
     if as_checkpoint:
         files.write_metadata(folder, done.values())
     else:

@@ -106,6 +106,8 @@ class Fault:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif action == "error":
             self.refuse(path)
+        elif action in ("no reader", "full output"):
+            lose_output(action)
         else:
             kill(action)
 
@@ -114,6 +116,17 @@ class Fault:
             return
         code = getattr(errno, self.spec["errno"])
         raise OSError(code, os.strerror(code), path)
+
+
+def lose_output(how):
+    """Standard output and error become a pipe that has no reader, or a file on a full disk."""
+    if how == "no reader":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open("/dev/full", os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(writing, descriptor)
 
 
 def kill(target):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..records import ReadContext, Where
+from ..texts import suggested_key
 
 _SHOWN = 8
 
@@ -24,6 +25,8 @@ def usable_columns(names: Sequence[str], where: Where, context: ReadContext) -> 
     if not counts and wanted:
         there = ", ".join(map(repr, list(filter(None, names))[:_SHOWN])) or "none with a name"
         reason = f"no column {' or '.join(map(repr, context.columns or ()))} (columns there: {there})"
-        context.refuse(where, f"{reason}; name the text's column with --json-key", "malformed", None)
+        context.refuse(
+            where, f"{reason}; name the text's column with --json-key{suggested_key(names)}", "malformed", None
+        )
         return False
     return True

@@ -1,6 +1,7 @@
 """CSV and TSV with a header: each row is a record of its cells, all of them strings.
 
-Quoting is that of RFC 4180, strictly. Rows are named by the line of the file on which they begin, as editors show it.
+CSV has the quoting of RFC 4180, strictly; TSV has none (IANA, text/tab-separated-values); ``--quoting`` changes both.
+Rows are named by the line of the file on which they begin, as editors show it.
 Columns without a name (such as the index that pandas writes) are left out. Leaves out other separators, and guessing.
 """
 
@@ -8,12 +9,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from ....engine.errors import UserError
 from ..json_records import invalid_utf8
-from ..records import MalformedError, ReadContext, Record, Where
+from ..records import DamagedError, MalformedError, ReadContext, Record, Where
 from ..tasks import Span
 from .columns import usable_columns
 from .streams import open_stream, skip_bom
@@ -22,17 +24,24 @@ _MAX_CELL = 1 << 24
 """Characters. The csv module holds four bytes for each; and this ends a quote that is never closed."""
 _MAX_LINE_BYTES = 1 << 26
 _SEPARATORS = {"csv": ",", "tsv": "\t"}
+_UNQUOTED = ("tsv",)
+_HEADER_BYTES = 1 << 16
+_MANY_LINES = 200
+"""A quoted cell over more lines is worth a note: it may be a quote that was never meant to open a cell."""
+_NUMBER = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*")
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
     """The rows below the header."""
     path = span.file.path
     csv.field_size_limit(_MAX_CELL)
+    separator = _SEPARATORS[span.file.format]
     with open_stream(span.file, context) as stream:
         skip_bom(stream, path)
-        lines = _Lines(stream, path)
+        lines, quotes = _Lines(stream, path), _Quotes(context, separator)
+        quotes.decide(stream, span.file.format)
         names: list[str] | None = None
-        for where, cells, wrong in _rows(lines, _SEPARATORS[span.file.format]):
+        for where, cells, wrong in _rows(lines, separator, quotes.quoted):
             if names is None:
                 if wrong:
                     raise UserError(f"{where.describe()}: the header is malformed: {wrong}")
@@ -41,18 +50,87 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
                     return
                 continue
             if wrong is None and len(cells) != len(names):
-                wrong = MalformedError(f"{len(cells)} cells, where the header has {len(names)}")
+                hint = "" if quotes.quoted else "; if cells are in quotes, give --quoting standard"
+                wrong = MalformedError(f"{len(cells)} cells, where the header has {len(names)}{hint}")
+            wrong = wrong or quotes.check(where, cells, lines)
             if wrong:
                 context.refuse(where, str(wrong), wrong.kind, lines.raw())
                 continue
             record = dict(zip(names, cells, strict=True))
             record.pop("", None)
             yield Record(record, where)
+    quotes.report()
 
 
-def _rows(lines: _Lines, separator: str) -> Iterator[tuple[Where, list[str], MalformedError | None]]:
+class _Quotes:
+    """Whether quotes are syntax or text in a file, and what in it speaks against that."""
+
+    def __init__(self, context: ReadContext, separator: str) -> None:
+        self.quoted = context.options.quoting == "standard"
+        self._decides = context.options.quoting == "auto"
+        self._context, self._separator = context, separator
+        self._longest, self._longest_at = 0, ""
+        self._looks_quoted = ""
+
+    def decide(self, stream: io.BufferedReader[Any], format_name: str) -> None:
+        """Choose for a file, of which the header comes next in ``stream``, where the user leaves that open."""
+        if self._decides:
+            # A header in which all names are in quotes is no text: whoever wrote it quotes.
+            first = stream.peek(_HEADER_BYTES)[:_HEADER_BYTES].partition(b"\n")[0].rstrip(b"\r")
+            self.quoted = format_name not in _UNQUOTED or all(
+                len(name) > 1 and name[:1] == name[-1:] == b'"' for name in first.split(self._separator.encode())
+            )
+
+    def check(self, where: Where, cells: list[str], lines: _Lines) -> MalformedError | None:
+        """What is wrong with the quotes of a row that is right by the rules."""
+        if lines.num_lines > 1:
+            if self._decides and _is_several_rows(lines.raw(), self._separator, len(cells)):
+                return MalformedError(
+                    f"a quote over {lines.num_lines} lines, each of which is a row by itself; if quotes are text "
+                    "here, give --quoting none, else --quoting standard"
+                )
+            if lines.num_lines > self._longest:
+                self._longest, self._longest_at = lines.num_lines, where.describe()
+        elif self._decides and not self.quoted and not self._looks_quoted and _looks_quoted(cells):
+            self._looks_quoted = where.describe()
+        return None
+
+    def report(self) -> None:
+        """Note what is suspicious in the file."""
+        if self._longest > _MANY_LINES:
+            self._context.note(
+                f"{self._longest_at}: a quoted cell goes over {self._longest:,} lines; if quotes are text, give "
+                "--quoting none"
+            )
+        if self._looks_quoted:
+            self._context.note(
+                f"{self._looks_quoted}: cells seem to be in quotes, kept as text; --quoting standard undoes them"
+            )
+
+
+def _is_several_rows(raw: bytes, separator: str, num_cells: int) -> bool:
+    """Whether a row over several lines is probably several rows, of which two have a quotation mark by chance.
+
+    Each line then has a row's number of cells, numbers in the same columns, and no space after a separator, which prose
+    has after nearly every comma. A single column cannot be told from text.
+    """
+    rows = [line.split(separator) for line in raw.decode("utf-8", "replace").splitlines()]
+    if num_cells < 2 or any(len(row) != num_cells for row in rows):
+        return False
+    if any(cell.startswith(" ") for row in rows for cell in row[1:]):
+        return False
+    kinds = [[_NUMBER.fullmatch(cell.strip('"')) is not None for cell in row] for row in rows]
+    return all(kind == kinds[0] for kind in kinds)
+
+
+def _looks_quoted(cells: list[str]) -> bool:
+    return any(cell[:1] == cell[-1:] == '"' and '""' in cell[1:-1] for cell in cells)
+
+
+def _rows(lines: _Lines, separator: str, quoted: bool) -> Iterator[tuple[Where, list[str], MalformedError | None]]:
     """For each row where it begins, its cells and what is wrong with it; blank lines are nothing."""
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    reader = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting)
     while True:
         where = lines.begin_row()
         cells: list[str] = []
@@ -64,8 +142,9 @@ def _rows(lines: _Lines, separator: str) -> Iterator[tuple[Where, list[str], Mal
         except csv.Error as error:
             wrong = MalformedError(_explain(error))
             if lines.row_is_open(error):
-                raise UserError(
-                    f"{where.describe()}: {wrong}, which hides where the next rows begin; mend it"
+                raise DamagedError(
+                    f"{where.describe()}: {wrong}, which hides where the next rows begin; fix it, or give --quoting "
+                    "none if quotes are text"
                 ) from None
         wrong = lines.wrong or wrong
         if cells or wrong:
@@ -79,7 +158,10 @@ def _explain(error: csv.Error) -> str:
     if "unexpected end of data" in reason:
         return "a quote that is not closed"
     if "expected after" in reason:
-        return f"quotes that are not as CSV has them ({reason}): a cell in quotes has its own quotes doubled"
+        return (
+            f"quotes that are not as CSV has them ({reason}): a cell in quotes has its own quotes doubled; --quoting "
+            "none takes quotes as text"
+        )
     if "new-line character" in reason:
         return "a carriage return that ends no line, outside of quotes"
     return reason
@@ -103,6 +185,11 @@ class _Lines:
     def row_is_open(self, error: csv.Error) -> bool:
         """Whether ``error`` is about a quote that went over lines without an end."""
         return len(self._row) > 1 and ("field limit" in str(error) or "unexpected end" in str(error))
+
+    @property
+    def num_lines(self) -> int:
+        """Of the current row."""
+        return len(self._row)
 
     def raw(self) -> bytes:
         """The current row as it stands in the file."""

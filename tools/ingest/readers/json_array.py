@@ -1,7 +1,8 @@
-"""``.json`` files: one array of objects, of any length, or a single object, which is one record.
+"""``.json`` files: one array of objects or strings, or one object after another, each of which is a record.
 
-An array is split into its elements without parsing it, and each element is parsed like a line of JSONL; so memory holds
-one element, and of a long one only its beginning. Leaves out objects that wrap an array, such as {"data": [...]}: a
+The file is split into its values without parsing it, and each value is parsed like a line of JSONL; so memory holds
+one value, and of a long one only its beginning. Files with an object on each line are mostly read as JSONL (see
+``detection.py``), which survives a malformed line. Leaves out objects that wrap an array, such as {"data": [...]}: a
 record of a chat looks the same. (``jq -c '.data[]' corpus.json > corpus.jsonl`` makes JSONL of one.)
 """
 
@@ -15,12 +16,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ....engine.errors import UserError
 from ..json_records import WantedKeys
-from ..long_text import LONG_BYTES
-from ..records import MalformedError, ReadContext, Record, Where
+from ..long_text import LONG_BYTES, LongText
+from ..records import DamagedError, MalformedError, ReadContext, Record, Where
 from ..tasks import Span
-from .lines import Line, parse_line
+from ..texts import json_type
+from .lines import MAX_RECORD_BYTES, Line, parse_value
 from .streams import open_stream, skip_bom
 
 _READ_BYTES = 1 << 20
@@ -32,18 +33,16 @@ _MARK_INSIDE = re.compile(rb'[\[\]{}"]')
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
-    """The elements of the array, or the object."""
+    """The elements of the array, or the objects."""
     path, keys = span.file.path, WantedKeys(context.columns or ())
     with open_stream(span.file, context) as stream:
         skip_bom(stream, path)
-        values = _Values(stream, context.scratch)
+        values = _Values(stream, context.scratch, path)
         first = values.next_byte()
         if first == b"[":
             yield from _elements(values, path, keys, context)
         elif first == b"{":
-            with values.value(closed=True) as (content, long):
-                _refuse_rest(values, path, "a JSON object")
-                yield from _parsed(Line(Where(path), content, long), keys, context)
+            yield from _objects(values, path, keys, context)
         else:
             found = f"begins with {first.decode('latin-1')!r}" if first else "an empty file"
             context.refuse(Where(path), f"{found}, not a JSON array of objects", "malformed", None)
@@ -60,34 +59,49 @@ def _elements(values: _Values, path: str, keys: WantedKeys, context: ReadContext
             after = values.next_byte()
             if after not in (b",", b"]"):
                 wrong = "ends there: truncated" if not after else "has a '}' too many"
-                raise UserError(f"{where.describe()}: the JSON array {wrong}, or a quote or bracket is missing before")
+                raise DamagedError(
+                    f"{where.describe()}: the JSON array {wrong}, or a quote or bracket is missing before"
+                )
             values.skip_byte()
             yield from _parsed(Line(where, content, long), keys, context)
     if number == 0:
         values.skip_byte()
-    _refuse_rest(values, path, "the JSON array")
-
-
-def _refuse_rest(values: _Values, path: str, what: str) -> None:
     if values.next_byte():
-        raise UserError(f"{path}: has more after the end of {what}; if each line is a record, rename it to .jsonl")
+        raise DamagedError(
+            f"{path}: has more after the end of the JSON array; write one array, or a record on each line"
+        )
+
+
+def _objects(values: _Values, path: str, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
+    """Objects one after another, in whatever layout: a single one, lines, or what ``jq`` prints."""
+    number = 0
+    while (first := values.next_byte()) == b"{":
+        number += 1
+        with values.value(closed=True) as (content, long):
+            where = Where(path) if number == 1 and not values.next_byte() else Where(path, "object", number)
+            yield from _parsed(Line(where, content, long), keys, context)
+    if first:
+        raise DamagedError(f"{path}: has more after the end of JSON object {number}, which is not another one")
 
 
 def _parsed(element: Line, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
+    value: dict[str, Any] | str | LongText
     try:
-        record = parse_line(element, keys)
+        value = parse_value(element, keys)
+        if not isinstance(value, (dict, str, LongText)):
+            raise MalformedError(f"{json_type(value)}, not a JSON object or string")
     except MalformedError as error:
         # The parsers speak of lines.
         context.refuse(element.where, str(error).removesuffix(" of the line"), error.kind, element.content)
     else:
-        yield Record(record, element.where)
+        yield Record(value, element.where)
 
 
 class _Values:
     """A JSON text cut into values, in the order of the file."""
 
-    def __init__(self, stream: io.BufferedReader[Any], scratch: Path) -> None:
-        self._stream, self._scratch = stream, scratch
+    def __init__(self, stream: io.BufferedReader[Any], scratch: Path, path: str) -> None:
+        self._stream, self._scratch, self._path = stream, scratch, path
         self._buffer = bytearray()
 
     def next_byte(self) -> bytes:
@@ -116,6 +130,10 @@ class _Values:
                         copy = stack.enter_context(tempfile.NamedTemporaryFile(dir=self._scratch, prefix="element."))
                         beginning = bytes(self._buffer[:_SHOWN_BYTES])
                     copy.write(self._buffer[: ends.position])
+                    if copy.tell() > MAX_RECORD_BYTES:
+                        raise DamagedError(
+                            f"{self._path}: a JSON value of more than {MAX_RECORD_BYTES >> 30} GiB; split it"
+                        )
                     del self._buffer[: ends.position]
                     ends.position = 0
                 if not self._fill():
@@ -131,7 +149,7 @@ class _Values:
                 yield beginning, Path(copy.name)
 
     def _fill(self) -> bool:
-        block = self._stream.read(_READ_BYTES)
+        block = self._stream.read1(_READ_BYTES)
         self._buffer += block
         return bool(block)
 

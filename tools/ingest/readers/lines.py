@@ -16,13 +16,15 @@ import orjson
 
 from ..json_records import WantedKeys, invalid_utf8, parse_json
 from ..long_text import LONG_BYTES, LongText, read_long_json
-from ..records import MalformedError, ReadContext, Record, Where
+from ..records import DamagedError, MalformedError, ReadContext, Record, Where
 from ..tasks import Span
 from ..texts import TextChoice, json_type
 from .streams import open_stream, skip_bom
 
 _COPY_BYTES = 1 << 20
 _SHOWN_BYTES = 1024  # of a long line, where it is refused
+MAX_RECORD_BYTES = 2 << 30
+"""A longer line or value is no document: it would be copied to a temporary file as a whole."""
 _TAIL_BYTES = 4096
 
 
@@ -78,10 +80,19 @@ def parse_line(line: Line, keys: WantedKeys) -> dict[str, Any]:
     Raises:
         MalformedError: it is none, or has one of ``keys`` twice.
     """
-    value = parse_json(line.content, keys) if line.long is None else read_long_json(line.long, keys, line.where)
+    value = parse_value(line, keys)
     if type(value) is not dict:
         raise MalformedError(f"{json_type(value)}, not a JSON object")
     return value
+
+
+def parse_value(line: Line, keys: WantedKeys) -> Any:
+    """The JSON value in ``line``, of any type.
+
+    Raises:
+        MalformedError: it is none, or an object that has one of ``keys`` twice.
+    """
+    return parse_json(line.content, keys) if line.long is None else read_long_json(line.long, keys, line.where)
 
 
 def _text(line: Line) -> str | LongText:
@@ -116,7 +127,7 @@ def _lines(span: Span, context: ReadContext) -> Generator[Line, None, None]:
             if plain:
                 context.consumed = min(offset, span.stop) - span.start
             if len(content) == LONG_BYTES and not content.endswith(b"\n"):
-                with _copied(content, file, context.scratch) as (copy, rest):
+                with _copied(content, file, context.scratch, where) as (copy, rest):
                     offset += rest
                     if plain:
                         context.consumed = min(offset, span.stop) - span.start
@@ -137,7 +148,7 @@ def _skip_line(file: BinaryIO, limit: int) -> int:
 
 
 @contextmanager
-def _copied(beginning: bytes, file: BinaryIO, folder: Path) -> Iterator[tuple[Path, int]]:
+def _copied(beginning: bytes, file: BinaryIO, folder: Path, where: Where) -> Iterator[tuple[Path, int]]:
     """A temporary file with the line that begins so and goes on in ``file``, and how many bytes of it were there."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix="line.") as copy:
         copy.write(beginning)
@@ -145,6 +156,10 @@ def _copied(beginning: bytes, file: BinaryIO, folder: Path) -> Iterator[tuple[Pa
         while part := file.readline(_COPY_BYTES):
             rest += len(part)
             copy.write(part)
+            if rest > MAX_RECORD_BYTES:
+                raise DamagedError(
+                    f"{where.describe()}: a line of more than {MAX_RECORD_BYTES >> 30} GiB; is it JSONL? split it"
+                )
             if part.endswith(b"\n"):
                 break
         _drop_line_end(copy)

@@ -10,16 +10,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from ....engine.errors import UserError
+from ..expansion import ExpansionLimit
 from ..formats import require_library
-from ..records import MalformedError, ReadContext, Record, Where
+from ..records import UNREADABLE, DamagedError, ReadContext, Record, Where
 from ..tasks import Span
+from .arrow_rows import batch_records, decoded_bytes
 from .columns import usable_columns
 from .streams import damage_is_user_error, iterate_checked, open_stream
 
 _BATCH_BYTES = 4 << 20
 _MAX_BATCH_ROWS = 1024
 _READ_BYTES = 1 << 20
-_NOT_IN_PYTHON = (ValueError, ArithmeticError, TypeError, NotImplementedError)
+_FEW_BYTES = 16
+"""Of a row on disk; texts take more, but for those that repeat."""
+_MAX_REPEATED_BYTES = 64 << 20
 
 
 def count_units(path: str) -> int:
@@ -46,22 +50,75 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
             raise UserError(f"{file.path}: had {file.units} row groups and has {len(sizes)} now; start again")
         if not usable_columns(there, Where(file.path), context):
             return
+        ExpansionLimit(file.path, file.size, context.options.max_expansion).check_rows(
+            sum(rows for rows, _ in sizes), file.size
+        )
         names = [name for name in there if context.columns is None or name in context.columns]
         number = sum(rows for rows, _ in sizes[: span.start])
         first, total = number, max(sum(rows for rows, _ in sizes[span.start : span.stop]), 1)
         for index in range(span.start, span.stop):
-            rows, size = sizes[index]
-            batch_rows = min(_MAX_BATCH_ROWS, max(1, _BATCH_BYTES * rows // size))
-            with damage_is_user_error(file.path, "Parquet"):
-                batches = parquet.iter_batches(batch_rows, row_groups=[index], columns=names, use_threads=False)
-            stop = number + rows
-            for batch in iterate_checked(batches, file.path, "Parquet"):
-                context.consumed = span.num_bytes * (number - first) // total
-                yield from _records(batch, names, number, context, file.path)
-                number += batch.num_rows
-            if number != stop:
-                raise UserError(f"{file.path}: damaged: row group {index + 1} ends before row {stop}; copy it again")
+            stop = number + sizes[index][0]
+            group = _RowGroup(parquet, index, names, file.path, context)
+            try:
+                for batch in group.batches():
+                    context.consumed = span.num_bytes * (number - first) // total
+                    yield from batch_records(batch, names, number, context, file.path)
+                    number += batch.num_rows
+                if number != stop:
+                    reason = f"damaged: row group {index + 1} ends before row {stop}; copy it again"
+                    raise DamagedError(f"{file.path}: {reason}")
+            except DamagedError as error:
+                if not context.options.skip_damage:
+                    raise
+                where = Where(file.path, "row", number + 1)
+                reason = f"the rest of row group {index + 1}: {str(error).removeprefix(f'{file.path}: ')}"
+                context.refuse(where, reason, UNREADABLE, None)
+                number = stop
         context.consumed = span.num_bytes
+
+
+class _RowGroup:
+    """Reads the wanted columns of one row group, in batches that fit in memory whatever they expand to."""
+
+    def __init__(self, parquet: Any, index: int, names: list[str], path: str, context: ReadContext) -> None:
+        self._parquet, self._index, self._names, self._path = parquet, index, names, path
+        with damage_is_user_error(path, "Parquet"):
+            group = parquet.metadata.row_group(index)
+            columns = [group.column(number) for number in range(group.num_columns)]
+            wanted = [column for column in columns if column.path_in_schema.partition(".")[0] in self._roots()]
+            self._rows, self._bytes = group.num_rows, max(group.total_byte_size, 1)
+            self._on_disk = sum(column.total_compressed_size for column in wanted)
+            self._decoded = sum(column.total_uncompressed_size for column in wanted)
+            values = max((column.num_values for column in wanted), default=0)
+        ExpansionLimit(path, self._on_disk, context.options.max_expansion).check(self._on_disk, self._decoded)
+        self._expansion = ExpansionLimit(path, self._on_disk, context.options.max_expansion)
+        self._expansion.check_rows(max(values, self._rows if wanted else 0), self._on_disk)
+
+    def batches(self) -> Iterator[Any]:
+        """The rows, in order.
+
+        Raises:
+            DamagedError: they cannot be read.
+            UserError: they expand beyond the bound.
+        """
+        batch_rows = min(_MAX_BATCH_ROWS, max(1, _BATCH_BYTES * self._rows // self._bytes))
+        if self._on_disk < _FEW_BYTES * self._rows:
+            # Rows repeat values of a dictionary, which may be long: each of them may be all that was decoded.
+            batch_rows = min(batch_rows, max(1, _MAX_REPEATED_BYTES // max(self._decoded, 1)))
+        with damage_is_user_error(self._path, "Parquet"):
+            batches = self._parquet.iter_batches(
+                batch_rows, row_groups=[self._index], columns=self._names, use_threads=False
+            )
+        produced, rows = 0, 0
+        for batch in iterate_checked(batches, self._path, "Parquet"):
+            produced += decoded_bytes(batch, self._path)
+            rows += batch.num_rows
+            self._expansion.check(self._on_disk * rows // max(self._rows, 1), produced)
+            yield batch
+
+    def _roots(self) -> set[str]:
+        # Dots in a column's own name look like those of a nested column's path.
+        return {root for name in self._names for root in (name, name.partition(".")[0])}
 
 
 def _open(file: Any, path: str) -> Any:
@@ -69,35 +126,3 @@ def _open(file: Any, path: str) -> Any:
     with damage_is_user_error(path, "Parquet"):
         # Without pre_buffer and with a buffer, columns are read as they are decoded instead of whole.
         return parquet.ParquetFile(file, pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True)
-
-
-def _records(batch: Any, names: list[str], number: int, context: ReadContext, path: str) -> Iterator[Record]:
-    """The rows of ``batch``, of which the first is the file's row ``number``, from 0."""
-    columns = [batch.column(name) for name in names]
-    try:
-        values = [column.to_pylist() for column in columns]
-    except _NOT_IN_PYTHON:
-        # A value of some row cannot be had in Python, such as a string that is not UTF-8.
-        for index in range(batch.num_rows):
-            where = Where(path, "row", number + index + 1)
-            try:
-                record = {name: _value(column[index], name) for name, column in zip(names, columns, strict=True)}
-            except MalformedError as error:
-                context.refuse(where, str(error), error.kind, None)
-                continue
-            yield Record(record, where)
-        return
-    rows = zip(*values, strict=True) if names else [()] * batch.num_rows
-    for index, row in enumerate(rows, number + 1):
-        yield Record(dict(zip(names, row, strict=True)), Where(path, "row", index))
-
-
-def _value(scalar: Any, name: str) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        found = error.object[error.start]
-        reason = f"column {name!r} is not valid UTF-8: byte 0x{found:02x} at byte {error.start + 1}"
-        raise MalformedError(reason, "invalid UTF-8") from None
-    except _NOT_IN_PYTHON as error:
-        raise MalformedError(f"column {name!r}: {error}") from None

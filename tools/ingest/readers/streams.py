@@ -5,24 +5,27 @@ Leaves out what the bytes mean.
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
+import lzma
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, TypeVar, cast
 
 import zstandard
 
 from ....engine.errors import UserError
+from ..expansion import READ_AHEAD_BYTES, ExpansionLimit
 from ..inputs import InputFile
-from ..records import ReadContext
+from ..records import DamagedError, ReadContext
 
 _GzipFile: Any = gzip.GzipFile
-_DAMAGED: tuple[Any, ...] = (EOFError, gzip.BadGzipFile, zstandard.ZstdError, zlib.error)
+_DAMAGED: tuple[Any, ...] = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error)
 with suppress(ImportError):
     from isal import igzip, igzip_lib  # 3 times as fast
 
@@ -56,7 +59,7 @@ def open_stream(file: InputFile, context: ReadContext) -> Iterator[io.BufferedRe
     with raw:
         check_unchanged(file, os.fstat(raw.fileno()).st_size)
         if file.compression and file.size == 0:
-            raise UserError(f"{file.path}: an empty file, which no compressed file is; copy it again")
+            raise DamagedError(f"{file.path}: an empty file, which no compressed file is; copy it again")
         with io.BufferedReader(_CheckedStream(file, raw, context), _BUFFER_BYTES) as stream:
             yield stream
 
@@ -87,11 +90,11 @@ def damage_is_user_error(path: str, kind: str) -> Iterator[None]:
     except UserError:
         raise
     except MemoryError as error:
-        raise UserError(
+        raise DamagedError(
             f"{path}: damaged, or too much in one piece: it asks for more memory than there is ({short_reason(error)})"
         ) from error
     except Exception as error:
-        raise UserError(
+        raise DamagedError(
             f"{path}: truncated, damaged or no {kind} file ({short_reason(error)}); copy or write it again"
         ) from error
 
@@ -113,16 +116,21 @@ def short_reason(error: Exception) -> str:
 
 
 class _CheckedStream(io.RawIOBase):
-    """The decompressed bytes of a file; what is wrong with it is raised as UserError, wherever it is read."""
+    """The decompressed bytes of a file; what is wrong with it is raised as UserError, wherever it is read.
+
+    Everything before the damage is given first.
+    """
 
     def __init__(self, file: InputFile, raw: io.FileIO, context: ReadContext) -> None:
         self._path, self._raw, self._context = file.path, raw, context
-        self._bytes: Any = raw
-        if file.compression == ".gz":
-            self._bytes = _GzipFile(fileobj=raw, mode="rb")
-        elif file.compression == ".zst":
-            decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
-            self._bytes = decompressor.stream_reader(cast(IO[bytes], _ZstdFrames(raw)), read_across_frames=True)
+        self._bytes: Any = _decompressed(file.compression, raw) if file.compression else raw
+        self._readinto: Callable[[memoryview], int | None] = (
+            cast(Any, self._bytes).readinto1 if file.compression else raw.readinto
+        )
+        self._is_isal = file.compression == ".gz" and _GzipFile is not gzip.GzipFile
+        self._expansion = ExpansionLimit(file.path, file.size, context.options.max_expansion)
+        self._produced = 0
+        self._damage: DamagedError | None = None
 
     def readable(self) -> bool:
         return True
@@ -134,17 +142,82 @@ class _CheckedStream(io.RawIOBase):
         return self._raw.seek(offset, whence)
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        if self._damage is not None:
+            raise self._damage
         count, room = 0, memoryview(buffer)
         try:
-            # Decompressors give what they have; a full buffer each time is less work, and lets callers peek.
-            while count < len(room) and (more := self._bytes.readinto(room[count:])):
+            # A full buffer each time is less work, and lets callers peek. Filling it step by step keeps what was
+            # decompressed before an error.
+            while count < len(room) and (more := self._readinto(room[count:])):
                 count += more
-            self._context.consumed = self._raw.tell()
         except _DAMAGED as error:
-            raise UserError(f"{self._path}: truncated or damaged ({error}); copy or compress it again") from error
+            if self._is_isal and self._context.options.skip_damage:
+                return self._retry_with_zlib(buffer, count)
+            self._damage = self._damaged(error)
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+            if error.errno is not None:
+                raise UserError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+            self._damage = self._damaged(error)  # bz2 has no exception of its own
+        self._context.consumed = consumed = self._raw.tell()
+        if self._bytes is not self._raw:
+            self._produced += count
+            self._expansion.check(consumed, self._produced)
+        if self._damage is not None and not count:
+            raise self._damage
         return count
+
+    def _retry_with_zlib(self, buffer: bytearray | memoryview, count: int) -> int:
+        """Continue with the standard library: isal drops what it has decompressed in the step that fails.
+
+        ``count`` bytes are in ``buffer`` already.
+        """
+        self._raw.seek(0)
+        self._is_isal = False
+        self._bytes = gzip.GzipFile(fileobj=cast(IO[bytes], _SmallReads(self._raw)), mode="rb")
+        self._readinto = self._bytes.readinto1
+        left = self._produced + count
+        try:
+            while left and (block := self._bytes.read1(min(left, _BUFFER_BYTES))):
+                left -= len(block)
+        except _DAMAGED as error:
+            self._damage = self._damaged(error)
+        if count:
+            self._produced += count
+            return count
+        return self.readinto(buffer)
+
+    def _damaged(self, error: Exception) -> DamagedError:
+        return DamagedError(f"{self._path}: truncated or damaged ({error}); copy or compress it again")
+
+
+def _decompressed(compression: str, raw: io.FileIO) -> Any:
+    """A reader of the decompressed bytes, with ``readinto``."""
+    if compression == ".zst":
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
+        return decompressor.stream_reader(cast(IO[bytes], _ZstdFrames(raw)), read_across_frames=True)
+    source = cast(IO[bytes], _SmallReads(raw))
+    if compression == ".gz":
+        return _GzipFile(fileobj=source, mode="rb")
+    return bz2.BZ2File(source) if compression == ".bz2" else lzma.LZMAFile(source)
+
+
+class _SmallReads(io.RawIOBase):
+    """A file from which little is read at once, whatever a decompressor asks for."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw = raw
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._raw.seek(offset, whence)
+
+    def readinto(self, buffer: bytearray | memoryview) -> int | None:  # type: ignore[override]
+        return self._raw.readinto(memoryview(buffer)[:READ_AHEAD_BYTES])
 
 
 class _ZstdFrames:
@@ -155,7 +228,7 @@ class _ZstdFrames:
     """
 
     def __init__(self, raw: io.FileIO) -> None:
-        self._file = io.BufferedReader(raw, _BUFFER_BYTES)
+        self._file = io.BufferedReader(raw, READ_AHEAD_BYTES)
         self._pieces = self._walk()
 
     def read(self, size: int = -1) -> bytes:

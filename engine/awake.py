@@ -1,0 +1,36 @@
+"""A clock that stands still while this process is stopped: by Ctrl-Z, SIGSTOP, a debugger, or a frozen container.
+
+Whoever waits for others must not count that time: all of them may have been stopped together. (A suspended laptop does
+not count in any case: Linux's monotonic clock leaves it out.)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+LONGEST_GAP = 5.0  # seconds: a busy machine may well leave a thread waiting for some
+
+
+class AwakeClock:
+    """Seconds in which this process could run.
+
+    Args:
+        longest_gap: seconds. Some thread must read the clock more often; a longer time between two readings counts as
+            a stop, and does not pass.
+    """
+
+    def __init__(self, longest_gap: float = LONGEST_GAP):
+        self.longest_gap = longest_gap
+        self._lock = threading.Lock()
+        self._last = time.monotonic()
+        self._stopped = 0.0
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._last > self.longest_gap:
+                self._stopped += now - self._last
+            self._last = now
+            return now - self._stopped

@@ -1,0 +1,192 @@
+"""Where a run will write, tested before its first step: a folder can be made there, and a checkpoint fits on the disk.
+
+Without this test, a file in the place of ``checkpoints``, a read-only mount or a small disk would show at the first
+save only, hours after the start.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import RunConfig
+from ..dtypes import DTYPES
+from ..errors import UserError
+from ..model.architecture import Architecture
+from ..model.decoder import meta_decoder
+from ..observe.curves import TENSORBOARD_FOLDER
+from ..parallel import trainable
+
+if TYPE_CHECKING:
+    from .store import CheckpointStore
+
+_EXPORT_BYTES = 2
+"""Of a parameter in a Hugging Face folder, at least."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def require_writable(folders: Iterable[Path]) -> None:
+    """Refuse ``folders`` that cannot be made or written to. Nothing is left behind.
+
+    Raises:
+        UserError: naming the path that is in the way, and the reason.
+    """
+    tested = set()
+    for folder in folders:
+        place = _nearest(folder)
+        if place not in tested:
+            _require_writable(place, folder)
+            tested.add(place)
+
+
+def _nearest(folder: Path) -> Path:
+    """``folder``, or the nearest folder above it that exists; a link or file in the way counts as existing."""
+    place = Path(os.path.abspath(folder))
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    return place
+
+
+def _require_writable(place: Path, folder: Path) -> None:
+    """Make a folder in ``place``, and a file of one byte in it."""
+    if place.is_symlink() and not os.path.exists(place):
+        raise UserError(
+            f"{place}: a link to {os.readlink(place)}, which cannot be followed{_reason(place)}; mount or make what it "
+            f"leads to, or remove the link: the run writes to {folder}"
+        )
+    if os.path.exists(place) and not place.is_dir():
+        raise UserError(f"{place}: a file, where the run needs the folder {folder}; move it away")
+    probe = None
+    try:
+        probe = Path(tempfile.mkdtemp(prefix=".retemper-probe-", dir=place))
+        (probe / "byte").write_bytes(b"\0")
+    except OSError as error:
+        reason = "no space left" if error.errno in _NO_SPACE else error.strerror or str(error)
+        raise UserError(
+            f"{place}: cannot be written: {reason}; the run writes to {folder}: make it writable, or choose another "
+            "run_folder"
+        ) from None
+    finally:
+        if probe is not None:
+            shutil.rmtree(probe, ignore_errors=True)
+
+
+def _reason(link: Path) -> str:
+    try:
+        os.stat(link)
+    except OSError as error:
+        return f" ({error.strerror})"
+    return ""
+
+
+def checkpoint_bytes(config: RunConfig, architecture: Architecture) -> int:
+    """Size of one checkpoint: weights, and both moments of what learns. The small files are left out."""
+    decoder = meta_decoder(architecture)
+    trainable.apply(decoder, config.training)
+    weight, state = DTYPES[config.training.weight_dtype].itemsize, DTYPES[config.optimizer.state_dtype].itemsize
+    return sum(p.numel() * (weight + 2 * state * p.requires_grad) for p in decoder.parameters())
+
+
+def free_bytes(folder: Path) -> int:
+    """What the user may still write on the disk of ``folder``, which need not exist."""
+    status = os.statvfs(_nearest(folder))
+    return status.f_bavail * status.f_frsize
+
+
+def require_destination(
+    config: RunConfig, store: CheckpointStore, architecture: Architecture, steps: int, export_folder: Path
+) -> list[str]:
+    """Test all that a run of ``steps`` more steps will write to. Called on the main rank.
+
+    Returns:
+        notes for the log: the disk can take a checkpoint, but not all that are kept.
+
+    Raises:
+        UserError: a folder cannot be written, or its disk is too small.
+    """
+    run_folder = Path(config.run_folder)
+    folders = [run_folder, *[run_folder / TENSORBOARD_FOLDER] * config.logging.tensorboard]
+    exports = config.checkpoint.export_hf
+    require_writable([*folders, *[store.folder] * (steps > 0), *[export_folder] * exports])
+    if exports:
+        size = architecture.num_parameters * _EXPORT_BYTES
+        require_space(
+            export_folder, size, "the Hugging Face folder of checkpoint.export_hf", lambda: "free some space there"
+        )
+    if not steps:
+        return []
+    size = store.expected_bytes = checkpoint_bytes(config, architecture)
+    require_space(store.folder, size, "a checkpoint", store.describe_pruning)
+    return _note_on_space(config, store, steps, size)
+
+
+def _note_on_space(config: RunConfig, store: CheckpointStore, steps: int, size: int) -> list[str]:
+    keep = config.checkpoint
+    present, free = len(store.complete()), free_bytes(store.folder)
+    every = steps // keep.keep_every if keep.keep_every else 0
+    kept = keep.keep_last + 1 + bool(keep.keep_best) + every  # one more while it is written
+    more = min(kept - min(present, kept), -(-steps // keep.save_interval))
+    if free >= more * size:
+        return []
+    return [
+        f"note: {store.folder} will take {more} more checkpoints of about {format_bytes(size)} at a time, but only "
+        f"{format_bytes(free)} are free there; lower checkpoint.keep_last or make space"
+    ]
+
+
+def require_space(folder: Path, needed: int, what: str, remedy: Callable[[], str]) -> None:
+    """Refuse a disk that cannot take ``needed`` bytes more.
+
+    Args:
+        folder: that is to be written.
+        needed: estimated size.
+        what: such as "a checkpoint".
+        remedy: what can be done about it.
+
+    Raises:
+        UserError: with both sides of the arithmetic.
+    """
+    free = free_bytes(folder)
+    if free < needed:
+        raise UserError(f"{folder}: {describe_space(needed, free, what)}; {remedy()}")
+
+
+def describe_space(needed: int, free: int, what: str) -> str:
+    """Both sides of the arithmetic."""
+    return f"no space left for {what}: about {format_bytes(needed)} are needed, {format_bytes(free)} are free"
+
+
+def is_about_space(message: str) -> bool:
+    """Whether an error's line says that a disk, or a user's share of it, is full."""
+    return any(os.strerror(number) in message for number in _NO_SPACE)
+
+
+def describe_pruning(run_folder: Path, removable: Collection[Path], keep_every: int) -> str:
+    """The command that makes space, and how much.
+
+    Args:
+        run_folder: of the run.
+        removable: its checkpoints that would go if only the newest and those with other reasons were kept.
+        keep_every: of the run.
+    """
+    if not removable:
+        return "free some space there, or put run_folder on another disk"
+    size = sum(file.stat().st_size for folder in removable for file in folder.rglob("*") if file.is_file())
+    every = f" --keep-every {keep_every}" if keep_every else ""
+    number = f"{len(removable)} checkpoint{'s' if len(removable) > 1 else ''}"
+    command = f"python tools/checkpoint.py prune {run_folder} --keep-last 1{every}"
+    return f"{command} removes {number} and frees {format_bytes(size)}"
+
+
+def format_bytes(count: float) -> str:
+    """Such as 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"

@@ -1,0 +1,45 @@
+"""How a ``tokenizer.json`` is loaded, for every part of the project that needs the ``tokenizers`` library's object.
+
+A file may have been saved in a state that belongs to one training run or one call: BPE dropout, which gives random
+ids, truncation, which cuts texts, and padding. None of them describes the tokenizer, so all are switched off here, and
+nothing else in the project may call ``Tokenizer.from_file``, ``from_str`` or ``from_buffer``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def parse_tokenizer(content: bytes | str, where: str | os.PathLike[str]) -> Tokenizer:
+    """Return the tokenizer of a ``tokenizer.json``, with BPE dropout, truncation and padding off.
+
+    Args:
+        content: of the file.
+        where: its path, for messages.
+
+    Raises:
+        UserError: the library cannot read it.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8")
+        return deterministic(Tokenizer.from_str(text))
+    except Exception as error:  # the library raises bare Exception for a file that it cannot parse
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: not a tokenizer that the tokenizers library can read: {reason}") from error
+
+
+def deterministic(tokenizer: Any) -> Any:
+    """Switch off BPE dropout, truncation and padding of a ``tokenizers.Tokenizer``, and return it."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer

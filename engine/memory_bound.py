@@ -1,0 +1,59 @@
+"""The memory that a run's weights, gradients and optimizer states need at least, against what there is.
+
+Only what arithmetic alone excludes is refused, before anything is allocated: a machine that runs out of memory kills
+processes, often others than the run. Activations and buffers come on top; ``tools/plan.py`` estimates those.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from .config import RunConfig
+from .dtypes import DTYPES
+from .errors import UserError
+from .model.architecture import Architecture
+from .parallel.mesh import plan_layout
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def require_memory(config: RunConfig, architecture: Architecture, device: torch.device, world_size: int) -> None:
+    """Refuse a model whose weights, gradients and optimizer states are larger than the memory of its ranks.
+
+    Raises:
+        UserError: with both sides of the arithmetic.
+    """
+    layout = plan_layout(config.parallel, world_size)
+    sharing = layout.world_size // layout.replicate
+    weight_bytes = DTYPES[config.training.weight_dtype].itemsize
+    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
+    per_parameter = weight_bytes
+    if config.training.trainable == "all":
+        per_parameter += weight_bytes + 2 * state_bytes  # gradient and both moments
+    needed = architecture.num_parameters * per_parameter // sharing
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1
+    available = device_memory(device) // ranks_here
+    if needed > available:
+        raise UserError(
+            f"model: {architecture.num_parameters:,} parameters x {per_parameter} bytes (weights, gradients, optimizer "
+            f"states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each rank, which has "
+            f"{available / 1e9:,.1f} GB; take more ranks or a smaller model, see tools/plan.py"
+        )
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory that ``device`` has: of the GPU, or of the host as far as this process's control group may."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CGROUP_LIMITS:
+        try:
+            text = Path(path).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdecimal():  # else "max"
+            limits.append(int(text))
+    return min(limits)

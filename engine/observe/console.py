@@ -1,0 +1,211 @@
+"""What a run prints: standard output and error that never fail, and a log file of the same lines with their times.
+
+A terminal may close, a pipe may lose its reader, a disk may fill up, and an encoding may lack a character. None of
+that may end a run, whichever library prints: :meth:`Console.install` replaces ``sys.stdout`` and ``sys.stderr`` for the
+whole process. What C++ code writes to the descriptors themselves is not in the log file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import select
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+LOG_FILE = "log.txt"
+_READER_SECONDS = 10.0
+"""How long a reader that does not read (Ctrl-S, a pager) may delay the run, once."""
+_ATOMIC_BYTES = 4096
+"""A pipe that can be written takes as much without blocking (PIPE_BUF on Linux)."""
+_MOST_PENDING = 1 << 20
+"""Bytes that wait for space on the disk of the log file; more are dropped."""
+
+
+class Console:
+    """The printed lines of this process.
+
+    Args:
+        logged: whether they are kept for a log file. They wait in memory until :meth:`open`: a run that is refused
+            leaves no file.
+    """
+
+    def __init__(self, logged: bool = True):
+        self._logged = logged
+        self._lock = threading.RLock()
+        self._pending = bytearray()
+        self._descriptor: int | None = None
+        self._path = Path(LOG_FILE)
+        self._failing = False
+        self._former: tuple[Any, Any] | None = None
+
+    def install(self) -> None:
+        """Replace ``sys.stdout`` and ``sys.stderr``. Closed descriptors become /dev/null: a file that is opened later
+        must not take their place and receive what is printed."""
+        for descriptor in (0, 1, 2):
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                null = os.open(os.devnull, os.O_RDWR)
+                if null != descriptor:
+                    os.dup2(null, descriptor)
+                    os.close(null)
+        self._former = sys.stdout, sys.stderr
+        sys.stdout = _Stream(sys.stdout, "standard output", self)
+        sys.stderr = _Stream(sys.stderr, "standard error", self)
+
+    def restore(self) -> None:
+        """Undo :meth:`install`, and close the log file."""
+        if self._former is not None:
+            sys.stdout, sys.stderr = self._former
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = self._former = None
+
+    def open(self, run_folder: str | Path) -> None:
+        """Append all lines so far, and those to come, to the log file of a run. A failure is a note."""
+        if not self._logged:
+            return
+        self._path = Path(run_folder) / LOG_FILE
+        try:
+            # Not blocking: a FIFO without a reader would be waited for.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+            descriptor = os.open(self._path, flags, 0o666)
+        except OSError as error:
+            self._logged = False
+            print(f"note: {self._path} cannot be written: {error.strerror or error}; training continues", flush=True)
+            return
+        if any(_is_same_file(descriptor, standard) for standard in (1, 2)):
+            os.close(descriptor)  # it has every line already
+            self._logged = False
+            return
+        with self._lock:
+            self._descriptor = descriptor
+            self._write_pending()
+
+    def log(self, line: str) -> None:
+        """Keep ``line`` for the log file, with the time."""
+        if not self._logged:
+            return
+        with self._lock:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S%z")
+            self._pending += f"{stamp} {line}\n".encode("utf-8", "backslashreplace")
+            del self._pending[:-_MOST_PENDING]
+            if self._descriptor is not None:
+                self._write_pending()
+
+    def unwritable(self, name: str, reason: str) -> None:
+        """Note, where it can still be read, that a stream cannot be written."""
+        with_log = f"training continues, {self._path} has every line" if self._logged else "training continues"
+        note = f"note: {name} cannot be written: {reason}; {with_log}"
+        other = sys.stderr if name == "standard output" else sys.stdout
+        if isinstance(other, _Stream) and not other.failing:
+            other.write(f"{note}\n")
+        else:
+            self.log(note)
+
+    def _write_pending(self) -> None:
+        assert self._descriptor is not None
+        try:
+            while self._pending:
+                del self._pending[: os.write(self._descriptor, self._pending)]
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self._failing = True
+                print(f"note: {self._path} cannot be written now: {error.strerror or error}", flush=True)
+
+
+class _Stream(io.TextIOBase):
+    """A text stream whose ``write`` never raises for what has become of its reader.
+
+    Lines leave in one piece, since ranks share a terminal. Another stream without a descriptor, as of a test, is
+    written by its own methods.
+    """
+
+    def __init__(self, stream: TextIO | None, name: str, console: Console):
+        self._stream, self._name, self._console = stream, name, console
+        self._lock = threading.RLock()
+        self._text, self._line = "", ""
+        self.failing = False
+        self._fd: int | None = None
+        with contextlib.suppress(OSError, ValueError):
+            if stream is not None:
+                stream.flush()
+        with contextlib.suppress(OSError, ValueError):
+            self._fd = stream.fileno() if stream is not None else None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._fd is not None and os.isatty(self._fd)
+
+    def fileno(self) -> int:
+        if self._fd is None:
+            raise io.UnsupportedOperation("fileno")
+        return self._fd
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            self._text += text
+            if "\n" in text or "\r" in text:
+                self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lock:
+            text, self._text = self._text, ""
+            if text:
+                self._emit(text)
+                self._tee(text)
+
+    def _emit(self, text: str) -> None:
+        try:
+            if self._fd is not None:
+                self._write_bytes(text.encode(self.encoding, "backslashreplace"))
+            elif self._stream is not None:
+                self._stream.write(text)
+                self._stream.flush()
+        except (OSError, ValueError) as error:
+            if not self.failing:
+                self.failing = True
+                self._console.unwritable(self._name, getattr(error, "strerror", None) or str(error))
+        else:
+            self.failing = False
+
+    def _write_bytes(self, data: bytes) -> None:
+        assert self._fd is not None
+        while data:
+            _, ready, _ = select.select([], [self._fd], [], 0 if self.failing else _READER_SECONDS)
+            if not ready:
+                raise OSError(errno.EAGAIN, "its reader does not read")
+            with contextlib.suppress(BlockingIOError):
+                data = data[os.write(self._fd, data[:_ATOMIC_BYTES]) :]
+
+    def _tee(self, text: str) -> None:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            # A progress bar draws over itself: what a terminal shows in the end is what counts.
+            *redrawn, shown = line.rstrip("\r").split("\r")
+            if shown.strip() or not redrawn:
+                self._console.log(shown)
+
+
+def _is_same_file(descriptor: int, other: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.fstat(other))
+    except OSError:
+        return False

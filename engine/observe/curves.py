@@ -1,0 +1,126 @@
+"""``metrics.jsonl`` when a run starts: the records that it continues from stay, all others move to a file of their own.
+
+Recorded curves are renamed, never deleted. A run that resumes makes the steps after its checkpoint again; the records
+of these steps move to ``metrics.{last step}.jsonl``, so that ``metrics.jsonl`` always holds one curve. A run that
+starts over moves the whole file, and the TensorBoard events.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+_TAIL_BYTES = 1 << 20
+"""Read from the end of the file to find its last record."""
+
+
+def last_record(run_folder: Path) -> dict[str, Any] | None:
+    """The last whole record of a run; None where there is none.
+
+    Raises:
+        OSError: ``metrics.jsonl`` is there and cannot be read.
+    """
+    try:
+        with (run_folder / METRICS_FILE).open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return next((record for record in map(_record, reversed(lines)) if record is not None), None)
+
+
+def continue_curve(run_folder: Path, step: int, evaluates_again: bool) -> list[str]:
+    """Leave the records up to ``step`` in ``metrics.jsonl``, and move those of later steps to another file.
+
+    Args:
+        run_folder: of the run.
+        step: of the checkpoint that the run continues from.
+        evaluates_again: whether the evaluations of ``step`` are made again: then their records move as well.
+
+    Returns:
+        lines for the log.
+    """
+    path = run_folder / METRICS_FILE
+    if not path.exists():
+        return []
+    kept, others, last = [], [], None
+    for line in path.read_bytes().splitlines(keepends=True):
+        record = _record(line)
+        if record is None and not line.endswith(b"\n"):
+            continue  # the record that a killed run was writing
+        again = record is not None and evaluates_again and record["step"] == step and "evaluation" in record
+        if record is not None and record["step"] <= step and not again:
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+        else:
+            others.append(line)
+            last = max(record["step"], last or 0) if record is not None else last
+    lines = []
+    if others:
+        target = _free_name(run_folder, _named("metrics", last, ".jsonl"))
+        _write(target, others)
+        lines.append(f"records     {len(others):,} of metrics.jsonl after step {step:,} moved to {target}")
+    temporary = path.with_suffix(".tmp")
+    _write(temporary, kept)
+    os.replace(temporary, path)
+    return lines
+
+
+def start_over(run_folder: Path, names: tuple[str, ...] = ()) -> list[str]:
+    """Rename what an earlier run in the same folder has recorded.
+
+    Args:
+        run_folder: of the run.
+        names: further files of that run that are renamed with the curve.
+
+    Returns:
+        lines for the log.
+    """
+    last = last_record(run_folder)
+    step = last["step"] if last else None
+    lines: list[str] = []
+    for name in (METRICS_FILE, TENSORBOARD_FOLDER, *names):
+        path = run_folder / name
+        if not _holds_something(path) or (name in names and not lines):
+            continue
+        target = _free_name(run_folder, _named(path.stem, step, path.suffix))
+        path.rename(target)
+        lines.append(f"records     {path} of an earlier run renamed to {target.name}")
+    return lines
+
+
+def _holds_something(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+
+
+def _named(stem: str, step: int | None, suffix: str) -> Callable[[int], str]:
+    middle = "unreadable" if step is None else str(step)
+    return lambda number: f"{stem}.{middle}{f'-{number}' if number > 1 else ''}{suffix}"
+
+
+def _free_name(folder: Path, name: Callable[[int], str]) -> Path:
+    number = 1
+    while os.path.lexists(folder / name(number)):
+        number += 1
+    return folder / name(number)
+
+
+def _write(path: Path, lines: list[bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,98 @@
+"""Whether the datasets of a run were made as the model's tokenizer makes texts: what a user may not have meant.
+
+A dataset of another tokenizer is refused when it is opened (data/catalog.py). Here are the remarks: a model without a
+tokenizer, and documents that begin with a BOS where the model's texts do not, or the other way around.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.catalog import Catalog
+from ..data.document_frame import TokenizerFrame, describe_tokens, ids_of
+from ..data.indexed_dataset import IndexedDataset
+from ..data.sidecar import Sidecar
+
+_DOCUMENTS_SAMPLED = 16
+"""Documents of a dataset without a record of its BOS whose first tokens are read: a few milliseconds."""
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    prefix: str
+    sidecar: Sidecar | None
+    bos: str
+    """What its documents begin with; empty: no BOS."""
+
+
+def tokenizer_notes(catalog: Catalog, frame: TokenizerFrame | None, has_tokenizer: bool) -> list[str]:
+    """Return lines that begin with ``note:``.
+
+    Args:
+        catalog: the run's datasets.
+        frame: what the model's tokenizer puts around a text; None where that is not known.
+        has_tokenizer: whether the model has a tokenizer at all.
+    """
+    sources = [*catalog.train, *(source for named in catalog.validation.values() for source in named)]
+    datasets = [
+        _facts(dataset, frame) for dataset in {source.dataset.prefix: source.dataset for source in sources}.values()
+    ]
+    lines = [] if has_tokenizer else [_no_tokenizer(datasets)]
+    return [f"note: {line}" for line in [*lines, *_bos_notes(datasets, frame)]]
+
+
+def _no_tokenizer(datasets: Iterable[_Dataset]) -> str:
+    made_with = {d.sidecar.tokenizer_sha256: d.sidecar.tokenizer for d in datasets if d.sidecar is not None}
+    several = ""
+    if len(made_with) > 1:
+        several = f"; the datasets were made with different tokenizers: {', '.join(sorted(made_with.values()))}"
+    return (
+        "the model comes without a tokenizer, so nothing says whether the datasets hold its token ids; set "
+        f"model.tokenizer to the folder of its tokenizer{several}"
+    )
+
+
+def _bos_notes(datasets: list[_Dataset], frame: TokenizerFrame | None) -> list[str]:
+    with_bos, without = ([d for d in datasets if bool(d.bos) is has] for has in (True, False))
+    if frame is not None and frame.prefix and without:
+        others = f", while those of {_names(with_bos)} do" if with_bos else ""
+        return [
+            f"the model's tokenizer begins every text with {describe_tokens(frame.prefix)}, but the documents of "
+            f"{_names(without)} do not{others}; preprocess them again with --bos auto, unless that is wanted"
+        ]
+    if frame is not None and not frame.prefix and with_bos:
+        others = f", and those of {_names(without)} do not" if without else ""
+        return [
+            f"the documents of {_names(with_bos)} begin with {with_bos[0].bos}, but the model's tokenizer does not "
+            f"begin texts with it{others}; preprocess them again with --bos auto, unless that is wanted"
+        ]
+    if with_bos and without:
+        return [
+            f"the documents of {_names(with_bos)} begin with {with_bos[0].bos}, and those of {_names(without)} do not; "
+            "preprocess both with the same --bos, unless that is wanted"
+        ]
+    return []
+
+
+def _names(datasets: Iterable[_Dataset]) -> str:
+    return ", ".join(dataset.prefix for dataset in datasets)
+
+
+def _facts(dataset: IndexedDataset, frame: TokenizerFrame | None) -> _Dataset:
+    sidecar = Sidecar.read(dataset.prefix)
+    if sidecar is not None and sidecar.bos_ids is not None:
+        ids = " ".join(map(str, sidecar.bos_ids))
+        return _Dataset(dataset.prefix, sidecar, f"{sidecar.bos_token} ({ids})" if ids else "")
+    expected = frame.prefix if frame is not None else ()
+    begins = bool(expected) and _most_begin_with(dataset, ids_of(expected))
+    return _Dataset(dataset.prefix, sidecar, describe_tokens(expected) if begins else "")
+
+
+def _most_begin_with(dataset: IndexedDataset, ids: tuple[int, ...]) -> bool:
+    """Whether more than half of some documents, evenly spread, begin with ``ids``."""
+    places = {dataset.next_boundary(i * dataset.num_tokens // _DOCUMENTS_SAMPLED) for i in range(_DOCUMENTS_SAMPLED)}
+    starts = [place for place in places if place + len(ids) <= dataset.num_tokens]
+    return 2 * sum(np.array_equal(dataset.tokens(start, start + len(ids)), ids) for start in starts) > len(starts)

@@ -1,0 +1,81 @@
+"""Work that takes long says so: a bar in a terminal, a line now and then in a file."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from .progress import duration
+
+FIRST_SECONDS = 10.0
+LINE_SECONDS = 30.0
+Say = Callable[[str], None]
+
+
+@contextmanager
+def reported_if_slow(what: str, say: Say, active: bool = True) -> Iterator[None]:
+    """While the body runs for long, ``say`` so: after 10 seconds, and then every 30.
+
+    Args:
+        what: the work, in words.
+        say: prints a line; called from a thread.
+        active: whether this rank prints at all.
+    """
+    if not active:
+        yield
+        return
+    done, began = threading.Event(), time.perf_counter()
+
+    def report() -> None:
+        seconds = FIRST_SECONDS
+        while not done.wait(seconds):
+            say(f"  {what}: {duration(time.perf_counter() - began)} so far")
+            seconds = LINE_SECONDS
+
+    thread = threading.Thread(target=report, name="slow-work", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+class Counted:
+    """Progress of work whose amount is known.
+
+    Args:
+        what: the work, in words.
+        total: its amount.
+        say: prints a line.
+        active: whether this rank prints at all.
+    """
+
+    def __init__(self, what: str, total: int, say: Say, active: bool = True):
+        self._what, self._total, self._say, self._active = what, total, say, active
+        self._done, self._began = 0, time.perf_counter()
+        self._next = self._began + LINE_SECONDS
+        in_terminal = active and sys.stderr.isatty()
+        self._bar = tqdm(total=total, desc=f"  {what}", leave=False, delay=2) if in_terminal else None
+
+    def __enter__(self) -> Counted:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, amount: int) -> None:
+        """So much more is done."""
+        self._done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+        elif self._active and (now := time.perf_counter()) >= self._next:
+            self._next = now + LINE_SECONDS
+            left = (now - self._began) / self._done * (self._total - self._done) if self._done else 0.0
+            self._say(f"  {self._what}: {self._done} of {self._total}, {duration(left)} left")

@@ -1,0 +1,122 @@
+"""What the launcher of this process has put into its environment: read and checked in one place.
+
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A part of them is a mistake. So are several
+processes that srun or mpirun has started without torchrun: each would train the whole model by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+_REMEDY = "start it with torchrun (launch/one_node.sh, launch/many_nodes.sh)"
+_TASKS = (
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "mpirun"),
+    ("PMI_SIZE", "PMI_RANK", "mpirun or srun"),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "mpirun"),
+    ("MPI_LOCALNRANKS", "MPI_LOCALRANKID", "mpirun"),
+    ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", "jsrun"),
+    ("PALS_LOCAL_SIZE", "PALS_RANKID", "mpiexec"),
+    ("", "PMIX_RANK", "mpirun or srun"),
+)
+"""(number of tasks, this task, what sets them). A batch script and an interactive allocation of Slurm have SLURM_NTASKS
+and may have SLURM_PROCID=0; only a task of srun has SLURM_STEP_NUM_TASKS above 1, or a number above 0."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """This process as its launcher numbers it; alone where there is none."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    node: int | None = None
+    """Number of torchrun's agent, which has started this process; None without torchrun."""
+    announced: bool = False
+    """Whether a launcher has set the variables."""
+
+
+def read_launcher(environment: Mapping[str, str] | None = None) -> Launcher:
+    """Read the variables of the launcher.
+
+    Raises:
+        UserError: they are incomplete, are no numbers or contradict each other; or this is one of several processes
+            that were started without torchrun.
+    """
+    env = os.environ if environment is None else environment
+    given = {name: env[name] for name in ("RANK", "WORLD_SIZE") if env.get(name)}
+    local_rank = _number(env, "LOCAL_RANK", 0)
+    if not given or (given.keys() == {"WORLD_SIZE"} and _number(env, "WORLD_SIZE", 1) == 1):
+        _refuse_tasks(env)
+        if local_rank:
+            raise UserError(f"LOCAL_RANK is {local_rank}, but RANK and WORLD_SIZE are not set; {_REMEDY}, or unset it")
+        return Launcher()
+    world_size = _number(env, "WORLD_SIZE", 1, least=1)
+    rank = _number(env, "RANK", 0)
+    needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *["LOCAL_RANK"] * (world_size > 1)]
+    if missing := [name for name in needed if not env.get(name)]:
+        are = "is" if len(missing) == 1 else "are"
+        there = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(
+            f"{' and '.join(missing)} {are} not set, but {there}: for several ranks {_REMEDY}, which sets all of them; "
+            "for one rank unset RANK and WORLD_SIZE"
+        )
+    if rank >= world_size:
+        raise UserError(
+            f"RANK is {rank}, but WORLD_SIZE is {world_size} (ranks are 0 to {world_size - 1}); {_REMEDY} to set both"
+        )
+    if not 0 < (port := _number(env, "MASTER_PORT", 0)) < 2**16:
+        raise UserError(f"MASTER_PORT is {port}: ports are 1 to 65535; set it to a free one, or {_REMEDY}")
+    local_size = _number(env, "LOCAL_WORLD_SIZE", world_size, least=1)
+    if local_rank >= local_size:
+        raise UserError(
+            f"LOCAL_RANK is {local_rank}, but {'LOCAL_' if 'LOCAL_WORLD_SIZE' in env else ''}WORLD_SIZE is "
+            f"{local_size}; {_REMEDY}, which sets both"
+        )
+    node = _number(env, "GROUP_RANK", 0) if env.get("GROUP_RANK") else None
+    return Launcher(rank, world_size, local_rank, node, announced=True)
+
+
+def _number(env: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
+    text = env.get(name) or str(default)
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise UserError(f"{name} is {text!r}, which is no number of at least {least}; {_REMEDY}, which sets it")
+    return int(text)
+
+
+def _refuse_tasks(env: Mapping[str, str]) -> None:
+    for size, number, what in _TASKS:
+        tasks, task = env.get(size, ""), env.get(number, "")
+        several = tasks.isdecimal() and int(tasks) > 1
+        if several or (task.isdecimal() and int(task) > 0):
+            which = " ".join(f"{name}={env[name]}" for name in (size, number) if env.get(name))
+            raise UserError(
+                f"{what} has started several tasks ({which}), but without torchrun each would train alone: start one "
+                "torchrun on each node (launch/slurm.sh, launch/many_nodes.sh), or a single task"
+            )
+
+
+def launcher_notes(environment: Mapping[str, str] | None = None) -> list[str]:
+    """What a user of Slurm may not have meant, as lines."""
+    env = os.environ if environment is None else environment
+    if not env.get("RANK"):
+        name = next((name for name in ("SLURM_NTASKS", "SLURM_NPROCS") if _above_one(env.get(name, ""))), None)
+        if name and not env.get("SLURM_STEP_NUM_TASKS"):
+            return [f"note: {name} is {env[name]}, but this run is one process; launch/slurm.sh starts one on each GPU"]
+        return []
+    tasks, nodes = env.get("SLURM_STEP_NUM_TASKS", ""), env.get("GROUP_WORLD_SIZE", "")
+    if _above_one(tasks) and nodes.isdecimal() and int(nodes) < int(tasks):
+        return [
+            f"note: srun has started {tasks} tasks (SLURM_STEP_NUM_TASKS), but this run joins the torchrun of {nodes}; "
+            "for one run over all nodes use launch/slurm.sh"
+        ]
+    return []
+
+
+def _above_one(text: str) -> bool:
+    return text.isdecimal() and int(text) > 1

@@ -1,0 +1,83 @@
+"""Arrow IPC files and streams, as ``datasets.save_to_disk``, Feather and the cache of datasets write them.
+
+A record for each row, with the wanted columns only. Files are mapped into memory, so that a batch of any size costs
+only the rows in use. Leaves out what lies around the files: ``folders.py`` tells data from caches and other splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ....engine.errors import UserError
+from ..expansion import ExpansionLimit
+from ..formats import require_library
+from ..records import DamagedError, ReadContext, Record, Where
+from ..tasks import Span
+from .arrow_rows import batch_records, decoded_bytes, longest_entry
+from .columns import usable_columns
+from .streams import check_unchanged, damage_is_user_error, iterate_checked
+
+_FILE_MAGIC = b"ARROW1"
+_FEATHER_1_MAGIC = b"FEA1"
+_SLICE_ROWS = 1024
+_SLICE_BYTES = 4 << 20
+_MAX_REPEATED_BYTES = 64 << 20
+
+
+def read(span: Span, context: ReadContext) -> Iterator[Record]:
+    """The rows of the file."""
+    file, path = span.file, span.file.path
+    arrow = require_library("pyarrow", path)
+    require_library("pyarrow.ipc", path)
+    with _map(arrow, path) as source:
+        check_unchanged(file, source.size())
+        if not file.size:
+            raise DamagedError(f"{path}: an empty file, which no Arrow file is; copy it again")
+        schema, batches = _batches(arrow, source, path)
+        if not usable_columns(schema.names, Where(path), context):
+            return
+        names = [name for name in schema.names if context.columns is None or name in context.columns]
+        expansion = ExpansionLimit(path, file.size, context.options.max_expansion)
+        number, produced = 0, 0
+        for batch in iterate_checked(batches, path, "Arrow"):
+            expansion.check_rows(number + batch.num_rows, file.size)
+            with damage_is_user_error(path, "Arrow"):
+                chosen = batch.select(names)
+                chosen.validate()
+                step = min(_slice_rows(chosen), max(1, _MAX_REPEATED_BYTES // longest_entry(chosen, path)))
+            for start in range(0, batch.num_rows, step):
+                with damage_is_user_error(path, "Arrow"):
+                    part = chosen.slice(start, step)
+                    produced += decoded_bytes(part, path)
+                expansion.check(source.tell(), produced)
+                yield from batch_records(part, names, number, context, path)
+                number += part.num_rows
+            context.consumed = min(source.tell(), file.size)
+        context.consumed = file.size
+
+
+def _map(arrow: Any, path: str) -> Any:
+    try:
+        return arrow.memory_map(path, "r")
+    except (OSError, arrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); check the file and its permissions") from error
+
+
+def _batches(arrow: Any, source: Any, path: str) -> tuple[Any, Iterator[Any]]:
+    """The schema of a file, and its record batches in order."""
+    with damage_is_user_error(path, "Arrow"):
+        head = source.read(len(_FILE_MAGIC))
+        source.seek(0)
+        if head.startswith(_FEATHER_1_MAGIC):
+            raise UserError(f"{path}: Feather of version 1, which is not read; write it again with pyarrow.feather")
+        if head == _FILE_MAGIC:
+            reader = arrow.ipc.open_file(source)
+            return reader.schema, (reader.get_batch(index) for index in range(reader.num_record_batches))
+        reader = arrow.ipc.open_stream(source)
+        return reader.schema, iter(reader)
+
+
+def _slice_rows(batch: Any) -> int:
+    """Rows to convert at once: about ``_SLICE_BYTES`` of them."""
+    return min(_SLICE_ROWS, max(1, _SLICE_BYTES * batch.num_rows // max(batch.nbytes, 1)))

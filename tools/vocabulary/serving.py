@@ -1,0 +1,182 @@
+"""The extended tokenizer as other programs read it: transformers' ``AutoTokenizer`` must give the ids of training.
+
+AutoTokenizer does not simply read tokenizer.json. It takes added tokens from ``added_tokens_decoder`` of
+tokenizer_config.json where there is one, from added_tokens.json and tokenizer.json otherwise, and classes such as
+LlamaTokenizer build the rules for spaces themselves. So the files next to tokenizer.json get the new tokens too, and
+what AutoTokenizer then gives is compared with our own ids, for texts with each of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
+from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config
+from ...engine.data.tokenizer_json import deterministic
+from ...engine.errors import UserError
+from .vocabulary import WORD_START, NewToken, dump_json, read_object
+
+_CONFIG_FILE, _ADDED_FILE = "tokenizer_config.json", "added_tokens.json"
+_REMEDY = "get it again from where the model came from"
+STRIP_STEPS = tuple({"type": "Replace", "pattern": {"Regex": regex}, "content": ""} for regex in (r"\A +", r" +\z"))
+"""Normalizers that take spaces from both ends of a text."""
+_PLAIN_CLASS = "PreTrainedTokenizerFast"
+_LIBRARY = f"AutoTokenizer of transformers {version('transformers')}"
+
+
+def with_added_tokens(
+    files: Mapping[str, bytes], entries: Sequence[Mapping[str, Any]], folder: Path
+) -> dict[str, bytes | None]:
+    """Return the files next to tokenizer.json that list added tokens, with ``entries`` in them.
+
+    Args:
+        files: of the folder, by name. A file that it lacks, or that has no such list, is not made.
+        entries: as in ``added_tokens`` of tokenizer.json.
+        folder: of the files, for messages.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    if not entries:
+        return {}
+    changed: dict[str, bytes | None] = {}
+    config = read_object(files, folder / _CONFIG_FILE, _REMEDY)
+    if isinstance(config.get("added_tokens_decoder"), dict):
+        new = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in entries}
+        changed[_CONFIG_FILE] = dump_json({**config, "added_tokens_decoder": {**config["added_tokens_decoder"], **new}})
+    if _ADDED_FILE in files:
+        added = read_object(files, folder / _ADDED_FILE, _REMEDY)
+        changed[_ADDED_FILE] = dump_json(added | {entry["content"]: entry["id"] for entry in entries})
+    return changed
+
+
+def require_served_alike(folder: Path, tokens: Sequence[NewToken]) -> list[str]:
+    """See that texts with the new tokens stay as they are, and that AutoTokenizer gives them our ids.
+
+    Two things are repaired. Where AutoTokenizer's class for the folder has rules of its own, the folder names the class
+    that reads tokenizer.json as it is. Where the tokenizer puts a space before every part of a text, as Llama 2's
+    tokenizer.json does, and so changes the text behind an added token, tokenizer.json gets the rule of transformers'
+    LlamaTokenizer.
+
+    Args:
+        folder: of the extended tokenizer, which may be changed, with the model's config.json.
+        tokens: the new ones.
+
+    Returns:
+        Lines for the console.
+
+    Raises:
+        UserError: a difference remains.
+    """
+    problem, is_text = _problem(folder, tokens)
+    notes = []
+    for repair in (_space_like_llama, _name_plain_class) if is_text else (_name_plain_class, _space_like_llama):
+        if problem is not None and (note := repair(folder)) is not None:
+            problem, _ = _problem(folder, tokens)
+            notes.append(note)
+    if problem is not None:
+        raise UserError(problem)
+    theirs = _auto_tokenizer(folder)
+    return notes if not isinstance(theirs, str) else [*notes, f"note: the new ids were not compared: {theirs}"]
+
+
+def probes(tokens: Iterable[NewToken]) -> list[str]:
+    """Return texts that hold each token alone, inside a word, between words, and twice."""
+    texts: dict[str, None] = {}
+    for token in tokens:
+        text = token.text
+        if "\ufffd" not in text:  # a part of a character, which is never written alone
+            texts |= dict.fromkeys([text, f"x{text}y", f"x {text} y", f"x{text} {text}.", f" {text} "])
+    return list(texts)
+
+
+def _problem(folder: Path, tokens: Sequence[NewToken]) -> tuple[str | None, bool]:
+    """What is wrong, if anything, and whether it is the text rather than the ids."""
+    ours = load_tokenizer(folder, backend="reference")
+    changed = _changed_text(ours, tokens)
+    return (_other_ids(ours, folder, tokens), False) if changed is None else (changed, True)
+
+
+def _changed_text(ours: TokenizerHandle, tokens: Sequence[NewToken]) -> str | None:
+    """Added tokens must leave the text around them as it is."""
+    for token in tokens:
+        probe = f"a{token.text}b c"
+        if token.kind == "added" and (back := ours.decode(ours.reference_encode([probe])[0])) != probe:
+            return (
+                f"--tokens: {token.text!r} can only be an added token, and the tokenizer would change the text around "
+                f"it ({probe!r} comes back as {back!r}); list its words one by one, or leave it out"
+            )
+    return None
+
+
+def _other_ids(ours: TokenizerHandle, folder: Path, tokens: Sequence[NewToken]) -> str | None:
+    """Compare with AutoTokenizer, where it can load the tokenizer."""
+    theirs = _auto_tokenizer(folder)
+    if isinstance(theirs, str):
+        return None
+    texts = probes(tokens)
+    for text, mine in zip(texts, ours.encode_batch(texts), strict=True):
+        other = theirs.encode(text, add_special_tokens=False)
+        if mine.tolist() != other:
+            return (
+                f"the tokenizer with the new tokens gives {text!r} the ids {mine.tolist()}, and {_LIBRARY} gives "
+                f"{other}, so that the model would be served other ids than it is trained on; save the tokenizer with "
+                "transformers first (AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or list other "
+                "tokens"
+            )
+    return None
+
+
+def _auto_tokenizer(folder: Path) -> Any:
+    """What transformers loads from ``folder``; or why it cannot, as a string."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever its tokenizer classes raise
+        return f"{_LIBRARY} cannot load the tokenizer: {' '.join(str(error).split())[:200]}"
+    if getattr(loaded, "is_fast", False):
+        deterministic(loaded.backend_tokenizer)
+    return loaded
+
+
+def _name_plain_class(folder: Path) -> str | None:
+    """Make AutoTokenizer read tokenizer.json as it is. Special tokens that its class has by default get names."""
+    theirs = _auto_tokenizer(folder)
+    path = folder / _CONFIG_FILE
+    config = read_config(path)
+    if isinstance(theirs, str) or config.get("tokenizer_class") == _PLAIN_CLASS:
+        return None
+    names = {name: token for name, token in theirs.special_tokens_map.items() if isinstance(token, str)}
+    path.write_bytes(dump_json({**names, **config, "tokenizer_class": _PLAIN_CLASS}))
+    return (
+        f"note: tokenizer_class in {_CONFIG_FILE} is {_PLAIN_CLASS} now: {type(theirs).__name__} of transformers "
+        f"replaces rules of {TOKENIZER_FILE} by its own and would give other ids"
+    )
+
+
+def _space_like_llama(folder: Path) -> str | None:
+    """Put transformers' rule for spaces in place of Llama 2's, where tokenizer.json has that.
+
+    Llama 2's normalizer puts U+2581 before every part between added tokens, Metaspace only before the whole text, and
+    only where this does not begin with a space. Steps that take spaces from the ends of a text take them from every
+    such part, too, and are left out.
+    """
+    file = folder / TOKENIZER_FILE
+    content = json.loads(file.read_bytes())
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": WORD_START}
+    steps = (content.get("normalizer") or {}).get("normalizers") or []
+    if steps[-2:] != [{"type": "Prepend", "prepend": WORD_START}, escape] or content.get("pre_tokenizer") is not None:
+        return None
+    kept = [step for step in steps[:-2] if step not in STRIP_STEPS]
+    normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
+    metaspace = {"type": "Metaspace", "replacement": WORD_START, "prepend_scheme": "first", "split": False}
+    file.write_bytes(dump_json({**content, "normalizer": normalizer, "pre_tokenizer": metaspace}))
+    return (
+        f"note: {TOKENIZER_FILE} writes spaces as transformers' LlamaTokenizer does (Metaspace): texts that begin or "
+        "end with a space may get one token more or less than before, all others are as before"
+    )
