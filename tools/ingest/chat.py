@@ -43,6 +43,7 @@ from .chat_template_files import CONFIG_FILE, has_template_for_tools, load_templ
 from .records import LeftOutError, MalformedError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_UNTRAINED = np.zeros(1, np.uint8)
 _BOUNDARY_TOKENS = 16
 """Tokens at the end of a text that may change with what follows: far more than one word's."""
 
@@ -304,7 +305,7 @@ class ChatEncoder:
         ids, mask = self._bos.apply(encoding.ids, mask)
         if self._eod_id is not None and self._adds_eod(ids):
             ids = [*ids, self._eod_id]
-            mask = np.append(mask, np.uint8(0))
+            mask = np.concatenate((mask, _UNTRAINED))
         notes = conversation.notes
         count_dropped(conversation, text, self._template.text, notes)
         if conversation.untrained:
@@ -319,10 +320,10 @@ def _token_mask(offsets: list[Span], spans: list[Span]) -> npt.NDArray[np.uint8]
     """1 for the tokens that share characters with a span. A token that has none, as at the start of a word, belongs to
     the span in which it stands."""
     flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
-    starts, ends = flat[::2], flat[1::2]
+    starts, ends = flat[::2], np.maximum(flat[1::2], flat[::2] + 1)
     mask = np.zeros(len(offsets), np.uint8)
     for first, end in spans:
-        mask |= (starts < end) & (np.maximum(ends, starts + 1) > first)
+        mask |= (starts < end) & (ends > first)
     return mask
 
 
