@@ -307,7 +307,7 @@ class ChatEncoder:
             ids = [*ids, self._eod_id]
             mask = np.concatenate((mask, _UNTRAINED))
         notes = conversation.notes
-        count_dropped(conversation, text, self._template.text, notes)
+        count_dropped(conversation, spans, text, self._template.text, notes)
         if conversation.untrained:
             notes["turns of the assistant marked as not for training"] += len(
                 conversation.untrained.intersection(conversation.assistant_turns())

@@ -45,14 +45,22 @@ def refuse_dropped_calls(conversation: Conversation, said: str) -> None:
                     )
 
 
-def count_dropped(conversation: Conversation, text: str, template: str, notes: Counter[str]) -> None:
+def count_dropped(
+    conversation: Conversation, spans: list[tuple[int, int]], text: str, template: str, notes: Counter[str]
+) -> None:
     """Count in ``notes`` what else of the messages is not in the rendered ``text``: by kind, the number of messages.
 
     Args:
+        spans: the turns of the assistant in ``text``, if there is one for each.
         template: the template's source. A key whose value is no text counts as used if its name occurs there.
     """
+    turns = iter(spans if len(spans) == len(conversation.assistant_turns()) else ())
+    whole = text
     for message in conversation.messages:
         role, content = message["role"], message.get("content") or ""
+        text = whole
+        if role == "assistant" and (span := next(turns, None)) is not None:
+            text = whole[span[0] : span[1]]
         if role == "assistant" and not _contains(text, content):
             answer = content.rpartition(_REASONING_END)[2] if _REASONING_END in content else None
             if answer is None or not _contains(text, answer):

@@ -49,6 +49,7 @@ def take_training_mark(item: dict[str, Any], place: str) -> bool | None:
         if value is None:
             continue
         if value in ("", [], {}):
+            del item[key]
             continue
         number = _number(value)
         if kind in ("switch", "factor"):
