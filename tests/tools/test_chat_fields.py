@@ -335,6 +335,31 @@ class TestKeys:
         }
 
 
+class TestPartsOfContent:
+    PARTS: ClassVar = [{"type": "text", "text": "Who "}, {"type": "text", "text": "sat?", "image_url": None}]
+    LISTS = CHATML.replace(
+        "message.content +",
+        "(message.content if message.content is string else message.content | map(attribute='text') | join(SEP)) +",
+    )
+
+    @pytest.mark.parametrize("template", [CHATML, CHATML.replace("+ message.content +", "~ message.content ~")])
+    def test_templates_without_lists_get_the_joined_text(self, tmp_path, template):
+        encoder = ChatEncoder(save(tmp_path, template), None, None, False)
+        record = {"messages": [{"role": "user", "content": self.PARTS}, ANSWER]}
+        assert encode(encoder, record).ids.tolist() == encode(encoder, {"messages": [USER, ANSWER]}).ids.tolist()
+
+    def test_templates_with_lists(self, tmp_path):
+        record = {"messages": [{"role": "user", "content": self.PARTS}, ANSWER]}
+        folder = save(tmp_path / "joins", self.LISTS.replace("SEP", "''"))
+        expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(record["messages"], return_dict=False)
+        assert encode(ChatEncoder(folder, None, None, False), record).ids.tolist() == expected
+        folder = save(tmp_path / "lines", self.LISTS.replace("SEP", "'|'"))
+        with pytest.raises(
+            MalformedError, match="message 1: the content is several texts, which the chat template does"
+        ):
+            ChatEncoder(folder, None, None, False).encode(record)
+
+
 class TestDroppedContent:
     def test_it_is_counted(self, encoder):
         messages = [

@@ -18,6 +18,8 @@ class Conversation:
     """JSON schemas of the tools that the assistant may call."""
     untrained: frozenset[int] = frozenset()
     """Indices of the assistant's messages that are marked as not for training."""
+    joined_parts: int | None = None
+    """Number, from 1, of the first message whose content is several texts, joined here."""
     notes: Counter[str] = field(default_factory=Counter)
     """What the record holds that is not trained on, and how often."""
 

@@ -38,6 +38,8 @@ _SHAPES = frozenset({*_LISTS, *_OTHER_LISTS, *_ALPACA})
 _CONVERSATION_KEYS = frozenset({"system", "tools"})
 _PLAIN = frozenset(ROLES) - {"function_call", "tool_call"}
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_SEVERAL = "several texts in the content"
+"""Marks a message, while it is read, whose content is joined from several texts."""
 _MOST_KEYS = 100
 """Names of unused keys that are told apart in a conversation."""
 
@@ -74,7 +76,8 @@ def read_conversation(record: dict[str, Any]) -> Conversation:
     tools = record.get("tools")
     if tools is not None:
         tools = read_tools(tools, notes)
-    return Conversation([message for message, _ in messages], tools, untrained, notes)
+    several = next((index + 1 for index, (message, _) in enumerate(messages) if message.pop(_SEVERAL, False)), None)
+    return Conversation([message for message, _ in messages], tools, untrained, several, notes)
 
 
 def _read_other_keys(record: dict[str, Any], key: str | None, notes: Counter[str]) -> bool | None:
@@ -151,6 +154,7 @@ def _read_message(item: Any, place: str, notes: Counter[str]) -> _Message:
     null_content = any(key in item and item[key] is None for key in _CONTENT_KEYS)
     item = {key: value for key, value in item.items() if value is not None}
     role = _take_role(item, place)
+    several = any(isinstance(item.get(key), list) and len(item[key]) > 1 for key in _CONTENT_KEYS)
     content = _take_content(item, place)
     mark = take_training_mark(item, place)
     if mark and role not in ("assistant", "call"):
@@ -179,6 +183,8 @@ def _read_message(item: Any, place: str, notes: Counter[str]) -> _Message:
         message["content"] = content
     if calls:
         message["tool_calls"] = calls
+    if several:
+        message[_SEVERAL] = True
     return {**message, **item}, mark
 
 

@@ -72,11 +72,20 @@ class ChatTemplate:
             self.text = _CLOCK + source
 
     def adapt(self, conversation: Conversation) -> Conversation:
-        """The conversation with its tool calls in the form that this template is written for.
+        """The conversation with its contents and tool calls in the form that this template is written for.
 
         Arguments become objects, which is what transformers documents, unless the template concatenates strings.
+        Several texts of a content are joined, provided that the template does so too, or takes no lists.
         A content of null next to calls is kept, as transformers does, unless the template would print "None".
+
+        Raises:
+            MalformedError: the template writes several texts of a content in another way.
         """
+        if conversation.joined_parts is not None and not self._joins_parts:
+            raise MalformedError(
+                f"message {conversation.joined_parts}: the content is several texts, which the chat template does not "
+                "simply join; write one text"
+            )
         if not any("tool_calls" in message for message in conversation.messages):
             return conversation
         conversation = with_arguments(conversation, self._wants_argument_strings)
@@ -110,6 +119,23 @@ class ChatTemplate:
             return self.render(Conversation([*_probe(None).messages, message]))
         except (MalformedError, RecursionError):
             return None
+
+    @cached_property
+    def _joins_parts(self) -> bool:
+        """Whether contents that are a list of texts are written as the joined texts are; or cannot be lists."""
+        texts = (_QUESTION, _ANSWERS[0])
+        parts, joined = [{"type": "text", "text": text} for text in texts], "".join(texts)
+        for role in ("user", "assistant"):
+            before = [] if role == "user" else _probe(None).messages
+            try:
+                as_list = self.render(Conversation([*before, {"role": role, "content": parts}]))
+            except (MalformedError, RecursionError):
+                continue
+            as_text = self.render(Conversation([*before, {"role": role, "content": joined}]))
+            # A template that takes no lists may print them, as Python or as JSON writes them.
+            if as_list != as_text and not re.search(r"""['"]type['"]""", as_list):
+                return False
+        return True
 
     def render(self, conversation: Conversation, prompt: bool = False) -> str:
         """The text of a conversation, with ``prompt`` up to where the assistant begins to write.
