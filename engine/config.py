@@ -322,7 +322,7 @@ class RunConfig:
     """A whole run."""
 
     run_folder: FilePath
-    """Folder of checkpoints, metrics, TensorBoard events and the resolved config."""
+    """Folder of checkpoints, metrics, TensorBoard events, the log and the resolved config."""
     data: DataConfig
     training: TrainingConfig
     model: ModelConfig = field(default_factory=ModelConfig)

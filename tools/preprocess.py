@@ -27,7 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions
     """The options on the command line, by default that of this process."""
     parser = CommandParser(
         description="Tokenize text to an indexed dataset: Megatron-LM's .bin and .idx, and a .json that describes it. "
-        "A run that was killed goes on where it was, by the same command."
+        "The same command continues a run that was killed."
     )
     _add_input(parser.add_argument_group("input"))
     _add_tokenizer(parser.add_argument_group("tokenizer"))
