@@ -229,8 +229,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks are laid out: pipeline x replicate x shard x context x tensor = number of ranks. Every layout
-    computes the same numbers, up to the order of sums."""
+    """How the ranks are laid out: pipeline x replicate x shard x context x tensor = number of ranks
+
+    Every layout computes the same numbers, up to the order of sums.
+    """
 
     pipeline: int = 1
     """Groups of ranks that hold consecutive layers and pass hidden states on. The micro-batches of a step keep them
