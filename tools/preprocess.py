@@ -162,7 +162,9 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--strip-control", action="store_true", help="remove control characters but tab and line ends")
     group.add_argument("--drop-invalid-utf8", action="store_true", help="leave documents out that are not valid UTF-8")
     group.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave shorter documents out")
-    group.add_argument("--min-tokens", type=int, default=0, metavar="N", help="the same in tokens, BOS and EOD included")
+    group.add_argument(
+        "--min-tokens", type=int, default=0, metavar="N", help="the same in tokens, BOS and EOD included"
+    )
     group.add_argument(
         "--max-tokens",
         type=int,
