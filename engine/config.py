@@ -229,8 +229,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks are laid out: pipeline x replicate x shard x context x tensor = number of ranks. Every layout
-    computes the same numbers, up to the order of sums."""
+    """How the ranks are laid out: pipeline x replicate x shard x context x tensor = number of ranks
+
+    Every layout computes the same numbers, up to the order of sums.
+    """
 
     pipeline: int = 1
     """Groups of ranks that hold consecutive layers and pass hidden states on. The micro-batches of a step keep them
@@ -322,7 +324,7 @@ class RunConfig:
     """A whole run."""
 
     run_folder: FilePath
-    """Folder of checkpoints, metrics, TensorBoard events and the resolved config."""
+    """Folder of checkpoints, metrics, TensorBoard events, the log and the resolved config."""
     data: DataConfig
     training: TrainingConfig
     model: ModelConfig = field(default_factory=ModelConfig)

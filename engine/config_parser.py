@@ -20,6 +20,9 @@ from .config_types import build
 if TYPE_CHECKING:
     import jsonargparse
 
+HELP_OPTIONS = ("-h", "--help", "--data.train.help", "--data.stages.help")
+"""Options that print help. The last two explain the entries of lists, which ``--help`` does not."""
+
 
 def build_parser() -> jsonargparse.ArgumentParser:
     """Return the parser that prints the help of ``engine/pretrain.py``: one option for every field of
@@ -31,7 +34,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         prog="pretrain.py",
         description="Continue the pretraining of a language model. Describe the run in a YAML file; override on the "
         "command line: --section.key VALUE, --data.train.0.weight 2 for a place in a list, --data.train+ '{path: x}' "
-        "to append.",
+        "to append. --data.train.help and --data.stages.help explain the entries of these lists.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -39,6 +42,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--print_config", action="store_true", help="print all settings of the run, and exit")
     parser.add_class_arguments(RunConfig)
+    for action in parser._actions:
+        if action.metavar == "CONFIG":  # a section; jsonargparse would take the path of a file there
+            action.metavar, action.help = "YAML", "Keys of this section in one option: '{key: value, ...}'."
     return parser
 
 
@@ -50,8 +56,9 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
             wrong, one line for each.
     """
     waiting = list(reversed(sys.argv[1:] if arguments is None else arguments))
-    if {"-h", "--help"} & set(waiting):
-        build_parser().parse_args(["--help"])
+    for asked in HELP_OPTIONS:
+        if asked in waiting:
+            build_parser().parse_args([asked])
     settings, prints = Settings(), False
     while waiting:
         argument = waiting.pop()

@@ -18,6 +18,7 @@ from retemper.engine.config import (
     OptimizerConfig,
     RunConfig,
     SourceConfig,
+    StageConfig,
     TrainingConfig,
     to_yaml,
 )
@@ -230,6 +231,16 @@ def test_every_field_has_its_docstring_in_help(capsys):
     for name in fields:
         text = re.sub(r"\((?:required|default|type)[^)]*\)|\{[^}]*\}", "", entries[name]).strip()
         assert len(text.split()) >= 2, f"--{name} has no text in --help"
+
+
+@pytest.mark.parametrize("option, entry", [("--data.train.help", SourceConfig), ("--data.stages.help", StageConfig)])
+def test_the_help_options_that_help_names_print_help(capsys, option, entry):
+    with pytest.raises(SystemExit) as caught:
+        parse_config([option])
+    assert not caught.value.code
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(entry):
+        assert f"{option.removesuffix('help')}{field.name} " in shown
 
 
 def test_every_field_of_every_section_has_a_docstring():

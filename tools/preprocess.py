@@ -27,7 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions
     """The options on the command line, by default that of this process."""
     parser = CommandParser(
         description="Tokenize text to an indexed dataset: Megatron-LM's .bin and .idx, and a .json that describes it. "
-        "A run that was killed goes on where it was, by the same command."
+        "The same command continues a run that was killed."
     )
     _add_input(parser.add_argument_group("input"))
     _add_tokenizer(parser.add_argument_group("tokenizer"))
@@ -152,7 +152,7 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
         "--encoder",
         choices=("auto", "reference"),
         default="auto",
-        help="auto: a fast library where it agrees with the reference, which is checked on samples; reference: "
+        help="auto: a fast library for rules that were compared with the reference, and checked on samples; reference: "
         "tokenizers, sentencepiece or tiktoken",
     )
 
@@ -162,7 +162,9 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--strip-control", action="store_true", help="remove control characters but tab and line ends")
     group.add_argument("--drop-invalid-utf8", action="store_true", help="leave documents out that are not valid UTF-8")
     group.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave shorter documents out")
-    group.add_argument("--min-tokens", type=int, default=0, metavar="N", help="the same in tokens, EOD included")
+    group.add_argument(
+        "--min-tokens", type=int, default=0, metavar="N", help="the same in tokens, BOS and EOD included"
+    )
     group.add_argument(
         "--max-tokens",
         type=int,
