@@ -24,7 +24,7 @@ from retemper.checkpoint_convert.megatron_reading import MegatronModel
 from retemper.checkpoint_convert.megatron_writing import Layout, MegatronPieces, complete_checkpoint
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
 from retemper.engine.checkpoint.tensors import StoredTensor
-from retemper.engine.conversion.checkpoint_model import open_checkpoint_model
+from retemper.engine.conversion.checkpoint_model import CheckpointModel, open_checkpoint_model
 from retemper.engine.conversion.hf_to_dcp import identify
 from retemper.engine.conversion.logits import compare_logits, describe_logits
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c
@@ -174,12 +174,17 @@ def _open_checkpoint(folder: Path, output: Path, workers: int) -> _Source:
         model.config,
         model.architecture,
         model.assets,
-        lambda: model.identity,
+        lambda: _identity_of(model),
         model.notes,
         model.left_out,
         model.stored.tensors,
         model.export_dtype(),
     )
+
+
+def _identity_of(model: CheckpointModel) -> dict[str, Any]:
+    model.require_unchanged()
+    return model.identity
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

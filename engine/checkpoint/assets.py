@@ -120,17 +120,35 @@ class HfAssets:
     @property
     def tokenizer(self) -> TokenizerIdentity | None:
         """By which datasets are matched; None without a tokenizer."""
+        found = self._tokenizer_files()
+        if found is None:
+            return None
+        name, content, beside = found
+        return TokenizerIdentity(
+            tokenizer_sha256(content, beside),
+            lambda: load_reference(name, Path(name), content, beside).fingerprint(),
+        )
+
+    def num_token_ids(self) -> tuple[str, int] | None:
+        """Name of the tokenizer's file, and its highest token id plus one; None without a tokenizer.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        found = self._tokenizer_files()
+        if found is None:
+            return None
+        name, content, beside = found
+        return name, load_reference(name, Path(name), content, beside).vocab_size
+
+    def _tokenizer_files(self) -> tuple[str, bytes, bytes | None] | None:
+        """Name and content of the tokenizer's file, and content of the JSON file next to a .tiktoken."""
         name = tokenizer_file_name(self.files)
         if name is None:
             return None
         of_tiktoken = name.endswith(TIKTOKEN_SUFFIX)
         beside = self.files.get(name.removesuffix(TIKTOKEN_SUFFIX) + ".json") if of_tiktoken else None
-        content = self.files[name]
-
-        def fingerprint() -> str:
-            return load_reference(name, Path(name), content, beside).fingerprint()
-
-        return TokenizerIdentity(tokenizer_sha256(content, beside), fingerprint)
+        return name, self.files[name], beside
 
     @property
     def tokenizer_sha256(self) -> str | None:

@@ -20,7 +20,7 @@ from ..model.architecture import Architecture, parse_architecture, read_hf_confi
 from ..model.decoder import meta_decoder
 from ..streaming.block_copy import OutputFile, WrittenFile
 from ..streaming.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
-from .record import file_hash
+from .record import file_hash, file_identity, require_same_source
 from .run import progress
 
 
@@ -40,6 +40,16 @@ class CheckpointModel:
     left_out: dict[str, list[str]]
     """Names of the tensors that are no parameters, by the reason why."""
     assets: HfAssets
+    files: dict[str, Any]
+    """Size, time and inode of every file with tensors, when the checkpoint was opened."""
+
+    def require_unchanged(self) -> None:
+        """Refuse a checkpoint whose files are no longer those that were opened: what was read would be a mixture.
+
+        Raises:
+            Worthless: naming the folder.
+        """
+        require_same_source(self.folder, self.files, lambda: _files_of(self.folder))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def open_checkpoint_model(folder: Path) -> CheckpointModel:
     Raises:
         UserError: it is incomplete, carries no config, or holds another model.
     """
-    manifest = read_manifest(folder)
+    manifest, files = read_manifest(folder), _files_of(folder)
     where = folder / ASSET_FOLDER / CONFIG_FILE
     config = read_hf_config(where)
     architecture = parse_architecture(config, str(where))
@@ -99,9 +109,13 @@ def open_checkpoint_model(folder: Path) -> CheckpointModel:
     states = [name for name in stored.tensors if name not in weights.tensors]
     assert all(name.startswith(OPTIMIZER_PREFIX) for name in states)
     left_out = {"state of the optimizer": states} if states else {}
-    return CheckpointModel(
-        folder, manifest, config, architecture, stored, weights, left_out, HfAssets.of_checkpoint(folder)
-    )
+    assets = HfAssets.of_checkpoint(folder)
+    return CheckpointModel(folder, manifest, config, architecture, stored, weights, left_out, assets, files)
+
+
+def _files_of(folder: Path) -> dict[str, Any]:
+    """What tells the files with tensors from others of the same names. The inode also tells a copy put in place."""
+    return {path.name: file_identity(path) | {"inode": path.stat().st_ino} for path in sorted(folder.glob("*.distcp"))}
 
 
 class CheckpointPlan:

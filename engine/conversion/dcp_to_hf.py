@@ -56,7 +56,7 @@ def plan_export(
     target = target or model.export_dtype()
     assets = model.assets
     rows = model.architecture.vocab_size
-    source = resized_vocabulary(model.weights, rows, vocab_size, None, assets.files)
+    source = resized_vocabulary(model.weights, rows, vocab_size, None, assets)
     tensors = cast_to(source.tensors, target)
     if source.vocab_size != rows:
         assets = assets.with_config({**model.config, "vocab_size": source.vocab_size})
@@ -114,6 +114,7 @@ def convert(
     model.verify(workers)
     with partial_folder(output, record.identity, say) as partial:
         done = write_tensors(partial, export.plan.files, source, source.hashed_rows, workers, allow_nonfinite)
+        model.require_unchanged()
         export.write_assets(partial.content)
         if verify:
             common = min(model.architecture.vocab_size, source.vocab_size)

@@ -229,6 +229,7 @@ class _Copying:
 
 
 def _complete(export: Export, folder: Path, written: list[WrittenFile], stack: ExitStack) -> None:
+    export.model.require_unchanged()
     export.write_assets(folder)
     export.write_record(folder, written)
     stack.close()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.assets import ASSET_FOLDER, TOKENIZER_FILE, HfAssets
+from ..checkpoint.assets import ASSET_FOLDER, HfAssets
 from ..hugging_face.folder import INDEX_FILE
 from ..hugging_face.hub_download import find_model_folder
 from ..hugging_face.model import HfModel, open_hf_model
@@ -56,7 +56,7 @@ def convert(
     require_outside(output, folder, "--hf")
     model, assets = open_hf_model(folder, any_vocab_size=vocab_size is not None), HfAssets.read(folder)
     rows = model.architecture.vocab_size
-    source = resized_vocabulary(model, rows, vocab_size, pad_vocab_to_multiple_of, assets.files)
+    source = resized_vocabulary(model, rows, vocab_size, pad_vocab_to_multiple_of, assets)
     tensors = cast_to(source.tensors, target)
     assets = declaring(_with_vocabulary(assets, source), (tensor.dtype for tensor in tensors.values()))
     config = assets.config or {}
@@ -87,9 +87,9 @@ def convert(
 
 
 def _missing(assets: HfAssets, folder: Path) -> list[str]:
-    if TOKENIZER_FILE in assets.files:
+    if assets.tokenizer is not None:
         return []
-    return [f"{folder} holds no {TOKENIZER_FILE}: the checkpoint carries no tokenizer"]
+    return [f"{folder} holds no tokenizer: the checkpoint carries none"]
 
 
 def _with_vocabulary(assets: HfAssets, source: ResizedVocabulary) -> HfAssets:

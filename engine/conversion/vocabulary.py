@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.assets import TOKENIZER_FILE
+from ..checkpoint.assets import HfAssets
 from ..checkpoint.tensors import StoredTensor
-from ..data.tokenizer_json import parse_tokenizer
 from ..errors import UserError
 from ..hugging_face.model import EMBEDDING, HEAD
 from ..model.architecture import LARGEST_SIZE
@@ -93,7 +92,7 @@ def _mean_row(read: ReadRows, tensor: StoredTensor) -> Tensor:
 
 
 def resized_vocabulary(
-    source: TensorSource, rows: int, vocab_size: int | None, multiple_of: int | None, assets: Mapping[str, bytes]
+    source: TensorSource, rows: int, vocab_size: int | None, multiple_of: int | None, assets: HfAssets
 ) -> ResizedVocabulary:
     """``source`` with the vocabulary that ``--vocab-size`` or ``--pad-vocab-to-multiple-of`` ask for.
 
@@ -112,19 +111,15 @@ def resized_vocabulary(
     if wanted > LARGEST_SIZE and wanted != rows:
         option = f"--vocab-size {vocab_size}" if multiple_of is None else f"--pad-vocab-to-multiple-of {multiple_of}"
         raise UserError(f"{option}: {wanted:,} rows, at most {LARGEST_SIZE:,} are supported")
-    if wanted < rows and TOKENIZER_FILE in assets:
-        needed = _tokens_of(assets[TOKENIZER_FILE])
-        if wanted < needed:
+    if wanted < rows:
+        try:
+            tokenizer = assets.num_token_ids()
+        except UserError as error:
+            raise UserError(f"{error}: it cannot be read, so rows cannot be cut safely") from None
+        if tokenizer is not None and wanted < tokenizer[1]:
+            name, needed = tokenizer
             raise UserError(
-                f"--vocab-size {wanted}: the tokenizer ({TOKENIZER_FILE}) has token ids up to {needed - 1:,}; use "
-                f"{needed} or more"
+                f"--vocab-size {wanted}: the tokenizer ({name}) has token ids up to {needed - 1:,}; use {needed} or "
+                "more"
             )
     return ResizedVocabulary(source, rows, wanted)
-
-
-def _tokens_of(content: bytes) -> int:
-    try:
-        ids = parse_tokenizer(content, TOKENIZER_FILE).get_vocab(with_added_tokens=True).values()
-    except UserError as error:
-        raise UserError(f"{error}: it cannot be read, so rows cannot be cut safely") from None
-    return max(ids, default=-1) + 1

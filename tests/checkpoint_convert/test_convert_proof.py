@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from retemper.engine.hugging_face.model import HfModel
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.model.decoder import Decoder, meta_decoder
 from retemper.engine.streaming import block_copy
+from retemper.engine.streaming.tensor_files import CheckpointRows
 
 
 def proof(folder: Path) -> dict[str, Any]:
@@ -329,3 +331,24 @@ def test_a_source_that_is_changed_meanwhile_is_refused(
     refused = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "out", "--workers", 1)
     assert_refused(refused, f"{folder}: was changed while it was converted; leave it alone and start again")
     assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_refused(
+    copy_model: Copy, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File by file, as a copy over it does: what was written would be a mixture of two models."""
+    folder, rows, calls = copy_model("qwen3"), CheckpointRows.rows, []
+    convert_there(folder, tmp_path / "checkpoint")
+
+    def replaced(self: CheckpointRows, name: str) -> Any:
+        calls.append(name)
+        if len(calls) == 6:
+            for path in (tmp_path / "checkpoint").glob("*.distcp"):
+                shutil.copy(path, tmp_path / "other")
+                os.replace(tmp_path / "other", path)
+        return rows(self, name)
+
+    monkeypatch.setattr(CheckpointRows, "rows", replaced)
+    refused = run(dcp_to_hf, "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "out", "--workers", 1)
+    assert_refused(refused, f"{tmp_path / 'checkpoint'}: was changed while it was converted; leave it alone and")
+    assert not (tmp_path / "out").exists()
