@@ -79,6 +79,13 @@ def find_tokenizer_file(name: str) -> Path:
     return _find_on_hub(name)
 
 
+def companions(file: Path) -> list[Path]:
+    """Return the files next to a tokenizer's file that may be read with it, those that are there."""
+    names = (*_BESIDE, "config.json", "added_tokens.json", "vocab.json", "merges.txt", TOKENIZER_FILE)
+    paths = [file.with_name(name) for name in (*names, SENTENCEPIECE_FILE, f"{file.stem}.json")]
+    return [path for path in dict.fromkeys(paths) if path != file and path.is_file()]
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; empty when the file is absent.
 
