@@ -90,8 +90,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="to write to; it must not exist")
     parser.add_argument("--synchronous", action="store_true", help="for comparison: wait for the disk")
     options = parser.parse_args()
-    if options.folder.exists():
-        parser.error(f"--folder {options.folder}: exists already; name another")
+    if os.path.lexists(options.folder):
+        raise UserError(f"--folder {options.folder}: exists already; name another")
     asynchronous = not options.synchronous
     result = measure(options.gigabytes, options.saves, options.folder, asynchronous, options.step_seconds)
     print(json.dumps(result, indent=2))

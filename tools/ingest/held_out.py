@@ -28,9 +28,8 @@ def read_held_out(files: Sequence[InputFile], choice: TextChoice, cleaner: Clean
     """
     ngrams = NgramFilter.build(_texts(files, choice, cleaner, folder))
     if ngrams.num_ngrams == 0:
-        raise UserError(
-            f"--held-out {' '.join(file.path for file in files)}: no text in it; name files with the texts to keep out"
-        )
+        names = " ".join(file.path for file in files)
+        raise UserError(f"--held-out {names}: no text in it; name files with the texts to keep out")
     return ngrams
 
 

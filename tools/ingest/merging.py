@@ -281,7 +281,7 @@ def _check_paths(parts: Sequence[Part], output: str, overwrite: bool) -> None:
             )
         seen[identity] = part.prefix
     reads = [Use("--inputs", path) for part in parts for path in existing_outputs(part.prefix)]
-    require_free(output, [output], reads, overwrite)
+    require_free({output: [output]}, reads, overwrite)
 
 
 def _check_alike(parts: Sequence[Part]) -> None:

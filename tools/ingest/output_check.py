@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ...engine.data.dataset_files import REJECTS, dataset_files, refuse_existing_outputs
-from ...engine.data.tokenizer_files import companions
+from ...engine.data.index_format import dataset_prefix
+from ...engine.data.tokenizer_files import companions, find_tokenizer_file
 from ...engine.outputs import Use, require_separate
-from .inputs import STDIN, InputFile
+from .held_out import held_out_files
+from .inputs import STDIN, InputFile, expand_inputs
 from .options import PreprocessOptions
 from .split import Split
+from .tokenizer_choice import choose_tokenizer
 from .workspace import workspace_folder
 
 
@@ -39,12 +42,12 @@ def what_is_read(
 
 
 def require_free(
-    run: str, prefixes: Sequence[str], reads: Iterable[Use], overwrite: bool, rejects: bool = False
+    runs: Mapping[str, Sequence[str]], reads: Iterable[Use], overwrite: bool, rejects: bool = False
 ) -> None:
-    """Refuse to write the datasets ``prefixes`` where one would replace a file that is read, or that is not a dataset's.
+    """Refuse to write datasets where one would replace a file that is read, or is not a dataset's.
 
     Args:
-        run: the prefix on the command line, by which the run's work folder and rejects are named.
+        runs: prefixes of the datasets that a run writes, by the prefix that its work folder and rejects are named by.
         reads: all that the command reads.
         overwrite: files of an existing dataset may be replaced.
         rejects: whether rejects are written.
@@ -52,9 +55,24 @@ def require_free(
     Raises:
         UserError: nothing has been created.
     """
-    option = f"--output-prefix {run}"
-    files = [path for prefix in prefixes for path in dataset_files(prefix)]
-    files += [f"{run}{REJECTS}"] if rejects else []
-    require_separate(reads, [Use(option, path) for path in files], [Use(option, workspace_folder(run))])
-    for prefix in prefixes:
-        refuse_existing_outputs(prefix, overwrite, run if rejects else None)
+    files, folders = [], []
+    for run, prefixes in runs.items():
+        option = f"--output-prefix {run}"
+        files += [Use(option, path) for prefix in prefixes for path in dataset_files(prefix)]
+        files += [Use(option, f"{run}{REJECTS}")] if rejects else []
+        folders.append(Use(option, workspace_folder(run)))
+    require_separate(reads, files, folders)
+    for run, prefixes in runs.items():
+        for prefix in prefixes:
+            refuse_existing_outputs(prefix, overwrite, run if rejects else None)
+
+
+def require_free_shards(options: PreprocessOptions, num_shards: int) -> None:
+    """Refuse a run in ``num_shards`` parts, which are joined, as each of them would refuse it when it starts."""
+    files = expand_inputs(options.input, options.inputs)
+    held_out = held_out_files(options.held_out, options.text_choice) if options.held_out else []
+    reads = what_is_read(options, files, held_out, find_tokenizer_file(choose_tokenizer(options).name))
+    prefix = dataset_prefix(options.output_prefix)
+    names = [prefix, *(f"{prefix}.shard-{index}-of-{num_shards}" for index in range(num_shards))]
+    # Parts that are there are what a former run has finished.
+    require_free({name: output_prefixes(options, name) for name in names}, reads, overwrite=True, rejects=True)

@@ -111,7 +111,7 @@ class _Run:
         # Before there is any file or process: an output may bear the name of an input.
         self.held_out_files = held_out_files(options.held_out, options.text_choice) if options.held_out else []
         reads = what_is_read(options, self.files, self.held_out_files, tokenizer.file)
-        require_free(prefix, output_prefixes(options, prefix), reads, options.overwrite, rejects=True)
+        require_free({prefix: output_prefixes(options, prefix)}, reads, options.overwrite, rejects=True)
         start_early(tokenizer)
         self.tokenizer = tokenizer.load()
         self.eod = _document_end(self.tokenizer, options)
