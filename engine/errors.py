@@ -14,10 +14,15 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 _MOST_PROBLEMS = 20
 """Shown of one error. More come from one cause, such as a file of another program."""
+
+
+_PATH_WORDS = frozenset({"FILE", "DIR", "PATH", "PREFIX", "GLOB", "PATTERN", "FOLDER", "RUN_FOLDER"})
+"""Metavars, or parts of one that is written FILE|DIR, of options whose value is a path."""
 
 
 class UserError(ValueError):
@@ -43,6 +48,33 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse, and expand ``~`` and ``$VARIABLE`` in every option that :func:`names_path` tells is a path.
+
+        ``parse_args`` and the parsers of subcommands come here as well.
+        """
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if names_path(action) and value is not None and value is not action.default:
+                setattr(found, action.dest, _expanded(value, (action.option_strings or [str(action.metavar)])[-1]))
+        return found, rest
+
+
+def names_path(action: argparse.Action) -> bool:
+    """Whether an option's value is a path, or a name that stands for one: by its type, or by its metavar."""
+    metavars = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or "",)
+    words = {word for metavar in metavars for word in metavar.split("|")}
+    return action.type is Path or not words.isdisjoint(_PATH_WORDS)
+
+
+def _expanded(value: Any, name: str) -> Any:
+    from .paths import expand_path
+
+    if isinstance(value, list):
+        return [_expanded(each, name) for each in value]
+    return type(value)(expand_path(str(value), name)) if isinstance(value, (str, Path)) else value
 
 
 def report_user_error(error: UserError) -> None:
