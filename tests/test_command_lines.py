@@ -23,7 +23,7 @@ COMMANDS = sorted(
 TEXTS = {
     *("--json-key", "--metadata", "--stdin-format", "--input-format", "--sheet", "--chat-date", "--eod-token"),
     *("--split", "--shard", "--prompt", "--device", "--max-shard-size", "--sweep", "--launch", "--documents", "--gpu"),
-    *("--kernels", "--upload", "--engines", "--engine", "--ours", "--partition", "--qos", "--time", "--measure"),
+    *("--kernels", "--push-to-hub", "--engines", "--engine", "--ours", "--partition", "--qos", "--time", "--measure"),
 }
 """Options of all commands whose values are texts that are not paths. A new option is either here, or tells by its
 metavar or type that it names a path."""
@@ -38,21 +38,21 @@ def parser_of(command: str, monkeypatch: pytest.MonkeyPatch) -> CommandParser:
     spec = importlib.util.spec_from_file_location(f"command_{Path(command).stem}", ROOT / command)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.syspath_prepend(str((ROOT / command).parent))
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
     found: list[CommandParser] = []
 
     def keep(self: CommandParser, *_: Any, **__: Any) -> None:
         found.append(self)
         raise _Found
 
-    monkeypatch.setattr(CommandParser, "parse_args", keep)
-    monkeypatch.setattr(CommandParser, "parse_known_args", keep)
-    monkeypatch.setattr(sys, "argv", [command])
-    with pytest.raises(_Found):
-        getattr(module, "parse_arguments", None or module.main)()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str((ROOT / command).parent))
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        patch.setattr(CommandParser, "parse_args", keep)
+        patch.setattr(CommandParser, "parse_known_args", keep)
+        patch.setattr(sys, "argv", [command])
+        with pytest.raises(_Found):
+            getattr(module, "parse_arguments", module.main)()
     return found[0]
 
 
@@ -90,7 +90,7 @@ def test_every_option_that_names_a_path_expands(command, monkeypatch):
         found = getattr(alone.parse_args([*action.option_strings[-1:], *given]), action.dest)
         found = found if isinstance(found, list) else [found]
         assert list(map(str, found)) == ["/some/where/a", str(Path.home())][: len(given)]
-        assert all(type(each) is (action.type or str) for each in found)
+        assert all(isinstance(each, Path if action.type is Path else str) for each in found)
         with pytest.raises(UserError, match=f"^{name} .*UNSET_HERE is not set"):
             alone.parse_args([*action.option_strings[-1:], "${UNSET_HERE}/x"])
         names = getattr(alone.parse_args([*action.option_strings[-1:], "Qwen/Qwen2-72B"]), action.dest)
