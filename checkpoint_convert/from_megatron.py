@@ -28,6 +28,7 @@ from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, ShardPla
 from retemper.engine.hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_named
 from retemper.engine.model.architecture import CONFIG_FILE, read_hf_config
 from retemper.engine.outputs import Use, require_separate
+from retemper.engine.regular_files import read_regular
 from retemper.engine.streaming.block_copy import WrittenFile
 from retemper.engine.streaming.new_folder import require_absent
 from retemper.engine.streaming.partial_folder import PartialFolder, partial_folder
@@ -134,7 +135,7 @@ def _assets(config: str | Path | None, tokenizer: str | None, model: MegatronMod
     elif Path(config).is_dir():
         assets = HfAssets.read(config)
     else:
-        assets = HfAssets({CONFIG_FILE: Path(config).read_bytes()})
+        assets = HfAssets({CONFIG_FILE: read_regular(config)})
     if tokenizer is None:
         return assets
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..regular_files import read_regular
 
 TokenizerKind = Literal["tokenizer.json", "sentencepiece", "tiktoken"]
 
@@ -93,7 +94,7 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is not JSON.
     """
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_regular(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
