@@ -20,8 +20,8 @@ import torch
 import xxhash
 
 from ..errors import UserError
-from ..regular_files import read_regular
 from ..parallel.agreement import PACKAGE, code_files, digest
+from ..regular_files import read_regular
 from .hashing import FileRecord, record_file
 from .safety import DamagedCheckpoint
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
-from ..regular_files import open_regular, read_regular
 from ..model.architecture import ADAPTER_FILE, ADAPTER_REMEDY
+from ..regular_files import open_regular, read_regular
 from ..streaming.raw_bytes import opened_for_reading, read_exactly
 from ..streaming.tensor_source import ReadRows
 from .names import parameter_names
