@@ -259,6 +259,11 @@ class TokenizerHandle:
             self._backend = "reference"
             self._fast, self._fast_is_settled, self._fallback_reason = None, True, reason
 
+    @property
+    def special_tokens(self) -> dict[str, int] | None:
+        """Special tokens of a tiktoken encoding, with their ids; None for other kinds, whose files name them."""
+        return self._reference.special_tokens if isinstance(self._reference, TiktokenReference) else None
+
     def _description(self) -> bytes | None:
         """The JSON file beside a .tiktoken, if there is one."""
         beside = self.file.with_suffix(".json")

@@ -112,7 +112,7 @@ class TiktokenReference:
                 f"{file.with_suffix('.json')}: pattern is not a regular expression: {one_line(error)}"
             ) from error
         self.library = f"tiktoken {version('tiktoken')}"
-        self._special_tokens = encoding.special_tokens
+        self.special_tokens = encoding.special_tokens
         self._known_ids = {*ranks.values(), *encoding.special_tokens.values()}
         self.vocab_size = max(self._known_ids) + 1
         self._allowed = set(encoding.special_tokens) if allow_special_tokens else set()
@@ -144,12 +144,12 @@ class TiktokenReference:
 
     def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
         """See :class:`~.tokenizer_backends.Reference`. Bytes that are not UTF-8 become U+FFFD."""
-        left_out = set() if special_tokens else set(self._special_tokens.values())
+        left_out = set() if special_tokens else set(self.special_tokens.values())
         return self._encoding.decode([token for token in ids if token in self._known_ids and token not in left_out])
 
     def fingerprint(self) -> str:
         """See :class:`~.tokenizer_backends.Reference`."""
-        rules, special = f"{self._pattern}\0{self._nfc}".encode(), sorted(self._special_tokens.items())
+        rules, special = f"{self._pattern}\0{self._nfc}".encode(), sorted(self.special_tokens.items())
         ranks = b"\n".join(sorted(line for line in self._content.splitlines() if line))
         return fingerprint_of("tiktoken", ranks, special, rules, self.encode(PROBES)[0].tolist())
 
@@ -160,22 +160,13 @@ class TiktokenReference:
             UserError: the encoding has no such special token.
         """
         token = DOCUMENT_END if token is None else token
-        if token not in self._special_tokens:
-            some = ", ".join(list(self._special_tokens)[:5]) or "none"
+        if token not in self.special_tokens:
+            some = ", ".join(list(self.special_tokens)[:5]) or "none"
             raise UserError(
                 f"{self._name}: {token!r} is not a special token of this encoding (it has {some}); name one that is "
                 "with --eod-token"
             )
-        return token, self._special_tokens[token]
-
-
-def special_tokens_of(file: Path) -> dict[str, int]:
-    """Return the special tokens of the tiktoken ``file``, with their ids.
-
-    Raises:
-        UserError: see :class:`TiktokenReference`.
-    """
-    return _find_encoding(file).special_tokens
+        return token, self.special_tokens[token]
 
 
 def _parse_ranks(file: Path, content: bytes) -> dict[bytes, int]:

@@ -20,7 +20,6 @@ from ...engine.data.document_frame import (
 )
 from ...engine.data.tokenizer import TokenizerHandle
 from ...engine.data.tokenizer_files import read_config
-from ...engine.data.tokenizer_tiktoken import special_tokens_of
 from ...engine.errors import UserError
 from .options import PreprocessOptions
 
@@ -73,8 +72,7 @@ def read_frame(tokenizer: TokenizerHandle, choice: TokenizerChoice) -> Tokenizer
     Raises:
         UserError: its files cannot be read.
     """
-    special_tokens = special_tokens_of(tokenizer.file) if tokenizer.kind == "tiktoken" else None
-    return read_tokenizer_frame(tokenizer.file, special_tokens, choice.model_config)
+    return read_tokenizer_frame(tokenizer.file, tokenizer.special_tokens, choice.model_config)
 
 
 def check_vocabulary(

@@ -178,7 +178,7 @@ def _require_same_ids(proto: Any, content: bytes, where: Path) -> list[str]:
     return [f"note: {differing[0][:40]!r} gets other ids from it than from {SENTENCEPIECE_FILE}"] if differing else []
 
 
-def _highest_added_id(files: dict[str, bytes], folder: Path) -> int:
+def _highest_added_id(files: Mapping[str, bytes], folder: Path) -> int:
     """Of the tokens that transformers keeps beside a sentencepiece model; -1 without any."""
     added, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
     remedy = "get it anew from where the model came from: its tokens' ids are needed"

@@ -124,7 +124,9 @@ class _CheckedStream(io.RawIOBase):
     def __init__(self, file: InputFile, raw: io.FileIO, context: ReadContext) -> None:
         self._path, self._raw, self._context = file.path, raw, context
         self._bytes: Any = _decompressed(file.compression, raw) if file.compression else raw
-        self._readinto: Callable[[memoryview], int | None] = self._bytes.readinto1 if file.compression else raw.readinto
+        self._readinto: Callable[[memoryview], int | None] = (
+            cast(Any, self._bytes).readinto1 if file.compression else raw.readinto
+        )
         self._is_isal = file.compression == ".gz" and _GzipFile is not gzip.GzipFile
         self._expansion = ExpansionLimit(file.path, file.size, context.options.max_expansion)
         self._produced = 0
