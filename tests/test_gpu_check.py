@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from retemper.engine.errors import UserError
 from retemper.tools import benchmark_kernels
 from retemper.tools.kernel_benchmark.cases import KERNELS
 
