@@ -14,7 +14,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from .errors import UserError
 
@@ -92,7 +92,7 @@ def _identities_above(path: str) -> set[tuple[int, int]]:
     return {identity for identity in identities if identity is not None}
 
 
-def open_new(path: str | os.PathLike[str]) -> IO[bytes]:
+def open_new(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a temporary file for writing, in place of one that a killed run left. A link is never followed."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)

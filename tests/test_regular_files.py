@@ -19,7 +19,7 @@ from retemper.engine.config_files import read_config
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.tokenizer import load_tokenizer
-from retemper.engine.errors import CommandParser, UserError
+from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.folder import HfWeights
 from retemper.engine.model.architecture import read_hf_config
 from retemper.engine.regular_files import IrregularFile, open_regular, read_regular
@@ -146,26 +146,31 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path, tokenizer_folder, monkey
     assert HfAssets.read(local).files == expected
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [["--help"], ["words"]])
-def test_a_full_standard_output_is_one_line(arguments, unbuffered):
-    command = "import sys; from test_regular_files import echo, run_command; run_command(echo)"
-    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", command, *arguments],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            env={**environment, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{environment['PYTHONPATH']}"},
-        )
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: standard output") and "No space left on device" in done.stderr
+ECHO = """
+from retemper.engine.errors import CommandParser, run_command
 
-
-def echo() -> None:
-    """A command that prints its argument."""
+def main():
     parser = CommandParser()
     parser.add_argument("word")
     print(parser.parse_args().word)
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("argument", ["--help", "word"])
+def test_a_full_standard_output_is_one_line(argument, unbuffered):
+    # The folder of the tests has the module by which scripts find their own clone.
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(Path(__file__).parent)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", ECHO, argument],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: standard output") and "No space left on device" in done.stderr
