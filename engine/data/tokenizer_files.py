@@ -71,7 +71,7 @@ def find_tokenizer_file(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return _find_in_folder(name, path)
-    if path.is_file():
+    if path.exists():  # what is not a regular file is refused by its reader
         return path
     if not _HUB_NAME.fullmatch(name):
         raise UserError(
