@@ -44,7 +44,8 @@ class InputSource:
     text_bytes: int
     """Bytes of their text in UTF-8."""
     left_out: dict[str, int]
-    """Documents that were left out, lines or rows that were no document, and turns of conversations, by reason."""
+    """Documents that were left out, lines or rows that were no document, turns of conversations, and what of the
+    conversations kept is not trained on, by reason."""
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ def train(ranks: Ranks, path: Path, overrides: list[str]) -> list[str]:
     """The run; names of the weights' files that this rank has written."""
     copy, mine = export_run.copy_files, []
 
-    def noting(folder, files, *arguments):
+    def noting(folder, files, *arguments, **keywords):
         mine.extend(file.name for file in files)
-        return copy(folder, files, *arguments)
+        return copy(folder, files, *arguments, **keywords)
 
     with changed(copy_files=noting):
         tiny_run.train(ranks, path, [*SHORT, *overrides])
@@ -51,7 +51,7 @@ def train(ranks: Ranks, path: Path, overrides: list[str]) -> list[str]:
 def train_on_a_full_disk(ranks: Ranks, path: Path, overrides: list[str], failing_rank: int) -> str:
     """The run whose export fails on one rank; what it says."""
 
-    def full(folder, files, *arguments):
+    def full(folder, files, *arguments, **keywords):
         raise OSError(28, "No space left on device", str(folder / files[0].name))
 
     with changed(**({"copy_files": full} if ranks.rank == failing_rank else {})):
@@ -67,12 +67,12 @@ def train_and_ask_to_stop(ranks: Ranks, path: Path, overrides: list[str]) -> Non
     trainer = Trainer(tiny_run.configure(path, *SHORT, *overrides), ranks)
     copy = export_run.copy_files
 
-    def asking(folder, files, source, workers, hashed_rows, on_bytes):
+    def asking(folder, files, source, workers, hashed_rows, on_bytes, **keywords):
         if ranks.rank == ranks.world_size - 1:
             trainer.stop._first = 0.0  # as a signal does
             while True:
                 on_bytes(0)
-        return copy(folder, files, source, workers, hashed_rows, on_bytes)
+        return copy(folder, files, source, workers, hashed_rows, on_bytes, **keywords)
 
     with changed(copy_files=asking):
         trainer.run()

@@ -20,7 +20,8 @@ import json
 import re
 import sys
 import unicodedata
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -33,12 +34,16 @@ from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config, tokenize
 from ...engine.data.tokenizer_json import deterministic, parse_tokenizer
 from ...engine.errors import UserError
 from .chat_bos import ChatBos
-from .chat_messages import Conversation, all_strings, called_names, read_conversation
-from .chat_template import ChatTemplate, Span, TurnFinder, frame
+from .chat_conversation import Conversation, all_strings
+from .chat_limits import memory_limit
+from .chat_losses import count_dropped, refuse_dropped_calls, refuse_dropped_messages
+from .chat_messages import read_conversation
+from .chat_template import ChatTemplate, Span, TurnFinder, frame, trained_spans
 from .chat_template_files import CONFIG_FILE, has_template_for_tools, load_template
-from .records import MalformedError
+from .records import LeftOutError, MalformedError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_UNTRAINED = np.zeros(1, np.uint8)
 _BOUNDARY_TOKENS = 16
 """Tokens at the end of a text that may change with what follows: far more than one word's."""
 
@@ -58,6 +63,8 @@ class EncodedChat:
     """Of the rendered text."""
     text_bytes: int
     """Of the rendered text in UTF-8."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What of the record is not trained on, by kind."""
 
 
 class ChatEncoder:
@@ -126,17 +133,23 @@ class ChatEncoder:
 
         Raises:
             MalformedError: it is no conversation, or not one to learn from.
+            LeftOutError: all turns of the assistant are marked as not for training.
         """
         try:
             conversation = read_conversation(record)
             if conversation.tools is not None and self._for_tools is not None:
                 return self._for_tools.encode(record)
+            if len(conversation.untrained) == len(conversation.assistant_turns()):
+                raise LeftOutError("conversations marked as not for training")
             self._refuse_control_tokens(conversation)
-            text = self._template.render(conversation)
-            _refuse_left_out(conversation, text)
+            conversation = self._template.adapt(conversation)
+            with memory_limit:
+                text = self._template.render(conversation)
+                refuse_dropped_messages(conversation, text)
+                spans = self._find_turns(conversation, text) if self._max_tokens is None else None
             encoding = self._tokenize(text)
-            if self._fits(encoding.ids):
-                return self._finish(conversation, 0, text, encoding)
+            if spans is not None or self._fits(encoding.ids):
+                return self._finish(conversation, 0, text, encoding, spans)
             return self._shorten(conversation, text, encoding)
         except RecursionError:
             raise MalformedError("nested too deeply") from None
@@ -223,8 +236,11 @@ class ChatEncoder:
         if self._forbidden is None:
             return
         for index, message in enumerate(conversation.messages):
-            for text in all_strings({key: value for key, value in message.items() if key != "role"}):
-                self._refuse_control_token(text, f"message {index + 1}")
+            for key, value in message.items():
+                if key == "role":
+                    continue
+                for text in (value,) if type(value) is str else all_strings([key, value]):
+                    self._refuse_control_token(text, f"message {index + 1}")
         for text in all_strings(conversation.tools):
             self._refuse_control_token(text, "tools")
 
@@ -255,6 +271,8 @@ class ChatEncoder:
             if index + 1 == len(whole.messages):
                 continue
             conversation = replace(whole, messages=whole.messages[: index + 1])
+            if conversation.untrained.issuperset(conversation.assistant_turns()):
+                return None
             try:
                 text = self._template.render(conversation)
             except MalformedError:  # some templates want another role at the end
@@ -269,58 +287,44 @@ class ChatEncoder:
                 return self._finish(conversation, len(whole.messages) - index - 1, text, encoding)
         return None
 
-    def _finish(self, conversation: Conversation, dropped: int, text: str, encoding: Any) -> EncodedChat:
+    def _find_turns(self, conversation: Conversation, text: str) -> list[Span]:
         if self._finder is None:
-            spans = self._template.render_marked(conversation)[1]
-        else:
-            spans = self._finder.find(conversation, text)
-        _refuse_left_out_calls(conversation, spans, text)
-        mask = _token_mask(encoding.offsets, spans)
+            return self._template.render_marked(conversation)[1]
+        with memory_limit:
+            return self._finder.find(conversation, text)
+
+    def _finish(
+        self, conversation: Conversation, dropped: int, text: str, encoding: Any, spans: list[Span] | None = None
+    ) -> EncodedChat:
+        if spans is None:
+            spans = self._find_turns(conversation, text)
+        refuse_dropped_calls(conversation, "".join(text[start:end] for start, end in spans))
+        mask = _token_mask(encoding.offsets, trained_spans(conversation, spans, text))
         if not mask.any():
             raise MalformedError("the chat template renders nothing that the assistant says")
         ids, mask = self._bos.apply(encoding.ids, mask)
         if self._eod_id is not None and self._adds_eod(ids):
             ids = [*ids, self._eod_id]
-            mask = np.append(mask, np.uint8(0))
-        return EncodedChat(
-            np.array(ids, np.int32), mask, len(conversation.messages), dropped, len(text), len(text.encode("utf-8"))
-        )
+            mask = np.concatenate((mask, _UNTRAINED))
+        notes = conversation.notes
+        count_dropped(conversation, spans, text, self._template.text, notes)
+        if conversation.untrained:
+            notes["turns of the assistant marked as not for training"] += len(
+                conversation.untrained.intersection(conversation.assistant_turns())
+            )
+        kept, text_bytes = len(conversation.messages), len(text.encode("utf-8"))
+        return EncodedChat(np.array(ids, np.int32), mask, kept, dropped, len(text), text_bytes, notes)
 
 
 def _token_mask(offsets: list[Span], spans: list[Span]) -> npt.NDArray[np.uint8]:
     """1 for the tokens that share characters with a span. A token that has none, as at the start of a word, belongs to
     the span in which it stands."""
     flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
-    starts, ends = flat[::2], flat[1::2]
+    starts, ends = flat[::2], np.maximum(flat[1::2], flat[::2] + 1)
     mask = np.zeros(len(offsets), np.uint8)
     for first, end in spans:
-        mask |= (starts < end) & (np.maximum(ends, starts + 1) > first)
+        mask |= (starts < end) & (ends > first)
     return mask
-
-
-def _refuse_left_out(conversation: Conversation, text: str) -> None:
-    """Some templates pass over roles that they do not know, without a word."""
-    for index, message in enumerate(conversation.messages):
-        content = message.get("content", "").strip()
-        # Contents of tools may be written as JSON.
-        if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
-            raise MalformedError(f"the chat template leaves message {index + 1} out (role {message['role']!r})")
-    for tool in conversation.tools or ():
-        name = tool.get("function", tool).get("name") if isinstance(tool.get("function", tool), dict) else None
-        if isinstance(name, str) and name not in text:
-            raise MalformedError(f"the chat template leaves the tool {name!r} out")
-
-
-def _refuse_left_out_calls(conversation: Conversation, spans: list[Span], text: str) -> None:
-    said = "".join(text[start:end] for start, end in spans)
-    for index in conversation.assistant_turns():
-        for name in called_names(conversation.messages[index]):
-            if name not in said:
-                raise MalformedError(f"the chat template leaves the tool calls of message {index + 1} out")
-
-
-def _as_json(content: str) -> str:
-    return json.dumps(content, ensure_ascii=False)[1:-1]
 
 
 def _shared_length(one: str, other: str) -> int:

@@ -8,20 +8,24 @@ long it took. Templates come from the tokenizer's folder or a file, never from t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import cached_property, partial
 from typing import Any
 
 from ...engine.errors import UserError
-from .chat_messages import Conversation
+from .chat_conversation import Conversation, all_strings, called_functions
+from .chat_limits import FREE_OUTPUT, MAX_FAILURES, TooCostlyError, check_output, check_source, render_within_limits
+from .chat_tools import with_arguments
 from .records import MalformedError
 
 Span = tuple[int, int]
 """First character and end, exclusive."""
 
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")\s*\)""")
 # The line feed at its end is taken away by trim_blocks, so that the template still begins at the start of a line.
 _CLOCK = (
@@ -32,6 +36,7 @@ _CLOCK = (
 )
 _OPEN_REASONING = re.compile(r"<think>\s*\Z")
 _MARKERS = "\ue0f0\ue0f1\ue1f0\ue1f1\ue2f0\ue2f1\ue3f0\ue3f1"
+_ARGUMENTS = {"alpha": "omega"}
 _QUESTION, _ANSWERS = "Alpha", ("Omega", "Zeta")
 
 
@@ -51,7 +56,9 @@ class ChatTemplate:
     def __init__(self, source: str, origin: str, special_tokens: dict[str, str], now: datetime) -> None:
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        check_source(source, origin)
         self.origin = origin
+        self._failures = 0
         self.marks_turns = _MARKED.search(source) is not None
         """Whether {% generation %} blocks say what the assistant writes."""
         self._render: Any = render_jinja_template
@@ -63,6 +70,72 @@ class ChatTemplate:
             formats = {single or double for single, double in _CLOCK_CALL.findall(source)}
             self.moments["retemper_moment"] = {form: now.strftime(form) for form in formats}
             self.text = _CLOCK + source
+
+    def adapt(self, conversation: Conversation) -> Conversation:
+        """The conversation with its contents and tool calls in the form that this template is written for.
+
+        Arguments become objects, which is what transformers documents, unless the template concatenates strings.
+        Several texts of a content are joined, provided that the template does so too, or takes no lists.
+        A content of null next to calls is kept, as transformers does, unless the template would print "None".
+
+        Raises:
+            MalformedError: the template writes several texts of a content in another way.
+        """
+        if conversation.joined_parts is not None and not self._joins_parts:
+            raise MalformedError(
+                f"message {conversation.joined_parts}: the content is several texts, which the chat template does not "
+                "simply join; write one text"
+            )
+        if not any("tool_calls" in message for message in conversation.messages):
+            return conversation
+        conversation = with_arguments(conversation, self._wants_argument_strings)
+        if not self._prints_null:
+            return conversation
+        messages = [
+            {key: value for key, value in message.items() if value is not None} for message in conversation.messages
+        ]
+        return replace(conversation, messages=messages)
+
+    @cached_property
+    def _wants_argument_strings(self) -> bool:
+        """Whether arguments must be strings of JSON: an object is an error, or printed as Python writes it."""
+        as_object, as_string = (self._try_call(arguments) for arguments in (_ARGUMENTS, json.dumps(_ARGUMENTS)))
+        if as_string is None or json.dumps(_ARGUMENTS) not in as_string:
+            return False
+        return as_object is None or str(_ARGUMENTS) in as_object
+
+    @cached_property
+    def _prints_null(self) -> bool:
+        """Whether a content of null next to calls is an error, or printed."""
+        arguments = json.dumps(_ARGUMENTS) if self._wants_argument_strings else _ARGUMENTS
+        text = self._try_call(arguments, {"content": None})
+        return text is None or "None" in text or "null" in text
+
+    def _try_call(self, arguments: Any, more: dict[str, Any] | None = None) -> str | None:
+        """The text of a conversation with a tool call; None: the template refuses it."""
+        call = {"id": "call00000", "type": "function", "function": {"name": "look", "arguments": arguments}}
+        message = {"role": "assistant", "tool_calls": [call], **({"content": ""} if more is None else more)}
+        try:
+            return self.render(Conversation([*_probe(None).messages, message]))
+        except (MalformedError, RecursionError):
+            return None
+
+    @cached_property
+    def _joins_parts(self) -> bool:
+        """Whether contents that are a list of texts are written as the joined texts are; or cannot be lists."""
+        texts = (_QUESTION, _ANSWERS[0])
+        parts, joined = [{"type": "text", "text": text} for text in texts], "".join(texts)
+        for role in ("user", "assistant"):
+            before = [] if role == "user" else _probe(None).messages
+            try:
+                as_list = self.render(Conversation([*before, {"role": role, "content": parts}]))
+            except (MalformedError, RecursionError):
+                continue
+            as_text = self.render(Conversation([*before, {"role": role, "content": joined}]))
+            # A template that takes no lists may print them, as Python or as JSON writes them.
+            if as_list != as_text and not re.search(r"""['"]type['"]""", as_list):
+                return False
+        return True
 
     def render(self, conversation: Conversation, prompt: bool = False) -> str:
         """The text of a conversation, with ``prompt`` up to where the assistant begins to write.
@@ -81,15 +154,27 @@ class ChatTemplate:
         return self._call(conversation, return_assistant_tokens_mask=True)
 
     def _call(self, conversation: Conversation, **options: bool) -> tuple[str, list[Span]]:
+        render = partial(
+            self._render,
+            conversations=[conversation.messages],
+            tools=conversation.tools,
+            chat_template=self.text,
+            **options,
+            **self.special_tokens,
+            **self.moments,
+        )
         try:
-            texts, spans = self._render(
-                conversations=[conversation.messages],
-                tools=conversation.tools,
-                chat_template=self.text,
-                **options,
-                **self.special_tokens,
-                **self.moments,
-            )
+            texts, spans = render_within_limits(render)
+            if len(texts[0]) > FREE_OUTPUT:
+                check_output(texts[0], sum(map(len, all_strings([conversation.messages, conversation.tools]))))
+        except TooCostlyError as error:
+            self._failures += 1
+            if self._failures >= MAX_FAILURES:
+                raise UserError(
+                    f"{self.origin}: the chat template cannot be used: {error}, and so for {MAX_FAILURES} "
+                    "conversations; give --chat-template FILE with another"
+                ) from None
+            raise MalformedError(f"the chat template cannot be used for the conversation: {error}") from None
         except ImportError as error:
             raise UserError(f"--chat needs jinja2: pip install 'jinja2>=3.1.6' ({error})") from None
         except RecursionError:
@@ -98,6 +183,32 @@ class ChatTemplate:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise MalformedError(f"the chat template refuses the conversation: {reason}") from None
         return texts[0], spans[0] if spans else []
+
+
+def trained_spans(conversation: Conversation, spans: list[Span], text: str) -> list[Span]:
+    """The spans of the turns that are not marked as not for training.
+
+    Raises:
+        MalformedError: there are such turns, and the template's {% generation %} blocks are not one for each turn.
+    """
+    if not conversation.untrained:
+        return spans
+    turns = conversation.assistant_turns()
+    if len(spans) == len(turns) and all(
+        _may_be_turn(conversation.messages[index], text[start:end])
+        for index, (start, end) in zip(turns, spans, strict=True)
+    ):
+        return [span for index, span in zip(turns, spans, strict=True) if index not in conversation.untrained]
+    raise MalformedError(
+        "a turn is marked as not for training, but the {% generation %} blocks of the chat template are not one for "
+        "each turn of the assistant; give --chat-template a template without such blocks, or leave the record out"
+    )
+
+
+def _may_be_turn(message: dict[str, Any], said: str) -> bool:
+    """Whether what is known of the message is in what a span says."""
+    content = (message.get("content") or "").rpartition("</think>")[2].strip()
+    return content.lower() in said.lower() and all(call["name"] in said for call in called_functions(message))
 
 
 class TurnFinder:
@@ -244,7 +355,7 @@ def _render_probe(template: ChatTemplate, conversation: Conversation, prompt: bo
     """
     try:
         return template.render(conversation, prompt)
-    except MalformedError as error:
+    except (MalformedError, RecursionError) as error:
         raise UserError(f"{template.origin}: not a usable chat template, a plain question fails: {error}") from None
 
 

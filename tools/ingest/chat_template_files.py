@@ -86,6 +86,8 @@ def _named_templates(folder: Path, config: dict[str, Any]) -> dict[str, Template
 
 
 def _read(file: Path) -> str:
+    if file.exists() and not file.is_file():  # a pipe or a device may have no end
+        raise UserError(f"{file}: not a regular file; --chat-template needs one")
     try:
         text = read_regular(file, _MOST_BYTES).decode("utf-8")
         if file.suffix != ".json":

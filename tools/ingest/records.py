@@ -50,6 +50,10 @@ class MalformedError(Exception):
         self.kind = kind
 
 
+class LeftOutError(Exception):
+    """The reason to leave out a document that is well-formed; counted."""
+
+
 UNREADABLE = "unreadable rest of a file"
 """The reason that is counted for a file that ends early or is damaged."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from .pipeline import PreprocessReport
-from .worker import DROPPED_TURNS
+from .worker import DROPPED_TURNS, KEPT_NOTE
 
 
 def format_report(report: PreprocessReport) -> str:
@@ -26,11 +26,15 @@ def format_report(report: PreprocessReport) -> str:
     # Every side of a split records what the whole run left out.
     left_out = Counter(first.left_out)
     turns = left_out.pop(DROPPED_TURNS, 0)
+    notes = {reason: left_out.pop(reason) for reason in sorted(left_out) if reason.startswith(KEPT_NOTE)}
     rows["left out"] = f"{sum(left_out.values()):,}"
     for reason, count in sorted(left_out.items()):
         rows[f"  {reason}"] = f"{count:,}"
     if turns:
         rows[DROPPED_TURNS] = f"{turns:,}, cut from conversations that were kept"
+    if notes:
+        rows["kept without"] = "what is counted here is not trained on"
+        rows.update({f"  {reason.removeprefix(KEPT_NOTE)}": f"{count:,}" for reason, count in notes.items()})
     if report.first_bad:
         rows["first malformed"] = report.first_bad
     rows["speed"] = (
@@ -38,5 +42,5 @@ def format_report(report: PreprocessReport) -> str:
         f"{report.seconds:,.1f} s"
     )
     rows["files"] = " ".join(report.files)
-    width = max(map(len, rows)) + 1
+    width = max(len(name) for name in rows if not name.startswith("  ")) + 1
     return "\n".join(f"{name:<{width}} {value}" for name, value in rows.items())

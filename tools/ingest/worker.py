@@ -33,7 +33,17 @@ from .long_text import LongText, encode_in_pieces
 from .options import BATCH_CHARACTERS
 from .preload import load_tokenizer_once
 from .readers import lines
-from .records import UNREADABLE, DamagedError, MalformedError, ReadContext, ReadOptions, Record, Where, readable_part
+from .records import (
+    UNREADABLE,
+    DamagedError,
+    LeftOutError,
+    MalformedError,
+    ReadContext,
+    ReadOptions,
+    Record,
+    Where,
+    readable_part,
+)
 from .shard_writer import ShardWriter
 from .shards import Shard
 from .tasks import Span, Task
@@ -45,10 +55,6 @@ _LEAST_CHECKED = 100
 _CHECKED_SHARE = 1 << 15
 """Characters that the reference tokenizer encodes too: at the start of a run, at least in each task, and as a share of
 a task's bytes. It is some hundred times slower."""
-
-
-class _LeftOutError(Exception):
-    """The reason to leave a document out."""
 
 
 class FastPathError(Exception):
@@ -116,6 +122,13 @@ class TaskResult:
         reasons = self.left_out.setdefault(str(source), {})
         reasons[reason] = reasons.get(reason, 0) + number
 
+    def count_note(self, source: int, note: str, number: int) -> None:
+        """Count something of the documents kept that is not trained on. Of rare names the first ones are told apart."""
+        known = self.left_out.get(str(source), {})
+        if KEPT_NOTE + note not in known and sum(name.startswith(KEPT_NOTE) for name in known) >= _MOST_NOTES:
+            note = "other keys not used"
+        self.count(source, KEPT_NOTE + note, number)
+
     @property
     def bad(self) -> int:
         """Records that are no documents."""
@@ -139,7 +152,11 @@ class TaskResult:
 
 BAD_KINDS = ("malformed", "invalid UTF-8", UNREADABLE)
 DROPPED_TURNS = "turns beyond --max-tokens"
-"""The one count that is of no documents: of messages of conversations that were kept."""
+"""A count of messages of conversations that were kept, not of documents."""
+KEPT_NOTE = "in kept conversations: "
+"""Begins the other counts that are not of documents."""
+_MOST_NOTES = 40
+"""Kinds that are told apart in a task."""
 
 
 @dataclass
@@ -340,7 +357,7 @@ class TaskRunner:
         def cleaned() -> Iterator[str]:
             for piece, reason in self._cleaner.clean_pieces(text.pieces()):
                 if reason is not None:
-                    raise _LeftOutError(reason)
+                    raise LeftOutError(reason)
                 yield piece
 
         def encode(piece: str) -> np.ndarray:
@@ -353,7 +370,7 @@ class TaskRunner:
                 document.end(cleaned())
         except MalformedError as error:
             self._refuse(text.where, str(error), error.kind, None)
-        except _LeftOutError as left_out:
+        except LeftOutError as left_out:
             self._result.count(self._source, str(left_out))
 
     def _run_chat(self, span: Span, context: ReadContext) -> Iterator[None]:
@@ -367,11 +384,16 @@ class TaskRunner:
             except MalformedError as error:
                 context.refuse(record.where, str(error), error.kind, None)
                 continue
+            except LeftOutError as left_out:
+                self._result.count(self._source, str(left_out))
+                continue
             if encoded is None:
                 self._result.count(self._source, "no whole turn fits --max-tokens")
                 continue
             if encoded.turns_dropped:
                 self._result.count(self._source, DROPPED_TURNS, encoded.turns_dropped)
+            for note, number_of in encoded.notes.items():
+                self._result.count_note(self._source, note, number_of)
             self._shard.add_conversation(self._source, encoded, line)
             if number % 256 == 0:
                 yield
