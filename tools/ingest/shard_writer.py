@@ -154,20 +154,20 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Close all files and write the result, which makes the shard a finished one."""
-        with open_new(self._shard.documents) as file:
-            np.save(file, np.concatenate([np.empty(0, DOCUMENT), *self._tables]))
+        with open_new(self._shard.documents) as table:
+            np.save(table, np.concatenate([np.empty(0, DOCUMENT), *self._tables]))
         if self._hasher is not None:
             empty = np.empty((0, self._hasher.num_bands), np.uint64)
-            with open_new(self._shard.bands) as file:
-                np.save(file, np.concatenate([empty, *self._bands]))
+            with open_new(self._shard.bands) as table:
+                np.save(table, np.concatenate([empty, *self._bands]))
         for file in (self._tokens, self._mask, self._metadata, self._rejects):
             if file is not None:
                 file.flush()
         self._result.tokens_xxh3_128 = self._digest.hexdigest()
         self._result.sizes = self._shard.sizes()
         temporary = self._shard.result.with_suffix(".unfinished")
-        with open_new(temporary) as file:
-            file.write(self._result.to_json().encode())
+        with open_new(temporary) as record:
+            record.write(self._result.to_json().encode())
         os.replace(temporary, self._shard.result)
 
 
