@@ -14,7 +14,6 @@ nonzero when a check of correctness failed: a test, a kernel outside its bounds,
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -28,6 +27,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from retemper.engine.errors import CommandParser, UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PART_SECONDS = 570.0
@@ -199,9 +200,16 @@ def summary(part: int, outcomes: Sequence[Outcome], problems: Sequence[str]) -> 
     return "\n".join(lines) + "\n"
 
 
+def require_own_results(folder: Path) -> None:
+    """Refuse a folder that is not empty and holds no results of a part: its files may bear the names of ours."""
+    own = folder.is_dir() and (not any(folder.iterdir()) or any(folder.glob("summary_part*.md")))
+    if folder.exists() and not own:
+        raise UserError(f"--output {folder}: exists, and holds no results of this command; name another folder")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a part; 0 when every check of correctness passed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", type=int, choices=[1, 2], required=True)
     parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
@@ -214,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("gpu-check needs a CUDA GPU, and PyTorch sees none on this machine; --dry-run tries the stages here")
             return 1
     output = options.output.resolve()
+    require_own_results(output)
     output.mkdir(parents=True, exist_ok=True)
     started, outcomes, problems = time.monotonic(), [], []
     for stage in stages(options.part, output, options.dry_run):
@@ -238,4 +247,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -42,7 +42,9 @@ from retemper.engine.data.index_format import write_index
 from retemper.engine.data.loader import TrainingData
 from retemper.engine.data.packing import pack
 from retemper.engine.data.sidecar import Sidecar
+from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.observe.summary import describe_data
+from retemper.engine.outputs import require_report, write_json_report
 
 SEQUENCE_LENGTH = 4096
 MEAN_TOKENS = 4000
@@ -307,7 +309,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="+", default=[10**6, 10**7, 10**8], help="sizes of the corpora")
     parser.add_argument("--megatron-up-to", type=int, default=10**8, help="measure Megatron up to so many documents")
     parser.add_argument("--disk-documents", type=int, default=500_000, help="of the corpus that is written out")
@@ -323,12 +325,13 @@ def main() -> None:
         return
     if options.megatron_up_to and versions()[MEGATRON] == "not installed":
         sys.exit("megatron-core is not installed: pip install --no-deps megatron-core==0.16.1, or --megatron-up-to 0")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    require_report("--output", options.output)
     with tempfile.TemporaryDirectory() as folder:
         result = benchmark(options, Path(folder))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json_report("--output", options.output, result)
     print(tables(result))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

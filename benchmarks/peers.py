@@ -34,6 +34,9 @@ import numpy as np
 import torch
 from peer_engines.job import BATCHES_FILE, DATASET, Job
 
+from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.outputs import require_report, write_json_report
+
 OURS = "retemper"
 NEEDS = {
     "trainer": ("transformers", "accelerate"),
@@ -80,7 +83,7 @@ LEAST_SECONDS = 5.0
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[*MODELS, "small"], default="small", help="small: Qwen2 of the sizes below")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
@@ -321,6 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = asked_engines(options)
     if min(options.warmup, options.steps, options.rounds) < 1:
         sys.exit("--warmup, --steps and --rounds are at least 1: the first step compiles and allocates")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        require_report("--json", options.json)
     missing = {engine: reason for engine in asked if (reason := why_not(engine, device))}
     engines = [engine for engine in asked if engine not in missing]
     runs: list[dict[str, Any]] = []
@@ -332,8 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_different(runs, options.precision)
         rows = summarize(runs)
         if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            write_json_report("--json", options.json, {**record, "rows": rows})
         return rows
 
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
@@ -372,4 +377,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

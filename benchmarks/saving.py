@@ -10,10 +10,10 @@ matrix products, then an update. The stall is what a step waits for the checkpoi
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import time
-from argparse import ArgumentParser
 from pathlib import Path
 
 import psutil
@@ -26,6 +26,7 @@ from retemper.engine.checkpoint.saver import Saver
 from retemper.engine.checkpoint.staging import Staging
 from retemper.engine.checkpoint.store import CheckpointStore
 from retemper.engine.config import CheckpointConfig
+from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.parallel.process_group import process_group
 
 
@@ -83,19 +84,19 @@ def _compute(device: torch.device, seconds: float) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of tensors (default: %(default)s)")
     parser.add_argument("--saves", type=int, default=50, help="how often (default: %(default)s)")
     parser.add_argument("--step-seconds", type=float, default=1.0, help="of a step (default: %(default)s)")
     parser.add_argument("--folder", type=Path, required=True, help="to write to; it must not exist")
     parser.add_argument("--synchronous", action="store_true", help="for comparison: wait for the disk")
     options = parser.parse_args()
-    if options.folder.exists():
-        parser.error(f"--folder {options.folder}: exists already; name another")
+    if os.path.lexists(options.folder):
+        raise UserError(f"--folder {options.folder}: exists already; name another")
     asynchronous = not options.synchronous
     result = measure(options.gigabytes, options.saves, options.folder, asynchronous, options.step_seconds)
     print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,9 +18,10 @@ from pathlib import Path
 from retemper.engine.conversion.dcp_to_hf import convert, plan_export
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, add_shard_size, end_like_ctrl_c
 from retemper.engine.conversion.record import CONVERSION_FILE
-from retemper.engine.conversion.run import parse_workers, require_outside
+from retemper.engine.conversion.run import parse_workers
 from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.hugging_face.upload import open_repository, upload_folder
+from retemper.engine.outputs import Use, require_separate
 from retemper.engine.streaming.new_folder import require_absent
 
 __all__ = ["convert", "main", "parse_arguments"]
@@ -80,7 +81,8 @@ def _require_possible(
 ) -> None:
     """Refuse what :func:`convert` would refuse before it reads any weights."""
     parse_workers(workers)
-    require_outside(require_absent(output), checkpoint, "--checkpoint")
+    require_absent(output)
+    require_separate([Use("--checkpoint", checkpoint)], folders=[Use(f"--output {output}", output)])
     plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size)
 
 

@@ -22,11 +22,13 @@ from retemper.engine.conversion.checkpoint_model import CheckpointPlan, seal
 from retemper.engine.conversion.logits import compare_logits, describe_logits
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, add_shard_size, end_like_ctrl_c
 from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity, require_same_source
-from retemper.engine.conversion.run import nonfinite_option, parse_workers, require_outside, size_of, write_tensors
+from retemper.engine.conversion.run import nonfinite_option, parse_workers, size_of, write_tensors
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, ShardPlan, parse_shard_size
 from retemper.engine.hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_named
 from retemper.engine.model.architecture import CONFIG_FILE, read_hf_config
+from retemper.engine.outputs import Use, require_separate
+from retemper.engine.regular_files import read_regular
 from retemper.engine.streaming.block_copy import WrittenFile
 from retemper.engine.streaming.new_folder import require_absent
 from retemper.engine.streaming.partial_folder import PartialFolder, partial_folder
@@ -71,7 +73,9 @@ def convert(
     target, shard_bytes = dtype_named(dtype), parse_shard_size(max_shard_size)
     if verify and format != HF:
         raise UserError(f"--verify: needs --format {HF}, transformers reads nothing else")
-    require_outside(output, megatron, "--megatron")
+    named = [("--megatron", megatron), ("--config", config), ("--tokenizer", tokenizer)]
+    reads = [Use(option, path) for option, path in named if path is not None]
+    require_separate(reads, folders=[Use(f"--output {output}", output)])
     given, where = (None, "") if config is None else (read_hf_config(config), str(_config_file(Path(config))))
     model = MegatronModel(megatron, given, where)
     tensors = cast_to(model.tensors, target)
@@ -131,7 +135,7 @@ def _assets(config: str | Path | None, tokenizer: str | None, model: MegatronMod
     elif Path(config).is_dir():
         assets = HfAssets.read(config)
     else:
-        assets = HfAssets({CONFIG_FILE: Path(config).read_bytes()})
+        assets = HfAssets({CONFIG_FILE: read_regular(config)})
     if tokenizer is None:
         return assets
     try:

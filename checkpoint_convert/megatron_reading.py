@@ -24,6 +24,7 @@ from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.weight_dtypes import DTYPES, dtype_name
 from retemper.engine.model.architecture import Architecture, parse_architecture
 from retemper.engine.model.decoder import meta_decoder
+from retemper.engine.regular_files import read_regular
 from retemper.engine.streaming.tensor_files import CheckpointRows
 from retemper.engine.streaming.tensor_source import ReadRows
 
@@ -214,7 +215,7 @@ def find_checkpoint(path: Path) -> Path:
     if any(folder.glob("mp_rank_*")):
         raise UserError(f"{folder}: a checkpoint of Megatron's old format, one pickle for each rank; {_LEGACY_HINT}")
     try:
-        content = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
+        content = json.loads(read_regular(folder / FORMAT_FILE))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: no Megatron checkpoint, or one that was not saved to its end: {FORMAT_FILE} is missing"

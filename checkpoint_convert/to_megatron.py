@@ -29,12 +29,13 @@ from retemper.engine.conversion.hf_to_dcp import identify
 from retemper.engine.conversion.logits import compare_logits, describe_logits
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c
 from retemper.engine.conversion.record import ConversionRecord, require_same_source
-from retemper.engine.conversion.run import nonfinite_option, parse_workers, require_outside, size_of, write_tensors
+from retemper.engine.conversion.run import nonfinite_option, parse_workers, size_of, write_tensors
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.hugging_face.hub_download import find_model_folder
 from retemper.engine.hugging_face.model import open_hf_model
 from retemper.engine.hugging_face.weight_dtypes import AUTO, cast_to, describe_casts, dtype_name, dtype_named
 from retemper.engine.model.architecture import Architecture
+from retemper.engine.outputs import Use, require_separate
 from retemper.engine.streaming.new_folder import require_absent
 from retemper.engine.streaming.partial_folder import partial_folder
 from retemper.engine.streaming.tensor_source import TensorSource
@@ -149,7 +150,7 @@ def _advice(args: argparse.Namespace) -> list[str]:
 
 def _open_hf(hf: str, output: Path) -> _Source:
     folder = find_model_folder(hf)
-    require_outside(output, folder, "--hf")
+    require_separate([Use("--hf", folder)], folders=[Use(f"--output {output}", output)])
     model = open_hf_model(folder)
     return _Source(
         folder,
@@ -165,7 +166,7 @@ def _open_hf(hf: str, output: Path) -> _Source:
 
 
 def _open_checkpoint(folder: Path, output: Path, workers: int) -> _Source:
-    require_outside(output, folder, "--checkpoint")
+    require_separate([Use("--checkpoint", folder)], folders=[Use(f"--output {output}", output)])
     model = open_checkpoint_model(folder)
     model.verify(workers)
     return _Source(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 from .config_yaml import MOST_CHARACTERS, explain, load_yaml
 from .errors import UserError
 from .paths import expand_path
+from .regular_files import IrregularFile, read_regular
 
 SHIPPED = Path(__file__).resolve().parents[1] / "megatron_configs"
 """Configurations that come with the code."""
@@ -62,14 +62,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"--config {path}: not a regular file; write the configuration to a file")
-        if status.st_size > 4 * MOST_CHARACTERS:
-            raise UserError(
-                f"--config {path}: {status.st_size:,} bytes; a configuration has at most {MOST_CHARACTERS:,}"
-            )
-        data = path.read_bytes()
+        data = read_regular(path, 4 * MOST_CHARACTERS)
+    except IrregularFile as error:
+        raise UserError(f"--config {path}: {error.strerror}; write the configuration to a file") from None
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
     try:

@@ -14,10 +14,15 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 _MOST_PROBLEMS = 20
 """Shown of one error. More come from one cause, such as a file of another program."""
+
+
+_PATH_WORDS = frozenset({"FILE", "DIR", "PATH", "PREFIX", "GLOB", "PATTERN", "FOLDER", "RUN_FOLDER"})
+"""Metavars, or parts of one that is written FILE|DIR, of options whose value is a path."""
 
 
 class UserError(ValueError):
@@ -43,6 +48,37 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; argparse's own method ends well where nothing takes it."""
+        print(self.format_help(), end="", file=file)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse, and expand ``~`` and ``$VARIABLE`` in every option that :func:`names_path` tells is a path.
+
+        ``parse_args`` and the parsers of subcommands come here as well.
+        """
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if names_path(action) and value is not None and value is not action.default:
+                setattr(found, action.dest, _expanded(value, (action.option_strings or [str(action.metavar)])[-1]))
+        return found, rest
+
+
+def names_path(action: argparse.Action) -> bool:
+    """Whether an option's value is a path, or a name that stands for one: by its type, or by its metavar."""
+    metavars = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or "",)
+    words = {word for metavar in metavars for word in metavar.split("|")}
+    return action.type is Path or not words.isdisjoint(_PATH_WORDS)
+
+
+def _expanded(value: Any, name: str) -> Any:
+    from .paths import expand_path
+
+    if isinstance(value, list):
+        return [_expanded(each, name) for each in value]
+    return type(value)(expand_path(str(value), name)) if isinstance(value, (str, Path)) else value
 
 
 def report_user_error(error: UserError) -> None:
@@ -79,23 +115,80 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's ``main``, turning a :class:`UserError` into one line and exit status 1."""
     try:
         status = main()
+        _flush()
     except UserError as error:
         report_user_error(error)
         status = 1
     except BrokenPipeError:
         # The reader of our output has gone (head, less): nothing is wrong, and nothing more can be said.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         status = 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    except SystemExit as ended:  # such as after --help
+        status = _status_at_the_end(ended)
     except Exception as error:
-        if too_many_files := _too_many_files(error):
-            report_user_error(UserError(too_many_files))
+        if message := _of_the_system(error):
+            report_user_error(UserError(message))
+            _discard_output()
             sys.exit(1)
         tell_torchrun(" ".join(f"{type(error).__name__}: {error}".split())[:1000])
         raise
     sys.exit(status or 0)
+
+
+def _flush() -> None:
+    """Write what standard output holds back, while it can still be reported that nothing takes it."""
+    if sys.stdout is not None and not sys.stdout.closed:
+        sys.stdout.flush()
+
+
+def _discard_output() -> None:
+    """Have the interpreter, which flushes at its end, write to nothing what standard output did not take."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _status_at_the_end(ended: SystemExit) -> int:
+    try:
+        _flush()
+    except BrokenPipeError:
+        _discard_output()
+        return 141
+    except OSError as error:
+        report_user_error(UserError(_incomplete(error)))
+        _discard_output()
+        return 1
+    if isinstance(ended.code, str):
+        print(ended.code, file=sys.stderr)
+        return 1
+    return ended.code or 0
+
+
+def _of_the_system(error: BaseException) -> str | None:
+    """The line of an error that is the system's and not this program's: too many open files, a full disk or output."""
+    if too_many := _too_many_files(error):
+        return too_many
+    if not isinstance(error, OSError):
+        return None
+    try:
+        _flush()
+    except OSError as failed:
+        return _incomplete(failed)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = error.filename or "standard output, or a file that was being written,"
+        return f"{what} takes no more: {error.strerror}; free some space"
+    return None
+
+
+def _incomplete(error: OSError) -> str:
+    return f"standard output cannot be written: {error.strerror or error}; what was printed is incomplete"
 
 
 def _too_many_files(error: BaseException | None) -> str | None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.tools import preprocess
+from retemper.tools.ingest.output_check import require_free_shards
 
 try:
     from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
@@ -120,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted.check()
     if wanted.shard is not None or "-" in wanted.input:
         raise UserError("--shard is set here, and standard input cannot be divided; leave them out after --")
+    require_free_shards(wanted, options.shards)
     part = PreprocessPart(theirs, wanted.output_prefix, wanted.overwrite)
     join = JoinParts(wanted.output_prefix, options.shards, wanted.overwrite)
     parts, joined = f"{options.logs}/parts", f"{options.logs}/join"

@@ -29,9 +29,9 @@ read_arguments() {
   "$PYTHON" - "$@" <<'END'
 import os
 
-from retemper.engine.data.dataset_writer import refuse_existing_outputs
+from retemper.engine.data.dataset_files import refuse_existing_outputs
 from retemper.engine.errors import UserError, run_command
-from retemper.tools.ingest.split import Split
+from retemper.tools.ingest.output_check import output_prefixes, require_free_shards
 from retemper.tools.preprocess import parse_arguments
 
 
@@ -40,9 +40,10 @@ def main():
     options.check()
     if options.shard is not None or "-" in options.input:
         raise UserError("--shard is set by this script, and standard input cannot be divided; leave them out")
-    if not options.overwrite and "RETEMPER_STAGE" not in os.environ:
-        for side in Split.parse(options.split).names if options.split else [""]:
-            refuse_existing_outputs(f"{options.output_prefix}.{side}" if side else options.output_prefix)
+    if "RETEMPER_STAGE" not in os.environ:
+        require_free_shards(options, int(os.environ["SHARDS"]))
+        for prefix in output_prefixes(options, options.output_prefix):
+            refuse_existing_outputs(prefix, options.overwrite)
     print(int(options.overwrite), options.output_prefix, sep="\n")
 
 

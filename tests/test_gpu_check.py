@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from retemper.engine.errors import UserError
 from retemper.tools import benchmark_kernels
 from retemper.tools.kernel_benchmark.cases import KERNELS
 
@@ -224,6 +225,7 @@ def test_a_step_stands_or_falls_with_our_engine(check, monkeypatch, tmp_path, ro
     path = tmp_path / "step_tiny.json"
     # Of a run before this one; it must not stand for this one.
     path.write_text(json.dumps({"rows": [{"engine": "retemper", "rate": 1.0}]}))
+    (tmp_path / "summary_part2.md").touch()
     source = "" if rows is None else WRITE.format(path=str(path), rows=rows)
     code, record, text = run_part(
         check, monkeypatch, tmp_path, lambda _: [script(check, STEP, source + "\nraise SystemExit(1)", checks=False)]
@@ -231,6 +233,13 @@ def test_a_step_stands_or_falls_with_our_engine(check, monkeypatch, tmp_path, ro
     assert code == (problem is not None)
     assert record["problems"] == ([] if problem is None else [f"{STEP}: {problem}"])
     assert problem is None or f"- FAILED: {STEP}: {problem}" in text
+
+
+def test_a_folder_of_others_is_left_alone(check, monkeypatch, tmp_path):
+    (tmp_path / "summary_part2.json").write_text("mine")
+    with pytest.raises(UserError, match="holds no results of this command"):
+        run_part(check, monkeypatch, tmp_path, lambda _: [])
+    assert (tmp_path / "summary_part2.json").read_text() == "mine"
 
 
 def test_the_summary_is_written_after_every_stage(check, monkeypatch, tmp_path):

@@ -10,7 +10,6 @@ The work is done by retemper.tools.step_benchmark; this file is the command line
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import signal
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 from retemper.engine.config import RunConfig, to_dict
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.outputs import Use, require_report, write_json_report
 from retemper.engine.parallel.process_group import launched_by_torchrun, process_group
 from retemper.engine.trainer import check_layout
 from retemper.tools.step_benchmark.machine import step_machine_facts
@@ -87,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.steps, options.warmup_steps, options.real_data, options.documents, options.matmul_seconds
     )
     settings.check()
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json {options.json}: no folder {options.json.absolute().parent}; make it first")
+    if options.json is not None:
+        require_report("--json", options.json, [Use("--config", path) for path in options.config])
     record = {"command": shlex.join(["tools/benchmark.py", *arguments]), "date": date.today().isoformat()}
     if options.sweep:
         _sweep(config, options, settings, run_arguments, record)
@@ -133,10 +133,7 @@ def _sweep(
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:
     if path is not None:
-        try:
-            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {path}: {error.strerror}") from error
+        write_json_report("--json", path, record)
 
 
 if __name__ == "__main__":

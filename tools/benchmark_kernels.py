@@ -9,7 +9,6 @@ The work is done by retemper.tools.kernel_benchmark; this file is the command li
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shlex
 import sys
@@ -24,6 +23,7 @@ import torch
 
 from retemper.engine.dtypes import DTYPES
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.outputs import require_report, write_json_report
 from retemper.tools.kernel_benchmark.cases import KERNELS, cases
 from retemper.tools.kernel_benchmark.measure import Result, Settings, measure_case
 from retemper.tools.kernel_benchmark.report import format_results, plot_results
@@ -112,6 +112,9 @@ def _say(result: Result) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    for option, path in (("--json", options.json), ("--plot", options.plot)):
+        if path is not None:
+            require_report(option, path)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU on this machine; use --device cpu")
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.json:
             record = {"command": command, "machine": facts, "dtype": dtype_name, "left_out": left_out}
             record["results"] = [result.to_dict() for result in results]
-            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json_report("--json", options.json, record)
 
     results, left_out = run(options, keep)
     keep(results, left_out)

@@ -9,12 +9,12 @@ The work is done by retemper.tools.ingest_benchmark; this file is the command li
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.outputs import Use, require_report, write_json_report
 from retemper.tools.ingest_benchmark.benchmark import BenchmarkOptions, run_benchmark
 from retemper.tools.ingest_benchmark.machine import machine_facts
 from retemper.tools.ingest_benchmark.report import format_report, to_record
@@ -75,14 +75,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = vars(parse_arguments(arguments))
     path = settings.pop("json")
+    if path is not None:
+        require_report("--json", path, [Use("--input", settings["input"])])
     machine = machine_facts()  # before there is any load of ours
     results = run_benchmark(BenchmarkOptions(**settings))
     print(format_report(results, machine))
     if path is not None:
-        try:
-            path.write_text(json.dumps(to_record(results, machine), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {path}: {error.strerror}") from error
+        write_json_report("--json", path, to_record(results, machine))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ The work is done by retemper.tools.rehearsal; this file is the command line.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.config_parser import parse_config
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.outputs import Use, require_report, write_json_report
 from retemper.tools.rehearsal.command import Request, rehearse
 from retemper.tools.rehearsal.gpus import GPUS
 from retemper.tools.rehearsal.outcome import RESERVE
@@ -79,8 +79,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
 def main(arguments: Sequence[str] | None = None) -> None:
     options, run_arguments = parse_arguments(arguments)
     config = parse_config(run_arguments)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json {options.json}: no folder {options.json.absolute().parent}; make it first")
+    if options.json is not None:
+        require_report("--json", options.json, [Use("--config", path) for path in options.config])
     request = Request(
         options.nodes,
         options.gpus_per_node,
@@ -98,10 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text, record = rehearse(config, request, lambda line: print(line, file=sys.stderr, flush=True))
     print(text)
     if options.json is not None:
-        try:
-            options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {options.json}: {error.strerror}") from error
+        write_json_report("--json", options.json, record)
 
 
 if __name__ == "__main__":

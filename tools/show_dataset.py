@@ -16,12 +16,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from retemper.engine.data.dataset_files import existing_outputs
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.outputs import Use, require_report
 from retemper.tools.inspection.decoding import decode_document
-from retemper.tools.inspection.page import check_page_path, write_page
+from retemper.tools.inspection.page import write_page
 from retemper.tools.inspection.report import InspectOptions, inspect_dataset
 from retemper.tools.inspection.text import format_document, format_report
 from retemper.tools.inspection.tokenizers import choose_tokenizer, find_eod_id
@@ -70,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(options: argparse.Namespace) -> None:
     if options.html is not None:
         require_matplotlib()
-        check_page_path(options.html)
+        reads = [Use("dataset", path) for path in existing_outputs(options.dataset)]
+        reads += [] if options.config is None else [Use("--config", options.config)]
+        require_report("--html", options.html, reads)
     names = ("tokenizer", "documents", "seed", "max_tokens", "config")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     report = inspect_dataset(InspectOptions(options.dataset, quick=options.quick, **given))

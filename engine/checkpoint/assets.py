@@ -26,6 +26,7 @@ from ..data.tokenizer_files import (
 from ..data.tokenizer_identity import TokenizerIdentity
 from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, Architecture, architecture_of, parse_architecture, read_hf_config
+from ..regular_files import read_regular
 from .manifest import MANIFEST_FILE, read_manifest
 from .safety import file_inside
 
@@ -43,6 +44,8 @@ TOKENIZER_FILES = (
 )
 """Names, and a pattern as of ``fnmatch``. A .tiktoken file brings the JSON file of its stem
 with it, which describes it."""
+_MOST_BYTES = 1 << 30
+"""Of one of the files; the largest tokenizers have some 40 MB."""
 MODEL_FILES = (CONFIG_FILE, "generation_config.json")
 
 
@@ -57,7 +60,7 @@ class HfAssets:
         """All known asset files in ``folder``, which may lack any of them, or not exist.
 
         Raises:
-            UserError: one of them cannot be read.
+            UserError: one of them cannot be read, is larger than any, or is a link that leads out of ``folder``.
         """
         here = path = Path(folder)
         files = {}
@@ -66,7 +69,8 @@ class HfAssets:
             for name in sorted(names):
                 if name in MODEL_FILES or _is_of_tokenizer(name, names):
                     path = here / name
-                    files[name] = path.read_bytes()
+                    _require_own(here, path)
+                    files[name] = read_regular(path, _MOST_BYTES)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
         return cls(files)
@@ -160,6 +164,25 @@ class HfAssets:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
+
+
+def _require_own(folder: Path, file: Path) -> None:
+    """Refuse a link by which a downloaded folder would have any file of this machine copied into what is written.
+
+    A snapshot in the Hub's cache consists of links to the blobs of its repository, and older versions of the Hub's
+    client make folders of links into the cache.
+    """
+    real, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    if not file.is_symlink() or real.is_relative_to(root):
+        return
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    roots = [Path(os.path.realpath(HF_HUB_CACHE))]
+    # Where the folder is .../models--NAMESPACE--NAME/snapshots/REVISION, of a cache elsewhere.
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        roots.append(root.parent.parent)
+    if not any(real.is_relative_to(each) for each in roots):
+        raise UserError(f"{file}: a link to {real}, outside of its folder; copy that file here if it is the model's")
 
 
 def _is_of_tokenizer(name: str, names: Collection[str]) -> bool:

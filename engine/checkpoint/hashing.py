@@ -12,6 +12,8 @@ import torch.distributed.checkpoint as dcp
 import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from ..regular_files import open_regular
+
 BLOCK_BYTES = 8 << 20
 
 
@@ -27,7 +29,7 @@ class FileRecord:
 def record_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> FileRecord:
     """Read ``path`` for its record; ``on_bytes`` hears how many bytes each block had."""
     digest, size = xxhash.xxh3_128(), 0
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
             size += len(block)

@@ -21,6 +21,7 @@ import xxhash
 
 from ..errors import UserError
 from ..parallel.agreement import PACKAGE, code_files, digest
+from ..regular_files import read_regular
 from .hashing import FileRecord, record_file
 from .safety import DamagedCheckpoint
 
@@ -128,7 +129,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such checkpoint folder")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode("utf-8")
         content = json.loads(text)
     except FileNotFoundError:
         raise DamagedCheckpoint(

@@ -22,6 +22,7 @@ from ..config import CheckpointConfig
 from ..config_yaml import load_yaml
 from ..errors import UserError
 from ..observe.curves import METRICS_FILE, last_record
+from ..outputs import open_new
 from .manifest import MANIFEST_FILE
 
 RECORD_FILE = "run.json"
@@ -56,7 +57,8 @@ class RunRecord:
             OSError: it cannot be written.
         """
         temporary = run_folder / f".{RECORD_FILE}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        with open_new(temporary) as file:
+            file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
         os.replace(temporary, run_folder / RECORD_FILE)
 
     @classmethod

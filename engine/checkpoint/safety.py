@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from ..errors import UserError
+from ..regular_files import open_regular
 
 METADATA_FILE = ".metadata"
 _MAX_METADATA_BYTES = 1 << 30
@@ -258,7 +259,7 @@ def read_metadata(folder: str | Path) -> Metadata:
     """
     path = Path(folder) / METADATA_FILE
     try:
-        with open(file_inside(folder, METADATA_FILE), "rb") as file:
+        with open_regular(file_inside(folder, METADATA_FILE)) as file:
             loaded = unpickle_metadata(file)
         _require_sound(loaded, Path(folder))
     except UserError:
@@ -324,6 +325,8 @@ def file_inside(folder: str | Path, name: Any) -> Path:
     real, root = os.path.realpath(Path(folder) / name), os.path.realpath(folder)
     if relative.is_absolute() or ".." in relative.parts or not real.startswith(os.path.join(root, "")):
         raise DamagedCheckpoint(f"{folder}: names a file {shown(name)}, which is not inside it; use another checkpoint")
+    if os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real):
+        raise DamagedCheckpoint(f"{Path(folder) / name}: not a regular file; use another checkpoint")
     return Path(folder) / name
 
 

@@ -10,13 +10,14 @@ from ..checkpoint.assets import HfAssets
 from ..checkpoint.tensors import StoredTensor
 from ..hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, ShardPlan, parse_shard_size
 from ..hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_name, dtype_named
+from ..outputs import Use, require_separate
 from ..streaming.block_copy import WrittenFile
 from ..streaming.new_folder import require_absent
 from ..streaming.partial_folder import partial_folder
 from .checkpoint_model import CheckpointModel, open_checkpoint_model
 from .logits import compare_logits, describe_logits
 from .record import ConversionRecord
-from .run import nonfinite_option, parse_workers, require_outside, size_of, write_tensors
+from .run import nonfinite_option, parse_workers, size_of, write_tensors
 from .vocabulary import ResizedVocabulary, resized_vocabulary
 
 
@@ -105,7 +106,7 @@ def convert(
             behind, but for finished files after an interruption or on a full disk: see :func:`partial_folder`.
     """
     output, workers = require_absent(output), parse_workers(workers)
-    require_outside(output, checkpoint, "--checkpoint")
+    require_separate([Use("--checkpoint", checkpoint)], folders=[Use(f"--output {output}", output)])
     export = plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size)
     model, source, tensors, record = export.model, export.source, export.tensors, export.record
     for line in [*model.notes, *describe_casts(model.stored.tensors, tensors), *source.describe()]:

@@ -12,13 +12,14 @@ from ..hugging_face.hub_download import find_model_folder
 from ..hugging_face.model import HfModel, open_hf_model
 from ..hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_named
 from ..model.architecture import CONFIG_FILE, parse_architecture
+from ..outputs import Use, require_separate
 from ..streaming.new_folder import require_absent
 from ..streaming.partial_folder import partial_folder
 from ..streaming.tensor_files import CheckpointRows
 from .checkpoint_model import CheckpointPlan, seal
 from .logits import compare_logits, describe_logits
 from .record import ConversionRecord, file_hash, file_identity, require_same_source
-from .run import nonfinite_option, parse_workers, require_outside, size_of, write_tensors
+from .run import nonfinite_option, parse_workers, size_of, write_tensors
 from .vocabulary import ResizedVocabulary, resized_vocabulary
 
 
@@ -53,7 +54,7 @@ def convert(
     output, workers = require_absent(output), parse_workers(workers)
     target = dtype_named(dtype)
     folder = find_model_folder(hf)
-    require_outside(output, folder, "--hf")
+    require_separate([Use("--hf", folder)], folders=[Use(f"--output {output}", output)])
     model, assets = open_hf_model(folder, any_vocab_size=vocab_size is not None), HfAssets.read(folder)
     rows = model.architecture.vocab_size
     source = resized_vocabulary(model, rows, vocab_size, pad_vocab_to_multiple_of, assets)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -26,17 +24,6 @@ def parse_workers(workers: int | None) -> int:
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
     return workers or default_workers()
-
-
-def require_outside(output: Path, source: str | Path, option: str) -> None:
-    """Refuse to write into the folder that is read.
-
-    Raises:
-        UserError: ``output`` is in the folder that the option ``option`` names.
-    """
-    inside, root = os.path.realpath(output), os.path.realpath(source)
-    if os.path.commonpath([inside, root]) == root:
-        raise UserError(f"--output {output}: it is inside {option} {source}; name a folder elsewhere")
 
 
 def nonfinite_option(allow_nonfinite: bool) -> dict[str, bool]:

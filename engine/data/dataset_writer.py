@@ -23,13 +23,13 @@ import numpy.typing as npt
 import xxhash
 
 from ..errors import UserError
+from ..outputs import open_new
+from .dataset_files import BIN, IDX, JSON, MASK, METADATA, refuse_existing_outputs
 from .index_format import INT64, MAX_LENGTH, best_dtype, chunks, dataset_prefix, sync, write_index
 from .sidecar import Sidecar
 
-__all__ = ["FileArray", "FileRange", "IndexedDatasetWriter", "best_dtype", "refuse_existing_outputs"]
+__all__ = ["FileArray", "FileRange", "IndexedDatasetWriter", "best_dtype"]
 
-BIN, MASK, METADATA, JSON, IDX = ".bin", ".mask.bin", ".metadata.jsonl", ".json", ".idx"
-"""Suffixes of a dataset's files, in the order in which they are published: a dataset without .idx cannot be opened."""
 _BLOCK_BYTES = 64 << 20  # copied, mapped and hashed at once: a multiple of every token size
 
 
@@ -71,20 +71,6 @@ class FileArray:
         return np.fromfile(self._path, self._dtype, count=max(stop - start, 0), offset=offset)
 
 
-def existing_outputs(prefix: str | os.PathLike[str]) -> list[str]:
-    """Those of a dataset's files that exist under ``prefix``."""
-    paths = [f"{dataset_prefix(prefix)}{end}" for end in (BIN, MASK, METADATA, JSON, IDX)]
-    return [path for path in paths if os.path.exists(path)]
-
-
-def refuse_existing_outputs(prefix: str | os.PathLike[str], also: Sequence[str] = ()) -> None:
-    """Raise UserError when there is a dataset, or a part of one, of this prefix, or one of the files ``also``."""
-    if existing := existing_outputs(prefix) + [path for path in also if os.path.exists(path)]:
-        raise UserError(
-            f"{', '.join(existing)}: already there; pass --overwrite to replace, or choose another --output-prefix"
-        )
-
-
 class _HashedFile:
     """A file that is written from its start to its end, hashed on the way.
 
@@ -94,7 +80,7 @@ class _HashedFile:
 
     def __init__(self, path: Path, on_block: Callable[[memoryview], None] | None = None) -> None:
         self.path = path
-        self._file = open(path, "wb")
+        self._file = open_new(path)
         self._digest = xxhash.xxh3_128()
         self._on_block = on_block
 
@@ -188,7 +174,7 @@ class IndexedDatasetWriter:
     Args:
         prefix: path without suffix; its folder is created when missing.
         dtype: token dtype of the file; see :func:`best_dtype`.
-        overwrite: replace an existing dataset of that prefix.
+        overwrite: replace an existing dataset of that prefix, and nothing else of that name.
         mask: write ``{prefix}.mask.bin``, one byte a token; documents that come without a mask are all ones.
         metadata: write ``{prefix}.metadata.jsonl``, one line a document; documents that come without one get ``{}``.
         scratch: folder to write in, on the same file system as the output, instead of the hidden one.
@@ -221,8 +207,7 @@ class IndexedDatasetWriter:
         self._renames: list[tuple[Path, str]] | None = None
 
     def __enter__(self) -> IndexedDatasetWriter:
-        if not self.overwrite:
-            refuse_existing_outputs(self.prefix)
+        refuse_existing_outputs(self.prefix, self.overwrite)
         folder, name = os.path.split(os.path.abspath(self.prefix))
         try:
             os.makedirs(folder, exist_ok=True)
@@ -239,8 +224,8 @@ class IndexedDatasetWriter:
             self._bin = _HashedFile(self.scratch / "tokens", self._count_block)
             self._mask = _HashedFile(self.scratch / "mask") if self._with_mask else None
             self._metadata = _HashedFile(self.scratch / "metadata") if self._with_metadata else None
-            self._lengths = open(self.scratch / "lengths", "wb")
-            self._indices = open(self.scratch / "indices", "wb")
+            self._lengths = open_new(self.scratch / "lengths")
+            self._indices = open_new(self.scratch / "indices")
             self._indices.write(INT64.pack(0))
         except BaseException:
             shutil.rmtree(self.scratch, ignore_errors=True)
@@ -433,13 +418,12 @@ class IndexedDatasetWriter:
                 mask_xxh3_128=self._mask.hexdigest if self._mask else "",
                 metadata_xxh3_128=self._metadata.hexdigest if self._metadata else "",
             )
-            with open(self.scratch / "sidecar", "wb") as sidecar:
+            with open_new(self.scratch / "sidecar") as sidecar:
                 sidecar.write(complete.to_json())
                 sync(sidecar)
             renames.append((self.scratch / "sidecar", JSON))
         renames.append((index, IDX))
-        if not self.overwrite:
-            refuse_existing_outputs(self.prefix)
+        refuse_existing_outputs(self.prefix, self.overwrite)
         self._renames = [(temporary, f"{self.prefix}{suffix}") for temporary, suffix in renames]
 
     def _publish(self) -> None:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import orjson
 
 from ..errors import UserError
+from ..regular_files import read_regular
 from .tokenizer_files import (
     CONFIG_FILES,
     SENTENCEPIECE_FILE,
@@ -179,7 +180,7 @@ def read_tokenizer_frame(
         UserError: one of the files cannot be read.
     """
     try:
-        content = file.read_bytes()
+        content = read_regular(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     config, special_map = (read_config(file.parent / name) for name in CONFIG_FILES)

@@ -26,6 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ..outputs import open_new
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, D: 34 bytes
@@ -79,7 +81,7 @@ def write_index(
     num_indices = count + 1 if document_indices is None else len(document_indices)
     code = next(code for code, known in DTYPES.items() if known == dtype)
     digest = xxhash.xxh3_128()
-    with open(path, "wb") as file:
+    with open_new(path) as file:
         header = HEADER.pack(MAGIC, VERSION, code, count, num_indices)
         write_hashed(file, digest, header)
         for chunk in chunks(count):

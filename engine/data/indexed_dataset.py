@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from ..regular_files import open_regular
 from .file_entries import AscendingEntries, FileEntries
 from .index_check import DAMAGED, IndexEntries, count_displaced, document_problem, require_token_size
 from .index_format import DTYPES, HEADER, MAGIC, VERSION, dataset_prefix
@@ -342,7 +343,7 @@ def _read_runs(entries: FileEntries, runs: npt.NDArray[np.int64]) -> npt.NDArray
 def _map_file(path: str) -> mmap.mmap | bytes:
     """The file's contents, mapped read-only; an empty file, which cannot be mapped, as ``b""``."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
     except FileNotFoundError:
         raise UserError(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 import xxhash
 
 from ..errors import UserError
+from ..regular_files import open_regular, read_regular
 
 if TYPE_CHECKING:
     from .indexed_dataset import IndexedDataset
@@ -103,7 +104,7 @@ class Sidecar:
         """
         path = Path(f"{os.fspath(prefix)}.json")
         try:
-            record = json.loads(path.read_bytes())
+            record = json.loads(read_regular(path))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -180,7 +181,7 @@ _REMEDY = "build the dataset again, or remove this file to go without the checks
 def hash_file(path: str | os.PathLike[str]) -> str:
     """xxh3-128 of a file's bytes, in hexadecimal."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(8 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from ..regular_files import read_regular
 from .document_frame import DocumentFrame
 from .tokenizer_backends import DOCUMENT_END, MAX_ID, FlatIds, Reference, SentencePieceReference, TokenizersReference
 from .tokenizer_fast import FastEncoder, NotFast
@@ -89,7 +90,7 @@ class TokenizerHandle:
         self.file = file
         self.kind = tokenizer_kind(file)
         try:
-            content = file.read_bytes()
+            content = read_regular(file)
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from error
         description = self._description()
@@ -267,7 +268,7 @@ class TokenizerHandle:
         """The JSON file beside a .tiktoken, if there is one."""
         beside = self.file.with_suffix(".json")
         try:
-            return beside.read_bytes() if self.kind == "tiktoken" and beside.exists() else None
+            return read_regular(beside) if self.kind == "tiktoken" and beside.exists() else None
         except OSError as error:
             raise UserError(f"{beside}: cannot be read: {error.strerror}") from error
 

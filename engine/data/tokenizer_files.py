@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..regular_files import read_regular
 
 TokenizerKind = Literal["tokenizer.json", "sentencepiece", "tiktoken"]
 
@@ -70,13 +71,20 @@ def find_tokenizer_file(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return _find_in_folder(name, path)
-    if path.is_file():
+    if path.exists():  # what is not a regular file is refused by its reader
         return path
     if not _HUB_NAME.fullmatch(name):
         raise UserError(
             f"{name}: no such tokenizer folder or file; name one that exists, or a Hub name, with --tokenizer"
         )
     return _find_on_hub(name)
+
+
+def companions(file: Path) -> list[Path]:
+    """Return the files next to a tokenizer's file that may be read with it, those that are there."""
+    names = (*_BESIDE, "config.json", "added_tokens.json", "vocab.json", "merges.txt", TOKENIZER_FILE)
+    paths = [file.with_name(name) for name in (*names, SENTENCEPIECE_FILE, f"{file.stem}.json")]
+    return [path for path in dict.fromkeys(paths) if path != file and path.is_file()]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -86,7 +94,7 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is not JSON.
     """
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_regular(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

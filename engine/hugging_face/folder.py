@@ -24,6 +24,7 @@ from torch import Tensor
 from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from ..model.architecture import ADAPTER_FILE, ADAPTER_REMEDY
+from ..regular_files import open_regular, read_regular
 from ..streaming.raw_bytes import opened_for_reading, read_exactly
 from ..streaming.tensor_source import ReadRows
 from .names import parameter_names
@@ -146,7 +147,7 @@ class HfWeights:
     def _open(self, file: str, why: str) -> Any:
         path = self.folder / file
         try:
-            with open(path, "rb"):  # safe_open calls every file missing that it cannot open
+            with open_regular(path):  # safe_open calls every file missing that it cannot open
                 pass
             # It refuses headers of more than 100 MB, and places of tensors that overlap or lie outside the file.
             return safe_open(path, framework="pt")
@@ -210,11 +211,7 @@ def _read_index(path: Path) -> dict[str, str]:
     """
     remedy = "fetch the folder again"
     try:
-        if path.stat().st_size > _MOST_INDEX_BYTES:
-            raise UserError(f"{path}: more than {_MOST_INDEX_BYTES:,} bytes, which no index has; {remedy}")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except UserError:
-        raise
+        content = json.loads(read_regular(path, _MOST_INDEX_BYTES))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
     except (ValueError, RecursionError) as error:
@@ -234,7 +231,7 @@ def _tensor_offsets(path: Path) -> dict[str, int]:
     The layout (https://huggingface.co/docs/safetensors): 8 bytes of header length, little-endian; the header, a JSON
     object of ``{name: {dtype, shape, data_offsets}}``; the values. ``safe_open`` has checked it.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     return {name: 8 + length + item["data_offsets"][0] for name, item in header.items() if name != "__metadata__"}

@@ -12,6 +12,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
+from ..outputs import open_new
 from ..streaming.block_copy import OutputFile
 from .folder import INDEX_FILE
 
@@ -70,7 +71,7 @@ def _shard_file(file: str, tensors: Mapping[str, StoredTensor]) -> OutputFile:
 
     def begin(path: Path) -> dict[str, int]:
         header, offsets, end = shard_header(ordered)
-        with open(path, "wb") as output:
+        with open_new(path) as output:
             output.write(header)
             output.truncate(end)
         return offsets

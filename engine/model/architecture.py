@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
+from ..regular_files import read_regular
 from .config_keys import account_for_keys, require_known_keys
 from .config_reader import ConfigReader, shown
 from .rope_settings import RopeScaling, read_rope
@@ -104,7 +104,7 @@ def read_hf_config(source: dict[str, Any] | str | Path) -> dict[str, Any]:
     try:
         if path.is_dir():
             path = path / CONFIG_FILE
-        text = _read_text(path)
+        text = read_regular(path, _MOST_BYTES).decode("utf-8")
         content = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; {_missing_config_remedy(path)}") from None
@@ -128,18 +128,6 @@ def _missing_config_remedy(path: Path) -> str:
         if os.path.exists(path.parent / "params.json"):
             return "params.json is of the publisher's own layout; get the model as transformers saves it"
     return "a Hugging Face config.json is needed"
-
-
-def _read_text(path: Path) -> str:
-    """The text of a regular file of a bounded size: a device or a pipe would never end."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: not a regular file; a Hugging Face config.json is needed")
-    if status.st_size > _MOST_BYTES:
-        raise UserError(
-            f"{path}: {status.st_size:,} bytes, at most {_MOST_BYTES:,} are read; a Hugging Face config.json is needed"
-        )
-    return path.read_text(encoding="utf-8")
 
 
 def _object(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..outputs import open_new
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _TAIL_BYTES = 1 << 20
@@ -120,7 +122,7 @@ def _free_name(folder: Path, name: Callable[[int], str]) -> Path:
 
 
 def _write(path: Path, lines: list[bytes]) -> None:
-    with path.open("wb") as file:
+    with open_new(path) as file:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())

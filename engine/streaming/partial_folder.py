@@ -22,6 +22,7 @@ import xxhash
 from ..checkpoint.hashing import FileRecord, record_file
 from ..checkpoint.store import sync_path, sync_tree
 from ..errors import UserError
+from ..outputs import open_lock, require_own_folder
 from .block_copy import Hashes, WrittenFile
 from .new_folder import require_absent
 
@@ -39,6 +40,8 @@ class PartialFolder:
     def __init__(self, folder: Path):
         self._folder = folder
         self.content = folder / _CONTENT
+        if self.content.is_symlink():
+            self.content.unlink()
         """Becomes the output."""
         self.content.mkdir(exist_ok=True)
         self.noted = self._read_journal()
@@ -107,6 +110,7 @@ def partial_folder(
     folder = output.parent / f".{output.name}.{key}{_SUFFIX}"
     renamed, kept = False, ""
     try:
+        require_own_folder(folder, _LOCK, f"--output {output}")
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, output):
             try:
@@ -162,7 +166,7 @@ def _say_what_is_there(output: Path, partial: PartialFolder, folder: Path, say: 
 @contextmanager
 def _locked(folder: Path, output: Path) -> Iterator[None]:
     path = folder / _LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = open_lock(path)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

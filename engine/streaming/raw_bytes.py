@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..regular_files import open_regular
 
 MAX_CALL_BYTES = 1 << 30
 """Linux moves at most 2 GiB in a call."""
@@ -32,13 +33,11 @@ def opened_for_reading(path: Path) -> Iterator[int]:
         UserError: it cannot be opened.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = open_regular(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    with file:
+        yield file.fileno()
 
 
 def read_exactly(descriptor: int, offset: int, into: Tensor, path: Path) -> None:

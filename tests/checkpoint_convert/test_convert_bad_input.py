@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,14 +177,14 @@ def test_a_file_that_this_user_may_not_read(
 ) -> None:
     folder = copy_model("qwen3")
     (folder / name).touch()
-    read_bytes = Path.read_bytes
+    open_file = os.open
 
-    def guarded(path: Path) -> bytes:  # permissions would not stop root
-        if path.name == name:
+    def guarded(path: Path, *options: Any, **more: Any) -> int:  # permissions would not stop root
+        if Path(path).name == name:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return read_bytes(path)
+        return open_file(path, *options, **more)
 
-    monkeypatch.setattr(Path, "read_bytes", guarded)
+    monkeypatch.setattr(os, "open", guarded)
     result = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "checkpoint")
     assert_refused(result, f"{folder / name}: cannot be read: Permission denied; make it readable")
     assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]

@@ -338,13 +338,14 @@ def test_failure_leaves_nothing_and_keeps_the_old_dataset(tmp_path):
 
 
 @pytest.mark.parametrize("end", [".bin", ".idx", ".json", ".mask.bin", ".metadata.jsonl"])
-def test_existing_output_is_refused_without_overwrite(tmp_path, end):
+def test_a_file_of_others_is_never_replaced(tmp_path, end):
     (tmp_path / f"x{end}").write_text("mine")
-    with (
-        pytest.raises(UserError, match=f"x{end}: already there; pass --overwrite"),
-        IndexedDatasetWriter(tmp_path / "x", "<u2"),
-    ):
-        pass
+    for overwrite in (False, True):
+        with (
+            pytest.raises(UserError, match=f"x{end}: already there, and not recognised"),
+            IndexedDatasetWriter(tmp_path / "x", "<u2", overwrite=overwrite),
+        ):
+            pass
     assert leftovers(tmp_path) == [f"x{end}"]
     assert (tmp_path / f"x{end}").read_text() == "mine"
 

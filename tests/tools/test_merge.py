@@ -318,7 +318,7 @@ def test_the_same_dataset_twice_or_as_output_is_refused(tmp_path, refused):
         assert "is already an input" in refused(a, again)
     for output in ("a", "a.bin", "folder/a", "./a"):
         assert "is an input" in refused(a, output=output, extra=["--overwrite"])
-    assert "already there; pass --overwrite" in refused(tmp_path / "a", output="a")
+    assert "is an input" in refused(tmp_path / "a", output="a")
     assert "names a folder" in refused(a, output="sub/")
     assert "no such file" in refused(a, tmp_path / "none")
     assert "no dataset matches this pattern" in refused(tmp_path / "none-*")

@@ -250,10 +250,10 @@ def test_empty_corpus_is_refused(tmp_path, refused):
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_existing_output_is_refused_before_any_work(tmp_path, refused, name):
     (tmp_path / name).write_text("mine")
-    error = refused("--input", tmp_path / "absent.jsonl", "--output-prefix", tmp_path / "out")
-    assert error == (
-        f"error: {tmp_path / name}: already there; pass --overwrite to replace, or choose another --output-prefix"
-    )
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    for more in ([], ["--overwrite"]):
+        error = refused("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "out", *more)
+        assert error.startswith(f"error: {tmp_path / name}: already there, and not recognised as a dataset's")
     assert (tmp_path / name).read_text() == "mine"
 
 

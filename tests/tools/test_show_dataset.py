@@ -219,7 +219,7 @@ def test_bad_requests_are_refused(tmp_path, made, capsys, refused, tiny_tokenize
     assert "! 50.00% of the tokens lie outside the tokenizer's" in out and "--- end of document 1" in out
     other = train_tiny_tokenizer(tmp_path / "other", special=("<|endoftext|>",))
     show_dataset.main([str(made), "--index", "0", "--tokenizer", str(other)])
-    assert "whose file differs from this one" in capsys.readouterr().err
+    assert "which differs from this one" in capsys.readouterr().err
 
 
 def test_missing_matplotlib_is_told_before_the_pass(made, refused, monkeypatch, tmp_path):

@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--train-tokens", type=int, help="continue its pretraining on this many tokens")
     arguments = parser.parse_args()
     require_matplotlib()
-    if arguments.folder.exists():
+    if os.path.lexists(arguments.folder):
         raise UserError(f"--folder {arguments.folder} exists; remove it or name another one")
     arguments.folder.mkdir(parents=True)
     started = time.perf_counter()

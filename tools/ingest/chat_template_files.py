@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import UserError
+from ...engine.regular_files import read_regular
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+_MOST_BYTES = 64 << 20
+"""Of a file with a template; they have some KB, and a tokenizer_config.json that holds one some MB."""
 _FOLDER, _PROCESSOR_FILE = "additional_chat_templates", "chat_template.json"
 _DEFAULT, _FOR_TOOLS = "default", "tool_use"
 
@@ -86,7 +89,7 @@ def _read(file: Path) -> str:
     if file.exists() and not file.is_file():  # a pipe or a device may have no end
         raise UserError(f"{file}: not a regular file; --chat-template needs one")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_regular(file, _MOST_BYTES).decode("utf-8")
         if file.suffix != ".json":
             return text
         template = json.loads(text).get("chat_template")

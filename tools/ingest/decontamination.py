@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ...engine.outputs import open_new
 from .shingles import BLOCK, VERSION, LongUnits, Units, units_of
 
 _MIN_WORDS = 8
@@ -98,7 +99,7 @@ class NgramFilter:
 
     def save(self, path: Path) -> None:
         """Write all of it to ``path`` (in .npz format, whatever its name)."""
-        with open(path, "wb") as file:
+        with open_new(path) as file:
             np.savez(file, ngram=np.array(self.ngram), grams=self._grams.sorted, short=self._short)
 
     @property

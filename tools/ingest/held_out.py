@@ -10,15 +10,15 @@ from ...engine.errors import UserError
 from .cleaning import Cleaner
 from .decontamination import NgramFilter
 from .formats import FORMATS
-from .inputs import STDIN, InputOptions, expand_inputs
+from .inputs import STDIN, InputFile, InputOptions, expand_inputs
 from .long_text import LongText
 from .records import MalformedError, ReadContext, Where
 from .tasks import Span
 from .texts import TextChoice
 
 
-def read_held_out(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, folder: Path) -> NgramFilter:
-    """The n-grams of the texts in ``paths``; ``folder`` is for temporary files.
+def read_held_out(files: Sequence[InputFile], choice: TextChoice, cleaner: Cleaner, folder: Path) -> NgramFilter:
+    """The n-grams of the texts in ``files``; ``folder`` is for temporary files.
 
     Records are read as those of the corpus are, cleaned by ``cleaner``; of those without the corpus's text key, all
     strings are taken, nested ones too: test sets call their texts by many names.
@@ -26,16 +26,26 @@ def read_held_out(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, fo
     Raises:
         UserError: a file cannot be read, or there is no text in any.
     """
-    ngrams = NgramFilter.build(_texts(paths, choice, cleaner, folder))
+    ngrams = NgramFilter.build(_texts(files, choice, cleaner, folder))
     if ngrams.num_ngrams == 0:
-        raise UserError(f"--held-out {' '.join(paths)}: no text in it; name files with the texts to keep out")
+        names = " ".join(file.path for file in files)
+        raise UserError(f"--held-out {names}: no text in it; name files with the texts to keep out")
     return ngrams
 
 
-def _texts(paths: Sequence[str], choice: TextChoice, cleaner: Cleaner, folder: Path) -> Iterator[str]:
+def held_out_files(paths: Sequence[str], choice: TextChoice) -> list[InputFile]:
+    """The files that ``--held-out`` stands for.
+
+    Raises:
+        UserError: there is no such file, or it is of no known format.
+    """
     if STDIN in paths:
         raise UserError("--held-out -: standard input is for the corpus; name a file")
-    for file in expand_inputs(paths, InputOptions(keys=choice.roots), "--held-out"):
+    return expand_inputs(paths, InputOptions(keys=choice.roots), "--held-out")
+
+
+def _texts(files: Sequence[InputFile], choice: TextChoice, cleaner: Cleaner, folder: Path) -> Iterator[str]:
+    for file in files:
         context = ReadContext(_refuse, folder)
         stop = file.units if FORMATS[file.format].split == "units" else file.size
         for record in FORMATS[file.format].read(Span(file, 0, stop), context):

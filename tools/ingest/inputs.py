@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ...engine.errors import UserError
+from ...engine.outputs import open_new
 from .detection import detect
 from .folders import choose_files, hub_snapshot
 from .foreign import remedy
@@ -103,8 +104,9 @@ def with_stdin_copied(files: Sequence[InputFile], copy: Path) -> list[InputFile]
         return list(files)
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("--input -: standard input is a terminal; pipe the corpus into it")
-    with open(copy, "wb") as target:
-        shutil.copyfileobj(sys.stdin.buffer, target, 8 << 20)
+    if not copy.exists():  # else this run has read it already
+        with open_new(copy) as target:
+            shutil.copyfileobj(sys.stdin.buffer, target, 8 << 20)
     status = copy.stat()
     return [
         replace(

@@ -19,23 +19,15 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ...engine.data.dataset_writer import (
-    BIN,
-    IDX,
-    JSON,
-    MASK,
-    METADATA,
-    FileArray,
-    FileRange,
-    IndexedDatasetWriter,
-    existing_outputs,
-    refuse_existing_outputs,
-)
+from ...engine.data.dataset_files import BIN, IDX, JSON, MASK, METADATA, existing_outputs
+from ...engine.data.dataset_writer import FileArray, FileRange, IndexedDatasetWriter
 from ...engine.data.index_format import HEADER, dataset_prefix
 from ...engine.data.indexed_dataset import IndexedDataset
 from ...engine.data.sidecar import InputSource, Sidecar, hash_file, require_same_dataset
 from ...engine.data.tokenizer_fingerprint import same_tokenizer
 from ...engine.errors import UserError
+from ...engine.outputs import Use
+from .output_check import require_free
 from .progress import ProgressReport
 from .workspace import open_workspace
 
@@ -113,10 +105,8 @@ def merge(options: MergeOptions) -> MergeReport:
         raise UserError(
             f"--output-prefix {options.output_prefix}: names a folder; add a file name, such as {prefix}dataset"
         )
-    if not options.overwrite:
-        refuse_existing_outputs(prefix)
     parts = [_part(name) for name in expand_prefixes(options.inputs)]
-    _check_paths(parts, prefix)
+    _check_paths(parts, prefix, options.overwrite)
     _check_alike(parts)
     without_mask = _without_mask(parts, options.fill_mask)
     sidecar = merged_sidecar(parts)
@@ -279,9 +269,8 @@ def _check_sidecar(part: Part, sidecar: Sidecar) -> None:
             )
 
 
-def _check_paths(parts: Sequence[Part], output: str) -> None:
-    """Refuse a dataset that is named twice, and an output that is an input."""
-    target = os.path.realpath(f"{output}{BIN}")
+def _check_paths(parts: Sequence[Part], output: str, overwrite: bool) -> None:
+    """Refuse a dataset that is named twice, and an output that is an input or is not to be replaced."""
     seen: dict[str, str] = {}
     for part in parts:
         identity = os.path.realpath(f"{part.prefix}{BIN}")
@@ -290,9 +279,9 @@ def _check_paths(parts: Sequence[Part], output: str) -> None:
                 f"--inputs {part.prefix}: is already an input, as {seen[identity]}; name each dataset once (to repeat "
                 "data, give it a larger weight in training)"
             )
-        if identity == target:
-            raise UserError(f"--output-prefix {output}: is an input, {part.prefix}; choose another")
         seen[identity] = part.prefix
+    reads = [Use("--inputs", path) for part in parts for path in existing_outputs(part.prefix)]
+    require_free({output: [output]}, reads, overwrite)
 
 
 def _check_alike(parts: Sequence[Part]) -> None:

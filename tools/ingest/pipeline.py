@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from ... import __version__
-from ...engine.data.dataset_writer import IndexedDatasetWriter, best_dtype, refuse_existing_outputs
+from ...engine.data.dataset_writer import IndexedDatasetWriter, best_dtype
 from ...engine.data.document_frame import DocumentFrame, Token, TokenizerFrame, describe_tokens, ids_of, name_of
 from ...engine.data.index_format import dataset_prefix
 from ...engine.data.sidecar import InputSource, Sidecar
@@ -36,15 +36,15 @@ from ...engine.errors import UserError
 from .assembly import Assembly, SourceTotals
 from .chat_bos import ChatBos
 from .cleaning import Cleaner
-from .held_out import read_held_out
+from .held_out import held_out_files, read_held_out
 from .inputs import expand_inputs, with_stdin_copied
 from .options import PreprocessOptions, contents_of, task_key
+from .output_check import output_prefixes, require_free, what_is_read
 from .pool import run_tasks, start_early, usable_cores, worker_context
 from .progress import ProgressReport
 from .records import UNREADABLE
-from .rejects import REJECTS, write_rejects
+from .rejects import write_rejects
 from .shards import Shard
-from .split import Split
 from .tasks import Span, choose_task_bytes, plan_tasks, shard_of_tasks
 from .tokenizer_choice import check_vocabulary, choose_tokenizer, read_frame
 from .worker import FastPathError, TaskResult, WorkerSettings
@@ -108,6 +108,10 @@ class _Run:
         # Conversations are encoded by the reference, which says where in the text each token lies.
         backend = "reference" if options.chat else options.encoder
         tokenizer = TokenizerSpec(choice.name, find_tokenizer_file(choice.name), options.allow_special_tokens, backend)
+        # Before there is any file or process: an output may bear the name of an input.
+        self.held_out_files = held_out_files(options.held_out, options.text_choice) if options.held_out else []
+        reads = what_is_read(options, self.files, self.held_out_files, tokenizer.file)
+        require_free({prefix: output_prefixes(options, prefix)}, reads, options.overwrite, rejects=True)
         start_early(tokenizer)
         self.tokenizer = tokenizer.load()
         self.eod = _document_end(self.tokenizer, options)
@@ -307,7 +311,7 @@ class _Run:
         if not self.options.held_out:
             return None
         cleaner = Cleaner(self.options.normalize == "nfc", self.options.strip_control)
-        ngrams = read_held_out(self.options.held_out, self.options.text_choice, cleaner, self.work)
+        ngrams = read_held_out(self.held_out_files, self.options.text_choice, cleaner, self.work)
         self.held_out = self.work / "held-out.npz"
         ngrams.save(self.held_out)
         return ngrams.fingerprint
@@ -424,10 +428,6 @@ def _checked_prefix(options: PreprocessOptions) -> str:
         )
     if options.shard_place is not None:
         prefix += ".shard-{}-of-{}".format(*options.shard_place)
-    if not options.overwrite:
-        refuse_existing_outputs(prefix, also=(f"{prefix}{REJECTS}",))
-        for side in Split.parse(options.split).names if options.split else ():
-            refuse_existing_outputs(f"{prefix}.{side}")
     return prefix
 
 

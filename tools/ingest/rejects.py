@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...engine.data.dataset_files import REJECTS
+from ...engine.outputs import open_new
 from .records import Where, count_newlines
 from .shards import Shard
-
-REJECTS = ".rejects.jsonl"
 
 
 def write_rejects(shards: Sequence[Shard], prefix: str, work: Path) -> list[str]:
@@ -25,10 +25,11 @@ def write_rejects(shards: Sequence[Shard], prefix: str, work: Path) -> list[str]
         Path(final).unlink(missing_ok=True)
         return []
     places = _LineCounter()
-    with open(work / "rejects", "w", encoding="utf-8", errors="backslashreplace") as file:
+    with open_new(work / "rejects") as file:
         for record in _records(shards):
             place = places.describe(Where(**record.pop("where")))
-            file.write(json.dumps({"where": place, **record}, ensure_ascii=False) + "\n")
+            line = json.dumps({"where": place, **record}, ensure_ascii=False) + "\n"
+            file.write(line.encode("utf-8", "backslashreplace"))
     os.replace(work / "rejects", final)
     return [final]
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import xxhash
 
 from ...engine.data.document_frame import DocumentFrame
+from ...engine.outputs import open_new
 from .records import Where
 from .shards import DOCUMENT, Shard
 
@@ -38,9 +39,9 @@ class ShardWriter:
             self._hasher = MinHasher(settings.minhash_threshold)
 
     def __enter__(self) -> ShardWriter:
-        self._tokens: BinaryIO = open(self._shard.tokens, "wb")
-        self._mask: BinaryIO | None = open(self._shard.mask, "wb") if self._settings.chat else None
-        self._metadata: BinaryIO | None = open(self._shard.metadata, "wb") if self._settings.metadata else None
+        self._tokens: BinaryIO = open_new(self._shard.tokens)
+        self._mask: BinaryIO | None = open_new(self._shard.mask) if self._settings.chat else None
+        self._metadata: BinaryIO | None = open_new(self._shard.metadata) if self._settings.metadata else None
         self._rejects: BinaryIO | None = None
         return self
 
@@ -146,24 +147,27 @@ class ShardWriter:
     def reject(self, where: Where, reason: str, raw: bytes | str | None) -> None:
         """Write down a record that was skipped."""
         if self._rejects is None:
-            self._rejects = open(self._shard.rejects, "wb")
+            self._rejects = open_new(self._shard.rejects)
         text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
         record = {"where": where._asdict(), "reason": reason, "record": text}
         self._rejects.write(json.dumps(record).encode() + b"\n")
 
     def finish(self) -> None:
         """Close all files and write the result, which makes the shard a finished one."""
-        np.save(self._shard.documents, np.concatenate([np.empty(0, DOCUMENT), *self._tables]))
+        with open_new(self._shard.documents) as table:
+            np.save(table, np.concatenate([np.empty(0, DOCUMENT), *self._tables]))
         if self._hasher is not None:
             empty = np.empty((0, self._hasher.num_bands), np.uint64)
-            np.save(self._shard.bands, np.concatenate([empty, *self._bands]))
+            with open_new(self._shard.bands) as table:
+                np.save(table, np.concatenate([empty, *self._bands]))
         for file in (self._tokens, self._mask, self._metadata, self._rejects):
             if file is not None:
                 file.flush()
         self._result.tokens_xxh3_128 = self._digest.hexdigest()
         self._result.sizes = self._shard.sizes()
         temporary = self._shard.result.with_suffix(".unfinished")
-        temporary.write_text(self._result.to_json(), encoding="utf-8")
+        with open_new(temporary) as record:
+            record.write(self._result.to_json().encode())
         os.replace(temporary, self._shard.result)
 
 

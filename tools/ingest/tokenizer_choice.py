@@ -21,7 +21,6 @@ from ...engine.data.document_frame import (
 from ...engine.data.tokenizer import TokenizerHandle
 from ...engine.data.tokenizer_files import read_config
 from ...engine.errors import UserError
-from ...engine.paths import expand_path
 from .options import PreprocessOptions
 
 DEFAULT_TOKENIZER = "Qwen/Qwen2-72B"
@@ -53,7 +52,7 @@ def choose_tokenizer(options: PreprocessOptions) -> TokenizerChoice:
             "Qwen2 family, wrong for other models; name yours with --model"
         )
         return TokenizerChoice(DEFAULT_TOKENIZER, notes=(note,))
-    model = expand_path(options.model, "--model")
+    model = options.model
     if not os.path.lexists(model):
         return TokenizerChoice(model, _config_on_hub(model))
     if not os.path.isdir(model):

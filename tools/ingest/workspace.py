@@ -11,10 +11,17 @@ from pathlib import Path
 
 from ...engine.data.sidecar import hash_file
 from ...engine.errors import UserError
+from ...engine.outputs import open_lock, require_own_folder
 from .shards import Shard
 from .worker import TaskResult
 
 _LOCK = "lock"
+
+
+def workspace_folder(prefix: str) -> Path:
+    """The hidden folder of the dataset ``prefix``."""
+    folder, name = os.path.split(os.path.abspath(prefix))
+    return Path(folder) / f".{name}.partial"
 
 
 @contextmanager
@@ -24,11 +31,12 @@ def open_workspace(prefix: str) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written, or another run is at work there.
     """
-    folder, name = os.path.split(os.path.abspath(prefix))
-    work = Path(folder) / f".{name}.partial"
+    work = workspace_folder(prefix)
+    folder = work.parent
     try:
+        require_own_folder(work, _LOCK, f"--output-prefix {prefix}")
         work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / _LOCK, "w")
+        lock = os.fdopen(open_lock(work / _LOCK), "r+")
     except OSError as error:
         raise UserError(f"{folder}: cannot write there: {error.strerror}; name another --output-prefix") from error
     with lock:
@@ -57,8 +65,9 @@ def _clear_temporaries(work: Path) -> None:
     """Remove what a killed run left besides finished shards."""
     finished = {path.name.partition(".")[0] for path in work.glob("*.json")}
     for path in work.iterdir():
-        if path.name != _LOCK and (path.is_dir() or path.name.partition(".")[0] not in finished):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        is_folder = path.is_dir() and not path.is_symlink()
+        if path.name != _LOCK and (is_folder or path.name.partition(".")[0] not in finished):
+            shutil.rmtree(path) if is_folder else path.unlink()
 
 
 def finished_results(work: Path, keys: Iterable[str], refused: Set[str]) -> dict[str, TaskResult]:

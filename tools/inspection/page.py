@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...engine.errors import UserError
+from ...engine.outputs import write_report
 from ..page.markup import definitions, escape, note, page, section, table
 from .decoding import DecodedDocument
 from .facts import RUN_HEAD, SOURCE_HEAD, dataset_facts, run_facts, run_rows, source_rows, stage_table
@@ -15,31 +14,13 @@ from .report import DatasetReport
 from .text import describe_end, quote
 
 
-def check_page_path(path: Path) -> None:
-    """Refuse a page that could not be written, before the dataset is read.
-
-    Raises:
-        UserError: there is no such folder, or it may not be written to.
-    """
-    if path.is_dir():
-        raise UserError(f"--html {path}: is a folder; name a file")
-    if not path.parent.is_dir():
-        raise UserError(f"--html {path}: there is no folder {path.parent}; make it, or name another file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--html {path}: may not be written; name another file")
-
-
 def write_page(path: Path, report: DatasetReport) -> None:
     """Write the page.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
     """
-    text = page(f"Dataset {Path(report.prefix).name}", _sections(report), STYLE)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--html {path}: cannot be written: {error.strerror}") from error
+    write_report("--html", path, page(f"Dataset {Path(report.prefix).name}", _sections(report), STYLE))
 
 
 def _sections(report: DatasetReport) -> Iterator[str]:

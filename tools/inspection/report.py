@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...engine.data.dataset_writer import existing_outputs
+from ...engine.data.dataset_files import existing_outputs
 from ...engine.data.indexed_dataset import IndexedDataset
 from ...engine.data.sidecar import InputSource, Sidecar, require_same_dataset
 from ...engine.data.tokenizer import TokenizerHandle

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...engine.outputs import GENERATOR, write_report
 from .measure import Result
 
 
@@ -72,5 +74,8 @@ def plot_results(results: Iterable[Result], path: Path, title: str) -> None:
         axis.margins(x=0.15)
     axes[-1, 0].set_xlabel(f"ms, forward and backward, median; {title}")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    buffer, kind = io.BytesIO(), path.suffix[1:].lower() or "png"
+    metadata = {"Software" if kind == "png" else "Creator": GENERATOR} if kind in ("png", "svg", "pdf") else None
+    figure.savefig(buffer, format=kind, dpi=120, metadata=metadata)
     pyplot.close(figure)
+    write_report("--plot", path, buffer.getvalue())

@@ -9,13 +9,15 @@ import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from ...engine.outputs import GENERATOR
+
 _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def page(title: str, sections: Iterable[str], style: str = "") -> str:
     """The whole page of finished ``sections``, empty ones left out, with more ``style`` of its own."""
     body = "\n".join(filter(None, sections))
-    return _PAGE.format(title=escape(title), style=_STYLE + style + _PRINT_STYLE, body=body)
+    return _PAGE.format(generator=GENERATOR, title=escape(title), style=_STYLE + style + _PRINT_STYLE, body=body)
 
 
 def escape(text: str) -> str:
@@ -62,6 +64,7 @@ _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="{generator}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>

@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from ...engine.checkpoint.assets import ASSET_FOLDER, HfAssets
 from ...engine.conversion.checkpoint_model import seal
-from ...engine.conversion.run import require_outside
 from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
 from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.errors import UserError
 from ...engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, parse_shard_size
+from ...engine.outputs import Use, require_separate
 from ...engine.streaming.new_folder import new_folder, require_absent
 from .corpus import Sample, is_held_out, read_documents
 from .report import PAGE_FILE, REPORT_FILE, Gain, Measure, format_gain, format_tokens, write_page, write_report
@@ -77,7 +77,7 @@ def extend(options: ExtendOptions, say: Callable[[str], None] = print) -> None:
     _check(options)
     listed = None if options.tokens is None else read_list(options.tokens)
     model = open_model(options.model)
-    require_outside(output, model.folder, "--model")
+    require_separate([Use("--model", model.folder)], folders=[Use(f"--output {output}", output)])
     old = load_tokenizer(_tokenizer_path(model))
     tokenizer, notes = open_tokenizer(model.assets.files, old.file)
     rows = model.architecture.vocab_size

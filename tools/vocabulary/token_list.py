@@ -11,11 +11,12 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ...engine.errors import UserError
+from ...engine.regular_files import read_regular
 
+_MOST_BYTES = 1 << 30
 _KEYS = ("text", "piece", "token", "content")
 """What an object may call a token, in order of preference. A ``piece`` is written as in a vocabulary (``Ġthe``)."""
 _LOOKS_LIKE_JSON = re.compile(r"""\s*(?:\{\s*["'][^"']*["']\s*:|\[\s*["'{]|".+"\s*,?\s*\Z)""", re.DOTALL)
@@ -41,7 +42,7 @@ def read_list(path: str) -> list[Listed]:
     """
     try:
         # Some editors begin a file with a byte-order mark. Only line feeds end lines: a token may hold U+2028.
-        content = Path(path).read_bytes().decode("utf-8-sig")
+        content = read_regular(path, _MOST_BYTES, pipe=True).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--tokens {path}: cannot be read: {error}") from None
     listed = _of_json_file(content, path)
