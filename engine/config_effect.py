@@ -53,8 +53,6 @@ class Rule:
     because: str
     """Why they have none otherwise; where it is refused, with the remedy."""
     refused: bool = False
-    default_too: bool = False
-    """Whether also the default is reported: it promises something."""
 
 
 def _fits(key: str) -> Callable[[Situation], bool]:
@@ -95,15 +93,9 @@ RULES = (
         "training.loss_spike_action is skip",
     ),
     Rule(
-        ("training.eval_interval", "training.eval_tokens", "training.eval_at_start"),
+        ("training.eval_interval", "training.eval_tokens", "training.eval_at_start", "checkpoint.keep_best"),
         lambda now: now.evaluates,
         "there is no validation set; set data.validation or data.validation_fraction",
-    ),
-    Rule(
-        ("checkpoint.keep_best",),
-        lambda now: now.evaluates or not now.config.checkpoint.keep_best,
-        "there is no validation set; set data.validation or data.validation_fraction",
-        default_too=True,
     ),
     Rule(("training.eval_interval",), _fits("eval_interval"), "the run has fewer steps; it evaluates only at the end"),
     Rule(("training.check_replicas_interval",), _fits("check_replicas_interval"), "the run has fewer steps"),
@@ -228,7 +220,7 @@ def _without_effect(now: Situation, chosen: Callable[[Rule], bool]) -> Iterator[
             continue
         for key in rule.keys:
             for name, value, default in _values(now.config, key):
-                if name not in reported and (value != default or rule.default_too):
+                if name not in reported and value != default:
                     reported.add(name)
                     yield rule, name, value
 

@@ -7,6 +7,7 @@ import re
 
 from .errors import UserError
 
+_URL = re.compile(r"[A-Za-z][\w+.-]*://")
 _VARIABLE = re.compile(r"\$(?:(?P<bare>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)\})", re.ASCII)
 
 
@@ -18,8 +19,14 @@ def expand_path(path: str, name: str) -> str:
         name: the option or setting that it is the value of, for the error.
 
     Raises:
-        UserError: the user or the variable does not exist. A folder called ``~`` or ``$HOME`` is never meant.
+        UserError: the user or the variable does not exist, or the path is a URL or needs a shell. A folder called
+            ``~``, ``$HOME`` or ``s3:`` is never meant.
     """
+    if _URL.match(path):
+        raise UserError(
+            f"{name} {path}: a URL, not a path; mount or download it and name the local path, or for a model give its "
+            "name on the Hub (namespace/name)"
+        )
 
     def value(match: re.Match[str]) -> str:
         variable = match["bare"] or match["braced"]
@@ -36,4 +43,10 @@ def expand_path(path: str, name: str) -> str:
                 f"{name} {path}: this machine has no user {home[1:]!r}; for a file of that name write ./{path}"
             )
         home = os.path.expanduser(home)
-    return _VARIABLE.sub(value, home + slash + rest)
+    expanded = _VARIABLE.sub(value, home + slash + rest)
+    if needs_shell := re.search(r"\$[({]", _VARIABLE.sub("", path)):
+        raise UserError(
+            f"{name} {path}: {needs_shell[0]}...{')' if needs_shell[0] == '$(' else '}'} is not expanded here, only "
+            "$VARIABLE and ${VARIABLE} are; write the path out"
+        )
+    return expanded

@@ -33,7 +33,16 @@ def test_paths_are_expanded_as_a_shell_does(monkeypatch, tmp_path, path):
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"), [("$UNSET_HERE/x", "UNSET_HERE is not set"), ("~nobody-of-that-name/x", "no user 'nobody-of")]
+    ("path", "reason"),
+    [
+        ("$UNSET_HERE/x", "UNSET_HERE is not set"),
+        ("~nobody-of-that-name/x", "no user 'nobody-of"),
+        ("s3://bucket/run", "a URL, not a path"),
+        ("file:///data/run", "a URL, not a path"),
+        ("https://huggingface.co/Qwen/Qwen2-0.5B", "a URL, not a path"),
+        ("${HOME:-/data}/x", r"\$\{\.\.\.\} is not expanded"),
+        ("runs/$(date +%F)", r"\$\(\.\.\.\) is not expanded"),
+    ],
 )
 def test_what_does_not_exist_is_refused(monkeypatch, path, reason):
     monkeypatch.delenv("UNSET_HERE", raising=False)

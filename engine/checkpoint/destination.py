@@ -19,8 +19,10 @@ from ..dtypes import DTYPES
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import meta_decoder
-from ..observe.curves import TENSORBOARD_FOLDER
+from ..observe.curves import METRICS_FILE, TENSORBOARD_FOLDER, require_regular
 from ..parallel import trainable
+from .lock import LOCK_FILE
+from .run_record import CONFIG_FILE, RECORD_FILE
 
 if TYPE_CHECKING:
     from .store import CheckpointStore
@@ -42,6 +44,16 @@ def require_writable(folders: Iterable[Path]) -> None:
         if place not in tested:
             _require_writable(place, folder)
             tested.add(place)
+
+
+def require_record_files(run_folder: Path) -> None:
+    """Refuse a folder, a FIFO or a device in the place of a file that the run reads and writes.
+
+    Raises:
+        UserError: naming it.
+    """
+    for name in (METRICS_FILE, CONFIG_FILE, RECORD_FILE, LOCK_FILE):
+        require_regular(run_folder / name)
 
 
 def _nearest(folder: Path) -> Path:
@@ -112,6 +124,7 @@ def require_destination(
     run_folder = Path(config.run_folder)
     folders = [run_folder, *[run_folder / TENSORBOARD_FOLDER] * config.logging.tensorboard]
     exports = config.checkpoint.export_hf
+    require_record_files(run_folder)
     require_writable([*folders, *[store.folder] * (steps > 0), *[export_folder] * exports])
     if exports:
         size = architecture.num_parameters * _EXPORT_BYTES

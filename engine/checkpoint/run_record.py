@@ -18,7 +18,6 @@ from typing import Any
 
 import xxhash
 
-from ..config import CheckpointConfig
 from ..config_yaml import load_yaml
 from ..errors import UserError
 from ..observe.curves import METRICS_FILE, last_record
@@ -152,9 +151,7 @@ def _has_saved(run_folder: Path, last: Mapping[str, Any]) -> bool:
         content: Any = load_yaml((run_folder / CONFIG_FILE).read_text(encoding="utf-8"))
         interval, budget = content["checkpoint"]["save_interval"], content["training"]["train_tokens"]
         return bool(last["step"] >= interval or last["tokens"] >= budget)
-    except FileNotFoundError:
-        return bool(last["step"] >= CheckpointConfig.save_interval)
-    except Exception:  # whatever is wrong with it: some run has written it, and that run has recorded a curve
+    except Exception:  # whatever is wrong with it, or missing: some run has recorded that curve
         return True
 
 

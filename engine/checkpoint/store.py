@@ -168,9 +168,11 @@ class CheckpointStore:
             if manifest is not None and manifest.step != step_of(folder):
                 problem = f"{folder}: its manifest is of step {manifest.step}"
             if manifest is not None and problem is None:
+                self.ranks.on_main(partial(self._require_no_broken_link, manifest.step + 1))
                 self._remarks += self.ranks.on_main(partial(self._newer_ones_lost, manifest.step)) or []
                 return folder
             self._damaged.append((folder, problem or ""))
+        self.ranks.on_main(self._require_no_broken_link)
         former = self._damaged[0][1] if self._damaged else next(map(str, sorted(self.folder.glob("step-*"))), None)
         if self.ranks.share(former):
             raise UserError(
@@ -178,6 +180,22 @@ class CheckpointStore:
                 "back, or move these away to start from the beginning, or choose another run_folder"
             )
         return None
+
+    def _require_no_broken_link(self, least_step: int = 0) -> None:
+        """Refuse to leave out a checkpoint of at least ``least_step`` steps that a link names but does not lead to.
+
+        Raises:
+            UserError: naming the link and where it leads.
+        """
+        links = sorted(
+            (path for path in self.folder.glob("step-*") if is_checkpoint_name(path.name) and not path.exists()),
+            key=step_of,
+        )
+        if links and step_of(links[-1]) >= least_step:
+            raise UserError(
+                f"{links[-1]}: a link to {os.readlink(links[-1])}, which is not there; mount the disk or put the "
+                "checkpoint back, or remove the link to continue without it"
+            )
 
     def _newer_ones_lost(self, step: int) -> list[str]:
         """A line where checkpoints of later steps than ``step`` have been moved away, and not by this program."""

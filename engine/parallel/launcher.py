@@ -22,6 +22,8 @@ _TASKS = (
     ("MPI_LOCALNRANKS", "MPI_LOCALRANKID", "mpirun"),
     ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", "jsrun"),
     ("PALS_LOCAL_SIZE", "PALS_RANKID", "mpiexec"),
+    ("FLUX_JOB_SIZE", "FLUX_TASK_RANK", "flux run"),
+    ("HOROVOD_SIZE", "HOROVOD_RANK", "horovodrun"),
     ("", "PMIX_RANK", "mpirun or srun"),
 )
 """(number of tasks, this task, what sets them). A batch script and an interactive allocation of Slurm have SLURM_NTASKS
@@ -107,7 +109,10 @@ def launcher_notes(environment: Mapping[str, str] | None = None) -> list[str]:
     if not env.get("RANK"):
         name = next((name for name in ("SLURM_NTASKS", "SLURM_NPROCS") if _above_one(env.get(name, ""))), None)
         if name and not env.get("SLURM_STEP_NUM_TASKS"):
-            return [f"note: {name} is {env[name]}, but this run is one process; launch/slurm.sh starts one on each GPU"]
+            return [
+                f"note: {name} is {env[name]}, but this run is one process; for one on each GPU use torchrun "
+                "(launch/slurm.sh)"
+            ]
         return []
     tasks, nodes = env.get("SLURM_STEP_NUM_TASKS", ""), env.get("GROUP_WORLD_SIZE", "")
     if _above_one(tasks) and nodes.isdecimal() and int(nodes) < int(tasks):

@@ -12,6 +12,7 @@ import subprocess
 import pytest
 import saved_runs
 
+from retemper.engine.checkpoint.destination import require_record_files
 from retemper.engine.checkpoint.lock import run_folder_lock
 from retemper.engine.checkpoint.removal import remove_tree
 from retemper.engine.checkpoint.run_record import note_start, origin_of
@@ -96,12 +97,11 @@ def test_without_a_record_the_curve_tells(config, one_rank, run_folder):
         text = f"checkpoint: {{{config}}}\ntraining: {{train_tokens: 100000}}\n" if ":" in config else config
         (run_folder / "config.yaml").write_text(text)
     message, _ = saved_runs.resolve(one_rank, run_folder)
-    expected = "fresh" if config is None or "1000" in str(config) else "its recorded curve reaches step 12"
+    expected = "fresh" if "1000" in str(config) else "its recorded curve reaches step 12"
     assert expected in message
     # Where the budget is used up there was a last checkpoint.
     record_steps(run_folder, 400)
-    if config is not None:
-        assert "its recorded curve reaches step 400" in saved_runs.resolve(one_rank, run_folder)[0]
+    assert "its recorded curve reaches step 400" in saved_runs.resolve(one_rank, run_folder)[0]
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(one_rank, tmp_path):
@@ -120,6 +120,25 @@ def test_a_record_that_cannot_be_read_is_as_none(record, one_rank, run_folder):
     moved_away(run_folder / "checkpoints")
     record_steps(run_folder, 2000)
     assert "curve reaches step 2000" in saved_runs.resolve(one_rank, run_folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("broken", "refused"), [((12,), 12), ((4, 8, 12), 12), ((8, 12), 12), ((4,), None), ((4, 8), None)]
+)
+def test_a_link_that_leads_nowhere_is_not_passed_over(broken, refused, one_rank, run_folder):
+    """The newest checkpoint on an unmounted disk: without the refusal, the run would silently repeat its steps, and
+    could not save where the link is."""
+    for step in broken:
+        link = run_folder / "checkpoints" / f"step-{step:08d}"
+        shutil.rmtree(link)
+        link.symlink_to(f"/unmounted/{link.name}")
+    before = tree(run_folder)
+    message, _ = saved_runs.resolve(one_rank, run_folder)
+    if refused:
+        assert f"step-{refused:08d}: a link to /unmounted/step-{refused:08d}, which is not there" in message
+    else:
+        assert message == "step-00000012"
+    assert tree(run_folder) == before
 
 
 def test_newer_checkpoints_that_were_moved_away_are_mentioned(one_rank, run_folder, tmp_path):
@@ -322,6 +341,30 @@ def test_a_file_that_appears_while_its_folder_is_removed(tmp_path, monkeypatch):
     assert problem.startswith(f"{folder}/inner: Directory not empty")
     monkeypatch.undo()
     assert remove_tree(folder) == [] and not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "run.json", ".lock"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_what_is_no_file_in_the_place_of_one_is_refused(kind, name, tmp_path):
+    """A FIFO would be waited for, /dev/zero read without end."""
+    path = tmp_path / name
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match=f"{name}: not a regular file"):
+        require_record_files(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_a_curve_that_never_ends_is_not_read(kind, one_rank, tmp_path):
+    if kind == "fifo":
+        os.mkfifo(tmp_path / "metrics.jsonl")
+    else:
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
+    assert "not a regular file" in saved_runs.resolve(one_rank, tmp_path)[0]
 
 
 def test_remove_tree_follows_no_link(tmp_path):

@@ -77,6 +77,8 @@ def _without(*names, **other):
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "mpirun has started several tasks"),
         ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "(PMI_SIZE=4 PMI_RANK=0)"),
         ({"MV2_COMM_WORLD_SIZE": "4"}, "(MV2_COMM_WORLD_SIZE=4)"),
+        ({"FLUX_JOB_SIZE": "2", "FLUX_TASK_RANK": "0"}, "flux run has started several tasks"),
+        ({"HOROVOD_SIZE": "2", "HOROVOD_RANK": "1"}, "(HOROVOD_SIZE=2 HOROVOD_RANK=1)"),
         ({"PMIX_RANK": "1"}, "(PMIX_RANK=1)"),
         ({"WORLD_SIZE": "1", "PMI_SIZE": "4"}, "(PMI_SIZE=4)"),
     ],
@@ -101,4 +103,4 @@ def test_what_is_refused(env, message):
 def test_what_is_noted(env, named):
     notes = launcher_notes(env)
     assert len(notes) == (named is not None)
-    assert all(note.startswith("note: ") and named in note for note in notes)
+    assert all(note.startswith("note: ") and named in note and "torchrun" in note for note in notes)
