@@ -210,15 +210,17 @@ def _not_in_saved_dataset(paths: Sequence[str]) -> Callable[[str], bool]:
 def _evaluation_splits(paths: Sequence[str], data: Sequence[str]) -> Callable[[str], bool]:
     """Whether a file belongs to a split for evaluation of a dataset that has a split named train."""
     folders: set[str] = set()
+    listing: set[str] = set()
     for path in paths:
         if _name(path) == "dataset_dict.json":
+            listing.add(os.path.dirname(path))
             content = _read_json(path)
             splits = content.get("splits") if isinstance(content, dict) else None
             if isinstance(splits, list) and "train" in splits:
                 folders.update(os.path.join(os.path.dirname(path), str(name)) for name in splits if name in _EVALUATION)
     by_name = Counter(map(_split_name, data))
     # train.jsonl and train/ make splits of what is next to them, as for ``datasets.load_dataset``.
-    next_to_train = {folder for path in data for folder, name in _steps(path) if name == "train"}
+    next_to_train = {folder for path in data for folder, name in _steps(path) if name == "train"} - listing
 
     def is_evaluation(path: str) -> bool:
         if by_name["train"] and _split_name(path) in _EVALUATION:
