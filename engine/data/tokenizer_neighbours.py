@@ -16,6 +16,7 @@ from ..errors import UserError
 from .tokenizer_files import CONFIG_FILES, read_config
 
 _CONFIG_FILE, _ADDED_FILE = CONFIG_FILES[0], "added_tokens.json"
+_DECODER = "added_tokens_decoder"
 
 
 def require_agreement(file: Path, id_of: Callable[[str], int | None]) -> None:
@@ -28,11 +29,12 @@ def require_agreement(file: Path, id_of: Callable[[str], int | None]) -> None:
     Raises:
         UserError: they give one of them another id, or (one that is matched in text) tokenizer.json does not know it.
     """
-    decoder = _decoder(file.parent)
-    listed = [(_CONFIG_FILE, *entry) for entry in decoder]
-    if not decoder:
+    listed = [(_CONFIG_FILE, *entry) for entry in _decoder(file.parent)]
+    if not isinstance(read_config(file.with_name(_CONFIG_FILE)).get(_DECODER), dict):
+        # transformers matches these in text unless a setting names them as special.
+        special_tokens = _named_special(file.parent)
         listed = [
-            (_ADDED_FILE, content, token_id, True)
+            (_ADDED_FILE, content, token_id, content in special_tokens)
             for content, token_id in read_config(file.with_name(_ADDED_FILE)).items()
             if type(token_id) is int
         ]
@@ -56,9 +58,23 @@ def unlisted(file: Path, matched: Collection[str]) -> list[str]:
 
 def _decoder(folder: Path) -> list[tuple[str, int, bool]]:
     """Content, id, and whether it is special, of each entry of ``added_tokens_decoder``."""
-    entries: Any = read_config(folder / _CONFIG_FILE).get("added_tokens_decoder")
+    entries: Any = read_config(folder / _CONFIG_FILE).get(_DECODER)
     found = []
     for key, entry in entries.items() if isinstance(entries, dict) else ():
         if isinstance(entry, dict) and isinstance(entry.get("content"), str) and str(key).isdecimal():
             found.append((entry["content"], int(key), entry.get("special") is True))
     return found
+
+
+def _named_special(folder: Path) -> set[str]:
+    """The tokens that settings such as ``pad_token`` and ``additional_special_tokens`` name."""
+    named: set[str] = set()
+    for name in CONFIG_FILES:
+        for key, value in read_config(folder / name).items():
+            if not key.endswith(("_token", "_special_tokens")):
+                continue
+            if isinstance(value, dict) and "content" not in value:  # extra_special_tokens: names and tokens
+                value = list(value.values())
+            for token in value if isinstance(value, list) else [value]:
+                named.add(str(token.get("content") if isinstance(token, dict) else token))
+    return named

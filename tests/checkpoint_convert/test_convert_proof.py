@@ -26,6 +26,7 @@ from retemper.engine.checkpoint.tensors import save_tensors
 from retemper.engine.checkpoint.verify import find_damage
 from retemper.engine.conversion import logits
 from retemper.engine.conversion.record import CONVERSION_FILE
+from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.model import HfModel
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.model.decoder import Decoder, meta_decoder
@@ -352,3 +353,12 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_refused(
     refused = run(dcp_to_hf, "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "out", "--workers", 1)
     assert_refused(refused, f"{tmp_path / 'checkpoint'}: was changed while it was converted; leave it alone and")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", [{"dtype": "auto"}, {"tie_word_embeddings": None}])
+def test_what_transformers_does_not_load_is_one_line(copy_model: Copy, tmp_path: Path, setting: dict[str, Any]) -> None:
+    folder = copy_model("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **setting}))
+    with pytest.raises(UserError, match=r"--verify: transformers cannot load [^\n]*$"):
+        convert_there(folder, tmp_path / "checkpoint", verify=True)

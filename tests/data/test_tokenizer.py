@@ -181,6 +181,7 @@ ADDED = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": F
         ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}, "gives it the id"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"900": {"content": "<x>"}}}, "does not have it"),
         ("added_tokens.json", {"<|im_end|>": 7}, "gives it the id"),
+        ("added_tokens.json", {"<|rain|>": 900}, "does not have it"),
     ],
 )
 def test_files_that_give_added_tokens_other_ids_are_refused(name, content, message, tiny_tokenizer, tmp_path):
@@ -196,6 +197,22 @@ def test_special_tokens_that_no_text_holds_may_be_listed_alone(tiny_tokenizer, t
     decoder = {"900": {"content": "<pad>", "special": True}, str(eos): {"content": "<|endoftext|>", "special": True}}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
     (folder / "added_tokens.json").write_text('{"<|endoftext|>": 7}')  # not read where there is a decoder
+    assert load_tokenizer(folder).notes == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"pad_token": "<|rain|>"},
+        {"eos_token": {"content": "<|rain|>"}},
+        {"additional_special_tokens": ["<|rain|>"]},
+        {"extra_special_tokens": {"image_token": "<|rain|>"}},
+    ],
+)
+def test_a_token_of_added_tokens_json_may_be_unknown_if_a_setting_makes_it_special(tiny_tokenizer, tmp_path, setting):
+    folder = edited_copy(tiny_tokenizer, tmp_path / "x")
+    (folder / "added_tokens.json").write_text('{"<|rain|>": 900}')
+    (folder / "tokenizer_config.json").write_text(json.dumps(setting))
     assert load_tokenizer(folder).notes == []
 
 

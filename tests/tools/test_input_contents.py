@@ -73,6 +73,13 @@ def test_a_bad_line_of_json_lines_costs_itself_whatever_the_name(tmp_path):
         reading = read_file(written(tmp_path / name, BAD_SECOND_LINE))
         assert [record["text"] for record in reading.values] == ["one", "天🙂"]
         assert [place.split(": ")[0] for place in reading.refused] == [f"{name}:2"]
+    bad_first = written(tmp_path / "a.json", b'{"text":\n' + LINES)
+    reading = read_file(bad_first)
+    assert reading.values == RECORDS
+    assert [place.split(": ")[0] for place in reading.refused] == ["a.json:1"]
+    # One object over several lines, some of which are objects.
+    nested = b'{"list": [\n{"a": 1},\n{"b": 2}\n]}\n'
+    assert read_file(written(tmp_path / "a.json", nested), columns=None).values == [json.loads(nested)]
     # An object over several lines that is damaged takes the rest with it, and says so.
     with pytest.raises(UserError, match=r"a.json: has more after the end of JSON object 1"):
         read_file(written(tmp_path / "a.json", json.dumps(RECORDS[0], indent=1).encode() + b"\n5"))
@@ -326,3 +333,9 @@ def test_archives_under_the_name_of_a_workbook_are_refused(tmp_path):
         archive.writestr("a.jsonl", LINES)
     with pytest.raises(UserError, match=r"a.xlsx: truncated, damaged or no XLSX file"):
         read_file(tmp_path / "a.xlsx")
+
+
+def test_verses_in_quotes_are_one_cell_though_each_line_has_the_commas_of_a_row(tmp_path):
+    verses = 'text,author\n"roses are red,\nviolets are blue",anonymous\nlast,x\n'
+    path = written(tmp_path / "a.csv", verses.encode())
+    assert read_file(path, columns=("text",)).values == list(csv.DictReader(io.StringIO(verses)))

@@ -52,6 +52,8 @@ FOLDERS = {
         ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "extra.jsonl"],
         ["data/test-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl"],
     ),
+    "splits by file": (["a/train.jsonl", "b/dev.jsonl"], ["a/test.jsonl.gz", "a/validation.csv"]),
+    "splits by folder": (["x/train/0.jsonl", "x/more/0.jsonl", "test/0.jsonl"], ["x/test/0.jsonl", "x/dev/a/1.jsonl"]),
     "splits without train": (["en-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"], []),
 }
 
@@ -94,6 +96,8 @@ def test_what_is_left_out_is_counted_by_reason_with_the_first_of_each(tmp_path, 
         (["00000.ds", "00000.ds.index", "stats.json"], "tokens of datatrove"),
         (["000000.tar", "000001.tar"], "a tar archive, such as a shard of WebDataset, which is not read; unpack it"),
         (["a.tar.gz"], "a tar archive"),
+        (["README.md", "LICENSE.txt", "data/0.tar"], "a tar archive"),  # the card alone is no corpus
+        (["README.md", "index.json", "shard.00000.mds"], "MosaicML Streaming"),
         (["a.zip"], "an archive, which is not read; unpack it"),
         (["old.xls"], "an old Excel workbook, which is not read; save it as .xlsx"),
         (["a.ods"], "a workbook that is not read"),
@@ -109,7 +113,7 @@ def test_folders_of_other_programs_are_refused_with_the_remedy(tmp_path, names, 
     make(tmp_path, *names)
     with pytest.raises(UserError, match=expected):
         below(tmp_path)
-    if not names[0].endswith((".json", ".unknown")):
+    if not names[0].endswith((".json", ".unknown", ".md")):
         with pytest.raises(UserError, match=r"not read|unknown format"):
             below(tmp_path, str(tmp_path / names[0]))
 
@@ -129,6 +133,14 @@ def test_a_saved_dataset_is_the_files_that_its_state_lists(tmp_path, capsys):
     assert "2 files of caches" in capsys.readouterr().err
     (tmp_path / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(UserError, match=r"state.json: names data-00001-of-00002.arrow, which is not there"):
+        below(tmp_path)
+
+
+def test_a_saved_selection_of_rows_is_not_read_as_all_rows(tmp_path):
+    save_to_disk(tmp_path, "dataset.arrow", "indices.arrow")
+    state = {"_data_files": [{"filename": "dataset.arrow"}], "_indices_data_files": [{"filename": "indices.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"state.json: the dataset is a selection .*flatten_indices"):
         below(tmp_path)
 
 

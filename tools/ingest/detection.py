@@ -80,8 +80,13 @@ def _json_shape(content: bytes, named: str | None, keys: Sequence[str] | None) -
     first, _, rest = content.partition(b"\n")
     if content.startswith(b"{"):
         if named == "json":
-            # One whole line is enough if another object begins behind it: a bad line must not hide the others.
-            return "jsonl" if _is_json(first, dict) and rest.lstrip().startswith(b"{") else None
+            # One whole line is enough if all begin as objects: a bad line, even the first, must not hide the others.
+            begun = [line.lstrip() for line in content.split(b"\n")[:_LINES] if line.strip()]
+            if not _is_json(first, dict):
+                is_lines = all(line.startswith(b"{") for line in begun) and any(_is_json(line, dict) for line in begun)
+            else:
+                is_lines = rest.lstrip().startswith(b"{")
+            return "jsonl" if is_lines and len(begun) > 1 else None
         if first.strip() == b"{" and not is_text:
             return "json"
         lines = [line for line in content.splitlines(keepends=True)[:_LINES] if line.strip()]

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ...engine.errors import UserError
@@ -95,7 +95,7 @@ def choose_files(
         kept = others if len(others) == 1 and others <= set(_SAME_FORMAT_IS_CORPUS) else set()
         data = drop(data, DESCRIBES, lambda path: _is_about(path) and formats[path] not in kept)
     data = drop(data, MARKDOWN, _markdown_next_to_records(data, formats))
-    if not data:
+    if not data or (all(map(_is_about, data)) and most_common_remedy(left_out[OTHERS])):
         _refuse_empty(root, left_out)
     for reason, those in left_out.items():
         print(
@@ -183,7 +183,13 @@ def _not_in_saved_dataset(paths: Sequence[str]) -> Callable[[str], bool]:
     for path in paths:
         if _name(path) == "state.json":
             state = _read_json(path)
-            files = state.get("_data_files") if isinstance(state, dict) else None
+            state = state if isinstance(state, dict) else {}
+            files = state.get("_data_files")
+            if state.get("_indices_data_files") or state.get("_indices_files"):
+                raise UserError(
+                    f"{path}: the dataset is a selection of the rows in its files, as old versions of datasets saved "
+                    "it; save it again: datasets.load_from_disk(folder).flatten_indices().save_to_disk(other)"
+                )
             if isinstance(files, list) and all(isinstance(file, dict) for file in files):
                 names = frozenset(str(file.get("filename")) for file in files)
                 folder = os.path.dirname(path)
@@ -204,20 +210,35 @@ def _not_in_saved_dataset(paths: Sequence[str]) -> Callable[[str], bool]:
 def _evaluation_splits(paths: Sequence[str], data: Sequence[str]) -> Callable[[str], bool]:
     """Whether a file belongs to a split for evaluation of a dataset that has a split named train."""
     folders: set[str] = set()
+    listing: set[str] = set()
     for path in paths:
         if _name(path) == "dataset_dict.json":
+            listing.add(os.path.dirname(path))
             content = _read_json(path)
             splits = content.get("splits") if isinstance(content, dict) else None
             if isinstance(splits, list) and "train" in splits:
                 folders.update(os.path.join(os.path.dirname(path), str(name)) for name in splits if name in _EVALUATION)
     by_name = Counter(map(_split_name, data))
+    # train.jsonl and train/ make splits of what is next to them, as for ``datasets.load_dataset``.
+    next_to_train = {folder for path in data for folder, name in _steps(path) if name == "train"} - listing
 
     def is_evaluation(path: str) -> bool:
         if by_name["train"] and _split_name(path) in _EVALUATION:
             return True
+        if any(name in _EVALUATION and folder in next_to_train for folder, name in _steps(path)):
+            return True
         return bool(folders) and any(path.startswith(folder + os.sep) for folder in folders)
 
     return is_evaluation
+
+
+def _steps(path: str) -> Iterator[tuple[str, str]]:
+    """Each part of a path with the folder that it is in, the file without its suffixes."""
+    folder, name = os.path.split(path)
+    yield folder, os.path.splitext(split_compression(name.lower())[0])[0]
+    while os.path.basename(folder):
+        yield os.path.dirname(folder), os.path.basename(folder).lower()
+        folder = os.path.dirname(folder)
 
 
 def _split_name(path: str) -> str | None:

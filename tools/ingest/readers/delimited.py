@@ -111,13 +111,13 @@ class _Quotes:
 def _is_several_rows(raw: bytes, separator: str, num_cells: int) -> bool:
     """Whether a row over several lines is probably several rows, of which two have a quotation mark by chance.
 
-    Each line then has a row's number of cells, numbers in the same columns, and no space after a separator, which prose
-    has after nearly every comma. A single column cannot be told from text.
+    Each line then has a row's number of cells, numbers in the same columns, and after a separator neither a space nor
+    the line's end, of which prose has one after nearly every comma. A single column cannot be told from text.
     """
     rows = [line.split(separator) for line in raw.decode("utf-8", "replace").splitlines()]
     if num_cells < 2 or any(len(row) != num_cells for row in rows):
         return False
-    if any(cell.startswith(" ") for row in rows for cell in row[1:]):
+    if any(cell.startswith(" ") for row in rows for cell in row[1:]) or any(not row[-1] for row in rows[:-1]):
         return False
     kinds = [[_NUMBER.fullmatch(cell.strip('"')) is not None for cell in row] for row in rows]
     return all(kind == kinds[0] for kind in kinds)
