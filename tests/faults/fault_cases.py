@@ -294,7 +294,7 @@ KINDS: dict[str, tuple[int, str, Callable[[Random, int], dict[str, Any]]]] = {
     "disk-full": (8, "disk full (a small tmpfs)", _full),
     "refusing-disk": (10, "writes that fail (ENOSPC, EIO, EDQUOT)", _refusing),
     "read-only": (4, "read-only folder", _read_only),
-    "damage": (18, "a damaged file in the newest checkpoint", _damage),
+    "damage": (22, "a damaged file in the newest checkpoint", _damage),
     "damage-all": (4, "a damaged file in every checkpoint", _damage_all),
     "pickle": (6, "malicious pickle", _pickle),
     "stray": (11, "garbage in checkpoints/", _stray),

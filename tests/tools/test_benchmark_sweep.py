@@ -116,8 +116,9 @@ def test_a_launcher_that_is_not_there():
 
 
 def test_under_torchrun_it_is_refused(run_file, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launcher = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--sweep: starts processes itself"):
         command.main(["--config", str(run_file), "--sweep", "recompute=none"])
 

@@ -461,7 +461,7 @@ def test_a_search_ranks_what_fits_and_rehearses_the_fastest(run_file, tmp_path, 
             "--gpu h100 --training.global_batch_size 7",
             "is not a multiple of micro_batch_size 2 x data-parallel",
         ),
-        ("--gpu h100 --json /nowhere/plan.json", "no folder /nowhere; make it first"),
+        ("--gpu h100 --json /nowhere/plan.json", "no folder /nowhere; make it"),
     ],
 )
 def test_impossible_wishes_are_refused_in_one_line(arguments, words, run_file, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.tensor import DTensor
 
 from retemper.engine.checkpoint.tensors import training_tensors
@@ -172,14 +173,14 @@ def test_neither_spikes_nor_skipped_steps_take_notice_of_it():
 
 
 def test_tensorboard_gets_no_scalar_for_what_there_is_none_of(tmp_path):
-    log, scalars = MetricLog(tmp_path, -1, active=True, tensorboard=False), []
+    log = MetricLog(tmp_path, None, active=True, tensorboard=True)
     log.open()
-    log._writer = SimpleNamespace(
-        add_scalar=lambda *arguments: scalars.append(arguments), flush=lambda: None, close=lambda: None
-    )
     log.record(3, 96, {"loss": None, "grad_norm": None, "learning_rate": 0.5})
     log.close()
-    assert scalars == [("train/learning_rate", 0.5, 3)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/learning_rate"]
+    assert [(event.step, event.value) for event in events.Scalars("train/learning_rate")] == [(3, 0.5)]
     assert tiny_run.records(tmp_path) == [
         {"step": 3, "tokens": 96, "loss": None, "grad_norm": None, "learning_rate": 0.5}
     ]

@@ -18,6 +18,7 @@ from ...engine.checkpoint.saver import Saver
 from ...engine.checkpoint.store import CheckpointStore
 from ...engine.config import RunConfig
 from ...engine.data.packing import MicroBatch
+from ...engine.emergency import EmergencySave
 from ...engine.health import Health
 from ...engine.model import packing
 from ...engine.model.architecture import Architecture
@@ -90,6 +91,7 @@ class RehearsedTrainer(Trainer):
         # Nothing is saved: the step asks whether a copy is still being made.
         store = CheckpointStore(config.run_folder, ranks, keep_last=1, keep_best=False)
         self.saver = Saver(store, ranks, config.checkpoint, lambda line: None)
+        self.emergency = EmergencySave(ranks, {}, self.saver, lambda line: None, config.parallel.timeout_seconds)
         backend = PER_DOCUMENT if part.capability is None else attention_backend(config, architecture)
         self.choices = Choices(backend, False, self.plan.num_micro_batches)
         counter.begin("parameters")
