@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..regular_files import read_regular
 from .document_frame import DocumentFrame
 from .tokenizer_backends import DOCUMENT_END, MAX_ID, FlatIds, Reference, SentencePieceReference, TokenizersReference
+from .tokenizer_classes import serving_note
 from .tokenizer_fast import FastEncoder, NotFast
 from .tokenizer_files import CONFIG_FILES, TOKENIZER_FILE, find_tokenizer_file, tokenizer_kind, tokenizer_sha256
 from .tokenizer_neighbours import require_agreement, unlisted
@@ -145,6 +146,14 @@ class TokenizerHandle:
             "added_tokens_decoder of tokenizer_config.json next to it does not list it: transformers' classes for Qwen "
             "and Llama would give other ids when the model is served; add it there"
         ]
+
+    def serving_note(self) -> str | None:
+        """How the ids that transformers would serve the model with differ from ours, if they do. Takes seconds where
+        the files do not show that they are the same; see :mod:`tokenizer_classes`."""
+        if self.kind == "tiktoken":  # transformers reads no such file
+            return None
+        library = self._reference.library_tokenizer if isinstance(self._reference, TokenizersReference) else None
+        return serving_note(self.file, lambda text: self.reference_encode([text])[0].tolist(), library)
 
     @property
     def encoder(self) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from .tokenizer_files import CONFIG_FILES, read_config
 from .tokenizer_fingerprint import fingerprint_of, fingerprint_of_json, vocab_text
 from .tokenizer_json import parse_tokenizer
 from .tokenizer_probes import PROBES
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FlatIds = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 """Ids of all texts laid end to end, int32[T], and the number of ids of each, int64[texts]."""
@@ -131,6 +134,11 @@ class TokenizersReference:
     def id_of(self, token: str) -> int | None:
         """Id of a token, if there is such a one."""
         return self._tokenizer.token_to_id(token)
+
+    @property
+    def library_tokenizer(self) -> Tokenizer:
+        """The library's object, whose rules may be read."""
+        return self._tokenizer
 
     @property
     def matched(self) -> list[str]:

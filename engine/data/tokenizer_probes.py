@@ -43,3 +43,10 @@ def _texts() -> tuple[str, ...]:
 
 
 PROBES = _texts()
+EDGES = tuple(
+    f"{before}{text}{after}"
+    for text in ("a", "Hello World", "12 x", "cafe\u0301")
+    for before in ("", " ", "  ", "\n", "\t ")
+    for after in ("", " ", "  ", "\n", "\n\n ")
+)
+"""Texts that begin or end with spaces and line ends. They are not part of a fingerprint."""

@@ -174,11 +174,11 @@ def test_a_difference_that_remains_is_refused(tmp_path, monkeypatch):
         def encode(self, text: str, add_special_tokens: bool) -> list[int]:
             return [0]
 
-    monkeypatch.setattr(serving, "_auto_tokenizer", lambda folder: Other())
+    monkeypatch.setattr(serving, "auto_tokenizer", lambda folder: Other())
     with pytest.raises(UserError, match=r"gives ' ri' the ids .* so that the model would be served other ids"):
         extended(folder, [" ribosome"])
     assert not folder.with_name("model-new").exists()
-    monkeypatch.setattr(serving, "_auto_tokenizer", lambda folder: "it cannot load the tokenizer: why")
+    monkeypatch.setattr(serving, "auto_tokenizer", lambda folder: "it cannot load the tokenizer: why")
     assert "note: the new ids were not compared: it cannot load the tokenizer: why" in extended(folder)[1]
 
 

@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.data.tokenizer_classes import auto_tokenizer
 from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config, tokenizer_kind
-from ...engine.data.tokenizer_json import deterministic, parse_tokenizer
+from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.errors import UserError
 from .chat_bos import ChatBos
 from .chat_conversation import Conversation, all_strings
@@ -183,8 +184,6 @@ class ChatEncoder:
         Raises:
             UserError: they differ.
         """
-        from transformers import AutoTokenizer
-
         messages = [
             {"role": "user", "content": "How do you say  “naïve” in 中文?\n\n1) cafe\u0301 🙂"},
             {"role": "assistant", "content": "天真 — 2,024 ways.\n\tIt's so."},
@@ -193,11 +192,9 @@ class ChatEncoder:
         ]
         if self._file.name != TOKENIZER_FILE:  # transformers would take another
             return False
-        try:
-            reference = AutoTokenizer.from_pretrained(self._file.parent, local_files_only=True, trust_remote_code=False)
-        except Exception:  # whatever its tokenizer classes raise
+        reference = auto_tokenizer(self._file.parent)
+        if isinstance(reference, str):
             return False
-        deterministic(reference.backend_tokenizer)
         if self._encodes_like(reference, messages):
             return True
         composed = [{**message, "content": unicodedata.normalize("NFC", message["content"])} for message in messages]

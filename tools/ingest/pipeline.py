@@ -81,6 +81,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
     prefix = _checked_prefix(options)
     try:
         run = _Run(options, prefix)
+        run.compare_with_serving()
         with open_workspace(prefix) as work:
             run.plan(work)
             try:
@@ -128,6 +129,11 @@ class _Run:
         self.results: dict[str, TaskResult] = {}
         self.held_out: Path | None = None
         self.chat_date = options.chat_date or date.today().isoformat()
+
+    def compare_with_serving(self) -> None:
+        """Say if transformers would serve the model with other ids. For conversations :meth:`plan` checks this."""
+        if not self.options.chat and (note := self.tokenizer.serving_note()):
+            _say_notes([note])
 
     def plan(self, work: Path) -> None:
         """Cut the input into tasks, to be done in the folder ``work``."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
+from ...engine.data.tokenizer_classes import auto_tokenizer
 from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config
-from ...engine.data.tokenizer_json import deterministic
 from ...engine.errors import UserError
 from .vocabulary import WORD_START, NewToken, dump_json, read_object
 
@@ -80,7 +80,7 @@ def require_served_alike(folder: Path, tokens: Sequence[NewToken]) -> list[str]:
             notes.append(note)
     if problem is not None:
         raise UserError(problem)
-    theirs = _auto_tokenizer(folder)
+    theirs = auto_tokenizer(folder)
     return notes if not isinstance(theirs, str) else [*notes, f"note: the new ids were not compared: {theirs}"]
 
 
@@ -115,7 +115,7 @@ def _changed_text(ours: TokenizerHandle, tokens: Sequence[NewToken]) -> str | No
 
 def _other_ids(ours: TokenizerHandle, folder: Path, tokens: Sequence[NewToken]) -> str | None:
     """Compare with AutoTokenizer, where it can load the tokenizer."""
-    theirs = _auto_tokenizer(folder)
+    theirs = auto_tokenizer(folder)
     if isinstance(theirs, str):
         return None
     texts = probes(tokens)
@@ -131,22 +131,9 @@ def _other_ids(ours: TokenizerHandle, folder: Path, tokens: Sequence[NewToken]) 
     return None
 
 
-def _auto_tokenizer(folder: Path) -> Any:
-    """What transformers loads from ``folder``; or why it cannot, as a string."""
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever its tokenizer classes raise
-        return f"{_LIBRARY} cannot load the tokenizer: {' '.join(str(error).split())[:200]}"
-    if getattr(loaded, "is_fast", False):
-        deterministic(loaded.backend_tokenizer)
-    return loaded
-
-
 def _name_plain_class(folder: Path) -> str | None:
     """Make AutoTokenizer read tokenizer.json as it is. Special tokens that its class has by default get names."""
-    theirs = _auto_tokenizer(folder)
+    theirs = auto_tokenizer(folder)
     path = folder / _CONFIG_FILE
     config = read_config(path)
     if isinstance(theirs, str) or config.get("tokenizer_class") == _PLAIN_CLASS:

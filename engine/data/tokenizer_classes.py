@@ -1,0 +1,230 @@
+"""Whether transformers' ``AutoTokenizer`` would give the ids of training when the model is served.
+
+Training follows tokenizer.json. Many tokenizer classes of transformers 5 take only the vocabulary, the merges and the
+post-processor from it, and build the normalizer and the pre-tokenizer by fixed rules and tokenizer_config.json. Which
+class is used depends on ``tokenizer_class`` and on the ``model_type`` in config.json.
+
+Importing transformers takes seconds. :func:`built_alike` therefore first compares the file's rules with those that the
+class would build. Only where they differ, or the class is not in the table, are ids compared.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .tokenizer_files import CONFIG_FILES, SENTENCEPIECE_FILE, TOKENIZER_FILE, read_config
+from .tokenizer_json import deterministic
+from .tokenizer_probes import EDGES, PROBES
+
+_MODEL_CONFIG = "config.json"
+_SHOWN_IDS = 6
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WORD_START = "\u2581"
+
+Rules = tuple[list[dict[str, Any]], list[dict[str, Any]], bool]
+"""Steps of the normalizer, steps of the pre-tokenizer, and whether unknown characters become byte tokens."""
+Encode = Callable[[str], list[int]]
+
+
+def auto_tokenizer(folder: Path) -> Any:
+    """Return what ``AutoTokenizer`` loads from ``folder``, without dropout; or why it cannot, as a string."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        return f"transformers cannot be imported: {error}"
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever its tokenizer classes raise
+        library = f"AutoTokenizer of transformers {version('transformers')}"
+        return f"{library} cannot load the tokenizer: {' '.join(str(error).split())[:200]}"
+    if getattr(loaded, "is_fast", False):
+        deterministic(loaded.backend_tokenizer)
+    return loaded
+
+
+def serving_note(file: Path, encode: Encode, library_tokenizer: Any | None) -> str | None:
+    """Return how the ids of ``AutoTokenizer`` differ from ours for texts without added tokens; None if they do not.
+
+    This is a note and not an error, unlike in chat mode. There the two are compared to show that the chat template is
+    understood. Here the file may be right: a model that was trained by its rules is continued by the same rules, and
+    servers that read tokenizer.json themselves follow it as well.
+
+    Args:
+        file: of the tokenizer.
+        encode: ids of a text, without special tokens.
+        library_tokenizer: the ``tokenizers.Tokenizer`` of a tokenizer.json; None for a sentencepiece model.
+    """
+    # AutoTokenizer looks for these names. Of another file it would load a neighbour.
+    if file.name != (SENTENCEPIECE_FILE if library_tokenizer is None else TOKENIZER_FILE):
+        return None
+    if library_tokenizer is not None and built_alike(file.parent, library_tokenizer):
+        return None
+    theirs = auto_tokenizer(file.parent)
+    if isinstance(theirs, str):  # whoever serves the model learns this from transformers
+        return None
+
+    def differs(text: str) -> bool:
+        return encode(text) != list(theirs.encode(text, add_special_tokens=False))
+
+    texts = [text for text in (*EDGES, *PROBES) if differs(text)]
+    if not texts:
+        return None
+    others = [text for text in texts if differs(unicodedata.normalize("NFC", text))]
+    text = min(others or texts, key=len)
+    limit = "" if others else " (only text outside Unicode's normalization form C is concerned)"
+    return _difference(file, text, encode(text), list(theirs.encode(text, add_special_tokens=False)), theirs) + limit
+
+
+def built_alike(folder: Path, tokenizer: Any) -> bool:
+    """Whether each class that transformers may use for ``folder`` is known to build the rules of its tokenizer.json.
+
+    Args:
+        folder: of tokenizer.json.
+        tokenizer: the ``tokenizers.Tokenizer`` of that file.
+    """
+    config, model_config = read_config(folder / CONFIG_FILES[0]), read_config(folder / _MODEL_CONFIG)
+    if "fast_tokenizer_files" in config:  # transformers may take another file than tokenizer.json
+        return False
+    return all(_builds(name, config, tokenizer) for name in _classes(config, model_config))
+
+
+def _classes(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> set[str]:
+    """Names of classes that ``AutoTokenizer`` may choose, without the suffix ``Fast``, besides the plain one.
+
+    It takes the declared class or the plain one, except for model types whose folders are known to declare a wrong one.
+    """
+    model_type = str(model_config.get("model_type") or "")
+    declared = config.get("tokenizer_class") or model_config.get("tokenizer_class")
+    names = {str(declared or _OF_MODEL_TYPE.get(model_type, model_type and "unknown") or "TokenizersBackend")}
+    if model_type in _DECLARED_WRONG:
+        names.add(_OF_MODEL_TYPE[model_type])
+    return {name.removesuffix("Fast") for name in names}
+
+
+def _builds(name: str, config: Mapping[str, Any], tokenizer: Any) -> bool:
+    """Whether the class ``name`` would give ``tokenizer`` the rules that it has."""
+    if name in _PLAIN:
+        return True
+    normalizer, pre_tokenizer = _steps(tokenizer.normalizer), _steps(tokenizer.pre_tokenizer)
+    if name == "LlamaTokenizer" and any(step["type"] == "ByteLevel" for step in pre_tokenizer):
+        return True  # the plain class is loaded instead, as for Llama 3
+    build, model = _BUILDERS.get(name), tokenizer.model
+    if build is None or type(model).__name__ != "BPE":
+        return False
+    rules = build(config)
+    if rules is None or rules[:2] != (normalizer, pre_tokenizer) or model.byte_fallback != rules[2]:
+        return False
+    if model.ignore_merges or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return False
+    # Without bytes, or with all of them, no character is unknown.
+    if not model.byte_fallback:
+        return model.unk_token is None
+    return all(tokenizer.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as a list of steps, without what does not concern ids."""
+    return [] if part is None else _flat(json.loads(part.__getstate__()))
+
+
+def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:
+    for key in ("normalizers", "pretokenizers"):
+        if isinstance(step.get(key), list):
+            return [flat for inner in step[key] for flat in _flat(inner)]
+    return [{key: value for key, value in step.items() if key != "trim_offsets"}]
+
+
+def _prefix_space(config: Mapping[str, Any], default: bool) -> bool:
+    value = config.get("add_prefix_space")
+    return default if value is None else bool(value)
+
+
+def _byte_level(add_prefix_space: bool, use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "use_regex": use_regex}
+
+
+def _qwen2(config: Mapping[str, Any]) -> Rules:
+    split = {"type": "Split", "pattern": {"Regex": _QWEN2_PATTERN}, "behavior": "Isolated", "invert": False}
+    return [{"type": "NFC"}], [split, _byte_level(_prefix_space(config, False), False)], False
+
+
+def _gpt2(config: Mapping[str, Any]) -> Rules:
+    return [], [_byte_level(_prefix_space(config, False), True)], False
+
+
+def _gpt_neox(config: Mapping[str, Any]) -> Rules:
+    return [{"type": "NFC"}], [_byte_level(_prefix_space(config, False), True)], False
+
+
+def _llama(config: Mapping[str, Any]) -> Rules:
+    # The class has legacy=False where the key is absent. A key that is null is passed on, and counts as false.
+    scheme = "never" if not _prefix_space(config, True) else "always" if config.get("legacy") else "first"
+    metaspace = {"type": "Metaspace", "replacement": _WORD_START, "prepend_scheme": scheme, "split": False}
+    return [], [metaspace], True
+
+
+def _gemma(config: Mapping[str, Any]) -> Rules:
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": _WORD_START}
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    return [escape], [split], True
+
+
+_PLAIN = frozenset({"TokenizersBackend", "PreTrainedTokenizer", "PythonBackend"})
+"""Classes that use tokenizer.json as it is."""
+_BUILDERS: dict[str, Callable[[Mapping[str, Any]], Rules]] = {
+    "Qwen2Tokenizer": _qwen2,
+    "GPT2Tokenizer": _gpt2,
+    "GPTNeoXTokenizer": _gpt_neox,
+    "LlamaTokenizer": _llama,
+    "GemmaTokenizer": _gemma,
+}
+"""What classes build of tokenizer_config.json. Tests compare each with the class of transformers."""
+_OF_MODEL_TYPE = {
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "granite", "olmo2", "olmo3", "glm4", "glm4_moe"), "TokenizersBackend"
+    ),
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"), "Qwen3_5Tokenizer"),
+    **dict.fromkeys(("gpt2", "phi", "opt", "gptj", "starcoder2", "hyperclovax_vision_v2"), "GPT2Tokenizer"),
+    **dict.fromkeys(("gpt_neox", "olmo", "olmoe", "mamba"), "GPTNeoXTokenizer"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
+}
+"""The class of a folder that declares none, by model type."""
+_DECLARED_WRONG = frozenset(
+    {"qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "hyperclovax_vision_v2"}
+)
+"""Model types for which transformers takes its own class, whatever the folder declares."""
+
+
+def _difference(file: Path, text: str, ours: list[int], theirs: list[int], tokenizer: Any) -> str:
+    pairs = zip(ours, theirs, strict=False)
+    at = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(ours), len(theirs)))
+    at = max(at - 1, 0)
+    remedy = (
+        "if transformers is right, save the tokenizer with it "
+        "(AutoTokenizer.from_pretrained(folder).save_pretrained(other)) and name that folder"
+    )
+    if file.name == TOKENIZER_FILE:
+        remedy += "; if the file is right, serve the model with PreTrainedTokenizerFast.from_pretrained(folder)"
+    return (
+        f"{file}: the text {_short(text)} becomes {_shown(ours, at)} here and {_shown(theirs, at)} with "
+        f"{type(tokenizer).__name__}, the class that AutoTokenizer of transformers uses for this folder, so that the "
+        f"model would be served other ids than it is trained on; {remedy}"
+    )
+
+
+def _short(text: str) -> str:
+    return ascii(text if len(text) <= 40 else text[:40] + "...")
+
+
+def _shown(ids: list[int], at: int) -> str:
+    """The ids from ``at`` on, shortened."""
+    shown = [*(["..."] if at else []), *map(str, ids[at : at + _SHOWN_IDS])]
+    return f"[{', '.join([*shown, *(['...'] if len(ids) > at + _SHOWN_IDS else [])])}]"
