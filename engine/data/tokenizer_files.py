@@ -24,7 +24,7 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 TIKTOKEN_SUFFIX = ".tiktoken"
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 """Where the EOS token is named, in the order in which it is looked for."""
-_BESIDE = (*CONFIG_FILES, "chat_template.jinja")
+_BESIDE = (*CONFIG_FILES, "chat_template.jinja", "config.json")
 """What the Hub is asked for beside the tokenizer."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -82,7 +82,7 @@ def find_tokenizer_file(name: str) -> Path:
 
 def companions(file: Path) -> list[Path]:
     """Return the files next to a tokenizer's file that may be read with it, those that are there."""
-    names = (*_BESIDE, "config.json", "added_tokens.json", "vocab.json", "merges.txt", TOKENIZER_FILE)
+    names = (*_BESIDE, "added_tokens.json", "vocab.json", "merges.txt", TOKENIZER_FILE)
     paths = [file.with_name(name) for name in (*names, SENTENCEPIECE_FILE, f"{file.stem}.json")]
     return [path for path in dict.fromkeys(paths) if path != file and path.is_file()]
 
