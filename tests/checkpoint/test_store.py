@@ -321,7 +321,7 @@ def _use(folder, place, value, version):
         return False
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_manifest_with_another_type_anywhere_is_a_line_or_works(saved, tmp_path, version):
     original = (checkpoint(saved) / "manifest.json").read_text()
     places = [place for place in _places(json.loads(original)) if place and place[0] != "manifest_xxh3_128"]

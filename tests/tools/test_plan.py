@@ -14,6 +14,7 @@ import torch
 from rank_cluster import RankCluster
 
 from retemper.engine.checkpoint.tensors import model_tensors, optimizer_tensors, save_tensors
+from retemper.engine.config import ModelConfig
 from retemper.engine.errors import run_command
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
@@ -26,7 +27,15 @@ from retemper.tools.rehearsal.gpus import GPUS, GiB, find_gpu
 from retemper.tools.rehearsal.outcome import Outcome, checkpoint_bytes
 from retemper.tools.rehearsal.pool import Pool
 from retemper.tools.rehearsal.prediction import Assumptions, bandwidth, idle_share, predict
-from retemper.tools.rehearsal.search import describe, judge, judge_short, require_possible, search
+from retemper.tools.rehearsal.report import format_needless_recomputation
+from retemper.tools.rehearsal.search import (
+    describe,
+    judge,
+    judge_short,
+    require_possible,
+    search,
+    without_recomputation,
+)
 from retemper.tools.rehearsal.work import Collective, Sent
 
 ROOT = Path(__file__).parents[2]
@@ -310,7 +319,7 @@ def test_checkpoint_size_is_that_of_a_written_one(run_file, tmp_path):
 # Qwen2-72B on 4 nodes x 8 GPUs of 80 GB
 
 
-def request(gpu: str, nodes: int, gpus_per_node: int, **changes) -> Request:
+def request(gpu: str | None, nodes: int, gpus_per_node: int, **changes) -> Request:
     """With the command's defaults."""
     return replace(Request(nodes, gpus_per_node, gpu, 0.55, 4.0, None, False, False), **changes)
 
@@ -334,16 +343,13 @@ def test_gpus_are_found_by_what_people_call_them():
     assert all(find_gpu(name) is gpu for name, gpu in GPUS.items())
 
 
-def test_a_gpu_is_described_by_memory_and_speed(run_file, pool, capsys):
-    """The A100's own numbers give its prediction, but for the links, of which there are none on one rank."""
+def test_a_gpu_is_described_by_memory_and_speed():
+    """The A100's own numbers give the A100, but for the links, which the datasheet of another server would say."""
     a100 = GPUS["a100-80gb"]
-    numbers = ("--gpu-memory", a100.memory / GiB, "--gpu-tflops", 312)
-    found = []
-    for gpu in (("--gpu", "a100-80gb"), numbers):
-        run("--config", run_file, "--gpus-per-node", 1, "--quick", *gpu)
-        text = capsys.readouterr().out
-        found.append([line for line in text.splitlines() if line.startswith(("speed", "memory"))])
-    assert found[0] == found[1] != []
+    found = request(None, 1, 8, gpu_memory=a100.memory / GiB, gpu_tflops=312.0, gpu_link=300.0).chosen_gpu()
+    assert found.memory_bandwidth == pytest.approx(a100.memory_bandwidth)
+    others = {"name": a100.name, "inter_node": a100.inter_node, "memory_bandwidth": a100.memory_bandwidth}
+    assert replace(found, **others) == a100
 
 
 def test_mfu_is_at_most_the_assumed_efficiency(run_file, pool):
@@ -355,28 +361,32 @@ def test_mfu_is_at_most_the_assumed_efficiency(run_file, pool):
     assert 0 < outcome.mfu(causal_halved=True) <= 0.55 < outcome.mfu(causal_halved=False)
 
 
-def test_needless_recomputation_is_named(run_file, capsys):
-    options = ("--config", run_file, "--gpus-per-node", 1, "--gpu", "h100", "--quick", "--parallel.recompute")
-    run(*options, "full")
-    assert "note: parallel.recompute full is not needed: with none" in capsys.readouterr().out
-    run(*options, "none")
-    assert "note:" not in capsys.readouterr().out
+def test_needless_recomputation_is_named(run_file, pool):
+    setting = request("h100", 1, 1).setting(read_architecture(plan_runs.configure(run_file).model))
+    found = {}
+    for mode in ("full", "none"):
+        config = plan_runs.configure(run_file, f"--parallel.recompute {mode}")
+        (found[mode],) = judge_short([(config, require_possible(config, setting))], setting, pool)
+    faster = without_recomputation(found["full"], pool)
+    assert faster is not None and faster.config == found["none"].config
+    assert "note: parallel.recompute full is not needed: with none" in format_needless_recomputation(
+        found["full"], faster
+    )
+    assert without_recomputation(found["none"], pool) is None
 
 
-def test_of_a_model_on_the_hub_only_the_config_is_fetched(run_file, tmp_path, monkeypatch, capsys):
+def test_of_a_model_on_the_hub_only_the_config_is_fetched(tmp_path, monkeypatch):
     fetched = []
 
     def download(name, *, allow_patterns, **_):
         fetched.append((name, allow_patterns))
-        (tmp_path / "snapshot").mkdir()
-        (tmp_path / "snapshot" / "config.json").write_text(json.dumps(plan_runs.ARCHITECTURE), encoding="utf-8")
-        return str(tmp_path / "snapshot")
+        (tmp_path / "config.json").write_text(json.dumps(plan_runs.ARCHITECTURE), encoding="utf-8")
+        return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    options = ("--model.architecture", "null", "--model.initialize_from", "some/model")
-    run("--config", run_file, "--gpus-per-node", 1, "--gpu", "h100", "--quick", *options)
+    architecture = read_architecture(ModelConfig(initialize_from="some/model"))
     assert fetched == [("some/model", ["config.json"])]
-    assert "fits" in capsys.readouterr().out
+    assert architecture == parse_architecture(plan_runs.ARCHITECTURE)
 
 
 def judged(pool, gpu: str, whole: bool = False) -> Outcome:

@@ -66,6 +66,7 @@ def test_terminated_then_killed_then_resumed_is_the_undisturbed_run(two_ranks, r
     assert all(actual[name].equal(tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_an_error_comes_in_one_line_from_one_rank_before_anything_is_written(run_file, tmp_path):
     folder = tmp_path / "run"
     alone = _launch(run_file, "--run_folder", str(folder), "--training.global_batch_size", "9", ranks=1)
