@@ -17,15 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .tokenizer_fast import EXACT, rule_steps
 from .tokenizer_files import CONFIG_FILES, SENTENCEPIECE_FILE, TOKENIZER_FILE, read_config
 from .tokenizer_json import deterministic
 from .tokenizer_probes import EDGES, PROBES
 
 _MODEL_CONFIG = "config.json"
 _SHOWN_IDS = 6
-_QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _WORD_START = "\u2581"
 
 Rules = tuple[list[dict[str, Any]], list[dict[str, Any]], bool]
@@ -139,15 +137,7 @@ def _builds(name: str, config: Mapping[str, Any], tokenizer: Any) -> bool:
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as a list of steps, without what does not concern ids."""
-    return [] if part is None else _flat(json.loads(part.__getstate__()))
-
-
-def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:
-    for key in ("normalizers", "pretokenizers"):
-        if isinstance(step.get(key), list):
-            return [flat for inner in step[key] for flat in _flat(inner)]
-    return [{key: value for key, value in step.items() if key != "trim_offsets"}]
+    return rule_steps(None if part is None else json.loads(part.__getstate__()))
 
 
 def _prefix_space(config: Mapping[str, Any], default: bool) -> bool:
@@ -155,21 +145,21 @@ def _prefix_space(config: Mapping[str, Any], default: bool) -> bool:
     return default if value is None else bool(value)
 
 
-def _byte_level(add_prefix_space: bool, use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "use_regex": use_regex}
+def _byte_level(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": _prefix_space(config, False), "use_regex": True}
 
 
 def _qwen2(config: Mapping[str, Any]) -> Rules:
-    split = {"type": "Split", "pattern": {"Regex": _QWEN2_PATTERN}, "behavior": "Isolated", "invert": False}
-    return [{"type": "NFC"}], [split, _byte_level(_prefix_space(config, False), False)], False
+    normalizer, (split, byte_level) = EXACT["Qwen2"]
+    return normalizer, [split, {**byte_level, "add_prefix_space": _prefix_space(config, False)}], False
 
 
 def _gpt2(config: Mapping[str, Any]) -> Rules:
-    return [], [_byte_level(_prefix_space(config, False), True)], False
+    return [], [_byte_level(config)], False
 
 
 def _gpt_neox(config: Mapping[str, Any]) -> Rules:
-    return [{"type": "NFC"}], [_byte_level(_prefix_space(config, False), True)], False
+    return [{"type": "NFC"}], [_byte_level(config)], False
 
 
 def _llama(config: Mapping[str, Any]) -> Rules:

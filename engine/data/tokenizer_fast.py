@@ -103,8 +103,8 @@ def why_not_exact(config: dict[str, Any]) -> str | None:
         if model.get(key):
             return f"the model has {key}"
     parts = (
-        _steps(config.get("normalizer"), "normalizers"),
-        _steps(config.get("pre_tokenizer"), "pretokenizers"),
+        rule_steps(config.get("normalizer")),
+        rule_steps(config.get("pre_tokenizer")),
     )
     if parts not in EXACT.values():
         shown = "; ".join(json.dumps(part, ensure_ascii=False) for part in parts)
@@ -117,13 +117,14 @@ def why_not_exact(config: dict[str, Any]) -> str | None:
     return f"{missing} of the 256 bytes are not in the vocabulary" if missing else None
 
 
-def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def rule_steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer, sequences unfolded, without settings that do not change ids."""
     if part is None:
         return []
     if part["type"] != "Sequence":
         return [{name: value for name, value in part.items() if name not in _NO_EFFECT}]
-    return [step for inner in part[key] for step in _steps(inner, key)]
+    steps = part["normalizers"] if "normalizers" in part else part["pretokenizers"]
+    return [step for inner in steps for step in rule_steps(inner)]
 
 
 def _byte_characters() -> set[str]:
