@@ -95,15 +95,14 @@ def test_refuses_a_missing_file_and_a_missing_tensor(tmp_path: Path) -> None:
 def test_a_file_that_this_user_may_not_read_is_not_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    folder, unguarded = write_indexed(tmp_path / "hf"), open
+    folder, unguarded = write_indexed(tmp_path / "hf"), os.open
 
-    def guarded(path: str | Path, *arguments: Any, **options: Any) -> Any:  # permissions would not stop root
+    def guarded(path: Any, *arguments: Any, **options: Any) -> int:  # permissions would not stop root
         if Path(path).name == file:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return unguarded(path, *arguments, **options)
 
-    monkeypatch.setattr("builtins.open", guarded)
-    monkeypatch.setattr(Path, "open", guarded)
+    monkeypatch.setattr(os, "open", guarded)
     with pytest.raises(UserError, match=rf"^{folder / file}: cannot be read: Permission denied; make it readable$"):
         HfWeights(folder)
 

@@ -16,7 +16,7 @@ from oracles.reading import read_file, read_texts
 from retemper.engine.errors import UserError
 from retemper.tools.ingest import long_text
 from retemper.tools.ingest.cleaning import Cleaner
-from retemper.tools.ingest.held_out import read_held_out
+from retemper.tools.ingest.held_out import held_out_files, read_held_out
 from retemper.tools.ingest.readers import json_array, lines, streams, text
 from retemper.tools.ingest.texts import TextChoice
 
@@ -407,15 +407,17 @@ def test_held_out_records_give_their_text_or_else_all_their_strings(tmp_path, sm
     question, choice, passage = (" ".join(f"{name}{number}" for number in range(14)) for name in "qcp")
     rows = [{"text": passage, "id": question}, {"id": 1, "data": {"question": question, "choices": [choice, None]}}]
     path = write(tmp_path / "test.jsonl", "\n".join(map(json.dumps, rows)).encode())
-    ngrams = read_held_out([str(path)], TextChoice(("text",)), Cleaner(), tmp_path)
+    keys = TextChoice(("text",))
+    ngrams = read_held_out(held_out_files([str(path)], keys), keys, Cleaner(), tmp_path)
     for text_, expected in ((passage, True), (question, True), (choice, True), ("quite another text " * 9, False)):
         assert ngrams.contaminated_batch([text_]).tolist() == [expected]
 
 
 def test_what_is_wrong_with_held_out_files_is_said(tmp_path, small_limits):
     def refused(*paths: object) -> str:
+        keys = TextChoice(("text",))
         with pytest.raises(UserError) as error:
-            read_held_out(list(map(str, paths)), TextChoice(("text",)), Cleaner(), tmp_path)
+            read_held_out(held_out_files([*map(str, paths)], keys), keys, Cleaner(), tmp_path)
         return str(error.value).replace(f"{tmp_path}/", "")
 
     bad = write(tmp_path / "a.jsonl", b'{"text": "' + b"a" * 90 + b'\xff"}')
