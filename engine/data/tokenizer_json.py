@@ -24,16 +24,35 @@ def parse_tokenizer(content: bytes | str, where: str | os.PathLike[str]) -> Toke
         where: its path, for messages.
 
     Raises:
-        UserError: the library cannot read it.
+        UserError: the library cannot read it, or it gives other ids each time that it is loaded.
     """
     from tokenizers import Tokenizer
 
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        return deterministic(Tokenizer.from_str(text))
+        tokenizer = deterministic(Tokenizer.from_str(text))
     except Exception as error:  # the library raises bare Exception for a file that it cannot parse
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: not a tokenizer that the tokenizers library can read: {reason}") from error
+    _require_distinct_forms(tokenizer, where)
+    return tokenizer
+
+
+def _require_distinct_forms(tokenizer: Any, where: str | os.PathLike[str]) -> None:
+    """Refuse added tokens that become the same text before they are looked for: the library (0.23) matches one of them
+    in a text, another one each time that the file is loaded."""
+    if tokenizer.normalizer is None:
+        return
+    forms: dict[str, str] = {}
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if not token.normalized:
+            continue
+        other = forms.setdefault(tokenizer.normalizer.normalize_str(token.content), token.content)
+        if other != token.content:
+            raise UserError(
+                f"{where}: the added tokens {other!r} and {token.content!r} are the same text to the normalizer, so "
+                'that either may be found in a text; remove one, or give one "normalized": false'
+            )
 
 
 def deterministic(tokenizer: Any) -> Any:
