@@ -170,6 +170,10 @@ class _Steps:
         self.count += other
         return self
 
+    def zero_(self) -> None:
+        """As of a tensor."""
+        self.count = 0
+
     def item(self) -> float:
         """As of a tensor."""
         return float(self.count)
