@@ -1,7 +1,7 @@
-"""Let a script of this folder import its own clone as ``retemper``, installed or not.
+"""Let a script import its own clone as ``retemper``, installed or not.
 
 Python puts a script's folder first on ``sys.path``, so this module is found before an installed ``retemper`` and
-replaces itself by the package whose root is the repository. tests/test_package.py keeps all copies of it equal.
+replaces itself by the package whose root is the repository. Every folder of scripts has a link to this file.
 """
 
 import sys
