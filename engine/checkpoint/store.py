@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..parallel.process_group import Ranks
 from .assets import ASSET_FOLDER, HfAssets
-from .destination import describe_pruning, describe_space, free_bytes, is_about_space
+from .destination import describe_pruning, describe_space, free_bytes, is_about_space, require_record_files
 from .hashing import FileRecord
 from .lock import run_folder_lock
 from .manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
@@ -115,6 +115,7 @@ class CheckpointStore:
             UserError: a named checkpoint is missing or damaged, none is left that is not, or the run would mix with
                 another one in this folder.
         """
+        self.ranks.on_main(lambda: require_record_files(self.folder.parent))
         # The main rank's answer counts: shared file systems may show a new folder to some nodes later than others.
         self._found = self.ranks.share(self.ranks.on_main(self._candidates))
         if resume == "auto":
