@@ -431,20 +431,21 @@ class Trainer:
         stragglers = self.stragglers.report()
         architecture, trainable = self.inputs.architecture, self.config.training.trainable
         flops = flops_per_token(architecture, self.plan.sequence_length, causal_halved=False, trainable=trainable)
+        seconds, steps = stopwatch.lap()
+        self.totals.add_steps(seconds, steps)
         values = {
             "loss": loss if result.has_targets else None,
             "learning_rate": result.learning_rate,
             "grad_norm": grad_norm if result.has_targets else None,
             "skipped_steps": self.health.skipped_steps(),
             "steps_without_targets": self.health.steps_without_targets,
-            **speed(stopwatch.lap(), self.plan.tokens_per_step, flops, self.ranks),
+            **speed(seconds / steps, self.plan.tokens_per_step, flops, self.ranks),
             **stragglers.values,
         }
         self.log.record(self.progress.step, self.progress.tokens, values)
-        self.totals.step_seconds, self.totals.steps = stopwatch.totals
         self.totals.add_loss("training", self.progress.step, loss)
         remaining = self._remaining_steps()
-        seconds_left = remaining * stopwatch.mean_step_seconds
+        seconds_left = remaining * self.totals.mean_step_seconds
         for line in [
             step_line(self.progress.step, remaining, self.progress.tokens, values, seconds_left),
             *stragglers.lines,

@@ -125,10 +125,13 @@ def test_slow_work_says_so_and_quick_work_does_not(monkeypatch):
 
 
 def test_the_table_at_the_end_says_what_this_start_has_done(one_rank):
-    totals = Totals(Progress(step=10, samples=80, tokens=1000), step_seconds=2.0, steps=4)
+    totals = Totals(Progress(step=10, samples=80, tokens=1000))
+    for seconds, steps in ((1.5, 3), (0.5, 1)):
+        totals.add_steps(seconds, steps)
     for step, loss in ((11, 3.0), (12, float("nan")), (13, 2.0), (14, 2.5)):
         totals.add_loss("training", step, loss)
     tokens, elapsed, memory, loss = totals.table(Progress(step=14, samples=112, tokens=1400), 100, one_rank)
     assert "400 (400) in this start, 1,400 in all; step 14" in tokens
     assert elapsed.endswith("0:00:02 of it in steps: 200 tokens/s, 200 per rank") and "GiB" in memory
     assert loss.endswith("training: first 3.0000 (step 11), lowest 2.0000 (step 13), last 2.5000 (step 14)")
+    assert "0 (0) in this start" in totals.table(Progress(step=8, samples=64, tokens=800), 100, one_rank)[0]
