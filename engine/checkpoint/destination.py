@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable
@@ -196,7 +197,7 @@ def describe_pruning(run_folder: Path, removable: Collection[Path], keep_every: 
     size = sum(file.stat().st_size for folder in removable for file in folder.rglob("*") if file.is_file())
     every = f" --keep-every {keep_every}" if keep_every else ""
     number = f"{len(removable)} checkpoint{'s' if len(removable) > 1 else ''}"
-    command = f"python tools/checkpoint.py prune {run_folder} --keep-last 1{every}"
+    command = f"python tools/checkpoint.py prune {shlex.quote(str(run_folder))} --keep-last 1{every}"
     return f"{command} removes {number} and frees {format_bytes(size)}"
 
 

@@ -64,6 +64,12 @@ def reasons_to_keep(
     return reasons
 
 
+def reasons_when_pruning(manifests: Mapping[Path, Manifest], keep_last: int, keep_every: int) -> dict[Path, list[str]]:
+    """The reasons that ``tools/checkpoint.py prune`` goes by: the newest manifest says which step is the best."""
+    best = list(manifests.values())[-1].best.get("step") if manifests else None
+    return reasons_to_keep(manifests, keep_last, keep_every, best)
+
+
 def _steps_for_rewind(steps: Sequence[int], rewind_steps: int) -> list[int]:
     """Of ``steps``, in rising order: the newest that is old enough, and the oldest that is not yet, to follow it.
 

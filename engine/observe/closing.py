@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 
-from ..checkpoint.store import step_of
+from ..checkpoint.names import step_of
 from ..config import CheckpointConfig
 from ..conversion.export_run import export_folder
 from ..parallel.process_group import Ranks
