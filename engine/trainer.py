@@ -477,7 +477,7 @@ class Trainer:
         complete = self.store.complete() if self.ranks.is_main else []
         for line in [
             *self.totals.table(self.progress, self.plan.tokens_per_step, self.ranks),
-            *next_command(self.config.checkpoint, complete[-1] if complete else None, finished),
+            *next_command(self.config, complete[-1] if complete else None, finished),
         ]:
             self.log.say(line)
 

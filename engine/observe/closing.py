@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 
 from ..checkpoint.names import step_of
-from ..config import CheckpointConfig
+from ..config import RunConfig
 from ..conversion.export_run import export_folder
 from ..parallel.process_group import Ranks
 from ..run_state import Progress
@@ -76,11 +76,12 @@ class Totals:
         return lines + [f"loss        {name}: {losses}" for name, losses in self.losses.items()]
 
 
-def next_command(config: CheckpointConfig, checkpoint: Path | None, finished: bool) -> list[str]:
+def next_command(config: RunConfig, checkpoint: Path | None, finished: bool) -> list[str]:
     """What to do with the run now, as lines."""
     if not finished:
-        return ["next        the same command continues from here"]
-    if checkpoint is None or config.export_hf:
+        changed = ", with resume: auto," if config.resume == "none" else ""
+        return [f"next        the same command{changed} continues from here"]
+    if checkpoint is None or config.checkpoint.export_hf:
         return []  # the export names its folder itself
     output = export_folder(checkpoint.parent.parent, step_of(checkpoint))
     return [
