@@ -282,7 +282,7 @@ class Trainer:
         else:
             loss = grad_norm = torch.full((), math.nan)
             self.health.count_without_targets(self.progress.step + 1)
-            allocate_states(self.optimizer)  # which a checkpoint holds also of a run that has made no update yet
+            allocate_states(self.optimizer)  # a checkpoint has them before the first update too
         self._begin("other")
         self.progress = replace(
             self.progress,
@@ -408,8 +408,7 @@ class Trainer:
 
     @contextmanager
     def _saved_if_it_fails(self) -> Iterator[None]:
-        """Inside, a step: where it fails, the state before it is saved. A run that refuses to go on names another
-        checkpoint."""
+        """Save the state before the step inside, if it raises. Not for a UserError, which names an older checkpoint."""
         try:
             yield
         except UserError:

@@ -31,9 +31,8 @@ def reasons_to_keep(
 ) -> dict[Path, list[str]]:
     """Why each checkpoint is kept: last, every, best, rewind, final, emergency; those with an empty list are not.
 
-    One that was written because a step failed holds no other's place: it is kept until an ordinary one is newer.
-
-    "final" holds for the newest only: the last checkpoint of a budget that was raised since is one like the others.
+    One that was written because a step failed does not count among the ``keep_last``: it is kept until an ordinary one
+    is newer. "final" is a reason for the newest only: after a budget was raised, its last checkpoint is like any other.
 
     Args:
         manifests: by folder, oldest first.

@@ -22,7 +22,7 @@ _TAIL_BYTES = 1 << 20
 
 
 def last_record(run_folder: Path) -> dict[str, Any] | None:
-    """The last whole record of a run; None where there is none.
+    """The last whole record of a run; None if there is no such record.
 
     Raises:
         OSError: ``metrics.jsonl`` is there and cannot be read.

@@ -230,12 +230,12 @@ class Liveness:
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether ``error`` comes of another rank's end, and not of this one."""
+    """Whether ``error`` was caused by the end of another rank."""
     return not isinstance(error, UserError) and _LOST_CONTACT.search(str(error)) is not None
 
 
 def _without_rank(text: str) -> str:
-    """``text`` as the rank says it that has the problem: others put its number before it."""
+    """``text`` without the number of the rank that has the problem, which the other ranks put before it."""
     return re.sub(r"^\w+: (rank \d+: )?", "", text)[: _LONGEST_LINE // 2]
 
 
