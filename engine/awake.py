@@ -1,7 +1,8 @@
-"""A clock that stands still while this process is stopped: by Ctrl-Z, SIGSTOP, a debugger, or a frozen container.
+"""A clock that does not count time in which this process was stopped: by Ctrl-Z, SIGSTOP, a debugger, or a frozen
+container.
 
-Whoever waits for others must not count that time: all of them may have been stopped together. (A suspended laptop does
-not count in any case: Linux's monotonic clock leaves it out.)
+Time limits of a wait for other ranks use it: all of them may have been stopped together. (A suspended laptop does not
+count in any case: Linux's monotonic clock leaves it out.)
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ class AwakeClock:
         self._lock = threading.Lock()
         self._last = time.monotonic()
         self._stopped = 0.0
+
+    @classmethod
+    def read_every(cls, interval: float, limit: float) -> AwakeClock:
+        """A clock that a thread reads every ``interval`` seconds to compare times with ``limit``."""
+        return cls(max(2 * interval, min(LONGEST_GAP, limit / 2)))
 
     def now(self) -> float:
         """Seconds since some moment."""

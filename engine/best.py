@@ -1,4 +1,4 @@
-"""The record of the best evaluation, which is a record only as long as the same thing is measured.
+"""The record of the best evaluation.
 
 Losses of other texts, of more of them, or of shorter windows cannot be compared. A record therefore carries a
 fingerprint of what it was measured on, and starts over when that changes.

@@ -4,7 +4,7 @@ Whether a step is skipped is decided on the device, in the step itself: an ordin
 reads the counts where it reads the loss anyway, on log steps and before a checkpoint. Only the guard against loss
 spikes, an option, needs the loss on the host before the update. What a skipped step consumed stays consumed: samples,
 tokens and the learning rate go on as if it had been made. The same holds for a step without a target, which computes
-nothing; these are counted apart, and no bound on skipped steps or loss spikes takes notice of them.
+nothing; these are counted apart, and count neither as skipped steps nor as loss spikes.
 """
 
 from __future__ import annotations

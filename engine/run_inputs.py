@@ -89,9 +89,10 @@ def open_inputs(config: RunConfig, plan: BatchPlan, resume_from: Path | None, de
     if source is not None:  # as checkpoint_convert/hf_to_dcp.py keeps them
         assets = declaring(assets, (tensor.dtype for tensor in source.tensors.values()))
     assert assets.config is not None
-    given = config.model.architecture
-    where = given if isinstance(given, str) else INLINE
-    where = where if named is None else str(asset_folder(named) / CONFIG_FILE)
+    if named is not None:
+        where = str(asset_folder(named) / CONFIG_FILE)
+    else:
+        where = config.model.architecture if isinstance(config.model.architecture, str) else INLINE
     architecture = parse_architecture(assets.config, where)
     if config.checkpoint.export_hf:
         declared_dtype(assets.config, where)  # in which the end of the run exports the weights

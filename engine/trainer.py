@@ -282,7 +282,7 @@ class Trainer:
         else:
             loss = grad_norm = torch.full((), math.nan)
             self.health.count_without_targets(self.progress.step + 1)
-            allocate_states(self.optimizer)  # which a checkpoint holds also of a run that has made no update yet
+            allocate_states(self.optimizer)  # a checkpoint has them before the first update too
         self._begin("other")
         self.progress = replace(
             self.progress,
@@ -408,8 +408,7 @@ class Trainer:
 
     @contextmanager
     def _saved_if_it_fails(self) -> Iterator[None]:
-        """Inside, a step: where it fails, the state before it is saved. A run that refuses to go on names another
-        checkpoint."""
+        """Save the state before the step inside, if it raises. Not for a UserError, which names an older checkpoint."""
         try:
             yield
         except UserError:
@@ -431,20 +430,21 @@ class Trainer:
         stragglers = self.stragglers.report()
         architecture, trainable = self.inputs.architecture, self.config.training.trainable
         flops = flops_per_token(architecture, self.plan.sequence_length, causal_halved=False, trainable=trainable)
+        seconds, steps = stopwatch.lap()
+        self.totals.add_steps(seconds, steps)
         values = {
             "loss": loss if result.has_targets else None,
             "learning_rate": result.learning_rate,
             "grad_norm": grad_norm if result.has_targets else None,
             "skipped_steps": self.health.skipped_steps(),
             "steps_without_targets": self.health.steps_without_targets,
-            **speed(stopwatch.lap(), self.plan.tokens_per_step, flops, self.ranks),
+            **speed(seconds / steps, self.plan.tokens_per_step, flops, self.ranks),
             **stragglers.values,
         }
         self.log.record(self.progress.step, self.progress.tokens, values)
-        self.totals.step_seconds, self.totals.steps = stopwatch.totals
         self.totals.add_loss("training", self.progress.step, loss)
         remaining = self._remaining_steps()
-        seconds_left = remaining * stopwatch.mean_step_seconds
+        seconds_left = remaining * self.totals.mean_step_seconds
         for line in [
             step_line(self.progress.step, remaining, self.progress.tokens, values, seconds_left),
             *stragglers.lines,
@@ -476,7 +476,7 @@ class Trainer:
         complete = self.store.complete() if self.ranks.is_main else []
         for line in [
             *self.totals.table(self.progress, self.plan.tokens_per_step, self.ranks),
-            *next_command(self.config.checkpoint, complete[-1] if complete else None, finished),
+            *next_command(self.config, complete[-1] if complete else None, finished),
         ]:
             self.log.say(line)
 

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 
-from .awake import LONGEST_GAP, AwakeClock
+from .awake import AwakeClock
 from .errors import UserError, report_user_error
 from .parallel.process_group import Ranks
 from .stacks import dump_stacks
@@ -27,7 +27,7 @@ class Watchdog:
     def __init__(self, seconds: float, ranks: Ranks):
         self.seconds = seconds if ranks.world_size == 1 else 1.25 * seconds + 5
         self._interval = min(1.0, self.seconds / 10)
-        self._clock = AwakeClock(max(2 * self._interval, min(LONGEST_GAP, self.seconds / 2)))
+        self._clock = AwakeClock.read_every(self._interval, self.seconds)
         self._beat: tuple[float, str] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

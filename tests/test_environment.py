@@ -6,9 +6,11 @@ import errno
 import importlib.util
 import json
 import resource
+import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,10 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from retemper.engine.config import CheckpointConfig, DataConfig, RunConfig, TrainingConfig
 from retemper.engine.errors import UserError, report_user_error, run_command
 from retemper.engine.observe import waiting
-from retemper.engine.observe.closing import Totals
+from retemper.engine.observe.closing import Totals, next_command
 from retemper.engine.run_state import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -125,10 +128,27 @@ def test_slow_work_says_so_and_quick_work_does_not(monkeypatch):
 
 
 def test_the_table_at_the_end_says_what_this_start_has_done(one_rank):
-    totals = Totals(Progress(step=10, samples=80, tokens=1000), step_seconds=2.0, steps=4)
+    totals = Totals(Progress(step=10, samples=80, tokens=1000))
+    for seconds, steps in ((1.5, 3), (0.5, 1)):
+        totals.add_steps(seconds, steps)
     for step, loss in ((11, 3.0), (12, float("nan")), (13, 2.0), (14, 2.5)):
         totals.add_loss("training", step, loss)
     tokens, elapsed, memory, loss = totals.table(Progress(step=14, samples=112, tokens=1400), 100, one_rank)
     assert "400 (400) in this start, 1,400 in all; step 14" in tokens
     assert elapsed.endswith("0:00:02 of it in steps: 200 tokens/s, 200 per rank") and "GiB" in memory
     assert loss.endswith("training: first 3.0000 (step 11), lowest 2.0000 (step 13), last 2.5000 (step 14)")
+    assert "0 (0) in this start" in totals.table(Progress(step=8, samples=64, tokens=800), 100, one_rank)[0]
+
+
+def test_the_command_that_comes_next():
+    run = RunConfig("runs/a b", DataConfig(), TrainingConfig(train_tokens=1))
+    checkpoint = Path("runs/a b/checkpoints/step-00000004")
+    assert next_command(run, checkpoint, False) == ["next        the same command continues from here"]
+    # A run that has checkpoints is refused with resume: none.
+    [line] = next_command(replace(run, resume="none"), checkpoint, False)
+    assert "resume: auto" in line
+    [line] = next_command(run, checkpoint, True)
+    words = shlex.split(line)
+    assert words[words.index("--checkpoint") + 1] == str(checkpoint)
+    assert words[words.index("--output") + 1] == "runs/a b/hf/step-00000004"
+    assert next_command(replace(run, checkpoint=CheckpointConfig(export_hf=True)), checkpoint, True) == []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Collection
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -28,6 +27,7 @@ from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, Architecture, architecture_of, parse_architecture, read_hf_config
 from ..regular_files import read_regular
 from .manifest import MANIFEST_FILE, read_manifest
+from .names import complete_checkpoints
 from .safety import file_inside
 
 ASSET_FOLDER = "hf"
@@ -216,11 +216,10 @@ def newest_of_run(folder: str | Path) -> str | None:
     checkpoints = Path(folder) / "checkpoints"
     if (Path(folder) / MANIFEST_FILE).exists() or not checkpoints.is_dir() or is_hf_folder(folder):
         return None
-    steps = {int(entry.name[5:]): entry for entry in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", entry.name)}
-    complete = [step for step, entry in steps.items() if (entry / MANIFEST_FILE).is_file()]
+    complete = complete_checkpoints(checkpoints)
     if not complete:
         raise UserError(f"{folder}: the folder of a run without a complete checkpoint; name a checkpoint")
-    return str(steps[max(complete)])
+    return str(complete[-1])
 
 
 def asset_folder(folder: str | Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable
@@ -19,7 +20,7 @@ from ..dtypes import DTYPES
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import meta_decoder
-from ..observe.curves import METRICS_FILE, TENSORBOARD_FOLDER, require_regular
+from ..observe.curves import METRICS_FILE, TENSORBOARD_FOLDER
 from ..parallel import trainable
 from .lock import LOCK_FILE
 from .run_record import CONFIG_FILE, RECORD_FILE
@@ -49,11 +50,16 @@ def require_writable(folders: Iterable[Path]) -> None:
 def require_record_files(run_folder: Path) -> None:
     """Refuse a folder, a FIFO or a device in the place of a file that the run reads and writes.
 
+    To be called before any of them is opened: a FIFO would be waited for, a device read without end.
+
     Raises:
         UserError: naming it.
     """
-    for name in (METRICS_FILE, CONFIG_FILE, RECORD_FILE, LOCK_FILE):
-        require_regular(run_folder / name)
+    for path in (run_folder / name for name in (METRICS_FILE, CONFIG_FILE, RECORD_FILE, LOCK_FILE)):
+        if os.path.exists(path) and not path.is_file():
+            raise UserError(
+                f"{path}: not a regular file, where the run keeps one; move it away, or choose another run_folder"
+            )
 
 
 def _nearest(folder: Path) -> Path:
@@ -124,7 +130,6 @@ def require_destination(
     run_folder = Path(config.run_folder)
     folders = [run_folder, *[run_folder / TENSORBOARD_FOLDER] * config.logging.tensorboard]
     exports = config.checkpoint.export_hf
-    require_record_files(run_folder)
     require_writable([*folders, *[store.folder] * (steps > 0), *[export_folder] * exports])
     if exports:
         size = architecture.num_parameters * _EXPORT_BYTES
@@ -192,7 +197,7 @@ def describe_pruning(run_folder: Path, removable: Collection[Path], keep_every: 
     size = sum(file.stat().st_size for folder in removable for file in folder.rglob("*") if file.is_file())
     every = f" --keep-every {keep_every}" if keep_every else ""
     number = f"{len(removable)} checkpoint{'s' if len(removable) > 1 else ''}"
-    command = f"python tools/checkpoint.py prune {run_folder} --keep-last 1{every}"
+    command = f"python tools/checkpoint.py prune {shlex.quote(str(run_folder))} --keep-last 1{every}"
     return f"{command} removes {number} and frees {format_bytes(size)}"
 
 

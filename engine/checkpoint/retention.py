@@ -31,9 +31,8 @@ def reasons_to_keep(
 ) -> dict[Path, list[str]]:
     """Why each checkpoint is kept: last, every, best, rewind, final, emergency; those with an empty list are not.
 
-    One that was written because a step failed holds no other's place: it is kept until an ordinary one is newer.
-
-    "final" holds for the newest only: the last checkpoint of a budget that was raised since is one like the others.
+    One that was written because a step failed does not count among the ``keep_last``: it is kept until an ordinary one
+    is newer. "final" is a reason for the newest only: after a budget was raised, its last checkpoint is like any other.
 
     Args:
         manifests: by folder, oldest first.
@@ -62,6 +61,12 @@ def reasons_to_keep(
         }
         reasons[folder] = [reason for reason, true in holds.items() if true]
     return reasons
+
+
+def reasons_when_pruning(manifests: Mapping[Path, Manifest], keep_last: int, keep_every: int) -> dict[Path, list[str]]:
+    """The reasons that ``tools/checkpoint.py prune`` goes by: the newest manifest says which step is the best."""
+    best = list(manifests.values())[-1].best.get("step") if manifests else None
+    return reasons_to_keep(manifests, keep_last, keep_every, best)
 
 
 def _steps_for_rewind(steps: Sequence[int], rewind_steps: int) -> list[int]:

@@ -62,7 +62,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_folder: Path) -> RunRecord | None:
-        """The record of the run in ``run_folder``; None where there is none, or none that can be understood."""
+        """The record of the run in ``run_folder``; None if it is missing or cannot be read."""
         try:
             content: Any = json.loads((run_folder / RECORD_FILE).read_text(encoding="utf-8"))
             origin = content["began_at"]
@@ -86,7 +86,7 @@ def note_start(run_folder: Path, fresh: bool, origin: Origin | None) -> None:
     Args:
         run_folder: exists.
         fresh: whether it begins at step 0: then nothing of a former record is kept.
-        origin: what ``resume: PATH`` named, where the run goes on from that very checkpoint.
+        origin: what ``resume: PATH`` named, where the run continues from that very checkpoint.
     """
     record = (None if fresh else RunRecord.read(run_folder)) or RunRecord(checkpoints=_checkpoint_folder(run_folder))
     (replace(record, began_at=origin) if origin else record).write(run_folder)

@@ -23,8 +23,9 @@ from ..errors import UserError
 from ..parallel.process_group import Ranks
 from .assets import HfAssets
 from .manifest import Manifest
+from .names import step_of
 from .staging import Staging
-from .store import CheckpointStore, step_of
+from .store import CheckpointStore
 
 
 class Saver:

@@ -21,12 +21,13 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..parallel.process_group import Ranks
 from .assets import ASSET_FOLDER, HfAssets
-from .destination import describe_pruning, describe_space, free_bytes, is_about_space
+from .destination import describe_pruning, describe_space, free_bytes, is_about_space, require_record_files
 from .hashing import FileRecord
 from .lock import run_folder_lock
 from .manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from .names import checkpoint_name, complete_checkpoints, is_checkpoint_name, named_checkpoints, step_of
 from .removal import remove_tree
-from .retention import reasons_to_keep, whole_checkpoints
+from .retention import reasons_to_keep, reasons_when_pruning, whole_checkpoints
 from .run_record import Origin, RunRecord, began_at, note_checkpoint, origin_of, require_no_lost_checkpoints
 from .tensors import save_tensors
 from .verify import Damage, find_damage
@@ -35,7 +36,6 @@ DAMAGED = ".damaged"
 """Ending of the name of a checkpoint that was set aside."""
 REWOUND = ".rewound"
 """The same, of one that the run has gone back behind."""
-_COMPLETE = re.compile(r"^step-(\d{8,})$")
 _TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")
 
 
@@ -97,14 +97,11 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return [folder for folder in self._candidates() if (folder / MANIFEST_FILE).is_file()]
+        return complete_checkpoints(self.folder)
 
     def _candidates(self) -> list[Path]:
         """Every folder with the name of a checkpoint, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        found = [entry for entry in self.folder.iterdir() if is_checkpoint_name(entry.name) and entry.is_dir()]
-        return sorted(found, key=step_of)
+        return named_checkpoints(self.folder)
 
     def resolve(self, resume: str) -> Path | None:
         """The checkpoint that ``resume`` (auto, none or a path) means, verified by all ranks; None to start fresh.
@@ -115,6 +112,7 @@ class CheckpointStore:
             UserError: a named checkpoint is missing or damaged, none is left that is not, or the run would mix with
                 another one in this folder.
         """
+        self.ranks.on_main(lambda: require_record_files(self.folder.parent))
         # The main rank's answer counts: shared file systems may show a new folder to some nodes later than others.
         self._found = self.ranks.share(self.ranks.on_main(self._candidates))
         if resume == "auto":
@@ -201,7 +199,7 @@ class CheckpointStore:
         """A line where checkpoints of later steps than ``step`` have been moved away, and not by this program."""
         record = RunRecord.read(self.folder.parent)
         newest = record.newest_step if record else None
-        if newest is None or newest <= step or any(self.folder.glob(f"step-{newest:08d}*")):
+        if newest is None or newest <= step or any(self.folder.glob(f"{checkpoint_name(newest)}*")):
             return []
         return [
             f"note: the run has written a checkpoint of step {newest:,}, which is not in {self.folder} any more; it "
@@ -288,7 +286,7 @@ class CheckpointStore:
         Raises:
             UserError: on every rank, when any of them cannot write. Nothing is left behind.
         """
-        final = self.folder / f"step-{manifest.step:08d}"
+        final = self.folder / checkpoint_name(manifest.step)
         temporary = self.ranks.share(self._temporary_name(final))
         self.ranks.on_main(lambda: self._begin(temporary, final))
         try:
@@ -314,8 +312,7 @@ class CheckpointStore:
     def describe_pruning(self) -> str:
         """What makes space on the disk of the checkpoints."""
         whole = whole_checkpoints(self.complete())
-        best = list(whole.values())[-1].best.get("step") if whole else None
-        reasons = reasons_to_keep(whole, 1, self.keep_every, best)
+        reasons = reasons_when_pruning(whole, 1, self.keep_every)
         removable = [folder for folder, why in reasons.items() if not why]
         return describe_pruning(self.folder.parent, removable, self.keep_every)
 
@@ -411,16 +408,6 @@ def _renamed(folder: Path, ending: str) -> Path:
         target = folder.with_name(f"{folder.name}{ending}.{number}")
     folder.rename(target)
     return target
-
-
-def is_checkpoint_name(name: str) -> bool:
-    """Whether the store gives such names to complete checkpoints."""
-    return _COMPLETE.match(name) is not None
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def sync_tree(folder: Path) -> None:

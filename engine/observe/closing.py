@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 
-from ..config import CheckpointConfig
-from ..conversion.export_run import FOLDER
+from ..checkpoint.names import step_of
+from ..config import RunConfig
+from ..conversion.export_run import export_folder
 from ..parallel.process_group import Ranks
 from ..run_state import Progress
 from .progress import duration, human, peak_memory_bytes
@@ -41,6 +42,16 @@ class Totals:
     steps: int = 0
     losses: dict[str, LossRange] = field(default_factory=dict)
 
+    def add_steps(self, seconds: float, steps: int) -> None:
+        """Note steps that have been made, and the time they took."""
+        self.step_seconds += seconds
+        self.steps += steps
+
+    @property
+    def mean_step_seconds(self) -> float:
+        """Mean over all steps of this start."""
+        return self.step_seconds / max(1, self.steps)
+
     def add_loss(self, name: str, step: int, loss: float) -> None:
         """Note a loss of the training, or of a validation set."""
         if not isfinite(loss):
@@ -55,7 +66,7 @@ class Totals:
         memory = max(ranks.gather(peak_memory_bytes(ranks.device)))
         seconds = time.perf_counter() - self.began
         speed = self.steps * tokens_per_step / self.step_seconds if self.step_seconds else 0.0
-        tokens = end.tokens - self.start.tokens
+        tokens = max(0, end.tokens - self.start.tokens)  # it may have gone back to a step before its start
         lines = [
             f"tokens      {tokens:,} ({human(tokens)}) in this start, {end.tokens:,} in all; step {end.step:,}",
             f"time        {duration(seconds)}, {duration(self.step_seconds)} of it in steps: {speed:,.0f} tokens/s, "
@@ -65,13 +76,14 @@ class Totals:
         return lines + [f"loss        {name}: {losses}" for name, losses in self.losses.items()]
 
 
-def next_command(config: CheckpointConfig, checkpoint: Path | None, finished: bool) -> list[str]:
+def next_command(config: RunConfig, checkpoint: Path | None, finished: bool) -> list[str]:
     """What to do with the run now, as lines."""
     if not finished:
-        return ["next        the same command goes on from here"]
-    if checkpoint is None or config.export_hf:
+        changed = ", with resume: auto," if config.resume == "none" else ""
+        return [f"next        the same command{changed} continues from here"]
+    if checkpoint is None or config.checkpoint.export_hf:
         return []  # the export names its folder itself
-    output = checkpoint.parent.parent / FOLDER / checkpoint.name
+    output = export_folder(checkpoint.parent.parent, step_of(checkpoint))
     return [
         f"next        python checkpoint_convert/dcp_to_hf.py --checkpoint {shlex.quote(str(checkpoint))} "
         f"--output {shlex.quote(str(output))}"

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..outputs import open_new
 
 METRICS_FILE = "metrics.jsonl"
@@ -23,14 +22,12 @@ _TAIL_BYTES = 1 << 20
 
 
 def last_record(run_folder: Path) -> dict[str, Any] | None:
-    """The last whole record of a run; None where there is none.
+    """The last whole record of a run; None if there is no such record.
 
     Raises:
         OSError: ``metrics.jsonl`` is there and cannot be read.
-        UserError: it is a FIFO or a device, which would never end.
     """
     path = run_folder / METRICS_FILE
-    require_regular(path)
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
@@ -38,18 +35,6 @@ def last_record(run_folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return next((record for record in map(_record, reversed(lines)) if record is not None), None)
-
-
-def require_regular(path: Path) -> None:
-    """Refuse anything but a regular file, or a link to one, where a run keeps one.
-
-    Raises:
-        UserError: naming ``path``.
-    """
-    if os.path.exists(path) and not path.is_file():
-        raise UserError(
-            f"{path}: not a regular file, where the run keeps one; move it away, or choose another run_folder"
-        )
 
 
 def continue_curve(run_folder: Path, step: int, evaluates_again: bool) -> list[str]:

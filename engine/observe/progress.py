@@ -21,31 +21,17 @@ class Stopwatch:
     def __init__(self) -> None:
         self._since = time.perf_counter()
         self._steps = 0
-        self._total_seconds = 0.0
-        self._total_steps = 0
 
     def step_done(self) -> None:
         """Count one step."""
         self._steps += 1
 
-    def lap(self) -> float:
-        """Mean seconds per step since the last lap."""
+    def lap(self) -> tuple[float, int]:
+        """Seconds and steps since the last lap."""
         now = time.perf_counter()
         seconds, steps = now - self._since, max(1, self._steps)
-        self._total_seconds += seconds
-        self._total_steps += steps
         self._since, self._steps = now, 0
-        return seconds / steps
-
-    @property
-    def mean_step_seconds(self) -> float:
-        """Mean over all laps."""
-        return self._total_seconds / max(1, self._total_steps)
-
-    @property
-    def totals(self) -> tuple[float, int]:
-        """Seconds and steps of all laps."""
-        return self._total_seconds, self._total_steps
+        return seconds, steps
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class TensorBoard:
             self._writer = None
 
     @contextmanager
-    def _tolerant(self, what: str):
+    def _tolerant(self, what: str) -> Iterator[None]:
         # Any exception: of NumPy, protobuf, setuptools or a codec. Importing them has ended with SystemExit as well.
         try:
             yield

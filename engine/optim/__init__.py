@@ -60,7 +60,7 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 @torch.no_grad()
 def allocate_states(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer's state tensors as they are before the first step: all zero. Nothing where there are some.
+    """Make the optimizer's state tensors as they are before the first step: all zero. Does nothing if they exist.
 
     A step with zero gradients and zero learning rate changes no parameter, and leaves both moments at zero.
     """

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
-from ..awake import LONGEST_GAP, AwakeClock
+from ..awake import AwakeClock
 from ..errors import UserError, report_user_error
 from ..stacks import dump_stacks
 from .meeting import Meeting
@@ -51,7 +51,7 @@ class Liveness:
         # All ranks read what all have written: where there are many, more rarely.
         self.interval = max(0.2, min(2.5, timeout_seconds / 10)) * max(1.0, meeting.world_size / 128)
         self.grace_seconds = 3 * self.interval
-        self._clock = AwakeClock(max(2 * self.interval, min(LONGEST_GAP, timeout_seconds / 2)))
+        self._clock = AwakeClock.read_every(self.interval, timeout_seconds)
         self._store: Any = meeting.store.clone()  # type: ignore[attr-defined]  # a connection of its own
         now = self._clock.now()
         self._signs: list[dict[str, Any]] = [{} for _ in meeting.notes]
@@ -230,12 +230,12 @@ class Liveness:
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether ``error`` comes of another rank's end, and not of this one."""
+    """Whether ``error`` was caused by the end of another rank."""
     return not isinstance(error, UserError) and _LOST_CONTACT.search(str(error)) is not None
 
 
 def _without_rank(text: str) -> str:
-    """``text`` as the rank says it that has the problem: others put its number before it."""
+    """``text`` without the number of the rank that has the problem, which the other ranks put before it."""
     return re.sub(r"^\w+: (rank \d+: )?", "", text)[: _LONGEST_LINE // 2]
 
 

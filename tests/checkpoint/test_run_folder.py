@@ -12,7 +12,6 @@ import subprocess
 import pytest
 import saved_runs
 
-from retemper.engine.checkpoint.destination import require_record_files
 from retemper.engine.checkpoint.lock import run_folder_lock
 from retemper.engine.checkpoint.removal import remove_tree
 from retemper.engine.checkpoint.run_record import note_start, origin_of
@@ -345,26 +344,22 @@ def test_a_file_that_appears_while_its_folder_is_removed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "run.json", ".lock"])
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
-def test_what_is_no_file_in_the_place_of_one_is_refused(kind, name, tmp_path):
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_what_is_no_file_in_the_place_of_one_is_refused_before_it_is_read(
+    checkpoints, kind, name, one_rank, run_folder
+):
     """A FIFO would be waited for, /dev/zero read without end."""
-    path = tmp_path / name
+    path = run_folder / name
+    path.unlink(missing_ok=True)
+    if not checkpoints:
+        moved_away(run_folder / "checkpoints")
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "device":
         path.symlink_to("/dev/zero")
     else:
         path.mkdir()
-    with pytest.raises(UserError, match=f"{name}: not a regular file"):
-        require_record_files(tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["fifo", "device"])
-def test_a_curve_that_never_ends_is_not_read(kind, one_rank, tmp_path):
-    if kind == "fifo":
-        os.mkfifo(tmp_path / "metrics.jsonl")
-    else:
-        (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
-    assert "not a regular file" in saved_runs.resolve(one_rank, tmp_path)[0]
+    assert f"{path}: not a regular file" in saved_runs.resolve(one_rank, run_folder)[0]
 
 
 def test_remove_tree_follows_no_link(tmp_path):

@@ -25,7 +25,7 @@ SRUN = {**SALLOC, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROC
     ("env", "expected"),
     [
         ({}, Launcher()),
-        (PLACE, Launcher()),  # in a shell's profile, they harm nobody
+        (PLACE, Launcher()),  # harmless in a shell's profile
         ({"WORLD_SIZE": "1"}, Launcher()),
         ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, Launcher()),
         (TORCHRUN, Launcher(3, 8, 1, 1, announced=True)),

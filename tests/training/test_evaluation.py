@@ -25,7 +25,7 @@ def write(prefix, lengths, seed=5):
 
 
 def evaluated(ranks, path, overrides):
-    """Losses of the validation sets before the first step, what is said of the sets, and the weights."""
+    """Losses of the validation sets before the first step, what the log says of the sets, and the weights."""
     trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
     losses = trainer.validation.losses(trainer.passes, lambda: False)
     weights = {
@@ -78,7 +78,7 @@ def test_all_targets_of_a_held_out_part_on_two_ranks(two_ranks, run_file, tmp_pa
         assert losses["held_out"] == pytest.approx(expected, rel=2e-6) and f"{count} targets" in said
 
 
-def test_a_part_of_the_set_is_said_to_be_one(one_rank, run_file, tmp_path):
+def test_the_log_says_which_part_of_a_set_is_evaluated(one_rank, run_file, tmp_path):
     write(tmp_path / "v", [500])
     overrides = ["--data.validation", f"{{v: {tmp_path / 'v'}}}", "--training.eval_tokens", "100"]
     _, [said], _ = evaluated(one_rank, run_file, [*overrides, "--run_folder", str(tmp_path / "run")])

@@ -185,7 +185,7 @@ def best_notes(trainer):
     return [line for line in trainer.remarks if "best evaluation starts over" in line]
 
 
-def test_the_record_of_the_best_goes_on_where_the_same_is_measured(one_rank, run_file, folder):
+def test_the_record_of_the_best_continues_where_the_same_is_measured(one_rank, run_file, folder):
     for options in ([], ["--training.micro_batch_size", "4"], ["--training.eval_interval", "3"]):
         trainer = trainer_of(one_rank, run_file, folder, *options)
         assert best_notes(trainer) == [] and trainer.validation.measure.describes(trainer.progress.best)

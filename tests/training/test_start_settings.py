@@ -93,7 +93,7 @@ def test_a_resumed_run_says_that_its_precision_and_start_have_changed(
     assert any(line.startswith("note: model.initialize_from elsewhere has no effect: the run conti") for line in lines)
     manifest = json.loads((folder / "checkpoints/step-00000021/manifest.json").read_text())
     assert manifest["config"]["training"]["precision"] == "bf16"
-    # On a machine without it, the same configuration goes on in fp32, and says so.
+    # On a machine without it, the same configuration continues in fp32, and says so.
     monkeypatch.setattr(precision, "native_bf16", lambda device: None)
     options[-1] = str(22 * 8 * 32)
     tiny_run.train(one_rank, run_file, ["--run_folder", str(folder), *options])

@@ -193,7 +193,7 @@ def test_handlers_are_restored_and_those_set_inside_are_kept():
 
 
 @pytest.mark.parametrize("number", [*REQUESTS, *NOTICES], ids=lambda number: number.name)
-def test_every_notice_of_an_end_is_a_wish_to_stop(number, one_rank):
+def test_every_notice_of_an_end_asks_to_stop(number, one_rank):
     with StopRequest(one_rank) as stop:
         assert not stop.agreed()
         os.kill(os.getpid(), number)

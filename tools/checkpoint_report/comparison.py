@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...engine.checkpoint.manifest import read_manifest
+from ...engine.checkpoint.manifest import Manifest, read_manifest
 from ...engine.checkpoint.tensors import StoredTensor, load_tensors, stored_tensors
 from ...engine.parallel.agreement import flatten
 
@@ -26,42 +26,45 @@ def compare(first: Path, second: Path, say: Callable[[str], None] = print) -> in
     Raises:
         UserError: one of them is no checkpoint, or damaged.
     """
-    settings = list(_manifest_differences(first, second))
-    tensors = list(_tensor_differences(first, second))
-    lines = [*settings, *tensors]
-    for line in [_summary(first, second, settings, tensors), *lines] if lines else ["no differences"]:
-        say(line)
-    return len(lines)
-
-
-def _summary(first: Path, second: Path, settings: list[str], tensors: list[str]) -> str:
-    """How much differs, before the list of it."""
-    steps = " | ".join(f"step {read_manifest(folder).step:,}" for folder in (first, second))
-    names = {line.split()[1].rstrip(":") for line in tensors}
-    total = len({*stored_tensors(first), *stored_tensors(second)})
+    manifests = read_manifest(first), read_manifest(second)
+    here, there = stored_tensors(first), stored_tensors(second)
+    settings = list(_manifest_differences(*manifests))
+    tensors = list(_tensor_differences(first, second, here, there))
+    if not settings and not tensors:
+        say("no differences")
+        return 0
+    steps = " | ".join(f"step {manifest.step:,}" for manifest in manifests)
     entries = "1 entry" if len(settings) == 1 else f"{len(settings)} entries"
-    return f"summary   {steps}: {entries} of the manifest and {len(names)} of {total} tensors differ"
+    differing, total = len({name for name, _ in tensors}), len({*here, *there})
+    say(f"summary   {steps}: {entries} of the manifest and {differing} of {total} tensors differ")
+    for line in settings:
+        say(f"manifest  {line}")
+    for name, what in tensors:
+        say(f"tensor    {name}: {what}")
+    return len(settings) + len(tensors)
 
 
-def _manifest_differences(first: Path, second: Path) -> Iterator[str]:
-    here, there = (flatten({**dataclasses.asdict(read_manifest(folder)), "files": None}) for folder in (first, second))
+def _manifest_differences(first: Manifest, second: Manifest) -> Iterator[str]:
+    here, there = (flatten({**dataclasses.asdict(manifest), "files": None}) for manifest in (first, second))
     for key in [*here, *(key for key in there if key not in here)]:
         if here.get(key) != there.get(key):
-            yield f"manifest  {key}: {here.get(key, 'absent')} | {there.get(key, 'absent')}"
+            yield f"{key}: {here.get(key, 'absent')} | {there.get(key, 'absent')}"
 
 
-def _tensor_differences(first: Path, second: Path) -> Iterator[str]:
-    here, there = stored_tensors(first), stored_tensors(second)
-    yield from (f"tensor    {name}: only in {first}" for name in here if name not in there)
-    yield from (f"tensor    {name}: only in {second}" for name in there if name not in here)
+def _tensor_differences(
+    first: Path, second: Path, here: dict[str, StoredTensor], there: dict[str, StoredTensor]
+) -> Iterator[tuple[str, str]]:
+    """Names of tensors, and what differs."""
+    yield from ((name, f"only in {first}") for name in here if name not in there)
+    yield from ((name, f"only in {second}") for name in there if name not in here)
     same = {}
     for name in (name for name in here if name in there):
         one, other = here[name], there[name]
         if one.shape != other.shape:
-            yield f"tensor    {name}: shape {list(one.shape)} | {list(other.shape)}"
+            yield name, f"shape {list(one.shape)} | {list(other.shape)}"
             continue
         if one.dtype != other.dtype:
-            yield f"tensor    {name}: dtype {one.dtype} | {other.dtype}".replace("torch.", "")
+            yield name, f"dtype {one.dtype} | {other.dtype}".replace("torch.", "")
         same[name] = one.num_bytes + other.num_bytes
     with tqdm(total=sum(same.values()), unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for group in _groups(same):
@@ -70,7 +73,7 @@ def _tensor_differences(first: Path, second: Path) -> Iterator[str]:
                 difference = _difference(ones.pop(name), others.pop(name))
                 bar.update(same[name])
                 if difference:
-                    yield f"tensor    {name}: {difference}"
+                    yield name, difference
 
 
 def _groups(sizes: dict[str, int]) -> Iterator[list[str]]:

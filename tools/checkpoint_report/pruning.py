@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ...engine.checkpoint.lock import run_folder_lock
-from ...engine.checkpoint.retention import reasons_to_keep, whole_checkpoints
+from ...engine.checkpoint.retention import reasons_when_pruning, whole_checkpoints
 from ...engine.checkpoint.store import CheckpointStore
 from ...engine.errors import UserError
 from ...engine.parallel.process_group import Ranks
@@ -41,9 +41,8 @@ def prune(
 def _prune(store: CheckpointStore, keep_last: int, keep_every: int, say: Callable[[str], None], remove: bool) -> None:
     complete = store.complete()
     whole = whole_checkpoints(complete)
-    best = list(whole.values())[-1].best.get("step") if whole else None
     problems: list[str] = []
-    for folder, reasons in reasons_to_keep(whole, keep_last, keep_every, best).items():
+    for folder, reasons in reasons_when_pruning(whole, keep_last, keep_every).items():
         if reasons:
             say(f"keep    {folder} ({', '.join(reasons)})")
         elif remove:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ...engine.checkpoint.destination import format_bytes
 from ...engine.checkpoint.manifest import MANIFEST_FILE
-from ...engine.checkpoint.store import is_checkpoint_name
+from ...engine.checkpoint.names import named_checkpoints
 from ...engine.checkpoint.verify import find_damage
 from ...engine.errors import UserError
 
@@ -42,7 +42,7 @@ def _checkpoints(path: Path) -> list[Path]:
     inside = path / "checkpoints"
     if (path / MANIFEST_FILE).is_file() or not inside.is_dir():
         return [path]
-    found = sorted(entry for entry in inside.iterdir() if entry.is_dir() and is_checkpoint_name(entry.name))
+    found = named_checkpoints(inside)
     if not found:
         raise UserError(f"{path}: holds no checkpoints")
     return found
