@@ -166,8 +166,8 @@ def test_floats(config_file, text):
 )
 def test_yaml_1_1_traps_stay_text(config_file, text):
     assert load_yaml(f"a: {text}") == {"a": text}
-    assert parse(with_text(config_file, CONFIG + f"resume: {text}\n")).resume == text
-    assert parse(config_file, f"--resume={text}").resume == text
+    assert parse(with_text(config_file, CONFIG.replace("runs/x", text))).run_folder == text
+    assert parse(config_file, f"--run_folder={text}").run_folder == text
 
 
 def test_yaml_numbers_are_decimal():
