@@ -23,7 +23,7 @@ FilePath = Annotated[str, PATH_MARK]
 
 @dataclass(frozen=True)
 class Switch:
-    """What ``true`` and ``false`` mean to a setting that has more than two values."""
+    """What ``true`` (``yes``, ``on``) and ``false`` (``no``, ``off``) mean to a setting with more than two values."""
 
     true: str
     false: str
@@ -340,8 +340,8 @@ class RunConfig:
     masks in a dataset of the same name). Each source goes on after as many samples as it has given, so that some may
     come again before others come at all. What else changes is listed at the start."""
     resume: Annotated[FilePath, Switch("auto", "none")] = "auto"
-    """auto: continue from the newest undamaged checkpoint in ``run_folder``, or start fresh where there was never one.
-    none: start fresh, refused where checkpoints exist. true means auto, false means none. Anything else: path of the
+    """auto (or true, yes, on): continue from the newest undamaged checkpoint in ``run_folder``, or start fresh if there
+    never was one. none (or false, no, off): start fresh, refused where checkpoints exist. Anything else: path of the
     checkpoint to continue from. The same command again, after an interruption, continues from the newest checkpoint
     that the run has written since."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -21,7 +21,7 @@ from .config_yaml import explain, load_yaml
 from .errors import UserError
 from .paths import expand_path
 
-_NULL = ("", "~", "null", "Null", "NULL")
+_NULL = ("null", "Null", "NULL")
 _INDEXED = re.compile(r"(\w+)((?:\[\d+\])+)", re.ASCII)
 _ARCHITECTURE = "model.architecture"
 
@@ -206,8 +206,7 @@ def _entry(node: dict, dotted: str) -> tuple[str, str]:
     for count in range(len(parts), 0, -1):
         if (key := ".".join(parts[:count])) in node:
             return key, ".".join(parts[count:])
-    key, rest = _without_brackets(parts[0], ".".join(parts[1:]))
-    return key, rest
+    return _without_brackets(parts[0], ".".join(parts[1:]))
 
 
 def _typed(text: str, hint: Any, key: str) -> Any:
@@ -217,7 +216,7 @@ def _typed(text: str, hint: Any, key: str) -> Any:
         UserError: it is not valid YAML.
     """
     if accepts(text, hint) and not is_dictionary(hint):
-        return None if text in _NULL and accepts(None, hint) else text
+        return None if text in _NULL or (text in ("", "~") and accepts(None, hint)) else text
     try:
         return load_yaml(text)
     except UserError as error:

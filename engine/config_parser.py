@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING
 
 from .config import RunConfig, to_yaml
 from .config_checks import problems
-from .config_names import did_you_mean
 from .config_options import Settings
 from .config_types import build
 
 if TYPE_CHECKING:
     import jsonargparse
 
-HELP_OPTIONS = ("-h", "--help", "--data.train.help", "--data.stages.help")
-"""Options that print help. The last two explain the entries of lists, which ``--help`` does not."""
+HELP_OPTIONS = {
+    **{option: option for option in ("-h", "--help", "--data.train.help", "--data.stages.help")},
+    "--data.stages.train.help": "--data.train.help",
+}
+"""Options that print help, and whose help each prints. Those of lists explain their entries, which ``--help`` does not;
+the list ``train`` of a stage has the same entries as ``data.train``."""
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -56,9 +59,9 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
             wrong, one line for each.
     """
     waiting = list(reversed(sys.argv[1:] if arguments is None else arguments))
-    for asked in HELP_OPTIONS:
+    for asked, option in HELP_OPTIONS.items():
         if asked in waiting:
-            build_parser().parse_args([asked])
+            build_parser().parse_args([option])
     settings, prints = Settings(), False
     while waiting:
         argument = waiting.pop()
@@ -99,6 +102,6 @@ def _built(settings: Settings) -> RunConfig:
 def _without_value(option: str) -> str:
     settings = Settings()
     settings.add_option(option, "")
-    if any(message.startswith("unknown option") for message in settings.found.messages):
-        return f"unknown option --{option}{did_you_mean(option)}"
-    return f"--{option}: its value is missing; write --{option} VALUE, or --{option}=VALUE for one that begins with --"
+    unknown = [message for message in settings.found.messages if message.startswith("unknown option")]
+    write = f"write --{option} VALUE, or --{option}=VALUE for one that begins with --"
+    return unknown[0] if unknown else f"--{option}: its value is missing; {write}"

@@ -86,7 +86,7 @@ def item_hint(hint: Any) -> Any:
 
 def accepts(value: Any, hint: Any) -> bool:
     """Whether ``value`` is of the type ``hint``, as far as its outermost layer tells."""
-    if isinstance(value, bool) and _switch(hint):
+    if (switch := _switch(hint)) and _switched(value, switch) in (switch.true, switch.false):
         return True
     hint = bare(hint)
     kind = get_origin(hint) or hint
@@ -182,8 +182,7 @@ def build(value: Any, hint: Any, name: str, found: Problems, missing: list[str])
     if isinstance(value, dict) and get_origin(kind) is dict:
         return {key: build(item, item_hint(hint), f"{name}.{key}", found, missing) for key, item in value.items()}
     if switch := _switch(hint):
-        word = str(value).lower()
-        value = switch.true if word == "true" else switch.false if word == "false" else value
+        value = _switched(value, switch)
     if isinstance(value, str) and is_path(hint):
         try:
             return expand_path(value, name)
@@ -221,6 +220,14 @@ def is_path(hint: Any) -> bool:
 def _switch(hint: Any) -> Switch | None:
     marks = hint.__metadata__ if get_origin(hint) is Annotated else ()
     return next((mark for mark in marks if isinstance(mark, Switch)), None)
+
+
+def _switched(value: Any, switch: Switch) -> Any:
+    """What ``value`` means to a setting with a ``switch``: a word for yes or no, in upper or lower case, or itself."""
+    word = str(value).lower() if isinstance(value, bool | str) else value
+    if word in ("true", "yes", "on", switch.true):
+        return switch.true
+    return switch.false if word in ("false", "no", "off", switch.false) else value
 
 
 def _expected(hint: Any) -> str:

@@ -124,16 +124,13 @@ class _StrictLoader(yaml.SafeLoader):
             return None
         if kind == "bool":
             return text.lower() == "true"
-        number = text.replace("_", "")
+        number = text.replace("_", "").lower()
         if len(number) > _MOST_DIGITS:
             raise UserError(f"line {line}: a number of {len(number):,} characters; at most {_MOST_DIGITS} are read")
         if kind == "int":
             return int(number)
-        name = number.lower().lstrip("+-")
-        value = float(number) if name[1:] not in ("inf", "nan") else math.copysign(
-            float(name[1:]), -1 if number[0] == "-" else 1
-        )  # fmt: skip
-        if (math.isinf(value) and name != ".inf") or (value == 0 and re.search("[1-9]", number.lower().split("e")[0])):
+        value = float(number.replace(".inf", "inf").replace(".nan", "nan"))
+        if (math.isinf(value) and "inf" not in number) or (value == 0 and re.search("[1-9]", number.split("e")[0])):
             raise UserError(f"line {line}: {text[:60]} is beyond what a floating-point number can hold")
         return value
 

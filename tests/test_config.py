@@ -166,8 +166,8 @@ def test_floats(config_file, text):
 )
 def test_yaml_1_1_traps_stay_text(config_file, text):
     assert load_yaml(f"a: {text}") == {"a": text}
-    assert parse(with_text(config_file, CONFIG + f"resume: {text}\n")).resume == text
-    assert parse(config_file, f"--resume={text}").resume == text
+    assert parse(with_text(config_file, CONFIG.replace("runs/x", text))).run_folder == text
+    assert parse(config_file, f"--run_folder={text}").run_folder == text
 
 
 def test_yaml_numbers_are_decimal():
@@ -233,14 +233,25 @@ def test_every_field_has_its_docstring_in_help(capsys):
         assert len(text.split()) >= 2, f"--{name} has no text in --help"
 
 
-@pytest.mark.parametrize("option, entry", [("--data.train.help", SourceConfig), ("--data.stages.help", StageConfig)])
-def test_the_help_options_that_help_names_print_help(capsys, option, entry):
-    with pytest.raises(SystemExit) as caught:
-        parse_config([option])
-    assert not caught.value.code
-    shown = capsys.readouterr().out
-    for field in dataclasses.fields(entry):
-        assert f"{option.removesuffix('help')}{field.name} " in shown
+def test_the_help_options_that_help_names_print_help(capsys):
+    entries = {
+        "--data.train.help": ("--data.train.", SourceConfig),
+        "--data.stages.help": ("--data.stages.", StageConfig),
+        "--data.stages.train.help": ("--data.train.", SourceConfig),
+    }
+    waiting, printed = ["--help"], set()
+    while waiting:
+        option = waiting.pop()
+        printed.add(option)
+        with pytest.raises(SystemExit) as caught:
+            parse_config([option])
+        assert not caught.value.code
+        shown = capsys.readouterr().out
+        if option in entries:
+            prefix, kind = entries[option]
+            assert all(f"{prefix}{field.name} " in shown for field in dataclasses.fields(kind))
+        waiting += set(re.findall(r"--[\w.]+\.help\b", shown)) - printed
+    assert printed == {"--help", *entries}
 
 
 def test_every_field_of_every_section_has_a_docstring():

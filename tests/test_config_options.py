@@ -125,6 +125,10 @@ def test_an_option_is_an_edit_of_the_file(config_file, options, old, new, tmp_pa
         ("optimizer.eps.", "3", "unknown option --optimizer.eps."),
         ("seed+", "3", "--seed+ appends to a list, but seed is null"),
         ("data.validation", "{news: [a]}", "data.validation.news is ['a']; expected text"),
+        ("data.validation.news", "null", "data.validation.news is null; expected text"),
+        ("run_folder", "null", "run_folder is null; expected text"),
+        ("resume", "null", "resume is null; expected text"),
+        ("training.compile", "1", "training.compile is 1; expected 'auto' or 'on' or 'off'"),
     ],
 )
 def test_a_place_that_is_not_there_is_refused(config_file, option, value, expected):
@@ -325,7 +329,12 @@ def test_every_setting_that_is_text_is_declared_a_path_or_known_to_be_none():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("true", "auto"), ("True", "auto"), ("false", "none"), ("auto", "auto")]
+    ("text", "expected"),
+    [
+        *(("true", "auto"), ("True", "auto"), ("yes", "auto"), ("ON", "auto"), ("auto", "auto"), ("Auto", "auto")),
+        *(("false", "none"), ("no", "none"), ("Off", "none"), ("None", "none")),
+        *(("./none", "./none"), ("a/Yes", "a/Yes")),
+    ],
 )
 def test_true_and_false_mean_what_people_mean(config_file, text, expected):
     assert parse(config_file, f"--resume={text}").resume == expected
@@ -333,7 +342,10 @@ def test_true_and_false_mean_what_people_mean(config_file, text, expected):
     assert parse(config_file).resume == expected
 
 
-@pytest.mark.parametrize(("text", "expected"), [("true", "on"), ("false", "off"), ("on", "on"), ("auto", "auto")])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("true", "on"), ("false", "off"), ("on", "on"), ("auto", "auto"), ("Yes", "on"), ("no", "off"), ("OFF", "off")],
+)
 def test_compile_is_a_switch_too(config_file, text, expected):
     assert parse(config_file, f"--training.compile={text}").training.compile == expected
     config_file.write_text(CONFIG.replace("training: {", f"training: {{compile: {text}, "))
