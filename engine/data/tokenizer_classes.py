@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .tokenizer_backends import one_line
 from .tokenizer_fast import EXACT, rule_steps
 from .tokenizer_files import CONFIG_FILES, MODEL_CONFIG, SENTENCEPIECE_FILE, TOKENIZER_FILE, read_config
 from .tokenizer_json import deterministic
@@ -39,11 +40,15 @@ def auto_tokenizer(folder: Path) -> Any:
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever its tokenizer classes raise
-        library = f"AutoTokenizer of transformers {version('transformers')}"
-        return f"{library} cannot load the tokenizer: {' '.join(str(error).split())[:200]}"
+        return f"{auto_tokenizer_name()} cannot load the tokenizer: {one_line(error)[:200]}"
     if getattr(loaded, "is_fast", False):
         deterministic(loaded.backend_tokenizer)
     return loaded
+
+
+def auto_tokenizer_name() -> str:
+    """For messages, with the version."""
+    return f"AutoTokenizer of transformers {version('transformers')}"
 
 
 def serving_note(file: Path, encode: Encode, library_tokenizer: Any | None) -> str | None:
