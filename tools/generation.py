@@ -19,7 +19,7 @@ from ..engine.checkpoint.assets import ASSET_FOLDER
 from ..engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
 from ..engine.checkpoint.verify import require_undamaged
-from ..engine.data.document_frame import DocumentFrame, TokenizerFrame, ids_of, read_tokenizer_frame
+from ..engine.data.document_frame import DocumentFrame, ids_of
 from ..engine.data.tokenizer import TokenizerHandle, load_prompt_tokenizer
 from ..engine.errors import UserError
 from ..engine.hugging_face.model import meta_decoder, open_hf_model
@@ -107,7 +107,8 @@ class TextGenerator:
         where = assets / CONFIG_FILE
         config = read_hf_config(where)
         architecture = parse_architecture(config, str(where))
-        self.tokenizer, document_end, frame = _load_tokenizer(tokenizer, assets, architecture)
+        self.tokenizer, document_end = _load_tokenizer(tokenizer, assets, architecture)
+        frame = self.tokenizer.frame()
         trained = _bos_of_training(folder) if is_checkpoint and tokenizer is None and bos == "auto" else None
         self.prefix = ids_of(frame.documents_begin_with(bos)) if trained is None else trained
         """Ids in front of every prompt."""
@@ -136,8 +137,8 @@ class TextGenerator:
     def encode(self, prompt: str) -> list[int]:
         """Token ids of ``prompt``, with special tokens recognized, behind a BOS where there is to be one.
 
-        A BOS that is written in the prompt is not doubled. What the tokenizer puts behind a text is left out: the text
-        is to go on.
+        A BOS that is written in the prompt is not doubled. What the tokenizer puts behind a text is left out, since
+        the model continues the text.
 
         Raises:
             UserError: the prompt is empty, leaves no room in the context, or has tokens that the model does not know.
@@ -276,11 +277,8 @@ def _hf_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, de
     return decoder
 
 
-def _load_tokenizer(
-    name: str | None, assets: Path, architecture: Architecture
-) -> tuple[TokenizerHandle, set[int], TokenizerFrame]:
-    """The tokenizer; the id of the token that ends its documents, if it has one that the model knows; and what it puts
-    around a text."""
+def _load_tokenizer(name: str | None, assets: Path, architecture: Architecture) -> tuple[TokenizerHandle, set[int]]:
+    """The tokenizer, and the id of the token that ends its documents, if it has one that the model knows."""
     try:
         tokenizer = load_prompt_tokenizer(name if name is not None else assets)
     except UserError as error:
@@ -288,9 +286,8 @@ def _load_tokenizer(
     try:
         _, document_end = tokenizer.eod()
     except UserError:  # it names none: then only the model's own configuration ends a text
-        return tokenizer, set(), read_tokenizer_frame(tokenizer.file)
-    ends = {document_end} if document_end < architecture.vocab_size else set()
-    return tokenizer, ends, read_tokenizer_frame(tokenizer.file)
+        return tokenizer, set()
+    return tokenizer, {document_end} if document_end < architecture.vocab_size else set()
 
 
 def _bos_of_training(checkpoint: Path) -> tuple[int, ...] | None:

@@ -1,10 +1,11 @@
-"""What stands around the text of a document: the BOS in front of it, and the tokens that end it.
+"""The tokens around the text of a document: the BOS in front of it, and the tokens that end it.
 
 ``tokenizer_frame`` reads from the files of a tokenizer what it puts around a text. The rule is that of transformers 5,
 ``tokenizer(text)``:
 
 - tokenizer.json: its post-processor decides, whatever add_bos_token and add_eos_token of tokenizer_config.json say.
-  Two tokenizer classes of transformers replace the post-processor (``_OWN_RULES``).
+  Two tokenizer classes of transformers replace the post-processor (``_OWN_RULES``); which class is used, see
+  :func:`~.tokenizer_classes.loaded_class`.
 - a sentencepiece model: add_bos_token and add_eos_token of tokenizer_config.json decide; without them nothing is added.
 - tiktoken files: nothing is added.
 
@@ -28,27 +29,28 @@ import orjson
 
 from ..errors import UserError
 from ..regular_files import read_regular
+from .tokenizer_backends import FlatIds
+from .tokenizer_classes import loaded_class
 from .tokenizer_files import (
     CONFIG_FILES,
+    MODEL_CONFIG,
     SENTENCEPIECE_FILE,
     TOKENIZER_FILE,
     TokenizerKind,
     read_config,
+    token_text,
     tokenizer_file_name,
     tokenizer_kind,
 )
 
 BOS_CHOICES = ("auto", "yes", "no")
-MODEL_CONFIG = "config.json"
 
 Token = tuple[str, int]
 """Text and id of a token."""
-FlatIds = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
-"""Ids of all documents laid end to end, int32[T], and the number of ids of each, int64[documents]."""
 
 _OWN_RULES = ("GPTNeoXTokenizer", "CodeLlamaTokenizer")
-"""``tokenizer_class`` values for which transformers 5.23 ignores the post-processor of tokenizer.json: GPT-NeoX adds
-nothing, CodeLlama the BOS. tests/data/test_document_frame.py compares every class with transformers."""
+"""Classes of transformers 5.23 that ignore the post-processor of tokenizer.json: GPT-NeoX adds nothing, CodeLlama the
+BOS. tests/data/test_document_frame.py compares every class with transformers."""
 _PART_BYTES = 1 << 20
 _LONG_DOCUMENT = 500
 """Ids. Copying documents of this mean length one by one is faster than by a mask."""
@@ -194,10 +196,9 @@ def frame_of_files(files: Mapping[str, bytes]) -> TokenizerFrame | None:
     name = tokenizer_file_name(files)
     if name is None:
         return None
-    kind: TokenizerKind = {TOKENIZER_FILE: "tokenizer.json", SENTENCEPIECE_FILE: "sentencepiece"}.get(name, "tiktoken")  # type: ignore[assignment]
     try:
-        configs = [_json_object(files.get(name, b"{}")) for name in (*CONFIG_FILES, MODEL_CONFIG)]
-        return tokenizer_frame(kind, files[name], *configs)
+        configs = [_json_object(files.get(config, b"{}")) for config in (*CONFIG_FILES, MODEL_CONFIG)]
+        return tokenizer_frame(tokenizer_kind(Path(name)), files[name], *configs)
     except (ValueError, ImportError, UserError):  # a damaged tokenizer is reported by whoever needs it
         return None
 
@@ -222,9 +223,9 @@ def tokenizer_frame(
     Raises:
         UserError: the file is not a tokenizer of that kind.
     """
-    names = [_content(source.get("bos_token")) for source in (config, special_map)]
+    names = [token_text(source.get("bos_token")) for source in (config, special_map)]
     named = next((name for name in names if name is not None), None)
-    tokenizer_class = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+    tokenizer_class = loaded_class(config, model)
     if kind == "sentencepiece":
         return _sentencepiece_frame(content, config, named, tokenizer_class)
     if kind == "tiktoken":
@@ -280,7 +281,7 @@ def _sentencepiece_frame(
             f"the model has the BOS {describe_tokens(bos)}, but no tokenizer_config.json next to it says add_bos_token;"
             " as in transformers 5, none is added; --bos yes adds it"
         )
-    eos = token(_content(config.get("eos_token")), model.eos_id())
+    eos = token(token_text(config.get("eos_token")), model.eos_id())
     return TokenizerFrame(bos if add_bos else (), eos if add_eos else (), bos[0] if bos else None, remark)
 
 
@@ -344,12 +345,6 @@ def _part(content: bytes, key: str) -> Any:
             if value is None or isinstance(value, dict | list):  # a number is the id of a token of that name
                 return value
     return _json_object(content).get(key)
-
-
-def _content(token: Any) -> str | None:
-    """The text of a token that a configuration names, as a string or as an object."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
 
 
 def _json_object(content: bytes) -> dict[str, Any]:

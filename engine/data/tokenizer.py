@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
 from ..regular_files import read_regular
-from .document_frame import DocumentFrame
+from .document_frame import DocumentFrame, TokenizerFrame, read_tokenizer_frame
 from .tokenizer_backends import DOCUMENT_END, MAX_ID, FlatIds, Reference, SentencePieceReference, TokenizersReference
 from .tokenizer_classes import serving_note
 from .tokenizer_fast import FastEncoder, NotFast
@@ -268,10 +269,17 @@ class TokenizerHandle:
             self._backend = "reference"
             self._fast, self._fast_is_settled, self._fallback_reason = None, True, reason
 
-    @property
-    def special_tokens(self) -> dict[str, int] | None:
-        """Special tokens of a tiktoken encoding, with their ids; None for other kinds, whose files name them."""
-        return self._reference.special_tokens if isinstance(self._reference, TiktokenReference) else None
+    def frame(self, model_config: Mapping[str, Any] | None = None) -> TokenizerFrame:
+        """What the tokenizer puts around a text, as its files say.
+
+        Args:
+            model_config: content of the model's config.json where it is elsewhere; None or empty: that of the folder.
+
+        Raises:
+            UserError: one of the files cannot be read.
+        """
+        special_tokens = self._reference.special_tokens if isinstance(self._reference, TiktokenReference) else None
+        return read_tokenizer_frame(self.file, special_tokens, model_config)
 
     def _description(self) -> bytes | None:
         """The JSON file beside a .tiktoken, if there is one."""

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from .tokenizer_files import CONFIG_FILES, read_config
+from .tokenizer_files import CONFIG_FILES, read_config, token_text
 from .tokenizer_fingerprint import fingerprint_of, fingerprint_of_json, vocab_text
 from .tokenizer_json import parse_tokenizer
 from .tokenizer_probes import PROBES
@@ -157,9 +157,8 @@ class TokenizersReference:
         if self._tokenizer.token_to_id(DOCUMENT_END) is not None:
             return DOCUMENT_END
         for name in CONFIG_FILES:
-            eos = read_config(self._folder / name).get("eos_token")
-            token = eos.get("content") if isinstance(eos, dict) else eos
-            if isinstance(token, str):
+            token = token_text(read_config(self._folder / name).get("eos_token"))
+            if token is not None:
                 return token
         return None
 
@@ -182,7 +181,6 @@ class SentencePieceReference:
             raise UserError(f"{file}: a .model file needs sentencepiece: pip install sentencepiece") from error
 
         self._name = name
-        self._folder = file.parent
         self.changes = 0
         self._model = SentencePieceProcessor()
         try:

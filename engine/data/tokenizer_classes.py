@@ -17,12 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .tokenizer_backends import one_line
 from .tokenizer_fast import EXACT, rule_steps
-from .tokenizer_files import CONFIG_FILES, SENTENCEPIECE_FILE, TOKENIZER_FILE, read_config
+from .tokenizer_files import CONFIG_FILES, MODEL_CONFIG, SENTENCEPIECE_FILE, TOKENIZER_FILE, read_config
 from .tokenizer_json import deterministic
 from .tokenizer_probes import EDGES, PROBES
 
-_MODEL_CONFIG = "config.json"
 _SHOWN_IDS = 6
 _WORD_START = "\u2581"
 
@@ -40,11 +40,15 @@ def auto_tokenizer(folder: Path) -> Any:
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever its tokenizer classes raise
-        library = f"AutoTokenizer of transformers {version('transformers')}"
-        return f"{library} cannot load the tokenizer: {' '.join(str(error).split())[:200]}"
+        return f"{auto_tokenizer_name()} cannot load the tokenizer: {one_line(error)[:200]}"
     if getattr(loaded, "is_fast", False):
         deterministic(loaded.backend_tokenizer)
     return loaded
+
+
+def auto_tokenizer_name() -> str:
+    """For messages, with the version."""
+    return f"AutoTokenizer of transformers {version('transformers')}"
 
 
 def serving_note(file: Path, encode: Encode, library_tokenizer: Any | None) -> str | None:
@@ -90,29 +94,39 @@ def _ids(theirs: Any, text: str) -> list[int] | None:
 
 
 def built_alike(folder: Path, tokenizer: Any) -> bool:
-    """Whether each class that transformers may use for ``folder`` is known to build the rules of its tokenizer.json.
+    """Whether the classes that transformers may use for ``folder`` are known to build the rules of its tokenizer.json.
 
     Args:
         folder: of tokenizer.json.
         tokenizer: the ``tokenizers.Tokenizer`` of that file.
     """
-    config, model_config = read_config(folder / CONFIG_FILES[0]), read_config(folder / _MODEL_CONFIG)
+    config, model_config = read_config(folder / CONFIG_FILES[0]), read_config(folder / MODEL_CONFIG)
     if "fast_tokenizer_files" in config or (folder / "tekken.json").exists():
         return False  # transformers may take another file than tokenizer.json
-    return all(_builds(name, config, tokenizer) for name in _classes(config, model_config))
+    # The declared class too: older versions of transformers take it for every model type.
+    names = {loaded_class(config, model_config), _declared_class(config, model_config)}
+    return all(_builds(name, config, tokenizer) for name in names)
 
 
-def _classes(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> set[str]:
-    """Names of classes that ``AutoTokenizer`` may choose, without the suffix ``Fast``, besides the plain one.
+def loaded_class(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str:
+    """Return the name of the class that ``AutoTokenizer`` chooses, without the suffix ``Fast``.
 
-    It takes the declared class or the plain one, except for model types whose folders are known to declare a wrong one.
+    It is the declared class, except for some model types.
+
+    Args:
+        config: content of tokenizer_config.json, empty where there is none.
+        model_config: content of config.json, likewise.
     """
+    model_type = str(model_config.get("model_type"))
+    return _OF_MODEL_TYPE[model_type] if model_type in _FIXED_CLASS else _declared_class(config, model_config)
+
+
+def _declared_class(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str:
+    """The class that a folder declares, or that its model type has without a declaration."""
     model_type = str(model_config.get("model_type") or "")
     declared = config.get("tokenizer_class") or model_config.get("tokenizer_class")
-    names = {str(declared or _OF_MODEL_TYPE.get(model_type, model_type and "unknown") or "TokenizersBackend")}
-    if model_type in _DECLARED_WRONG:
-        names.add(_OF_MODEL_TYPE[model_type])
-    return {name.removesuffix("Fast") for name in names}
+    name = declared or _OF_MODEL_TYPE.get(model_type, model_type and "unknown") or "TokenizersBackend"
+    return str(name).removesuffix("Fast")
 
 
 def _builds(name: str, config: Mapping[str, Any], tokenizer: Any) -> bool:
@@ -185,10 +199,9 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Rules]] = {
     "GemmaTokenizer": _gemma,
 }
 """What classes build of tokenizer_config.json. Tests compare each with the class of transformers."""
+_ALWAYS_PLAIN = ("mistral", "mixtral", "granite", "olmo2", "olmo3", "glm4", "glm4_moe")
 _OF_MODEL_TYPE = {
-    **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "granite", "olmo2", "olmo3", "glm4", "glm4_moe"), "TokenizersBackend"
-    ),
+    **dict.fromkeys(("llama", *_ALWAYS_PLAIN), "TokenizersBackend"),
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next"), "Qwen2Tokenizer"),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"), "Qwen3_5Tokenizer"),
     **dict.fromkeys(("gpt2", "phi", "opt", "gptj", "starcoder2", "hyperclovax_vision_v2"), "GPT2Tokenizer"),
@@ -196,10 +209,10 @@ _OF_MODEL_TYPE = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
 }
 """The class of a folder that declares none, by model type."""
-_DECLARED_WRONG = frozenset(
-    {"qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "hyperclovax_vision_v2"}
+_FIXED_CLASS = frozenset(
+    {*_ALWAYS_PLAIN, "qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "hyperclovax_vision_v2"}
 )
-"""Model types for which transformers takes its own class, whatever the folder declares."""
+"""Model types for which transformers takes the class above, whatever the folder declares."""
 
 
 def _difference(file: Path, text: str, ours: list[int], theirs: list[int], tokenizer: Any) -> str:

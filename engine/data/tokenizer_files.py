@@ -24,7 +24,9 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 TIKTOKEN_SUFFIX = ".tiktoken"
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 """Where the EOS token is named, in the order in which it is looked for."""
-_BESIDE = (*CONFIG_FILES, "chat_template.jinja", "config.json")
+MODEL_CONFIG = "config.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+_BESIDE = (*CONFIG_FILES, "chat_template.jinja", MODEL_CONFIG)
 """What the Hub is asked for beside the tokenizer."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -82,7 +84,7 @@ def find_tokenizer_file(name: str) -> Path:
 
 def companions(file: Path) -> list[Path]:
     """Return the files next to a tokenizer's file that may be read with it, those that are there."""
-    names = (*_BESIDE, "added_tokens.json", "vocab.json", "merges.txt", TOKENIZER_FILE)
+    names = (*_BESIDE, ADDED_TOKENS_FILE, "vocab.json", "merges.txt", TOKENIZER_FILE)
     paths = [file.with_name(name) for name in (*names, SENTENCEPIECE_FILE, f"{file.stem}.json")]
     return [path for path in dict.fromkeys(paths) if path != file and path.is_file()]
 
@@ -100,6 +102,12 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     return config if isinstance(config, dict) else {}
+
+
+def token_text(token: Any) -> str | None:
+    """The text of a token that a configuration names, as a string or as an object; None where it names none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _find_in_folder(name: str, folder: Path) -> Path:

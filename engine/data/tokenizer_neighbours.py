@@ -8,15 +8,14 @@ Special tokens that tokenizer.json lacks are left alone: no text of a dataset ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .tokenizer_files import CONFIG_FILES, read_config
+from .tokenizer_files import ADDED_TOKENS_FILE, CONFIG_FILES, read_config, token_text
 
-_CONFIG_FILE, _ADDED_FILE = CONFIG_FILES[0], "added_tokens.json"
-_DECODER = "added_tokens_decoder"
+_CONFIG_FILE, _SPECIAL_TOKENS_FILE = CONFIG_FILES
 
 
 def require_agreement(file: Path, id_of: Callable[[str], int | None]) -> None:
@@ -29,16 +28,15 @@ def require_agreement(file: Path, id_of: Callable[[str], int | None]) -> None:
     Raises:
         UserError: they give one of them another id, or (one that is matched in text) tokenizer.json does not know it.
     """
-    listed = [(_CONFIG_FILE, *entry) for entry in _decoder(file.parent)]
-    if not isinstance(read_config(file.with_name(_CONFIG_FILE)).get(_DECODER), dict):
-        # transformers matches these in text unless a setting names them as special.
-        special_tokens = _named_special(file.parent)
-        listed = [
-            (_ADDED_FILE, content, token_id, content in special_tokens)
-            for content, token_id in read_config(file.with_name(_ADDED_FILE)).items()
-            if type(token_id) is int
-        ]
-    for name, content, token_id, special in listed:
+    config = read_config(file.with_name(_CONFIG_FILE))
+    name, listed = _CONFIG_FILE, _decoder(config)
+    if listed is None:
+        name, listed = ADDED_TOKENS_FILE, []
+        if added := read_config(file.with_name(ADDED_TOKENS_FILE)):
+            # transformers matches these in text unless a setting names them as special.
+            special_tokens = _named_special(config) | _named_special(read_config(file.with_name(_SPECIAL_TOKENS_FILE)))
+            listed = [(text, number, text in special_tokens) for text, number in added.items() if type(number) is int]
+    for content, token_id, special in listed:
         found = id_of(content)
         if found != token_id and not (found is None and special):
             there = "does not have it" if found is None else f"gives it the id {found}"
@@ -52,29 +50,30 @@ def require_agreement(file: Path, id_of: Callable[[str], int | None]) -> None:
 def unlisted(file: Path, matched: Collection[str]) -> list[str]:
     """The added tokens that are ``matched`` in text by a tokenizer.json, and not listed by tokenizer_config.json next
     to it although that has a list."""
-    listed = {content for content, _, _ in _decoder(file.parent)}
+    listed = {content for content, _, _ in _decoder(read_config(file.with_name(_CONFIG_FILE))) or ()}
     return [content for content in matched if content not in listed] if listed else []
 
 
-def _decoder(folder: Path) -> list[tuple[str, int, bool]]:
-    """Content, id, and whether it is special, of each entry of ``added_tokens_decoder``."""
-    entries: Any = read_config(folder / _CONFIG_FILE).get(_DECODER)
+def _decoder(config: Mapping[str, Any]) -> list[tuple[str, int, bool]] | None:
+    """Content, id, and whether it is special, of each entry of ``added_tokens_decoder``; None without that list."""
+    entries = config.get("added_tokens_decoder")
+    if not isinstance(entries, dict):
+        return None
     found = []
-    for key, entry in entries.items() if isinstance(entries, dict) else ():
+    for key, entry in entries.items():
         if isinstance(entry, dict) and isinstance(entry.get("content"), str) and str(key).isdecimal():
             found.append((entry["content"], int(key), entry.get("special") is True))
     return found
 
 
-def _named_special(folder: Path) -> set[str]:
+def _named_special(config: Mapping[str, Any]) -> set[str]:
     """The tokens that settings such as ``pad_token`` and ``additional_special_tokens`` name."""
     named: set[str] = set()
-    for name in CONFIG_FILES:
-        for key, value in read_config(folder / name).items():
-            if not key.endswith(("_token", "_special_tokens")):
-                continue
-            if isinstance(value, dict) and "content" not in value:  # extra_special_tokens: names and tokens
-                value = list(value.values())
-            for token in value if isinstance(value, list) else [value]:
-                named.add(str(token.get("content") if isinstance(token, dict) else token))
+    for key, value in config.items():
+        if not key.endswith(("_token", "_special_tokens")):
+            continue
+        if isinstance(value, dict) and "content" not in value:  # extra_special_tokens: names and tokens
+            value = list(value.values())
+        tokens = map(token_text, value if isinstance(value, list) else [value])
+        named.update(token for token in tokens if token is not None)
     return named

@@ -201,11 +201,10 @@ def _find_encoding(file: Path, description: bytes | None) -> Encoding:
             '{"pattern": "...", "special_tokens": {"<|endoftext|>": ID}}'
         )
     try:
-        return _parse_description(beside, json.loads(description))
+        parsed = json.loads(description)
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{beside}: cannot be read as JSON: {error}") from error
+    return _parse_description(beside, parsed)
 
 
 def _parse_description(beside: Path, description: Any) -> Encoding:

@@ -24,6 +24,7 @@ from retemper.engine.data.document_frame import (
     tokenizer_frame,
 )
 from retemper.engine.data.tokenizer import load_tokenizer
+from retemper.engine.data.tokenizer_classes import loaded_class
 from retemper.engine.errors import UserError
 
 TEXTS = ["rain fell over the old town", "the cat", sample_text(3, 20)]
@@ -78,6 +79,21 @@ def test_every_class_and_post_processor(tmp_path, tokenizer_class, single):
         frame = read_tokenizer_frame(folder / "tokenizer.json")
         ids = AutoTokenizer.from_pretrained(folder)("the cat")["input_ids"]
         assert (ids_of(frame.prefix), ids_of(frame.suffix)) == ((1,) * (ids[0] == 1), (2,) * (ids[-1] == 2))
+
+
+@pytest.mark.parametrize("declared", [None, "GPTNeoXTokenizer"])
+@pytest.mark.parametrize("model_type", ["gpt_neox", "olmo", "olmo2", "llama", "qwen2", "qwen3", "mistral", "gpt2"])
+def test_the_model_type_has_a_say_in_the_class(tmp_path, model_type, declared):
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": declared}
+    named = {key: name for key, name in names.items() if name is not None}
+    folder = save(tmp_path / "t", byte_level(SENTENCEPIECE), "<s> $A </s>", **named)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    loaded = loaded_class(named, {"model_type": model_type})
+    assert type(theirs).__name__ == loaded
+    frame, ids = load_tokenizer(folder).frame(), theirs("the cat")["input_ids"]
+    assert (ids_of(frame.prefix), ids_of(frame.suffix)) == ((1,) * (ids[0] == 1), (2,) * (ids[-1] == 2))
+    assert bool(frame.prefix) is (loaded != "GPTNeoXTokenizer")
 
 
 @pytest.mark.slow

@@ -158,10 +158,11 @@ def test_a_tiktoken_file(folders: dict[str, Path], tmp_path: Path) -> None:
     handle = load_tokenizer(folder, allow_special_tokens=True)
     prompt = f"{PROMPT}<|endoftext|>a"
     end = handle.eod()[1]
-    if end < VOCAB_SIZE:
-        assert model.encode(prompt) == handle.encode_flat([prompt])[0].tolist() and end in model.encode(prompt)
-        assert model.stop_ids == {end}
+    assert model.encode(prompt) == handle.encode_flat([prompt])[0].tolist() and end in model.encode(prompt)
+    assert model.stop_ids == {end}
     assert model.generate(PROMPT, Sampling(max_new_tokens=3)).num_tokens == 3
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>"}')
+    assert TextGenerator(folder, device="cpu", bos="yes").encode(PROMPT) == [end, *model.encode(PROMPT)]
 
 
 def test_bpe_dropout_is_off(folders: dict[str, Path], tmp_path: Path) -> None:

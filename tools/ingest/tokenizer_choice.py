@@ -11,15 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...engine.data.document_frame import (
-    MODEL_CONFIG,
-    Token,
-    TokenizerFrame,
-    describe_tokens,
-    read_tokenizer_frame,
-)
+from ...engine.data.document_frame import Token, TokenizerFrame, describe_tokens
 from ...engine.data.tokenizer import TokenizerHandle
-from ...engine.data.tokenizer_files import read_config
+from ...engine.data.tokenizer_files import MODEL_CONFIG, read_config
 from ...engine.errors import UserError
 from .options import PreprocessOptions
 
@@ -67,12 +61,12 @@ def choose_tokenizer(options: PreprocessOptions) -> TokenizerChoice:
 
 
 def read_frame(tokenizer: TokenizerHandle, choice: TokenizerChoice) -> TokenizerFrame:
-    """Return what the tokenizer puts around a text, its BOS checked against the model's configuration.
+    """Return what the tokenizer puts around a text, for the model of ``choice``.
 
     Raises:
         UserError: its files cannot be read.
     """
-    return read_tokenizer_frame(tokenizer.file, tokenizer.special_tokens, choice.model_config)
+    return tokenizer.frame(choice.model_config)
 
 
 def check_vocabulary(

@@ -13,8 +13,8 @@ from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE
 from ...engine.errors import UserError
 from .vocabulary import WORD_START, NewToken
 
-NORMAL, _USER_DEFINED = 1, 4
-"""Types of pieces: of text, and matched before anything else."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+"""Types of pieces. Normal ones are text; user-defined ones are matched in a text before anything else."""
 
 
 def extended_beside(
@@ -72,7 +72,7 @@ def _with_pieces(proto: Any, tokens: list[NewToken], scores: list[float] | None)
         assert token.id == len(new.pieces)
         user_defined = token.kind == "added"
         score = 0.0 if user_defined else lowest - 1 - place if scores is None else scores[place]
-        new.pieces.add(piece=escaped(token.piece), score=score, type=_USER_DEFINED if user_defined else NORMAL)
+        new.pieces.add(piece=escaped(token.piece), score=score, type=USER_DEFINED if user_defined else NORMAL)
     new.trainer_spec.vocab_size = len(new.pieces)
     return new.SerializeToString()
 

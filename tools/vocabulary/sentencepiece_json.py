@@ -12,17 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE
+from ...engine.data.tokenizer_files import ADDED_TOKENS_FILE, CONFIG_FILES, SENTENCEPIECE_FILE
 from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.data.tokenizer_probes import PROBES
 from ...engine.errors import UserError
-from .sentencepiece_file import loaded, parse_model
+from .sentencepiece_file import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, loaded, parse_model
 from .serving import STRIP_STEPS
 from .vocabulary import WORD_START, dump_json, read_object
 
 _UNIGRAM, _BPE = 1, 2
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
-"""Types of pieces."""
 _DIFFERENCES_ALLOWED = 0.01
 _REMEDY = (
     "save the tokenizer as tokenizer.json first (transformers: AutoTokenizer.from_pretrained(folder)"
@@ -49,10 +47,10 @@ def converted(files: Mapping[str, bytes], where: Path) -> tuple[bytes, list[str]
     above = _highest_added_id(files, where.parent)
     if above >= len(proto.pieces):
         raise UserError(
-            f"{where}: tokens added beside it have ids up to {above:,}, and it holds {len(proto.pieces):,} pieces; "
+            f"{where}: tokens added in files next to it have ids up to {above:,}, and it holds {len(proto.pieces):,} pieces; "
             f"{_REMEDY}"
         )
-    config = read_object(files, where.with_name("tokenizer_config.json"), _REMEDY)
+    config = read_object(files, where.with_name(CONFIG_FILES[0]), _REMEDY)
     content = dump_json({**_content(proto), "post_processor": _post_processor(proto, config)})
     notes = _require_same_ids(proto, content, where)
     return content, [f"note: the output has a tokenizer.json, made from {where}, which programs read first", *notes]
@@ -60,9 +58,9 @@ def converted(files: Mapping[str, bytes], where: Path) -> tuple[bytes, list[str]
 
 def _content(proto: Any) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    closed = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    closed = (UNKNOWN, CONTROL, USER_DEFINED)
     added = [
-        {"id": place, "content": piece.piece, **flags, "special": piece.type != _USER_DEFINED}
+        {"id": place, "content": piece.piece, **flags, "special": piece.type != USER_DEFINED}
         for place, piece in enumerate(proto.pieces)
         if piece.type in closed
     ]
@@ -119,8 +117,8 @@ def _unigram(proto: Any) -> dict[str, Any]:
 def _bpe(proto: Any) -> dict[str, Any]:
     """Every way to make a piece of two is a merge, in the order of the pieces' scores."""
     vocab = {piece.piece: place for place, piece in enumerate(proto.pieces)}
-    text = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
-    by_score = sorted((piece for piece in proto.pieces if piece.type == _NORMAL), key=lambda piece: -piece.score)
+    text = {piece.piece for piece in proto.pieces if piece.type == NORMAL}
+    by_score = sorted((piece for piece in proto.pieces if piece.type == NORMAL), key=lambda piece: -piece.score)
     merges = [
         [left, right]
         for piece in (piece.piece for piece in by_score)
@@ -142,11 +140,11 @@ def _bpe(proto: Any) -> dict[str, Any]:
 
 
 def _require_convertible(proto: Any, where: Path) -> None:
-    symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED and WORD_START in piece.piece]
+    symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and WORD_START in piece.piece]
     reasons = (
         (not proto.normalizer_spec.escape_whitespaces, "does not escape spaces"),
         (proto.trainer_spec.treat_whitespace_as_suffix, "puts spaces behind words"),
-        (any(piece.type == _UNUSED for piece in proto.pieces), "has unused pieces"),
+        (any(piece.type == UNUSED for piece in proto.pieces), "has unused pieces"),
         (bool(symbols), f"has user-defined symbols with spaces ({symbols[:1]})"),
         (len({piece.piece for piece in proto.pieces}) < len(proto.pieces), "has a piece twice"),
     )
@@ -179,9 +177,9 @@ def _require_same_ids(proto: Any, content: bytes, where: Path) -> list[str]:
 
 
 def _highest_added_id(files: Mapping[str, bytes], folder: Path) -> int:
-    """Of the tokens that transformers keeps beside a sentencepiece model; -1 without any."""
-    added, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
-    remedy = "get it anew from where the model came from: its tokens' ids are needed"
+    """Of the tokens that transformers keeps in files next to a sentencepiece model; -1 without any."""
+    added, config = folder / ADDED_TOKENS_FILE, folder / CONFIG_FILES[0]
+    remedy = "get it again from where the model came from: its tokens' ids are needed"
     ids = [-1]
     ids += [token for token in read_object(files, added, remedy).values() if isinstance(token, int)]
     decoder = read_object(files, config, remedy).get("added_tokens_decoder") or {}

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
-from ...engine.data.tokenizer_classes import auto_tokenizer
-from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config
+from ...engine.data.tokenizer_classes import auto_tokenizer, auto_tokenizer_name
+from ...engine.data.tokenizer_files import ADDED_TOKENS_FILE, CONFIG_FILES, TOKENIZER_FILE, read_config
 from ...engine.errors import UserError
 from .vocabulary import WORD_START, NewToken, dump_json, read_object
 
-_CONFIG_FILE, _ADDED_FILE = "tokenizer_config.json", "added_tokens.json"
+_CONFIG_FILE = CONFIG_FILES[0]
 _REMEDY = "get it again from where the model came from"
 STRIP_STEPS = tuple({"type": "Replace", "pattern": {"Regex": regex}, "content": ""} for regex in (r"\A +", r" +\z"))
 """Normalizers that take spaces from both ends of a text."""
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
-_LIBRARY = f"AutoTokenizer of transformers {version('transformers')}"
 
 
 def with_added_tokens(
@@ -48,9 +46,9 @@ def with_added_tokens(
     if isinstance(config.get("added_tokens_decoder"), dict):
         new = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in entries}
         changed[_CONFIG_FILE] = dump_json({**config, "added_tokens_decoder": {**config["added_tokens_decoder"], **new}})
-    if _ADDED_FILE in files:
-        added = read_object(files, folder / _ADDED_FILE, _REMEDY)
-        changed[_ADDED_FILE] = dump_json(added | {entry["content"]: entry["id"] for entry in entries})
+    if ADDED_TOKENS_FILE in files:
+        added = read_object(files, folder / ADDED_TOKENS_FILE, _REMEDY)
+        changed[ADDED_TOKENS_FILE] = dump_json(added | {entry["content"]: entry["id"] for entry in entries})
     return changed
 
 
@@ -72,15 +70,16 @@ def require_served_alike(folder: Path, tokens: Sequence[NewToken]) -> list[str]:
     Raises:
         UserError: a difference remains.
     """
-    problem, is_text = _problem(folder, tokens)
+    theirs = auto_tokenizer(folder)
+    problem, is_text = _problem(folder, theirs, tokens)
     notes = []
     for repair in (_space_like_llama, _name_plain_class) if is_text else (_name_plain_class, _space_like_llama):
-        if problem is not None and (note := repair(folder)) is not None:
-            problem, _ = _problem(folder, tokens)
+        if problem is not None and (note := repair(folder, theirs)) is not None:
+            theirs = auto_tokenizer(folder)
+            problem, _ = _problem(folder, theirs, tokens)
             notes.append(note)
     if problem is not None:
         raise UserError(problem)
-    theirs = auto_tokenizer(folder)
     return notes if not isinstance(theirs, str) else [*notes, f"note: the new ids were not compared: {theirs}"]
 
 
@@ -94,11 +93,11 @@ def probes(tokens: Iterable[NewToken]) -> list[str]:
     return list(texts)
 
 
-def _problem(folder: Path, tokens: Sequence[NewToken]) -> tuple[str | None, bool]:
+def _problem(folder: Path, theirs: Any, tokens: Sequence[NewToken]) -> tuple[str | None, bool]:
     """What is wrong, if anything, and whether it is the text rather than the ids."""
     ours = load_tokenizer(folder, backend="reference")
     changed = _changed_text(ours, tokens)
-    return (_other_ids(ours, folder, tokens), False) if changed is None else (changed, True)
+    return (_other_ids(ours, theirs, tokens), False) if changed is None else (changed, True)
 
 
 def _changed_text(ours: TokenizerHandle, tokens: Sequence[NewToken]) -> str | None:
@@ -113,9 +112,8 @@ def _changed_text(ours: TokenizerHandle, tokens: Sequence[NewToken]) -> str | No
     return None
 
 
-def _other_ids(ours: TokenizerHandle, folder: Path, tokens: Sequence[NewToken]) -> str | None:
+def _other_ids(ours: TokenizerHandle, theirs: Any, tokens: Sequence[NewToken]) -> str | None:
     """Compare with AutoTokenizer, where it can load the tokenizer."""
-    theirs = auto_tokenizer(folder)
     if isinstance(theirs, str):
         return None
     texts = probes(tokens)
@@ -123,7 +121,7 @@ def _other_ids(ours: TokenizerHandle, folder: Path, tokens: Sequence[NewToken]) 
         other = theirs.encode(text, add_special_tokens=False)
         if mine.tolist() != other:
             return (
-                f"the tokenizer with the new tokens gives {text!r} the ids {mine.tolist()}, and {_LIBRARY} gives "
+                f"the tokenizer with the new tokens gives {text!r} the ids {mine.tolist()}, and {auto_tokenizer_name()} gives "
                 f"{other}, so that the model would be served other ids than it is trained on; save the tokenizer with "
                 "transformers first (AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or list other "
                 "tokens"
@@ -131,9 +129,8 @@ def _other_ids(ours: TokenizerHandle, folder: Path, tokens: Sequence[NewToken]) 
     return None
 
 
-def _name_plain_class(folder: Path) -> str | None:
+def _name_plain_class(folder: Path, theirs: Any) -> str | None:
     """Make AutoTokenizer read tokenizer.json as it is. Special tokens that its class has by default get names."""
-    theirs = auto_tokenizer(folder)
     path = folder / _CONFIG_FILE
     config = read_config(path)
     if isinstance(theirs, str) or config.get("tokenizer_class") == _PLAIN_CLASS:
@@ -146,7 +143,7 @@ def _name_plain_class(folder: Path) -> str | None:
     )
 
 
-def _space_like_llama(folder: Path) -> str | None:
+def _space_like_llama(folder: Path, _theirs: Any) -> str | None:
     """Put transformers' rule for spaces in place of Llama 2's, where tokenizer.json has that.
 
     Llama 2's normalizer puts U+2581 before every part between added tokens, Metaspace only before the whole text, and

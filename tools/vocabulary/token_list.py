@@ -55,7 +55,7 @@ def read_list(path: str) -> list[Listed]:
 
 
 def texts_of(listed: list[Listed], text_of_piece: Callable[[str], str], path: str) -> list[str]:
-    """What the listed tokens stand for.
+    """Return the texts of the listed tokens.
 
     Args:
         listed: from :func:`read_list`.
@@ -76,13 +76,14 @@ def texts_of(listed: list[Listed], text_of_piece: Callable[[str], str], path: st
 
 def _of_json_file(content: str, path: str) -> list[Listed] | None:
     """The tokens where the whole file is one JSON value that lists them; None where it is to be read by lines."""
-    if not _parses_to_container(content):
+    if content.lstrip()[:1] not in ("{", "["):
         return None
-    value = json.loads(content)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
     if isinstance(value, dict) and isinstance(value.get("tokens"), list):
-        # Parts of other tokens come with those.
-        entries = [entry for entry in value["tokens"] if not (isinstance(entry, dict) and entry.get("kind") == "part")]
-        entries = [entry for entry in entries if not (isinstance(entry, dict) and "\ufffd" in str(entry.get("text")))]
+        entries = [entry for entry in value["tokens"] if not _is_part(entry)]
     elif isinstance(value, list) and any(isinstance(entry, (str, dict)) for entry in value):
         entries = value
     else:
@@ -111,10 +112,6 @@ def _of_value(value: Any, place: str, path: str) -> Listed:
     raise UserError(f"--tokens {path}: {place} is JSON that names no token, {shown}; write {_FORMATS}")
 
 
-def _parses_to_container(content: str) -> bool:
-    if content.lstrip()[:1] not in ("{", "["):
-        return False
-    try:
-        return isinstance(json.loads(content), (dict, list))
-    except (ValueError, RecursionError):
-        return False
+def _is_part(entry: Any) -> bool:
+    """Whether it is a step to other tokens, which comes with those, or a part of a character."""
+    return isinstance(entry, dict) and (entry.get("kind") == "part" or "\ufffd" in str(entry.get("text")))
