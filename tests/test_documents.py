@@ -60,6 +60,7 @@ def test_shipped_config_is_valid_on_its_ranks(path):
         model = Decoder(architecture)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == architecture.num_parameters
+    assert not any(architecture.sliding_windows)  # in none of the published files
     if billions is not None:
         assert count / 1e9 == pytest.approx(billions, rel=1e-3)
 

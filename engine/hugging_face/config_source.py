@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 from ..checkpoint.assets import asset_folder
 from ..config import ModelConfig
 from ..errors import UserError
-from .hub_download import could_be_hub_name, find_config_folder
+from ..model.architecture import CONFIG_FILE
+from .hub_download import find_model_folder, is_on_hub
 
 
 def architecture_source(model: ModelConfig) -> dict | str:
@@ -21,8 +20,8 @@ def architecture_source(model: ModelConfig) -> dict | str:
     if model.architecture is not None:
         return model.architecture
     name = model.initialize_from or ""
-    if not os.path.lexists(name) and "/" in name and could_be_hub_name(name):
-        return str(find_config_folder(name, "model.initialize_from"))
+    if is_on_hub(name):
+        return str(find_model_folder(name, "model.initialize_from", wanted=[CONFIG_FILE]))
     folder = asset_folder(name)
     if not folder.is_dir():
         raise UserError(

@@ -27,13 +27,9 @@ def could_be_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None and not (slash and os.path.isdir(folder))
 
 
-def find_config_folder(name: str, key: str) -> Path:
-    """Return the folder ``name``, or a local copy of the Hub repository of that name with its ``config.json`` only.
-
-    Raises:
-        UserError: there is no such folder, and the Hub has no such model or cannot be reached.
-    """
-    return find_model_folder(name, key, wanted=["config.json"])
+def is_on_hub(name: str) -> bool:
+    """Whether ``name``, of a folder, a checkpoint or a repository, is to be looked for on the Hub."""
+    return "/" in name and not os.path.lexists(name) and could_be_hub_name(name)
 
 
 def find_model_folder(

@@ -16,10 +16,9 @@ _PREFIX = "model."
 _COMPILED = "_orig_mod"
 _OF_BASE_MODEL = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
 _TELLING = "layers.0.input_layernorm.weight"
-"""Every supported model has it, so that what stands in front of it is the prefix of all names."""
+"""Every supported model has it: what precedes it is the prefix of all names."""
 _REMEDIES = {
     "module.": "they were saved from a DistributedDataParallel wrapper: save model.module",
-    "base_model.model.": "they were saved from a PEFT model: save model.merge_and_unload()",
     "base_model.": "they were saved from a PEFT model: save model.merge_and_unload()",
     "language_model.": "they are part of a multimodal model: save its language model alone",
 }

@@ -12,7 +12,7 @@ from ..config import RunConfig
 from ..errors import UserError
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
-from .hub_download import could_be_hub_name, find_model_folder
+from .hub_download import find_model_folder, is_on_hub
 from .model import HfModel, open_hf_model
 
 KEY = "model.initialize_from"
@@ -60,9 +60,9 @@ def open_start(folder: str | Path) -> HfModel:
 
 
 def _kind(name: str) -> str:
-    if os.path.lexists(name):
-        return "folder" if is_hf_folder(name) else "checkpoint"
-    return "repository" if "/" in name and could_be_hub_name(name) else "checkpoint"
+    if is_on_hub(name):
+        return "repository"
+    return "folder" if os.path.lexists(name) and is_hf_folder(name) else "checkpoint"
 
 
 def _download(name: str, ranks: Ranks) -> Path:

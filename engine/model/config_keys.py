@@ -4,8 +4,8 @@ transformers keeps unknown keys without a word, so a misspelt key, or one of ano
 model than the file describes. The tables were made from the configuration classes of transformers 5.23 (all decoders
 with rotary positions) and from published files.
 
-A key in no table is an error where somebody wrote it for this program (``model.architecture`` inline), and a note where
-it came with a published file, which may carry keys for other programs.
+A key in no table is an error in a config that was written for this program (``model.architecture`` inline). In a
+published file, which may carry keys for other programs, it gets a note.
 """
 
 from __future__ import annotations
@@ -121,14 +121,14 @@ _NORMALLY_OFF_BY_KIND = {
     "quantized or compressed weights": "compression_config quantization sparsity_config",
 }
 _PREFIXES = {"mamba_": "a state-space model", "ssm_": "a state-space model", "moe_": "a mixture of experts"}
-_BY_FAMILY = {
-    ("qwen2", "qkv_bias"): True,
-    ("qwen2", "use_qkv_bias"): True,
-    ("qwen3", "qk_norm"): True,
-    ("qwen3", "qk_layernorm"): True,
-    ("qwen3", "use_qk_norm"): True,
+_ON_BY_FAMILY = {
+    ("qwen2", "qkv_bias"),
+    ("qwen2", "use_qkv_bias"),
+    ("qwen3", "qk_norm"),
+    ("qwen3", "qk_layernorm"),
+    ("qwen3", "use_qk_norm"),
 }
-"""Values of foreign keys that say what the family does anyway."""
+"""Foreign keys for what the family does anyway."""
 
 _OTHER_NAMES = {
     "head_dim": "attention_head_dim d_head head_size kv_channels rotary_dim",
@@ -232,14 +232,12 @@ def _is_known(key: Any) -> bool:
 
 def _is_neutral(key: str, value: Any, model_type: str) -> bool:
     """Whether the foreign ``key`` says what the decoder does anyway."""
-    if value is None or (value is True and _BY_FAMILY.get((model_type, key))):
+    if value is None:
         return True
-    if key in _ON:
+    if key in _ON or (model_type, key) in _ON_BY_FAMILY:
         return value is True
     if key in _ONE:
         return type(value) in (int, float) and value == 1
-    if (model_type, key) in _BY_FAMILY:
-        return False
     return value in (False, 0, "", [], {})
 
 

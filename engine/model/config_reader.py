@@ -76,6 +76,6 @@ class ConfigReader:
 
 
 def shown(text: Any) -> str:
-    """A key of an unknown file as it can stand in a message: short, in one line."""
+    """A key of an unknown file for a message: short, in one line."""
     written = str(text)
     return written if len(written) <= 80 and written.isprintable() else _SHORT.repr(written)

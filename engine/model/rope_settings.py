@@ -133,7 +133,7 @@ def _refuse_without_effect(nested: ConfigReader, kind: str) -> None:
 
 
 def _theta(reader: ConfigReader, nested: ConfigReader) -> float:
-    """``rope_theta``, which may also stand at the top of the config."""
+    """``rope_theta``, which may also be at the top of the config."""
     inside, outside = nested.config.get(_THETA), reader.config.get(_THETA)
     if outside is not None:
         theta = reader.number(_THETA)

@@ -40,9 +40,9 @@ class PartialFolder:
     def __init__(self, folder: Path):
         self._folder = folder
         self.content = folder / _CONTENT
+        """Becomes the output."""
         if self.content.is_symlink():
             self.content.unlink()
-        """Becomes the output."""
         self.content.mkdir(exist_ok=True)
         self.noted = self._read_journal()
         """Files that a former run has finished, by name. Whether they are still so is for :meth:`finished` to say."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import assert_refused
 
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp, to_megatron
+from retemper.engine.conversion.checkpoint_model import CheckpointPlan
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.slices import load_hf_tensors
 from retemper.engine.hugging_face.start import open_start
@@ -70,13 +73,30 @@ def test_a_source_is_refused_or_copied_as_asked(
     assert all(torch.equal(value.view(torch.uint8), after[name].view(torch.uint8)) for name, value in before.items())
 
 
-def test_files_that_were_copied_with_the_option_are_not_taken_up_without_it(copy_model: Copy, tmp_path: Path) -> None:
+def test_files_that_were_copied_with_the_option_are_not_taken_up_without_it(
+    copy_model: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = copy_model("qwen3")
     spoil(folder, math.nan, torch.float32)
-    with pytest.raises(UserError, match="--verify"):  # comes after all files; logits that are not finite prove nothing
-        convert_there(folder, tmp_path / "checkpoint", verify=True, allow_nonfinite=True)
+
+    def full(*_: object) -> None:  # all files with tensors are finished then
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointPlan, "write_metadata", full)
+        with pytest.raises(UserError, match="finished files are kept"):
+            convert_there(folder, tmp_path / "checkpoint", allow_nonfinite=True)
     with pytest.raises(UserError, match=f"{NAME} holds 1 values"):
         convert_there(folder, tmp_path / "checkpoint")
+    convert_there(folder, tmp_path / "checkpoint", allow_nonfinite=True)
+
+
+def test_logits_that_are_not_finite_prove_nothing(copy_model: Copy, tmp_path: Path) -> None:
+    folder = copy_model("qwen3")
+    spoil(folder, math.nan, torch.float32)
+    with pytest.raises(UserError, match="--verify"):
+        convert_there(folder, tmp_path / "checkpoint", verify=True, allow_nonfinite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]
 
 
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])

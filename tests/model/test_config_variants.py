@@ -214,10 +214,13 @@ def test_unknown_keys_are_errors_inline_and_notes_in_a_file(tmp_path: Path) -> N
     config = config_of("llama", {"num_kv_heads": 2, "rope_thetta": 1e6, "tie_word_embedding": True, "zzz": 1, 7: 2})
     with pytest.raises(UserError) as caught:
         read_hf_config(config)
-    assert str(caught.value) == (
-        "model.architecture: unknown settings: num_kv_heads (did you mean num_key_value_heads?), rope_thetta (did you "
-        "mean rope_theta?), tie_word_embedding (did you mean tie_word_embeddings?), zzz, 7; correct or remove them"
-    )
+    assert str(caught.value).startswith("model.architecture: ") and "zzz, 7;" in str(caught.value)
+    for wrong, right in (
+        ("num_kv_heads", "num_key_value_heads"),
+        ("rope_thetta", "rope_theta"),
+        ("tie_word_embedding", "tie_word_embeddings"),
+    ):
+        assert f"{wrong} (did you mean {right}?)" in str(caught.value)
     published = {**config_of("llama", {}), "dual_chunk_attention_config": {"chunk_size": 8}, "seq_length": 9}
     (tmp_path / "config.json").write_text(json.dumps(published))
     read = read_hf_config(tmp_path)

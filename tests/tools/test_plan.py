@@ -32,6 +32,7 @@ from retemper.tools.rehearsal.search import (
     describe,
     judge,
     judge_short,
+    narrower,
     require_possible,
     search,
     without_recomputation,
@@ -451,6 +452,25 @@ def test_a_search_ranks_what_fits_and_rehearses_the_fastest(run_file, tmp_path, 
     assert record["layout"] == record["search"][0]["layout"] and not record["extrapolated"]
     assert record["tokens_per_second_per_gpu"] == pytest.approx(rates[0], rel=0.02)
     assert "To use it:" in text and "recompute:" in text
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("states", ["fp32", "bf16"])
+def test_narrower_dtypes_are_each_tried_once(run_file, weights, states):
+    config = plan_runs.configure(run_file, f"--training.weight_dtype {weights} --optimizer.state_dtype {states}")
+    tried = [(one.training.weight_dtype, one.optimizer.state_dtype) for one in narrower(config)]
+    assert tried == [kind for kind in dict.fromkeys([(weights, "bf16"), ("bf16", "bf16")]) if kind != (weights, states)]
+
+
+@pytest.mark.slow
+def test_narrower_dtypes_are_proposed_where_the_configured_ones_fit_nowhere(run_file, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    small = ("--gpus-per-node", 1, "--gpu-memory", 0.034, "--gpu-tflops", 100, "--reserve", 0)
+    run("--config", run_file, *small, "--search", "--quick", "--json", path)
+    text, record = capsys.readouterr().out, json.loads(path.read_text())
+    assert {one["state_dtype"] for one in record["search"] if one["fits"]} == {"bf16"}
+    assert (record["weight_dtype"], record["state_dtype"], record["fits"]) == ("fp32", "bf16", True)
+    assert "      state_dtype: bf16" in text and "weight_dtype:" not in text
 
 
 @pytest.mark.parametrize(

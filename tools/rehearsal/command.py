@@ -59,11 +59,8 @@ class Request:
         Raises:
             UserError: it is unknown, described by half, or both named and described.
         """
-        described = {
-            f"--gpu-{name}": getattr(self, f"gpu_{name}")
-            for name in ("memory", "tflops", "bandwidth", "link")
-            if getattr(self, f"gpu_{name}") is not None
-        }
+        names = ("memory", "tflops", "bandwidth", "link")
+        described = [f"--gpu-{name}" for name in names if getattr(self, f"gpu_{name}") is not None]
         if self.gpu is not None and described:
             raise UserError(f"--gpu {self.gpu} and {', '.join(described)} both say what the GPU is; leave one out")
         if self.gpu is not None:
@@ -142,25 +139,23 @@ def _search(
     """
     calibration = calibrate(config, setting, pool)
     found = search(config, setting, pool, say, calibration)
-    outcomes, text = list(found.outcomes), format_found(found)
-    best = found.outcomes[0] if found.outcomes else None
+    outcomes, parts = list(found.outcomes), [format_found(found)]
     for other in narrower(config):
-        if best is not None and best.fits and other.training.weight_dtype != config.training.weight_dtype:
+        if any(one.fits for one in outcomes) and other.training.weight_dtype != config.training.weight_dtype:
             continue  # far from what was asked for, and not needed
         say(f"with {dtypes(other)}")
         found = search(other, setting, pool, say, calibration, seconds=40.0, wanted=2)
         outcomes += found.outcomes
-        text += f"\n\nWith {dtypes(other)}, which is another run than the configured one:\n\n{format_found(found)}"
-        if found.outcomes and found.outcomes[0].fits and not (best is not None and best.fits):
-            best = found.outcomes[0]
-    if best is None or not best.fits:
-        raise UserError(_nothing_fits(best, setting))
+        parts += [f"With {dtypes(other)}, which is another run than the configured one:", format_found(found)]
+    best = next((one for one in outcomes if one.fits), None)  # of the configured run, where one of its layouts fits
+    if best is None:
+        raise UserError(_nothing_fits(outcomes, setting))
     if not request.quick:
+        kind = "of the configured run" if dtypes(best.config) == dtypes(config) else f"with {dtypes(best.config)}"
         best = _one(best.config, setting, pool, False, say)
-        text += f"\n\nThe fastest of the configured run, rehearsed in full:\n\n{format_outcome(best)}"
-        if dtypes(best.config) != dtypes(config):
-            text = text.replace("The fastest of the configured run", f"The fastest with {dtypes(best.config)}")
-    return f"{text}\n\nTo use it:\n\n{_settings(best, config)}", best, outcomes
+        parts += [f"The fastest {kind}, rehearsed in full:", format_outcome(best)]
+    parts += ["To use it:", _settings(best, config)]
+    return "\n\n".join(parts), best, outcomes
 
 
 def read_architecture(model: ModelConfig) -> Architecture:
@@ -207,13 +202,15 @@ def _one(config: RunConfig, setting: Setting, pool: Pool, quick: bool, say: Call
     return judge(config, layout, setting, pool, report)
 
 
-def _nothing_fits(smallest: Outcome | None, setting: Setting) -> str:
+def _nothing_fits(outcomes: list[Outcome], setting: Setting) -> str:
     room = f"{setting.gpu.name} on {setting.nodes} x {setting.assumptions.gpus_per_node} GPUs"
-    if smallest is None:
+    if not outcomes:
         return f"--gpu {room}: no layout fits by formulas; use more or larger GPUs, or parallel.cpu_offload true"
+    smallest = min(outcomes, key=lambda one: one.peak_bytes)
     return (
-        f"--gpu {room}: no layout fits; the smallest that was rehearsed ({describe(smallest)}) needs "
-        f"{-smallest.headroom / GiB:.1f} GiB more on each GPU; use more or larger GPUs, or parallel.cpu_offload true"
+        f"--gpu {room}: no layout fits; the smallest that was rehearsed ({describe(smallest)}, with "
+        f"{dtypes(smallest.config)}) needs {-smallest.headroom / GiB:.1f} GiB more on each GPU; use more or larger "
+        "GPUs, or parallel.cpu_offload true"
     )
 
 

@@ -98,11 +98,11 @@ def find_gpu(name: str) -> Gpu:
     wanted = _plain(name)
     found = [gpu for key, gpu in GPUS.items() if _plain(key) == wanted]
     found = found or [gpu for key, gpu in GPUS.items() if _plain(key.rpartition("-")[0]) == wanted]
-    if len(found) == 1 and wanted:
+    if len(found) == 1:
         return found[0]
     near = [gpu.name for gpu in found] or [key for key in GPUS if wanted and _plain(key).startswith(wanted)]
-    several = f" is one of {', '.join(near)}; name one" if len(near) > 1 else ": unknown; use one of " + ", ".join(GPUS)
-    raise UserError(f"--gpu {name}{several}, or describe it with --gpu-memory and --gpu-tflops")
+    problem = f" is one of {', '.join(near)}; name one" if len(near) > 1 else ": unknown; use one of " + ", ".join(GPUS)
+    raise UserError(f"--gpu {name}{problem}, or describe it with --gpu-memory and --gpu-tflops")
 
 
 def _plain(name: str) -> str:

@@ -27,6 +27,13 @@ _LONGEST_PIPELINE = 8
 """That is tried: longer ones are seldom better where sharding is fast, and take long to rehearse."""
 _AT_ONCE = 2
 """Layouts rehearsed between two looks at the clock."""
+_Recompute = Literal["none", "selective", "full"]
+_LESS_RECOMPUTATION: dict[_Recompute, tuple[_Recompute, ...]] = {
+    "none": (),
+    "selective": ("none",),
+    "full": ("none", "selective"),
+}
+"""The fastest first."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +100,14 @@ def search(
 
 
 def narrower(config: RunConfig) -> list[RunConfig]:
-    """The run with bf16 optimizer states, and with bf16 weights too, for where memory is short. These are not the
-    configured run, so they are proposed, and never chosen where the configured one fits."""
-    optimizer = replace(config.optimizer, state_dtype="bf16")
-    states = replace(config, optimizer=optimizer)
-    both = replace(states, training=replace(config.training, weight_dtype="bf16"))
-    return [one for one in (states, both) if one != config]
+    """The run with bf16 optimizer states, and with bf16 weights too, where it has not these already."""
+    found = []
+    if config.optimizer.state_dtype != "bf16":
+        config = replace(config, optimizer=replace(config.optimizer, state_dtype="bf16"))
+        found.append(config)
+    if config.training.weight_dtype != "bf16":
+        found.append(replace(config, training=replace(config.training, weight_dtype="bf16")))
+    return found
 
 
 def without_recomputation(outcome: Outcome, pool: Pool) -> Outcome | None:
@@ -108,10 +117,7 @@ def without_recomputation(outcome: Outcome, pool: Pool) -> Outcome | None:
         outcome: of a layout that fits.
         pool: processes that rehearse.
     """
-    modes: tuple[Literal["none", "selective"], ...] = ("none", "selective")
-    for mode in modes:
-        if outcome.config.parallel.recompute in ("none", mode):
-            break
+    for mode in _LESS_RECOMPUTATION[outcome.config.parallel.recompute]:
         parallel = replace(outcome.config.parallel, recompute=mode, recompute_every=1)
         config = replace(outcome.config, parallel=parallel)
         try:
