@@ -114,6 +114,6 @@ def test_time(tmp_path):
 
 
 def test_a_template_that_is_no_file(tmp_path):
-    for path in ("/dev/zero", str(tmp_path)):
-        with pytest.raises(UserError, match="not a regular file"):
+    for path, reason in (("/dev/zero", "not a regular file"), (str(tmp_path), "Is a directory")):
+        with pytest.raises(UserError, match=f"{path}: cannot be read as a chat template: {reason}"):
             ChatEncoder(save(tmp_path / "folder"), None, None, False, Path(path))

@@ -301,7 +301,7 @@ def test_dictionaries_of_long_texts_are_read_in_small_steps(tmp_path, monkeypatc
 
 
 def workbook(path: Path, **sheets: list[list[object]]) -> Path:
-    openpyxl = pytest.importorskip("openpyxl", reason="needs openpyxl: pip install 'retemper[formats]'")
+    openpyxl = pytest.importorskip("openpyxl", reason="needs openpyxl: pip install openpyxl")
     book = openpyxl.Workbook()
     book.remove(book.active)
     for name, rows in sheets.items():

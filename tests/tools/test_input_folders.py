@@ -192,3 +192,10 @@ def test_mixtures_of_records_and_texts_are_named(tmp_path, capsys):
     assert "2 html, 1 jsonl" in capsys.readouterr().err
     below(tmp_path, str(tmp_path / "b.html"), str(tmp_path / "c.html"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_named_as_a_description_is_not_waited_for(tmp_path):
+    make(tmp_path, "a.jsonl")
+    for name in ("state.json", "dataset_dict.json"):
+        os.mkfifo(tmp_path / name)
+    assert below(tmp_path) == ["a.jsonl"]

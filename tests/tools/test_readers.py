@@ -18,6 +18,7 @@ from retemper.tools.ingest import long_text
 from retemper.tools.ingest.cleaning import Cleaner
 from retemper.tools.ingest.held_out import held_out_files, read_held_out
 from retemper.tools.ingest.readers import json_array, lines, streams, text
+from retemper.tools.ingest.records import ReadOptions
 from retemper.tools.ingest.texts import TextChoice
 
 BOM = b"\xef\xbb\xbf"
@@ -408,16 +409,16 @@ def test_held_out_records_give_their_text_or_else_all_their_strings(tmp_path, sm
     rows = [{"text": passage, "id": question}, {"id": 1, "data": {"question": question, "choices": [choice, None]}}]
     path = write(tmp_path / "test.jsonl", "\n".join(map(json.dumps, rows)).encode())
     keys = TextChoice(("text",))
-    ngrams = read_held_out(held_out_files([str(path)], keys), keys, Cleaner(), tmp_path)
+    ngrams = read_held_out(held_out_files([str(path)], keys), keys, Cleaner(), tmp_path, ReadOptions())
     for text_, expected in ((passage, True), (question, True), (choice, True), ("quite another text " * 9, False)):
         assert ngrams.contaminated_batch([text_]).tolist() == [expected]
 
 
 def test_what_is_wrong_with_held_out_files_is_said(tmp_path, small_limits):
-    def refused(*paths: object) -> str:
-        keys = TextChoice(("text",))
+    def refused(*paths: object, **options: object) -> str:
+        keys, reading = TextChoice(("text",)), ReadOptions(**options)
         with pytest.raises(UserError) as error:
-            read_held_out(held_out_files([*map(str, paths)], keys), keys, Cleaner(), tmp_path)
+            read_held_out(held_out_files([*map(str, paths)], keys), keys, Cleaner(), tmp_path, reading)
         return str(error.value).replace(f"{tmp_path}/", "")
 
     bad = write(tmp_path / "a.jsonl", b'{"text": "' + b"a" * 90 + b'\xff"}')
@@ -426,3 +427,11 @@ def test_what_is_wrong_with_held_out_files_is_said(tmp_path, small_limits):
     assert refused("-").startswith("--held-out -: standard input is for the corpus")
     assert refused(tmp_path / "absent.txt") == "--held-out absent.txt: no such file or folder"
     assert refused(write(tmp_path / "c.txt", b"")).startswith("--held-out c.txt: no text in it")
+    bomb = write(tmp_path / "d.txt.gz", gzip.compress(b"a" * (9 << 20)))
+    assert "--max-expansion" in refused(bomb)
+    assert "no text in it" in refused(bomb, max_expansion=0)
+    quotes = write(tmp_path / "e.csv", b'text
+"a"b
+')
+    assert "--quoting none" in refused(quotes)
+    assert "no text in it" in refused(quotes, quoting="none")

@@ -218,7 +218,7 @@ def archive_of_rows() -> bytes:
 
 
 def parquet_file() -> bytes:
-    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'retemper[formats]'")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
     buffer = io.BytesIO()
     table = pyarrow.table({"text": [f"row {number}" for number in range(50)], "id": list(range(50))})
@@ -227,7 +227,7 @@ def parquet_file() -> bytes:
 
 
 def xlsx_file() -> bytes:
-    openpyxl = pytest.importorskip("openpyxl", reason="needs openpyxl: pip install 'retemper[formats]'")
+    openpyxl = pytest.importorskip("openpyxl", reason="needs openpyxl: pip install openpyxl")
     book = openpyxl.Workbook()
     for row in ("text", *(f"row {number}" for number in range(20))):
         book.active.append([row])
@@ -241,7 +241,7 @@ def xlsx_file() -> bytes:
 
 
 def pdf_file() -> bytes:
-    pytest.importorskip("pypdf", reason="needs pypdf: pip install 'retemper[formats]'")
+    pytest.importorskip("pypdf", reason="needs pypdf: pip install 'pypdf[crypto]'")
     return tiny_pdf([["one", "two"], ["three"]])
 
 

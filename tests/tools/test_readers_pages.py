@@ -23,7 +23,7 @@ PAGES = [["The first line,", "a (second) line \\ of it."], [], ["On page three."
 
 @pytest.fixture
 def pypdf():
-    return pytest.importorskip("pypdf", reason="needs pypdf: pip install 'retemper[formats]'")
+    return pytest.importorskip("pypdf", reason="needs pypdf: pip install 'pypdf[crypto]'")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def encrypted(pypdf: object, user_password: str, algorithm: str) -> bytes:
 
 
 def test_an_encrypted_pdf_is_read_only_without_a_password(tmp_path, pypdf):
-    pytest.importorskip("cryptography", reason="needs cryptography: pip install 'retemper[formats]'")
+    pytest.importorskip("cryptography", reason="needs cryptography: pip install 'pypdf[crypto]'")
     path = tmp_path / "a.pdf"
     for algorithm in ("RC4-128", "AES-256"):
         path.write_bytes(encrypted(pypdf, "secret", algorithm))
@@ -96,7 +96,7 @@ def test_a_page_that_cannot_be_read_is_named(tmp_path, pypdf, monkeypatch):
 
 @pytest.fixture
 def lxml():
-    return pytest.importorskip("lxml.etree", reason="needs lxml: pip install 'retemper[formats]'")
+    return pytest.importorskip("lxml.etree", reason="needs lxml: pip install lxml")
 
 
 SHOWN = {
@@ -242,7 +242,7 @@ def test_what_html_needs_is_said(tmp_path, lxml, monkeypatch):
         with pytest.raises(UserError, match=r"a\.html: reading it needs libxml2 2\.14 or newer.*pip install"):
             read_file(path)
     monkeypatch.setitem(sys.modules, "lxml.etree", None)
-    with pytest.raises(UserError, match=r"a\.html: reading it needs lxml.*pip install 'retemper\[formats\]'"):
+    with pytest.raises(UserError, match=r"a\.html: reading it needs lxml.*pip install 'lxml>=6.0'"):
         read_file(path)
     (tmp_path / "a.md").write_bytes(b"<p>a")
     assert read_file(tmp_path / "a.md").values == ["<p>a"]

@@ -139,21 +139,24 @@ class ChatEncoder:
         try:
             conversation = read_conversation(record)
             if conversation.tools is not None and self._for_tools is not None:
-                return self._for_tools.encode(record)
-            if len(conversation.untrained) == len(conversation.assistant_turns()):
-                raise LeftOutError("conversations marked as not for training")
-            self._refuse_control_tokens(conversation)
-            conversation = self._template.adapt(conversation)
-            with memory_limit:
-                text = self._template.render(conversation)
-                refuse_dropped_messages(conversation, text)
-                spans = self._find_turns(conversation, text) if self._max_tokens is None else None
-            encoding = self._tokenize(text)
-            if spans is not None or self._fits(encoding.ids):
-                return self._finish(conversation, 0, text, encoding, spans)
-            return self._shorten(conversation, text, encoding)
+                return self._for_tools._encode(conversation)
+            return self._encode(conversation)
         except RecursionError:
             raise MalformedError("nested too deeply") from None
+
+    def _encode(self, conversation: Conversation) -> EncodedChat | None:
+        if conversation.untrained and conversation.untrained.issuperset(conversation.assistant_turns()):
+            raise LeftOutError("conversations marked as not for training")
+        self._refuse_control_tokens(conversation)
+        conversation = self._template.adapt(conversation)
+        with memory_limit:
+            text = self._template.render(conversation)
+            refuse_dropped_messages(conversation, text)
+            spans = self._find_turns(conversation, text) if self._max_tokens is None else None
+        encoding = self._tokenize(text)
+        if spans is not None or self._fits(encoding.ids):
+            return self._finish(conversation, 0, text, encoding, spans)
+        return self._shorten(conversation, text, encoding)
 
     @property
     def tells_date(self) -> bool:
@@ -207,7 +210,7 @@ class ChatEncoder:
             return True
         raise UserError(
             f"{self._file}: with the chat template it gives other tokens than transformers does; "
-            "save the tokenizer anew (AutoTokenizer.from_pretrained(folder).save_pretrained(other))"
+            "save the tokenizer again (AutoTokenizer.from_pretrained(folder).save_pretrained(other))"
         )
 
     def _encodes_like(self, reference: Any, messages: list[dict[str, str]]) -> bool:

@@ -32,9 +32,11 @@ class ChatBos:
             return 0 if self.starts(ids) else len(self.ids)
         return -len(self.ids) if self.choice == "no" and self.starts(ids) else 0
 
-    def apply(self, ids: Sequence[int], mask: npt.NDArray[np.uint8]) -> tuple[list[int], npt.NDArray[np.uint8]]:
-        """Return ids and loss mask as ``choice`` wants them begin; the BOS is never to be predicted."""
+    def apply(self, ids: list[int], mask: npt.NDArray[np.uint8]) -> tuple[list[int], npt.NDArray[np.uint8]]:
+        """Return ids and loss mask with the beginning that ``choice`` asks for; the BOS is never a target."""
         change = self.change(ids)
+        if change == 0:
+            return ids, mask
         if change > 0:
             return [*self.ids, *ids], np.concatenate([np.zeros(change, np.uint8), mask])
-        return list(ids[-change:]), mask[-change:]
+        return ids[-change:], mask[-change:]

@@ -86,15 +86,14 @@ def _named_templates(folder: Path, config: dict[str, Any]) -> dict[str, Template
 
 
 def _read(file: Path) -> str:
-    if file.exists() and not file.is_file():  # a pipe or a device may have no end
-        raise UserError(f"{file}: not a regular file; --chat-template needs one")
     try:
         text = read_regular(file, _MOST_BYTES).decode("utf-8")
         if file.suffix != ".json":
             return text
         template = json.loads(text).get("chat_template")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read as a chat template: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{file}: cannot be read as a chat template: {reason}") from None
     if not isinstance(template, str):
         raise UserError(f"{file}: cannot be read as a chat template: chat_template is not a string")
     return template

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ...engine.errors import UserError
+from ...engine.regular_files import read_regular
 from .detection import detect, has_no_suffix
 from .foreign import most_common_remedy
 from .formats import FORMATS, format_of, known_formats, split_compression
@@ -54,6 +55,8 @@ _SHARD = re.compile(r"(?:.*[-_.])?([a-z]+)[-._]\d{4,5}-of-\d{4,5}$")
 _ARROW_SPLIT = re.compile(r".*-([a-z]+)$")
 _SAME_FORMAT_IS_CORPUS = ("markdown", "html")
 """Of these formats a page named README or index is one document of many."""
+_MOST_BYTES = 16 << 20
+"""Of a file that describes a data set."""
 
 DESCRIBES = "that describe the data"
 MARKDOWN = "of Markdown next to data files"
@@ -251,8 +254,7 @@ def _split_name(path: str) -> str | None:
 
 def _read_json(path: str) -> object:
     try:
-        with open(path, "rb") as file:
-            return json.loads(file.read(1 << 24))
+        return json.loads(read_regular(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -15,7 +15,15 @@ from ...engine.errors import UserError
 from .records import Reader
 
 COMPRESSIONS = {".gz": ".gz", ".gzip": ".gz", ".zst": ".zst", ".zstd": ".zst", ".bz2": ".bz2", ".xz": ".xz"}
-"""Suffixes of compressed files, and the kind of compression: the one suffix that stands for it elsewhere."""
+"""Suffixes of compressed files, and the kind of compression, named by its usual suffix."""
+_REQUIREMENTS = {
+    "pyarrow": "pyarrow>=16",
+    "openpyxl": "openpyxl>=3.1",
+    "pypdf": "pypdf[crypto]>=5.0",
+    "cryptography": "pypdf[crypto]>=5.0",
+    "lxml": "lxml>=6.0",
+}
+"""Libraries of formats, as the extra ``formats`` in setup.py names them."""
 
 
 @dataclass(frozen=True)
@@ -101,5 +109,5 @@ def require_library(name: str, path: str) -> ModuleType:
         raise UserError(
             f"{path}: reading it needs {package}"
             + (": " if is_missing else f", which cannot be imported ({error}): ")
-            + f"pip install 'retemper[formats]' (or {package})"
+            + f"pip install '{_REQUIREMENTS.get(package, package)}'"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,29 @@ from .decontamination import NgramFilter
 from .formats import FORMATS
 from .inputs import STDIN, InputFile, InputOptions, expand_inputs
 from .long_text import LongText
-from .records import MalformedError, ReadContext, Where
+from .records import MalformedError, ReadContext, ReadOptions, Where
 from .tasks import Span
 from .texts import TextChoice
 
 
-def read_held_out(files: Sequence[InputFile], choice: TextChoice, cleaner: Cleaner, folder: Path) -> NgramFilter:
+def read_held_out(
+    files: Sequence[InputFile],
+    choice: TextChoice,
+    cleaner: Cleaner,
+    folder: Path,
+    reading: ReadOptions,
+) -> NgramFilter:
     """The n-grams of the texts in ``files``; ``folder`` is for temporary files.
 
     Records are read as those of the corpus are, cleaned by ``cleaner``; of those without the corpus's text key, all
-    strings are taken, nested ones too: test sets call their texts by many names.
+    strings are taken, nested ones too: test sets call their texts by many names. Of ``reading``, the sheets are those
+    of the corpus alone, and damage is always an error.
 
     Raises:
         UserError: a file cannot be read, or there is no text in any.
     """
-    ngrams = NgramFilter.build(_texts(files, choice, cleaner, folder))
+    reading = replace(reading, sheets=(), skip_damage=False)
+    ngrams = NgramFilter.build(_texts(files, choice, cleaner, folder, reading))
     if ngrams.num_ngrams == 0:
         names = " ".join(file.path for file in files)
         raise UserError(f"--held-out {names}: no text in it; name files with the texts to keep out")
@@ -34,7 +43,7 @@ def read_held_out(files: Sequence[InputFile], choice: TextChoice, cleaner: Clean
 
 
 def held_out_files(paths: Sequence[str], choice: TextChoice) -> list[InputFile]:
-    """The files that ``--held-out`` stands for.
+    """The files that ``--held-out`` names.
 
     Raises:
         UserError: there is no such file, or it is of no known format.
@@ -44,9 +53,11 @@ def held_out_files(paths: Sequence[str], choice: TextChoice) -> list[InputFile]:
     return expand_inputs(paths, InputOptions(keys=choice.roots), "--held-out")
 
 
-def _texts(files: Sequence[InputFile], choice: TextChoice, cleaner: Cleaner, folder: Path) -> Iterator[str]:
+def _texts(
+    files: Sequence[InputFile], choice: TextChoice, cleaner: Cleaner, folder: Path, reading: ReadOptions
+) -> Iterator[str]:
     for file in files:
-        context = ReadContext(_refuse, folder)
+        context = ReadContext(_refuse, folder, options=reading)
         stop = file.units if FORMATS[file.format].split == "units" else file.size
         for record in FORMATS[file.format].read(Span(file, 0, stop), context):
             try:

@@ -317,7 +317,9 @@ class _Run:
         if not self.options.held_out:
             return None
         cleaner = Cleaner(self.options.normalize == "nfc", self.options.strip_control)
-        ngrams = read_held_out(self.held_out_files, self.options.text_choice, cleaner, self.work)
+        ngrams = read_held_out(
+            self.held_out_files, self.options.text_choice, cleaner, self.work, self.options.reading
+        )
         self.held_out = self.work / "held-out.npz"
         ngrams.save(self.held_out)
         return ngrams.fingerprint
@@ -420,10 +422,9 @@ def _facts(span: Span) -> dict[str, object]:
 
 def _print_notes(notes: Sequence[str]) -> None:
     """Print what readers found worth knowing about the files."""
-    for note in notes[:_SHOWN_NOTES]:
-        print(f"note: {note}", file=sys.stderr)
+    _say_notes(notes[:_SHOWN_NOTES])
     if len(notes) > _SHOWN_NOTES:
-        print(f"note: {len(notes) - _SHOWN_NOTES:,} more such notes about files", file=sys.stderr)
+        _say_notes([f"{len(notes) - _SHOWN_NOTES:,} more such notes about files"])
 
 
 def _checked_prefix(options: PreprocessOptions) -> str:
