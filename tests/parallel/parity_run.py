@@ -92,9 +92,6 @@ def write_run(folder: Path, model: Model) -> Path:
 
 def five_steps(ranks: Ranks, path: Path, overrides: list[str]) -> Outcome:
     """Train on this rank with the others."""
-    # What was compiled for the meshes of earlier tests in this process: recompiled for another mesh, PyTorch 2.13 makes
-    # the mesh an input of the graph, which Inductor cannot lower. A run compiles for its own mesh alone.
-    torch._dynamo.reset()
     trainer = Trainer(parse_config(["--config", str(path), *overrides]), ranks)
     gradients: dict[str, Tensor] = {}
 

@@ -430,8 +430,6 @@ def test_what_is_wrong_with_held_out_files_is_said(tmp_path, small_limits):
     bomb = write(tmp_path / "d.txt.gz", gzip.compress(b"a" * (9 << 20)))
     assert "--max-expansion" in refused(bomb)
     assert "no text in it" in refused(bomb, max_expansion=0)
-    quotes = write(tmp_path / "e.csv", b'text
-"a"b
-')
+    quotes = write(tmp_path / "e.csv", b'text\n"a"b\n')
     assert "--quoting none" in refused(quotes)
     assert "no text in it" in refused(quotes, quoting="none")

@@ -378,7 +378,9 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it(tmp_path, mon
     monkeypatch.setattr(formats.importlib, "import_module", without)
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"x")
-    with pytest.raises(UserError, match=f"a{suffix}: reading it needs {library}: pip install '{re.escape(requirement)}'$"):
+    with pytest.raises(
+        UserError, match=f"a{suffix}: reading it needs {library}: pip install '{re.escape(requirement)}'$"
+    ):
         read_file(path)
 
 

@@ -317,9 +317,7 @@ class _Run:
         if not self.options.held_out:
             return None
         cleaner = Cleaner(self.options.normalize == "nfc", self.options.strip_control)
-        ngrams = read_held_out(
-            self.held_out_files, self.options.text_choice, cleaner, self.work, self.options.reading
-        )
+        ngrams = read_held_out(self.held_out_files, self.options.text_choice, cleaner, self.work, self.options.reading)
         self.held_out = self.work / "held-out.npz"
         ngrams.save(self.held_out)
         return ngrams.fingerprint

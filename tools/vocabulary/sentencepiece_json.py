@@ -47,8 +47,8 @@ def converted(files: Mapping[str, bytes], where: Path) -> tuple[bytes, list[str]
     above = _highest_added_id(files, where.parent)
     if above >= len(proto.pieces):
         raise UserError(
-            f"{where}: tokens added in files next to it have ids up to {above:,}, and it holds {len(proto.pieces):,} pieces; "
-            f"{_REMEDY}"
+            f"{where}: tokens added in files next to it have ids up to {above:,}, and it holds {len(proto.pieces):,} "
+            f"pieces; {_REMEDY}"
         )
     config = read_object(files, where.with_name(CONFIG_FILES[0]), _REMEDY)
     content = dump_json({**_content(proto), "post_processor": _post_processor(proto, config)})

@@ -121,10 +121,10 @@ def _other_ids(ours: TokenizerHandle, theirs: Any, tokens: Sequence[NewToken]) -
         other = theirs.encode(text, add_special_tokens=False)
         if mine.tolist() != other:
             return (
-                f"the tokenizer with the new tokens gives {text!r} the ids {mine.tolist()}, and {auto_tokenizer_name()} gives "
-                f"{other}, so that the model would be served other ids than it is trained on; save the tokenizer with "
-                "transformers first (AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or list other "
-                "tokens"
+                f"the tokenizer with the new tokens gives {text!r} the ids {mine.tolist()}, and "
+                f"{auto_tokenizer_name()} gives {other}, so that the model would be served other ids than it is "
+                "trained on; save the tokenizer with transformers first "
+                "(AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or list other tokens"
             )
     return None
 
