@@ -27,14 +27,13 @@ from retemper.engine.checkpoint import tensors
 from retemper.engine.checkpoint.safety import (
     Refused,
     SafeReader,
-    file_inside,
     inert_class,
     read_metadata,
     require_modest,
-    shown,
     unpickle_metadata,
 )
 from retemper.engine.checkpoint.tensors import StoredTensor, load_tensors, stored_tensors
+from retemper.engine.checkpoint.untrusted import file_inside, shown
 from retemper.engine.checkpoint.verify import find_damage
 from retemper.engine.errors import UserError
 
