@@ -13,7 +13,7 @@ import signal
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE
+from retemper.engine.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE
 from retemper.tools.vocabulary.command import ExtendOptions, extend
 
 

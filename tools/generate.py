@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from retemper.engine.data.document_frame import BOS_CHOICES
 from retemper.engine.errors import CommandParser, UserError, report_user_error, run_command
-from retemper.engine.hugging_face.weight_dtypes import DTYPE_CHOICES
+from retemper.engine.hugging_face.weight_options import DTYPE_CHOICES
 from retemper.tools.generation import Sampling, TextGenerator
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..outputs import sync_path, sync_tree
 from ..parallel.process_group import Ranks
 from .assets import ASSET_FOLDER, HfAssets
 from .destination import require_record_files
@@ -414,20 +415,3 @@ def _renamed(folder: Path, ending: str) -> Path:
         target = folder.with_name(f"{folder.name}{ending}.{number}")
     folder.rename(target)
     return target
-
-
-def sync_tree(folder: Path) -> None:
-    """Flush every file and directory below ``folder`` to disk."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            sync_path(Path(root) / name)
-        sync_path(Path(root))
-
-
-def sync_path(path: Path) -> None:
-    """Flush one file, or the names in one directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

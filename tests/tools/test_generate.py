@@ -25,8 +25,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from retemper.checkpoint_convert import hf_to_dcp
 from retemper.engine.checkpoint.manifest import Manifest
+from retemper.engine.conversion import hf_to_dcp
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.model import packing

@@ -16,7 +16,7 @@ from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
 from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.errors import UserError
-from ...engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, parse_shard_size
+from ...engine.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE, parse_shard_size
 from ...engine.outputs import Use, require_separate
 from ...engine.streaming.new_folder import new_folder, require_absent
 from .corpus import Sample, is_held_out, read_documents
