@@ -24,10 +24,7 @@ from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.outputs import Use, require_report, write_json_report
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout
-from retemper.engine.parallel.process_group import process_group
-from retemper.tools.step_benchmark.machine import step_machine_facts
-from retemper.tools.step_benchmark.measure import BenchmarkOptions, measure_step
-from retemper.tools.step_benchmark.report import format_report, to_record
+from retemper.tools.step_benchmark.options import BenchmarkOptions
 from retemper.tools.step_benchmark.sweep import format_sweep, parse_sweep, run_sweep
 
 
@@ -100,6 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(config: RunConfig, path: Path | None, settings: BenchmarkOptions, record: dict[str, Any]) -> None:
+    # All that needs PyTorch, before any rank waits for another.
+    from retemper.engine.parallel.process_group import process_group
+    from retemper.tools.step_benchmark.machine import step_machine_facts
+    from retemper.tools.step_benchmark.measure import measure_step
+    from retemper.tools.step_benchmark.report import format_report, to_record
+
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
         ranks.everywhere(lambda: check_layout(config, ranks.world_size))
         machine = step_machine_facts()  # before there is any load of ours

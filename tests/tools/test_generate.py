@@ -33,7 +33,8 @@ from retemper.engine.model import packing
 from retemper.kernels import attention
 from retemper.kernels.attention import PER_DOCUMENT, plan_attention
 from retemper.tools import generate, generation
-from retemper.tools.generation import Sampling, TextGenerator, choose_token, find_device
+from retemper.tools.generation import TextGenerator, choose_token, find_device
+from retemper.tools.sampling import Sampling
 
 CONTEXT = 48
 VOCAB_SIZE = 400

@@ -20,7 +20,8 @@ from retemper.tools.plan import main as plan
 from retemper.tools.rehearsal.formulas import rough_prediction
 from retemper.tools.rehearsal.gpus import GPUS
 from retemper.tools.rehearsal.request import Assumptions, Setting
-from retemper.tools.step_benchmark.measure import BenchmarkOptions, measure_step
+from retemper.tools.step_benchmark.measure import measure_step
+from retemper.tools.step_benchmark.options import BenchmarkOptions
 
 EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
 ONLY = ["--training.trainable", "embeddings"]
