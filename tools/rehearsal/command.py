@@ -95,14 +95,12 @@ def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     left_out = []
     if training.float8:
         left_out.append("training.float8")
-    if training.fused_elementwise == "triton":
-        left_out.append("training.fused_elementwise triton")
     if parallel.async_tensor:
         left_out.append("parallel.async_tensor")
     plain = replace(
         config,
         # The guard against spikes reads the loss, which has no value here.
-        training=replace(training, float8=False, fused_elementwise="torch", loss_spike_zscore=None),
+        training=replace(training, float8=False, loss_spike_zscore=None),
         parallel=replace(parallel, async_tensor=False),
     )
     return plain, left_out
