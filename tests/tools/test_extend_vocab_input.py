@@ -172,7 +172,7 @@ def test_damaged_files_beside_the_tokenizer(kind, name, content, words, bases, c
     folder = shutil.copytree(bases[kind], tmp_path / "model")
     (folder / name).write_bytes(content)
     line = refused("--model", folder, "--corpus", corpus, *LEARN)
-    assert f"{folder / name}: " in line and words in line and "get it anew from where the model came from" in line
+    assert f"{folder / name}: " in line and words in line and "get it again from where the model came from" in line
 
 
 def changed(base: Path, folder: Path, change: Callable[[dict], object]) -> Path:
