@@ -43,6 +43,8 @@ for script, *arguments in json.load(sys.stdin):
             status = None
         except SystemExit as end:
             status = end.code
+        except Exception as error:
+            status = repr(error)
     found.append((status, printed.getvalue(), asked))
 json.dump(found, sys.__stdout__)
 """
