@@ -135,6 +135,12 @@ class TokenizerHandle:
         return self._reference.fingerprint()
 
     @property
+    def unknown_id(self) -> int | None:
+        """The id that stands for what the vocabulary cannot express; None where there is none, as with byte-level
+        ones."""
+        return self._reference.unknown_id()
+
+    @property
     def notes(self) -> list[str]:
         """What is worth knowing about the files, a line each."""
         if not isinstance(self._reference, TokenizersReference):

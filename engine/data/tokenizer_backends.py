@@ -59,6 +59,9 @@ class Reference(Protocol):
     def document_end(self, token: str | None) -> tuple[str, int]:
         """The token that ends a document (``token``, or by default the tokenizer's own), and its id."""
 
+    def unknown_id(self) -> int | None:
+        """The id that stands for what the vocabulary cannot express; None where every text can be expressed."""
+
 
 class TokenizersReference:
     """A ``tokenizer.json``, read by the ``tokenizers`` library: what stands in the file is what encodes.
@@ -130,6 +133,14 @@ class TokenizersReference:
     def fingerprint(self) -> str:
         """See :class:`Reference`. :meth:`document_end` does not change it."""
         return fingerprint_of_json(self._tokenizer, self._matched, self.encode(PROBES)[0].tolist())
+
+    def unknown_id(self) -> int | None:
+        """See :class:`Reference`."""
+        model = self._tokenizer.model
+        if self._model_type == "Unigram":  # which tells it in its JSON only
+            found: int | None = json.loads(model.__getstate__())["unk_id"]
+            return found
+        return None if model.unk_token is None else self.id_of(model.unk_token)
 
     def id_of(self, token: str) -> int | None:
         """Id of a token, if there is such a one."""
@@ -239,6 +250,11 @@ class SentencePieceReference:
                 "piece, such as the EOS, with --eod-token"
             )
         return token, token_id
+
+    def unknown_id(self) -> int | None:
+        """See :class:`Reference`."""
+        token_id = int(self._model.unk_id())
+        return token_id if token_id >= 0 else None
 
 
 def flatten(ids: Sequence[Sequence[int]]) -> FlatIds:

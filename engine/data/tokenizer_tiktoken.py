@@ -168,6 +168,9 @@ class TiktokenReference:
             )
         return token, self.special_tokens[token]
 
+    def unknown_id(self) -> None:
+        """See :class:`~.tokenizer_backends.Reference`. Ranks hold all bytes."""
+
 
 def _parse_ranks(file: Path, content: bytes) -> dict[bytes, int]:
     ranks = {}
