@@ -51,6 +51,7 @@ class PreprocessOptions:
     """Whether documents begin with the BOS: one of ``BOS_CHOICES``; auto: as the tokenizer begins texts."""
     allow_special_tokens: bool = False
     encoder: str = "auto"
+    """auto: reference for small inputs, in this process; else fast, in workers. Both give the same ids."""
     workers: int | None = None
     """None: the usable cores."""
     overwrite: bool = False

@@ -40,12 +40,13 @@ from .held_out import held_out_files, read_held_out
 from .inputs import expand_inputs, with_stdin_copied
 from .options import PreprocessOptions, contents_of, task_key
 from .output_check import output_prefixes, require_free, what_is_read
-from .pool import run_tasks, start_early, usable_cores, worker_context
+from .pool import run_here, run_tasks, shared_counters, start_early, usable_cores
+from .preload import use_one_thread
 from .progress import ProgressReport
 from .records import UNREADABLE
 from .rejects import write_rejects
 from .shards import Shard
-from .tasks import Span, choose_task_bytes, plan_tasks, shard_of_tasks
+from .tasks import Span, are_small, choose_task_bytes, plan_tasks, shard_of_tasks
 from .tokenizer_choice import check_vocabulary, choose_tokenizer, read_frame
 from .worker import FastPathError, TaskResult, WorkerSettings
 from .workspace import finished_results, open_workspace, remove_workspace
@@ -106,16 +107,22 @@ class _Run:
         self.files = expand_inputs(options.input, options.inputs)
         choice = choose_tokenizer(options)
         _say_notes(choice.notes)
-        # Conversations are encoded by the reference, which says where in the text each token lies.
-        backend = "reference" if options.chat else options.encoder
-        tokenizer = TokenizerSpec(choice.name, find_tokenizer_file(choice.name), options.allow_special_tokens, backend)
+        tokenizer_file = find_tokenizer_file(choice.name)
+        self.works_here = options.encoder != "fast" and are_small(self.files, tokenizer_file)
+        """Whether the tasks are done in this process."""
+        tokenizer = TokenizerSpec(
+            choice.name, tokenizer_file, options.allow_special_tokens, self._backend, options.eod_token
+        )
         # Before there is any file or process: an output may bear the name of an input.
         self.held_out_files = held_out_files(options.held_out, options.text_choice) if options.held_out else []
-        reads = what_is_read(options, self.files, self.held_out_files, tokenizer.file)
+        reads = what_is_read(options, self.files, self.held_out_files, tokenizer_file)
         require_free({prefix: output_prefixes(options, prefix)}, reads, options.overwrite, rejects=True)
-        start_early(tokenizer)
-        self.tokenizer = tokenizer.load()
-        self.eod = _document_end(self.tokenizer, options)
+        use_one_thread()
+        if not self.works_here:
+            start_early(tokenizer)
+        self.tokenizer, self.eod = _load_with_document_end(tokenizer, options)
+        if self.works_here and self.tokenizer.kind == "tokenizer.json" and options.encoder == "auto":
+            self.tokenizer.use_reference("loading a faster one takes longer than encoding this input")
         frame = read_frame(self.tokenizer, choice)
         self.begin = frame.documents_begin_with(options.bos)
         """Tokens that documents begin with; of conversations known once the chat template has been read."""
@@ -165,7 +172,8 @@ class _Run:
         workers = min(self.options.workers or usable_cores(), max(len(todo), 1))
         self._say_start(workers, len(todo))
         # One counter set for each task of the corpus, since a task's index names its own.
-        counters = worker_context().RawArray("q", 3 * (1 + max((t.index for t in self.keys.values()), default=0)))
+        num_counters = 3 * (1 + max((task.index for task in self.keys.values()), default=0))
+        counters = np.zeros(num_counters, np.int64) if self.works_here else shared_counters(num_counters)
         seen = np.frombuffer(counters, dtype=np.int64).reshape(-1, 3)
         total = sum(task.num_bytes for task in self.keys.values())
         before = total - sum(task.num_bytes for task, _ in todo)
@@ -176,7 +184,13 @@ class _Run:
                 progress.show(before + done, tokens, bad)
 
             if todo:
-                with closing(run_tasks(todo, workers, self._settings(), counters, show)) as results:
+                settings = self._settings()
+                run = (
+                    run_here(todo, self.tokenizer, settings, counters, show)
+                    if self.works_here
+                    else run_tasks(todo, workers, settings, counters, show)
+                )
+                with closing(run) as results:
                     for result in results:
                         self.results[result.key] = result
 
@@ -223,6 +237,14 @@ class _Run:
             0.0,
             (*(path for path in files if os.path.exists(path)), *rejects),
         )
+
+    @property
+    def _backend(self) -> str:
+        """Of the tokenizer: one of ``BACKENDS``."""
+        # The reference says where in the text of a conversation each token lies.
+        if self.options.chat or (self.works_here and self.options.encoder == "auto"):
+            return "reference"
+        return "auto" if self.options.encoder == "fast" else self.options.encoder
 
     @property
     def _must_have_documents(self) -> bool:
@@ -436,11 +458,12 @@ def _checked_prefix(options: PreprocessOptions) -> str:
     return prefix
 
 
-def _document_end(tokenizer: TokenizerHandle, options: PreprocessOptions) -> tuple[str, int] | None:
-    """The end-of-document token and id. Only a dataset without them may do with a tokenizer that has none."""
+def _load_with_document_end(spec: TokenizerSpec, options: PreprocessOptions) -> tuple[TokenizerHandle, Token | None]:
+    """Load a tokenizer and find its end-of-document token, which only a dataset without them may do without."""
+    tokenizer = replace(spec, eod_token=None).load()
     try:
-        return tokenizer.eod(options.eod_token)
+        return tokenizer, tokenizer.eod(spec.eod_token)
     except UserError:
         if options.append_eod or options.eod_token is not None:
             raise
-        return None
+        return replace(spec, eod_token=None).load(), None  # a token that is refused may already be ordinary text

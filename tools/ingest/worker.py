@@ -172,12 +172,13 @@ class TaskRunner:
     Args:
         progress: int64 [3 x tasks], shared: input bytes read, tokens written and bad records of each task. Only the
             worker that runs a task writes its entries, so no lock is held that a killed worker could leave locked.
+        tokenizer: that of ``settings``.
     """
 
-    def __init__(self, settings: WorkerSettings, progress: Any) -> None:
+    def __init__(self, settings: WorkerSettings, progress: Any, tokenizer: TokenizerHandle) -> None:
         self._settings = settings
         self._progress = progress
-        self._tokenizer: TokenizerHandle = load_tokenizer_once(settings.tokenizer, settings.tokenizer_sha256)
+        self._tokenizer = tokenizer
         self._eod_id = None if settings.eod_token is None else self._tokenizer.eod(settings.eod_token)[1]
         self._cleaner = Cleaner(
             normalize_nfc=settings.normalize_nfc,
@@ -415,7 +416,13 @@ def start_worker(settings: WorkerSettings, progress: Any) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     global _make_runner
     # With its first task, since what it raises then reaches the parent, as what is raised here would not.
-    _make_runner = functools.cache(lambda: TaskRunner(settings, np.frombuffer(progress, dtype=np.int64)))
+    _make_runner = functools.cache(
+        lambda: TaskRunner(
+            settings,
+            np.frombuffer(progress, dtype=np.int64),
+            load_tokenizer_once(settings.tokenizer, settings.tokenizer_sha256),
+        )
+    )
 
 
 def run_task(task: Task, key: str) -> TaskResult:
