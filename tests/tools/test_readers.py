@@ -17,6 +17,7 @@ from retemper.engine.errors import UserError
 from retemper.tools.ingest import long_text
 from retemper.tools.ingest.cleaning import Cleaner
 from retemper.tools.ingest.held_out import held_out_files, read_held_out
+from retemper.tools.ingest.options import PreprocessOptions
 from retemper.tools.ingest.readers import json_array, lines, streams, text
 from retemper.tools.ingest.records import ReadOptions
 from retemper.tools.ingest.texts import TextChoice
@@ -409,7 +410,9 @@ def test_held_out_records_give_their_text_or_else_all_their_strings(tmp_path, sm
     rows = [{"text": passage, "id": question}, {"id": 1, "data": {"question": question, "choices": [choice, None]}}]
     path = write(tmp_path / "test.jsonl", "\n".join(map(json.dumps, rows)).encode())
     keys = TextChoice(("text",))
-    ngrams = read_held_out(held_out_files([str(path)], keys), keys, Cleaner(), tmp_path, ReadOptions())
+    ngrams = read_held_out(
+        held_out_files([str(path)], keys), keys, Cleaner(PreprocessOptions(["-"])), tmp_path, ReadOptions()
+    )
     for text_, expected in ((passage, True), (question, True), (choice, True), ("quite another text " * 9, False)):
         assert ngrams.contaminated_batch([text_]).tolist() == [expected]
 
@@ -418,7 +421,9 @@ def test_what_is_wrong_with_held_out_files_is_said(tmp_path, small_limits):
     def refused(*paths: object, **options: object) -> str:
         keys, reading = TextChoice(("text",)), ReadOptions(**options)
         with pytest.raises(UserError) as error:
-            read_held_out(held_out_files([*map(str, paths)], keys), keys, Cleaner(), tmp_path, reading)
+            read_held_out(
+                held_out_files([*map(str, paths)], keys), keys, Cleaner(PreprocessOptions(["-"])), tmp_path, reading
+            )
         return str(error.value).replace(f"{tmp_path}/", "")
 
     bad = write(tmp_path / "a.jsonl", b'{"text": "' + b"a" * 90 + b'\xff"}')

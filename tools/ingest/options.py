@@ -106,6 +106,11 @@ class PreprocessOptions:
         return ReadOptions(self.quoting, tuple(self.sheet), self.max_expansion, self.skip_bad_lines)
 
     @property
+    def minhash_threshold(self) -> float | None:
+        """Similarity of near-duplicates; None: they are not looked for."""
+        return self.dedup_threshold if self.dedup == "minhash" else None
+
+    @property
     def needs_digests(self) -> bool:
         """Whether documents must be told apart by their content."""
         return self.dedup == "exact" or self.split is not None

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -36,19 +36,20 @@ from ...engine.errors import UserError
 from .assembly import Assembly, SourceTotals
 from .chat_bos import ChatBos
 from .cleaning import Cleaner
+from .faults import UNREADABLE
 from .held_out import held_out_files, read_held_out
 from .inputs import expand_inputs, with_stdin_copied
+from .near_dedup import MinHasher
 from .options import PreprocessOptions, contents_of, task_key
 from .output_check import output_prefixes, require_free, what_is_read
 from .pool import run_here, run_tasks, shared_counters, start_early, usable_cores
 from .preload import use_one_thread
 from .progress import ProgressReport
-from .records import UNREADABLE
 from .rejects import write_rejects
-from .shards import Shard
+from .shards import Shard, TaskResult
 from .tasks import Span, are_small, choose_task_bytes, plan_tasks, shard_of_tasks
 from .tokenizer_choice import check_vocabulary, choose_tokenizer, read_frame
-from .worker import FastPathError, TaskResult, WorkerSettings
+from .worker import FastPathError, WorkerSettings
 from .workspace import finished_results, open_workspace, remove_workspace
 
 _SHOWN_NOTES = 20
@@ -262,38 +263,24 @@ class _Run:
         )
 
     def _settings(self) -> WorkerSettings:
-        options = self.options
         return WorkerSettings(
-            tokenizer=self.tokenizer.spec,
-            tokenizer_sha256=self.tokenizer.sha256,
-            eod_token=self.eod[0] if self.eod and options.append_eod else None,
-            dtype=self.dtype.str,
-            folder=self.work,
-            frame=DocumentFrame(ids_of(self.begin), ids_of(self.end)),
-            text=options.text_choice,
-            metadata=tuple(options.metadata),
-            chat=options.chat,
-            chat_template=None if options.chat_template is None else Path(options.chat_template),
-            chat_bos=self._chat_bos,
-            chat_date=self.chat_date,
-            reading=options.reading,
-            skip_bad_lines=options.skip_bad_lines,
-            drop_invalid_utf8=options.drop_invalid_utf8,
-            normalize_nfc=options.normalize == "nfc",
-            strip_control=options.strip_control,
-            min_chars=options.min_chars,
-            min_tokens=options.min_tokens,
-            max_tokens=options.max_tokens,
-            digests=options.needs_digests,
-            minhash_threshold=options.dedup_threshold if options.dedup == "minhash" else None,
-            held_out=self.held_out,
-            batch_characters=options.batch_characters,
+            self._dated_options,
+            self.tokenizer.spec,
+            self.tokenizer.sha256,
+            self.dtype.str,
+            self.work,
+            self._frame,
+            self._chat_bos,
+            self.held_out,
         )
 
     @property
-    def _eod_id(self) -> int | None:
-        """The token that is appended to each document."""
-        return self.eod[1] if self.eod and self.options.append_eod else None
+    def _frame(self) -> DocumentFrame:
+        return DocumentFrame(ids_of(self.begin), ids_of(self.end))
+
+    @property
+    def _dated_options(self) -> PreprocessOptions:
+        return replace(self.options, chat_date=self.chat_date)
 
     def _document_end_tokens(self, frame: TokenizerFrame) -> tuple[Token, ...]:
         if self.eod is None or not self.options.append_eod:
@@ -308,25 +295,16 @@ class _Run:
 
     def _prepare_chat(self) -> str | None:
         """Check that conversations can be encoded, and as transformers does; what stands for how they are."""
-        options = self.options
-        if not options.chat:
+        if not self.options.chat:
             return None
-        from .chat import ChatEncoder
+        from .chat import chat_encoder
 
-        encoder = ChatEncoder(
-            self.tokenizer.file,
-            self._eod_id,
-            options.max_tokens,
-            options.allow_special_tokens,
-            None if options.chat_template is None else Path(options.chat_template),
-            datetime.fromisoformat(self.chat_date),
-            self._chat_bos,
-        )
+        encoder = chat_encoder(self._dated_options, self.tokenizer.file, self._frame, self._chat_bos)
         encoder.check_against_transformers()
         self.begin = self.named_bos if encoder.begins_with_bos else ()
         if encoder.tells_date:
             # Kept in the sidecar, so that shards of different days are not joined.
-            self.options = replace(options, chat_date=self.chat_date)
+            self.options = self._dated_options
         return encoder.fingerprint
 
     def _encoder(self, results: Sequence[TaskResult]) -> str:
@@ -338,18 +316,15 @@ class _Run:
         """Write the n-grams of the ``--held-out`` files to a file for the workers; what stands for them."""
         if not self.options.held_out:
             return None
-        cleaner = Cleaner(self.options.normalize == "nfc", self.options.strip_control)
+        cleaner = Cleaner(replace(self.options, min_chars=0))
         ngrams = read_held_out(self.held_out_files, self.options.text_choice, cleaner, self.work, self.options.reading)
         self.held_out = self.work / "held-out.npz"
         ngrams.save(self.held_out)
         return ngrams.fingerprint
 
     def _minhash_fingerprint(self) -> str | None:
-        if self.options.dedup != "minhash":
-            return None
-        from .near_dedup import MinHasher
-
-        return MinHasher(self.options.dedup_threshold).fingerprint
+        threshold = self.options.minhash_threshold
+        return None if threshold is None else MinHasher(threshold).fingerprint
 
     def _left_out(self, results: Sequence[TaskResult], assembly: Assembly) -> list[Counter[str]]:
         """By source: what workers and assembly left out, by reason."""

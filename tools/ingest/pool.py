@@ -13,8 +13,9 @@ from typing import Any
 from ...engine.data.tokenizer import TokenizerHandle, TokenizerSpec
 from ...engine.errors import UserError
 from . import preload
+from .shards import TaskResult
 from .tasks import Task
-from .worker import TaskResult, TaskRunner, WorkerSettings, run_task, start_worker
+from .worker import TaskRunner, WorkerSettings, run_task, start_worker
 
 _TICK_SECONDS = 0.2
 
