@@ -204,7 +204,7 @@ def read_run(folder: Path) -> Run:
         config=config,
         logged=log.lines,
         starts=log.starts or None,
-        restarts=list(_restarts(folder, curves, log, remarks)),
+        restarts=list(_restarts(folder, curves, log, config, remarks)),
         checkpoints=checkpoints,
         sources=_sources(newest, config, remarks),
         validation={name: str(path) for name, path in _section(_section(config, "data"), "validation").items()},
@@ -290,23 +290,24 @@ def _read_log(path: Path) -> _Log:
     return log
 
 
-def _restarts(folder: Path, curves: Curves, log: _Log, remarks: list[str]) -> Iterator[Restart]:
+def _restarts(folder: Path, curves: Curves, log: _Log, config: dict[str, Any], remarks: list[str]) -> Iterator[Restart]:
     """The restarts that gave up records, those of the log first."""
     others = sorted(path.name for path in folder.glob("metrics.*.jsonl") if path.name not in log.moved)
+    interval = _section(config, "logging").get("log_interval", 1)
     for name in [*log.moved, *others]:
         try:
             lost = read_curves(folder / name)
         except UserError as error:
             remarks.append(f"not shown: {error}")
             continue
-        if not lost.steps:
-            continue
-        before = bisect_left(curves.steps, lost.steps[0]) - 1
-        kind, step = log.moved.get(name, ("resumed", curves.steps[before] if before >= 0 else 0))
-        if name in others and before < 0:
+        before = curves.steps[: bisect_left(curves.steps, lost.steps[0])] if lost.steps else ()
+        if lost.steps and (before or name in log.moved):
+            # The first step after a start is recorded in any case, by both curves or by the later one alone.
+            step = before[-1] - 1 if before and before[-1] % interval else lost.steps[0] - 1
+            kind, step = log.moved.get(name, ("resumed", step))
+            yield Restart(kind, step, _tokens_at(curves, step), lost.steps[-1], lost.tokens[-1], name)
+        elif lost.steps:
             remarks.append(f"{name} is the curve of an earlier run in this folder")
-            continue
-        yield Restart(kind, step, _tokens_at(curves, step), lost.steps[-1], lost.tokens[-1], name)
 
 
 def _tokens_at(curves: Curves, step: int) -> int:
