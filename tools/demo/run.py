@@ -120,13 +120,13 @@ def make_base_model(demo: Demo, budget: list[str]) -> None:
     """Corpora, tokenizer, and a base model as a Hugging Face folder ``base_hf``: what a user would have downloaded."""
     demo.say("a base model to start from: general prose, a new tokenizer, a moment of pretraining")
     corpora = build_corpora(demo.folder / "corpora")
-    for name in ("general", "domain"):
-        for split in ("train", "validation"):
-            part = getattr(getattr(corpora, name), split)
-            print(f"corpora/{part.path.name}: {part.num_documents} documents, {part.num_bytes / 1e6:.2f} MB")
+    for part in corpora.values():
+        print(f"corpora/{part.path.name}: {part.num_documents} documents, {part.num_bytes / 1e6:.2f} MB")
     config = demo.script("megatron_configs/demo_base.yaml")
     vocab_size = load_yaml((demo.folder / config).read_text(encoding="utf-8"))["model"]["architecture"]["vocab_size"]
-    train_tokenizer([corpora.general.train.path, corpora.domain.train.path], demo.folder / "tokenizer", vocab_size)
+    train_tokenizer(
+        [corpora["general.train"].path, corpora["domain.train"].path], demo.folder / "tokenizer", vocab_size
+    )
     preprocess(demo, "general", "tokenizer")
     preprocess(demo, "domain_validation", "tokenizer")
     preprocess(demo, "general_validation", "tokenizer")

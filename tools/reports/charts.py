@@ -155,8 +155,8 @@ def line_chart(
         return ""
     drawing = _Drawing(title, size)
     across, up = _frame(drawing, x or Axis(), y or Axis(), [at for at, _ in points], [value for _, value in points])
-    for mark in marks:
-        _draw_mark(drawing, mark, across)
+    for number, mark in enumerate(marks):
+        _draw_mark(drawing, mark, across, _TOP + 10 + 14 * (number % 5))
     for line in lines:
         _draw_line(drawing, line, across, up)
         if line.label:
@@ -246,7 +246,7 @@ def _placed(points: Sequence[Point], across: _Scale, up: _Scale) -> Iterator[str
     return (f"{across(at)} {up(value)}" for at, value in points)
 
 
-def _draw_mark(drawing: _Drawing, mark: Mark, across: _Scale) -> None:
+def _draw_mark(drawing: _Drawing, mark: Mark, across: _Scale, label_y: float) -> None:
     top, bottom, at = _TOP, drawing.bottom, across(mark.at)
     if mark.since is not None and mark.since < mark.at:
         since = across(mark.since)
@@ -255,4 +255,4 @@ def _draw_mark(drawing: _Drawing, mark: Mark, across: _Scale) -> None:
     drawing.add("line", "stroke:var(--faint);stroke-dasharray:4 3", x1=at, x2=at, y1=top, y2=bottom)
     if mark.label:
         is_left = at < drawing.size[0] / 2  # the words are where there is space for them
-        drawing.write(mark.label, at + (6 if is_left else -6), top + 10, "start" if is_left else "end")
+        drawing.write(mark.label, at + (6 if is_left else -6), label_y, "start" if is_left else "end")

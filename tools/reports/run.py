@@ -158,7 +158,7 @@ class Run:
     @property
     def seconds_in_steps(self) -> float:
         """Time spent in steps, from the mean duration of a step that each record gives."""
-        steps = [0, *self.curves.steps]
+        steps = [self.curves.steps[0] - 1, *self.curves.steps]  # it may continue another run
         seconds = zip(steps, steps[1:], self.curves.columns["step_seconds"], strict=False)
         return math.fsum((step - before) * each for before, step, each in seconds if math.isfinite(each))
 
