@@ -18,7 +18,7 @@ def write_page(path: Path, report: DatasetReport) -> None:
     """Write the page.
 
     Raises:
-        UserError: matplotlib is missing, or the file cannot be written.
+        UserError: the file cannot be written.
     """
     write_report("--html", path, page(f"Dataset {Path(report.prefix).name}", _sections(report), STYLE))
 
