@@ -17,10 +17,12 @@ import pytest
 import yaml
 from oracles.html_page import Page
 
+from retemper.engine.checkpoint import manifest as manifests
+from retemper.engine.checkpoint.manifest import Manifest
 from retemper.engine.errors import run_command
 from retemper.tools import report
 from retemper.tools.reports import charts
-from retemper.tools.reports.run import flatten, read_run
+from retemper.tools.reports.run import read_run
 
 HOSTILE = "<script>alert('&')</script>\x1b"
 BATCH = 8 * 32
@@ -59,31 +61,33 @@ def run(tmp_path: Path) -> Path:
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     for step in (10, 20):
-        write_manifest(folder, step, config)
+        write_checkpoint(folder, step, config)
     (folder / "samples.jsonl").write_text(json.dumps({"prompt": "def f(", "before": "the", "after": "x):"}) + "\n")
     return folder
 
 
-def write_manifest(folder: Path, step: int, config: dict[str, Any], **more: Any) -> None:
-    shares = [{"name": name, "weight": weight, "max_samples": None} for name, weight in (("a", 3.0), ("b", 1.0))]
-    manifest = {
-        "step": step,
-        "consumed_samples": 8 * step,
-        "consumed_tokens": BATCH * step,
-        "final": step == 20,
-        "sample_order": {"start": 0, "cursors": {}, "stages": [{"stop": None, "shares": shares}]},
-        "datasets": {name: {"path": f"data/{name}", "tokens": 1280, "hash": 8 * f"{name}0"} for name in "ab"},
-        "evaluation": {"domain": 2.5} if step == 20 else {},
-        "best": {"step": 10, "name": "domain", "loss": 2.4},
-        "config": config,
-        "world_size": 2,
-        "layout": {"shard": 2, "tensor": 1},
-        "versions": {"torch": "2.13.0"},
-        "files": {"x.distcp": {"bytes": 1500, "xxh3_128": ""}, ".metadata": {"bytes": 500, "xxh3_128": ""}},
-    }
+def write_checkpoint(folder: Path, step: int, config: dict[str, Any]) -> Path:
     path = folder / "checkpoints" / f"step-{step:08d}"
     path.mkdir()
-    (path / "manifest.json").write_text(json.dumps(manifest | more), encoding="utf-8")
+    (path / "x.distcp").write_bytes(bytes(1500))
+    shares = [{"name": name, "weight": weight, "max_samples": None} for name, weight in (("a", 3.0), ("b", 1.0))]
+    manifest = Manifest(
+        kind="training",
+        step=step,
+        consumed_samples=8 * step,
+        consumed_tokens=BATCH * step,
+        final=step == 20,
+        sample_order={"start": 0, "cursors": {}, "stages": [{"stop": None, "shares": shares}]},
+        datasets={name: {"path": f"data/{name}", "tokens": 1280, "hash": 8 * f"{name}0"} for name in "ab"},
+        evaluation={"domain": 2.5} if step == 20 else {},
+        best={"step": 10, "name": "domain", "loss": 2.4},
+        config=config,
+        world_size=2,
+        layout={"shard": 2, "tensor": 1},
+        versions={"torch": "2.13.0"},
+    )
+    manifests.write_manifest(path, manifest)
+    return path
 
 
 def show(capsys: pytest.CaptureFixture[str], *arguments: Path | str) -> str:
@@ -129,8 +133,10 @@ def test_the_numbers_are_those_of_the_metrics_file(run: Path, capsys: pytest.Cap
     # Of four samples, three are of the first source; 160 samples of 32 tokens have been trained on.
     assert table_row(out, "a") == ["a", "75.0%", "1,280", "3,840", "3", "a0a0a0a0a0a0a0a0", "data/a"]
     assert table_row(out, "b")[3:5] == ["1,280", "1"]
-    assert table_row(out, "step-00000010")[1:] == ["10", "2,560", "2.00 kB", "best"]
-    assert table_row(out, "step-00000020")[1:] == ["20", "5,120", "domain 2.500", "2.00 kB", "final"]
+    assert table_row(out, "step-00000010")[1:4] == ["10", "2,560", "3.0000"]
+    assert table_row(out, "step-00000010")[-2:] == ["best", "complete"]
+    assert table_row(out, "step-00000020")[1:5] == ["20", "5,120", "2.0000", "2.5000"]
+    assert table_row(out, "step-00000020")[-2:] == ["last, final", "complete"]
     page = Page((run / "report.html").read_text("utf-8"))
     for name in ("tokens per second", "MFU", "training loss", "a", "domain", "step-00000020"):
         assert " ".join(table_row(out, name)) in page.text, name
@@ -250,8 +256,9 @@ def test_a_run_that_is_training_or_was_killed(run: Path, capsys: pytest.CaptureF
     out = show(capsys, run)
     assert "the last line of metrics.jsonl is incomplete" in out and "2 steps were skipped" in out
     assert re.search(r"^state +not finished; the last record was written at 20\d\d-\d\d", out, re.MULTILINE)
-    assert table_row(out, "step-00000030")[-1] == "incomplete: manifest.json is missing"
-    assert table_row(out, "step-00000020")[-1].startswith("damaged: manifest.json: ")
+    assert table_row(out, "step-00000030")[-1] == "damaged: manifest.json is missing"
+    assert "manifest.json: cannot be read as JSON" in table_row(out, "step-00000020")[-1]
+    assert table_row(out, "step-00000005.damaged")[-1] == "set aside"
     assert table_row(out, "a")[3] == f"{8 * 10 * 32 * 3 // 4:,}"  # as of the checkpoint before
     assert "config.yaml: No such file or directory" in out and ".tmp" not in out
     page = Page((run / "report.html").read_text("utf-8"))
@@ -274,16 +281,16 @@ def test_two_runs_are_compared(run: Path, tmp_path: Path, capsys: pytest.Capture
     (other / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     output = tmp_path / "both.html"
     out = show(capsys, run, "--compare", other, "--output", output)
-    assert table_row(out, "training.train_tokens")[1:] == ["5,120", "10,240"]
+    assert table_row(out, "training.train_tokens")[1:] == ["5120", "10240"]
     assert table_row(out, "domain loss")[1:] == ["2.500 at step 20", "2.250 at step 20"]
     assert table_row(out, "general loss")[1:] == ["2.500 at step 20"]
     assert "training.sequence_length" not in out
     page = Page(output.read_text("utf-8"))
     page.require_self_contained()
     assert "domain, medicine general, medicine training, other domain, other" in page.text
-    assert "Compared with other" in page.text and "training.train_tokens 5,120 10,240" in page.text
+    assert "Compared with other" in page.text and "training.train_tokens 5120 10240" in page.text
     record = json.loads(show(capsys, run, "--compare", other, "--output", output, "--overwrite", "--json"))
-    assert record["differences"]["training.train_tokens"] == [5120, 10240]
+    assert record["differences"]["training.train_tokens"] == ["5120", "10240"]
     assert record["compared"]["evaluations"]["domain"][-1]["loss"] == 2.25
     assert not (run / "report.html").exists()
 
@@ -370,11 +377,6 @@ def test_it_starts_without_torch(run: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]" and "page: " in done.stdout
-
-
-def test_a_nested_configuration_is_flattened() -> None:
-    nested = {"a": {"b": [{"c": 1}, 2], "d": {}}, "e": None}
-    assert flatten(nested) == {"a.b[0].c": 1, "a.b[1]": 2, "e": None}
 
 
 def test_the_guide_names_what_there_is() -> None:

@@ -35,10 +35,10 @@ def test_a_resumed_run(resumed, capsys):
     steps = [record["step"] for record in records if "evaluation" not in record]
     assert list(run.curves.steps) == steps == [1, 3, 6, 9, 11, 12, 15, 18, 20]
     manifests = [read_manifest(path) for path in sorted((resumed / "checkpoints").iterdir())]
-    assert [(one.step, one.tokens, one.evaluation) for one in run.checkpoints] == [
-        (one.step, one.consumed_tokens, one.evaluation) for one in manifests
-    ]
-    assert run.is_finished and run.checkpoints[-1].remark == "final" and run.remarks == []
+    assert [row.manifest for row in run.checkpoints] == manifests
+    losses = {record["step"]: record["loss"] for record in records if "evaluation" not in record}
+    assert [row.loss for row in run.checkpoints] == [losses.get(manifest.step) for manifest in manifests]
+    assert run.is_finished and "final" in run.checkpoints[-1].kept and run.remarks == []
     assert sum(source.trained_tokens for source in run.sources) == run.tokens == 20 * 8 * 32
     report.main([str(resumed)])
     out = capsys.readouterr().out

@@ -17,21 +17,23 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from ...engine.checkpoint.manifest import MANIFEST_FILE, Manifest
+from ...engine.checkpoint.run_record import CONFIG_FILE
 from ...engine.config_files import read_config
 from ...engine.data.schedule import Schedule
 from ...engine.errors import UserError
+from ...engine.observe.console import LOG_FILE
 from ...engine.observe.curves import METRICS_FILE
+from ...engine.parallel.agreement import flatten
 from ...engine.regular_files import open_regular, read_regular
+from ..checkpoint_report.listing import Row, list_checkpoints
 from .metrics import Curves, read_curves
 
-CONFIG_FILE, LOG_FILE, MANIFEST_FILE = "config.yaml", "log.txt", "manifest.json"  # their modules import PyTorch
 SAMPLES_FILE = "samples.jsonl"
-_CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(damaged|rewound)(?:\.\d+)?)?")
-_STATES = {"damaged": "set aside: damaged", "rewound": "rewound: the run continued from an older one"}
 _MOVED = re.compile(r"records +[\d,]+ of metrics\.jsonl after step ([\d,]+) moved to .*?([^/]+)$")
 _LOGGED = re.compile(r"\S+ \S+ (model|ranks|blocks|attention) +(.*)")
-_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, UserError)
-"""What reading a damaged manifest may raise."""
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What may be raised where a file does not hold what is expected."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,6 @@ class Restart:
     lost_tokens: int
     file: str
     """Where those records are now."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint, as its manifest describes it; its files are not read."""
-
-    name: str
-    step: int
-    tokens: int | None = None
-    evaluation: dict[str, float] = field(default_factory=dict)
-    bytes: int | None = None
-    remark: str = ""
-    """best, final, emergency, set aside, rewound, or what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +98,7 @@ class Run:
     starts: int | None = None
     """How often the run was started; None without a log."""
     restarts: list[Restart] = field(default_factory=list)
-    checkpoints: list[Checkpoint] = field(default_factory=list)
+    checkpoints: list[Row] = field(default_factory=list)
     sources: list[DataSource] = field(default_factory=list)
     validation: dict[str, str] = field(default_factory=dict)
     """Datasets by the names of the validation sets."""
@@ -164,7 +153,8 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: everything but the single records."""
-        record = asdict(replace(self, curves=Curves()))
+        rows = [replace(row, manifest=None) for row in self.checkpoints]
+        record = asdict(replace(self, curves=Curves(), checkpoints=rows))
         del record["curves"], record["configuration"]
         summary = {name: getattr(self, name) for name in ("step", "tokens", "train_tokens", "is_finished")}
         return record | summary | {
@@ -194,7 +184,7 @@ def read_run(folder: Path) -> Run:
     remarks = list(_curve_remarks(curves))
     config, text = _read_config(folder / CONFIG_FILE, remarks)
     log = _read_log(folder / LOG_FILE)
-    checkpoints, newest = _read_checkpoints(folder / "checkpoints")
+    checkpoints, newest = _read_checkpoints(folder, curves, remarks)
     written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
     return Run(
         folder=str(folder),
@@ -214,24 +204,16 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """A nested configuration as ``{"training.train_tokens": 1000, "data.train[0].path": "a"}``."""
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    flat: dict[str, Any] = {}
-    for key, part in parts:
-        flat |= flatten(part, f"{name}[{key}]" if isinstance(value, list) else f"{name}.{key}".lstrip("."))
-    return flat if isinstance(value, (dict, list)) else {name: value}
+def differences(one: Run, other: Run) -> dict[str, tuple[str, str]]:
+    """What two runs do not have in common, by key, in JSON: settings, contents of the data, versions."""
 
-
-def differences(one: Run, other: Run) -> dict[str, tuple[Any, Any]]:
-    """What two runs do not have in common, by key: settings, contents of the data, versions; None where null."""
-
-    def facts(run: Run) -> dict[str, Any]:
+    def facts(run: Run) -> dict[str, str]:
         hashes = {f"content of {source.name}": source.fingerprint for source in run.sources if source.fingerprint}
-        return flatten({**run.config, "run_folder": None}) | hashes | run.environment
+        return flatten({**run.config, "run_folder": None, **hashes, **run.environment})
 
     here, there = facts(one), facts(other)
-    return {key: (here.get(key), there.get(key)) for key in {**here, **there} if here.get(key) != there.get(key)}
+    keys = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+    return {key: (here.get(key, "absent"), there.get(key, "absent")) for key in keys}
 
 
 def _section(config: Any, name: str) -> dict[str, Any]:
@@ -320,51 +302,23 @@ def _tokens_at(curves: Curves, step: int) -> int:
     return round(start + share * (curves.tokens[after] - start))
 
 
-def _read_checkpoints(folder: Path) -> tuple[list[Checkpoint], dict[str, Any]]:
-    """All checkpoints by step, and the manifest of the newest that is whole; an empty one where there is none."""
-    found: list[Checkpoint] = []
-    newest: dict[str, Any] = {}
-    entries = [(match, entry) for entry in _entries(folder) if (match := _CHECKPOINT.fullmatch(entry.name))]
-    for match, entry in sorted(entries, key=lambda item: (int(item[0][1]), item[1].name)):
-        try:
-            manifest = json.loads(read_regular(entry / MANIFEST_FILE))
-            found.append(_checkpoint(entry, manifest, _STATES.get(match[2], "")))
-            newest = newest if match[2] else manifest
-        except FileNotFoundError:
-            found.append(Checkpoint(entry.name, int(match[1]), remark=f"incomplete: {MANIFEST_FILE} is missing"))
-        except _BROKEN as error:
-            found.append(Checkpoint(entry.name, int(match[1]), remark=f"damaged: {MANIFEST_FILE}: {error}"))
-    best = _section(newest, "best").get("step")
-    return [replace(one, remark=one.remark or "best") if one.step == best else one for one in found], newest
-
-
-def _entries(folder: Path) -> list[Path]:
+def _read_checkpoints(folder: Path, curves: Curves, remarks: list[str]) -> tuple[list[Row], Manifest | None]:
+    """All checkpoints by step, and the manifest of the newest that is complete."""
     try:
-        return [entry for entry in folder.iterdir() if entry.is_dir()]
-    except OSError:
-        return []
+        rows = list_checkpoints(folder, dict(zip(curves.steps, curves.columns["loss"], strict=True)))
+    except (UserError, OSError) as error:  # it has none yet, or the run is removing one just now
+        remarks.append(f"checkpoints are not shown: {getattr(error, 'strerror', None) or error}")
+        return [], None
+    whole = [row.manifest for row in rows if row.manifest and row.state.startswith("complete")]
+    return rows, max(whole, key=lambda manifest: manifest.step, default=None)
 
 
-def _checkpoint(folder: Path, manifest: dict[str, Any], state: str) -> Checkpoint:
-    files = manifest.get("files") or {}
-    marks = [state, f"emergency: {manifest['emergency']}" if manifest.get("emergency") else ""]
-    marks.append("final" if manifest.get("final") else "")
-    return Checkpoint(
-        name=folder.name,
-        step=int(manifest["step"]),
-        tokens=int(manifest["consumed_tokens"]),
-        evaluation={str(name): float(loss) for name, loss in manifest["evaluation"].items()},
-        bytes=sum(int(file["bytes"]) for file in files.values()) if files else None,
-        remark=", ".join(filter(None, marks)),
-    )
-
-
-def _sources(manifest: dict[str, Any], config: dict[str, Any], remarks: list[str]) -> list[DataSource]:
+def _sources(manifest: Manifest | None, config: dict[str, Any], remarks: list[str]) -> list[DataSource]:
     """The training sources: as the newest checkpoint knows them, else as the configuration names them."""
     try:
         return list(_trained_sources(manifest) if manifest else _configured_sources(_section(config, "data")))
     except _BROKEN as error:
-        remarks.append(f"the training data is not shown: {MANIFEST_FILE if manifest else CONFIG_FILE}: {error!r:.100}")
+        remarks.append(f"the training data is not shown: {CONFIG_FILE}: {error!r:.100}")
         return []
 
 
@@ -376,23 +330,21 @@ def _configured_sources(data: dict[str, Any]) -> Iterator[DataSource]:
         yield DataSource(name, str(one["path"]), weights)
 
 
-def _trained_sources(manifest: dict[str, Any]) -> Iterator[DataSource]:
-    schedule = Schedule.from_state(manifest["sample_order"])
-    given = schedule.cursors(manifest["consumed_samples"])
-    length = manifest["config"]["training"]["sequence_length"]
+def _trained_sources(manifest: Manifest) -> Iterator[DataSource]:
+    schedule = Schedule.from_state(manifest.sample_order)
+    given, length = schedule.cursors(manifest.consumed_samples), manifest.config["training"]["sequence_length"]
     blends = [{share.name: share.weight for share in stage.shares} for stage in schedule.stages]
-    for name, facts in manifest["datasets"].items():
-        weights = [blend.get(name) for blend in blends]
-        trained = given.get(name, 0) * length
-        yield DataSource(name, str(facts["path"]), weights, int(facts["tokens"]), trained, str(facts["hash"] or ""))
+    for name, facts in manifest.datasets.items():
+        weights, trained = [blend.get(name) for blend in blends], given.get(name, 0) * length
+        yield DataSource(name, str(facts["path"]), weights, facts["tokens"], trained, facts["hash"] or "")
 
 
-def _environment(manifest: dict[str, Any]) -> dict[str, str]:
-    layout = ", ".join(f"{axis} {ranks}" for axis, ranks in _section(manifest, "layout").items() if ranks != 1)
-    versions = {name: str(version) for name, version in _section(manifest, "versions").items()}
-    ranks = {"ranks": str(manifest["world_size"]), "layout": layout} if "world_size" in manifest else {}
-    found = ranks | {"retemper": str(manifest.get("retemper_version") or "")} | versions
-    return {name: value for name, value in found.items() if value}
+def _environment(manifest: Manifest | None) -> dict[str, str]:
+    if manifest is None:
+        return {}
+    layout = ", ".join(f"{axis} {ranks}" for axis, ranks in manifest.layout.items() if ranks > 1)
+    ranks = f"{manifest.world_size}" + (f" ({layout})" if layout else "")
+    return {"ranks": ranks, "retemper": manifest.retemper_version, **manifest.versions}
 
 
 def _samples(path: Path, remarks: list[str]) -> list[Sample]:

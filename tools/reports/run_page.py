@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
+from ..checkpoint_report.listing import COLUMNS, listing_cells
 from .charts import COLORS, SMALL, Axis, Line, Mark, compact, line_chart, percent
 from .metrics import UNCHANGED, LossChange
 from .page import bullets, definitions, escape, header, note, page, preformatted, section, table
 from .run import Restart, Run, Sample, differences
-from .text import fact_lines, size, table_lines, visible
+from .text import fact_lines, table_lines, visible
 
 Table = tuple[Sequence[str], Sequence[tuple[str, ...]]]
 """Headlines, and rows of as many cells."""
@@ -167,16 +167,8 @@ def data_table(run: Run) -> Table:
 
 
 def checkpoint_table(run: Run) -> Table:
-    """All checkpoints, by step."""
-    rows = [
-        (
-            *(one.name, f"{one.step:,}", _count(one.tokens)),
-            ", ".join(f"{name} {loss:.3f}" for name, loss in one.evaluation.items()),
-            *("" if one.bytes is None else size(one.bytes), one.remark),
-        )
-        for one in run.checkpoints
-    ]
-    return ("checkpoint", "step", "tokens", "evaluation", "size", "remark"), rows
+    """All checkpoints, by step, and why each is kept."""
+    return COLUMNS, [listing_cells(row) for row in run.checkpoints]
 
 
 def comparison_table(run: Run, other: Run) -> Table:
@@ -194,8 +186,7 @@ def comparison_table(run: Run, other: Run) -> Table:
 
 def difference_table(run: Run, other: Run) -> Table:
     """The settings, data and versions that two runs do not share."""
-    rows = [(key, *(_short(value) for value in values)) for key, values in differences(run, other).items()]
-    return ("differs", *_names(run, other)), rows
+    return ("differs", *_names(run, other)), [(key, *values) for key, values in differences(run, other).items()]
 
 
 def _name(run: Run) -> str:
@@ -210,10 +201,6 @@ def _names(run: Run, other: Run | None) -> tuple[str, str]:
 
 def _count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
-
-
-def _short(value: Any) -> str:
-    return "null" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
 def _lines(content: Table) -> list[str]:
