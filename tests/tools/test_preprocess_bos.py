@@ -32,8 +32,8 @@ from retemper.tools.ingest.merging import MergeOptions, merge
 from retemper.tools.ingest.options import PreprocessOptions
 from retemper.tools.ingest.readers import lines
 from retemper.tools.ingest.worker import TaskRunner
-from retemper.tools.inspection.facts import dataset_facts
-from retemper.tools.inspection.report import InspectOptions, inspect_dataset
+from retemper.tools.reports.dataset.facts import dataset_facts
+from retemper.tools.reports.dataset.report import InspectOptions, inspect_dataset
 
 TEXTS = ["rain fell over the old town", "the cat", sample_text(3, 20)]
 TEMPLATE = (
