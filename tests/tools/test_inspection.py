@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, models
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError
-from retemper.tools.inspection import lengths as lengths_module
-from retemper.tools.inspection import token_counts
-from retemper.tools.inspection.decoding import decode_document, measure_text, pieces
-from retemper.tools.inspection.lengths import LengthCounts, count_lengths, sample_lengths
-from retemper.tools.inspection.streams import DatasetStream
-from retemper.tools.inspection.token_counts import PassFacts, count_tokens, sample_tokens
+from retemper.tools.reports.dataset import lengths as lengths_module
+from retemper.tools.reports.dataset import token_counts
+from retemper.tools.reports.dataset.decoding import decode_document, measure_text, pieces
+from retemper.tools.reports.dataset.lengths import LengthCounts, count_lengths, sample_lengths
+from retemper.tools.reports.dataset.streams import DatasetStream
+from retemper.tools.reports.dataset.token_counts import PassFacts, count_tokens, sample_tokens
 
 EOD = 0
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from ...engine.data.indexed_dataset import IndexedDataset
-from ...engine.data.tokenizer import TokenizerHandle
+from ....engine.data.indexed_dataset import IndexedDataset
+from ....engine.data.tokenizer import TokenizerHandle
 from .streams import document_edges
 
 REPLACEMENT = "\ufffd"
