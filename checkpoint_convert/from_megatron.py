@@ -1,4 +1,4 @@
-"""Make a Hugging Face folder, or a checkpoint to train from, out of a Megatron-Core checkpoint.
+"""Convert a Megatron-Core checkpoint to a Hugging Face folder, or to a checkpoint for training.
 
     python checkpoint_convert/from_megatron.py --megatron megatron/ --config Qwen2-7B/ --output hf/
     python checkpoint_convert/from_megatron.py --megatron megatron/iter_0001000 --output ckpt/base --format checkpoint
@@ -54,25 +54,25 @@ def convert(
     Args:
         megatron: the folder of a checkpoint, or the one above it with ``latest_checkpointed_iteration.txt``.
         output: the folder to write; it must not exist.
-        format: ``hf`` for a Hugging Face folder, ``checkpoint`` for one that the trainer starts from.
-        config: the model's config.json, or a folder that holds it and perhaps a tokenizer; None: made of what Megatron
-            has stored.
-        tokenizer: a folder, in place of that of ``config``.
+        format: ``hf`` for a Hugging Face folder, ``checkpoint`` for a checkpoint that the trainer can start from.
+        config: the model's config.json, or a folder that holds it and perhaps a tokenizer; None: derived from
+            Megatron's stored settings.
+        tokenizer: a folder, which replaces that of ``config``.
         dtype: ``auto`` keeps each tensor's own; else bfloat16, float16 or float32.
         max_shard_size: largest safetensors file, such as ``5GB``.
         workers: threads that copy tensors; by default one for each CPU, up to 8.
         allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
         verify: compare logits with transformers, for ``hf`` only. Needs 4 bytes of memory per parameter.
-        say: takes the lines that tell what was cast, left out and written.
+        say: receives the lines about casts, omitted tensors and written files.
 
     Raises:
-        UserError: the checkpoint cannot be used, or ``output`` exists or cannot be written. Nothing is left behind, but
-            for finished files after an interruption or on a full disk: see :func:`partial_folder`.
+        UserError: the checkpoint cannot be used, or ``output`` exists or cannot be written. No files are left, except
+            finished ones after an interruption or on a full disk: see :func:`partial_folder`.
     """
     output, workers = require_absent(output), parse_workers(workers)
     target, shard_bytes = dtype_named(dtype), parse_shard_size(max_shard_size)
     if verify and format != HF:
-        raise UserError(f"--verify: needs --format {HF}, transformers reads nothing else")
+        raise UserError(f"--verify: needs --format {HF}, the only one that transformers reads")
     named = [("--megatron", megatron), ("--config", config), ("--tokenizer", tokenizer)]
     reads = [Use(option, path) for option, path in named if path is not None]
     require_separate(reads, folders=[Use(f"--output {output}", output)])
@@ -83,7 +83,7 @@ def convert(
     for line in [*model.notes, *describe_casts(model.tensors, tensors)]:
         say(line)
     if assets.tokenizer_sha256 is None:
-        say("neither --config nor --tokenizer has a tokenizer: the output carries none")
+        say("neither --config nor --tokenizer has a tokenizer, so the output has none")
 
     options = {"format": format, "dtype": dtype, "max_shard_size": shard_bytes, "config": assets.config}
     options |= nonfinite_option(allow_nonfinite)
@@ -145,7 +145,7 @@ def _assets(config: str | Path | None, tokenizer: str | None, model: MegatronMod
 
 
 def _identify(model: MegatronModel) -> dict[str, Any]:
-    """What tells this input from any other."""
+    """Return the identity of this input."""
     first, *others = model.files
     return {
         "folder": str(model.folder.resolve()),
@@ -155,29 +155,29 @@ def _identify(model: MegatronModel) -> dict[str, Any]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
-    parser = CommandParser(description="Make a Hugging Face folder or a checkpoint out of a Megatron-Core checkpoint.")
+    """Parse the command line, by default that of this process."""
+    parser = CommandParser(description="Convert a Megatron-Core checkpoint to a Hugging Face folder or a checkpoint.")
     parser.add_argument(
         "--megatron",
         required=True,
         metavar="DIR",
-        help="checkpoint of the format torch_dist: its folder (iter_..., release), or the one above it",
+        help="checkpoint in the format torch_dist: its folder (iter_..., release), or the folder above it",
     )
     add_output(parser)
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default=HF,
-        help="a Hugging Face folder, or a checkpoint for the trainer (default: %(default)s)",
+        help="write a Hugging Face folder, or a checkpoint for the trainer (default: %(default)s)",
     )
     parser.add_argument(
         "--config",
         metavar="PATH",
-        help="the model's Hugging Face config.json, or the folder that has it and the tokenizer (default: made of the "
-        "settings stored in the checkpoint)",
+        help="the model's Hugging Face config.json, or the folder that holds it and the tokenizer (default: derived "
+        "from the settings in the checkpoint)",
     )
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder with the tokenizer (default: that of --config)")
-    add_dtype(parser, "that of each tensor")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder with the tokenizer (default: the one of --config)")
+    add_dtype(parser, "the dtype of each tensor")
     add_shard_size(parser)
     add_copying(parser)
     return parser.parse_args(arguments)

@@ -1,10 +1,10 @@
-"""Make a Megatron-Core checkpoint out of a Hugging Face folder or a checkpoint.
+"""Convert a Hugging Face folder or a checkpoint to a Megatron-Core checkpoint.
 
     python checkpoint_convert/to_megatron.py --hf Qwen/Qwen2-7B --output megatron/ --tensor-parallel 4
     python checkpoint_convert/to_megatron.py --checkpoint runs/x/checkpoints/step-00001000 --output megatron/
 
 The output is for Megatron-LM's ``--load`` with ``--ckpt-format torch_dist``, on any number of ranks. Optimizer states
-are left out. Config and tokenizer stand beside it under ``hf/``. Tensors pass through memory in blocks;
+are left out. Config and tokenizer are in its folder ``hf/``. Tensors pass through memory in blocks;
 ``conversion.json`` has the hash of every tensor on both sides. See docs/megatron.md.
 """
 
@@ -45,7 +45,7 @@ _MAX_MULTIPLE = 2**20
 
 @dataclass(frozen=True)
 class _Source:
-    """What is converted."""
+    """The input of a conversion."""
 
     folder: Path
     weights: TensorSource
@@ -53,17 +53,17 @@ class _Source:
     architecture: Architecture
     assets: HfAssets
     identify: Callable[[], dict[str, Any]]
-    """What tells it from any other."""
+    """Returns the identity of the input."""
     notes: list[str]
     left_out: dict[str, list[str]]
     all_tensors: dict[str, StoredTensor]
-    """Also those that are left out."""
+    """All tensors, including those that are left out."""
     dtype: torch.dtype | None = None
-    """What is written where nobody asks for another; None: each tensor's own."""
+    """Default dtype of the output; None: each tensor's own."""
 
     @property
     def unused(self) -> dict[str, StoredTensor]:
-        """The tensors that are left out."""
+        """Return the tensors that are left out."""
         return {name: self.all_tensors[name] for names in self.left_out.values() for name in names}
 
 
@@ -86,25 +86,24 @@ def convert(
         output: the folder to write; it must not exist.
         hf: a Hugging Face folder, or a name on the Hub; or
         checkpoint: a folder written by the trainer or by hf_to_dcp.
-        dtype: ``auto`` keeps each tensor's own, and of a training checkpoint takes what its config declares, else
-            float32.
-        tensor_parallel: tensor-parallel ranks on which Megatron is going to run, for the padding of the vocabulary.
-        make_vocab_size_divisible_by: Megatron's option of that name. 1, on one rank, pads nothing.
-        per_layer: a key for each layer's tensors instead of stacked ones.
+        dtype: ``auto`` keeps each tensor's own; for a training checkpoint it is the dtype of its config, else float32.
+        tensor_parallel: tensor-parallel size of the Megatron run, for the padding of the vocabulary.
+        make_vocab_size_divisible_by: Megatron's option of that name. 1, on one rank, adds no padding.
+        per_layer: separate keys for each layer's tensors instead of stacked ones.
         workers: threads that copy tensors; by default one for each CPU, up to 8.
         allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
         verify: compare logits with transformers, for ``hf`` only. Needs 4 bytes of memory per parameter.
-        say: takes the lines that tell what was cast, left out and written.
+        say: receives the lines about casts, omitted tensors and written files.
 
     Raises:
-        UserError: the model cannot be used, Megatron has none like it, or ``output`` exists or cannot be written.
-            Nothing is left behind, but for finished files after an interruption or on a full disk.
+        UserError: the model cannot be used, Megatron does not support it, or ``output`` exists or cannot be written. No
+            files are left, except finished ones after an interruption or on a full disk.
     """
     output, workers = require_absent(output), parse_workers(workers)
     target, layout = dtype_named(dtype), _layout(make_vocab_size_divisible_by, tensor_parallel, per_layer)
     assert (hf is None) != (checkpoint is None)
     if verify and hf is None:
-        raise UserError("--verify: needs --hf, transformers reads nothing else")
+        raise UserError("--verify: needs --hf, the only input that transformers reads")
     source = _open_hf(hf, output) if hf is not None else _open_checkpoint(Path(checkpoint or ""), output, workers)
     where = str(source.folder)
     args = args_from_config(source.config, source.architecture, layout.vocabulary, where)
@@ -144,7 +143,7 @@ def _advice(args: argparse.Namespace) -> list[str]:
     if padding:
         lines.append(f"padded the vocabulary of {args.vocab_size} with {padding} rows of zeros")
     if args.window_size is not None:
-        lines.append(f"sliding windows are no part of a Megatron checkpoint: give Megatron {window_options(args)}")
+        lines.append(f"a Megatron checkpoint does not store sliding windows: give Megatron {window_options(args)}")
     return lines
 
 
@@ -189,31 +188,36 @@ def _identity_of(model: CheckpointModel) -> dict[str, Any]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
-    parser = CommandParser(description="Make a Megatron-Core checkpoint out of a Hugging Face folder or a checkpoint.")
+    """Parse the command line, by default that of this process."""
+    parser = CommandParser(description="Convert a Hugging Face folder or a checkpoint to a Megatron-Core checkpoint.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--hf", metavar="DIR|NAME", help="Hugging Face folder, or Hub name")
     source.add_argument(
-        "--checkpoint", metavar="DIR", help="such as runs/x/checkpoints/step-00001000, or a converted one"
+        "--checkpoint",
+        metavar="DIR",
+        help="checkpoint folder, such as runs/x/checkpoints/step-00001000, or a converted one",
     )
     add_output(parser)
-    add_dtype(parser, "that of each tensor; what the config declares, for a training checkpoint")
+    add_dtype(parser, "the dtype of each tensor; for a training checkpoint, the dtype in its config")
     parser.add_argument(
         "--tensor-parallel",
         type=int,
         default=1,
         metavar="N",
-        help="tensor-parallel ranks of the Megatron run, by which it pads the vocabulary (default: %(default)s)",
+        help="tensor-parallel size of the Megatron run, which determines the padding of the vocabulary (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--make-vocab-size-divisible-by",
         type=int,
         default=Vocabulary.divisible_by,
         metavar="N",
-        help="as of Megatron; 1 pads nothing (default: %(default)s)",
+        help="as in Megatron; 1 adds no padding (default: %(default)s)",
     )
     parser.add_argument(
-        "--per-layer", action="store_true", help="keys for each layer (non-homogeneous) instead of stacked tensors"
+        "--per-layer",
+        action="store_true",
+        help="separate keys for each layer (non-homogeneous) instead of stacked tensors",
     )
     add_copying(parser)
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Which implementation of rms_norm, rope and swiglu a model uses."""
+"""Name the implementations of rms_norm, rope and swiglu."""
 
 from __future__ import annotations
 

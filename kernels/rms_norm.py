@@ -38,22 +38,22 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalize the last dimension of ``x + residual`` to unit root mean square and scale it by ``weight``.
 
-    The sum is rounded to the dtype of ``x``, the mean is taken in fp32, and the normalized value is cast back before it
-    is scaled, as the published models do.
+    The sum is rounded to the dtype of ``x``, the mean is computed in fp32, and the normalized value is cast back before
+    it is scaled, as in the published models.
 
     Args:
         x: [..., H], any floating dtype.
         weight: [H].
         eps: added to the mean square.
         residual: [..., H] of the dtype of ``x``, added first; None adds nothing.
-        implementation: "torch", or "triton" (``weight`` in the dtype of ``x``), which rounds the same values and takes
-            the weight's gradient in fp32 over all rows, in an order that does not depend on the device.
+        implementation: "torch", or "triton" (``weight`` in the dtype of ``x``). "triton" rounds the same values, and
+            sums the weight's gradient in fp32 over all rows, in an order that does not depend on the device.
 
     Returns:
         [..., H] in the dtype of ``x``; with a residual, that and the sum.
 
     Raises:
-        ValueError: implementation "triton" and it cannot take these tensors.
+        ValueError: implementation "triton" cannot process these tensors.
     """
     if implementation == "triton":
         from .elementwise_triton import fused_rms_norm

@@ -9,12 +9,12 @@ from .elementwise import Implementation
 
 
 def swiglu(gate: Tensor, up: Tensor, *, implementation: Implementation = "torch") -> Tensor:
-    """``silu(gate) * up``, elementwise; both [..., F] of one dtype, which is returned.
+    """Return ``silu(gate) * up``, elementwise; both are [..., F] of one dtype, which is that of the result.
 
     ``implementation`` "triton" rounds the same values and keeps only the two inputs for the backward pass.
 
     Raises:
-        ValueError: implementation "triton" and it cannot take these tensors.
+        ValueError: implementation "triton" cannot process these tensors.
     """
     if implementation == "triton":
         from .elementwise_triton import fused_swiglu

@@ -166,7 +166,7 @@ class TestBosYes:
 
     def test_no_name(self, tmp_path):
         folder = KINDS["qwen 2"](tmp_path / "t")
-        with pytest.raises(UserError, match="--bos yes: the tokenizer names no BOS"):
+        with pytest.raises(UserError, match="--bos yes: the tokenizer has no BOS"):
             read_tokenizer_frame(folder / "tokenizer.json").documents_begin_with("yes")
 
 

@@ -226,7 +226,7 @@ def test_unknown_keys_are_errors_inline_and_notes_in_a_file(tmp_path: Path) -> N
     read = read_hf_config(tmp_path)
     parse_architecture(read)
     assert describe_unread(read, "x") == [
-        "note: x has keys that are not read and have no effect: dual_chunk_attention_config, seq_length"
+        "note: x has keys without effect, which are not read: dual_chunk_attention_config, seq_length"
     ]
 
 

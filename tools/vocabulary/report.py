@@ -116,7 +116,7 @@ def write_page(folder: Path, title: str, gain: Gain, curve: Sequence[int], token
         axes.set_ylabel("fewer tokens, %")
         axes.set_xlim(0, len(saved) - 1)
         axes.set_ylim(0)
-        axes.set_title(f"What the first n new tokens save on the {gain.text}")
+        axes.set_title(f"Tokens saved by the first n new tokens on the {gain.text}")
         drawn = to_svg(figure, "fewer tokens by number of new tokens")
         plt.close(figure)
     numbers = sorted({round((len(curve) - 1) * part / 10) for part in range(11)})
@@ -135,7 +135,7 @@ def write_page(folder: Path, title: str, gain: Gain, curve: Sequence[int], token
         f"<h1>{markup.escape(title)}</h1>",
         f'<figure class="curves">{drawn}</figure>',
         markup.section("Number of new tokens", table),
-        markup.section("The first of them", first),
+        markup.section("First new tokens", first),
     ]
     (folder / PAGE_FILE).write_text(markup.page(title, sections), encoding="utf-8")
     return True
