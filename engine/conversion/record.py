@@ -42,7 +42,9 @@ class ConversionRecord:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names of the source's tensors that are not in the output, by reason."""
     logits: dict[str, Any] | None = None
-    """Result of ``--verify``."""
+    """What ``--verify`` measured."""
+    versions: dict[str, str] = field(default_factory=code_versions)
+    """Of the program that converts."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class ConversionRecord:
             "format_version": _FORMAT_VERSION,
             "tool": self.tool,
             "retemper_version": __version__,
-            "versions": {**code_versions(), "safetensors": version("safetensors")},
+            "versions": {**self.versions, "safetensors": version("safetensors")},
             "source": self.source,
             "options": self.options,
             "vocabulary": self.vocabulary,

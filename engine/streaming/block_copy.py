@@ -30,8 +30,6 @@ from .raw_bytes import bytes_of, write_exactly
 from .tensor_source import ReadRows, TensorSource, rows_of
 
 BLOCK_BYTES = 8 << 20
-MAX_WORKERS = 8
-"""Maximum of the default number of workers: more do not speed up a disk."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,6 @@ class WrittenFile:
     name: str
     record: FileRecord
     tensors: dict[str, Hashes]
-
-
-def default_workers() -> int:
-    """Return one worker for each usable CPU, up to :data:`MAX_WORKERS`."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MAX_WORKERS)
 
 
 def copy_files(

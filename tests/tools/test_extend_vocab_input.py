@@ -20,8 +20,8 @@ from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import run_command
 from retemper.tools import extend_vocab as command
 from retemper.tools.vocabulary import command as steps
-from retemper.tools.vocabulary.command import ExtendOptions
 from retemper.tools.vocabulary.corpus import Sample
+from retemper.tools.vocabulary.options import ExtendOptions
 from retemper.tools.vocabulary.token_list import read_list
 from retemper.tools.vocabulary.tokenizer_json import BpeJson
 
