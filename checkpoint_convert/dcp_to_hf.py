@@ -79,7 +79,7 @@ def _convert_and_upload(options: dict[str, Any], repository: str) -> None:
     # What convert would refuse before it reads any weights is refused before a repository is made.
     require_separate([Use("--checkpoint", checkpoint)], folders=[Use(f"--output {output}", output)])
     plan_export(checkpoint, options["dtype"], options["max_shard_size"], options["vocab_size"])
-    print(f"to be uploaded to {open_repository(repository, PUSH)}")
+    print(f"will be uploaded to {open_repository(repository, PUSH)}")
     convert(**options)
     print(f"uploaded {upload_folder(output, repository, PUSH, [CONVERSION_FILE])}")
 

@@ -54,7 +54,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add_copying(parser)
     options = parse(parser, arguments)
     if options.verify and options.format != HF:
-        raise UserError(f"--verify: needs --format {HF}, transformers reads nothing else")
+        raise UserError(f"--verify: needs --format {HF}, the only one that transformers reads")
     return options
 
 

@@ -61,7 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         if not 0 < value < _MAX_MULTIPLE:
             raise UserError(f"{option} {value}: a positive number below {_MAX_MULTIPLE:,} is needed")
     if options.verify and options.hf is None:
-        raise UserError("--verify: needs --hf, transformers reads nothing else")
+        raise UserError("--verify: needs --hf, the only input that transformers reads")
     return options
 
 

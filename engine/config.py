@@ -136,8 +136,9 @@ class TrainingConfig:
     first phase after tools/extend_vocab.py. All other parameters have no gradients and no optimizer states, and stay
     bitwise the same; see docs/vocabulary.md."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute dtype. auto: bf16 where the hardware computes it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
-    or Arm BF16), else fp32; the start summary says which and why. Gradients are reduced over ranks in fp32."""
+    """Compute dtype. auto: bf16 where the hardware supports it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
+    or Arm BF16), else fp32; the start summary shows the choice and its reason. Gradients are reduced over ranks in
+    fp32."""
     weight_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the weights between steps. fp32: exact master weights. bf16: no fp32 copy exists. Each update is
     computed in fp32 and written back with stochastic rounding, so that small updates are kept on average.

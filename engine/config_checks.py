@@ -109,7 +109,7 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 def _ranges(config: RunConfig) -> Iterator[str]:
     if not config.run_folder.strip() or "\0" in config.run_folder:
-        yield f"run_folder is {config.run_folder!r}; name the folder that the run shall write to"
+        yield f"run_folder is {config.run_folder!r}; name the folder that the run writes to"
     for key, allowed in RANGES.items():
         value = None if "[]" in key else operator.attrgetter(key)(config)
         if value is not None and not allowed.holds(value):

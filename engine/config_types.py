@@ -85,7 +85,7 @@ def item_hint(hint: Any) -> Any:
 
 
 def accepts(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of the type ``hint``, as far as its outermost layer tells."""
+    """Return whether ``value`` has the type ``hint``, checked at the outermost level only."""
     if (switch := switch_of(hint)) and _switched(value, switch) in (switch.true, switch.false):
         return True
     hint = bare(hint)
@@ -231,7 +231,7 @@ def _switched(value: Any, switch: Switch) -> Any:
 
 
 def type_in_words(hint: Any) -> str:
-    """The type ``hint`` in words."""
+    """Return the type ``hint`` in words."""
     hint = bare(hint)
     kind = get_origin(hint) or hint
     if kind in (Union, UnionType):

@@ -20,7 +20,7 @@ from retemper.tools.kernel_benchmark.names import KERNELS
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(
         description="Time the forward and backward pass of each kernel and of its peers on random inputs: the median "
         "of several calls, the peak memory, and the error against float64. The error is measured in calls whose "

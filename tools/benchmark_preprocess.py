@@ -21,7 +21,7 @@ from retemper.tools.ingest_benchmark.report import format_report, to_record
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(
         description="Measure the preprocess command on a corpus, in one run and on the same cores: the bare tokenizer "
         "on big batches in memory, the whole command with all its processes, and optionally Megatron-LM's loop. "

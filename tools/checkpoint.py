@@ -20,7 +20,7 @@ from retemper.tools.checkpoint_report.verification import verify
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(description="Show, verify, compare and prune checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|diff|prune")
     ls = commands.add_parser("ls", help="list the checkpoints of a run; sizes are checked, contents are not read")

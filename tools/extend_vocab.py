@@ -18,7 +18,7 @@ from retemper.tools.vocabulary.options import ExtendOptions
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(
         description="Learn new tokens from a corpus, or read them from a list, and write the model with rows for them."
     )

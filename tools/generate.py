@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(description="Continue prompts with a Hugging Face folder or a checkpoint.")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or checkpoint folder")
     parser.add_argument(

@@ -16,7 +16,7 @@ from retemper.tools.ingest.merging import MergeOptions, format_report, merge
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> MergeOptions:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(
         description="Join indexed datasets: the shards of one run, or whole datasets, in the order given. Files are "
         "checked against the hashes in their sidecars."

@@ -42,7 +42,7 @@ class ConversionRecord:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names of the source's tensors that are not in the output, by reason."""
     logits: dict[str, Any] | None = None
-    """What ``--verify`` measured."""
+    """Result of ``--verify``."""
     versions: dict[str, str] = field(default_factory=code_versions)
     """Of the program that converts."""
 

@@ -228,7 +228,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """[..., width] -> [..., width]; with a residual, the norm of ``residual + x`` and that sum."""
+        """Map [..., width] to [..., width]; with a residual, return the norm of ``residual + x`` and that sum."""
         return rms_norm(x, _local_copy(self.weight), self.eps, residual)
 
 

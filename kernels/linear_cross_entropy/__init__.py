@@ -83,7 +83,7 @@ def linear_cross_entropy(
 
 
 def _triton_refusal(hidden_TH: Tensor) -> str | None:
-    """Why the Triton path cannot compute this; None if it can."""
+    """Return why the Triton path cannot compute this; None if it can."""
     if hidden_TH.dtype != torch.bfloat16:
         return f"it stores exponentials as bf16, which would round the gradients of {hidden_TH.dtype} inputs"
     return triton_refusal(hidden_TH.device.type)
@@ -103,7 +103,7 @@ def _use_triton(backend: str, hidden_TH: Tensor) -> bool:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, options, use_triton, need_hidden, need_weight):
-        # Whether gradients are needed is decided by the caller: inside forward, grad mode is always off.
+        # The caller decides whether gradients are needed: inside forward, grad mode is always off.
         assert hidden.dtype == weight.dtype, f"hidden states {hidden.dtype}, weight {weight.dtype}"
         if use_triton:
             from . import triton_kernels

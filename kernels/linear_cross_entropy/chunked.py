@@ -65,7 +65,7 @@ def compute(
 
 
 def _rows(logits: Tensor, targets: Targets, options: Options, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Losses [T] of fp32 products [T, V], and their gradient by the products, in the products' own memory."""
+    """Return losses [T] of fp32 products [T, V], and their gradient by the products, in the products' own memory."""
     cap = options.logit_softcap
     cap_slope: Tensor | None = None
     if cap is not None:

@@ -88,7 +88,7 @@ def row_terms(log_sum_T: Tensor, target_logit_T: Tensor, targets: Targets, optio
         options: of the whole loss.
     """
     if options.vocab_group is not None:
-        # All-gather rather than all-reduce: every rank then adds the same numbers in the same order.
+        # All-gather and not all-reduce: every rank then adds the same numbers in the same order.
         local = torch.stack((log_sum_T, target_logit_T))
         gathered = local.new_empty(group_size(options), *local.shape)
         dist.all_gather_into_tensor(gathered.view(-1, local.shape[-1]), local, group=options.vocab_group)
@@ -99,7 +99,7 @@ def row_terms(log_sum_T: Tensor, target_logit_T: Tensor, targets: Targets, optio
     if options.z_loss:
         losses += options.z_loss * log_sum_T.square()
         slope += (2.0 * options.z_loss) * log_sum_T
-    # A wrong target must not pass as a plausible loss; a check that raises would wait for the device.
+    # A wrong target must not give a plausible loss; a check that raises would wait for the device.
     losses = (losses * targets.valid_T).masked_fill_(targets.lost_T, float("nan"))
     return RowTerms(losses, log_sum_T, slope)
 

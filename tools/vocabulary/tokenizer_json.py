@@ -259,7 +259,7 @@ def _has_step(content: dict[str, Any], kind: str) -> bool:
 
 
 def _bytes_by_character() -> dict[str, int]:
-    """GPT-2's characters for the 256 bytes: printable Latin-1 for itself, the others from U+0100 on."""
+    """Return GPT-2's characters for the 256 bytes: printable Latin-1 unchanged, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -125,7 +125,7 @@ class ExtendedVocabulary:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
+        """Read rows, see :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
         with self._source.rows(name) as read:
             if name not in self._extended:
                 yield read
