@@ -169,12 +169,12 @@ def test_the_command(run_file, tmp_path):
         (["--documents", "fixed:0"], "--documents fixed:0"),
         (["--documents", "uniform:9:3"], "--documents uniform:9:3"),
         (["--documents", "fixed:3", "--real-data"], "--documents fixed:3: is only for random data"),
-        (["--launch", "torchrun"], "--launch torchrun: is for --sweep"),
+        (["--launch", "torchrun"], "--launch torchrun: is only for --sweep"),
         (["--json", "nowhere/found.json"], "--json nowhere/found.json: there is no folder"),
         (["--sweep", "micro_batch_size"], "--sweep micro_batch_size: use KEY=VALUE"),
         (["--sweep", "micro_batch_size=1,,2"], "--sweep micro_batch_size=1,,2: use KEY=VALUE"),
         (["--sweep", "batch=1"], "--sweep batch=1: batch is not a key"),
-        (["--sweep", "seed=1", "seed=2"], "--sweep seed=2: seed is there twice"),
+        (["--sweep", "seed=1", "seed=2"], "--sweep seed=2: seed is given twice"),
     ],
 )
 def test_wrong_options_are_one_line(run_file, arguments, message):
