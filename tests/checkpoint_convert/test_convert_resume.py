@@ -115,7 +115,7 @@ def test_the_same_command_goes_on(
     after = interrupt_after(monkeypatch, source, 0, None)
     result = run(module, *arguments)
     assert result.status == 0, result.stderr
-    assert f"going on from {len(done)} finished files in {folder}" in result.stdout
+    assert f"continuing from {len(done)} finished files in {folder}" in result.stdout
     assert not finished & set(after), "what was finished is not read again"
     monkeypatch.undo()
     assert hidden(tmp_path) == []
@@ -182,7 +182,7 @@ def test_sigterm_keeps_what_is_finished(saved_models: dict[str, Path], tmp_path:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate()
-    assert (process.returncode, err) == (130, "interrupted\n") and "the same command goes on from them" in out
+    assert (process.returncode, err) == (130, "interrupted\n") and "the same command continues from them" in out
     assert not output.exists() and len(hidden(tmp_path)) == 1
 
 
@@ -196,7 +196,7 @@ def test_another_command_takes_nothing(
     [left] = hidden(tmp_path)
     read = interrupt_after(monkeypatch, HfModel, 0, None)
     result = run(hf_to_dcp, *arguments, "--dtype", "float32")
-    assert result.status == 0 and f"{left} is of another command" in result.stdout
+    assert result.status == 0 and f"{left} is the unfinished output of another command" in result.stdout
     assert len(read) == len(json.loads((output / "conversion.json").read_text())["tensors"])
     assert hidden(tmp_path) == [left]
 
@@ -215,7 +215,7 @@ def test_another_input_takes_nothing(
     weights[-1] ^= 1
     (folder / SINGLE).write_bytes(weights)
     result = run(hf_to_dcp, *arguments)
-    assert result.status == 0 and "going on from" not in result.stdout
+    assert result.status == 0 and "continuing from" not in result.stdout
     convert_back(tmp_path / "out", tmp_path / "back")
     assert read_folder(tmp_path / "back") == read_folder(folder)
 
@@ -273,10 +273,10 @@ def test_what_is_finished_outlives_an_error(
         else:
             patch.setattr(logits, "_theirs", raising(error))
             result = run(hf_to_dcp, *arguments, "--verify")
-    assert_refused(result, "Stale file handle; ", f"finished files are kept in {left}: the same command goes on")
+    assert_refused(result, "Stale file handle; ", f"finished files are kept in {left}: the same command continues")
     read = interrupt_after(monkeypatch, HfModel, 0, None)
     result = run(hf_to_dcp, *arguments)
-    assert result.status == 0 and "going on from" in result.stdout and hidden(tmp_path) == []
+    assert result.status == 0 and "continuing from" in result.stdout and hidden(tmp_path) == []
     assert len(read) == (0 if failing == "verify" else len(read_folder(tmp_path / "qwen3")) - 11)
 
 
@@ -323,7 +323,7 @@ def test_one_at_a_time(saved_models: dict[str, Path], tmp_path: Path, run: Run) 
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not any((folder / "journal.jsonl").is_file() for folder in hidden(tmp_path)):
             time.sleep(0.01)
-        assert_refused(run(hf_to_dcp, *arguments), f"--output {output}", "another process is making it")
+        assert_refused(run(hf_to_dcp, *arguments), f"--output {output}", "another process is writing it")
         assert len(hidden(tmp_path)) == 1
         process.communicate("")
     assert process.returncode == 0
