@@ -100,6 +100,11 @@ class Schedule:
         stages = [{"stop": stage.stop, "shares": [asdict(share) for share in stage.shares]} for stage in self.stages]
         return {"start": self.start, "cursors": dict(self._start_cursors), "stages": stages}
 
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Schedule:
+        """Return the schedule whose :meth:`state` a checkpoint holds."""
+        return cls(_stages(state), state["start"], state["cursors"])
+
     def resumed(
         self, state: Mapping[str, Any], consumed_samples: int, former_length: int = 1, length: int = 1
     ) -> Schedule:
@@ -110,7 +115,7 @@ class Schedule:
         ``consumed_samples``, each source going on from its own cursor. So they do where samples had another
         ``former_length`` than their ``length`` now: places are converted then.
         """
-        former = Schedule(_stages(state), state["start"], state["cursors"])
+        former = Schedule.from_state(state)
         if former_length != length:
             given = {name: count * former_length // length for name, count in former.cursors(consumed_samples).items()}
             return Schedule(self.stages, consumed_samples * former_length // length, given)

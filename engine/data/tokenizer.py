@@ -20,7 +20,16 @@ import numpy.typing as npt
 from ..errors import UserError
 from ..regular_files import read_regular
 from .document_frame import DocumentFrame, TokenizerFrame, read_tokenizer_frame
-from .tokenizer_backends import DOCUMENT_END, MAX_ID, FlatIds, Reference, SentencePieceReference, TokenizersReference
+from .tokenizer_backends import (
+    DOCUMENT_END,
+    MAX_ID,
+    FlatIds,
+    Reference,
+    SentencePieceReference,
+    TokenizersReference,
+    is_panic,
+    one_line,
+)
 from .tokenizer_classes import serving_note
 from .tokenizer_fast import FastEncoder, NotFast
 from .tokenizer_files import CONFIG_FILES, TOKENIZER_FILE, find_tokenizer_file, tokenizer_kind, tokenizer_sha256
@@ -201,6 +210,13 @@ class TokenizerHandle:
         except Exception:  # TypeError, RuntimeError or UnicodeEncodeError, by library
             self._refuse_surrogates(texts)
             raise
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise UserError(
+                f"{self.name}: {self._reference.library} cannot encode a text: {one_line(error)}; leave it out, or use "
+                "another tokenizer"
+            ) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """Ids of each text, int32.

@@ -248,6 +248,11 @@ def flatten(ids: Sequence[Sequence[int]]) -> FlatIds:
     return np.fromiter(flat, np.int32, int(lengths.sum())), lengths
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up: what it raises is no Exception, and of no module to import it from."""
+    return type(error).__name__ == "PanicException"
+
+
 def one_line(error: object) -> str:
     """A library's message without its line breaks."""
     return " ".join(str(error).split())

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .tokenizer_backends import FlatIds, one_line
+from .tokenizer_backends import FlatIds, is_panic, one_line
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]
@@ -84,7 +84,7 @@ class FastEncoder:
                 list(texts), add_special_tokens=False, split_special_tokens=self._split_special_tokens
             )
         except BaseException as error:
-            if type(error).__name__ == "PanicException":  # of Rust: no Exception, and of no module to import it from
+            if is_panic(error):
                 raise RuntimeError(one_line(error)) from error
             raise
         return np.frombuffer(ids, "<i4"), np.diff(np.frombuffer(offsets, "<i8"))

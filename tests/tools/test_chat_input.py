@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from retemper.engine.errors import UserError
 from retemper.tools.ingest.chat import ChatEncoder, EncodedChat
 from retemper.tools.ingest.chat_messages import read_conversation
-from retemper.tools.ingest.records import MalformedError
+from retemper.tools.ingest.faults import MalformedError
 
 CHATML = """{%- for message in messages %}
     {%- if message.role in ['system', 'user', 'assistant', 'tool'] %}

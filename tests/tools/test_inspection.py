@@ -15,12 +15,12 @@ from oracles.tiny_tokenizer import sample_text, train_tiny_sentencepiece, write_
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError
-from retemper.tools.inspection import lengths as lengths_module
-from retemper.tools.inspection import token_counts
-from retemper.tools.inspection.decoding import decode_document, find_unknown_id, measure_text, pieces
-from retemper.tools.inspection.lengths import LengthCounts, count_lengths, sample_lengths
-from retemper.tools.inspection.streams import DatasetStream
-from retemper.tools.inspection.token_counts import PassFacts, count_tokens, sample_tokens
+from retemper.tools.reports.dataset import lengths as lengths_module
+from retemper.tools.reports.dataset import token_counts
+from retemper.tools.reports.dataset.decoding import decode_document, find_unknown_id, measure_text, pieces
+from retemper.tools.reports.dataset.lengths import LengthCounts, count_lengths, sample_lengths
+from retemper.tools.reports.dataset.streams import DatasetStream
+from retemper.tools.reports.dataset.token_counts import PassFacts, count_tokens, sample_tokens
 
 EOD = 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError, run_command
 from retemper.tools import show_dataset
-from retemper.tools.inspection.verification import verify_dataset
+from retemper.tools.reports.dataset.verification import verify_dataset
 
 HOSTILE = "<script>alert('&')</script> \x1b[31m\x00 </pre>"
 TEXTS = ["the cat", "sat 🙂 on a mat " * 3, "rain", HOSTILE]
@@ -179,7 +178,7 @@ def test_a_page_is_sound_and_shows_text_as_text(made, capsys, tmp_path):
     show(capsys, made, "--documents", "99", "--html", tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text("utf-8"))
     page.require_self_contained()
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 3
     assert "<script>alert('&')</script>" in "".join(page.words)  # as text
     identifiers = [value for name, value in page.attributes if name == "id"]
     assert len(identifiers) == len(set(identifiers))
@@ -220,11 +219,6 @@ def test_bad_requests_are_refused(tmp_path, made, capsys, refused, tiny_tokenize
     other = train_tiny_tokenizer(tmp_path / "other", special=("<|endoftext|>",))
     show_dataset.main([str(made), "--index", "0", "--tokenizer", str(other)])
     assert "which differs from this one" in capsys.readouterr().err
-
-
-def test_missing_matplotlib_is_told_before_the_pass(made, refused, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in refused(made, "--html", tmp_path / "page.html")
 
 
 def test_verify_checks_every_token_id(foreign, tiny_tokenizer, capsys, refused):

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
-from ...engine.data.indexed_dataset import IndexedDataset
-from ...engine.data.tokenizer import TokenizerHandle
-from ...engine.errors import UserError
+from ....engine.data.indexed_dataset import IndexedDataset
+from ....engine.data.tokenizer import TokenizerHandle
+from ....engine.errors import UserError
 from .streams import document_edges
 
 REPLACEMENT = "\ufffd"
