@@ -23,7 +23,6 @@ from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.outputs import Use, require_report, write_json_report
 from retemper.engine.parallel.process_group import launched_by_torchrun, process_group
-from retemper.engine.trainer import check_layout
 from retemper.tools.step_benchmark.machine import step_machine_facts
 from retemper.tools.step_benchmark.measure import BenchmarkOptions, measure_step
 from retemper.tools.step_benchmark.report import format_report, to_record
@@ -33,7 +32,7 @@ from retemper.tools.step_benchmark.sweep import format_sweep, parse_sweep, run_s
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The options of this command, and those of the run's configuration."""
     parser = CommandParser(
-        description="Time the steps of a training run, with the real trainer, on random weights: tokens/s, MFU, where "
+        description="Time the real steps of a training run, on random weights: tokens/s, MFU, where "
         "the time goes, peak memory. No checkpoint is read or written, and no run folder is touched. Prints Markdown "
         "tables.",
         epilog="All other options are those of engine/pretrain.py, such as --training.micro_batch_size 2.",
@@ -100,7 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measure(config: RunConfig, path: Path | None, settings: BenchmarkOptions, record: dict[str, Any]) -> None:
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
-        ranks.everywhere(lambda: check_layout(config))
         machine = step_machine_facts()  # before there is any load of ours
         found = measure_step(config, settings, ranks)
         if ranks.is_main:

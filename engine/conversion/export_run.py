@@ -21,6 +21,7 @@ from ..hugging_face.upload import open_repository, upload_folder
 from ..hugging_face.weight_dtypes import describe_casts
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
+from ..run_state import Run
 from ..streaming.block_copy import OutputFile, WrittenFile, copy_files, default_workers
 from ..streaming.finite import OPTION
 from ..streaming.partial_folder import partial_folder
@@ -69,40 +70,29 @@ def _require_own(output: Path) -> None:
         )
 
 
-def export_run(
-    config: CheckpointConfig,
-    store: CheckpointStore,
-    step: int,
-    resumed_from: Path | None,
-    stop_agreed: Callable[[], bool],
-    say: Callable[[str], None],
-) -> None:
-    """Make, and upload, what the run's configuration asks for. All ranks call this.
+def export_run(run: Run) -> None:
+    """Make, and upload, what the run's configuration asks for, of its last checkpoint. All ranks call this.
 
-    Args:
-        config: of the run.
-        store: of its checkpoints.
-        step: of the last of them.
-        resumed_from: what the run went on from; it is exported where the run had no steps left, and it lies elsewhere.
-        stop_agreed: whether all ranks have been asked to stop; asked by all together.
-        say: takes lines for the log.
+    Where the run had no steps left and continued from a checkpoint elsewhere, that one is exported.
 
     Raises:
         UserError: on every rank, when it cannot be made or uploaded. The checkpoint is as it was.
     """
+    config, store, step, say = run.config.checkpoint, run.store, run.progress.step, run.say
     if not config.export_hf:
         return
     ranks = store.ranks
     complete = ranks.share(ranks.on_main(store.complete))
-    checkpoint = next((folder for folder in complete if step_of(folder) == step), resumed_from)
-    assert checkpoint is not None
+    checkpoint = next((folder for folder in complete if step_of(folder) == step), None)
+    if checkpoint is None:
+        checkpoint = Path(str(run.start.folder))
     output = export_folder(store.folder.parent, step)
     try:
         if ranks.share(ranks.on_main(lambda: _is_there(output, checkpoint))):
             say(f"exported    {output} already")
         else:
             _require_sound(store, checkpoint)
-            _write(ranks, checkpoint, output, stop_agreed, say)
+            _write(ranks, checkpoint, output, run.stop.agreed, say)
     except _Stopped:
         say(f"broke off the export to {output} as asked; the same command makes it")
         return

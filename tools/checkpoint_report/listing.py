@@ -15,7 +15,7 @@ from ...engine.checkpoint.retention import reasons_to_keep
 from ...engine.checkpoint.store import DAMAGED, REWOUND
 from ...engine.checkpoint.verify import wrong_sizes
 from ...engine.errors import UserError
-from ...engine.observe.loggers import METRICS_FILE
+from ...engine.observe.curves import METRICS_FILE
 
 
 @dataclass(frozen=True)
