@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from retemper.engine.checkpoint.safety import METADATA_FILE, DamagedCheckpoint, read_metadata
+from retemper.engine.checkpoint.safety import read_metadata
 from retemper.engine.checkpoint.tensors import StoredTensor
+from retemper.engine.checkpoint.untrusted import METADATA_FILE, DamagedCheckpoint
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.weight_dtypes import DTYPES, dtype_name
 from retemper.engine.model.architecture import Architecture, parse_architecture

@@ -86,7 +86,7 @@ def item_hint(hint: Any) -> Any:
 
 def accepts(value: Any, hint: Any) -> bool:
     """Whether ``value`` is of the type ``hint``, as far as its outermost layer tells."""
-    if (switch := _switch(hint)) and _switched(value, switch) in (switch.true, switch.false):
+    if (switch := switch_of(hint)) and _switched(value, switch) in (switch.true, switch.false):
         return True
     hint = bare(hint)
     kind = get_origin(hint) or hint
@@ -136,7 +136,7 @@ def check(value: Any, hint: Any, name: str, found: Problems, where: str = "") ->
         return {key: item for key, item in entries.items() if item is not UNUSABLE}
     if not accepts(value, hint):
         whole = isinstance(value, float) and value.is_integer() and accepts(int(value), hint)
-        remedy = f"a whole number is needed: write {int(value):_}" if whole else f"expected {_expected(hint)}"
+        remedy = f"a whole number is needed: write {int(value):_}" if whole else f"expected {type_in_words(hint)}"
         found.add(f"{where}{name} is {show(value)}; {remedy}", name)
         return UNUSABLE
     for inner in _not_finite(value, name) if is_dictionary(hint) else ():
@@ -181,7 +181,7 @@ def build(value: Any, hint: Any, name: str, found: Problems, missing: list[str])
         return [build(item, item_hint(hint), f"{name}[{i}]", found, missing) for i, item in enumerate(value)]
     if isinstance(value, dict) and get_origin(kind) is dict:
         return {key: build(item, item_hint(hint), f"{name}.{key}", found, missing) for key, item in value.items()}
-    if switch := _switch(hint):
+    if switch := switch_of(hint):
         value = _switched(value, switch)
     if isinstance(value, str) and is_path(hint):
         try:
@@ -217,7 +217,7 @@ def is_path(hint: Any) -> bool:
     return get_origin(hint) in (Union, UnionType) and any(is_path(member) for member in get_args(hint))
 
 
-def _switch(hint: Any) -> Switch | None:
+def switch_of(hint: Any) -> Switch | None:
     marks = hint.__metadata__ if get_origin(hint) is Annotated else ()
     return next((mark for mark in marks if isinstance(mark, Switch)), None)
 
@@ -230,12 +230,12 @@ def _switched(value: Any, switch: Switch) -> Any:
     return switch.false if word in ("false", "no", "off", switch.false) else value
 
 
-def _expected(hint: Any) -> str:
+def type_in_words(hint: Any) -> str:
     """The type ``hint`` in words."""
     hint = bare(hint)
     kind = get_origin(hint) or hint
     if kind in (Union, UnionType):
-        return " or ".join(_expected(member) for member in get_args(hint))
+        return " or ".join(type_in_words(member) for member in get_args(hint))
     if kind is Literal:
         return " or ".join(repr(choice) for choice in get_args(hint))
     words = {bool: "true or false", str: "text", NoneType: "null", list: "a list"}

@@ -1,27 +1,29 @@
 """Pretraining, from the command line to the last checkpoint: the recipe, to be read from top to bottom.
 
 ``python engine/pretrain.py --config run.yaml``, or the same under ``torchrun`` for many ranks. :func:`build` opens and
-builds everything and writes nothing; :func:`train` makes the steps. PyTorch, and what needs it, is imported where it is
-used: ``--help`` and errors in the configuration are answered without it.
+builds everything and writes nothing; :func:`train` makes the steps. What needs PyTorch is imported where it is used:
+``--help`` and errors in the configuration are answered without it.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from retemper.engine.budget import learning_rate, plan_batches
+from retemper.engine.config import RunConfig
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import UserError, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.observe.console import Console
 from retemper.engine.open_files import raise_open_files_limit
 from retemper.engine.parallel.agreement import agree_on_config
 from retemper.engine.parallel.launcher import read_launcher
+from retemper.engine.parallel.layout import check_layout, plan_layout
 from retemper.engine.stopping import StoppedBeforeTraining, StopRequest
 
 if TYPE_CHECKING:
-    from retemper.engine.config import RunConfig
     from retemper.engine.data.loader import Prefetcher
     from retemper.engine.data.packing import MicroBatch
     from retemper.engine.parallel.process_group import Ranks
@@ -35,14 +37,28 @@ def main(console: Console | None = None) -> None:
     with StopRequest() as stop:
         launcher = read_launcher()
         raise_open_files_limit()
-        config, meeting = agree_on_config(parse_config, several=launcher.world_size > 1)
-        stop.hold()
+        config, meeting = agree_on_config(lambda: prepare(launcher.world_size), several=launcher.world_size > 1)
         from retemper.engine.parallel.process_group import process_group
 
+        stop.hold()
         with process_group(config.device, config.parallel.timeout_seconds, meeting) as ranks:
             stop.hold(ranks)
             with suppress(StoppedBeforeTraining):  # leaves the group as all ranks do
                 train(build(config, ranks, stop), console)
+
+
+def prepare(world_size: int) -> RunConfig:
+    """Return the configuration of this run on ``world_size`` ranks, and import all that the run needs.
+
+    A wrong configuration is reported at once; a broken installation before any rank waits for this one.
+    """
+    config = parse_config()
+    check_layout(config, world_size)
+    with uncollected():
+        from retemper.engine import evaluation, run_folder, start  # noqa: F401
+        from retemper.engine.guards import run_guards  # noqa: F401
+        from retemper.engine.observe import reporter, summary  # noqa: F401
+    return config
 
 
 def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, saves: bool = True) -> Run:
@@ -57,7 +73,6 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
     Raises:
         UserError: configuration, data or checkpoint cannot be trained with.
     """
-    from retemper.engine.budget import plan_batches
     from retemper.engine.checkpoint.saver import Saver
     from retemper.engine.data.loader import TrainingData
     from retemper.engine.evaluation import Validation
@@ -66,7 +81,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
     from retemper.engine.observe.waiting import main_printer, reported_if_slow
     from retemper.engine.optim import build_optimizer
     from retemper.engine.parallel.build import build_model
-    from retemper.engine.parallel.mesh import build_mesh, plan_layout
+    from retemper.engine.parallel.mesh import build_mesh
     from retemper.engine.precision import with_precision
     from retemper.engine.run_folder import require_room, run_store
     from retemper.engine.run_state import Run
@@ -74,9 +89,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
 
     stop, say = stop or StopRequest(ranks), main_printer(ranks.is_main)
     stop.stop_after(config.training.stop_after_minutes)
-    # How the work is divided: inside the group, so that all ranks end together where it cannot be.
-    layout = ranks.everywhere(lambda: plan_layout(config.parallel, ranks.world_size))
-    plan = ranks.everywhere(lambda: plan_batches(config.training, layout.data_parallel))
+    layout = plan_layout(config.parallel, ranks.world_size)
+    plan = plan_batches(config.training, layout.data_parallel)
     config, precision = with_precision(config, ranks)
 
     store = run_store(config, ranks)
@@ -87,8 +101,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
         architecture = start.architecture
         attention, choices = ranks.everywhere(lambda: choose(config, architecture, plan, ranks))
         catalog, order, progress = ranks.everywhere(lambda: open_data(config, plan, start))
-    steps = plan.steps_left(config.training.train_tokens, progress.tokens)
-    room = require_room(config, store, architecture, progress.step, steps) if saves else []
+    room = require_room(config, store, architecture, plan, progress) if saves else []
 
     mesh = build_mesh(layout, ranks.device.type)
     with reported_if_slow("building the model", say, ranks.is_main):
@@ -113,10 +126,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
 
 
 def train(run: Run, console: Console | None = None) -> None:
-    """Train until the token budget is used up or the run is asked to stop. All ranks must call this.
-
-    Raises UserError where another process writes to the run folder, or the run cannot continue.
-    """
+    """Train until the token budget is used up or the run is asked to stop. All ranks must call this."""
     from retemper.engine.conversion.export_run import export_run
     from retemper.engine.observe.closing import describe_end
     from retemper.engine.observe.summary import describe_start
@@ -124,16 +134,14 @@ def train(run: Run, console: Console | None = None) -> None:
     from retemper.engine.run_folder import open_run_folder
 
     with open_run_folder(run, console):
-        for line in describe_start(run):
-            run.say(line)
+        run.say(*describe_start(run))
         with run.stop, run.guards, run.saver:
             rewind = None
             while rewind := make_steps(run, rewind):
                 go_back(run, rewind)
             if run.remaining_steps == 0:
                 export_run(run)
-        for line in describe_end(run):
-            run.say(line)
+        run.say(*describe_end(run))
 
 
 def make_steps(run: Run, after: Rewind | None = None) -> Rewind | None:
@@ -156,8 +164,7 @@ def make_steps(run: Run, after: Rewind | None = None) -> Rewind | None:
         for first_sample in first_samples:
             result = one_step(run, *next_batches(run, prefetcher))
             run.report.stopwatch.step_done()
-            first = first_sample == first_samples[0]
-            if first:
+            if first := first_sample == first_samples[0]:
                 run.saver.reserve(training_tensors(run.model, run.optimizer))
             run.saver.poll()
             if rewind := plan_rewind(run):
@@ -179,10 +186,7 @@ def make_steps(run: Run, after: Rewind | None = None) -> Rewind | None:
 
 
 def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[MicroBatch], float]:
-    """Return this rank's micro-batches, and the targets of the global batch, which may be 0.
-
-    Raises UnreadableData on every rank, when any of them cannot read its data.
-    """
+    """Return this rank's micro-batches, and the number of targets in the global batch, which may be 0."""
     from retemper.engine.evaluation import count_targets
 
     run.guards.begin_step(run.progress.step + 1)
@@ -192,16 +196,11 @@ def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[MicroBatch], fl
             batches = prefetcher.get()
     except UserError as error:
         problem = str(error)
-    # One sum serves both ends: a rank without data makes it not a number.
-    num_targets = run.ranks.sum(math.nan if problem else count_targets(batches, run.mesh))
-    if math.isnan(num_targets):
-        run.guards.raise_unreadable(problem)
-    return batches, num_targets
+    return batches, run.guards.sum_targets(count_targets(batches, run.mesh), problem)
 
 
 def one_step(run: Run, batches: list[MicroBatch], num_targets: float) -> StepResult:
     """Make one optimizer step on this rank's ``batches``, and advance the clock."""
-    from retemper.engine.budget import learning_rate
     from retemper.engine.step import train_step
 
     rate = learning_rate(run.progress.tokens + run.plan.tokens_per_step, run.config.training, run.config.optimizer)
@@ -226,8 +225,7 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
         losses, improved = evaluate(run, last or stopping or due or keep.keep_best is not True)
         stopping = stopping or not losses
     if last or stopping or due or (improved and keep.keep_best == "improved"):
-        loss = run.ranks.sum(result.loss.item())
-        run.guards.require_savable(step, {"loss": loss, "gradient norm": result.grad_norm.item()})
+        run.guards.require_savable(step, result)
         save(run, losses, final=last)
         stopping = stopping or run.stop.agreed()  # saved already
     return stopping

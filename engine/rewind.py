@@ -78,8 +78,7 @@ def plan_rewind(run: Run) -> Rewind | None:
 
 def go_back(run: Run, rewind: Rewind) -> None:
     """Restore everything from the checkpoint of ``rewind`` except the place in the data. All ranks must call this."""
-    for line in [*run.store.abandon_after(rewind.progress.step), rewind.line]:
-        run.say(line)
+    run.say(*run.store.abandon_after(rewind.progress.step), rewind.line)
     start = run.start
     run.ranks.everywhere(lambda: start.moved_to(rewind.checkpoint, rewind.manifest).load_into(run.model, run.optimizer))
     run.progress = rewind.progress

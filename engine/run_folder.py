@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
+from .budget import BatchPlan
 from .checkpoint.destination import require_destination
 from .checkpoint.manifest import Manifest
 from .checkpoint.run_record import CONFIG_FILE, note_start
@@ -17,7 +18,7 @@ from .conversion.export_run import export_folder, prepare_export
 from .model.architecture import Architecture
 from .observe.console import Console
 from .parallel.process_group import Ranks
-from .run_state import Run
+from .run_state import Progress, Run
 
 
 def run_store(config: RunConfig, ranks: Ranks) -> CheckpointStore:
@@ -30,7 +31,7 @@ def run_store(config: RunConfig, ranks: Ranks) -> CheckpointStore:
 
 
 def require_room(
-    config: RunConfig, store: CheckpointStore, architecture: Architecture, step: int, steps: int
+    config: RunConfig, store: CheckpointStore, architecture: Architecture, plan: BatchPlan, progress: Progress
 ) -> list[str]:
     """Refuse a place that cannot take what the run will write. All ranks must call this.
 
@@ -38,8 +39,8 @@ def require_room(
         config: of the run.
         store: of its checkpoints; learns how large they will be.
         architecture: of the model.
-        step: that the run begins at.
-        steps: that it makes.
+        plan: of its steps.
+        progress: that it begins with.
 
     Returns:
         lines for the log, on the main rank.
@@ -47,7 +48,8 @@ def require_room(
     Raises:
         UserError: on every rank.
     """
-    ranks, output = store.ranks, export_folder(store.folder.parent, step + steps)
+    steps = plan.steps_left(config.training.train_tokens, progress.tokens)
+    ranks, output = store.ranks, export_folder(store.folder.parent, progress.step + steps)
     lines = ranks.on_main(lambda: require_destination(config, store, architecture, steps, output.parent)) or []
     store.expected_bytes = ranks.share(store.expected_bytes)
     return lines + prepare_export(config.checkpoint, ranks, output)
@@ -66,8 +68,7 @@ def open_run_folder(run: Run, console: Console | None) -> Iterator[None]:
     """
     with run.store.locked() as remarks:
         run.ranks.on_main(lambda: _open(run, console))
-        for line in [*remarks, *run.store.set_aside(), *run.store.remove_leftovers()]:
-            run.say(line)
+        run.say(*remarks, *run.store.set_aside(), *run.store.remove_leftovers())
         yield
 
 

@@ -52,8 +52,8 @@ class Run:
     config: RunConfig
     ranks: Ranks
     stop: StopRequest
-    say: Callable[[str], None]
-    """Prints a line for people, on the main rank."""
+    say: Callable[..., None]
+    """Prints lines for people, on the main rank."""
     plan: BatchPlan
     mesh: Mesh
     precision: Precision

@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import xxhash
 
 from ..errors import UserError
 from ..parallel.agreement import PACKAGE, code_files, digest
 from ..regular_files import read_regular
 from .hashing import FileRecord, record_file
-from .safety import DamagedCheckpoint
+from .untrusted import DamagedCheckpoint
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 2
@@ -36,7 +35,12 @@ _OPTIONAL = {"emergency"}
 
 @functools.cache
 def code_versions() -> dict[str, str]:
-    """What writes the checkpoint: a hash of the package's Python files, and the versions of PyTorch and Python."""
+    """What writes the checkpoint: a hash of the package's Python files, and the versions of PyTorch and Python.
+
+    The first call counts, which whatever writes makes at its start: files may be edited while it runs.
+    """
+    import torch  # only what writes checkpoints needs it, not what reads manifests
+
     return {"code": digest(code_files(PACKAGE)), "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -293,4 +297,4 @@ _NESTED: dict[str, Check] = {
         )
     ),
 }
-_EMPTY = Manifest(kind="training")
+_EMPTY = Manifest(kind="training", versions={})

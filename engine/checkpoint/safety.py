@@ -10,11 +10,9 @@ its other way of reading, for items that are no tensors, unpickles anything and 
 from __future__ import annotations
 
 import gc
-import os
 import pathlib
 import pickle
 import pickletools
-import re
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -36,8 +34,8 @@ from torch.futures import Future
 
 from ..errors import UserError
 from ..regular_files import open_regular
+from .untrusted import METADATA_FILE, DamagedCheckpoint, file_inside, shown
 
-METADATA_FILE = ".metadata"
 _MAX_METADATA_BYTES = 1 << 30
 """About 5 million pieces of tensors; the table for a 72B model with AdamW on 64 ranks has 0.2 million."""
 _ENCODING = metadata._MEM_FORMAT_ENCODING
@@ -77,10 +75,6 @@ _COUNTED = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT
 _COUNTED |= {pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
 _PUT, _LONG_BINPUT, _STOP = (code[0] for code in (pickle.PUT, pickle.LONG_BINPUT, pickle.STOP))
 _TWO_LINES = (pickle.GLOBAL[0], pickle.INST[0])
-
-
-class DamagedCheckpoint(UserError):
-    """A file of the checkpoint is not what was written: another one is needed."""
 
 
 class Refused(Exception):
@@ -301,33 +295,6 @@ def _require_sound(loaded: Metadata, folder: Path) -> None:
         if info.relative_path not in checked:
             file_inside(folder, info.relative_path)
             checked.add(info.relative_path)
-
-
-def shown(value: Any) -> str:
-    """A stranger's ``value`` for an error: short, whatever it is. Lists within lists can take any length to write."""
-    if isinstance(value, str | bytes):
-        return repr(value[:200]) + ("..." if len(value) > 200 else "")
-    items = value if type(value) in (list, tuple) and len(value) <= 20 else [value]
-    if all(item is None or type(item) in (int, float, bool) for item in items):
-        return repr(value) if all(type(item) is not int or item.bit_length() <= 64 for item in items) else "a number"
-    return f"a {type(value).__name__}"
-
-
-def file_inside(folder: str | Path, name: Any) -> Path:
-    """The path of the file ``name`` of a checkpoint, where ``name`` is what the checkpoint itself says.
-
-    Raises:
-        DamagedCheckpoint: it is absolute, has a part ``..``, or leads out of ``folder`` by a symbolic link.
-    """
-    if not isinstance(name, str) or not name or re.search(r"[\0\\\ud800-\udfff]", name):
-        raise DamagedCheckpoint(f"{folder}: names a file {shown(name)}, which is no path; use another checkpoint")
-    relative = PurePosixPath(name)
-    real, root = os.path.realpath(Path(folder) / name), os.path.realpath(folder)
-    if relative.is_absolute() or ".." in relative.parts or not real.startswith(os.path.join(root, "")):
-        raise DamagedCheckpoint(f"{folder}: names a file {shown(name)}, which is not inside it; use another checkpoint")
-    if os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real):
-        raise DamagedCheckpoint(f"{Path(folder) / name}: not a regular file; use another checkpoint")
-    return Path(folder) / name
 
 
 class SafeReader(filesystem.FileSystemReader):

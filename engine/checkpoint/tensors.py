@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ..errors import UserError
-from .hashing import FileRecord, HashingWriter
+from .hashing import FileRecord
+from .hashing_writer import HashingWriter
 from .safety import SafeReader, read_metadata
 
 OPTIMIZER_PREFIX = "optimizer."

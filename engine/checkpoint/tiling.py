@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from .safety import METADATA_FILE, DamagedCheckpoint
+from .untrusted import METADATA_FILE, DamagedCheckpoint
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets of the first element, and sizes."""

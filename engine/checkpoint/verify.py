@@ -15,7 +15,7 @@ from ..errors import UserError
 from .assets import ASSET_FOLDER
 from .hashing import FileRecord, record_file
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
-from .safety import METADATA_FILE, DamagedCheckpoint, file_inside, read_metadata
+from .untrusted import METADATA_FILE, DamagedCheckpoint, file_inside
 
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
 """What reading says of a file that the disk has lost. Anything else is the machine's trouble, not the checkpoint's."""
@@ -174,6 +174,8 @@ def unlisted(folder: Path, manifest: Manifest) -> list[Damage]:
 
 
 def _require_long_enough(folder: Path) -> None:
+    from .safety import read_metadata  # needs PyTorch, and only checkpoints of format 1 need it
+
     ends: dict[str, int] = {}
     for place in read_metadata(folder).storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)

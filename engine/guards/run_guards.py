@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -21,6 +22,7 @@ from ..parallel.process_group import Ranks
 from ..replicas import ReplicaCheck
 from ..run_folder import manifest_of
 from ..run_state import Run
+from ..step import StepResult
 from ..watchdog import Watchdog
 
 
@@ -103,16 +105,24 @@ class RunGuards:
         self.emergency.whole = True
         self._garbage.step_done(self._step)
 
-    def raise_unreadable(self, problem: str | None) -> None:
-        """Raise on all ranks where any has a ``problem`` with its data. All ranks must call this.
+    def sum_targets(self, count: int, problem: str | None) -> float:
+        """Return the targets of all ranks. All ranks must call this.
+
+        Args:
+            count: targets of this rank.
+            problem: what it has with its data.
 
         Raises:
-            UnreadableData: naming the rank's own problem, or else the first.
+            UnreadableData: on all ranks where any has a problem, naming the rank's own or else the first.
         """
-        try:
-            self._ranks.raise_together(problem)
-        except UserError as error:
-            raise UnreadableData(*error.problems) from None
+        # One sum serves both ends: a rank without data makes it not a number.
+        total = self._ranks.sum(math.nan if problem else count)
+        if math.isnan(total):
+            try:
+                self._ranks.raise_together(problem)
+            except UserError as error:
+                raise UnreadableData(*error.problems) from None
+        return total
 
     # Between steps
 
@@ -134,9 +144,9 @@ class RunGuards:
         if self.replica_check.due(step):
             self.replica_check(step, self._model, optimizer)
 
-    def require_savable(self, step: int, numbers: dict[str, float]) -> None:
-        """Refuse to save numbers that are not finite."""
-        self.check(step, numbers)
+    def require_savable(self, step: int, result: StepResult) -> None:
+        """Refuse to save what is not finite, after ``step`` with ``result``. All ranks must call this."""
+        self.check(step, {"loss": self._ranks.sum(result.loss.item()), "gradient norm": result.grad_norm.item()})
         self.step_guard.require_finite_weights(step, self._model.parameters())
 
     @contextmanager

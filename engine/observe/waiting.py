@@ -17,11 +17,11 @@ LINE_SECONDS = 30.0
 Say = Callable[[str], None]
 
 
-def main_printer(active: bool) -> Say:
-    """Return what prints a line for people; nothing where this rank is not ``active``."""
+def main_printer(active: bool) -> Callable[..., None]:
+    """Return what prints lines for people; nothing where this rank is not ``active``."""
 
-    def say(line: str) -> None:
-        if active:
+    def say(*lines: str) -> None:
+        for line in lines if active else ():
             print(line, flush=True)
 
     return say

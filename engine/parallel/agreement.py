@@ -7,13 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig, to_dict
 from ..errors import UserError
-from .meeting import Meeting, meet
+
+if TYPE_CHECKING:
+    from .meeting import Meeting
 
 PACKAGE = Path(__file__).parents[2]
 _CODE = ("engine", "kernels", "checkpoint_convert", "tools")
@@ -39,6 +39,10 @@ def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunCo
         config = read()
     except UserError as error:
         mine = error
+    import torch  # needed by several ranks only, and after ``read`` has imported what else the run needs
+
+    from .meeting import meet
+
     problem = mine and str(mine)
     settings = flatten(to_dict(config)) if config else {}
     files = code_files(PACKAGE)

@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from ..checkpoint.safety import DamagedCheckpoint, read_metadata
+from ..checkpoint.safety import read_metadata
 from ..checkpoint.tensors import StoredTensor
 from ..checkpoint.tiling import require_tiled
+from ..checkpoint.untrusted import DamagedCheckpoint
 from ..errors import UserError
 from .raw_bytes import opened_for_reading, read_exactly
 from .tensor_source import ReadRows, rows_of

@@ -21,21 +21,20 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from retemper.checkpoint_convert.dcp_to_hf import convert
 from retemper.engine.checkpoint import manifest as manifests
 from retemper.engine.checkpoint import tensors
 from retemper.engine.checkpoint.safety import (
     Refused,
     SafeReader,
-    file_inside,
     inert_class,
     read_metadata,
     require_modest,
-    shown,
     unpickle_metadata,
 )
 from retemper.engine.checkpoint.tensors import StoredTensor, load_tensors, stored_tensors
+from retemper.engine.checkpoint.untrusted import file_inside, shown
 from retemper.engine.checkpoint.verify import find_damage
+from retemper.engine.conversion.dcp_to_hf import convert
 from retemper.engine.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

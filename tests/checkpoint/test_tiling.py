@@ -13,9 +13,10 @@ import torch
 from torch import Size
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from retemper.engine.checkpoint.safety import DamagedCheckpoint, read_metadata
+from retemper.engine.checkpoint.safety import read_metadata
 from retemper.engine.checkpoint.tensors import save_tensors
 from retemper.engine.checkpoint.tiling import Box, tiling_problem
+from retemper.engine.checkpoint.untrusted import DamagedCheckpoint
 from retemper.engine.streaming.tensor_files import CheckpointRows
 
 

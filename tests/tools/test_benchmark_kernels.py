@@ -15,10 +15,11 @@ from retemper.engine.errors import UserError
 from retemper.kernels.attention import BACKENDS
 from retemper.tools import benchmark_kernels
 from retemper.tools.kernel_benchmark import cases as cases_module
-from retemper.tools.kernel_benchmark import providers
-from retemper.tools.kernel_benchmark.cases import KERNELS, cases
+from retemper.tools.kernel_benchmark import command, providers
+from retemper.tools.kernel_benchmark.cases import cases
 from retemper.tools.kernel_benchmark.chunked_loss import chunked_cross_entropy
 from retemper.tools.kernel_benchmark.measure import Settings, measure_case, run_once
+from retemper.tools.kernel_benchmark.names import KERNELS
 from retemper.tools.kernel_benchmark.providers import OURS, Provider
 
 CPU = torch.device("cpu")
@@ -205,7 +206,7 @@ def test_figures_are_kept_after_every_case(tmp_path, monkeypatch):
         seen.append(len(json.loads(path.read_text())["results"]) if path.exists() else None)
         return measure_case(case, SETTINGS, compiled=False)
 
-    monkeypatch.setattr(benchmark_kernels, "measure_case", watch)
+    monkeypatch.setattr(command, "measure_case", watch)
     benchmark_kernels.main(["--sizes", "tiny", "--kernels", "rms_norm", "--device", "cpu", "--json", str(path)])
     assert seen[0] is None and seen[1] > 0
 
@@ -236,7 +237,7 @@ def test_command(tmp_path, capsys):
     options = ["--sizes", "tiny", "--kernels", "swiglu,rope", "--seconds", "0", "--no-compile", "--device", "cpu"]
     benchmark_kernels.main([*options, "--json", str(json_path), "--plot", str(plot_path)])
     printed = capsys.readouterr().out
-    assert "swiglu: 33 x 24" in printed and "| retemper, torch |" in printed
+    assert "swiglu: 33 x 24" in printed and "| retemper |" in printed
     record = json.loads(json_path.read_text())
     assert {result["kernel"] for result in record["results"]} == {"swiglu", "rope"}
     assert record["machine"]["versions"]["torch"]
@@ -266,6 +267,6 @@ def test_refusals(options, said):
 
 def test_a_wrong_kernel_fails_the_command(monkeypatch):
     case = broken(lambda x: (F.silu(x["gate"]) * x["up"] * 1.001,))
-    monkeypatch.setattr(benchmark_kernels, "cases", lambda sizes: [case])
+    monkeypatch.setattr(command, "cases", lambda sizes: [case])
     with pytest.raises(UserError, match="outside the bounds of correctness: swiglu 33 x 24 broken"):
         benchmark_kernels.main(["--device", "cpu"])

@@ -14,9 +14,9 @@ import tiny_run
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from retemper.checkpoint_convert import dcp_to_hf
 from retemper.engine import pretrain
 from retemper.engine.checkpoint.verify import find_damage
+from retemper.engine.conversion import dcp_to_hf
 from retemper.engine.errors import UserError
 
 CHECKPOINT, EXPORT = "checkpoints/step-00000004", "hf/step-00000004"
