@@ -140,7 +140,7 @@ def test_checkpoints_are_listed_and_verified_without_pytorch(tmp_path):
 def test_a_rank_whose_installation_is_broken_ends_before_others_wait_for_it(rank, run_yaml):
     launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "9"}
     line = ["engine/pretrain.py", "--config", run_yaml, "--parallel.timeout_seconds", "300"]
-    [(status, printed, asked)] = run(line, REFUSED="retemper.engine.trainer", **launcher)
+    [(status, printed, asked)] = run(line, REFUSED="retemper.engine.start", **launcher)
     assert status == 1 and printed.startswith(f"[rank {rank}] error: No module named 'torch'; install"), printed
     assert printed.count("\n") == 1
     assert any("in prepare" in place for place in asked[0])

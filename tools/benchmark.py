@@ -31,7 +31,7 @@ from retemper.tools.step_benchmark.sweep import format_sweep, parse_sweep, run_s
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The options of this command, and those of the run's configuration."""
     parser = CommandParser(
-        description="Time the steps of a training run with the real trainer on random weights: tokens/s, MFU, time of "
+        description="Time the steps of a training run on random weights: tokens/s, MFU, time of "
         "each part, peak memory. No checkpoint is read or written, and no run folder is touched. Prints Markdown "
         "tables.",
         epilog="All other options are those of engine/pretrain.py, such as --training.micro_batch_size 2.",

@@ -144,14 +144,26 @@ class _StagedPlanner(DefaultSavePlanner):
         return self._staged[index.fqn]
 
 
-def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bool = True) -> None:
+def load_tensors(
+    folder: str | Path,
+    tensors: dict[str, Tensor],
+    distributed: bool = True,
+    stored: Mapping[str, StoredTensor] | None = None,
+) -> None:
     """Read into ``tensors`` in place, casting to their dtypes; each may be sharded in any way.
+
+    Args:
+        folder: of the checkpoint.
+        tensors: by name.
+        distributed: whether there are other ranks, which then call this as well.
+        stored: what :func:`stored_tensors` returned for ``folder``, where it has been called already.
 
     Raises:
         UserError: a tensor is missing, has another shape, or its file cannot be read.
     """
     problem = "damaged checkpoint, use another one"
-    load_through(SafeReader(str(folder)), stored_tensors(folder), tensors, str(folder), problem, distributed)
+    stored = stored_tensors(folder) if stored is None else stored
+    load_through(SafeReader(str(folder)), stored, tensors, str(folder), problem, distributed)
 
 
 def load_through(
@@ -242,13 +254,18 @@ def _without_single_process_warning() -> Iterator[None]:
 
 
 def check_model_tensors(folder: str | Path, model: ParameterOwner) -> None:
-    """Refuse a checkpoint whose model tensors are not exactly those of ``model``, naming some that differ.
+    """Refuse a checkpoint whose model tensors are not exactly those of ``model``; see :func:`require_model_tensors`."""
+    require_model_tensors(folder, stored_tensors(folder), model)
+
+
+def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor], model: ParameterOwner) -> None:
+    """Refuse a checkpoint of ``stored`` whose model tensors are not exactly those of ``model``, and name some.
 
     Raises:
         UserError: missing, unexpected or differently shaped tensors.
     """
-    stored = {name: t for name, t in stored_tensors(folder).items() if not name.startswith(OPTIMIZER_PREFIX)}
-    difference = describe_difference(stored, model)
+    weights = {name: tensor for name, tensor in stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
+    difference = describe_difference(weights, model)
     if difference:
         raise UserError(f"{folder}: the checkpoint is of another model: {difference}")
 

@@ -14,7 +14,7 @@ from ...engine.checkpoint.names import DAMAGED, REWOUND, is_checkpoint_name, ste
 from ...engine.checkpoint.retention import reasons_to_keep
 from ...engine.checkpoint.verify import wrong_sizes
 from ...engine.errors import UserError
-from ...engine.observe.loggers import METRICS_FILE
+from ...engine.observe.curves import METRICS_FILE
 
 
 @dataclass(frozen=True)
