@@ -21,6 +21,7 @@ from typing import Any
 from retemper.engine.config import RunConfig, to_dict
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.outputs import Use, require_report, write_json_report
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout
@@ -106,10 +107,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measure(config: RunConfig, path: Path | None, settings: BenchmarkOptions, record: dict[str, Any]) -> None:
     # All that needs PyTorch, before any rank waits for another.
-    from retemper.engine.parallel.process_group import process_group
-    from retemper.tools.step_benchmark.machine import step_machine_facts
-    from retemper.tools.step_benchmark.measure import measure_step
-    from retemper.tools.step_benchmark.report import format_report, to_record
+    with uncollected():
+        from retemper.engine.parallel.process_group import process_group
+        from retemper.tools.step_benchmark.machine import step_machine_facts
+        from retemper.tools.step_benchmark.measure import measure_step
+        from retemper.tools.step_benchmark.report import format_report, to_record
 
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
         ranks.everywhere(lambda: check_layout(config, ranks.world_size))

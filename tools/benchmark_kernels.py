@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.outputs import require_report
 from retemper.tools.kernel_benchmark.names import KERNELS
 
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         raise UserError(f"--kernels {','.join(unknown)}: there are {', '.join(KERNELS)}")
     command = shlex.join(["python", "tools/benchmark_kernels.py", *(sys.argv[1:] if arguments is None else arguments)])
-    from retemper.tools.kernel_benchmark.command import benchmark  # needs PyTorch
+    with uncollected():
+        from retemper.tools.kernel_benchmark.command import benchmark
 
     benchmark(options, command)
 

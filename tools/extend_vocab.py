@@ -13,6 +13,7 @@ import signal
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE
 from retemper.tools.vocabulary.options import ExtendOptions
 
@@ -85,7 +86,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from retemper.tools.vocabulary.command import extend  # needs PyTorch
+    with uncollected():
+        from retemper.tools.vocabulary.command import extend
 
     extend(options)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.outputs import Use, require_report, write_json_report
 from retemper.tools.rehearsal.gpus import GPUS
 from retemper.tools.rehearsal.request import EFFICIENCY, RESERVE, Request, read_architecture
@@ -102,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.gpu_link,
     )
     setting = request.setting(read_architecture(config.model))
-    from retemper.tools.rehearsal.command import rehearse  # needs PyTorch
+    with uncollected():
+        from retemper.tools.rehearsal.command import rehearse
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
