@@ -11,7 +11,7 @@ are left out. Config and tokenizer stand beside it under ``hf/``. Tensors pass t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from retemper.checkpoint_convert.megatron_layout import Vocabulary
 from retemper.checkpoint_convert.megatron_reading import MegatronModel
 from retemper.checkpoint_convert.megatron_writing import Layout, MegatronPieces, complete_checkpoint
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.conversion.checkpoint_model import CheckpointModel, open_checkpoint_model
 from retemper.engine.conversion.hf_to_dcp import identify
 from retemper.engine.conversion.logits import compare_logits, describe_logits
@@ -38,7 +37,7 @@ from retemper.engine.model.architecture import Architecture
 from retemper.engine.outputs import Use, require_separate
 from retemper.engine.streaming.new_folder import require_absent
 from retemper.engine.streaming.partial_folder import partial_folder
-from retemper.engine.streaming.tensor_source import TensorSource
+from retemper.engine.streaming.tensor_source import StoredTensor, TensorSource
 
 _MAX_MULTIPLE = 2**20
 
@@ -56,7 +55,7 @@ class _Source:
     """What tells it from any other."""
     notes: list[str]
     left_out: dict[str, list[str]]
-    all_tensors: dict[str, StoredTensor]
+    all_tensors: Mapping[str, StoredTensor]
     """Also those that are left out."""
     dtype: torch.dtype | None = None
     """What is written where nobody asks for another; None: each tensor's own."""

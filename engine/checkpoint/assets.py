@@ -28,7 +28,7 @@ from ..model.architecture import CONFIG_FILE, Architecture, architecture_of, par
 from ..regular_files import read_regular
 from .manifest import MANIFEST_FILE, read_manifest
 from .names import complete_checkpoints
-from .safety import file_inside
+from .untrusted import file_inside
 
 ASSET_FOLDER = "hf"
 TOKENIZER_FILES = (

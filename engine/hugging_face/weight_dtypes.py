@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..checkpoint.assets import HfAssets
-from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
+from ..streaming.tensor_source import StoredTensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 AUTO = "auto"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.hugging_face.shards import ShardPlan
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import meta_decoder
+from retemper.engine.streaming.tensor_source import StoredTensor
 
 # Prints resident bytes after the imports, and the most of them until the end of each direction.
 SCRIPT = """

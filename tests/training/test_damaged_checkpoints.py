@@ -25,7 +25,7 @@ def damaged(interrupted, tmp_path):
     """A copy of it, in which a byte of the weights of step 8 is another."""
     folder = tmp_path / "run"
     shutil.copytree(interrupted, folder)
-    shard = folder / "checkpoints" / "step-00000008" / "__0_0.distcp"
+    shard = folder / "checkpoints" / "step-00000008" / "rank-00000.safetensors"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(bytes(data))
@@ -40,7 +40,7 @@ def test_the_run_goes_on_from_the_one_before(one_rank, run_file, reference, dama
     trainer.run()
     said = capsys.readouterr().out
     [line] = [line for line in said.splitlines() if "set aside" in line]
-    assert "step-00000008/__0_0.distcp: damaged" in line and line.endswith("step-00000008.damaged")
+    assert "step-00000008/rank-00000.safetensors: damaged" in line and line.endswith("step-00000008.damaged")
     assert "step-00000004 at step 4" in said
     assert tiny_run.curve(damaged) == tiny_run.curve(reference)
     assert (damaged / "checkpoints" / "step-00000008.damaged").is_dir()
@@ -49,7 +49,7 @@ def test_the_run_goes_on_from_the_one_before(one_rank, run_file, reference, dama
 def test_weights_to_start_from_are_verified_and_stay(one_rank, run_file, damaged, tmp_path):
     base = damaged / "checkpoints" / "step-00000008"
     overrides = ["--run_folder", str(tmp_path / "new"), "--model.initialize_from", str(base)]
-    with pytest.raises(UserError, match=r"__0_0.distcp: damaged.* model.initialize_from"):
+    with pytest.raises(UserError, match=r"rank-00000.safetensors: damaged.* model.initialize_from"):
         Trainer(tiny_run.configure(run_file, *overrides), one_rank)
     assert base.is_dir() and not (tmp_path / "new").exists()
 

@@ -1,20 +1,16 @@
-"""What a checkpoint from a stranger may not do: run code, or name a file outside its folder.
+"""The pickled metadata of PyTorch's distributed checkpoint (DCP), read without running code.
 
-DCP keeps its ``.metadata`` as a pickle, which could call any function. Here, and only here, it is read: by an unpickler
-that knows no more than the classes which such metadata consists of, and after :func:`require_modest` has seen that it
-asks for no more memory than its length explains. Values are read by DCP itself, with ``torch.load``
-and ``weights_only=True``, which no environment variable overrides where it is written out (torch.serialization.load);
-its other way of reading, for items that are no tensors, unpickles anything and is never taken.
+Megatron's checkpoints have such a ``.metadata``, and ours had one up to manifest format 2. A pickle could call any
+function. Here, and only here, it is read: by an unpickler that knows no more than the classes which such metadata
+consists of, and after :func:`require_modest` has seen that it asks for no more memory than its length explains.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import pathlib
 import pickle
 import pickletools
-import re
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -31,13 +27,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
-from torch.futures import Future
 
+from ..checkpoint.untrusted import METADATA_FILE, DamagedCheckpoint, file_inside, shown
 from ..errors import UserError
 from ..regular_files import open_regular
 
-METADATA_FILE = ".metadata"
 _MAX_METADATA_BYTES = 1 << 30
 """About 5 million pieces of tensors; the table for a 72B model with AdamW on 64 ranks has 0.2 million."""
 _ENCODING = metadata._MEM_FORMAT_ENCODING
@@ -77,10 +71,6 @@ _COUNTED = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT
 _COUNTED |= {pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
 _PUT, _LONG_BINPUT, _STOP = (code[0] for code in (pickle.PUT, pickle.LONG_BINPUT, pickle.STOP))
 _TWO_LINES = (pickle.GLOBAL[0], pickle.INST[0])
-
-
-class DamagedCheckpoint(UserError):
-    """A file of the checkpoint is not what was written: another one is needed."""
 
 
 class Refused(Exception):
@@ -301,47 +291,3 @@ def _require_sound(loaded: Metadata, folder: Path) -> None:
         if info.relative_path not in checked:
             file_inside(folder, info.relative_path)
             checked.add(info.relative_path)
-
-
-def shown(value: Any) -> str:
-    """A stranger's ``value`` for an error: short, whatever it is. Lists within lists can take any length to write."""
-    if isinstance(value, str | bytes):
-        return repr(value[:200]) + ("..." if len(value) > 200 else "")
-    items = value if type(value) in (list, tuple) and len(value) <= 20 else [value]
-    if all(item is None or type(item) in (int, float, bool) for item in items):
-        return repr(value) if all(type(item) is not int or item.bit_length() <= 64 for item in items) else "a number"
-    return f"a {type(value).__name__}"
-
-
-def file_inside(folder: str | Path, name: Any) -> Path:
-    """The path of the file ``name`` of a checkpoint, where ``name`` is what the checkpoint itself says.
-
-    Raises:
-        DamagedCheckpoint: it is absolute, has a part ``..``, or leads out of ``folder`` by a symbolic link.
-    """
-    if not isinstance(name, str) or not name or re.search(r"[\0\\\ud800-\udfff]", name):
-        raise DamagedCheckpoint(f"{folder}: names a file {shown(name)}, which is no path; use another checkpoint")
-    relative = PurePosixPath(name)
-    real, root = os.path.realpath(Path(folder) / name), os.path.realpath(folder)
-    if relative.is_absolute() or ".." in relative.parts or not real.startswith(os.path.join(root, "")):
-        raise DamagedCheckpoint(f"{folder}: names a file {shown(name)}, which is not inside it; use another checkpoint")
-    if os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real):
-        raise DamagedCheckpoint(f"{Path(folder) / name}: not a regular file; use another checkpoint")
-    return Path(folder) / name
-
-
-class SafeReader(filesystem.FileSystemReader):
-    """Gives DCP what :func:`read_metadata` has checked, and reads nothing but tensors."""
-
-    # Not called kwargs: DCP would then look for metadata of single ranks, and read it without care.
-    def read_metadata(self, *_: Any, **options: Any) -> Metadata:
-        loaded = read_metadata(Path(self.path))
-        loaded.storage_meta = StorageMeta(load_id=self.load_id)
-        return loaded
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            # That way of reading unpickles without an allow-list.
-            if item.type == LoadItemType.BYTE_IO:
-                raise Refused(f"{item.storage_index.fqn} is no tensor")
-        return super().read_data(plan, planner)
