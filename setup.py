@@ -20,8 +20,23 @@ setup(
     description="Megatron-style continued pretraining of open language models: fast, exact, honest and simple",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     package_dir={"retemper": "."},
+    package_data={"retemper": ["py.typed"]},
     packages=["retemper"]
     + [f"retemper.{name}" for name in find_packages(str(ROOT), include=[p for r in ROOMS for p in (r, f"{r}.*")])],
     install_requires=[

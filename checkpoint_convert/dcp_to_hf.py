@@ -14,17 +14,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from retemper.engine.conversion.dcp_to_hf import convert, plan_export
-from retemper.engine.conversion.options import add_copying, add_dtype, add_output, add_shard_size, end_like_ctrl_c
-from retemper.engine.conversion.record import CONVERSION_FILE
-from retemper.engine.conversion.run import parse_workers
+from retemper.engine.conversion.options import (
+    add_copying,
+    add_dtype,
+    add_output,
+    add_shard_size,
+    end_like_ctrl_c,
+    parse,
+)
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.hugging_face.upload import open_repository, upload_folder
 from retemper.engine.outputs import Use, require_separate
-from retemper.engine.streaming.new_folder import require_absent
 
-__all__ = ["convert", "main", "parse_arguments"]
 PUSH = "--push-to-hub"
 
 
@@ -54,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="also upload the output, but for conversion.json, to this model repository (namespace/name) on the Hub, "
         "which is made if there is none, and is private then; the token comes from HF_TOKEN or `hf auth login`",
     )
-    return parser.parse_args(arguments)
+    return parse(parser, arguments)
 
 
 def main() -> None:
@@ -62,28 +64,25 @@ def main() -> None:
     options = vars(parse_arguments())
     repository = options.pop("push_to_hub")
     if repository is not None:
-        _require_possible(**options)  # before a repository is made for it
-        print(f"to be uploaded to {open_repository(repository, PUSH)}")
+        _convert_and_upload(options, repository)
+        return
+    from retemper.engine.conversion.dcp_to_hf import convert  # needs PyTorch
+
     convert(**options)
-    if repository is not None:
-        print(f"uploaded {upload_folder(Path(options['output']), repository, PUSH, [CONVERSION_FILE])}")
 
 
-def _require_possible(
-    checkpoint: str,
-    output: str,
-    dtype: str,
-    max_shard_size: str,
-    vocab_size: int | None,
-    workers: int | None,
-    allow_nonfinite: bool,
-    verify: bool,
-) -> None:
-    """Refuse what :func:`convert` would refuse before it reads any weights."""
-    parse_workers(workers)
-    require_absent(output)
+def _convert_and_upload(options: dict[str, Any], repository: str) -> None:
+    from retemper.engine.conversion.dcp_to_hf import convert, plan_export
+    from retemper.engine.conversion.record import CONVERSION_FILE
+    from retemper.engine.hugging_face.upload import open_repository, upload_folder
+
+    checkpoint, output = Path(options["checkpoint"]), Path(options["output"])
+    # What convert would refuse before it reads any weights is refused before a repository is made.
     require_separate([Use("--checkpoint", checkpoint)], folders=[Use(f"--output {output}", output)])
-    plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size)
+    plan_export(checkpoint, options["dtype"], options["max_shard_size"], options["vocab_size"])
+    print(f"to be uploaded to {open_repository(repository, PUSH)}")
+    convert(**options)
+    print(f"uploaded {upload_folder(output, repository, PUSH, [CONVERSION_FILE])}")
 
 
 if __name__ == "__main__":

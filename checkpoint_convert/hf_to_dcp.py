@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from retemper.engine.conversion.hf_to_dcp import convert
-from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c
+from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c, parse
 from retemper.engine.errors import CommandParser, run_command
-
-__all__ = ["convert", "main", "parse_arguments"]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,12 +35,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--pad-vocab-to-multiple-of", type=int, metavar="N", help="add rows up to the next multiple of N"
     )
     add_copying(parser)
-    return parser.parse_args(arguments)
+    return parse(parser, arguments)
 
 
 def main() -> None:
     end_like_ctrl_c()
-    convert(**vars(parse_arguments()))
+    options = parse_arguments()
+    from retemper.engine.conversion.hf_to_dcp import convert  # needs PyTorch
+
+    convert(**vars(options))
 
 
 if __name__ == "__main__":

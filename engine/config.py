@@ -133,9 +133,6 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype. auto: bf16 where the hardware computes it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
     or Arm BF16), else fp32; the start summary says which and why. Gradients are reduced over ranks in fp32."""
-    fused_elementwise: Literal["auto", "triton", "torch"] = "auto"
-    """What computes norms, rotary positions and SwiGLU. torch: PyTorch's operators, which torch.compile fuses. triton:
-    our fused kernels; needs a GPU. auto: torch, because no measurement has shown triton to be faster yet."""
     weight_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which weights are kept between steps. fp32: exact master weights. bf16: there are no others; each update
     is computed in fp32 and written back with stochastic rounding, so that small updates are kept on average.

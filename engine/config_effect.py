@@ -186,7 +186,6 @@ ALWAYS = {
 ELSEWHERE = {
     "data.train[].max_epochs": "engine/config_effect.py: _caps of a source",
     "data.train[].max_tokens": "engine/config_effect.py: _caps of a source",
-    "training.fused_elementwise": "engine/model/decoder.py: elementwise_implementation refuses what cannot run",
     "training.attention_backend": "engine/attention_choice.py: choose_attention refuses what cannot run",
     "training.compile": "engine/parallel/compile.py: wanted refuses what cannot be compiled",
     "training.float8": "engine/parallel/float8.py: wanted refuses a device without it",

@@ -10,6 +10,10 @@ from typing import Any, get_type_hints
 
 from .config import RunConfig, SourceConfig, StageConfig
 
+REMOVED = {
+    "training.fused_elementwise": "PyTorch's operators compute norms, rotary positions and SwiGLU",
+}
+"""Keys of the version before this one, and what holds instead. A key stays here for one minor version."""
 _SAME_WORD = 0.75
 """Similarity from which one of two entries that users name themselves may be a misspelling of the other."""
 
@@ -29,6 +33,8 @@ def did_you_mean(key: str, section: bool = False) -> str:
         key: dotted, as in ``data.train[0].wieght``.
         section: whether its value is one. Sections are proposed for sections, else never.
     """
+    if key in REMOVED:
+        return f", which was removed: {REMOVED[key]}; delete it"
     if "[" in key:  # an item of data.train or data.stages
         item = key.rsplit(".", 1)[0]
         kind = StageConfig if re.search(r"stages\[\d+\]$", item) else SourceConfig

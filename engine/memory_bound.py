@@ -15,7 +15,7 @@ from .config import RunConfig
 from .dtypes import DTYPES
 from .errors import UserError
 from .model.architecture import Architecture
-from .parallel.mesh import plan_layout
+from .parallel.layout import plan_layout
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 

@@ -203,3 +203,20 @@ def _is_own_report(path: Path) -> bool:
     except OSError:
         return False
     return size == 0 or bool(_MARK.search(head)) or bool(head.startswith(b"%PDF") and _MARK.search(tail))
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and directory below ``folder`` to disk."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            sync_path(Path(root) / name)
+        sync_path(Path(root))
+
+
+def sync_path(path: Path) -> None:
+    """Flush one file, or the names in one directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

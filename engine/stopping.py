@@ -17,9 +17,10 @@ import socket
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .parallel.process_group import Ranks
+if TYPE_CHECKING:
+    from .parallel.process_group import Ranks
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT)
 NOTICES = tuple(

@@ -44,8 +44,9 @@ from .observe.summary import data_notes, describe_data, describe_run, describe_s
 from .observe.waiting import Counted, reported_if_slow
 from .optim import allocate_states, build_optimizer, clip_grad_norm, set_learning_rate, step_unless
 from .parallel.build import build_model
-from .parallel.mesh import build_mesh, plan_layout
-from .parallel.process_group import Ranks, world_size_from_environment
+from .parallel.layout import plan_layout
+from .parallel.mesh import build_mesh
+from .parallel.process_group import Ranks
 from .precision import with_precision
 from .replicas import ReplicaCheck
 from .rewind import Rewind, plan_rewind
@@ -53,16 +54,6 @@ from .run_inputs import keep_source_names, load_weights, open_inputs
 from .run_state import Progress, StepResult
 from .stopping import StopRequest
 from .watchdog import Watchdog
-
-
-def check_layout(config: RunConfig) -> None:
-    """Refuse what the number of ranks makes impossible, before any rank waits for another.
-
-    Raises:
-        UserError: the mesh or the global batch does not divide.
-    """
-    layout = plan_layout(config.parallel, world_size_from_environment())
-    plan_batches(config.training, layout.data_parallel)
 
 
 class Trainer:

@@ -7,35 +7,20 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .elementwise import Implementation
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: None = None) -> Tensor: ...
 
 
 @overload
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: None = None, *, implementation: Implementation = "torch"
-) -> Tensor: ...
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor, *, implementation: Implementation = "torch"
-) -> tuple[Tensor, Tensor]: ...
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
-@overload
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, *, implementation: Implementation = "torch"
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
-def rms_norm(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    residual: Tensor | None = None,
-    *,
-    implementation: Implementation = "torch",
-) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Normalize the last dimension of ``x + residual`` to unit root mean square and scale it by ``weight``.
 
     The sum is rounded to the dtype of ``x``, the mean is taken in fp32, and the normalized value is cast back before it
@@ -46,19 +31,10 @@ def rms_norm(
         weight: [H].
         eps: added to the mean square.
         residual: [..., H] of the dtype of ``x``, added first; None adds nothing.
-        implementation: "torch", or "triton" (``weight`` in the dtype of ``x``), which rounds the same values and takes
-            the weight's gradient in fp32 over all rows, in an order that does not depend on the device.
 
     Returns:
         [..., H] in the dtype of ``x``; with a residual, that and the sum.
-
-    Raises:
-        ValueError: implementation "triton" and it cannot take these tensors.
     """
-    if implementation == "triton":
-        from .elementwise_triton import fused_rms_norm
-
-        return fused_rms_norm(x, weight, eps, residual)
     if residual is not None:
         x = residual + x
     x32 = x.float()

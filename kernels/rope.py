@@ -6,8 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .elementwise import Implementation
-
 
 def rope_cos_sin(position_ids_T: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles.
@@ -31,23 +29,13 @@ def apply_rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return x_TND * cos_TD[:, None].to(x_TND.dtype) + rotated * sin_TD[:, None].to(x_TND.dtype)
 
 
-def apply_rope_to_pair(
-    q_TND: Tensor, k_TKD: Tensor, cos_TD: Tensor, sin_TD: Tensor, *, implementation: Implementation = "torch"
-) -> tuple[Tensor, Tensor]:
+def apply_rope_to_pair(q_TND: Tensor, k_TKD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`apply_rope` of queries and keys.
 
     Args:
         q_TND: [T, N, D] queries, D even.
         k_TKD: [T, K, D] keys of the same dtype.
-        cos_TD: [T, D], from :func:`rope_cos_sin`; constants, which get no gradient from "triton".
+        cos_TD: [T, D], from :func:`rope_cos_sin`.
         sin_TD: [T, D].
-        implementation: "torch", or "triton": one kernel for both, with the same roundings.
-
-    Raises:
-        ValueError: implementation "triton" and it cannot take these tensors.
     """
-    if implementation == "triton":
-        from .elementwise_triton import fused_rope
-
-        return fused_rope(q_TND, k_TKD, cos_TD, sin_TD)
     return apply_rope(q_TND, cos_TD, sin_TD), apply_rope(k_TKD, cos_TD, sin_TD)

@@ -15,7 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retemper.engine.conversion.logits import TOLERANCE
-from retemper.engine.streaming.block_copy import BLOCK_BYTES, MAX_WORKERS
+from retemper.engine.streaming.block_copy import BLOCK_BYTES
+from retemper.engine.streaming.workers import MAX_WORKERS
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")

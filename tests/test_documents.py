@@ -14,7 +14,7 @@ from retemper.engine.budget import learning_rate, plan_batches
 from retemper.engine.config_parser import parse_config
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
-from retemper.engine.parallel.mesh import plan_layout
+from retemper.engine.parallel.layout import plan_layout
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "megatron_configs").glob("*.yaml"))

@@ -22,11 +22,9 @@ from retemper.engine.config import RunConfig, to_dict
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.outputs import Use, require_report, write_json_report
-from retemper.engine.parallel.process_group import launched_by_torchrun, process_group
-from retemper.engine.trainer import check_layout
-from retemper.tools.step_benchmark.machine import step_machine_facts
-from retemper.tools.step_benchmark.measure import BenchmarkOptions, measure_step
-from retemper.tools.step_benchmark.report import format_report, to_record
+from retemper.engine.parallel.launcher import read_launcher
+from retemper.engine.parallel.layout import check_layout
+from retemper.tools.step_benchmark.options import BenchmarkOptions
 from retemper.tools.step_benchmark.sweep import format_sweep, parse_sweep, run_sweep
 
 
@@ -99,8 +97,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(config: RunConfig, path: Path | None, settings: BenchmarkOptions, record: dict[str, Any]) -> None:
+    # All that needs PyTorch, before any rank waits for another.
+    from retemper.engine.parallel.process_group import process_group
+    from retemper.tools.step_benchmark.machine import step_machine_facts
+    from retemper.tools.step_benchmark.measure import measure_step
+    from retemper.tools.step_benchmark.report import format_report, to_record
+
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
-        ranks.everywhere(lambda: check_layout(config))
+        ranks.everywhere(lambda: check_layout(config, ranks.world_size))
         machine = step_machine_facts()  # before there is any load of ours
         found = measure_step(config, settings, ranks)
         if ranks.is_main:
@@ -116,7 +120,7 @@ def _sweep(
     run_arguments: list[str],
     record: dict[str, Any],
 ) -> None:
-    if launched_by_torchrun():
+    if read_launcher().announced:
         raise UserError("--sweep: starts processes itself; leave out torchrun and name it with --launch 'torchrun ...'")
     combinations = parse_sweep(options.sweep, config)
     command = [*(shlex.split(options.launch) or [sys.executable]), str(Path(__file__).resolve()), *run_arguments]

@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.tools.checkpoint_report.comparison import compare
 from retemper.tools.checkpoint_report.listing import format_listing, list_checkpoints
-from retemper.tools.checkpoint_report.pruning import prune
 from retemper.tools.checkpoint_report.verification import verify
 
 
@@ -55,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "verify":
         return 0 if verify(options.paths) else 1
     if options.command == "diff":
+        from retemper.tools.checkpoint_report.comparison import compare  # needs PyTorch
+
         return 1 if compare(options.first, options.second) else 0
+    from retemper.tools.checkpoint_report.pruning import prune  # needs PyTorch
+
     prune(options.run_folder, options.keep_last, options.keep_every, options.dry_run)
     return 0
 

@@ -13,8 +13,8 @@ import signal
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE
-from retemper.tools.vocabulary.command import ExtendOptions, extend
+from retemper.engine.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE
+from retemper.tools.vocabulary.options import ExtendOptions
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
@@ -75,7 +75,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    extend(parse_arguments(arguments))
+    options = parse_arguments(arguments)
+    from retemper.tools.vocabulary.command import extend  # needs PyTorch
+
+    extend(options)
 
 
 if __name__ == "__main__":

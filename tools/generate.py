@@ -14,11 +14,15 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from retemper.engine.data.document_frame import BOS_CHOICES
 from retemper.engine.errors import CommandParser, UserError, report_user_error, run_command
-from retemper.engine.hugging_face.weight_dtypes import DTYPE_CHOICES
-from retemper.tools.generation import Sampling, TextGenerator
+from retemper.engine.hugging_face.weight_options import DTYPE_CHOICES
+from retemper.tools.sampling import Sampling
+
+if TYPE_CHECKING:
+    from retemper.tools.generation import TextGenerator
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -108,6 +112,8 @@ def main() -> None:
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
     interactive = options.prompt is None and sys.stdin.isatty()
     prompts = options.prompt if options.prompt is not None else [] if interactive else piped_prompts()
+    from retemper.tools.generation import TextGenerator  # needs PyTorch
+
     model = TextGenerator(options.model, options.tokenizer, options.dtype, options.device, options.bos)
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)

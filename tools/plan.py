@@ -17,10 +17,8 @@ from pathlib import Path
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.outputs import Use, require_report, write_json_report
-from retemper.tools.rehearsal.command import Request, rehearse
 from retemper.tools.rehearsal.gpus import GPUS
-from retemper.tools.rehearsal.outcome import RESERVE
-from retemper.tools.rehearsal.prediction import EFFICIENCY
+from retemper.tools.rehearsal.request import EFFICIENCY, RESERVE, Request, read_architecture
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -88,14 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.efficiency,
         options.reserve,
         options.network,
-        options.search,
-        options.quick,
         options.gpu_memory,
         options.gpu_tflops,
         options.gpu_bandwidth,
         options.gpu_link,
     )
-    text, record = rehearse(config, request, lambda line: print(line, file=sys.stderr, flush=True))
+    setting = request.setting(read_architecture(config.model))
+    from retemper.tools.rehearsal.command import rehearse  # needs PyTorch
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    text, record = rehearse(config, setting, options.search, options.quick, say)
     print(text)
     if options.json is not None:
         write_json_report("--json", options.json, record)

@@ -18,7 +18,7 @@ from ..budget import learning_rate
 from ..config import DATA_FILES, ORDER_KEYS, OptimizerConfig, RunConfig, SourceConfig, TrainingConfig, to_dict
 from ..errors import UserError
 from ..model.architecture import read_hf_config
-from ..parallel.mesh import AXES
+from ..parallel.layout import AXES
 from .manifest import Manifest
 
 _OF_THE_COMMAND = ("run_folder", "resume", "allow_changes")

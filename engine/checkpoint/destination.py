@@ -6,12 +6,10 @@ save only, hours after the start.
 
 from __future__ import annotations
 
-import errno
 import os
-import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +20,7 @@ from ..model.architecture import Architecture
 from ..model.decoder import meta_decoder
 from ..observe.curves import METRICS_FILE, TENSORBOARD_FOLDER
 from ..parallel import trainable
+from .disk_space import NO_SPACE, format_bytes, free_bytes, nearest, require_space
 from .lock import LOCK_FILE
 from .run_record import CONFIG_FILE, RECORD_FILE
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 _EXPORT_BYTES = 2
 """Of a parameter in a Hugging Face folder, at least."""
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def require_writable(folders: Iterable[Path]) -> None:
@@ -41,7 +39,7 @@ def require_writable(folders: Iterable[Path]) -> None:
     """
     tested = set()
     for folder in folders:
-        place = _nearest(folder)
+        place = nearest(folder)
         if place not in tested:
             _require_writable(place, folder)
             tested.add(place)
@@ -62,14 +60,6 @@ def require_record_files(run_folder: Path) -> None:
             )
 
 
-def _nearest(folder: Path) -> Path:
-    """``folder``, or the nearest folder above it that exists; a link or file in the way counts as existing."""
-    place = Path(os.path.abspath(folder))
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
-    return place
-
-
 def _require_writable(place: Path, folder: Path) -> None:
     """Make a folder in ``place``, and a file of one byte in it."""
     if place.is_symlink() and not os.path.exists(place):
@@ -84,7 +74,7 @@ def _require_writable(place: Path, folder: Path) -> None:
         probe = Path(tempfile.mkdtemp(prefix=".retemper-probe-", dir=place))
         (probe / "byte").write_bytes(b"\0")
     except OSError as error:
-        reason = "no space left" if error.errno in _NO_SPACE else error.strerror or str(error)
+        reason = "no space left" if error.errno in NO_SPACE else error.strerror or str(error)
         raise UserError(
             f"{place}: cannot be written: {reason}; the run writes to {folder}: make it writable, or choose another "
             "run_folder"
@@ -108,12 +98,6 @@ def checkpoint_bytes(config: RunConfig, architecture: Architecture) -> int:
     trainable.apply(decoder, config.training)
     weight, state = DTYPES[config.training.weight_dtype].itemsize, DTYPES[config.optimizer.state_dtype].itemsize
     return sum(p.numel() * (weight + 2 * state * p.requires_grad) for p in decoder.parameters())
-
-
-def free_bytes(folder: Path) -> int:
-    """What the user may still write on the disk of ``folder``, which need not exist."""
-    status = os.statvfs(_nearest(folder))
-    return status.f_bavail * status.f_frsize
 
 
 def require_destination(
@@ -155,56 +139,3 @@ def _note_on_space(config: RunConfig, store: CheckpointStore, steps: int, size: 
         f"note: {store.folder} will take {more} more checkpoints of about {format_bytes(size)} at a time, but only "
         f"{format_bytes(free)} are free there; lower checkpoint.keep_last or make space"
     ]
-
-
-def require_space(folder: Path, needed: int, what: str, remedy: Callable[[], str]) -> None:
-    """Refuse a disk that cannot take ``needed`` bytes more.
-
-    Args:
-        folder: that is to be written.
-        needed: estimated size.
-        what: such as "a checkpoint".
-        remedy: what can be done about it.
-
-    Raises:
-        UserError: with both sides of the arithmetic.
-    """
-    free = free_bytes(folder)
-    if free < needed:
-        raise UserError(f"{folder}: {describe_space(needed, free, what)}; {remedy()}")
-
-
-def describe_space(needed: int, free: int, what: str) -> str:
-    """Both sides of the arithmetic."""
-    return f"no space left for {what}: about {format_bytes(needed)} are needed, {format_bytes(free)} are free"
-
-
-def is_about_space(message: str) -> bool:
-    """Whether an error's line says that a disk, or a user's share of it, is full."""
-    return any(os.strerror(number) in message for number in _NO_SPACE)
-
-
-def describe_pruning(run_folder: Path, removable: Collection[Path], keep_every: int) -> str:
-    """The command that makes space, and how much.
-
-    Args:
-        run_folder: of the run.
-        removable: its checkpoints that would go if only the newest and those with other reasons were kept.
-        keep_every: of the run.
-    """
-    if not removable:
-        return "free some space there, or put run_folder on another disk"
-    size = sum(file.stat().st_size for folder in removable for file in folder.rglob("*") if file.is_file())
-    every = f" --keep-every {keep_every}" if keep_every else ""
-    number = f"{len(removable)} checkpoint{'s' if len(removable) > 1 else ''}"
-    command = f"python tools/checkpoint.py prune {shlex.quote(str(run_folder))} --keep-last 1{every}"
-    return f"{command} removes {number} and frees {format_bytes(size)}"
-
-
-def format_bytes(count: float) -> str:
-    """Such as 1.5 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import xxhash
 
 from ..errors import UserError
@@ -37,7 +36,12 @@ _OPTIONAL = {"emergency"}
 
 @functools.cache
 def code_versions() -> dict[str, str]:
-    """What writes the checkpoint: a hash of the package's Python files, and the versions of PyTorch and Python."""
+    """What writes the checkpoint: a hash of the package's Python files, and the versions of PyTorch and Python.
+
+    The first call counts, which whatever writes makes at its start: files may be edited while it runs.
+    """
+    import torch  # only what writes checkpoints needs it, not what reads manifests
+
     return {"code": digest(code_files(PACKAGE)), "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -294,4 +298,4 @@ _NESTED: dict[str, Check] = {
         )
     ),
 }
-_EMPTY = Manifest(kind="training")
+_EMPTY = Manifest(kind="training", versions={})

@@ -19,23 +19,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..outputs import sync_path, sync_tree
 from ..parallel.process_group import Ranks
 from .assets import ASSET_FOLDER, HfAssets
-from .destination import describe_pruning, describe_space, free_bytes, is_about_space, require_record_files
+from .destination import require_record_files
+from .disk_space import describe_pruning, describe_space, free_bytes, is_about_space
 from .hashing import FileRecord
 from .lock import run_folder_lock
-from .manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from .names import checkpoint_name, complete_checkpoints, is_checkpoint_name, named_checkpoints, step_of
+from .manifest import MANIFEST_FILE, Manifest, code_versions, read_manifest, write_manifest
+from .names import (
+    DAMAGED,
+    REWOUND,
+    checkpoint_name,
+    complete_checkpoints,
+    is_checkpoint_name,
+    named_checkpoints,
+    step_of,
+)
 from .removal import remove_tree
 from .retention import reasons_to_keep, reasons_when_pruning, whole_checkpoints
 from .run_record import Origin, RunRecord, began_at, note_checkpoint, origin_of, require_no_lost_checkpoints
 from .tensors import save_tensors
 from .verify import Damage, find_damage
 
-DAMAGED = ".damaged"
-"""Ending of the name of a checkpoint that was set aside."""
-REWOUND = ".rewound"
-"""The same, of one that the run has gone back behind."""
 _TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")
 
 
@@ -67,6 +73,7 @@ class CheckpointStore:
         """What :meth:`resolve` chose from."""
         self._damaged: list[tuple[Path, str]] = []
         """What :meth:`set_aside` is to rename, and what is wrong with each."""
+        code_versions()
 
     def of(self, ranks: Ranks) -> CheckpointStore:
         """This store, whose ranks exchange messages as ``ranks`` do."""
@@ -406,20 +413,3 @@ def _renamed(folder: Path, ending: str) -> Path:
         target = folder.with_name(f"{folder.name}{ending}.{number}")
     folder.rename(target)
     return target
-
-
-def sync_tree(folder: Path) -> None:
-    """Flush every file and directory below ``folder`` to disk."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            sync_path(Path(root) / name)
-        sync_path(Path(root))
-
-
-def sync_path(path: Path) -> None:
-    """Flush one file, or the names in one directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.assets import HfAssets
-from ..hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, ShardPlan, parse_shard_size
-from ..hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_name, dtype_named
+from ..hugging_face.shards import ShardPlan
+from ..hugging_face.weight_dtypes import cast_to, declaring, describe_casts, dtype_name, dtype_named
+from ..hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
 from ..outputs import Use, require_separate
 from ..streaming.block_copy import WrittenFile
 from ..streaming.new_folder import require_absent
 from ..streaming.partial_folder import partial_folder
 from ..streaming.tensor_source import StoredTensor
+from ..streaming.workers import parse_workers
 from .checkpoint_model import CheckpointModel, open_checkpoint_model
 from .logits import compare_logits, describe_logits
 from .record import ConversionRecord
-from .run import nonfinite_option, parse_workers, size_of, write_tensors
+from .run import nonfinite_option, size_of, write_tensors
 from .vocabulary import ResizedVocabulary, resized_vocabulary
 
 

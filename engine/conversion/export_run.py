@@ -21,9 +21,10 @@ from ..hugging_face.upload import open_repository, upload_folder
 from ..hugging_face.weight_dtypes import describe_casts
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
-from ..streaming.block_copy import OutputFile, WrittenFile, copy_files, default_workers
+from ..streaming.block_copy import OutputFile, WrittenFile, copy_files
 from ..streaming.finite import OPTION
 from ..streaming.partial_folder import partial_folder
+from ..streaming.workers import default_workers
 from .dcp_to_hf import Export, plan_export
 from .record import CONVERSION_FILE, file_hash
 from .run import size_of

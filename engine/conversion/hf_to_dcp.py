@@ -11,15 +11,17 @@ from ..checkpoint.tensors import open_tensors
 from ..hugging_face.folder import INDEX_FILE
 from ..hugging_face.hub_download import find_model_folder
 from ..hugging_face.model import HfModel, open_hf_model
-from ..hugging_face.weight_dtypes import AUTO, cast_to, declaring, describe_casts, dtype_named
+from ..hugging_face.weight_dtypes import cast_to, declaring, describe_casts, dtype_named
+from ..hugging_face.weight_options import AUTO
 from ..model.architecture import CONFIG_FILE, parse_architecture
 from ..outputs import Use, require_separate
 from ..streaming.new_folder import require_absent
 from ..streaming.partial_folder import partial_folder
+from ..streaming.workers import parse_workers
 from .checkpoint_model import CheckpointPlan, seal
 from .logits import compare_logits, describe_logits
 from .record import ConversionRecord, file_hash, file_identity, require_same_source
-from .run import nonfinite_option, parse_workers, size_of, write_tensors
+from .run import nonfinite_option, size_of, write_tensors
 from .vocabulary import ResizedVocabulary, resized_vocabulary
 
 

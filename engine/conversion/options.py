@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import argparse
 import signal
+from collections.abc import Sequence
 
-from ..hugging_face.shards import DEFAULT_MAX_SHARD_SIZE
-from ..hugging_face.weight_dtypes import AUTO, DTYPE_CHOICES
+from ..hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, DTYPE_CHOICES, parse_shard_size
+from ..streaming.new_folder import require_absent
+from ..streaming.workers import parse_workers
+
+HF, CHECKPOINT = TARGET_FORMATS = ("hf", "checkpoint")
+"""What a conversion from Megatron writes: a Hugging Face folder, or a checkpoint for the trainer."""
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line, and refuse at once what can be refused without PyTorch, whose import takes seconds.
+
+    Raises:
+        UserError: naming the option.
+    """
+    options = parser.parse_args(arguments)
+    require_absent(options.output)
+    parse_workers(options.workers)
+    if hasattr(options, "max_shard_size"):
+        parse_shard_size(options.max_shard_size)
+    return options
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -43,6 +43,8 @@ class ConversionRecord:
     """Names of the source's tensors that have no part in the output, by the reason why."""
     logits: dict[str, Any] | None = None
     """What ``--verify`` measured."""
+    versions: dict[str, str] = field(default_factory=code_versions)
+    """Of the program that converts."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class ConversionRecord:
             "format_version": _FORMAT_VERSION,
             "tool": self.tool,
             "retemper_version": __version__,
-            "versions": {**code_versions(), "safetensors": version("safetensors")},
+            "versions": {**self.versions, "safetensors": version("safetensors")},
             "source": self.source,
             "options": self.options,
             "vocabulary": self.vocabulary,

@@ -8,22 +8,10 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from ..errors import UserError
-from ..streaming.block_copy import OutputFile, WrittenFile, copy_files, default_workers
+from ..streaming.block_copy import OutputFile, WrittenFile, copy_files
 from ..streaming.finite import REMEDY, NotFinite
 from ..streaming.partial_folder import PartialFolder, Worthless
 from ..streaming.tensor_source import TensorSource
-
-
-def parse_workers(workers: int | None) -> int:
-    """The number of ``--workers``; by default one for each CPU, up to 8.
-
-    Raises:
-        UserError: it is not positive.
-    """
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: at least 1 is needed")
-    return workers or default_workers()
 
 
 def nonfinite_option(allow_nonfinite: bool) -> dict[str, bool]:

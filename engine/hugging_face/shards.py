@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..errors import UserError
 from ..outputs import open_new
 from ..streaming.block_copy import OutputFile
 from ..streaming.tensor_source import StoredTensor
 from ..weights.safetensors_format import in_file_order, make_header
 from .folder import INDEX_FILE
 
-DEFAULT_MAX_SHARD_SIZE = "5GB"
 _SHARD_PATTERN = "model{suffix}.safetensors"
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_shard_size(size: str) -> int:
-    """Bytes in a size such as ``5GB`` (decimal units, as the Hub counts).
-
-    Raises:
-        UserError: it is not a positive number with a unit.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)\s*", size, re.IGNORECASE)
-    num_bytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if num_bytes < 1:
-        raise UserError(f"--max-shard-size {size}: expected a positive size in KB, MB, GB or TB, such as 5GB")
-    return num_bytes
 
 
 class ShardPlan:

@@ -11,10 +11,9 @@ import torch
 from ..checkpoint.assets import HfAssets
 from ..errors import UserError
 from ..streaming.tensor_source import StoredTensor
+from .weight_options import AUTO, DTYPE_CHOICES, DTYPE_NAMES
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-AUTO = "auto"
-DTYPE_CHOICES = (AUTO, *DTYPES)
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 _KEYS = ("dtype", "torch_dtype")
 """Where config.json declares the dtype: transformers 5 writes the first, older versions know only the second."""
 

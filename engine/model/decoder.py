@@ -13,37 +13,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from ...kernels.attention import attention
-from ...kernels.elementwise import Implementation
 from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ...kernels.swiglu import swiglu
-from ...kernels.triton_support import triton_refusal
-from ..errors import UserError
 from .architecture import Architecture, inverse_frequencies
 from .packing import Packing
-
-
-def elementwise_implementation(setting: Literal["auto", "triton", "torch"], device_type: str) -> Implementation:
-    """The implementation that ``training.fused_elementwise`` asks for.
-
-    Raises:
-        UserError: triton, where it cannot run.
-    """
-    # auto: no measurement on a GPU has shown yet that the Triton kernels beat torch.compile's fusion.
-    if setting != "triton":
-        return "torch"
-    refusal = triton_refusal(device_type)
-    if refusal is not None:
-        raise UserError(f"training.fused_elementwise is triton, but {refusal}, or set it to torch")
-    return "triton"
 
 
 class LayerRange(NamedTuple):
@@ -58,21 +40,18 @@ class Decoder(nn.Module):
 
     Args:
         architecture: of the whole model.
-        elementwise: the implementation of norms, rotary positions and SwiGLU.
         layers: the blocks that this one has; None for all. One without the first block takes hidden states, one without
             the last returns them.
     """
 
-    def __init__(
-        self, architecture: Architecture, elementwise: Implementation = "torch", layers: LayerRange | None = None
-    ):
+    def __init__(self, architecture: Architecture, layers: LayerRange | None = None):
         super().__init__()
         self.architecture = architecture
         layers = layers or LayerRange(0, architecture.num_layers)
         self.is_first, self.is_last = layers.start == 0, layers.stop == architecture.num_layers
         # A tied head has no parameter of its own, so that nothing can untie it.
         tied = architecture.tie_word_embeddings
-        self.model = Backbone(architecture, elementwise, layers, self.is_first or (self.is_last and tied))
+        self.model = Backbone(architecture, layers, self.is_first or (self.is_last and tied))
         if self.is_last and not tied:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
         self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _loss_sum
@@ -138,9 +117,7 @@ def _loss_sum(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor
 class Backbone(nn.Module):
     """Embeddings, blocks and the final norm, or those of them that belong to some of the layers."""
 
-    def __init__(
-        self, architecture: Architecture, elementwise: Implementation, layers: LayerRange, has_embedding: bool
-    ):
+    def __init__(self, architecture: Architecture, layers: LayerRange, has_embedding: bool):
         super().__init__()
         self.architecture = architecture
         width = architecture.hidden_size
@@ -148,13 +125,10 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(architecture.vocab_size, width) if has_embedding else None
         # By number, as in the names of the parameters: the first may be any.
         self.layers = nn.ModuleDict(
-            {
-                str(number): Block(architecture, architecture.sliding_windows[number], elementwise)
-                for number in range(*layers)
-            }
+            {str(number): Block(architecture, architecture.sliding_windows[number]) for number in range(*layers)}
         )
         is_last = layers.stop == architecture.num_layers
-        self.norm = RMSNorm(width, architecture.rms_norm_eps, elementwise) if is_last else None
+        self.norm = RMSNorm(width, architecture.rms_norm_eps) if is_last else None
 
     @property
     def blocks(self) -> list[Block]:
@@ -174,12 +148,12 @@ class Backbone(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, architecture: Architecture, window: int | None, elementwise: Implementation):
+    def __init__(self, architecture: Architecture, window: int | None):
         super().__init__()
-        self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, elementwise)
-        self.self_attn = Attention(architecture, window, elementwise)
-        self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, elementwise)
-        self.mlp = FeedForward(architecture, elementwise)
+        self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
+        self.self_attn = Attention(architecture, window)
+        self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
+        self.mlp = FeedForward(architecture)
 
     def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -191,9 +165,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; Qwen3 normalizes queries and keys per head."""
 
-    def __init__(self, architecture: Architecture, window: int | None, elementwise: Implementation):
+    def __init__(self, architecture: Architecture, window: int | None):
         super().__init__()
-        self.elementwise = elementwise
         self.head_dim = architecture.head_dim
         self.window = window
         hidden, bias = architecture.hidden_size, architecture.qkv_bias
@@ -204,9 +177,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, key_width, bias=bias)
         self.o_proj = nn.Linear(query_width, hidden, bias=architecture.output_bias)
         norm: Callable[[], nn.Module] = (
-            (lambda: RMSNorm(self.head_dim, architecture.rms_norm_eps, elementwise))
-            if architecture.qk_norm
-            else nn.Identity
+            (lambda: RMSNorm(self.head_dim, architecture.rms_norm_eps)) if architecture.qk_norm else nn.Identity
         )
         self.q_norm, self.k_norm = norm(), norm()
         self.attend: Callable[..., Tensor] = attention
@@ -217,9 +188,7 @@ class Attention(nn.Module):
             projection(hidden_TH).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_TND, k_TKD = apply_rope_to_pair(
-            self.q_norm(q_TND), self.k_norm(k_TKD), *rope, implementation=self.elementwise
-        )
+        q_TND, k_TKD = apply_rope_to_pair(self.q_norm(q_TND), self.k_norm(k_TKD), *rope)
         mixed_TND = self.attend(
             q_TND,
             k_TKD,
@@ -235,9 +204,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU feed-forward layer."""
 
-    def __init__(self, architecture: Architecture, elementwise: Implementation):
+    def __init__(self, architecture: Architecture):
         super().__init__()
-        self.elementwise = elementwise
         hidden, inner, bias = architecture.hidden_size, architecture.intermediate_size, architecture.mlp_bias
         self.gate_proj = nn.Linear(hidden, inner, bias=bias)
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
@@ -246,21 +214,20 @@ class FeedForward(nn.Module):
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
         gate, up = self.gate_proj(hidden_TH), self.up_proj(hidden_TH)
-        return self.down_proj(swiglu(gate, up, implementation=self.elementwise))
+        return self.down_proj(swiglu(gate, up))
 
 
 class RMSNorm(nn.Module):
     """Learned scale over a root-mean-square normalization."""
 
-    def __init__(self, width: int, eps: float, elementwise: Implementation):
+    def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
-        self.elementwise = elementwise
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """[..., width] -> [..., width]; with a residual, the norm of ``residual + x`` and that sum."""
-        return rms_norm(x, _local_copy(self.weight), self.eps, residual, implementation=self.elementwise)
+        return rms_norm(x, _local_copy(self.weight), self.eps, residual)
 
 
 def _local_copy(weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..dtypes import DTYPES
 from ..optim.local import local_part
 from ..parallel import trainable
 from ..parallel.launcher import launcher_notes
-from ..parallel.mesh import plan_layout
+from ..parallel.layout import plan_layout
 from ..parallel.process_group import Ranks
 from ..precision import Precision
 from ..run_inputs import RunInputs

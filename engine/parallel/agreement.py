@@ -7,13 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig, to_dict
 from ..errors import UserError
-from .meeting import Meeting, meet
+
+if TYPE_CHECKING:
+    from .meeting import Meeting
 
 PACKAGE = Path(__file__).parents[2]
 _CODE = ("engine", "kernels", "checkpoint_convert", "tools")
@@ -34,6 +34,10 @@ def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunCo
     """
     if not several:
         return read(), None
+    import torch  # one rank reads its configuration without
+
+    from .meeting import meet
+
     config, mine = None, None
     try:
         config = read()

@@ -10,7 +10,7 @@ from ..config import RunConfig
 from ..dtypes import DTYPES
 from ..errors import UserError
 from ..model.architecture import Architecture
-from ..model.decoder import Decoder, LayerRange, elementwise_implementation
+from ..model.decoder import Decoder, LayerRange
 from . import compile as block_compile
 from . import context, float8, fsdp, pipeline, recompute, tensor, trainable
 from .mesh import Mesh
@@ -67,7 +67,6 @@ def build_model(
     """
     training, parallel = config.training, config.parallel
     compute_dtype = DTYPES[training.precision]
-    elementwise = ranks.everywhere(lambda: elementwise_implementation(training.fused_elementwise, ranks.device.type))
     numbers = pipeline.stage_numbers(
         parallel.pipeline_schedule, mesh.place.pipeline, parallel.pipeline, parallel.pipeline_stages_per_rank
     )
@@ -75,7 +74,7 @@ def build_model(
 
     def build_stage(layers: LayerRange) -> Decoder:
         with torch.device("meta"):
-            model = Decoder(architecture, elementwise, layers).to(DTYPES[training.weight_dtype])
+            model = Decoder(architecture, layers).to(DTYPES[training.weight_dtype])
         if parallel.tensor > 1:
             tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
         context.apply(model, mesh.context_group)

@@ -110,16 +110,6 @@ def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
         return f"{error.filename or 'file system'}: {error.strerror or error}", None
 
 
-def launched_by_torchrun() -> bool:
-    """Whether this process is one of those that a launcher has numbered."""
-    return read_launcher().announced
-
-
-def world_size_from_environment() -> int:
-    """Number of ranks that torchrun announces; 1 without it. Known before any rank is contacted."""
-    return read_launcher().world_size
-
-
 @contextmanager
 def process_group(device_name: str, timeout_seconds: int, meeting: Meeting | None = None) -> Iterator[Ranks]:
     """Join the process group, and leave it cleanly after an undisturbed run.
@@ -132,7 +122,7 @@ def process_group(device_name: str, timeout_seconds: int, meeting: Meeting | Non
         timeout_seconds: how long ranks wait for one that is silent, or does not come to a collective.
         meeting: of the ranks, where they have met already.
     """
-    if not launched_by_torchrun():
+    if not read_launcher().announced:
         with _joined(device_name, timeout_seconds, dist.HashStore(), 0, 1) as ranks:
             yield ranks
         return

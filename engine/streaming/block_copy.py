@@ -29,8 +29,6 @@ from .raw_bytes import bytes_of, write_exactly
 from .tensor_source import ReadRows, StoredTensor, TensorSource, rows_of
 
 BLOCK_BYTES = 8 << 20
-MAX_WORKERS = 8
-"""Most that is chosen where nobody says how many: a disk has had enough by then."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,6 @@ class WrittenFile:
     name: str
     record: FileRecord
     tensors: dict[str, Hashes]
-
-
-def default_workers() -> int:
-    """One for each CPU that this process may use, up to :data:`MAX_WORKERS`."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MAX_WORKERS)
 
 
 def copy_files(

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoint.store import sync_path, sync_tree
 from ..errors import UserError
+from ..outputs import sync_path, sync_tree
 
 
 def require_absent(output: str | Path) -> Path:

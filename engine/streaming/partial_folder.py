@@ -20,9 +20,8 @@ from typing import Any
 import xxhash
 
 from ..checkpoint.hashing import FileRecord, record_file
-from ..checkpoint.store import sync_path, sync_tree
 from ..errors import UserError
-from ..outputs import open_lock, require_own_folder
+from ..outputs import open_lock, require_own_folder, sync_path, sync_tree
 from .block_copy import Hashes, WrittenFile
 from .new_folder import require_absent
 

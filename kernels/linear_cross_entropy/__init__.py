@@ -37,11 +37,9 @@ class LinearCrossEntropy(NamedTuple):
     """Result of :func:`linear_cross_entropy`."""
 
     loss_sum: Tensor
-    """[] fp32, sum of the tokens' losses: the only field that has a gradient."""
+    """[] fp32, sum of the tokens' losses; has a gradient."""
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
-    """[] int64, number of targets that are not ignored, whatever their weights. On the device: no host waits for it."""
-    per_token: Tensor | None
-    """[T] fp32 losses, weighted, zero where ignored; their sum is ``loss_sum``. None unless asked for."""
+    """[] int64, number of targets that are not ignored. On the device: no host waits for it."""
 
 
 def linear_cross_entropy(
@@ -50,12 +48,9 @@ def linear_cross_entropy(
     targets_T: Tensor,
     *,
     ignore_index: int = IGNORE_INDEX,
-    token_weights: Tensor | None = None,
     z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
     logit_softcap: float | None = None,
     vocab_group: dist.ProcessGroup | None = None,
-    per_token: bool = False,
     backend: str = "auto",
 ) -> LinearCrossEntropy:
     """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]``, with the options of language-model training.
@@ -67,44 +62,37 @@ def linear_cross_entropy(
         weight_VH: [V, H] of the same dtype.
         targets_T: [T] int64 in [0, V), or ``ignore_index``. Any other target makes the loss NaN.
         ignore_index: target of a token without loss and gradient.
-        token_weights: [T], factor of each token's loss; a constant, it gets no gradient.
         z_loss: adds ``z_loss * logsumexp(logits)^2`` to each token's loss.
-        label_smoothing: mixes the one-hot target with this share of the uniform distribution, as ``F.cross_entropy``.
         logit_softcap: replaces logits ``x`` by ``cap * tanh(x / cap)``.
         vocab_group: ranks that share the vocabulary. ``weight_VH`` holds this rank's rows, as many on every rank and in
             the order of ranks; hidden states, targets (rows of the whole vocabulary) and whether gradients are needed
             are the same on all. Every rank gets the whole loss and the whole gradient of the hidden states.
-        per_token: also return the losses of the tokens.
         backend: "auto" takes Triton on CUDA for what it supports; "chunked" and "triton" force one.
 
     Raises:
         ValueError: unknown backend, or "triton" for what it does not support.
     """
-    options = Options(ignore_index, z_loss, label_smoothing, logit_softcap, vocab_group)
-    use_triton = _use_triton(backend, hidden_TH, options)
+    options = Options(ignore_index, z_loss, logit_softcap, vocab_group)
+    use_triton = _use_triton(backend, hidden_TH)
     need_hidden = torch.is_grad_enabled() and hidden_TH.requires_grad
     need_weight = torch.is_grad_enabled() and weight_VH.requires_grad
-    loss_sum, losses_T = _LinearCrossEntropy.apply(
-        hidden_TH, weight_VH, targets_T, token_weights, options, use_triton, need_hidden, need_weight
-    )
-    return LinearCrossEntropy(loss_sum, (targets_T != ignore_index).sum(), losses_T if per_token else None)
+    loss_sum = _LinearCrossEntropy.apply(hidden_TH, weight_VH, targets_T, options, use_triton, need_hidden, need_weight)
+    return LinearCrossEntropy(loss_sum, (targets_T != ignore_index).sum())
 
 
-def _triton_refusal(hidden_TH: Tensor, options: Options) -> str | None:
+def _triton_refusal(hidden_TH: Tensor) -> str | None:
     """Why the Triton path cannot compute this; None if it can."""
     if hidden_TH.dtype != torch.bfloat16:
         return f"it stores exponentials as bf16, which would round the gradients of {hidden_TH.dtype} inputs"
-    if options.label_smoothing:
-        return "it has no label smoothing"
     return triton_refusal(hidden_TH.device.type)
 
 
-def _use_triton(backend: str, hidden_TH: Tensor, options: Options) -> bool:
+def _use_triton(backend: str, hidden_TH: Tensor) -> bool:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "chunked" or (backend == "auto" and not hidden_TH.is_cuda):
         return False
-    refusal = _triton_refusal(hidden_TH, options)
+    refusal = _triton_refusal(hidden_TH)
     if refusal is not None and backend == "triton":
         raise ValueError(f"backend 'triton' cannot be used: {refusal}; use 'chunked'")
     return refusal is None
@@ -112,7 +100,7 @@ def _use_triton(backend: str, hidden_TH: Tensor, options: Options) -> bool:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, token_weights, options, use_triton, need_hidden, need_weight):
+    def forward(ctx, hidden, weight, targets, options, use_triton, need_hidden, need_weight):
         # Whether gradients are needed is decided by the caller: inside forward, grad mode is always off.
         assert hidden.dtype == weight.dtype, f"hidden states {hidden.dtype}, weight {weight.dtype}"
         if use_triton:
@@ -121,20 +109,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             compute, budget = triton_kernels.compute, TRITON_LOGIT_BYTES
         else:
             compute, budget = chunked.compute, LOGIT_BYTES
-        result = compute(hidden, weight, targets, token_weights, options, budget, need_hidden, need_weight)
+        result = compute(hidden, weight, targets, options, budget, need_hidden, need_weight)
         ctx.save_for_backward(result.hidden_TH, result.weight_VH)
         ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(result.losses_T)
-        return result.losses_T.sum(), result.losses_T
+        return result.losses_T.sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else _scaled(grad_hidden, grad_loss, grad_hidden.dtype),
             None if grad_weight is None else _scaled(grad_weight, grad_loss, ctx.weight_dtype),
-            *(None,) * 6,
+            *(None,) * 5,
         )
 
 

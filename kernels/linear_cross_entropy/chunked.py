@@ -1,4 +1,4 @@
-"""Linear cross-entropy in plain PyTorch: every option, any device, a few rows of logits at a time."""
+"""Linear cross-entropy in plain PyTorch: any dtype, any device, a few rows of logits at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .rows import Gradients, Options, Targets, add_product, chunks, group_size, matmul_fp32, row_terms
+from .rows import Gradients, Options, Targets, add_product, chunks, matmul_fp32, row_terms
 
 
 def bytes_per_logit(dtype: torch.dtype, is_cuda: bool, needs_gradients: bool, softcap: bool) -> int:
@@ -19,7 +19,6 @@ def compute(
     hidden_TH: Tensor,
     weight_VH: Tensor,
     targets_T: Tensor,
-    token_weights_T: Tensor | None,
     options: Options,
     budget: int,
     need_hidden: bool,
@@ -41,8 +40,7 @@ def compute(
     per_logit = bytes_per_logit(hidden_TH.dtype, hidden_TH.is_cuda, need_any, softcap)
     for part in chunks(hidden_TH.shape[0], budget // (per_logit * num_rows)):
         hidden = hidden_TH[part].to(weight.dtype)
-        weights = None if token_weights_T is None else token_weights_T[part]
-        targets = Targets.of(targets_T[part], weights, num_rows, options)
+        targets = Targets.of(targets_T[part], num_rows, options)
         losses[part], grad = _rows(matmul_fp32(hidden, weight.t()), targets, options, need_any)
         if grad is None:
             continue
@@ -66,8 +64,7 @@ def compute(
 
 def _rows(logits: Tensor, targets: Targets, options: Options, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Losses [T] of fp32 products [T, V], and their gradient by the products, in the products' own memory."""
-    num_rows = logits.shape[1]
-    cap, smoothing = options.logit_softcap, options.label_smoothing
+    cap = options.logit_softcap
     cap_slope: Tensor | None = None
     if cap is not None:
         logits.div_(cap).tanh_()
@@ -76,20 +73,16 @@ def _rows(logits: Tensor, targets: Targets, options: Options, need_gradient: boo
         logits.mul_(cap)
     index = targets.index_T[:, None]
     target_logit = logits.gather(1, index)[:, 0] * targets.owned_T
-    logit_sum = logits.sum(1) if smoothing else torch.zeros_like(target_logit)
     largest = logits.amax(1)
     # Written out: logsumexp would allocate another matrix of this shape.
     exponentials = logits.sub_(largest[:, None]).exp_()
     log_sum = largest + exponentials.sum(1).log_()
-    terms = row_terms(log_sum, target_logit, logit_sum, targets, num_rows, options)
+    terms = row_terms(log_sum, target_logit, targets, options)
     if not need_gradient:
         return terms.losses_T, None
-    factor = targets.weights_T * terms.slope_T * torch.exp(largest - terms.log_sum_T)
+    factor = targets.valid_T * terms.slope_T * torch.exp(largest - terms.log_sum_T)
     grad = exponentials.mul_(factor[:, None])
-    correction = (targets.weights_T * targets.owned_T * (1.0 - smoothing))[:, None]
-    grad.scatter_(1, index, grad.gather(1, index) - correction)
-    if smoothing:
-        grad.sub_((targets.weights_T * smoothing / (num_rows * group_size(options)))[:, None])
+    grad.scatter_(1, index, grad.gather(1, index) - targets.owned_T[:, None])
     if cap_slope is not None:
         grad.mul_(cap_slope)
     return terms.losses_T, grad

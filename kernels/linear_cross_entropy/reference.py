@@ -16,12 +16,9 @@ def linear_cross_entropy(
     targets_T: Tensor,
     *,
     ignore_index: int = IGNORE_INDEX,
-    token_weights: Tensor | None = None,
     z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
     logit_softcap: float | None = None,
     vocab_group: dist.ProcessGroup | None = None,
-    per_token: bool = False,
 ) -> LinearCrossEntropy:
     """As :func:`retemper.kernels.linear_cross_entropy.linear_cross_entropy`, in the inputs' dtype (float64 for an
     oracle), all logits in memory and the whole vocabulary on this rank."""
@@ -29,11 +26,7 @@ def linear_cross_entropy(
     logits_TV = hidden_TH @ weight_VH.t()
     if logit_softcap is not None:
         logits_TV = logit_softcap * torch.tanh(logits_TV / logit_softcap)
-    losses_T = F.cross_entropy(
-        logits_TV, targets_T, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
-    )
+    losses_T = F.cross_entropy(logits_TV, targets_T, ignore_index=ignore_index, reduction="none")
     valid_T = targets_T != ignore_index
     losses_T = losses_T + z_loss * torch.logsumexp(logits_TV, dim=-1).square() * valid_T
-    if token_weights is not None:
-        losses_T = losses_T * token_weights
-    return LinearCrossEntropy(losses_T.sum(), valid_T.sum(), losses_T.detach() if per_token else None)
+    return LinearCrossEntropy(losses_T.sum(), valid_T.sum())

@@ -1,11 +1,11 @@
 """What both backends share: the mathematics of one row of logits, vocabulary-parallel statistics, fp32 products.
 
-Of one token with logits ``z[V]``, log-sum-exp ``lse``, target ``y`` and weight ``w``
+For one token with logits ``z[V]``, log-sum-exp ``lse`` and target ``y``
 
-    loss   = w * (lse - (1 - s) * z[y] - s * mean(z) + z_loss * lse^2)
-    dz[v]  = w * (p[v] * (1 + 2 * z_loss * lse) - (1 - s) * [v == y] - s / V),    p = exp(z - lse)
+    loss   = lse - z[y] + z_loss * lse^2
+    dz[v]  = p[v] * (1 + 2 * z_loss * lse) - [v == y],    p = exp(z - lse)
 
-with label smoothing ``s`` (Szegedy et al., 2016, section 7) and the z-loss of PaLM (Chowdhery et al., 2022, section 5).
+with the z-loss of PaLM (Chowdhery et al., 2022, section 5).
 With a soft cap (Gemma 2), ``z = cap * tanh(x / cap)`` of the product ``x``, and ``dx = dz * (1 - (z / cap)^2)``.
 
 Shapes: T tokens (a chunk of them here), V rows of the weight on this rank.
@@ -21,11 +21,10 @@ from torch import Tensor
 
 
 class Options(NamedTuple):
-    """The keyword arguments of :func:`linear_cross_entropy` that are no tensors."""
+    """The keyword arguments of :func:`linear_cross_entropy` that both backends read."""
 
     ignore_index: int = -100
     z_loss: float = 0.0
-    label_smoothing: float = 0.0
     logit_softcap: float | None = None
     vocab_group: dist.ProcessGroup | None = None
 
@@ -44,8 +43,8 @@ class Gradients(NamedTuple):
 class Targets(NamedTuple):
     """The targets of a chunk as one rank of the vocabulary group sees them."""
 
-    weights_T: Tensor
-    """[T] fp32 weight of each token, 0 where its target is ignored."""
+    valid_T: Tensor
+    """[T] fp32, 0 where the target is ignored, else 1."""
     index_T: Tensor
     """[T] int64 row of the target in this rank's weight, 0 where it has none here."""
     owned_T: Tensor
@@ -54,18 +53,18 @@ class Targets(NamedTuple):
     """[T] bool, whether no rank has this target: neither a token id nor ``ignore_index``."""
 
     @staticmethod
-    def of(targets_T: Tensor, token_weights_T: Tensor | None, num_rows: int, options: Options) -> Targets:
-        """Args:
-        targets_T: [T] int64.
-        token_weights_T: [T] or None for ones.
-        num_rows: V of this rank.
+    def of(targets_T: Tensor, num_rows: int, options: Options) -> Targets:
+        """Return the targets as this rank sees them.
+
+        Args:
+            targets_T: [T] int64.
+            num_rows: V of this rank.
         """
         valid = targets_T != options.ignore_index
-        weights = valid.float() if token_weights_T is None else torch.where(valid, token_weights_T.float(), 0.0)
         local = targets_T - group_rank(options) * num_rows
         owned = valid & (local >= 0) & (local < num_rows)
         lost = valid & ((targets_T < 0) | (targets_T >= num_rows * group_size(options)))
-        return Targets(weights, torch.where(owned, local, 0), owned.float(), lost)
+        return Targets(valid.float(), torch.where(owned, local, 0), owned.float(), lost)
 
 
 class RowTerms(NamedTuple):
@@ -76,31 +75,32 @@ class RowTerms(NamedTuple):
     log_sum_T: Tensor
     """[T] fp32 log-sum-exp over the whole vocabulary."""
     slope_T: Tensor
-    """[T] fp32 ``1 + 2 * z_loss * lse``: derivative of a row's loss by its log-sum-exp, without the token's weight."""
+    """[T] fp32 ``1 + 2 * z_loss * lse``: derivative of a row's loss by its log-sum-exp, 1 without a z-loss."""
 
 
-def row_terms(
-    log_sum_T: Tensor, target_logit_T: Tensor, logit_sum_T: Tensor, targets: Targets, num_rows: int, options: Options
-) -> RowTerms:
-    """Losses from this rank's statistics, each [T] fp32: log-sum-exp, the target's logit (0 where another rank has it)
-    and the sum of logits (used with label smoothing only). In a vocabulary group this is where the ranks talk."""
+def row_terms(log_sum_T: Tensor, target_logit_T: Tensor, targets: Targets, options: Options) -> RowTerms:
+    """Return the losses from this rank's statistics, which the ranks of a vocabulary group exchange here.
+
+    Args:
+        log_sum_T: [T] fp32 log-sum-exp over this rank's rows.
+        target_logit_T: [T] fp32 logit of the target, 0 where another rank has it.
+        targets: of these tokens.
+        options: of the whole loss.
+    """
     if options.vocab_group is not None:
         # All-gather rather than all-reduce: every rank then adds the same numbers in the same order.
-        local = torch.stack((log_sum_T, target_logit_T, logit_sum_T))
+        local = torch.stack((log_sum_T, target_logit_T))
         gathered = local.new_empty(group_size(options), *local.shape)
         dist.all_gather_into_tensor(gathered.view(-1, local.shape[-1]), local, group=options.vocab_group)
         log_sum_T = torch.logsumexp(gathered[:, 0], dim=0)
-        target_logit_T, logit_sum_T = gathered[:, 1].sum(0), gathered[:, 2].sum(0)
-    smoothing = options.label_smoothing
-    losses = log_sum_T - (1.0 - smoothing) * target_logit_T
-    if smoothing:
-        losses -= (smoothing / (num_rows * group_size(options))) * logit_sum_T
+        target_logit_T = gathered[:, 1].sum(0)
+    losses = log_sum_T - target_logit_T
     slope = torch.ones_like(log_sum_T)
     if options.z_loss:
         losses += options.z_loss * log_sum_T.square()
         slope += (2.0 * options.z_loss) * log_sum_T
     # A wrong target must not pass as a plausible loss; a check that raises would wait for the device.
-    losses = (losses * targets.weights_T).masked_fill_(targets.lost_T, float("nan"))
+    losses = (losses * targets.valid_T).masked_fill_(targets.lost_T, float("nan"))
     return RowTerms(losses, log_sum_T, slope)
 
 

@@ -6,9 +6,9 @@ tile's row sums and row maxima and the target's logit, all fp32. Nothing but the
 zero. Blocks of rows with others are computed again with ``c`` their largest logit; a flag on the device says which, so
 the host waits for nothing, and where none is flagged the second launch ends at once.
 
-With ``S`` the sum of exponentials, ``v = w * slope * exp(c - lse)`` scales a row of ``E`` to its gradient once the
-target's element is ``exp(z[y] - c) - exp(lse - c) / slope`` (formulas and ``slope``: ``rows.py``). The scale commutes
-with both products: ``dX = diag(v) (E @ W)``, ``dW += E^T @ (v X)``.
+With ``S`` the sum of exponentials, ``v = slope * exp(c - lse)`` (0 where the target is ignored) scales a row of ``E``
+to its gradient once the target's element is ``exp(z[y] - c) - exp(lse - c) / slope`` (formulas and ``slope``:
+``rows.py``). The scale commutes with both products: ``dX = diag(v) (E @ W)``, ``dW += E^T @ (v X)``.
 
 Sums are per tile and added in order, without atomics: the same inputs give the same bits.
 """
@@ -54,14 +54,14 @@ def compute(
     hidden_TH: Tensor,
     weight_VH: Tensor,
     targets_T: Tensor,
-    token_weights_T: Tensor | None,
     options: Options,
     budget: int,
     need_hidden: bool,
     need_weight: bool,
 ) -> Gradients:
-    """Losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options. bf16 inputs, no
-    label smoothing.
+    """Return losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options.
+
+    The inputs are bf16.
 
     Args:
         budget: bytes that exponentials and row statistics may take together. One block of rows is always taken.
@@ -77,8 +77,7 @@ def compute(
     with on_device:
         for part in chunks(num_tokens, _rows_per_chunk(budget, num_rows, tiles, need_any), tiles.rows):
             hidden = hidden_TH[part]
-            weights = None if token_weights_T is None else token_weights_T[part]
-            targets = Targets.of(targets_T[part], weights, num_rows, options)
+            targets = Targets.of(targets_T[part], num_rows, options)
             losses[part], exponentials, scale = _forward(hidden, weight_VH, targets, options, tiles, need_any)
             if grad_hidden is not None:
                 product = matmul_fp32(exponentials, weight_VH).mul_(scale[:, None])
@@ -123,7 +122,7 @@ def _forward(
     _launch(hidden, weight, index, shift, far.to(torch.int32), buffers, options, tiles, second=True)
 
     log_sum = shift + sums.sum(0).log_()
-    terms = row_terms(log_sum, target_logit, nothing, targets, num_rows, options)
+    terms = row_terms(log_sum, target_logit, targets, options)
     if not need_gradient:
         return terms.losses_T, exponentials, nothing
     exponentials = exponentials[:, :num_rows]
@@ -142,7 +141,7 @@ def _set_target_elements(
     index = targets.index_T[:, None]
     element = torch.where(targets.owned_T > 0, element, exponentials.gather(1, index)[:, 0])
     exponentials.scatter_(1, index, element[:, None].to(exponentials.dtype))
-    return targets.weights_T * slope * torch.exp(shift - terms.log_sum_T)
+    return targets.valid_T * slope * torch.exp(shift - terms.log_sum_T)
 
 
 def _tiles_for(device: torch.device) -> Tiles:

@@ -11,7 +11,8 @@ import pytest
 import saved_runs
 
 from retemper.engine.checkpoint import destination, store
-from retemper.engine.checkpoint.destination import require_space, require_writable
+from retemper.engine.checkpoint.destination import require_writable
+from retemper.engine.checkpoint.disk_space import require_space
 from retemper.engine.checkpoint.store import CheckpointStore
 from retemper.engine.errors import UserError
 

@@ -20,7 +20,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-from retemper.checkpoint_convert.dcp_to_hf import convert
 from retemper.engine.checkpoint import manifest as manifests
 from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.checkpoint.untrusted import file_inside, shown
@@ -32,6 +31,7 @@ from retemper.engine.conversion.dcp_metadata import (
     require_modest,
     unpickle_metadata,
 )
+from retemper.engine.conversion.dcp_to_hf import convert
 from retemper.engine.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

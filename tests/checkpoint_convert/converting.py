@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import Command
 from transformers import AutoModelForCausalLM
 
-from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
+from retemper.engine.conversion import dcp_to_hf, hf_to_dcp
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -14,7 +14,7 @@ from tiny_models import SHAPE, TOKENIZER
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from retemper.checkpoint_convert import from_megatron, to_megatron
+from retemper.checkpoint_convert import megatron_export, megatron_import
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 2, "dtype": "bfloat16"},
@@ -122,12 +122,12 @@ def save_megatron(folder: Path, state: dict[str, Any], args: Any = None) -> Path
 def quiet_from(megatron: Path, output: Path, **options: Any) -> list[str]:
     """Convert; returns what was said."""
     said: list[str] = []
-    from_megatron.convert(megatron, output, say=said.append, **options)
+    megatron_import.convert(megatron, output, say=said.append, **options)
     return said
 
 
 def quiet_to(output: Path, **options: Any) -> list[str]:
     """Convert; returns what was said."""
     said: list[str] = []
-    to_megatron.convert(output, say=said.append, **options)
+    megatron_export.convert(output, say=said.append, **options)
     return said

@@ -291,7 +291,7 @@ def test_a_full_disk_takes_a_line(saved_models: dict[str, Path], tmp_path: Path)
     # so that both commands run in one of their own.
     script = f"""
 import resource, sys
-from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
+from retemper.engine.conversion import dcp_to_hf, hf_to_dcp
 from retemper.engine.errors import UserError
 hf_to_dcp.convert({str(saved_models["llama"])!r}, "checkpoint")
 resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))

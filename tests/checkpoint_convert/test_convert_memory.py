@@ -18,7 +18,7 @@ from retemper.engine.streaming.tensor_source import StoredTensor
 # Prints resident bytes after the imports, and the most of them until the end of each direction.
 SCRIPT = """
 import json
-from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
+from retemper.engine.conversion import dcp_to_hf, hf_to_dcp
 
 def resident(key):
     [line] = [line for line in open("/proc/self/status") if line.startswith(key + ":")]

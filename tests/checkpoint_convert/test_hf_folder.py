@@ -17,7 +17,8 @@ from tiny_models import edit_json, read_folder, read_safetensors
 
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.folder import INDEX_FILE, WEIGHTS_FILE, HfWeights
-from retemper.engine.hugging_face.shards import ShardPlan, parse_shard_size
+from retemper.engine.hugging_face.shards import ShardPlan
+from retemper.engine.hugging_face.weight_options import parse_shard_size
 from retemper.engine.streaming.block_copy import copy_files
 from retemper.engine.streaming.tensor_source import ReadRows, StoredTensor, rows_of
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from retemper.checkpoint_convert import from_megatron, megatron_config, to_megatron
+from retemper.checkpoint_convert import megatron_config, megatron_export, megatron_import
 from retemper.engine.checkpoint.verify import find_damage
 from retemper.engine.errors import UserError
 
@@ -94,14 +94,14 @@ def test_what_megatron_saves(one_rank: Ranks, tmp_path: Path, family: str) -> No
         saved(model, tmp_path / "megatron", args)
         theirs = mm.logits(model, TOKENS)
     # From what Megatron has stored: it does not say how many rows are padding.
-    from_megatron.convert(tmp_path / "megatron", tmp_path / "all", say=lambda line: None)
+    megatron_import.convert(tmp_path / "megatron", tmp_path / "all", say=lambda line: None)
     torch.testing.assert_close(transformers_logits(tmp_path / "all"), theirs, rtol=0, atol=1e-5)
     config = json.loads((tmp_path / "all" / "config.json").read_text())
     assert (config["model_type"], config["vocab_size"]) == (settings["model_type"], 128)
     # And from the model's config.
     (tmp_path / "config.json").write_text(json.dumps(settings))
     said: list[str] = []
-    from_megatron.convert(
+    megatron_import.convert(
         tmp_path / "megatron", tmp_path / "hf", config=tmp_path / "config.json", verify=True, say=said.append
     )
     torch.testing.assert_close(transformers_logits(tmp_path / "hf"), theirs[..., :VOCAB_SIZE], rtol=0, atol=1e-5)
@@ -115,7 +115,7 @@ def test_what_megatron_saves_layer_by_layer(one_rank: Ranks, tmp_path: Path, met
         model = mm.gpt_model(args, 128)
         saved(model, tmp_path / "megatron", args, metadata)
         theirs = mm.logits(model, TOKENS)
-    from_megatron.convert(tmp_path / "megatron" / "iter_0000007", tmp_path / "hf", say=lambda line: None)
+    megatron_import.convert(tmp_path / "megatron" / "iter_0000007", tmp_path / "hf", say=lambda line: None)
     torch.testing.assert_close(transformers_logits(tmp_path / "hf"), theirs, rtol=0, atol=1e-5)
 
 
@@ -123,7 +123,7 @@ def test_what_megatron_saves_layer_by_layer(one_rank: Ranks, tmp_path: Path, met
 @pytest.mark.parametrize("per_layer", [False, True], ids=["stacked", "per layer"])
 def test_megatron_loads_what_we_write(one_rank: Ranks, tmp_path: Path, family: str, per_layer: bool) -> None:
     folder = random_hf_folder(tmp_path / "hf", SETTINGS[family])
-    to_megatron.convert(tmp_path / "megatron", hf=str(folder), per_layer=per_layer, say=lambda line: None)
+    megatron_export.convert(tmp_path / "megatron", hf=str(folder), per_layer=per_layer, say=lambda line: None)
     assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release"
     release = tmp_path / "megatron" / "release"
     with mm.megatron_on_cpu():
@@ -155,11 +155,11 @@ def test_two_tensor_parallel_ranks(two_ranks: Any, tmp_path: Path) -> None:
     """Every rank holds half of the groups, of gate and up, and of the vocabulary."""
     settings = SETTINGS["llama"]
     folder = random_hf_folder(tmp_path / "hf", settings)
-    to_megatron.convert(tmp_path / "ours", hf=str(folder), tensor_parallel=2, say=lambda line: None)
+    megatron_export.convert(tmp_path / "ours", hf=str(folder), tensor_parallel=2, say=lambda line: None)
     (tmp_path / "theirs").mkdir()
     results = two_ranks.run(megatron_on_two_ranks, settings, str(tmp_path / "ours/release"), str(tmp_path / "theirs"))
     expected = transformers_logits(folder)
-    from_megatron.convert(tmp_path / "theirs", tmp_path / "back", say=lambda line: None)
+    megatron_import.convert(tmp_path / "theirs", tmp_path / "back", say=lambda line: None)
     back = transformers_logits(tmp_path / "back")
     for result in results:
         torch.testing.assert_close(result["loaded"][..., :VOCAB_SIZE], expected, rtol=0, atol=1e-5)
@@ -170,9 +170,9 @@ def test_a_checkpoint_for_the_trainer(one_rank: Ranks, tmp_path: Path) -> None:
     args = mm.args_of(SETTINGS["qwen3"])
     with mm.megatron_on_cpu():
         saved(mm.gpt_model(args, 128), tmp_path / "megatron", args)
-    from_megatron.convert(tmp_path / "megatron", tmp_path / "checkpoint", format="checkpoint", say=lambda line: None)
+    megatron_import.convert(tmp_path / "megatron", tmp_path / "checkpoint", format="checkpoint", say=lambda line: None)
     assert find_damage(tmp_path / "checkpoint")[1] == []
-    to_megatron.convert(tmp_path / "again", checkpoint=tmp_path / "checkpoint", say=lambda line: None)
+    megatron_export.convert(tmp_path / "again", checkpoint=tmp_path / "checkpoint", say=lambda line: None)
     with mm.megatron_on_cpu():
         before, after = mm.gpt_model(args, 128), mm.gpt_model(args, 128)
         for parameter in after.parameters():
@@ -184,7 +184,7 @@ def test_a_checkpoint_for_the_trainer(one_rank: Ranks, tmp_path: Path) -> None:
 
 def test_megatron_takes_another_padding(one_rank: Ranks, tmp_path: Path) -> None:
     folder = random_hf_folder(tmp_path / "hf", SETTINGS["llama"])
-    to_megatron.convert(tmp_path / "out", hf=str(folder), make_vocab_size_divisible_by=1, say=lambda line: None)
+    megatron_export.convert(tmp_path / "out", hf=str(folder), make_vocab_size_divisible_by=1, say=lambda line: None)
     with mm.megatron_on_cpu():
         model = mm.gpt_model(mm.args_of(SETTINGS["llama"]), 128)
         mm.load(model, tmp_path / "out" / "release")
@@ -216,7 +216,7 @@ def test_a_setting_that_no_tensor_betrays(one_rank: Ranks, tmp_path: Path, name:
     (tmp_path / "config.json").write_text(json.dumps(settings))
     config = tmp_path / "config.json" if given else None
     with pytest.raises(UserError, match=f"its args say {name} {value!r}, supported"):
-        from_megatron.convert(tmp_path / "megatron", tmp_path / "hf", config=config, say=lambda line: None)
+        megatron_import.convert(tmp_path / "megatron", tmp_path / "hf", config=config, say=lambda line: None)
     assert not (tmp_path / "hf").exists()
 
 
@@ -237,7 +237,7 @@ def test_windows(one_rank: Ranks, tmp_path: Path, first: int) -> None:
     windows = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": first}
     folder = random_hf_folder(tmp_path / "hf", {**SETTINGS["qwen2"], **windows})
     said: list[str] = []
-    to_megatron.convert(tmp_path / "megatron", hf=str(folder), say=said.append)
+    megatron_export.convert(tmp_path / "megatron", hf=str(folder), say=said.append)
     [advice] = [line for line in said if "--window-size" in line] or [""]
     assert bool(advice) == (first < 3)
     options = shlex.split(advice)
@@ -259,9 +259,9 @@ def test_windows(one_rank: Ranks, tmp_path: Path, first: int) -> None:
     # And back: nothing to say where both agree, a line where they do not.
     config = json.loads((folder / "config.json").read_text())
     said.clear()
-    from_megatron.convert(tmp_path / "megatron", tmp_path / "back", config=folder, say=said.append)
+    megatron_import.convert(tmp_path / "megatron", tmp_path / "back", config=folder, say=said.append)
     assert not any("sliding window" in line for line in said)
     (tmp_path / "other.json").write_text(json.dumps({**config, "sliding_window": 7}))
-    from_megatron.convert(tmp_path / "megatron", tmp_path / "o", config=tmp_path / "other.json", say=said.append)
+    megatron_import.convert(tmp_path / "megatron", tmp_path / "o", config=tmp_path / "other.json", say=said.append)
     differs = f"the sliding window of layer {first} is 7 in config.json, which is taken; the checkpoint's args say 6"
     assert (differs in said) == (first < 3)

@@ -24,13 +24,6 @@ def make_inputs(
     return hidden_TH.requires_grad_(), weight_VH.requires_grad_(), targets_T.to(device)
 
 
-def make_token_weights(num_tokens: int, device: str = "cpu") -> Tensor:
-    """Random weights, one of them zero."""
-    weights_T = torch.rand(num_tokens, generator=torch.Generator().manual_seed(7)) * 2
-    weights_T[-1] = 0.0
-    return weights_T.to(device)
-
-
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
@@ -40,7 +33,7 @@ def oracle(
 ) -> tuple[LinearCrossEntropy, Tensor, Tensor]:
     """(result, hidden gradient, weight gradient) by autograd over whole logits in float64, of the same values."""
     hidden, weight = (x.detach().double().requires_grad_() for x in inputs[:2])
-    result = reference.linear_cross_entropy(hidden, weight, inputs[2], per_token=True, **options)
+    result = reference.linear_cross_entropy(hidden, weight, inputs[2], **options)
     (result.loss_sum * upstream).backward()
     return result, hidden.grad, weight.grad
 
@@ -48,12 +41,11 @@ def oracle(
 def check(inputs: tuple[Tensor, Tensor, Tensor], upstream: float = 1.0, *, backend: str = "chunked", **options) -> None:
     """Losses, count and both gradients against float64."""
     expected, expected_hidden, expected_weight = oracle(inputs, upstream, **options)
-    actual = linear_cross_entropy(*inputs, per_token=True, backend=backend, **options)
+    actual = linear_cross_entropy(*inputs, backend=backend, **options)
     (actual.loss_sum * upstream).backward()
-    assert actual.loss_sum.dtype == actual.per_token.dtype == torch.float32
+    assert actual.loss_sum.dtype == torch.float32
     assert actual.loss_sum.shape == actual.count.shape == ()
     assert actual.count == expected.count
-    assert (actual.per_token - expected.per_token).abs().max() <= LOSS_TOLERANCE
     assert abs(actual.loss_sum.item() - expected.loss_sum.item()) <= LOSS_TOLERANCE * max(1, int(expected.count))
     tolerance = GRADIENT_TOLERANCE[inputs[0].dtype]
     for value, wanted in ((inputs[0], expected_hidden), (inputs[1], expected_weight)):

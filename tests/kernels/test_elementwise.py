@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retemper.kernels.rms_norm import rms_norm
-from retemper.kernels.rope import apply_rope, rope_cos_sin
+from retemper.kernels.rope import apply_rope, apply_rope_to_pair, rope_cos_sin
 from retemper.kernels.swiglu import swiglu
 
 
@@ -36,6 +36,17 @@ def test_rms_norm(shape, eps, size):
     expected = x64 / torch.sqrt((x64**2).mean(-1, keepdim=True) + eps) * weight64
     actual = rms_norm(x, weight, eps)
     compare(actual, expected, [x, weight], [x64, weight64], 2e-6)
+
+
+def test_rms_norm_of_a_sum():
+    """Of the stream and what is added to it; the sum is a result of its own, with a gradient."""
+    x, residual, weight = random(5, 8, seed=1), random(5, 8, seed=3), random(8, seed=2)
+    leaves = [x, residual, weight]
+    doubles = [value.detach().double().requires_grad_() for value in leaves]
+    total64 = doubles[0] + doubles[1]
+    norm64 = total64 / torch.sqrt((total64**2).mean(-1, keepdim=True) + 0.1) * doubles[2]
+    actual = torch.cat(rms_norm(x, weight, 0.1, residual))
+    compare(actual, torch.cat((norm64, total64)), leaves, doubles, 2e-6)
 
 
 def test_rms_norm_of_bf16_takes_its_mean_in_fp32():
@@ -90,6 +101,13 @@ def test_rope_keeps_norms_and_depends_on_distance_only():
     assert math.isclose(near.sum(), far.sum(), rel_tol=1e-4)
     assert not math.isclose(near.sum(), (turned(q, 6) * turned(k, 2)).sum(), rel_tol=1e-2)
     assert torch.equal(turned(q, 0), q)
+
+
+def test_rope_of_queries_and_keys_is_that_of_each():
+    q, k = random(3, 4, 6, seed=1), random(3, 2, 6, seed=2)
+    angles = rope_cos_sin(torch.arange(3), torch.tensor([1.0, 0.1, 0.01]))
+    for turned, x in zip(apply_rope_to_pair(q, k, *angles), (q, k), strict=True):
+        assert torch.equal(turned, apply_rope(x, *angles))
 
 
 def test_rope_keeps_the_dtype():

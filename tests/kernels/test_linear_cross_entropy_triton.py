@@ -9,7 +9,6 @@ from linear_cross_entropy_cases import (
     GRADIENT_TOLERANCE,
     check,
     make_inputs,
-    make_token_weights,
     oracle,
     relative_error,
 )
@@ -35,13 +34,8 @@ def test_equals_float64(num_tokens, hidden, vocab):
     check(inputs_of(num_tokens, hidden, vocab, size=2.0), 1.3008, backend="triton")
 
 
-@pytest.mark.parametrize(
-    "options", [{"z_loss": 0.01}, {"logit_softcap": 3.0}, {"z_loss": 0.01, "logit_softcap": 3.0, "token_weights": True}]
-)
+@pytest.mark.parametrize("options", [{"z_loss": 0.01}, {"logit_softcap": 3.0}, {"z_loss": 0.01, "logit_softcap": 3.0}])
 def test_options_equal_float64(options):
-    options = dict(options)
-    if "token_weights" in options:
-        options["token_weights"] = make_token_weights(37, DEVICE)
     check(inputs_of(37, 32, 97, size=4.0), backend="triton", **options)
 
 
@@ -130,12 +124,11 @@ def test_same_bits_every_time():
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize(("dtype", "options"), [(torch.float32, {}), (torch.bfloat16, {"label_smoothing": 0.1})])
-def test_what_it_cannot_do_is_refused(dtype, options):
-    inputs = make_inputs(3, 16, 31, dtype, device=DEVICE)
+def test_fp32_inputs_are_refused():
+    inputs = make_inputs(3, 16, 31, torch.float32, device=DEVICE)
     with pytest.raises(ValueError, match="backend 'triton' cannot be used"):
-        linear_cross_entropy(*inputs, backend="triton", **options)
-    check(inputs, backend="auto", **options)
+        linear_cross_entropy(*inputs, backend="triton")
+    check(inputs, backend="auto")
 
 
 COMPILE = """

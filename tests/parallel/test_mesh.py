@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from retemper.engine.config import ParallelConfig
 from retemper.engine.errors import UserError
-from retemper.engine.parallel.mesh import AXES, Layout, build_mesh, plan_layout
+from retemper.engine.parallel.layout import AXES, Layout, plan_layout
+from retemper.engine.parallel.mesh import build_mesh
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from retemper.engine.config import RunConfig
 from retemper.engine.config_parser import parse_config
 from retemper.engine.model.architecture import parse_architecture
-from retemper.engine.parallel.mesh import plan_layout
+from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.parallel.process_group import Ranks
 from retemper.tools.rehearsal.memory import MemoryCounter
 from retemper.tools.rehearsal.rank import Part, RankRehearsal, RehearsedTrainer, count_step, fresh_constants

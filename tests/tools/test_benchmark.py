@@ -26,7 +26,8 @@ from retemper.engine.parallel.process_group import Ranks
 from retemper.tools import benchmark as command
 from retemper.tools.step_benchmark import matmul, measure, phases
 from retemper.tools.step_benchmark.matmul import MatmulRate
-from retemper.tools.step_benchmark.measure import BenchmarkOptions, Measurement, is_out_of_memory, measure_step
+from retemper.tools.step_benchmark.measure import Measurement, is_out_of_memory, measure_step
+from retemper.tools.step_benchmark.options import BenchmarkOptions
 from retemper.tools.step_benchmark.phases import PHASES, PhaseClock, StepTime
 from retemper.tools.step_benchmark.report import format_report, summarize
 from retemper.tools.step_benchmark.synthetic import DocumentLengths, write_random_dataset

@@ -20,8 +20,8 @@ from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import run_command
 from retemper.tools import extend_vocab as command
 from retemper.tools.vocabulary import command as steps
-from retemper.tools.vocabulary.command import ExtendOptions
 from retemper.tools.vocabulary.corpus import Sample
+from retemper.tools.vocabulary.options import ExtendOptions
 from retemper.tools.vocabulary.token_list import read_list
 from retemper.tools.vocabulary.tokenizer_json import BpeJson
 
@@ -172,7 +172,7 @@ def test_damaged_files_beside_the_tokenizer(kind, name, content, words, bases, c
     folder = shutil.copytree(bases[kind], tmp_path / "model")
     (folder / name).write_bytes(content)
     line = refused("--model", folder, "--corpus", corpus, *LEARN)
-    assert f"{folder / name}: " in line and words in line and "get it anew from where the model came from" in line
+    assert f"{folder / name}: " in line and words in line and "get it again from where the model came from" in line
 
 
 def changed(base: Path, folder: Path, change: Callable[[dict], object]) -> Path:

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from retemper.engine.errors import UserError
 from retemper.tools.vocabulary import serving
-from retemper.tools.vocabulary.command import ExtendOptions, extend
+from retemper.tools.vocabulary.command import extend
+from retemper.tools.vocabulary.options import ExtendOptions
 from retemper.tools.vocabulary.token_list import read_list, texts_of
 from retemper.tools.vocabulary.vocabulary import NewToken
 

@@ -25,15 +25,16 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from retemper.checkpoint_convert import hf_to_dcp
 from retemper.engine.checkpoint.manifest import Manifest
+from retemper.engine.conversion import hf_to_dcp
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.model import packing
 from retemper.kernels import attention
 from retemper.kernels.attention import PER_DOCUMENT, plan_attention
 from retemper.tools import generate, generation
-from retemper.tools.generation import Sampling, TextGenerator, choose_token, find_device
+from retemper.tools.generation import TextGenerator, choose_token, find_device
+from retemper.tools.sampling import Sampling
 
 CONTEXT = 48
 VOCAB_SIZE = 400

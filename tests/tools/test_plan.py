@@ -19,15 +19,15 @@ from retemper.engine.errors import run_command
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.optim import allocate_states, build_optimizer
-from retemper.engine.parallel.mesh import Layout
+from retemper.engine.parallel.layout import Layout
 from retemper.tools import plan as command
-from retemper.tools.rehearsal.command import Request, read_architecture
 from retemper.tools.rehearsal.extrapolation import places, rehearse_short
 from retemper.tools.rehearsal.gpus import GPUS, GiB, find_gpu
 from retemper.tools.rehearsal.outcome import Outcome, checkpoint_bytes
 from retemper.tools.rehearsal.pool import Pool
-from retemper.tools.rehearsal.prediction import Assumptions, bandwidth, idle_share, predict
+from retemper.tools.rehearsal.prediction import bandwidth, idle_share, predict
 from retemper.tools.rehearsal.report import format_needless_recomputation
+from retemper.tools.rehearsal.request import Assumptions, Request, read_architecture
 from retemper.tools.rehearsal.search import (
     describe,
     judge,
@@ -322,7 +322,7 @@ def test_checkpoint_size_is_that_of_a_written_one(run_file, tmp_path):
 
 def request(gpu: str | None, nodes: int, gpus_per_node: int, **changes) -> Request:
     """With the command's defaults."""
-    return replace(Request(nodes, gpus_per_node, gpu, 0.55, 4.0, None, False, False), **changes)
+    return replace(Request(nodes, gpus_per_node, gpu, 0.55, 4.0, None), **changes)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

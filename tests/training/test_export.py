@@ -14,8 +14,8 @@ import tiny_run
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from retemper.checkpoint_convert import dcp_to_hf
 from retemper.engine.checkpoint.verify import find_damage
+from retemper.engine.conversion import dcp_to_hf
 from retemper.engine.errors import UserError
 from retemper.engine.trainer import Trainer
 

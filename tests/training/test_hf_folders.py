@@ -14,15 +14,15 @@ import torch
 import yaml
 from huggingface_hub import errors
 
-from retemper.checkpoint_convert import hf_to_dcp
 from retemper.engine.checkpoint.assets import HfAssets, find_assets
 from retemper.engine.config import ModelConfig
+from retemper.engine.conversion import hf_to_dcp
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.hub_download import find_model_folder
 from retemper.engine.hugging_face.model import open_hf_model
 from retemper.engine.hugging_face.slices import load_hf_tensors
 from retemper.engine.trainer import Trainer
-from retemper.tools.rehearsal.command import read_architecture
+from retemper.tools.rehearsal.request import read_architecture
 
 LAYOUTS = {
     "one rank": (1, []),

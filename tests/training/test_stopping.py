@@ -25,7 +25,7 @@ OPTIONS = ["--training.eval_tokens", "2000", "--training.train_tokens", str(10 *
 def processes():
     """Starts processes that have imported the trainer already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["retemper.engine.pretrain"])
+    context.set_forkserver_preload(["retemper.engine.pretrain", "retemper.engine.trainer"])
     return context
 
 

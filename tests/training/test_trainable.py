@@ -14,14 +14,14 @@ from retemper.engine.checkpoint.tensors import stored_tensors
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.observe import progress
 from retemper.engine.observe.summary import describe_run
-from retemper.engine.parallel.mesh import plan_layout
+from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.trainer import Trainer
 from retemper.tools.plan import main as plan
 from retemper.tools.rehearsal.formulas import rough_prediction
 from retemper.tools.rehearsal.gpus import GPUS
-from retemper.tools.rehearsal.outcome import Setting
-from retemper.tools.rehearsal.prediction import Assumptions
-from retemper.tools.step_benchmark.measure import BenchmarkOptions, measure_step
+from retemper.tools.rehearsal.request import Assumptions, Setting
+from retemper.tools.step_benchmark.measure import measure_step
+from retemper.tools.step_benchmark.options import BenchmarkOptions
 
 EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
 ONLY = ["--training.trainable", "embeddings"]

@@ -15,7 +15,8 @@ from fake_hub import TOKEN, FakeHub
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
+from retemper.checkpoint_convert import dcp_to_hf
+from retemper.engine.conversion import hf_to_dcp
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.folder import HfWeights
 from retemper.engine.hugging_face.upload import open_repository, upload_folder

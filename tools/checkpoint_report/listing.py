@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...engine.checkpoint.destination import format_bytes
+from ...engine.checkpoint.disk_space import format_bytes
 from ...engine.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
-from ...engine.checkpoint.names import is_checkpoint_name, step_of
+from ...engine.checkpoint.names import DAMAGED, REWOUND, is_checkpoint_name, step_of
 from ...engine.checkpoint.retention import reasons_to_keep
-from ...engine.checkpoint.store import DAMAGED, REWOUND
 from ...engine.checkpoint.verify import wrong_sizes
 from ...engine.errors import UserError
 from ...engine.observe.loggers import METRICS_FILE

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ...engine.checkpoint.destination import format_bytes
+from ...engine.checkpoint.disk_space import format_bytes
 from ...engine.checkpoint.manifest import MANIFEST_FILE
 from ...engine.checkpoint.names import named_checkpoints
 from ...engine.checkpoint.verify import find_damage

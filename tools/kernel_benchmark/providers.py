@@ -28,7 +28,7 @@ from ...kernels.attention import (
 from ...kernels.attention.flash import use_implementation
 from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
-from ...kernels.rope import apply_rope, apply_rope_to_pair
+from ...kernels.rope import apply_rope_to_pair
 from ...kernels.swiglu import swiglu
 from . import chunked_loss
 from .references import EPS, IGNORE_INDEX
@@ -72,8 +72,8 @@ class Provider:
         return self.obstacle(inputs) if self.obstacle else None
 
 
-def _ours(function: Function, gpu_only: bool = False) -> Provider:
-    return Provider(lambda _: function, OURS, gpu_only)
+def _ours(function: Function) -> Provider:
+    return Provider(lambda _: function, OURS)
 
 
 def _compiled(function: Function) -> Provider:
@@ -266,13 +266,10 @@ ATTENTION = {
 # Norm, rotation, activation
 
 
-def _our_rms_norm(implementation: Any) -> Function:
-    def compute(x: Tensors) -> Outputs:
-        if "residual" in x:
-            return rms_norm(x["x"], x["weight"], EPS, x["residual"], implementation=implementation)
-        return (rms_norm(x["x"], x["weight"], EPS, implementation=implementation),)
-
-    return compute
+def _our_rms_norm(x: Tensors) -> Outputs:
+    if "residual" in x:
+        return rms_norm(x["x"], x["weight"], EPS, x["residual"])
+    return (rms_norm(x["x"], x["weight"], EPS),)
 
 
 def _torch_rms_norm(x: Tensors) -> Outputs:
@@ -294,9 +291,8 @@ def _liger_add_rms_norm(_: Tensors) -> Function:
 
 
 RMS_NORM = {
-    "retemper, torch": _ours(_our_rms_norm("torch")),
-    "retemper, triton": _ours(_our_rms_norm("triton"), gpu_only=True),
-    "retemper, torch, compiled": _compiled(_our_rms_norm("torch")),
+    "retemper": _ours(_our_rms_norm),
+    "retemper, compiled": _compiled(_our_rms_norm),
     "F.rms_norm": Provider(lambda _: _torch_rms_norm),
     "F.rms_norm, compiled": _compiled(_torch_rms_norm),
     "Liger": Provider(_liger_rms_norm, "liger_kernel", gpu_only=True),
@@ -304,12 +300,8 @@ RMS_NORM = {
 RMS_NORM_RESIDUAL = {**RMS_NORM, "Liger": Provider(_liger_add_rms_norm, "liger_kernel", gpu_only=True)}
 
 
-def _our_rope(implementation: Any) -> Function:
-    return lambda x: apply_rope_to_pair(x["q"], x["k"], x["cos"], x["sin"], implementation=implementation)
-
-
-def _torch_rope(x: Tensors) -> Outputs:
-    return tuple(apply_rope(x[name], x["cos"], x["sin"]) for name in "qk")
+def _our_rope(x: Tensors) -> Outputs:
+    return apply_rope_to_pair(x["q"], x["k"], x["cos"], x["sin"])
 
 
 def _liger_rope(_: Tensors) -> Function:
@@ -325,19 +317,14 @@ def _liger_rope(_: Tensors) -> Function:
 
 
 ROPE = {
-    "retemper, torch": _ours(_our_rope("torch")),
-    "retemper, triton": _ours(_our_rope("triton"), gpu_only=True),
-    "torch.compile": _compiled(_torch_rope),
+    "retemper": _ours(_our_rope),
+    "retemper, compiled": _compiled(_our_rope),
     "Liger, with its copy": Provider(_liger_rope, "liger_kernel", gpu_only=True),
 }
 
 
-def _our_swiglu(implementation: Any) -> Function:
-    return lambda x: (swiglu(x["gate"], x["up"], implementation=implementation),)
-
-
-def _torch_swiglu(x: Tensors) -> Outputs:
-    return (F.silu(x["gate"]) * x["up"],)
+def _our_swiglu(x: Tensors) -> Outputs:
+    return (swiglu(x["gate"], x["up"]),)
 
 
 def _liger_swiglu(_: Tensors) -> Function:
@@ -347,8 +334,7 @@ def _liger_swiglu(_: Tensors) -> Function:
 
 
 SWIGLU = {
-    "retemper, torch": _ours(_our_swiglu("torch")),
-    "retemper, triton": _ours(_our_swiglu("triton"), gpu_only=True),
-    "torch.compile": _compiled(_torch_swiglu),
+    "retemper": _ours(_our_swiglu),
+    "retemper, compiled": _compiled(_our_swiglu),
     "Liger": Provider(_liger_swiglu, "liger_kernel", gpu_only=True),
 }

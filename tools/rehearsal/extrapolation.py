@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ...engine.budget import plan_batches
 from ...engine.config import RunConfig
-from ...engine.parallel.mesh import Layout
+from ...engine.parallel.layout import Layout
 from ...engine.parallel.pipeline import cut_layers, stage_numbers
 from .rank import Part, RankRehearsal
 from .work import Sent

@@ -12,9 +12,9 @@ from ...engine.budget import plan_batches
 from ...engine.config import RunConfig
 from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
-from ...engine.parallel.mesh import Layout
-from .outcome import Setting
+from ...engine.parallel.layout import Layout
 from .prediction import Prediction, bytes_of, gradient_bytes, predict
+from .request import Setting
 from .work import Collective, Sent, sent_bytes
 
 

@@ -9,34 +9,15 @@ from ...engine.budget import BatchPlan, plan_batches
 from ...engine.config import RunConfig
 from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
-from ...engine.parallel.mesh import Layout
-from .gpus import GiB, Gpu
+from ...engine.parallel.layout import Layout
+from .gpus import GiB
 from .memory import KINDS
-from .prediction import Assumptions, Prediction, bytes_of, predict
+from .prediction import Prediction, bytes_of, predict
 from .rank import RankRehearsal
-
-RESERVE = 4 * GiB
-"""Kept free: CUDA's context and libraries (about 0.5 GiB), buffers of NCCL's channels (about 1 GiB for some groups),
-and what the allocator loses to fragmentation."""
+from .request import Setting
 
 _ON_HOST = ("parameters", "gradients", "optimizer states")
 """With ``parallel.cpu_offload``."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all layouts of a plan share."""
-
-    architecture: Architecture
-    gpu: Gpu
-    nodes: int
-    assumptions: Assumptions
-    reserve: float = RESERVE
-
-    @property
-    def world_size(self) -> int:
-        """Ranks in all."""
-        return self.nodes * self.assumptions.gpus_per_node
 
 
 @dataclass(frozen=True)

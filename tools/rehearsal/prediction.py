@@ -11,28 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...engine.config import RunConfig
-from ...engine.parallel.mesh import Layout
+from ...engine.parallel.layout import Layout
 from .gpus import Gpu
+from .request import Assumptions
 from .work import Collective, Sent
 
-EFFICIENCY = 0.55
-"""Part of the peak that a GPU reaches while it computes a transformer's blocks, all else (norms, launches, unequal
-ranks) included. Megatron-LM reached 0.44 to 0.52 with all communication on A100s (Narayanan et al., 2021,
-https://arxiv.org/abs/2104.04473); published runs on H100s lie between 0.35 and 0.5."""
-
-LINK_EFFICIENCY = 0.8
-"""Part of the datasheet's bandwidth that links and memory reach."""
-
 _WAITED_FOR = ("tensor", "pipeline")
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What a prediction rests on, besides datasheets."""
-
-    gpus_per_node: int
-    efficiency: float = EFFICIENCY
-    link_efficiency: float = LINK_EFFICIENCY
 
 
 @dataclass(frozen=True)

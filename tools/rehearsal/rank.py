@@ -26,7 +26,8 @@ from ...engine.model.decoder import LayerRange
 from ...engine.optim import allocate_states, build_optimizer
 from ...engine.parallel import pipeline
 from ...engine.parallel.build import Choices, build_model
-from ...engine.parallel.mesh import Layout, build_mesh
+from ...engine.parallel.layout import Layout
+from ...engine.parallel.mesh import build_mesh
 from ...engine.parallel.process_group import Ranks
 from ...engine.run_state import Progress
 from ...engine.trainer import Trainer

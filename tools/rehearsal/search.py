@@ -13,13 +13,14 @@ from ...engine.config import RunConfig
 from ...engine.config_checks import validate
 from ...engine.errors import UserError
 from ...engine.parallel.build import Choices, check
-from ...engine.parallel.mesh import Layout, plan_layout
+from ...engine.parallel.layout import Layout, plan_layout
 from .cluster import CPU
 from .extrapolation import places, rehearse_short
 from .formulas import Calibration, rough_memory, rough_prediction
-from .outcome import Outcome, Setting, shown_layout
+from .outcome import Outcome, shown_layout
 from .pool import Pool
 from .rank import Part, RankRehearsal, attention_backend
+from .request import Setting
 
 _LEAST_TOKENS = 4096
 """Of a sample on each of the ranks that share it: with fewer, sharing is not tried."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ...engine.parallel.mesh import AXES, Layout
+from ...engine.parallel.layout import AXES, Layout
 
 _KINDS = {
     "all-gather": ("allgather", "all_gather"),

@@ -16,10 +16,11 @@ from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
 from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.errors import UserError
-from ...engine.hugging_face.shards import DEFAULT_MAX_SHARD_SIZE, parse_shard_size
+from ...engine.hugging_face.weight_options import parse_shard_size
 from ...engine.outputs import Use, require_separate
 from ...engine.streaming.new_folder import new_folder, require_absent
 from .corpus import Sample, is_held_out, read_documents
+from .options import ExtendOptions
 from .report import PAGE_FILE, REPORT_FILE, Gain, Measure, format_gain, format_tokens, write_page, write_report
 from .sentencepiece_file import escaped
 from .sentencepiece_json import converted
@@ -33,25 +34,6 @@ from .weights import ExtendedVocabulary, StoredModel, choose_rows, open_model, w
 _BATCH = 256
 _MEASURED_CHARACTERS = 1 << 26
 """Of the documents that are kept in memory to measure with: at most 256 MiB."""
-
-
-@dataclass(frozen=True)
-class ExtendOptions:
-    """The command line."""
-
-    model: str
-    output: str
-    corpus: Sequence[str] = ()
-    num_tokens: int = 2000
-    tokens: str | None = None
-    json_key: Sequence[str] = ("text",)
-    txt_mode: str = "file"
-    max_documents: int | None = None
-    max_bytes: int | None = None
-    min_count: int = 10
-    max_characters: int = 16
-    pad_vocab_to_multiple_of: int | None = None
-    max_shard_size: str = DEFAULT_MAX_SHARD_SIZE
 
 
 @dataclass
@@ -74,7 +56,6 @@ def extend(options: ExtendOptions, say: Callable[[str], None] = print) -> None:
             Nothing is left behind.
     """
     output = require_absent(options.output)
-    _check(options)
     listed = None if options.tokens is None else read_list(options.tokens)
     model = open_model(options.model)
     require_separate([Use("--model", model.folder)], folders=[Use(f"--output {output}", output)])
@@ -146,16 +127,6 @@ def _write(
     if model.is_checkpoint:
         seal(folder, done.values())
     return gain
-
-
-def _check(options: ExtendOptions) -> None:
-    if options.tokens is None and not options.corpus:
-        raise UserError("--corpus or --tokens is needed: text to learn tokens from, or a list of them")
-    parse_shard_size(options.max_shard_size)
-    for name in ("num_tokens", "min_count", "max_characters", "max_documents", "max_bytes", "pad_vocab_to_multiple_of"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
 
 
 def open_tokenizer(files: dict[str, bytes], where: Path) -> tuple[Tokenizer, list[str]]:

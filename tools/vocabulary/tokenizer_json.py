@@ -23,7 +23,7 @@ from .splitting import WordSplitter, may_be_piece, split_words
 from .vocabulary import Extension, NewToken, Wanted, dump_json, read_object, require_ids_as_read
 
 _VOCAB_FILE, _MERGES_FILE = "vocab.json", "merges.txt"
-_REMEDY = f"get it anew from where the model came from, or take it away: {TOKENIZER_FILE} is complete"
+_REMEDY = f"get it again from where the model came from, or remove it: {TOKENIZER_FILE} is complete"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 

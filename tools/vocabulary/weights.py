@@ -26,8 +26,9 @@ from ...engine.hugging_face.hub_download import find_model_folder
 from ...engine.hugging_face.model import EMBEDDING, HEAD, open_hf_model
 from ...engine.hugging_face.shards import ShardPlan
 from ...engine.model.architecture import CONFIG_FILE, Architecture
-from ...engine.streaming.block_copy import BLOCK_BYTES, WrittenFile, copy_files, default_workers
+from ...engine.streaming.block_copy import BLOCK_BYTES, WrittenFile, copy_files
 from ...engine.streaming.tensor_source import ReadRows, StoredTensor, TensorSource
+from ...engine.streaming.workers import default_workers
 from .vocabulary import NewToken
 
 _LARGEST_MULTIPLE = 128

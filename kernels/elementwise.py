@@ -1,8 +1,0 @@
-"""Which implementation of rms_norm, rope and swiglu a model uses."""
-
-from __future__ import annotations
-
-from typing import Literal
-
-Implementation = Literal["torch", "triton"]
-"""torch: plain PyTorch, the reference. triton: one fused kernel forward and one backward."""
