@@ -1,9 +1,10 @@
-"""Show, verify, compare and thin out checkpoints.
+"""Show, verify, compare, thin out and upgrade checkpoints.
 
     python tools/checkpoint.py ls runs/x                       # every checkpoint: step, loss, size, why it is kept
     python tools/checkpoint.py verify runs/x/checkpoints/*     # read every byte; exit status 1 where one is damaged
     python tools/checkpoint.py diff A B                        # settings and tensors that differ; exit status 1 then
     python tools/checkpoint.py prune runs/x --keep-last 2 --keep-every 10000 --dry-run
+    python tools/checkpoint.py upgrade runs/x                  # rewrite those of former formats in the present one
 
 The work is done by retemper.tools.checkpoint_report; this file is the command line.
 """
@@ -21,8 +22,8 @@ from retemper.tools.checkpoint_report.verification import verify
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options on the command line, by default that of this process."""
-    parser = CommandParser(description="Show, verify, compare and thin out checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|diff|prune")
+    parser = CommandParser(description="Show, verify, compare, thin out and upgrade checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|diff|prune|upgrade")
     ls = commands.add_parser("ls", help="the checkpoints of a run; sizes are checked, contents are not read")
     ls.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
     verify_ = commands.add_parser("verify", help="compare every byte with the hashes; exit status 1 on damage")
@@ -35,6 +36,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     thin.add_argument("--keep-last", type=_positive, required=True, metavar="N", help="newest ones that stay")
     thin.add_argument("--keep-every", type=_positive, default=0, metavar="N", help="steps whose multiples stay")
     thin.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    renew = commands.add_parser("upgrade", help="rewrite checkpoints of former formats in the present one")
+    renew.add_argument("path", type=Path, metavar="PATH", help="checkpoint or run folder")
     return parser.parse_args(arguments)
 
 
@@ -56,6 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from retemper.tools.checkpoint_report.comparison import compare  # needs PyTorch
 
         return 1 if compare(options.first, options.second) else 0
+    if options.command == "upgrade":
+        from retemper.tools.checkpoint_report.upgrading import upgrade  # needs PyTorch
+
+        upgrade(options.path)
+        return 0
     from retemper.tools.checkpoint_report.pruning import prune  # needs PyTorch
 
     prune(options.run_folder, options.keep_last, options.keep_every, options.dry_run)

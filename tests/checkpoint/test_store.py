@@ -161,7 +161,7 @@ def test_format_1_is_read_and_said_to_be_unverified(one_rank, run_folder):
     resumed, [line] = saved_runs.resolve(one_rank, run_folder)
     assert resumed == "step-00000012" and "is not verified" in line
     # What can be seen without hashes is seen.
-    damage(checkpoint(run_folder) / "rank-00000.safetensors", "truncated")
+    damage(checkpoint(run_folder) / "__0_0.distcp", "truncated")
     assert saved_runs.resolve(one_rank, run_folder)[0] == "step-00000008"
 
 
