@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 
+import old_format
 import pytest
 import tiny_run
 
 from retemper.engine.checkpoint.lock import run_folder_lock
 from retemper.engine.errors import UserError
 from retemper.engine.trainer import Trainer
+from retemper.tools.checkpoint_report.upgrading import upgrade
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +73,17 @@ def test_the_last_checkpoint_of_a_budget_that_was_raised_is_one_like_the_others(
     tiny_run.train(one_rank, run_file, overrides)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-00000008", "step-00000016", "step-00000020"]
+
+
+@pytest.mark.parametrize("upgraded", [False, True])
+def test_a_run_of_the_former_format_continues_bit_for_bit(
+    one_rank, run_file, reference, interrupted, tmp_path, upgraded
+):
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    old_format.rewrite(folder / "checkpoints" / "step-00000008")
+    if upgraded:
+        upgrade(folder, lambda line: None)
+    trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(folder)), one_rank)
+    assert trainer.progress.step == 8
+    trainer.run()
+    assert tiny_run.curve(folder) == tiny_run.curve(reference)
