@@ -1,8 +1,8 @@
 """Tensors from a source into files, a block at a time, with the hash of every tensor on both sides.
 
-Both formats that are written this way, safetensors and the files of DCP for Megatron, are the values of tensors at known places
-between a few bytes that depend on names and shapes only. So a file is begun without its values, the values go straight
-to their places, and the whole is read again from the disk and compared with what was to be written.
+Both formats that are written this way, safetensors and (for Megatron) the files of DCP, are the values of tensors at
+known places between a few bytes that depend on names and shapes only. So a file is begun without its values, the values
+go straight to their places, and the whole is read again from the disk and compared with what was to be written.
 
 Memory: each worker holds one block, and the cast block where there is a cast (:data:`BLOCK_BYTES` of source and as many
 elements of target), whatever the size of a tensor.
