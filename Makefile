@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests compare with its files. Installed without its dependencies, which are large and not needed for that.
 ORACLE := megatron-core==0.16.1
 
-.PHONY: help setup demo test test-slow faults gpu-check lint types format clean
+.PHONY: help setup demo test test-slow faults gpu-check lint types docs format clean
 
 help:
 	@echo "make demo       the main job on real text, on this machine, in some minutes"
@@ -14,6 +14,7 @@ help:
 	@echo "make faults     kills, full disks, damaged files and more against real runs: 200 cases, an hour or less"
 	@echo "make gpu-check PART=1 (then PART=2)  kernels and steps on a CUDA machine, beside the peers installed there"
 	@echo "make lint       ruff, format check and mypy (make types: mypy only)"
+	@echo "make docs       the pages that are made from the code: docs/configuration_reference.md"
 	@echo "make format     let ruff format the code"
 	@echo "make clean      remove the environment and what the demo wrote"
 
@@ -60,6 +61,10 @@ lint: setup
 types: setup
 	@mkdir -p build/mypy && ln -sfn ../.. build/mypy/retemper
 	cd build/mypy && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+
+# Pages that are made from the code.
+docs: setup
+	$(BIN)/python tools/config_reference.py
 
 format: setup
 	$(BIN)/ruff check --fix .

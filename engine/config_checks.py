@@ -1,12 +1,13 @@
-"""Values that no machine could run are refused, in one line that names key, value and remedy."""
+"""Refuse values that no machine could run, in one line that names key, value and remedy."""
 
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from .config import (
     ALLOWABLE_CHANGES,
@@ -24,14 +25,70 @@ from .config_types import Problems
 from .errors import UserError
 
 _LARGEST = 10**15
-"""Beyond any run: more is a slip of the keyboard, and would overflow somewhere less clear."""
+"""Upper limit of all numbers: larger values are typing errors, and would overflow later with a less clear message."""
+
+
+class Range(NamedTuple):
+    """The numbers that a setting may have; null is checked by its type."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+_FROM_0 = Range(f"at least 0 and at most {_LARGEST:.0e}", lambda value: 0 <= value <= _LARGEST)
+_FROM_1 = Range(f"at least 1 and at most {_LARGEST:.0e}", lambda value: 1 <= value <= _LARGEST)
+_POSITIVE = Range("positive and finite", lambda value: 0 < value < math.inf)
+_POSITIVE_OR_NULL = Range(f"{_POSITIVE.words}, or null", _POSITIVE.holds)
+_SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
+RANGES = {
+    "data.train[].weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
+    "data.train[].max_epochs": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
+    "data.prefetch_steps": _FROM_1,
+    "data.validation_fraction": _SHARE,
+    "training.train_tokens": _FROM_1,
+    "training.warmup_tokens": _FROM_0,
+    "training.sequence_length": _FROM_1,
+    "training.global_batch_size": _FROM_1,
+    "training.micro_batch_size": _FROM_1,
+    "training.gc_interval": _FROM_0,
+    "training.max_skipped_steps": _FROM_0,
+    "training.loss_spike_zscore": _POSITIVE_OR_NULL,
+    "training.rewind_steps": _FROM_1,
+    "training.max_rewinds": _FROM_0,
+    "training.check_replicas_interval": _FROM_0,
+    "training.stop_after_minutes": _POSITIVE_OR_NULL,
+    "training.eval_interval": _FROM_0,
+    "training.eval_tokens": _FROM_1,
+    "optimizer.learning_rate": _FROM_0,
+    "optimizer.min_learning_rate": _FROM_0,
+    "optimizer.weight_decay": _FROM_0,
+    "optimizer.beta1": _SHARE,
+    "optimizer.beta2": _SHARE,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.clip_grad_norm": _FROM_0,
+    "parallel.pipeline": _FROM_1,
+    "parallel.replicate": _FROM_1,
+    "parallel.context": _FROM_1,
+    "parallel.tensor": _FROM_1,
+    "parallel.pipeline_stages_per_rank": _FROM_1,
+    "parallel.prefetch_blocks": _FROM_0,
+    "parallel.recompute_every": _FROM_1,
+    "parallel.timeout_seconds": _FROM_1,
+    "checkpoint.save_interval": _FROM_1,
+    "checkpoint.max_failed_saves": _FROM_0,
+    "checkpoint.keep_last": _FROM_1,
+    "checkpoint.keep_every": _FROM_0,
+    "logging.log_interval": _FROM_1,
+    "seed": Range("in [0, 2^63)", lambda value: 0 <= value < 2**63),
+}
+"""The range of every number that has one of its own; ``[]`` is an entry of a list."""
 
 
 def validate(config: RunConfig) -> None:
     """Refuse values that no machine could run.
 
     Raises:
-        UserError: naming the key, its value and the remedy; one line for each problem.
+        UserError: names the key, its value and the remedy; one line for each problem.
     """
     found = list(problems(config))
     if found:
@@ -39,9 +96,9 @@ def validate(config: RunConfig) -> None:
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Return what is wrong with the values of ``config``, one line for each problem.
+    """Return the problems in the values of ``config``, one line for each.
 
-    Where a value is out of its range, what that makes of other values is not reported.
+    If a value is out of its range, its consequences for other values are not reported.
     """
     found = Problems()
     for message in _ranges(config):
@@ -52,49 +109,20 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 def _ranges(config: RunConfig) -> Iterator[str]:
     if not config.run_folder.strip() or "\0" in config.run_folder:
-        yield f"run_folder is {config.run_folder!r}; name the folder that the run shall write to"
-    training, optimizer, parallel = config.training, config.optimizer, config.parallel
-    yield from _at_least(
-        1, training, "training", "train_tokens", "sequence_length", "global_batch_size", "micro_batch_size"
-    )
-    yield from _at_least(0, training, "training", "max_rewinds", "check_replicas_interval")
-    yield from _at_least(1, training, "training", "rewind_steps")
-    yield from _at_least(0, training, "training", "warmup_tokens", "eval_interval", "gc_interval", "max_skipped_steps")
-    for name in ("loss_spike_zscore", "stop_after_minutes"):
-        value = getattr(training, name)
-        if value is not None and not 0 < value < math.inf:
-            yield f"training.{name} is {value}; it must be positive and finite, or null"
-    yield from _at_least(1, training, "training", "eval_tokens")
-    yield from _at_least(1, config.data, "data", "prefetch_steps")
-    yield from _at_least(
-        1, parallel, "parallel", "pipeline", "replicate", "context", "tensor", "pipeline_stages_per_rank"
-    )
-    yield from _at_least(1, parallel, "parallel", "recompute_every", "timeout_seconds")
-    yield from _at_least(0, parallel, "parallel", "prefetch_blocks")
-    yield from _at_least(1, config.checkpoint, "checkpoint", "save_interval", "keep_last")
-    yield from _at_least(0, config.checkpoint, "checkpoint", "keep_every", "max_failed_saves")
-    yield from _upload_name(config.checkpoint)
-    yield from _at_least(1, config.logging, "logging", "log_interval")
-    yield from _at_least(
-        0, optimizer, "optimizer", "learning_rate", "min_learning_rate", "weight_decay", "clip_grad_norm"
-    )
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(optimizer, name) < 1:
-            yield f"optimizer.{name} is {getattr(optimizer, name)}; it must be in [0, 1)"
-    if not 0 < optimizer.eps < math.inf:
-        yield f"optimizer.eps is {optimizer.eps}; it must be positive and finite"
+        yield f"run_folder is {config.run_folder!r}; name the folder that the run writes to"
+    for key, allowed in RANGES.items():
+        value = None if "[]" in key else operator.attrgetter(key)(config)
+        if value is not None and not allowed.holds(value):
+            yield f"{key} is {value}; it must be {allowed.words}"
+    parallel = config.parallel
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         yield f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1"
-    if not 0 <= config.seed < 2**63:
-        yield f"seed is {config.seed}; it must be in [0, 2^63)"
     for change in config.allow_changes:
         if change not in ALLOWABLE_CHANGES:
             yield (
-                f"allow_changes names {change!r}; it knows {', '.join(ALLOWABLE_CHANGES)}; what else can change "
-                "needs no leave"
+                f"allow_changes has the unknown entry {change!r}; allowed: {', '.join(ALLOWABLE_CHANGES)}; other "
+                "settings may change without being listed"
             )
-    if not 0 <= config.data.validation_fraction < 1:
-        yield f"data.validation_fraction is {config.data.validation_fraction}; it must be in [0, 1)"
 
 
 def _combinations(config: RunConfig) -> Iterator[str]:
@@ -108,13 +136,6 @@ def _combinations(config: RunConfig) -> Iterator[str]:
             "model.initialize_from and model.architecture are both null: name a checkpoint to start from, or describe "
             "the architecture to start from random weights"
         )
-
-
-def _at_least(bound: int, section: Any, prefix: str, *names: str) -> Iterator[str]:
-    for name in names:
-        value = getattr(section, name)
-        if not bound <= value <= _LARGEST:
-            yield f"{prefix}.{name} is {value}; it must be at least {bound} and at most {_LARGEST:.0e}"
 
 
 def _upload_name(checkpoint: CheckpointConfig) -> Iterator[str]:
@@ -173,7 +194,7 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
     if data.stages and not of_stages and data.stages[-1].train_tokens is not None and total < training.train_tokens:
         yield (
             f"training.train_tokens is {training.train_tokens:,}, but the train_tokens of data.stages sum to "
-            f"{total:,}; leave out those of the last stage, which then lasts for the rest, or make the two agree"
+            f"{total:,}; leave out those of the last stage, which then lasts until the end, or make the two agree"
         )
     yield from _blend(data.train, "data.train", training.sequence_length)
     if data.validation_fraction > 0 and "held_out" in data.validation:
@@ -198,7 +219,7 @@ def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
         for source in stage.train:
             if paths.setdefault(source.identity, source.path) != source.path:
                 yield (
-                    f"{where}.train names {source.path} '{source.identity}', as a former stage names "
+                    f"{where}.train names {source.path} '{source.identity}', but an earlier stage uses this name for "
                     f"{paths[source.identity]}; give one of the two another 'name'"
                 )
 
@@ -209,9 +230,9 @@ def _blend(sources: list[SourceConfig], where: str, sequence_length: int) -> Ite
         if names[source.identity] > 1:
             yield f"{where} has two sources named '{source.identity}'; give each its own 'name'"
         for key in ("weight", "max_epochs"):
-            value = getattr(source, key)
-            if value is not None and not 0 < value <= _LARGEST:
-                yield f"{where}[{position}].{key} is {value}; it must be positive and finite"
+            value, allowed = getattr(source, key), RANGES[f"data.train[].{key}"]
+            if value is not None and not allowed.holds(value):
+                yield f"{where}[{position}].{key} is {value}; it must be {allowed.words}"
         if source.max_tokens is not None and not sequence_length <= source.max_tokens <= _LARGEST:
             yield (
                 f"{where}[{position}].max_tokens is {source.max_tokens}; it must be at least one sample of "

@@ -172,9 +172,12 @@ def _status_at_the_end(ended: SystemExit) -> int:
 
 
 def _of_the_system(error: BaseException) -> str | None:
-    """The line of an error that is the system's and not this program's: too many open files, a full disk or output."""
+    """The line of an error that is the system's and not this program's: too many open files, a full disk or output, a
+    library that is missing or broken."""
     if too_many := _too_many_files(error):
         return too_many
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "retemper":
+        return f"{error}; install what requirements.lock lists (make setup)"
     if not isinstance(error, OSError):
         return None
     try:

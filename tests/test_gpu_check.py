@@ -14,7 +14,7 @@ import torch
 
 from retemper.engine.errors import UserError
 from retemper.tools import benchmark_kernels
-from retemper.tools.kernel_benchmark.cases import KERNELS
+from retemper.tools.kernel_benchmark.names import KERNELS
 
 ROOT = Path(__file__).parents[1]
 STEPS = ["step: qwen2.5-0.5b", "step: qwen2.5-7b", "step: qwen2.5-0.5b-again"]

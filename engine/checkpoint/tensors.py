@@ -57,10 +57,10 @@ def training_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) ->
 
 
 def open_tensors(folder: str | Path) -> TensorParts:
-    """The tensors of the checkpoint ``folder``, to be read in any parts.
+    """Return the tensors of the checkpoint ``folder``, readable in any parts.
 
     Raises:
-        DamagedCheckpoint: what describes them is missing or damaged.
+        DamagedCheckpoint: their description is missing or damaged.
         UserError: it cannot be read.
     """
     folder = Path(folder)

@@ -1,10 +1,10 @@
-"""Single tensors in the files of PyTorch's distributed checkpoint (DCP), read and written in parts.
+"""Read and write single tensors in the files of PyTorch's distributed checkpoint (DCP), in parts.
 
 Megatron's checkpoints consist of them, and ours did up to manifest format 2. DCP itself reads and writes whole tensors,
-and holds the largest one two or three times. Its files are zip archives as of ``torch.save``, one per tensor or shard,
-in which the values are uncompressed and in one piece. PyTorch says where: it saves without values
-(``torch.serialization.skip_data``) and loads descriptions of tensors that know their offset in the file. What is
-written so differs from ``torch.save`` in one thing: the archive's CRC-32 of the values is not computed (as with
+and holds the largest one in memory two or three times. Its files are zip archives as written by ``torch.save``, one per
+tensor or shard. The values in them are uncompressed and contiguous. PyTorch gives their place: it can save without
+values (``torch.serialization.skip_data``), and load descriptions of tensors that know their offset in the file. The
+result differs from that of ``torch.save`` in one point: the archive's CRC-32 of the values is not computed (as with
 ``torch.serialization.set_crc32_options(False)``). PyTorch does not read it.
 """
 
@@ -32,17 +32,17 @@ from .dcp_metadata import read_metadata
 
 
 class _Values(NamedTuple):
-    """Where the values of a saved tensor are, and how they lie there."""
+    """The place and layout of a saved tensor's values."""
 
     offset: int
-    """In the file, in bytes."""
+    """Offset in the file, in bytes."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     is_contiguous: bool
 
 
 def begin_tensor_file(path: Path, tensor: StoredTensor) -> int:
-    """Make the file of ``tensor`` without its values; returns the offset in bytes where they belong.
+    """Create the file of ``tensor`` without its values, and return the offset in bytes where they belong.
 
     Raises:
         OSError: it cannot be written.
@@ -50,7 +50,7 @@ def begin_tensor_file(path: Path, tensor: StoredTensor) -> int:
     with FakeTensorMode():
         described = torch.empty(tensor.shape, dtype=tensor.dtype)
     try:
-        # By name: only PyTorch's own stream leaves the values out and steps over them.
+        # By name: only PyTorch's own stream skips the values.
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(described, str(path))
     except RuntimeError as error:
@@ -62,7 +62,9 @@ def begin_tensor_file(path: Path, tensor: StoredTensor) -> int:
 
 
 def _reason(path: Path, tensor: StoredTensor, error: RuntimeError) -> OSError:
-    """Why ``path`` cannot be written. PyTorch's stream does not say; the operating system does when asked again."""
+    """Return why ``path`` cannot be written. PyTorch's stream does not report it; repeating the write in Python
+    does.
+    """
     try:
         with open(path, "wb") as file:
             file.seek(tensor.num_bytes)
@@ -73,7 +75,7 @@ def _reason(path: Path, tensor: StoredTensor, error: RuntimeError) -> OSError:
 
 
 class _FilePart(io.RawIOBase):
-    """Some bytes of a file, as a file of their own."""
+    """A range of bytes of a file, presented as a file."""
 
     def __init__(self, descriptor: int, start: int, length: int):
         self._descriptor, self._start, self._length, self._at = descriptor, start, length, 0
@@ -99,7 +101,7 @@ class _FilePart(io.RawIOBase):
 
 
 def _find_values(part: _FilePart) -> _Values:
-    """Where the values of the one tensor saved in ``part`` are, relative to its start. Nothing is executed."""
+    """Return the place of the values of the one tensor saved in ``part``, relative to its start. Executes no code."""
     with FakeTensorMode():
         loaded = torch.load(cast(IO[bytes], part), map_location="cpu", weights_only=True)
     assert isinstance(loaded, Tensor)
@@ -114,14 +116,14 @@ def _find_values(part: _FilePart) -> _Values:
 
 
 def read_dcp_parts(folder: str | Path, names: Collection[str] | None = None) -> TensorParts:
-    """The tensors of the checkpoint ``folder``, and where their parts are.
+    """Return the tensors of the checkpoint ``folder`` and the places of their parts.
 
     Args:
         folder: of the checkpoint.
-        names: tensors to look at, by default all.
+        names: tensors to read, by default all.
 
     Raises:
-        DamagedCheckpoint: the metadata cannot be read, or says of a part only that it exists.
+        DamagedCheckpoint: the metadata cannot be read, or names no file for a part.
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
@@ -136,7 +138,7 @@ def read_dcp_parts(folder: str | Path, names: Collection[str] | None = None) -> 
         for chunk in item.chunks:
             info = places.get((name, chunk.offsets))
             if info is None:
-                raise DamagedCheckpoint(f"{folder}: no file holds {name} from {list(chunk.offsets)}")
+                raise DamagedCheckpoint(f"{folder}: no file holds the chunk of {name} at {list(chunk.offsets)}")
             path, sizes = folder / info.relative_path, rows_of(tuple(chunk.sizes))
             find = partial(_locate, name, StoredTensor(sizes, item.properties.dtype), path, info)
             parts[name].append(Part(tuple(chunk.offsets) or (0,), sizes, path, find))
@@ -144,7 +146,7 @@ def read_dcp_parts(folder: str | Path, names: Collection[str] | None = None) -> 
 
 
 def _locate(name: str, stored: StoredTensor, path: Path, info: _StorageInfo, descriptor: int) -> int | Tensor:
-    """Where the values of a part are; or its values, when they do not lie there row after row."""
+    """Return the place of the values of a part; or its values, if they are not stored row after row."""
     part = _FilePart(descriptor, info.offset, info.length)
     try:
         values = _find_values(part)
@@ -154,11 +156,11 @@ def _locate(name: str, stored: StoredTensor, path: Path, info: _StorageInfo, des
             part.seek(0)
             loaded: Tensor = torch.load(cast(IO[bytes], part), map_location="cpu", weights_only=True)
             return loaded.reshape(stored.shape)
-    except Exception as error:  # bytes that are no archive raise nearly anything
+    except Exception as error:  # invalid archives raise many types
         raise DamagedCheckpoint(
-            f"{path}: damaged ({type(error).__name__} where {name} should be); use another checkpoint"
+            f"{path}: damaged ({type(error).__name__} at the place of {name}); use another checkpoint"
         ) from None
     raise DamagedCheckpoint(
-        f"{path}: {name} is {list(values.shape)}, {values.dtype} there, the metadata says {list(stored.shape)}, "
-        f"{stored.dtype}; use another checkpoint"
+        f"{path}: {name} is {list(values.shape)}, {values.dtype} there, but the metadata has "
+        f"{list(stored.shape)}, {stored.dtype}; use another checkpoint"
     )

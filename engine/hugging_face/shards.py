@@ -1,4 +1,4 @@
-"""Safetensors files as the Hub has them: how tensors are shared out among files, and what a file begins with."""
+"""Plan safetensors files as on the Hub: the distribution of tensors to files, and the header of a file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SHARD_PATTERN = "model{suffix}.safetensors"
 
 
 class ShardPlan:
-    """Which tensor goes into which file.
+    """The distribution of tensors to files.
 
     Args:
-        tensors: names, shapes and dtypes, in the order in which they are shared out.
+        tensors: names, shapes and dtypes, in the order of their distribution.
         max_shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
     """
 
@@ -40,14 +40,14 @@ class ShardPlan:
         self._index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
 
     def write_index(self, folder: Path) -> None:
-        """Write the index, when there are several files."""
+        """Write the index if there are several files."""
         if len(self.files) > 1:
             (folder / INDEX_FILE).write_text(json.dumps(self._index, indent=2) + "\n", encoding="utf-8")
 
 
 def safetensors_file(file: str, tensors: Mapping[str, StoredTensor]) -> OutputFile:
-    """A file of ``tensors``, for :func:`~retemper.engine.streaming.block_copy.copy_files`."""
-    ordered = in_file_order(tensors)  # byte for byte the file that the library writes
+    """Return a file of ``tensors`` for :func:`~retemper.engine.streaming.block_copy.copy_files`."""
+    ordered = in_file_order(tensors)  # which gives byte for byte the file of the library
 
     def begin(path: Path) -> dict[str, int]:
         header, offsets, end = make_header(ordered)

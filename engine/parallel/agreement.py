@@ -34,15 +34,15 @@ def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunCo
     """
     if not several:
         return read(), None
-    import torch  # one rank reads its configuration without
-
-    from .meeting import meet
-
     config, mine = None, None
     try:
         config = read()
     except UserError as error:
         mine = error
+    import torch  # needed by several ranks only, and after ``read`` has imported what else the run needs
+
+    from .meeting import meet
+
     problem = mine and str(mine)
     settings = flatten(to_dict(config)) if config else {}
     files = code_files(PACKAGE)

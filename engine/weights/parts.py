@@ -1,8 +1,8 @@
-"""Tensors that are stored in parts, and read in any others: whole rows for converters, the shards of a rank for a run.
+"""Read tensors that are stored in parts: whole rows for converters, or the shards of a rank for a run.
 
-A part is a box of a tensor whose values lie in one file. Where a part comes from makes no difference: a checkpoint's
-table (:mod:`.table`), a Hugging Face folder, whose tensors are stored whole, or a folder of PyTorch's distributed
-checkpoint (:mod:`retemper.engine.conversion.dcp_files`).
+A part is a box of a tensor whose values are in one file. Parts come from a checkpoint's table (:mod:`.table`), from a
+Hugging Face folder, whose tensors are stored whole, or from a folder of PyTorch's distributed checkpoint
+(:mod:`retemper.engine.conversion.dcp_files`).
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from ..streaming.raw_bytes import opened_for_reading, read_box
 from ..streaming.tensor_source import ReadRows, StoredTensor, rows_of
 
 BLOCK_BYTES = 64 << 20
-"""What is read at a time on its way to another dtype, device or layout."""
+"""Bytes read at a time if they are converted to another dtype, device or layout."""
 CheckValues = Callable[[str, Tensor], object]
-"""Is given the name of a tensor and values of it, and raises what is wrong with them."""
+"""Takes the name of a tensor and some of its values, and raises an error if they are not acceptable."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a tensor, and where its values are."""
+    """A box of a tensor and the place of its values."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     """Both with at least one dimension: see :func:`rows_of`."""
     path: Path
     find: Callable[[int], int | Tensor]
-    """Given a descriptor of the file: the byte where the values begin, row after row; or the values themselves, where
-    they do not lie so."""
+    """Takes a descriptor of the file and returns the offset of the values, in bytes; or the values themselves, if they
+    are not stored row after row."""
 
 
 class TensorParts:
     """Tensors and their parts (a ``TensorSource``).
 
     Args:
-        where: the file that says which parts there are, for errors.
+        where: the file that lists the parts, for errors.
         tensors: names, shapes and dtypes.
         parts: of each tensor.
     """
@@ -63,17 +63,17 @@ class TensorParts:
 
     @property
     def paths(self) -> set[Path]:
-        """The files that hold its tensors."""
+        """The files that hold the tensors."""
         return {part.path for name in self.tensors for part in self.parts[name]}
 
     def only(self, names: Iterable[str]) -> TensorParts:
-        """The same with ``names`` only, in that order."""
+        """Return the same tensors restricted to ``names``, in that order."""
         some = copy.copy(self)
         some.tensors = {name: self.tensors[name] for name in names}
         return some
 
     def require_whole(self, names: Collection[str] | None = None) -> None:
-        """Refuse tensors (by default all) whose parts do not cover them, each element once.
+        """Refuse tensors (by default all) whose parts do not cover them exactly.
 
         Raises:
             DamagedCheckpoint: naming the first, and what is wrong with its parts.
@@ -86,8 +86,9 @@ class TensorParts:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`. Files are opened when their turn comes:
-        there may be thousands."""
+        """Read rows, see :class:`~retemper.engine.streaming.tensor_source.TensorSource`. Files are opened when needed:
+        there may be thousands.
+        """
         reader, rest = _Reader(self, name), (0,) * (len(self.tensors[name].shape) - 1)
         yield lambda first, rows: reader.read((first, *rest), rows)
 
@@ -99,7 +100,7 @@ class TensorParts:
 
 
 class _Reader:
-    """Reads boxes of one tensor; where the values of a part begin is looked up once."""
+    """Reads boxes of one tensor. The place of the values of each part is looked up once."""
 
     def __init__(self, source: TensorParts, name: str, check: CheckValues | None = None):
         self._name, self._dtype, self._check = name, source.tensors[name].dtype, check
@@ -123,7 +124,7 @@ class _Reader:
     def _read_part(
         self, part: Part, descriptor: int, found: int | Tensor, offsets: tuple[int, ...], place: Tensor
     ) -> None:
-        """Fill ``place`` from ``part``; where it is not of the stored dtype and in this memory, a block at a time."""
+        """Fill ``place`` from ``part``; a block at a time if it has another dtype or is on another device."""
         if isinstance(found, Tensor):
             box = tuple(slice(at, at + n) for at, n in zip(offsets, place.shape, strict=True))
             place.copy_(found.reshape(part.sizes)[box])
@@ -142,7 +143,7 @@ class _Reader:
 
 
 def _intersection(one: Box, other: Box) -> Box | None:
-    """The box that both have in common; None where it has no elements."""
+    """Return the box that both have in common; None if it has no elements."""
     low = tuple(map(max, one[0], other[0]))
     ends = zip(one[0], one[1], other[0], other[1], strict=True)
     sizes = tuple(min(a + n, b + m) - at for at, (a, n, b, m) in zip(low, ends, strict=True))
@@ -150,7 +151,7 @@ def _intersection(one: Box, other: Box) -> Box | None:
 
 
 def box_of(tensor: Tensor) -> Box:
-    """Offsets and sizes of what this rank holds of ``tensor``."""
+    """Return offsets and sizes of this rank's part of ``tensor``."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim(), tuple(tensor.shape)
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -197,7 +198,7 @@ def load_parts(
 
 
 def all_ranks(group: dist.ProcessGroup | None, distributed: bool) -> Ranks:
-    """The ranks of ``group`` (None: the default one); this process alone without ``distributed`` or any group."""
+    """Return the ranks of ``group`` (None: the default one); this process alone without ``distributed`` or any group."""
     if not distributed or not dist.is_initialized():
         return Ranks(0, 1, torch.device("cpu"))
     return Ranks(dist.get_rank(group), dist.get_world_size(group), torch.device("cpu"), group)

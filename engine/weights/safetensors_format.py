@@ -1,4 +1,4 @@
-"""The safetensors format (https://huggingface.co/docs/safetensors): what comes before the values in a file.
+"""Write and check the headers of safetensors files (https://huggingface.co/docs/safetensors).
 
 A file is 8 bytes of header length (little-endian), the header (a JSON object ``{name: {dtype, shape, data_offsets}}``,
 padded with spaces to a multiple of 8 bytes), and the values of the tensors without gaps. Readers map files, so tensors
@@ -34,25 +34,25 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""By their names in a header, in the order in which their tensors are written."""
+"""Dtypes by their names in a header, in the order in which their tensors are written."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ORDER = {dtype: place for place, dtype in enumerate(CODES)}
 _MOST_HEADER_BYTES = 100_000_000
-"""What the safetensors library reads."""
+"""Longest header that the safetensors library reads."""
 
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    """What a header says about one tensor."""
+    """The entry of one tensor in a header."""
 
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """Where the values begin in the file, in bytes."""
+    """Offset of the values in the file, in bytes."""
 
 
 def in_file_order(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """``tensors`` as the safetensors library orders them in a file."""
+    """Return ``tensors`` in the order in which the safetensors library writes them."""
     return dict(sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0])))
 
 
@@ -60,9 +60,9 @@ def make_header(tensors: Mapping[str, StoredTensor]) -> tuple[bytes, dict[str, i
     """Return all bytes before the values of ``tensors``, in their order.
 
     Returns:
-        those bytes, where each tensor begins in the file, and where the file ends, in bytes.
+        Those bytes, the offset of each tensor in the file, and the size of the file, in bytes.
     """
-    # transformers refuses files that do not say which framework wrote them.
+    # transformers refuses files that do not name the framework that wrote them.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end, starts = 0, {}
     for name, tensor in tensors.items():
@@ -82,7 +82,7 @@ def read_header(path: Path, descriptor: int) -> dict[str, HeaderEntry]:
     """Read the header of the open file ``path``, and check that its tensors fill the rest of the file exactly.
 
     Raises:
-        DamagedCheckpoint: the file is truncated, longer than its header says, or no safetensors file.
+        DamagedCheckpoint: the file is truncated, longer than its header says, or not a safetensors file.
         OSError: it cannot be read.
     """
     try:
@@ -120,5 +120,5 @@ def _parse(descriptor: int) -> dict[str, HeaderEntry]:
 
 
 def is_shape(value: Any) -> bool:
-    """Whether ``value``, from JSON, is a list of sizes or offsets."""
+    """Return whether ``value``, from JSON, is a list of sizes or offsets."""
     return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in value)

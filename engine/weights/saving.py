@@ -1,6 +1,6 @@
-"""The tensors of a run into a checkpoint folder: every rank writes one safetensors file, the main rank the table.
+"""Write the tensors of a run to a checkpoint folder: one safetensors file per rank, and the table of parts.
 
-Each distinct part is written once: of ranks that hold the same, by the one that has the fewest bytes so far.
+Each distinct part is written once. Of several ranks that hold it, the one with the fewest bytes so far writes it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def save_parts(
         ranks: that save.
 
     Returns:
-        the files that this rank has written and flushed to disk, hashed on their way.
+        The files that this rank has written and flushed to disk, hashed while they were written.
 
     Raises:
         UserError: on every rank, when any of them cannot write.
@@ -77,7 +77,7 @@ def _file_of(rank: int) -> str:
 
 
 def _gather_on_main(held: dict[str, Held], ranks: Ranks) -> list[dict[str, Held]] | None:
-    """What every rank holds, on the main rank: of thousands of ranks, this is too much for each of them."""
+    """Return what every rank holds, on the main rank only: the sum over thousands of ranks is large."""
     if ranks.world_size == 1:
         return [held]
     gathered: list[dict[str, Held]] | None = [{}] * ranks.world_size if ranks.is_main else None
@@ -86,7 +86,7 @@ def _gather_on_main(held: dict[str, Held], ranks: Ranks) -> list[dict[str, Held]
 
 
 def _scatter_from_main(shares: list[list[str]] | None, ranks: Ranks) -> list[str]:
-    """The names of the tensors whose parts this rank writes."""
+    """Return the names of the tensors whose parts this rank writes."""
     if ranks.world_size == 1:
         return shares[0] if shares else []
     mine: list[list[str]] = [[]]
@@ -95,13 +95,13 @@ def _scatter_from_main(shares: list[list[str]] | None, ranks: Ranks) -> list[str
 
 
 def _assign(held: Sequence[Mapping[str, Held]]) -> tuple[dict[str, TableEntry], list[list[str]]]:
-    """Share the parts out among the ranks that hold them.
+    """Assign each part to one of the ranks that hold it.
 
     Returns:
-        the table, and for every rank the names of the tensors whose parts it writes.
+        The table, and for every rank the names of the tensors whose parts it writes.
 
     Raises:
-        UserError: ranks disagree about a tensor, or hold it in parts that do not cover it.
+        UserError: ranks disagree about a tensor, or their parts do not cover it exactly.
     """
     table: dict[str, TableEntry] = {}
     holders: dict[tuple[str, Box], list[int]] = {}
@@ -126,15 +126,15 @@ def _assign(held: Sequence[Mapping[str, Held]]) -> tuple[dict[str, TableEntry], 
 
 
 def write_file(path: Path, tensors: Mapping[str, StoredTensor], values: Callable[[str], Tensor]) -> FileRecord:
-    """Write a safetensors file, flushed to disk; at most one of its tensors is copied at a time.
+    """Write a safetensors file and flush it to disk. At most one of its tensors is copied at a time.
 
     Args:
         path: of the file.
-        tensors: what it is to hold.
-        values: gives each of them, contiguous and on the CPU.
+        tensors: shapes and dtypes of its tensors.
+        values: returns each of them, contiguous and on the CPU.
 
     Returns:
-        size and hash of what was to be written: a disk that keeps something else is found out when it is read again.
+        Size and hash of the data that was given to the disk; verification detects a disk that returns other data.
 
     Raises:
         OSError: it cannot be written.

@@ -1,10 +1,10 @@
-"""``tensors.json``: which parts of which tensors the files of a checkpoint hold.
+"""Write and read ``tensors.json``, which lists the parts of every tensor of a checkpoint and their files.
 
     {"files": ["rank-00000.safetensors", ...],
      "tensors": {name: {"shape": [...], "dtype": "F32", "parts": [[number of the file, offsets, sizes], ...]}}}
 
-In its file, a part bears the name of its tensor; the file's header says where. The table is written after the files.
-The manifest has its hash. It may be anyone's, so everything in it is checked before it is used.
+In its file, a part has the name of its tensor, and the file's header gives its place. The table is written after the
+files, and the manifest has its hash. The table may come from anyone, so all of it is checked before it is used.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def write_table(folder: Path, entries: Mapping[str, TableEntry]) -> FileRecord:
 
 
 def read_table(folder: Path) -> TensorParts:
-    """The tensors of the checkpoint ``folder``, and where their parts are.
+    """Return the tensors of the checkpoint ``folder`` and the places of their parts.
 
     Raises:
-        DamagedCheckpoint: the table is missing, is not such a table, or names a file outside ``folder``.
+        DamagedCheckpoint: the table is missing or invalid, or names a file outside ``folder``.
         UserError: it cannot be read.
     """
     path = folder / TABLE_FILE
@@ -119,14 +119,14 @@ def _part(value: Any, name: str, stored: StoredTensor, files: Sequence[_Safetens
 
 
 class _SafetensorsFile:
-    """A file of the checkpoint, whose header is read when the first of its tensors is."""
+    """A file of the checkpoint. Its header is read with the first of its tensors."""
 
     def __init__(self, path: Path):
         self.path = path
         self._header: dict[str, HeaderEntry] | None = None
 
     def find(self, name: str, stored: StoredTensor, descriptor: int) -> int:
-        """Where the values of the part of ``name`` begin, which must be what the table says."""
+        """Return the offset of the part of ``name`` in the file, after comparing its entry with the table."""
         if self._header is None:
             self._header = read_header(self.path, descriptor)
         entry = self._header.get(name)

@@ -15,10 +15,11 @@ from retemper.engine.errors import UserError
 from retemper.kernels.attention import BACKENDS
 from retemper.tools import benchmark_kernels
 from retemper.tools.kernel_benchmark import cases as cases_module
-from retemper.tools.kernel_benchmark import providers
-from retemper.tools.kernel_benchmark.cases import KERNELS, cases
+from retemper.tools.kernel_benchmark import command, providers
+from retemper.tools.kernel_benchmark.cases import cases
 from retemper.tools.kernel_benchmark.chunked_loss import chunked_cross_entropy
 from retemper.tools.kernel_benchmark.measure import Settings, measure_case, run_once
+from retemper.tools.kernel_benchmark.names import KERNELS
 from retemper.tools.kernel_benchmark.providers import OURS, Provider
 
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def overwriting(x):
         (lambda x: (F.silu(x["gate"]) * x["up"].detach() + 0 * x["up"],), "outside its bounds: dup"),
         (lambda x: (F.silu(x["gate"]) * x["up"].detach(),), "up got no gradient"),
         (unwritten, "results hold NaN"),
-        (overwriting, "writes over its input up"),
+        (overwriting, "overwrites its input up"),
         (lambda x: 1 / 0, "ZeroDivisionError"),
     ],
     ids=["output", "gradient", "no gradient", "unwritten", "overwritten", "failing"],
@@ -205,7 +206,7 @@ def test_figures_are_kept_after_every_case(tmp_path, monkeypatch):
         seen.append(len(json.loads(path.read_text())["results"]) if path.exists() else None)
         return measure_case(case, SETTINGS, compiled=False)
 
-    monkeypatch.setattr(benchmark_kernels, "measure_case", watch)
+    monkeypatch.setattr(command, "measure_case", watch)
     benchmark_kernels.main(["--sizes", "tiny", "--kernels", "rms_norm", "--device", "cpu", "--json", str(path)])
     assert seen[0] is None and seen[1] > 0
 
@@ -266,6 +267,6 @@ def test_refusals(options, said):
 
 def test_a_wrong_kernel_fails_the_command(monkeypatch):
     case = broken(lambda x: (F.silu(x["gate"]) * x["up"] * 1.001,))
-    monkeypatch.setattr(benchmark_kernels, "cases", lambda sizes: [case])
+    monkeypatch.setattr(command, "cases", lambda sizes: [case])
     with pytest.raises(UserError, match="outside the bounds of correctness: swiglu 33 x 24 broken"):
         benchmark_kernels.main(["--device", "cpu"])

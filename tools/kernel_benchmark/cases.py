@@ -12,7 +12,6 @@ from torch import Tensor
 from . import providers, references
 
 Tensors = dict[str, Tensor]
-KERNELS = ("linear_cross_entropy", "attention", "rms_norm", "rope", "swiglu")
 
 
 @dataclass(frozen=True)
