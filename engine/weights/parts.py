@@ -198,7 +198,7 @@ def load_parts(
 
 
 def all_ranks(group: dist.ProcessGroup | None, distributed: bool) -> Ranks:
-    """Return the ranks of ``group`` (None: the default one); this process alone without ``distributed`` or any group."""
+    """Return the ranks of ``group`` (None: the default one), or this process alone."""
     if not distributed or not dist.is_initialized():
         return Ranks(0, 1, torch.device("cpu"))
     return Ranks(dist.get_rank(group), dist.get_world_size(group), torch.device("cpu"), group)
