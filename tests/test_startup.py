@@ -124,7 +124,7 @@ def test_wrong_options_are_reported_without_pytorch(run_yaml, tmp_path, monkeypa
 def test_checkpoints_are_listed_and_verified_without_pytorch(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "__0_0.distcp").write_bytes(b"tensors")
+    (checkpoint / "rank-00000.safetensors").write_bytes(b"tensors")
     write_manifest(checkpoint, Manifest("training", step=10, consumed_tokens=2560))
     listed, verified, compared = run(
         ["tools/checkpoint.py", "ls", tmp_path],

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..engine.checkpoint.assets import ASSET_FOLDER
 from ..engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
+from ..engine.checkpoint.untrusted import METADATA_FILE, TABLE_FILE
 from ..engine.checkpoint.verify import require_undamaged
 from ..engine.data.document_frame import DocumentFrame, ids_of
 from ..engine.data.tokenizer import TokenizerHandle, load_prompt_tokenizer
@@ -215,7 +216,7 @@ def _is_checkpoint(folder: Path) -> bool:
     """Whether ``folder`` is a checkpoint, rather than a Hugging Face folder."""
     if not folder.is_dir():
         raise UserError(f"--model {folder}: no such folder")
-    if (folder / MANIFEST_FILE).is_file() or (folder / ".metadata").is_file():
+    if any((folder / name).is_file() for name in (MANIFEST_FILE, TABLE_FILE, METADATA_FILE)):
         read_manifest(folder)
         return True
     if not (folder / CONFIG_FILE).is_file():

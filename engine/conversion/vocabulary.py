@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.assets import HfAssets
-from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from ..hugging_face.model import EMBEDDING, HEAD
 from ..model.architecture import LARGEST_SIZE
 from ..streaming.block_copy import BLOCK_BYTES
-from ..streaming.tensor_source import ReadRows, TensorSource
+from ..streaming.tensor_source import ReadRows, StoredTensor, TensorSource
 
 
 class ResizedVocabulary:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.tensors import StoredTensor, describe_difference
+from ..checkpoint.tensors import describe_difference
 from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
 from ..model.config_keys import describe_unread
 from ..model.decoder import meta_decoder
 from ..streaming.block_copy import BLOCK_BYTES
 from ..streaming.raw_bytes import bytes_of
-from ..streaming.tensor_source import ReadRows, rows_of
+from ..streaming.tensor_source import ReadRows, StoredTensor, rows_of
 from .folder import HfWeights
 from .names import describe_renamed, renaming_hint
 from .weight_dtypes import DTYPES, dtype_name

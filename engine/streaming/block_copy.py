@@ -23,11 +23,10 @@ import torch
 import xxhash
 
 from ..checkpoint.hashing import FileRecord
-from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from .finite import REMEDY, all_finite, require_finite
 from .raw_bytes import bytes_of, write_exactly
-from .tensor_source import ReadRows, TensorSource, rows_of
+from .tensor_source import ReadRows, StoredTensor, TensorSource, rows_of
 
 BLOCK_BYTES = 8 << 20
 

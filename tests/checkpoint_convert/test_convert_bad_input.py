@@ -216,7 +216,7 @@ def test_nothing_is_overwritten(saved_models: dict[str, Path], tmp_path: Path, r
 
 
 def truncate_largest(checkpoint: Path) -> None:
-    largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest = max(checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
 
 
@@ -229,7 +229,7 @@ def other_model(checkpoint: Path) -> None:
     [
         (lambda checkpoint: (checkpoint / "manifest.json").unlink(), ["not a complete checkpoint", "manifest.json"]),
         (lambda checkpoint: (checkpoint / "manifest.json").write_text("{"), ["manifest.json"]),
-        (lambda checkpoint: (checkpoint / ".metadata").unlink(), [".metadata"]),
+        (lambda checkpoint: (checkpoint / "tensors.json").unlink(), ["tensors.json"]),
         (lambda checkpoint: (checkpoint / "hf" / "config.json").unlink(), ["hf/config.json"]),
         (truncate_largest, [": damaged, it has"]),
         (other_model, ["another model", "unexpected model.layers.1"]),

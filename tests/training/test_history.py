@@ -139,7 +139,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_the_first_step(name, 
 def test_a_disk_smaller_than_a_checkpoint_is_refused(one_rank, run_file, folder, tmp_path, monkeypatch):
     run = trainer_of(one_rank, run_file, folder)
     size = run.store.expected_bytes
-    shards = (folder / "checkpoints" / "step-00000004").glob("*.distcp")
+    shards = (folder / "checkpoints" / "step-00000004").glob("*.safetensors")
     # What torch.save adds to each tensor is much in a model as small as this.
     assert (
         0.5 * sum(path.stat().st_size for path in shards)

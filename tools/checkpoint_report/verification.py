@@ -21,7 +21,7 @@ def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:
         UserError: a path is neither, or cannot be read.
     """
     sound = True
-    for folder in [folder for path in paths for folder in _checkpoints(path)]:
+    for folder in [folder for path in paths for folder in checkpoints_of(path)]:
         files = [file for file in folder.rglob("*") if file.is_file()]
         with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, disable=None,
                   leave=False, desc=folder.name) as bar:  # fmt: skip
@@ -36,7 +36,12 @@ def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:
     return sound
 
 
-def _checkpoints(path: Path) -> list[Path]:
+def checkpoints_of(path: Path) -> list[Path]:
+    """``path`` where it is a checkpoint, else those of the run ``path``.
+
+    Raises:
+        UserError: it is neither.
+    """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name a checkpoint or a run folder")
     inside = path / "checkpoints"

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ...engine.checkpoint.assets import ASSET_FOLDER, HfAssets
 from ...engine.checkpoint.manifest import MANIFEST_FILE
-from ...engine.checkpoint.tensors import StoredTensor
 from ...engine.conversion.checkpoint_model import CheckpointPlan, open_checkpoint_model
 from ...engine.conversion.run import progress
 from ...engine.errors import UserError
@@ -28,7 +27,7 @@ from ...engine.hugging_face.model import EMBEDDING, HEAD, open_hf_model
 from ...engine.hugging_face.shards import ShardPlan
 from ...engine.model.architecture import CONFIG_FILE, Architecture
 from ...engine.streaming.block_copy import BLOCK_BYTES, WrittenFile, copy_files
-from ...engine.streaming.tensor_source import ReadRows, TensorSource
+from ...engine.streaming.tensor_source import ReadRows, StoredTensor, TensorSource
 from ...engine.streaming.workers import default_workers
 from .vocabulary import NewToken
 
@@ -194,7 +193,7 @@ def write_weights(
         rows, remedy = source.hashed_rows, "new rows are means of the old ones; repair the model first"
         done = copy_files(folder, plan.files, source, default_workers(), rows, advance, nonfinite_remedy=remedy)
     if as_checkpoint:
-        files.write_metadata(folder, done.values())
+        files.write_table(folder, done.values())
     else:
         shards.write_index(folder)
     return done
