@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -72,6 +73,9 @@ def _fork_ranks(rendezvous_file: str, pipes: list[Connection]) -> None:
     """The parent of the ranks: leads their process group, and ends after the last of them."""
     os.setpgid(0, 0)
     importlib.import_module("retemper.engine.trainer")
+    # What has been imported stays: no rank looks for garbage in it, which would also copy its pages.
+    gc.collect()
+    gc.freeze()
     for rank, pipe in enumerate(pipes):
         if os.fork() == 0:
             for other in pipes[:rank] + pipes[rank + 1 :]:

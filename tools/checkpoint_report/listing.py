@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +43,15 @@ def checkpoint_folder(run_folder: Path) -> Path:
     """
     folder = run_folder / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{run_folder}: holds no folder checkpoints; name the run_folder of a run")
+        raise UserError(f"{run_folder}: has no folder checkpoints; name the run_folder of a run")
     return folder
 
 
-def list_checkpoints(run_folder: Path) -> list[Row]:
+def list_checkpoints(run_folder: Path, losses: Mapping[int, float] | None = None) -> list[Row]:
     """Every checkpoint of the run, by step, also those that are damaged, were set aside or lie behind a rewind.
+
+    Args:
+        losses: training loss by step; None: they are read from the run's records.
 
     Raises:
         UserError: it is no run folder, or cannot be read.
@@ -60,7 +63,7 @@ def list_checkpoints(run_folder: Path) -> list[Row]:
     whole = {entry: manifest for entry, (manifest, state) in states.items() if manifest and state in _WHOLE}
     whole = dict(sorted(whole.items(), key=lambda item: step_of(item[0])))
     reasons = reasons_to_keep(whole, *_retention(list(whole.values())))
-    losses = _losses(run_folder)
+    losses = _losses(run_folder) if losses is None else losses
     return [
         Row(
             entry.name,
@@ -132,27 +135,33 @@ def _losses(run_folder: Path) -> dict[int, float]:
     return losses
 
 
+COLUMNS = ("checkpoint", "step", "tokens", "loss", "evaluation", "size", "kept", "state")
+
+
+def listing_cells(row: Row) -> tuple[str, ...]:
+    """What is under :data:`COLUMNS` for one checkpoint."""
+    manifest = row.manifest
+    evaluation = next(iter(manifest.evaluation.values()), None) if manifest else None
+    return (
+        row.name,
+        f"{manifest.step:,}" if manifest else "",
+        f"{manifest.consumed_tokens:,}" if manifest else "",
+        "" if row.loss is None else f"{row.loss:.4f}",
+        "" if evaluation is None else f"{evaluation:.4f}",
+        format_bytes(row.bytes),
+        ", ".join(row.kept),
+        row.state,
+    )
+
+
 def format_listing(rows: Sequence[Row]) -> str:
-    """The table, a line each."""
+    """The table, a line each, with ages."""
     if not rows:
         return "no checkpoints"
-    table = [("checkpoint", "step", "tokens", "loss", "evaluation", "size", "age", "kept", "state")]
+    table: list[tuple[str, ...]] = [(*COLUMNS[:6], "age", *COLUMNS[6:])]
     for row in rows:
-        manifest = row.manifest
-        evaluation = next(iter(manifest.evaluation.values()), None) if manifest else None
-        table.append(
-            (
-                row.name,
-                f"{manifest.step:,}" if manifest else "",
-                f"{manifest.consumed_tokens:,}" if manifest else "",
-                "" if row.loss is None else f"{row.loss:.4f}",
-                "" if evaluation is None else f"{evaluation:.4f}",
-                format_bytes(row.bytes),
-                _format_age(row.age_seconds),
-                ", ".join(row.kept),
-                row.state,
-            )
-        )
+        cells = listing_cells(row)
+        table.append((*cells[:6], _format_age(row.age_seconds), *cells[6:]))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
                      for line in table)  # fmt: skip

@@ -21,7 +21,7 @@ from ...engine.outputs import Use, require_separate
 from ...engine.streaming.new_folder import new_folder, require_absent
 from .corpus import Sample, is_held_out, read_documents
 from .options import ExtendOptions
-from .report import PAGE_FILE, REPORT_FILE, Gain, Measure, format_gain, format_tokens, write_page, write_report
+from .report import REPORT_FILE, Gain, Measure, format_gain, format_tokens, write_page, write_report
 from .sentencepiece_file import escaped
 from .sentencepiece_json import converted
 from .serving import require_served_alike
@@ -121,9 +121,7 @@ def _write(
     }
     write_report(folder, facts, extension.tokens, gain, extension.curve)
     if gain is not None and len(extension.curve) > 1:
-        title = f"New tokens for {Path(options.model).name}"
-        if not write_page(folder, title, gain, extension.curve, extension.tokens):
-            say(f"left out {PAGE_FILE}: its figure needs matplotlib (pip install matplotlib)")
+        write_page(folder, f"New tokens for {Path(options.model).name}", gain, extension.curve, extension.tokens)
     if model.is_checkpoint:
         seal(folder, done.values())
     return gain
@@ -190,10 +188,10 @@ def _read(options: ExtendOptions, tokenizer: Tokenizer) -> Corpus:
                     measured.add(text)
                 words.update(tokenizer.words(text))
     if not measured.texts:
-        raise UserError(f"--corpus {' '.join(options.corpus)}: no document in it; name files with text")
+        raise UserError(f"--corpus {' '.join(options.corpus)}: contains no document; name files with text")
     what = "held-out tenth of the corpus"
     if num_held_out == 0 or num_others == 0:
-        what = "corpus itself, of which nothing could be held out"
+        what = "corpus itself, since it is too small to hold out a part"
         words = held_out_words = words + held_out_words
     if measured.one_in > 1:
         what += f", one in {measured.one_in} of its documents"

@@ -9,9 +9,10 @@ from pathlib import Path
 import xxhash
 
 from ...engine.errors import UserError
+from ..ingest.faults import MalformedError, Where
 from ..ingest.formats import FORMATS
 from ..ingest.inputs import STDIN, InputOptions, expand_inputs
-from ..ingest.records import MalformedError, ReadContext, Where
+from ..ingest.records import ReadContext
 from ..ingest.tasks import Span
 from ..ingest.texts import TextChoice
 
@@ -91,4 +92,4 @@ def _digest(text: str) -> int:
 
 
 def _refuse(where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:
-    raise UserError(f"--corpus {where.describe()}: {reason}; mend it")
+    raise UserError(f"--corpus {where.describe()}: {reason}; fix it")

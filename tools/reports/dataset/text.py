@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
+from ..text import fact_lines, table_lines, visible
 from .decoding import DecodedDocument
 from .facts import RUN_HEAD, SOURCE_HEAD, dataset_facts, run_facts, run_rows, source_rows, stage_table
 from .lengths import LengthFacts
@@ -14,7 +14,6 @@ _BAR_WIDTH = 30
 _FREQUENT = 15
 MASK_BEGINS, MASK_ENDS = "⟦", "⟧"
 """Stand around text that the loss mask leaves out."""
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def format_report(report: DatasetReport) -> str:
@@ -46,37 +45,28 @@ def describe_end(decoded: DecodedDocument) -> str:
     return f"end of document {decoded.document}{without}"
 
 
-def visible(text: str) -> str:
-    """Text in which control characters, which a terminal would obey, are written out."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
 def _sections(report: DatasetReport) -> Iterator[list[str]]:
-    yield [_row("dataset", report.prefix), *(_row(name, value) for name, value in dataset_facts(report).items())]
+    yield fact_lines({"dataset": report.prefix, **dataset_facts(report)})
     if report.warnings:
         yield [f"! {warning}" for warning in report.warnings]
     if report.sources:
-        yield list(_table(SOURCE_HEAD, source_rows(report)))
+        yield list(table_lines(SOURCE_HEAD, source_rows(report)))
     if report.lengths is not None:
         yield list(_histogram(report.lengths))
     if report.most_frequent:
         sample = " in a sample" if report.counts.tokens.sampled else ""
-        yield list(_table(("most frequent", "id", f"share{sample}"), _frequent(report)))
+        yield list(table_lines(("most frequent", "id", f"share{sample}"), _frequent(report)))
     if report.training is not None:
         head, rows = stage_table(report.training)
-        yield [_row(name, value) for name, value in run_facts(report.training).items()]
-        yield list(_table(RUN_HEAD, run_rows(report.training)))
+        yield fact_lines(run_facts(report.training))
+        yield list(table_lines(RUN_HEAD, run_rows(report.training)))
         if rows:
-            yield list(_table(head, rows))
+            yield list(table_lines(head, rows))
         yield ["the trainer will say:", *(f"  {line}" for line in report.training.summary)]
     for decoded in report.decoded:
         yield [format_document(decoded, report.has_loss_mask)]
     if report.missing:
         yield ["not shown:", *(f"- {line}" for line in report.missing)]
-
-
-def _row(name: str, value: str) -> str:
-    return f"{name:<21} {visible(value)}"
 
 
 def _frequent(report: DatasetReport) -> list[tuple[str, ...]]:
@@ -96,14 +86,3 @@ def _histogram(lengths: LengthFacts) -> Iterator[str]:
         bar = "#" * -(-bin_.documents * _BAR_WIDTH // most)
         row = f"{bin_.first:>13,} .. {bin_.last:>13,} {bin_.documents:>14,} {bin_.tokens:>17,} {bar}"
         yield row.rstrip()
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    cells = [list(head), *([visible(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    for row in cells:
-        first, *others = (
-            f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join([first, *others]).rstrip()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...engine.outputs import write_report
-from ..page.markup import definitions, escape, note, page, section, table
+from ....engine.outputs import write_report
+from ..page import bullets, definitions, escape, header, note, page, preformatted, section, table
 from .decoding import DecodedDocument
 from .facts import RUN_HEAD, SOURCE_HEAD, dataset_facts, run_facts, run_rows, source_rows, stage_table
 from .plots import draw_epochs, draw_frequencies, draw_lengths
@@ -18,7 +18,7 @@ def write_page(path: Path, report: DatasetReport) -> None:
     """Write the page.
 
     Raises:
-        UserError: matplotlib is missing, or the file cannot be written.
+        UserError: the file cannot be written.
     """
     write_report("--html", path, page(f"Dataset {Path(report.prefix).name}", _sections(report), STYLE))
 
@@ -26,28 +26,27 @@ def write_page(path: Path, report: DatasetReport) -> None:
 def _sections(report: DatasetReport) -> Iterator[str]:
     yield _header(report)
     if report.warnings:
-        yield section("Likely wrong", _list(report.warnings), kind="warnings")
+        yield section("Likely wrong", bullets(report.warnings), kind="warnings")
     yield section("The dataset", definitions({"dataset": report.prefix, **dataset_facts(report)}), kind="facts")
     if report.sources:
         total = ("all sources", "", f"{report.documents:,}", f"{report.tokens:,}", "", "", "")
-        yield section("Sources", table(SOURCE_HEAD, source_rows(report), total=total, kind="sources"))
+        yield section("Sources", table(SOURCE_HEAD, source_rows(report), total=total, kind="wrapped"))
     if report.lengths is not None:
         length = None if report.training is None else report.training.sequence_length
         remark = note(f"Of {report.lengths.documents:,} documents of a sample.") if report.lengths.sampled else ""
-        yield section("Lengths of documents", draw_lengths(report.lengths, length) + remark, kind="curves")
+        yield section("Lengths of documents", draw_lengths(report.lengths, length) + remark)
     if report.most_frequent:
-        figure = f'<div class="curves">{draw_frequencies(report.counts.tokens)}</div>'
-        yield section("Tokens", figure + _frequent(report))
+        yield section("Tokens", draw_frequencies(report.counts.tokens) + _frequent(report))
     if report.training is not None:
         head, rows = stage_table(report.training)
         yield section(
             "The run",
-            f'<div class="curves">{draw_epochs(report.training)}</div>'
+            draw_epochs(report.training)
             + definitions(run_facts(report.training))
             + table(RUN_HEAD, run_rows(report.training))
             + (table(head, rows) if rows else "")
             + note("What the trainer will say about the data:")
-            + f"<pre>{escape(chr(10).join(report.training.summary))}</pre>",
+            + preformatted("\n".join(report.training.summary)),
             kind="facts",
         )
     if report.decoded:
@@ -56,11 +55,10 @@ def _sections(report: DatasetReport) -> Iterator[str]:
             legend += " Struck through: what the loss mask leaves out."
         yield section("Documents", note(legend) + "".join(map(_document, report.decoded)), kind="documents")
     if report.missing:
-        yield section("Not shown", _list(report.missing))
+        yield section("Not shown", bullets(report.missing))
 
 
 def _header(report: DatasetReport) -> str:
-    title = f"<h1>Dataset {escape(Path(report.prefix).name)}</h1>"
     ratio = "" if report.bytes_per_token is None else f"{report.bytes_per_token:.2f} bytes of text each"
     mean = "" if report.lengths is None else f"{report.lengths.mean:,.0f} tokens each"
     cards = [("blue", f"{report.tokens:,} tokens", ratio), ("orange", f"{report.documents:,} documents", mean)]
@@ -69,19 +67,10 @@ def _header(report: DatasetReport) -> str:
         about = "about " if facts.part < 1 else ""
         cards.append(("grey", f"{about}{facts.share:.2%} copies", f"{facts.token_share:.2%} of the tokens"))
     if report.training is not None:
-        plan = report.training
-        here = next((source for source in plan.sources if source.is_this), None)
+        here = next((source for source in report.training.sources if source.is_this), None)
         epochs = "" if here is None else f"{here.epochs:.3g} epochs of this dataset"
-        cards.append(("grey", f"{plan.steps:,} steps", epochs))
-    shown = "".join(
-        f'<div class="card {colour}"><b>{escape(number)}</b><span>{escape(words)}</span></div>'
-        for colour, number, words in cards
-    )
-    return f'<header>{title}\n<div class="cards">{shown}</div></header>'
-
-
-def _list(lines: list[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+        cards.append(("grey", f"{report.training.steps:,} steps", epochs))
+    return header(f"Dataset {Path(report.prefix).name}", cards)
 
 
 def _frequent(report: DatasetReport) -> str:
@@ -115,18 +104,10 @@ def _document(decoded: DecodedDocument) -> str:
 
 
 STYLE = """
-.card.blue { border-color: var(--blue); }
-.card.orange { border-color: var(--orange); }
-.card.grey { border-color: var(--grey); }
-.facts dl { grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); margin-bottom: 1rem; }
-.warnings ul { border-left: 4px solid var(--orange); padding-top: .3rem; padding-bottom: .3rem; }
-ul { margin: .5rem 0 0; padding-left: 1.5rem; }
-.sources td:first-child, .sources td:last-child { white-space: normal; overflow-wrap: anywhere; }
 .frequent code { font: .8rem/1.5 ui-monospace, monospace; white-space: pre; }
 .frequent td { padding-top: .1rem; padding-bottom: .1rem; }
 .bar { width: 40%; }
 .bar i { display: block; height: .7rem; background: var(--blue); }
-.scroll + .scroll { margin-top: 1rem; }
 .documents figure { margin-top: 1rem; }
 .documents figcaption { margin-top: .25rem; }
 .documents .even { background: color-mix(in srgb, var(--blue) 14%, transparent); }

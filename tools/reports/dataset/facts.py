@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..text import size
 from .decoding import TextFacts
 from .duplicates import DuplicateFacts
 from .lengths import LengthFacts
@@ -157,14 +158,6 @@ def stage_table(plan: TrainingPlan) -> tuple[tuple[str, ...], list[tuple[str, ..
     numbers = range(1, len(plan.stage_stops) + 1)
     head = ("samples from", *(f"stage {n}, until {stop:,}" for n, stop in zip(numbers, plan.stage_stops, strict=True)))
     return head, [(source.name, *(f"{count:,}" for count in source.samples_by_stage)) for source in plan.sources]
-
-
-def size(count: int) -> str:
-    """Bytes: 1234567 -> '1.23 MB'."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} bytes"
 
 
 def _documents(report: DatasetReport) -> str:

@@ -1,4 +1,4 @@
-"""Pages of HTML that need nothing but themselves: the style stands inside, no script runs, and every text is escaped.
+"""Pages of HTML that need nothing but themselves: the style is inside, no script runs, and every text is escaped.
 
 They read and print in light and in dark.
 """
@@ -31,12 +31,12 @@ def allowed(text: str) -> str:
 
 
 def section(title: str, content: str, kind: str = "") -> str:
-    """A headline and what stands below it."""
-    return f'<section class="{kind}"><h2>{escape(title)}</h2>\n{content}</section>'
+    """A headline and what is below it; nothing where there is no content."""
+    return f'<section class="{kind}"><h2>{escape(title)}</h2>\n{content}</section>' if content else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = (), kind: str = "") -> str:
-    """Cells of text under headlines; ``total`` stands at the foot."""
+    """Cells of text under headlines; ``total`` is the last row."""
 
     def row(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -58,6 +58,26 @@ def definitions(items: Mapping[str, str]) -> str:
 def note(text: str) -> str:
     """A remark in small type."""
     return f'<p class="note">{escape(text)}</p>'
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list of remarks."""
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def preformatted(text: str) -> str:
+    """Text whose lines stay as they are."""
+    return f"<pre>{escape(text)}</pre>"
+
+
+def header(title: str, cards: Iterable[tuple[str, str, str]]) -> str:
+    """The head of a page: ``(color, figure, words)`` in each card."""
+    shown = "".join(
+        f'<div class="card" style="border-color:var(--{color})"><b>{escape(figure)}</b>'
+        f"<span>{escape(words)}</span></div>"
+        for color, figure, words in cards
+    )
+    return f'<header><h1>{escape(title)}</h1>\n<div class="cards">{shown}</div></header>'
 
 
 _PAGE = """<!DOCTYPE html>
@@ -82,12 +102,12 @@ _STYLE = """
 :root {
   font-size: 15px;
   --paper: #ffffff; --panel: #f6f7f9; --ink: #1b1f24; --faint: #5d6673; --rule: #dfe3e8;
-  --grey: #8b95a3; --blue: #1f6feb; --orange: #c4570c;
+  --grey: #8b95a3; --blue: #1f6feb; --orange: #c4570c; --green: #1a7f37; --violet: #8250df; --red: #c93c37;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --panel: #1d2126; --ink: #e6e9ed; --faint: #9aa4b1; --rule: #333a43;
-    --grey: #7d8896; --blue: #5aa2ff; --orange: #f0954f;
+    --grey: #7d8896; --blue: #5aa2ff; --orange: #f0954f; --green: #4cc268; --violet: #b48ef5; --red: #ff7b72;
   }
 }
 * { box-sizing: border-box; }
@@ -107,8 +127,14 @@ th { color: var(--faint); font-weight: 500; font-size: .85rem; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th:last-child, td:last-child { padding-right: 0; }
 tfoot td { border-bottom: 0; font-weight: 600; }
-.curves svg { display: block; width: 100%; height: auto; }
-.curves svg text { font-family: system-ui, sans-serif !important; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1.2rem; margin-top: 1.2rem; }
+.chart svg { display: block; width: 100%; height: auto; }
+.chart svg text { font: 11px system-ui, sans-serif; fill: var(--faint); font-variant-numeric: tabular-nums; }
+.chart svg text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
+.chart strong { color: var(--ink); }
+.legend { float: right; }
+.key { margin-left: 1rem; white-space: nowrap; }
+.key i { display: inline-block; width: 1.3rem; margin-right: .35rem; vertical-align: middle; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .7rem 1.5rem; margin: 1rem 0 0; }
 dt { color: var(--faint); font-size: .85rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -118,6 +144,12 @@ pre {
 }
 figure { margin: 0; display: flex; flex-direction: column; }
 figcaption { color: var(--faint); font-size: .85rem; margin-bottom: .25rem; }
+ul { margin: .5rem 0 0; padding-left: 1.5rem; }
+.warnings ul { border-left: 4px solid var(--orange); padding-top: .3rem; padding-bottom: .3rem; }
+.facts dl { grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); margin-bottom: 1rem; }
+.scroll + .scroll { margin-top: 1rem; }
+.wrapped td:first-child, .wrapped td:last-child { white-space: normal; overflow-wrap: anywhere; }
+td { vertical-align: top; }
 """
 
 _PRINT_STYLE = """

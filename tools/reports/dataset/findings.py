@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...engine.data.indexed_dataset import IndexedDataset
-from ...engine.data.sidecar import Sidecar
+from ....engine.data.indexed_dataset import IndexedDataset
+from ....engine.data.sidecar import Sidecar
 from .decoding import TextFacts
 from .lengths import LengthFacts
 from .token_counts import PassFacts

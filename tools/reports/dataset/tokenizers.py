@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from ...engine.data.sidecar import Sidecar
-from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
-from ...engine.data.tokenizer_identity import TokenizerIdentity
-from ...engine.errors import UserError
+from ....engine.data.sidecar import Sidecar
+from ....engine.data.tokenizer import TokenizerHandle, load_tokenizer
+from ....engine.data.tokenizer_identity import TokenizerIdentity
+from ....engine.errors import UserError
 
 
 @dataclass(frozen=True)
