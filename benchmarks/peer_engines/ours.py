@@ -1,4 +1,4 @@
-"""This repository's trainer: the run of ``engine/pretrain.py``, timed from outside."""
+"""Run this repository's trainer, as ``engine/pretrain.py`` does, with external timing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .job import DATASET, Clock, Job, draw
 
 
 def configure(job: Job) -> RunConfig:
-    """The run's configuration, read from a YAML file as a user's is."""
+    """Return the run's configuration, read from a YAML file like a user's."""
     folder = Path(job.folder)
     config: dict[str, Any] = {
         "run_folder": str(folder / "run"),
@@ -63,7 +63,7 @@ def configure(job: Job) -> RunConfig:
 
 
 class TimedTrainer(Trainer):
-    """The trainer, telling the clock of its steps. It saves nothing: a checkpoint is no part of a step."""
+    """The trainer, reporting its steps to the clock. It saves nothing, because a checkpoint is not part of a step."""
 
     clock: Clock
 
