@@ -174,7 +174,7 @@ def measure(name: str, prefix: Path, tokens: int, cache: Path, samples: int) -> 
     if name == MEGATRON:
         import megatron.core.datasets.gpt_dataset  # noqa: F401
     evict(prefix)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = memory()["now"]
     clock = time.perf_counter()
     sample, count = open_megatron(prefix, tokens, cache) if name == MEGATRON else open_retemper(prefix, name)

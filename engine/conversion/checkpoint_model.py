@@ -133,7 +133,7 @@ class CheckpointPlan:
             OutputFile(f"__0_{number}.distcp", {name: tensor}, partial(_begin, name, tensor))
             for number, (name, tensor) in enumerate(tensors.items())
         ]
-        """For :func:`~retemper.engine.streaming.block_copy.copy_files`."""
+        """The files, for :func:`~retemper.engine.streaming.block_copy.copy_files`."""
 
     def write_metadata(self, folder: Path, done: Iterable[WrittenFile]) -> None:
         """Write the metadata, which maps tensors to files, after all files are ``done``."""
