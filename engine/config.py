@@ -294,7 +294,7 @@ class CheckpointConfig:
     """Number of steps between checkpoints. One is always written at the end."""
     asynchronous: bool = True
     """Continue training while a checkpoint is written. This rank's part of weights and states is first copied to host
-    memory, which is reserved for it (12 bytes per parameter for each copy of the model, with fp32 weights and states).
+    memory. That memory stays reserved: 12 bytes per parameter for each copy of the model, with fp32 weights and states.
     The next update waits for the copies, nothing waits for the disk. False: training waits, and needs no such
     memory."""
     max_failed_saves: int = 2

@@ -1,8 +1,7 @@
 """Megatron-LM's loop, rebuilt on megatron-core's IndexedDatasetBuilder. Run as a process of its own.
 
-Reimplements the known behaviour of Megatron-LM's tools/preprocess_data.py for comparison. One process reads lines, a
-pool parses and tokenizes each line separately and pickles its ids back as a list, and the one process adds documents
-one
+Reimplements the known behaviour of Megatron-LM's tools/preprocess_data.py for comparison. One process reads lines. A
+pool parses and tokenizes each line separately and pickles its ids back as a list. The one process adds documents one
 by one. Its own wrapper classes around the tokenizer are left out, which is to its advantage.
 """
 

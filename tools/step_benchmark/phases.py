@@ -27,7 +27,7 @@ class StepTime:
 class PhaseClock:
     """Marks moments without waiting for the device.
 
-    On a GPU a moment is when the GPU reaches it (an event on the current stream), so a phase is the time that the GPU
+    On a GPU a moment is when the GPU reaches it (an event on the current stream). So a phase is the time that the GPU
     spends or waits in it. The events are read at the end. On a CPU a moment is the host's.
     """
 

@@ -1,7 +1,7 @@
 """Convert a sentencepiece ``tokenizer.model`` to a ``tokenizer.json`` with the same ids.
 
 Programs read a folder with only a tokenizer.model in different ways. transformers applies merges in the order of ids,
-omits the space before a text unless the folder names the model's class, and never matches a user-defined symbol that
+and omits the space before a text unless the folder names the model's class. It never matches a user-defined symbol that
 begins with a space. A tokenizer.json is unambiguous, so an extended tokenizer has one.
 """
 
