@@ -43,7 +43,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
         help="add these tokens instead: one per line with its leading space, JSON lines, or a vocabulary.json of this "
         "tool",
     )
-    parser.add_argument("--json-key", nargs="+", default=["text"], metavar="KEY", help="as in tools/preprocess.py")
+    parser.add_argument(
+        "--json-key",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="key of the text in a record, as in tools/preprocess.py",
+    )
     parser.add_argument(
         "--txt-mode",
         choices=("file", "line"),
