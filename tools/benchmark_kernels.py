@@ -1,9 +1,9 @@
-"""Time each kernel beside the peers that are installed, with its error against float64 and its memory.
+"""Time each kernel and its installed peers, with errors against float64 and memory.
 
     python tools/benchmark_kernels.py --sizes small --json kernels.json --plot kernels.png
     python tools/benchmark_kernels.py --sizes issue --kernels linear_cross_entropy,attention
 
-The work is done by retemper.tools.kernel_benchmark; this file is the command line.
+This file is the command line of retemper.tools.kernel_benchmark.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Show, verify, compare, thin out and upgrade checkpoints.
+"""Show, verify, compare, prune and upgrade checkpoints.
 
     python tools/checkpoint.py ls runs/x                       # every checkpoint: step, loss, size, why it is kept
-    python tools/checkpoint.py verify runs/x/checkpoints/*     # read every byte; exit status 1 where one is damaged
+    python tools/checkpoint.py verify runs/x/checkpoints/*     # read every byte; exit status 1 if one is damaged
     python tools/checkpoint.py diff A B                        # settings and tensors that differ; exit status 1 then
     python tools/checkpoint.py prune runs/x --keep-last 2 --keep-every 10000 --dry-run
     python tools/checkpoint.py upgrade runs/x                  # rewrite those of former formats in the present one
 
-The work is done by retemper.tools.checkpoint_report; this file is the command line.
+This file is the command line of retemper.tools.checkpoint_report.
 """
 
 from __future__ import annotations
