@@ -204,16 +204,18 @@ def require_own_results(folder: Path) -> None:
     """Refuse a folder that is not empty and holds no results of a part: its files may bear the names of ours."""
     own = folder.is_dir() and (not any(folder.iterdir()) or any(folder.glob("summary_part*.md")))
     if folder.exists() and not own:
-        raise UserError(f"--output {folder}: exists, and holds no results of this command; name another folder")
+        raise UserError(f"--output {folder}: exists, and holds no results of this command; choose another folder")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a part; 0 when every check of correctness passed."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", type=int, choices=[1, 2], required=True)
-    parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="output folder (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
-    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="for all stages (default: %(default)g)")
+    parser.add_argument(
+        "--seconds", type=float, default=PART_SECONDS, help="time for all stages (default: %(default)g)"
+    )
     options = parser.parse_args(arguments)
     if not options.dry_run:
         import torch

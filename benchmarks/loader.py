@@ -311,10 +311,14 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def main() -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="+", default=[10**6, 10**7, 10**8], help="sizes of the corpora")
-    parser.add_argument("--megatron-up-to", type=int, default=10**8, help="measure Megatron up to so many documents")
-    parser.add_argument("--disk-documents", type=int, default=500_000, help="of the corpus that is written out")
+    parser.add_argument(
+        "--megatron-up-to", type=int, default=10**8, help="measure Megatron on corpora of up to this many documents"
+    )
+    parser.add_argument(
+        "--disk-documents", type=int, default=500_000, help="documents of the corpus that is written out"
+    )
     parser.add_argument("--samples", type=int, default=1000, help="random samples")
-    parser.add_argument("--repeats", type=int, default=3, help="processes per figure")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each figure")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -91,26 +91,33 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batch", type=int, default=4, help="sequences in a step (default: %(default)s)")
     parser.add_argument("--sequence", type=int, default=512, help="tokens in a sequence (default: %(default)s)")
     parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32", help="see peer_engines/job.py")
-    parser.add_argument("--recompute", action="store_true", help="every engine recomputes its blocks")
-    parser.add_argument("--warmup", type=int, default=3, metavar="STEPS", help="steps before the clock starts")
-    parser.add_argument("--steps", type=int, default=10, help="steps that are timed (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=1, help="times that each engine runs; medians are compared")
+    parser.add_argument("--recompute", action="store_true", help="recompute the blocks in every engine")
+    parser.add_argument("--warmup", type=int, default=3, metavar="STEPS", help="untimed steps before the timed ones")
+    parser.add_argument("--steps", type=int, default=10, help="number of timed steps (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="number of rounds; medians are compared")
     parser.add_argument("--threads", type=int, help="PyTorch's threads in every engine (default: PyTorch's choice)")
-    parser.add_argument("--engines", default="all", help=f"of {','.join(NEEDS)} (default: all that can run)")
+    parser.add_argument(
+        "--engines", default="all", help=f"engines to run, of {','.join(NEEDS)} (default: all that can run)"
+    )
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="ours with training.compile: on, and by default only the peers that are compiled",
+        help="run ours with training.compile: on, and by default only compiled peers",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
         "--ours", action="append", default=[], metavar="KEY=VALUE", help="a setting of our config; VALUE is JSON"
     )
-    parser.add_argument("--time-limit", type=float, default=600.0, metavar="S", help="of one engine's process")
     parser.add_argument(
-        "--total-time", type=float, metavar="S", help="of all engines together; those with no time left are named"
+        "--time-limit", type=float, default=600.0, metavar="S", help="time limit of one engine's process"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument(
+        "--total-time",
+        type=float,
+        metavar="S",
+        help="time limit of all engines together; those with no time left are named",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -202,7 +209,7 @@ def run_engine(engine: str, job_path: Path, time_limit: float, threads: int | No
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=time_limit, check=False, env=environment)
     except subprocess.TimeoutExpired:
-        return {"engine": engine, "problem": f"not done after {time_limit:g} s"}
+        return {"engine": engine, "problem": f"not finished after {time_limit:g} s"}
     result = job_path.with_name("result.json")
     if done.returncode or not result.exists():
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
@@ -235,8 +242,8 @@ def refuse_different(runs: list[dict[str, Any]], precision: str) -> None:
         # Written so that a loss that is not a number is refused.
         if not (first <= TOLERANCE[precision] and last <= LAST_TOLERANCE[precision]):
             run["problem"] = (
-                f"refused: losses {run['losses'][0]:.5f} .. {run['losses'][-1]:.5f}, "
-                f"ours {ours['losses'][0]:.5f} .. {ours['losses'][-1]:.5f}"
+                f"rejected: losses {run['losses'][0]:.5f} .. {run['losses'][-1]:.5f}, ours {ours['losses'][0]:.5f} .. "
+                f"{ours['losses'][-1]:.5f}"
             )
 
 

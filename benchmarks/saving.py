@@ -85,14 +85,14 @@ def _compute(device: torch.device, seconds: float) -> None:
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="of tensors (default: %(default)s)")
-    parser.add_argument("--saves", type=int, default=50, help="how often (default: %(default)s)")
-    parser.add_argument("--step-seconds", type=float, default=1.0, help="of a step (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, required=True, help="to write to; it must not exist")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the tensors (default: %(default)s)")
+    parser.add_argument("--saves", type=int, default=50, help="number of saves (default: %(default)s)")
+    parser.add_argument("--step-seconds", type=float, default=1.0, help="duration of a step (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, required=True, help="folder to write to; it must not exist")
     parser.add_argument("--synchronous", action="store_true", help="for comparison: wait for the disk")
     options = parser.parse_args()
     if os.path.lexists(options.folder):
-        raise UserError(f"--folder {options.folder}: exists already; name another")
+        raise UserError(f"--folder {options.folder}: exists already; choose another")
     asynchronous = not options.synchronous
     result = measure(options.gigabytes, options.saves, options.folder, asynchronous, options.step_seconds)
     print(json.dumps(result, indent=2))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rope_cos_sin(position_ids_T: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles.
+    """Return cosine and sine of every position's angles.
 
     Args:
         position_ids_T: [T] integer positions, restarting at every document.

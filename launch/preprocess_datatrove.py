@@ -89,27 +89,33 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     """The options of this command, and those of tools/preprocess.py."""
     every = list(sys.argv[1:] if arguments is None else arguments)
     mine, theirs = (every[: every.index("--")], every[every.index("--") + 1 :]) if "--" in every else (every, [])
-    parser = CommandParser(description="Preprocess a corpus through datatrove's executors: a part of the input a task.")
-    parser.add_argument("--shards", type=int, required=True, metavar="N", help="parts of the input, each a task")
-    parser.add_argument("--logs", required=True, metavar="DIR", help="datatrove's logs and its record of what is done")
+    parser = CommandParser(
+        description="Preprocess a corpus with datatrove's executors, one part of the input per task."
+    )
+    parser.add_argument(
+        "--shards", type=int, required=True, metavar="N", help="number of parts of the input, one task each"
+    )
+    parser.add_argument(
+        "--logs", required=True, metavar="DIR", help="datatrove's logs and its record of finished tasks"
+    )
     parser.add_argument(
         "--at-once",
         type=int,
         metavar="N",
-        help="tasks at the same time (default: here 1, since each uses all cores; on Slurm all)",
+        help="number of tasks at the same time (default: here 1, since each uses all cores; on Slurm all)",
     )
     slurm = parser.add_argument_group("Slurm")
-    slurm.add_argument("--slurm", action="store_true", help="submit jobs rather than run here")
-    slurm.add_argument("--partition", help="needed with --slurm")
+    slurm.add_argument("--slurm", action="store_true", help="submit jobs instead of running here")
+    slurm.add_argument("--partition", help="required with --slurm")
     slurm.add_argument("--qos", default="normal", help="default: %(default)s")
-    slurm.add_argument("--time", default="24:00:00", help="limit of a task (default: %(default)s)")
+    slurm.add_argument("--time", default="24:00:00", help="time limit of a task (default: %(default)s)")
     slurm.add_argument("--cpus", type=int, default=16, metavar="N", help="cores of a task (default: %(default)s)")
     slurm.add_argument("--memory-per-cpu", type=int, default=2, metavar="GB", help="default: %(default)s")
     options = parser.parse_args(mine)
     if options.shards < 1:
         raise UserError(f"--shards {options.shards}: must be at least 1")
     if options.slurm and options.partition is None:
-        raise UserError("--slurm needs --partition; name one of those that sinfo shows")
+        raise UserError("--slurm needs --partition; choose one that sinfo shows")
     return options, theirs
 
 
@@ -120,7 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = preprocess.parse_arguments(theirs)
     wanted.check()
     if wanted.shard is not None or "-" in wanted.input:
-        raise UserError("--shard is set here, and standard input cannot be divided; leave them out after --")
+        raise UserError(
+            "this command sets --shard itself, and standard input cannot be divided; leave them out after --"
+        )
     require_free_shards(wanted, options.shards)
     part = PreprocessPart(theirs, wanted.output_prefix, wanted.overwrite)
     join = JoinParts(wanted.output_prefix, options.shards, wanted.overwrite)

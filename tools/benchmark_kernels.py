@@ -20,11 +20,11 @@ from retemper.tools.kernel_benchmark.names import KERNELS
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(
         description="Time the forward and backward pass of each kernel and of its peers on random inputs: the median "
-        "of several calls, the error against float64 of calls whose fresh memory held NaN, and the peak memory. Fails "
-        "when a kernel of ours is outside its bounds."
+        "of several calls, the peak memory, and the error against float64. The error is measured in calls whose "
+        "fresh memory held NaN. Fails if one of our kernels is outside its bounds."
     )
     parser.add_argument("--kernels", default=",".join(KERNELS), metavar="NAMES", help="default: %(default)s")
     parser.add_argument(
@@ -37,13 +37,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU, else fp32"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timed calls per provider (default: %(default)g)")
     parser.add_argument(
-        "--time-limit", type=float, metavar="S", help="start no case after so many seconds; those left out are named"
+        "--seconds", type=float, default=1.0, help="duration of the timed calls per provider (default: %(default)g)"
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="S", help="start no case after this many seconds; cases left out are named"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave out providers that use torch.compile")
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (.png, .svg, .pdf); needs matplotlib")
     return parser.parse_args(arguments)
 

@@ -20,21 +20,31 @@ from retemper.tools.checkpoint_report.verification import verify
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
-    parser = CommandParser(description="Show, verify, compare and thin out checkpoints.")
+    """Parse the command line, by default that of this process."""
+    parser = CommandParser(description="Show, verify, compare and prune checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|diff|prune")
-    ls = commands.add_parser("ls", help="the checkpoints of a run; sizes are checked, contents are not read")
+    ls = commands.add_parser("ls", help="list the checkpoints of a run; sizes are checked, contents are not read")
     ls.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
     verify_ = commands.add_parser("verify", help="compare every byte with the hashes; exit status 1 on damage")
     verify_.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="checkpoint or run folder")
-    diff = commands.add_parser("diff", help="what differs between two checkpoints; exit status 1 if anything does")
+    diff = commands.add_parser(
+        "diff", help="show the differences between two checkpoints; exit status 1 if there are any"
+    )
     diff.add_argument("first", type=Path, metavar="A")
     diff.add_argument("second", type=Path, metavar="B")
-    thin = commands.add_parser("prune", help="remove checkpoints; the best and damaged ones stay")
+    thin = commands.add_parser("prune", help="remove checkpoints; the best one and damaged ones are kept")
     thin.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
-    thin.add_argument("--keep-last", type=_positive, required=True, metavar="N", help="newest ones that stay")
-    thin.add_argument("--keep-every", type=_positive, default=0, metavar="N", help="steps whose multiples stay")
-    thin.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    thin.add_argument(
+        "--keep-last", type=_positive, required=True, metavar="N", help="number of newest checkpoints to keep"
+    )
+    thin.add_argument(
+        "--keep-every",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="also keep checkpoints whose step is a multiple of this",
+    )
+    thin.add_argument("--dry-run", action="store_true", help="only show what would be removed")
     return parser.parse_args(arguments)
 
 

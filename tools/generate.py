@@ -26,44 +26,47 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(description="Continue prompts with a Hugging Face folder or a checkpoint.")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or checkpoint folder")
     parser.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="text to continue; may be repeated (default: the lines of stdin, or asked for on a terminal)",
+        help="text to continue; may be repeated (default: the lines of stdin, or a prompt on a terminal)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="default: %(default)s")
     parser.add_argument(
         "--temperature",
         type=float,
         default=Sampling.temperature,
-        help="0 takes the most likely token, 1 samples as the model says (default: %(default)s)",
+        help="0 takes the most likely token, 1 samples from the model's distribution (default: %(default)s)",
     )
     parser.add_argument(
         "--top-p",
         type=float,
         default=Sampling.top_p,
-        help="sample from the most likely tokens that together reach this probability (default: %(default)s)",
+        help="sample from the smallest set of most likely tokens that reaches this probability (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-k", type=int, default=Sampling.top_k, help="sample from that many most likely tokens (default: all)"
+        "--top-k", type=int, default=Sampling.top_k, help="sample from this many most likely tokens (default: all)"
     )
-    parser.add_argument("--seed", type=int, default=Sampling.seed, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=Sampling.seed, help="seed of the sampling (default: %(default)s)")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.json (default: the model's own)")
     parser.add_argument(
         "--bos",
         choices=BOS_CHOICES,
         default="auto",
-        help="whether a prompt begins with the BOS (auto: as the documents in training where a checkpoint says, else "
-        "as the tokenizer begins texts)",
+        help="whether a prompt begins with the BOS (auto: as the documents in training if the checkpoint records it, "
+        "else as the tokenizer begins texts)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPE_CHOICES, default="auto", help="to compute in (default: what the model's config says)"
+        "--dtype",
+        choices=DTYPE_CHOICES,
+        default="auto",
+        help="dtype to compute in (default: the dtype in the model's config)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     return parser.parse_args(arguments)
 
 
@@ -86,10 +89,10 @@ def piped_prompts() -> list[str]:
     """
     prompts = sys.stdin.read().splitlines()
     if not prompts:
-        raise UserError("stdin is empty; give prompts there, one a line, or with --prompt")
+        raise UserError("stdin is empty; give prompts there, one per line, or with --prompt")
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise UserError(f"stdin, line {number}: the prompt is empty; give one prompt a line")
+            raise UserError(f"stdin, line {number}: the prompt is empty; give one prompt per line")
     return prompts
 
 

@@ -89,7 +89,7 @@ class TextGenerator:
                 for ids in (trained, ids_of(frame.prefix))
             )
             self.notes.append(
-                f"prompts begin {here}, as the documents in training did; the tokenizer begins texts {there}; choose "
+                f"prompts begin {here}, like the documents in training; the tokenizer begins texts {there}; choose "
                 "with --bos"
             )
         self.stop_ids = _stop_ids(config, assets) | document_end
@@ -116,7 +116,7 @@ class TextGenerator:
             raise UserError("the prompt is empty; give at least one character")
         ids = self.tokenizer.encode_flat([prompt])[0].tolist()
         if not ids:
-            raise UserError(f"prompt {prompt[:40]!r}: the tokenizer makes no tokens of it; give another")
+            raise UserError(f"prompt {prompt[:40]!r}: the tokenizer makes no tokens from it; give another")
         ids = [*DocumentFrame(self.prefix).missing_prefix(np.array(ids)), *ids]
         if self.context is not None and len(ids) >= self.context:
             raise UserError(
@@ -203,7 +203,7 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: no such kind of device; use auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {name}: unknown kind of device; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -29,7 +29,7 @@ PAGE_FILE = "report.html"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(description="Report what came of a run: a page with its curves, and a summary.")
     parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="run_folder of the run's configuration")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="another run folder: curves, results, settings")

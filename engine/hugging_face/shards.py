@@ -1,4 +1,4 @@
-"""Safetensors files as the Hub has them: how tensors are shared out among files, and what a file begins with."""
+"""Plan safetensors files as on the Hub: the distribution of tensors to files, and the header of a file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .folder import INDEX_FILE
 
 _SHARD_PATTERN = "model{suffix}.safetensors"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""Names of dtypes in a header, in the order in which their tensors stand in a file."""
+"""Names of dtypes in a header, in the order of their tensors in a file."""
 
 
 class ShardPlan:
-    """Which tensor goes into which file.
+    """The distribution of tensors to files.
 
     Args:
-        tensors: names, shapes and dtypes, in the order in which they are shared out.
+        tensors: names, shapes and dtypes, in the order of their distribution.
         max_shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
     """
 
@@ -42,14 +42,14 @@ class ShardPlan:
         self._index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
 
     def write_index(self, folder: Path) -> None:
-        """Write the index, when there are several files."""
+        """Write the index if there are several files."""
         if len(self.files) > 1:
             (folder / INDEX_FILE).write_text(json.dumps(self._index, indent=2) + "\n", encoding="utf-8")
 
 
 def _shard_file(file: str, tensors: Mapping[str, StoredTensor]) -> OutputFile:
-    # As the safetensors library orders them, byte for byte the same file. Wide dtypes come first, so that values begin
-    # at multiples of their width: readers map the file.
+    # The order of the safetensors library, which gives byte for byte the same file. Wide dtypes come first, so that
+    # values begin at multiples of their width: readers map the file.
     ordered = dict(sorted(tensors.items(), key=lambda item: (list(_DTYPES).index(item[1].dtype), item[0])))
 
     def begin(path: Path) -> dict[str, int]:
@@ -63,13 +63,14 @@ def _shard_file(file: str, tensors: Mapping[str, StoredTensor]) -> OutputFile:
 
 
 def shard_header(tensors: Mapping[str, StoredTensor]) -> tuple[bytes, dict[str, int], int]:
-    """What stands before the values in a safetensors file (https://huggingface.co/docs/safetensors): 8 bytes of length,
-    little-endian, and a JSON object, padded with spaces to a multiple of 8 bytes.
+    """Return the bytes before the values in a safetensors file (https://huggingface.co/docs/safetensors).
+
+    These are 8 bytes of length, little-endian, and a JSON object, padded with spaces to a multiple of 8 bytes.
 
     Returns:
-        those bytes, where each tensor begins in the file, and where the file ends, in bytes.
+        Those bytes, the offset of each tensor in the file, and the size of the file, in bytes.
     """
-    # transformers refuses files that do not say which framework wrote them.
+    # transformers refuses files that do not name the framework that wrote them.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end, starts = 0, {}
     for name, tensor in tensors.items():

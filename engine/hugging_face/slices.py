@@ -1,7 +1,7 @@
-"""Weights of a Hugging Face folder, straight into sharded parameters: every rank reads its own part and no more.
+"""Load weights of a Hugging Face folder directly into sharded parameters: every rank reads only its own part.
 
-PyTorch's distributed checkpoint (DCP) works out which part of which tensor each rank has; here it is told that the
-safetensors files are a checkpoint whose tensors are stored whole.
+PyTorch's distributed checkpoint (DCP) computes which part of which tensor each rank has. This module presents the
+safetensors files to it as a checkpoint whose tensors are stored whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..streaming.raw_bytes import opened_for_reading, read_exactly
 from .model import HfModel
 
 BLOCK_BYTES = 64 << 20
-"""What is read at a time on its way to another dtype or device."""
+"""Bytes read at a time if they are converted to another dtype or device."""
 _NONFINITE_REMEDY = (
     "get another copy of the weights; to start from them nonetheless, convert the folder with "
     f"checkpoint_convert/hf_to_dcp.py {OPTION}"
@@ -42,10 +42,10 @@ def load_hf_tensors(model: HfModel, tensors: dict[str, Tensor], distributed: boo
     Args:
         model: the folder.
         tensors: by name.
-        distributed: whether there are other ranks, which then call this as well.
+        distributed: whether there are other ranks, which then must call this as well.
 
     Returns:
-        bytes that this rank has read.
+        Number of bytes that this rank has read.
 
     Raises:
         UserError: a file cannot be read, or holds values that are not finite.
@@ -64,15 +64,15 @@ class SliceReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        """A reader is made from an open model, not from a name."""
+        """Return False: a reader is made from an open model, not from a name."""
         return False
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
-        """There is nothing to forget."""
+        """Do nothing: the reader has no state to reset."""
 
     # Not called kwargs: DCP would then look for metadata of single ranks.
     def read_metadata(self, *_: object, **options: object) -> Metadata:
-        """Every tensor is there once, whole."""
+        """Return metadata in which every tensor is stored once and whole."""
         return Metadata(
             state_dict_metadata={
                 name: TensorStorageMetadata(
@@ -86,20 +86,20 @@ class SliceReader(StorageReader):
         )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: object, **options: object) -> None:
-        """Everything is known."""
+        """Do nothing: everything is known already."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Read in the order of the files."""
+        """Sort the reads by the order of the files."""
         place = self.model.weights.place
         plan.items.sort(key=lambda item: (*place(item.storage_index.fqn), tuple(item.storage_offsets)))
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Ranks do not share their reading."""
+        """Return the plans unchanged: ranks do not share their reading."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read the parts that ``plan`` names into the tensors that ``planner`` has for them."""
+        """Read the parts named by ``plan`` into the tensors that ``planner`` provides."""
         for item in plan.items:
             target = planner.resolve_tensor(item).detach()
             self._read(item, target)
@@ -109,7 +109,7 @@ class SliceReader(StorageReader):
         return done
 
     def _read(self, item: ReadItem, target: Tensor) -> None:
-        """Read one box; where ``target`` is not of the stored dtype and in this memory, some rows at a time."""
+        """Read one box; a few rows at a time if ``target`` has another dtype or is on another device."""
         name = item.storage_index.fqn
         stored = self.model.tensors[name]
         path, start = self.model.weights.place(name)
@@ -144,7 +144,7 @@ def _read_box(
     """Fill ``block`` with the box at ``offsets`` of a tensor of ``shape`` whose values begin at byte ``start``."""
     strides = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(offsets))]
     place = start + sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
-    # What lies in one piece: all of the box, when it has whole rows.
+    # Contiguous parts: the whole box, if it has whole rows.
     if tuple(block.shape[1:]) == tuple(shape[1:]):
         read_exactly(descriptor, place, block, path)
         return

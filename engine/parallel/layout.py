@@ -11,12 +11,12 @@ from ..errors import UserError
 
 
 class Layout(NamedTuple):
-    """Sizes of the mesh axes, outermost first: neighbouring ranks, which lie in one node, share a tensor axis."""
+    """Sizes of the mesh axes, outermost first: neighbouring ranks, which are in one node, share a tensor axis."""
 
     pipeline: int = 1
     """Groups of ranks that hold consecutive layers."""
     replicate: int = 1
-    """Copies of what is sharded."""
+    """Copies of the sharded parameters."""
     shard: int = 1
     """Ranks that share parameters, gradients and states, and read different samples."""
     context: int = 1
@@ -26,12 +26,12 @@ class Layout(NamedTuple):
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return math.prod(self)
 
     @property
     def data_parallel(self) -> int:
-        """Ranks, or groups of them, that read different samples."""
+        """Number of ranks, or groups of them, that read different samples."""
         return self.replicate * self.shard
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ AXES = Layout._fields
 
 
 def plan_layout(config: ParallelConfig, world_size: int) -> Layout:
-    """The axes on ``world_size`` ranks; ``parallel.shard: auto`` takes what the others leave.
+    """Return the axes for ``world_size`` ranks; ``parallel.shard: auto`` takes the ranks that the others leave.
 
     Raises:
         UserError: the product cannot be the number of ranks.

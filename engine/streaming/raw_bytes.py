@@ -1,4 +1,4 @@
-"""Bytes of CPU tensors to and from places in files. Nothing is mapped, so that memory stays bounded."""
+"""Read and write bytes of CPU tensors at places in files. Nothing is mapped, so that memory stays bounded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..errors import UserError
 from ..regular_files import open_regular
 
 MAX_CALL_BYTES = 1 << 30
-"""Linux moves at most 2 GiB in a call."""
+"""Limit of one system call; Linux moves at most 2 GiB in a call."""
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU ``tensor``; writing to it changes the tensor."""
+    """Return the memory of a contiguous CPU ``tensor``; writing to it changes the tensor."""
     assert tensor.is_contiguous()
     array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
@@ -27,7 +27,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 @contextmanager
 def opened_for_reading(path: Path) -> Iterator[int]:
-    """A file descriptor of ``path``.
+    """Yield a file descriptor of ``path``.
 
     Raises:
         UserError: it cannot be opened.
@@ -53,7 +53,9 @@ def read_exactly(descriptor: int, offset: int, into: Tensor, path: Path) -> None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
         if count == 0:
-            raise UserError(f"{path}: ends before byte {offset + len(rest):,}; it was cut while in use, fetch it again")
+            raise UserError(
+                f"{path}: ends before byte {offset + len(rest):,}; it was truncated while in use, fetch it again"
+            )
         rest, offset = rest[count:], offset + count
 
 
@@ -61,7 +63,7 @@ def write_exactly(descriptor: int, offset: int, data: memoryview) -> None:
     """Write all of ``data`` at ``offset``.
 
     Raises:
-        OSError: as the operating system says.
+        OSError: from the operating system.
     """
     while data:
         count = os.pwrite(descriptor, data[:MAX_CALL_BYTES], offset)

@@ -1,11 +1,11 @@
-"""Single tensors in DCP's own files, read and written in parts.
+"""Read and write single tensors in DCP's own files, in parts.
 
-DCP itself reads and writes whole tensors, and holds the largest one two or three times. Its files are zip archives as
-of ``torch.save``, one per tensor or shard, in which the values stand uncompressed in one piece. PyTorch says where:
-it saves without values (``torch.serialization.skip_data``) and loads descriptions of tensors that know their offset in
-the file. What is written so differs from ``torch.save`` in one thing: the archive's CRC-32 of the values is not
-computed (as with ``torch.serialization.set_crc32_options(False)``). PyTorch does not read it, and the manifest has a
-stronger hash.
+DCP itself reads and writes whole tensors, and holds the largest one in memory two or three times. Its files are zip
+archives as written by ``torch.save``, one per tensor or shard. The values in them are uncompressed and contiguous.
+PyTorch gives their place: it can save without values (``torch.serialization.skip_data``), and load descriptions of
+tensors that know their offset in the file. The result differs from that of ``torch.save`` in one point: the archive's
+CRC-32 of the values is not computed (as with ``torch.serialization.set_crc32_options(False)``). PyTorch does not read
+it, and the manifest has a stronger hash.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from .tensor_source import ReadRows, rows_of
 
 
 class _Values(NamedTuple):
-    """Where the values of a saved tensor are, and how they lie there."""
+    """The place and layout of a saved tensor's values."""
 
     offset: int
-    """In the file, in bytes."""
+    """Offset in the file, in bytes."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     is_contiguous: bool
 
 
 def begin_tensor_file(path: Path, tensor: StoredTensor) -> int:
-    """Make the file of ``tensor`` without its values; returns the offset in bytes where they belong.
+    """Create the file of ``tensor`` without its values, and return the offset in bytes where they belong.
 
     Raises:
         OSError: it cannot be written.
@@ -60,7 +60,7 @@ def begin_tensor_file(path: Path, tensor: StoredTensor) -> int:
     with FakeTensorMode():
         described = torch.empty(tensor.shape, dtype=tensor.dtype)
     try:
-        # By name: only PyTorch's own stream leaves the values out and steps over them.
+        # By name: only PyTorch's own stream skips the values.
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(described, str(path))
     except RuntimeError as error:
@@ -72,7 +72,9 @@ def begin_tensor_file(path: Path, tensor: StoredTensor) -> int:
 
 
 def _reason(path: Path, tensor: StoredTensor, error: RuntimeError) -> OSError:
-    """Why ``path`` cannot be written. PyTorch's stream does not say; the operating system does when asked again."""
+    """Return why ``path`` cannot be written. PyTorch's stream does not report it; repeating the write in Python
+    does.
+    """
     try:
         with open(path, "wb") as file:
             file.seek(tensor.num_bytes)
@@ -83,7 +85,7 @@ def _reason(path: Path, tensor: StoredTensor, error: RuntimeError) -> OSError:
 
 
 class _FilePart(io.RawIOBase):
-    """Some bytes of a file, as a file of their own."""
+    """A range of bytes of a file, presented as a file."""
 
     def __init__(self, descriptor: int, start: int, length: int):
         self._descriptor, self._start, self._length, self._at = descriptor, start, length, 0
@@ -109,7 +111,7 @@ class _FilePart(io.RawIOBase):
 
 
 def _find_values(part: _FilePart) -> _Values:
-    """Where the values of the one tensor saved in ``part`` are, relative to its start. Nothing is executed."""
+    """Return the place of the values of the one tensor saved in ``part``, relative to its start. Executes no code."""
     with FakeTensorMode():
         loaded = torch.load(cast(IO[bytes], part), map_location="cpu", weights_only=True)
     assert isinstance(loaded, Tensor)
@@ -125,7 +127,7 @@ def _find_values(part: _FilePart) -> _Values:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A part of a tensor, as a rank has written it."""
+    """A part of a tensor, as written by one rank."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -133,18 +135,18 @@ class _Chunk:
     start: int
     length: int
     stored_shape: tuple[int, ...]
-    """In the file."""
+    """Shape in the file."""
 
 
 class CheckpointRows:
-    """The tensors of a checkpoint, read in parts from whatever shards they consist of (a ``TensorSource``).
+    """The tensors of a checkpoint, readable in parts whatever their shards (a ``TensorSource``).
 
     Args:
         folder: of the checkpoint.
-        names: tensors to look at, by default all.
+        names: tensors to read, by default all.
 
     Raises:
-        DamagedCheckpoint: the metadata cannot be read, or a tensor's shards do not make it up, each element once.
+        DamagedCheckpoint: the metadata cannot be read, or a tensor's shards do not cover it exactly.
     """
 
     def __init__(self, folder: str | Path, names: Collection[str] | None = None):
@@ -163,7 +165,7 @@ class CheckpointRows:
             for chunk in item.chunks:
                 info = places.get((name, chunk.offsets))
                 if info is None:
-                    raise DamagedCheckpoint(f"{folder}: no file holds {name} from {list(chunk.offsets)}")
+                    raise DamagedCheckpoint(f"{folder}: no file holds the chunk of {name} at {list(chunk.offsets)}")
                 self._chunks[name].append(
                     _Chunk(
                         tuple(chunk.offsets) or (0,),
@@ -177,17 +179,17 @@ class CheckpointRows:
 
     @property
     def paths(self) -> set[Path]:
-        """The files that hold its tensors."""
+        """The files that hold the tensors."""
         return {chunk.path for name in self.tensors for chunk in self._chunks[name]}
 
     def only(self, names: Iterable[str]) -> CheckpointRows:
-        """The same checkpoint, of which only ``names`` are seen, in that order."""
+        """Return the same checkpoint restricted to ``names``, in that order."""
         part = copy.copy(self)
         part.tensors = {name: self.tensors[name] for name in names}
         return part
 
     def flattened(self, names: Iterable[str]) -> CheckpointRows:
-        """The same checkpoint, of which ``names`` are seen as [L * R, ...], though they are [L, R, ...].
+        """Return the same checkpoint with the shapes of ``names`` changed from [L, R, ...] to [L * R, ...].
 
         Raises:
             UserError: a shard has parts of several of the L.
@@ -203,12 +205,14 @@ class CheckpointRows:
     def _flat(self, name: str, chunk: _Chunk, rows: int) -> _Chunk:
         (index, first, *offsets), (count, num_rows, *sizes) = chunk.offsets, chunk.sizes
         if count > 1 and num_rows != rows:
-            raise UserError(f"{self.folder}: a shard of {name} has {num_rows} of {rows} rows of several layers")
+            raise UserError(f"{self.folder}: a shard of {name} covers {num_rows} of the {rows} rows of several layers")
         return replace(chunk, offsets=(index * rows + first, *offsets), sizes=(count * num_rows, *sizes))
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~.tensor_source.TensorSource`. Files are opened when their turn comes: there may be thousands."""
+        """Read rows, see :class:`~.tensor_source.TensorSource`. Files are opened when needed: there may be
+        thousands.
+        """
         found: dict[int, _Values | Tensor] = {}
 
         def read(first: int, rows: Tensor) -> None:
@@ -241,7 +245,7 @@ class CheckpointRows:
         yield read
 
     def _locate(self, name: str, chunk: _Chunk, descriptor: int) -> _Values | Tensor:
-        """Where the values of ``chunk`` are; or its values, when they do not lie there row after row."""
+        """Return the place of the values of ``chunk``; or its values, if they are not stored row after row."""
         part = _FilePart(descriptor, chunk.start, chunk.length)
         try:
             values = _find_values(part)
@@ -251,12 +255,12 @@ class CheckpointRows:
                 part.seek(0)
                 loaded: Tensor = torch.load(cast(IO[bytes], part), map_location="cpu", weights_only=True)
                 return loaded.reshape(chunk.sizes)
-        except Exception as error:  # bytes that are no archive raise nearly anything
+        except Exception as error:  # invalid archives raise many types
             raise DamagedCheckpoint(
-                f"{chunk.path}: damaged ({type(error).__name__} where {name} should be); use another checkpoint"
+                f"{chunk.path}: damaged ({type(error).__name__} at the place of {name}); use another checkpoint"
             ) from None
         raise DamagedCheckpoint(
-            f"{chunk.path}: {name} is {list(values.shape)}, {values.dtype} there, the metadata says "
+            f"{chunk.path}: {name} is {list(values.shape)}, {values.dtype} there, but the metadata has "
             f"{list(chunk.stored_shape)}, {self.tensors[name].dtype}; use another checkpoint"
         )
 
@@ -266,7 +270,7 @@ class CheckpointRows:
 
 
 def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor], files: Mapping[str, tuple[str, int]]) -> None:
-    """Write DCP's ``.metadata`` of tensors that stand each in a file of its own.
+    """Write DCP's ``.metadata`` for tensors that are each in a file of their own.
 
     Args:
         folder: of the checkpoint.
@@ -280,7 +284,7 @@ def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor], files: Map
 
 
 class _PlacedWriter(dcp.FileSystemWriter):
-    """Writes no values: it says where they are."""
+    """Writes no values, only their places."""
 
     def __init__(self, folder: Path, files: Mapping[str, tuple[str, int]]):
         super().__init__(str(folder))

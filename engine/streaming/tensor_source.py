@@ -1,7 +1,7 @@
-"""Where the values of a conversion come from: any rows of any tensor, into memory that the caller owns.
+"""Define the interface of a conversion's input: reads any rows of any tensor into memory of the caller.
 
-A row is an index of the first dimension; a scalar is one row. Whoever reads rows in blocks needs no more memory than a
-block, however large the tensor is.
+A row is an index of the first dimension; a scalar is one row. Reading rows in blocks needs no more memory than a block,
+however large the tensor is.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class TensorSource(Protocol):
         """Names, shapes and dtypes."""
 
     def rows(self, name: str) -> AbstractContextManager[ReadRows]:
-        """What reads the rows of ``name`` while it is open."""
+        """Return a context manager that yields the reader of the rows of ``name``."""
 
 
 def rows_of(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """``shape`` with a first dimension to count rows by."""
+    """Return ``shape`` with a first dimension that counts rows."""
     return shape or (1,)

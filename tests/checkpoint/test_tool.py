@@ -48,7 +48,7 @@ def test_ls(run, run_folder):
     assert lines[2].split()[1:7] == ["8", "2,048", "5.5000", "4.9200", f"{size / 1000:.3g}", "kB"]
     assert lines[2].split()[-3:] == ["last,", "every", "complete"]
     assert "damaged: " in lines[3] and "config.json: missing" in lines[3]
-    with pytest.raises(UserError, match="holds no folder checkpoints"):
+    with pytest.raises(UserError, match="has no folder checkpoints"):
         run("ls", run_folder / "checkpoints")
 
 

@@ -192,9 +192,9 @@ def test_a_disk_that_keeps_something_else_is_found_out(
 
     monkeypatch.setattr(block_copy, "write_exactly", flip)
     refused = run(hf_to_dcp, "--hf", saved_models["llama"], "--output", tmp_path / "again")
-    assert_refused(refused, "the disk gives back another", "weight")
+    assert_refused(refused, "gives other values than were written", "weight")
     refused = run(dcp_to_hf, "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "back")
-    assert_refused(refused, "the disk gives back another", "weight")
+    assert_refused(refused, "gives other values than were written", "weight")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
@@ -245,7 +245,7 @@ def test_code_of_the_folder_is_never_run(copy_model: Copy, tmp_path: Path, capfd
     said = convert_there(folder, tmp_path / "checkpoint", verify=True)
     said += convert_back(tmp_path / "checkpoint", tmp_path / "back", verify=True)
     assert [line for line in said if "auto_map" in line] == [
-        "config.json names code of its own (auto_map): it is not run; the weights are read as model_type llama"
+        "config.json refers to custom code (auto_map), which is not run; the weights are read as model_type llama"
     ]
     assert not canary.exists() and not (tmp_path / "back" / "modeling.py").exists()
 
@@ -301,7 +301,7 @@ def test_values_that_a_dtype_cannot_hold_are_refused(copy_model: Copy, tmp_path:
     folder, name = copy_model("mistral"), "model.layers.1.mlp.up_proj.weight"
     edit_tensors(folder / SINGLE, lambda tensors: tensors[name][5].fill_(-7e4))
     refused = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "out", "--dtype", "float16")
-    assert_refused(refused, f"{name}: values up to 7e+04 become infinite in float16, whose largest is 6.55e+04")
+    assert_refused(refused, f"{name}: values up to 7e+04 become infinite in float16, whose maximum is 6.55e+04")
     assert not (tmp_path / "out").exists()
     convert_there(folder, tmp_path / "out", dtype="bfloat16")
     # What was infinite before is nobody's loss.
@@ -330,7 +330,7 @@ def test_a_source_that_is_changed_meanwhile_is_refused(
 
     monkeypatch.setattr(HfModel, "rows", replaced)
     refused = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "out", "--workers", 1)
-    assert_refused(refused, f"{folder}: was changed while it was converted; leave it alone and start again")
+    assert_refused(refused, f"{folder}: was changed during the conversion; do not change it, and start again")
     assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]
 
 
@@ -351,7 +351,7 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_refused(
 
     monkeypatch.setattr(CheckpointRows, "rows", replaced)
     refused = run(dcp_to_hf, "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "out", "--workers", 1)
-    assert_refused(refused, f"{tmp_path / 'checkpoint'}: was changed while it was converted; leave it alone and")
+    assert_refused(refused, f"{tmp_path / 'checkpoint'}: was changed during the conversion; do not change it, and")
     assert not (tmp_path / "out").exists()
 
 

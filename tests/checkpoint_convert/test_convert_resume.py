@@ -188,7 +188,7 @@ def test_sigterm_keeps_what_is_finished(saved_models: dict[str, Path], tmp_path:
     until_something_is_finished(program, tmp_path)
     program.process.terminate()
     assert (program.wait(), program.err) == (130, "interrupted\n")
-    assert "the same command goes on from them" in program.out
+    assert "the same command continues from them" in program.out
     assert not output.exists() and len(hidden(tmp_path)) == 1
 
 
@@ -329,7 +329,7 @@ def test_one_at_a_time(saved_models: dict[str, Path], tmp_path: Path, run: Run, 
     arguments, output = command_for("there", saved_models, tmp_path)
     program = start(script, *arguments)
     until_something_is_finished(program, tmp_path)
-    assert_refused(run(hf_to_dcp, *arguments), f"--output {output}", "another process is making it")
+    assert_refused(run(hf_to_dcp, *arguments), f"--output {output}", "another process is writing it")
     assert len(hidden(tmp_path)) == 1
     go_on.touch()
     assert program.wait() == 0, program.err

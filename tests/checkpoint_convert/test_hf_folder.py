@@ -69,7 +69,7 @@ def test_index_entries_stay_in_the_folder(tmp_path: Path, file: object) -> None:
     # The place that the entry points to exists, so that only the check stands in the way.
     save_file(COUNTING, write_indexed(tmp_path / "other") / "first.safetensors")
     edit_json(folder / INDEX_FILE, lambda index: index["weight_map"].update(a=file))
-    with pytest.raises(UserError, match="not the name of a file beside it") as error:
+    with pytest.raises(UserError, match="not the name of a file next to it") as error:
         HfWeights(folder)
     assert INDEX_FILE in str(error.value) and repr(file) in str(error.value)
 

@@ -116,7 +116,7 @@ def test_an_eod_that_is_not_flagged_special_is_text_in_text(tiny_tokenizer, tmp_
         ("{tmp}", "no tokenizer.json in this folder; .* --tokenizer"),
         ("{tmp}/absent/folder", "no such tokenizer folder or file; .* --tokenizer"),
         ("./absent", "no such tokenizer folder or file; .* --tokenizer"),
-        ("{tmp}/broken.json", "not a tokenizer that"),
+        ("{tmp}/broken.json", "cannot read this tokenizer"),
         ("two words/x", "no such tokenizer folder or file"),
     ],
 )

@@ -339,7 +339,7 @@ def test_what_is_no_run_is_one_line(run: Path, tmp_path: Path, refused) -> None:
         ("[]", "not a JSON object"),
         ('{"tokens": 1, "loss": 1}', "no 'step'"),
         ('{"step": 1.5, "tokens": 1, "loss": 1}', "not a whole number"),
-        ('{"step": 1e99, "tokens": 1}', "not a whole number"),
+        (f'{{"step": {2**63}, "tokens": 1}}', "not a whole number"),
         ("[" * 100_000, "maximum recursion"),
         ('{"step": 2, "tokens": 1, "loss": "x"}', "'x' is not a number"),
         ('{"step": 2, "tokens": 1, "evaluation": "a"}', "no 'loss'"),

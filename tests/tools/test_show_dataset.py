@@ -252,7 +252,7 @@ def test_an_index_out_of_order_is_shown_and_said(foreign, capsys):
     Path(f"{foreign}.idx").write_bytes(index)
     report = json.loads(show(capsys, foreign, "--json"))
     assert (report["tokens"], report["lengths"]["longest"]) == (5, 4)
-    assert "3 of 3 sequences do not begin in .bin where the one before ends" in report["warnings"][0]
+    assert "3 of 3 sequences do not begin in .bin at the end of the previous one" in report["warnings"][0]
     assert "note: " in show(capsys, foreign, "--verify")
     counted = {one["id"] for one in report["most_frequent"]}
     assert counted == {5, 300, 0, 6, 7}

@@ -121,7 +121,7 @@ def test_what_is_in_the_way_stays(one_rank, run_file, tmp_path):
     other = tmp_path / "run" / EXPORT
     other.mkdir(parents=True)
     (other / "config.json").write_text("mine")
-    with pytest.raises(UserError, match=r"step-00000004: .*no export: it has no conversion.json; move it away"):
+    with pytest.raises(UserError, match=r"step-00000004: .*is not an export: it has no conversion.json; move it away"):
         hf_exports.train(one_rank, run_file, ["--run_folder", str(tmp_path / "run")])
     assert not (tmp_path / "run" / "checkpoints").exists()
     # The export of another checkpoint may become that of this one, when the run comes to it again.

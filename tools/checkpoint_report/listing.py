@@ -43,7 +43,7 @@ def checkpoint_folder(run_folder: Path) -> Path:
     """
     folder = run_folder / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{run_folder}: holds no folder checkpoints; name the run_folder of a run")
+        raise UserError(f"{run_folder}: has no folder checkpoints; name the run_folder of a run")
     return folder
 
 

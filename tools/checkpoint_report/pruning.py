@@ -47,10 +47,10 @@ def _prune(store: CheckpointStore, keep_last: int, keep_every: int, say: Callabl
             say(f"keep    {folder} ({', '.join(reasons)})")
         elif remove:
             problems += (left := store.remove(folder))
-            say(f"removed {folder}" if not left else f"not removed entirely: {folder}")
+            say(f"removed {folder}" if not left else f"removed in part: {folder}")
         else:
             say(f"remove  {folder}")
     for folder in (folder for folder in complete if folder not in whole):
-        say(f"damaged {folder}: left alone; see verify")
+        say(f"damaged {folder}: not removed; see verify")
     if problems:
         raise UserError(f"{problems[0]}; {len(problems)} files or folders could not be removed: remove them yourself")

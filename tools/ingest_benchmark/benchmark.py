@@ -125,7 +125,7 @@ def run_benchmark(options: BenchmarkOptions) -> Results:
             results.megatron_text_bytes = part.text_bytes
             results.checks.append(compare_datasets(folder / "ours-0", folder / "megatron"))
         if options.memory_check:
-            _say("memory: one long document, and many documents, made up")
+            _say("memory: one long synthetic document, and many short ones")
             sizes = options.memory_megabytes
             results.memory = check_memory(bench.preprocess, options.json_key, sizes, results.workers, folder)
     return results
@@ -163,7 +163,7 @@ class Bench:
         """Megatron-LM's loop."""
         if tokenizer.kind != "tokenizer.json":
             raise UserError(
-                f"--megatron: {tokenizer.file} is no tokenizer.json; measure with one, or without --megatron"
+                f"--megatron: {tokenizer.file} is not a tokenizer.json; use one, or measure without --megatron"
             )
         command = [sys.executable, "-m", peer_program.__name__, "--input", str(corpus.path), *self._common]
         command += ["--tokenizer", str(tokenizer.file), "--eod-id", str(tokenizer.eod()[1])]
@@ -183,9 +183,9 @@ def check_tokens(limit: Sequence[dict[str, Any]], ours: Path) -> str:
     for one in limit:
         if one["tokens"] != tokens:
             raise UserError(
-                f"{one['encoder']} gave {one['tokens']:,} tokens, but {ours} holds {tokens:,} besides its ends"
+                f"{one['encoder']} gave {one['tokens']:,} tokens, but {ours} holds {tokens:,} apart from document ends"
             )
-    return f"as many tokens as the bare tokenizer, {tokens:,}, besides one end a document"
+    return f"as many tokens as the bare tokenizer, {tokens:,}, plus one end per document"
 
 
 def compare_datasets(ours: Path, peer: Path) -> str:
@@ -205,4 +205,4 @@ def compare_datasets(ours: Path, peer: Path) -> str:
             (n for n in range(min(count, len(left))) if not np.array_equal(left[n], right[n])), min(count, len(left))
         )
         raise UserError(f"{ours} and {peer} differ in document {number}")
-    return f"token for token what Megatron-LM's loop writes, on its {count:,} documents with {total:,} tokens"
+    return f"the same tokens as Megatron-LM's loop writes, on its {count:,} documents with {total:,} tokens"

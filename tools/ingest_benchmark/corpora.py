@@ -39,7 +39,7 @@ def read_texts(path: Path, key: str) -> Iterator[str]:
                 except (orjson.JSONDecodeError, KeyError, TypeError):
                     text = None
                 if not isinstance(text, str):
-                    raise UserError(f"{path}:{number}: no JSON object with a string under {key!r}; see --json-key")
+                    raise UserError(f"{path}:{number}: not a JSON object with a string under {key!r}; see --json-key")
                 yield text
     except OSError as error:
         raise UserError(f"--input {path}: {error.strerror}; name one plain .jsonl file") from error

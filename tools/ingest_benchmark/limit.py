@@ -61,7 +61,9 @@ def main() -> None:
     tokens = sum(len(tokenizer.encode_flat(batch)[0]) for _ in range(options.repeat) for batch in batches)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     if tokenizer.fast_path_failures:
-        raise UserError(f"{tokenizer.encoder} failed on {tokenizer.fast_path_failures} batches: this is not its speed")
+        raise UserError(
+            f"{tokenizer.encoder} failed on {tokenizer.fast_path_failures} batches, so this is not its speed"
+        )
     record = {
         "encoder": tokenizer.encoder,
         "threads": int(os.environ["RAYON_NUM_THREADS"]),

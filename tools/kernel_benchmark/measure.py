@@ -191,7 +191,7 @@ def _check(case: Case, call: _Call, reference: Tensors, settings: Settings, resu
     if any(math.isnan(error) for error in result.errors.values()):
         result.problem = "results hold NaN"
     elif changed:
-        result.problem = f"writes over its input {', '.join(changed)}"
+        result.problem = f"overwrites its input {', '.join(changed)}"
     if result.is_ours and (outside or changed):
         result.wrong = True
         worst = ", ".join(f"{name} {result.errors[name]:.1e}" for name in outside)

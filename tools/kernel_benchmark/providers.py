@@ -68,7 +68,7 @@ class Provider:
         if self.gpu_only and not next(iter(inputs.values())).is_cuda:
             return "needs a GPU"
         if self.uniform_only and len(set(inputs["cu_seqlens"].diff().tolist())) > 1:
-            return "has no documents of different lengths"
+            return "does not support documents of different lengths"
         return self.obstacle(inputs) if self.obstacle else None
 
 

@@ -47,7 +47,7 @@ class Setting:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return self.nodes * self.assumptions.gpus_per_node
 
 

@@ -37,8 +37,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Infinite where it is beyond float64."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """As the trainer records it."""
+        return math.exp(min(self.loss, 700.0))
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,28 @@ def read_curves(path: Path) -> Curves:
     Raises:
         UserError: the file cannot be read, or a line is damaged, which is named by its number.
     """
-    curves = Curves()
+    training: dict[int, tuple[int, array[float]]] = {}
     evaluations: dict[str, dict[int, Evaluation]] = {}
+    is_cut_off = False
     for number, line in _lines(path):
         try:
-            record = _record(line)
-            _add(curves, evaluations, record)
+            _add(training, evaluations, _record(line))
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             if not line.endswith(b"\n"):
-                curves.is_cut_off = True
+                is_cut_off = True
                 break
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(
                 f"{path}:{number}: not a record of a run ({what}); remove the line, or restore the file"
             ) from None
-    curves.evaluations = {name: [found[step] for step in sorted(found)] for name, found in evaluations.items()}
-    _sort(curves)
-    return curves
+    rows = [(step, *training[step]) for step in sorted(training)]
+    return Curves(
+        steps=array("q", (step for step, _, _ in rows)),
+        tokens=array("q", (tokens for _, tokens, _ in rows)),
+        columns={name: array("d", (row[place] for _, _, row in rows)) for place, name in enumerate(COLUMNS)},
+        evaluations={name: [found[step] for step in sorted(found)] for name, found in evaluations.items()},
+        is_cut_off=is_cut_off,
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -124,39 +129,28 @@ def _record(line: bytes) -> dict[str, Any]:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
-        record = json.loads(
-            line.decode()
-        )  # which knows the NaN that earlier versions wrote, and gives the better message
+        record = json.loads(line.decode())  # it knows NaN, which earlier versions wrote, and says what is wrong
     if not isinstance(record, dict):
         raise TypeError("not a JSON object")
     return record
 
 
-def _add(curves: Curves, evaluations: dict[str, dict[int, Evaluation]], record: dict[str, Any]) -> None:
+def _add(
+    training: dict[int, tuple[int, array[float]]],
+    evaluations: dict[str, dict[int, Evaluation]],
+    record: dict[str, Any],
+) -> None:
     step, tokens = record["step"], record["tokens"]
-    if type(step) is not int or type(tokens) is not int:
-        raise TypeError("step or tokens is not a whole number")
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in (step, tokens)):
+        raise TypeError("step or tokens is not a whole number from 0 on")
     if "evaluation" in record:
         found = Evaluation(step, tokens, _number(record["loss"]))
         evaluations.setdefault(str(record["evaluation"]), {})[step] = found
-        return
-    values = [_number(record.get(name)) for name in COLUMNS]
-    curves.steps.append(step)
-    curves.tokens.append(tokens)
-    for name, value in zip(COLUMNS, values, strict=True):
-        curves.columns[name].append(value)
+    else:
+        training[step] = tokens, array("d", [_number(record.get(name)) for name in COLUMNS])
 
 
 def _number(value: Any) -> float:
     if value is not None and not isinstance(value, (int, float)):
         raise TypeError(f"{value!r:.40} is not a number")
     return math.nan if value is None else float(value)
-
-
-def _sort(curves: Curves) -> None:
-    last = {step: place for place, step in enumerate(curves.steps)}
-    places = [last[step] for step in sorted(last)]
-    if places != list(range(len(curves.steps))):
-        curves.steps = array("q", (curves.steps[place] for place in places))
-        curves.tokens = array("q", (curves.tokens[place] for place in places))
-        curves.columns = {name: array("d", (c[place] for place in places)) for name, c in curves.columns.items()}

@@ -15,6 +15,10 @@ from .text import fact_lines, table_lines, visible
 
 Table = tuple[Sequence[str], Sequence[tuple[str, ...]]]
 """Headlines, and rows of as many cells."""
+_LOSS_HEAD = (
+    *("validation set", "steps", "loss before", "after", "change", "%"),
+    *("perplexity before", "after", "%", "lowest"),
+)
 _MOST_CHECKPOINTS = 12
 """Shown in the terminal."""
 
@@ -42,7 +46,7 @@ def run_page(run: Run, other: Run | None = None, title: str = "", more: Iterable
 
     Args:
         other: a run to compare with: its curves are dashed.
-        title: None: the name of the run folder.
+        title: empty: the name of the run folder.
         more: further sections, before the configuration.
     """
     sections = [
@@ -91,37 +95,18 @@ def run_facts(run: Run) -> dict[str, str]:
 
 def loss_table(run: Run) -> Table:
     """Each validation set at its first and at its last evaluation, and at its lowest loss."""
-    head = (
-        "validation set",
-        "steps",
-        "loss before",
-        "after",
-        "change",
-        "%",
-        "perplexity before",
-        "after",
-        "%",
-        "lowest",
-    )
     changes = run.curves.changes()
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for name, found in run.curves.evaluations.items():
-        first, last, best = found[0], found[-1], min(found, key=lambda one: one.loss)
-        lowest = f"{best.loss:.3f} (step {best.step:,})"
-        if name not in changes:
-            rows.append(
-                (name, f"{last.step:,}", "", f"{last.loss:.3f}", "", "", "", f"{last.perplexity:.1f}", "", lowest)
-            )
-            continue
-        loss = changes[name]
-        rows.append(
-            (
-                *(name, f"{first.step:,} → {last.step:,}", f"{first.loss:.3f}", f"{last.loss:.3f}"),
-                *(f"{loss.change:+.3f}", f"{loss.percent:+.1f} %", f"{first.perplexity:.1f}", f"{last.perplexity:.1f}"),
-                *(f"{loss.perplexity_percent:+.1f} %", lowest),
-            )
-        )
-    return head, rows
+        last, best = found[-1], min(found, key=lambda one: one.loss)
+        after, lowest = (f"{last.loss:.3f}", f"{last.perplexity:.1f}"), f"{best.loss:.3f} (step {best.step:,})"
+        cells = [name, f"{last.step:,}", "", after[0], "", "", "", after[1], "", lowest]
+        if loss := changes.get(name):
+            cells[1:3] = f"{loss.before.step:,} → {last.step:,}", f"{loss.before.loss:.3f}"
+            cells[4:7] = f"{loss.change:+.3f}", f"{loss.percent:+.1f} %", f"{loss.before.perplexity:.1f}"
+            cells[8] = f"{loss.perplexity_percent:+.1f} %"
+        rows.append(tuple(cells))
+    return _LOSS_HEAD, rows
 
 
 def verdicts(run: Run) -> list[str]:

@@ -33,5 +33,5 @@ class BenchmarkOptions:
         if not 0 <= self.matmul_seconds <= 60:
             raise UserError(f"--matmul-seconds {self.matmul_seconds:g}: must be between 0 and 60")
         if self.real_data and self.documents != "whole":
-            raise UserError(f"--documents {self.documents}: is for random data; remove it, or --real-data")
+            raise UserError(f"--documents {self.documents}: is only for random data; remove it, or --real-data")
         DocumentLengths.parse(self.documents)

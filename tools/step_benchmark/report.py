@@ -94,7 +94,7 @@ def _speed_rows(found: Measurement, summary: dict[str, Any]) -> list[list[str]]:
         "reserved": "peak memory reserved",
         "total": "memory of the GPU",
         "resident": "peak resident memory",
-        "resident_before": "of it before the model was built",
+        "resident_before": "memory before the model was built",
     }
     return rows + [[names[name], f"{value / _GIB:,.2f} GiB"] for name, value in found.memory.items()]
 

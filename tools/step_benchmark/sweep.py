@@ -55,10 +55,10 @@ def parse_sweep(items: Sequence[str], config: RunConfig) -> list[dict[str, str]]
             raise UserError(f"--sweep {item}: use KEY=VALUE,VALUE,..., such as training.micro_batch_size=1,2,4")
         matches = [key for key in known if key == name] or [key for key in known if key.endswith(f".{name}")]
         if len(matches) != 1:
-            found = f"could be {' or '.join(matches)}" if matches else "is no key of the configuration"
+            found = f"could be {' or '.join(matches)}" if matches else "is not a key of the configuration"
             raise UserError(f"--sweep {item}: {name} {found}; write the whole key, as in --print_config")
         if matches[0] in axes:
-            raise UserError(f"--sweep {item}: {matches[0]} is there twice; give all its values at once")
+            raise UserError(f"--sweep {item}: {matches[0]} is given twice; give all its values at once")
         axes[matches[0]] = values.split(",")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
@@ -129,7 +129,7 @@ def _explain(status: int, errors: str) -> str:
     if any("error: out of memory" in line for line in ours):
         return "out of memory"
     if not ours and (status in (-signal.SIGKILL, 128 + signal.SIGKILL) or "SIGKILL" in errors):
-        return "killed, as systems do when memory runs out"
+        return "killed, as usual when memory runs out"
     return ours[0].partition("error: ")[2] if ours else (lines or [f"exit status {status}"])[-1]
 
 
@@ -140,7 +140,7 @@ def format_sweep(rows: Sequence[Row]) -> str:
     text = "\n".join(table([*header, "outcome"], [[*_cells(row), row.outcome[:120]] for row in rows]))
     best = max(rows, key=lambda row: row.tokens_per_second)
     if best.record is None:
-        return f"{text}\n\nnothing fits, or nothing went through"
+        return f"{text}\n\nno setting fits or succeeds"
     words = " ".join(f"--{key}={value}" for key, value in best.settings.items())
     return f"{text}\n\nbest that fits: {words}: {best.tokens_per_second:,.0f} tokens/s"
 

@@ -188,10 +188,10 @@ def _read(options: ExtendOptions, tokenizer: Tokenizer) -> Corpus:
                     measured.add(text)
                 words.update(tokenizer.words(text))
     if not measured.texts:
-        raise UserError(f"--corpus {' '.join(options.corpus)}: no document in it; name files with text")
+        raise UserError(f"--corpus {' '.join(options.corpus)}: contains no document; name files with text")
     what = "held-out tenth of the corpus"
     if num_held_out == 0 or num_others == 0:
-        what = "corpus itself, of which nothing could be held out"
+        what = "corpus itself, since it is too small to hold out a part"
         words = held_out_words = words + held_out_words
     if measured.one_in > 1:
         what += f", one in {measured.one_in} of its documents"

@@ -92,4 +92,4 @@ def _digest(text: str) -> int:
 
 
 def _refuse(where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:
-    raise UserError(f"--corpus {where.describe()}: {reason}; mend it")
+    raise UserError(f"--corpus {where.describe()}: {reason}; fix it")

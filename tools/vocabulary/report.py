@@ -123,5 +123,5 @@ def write_page(folder: Path, title: str, gain: Gain, curve: Sequence[int], token
         ("token", "id", "kind", "times"),
         [(repr(token.text), str(token.id), token.kind, f"{token.count:,}") for token in tokens[:100]],
     )
-    sections = [header(title, ()), chart, section("Number of new tokens", steps), section("The first of them", first)]
+    sections = [header(title, ()), chart, section("Number of new tokens", steps), section("First new tokens", first)]
     (folder / PAGE_FILE).write_text(page(title, sections), encoding="utf-8")

@@ -28,13 +28,13 @@ def extended_beside(
     try:
         proto = parse_model(content, Path(SENTENCEPIECE_FILE))
     except UserError:
-        return None, f"left out {SENTENCEPIECE_FILE}, which is no sentencepiece model"
+        return None, f"left out {SENTENCEPIECE_FILE}, which is not a sentencepiece model"
     if len(proto.pieces) != first_id:
         return None, (
-            f"left out {SENTENCEPIECE_FILE}: it holds {len(proto.pieces):,} pieces, and the new ids begin at "
+            f"left out {SENTENCEPIECE_FILE}: it holds {len(proto.pieces):,} pieces, but the new ids begin at "
             f"{first_id:,}; tokenizer.json is complete"
         )
-    return _with_pieces(proto, tokens, scores), f"{SENTENCEPIECE_FILE} has the new tokens, too"
+    return _with_pieces(proto, tokens, scores), f"{SENTENCEPIECE_FILE} also has the new tokens"
 
 
 def parse_model(content: bytes, where: Path) -> Any:

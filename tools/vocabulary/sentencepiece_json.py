@@ -42,18 +42,20 @@ def converted(files: Mapping[str, bytes], where: Path) -> tuple[bytes, list[str]
     proto = parse_model(files[SENTENCEPIECE_FILE], where)
     kind = proto.trainer_spec.model_type
     if kind not in (_UNIGRAM, _BPE):
-        raise UserError(f"{where}: a sentencepiece model of words or characters; only BPE and unigram can grow")
+        raise UserError(
+            f"{where}: a sentencepiece model of words or characters; only BPE and unigram models can be extended"
+        )
     _require_convertible(proto, where)
     above = _highest_added_id(files, where.parent)
     if above >= len(proto.pieces):
         raise UserError(
-            f"{where}: tokens added in files next to it have ids up to {above:,}, and it holds {len(proto.pieces):,} "
+            f"{where}: tokens added in files next to it have ids up to {above:,}, but it holds {len(proto.pieces):,} "
             f"pieces; {_REMEDY}"
         )
     config = read_object(files, where.with_name(CONFIG_FILES[0]), _REMEDY)
     content = dump_json({**_content(proto), "post_processor": _post_processor(proto, config)})
     notes = _require_same_ids(proto, content, where)
-    return content, [f"note: the output has a tokenizer.json, made from {where}, which programs read first", *notes]
+    return content, [f"note: the output has a tokenizer.json made from {where}; programs read it first", *notes]
 
 
 def _content(proto: Any) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def _require_same_ids(proto: Any, content: bytes, where: Path) -> list[str]:
 def _highest_added_id(files: Mapping[str, bytes], folder: Path) -> int:
     """Of the tokens that transformers keeps in files next to a sentencepiece model; -1 without any."""
     added, config = folder / ADDED_TOKENS_FILE, folder / CONFIG_FILES[0]
-    remedy = "get it again from where the model came from: its tokens' ids are needed"
+    remedy = "get it again from the model's source: its tokens' ids are needed"
     ids = [-1]
     ids += [token for token in read_object(files, added, remedy).values() if isinstance(token, int)]
     decoder = read_object(files, config, remedy).get("added_tokens_decoder") or {}

@@ -20,7 +20,7 @@ from ...engine.errors import UserError
 from .vocabulary import WORD_START, NewToken, dump_json, read_object
 
 _CONFIG_FILE = CONFIG_FILES[0]
-_REMEDY = "get it again from where the model came from"
+_REMEDY = "get it again from the model's source"
 STRIP_STEPS = tuple({"type": "Replace", "pattern": {"Regex": regex}, "content": ""} for regex in (r"\A +", r" +\z"))
 """Normalizers that take spaces from both ends of a text."""
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
@@ -121,9 +121,9 @@ def _other_ids(ours: TokenizerHandle, theirs: Any, tokens: Sequence[NewToken]) -
         other = theirs.encode(text, add_special_tokens=False)
         if mine.tolist() != other:
             return (
-                f"the tokenizer with the new tokens gives {text!r} the ids {mine.tolist()}, and "
-                f"{auto_tokenizer_name()} gives {other}, so that the model would be served other ids than it is "
-                "trained on; save the tokenizer with transformers first "
+                f"the tokenizer with the new tokens gives {text!r} the ids {mine.tolist()}, but "
+                f"{auto_tokenizer_name()} gives {other}, so the served model would get other ids than those of its "
+                "training; save the tokenizer with transformers first "
                 "(AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or list other tokens"
             )
     return None
@@ -138,7 +138,7 @@ def _name_plain_class(folder: Path, theirs: Any) -> str | None:
     names = {name: token for name, token in theirs.special_tokens_map.items() if isinstance(token, str)}
     path.write_bytes(dump_json({**names, **config, "tokenizer_class": _PLAIN_CLASS}))
     return (
-        f"note: tokenizer_class in {_CONFIG_FILE} is {_PLAIN_CLASS} now: {type(theirs).__name__} of transformers "
+        f"note: tokenizer_class in {_CONFIG_FILE} is now {_PLAIN_CLASS}: {type(theirs).__name__} of transformers "
         f"replaces rules of {TOKENIZER_FILE} by its own and would give other ids"
     )
 
@@ -162,5 +162,5 @@ def _space_like_llama(folder: Path, _theirs: Any) -> str | None:
     file.write_bytes(dump_json({**content, "normalizer": normalizer, "pre_tokenizer": metaspace}))
     return (
         f"note: {TOKENIZER_FILE} writes spaces as transformers' LlamaTokenizer does (Metaspace): texts that begin or "
-        "end with a space may get one token more or less than before, all others are as before"
+        "end with a space may have one token more or less than before, all others are unchanged"
     )

@@ -20,7 +20,7 @@ _MOST_BYTES = 1 << 30
 _KEYS = ("text", "piece", "token", "content")
 """What an object may call a token, in order of preference. A ``piece`` is written as in a vocabulary (``Ġthe``)."""
 _LOOKS_LIKE_JSON = re.compile(r"""\s*(?:\{\s*["'][^"']*["']\s*:|\[\s*["'{]|".+"\s*,?\s*\Z)""", re.DOTALL)
-_FORMATS = 'one token to a line, a JSON string or {"text": "..."} to a line, a JSON list of these, or a vocabulary.json'
+_FORMATS = 'one token per line, a JSON string or {"text": "..."} per line, a JSON list of these, or a vocabulary.json'
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def texts_of(listed: list[Listed], text_of_piece: Callable[[str], str], path: st
     for token in listed:
         text = text_of_piece(token.text) if token.is_piece else token.text
         if text in places:
-            raise UserError(f"--tokens {path}: {token.place} is {text!r}, as {places[text]} is; name each once")
+            raise UserError(f"--tokens {path}: {token.place} is {text!r}, as is {places[text]}; list each token once")
         places[text] = token.place
     return list(places)
 
@@ -96,7 +96,9 @@ def _of_line(line: str, place: str, path: str) -> Listed:
         try:
             value = json.loads(line)
         except ValueError as error:
-            raise UserError(f"--tokens {path}: {place} looks like JSON and is not: {error}; write {_FORMATS}") from None
+            raise UserError(
+                f"--tokens {path}: {place} looks like JSON but is not valid: {error}; write {_FORMATS}"
+            ) from None
         return _of_value(value, place, path)
     return Listed(line, False, place)
 
@@ -109,7 +111,7 @@ def _of_value(value: Any, place: str, path: str) -> Listed:
             if isinstance(value.get(key), str) and value[key]:
                 return Listed(value[key], key == "piece", place)
     shown = json.dumps(value, ensure_ascii=False)[:60]
-    raise UserError(f"--tokens {path}: {place} is JSON that names no token, {shown}; write {_FORMATS}")
+    raise UserError(f"--tokens {path}: {place} is JSON without a token, {shown}; write {_FORMATS}")
 
 
 def _is_part(entry: Any) -> bool:

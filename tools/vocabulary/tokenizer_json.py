@@ -23,7 +23,7 @@ from .splitting import WordSplitter, may_be_piece, split_words
 from .vocabulary import Extension, NewToken, Wanted, dump_json, read_object, require_ids_as_read
 
 _VOCAB_FILE, _MERGES_FILE = "vocab.json", "merges.txt"
-_REMEDY = f"get it again from where the model came from, or remove it: {TOKENIZER_FILE} is complete"
+_REMEDY = f"get it again from the model's source, or remove it: {TOKENIZER_FILE} is complete"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -132,7 +132,10 @@ class BpeJson:
                 added.append(tokens[-1])
                 known.add(text)
                 phrases.add(entry)
-                notes.append(f"{text!r} is added: no merges of the tokenizer's words lead to it; it is matched in text")
+                notes.append(
+                    f"{text!r} becomes an added token: no merges of the tokenizer's words lead to it; it is matched in "
+                    "text"
+                )
                 continue
             for left, right in chain:
                 known.add(left + right)
@@ -141,7 +144,7 @@ class BpeJson:
                 kind = "merge" if left + right == piece else "part"
                 tokens.append(self._new_token(self.first_id + len(tokens), left + right, kind))
         if not tokens:
-            raise UserError("--tokens: all of them are tokens already; nothing is to be added")
+            raise UserError("--tokens: all of them are tokens already; there is nothing to add")
         return self._extended(tokens, pairs, added, notes, [])
 
     def _piece_of(self, text: str) -> str | None:
@@ -256,7 +259,7 @@ def _has_step(content: dict[str, Any], kind: str) -> bool:
 
 
 def _bytes_by_character() -> dict[str, int]:
-    """GPT-2's characters for the 256 bytes: printable Latin-1 for itself, the others from U+0100 on."""
+    """Return GPT-2's characters for the 256 bytes: printable Latin-1 unchanged, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

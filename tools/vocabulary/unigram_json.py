@@ -44,14 +44,14 @@ class UnigramJson:
         if above >= self.first_id:
             raise UserError(
                 f"{where}: a unigram model of {self.first_id:,} pieces with added tokens up to id {above:,}; the next "
-                "piece would take the id of one of them, so it cannot be extended"
+                "piece would get the id of one of them, so it cannot be extended"
             )
         require_ids_as_read(self._tokenizer, added, where)
         unknown = self._content["model"].get("unk_id")
         if unknown is None:
             raise UserError(
-                f"{where}: a unigram model without model.unk_id: the library fails at every character that it does not "
-                "know; set it to the place of the unknown token in model.vocab"
+                f"{where}: a unigram model without model.unk_id: the library fails at every unknown character; set it "
+                "to the index of the unknown token in model.vocab"
             )
         special = {*added, pieces[unknown][0]}
         self._scores = {piece: score for piece, score in pieces if piece not in special}
@@ -82,7 +82,9 @@ class UnigramJson:
         new, notes = by_piece(texts, self._ids)
         words = [piece for piece in new if may_be_piece(piece, len(piece))]
         phrases = [text for piece, text in new.items() if not may_be_piece(piece, len(piece))]
-        notes += [f"{text!r} is added: it is several words; it is matched in text" for text in phrases]
+        notes += [
+            f"{text!r} becomes an added token: it consists of several words; it is matched in text" for text in phrases
+        ]
         pieces = [(piece, rarest_part(self._scores, self._texts_of(piece)), 0) for piece in words]
         return self._extended(pieces, notes, phrases)
 

@@ -97,7 +97,7 @@ def by_piece(texts: Iterable[str], known: Container[str]) -> tuple[dict[str, str
         else:
             new[piece] = text
     if not new:
-        raise UserError("--tokens: all of them are tokens already; nothing is to be added")
+        raise UserError("--tokens: all of them are tokens already; there is nothing to add")
     return new, notes
 
 
@@ -117,7 +117,7 @@ def read_object(files: Mapping[str, bytes], path: Path, remedy: str) -> dict[str
     except ValueError as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}; {remedy}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__} where an object is needed; {remedy}")
+        raise UserError(f"{path}: holds a {type(content).__name__} instead of an object; {remedy}")
     return content
 
 
@@ -141,9 +141,9 @@ def require_ids_as_read(tokenizer: tokenizers.Tokenizer, added: Mapping[str, int
         read = tokenizer.token_to_id(content)
         if read != token:
             raise UserError(
-                f"{path}: added token {content!r} has id {token} in the file, and the tokenizers library reads it as "
-                f"{read}; if the model was trained with {read}, save the file anew with the library "
-                "(Tokenizer.from_file(path).save(path)), or else mend its ids"
+                f"{path}: added token {content!r} has id {token} in the file, but the tokenizers library reads it as "
+                f"{read}; if the model was trained with {read}, save the file again with the library "
+                "(Tokenizer.from_file(path).save(path)), or else correct its ids"
             )
 
 

@@ -91,14 +91,14 @@ def choose_rows(rows: int, first_id: int, num_tokens: int, multiple_of: int | No
     needed = first_id + num_tokens
     fitting = multiple_of or max(2**power for power in range(8) if rows % 2**power == 0)
     assert multiple_of or fitting <= _LARGEST_MULTIPLE
-    reason = "--pad-vocab-to-multiple-of" if multiple_of else f"as {rows:,} was"
+    reason = "--pad-vocab-to-multiple-of" if multiple_of else f"like the old {rows:,}"
     wanted = -(-max(rows, needed) // fitting) * fitting
     if wanted == rows:
-        return rows, f"{rows:,} rows as before: ids from {first_id:,} on had rows without tokens"
-    spare = f", the first {rows - first_id:,} in rows without tokens" if first_id < rows else ""
+        return rows, f"{rows:,} rows as before: ids from {first_id:,} on already had rows without tokens"
+    spare = f", of which the first {rows - first_id:,} use rows that had no token" if first_id < rows else ""
     return wanted, (
         f"{rows:,} rows become {wanted:,}, a multiple of {fitting} ({reason}): {num_tokens:,} new tokens{spare}, "
-        f"{wanted - needed:,} rows to fill up"
+        f"{wanted - needed:,} rows of padding"
     )
 
 
@@ -125,7 +125,7 @@ class ExtendedVocabulary:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
+        """Read rows, see :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
         with self._source.rows(name) as read:
             if name not in self._extended:
                 yield read

@@ -11,16 +11,13 @@ same ids, the character is in the text; when not, the bytes were broken.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any
 
 from ....engine.data.indexed_dataset import IndexedDataset
 from ....engine.data.tokenizer import TokenizerHandle
-from ....engine.errors import UserError
 from .streams import document_edges
 
 REPLACEMENT = "\ufffd"
@@ -259,36 +256,3 @@ class Soundness:
             return True
         # Sentencepiece may put a space before a text.
         return encoded[1:].tolist() == ids and not self._tokenizer.decode(encoded[:1]).strip()
-
-
-def find_unknown_id(tokenizer: TokenizerHandle) -> int | None:
-    """The id that stands for whatever the vocabulary cannot express; None where there is none, as in byte-level ones.
-
-    Raises:
-        UserError: the tokenizer's file cannot be read any more.
-    """
-    if tokenizer.kind == "sentencepiece":
-        from sentencepiece import SentencePieceProcessor
-
-        token = int(SentencePieceProcessor(model_file=str(tokenizer.file)).unk_id())
-        return token if token >= 0 else None
-    if tokenizer.kind == "tiktoken":
-        return None
-    try:
-        content = json.loads(tokenizer.file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{tokenizer.file}: cannot be read: {error}") from error
-    return _unknown_of_json(content)
-
-
-def _unknown_of_json(content: dict[str, Any]) -> int | None:
-    """As it stands in a ``tokenizer.json``."""
-    model = content.get("model", {})
-    if isinstance(model.get("unk_id"), int):
-        return model["unk_id"]
-    name = model.get("unk_token")
-    if name is None:
-        return None
-    added = {token.get("content"): token.get("id") for token in content.get("added_tokens", [])}
-    vocabulary = model.get("vocab", {})
-    return added.get(name, vocabulary.get(name) if isinstance(vocabulary, dict) else None)

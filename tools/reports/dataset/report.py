@@ -12,7 +12,7 @@ from ....engine.data.indexed_dataset import IndexedDataset
 from ....engine.data.sidecar import InputSource, Sidecar, require_same_dataset
 from ....engine.data.tokenizer import TokenizerHandle
 from ....engine.errors import UserError
-from .decoding import DecodedDocument, TextFacts, choose_documents, decode_document, find_unknown_id, measure_text
+from .decoding import DecodedDocument, TextFacts, choose_documents, decode_document, measure_text
 from .findings import find_missing, find_warnings
 from .lengths import LengthFacts, count_lengths, sample_lengths
 from .streams import DatasetStream
@@ -121,7 +121,7 @@ def inspect_dataset(options: InspectOptions) -> DatasetReport:
     training = _plan_training(options.config, dataset.prefix)  # first, since it may be refused at once
     tokenizer, reason = _find_tokenizer(options, sidecar, dataset.prefix)
     eod_id = find_eod_id(tokenizer, sidecar)
-    unknown_id = None if tokenizer is None else find_unknown_id(tokenizer)
+    unknown_id = None if tokenizer is None else tokenizer.unknown_id
     if unknown_id == eod_id:
         unknown_id = None  # the files of GPT-2 name one token for both, and bytes have no unknown
     stream = DatasetStream(dataset)
