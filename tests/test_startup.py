@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import importlib
 import json
@@ -147,6 +148,23 @@ def test_a_rank_whose_installation_is_broken_ends_before_others_wait_for_it(rank
     assert status == 1 and printed.startswith(f"[rank {rank}] error: No module named 'torch'; install"), printed
     assert printed.count("\n") == 1
     assert any("in prepare" in place for place in asked[0])
+
+
+def test_all_modules_of_a_run_are_imported_before_ranks_meet(run_yaml):
+    """A module of the recipe that is missing or broken must not show when others wait already."""
+    recipe = ROOT / "engine" / "pretrain.py"
+    needed = set()
+    for node in ast.walk(ast.parse(recipe.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            needed.add(str(node.module))
+    program = (
+        "import json, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])['prepare'](1); "
+        "print(json.dumps([*sys.modules]))"
+    )
+    line = [sys.executable, "-c", program, str(recipe), "--config", str(run_yaml)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=300)
+    assert "retemper.engine.step" in needed
+    assert not needed - {*json.loads(done.stdout)}
 
 
 def test_the_collector_rests_while_libraries_are_imported(tmp_path, monkeypatch):
