@@ -106,5 +106,10 @@ def test_what_the_guide_for_contributors_names_exists() -> None:
     assert len(paths) > 10
     for name in paths:
         assert (ROOT / name).exists(), name
-    for name in ("MODEL_TYPES", "_FAMILY_DEFAULTS", "parse_architecture"):
-        assert name in CONTRIBUTING and name in (ROOT / "engine" / "model" / "architecture.py").read_text("utf-8")
+    names = {
+        "engine/model/architecture.py": ("MODEL_TYPES", "_FAMILY_DEFAULTS", "parse_architecture"),
+        "engine/observe/observer.py": ("Observer", "create_observers"),
+    }
+    for path, defined in names.items():
+        for name in defined:
+            assert name in CONTRIBUTING and name in (ROOT / path).read_text("utf-8")
