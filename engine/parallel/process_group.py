@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..guards.liveness import APART, Liveness
+from ..guards.rendezvous import Rendezvous, join
 from .launcher import read_launcher
-from .liveness import APART, Liveness
-from .meeting import Meeting, meet
 
 Result = TypeVar("Result")
 _SHORTEST_COLLECTIVE_LIMIT = 3600.0  # seconds
@@ -111,7 +111,7 @@ def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
 
 
 @contextmanager
-def process_group(device_name: str, timeout_seconds: int, meeting: Meeting | None = None) -> Iterator[Ranks]:
+def process_group(device_name: str, timeout_seconds: int, rendezvous: Rendezvous | None = None) -> Iterator[Ranks]:
     """Join the process group, and leave it cleanly after an undisturbed run.
 
     CPU tensors travel over gloo on every machine, so that control messages never wait for a GPU. Where there are
@@ -120,18 +120,18 @@ def process_group(device_name: str, timeout_seconds: int, meeting: Meeting | Non
     Args:
         device_name: auto, cpu or cuda.
         timeout_seconds: how long ranks wait for one that is silent, or does not come to a collective.
-        meeting: of the ranks, where they have met already.
+        rendezvous: of the ranks, where they have met already.
     """
     if not read_launcher().announced:
         with _joined(device_name, timeout_seconds, dist.HashStore(), 0, 1) as ranks:
             yield ranks
         return
-    meeting = meeting or meet({}, timeout_seconds)
-    liveness = Liveness(meeting, timeout_seconds)
+    rendezvous = rendezvous or join({}, timeout_seconds)
+    liveness = Liveness(rendezvous, timeout_seconds)
     # What watches the others speaks first: it knows more than the collective that fails, which also counts the time in
     # which all ranks were stopped.
     limit = max(_SHORTEST_COLLECTIVE_LIMIT, 10 * timeout_seconds)
-    with liveness, _joined(device_name, limit, meeting.store, meeting.rank, meeting.world_size) as ranks:
+    with liveness, _joined(device_name, limit, rendezvous.store, rendezvous.rank, rendezvous.world_size) as ranks:
         yield ranks
 
 

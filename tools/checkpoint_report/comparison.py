@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ...engine.checkpoint.manifest import Manifest, read_manifest
 from ...engine.checkpoint.tensors import StoredTensor, load_tensors, stored_tensors
-from ...engine.parallel.agreement import flatten
+from ...engine.guards.rank_consistency import flatten
 
 _GROUP_BYTES = 1 << 30
 """Values that are in memory at a time, of each checkpoint. Every group costs a reading of the metadata."""
