@@ -16,7 +16,7 @@ from retemper.engine.config import RunConfig
 from retemper.engine.config_checks import validate
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import UserError, run_command
-from retemper.engine.guards.garbage import uncollected
+from retemper.engine.garbage import uncollected
 from retemper.engine.guards.rank_consistency import agree_on_config
 from retemper.engine.guards.stop_request import StoppedBeforeTraining, StopRequest
 from retemper.engine.observe.console import Console

@@ -16,12 +16,11 @@ from .checkpoint.changes import require_allowed
 from .checkpoint.manifest import Manifest
 from .checkpoint.store import CheckpointStore
 from .checkpoint.tensors import (
-    StoredTensor,
     describe_casts,
     load_tensors,
     model_tensors,
+    open_tensors,
     require_model_tensors,
-    stored_tensors,
     training_tensors,
 )
 from .config import DATA_FILES, RunConfig, to_dict
@@ -44,6 +43,7 @@ from .parallel.build import check as check_model
 from .parallel.passes import ModelParts
 from .parallel.process_group import Ranks
 from .run_state import Progress
+from .weights.parts import TensorParts
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Start:
             seed=self.seed,
             folder=str(folder),
             resumed=manifest,
-            tensors=stored_tensors(folder),
+            parts=open_tensors(folder),
         )
 
 
@@ -123,19 +123,19 @@ class HuggingFaceStart(Start):
 class CheckpointStart(Start):
     """A checkpoint: its weights, and where the run continues also its optimizer states."""
 
-    tensors: dict[str, StoredTensor]
-    """What it holds, by name."""
+    parts: TensorParts
+    """The tensors that it holds, readable in any parts."""
 
     def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
         """See :class:`Start`."""
         assert self.folder is not None
-        require_model_tensors(self.folder, self.tensors, meta_decoder(self.architecture))
+        require_model_tensors(self.folder, self.parts.tensors, meta_decoder(self.architecture))
         wanted: dict[str, Tensor] = model_tensors(model)
         if self.resumed:
             allocate_states(optimizer)
             wanted = training_tensors(model, optimizer)
-        casts = describe_casts(self.folder, self.tensors, wanted, resuming=self.resumed is not None)
-        load_tensors(self.folder, wanted, stored=self.tensors)
+        casts = describe_casts(self.folder, self.parts.tensors, wanted, resuming=self.resumed is not None)
+        load_tensors(self.folder, wanted, opened=self.parts)
         return casts
 
 
@@ -195,7 +195,7 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     if weights is not None:
         return HuggingFaceStart(**vars(start), weights=weights)
     if folder is not None:
-        return CheckpointStart(**vars(start), tensors=stored_tensors(folder))
+        return CheckpointStart(**vars(start), parts=open_tensors(folder))
     return start
 
 

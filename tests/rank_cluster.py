@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -77,6 +78,9 @@ def _fork_ranks(rendezvous_file: str, pipes: list[Connection]) -> None:
     os.setpgid(0, 0)
     for name in ("guards.run_guards", "observe.reporter", "observe.summary", "start"):
         importlib.import_module(f"retemper.engine.{name}")
+    # What has been imported stays: no rank looks for garbage in it, which would also copy its pages.
+    gc.collect()
+    gc.freeze()
     for rank, pipe in enumerate(pipes):
         if os.fork() == 0:
             for other in pipes[:rank] + pipes[rank + 1 :]:

@@ -1,4 +1,4 @@
-"""The steps of this repository's ``engine/pretrain.py``, timed from outside."""
+"""Run the steps of this repository's ``engine/pretrain.py``, with external timing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .job import DATASET, Clock, Job, draw
 
 
 def configure(job: Job) -> RunConfig:
-    """The run's configuration, read from a YAML file as a user's is."""
+    """Return the run's configuration, read from a YAML file like a user's."""
     folder = Path(job.folder)
     config: dict[str, Any] = {
         "run_folder": str(folder / "run"),

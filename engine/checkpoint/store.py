@@ -335,8 +335,6 @@ class CheckpointStore:
         temporary.mkdir(parents=True)
 
     def _require_visible(self, temporary: Path) -> None:
-        # DCP makes the folder wherever it is missing: without this check, nodes that share no file system would each
-        # keep their own shards, and the checkpoint would be complete on none.
         if not temporary.is_dir():
             raise UserError(
                 f"{temporary}: made by rank 0 but not seen here; put run_folder on a file system that all nodes share"

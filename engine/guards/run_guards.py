@@ -14,13 +14,13 @@ from ..checkpoint.saver import Saver
 from ..checkpoint.store import CheckpointStore
 from ..config import RunConfig
 from ..errors import UserError
+from ..garbage import GarbageSchedule
 from ..parallel.passes import ModelParts
 from ..parallel.process_group import Ranks
 from ..run_folder import manifest_of
 from ..run_state import Run
 from ..step import StepResult
 from .emergency import EmergencySave
-from .garbage import GarbageSchedule
 from .replica_check import ReplicaCheck
 from .step_guard import StepGuard
 from .watchdog import Watchdog

@@ -83,7 +83,7 @@ def test_files_that_were_copied_with_the_option_are_not_taken_up_without_it(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointPlan, "write_metadata", full)
+        patch.setattr(CheckpointPlan, "write_table", full)
         with pytest.raises(UserError, match="finished files are kept"):
             convert_there(folder, tmp_path / "checkpoint", allow_nonfinite=True)
     with pytest.raises(UserError, match=f"{NAME} holds 1 values"):

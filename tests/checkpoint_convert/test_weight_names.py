@@ -174,11 +174,14 @@ def only(name: str) -> Callable[[Path], None]:
         (stale_index, ["two sets of weights", SINGLE, INDEX, "model-00001-of-00001.safetensors"]),
         (index_of_both, ["two sets of weights", SINGLE, INDEX]),
         (twice_in_shards, ["both hold model.embed_tokens.weight", "model-00002-of-00002.safetensors"]),
-        (adapter, ["adapter_config.json next to model.safetensors", "transformers loads the model that the adapter"]),
+        (
+            adapter,
+            ["adapter_config.json next to model.safetensors", "transformers loads the base model of the adapter"],
+        ),
         (only("adapter_model.safetensors"), ["neither", "adapter_model.safetensors"]),
         (only("consolidated.safetensors"), ["neither", "consolidated.safetensors", "publisher"]),
         (only("model-00001-of-00002.safetensors"), ["shards without their model.safetensors.index.json"]),
-        (only("model-Q4_K_M.gguf"), ["neither", "model-Q4_K_M.gguf, a format of llama.cpp"]),
+        (only("model-Q4_K_M.gguf"), ["neither", "model-Q4_K_M.gguf, the llama.cpp format"]),
         (only("model.fp16.safetensors"), ["neither", "model.fp16.safetensors"]),
     ],
 )

@@ -27,8 +27,8 @@ def plain_ids(folder: Path, texts: list[str], end: list[int] | None = None) -> l
 
 
 def report(tokenizer: Path, folder: Path, *inputs: Path | str, **options: object) -> PreprocessReport:
-    """Preprocess to ``folder``/out; the work itself is always done in worker processes."""
-    settings = {"workers": 1, "output_prefix": str(folder / "out"), **options}
+    """Preprocess to ``folder``/out. By default as a large input: in worker processes, with the fast tokenizer."""
+    settings = {"workers": 1, "encoder": "fast", "output_prefix": str(folder / "out"), **options}
     paths = [str(path) for path in inputs]
     return preprocess(PreprocessOptions(paths, str(tokenizer), **settings))  # type: ignore[arg-type]
 

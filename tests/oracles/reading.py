@@ -10,12 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from retemper.tools.ingest.faults import MalformedError, Where
 from retemper.tools.ingest.formats import FORMATS
 from retemper.tools.ingest.inputs import InputOptions, expand_inputs
 from retemper.tools.ingest.long_text import LongText
-from retemper.tools.ingest.readers import lines
-from retemper.tools.ingest.records import ReadContext, ReadOptions, Where, readable_part
+from retemper.tools.ingest.records import ReadContext, ReadOptions, readable_part
 from retemper.tools.ingest.tasks import Span
+from retemper.tools.ingest.texts import TextChoice
 
 
 @dataclass
@@ -59,10 +60,16 @@ def read_file(
 
 
 def read_texts(path: Path, cuts: Sequence[int] = (), key: str = "text", input_format: str | None = None) -> Reading:
-    """The same by the way that is taken for JSONL of which only one key is wanted; it gives no places."""
+    """The texts under ``key`` of the records of a file, as workers take them."""
     reading = Reading()
-    for span, context in _spans(path, cuts, (key,), InputOptions(input_format=input_format), reading, ReadOptions()):
-        reading.values += map(joined, lines.read_texts(span, context, key))
+    choice = TextChoice((key,))
+    inputs = InputOptions(input_format=input_format)
+    for span, context in _spans(path, cuts, choice.roots, inputs, reading, ReadOptions()):
+        for value, where, raw in FORMATS[span.file.format].read(span, context):
+            try:
+                reading.values.append(joined(choice.text(value)))
+            except MalformedError as error:
+                context.refuse(where, str(error), error.kind, raw)
     return reading
 
 

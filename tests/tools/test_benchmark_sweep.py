@@ -78,7 +78,7 @@ def test_nothing_fits(run_file, tmp_path, monkeypatch, capsys):
     program = tmp_path / "program.py"
     program.write_text("import sys; sys.exit('[rank 0] error: out of memory: CUDA out of memory')")
     monkeypatch.setattr(command, "__file__", str(program))
-    with pytest.raises(UserError, match="no setting went through"):
+    with pytest.raises(UserError, match="no setting succeeded"):
         command.main(["--config", str(run_file), "--sweep", "recompute=none,full"])
     assert capsys.readouterr().out.count("out of memory") == 2
 
@@ -101,7 +101,7 @@ def test_combinations(run_file):
             "a bad value; use another",
         ),
         ("import sys; sys.exit('W1 noise\\n[rank 1] error: out of memory: none left\\nE2 failed')", "out of memory"),
-        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "killed, as systems do when memory runs out"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "killed, as usual when memory runs out"),
         ("raise KeyError('a bug')", "KeyError: 'a bug'"),
         ("import sys; sys.exit(3)", "exit status 3"),
     ],

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from retemper.tools.ingest.chat import ChatEncoder, EncodedChat
 from retemper.tools.ingest.chat_messages import read_conversation
-from retemper.tools.ingest.records import LeftOutError, MalformedError
+from retemper.tools.ingest.faults import LeftOutError, MalformedError
 
 FIVE, FOUR = {"role": "assistant", "content": "Five."}, {"role": "assistant", "content": "Four."}
 TOOLS_TEMPLATE = """{%- for tool in tools or [] %}{{- tool | tojson }}{%- endfor %}

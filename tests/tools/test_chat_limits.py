@@ -14,7 +14,7 @@ from test_chat_input import ANSWER, CHATML, USER, encode, save
 
 from retemper.engine.errors import UserError
 from retemper.tools.ingest.chat import ChatEncoder
-from retemper.tools.ingest.records import MalformedError
+from retemper.tools.ingest.faults import MalformedError
 
 MEMORY = {
     "repeat": "{{ 'a' * 10000000000 }}",

@@ -7,6 +7,7 @@ import random
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from retemper.tools.ingest import shingles
 from retemper.tools.ingest.cleaning import Cleaner, strip_control
 from retemper.tools.ingest.decontamination import NgramFilter
 from retemper.tools.ingest.normalization import _BOUNDARY, PieceNormalizer
+from retemper.tools.ingest.options import PreprocessOptions
 
 ALPHABETS = {
     "ascii": "ab \n\t\r",
@@ -95,11 +97,15 @@ def test_a_normalizer_holds_little_of_what_it_can_cut():
         assert sum(map(len, normalizer._held)) < 10
 
 
+def asked_for(held_out: Path | None = None, **options: Any) -> Cleaner:
+    return Cleaner(PreprocessOptions(["-"], **options), held_out)
+
+
 @pytest.mark.parametrize("name", ALPHABETS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("strip", [True, False])
 def test_cleaned_texts_are_what_unicodedata_says(name, normalize, strip):
-    cleaner = Cleaner(normalize_nfc=normalize, strip_control=strip, min_chars=12)
+    cleaner = asked_for(normalize="nfc" if normalize else "none", strip_control=strip, min_chars=12)
     texts = random_texts(name)
     draw = random.Random(name)
     for text, (cleaned, reason) in zip(texts, cleaner.clean_batch(texts), strict=True):
@@ -112,11 +118,11 @@ def test_cleaned_texts_are_what_unicodedata_says(name, normalize, strip):
 
 
 def test_only_what_is_asked_is_done():
-    assert not Cleaner().active
-    assert all(Cleaner(**option).active for option in ({"normalize_nfc": True}, {"strip_control": True}))
-    assert Cleaner(min_chars=1).active
-    assert Cleaner().clean("e\u0301\x00") == ("e\u0301\x00", None)
-    assert Cleaner().clean_batch([]) == []
+    assert not asked_for().active
+    assert all(asked_for(**option).active for option in ({"normalize": "nfc"}, {"strip_control": True}))
+    assert asked_for(min_chars=1).active
+    assert asked_for().clean("e\u0301\x00") == ("e\u0301\x00", None)
+    assert asked_for().clean_batch([]) == []
 
 
 @pytest.fixture
@@ -128,14 +134,14 @@ def held_out(tmp_path: Path) -> Path:
 
 def test_contamination_is_seen_in_the_cleaned_text(held_out):
     spoiled = "so the QUICK, brown fox jum\x00ps over the lazy dog; and never comes back again"
-    assert Cleaner(held_out=held_out).clean(spoiled)[1] is None
-    cleaner = Cleaner(strip_control=True, held_out=held_out)
+    assert asked_for(held_out).clean(spoiled)[1] is None
+    cleaner = asked_for(held_out, strip_control=True)
     assert cleaner.clean(spoiled)[1] == "shares an n-gram with --held-out"
 
 
 @pytest.mark.parametrize("min_chars", [0, 80, 10_000])
 def test_pieces_have_the_reason_of_the_whole(held_out, monkeypatch, min_chars):
-    cleaner = Cleaner(True, True, min_chars, held_out)
+    cleaner = asked_for(held_out, normalize="nfc", strip_control=True, min_chars=min_chars)
     draw = random.Random(min_chars)
     words = HELD_OUT.split()
     seen = set()

@@ -23,8 +23,8 @@ from oracles.reading import read_file, read_texts
 
 from retemper.engine.errors import UserError
 from retemper.tools.ingest import expansion
+from retemper.tools.ingest.faults import UNREADABLE
 from retemper.tools.ingest.readers import json_array, lines, streams
-from retemper.tools.ingest.records import UNREADABLE
 
 NUM_ROWS = 4000
 TEXTS = [f"{number} {'word ' * (number * 7919 % 23)}" for number in range(NUM_ROWS)]

@@ -13,9 +13,9 @@ from oracles.tiny_tokenizer import sample_text, train_tiny_tokenizer
 from tokenizers import Tokenizer
 
 from retemper.tools.ingest import long_text
+from retemper.tools.ingest.faults import MalformedError, Where
 from retemper.tools.ingest.json_records import WantedKeys
 from retemper.tools.ingest.long_text import LongText, encode_in_pieces, read_long_json
-from retemper.tools.ingest.records import MalformedError, Where
 
 WHERE = Where("a.jsonl", "line", 1)
 ALPHABETS = ["\\", '\\"\n', "🙂", "天é", '\\"\né天🙂a \x00', "a b\n"]

@@ -32,8 +32,8 @@ from retemper.tools.ingest.merging import MergeOptions, merge
 from retemper.tools.ingest.options import PreprocessOptions
 from retemper.tools.ingest.readers import lines
 from retemper.tools.ingest.worker import TaskRunner
-from retemper.tools.inspection.facts import dataset_facts
-from retemper.tools.inspection.report import InspectOptions, inspect_dataset
+from retemper.tools.reports.dataset.facts import dataset_facts
+from retemper.tools.reports.dataset.report import InspectOptions, inspect_dataset
 
 TEXTS = ["rain fell over the old town", "the cat", sample_text(3, 20)]
 TEMPLATE = (
@@ -48,7 +48,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have tasks done here rather than in processes that take a second to start."""
 
     def run_tasks(todo: Any, workers: int, settings: Any, progress: Any, on_tick: Any) -> Iterator[Any]:
-        runner = TaskRunner(settings, np.frombuffer(progress, dtype=np.int64))
+        runner = TaskRunner(settings, np.frombuffer(progress, dtype=np.int64), settings.tokenizer.load())
         for task, key in todo:
             yield runner.run(task, key)
 
@@ -80,7 +80,7 @@ def made(
     return [dataset[index].tolist() for index in range(len(dataset))], sidecar
 
 
-@pytest.mark.parametrize("encoder", ["auto", "reference"])
+@pytest.mark.parametrize("encoder", ["fast", "auto", "reference"])
 @pytest.mark.parametrize("name", KINDS)
 def test_auto_is_what_transformers_gives_and_one_document_end(tmp_path, folders, name, encoder):
     reference = AutoTokenizer.from_pretrained(folders[name])
@@ -109,7 +109,7 @@ def test_yes_no_and_no_end(tmp_path, folders):
     # Without its end a text has none of the tokenizer's either.
     bare = made(tmp_path, folders["both sides"], append_eod=False)[0]
     assert bare == [ids[:-1] for ids in made(tmp_path, folders["both sides"])[0]]
-    with pytest.raises(UserError, match="--bos yes: the tokenizer names no BOS"):
+    with pytest.raises(UserError, match="--bos yes: the tokenizer has no BOS"):
         made(tmp_path / "none", folders["qwen 2"], bos="yes")
     assert not list((tmp_path / "none").glob("out*"))
 

@@ -128,7 +128,7 @@ def test_special_tokens_are_control_tokens_where_that_is_allowed(tmp_path, tiny_
 def test_a_difference_of_the_fast_tokenizer_makes_the_run_go_on_with_the_reference(
     tmp_path, tiny_tokenizer, monkeypatch, capsys
 ):
-    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS * 8))
     real, encoders = pipeline.run_tasks, []
 
     def first_differs(tasks, workers, settings, *rest):
@@ -139,11 +139,11 @@ def test_a_difference_of_the_fast_tokenizer_makes_the_run_go_on_with_the_referen
         yield from real(tasks, workers, settings, *rest)
 
     monkeypatch.setattr(pipeline, "run_tasks", first_differs)
-    found = report(tiny_tokenizer, tmp_path, tmp_path / "a.jsonl", task_bytes=300)
+    found = report(tiny_tokenizer, tmp_path, tmp_path / "a.jsonl", task_bytes=2000)
     assert encoders == ["auto", "reference"]
     assert "other ids than tokenizers for 'x'; going on with the reference tokenizer" in capsys.readouterr().err
     assert found.encoder.startswith("tokenizers ")
-    assert read_megatron(tmp_path / "out").documents == plain_ids(tiny_tokenizer, TEXTS)
+    assert read_megatron(tmp_path / "out").documents == plain_ids(tiny_tokenizer, TEXTS * 8)
 
 
 TEMPLATE = (

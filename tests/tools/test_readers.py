@@ -18,6 +18,7 @@ from retemper.tools.ingest import long_text
 from retemper.tools.ingest.cleaning import Cleaner
 from retemper.tools.ingest.decontamination import NgramFilter
 from retemper.tools.ingest.held_out import held_out_files, read_held_out
+from retemper.tools.ingest.options import PreprocessOptions
 from retemper.tools.ingest.readers import json_array, lines, streams, text
 from retemper.tools.ingest.records import ReadOptions
 from retemper.tools.ingest.texts import TextChoice
@@ -405,12 +406,15 @@ def test_a_decompressor_may_give_a_byte_at_a_time(tmp_path, monkeypatch):
 # Held-out texts
 
 
+_PLAIN = Cleaner(PreprocessOptions(["-"]))
+
+
 def test_held_out_records_give_their_text_or_else_all_their_strings(tmp_path, small_limits):
     question, choice, passage = (" ".join(f"{name}{number}" for number in range(14)) for name in "qcp")
     rows = [{"text": passage, "id": question}, {"id": 1, "data": {"question": question, "choices": [choice, None]}}]
     path = write(tmp_path / "test.jsonl", "\n".join(map(json.dumps, rows)).encode())
     keys = TextChoice(("text",))
-    ngrams = read_held_out(held_out_files([str(path)], keys), keys, Cleaner(), tmp_path, ReadOptions())
+    ngrams = read_held_out(held_out_files([str(path)], keys), keys, _PLAIN, tmp_path, ReadOptions())
     for text_, expected in ((passage, True), (question, True), (choice, True), ("quite another text " * 9, False)):
         assert ngrams.contaminated_batch([text_]).tolist() == [expected]
 
@@ -418,7 +422,7 @@ def test_held_out_records_give_their_text_or_else_all_their_strings(tmp_path, sm
 def test_what_is_wrong_with_held_out_files_is_reported(tmp_path, small_limits):
     def read(path: object, **options: object) -> NgramFilter:
         keys, reading = TextChoice(("text",)), ReadOptions(**options)
-        return read_held_out(held_out_files([str(path)], keys), keys, Cleaner(), tmp_path, reading)
+        return read_held_out(held_out_files([str(path)], keys), keys, _PLAIN, tmp_path, reading)
 
     def refused(path: object) -> str:
         with pytest.raises(UserError) as error:

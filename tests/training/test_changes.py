@@ -176,7 +176,10 @@ def test_a_lost_sidecar_is_listed_and_is_no_leave(one_rank, run_file, folder, ca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--allow_changes", "[sead]"], "allow_changes names 'sead'; it knows seed, training.sequence_length"),
+        (
+            ["--allow_changes", "[sead]"],
+            "allow_changes has the unknown entry 'sead'; allowed: seed, training.sequence_length",
+        ),
         (["--optimizer.schedule_start_tokens", "5120"], "less than training.train_tokens 5,120"),
         (
             ["--optimizer.schedule_start_tokens", "5000"],

@@ -104,12 +104,12 @@ def test_a_checkpoint_that_is_damaged_meanwhile_is_not_exported(one_rank, run_fi
     options = [*hf_exports.SHORT, "--run_folder", str(tmp_path / "run"), "--checkpoint.save_interval", "2"]
     tiny_run.train(one_rank, run_file, [*options, "--checkpoint.export_hf", "false"])
     run = pretrain.build(tiny_run.configure(run_file, *options), one_rank)
-    file = next((tmp_path / "run" / CHECKPOINT).glob("*.distcp"))
+    file = next((tmp_path / "run" / CHECKPOINT).glob("*.safetensors"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"^checkpoint.export_hf: .*distcp: damaged.*; start the same command again: it"
+        UserError, match=r"^checkpoint.export_hf: .*safetensors: damaged.*; start the same command again: it"
     ):
         pretrain.train(run)
     assert not (tmp_path / "run" / EXPORT).exists()
@@ -121,7 +121,7 @@ def test_what_is_in_the_way_stays(one_rank, run_file, tmp_path):
     other = tmp_path / "run" / EXPORT
     other.mkdir(parents=True)
     (other / "config.json").write_text("mine")
-    with pytest.raises(UserError, match=r"step-00000004: .*no export: it has no conversion.json; move it away"):
+    with pytest.raises(UserError, match=r"step-00000004: .*is not an export: it has no conversion.json; move it away"):
         hf_exports.train(one_rank, run_file, ["--run_folder", str(tmp_path / "run")])
     assert not (tmp_path / "run" / "checkpoints").exists()
     # The export of another checkpoint may become that of this one, when the run comes to it again.

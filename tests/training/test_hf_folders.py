@@ -173,7 +173,7 @@ REFUSALS = {
     "pickled": "only pickled weights (pytorch_model.bin)",
     "missing": "missing, though model.safetensors.index.json lists it",
     "cut": "truncated or not a safetensors file",
-    "outside": "'../x.safetensors', which is not the name of a file beside it",
+    "outside": "'../x.safetensors', which is not the name of a file next to it",
     "other": "missing model.layers.2",
     "no config": "config.json",
 }
@@ -244,7 +244,7 @@ DOWNLOADS = {
     "forbidden": (not_cached(answer(errors.HfHubHTTPError, 403)), "the token may not read it (403)"),
     "trouble": (not_cached(answer(errors.HfHubHTTPError, 503)), "not downloaded: the Hub answered 503: HfHubHTTPError"),
     "unreachable": (not_cached(HTTP.ConnectError("no route")), "the Hub cannot be reached; name a folder that holds"),
-    "gated": (answer(errors.GatedRepoError, 403), "somebody/tiny: the Hub asks for a licence to be accepted first"),
+    "gated": (answer(errors.GatedRepoError, 403), "somebody/tiny: the Hub requires you to accept a licence first"),
     "unknown": (answer(errors.RepositoryNotFoundError, 404), "no such folder, and no such model on the Hub"),
 }
 

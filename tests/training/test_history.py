@@ -131,7 +131,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_the_first_step(name, 
     path = tmp_path / "run" / name
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text("mine")
-    said = "in the place of the Hugging Face folder" if "step" in name else "a file, where the run needs"
+    said = "this name is needed for the export" if "step" in name else "a file, where the run needs"
     assert f"{path}: {said}" in refused(one_rank, run_file, tmp_path / "run", *options)
     assert path.read_text() == "mine" and len(list(path.parent.iterdir())) == 1
 
@@ -139,7 +139,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_the_first_step(name, 
 def test_a_disk_smaller_than_a_checkpoint_is_refused(one_rank, run_file, folder, tmp_path, monkeypatch):
     run = trainer_of(one_rank, run_file, folder)
     size = run.store.expected_bytes
-    shards = (folder / "checkpoints" / "step-00000004").glob("*.distcp")
+    shards = (folder / "checkpoints" / "step-00000004").glob("*.safetensors")
     # What torch.save adds to each tensor is much in a model as small as this.
     assert (
         0.5 * sum(path.stat().st_size for path in shards)
@@ -304,7 +304,7 @@ def test_a_renamed_source_keeps_its_place(one_rank, run_file, reference, own_dat
     capsys.readouterr()
     tiny_run.train_until(one_rank, run_file, renamed, 9)
     said = capsys.readouterr().out
-    assert f"{tmp_path / 'moved'} is the source first of the checkpoint, and keeps its place" in said
+    assert f"{tmp_path / 'moved'} is the source first of the checkpoint, and continues from its place" in said
     assert [line for line in said.splitlines() if line.startswith("changed")] == [
         f"changed     data.train[first].path {tmp_path / 'first'} -> {tmp_path / 'moved'}"
     ]

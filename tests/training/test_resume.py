@@ -269,7 +269,7 @@ def test_other_data_under_the_same_name_is_refused(one_rank, run_file, interrupt
 def test_a_damaged_checkpoint_is_refused_in_one_line(one_rank, run_file, interrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(interrupted, folder)
-    shard = next((folder / "checkpoints" / "step-00000004").glob("*.distcp"))
+    shard = next((folder / "checkpoints" / "step-00000004").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:1000])
     assert "step-00000004" in _refused(one_rank, run_file, "--run_folder", str(folder))
 

@@ -116,7 +116,7 @@ def test_an_evaluation_that_the_checkpoint_lacks_is_made_again(one_rank, run_fil
 def test_a_damaged_checkpoint_is_not_gone_back_to(one_rank, run_file, tmp_path):
     options = [*OPTIONS, "--run_folder", str(tmp_path)]
     tiny_run.train_until(one_rank, run_file, options, SPIKE - 1)
-    file = next((tmp_path / "checkpoints" / f"step-{TARGET:08d}").glob("*.distcp"))
+    file = next((tmp_path / "checkpoints" / f"step-{TARGET:08d}").glob("*.safetensors"))
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)

@@ -52,14 +52,14 @@ def test_a_checkpoint_to_resume_is_opened_once(left, one_rank, run_file, tmp_pat
     opened = files_opened(one_rank, run_file, "--run_folder", str(folder))
     assert opened["manifest.json"] == 1
     assert opened["config.json"] == 2  # read, and hashed with all files of the checkpoint
-    assert opened[".metadata"] == 3  # hashed as well; the table of tensors; PyTorch's own reading of it
+    assert opened["tensors.json"] == 2  # the table of tensors, in the same way
 
 
 def test_a_checkpoint_to_start_from_is_opened_once(left, one_rank, run_file, tmp_path):
     start = ["--model.initialize_from", str(left / "checkpoints" / "step-00000004"), "--run_folder", str(tmp_path)]
     opened = files_opened(one_rank, run_file, *start)
     assert opened["manifest.json"] == 2  # it is looked for first, so that a missing one is named by the setting
-    assert (opened["config.json"], opened[".metadata"]) == (2, 3)
+    assert (opened["config.json"], opened["tensors.json"]) == (2, 2)
 
 
 def test_a_hugging_face_folder_is_opened_once(one_rank, run_file, tmp_path):

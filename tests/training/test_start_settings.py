@@ -66,7 +66,7 @@ def test_the_folder_of_a_run_without_checkpoints_is_refused(one_rank, run_file, 
     folder = tiny_run.copy_of(reference, tmp_path / "run")
     newest = max(folder.glob("checkpoints/step-*"))
     options = ["--run_folder", str(tmp_path / "new"), "--model.initialize_from", str(folder)]
-    shard = next(newest.glob("*.distcp"))
+    shard = next(newest.glob("*.safetensors"))
     shard.write_bytes(b"\0" + shard.read_bytes()[1:])
     assert str(newest) in tiny_run.refusal(one_rank, run_file, options)
     for checkpoint in folder.glob("checkpoints/step-*"):

@@ -14,7 +14,7 @@ import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.engine import pretrain
-from retemper.engine.guards.garbage import GarbageSchedule
+from retemper.engine.garbage import GarbageSchedule
 from retemper.engine.optim.adamw import CompactAdamW
 from retemper.engine.parallel.process_group import process_group
 

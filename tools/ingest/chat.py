@@ -20,8 +20,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -30,18 +29,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.data.document_frame import DocumentFrame
 from ...engine.data.tokenizer_classes import auto_tokenizer
 from ...engine.data.tokenizer_files import TOKENIZER_FILE, read_config, tokenizer_kind
 from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.errors import UserError
 from .chat_bos import ChatBos
-from .chat_conversation import Conversation, all_strings
+from .chat_conversation import Conversation, EncodedChat, all_strings
 from .chat_limits import memory_limit
 from .chat_losses import count_dropped, refuse_dropped_calls, refuse_dropped_messages
 from .chat_messages import read_conversation
 from .chat_template import ChatTemplate, Span, TurnFinder, frame, trained_spans
 from .chat_template_files import CONFIG_FILE, has_template_for_tools, load_template
-from .records import LeftOutError, MalformedError
+from .faults import LeftOutError, MalformedError
+from .options import PreprocessOptions
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _UNTRAINED = np.zeros(1, np.uint8)
@@ -49,23 +50,22 @@ _BOUNDARY_TOKENS = 16
 """Tokens at the end of a text that may change with what follows: far more than one word's."""
 
 
-@dataclass(frozen=True)
-class EncodedChat:
-    """A conversation, ready to be written."""
+def chat_encoder(options: PreprocessOptions, tokenizer: Path, frame: DocumentFrame, bos: ChatBos) -> ChatEncoder:
+    """Return the encoder that the preprocess command's options ask for.
 
-    ids: npt.NDArray[np.int32]
-    """int32[T], the end-of-document token included where one was asked for."""
-    mask: npt.NDArray[np.uint8]
-    """uint8[T]: 1 on tokens to be predicted. At least one is."""
-    turns_kept: int
-    """Messages of any role, as are the dropped ones."""
-    turns_dropped: int
-    characters: int
-    """Of the rendered text."""
-    text_bytes: int
-    """Of the rendered text in UTF-8."""
-    notes: Counter[str] = field(default_factory=Counter)
-    """What of the record is not trained on, by kind."""
+    Args:
+        tokenizer: its file.
+        frame: of documents; where an end-of-document token is appended, it is the last one.
+    """
+    return ChatEncoder(
+        tokenizer,
+        frame.suffix[-1] if frame.suffix else None,
+        options.max_tokens,
+        options.allow_special_tokens,
+        None if options.chat_template is None else Path(options.chat_template),
+        None if options.chat_date is None else datetime.fromisoformat(options.chat_date),
+        bos,
+    )
 
 
 class ChatEncoder:

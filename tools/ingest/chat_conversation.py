@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -26,6 +29,25 @@ class Conversation:
     def assistant_turns(self) -> list[int]:
         """Indices of the assistant's messages."""
         return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation, ready to be written."""
+
+    ids: npt.NDArray[np.int32]
+    """int32[T], the end-of-document token included where one was asked for."""
+    mask: npt.NDArray[np.uint8]
+    """uint8[T]: 1 on tokens to be predicted. At least one is."""
+    turns_kept: int
+    """Messages of any role, as are the dropped ones."""
+    turns_dropped: int
+    characters: int
+    """Of the rendered text."""
+    text_bytes: int
+    """Of the rendered text in UTF-8."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What of the record is not trained on, by kind."""
 
 
 def all_strings(value: Any) -> Iterator[str]:

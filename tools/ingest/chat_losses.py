@@ -11,7 +11,7 @@ import re
 from collections import Counter
 
 from .chat_conversation import Conversation, all_strings, called_functions
-from .records import MalformedError
+from .faults import MalformedError
 
 _READ = ("role", "content", "tool_calls")
 _IDENTIFIERS = ("id", "tool_call_id", "index")

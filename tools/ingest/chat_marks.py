@@ -12,7 +12,7 @@ import re
 from functools import lru_cache
 from typing import Any, Literal
 
-from .records import MalformedError
+from .faults import MalformedError
 
 _SWITCHES = frozenset({"train", "training", "trainable", "train_on", "do_train", "loss", "learn"})
 """True: to be trained on."""

@@ -14,7 +14,7 @@ from typing import Any
 from .chat_conversation import Conversation
 from .chat_marks import may_be_mark, take_training_mark
 from .chat_tools import parse_embedded, read_calls, read_tools
-from .records import MalformedError
+from .faults import MalformedError
 from .texts import json_type
 
 ROLES = {

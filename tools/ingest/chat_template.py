@@ -20,7 +20,7 @@ from ...engine.errors import UserError
 from .chat_conversation import Conversation, all_strings, called_functions
 from .chat_limits import FREE_OUTPUT, MAX_FAILURES, TooCostlyError, check_output, check_source, render_within_limits
 from .chat_tools import with_arguments
-from .records import MalformedError
+from .faults import MalformedError
 
 Span = tuple[int, int]
 """First character and end, exclusive."""

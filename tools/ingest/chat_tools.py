@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from .chat_conversation import Conversation
-from .records import MalformedError
+from .faults import MalformedError
 from .texts import json_type
 
 NULLS_DROPPED = "null values dropped from tool calls and tools"

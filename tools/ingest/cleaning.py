@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .decontamination import NgramFilter
 from .normalization import PieceNormalizer
+from .options import PreprocessOptions
 
 _CONTROL_BYTES = bytes(code for code in (*range(0x20), 0x7F) if code not in b"\t\n\r")
 """In UTF-8: Unicode's category Cc (C0, DEL and C1) but for tab, line feed and carriage return; and those of C1."""
@@ -28,23 +29,17 @@ class Cleaner:
     control character stood between a letter and its accent; its length is looked at; then its n-grams.
 
     Args:
-        normalize_nfc: bring texts to Unicode's normalization form C.
-        strip_control: remove control characters: category Cc but for tab, line feed and carriage return. Nothing
-            takes their place, not even of a form feed or next line (U+0085), beside which there usually is a line feed.
-        min_chars: refuse texts with fewer characters (Unicode code points, whitespace too) when cleaned.
+        options: ``normalize`` "nfc": bring texts to Unicode's normalization form C. ``strip_control``: remove control
+            characters: category Cc but for tab, line feed and carriage return. Nothing takes their place, not even of a
+            form feed or next line (U+0085), beside which there usually is a line feed. ``min_chars``: refuse texts with
+            fewer characters (Unicode code points, whitespace too) when cleaned.
         held_out: file of a :class:`NgramFilter`: refuse texts that share an n-gram with it.
     """
 
-    def __init__(
-        self,
-        normalize_nfc: bool = False,
-        strip_control: bool = False,
-        min_chars: int = 0,
-        held_out: Path | None = None,
-    ) -> None:
-        self._normalize_nfc = normalize_nfc
-        self._strip_control = strip_control
-        self._min_chars = min_chars
+    def __init__(self, options: PreprocessOptions, held_out: Path | None = None) -> None:
+        self._normalize_nfc = options.normalize == "nfc"
+        self._strip_control = options.strip_control
+        self._min_chars = options.min_chars
         self._filter = None if held_out is None else NgramFilter.load(held_out)
 
     @property

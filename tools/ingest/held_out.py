@@ -10,10 +10,11 @@ from typing import Any
 from ...engine.errors import UserError
 from .cleaning import Cleaner
 from .decontamination import NgramFilter
+from .faults import MalformedError, Where
 from .formats import FORMATS
 from .inputs import STDIN, InputFile, InputOptions, expand_inputs
 from .long_text import LongText
-from .records import MalformedError, ReadContext, ReadOptions, Where
+from .records import ReadContext, ReadOptions
 from .tasks import Span
 from .texts import TextChoice
 

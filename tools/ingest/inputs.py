@@ -20,10 +20,10 @@ from typing import NoReturn
 from ...engine.errors import UserError
 from ...engine.outputs import open_new
 from .detection import detect
+from .faults import DamagedError
 from .folders import choose_files, hub_snapshot
 from .foreign import remedy
 from .formats import FORMATS, format_of, known_formats, split_compression
-from .records import DamagedError
 
 STDIN = "-"
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from .records import MalformedError
+from .faults import MalformedError
 
 _LARGE = 2.0**63
 _NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
@@ -29,9 +29,15 @@ class WantedKeys:
         """Those of the wanted keys that ``record`` has; without wanted keys, all."""
         return [record[name] for name in self._spellings if name in record] if self._spellings else record.values()
 
-    def surely_once(self, key: str, content: bytes) -> bool:
-        """Whether ``content`` holds ``key`` once and no more; false where that takes parsing."""
-        return sum(map(content.count, self._spellings[key])) == 1
+    def are_plain(self, record: Any, content: bytes) -> bool:
+        """Whether ``record``, parsed from ``content``, surely needs no further check: an object whose wanted keys are
+        there once and are strings, as in most corpora."""
+        if type(record) is not dict or not self._spellings:
+            return False
+        for name, (spelling, *others) in self._spellings.items():
+            if others or type(record.get(name)) is not str or content.count(spelling) != 1:
+                return False
+        return True
 
     def check(self, record: dict[str, Any], content: bytes) -> None:
         """Raise MalformedError when an object in ``content``, which is ``record``, has one of the keys twice."""
@@ -58,7 +64,7 @@ def parse_json(content: bytes, keys: WantedKeys, whole: bool = True) -> Any:
         if error.doc.startswith(_NO_NUMBERS, error.pos):
             raise MalformedError(f"NaN or Infinity{place}, which JSON does not have: write null") from None
         raise_bad_json(content, error, place)
-    if type(value) is dict:
+    if not keys.are_plain(value, content) and type(value) is dict:
         keys.check(value, content)
         if _holds_large_number(keys.values(value)):
             return _parse_exactly(content, keys)

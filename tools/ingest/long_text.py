@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from .faults import MalformedError, Where
 from .json_records import WantedKeys, parse_json, raise_bad_json
-from .records import MalformedError, Where
 
 LONG_BYTES = 16 << 20
 """A record of more bytes is long."""

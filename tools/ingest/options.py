@@ -51,6 +51,7 @@ class PreprocessOptions:
     """Whether documents begin with the BOS: one of ``BOS_CHOICES``; auto: as the tokenizer begins texts."""
     allow_special_tokens: bool = False
     encoder: str = "auto"
+    """auto: reference for small inputs, in this process; else fast, in workers. Both give the same ids."""
     workers: int | None = None
     """None: the usable cores."""
     overwrite: bool = False
@@ -103,6 +104,11 @@ class PreprocessOptions:
     def reading(self) -> ReadOptions:
         """How they are read."""
         return ReadOptions(self.quoting, tuple(self.sheet), self.max_expansion, self.skip_bad_lines)
+
+    @property
+    def minhash_threshold(self) -> float | None:
+        """Similarity of near-duplicates; None: they are not looked for."""
+        return self.dedup_threshold if self.dedup == "minhash" else None
 
     @property
     def needs_digests(self) -> bool:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +36,20 @@ from ...engine.errors import UserError
 from .assembly import Assembly, SourceTotals
 from .chat_bos import ChatBos
 from .cleaning import Cleaner
+from .faults import UNREADABLE
 from .held_out import held_out_files, read_held_out
 from .inputs import expand_inputs, with_stdin_copied
+from .near_dedup import MinHasher
 from .options import PreprocessOptions, contents_of, task_key
 from .output_check import output_prefixes, require_free, what_is_read
-from .pool import run_tasks, start_early, usable_cores, worker_context
+from .pool import run_here, run_tasks, shared_counters, start_early, usable_cores
+from .preload import use_one_thread
 from .progress import ProgressReport
-from .records import UNREADABLE
 from .rejects import write_rejects
-from .shards import Shard
-from .tasks import Span, choose_task_bytes, plan_tasks, shard_of_tasks
+from .shards import Shard, TaskResult
+from .tasks import Span, are_small, choose_task_bytes, plan_tasks, shard_of_tasks
 from .tokenizer_choice import check_vocabulary, choose_tokenizer, read_frame
-from .worker import FastPathError, TaskResult, WorkerSettings
+from .worker import FastPathError, WorkerSettings
 from .workspace import finished_results, open_workspace, remove_workspace
 
 _SHOWN_NOTES = 20
@@ -106,16 +108,22 @@ class _Run:
         self.files = expand_inputs(options.input, options.inputs)
         choice = choose_tokenizer(options)
         _say_notes(choice.notes)
-        # Conversations are encoded by the reference, which says where in the text each token lies.
-        backend = "reference" if options.chat else options.encoder
-        tokenizer = TokenizerSpec(choice.name, find_tokenizer_file(choice.name), options.allow_special_tokens, backend)
+        tokenizer_file = find_tokenizer_file(choice.name)
+        self.works_here = options.encoder != "fast" and are_small(self.files, tokenizer_file)
+        """Whether the tasks are done in this process."""
+        tokenizer = TokenizerSpec(
+            choice.name, tokenizer_file, options.allow_special_tokens, self._backend, options.eod_token
+        )
         # Before there is any file or process: an output may bear the name of an input.
         self.held_out_files = held_out_files(options.held_out, options.text_choice) if options.held_out else []
-        reads = what_is_read(options, self.files, self.held_out_files, tokenizer.file)
+        reads = what_is_read(options, self.files, self.held_out_files, tokenizer_file)
         require_free({prefix: output_prefixes(options, prefix)}, reads, options.overwrite, rejects=True)
-        start_early(tokenizer)
-        self.tokenizer = tokenizer.load()
-        self.eod = _document_end(self.tokenizer, options)
+        use_one_thread()
+        if not self.works_here:
+            start_early(tokenizer)
+        self.tokenizer, self.eod = _load_with_document_end(tokenizer, options)
+        if self.works_here and self.tokenizer.kind == "tokenizer.json" and options.encoder == "auto":
+            self.tokenizer.use_reference("loading a faster one takes longer than encoding this input")
         frame = read_frame(self.tokenizer, choice)
         self.begin = frame.documents_begin_with(options.bos)
         """Tokens that documents begin with; of conversations known once the chat template has been read."""
@@ -165,7 +173,8 @@ class _Run:
         workers = min(self.options.workers or usable_cores(), max(len(todo), 1))
         self._say_start(workers, len(todo))
         # One counter set for each task of the corpus, since a task's index names its own.
-        counters = worker_context().RawArray("q", 3 * (1 + max((t.index for t in self.keys.values()), default=0)))
+        num_counters = 3 * (1 + max((task.index for task in self.keys.values()), default=0))
+        counters = np.zeros(num_counters, np.int64) if self.works_here else shared_counters(num_counters)
         seen = np.frombuffer(counters, dtype=np.int64).reshape(-1, 3)
         total = sum(task.num_bytes for task in self.keys.values())
         before = total - sum(task.num_bytes for task, _ in todo)
@@ -176,7 +185,13 @@ class _Run:
                 progress.show(before + done, tokens, bad)
 
             if todo:
-                with closing(run_tasks(todo, workers, self._settings(), counters, show)) as results:
+                settings = self._settings()
+                run = (
+                    run_here(todo, self.tokenizer, settings, counters, show)
+                    if self.works_here
+                    else run_tasks(todo, workers, settings, counters, show)
+                )
+                with closing(run) as results:
                     for result in results:
                         self.results[result.key] = result
 
@@ -225,6 +240,14 @@ class _Run:
         )
 
     @property
+    def _backend(self) -> str:
+        """Of the tokenizer: one of ``BACKENDS``."""
+        # The reference says where in the text of a conversation each token lies.
+        if self.options.chat or (self.works_here and self.options.encoder == "auto"):
+            return "reference"
+        return "auto" if self.options.encoder == "fast" else self.options.encoder
+
+    @property
     def _must_have_documents(self) -> bool:
         """Whether a dataset without documents is an error: of one shard of many it may be the truth."""
         return self.options.shard_place is None
@@ -240,38 +263,24 @@ class _Run:
         )
 
     def _settings(self) -> WorkerSettings:
-        options = self.options
         return WorkerSettings(
-            tokenizer=self.tokenizer.spec,
-            tokenizer_sha256=self.tokenizer.sha256,
-            eod_token=self.eod[0] if self.eod and options.append_eod else None,
-            dtype=self.dtype.str,
-            folder=self.work,
-            frame=DocumentFrame(ids_of(self.begin), ids_of(self.end)),
-            text=options.text_choice,
-            metadata=tuple(options.metadata),
-            chat=options.chat,
-            chat_template=None if options.chat_template is None else Path(options.chat_template),
-            chat_bos=self._chat_bos,
-            chat_date=self.chat_date,
-            reading=options.reading,
-            skip_bad_lines=options.skip_bad_lines,
-            drop_invalid_utf8=options.drop_invalid_utf8,
-            normalize_nfc=options.normalize == "nfc",
-            strip_control=options.strip_control,
-            min_chars=options.min_chars,
-            min_tokens=options.min_tokens,
-            max_tokens=options.max_tokens,
-            digests=options.needs_digests,
-            minhash_threshold=options.dedup_threshold if options.dedup == "minhash" else None,
-            held_out=self.held_out,
-            batch_characters=options.batch_characters,
+            self._dated_options,
+            self.tokenizer.spec,
+            self.tokenizer.sha256,
+            self.dtype.str,
+            self.work,
+            self._frame,
+            self._chat_bos,
+            self.held_out,
         )
 
     @property
-    def _eod_id(self) -> int | None:
-        """The token that is appended to each document."""
-        return self.eod[1] if self.eod and self.options.append_eod else None
+    def _frame(self) -> DocumentFrame:
+        return DocumentFrame(ids_of(self.begin), ids_of(self.end))
+
+    @property
+    def _dated_options(self) -> PreprocessOptions:
+        return replace(self.options, chat_date=self.chat_date)
 
     def _document_end_tokens(self, frame: TokenizerFrame) -> tuple[Token, ...]:
         if self.eod is None or not self.options.append_eod:
@@ -286,25 +295,16 @@ class _Run:
 
     def _prepare_chat(self) -> str | None:
         """Check that conversations can be encoded, and as transformers does; what stands for how they are."""
-        options = self.options
-        if not options.chat:
+        if not self.options.chat:
             return None
-        from .chat import ChatEncoder
+        from .chat import chat_encoder
 
-        encoder = ChatEncoder(
-            self.tokenizer.file,
-            self._eod_id,
-            options.max_tokens,
-            options.allow_special_tokens,
-            None if options.chat_template is None else Path(options.chat_template),
-            datetime.fromisoformat(self.chat_date),
-            self._chat_bos,
-        )
+        encoder = chat_encoder(self._dated_options, self.tokenizer.file, self._frame, self._chat_bos)
         encoder.check_against_transformers()
         self.begin = self.named_bos if encoder.begins_with_bos else ()
         if encoder.tells_date:
             # Kept in the sidecar, so that shards of different days are not joined.
-            self.options = replace(options, chat_date=self.chat_date)
+            self.options = self._dated_options
         return encoder.fingerprint
 
     def _encoder(self, results: Sequence[TaskResult]) -> str:
@@ -316,18 +316,15 @@ class _Run:
         """Write the n-grams of the ``--held-out`` files to a file for the workers; what stands for them."""
         if not self.options.held_out:
             return None
-        cleaner = Cleaner(self.options.normalize == "nfc", self.options.strip_control)
+        cleaner = Cleaner(replace(self.options, min_chars=0))
         ngrams = read_held_out(self.held_out_files, self.options.text_choice, cleaner, self.work, self.options.reading)
         self.held_out = self.work / "held-out.npz"
         ngrams.save(self.held_out)
         return ngrams.fingerprint
 
     def _minhash_fingerprint(self) -> str | None:
-        if self.options.dedup != "minhash":
-            return None
-        from .near_dedup import MinHasher
-
-        return MinHasher(self.options.dedup_threshold).fingerprint
+        threshold = self.options.minhash_threshold
+        return None if threshold is None else MinHasher(threshold).fingerprint
 
     def _left_out(self, results: Sequence[TaskResult], assembly: Assembly) -> list[Counter[str]]:
         """By source: what workers and assembly left out, by reason."""
@@ -436,11 +433,12 @@ def _checked_prefix(options: PreprocessOptions) -> str:
     return prefix
 
 
-def _document_end(tokenizer: TokenizerHandle, options: PreprocessOptions) -> tuple[str, int] | None:
-    """The end-of-document token and id. Only a dataset without them may do with a tokenizer that has none."""
+def _load_with_document_end(spec: TokenizerSpec, options: PreprocessOptions) -> tuple[TokenizerHandle, Token | None]:
+    """Load a tokenizer and find its end-of-document token, which only a dataset without them may do without."""
+    tokenizer = replace(spec, eod_token=None).load()
     try:
-        return tokenizer.eod(options.eod_token)
+        return tokenizer, tokenizer.eod(spec.eod_token)
     except UserError:
         if options.append_eod or options.eod_token is not None:
             raise
-        return None
+        return replace(spec, eod_token=None).load(), None  # a token that is refused may already be ordinary text

@@ -10,11 +10,12 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any
 
-from ...engine.data.tokenizer import TokenizerSpec
+from ...engine.data.tokenizer import TokenizerHandle, TokenizerSpec
 from ...engine.errors import UserError
 from . import preload
+from .shards import TaskResult
 from .tasks import Task
-from .worker import TaskResult, WorkerSettings, run_task, start_worker
+from .worker import TaskRunner, WorkerSettings, run_task, start_worker
 
 _TICK_SECONDS = 0.2
 
@@ -37,11 +38,34 @@ def worker_context() -> Any:
     return context
 
 
+def shared_counters(number: int) -> Any:
+    """``number`` int64 zeros, which workers change."""
+    return worker_context().RawArray("q", number)
+
+
 def start_early(tokenizer: TokenizerSpec) -> None:
-    """Have the libraries and the tokenizer loaded for the workers while this process does other things."""
+    """Have the libraries and the tokenizer loaded for the workers while this process does other things.
+
+    Args:
+        tokenizer: with the end-of-document token that the user named; None: the tokenizer's own.
+    """
     preload.announce(tokenizer)
     if worker_context().get_start_method() == "forkserver":
         forkserver.ensure_running()
+
+
+def run_here(
+    tasks: Sequence[tuple[Task, str]],
+    tokenizer: TokenizerHandle,
+    settings: WorkerSettings,
+    progress: Any,
+    on_tick: Callable[[], None],
+) -> Generator[TaskResult, None, None]:
+    """The results of ``tasks`` as :func:`run_tasks` gives them, computed in this process, which has the tokenizer."""
+    runner = TaskRunner(settings, progress, tokenizer)
+    for task, key in tasks:
+        yield runner.run(task, key)
+        on_tick()
 
 
 def run_tasks(

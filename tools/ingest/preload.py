@@ -20,13 +20,15 @@ _loaded: tuple[TokenizerSpec, TokenizerHandle] | None = None
 
 
 def announce(spec: TokenizerSpec) -> None:
-    """Tell a fork server that is started later which tokenizer its workers will ask for.
+    """Tell a fork server that is started later which tokenizer its workers will ask for."""
+    os.environ[_VARIABLE] = json.dumps(asdict(spec), default=str)
 
-    Each worker encodes in one thread: there are as many workers as cores.
-    """
+
+def use_one_thread() -> None:
+    """Have the tokenizers' libraries encode in one thread, in this process and those that it starts: there are as many
+    workers as cores. The libraries read this when they are loaded."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = os.environ["FASTOKENS_BPE_THREADS"] = "1"
-    os.environ[_VARIABLE] = json.dumps(asdict(spec), default=str)
 
 
 def load_tokenizer_once(spec: TokenizerSpec, sha256: str) -> TokenizerHandle:
@@ -53,5 +55,6 @@ if announced := os.environ.get(_VARIABLE):
         record = json.loads(announced)
         spec = TokenizerSpec(**{**record, "file": Path(record["file"])})
         tokenizer = spec.load()
+        tokenizer.eod(spec.eod_token)  # before the fast path, which would be loaded again for some tokens
         _ = tokenizer.encoder  # loads the fast path too
         _loaded = (spec, tokenizer)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...engine.data.dataset_files import REJECTS
 from ...engine.outputs import open_new
-from .records import Where, count_newlines
+from .faults import Where, count_newlines
 from .shards import Shard
 
 

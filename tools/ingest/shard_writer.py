@@ -4,44 +4,44 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ...engine.data.document_frame import DocumentFrame
 from ...engine.outputs import open_new
-from .records import Where
-from .shards import DOCUMENT, Shard
-
-if TYPE_CHECKING:
-    from .chat import EncodedChat
-    from .worker import TaskResult, WorkerSettings
+from .encoded import Documents
+from .faults import Where
+from .near_dedup import MinHasher
+from .options import PreprocessOptions
+from .shards import DOCUMENT, Shard, TaskResult
 
 
 class ShardWriter:
-    """Writes the files of ``shard``; a context manager. Without :meth:`finish` the shard is not a finished one."""
+    """Writes the files of ``shard``; a context manager. Without :meth:`finish` the shard is not a finished one.
 
-    def __init__(self, shard: Shard, settings: WorkerSettings, result: TaskResult) -> None:
-        self._shard, self._settings, self._result = shard, settings, result
-        self._dtype = np.dtype(settings.dtype)
+    Args:
+        dtype: of the dataset.
+        result: told what is written and what is not.
+    """
+
+    def __init__(self, shard: Shard, options: PreprocessOptions, dtype: str, result: TaskResult) -> None:
+        self._shard, self._options, self._result = shard, options, result
+        self._dtype = np.dtype(dtype)
         self._digest = xxhash.xxh3_128()
         self._tables: list[np.ndarray] = []
         self._bands: list[np.ndarray] = []
-        self._hasher = None
-        if settings.minhash_threshold is not None:
-            from .near_dedup import MinHasher
-
-            self._hasher = MinHasher(settings.minhash_threshold)
+        threshold = options.minhash_threshold
+        self._hasher = None if threshold is None else MinHasher(threshold)
 
     def __enter__(self) -> ShardWriter:
         self._tokens: BinaryIO = open_new(self._shard.tokens)
-        self._mask: BinaryIO | None = open_new(self._shard.mask) if self._settings.chat else None
-        self._metadata: BinaryIO | None = open_new(self._shard.metadata) if self._settings.metadata else None
+        self._mask: BinaryIO | None = open_new(self._shard.mask) if self._options.chat else None
+        self._metadata: BinaryIO | None = open_new(self._shard.metadata) if self._options.metadata else None
         self._rejects: BinaryIO | None = None
         return self
 
@@ -52,76 +52,55 @@ class ShardWriter:
             if file is not None:
                 file.close()
 
-    def add(
-        self,
-        source: int,
-        texts: Sequence[str],
-        ids: npt.NDArray[np.int32],
-        lengths: npt.NDArray[np.int64],
-        metadata: Sequence[bytes] | None,
-    ) -> None:
-        """Write the documents ``texts`` with tokens ``ids`` [T] and ``lengths`` [documents], but those left out."""
-        keep = self._wanted(source, lengths)
-        if not keep.all():
-            ids = ids[np.repeat(keep, lengths)]
-            lengths = lengths[keep]
-            kept = keep.tolist()
-            texts = [text for text, wanted in zip(texts, kept, strict=True) if wanted]
-            metadata = metadata and [line for line, wanted in zip(metadata, kept, strict=True) if wanted]
-        table = np.zeros(len(texts), DOCUMENT)
-        table["source"], table["tokens"] = source, lengths
-        table["characters"] = list(map(len, texts))
-        table["text_bytes"] = [len(text) if text.isascii() else len(text.encode()) for text in texts]
-        if self._settings.digests:
-            digests = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
-            table["digest"] = np.frombuffer(digests, dtype=">u8").reshape(-1, 2)
-        if self._hasher is not None:
-            self._bands.append(self._hasher.bands_batch(texts))
-        if metadata is not None:
-            table["metadata_bytes"] = list(map(len, metadata))
-        self._append(table, ids, metadata)
-
-    def add_conversation(self, source: int, encoded: EncodedChat, metadata: bytes | None) -> None:
-        """Write a conversation and its mask."""
-        assert self._mask is not None
-        lengths = np.array([len(encoded.ids)])
-        if not self._wanted(source, lengths).all():
+    def add(self, source: int, documents: Documents) -> None:
+        """Write those of ``documents`` that have as many tokens as is wanted; count the others."""
+        keep = self._wanted(source, documents.lengths)
+        if not keep.any():
             return
-        table = np.zeros(1, DOCUMENT)
-        table["source"], table["tokens"] = source, lengths
-        table["characters"], table["text_bytes"] = encoded.characters, encoded.text_bytes
-        content = encoded.ids.astype("<i4").tobytes()
-        if self._settings.digests:
-            table["digest"] = np.frombuffer(xxhash.xxh3_128_digest(content), dtype=">u8")
+        if not keep.all():
+            documents = documents.only(keep)
+        table = np.zeros(len(documents.lengths), DOCUMENT)
+        table["source"], table["tokens"] = source, documents.lengths
+        table["characters"], table["text_bytes"] = documents.sizes()
+        if self._options.needs_digests:
+            table["digest"] = np.frombuffer(documents.digests(), dtype=">u8").reshape(-1, 2)
         if self._hasher is not None:
-            self._bands.append(self._hasher.bands_batch([" ".join(map(str, encoded.ids.tolist()))]))
-        if metadata is not None:
-            table["metadata_bytes"] = len(metadata)
-        self._mask.write(encoded.mask.tobytes())
-        self._append(table, encoded.ids, None if metadata is None else [metadata])
+            self._bands.append(documents.bands(self._hasher))
+        if self._metadata is not None:
+            table["metadata_bytes"] = list(map(len, documents.metadata))
+            self._metadata.write(b"".join(documents.metadata))
+        if self._mask is not None:
+            assert documents.mask is not None
+            self._mask.write(documents.mask.tobytes())
+        self.write_tokens(documents.ids)
+        self._tables.append(table)
+        self._result.documents += len(table)
 
     @contextmanager
-    def long_document(self, source: int, metadata: bytes | None, frame: DocumentFrame) -> Iterator[_LongDocument]:
-        """A document that comes in pieces, with ``frame`` around it; what was written of it is taken back unless it is
-        ended."""
-        document = _LongDocument(self, source, metadata, frame, self._tokens.tell(), self._digest.copy())
+    def taken_back_unless_added(self) -> Iterator[None]:
+        """Take back the tokens that are written in this context, unless their document is added in it."""
+        start, digest, tokens = self._tokens.tell(), self._digest.copy(), self._result.tokens
+        documents = self._result.documents
         try:
-            yield document
+            yield
         finally:
-            if not document.ended:
-                self._take_back(document)
+            if self._result.documents == documents:
+                self._tokens.seek(start)
+                self._tokens.truncate()
+                self._digest, self._result.tokens = digest, tokens
 
-    def _take_back(self, document: _LongDocument) -> None:
-        self._tokens.seek(document.start)
-        self._tokens.truncate()
-        self._digest = document.digest_before
-        self._result.tokens -= document.num_tokens
+    def write_tokens(self, ids: npt.NDArray[np.integer]) -> None:
+        """Write ids of a document that is added later."""
+        content = np.ascontiguousarray(ids, dtype=self._dtype).data
+        self._tokens.write(content)
+        self._digest.update(content)
+        self._result.tokens += len(ids)
 
     def _wanted(self, source: int, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which documents are kept by their number of tokens; the others are counted."""
-        settings = self._settings
-        empty, short = lengths == 0, lengths < settings.min_tokens
-        long = lengths > (settings.max_tokens if settings.max_tokens is not None else np.iinfo(np.int64).max)
+        options = self._options
+        empty, short = lengths == 0, lengths < options.min_tokens
+        long = lengths > (options.max_tokens if options.max_tokens is not None else np.iinfo(np.int64).max)
         for reason, where in (
             ("empty", empty),
             ("below --min-tokens", short & ~empty),
@@ -130,19 +109,6 @@ class ShardWriter:
             if count := int(where.sum()):
                 self._result.count(source, reason, count)
         return ~(empty | short | long)
-
-    def _append(self, table: np.ndarray, ids: npt.NDArray[np.integer], metadata: Sequence[bytes] | None) -> None:
-        self._write_tokens(ids)
-        if self._metadata is not None and metadata is not None:
-            self._metadata.write(b"".join(metadata))
-        self._tables.append(table)
-        self._result.documents += len(table)
-
-    def _write_tokens(self, ids: npt.NDArray[np.integer]) -> None:
-        content = np.ascontiguousarray(ids, dtype=self._dtype).data
-        self._tokens.write(content)
-        self._digest.update(content)
-        self._result.tokens += len(ids)
 
     def reject(self, where: Where, reason: str, raw: bytes | str | None) -> None:
         """Write down a record that was skipped."""
@@ -169,61 +135,3 @@ class ShardWriter:
         with open_new(temporary) as record:
             record.write(self._result.to_json().encode())
         os.replace(temporary, self._shard.result)
-
-
-class _LongDocument:
-    """One document on its way into a shard, piece by piece."""
-
-    def __init__(
-        self,
-        writer: ShardWriter,
-        source: int,
-        metadata: bytes | None,
-        frame: DocumentFrame,
-        start: int,
-        digest_before: xxhash.xxh3_128,
-    ) -> None:
-        self.start, self.digest_before, self.ended = start, digest_before, False
-        self._writer, self._source, self._metadata, self._frame = writer, source, metadata, frame
-        self._last_ids = np.empty(0, np.int32)
-        self._table = np.zeros(1, DOCUMENT)
-        self._text_digest = xxhash.xxh3_128()
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens written so far."""
-        return int(self._table["tokens"][0])
-
-    def add(self, text: str, ids: npt.NDArray[np.int32]) -> None:
-        """Write the next piece."""
-        content = text.encode()
-        self._text_digest.update(content)
-        self._table["characters"] += len(text)
-        self._table["text_bytes"] += len(content)
-        if len(ids):
-            if self.num_tokens == 0:
-                self._write(self._frame.missing_prefix(ids))
-            self._write(ids)
-            self._last_ids = ids
-
-    def _write(self, ids: npt.ArrayLike) -> None:
-        array = np.asarray(ids, np.int32)
-        self._table["tokens"] += len(array)
-        self._writer._write_tokens(array)
-
-    def end(self, pieces: Iterator[str]) -> None:
-        """Write the document's end, if its length is wanted; ``pieces`` are its text once more, read where needed."""
-        writer = self._writer
-        if self.num_tokens:
-            self._write(self._frame.missing_suffix(self._last_ids))
-        if not writer._wanted(self._source, self._table["tokens"]).all():
-            return
-        self._table["source"] = self._source
-        if writer._settings.digests:
-            self._table["digest"] = np.frombuffer(self._text_digest.digest(), dtype=">u8")
-        if writer._hasher is not None:
-            writer._bands.append(writer._hasher.bands_of_pieces(pieces)[None])
-        if self._metadata is not None:
-            self._table["metadata_bytes"] = len(self._metadata)
-        writer._append(self._table, np.empty(0, np.int32), None if self._metadata is None else [self._metadata])
-        self.ended = True

@@ -6,10 +6,14 @@ finds under a task's key and nothing else. ``{key}.json`` is written last: witho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from ...engine.errors import UserError
+from .faults import UNREADABLE
 
 DOCUMENT = np.dtype(
     [
@@ -75,3 +79,66 @@ class Shard:
         """Remove all files."""
         for path in self.folder.glob(f"{self.key}.*"):
             path.unlink()
+
+
+@dataclass
+class TaskResult:
+    """What went into a shard, and what did not. Kept as JSON beside it."""
+
+    key: str
+    documents: int = 0
+    tokens: int = 0
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By source (its number as a string) and reason."""
+    first_bad: str | None = None
+    """``file:line: reason`` of the first record that was skipped."""
+    notes: list[str] = field(default_factory=list)
+    """What is worth knowing about files that were read without errors, and which ones are damaged."""
+    fast_path_failures: int = 0
+    """Batches that the reference encoded because the fast path failed on them."""
+    encoder: str = ""
+    """The library that encoded, and why it was not a faster one."""
+    tokens_xxh3_128: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of each file of the shard: a machine that lost power may keep a file's name without its end."""
+
+    def count(self, source: int, reason: str, number: int = 1) -> None:
+        """Note ``number`` documents that are left out."""
+        reasons = self.left_out.setdefault(str(source), {})
+        reasons[reason] = reasons.get(reason, 0) + number
+
+    def count_note(self, source: int, note: str, number: int) -> None:
+        """Count something of the documents kept that is not trained on. Of rare names the first ones are told apart."""
+        known = self.left_out.get(str(source), {})
+        if KEPT_NOTE + note not in known and sum(name.startswith(KEPT_NOTE) for name in known) >= _MOST_NOTES:
+            note = "other keys not used"
+        self.count(source, KEPT_NOTE + note, number)
+
+    @property
+    def bad(self) -> int:
+        """Records that are no documents."""
+        return sum(n for reasons in self.left_out.values() for name, n in reasons.items() if name in BAD_KINDS)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def read(path: Path) -> TaskResult:
+        """From the file that :meth:`to_json` made.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return TaskResult(**json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error}); remove it") from None
+
+
+BAD_KINDS = ("malformed", "invalid UTF-8", UNREADABLE)
+DROPPED_TURNS = "turns beyond --max-tokens"
+"""A count of messages of conversations that were kept, not of documents."""
+KEPT_NOTE = "in kept conversations: "
+"""Begins the other counts that are not of documents."""
+_MOST_NOTES = 40
+"""Kinds that are told apart in a task."""

@@ -11,8 +11,8 @@ from typing import Any
 import orjson
 
 from ...engine.errors import UserError
+from .faults import MalformedError
 from .long_text import LongText
-from .records import MalformedError
 
 _JOINED_BY = "\n\n"
 
@@ -64,7 +64,9 @@ class TextChoice:
         if not isinstance(value, dict):
             return value
         if self.template is None and len(self.keys) == 1:
-            return _string(look_up(value, self.keys[0]), self.keys[0])
+            only = self.keys[0]
+            text = value.get(only)
+            return text if type(text) is str else _string(look_up(value, only), only)
         values = {key: look_up(value, key) for key in self.keys}
         if self.template is None:
             return _JOINED_BY.join(_short(_string(found, key), key) for key, found in values.items())

@@ -12,8 +12,7 @@ from pathlib import Path
 from ...engine.data.sidecar import hash_file
 from ...engine.errors import UserError
 from ...engine.outputs import open_lock, require_own_folder
-from .shards import Shard
-from .worker import TaskResult
+from .shards import Shard, TaskResult
 
 _LOCK = "lock"
 

@@ -1,6 +1,6 @@
-"""The steps of a run, timed: its batches and :func:`train_step`, on random weights, without reports or checkpoints.
+"""Time the steps of a run: its batches and :func:`train_step`, on random weights, without reports or checkpoints.
 
-Nothing is written but a temporary dataset where the data are made up, and nothing is read but the model's config (and
+Nothing is written except a temporary dataset of random data. Nothing is read except the model's config (and
 the datasets with ``--real-data``): no weights, and no run folder.
 """
 
@@ -49,7 +49,7 @@ _OUT_OF_MEMORY = (
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found. Times are the main rank's; ranks step together."""
+    """The results. Times are the main rank's; ranks step together."""
 
     plan: list[str]
     """What a run logs about itself at its start."""
@@ -58,36 +58,38 @@ class Measurement:
     precision: str
     parameters: int
     tokens_per_step: int
-    """Over all ranks."""
+    """Number of tokens, over all ranks."""
     documents_per_step: float
-    """Documents, or pieces of them, that attend to themselves only; mean over the timed steps, over all ranks."""
+    """Number of documents, or pieces of them, that attend only to themselves; mean over the timed steps, over all
+    ranks."""
     flops_per_step: dict[str, float]
-    """Of all ranks, by convention: all pairs of positions in a sample, causal pairs, and causal pairs in documents."""
+    """FLOPs of all ranks, by convention: all pairs of positions in a sample, causal pairs, and causal pairs in
+    documents."""
     flops_formula: str
     steps: list[StepTime]
-    """The timed ones."""
+    """The timed steps."""
     warmup_seconds: float
-    """From the first step's beginning to the first timed step's, by the host's clock: compilation happens there."""
+    """Host time from the first step's beginning to the first timed step's; it includes compilation."""
     memory: dict[str, int]
-    """Bytes, of the rank with the most: on a GPU the peaks ``allocated`` and ``reserved`` and what it has; on a CPU the
-    resident set's peak, and its peak before the model was built. Of the whole run, warm-up included."""
+    """Bytes of the rank with the most. On a GPU: the peaks ``allocated`` and ``reserved``, and the total memory. On a
+    CPU: the resident set's peak, and its peak before the model was built. For the whole run, warm-up included."""
     matmul: list[MatmulRate] = field(default_factory=list)
     datasheet: tuple[str, float] | None = None
     """Name and dense bf16 peak in FLOP/s of the GPU."""
 
 
 def measure_step(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> Measurement:
-    """Time the steps of the run that ``config`` describes; all ranks call this.
+    """Time the steps of the run described by ``config``; all ranks call this.
 
     Raises:
-        UserError: the configuration cannot be trained with, or memory runs out.
+        UserError: training with the configuration is impossible, or memory runs out.
     """
     before = _memory(ranks.device)
     with tempfile.TemporaryDirectory(prefix="retemper-benchmark-") as name, _out_of_memory_is_a_user_error():
         folder = Path(name)
         timed = time_steps(ranks.everywhere(lambda: prepare_config(config, options, folder)), options, ranks)
         found = _describe(timed, before)
-        # Last, so that it is not counted as the training's memory, and on a machine as warm as the training made it.
+        # Last, so that it does not count as the training's memory, and on a machine as warm as after the training.
         del timed
         gc.collect()
         if ranks.device.type == "cuda":
@@ -98,11 +100,12 @@ def measure_step(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> 
 
 
 def prepare_config(config: RunConfig, options: BenchmarkOptions, folder: Path) -> RunConfig:
-    """``config`` with a budget of the wanted steps, random weights and, unless they are real, random data in
-    ``folder``.
+    """Return ``config`` with a budget of the requested steps, random weights and, without ``real_data``, random data.
+
+    The data is written to ``folder``.
 
     Raises:
-        UserError: there is no config of the model.
+        UserError: the model has no config.
     """
     source = architecture_source(config.model)
     architecture = architecture_of(source)
@@ -124,7 +127,7 @@ def prepare_config(config: RunConfig, options: BenchmarkOptions, folder: Path) -
         data = _only_random(data, prefix)
     return replace(
         config,
-        # Empty, so that there is nothing to resume from.
+        # Empty, so that the run does not resume.
         run_folder=str(folder / "run"),
         resume="auto",
         model=replace(
@@ -226,13 +229,13 @@ def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
     if ranks.device.type == "cpu":
         memory["resident_before"] = before["resident"]
     lengths = [boundaries.diff() for boundaries in timed.boundaries]
-    # Boundaries may be filled up to a fixed number with documents of no token.
+    # Boundaries may be padded to a fixed number by documents without tokens.
     documents = ranks.sum(sum(int((length > 0).sum()) for length in lengths)) / len(steps)
     pairs = ranks.sum(sum(int((length.long() ** 2).sum()) for length in lengths)) / len(steps)
     tokens = plan.tokens_per_step
     all_pairs, trainable = tokens * plan.sequence_length, config.training.trainable
     return Measurement(
-        # Notes on the made-up dataset are nobody's concern.
+        # Notes about the random dataset are irrelevant.
         plan=[line for line in timed.plan if str(Path(config.run_folder).parent) not in line],
         ranks=ranks.world_size,
         device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
@@ -257,7 +260,7 @@ def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
 
 
 def formula(architecture: Architecture, sequence_length: int, trainable: Trainable = "all") -> str:
-    """The formula of :func:`training_flops` per token, in letters and in this model's numbers."""
+    """Return the formula of :func:`training_flops` per token, in symbols and with this model's numbers."""
     a, d = architecture, architecture.head_dim
     q, kv = a.num_attention_heads * d, a.num_key_value_heads * d
     block = "L (h (q + 2 kv) + q h + 3 h f)"
@@ -281,7 +284,7 @@ def _memory(device: torch.device) -> dict[str, int]:
 
 
 def _largest(memory: dict[str, int], ranks: Ranks) -> dict[str, int]:
-    """The largest of each number over the ranks."""
+    """Return the largest of each number over the ranks."""
     everybody: list[Any] = [memory] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(everybody, memory)
@@ -302,7 +305,7 @@ def _out_of_memory_is_a_user_error() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out, on the GPU or the host; libraries say it in several ways."""
+    """Return whether memory has run out, on the GPU or the host; libraries report it in several ways."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

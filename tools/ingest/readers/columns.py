@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from ..records import ReadContext, Where
+from ..faults import Where
+from ..records import ReadContext
 from ..texts import suggested_key
 
 _SHOWN = 8

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from ....engine.errors import UserError
+from ..faults import DamagedError, MalformedError, Where
 from ..json_records import invalid_utf8
-from ..records import DamagedError, MalformedError, ReadContext, Record, Where
+from ..records import ReadContext, Record
 from ..tasks import Span
 from .columns import usable_columns
 from .streams import open_stream, skip_bom

@@ -16,9 +16,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..faults import DamagedError, MalformedError, Where
 from ..json_records import WantedKeys
 from ..long_text import LONG_BYTES, LongText
-from ..records import DamagedError, MalformedError, ReadContext, Record, Where
+from ..records import ReadContext, Record
 from ..tasks import Span
 from ..texts import json_type
 from .lines import MAX_RECORD_BYTES, Line, parse_value

@@ -12,13 +12,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
-import orjson
-
+from ..faults import DamagedError, MalformedError, Where
 from ..json_records import WantedKeys, invalid_utf8, parse_json
 from ..long_text import LONG_BYTES, LongText, read_long_json
-from ..records import DamagedError, MalformedError, ReadContext, Record, Where
+from ..records import ReadContext, Record
 from ..tasks import Span
-from ..texts import TextChoice, json_type
+from ..texts import json_type
 from .streams import open_stream, skip_bom
 
 _COPY_BYTES = 1 << 20
@@ -49,29 +48,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
             except MalformedError as error:
                 context.refuse(line.where, str(error), error.kind, line.content)
                 continue
-            yield Record(value, line.where)
-
-
-def read_texts(span: Span, context: ReadContext, key: str) -> Iterator[str | LongText]:
-    """The strings under ``key`` of the objects of ``span``: what most corpora are, at less cost than :func:`read`."""
-    keys, choice = WantedKeys((key,)), TextChoice((key,))
-    text: str | LongText
-    with closing(_lines(span, context)) as lines:
-        for line in lines:
-            if line.long is None:
-                try:
-                    text = orjson.loads(line.content)[key]
-                    if type(text) is str and keys.surely_once(key, line.content):
-                        yield text
-                        continue
-                except (orjson.JSONDecodeError, KeyError, TypeError):
-                    pass
-            try:
-                text = choice.text(parse_line(line, keys))
-            except MalformedError as error:
-                context.refuse(line.where, str(error), error.kind, line.content)
-                continue
-            yield text
+            yield Record(value, line.where, line.content)
 
 
 def parse_line(line: Line, keys: WantedKeys) -> dict[str, Any]:

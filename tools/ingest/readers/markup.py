@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator
 
 from ....engine.errors import UserError
+from ..faults import MalformedError, Where
 from ..formats import require_library
-from ..records import MalformedError, ReadContext, Record, Where
+from ..records import ReadContext, Record
 from ..tasks import Span
 from . import text as text_files
 from .streams import open_stream

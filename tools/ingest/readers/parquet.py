@@ -11,8 +11,9 @@ from typing import Any
 
 from ....engine.errors import UserError
 from ..expansion import ExpansionLimit
+from ..faults import UNREADABLE, DamagedError, Where
 from ..formats import require_library
-from ..records import UNREADABLE, DamagedError, ReadContext, Record, Where
+from ..records import ReadContext, Record
 from ..tasks import Span
 from .arrow_rows import batch_records, decoded_bytes
 from .columns import usable_columns

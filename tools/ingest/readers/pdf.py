@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from ....engine.errors import UserError
+from ..faults import MalformedError, Where
 from ..formats import require_library
-from ..records import MalformedError, ReadContext, Record, Where
+from ..records import ReadContext, Record
 from ..tasks import Span
 from .streams import open_stream, short_reason
 

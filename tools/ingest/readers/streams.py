@@ -21,8 +21,9 @@ import zstandard
 
 from ....engine.errors import UserError
 from ..expansion import READ_AHEAD_BYTES, ExpansionLimit
+from ..faults import DamagedError
 from ..inputs import InputFile
-from ..records import DamagedError, ReadContext
+from ..records import ReadContext
 
 _GzipFile: Any = gzip.GzipFile
 _DAMAGED: tuple[Any, ...] = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 
+from ..faults import MalformedError, Where
 from ..json_records import invalid_utf8
 from ..long_text import LONG_BYTES, LongText
-from ..records import MalformedError, ReadContext, Record, Where
+from ..records import ReadContext, Record
 from ..tasks import Span
 from .streams import open_stream, skip_bom
 

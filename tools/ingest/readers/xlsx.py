@@ -17,8 +17,9 @@ from typing import IO, Any
 
 from ....engine.errors import UserError
 from ..expansion import ExpansionLimit
+from ..faults import DamagedError, Where
 from ..formats import require_library
-from ..records import DamagedError, ReadContext, Record, Where, readable_part
+from ..records import ReadContext, Record, readable_part
 from ..tasks import Span
 from .columns import usable_columns
 from .streams import damage_is_user_error, iterate_checked, open_stream
