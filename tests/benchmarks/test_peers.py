@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = ["--layers=2", "--hidden=64", "--vocab=300", "--batch=2", "--sequence=16", "--warmup=1", "--steps=2"]
 TINY += ["--device=cpu", "--threads=1"]
 
