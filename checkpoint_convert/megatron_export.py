@@ -1,4 +1,4 @@
-"""A Megatron-Core checkpoint out of a Hugging Face folder or a checkpoint."""
+"""Convert a Hugging Face folder or a checkpoint to a Megatron-Core checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Hugging Face folder, or a checkpoint to train from, out of a Megatron-Core checkpoint."""
+"""Convert a Megatron-Core checkpoint to a Hugging Face folder, or to a checkpoint for training."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Show, verify, compare, thin out and upgrade checkpoints.
+"""Show, verify, compare, prune and upgrade checkpoints.
 
     python tools/checkpoint.py ls runs/x                       # every checkpoint: step, loss, size, why it is kept
-    python tools/checkpoint.py verify runs/x/checkpoints/*     # read every byte; exit status 1 where one is damaged
+    python tools/checkpoint.py verify runs/x/checkpoints/*     # read every byte; exit status 1 if one is damaged
     python tools/checkpoint.py diff A B                        # settings and tensors that differ; exit status 1 then
     python tools/checkpoint.py prune runs/x --keep-last 2 --keep-every 10000 --dry-run
     python tools/checkpoint.py upgrade runs/x                  # rewrite those of former formats in the present one
 
-The work is done by retemper.tools.checkpoint_report; this file is the command line.
+This file is the command line of retemper.tools.checkpoint_report.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 from retemper.tools.checkpoint_report.listing import format_listing, list_checkpoints
 from retemper.tools.checkpoint_report.verification import verify
 
@@ -66,15 +67,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "verify":
         return 0 if verify(options.paths) else 1
     if options.command == "diff":
-        from retemper.tools.checkpoint_report.comparison import compare  # needs PyTorch
+        with uncollected():
+            from retemper.tools.checkpoint_report.comparison import compare
 
         return 1 if compare(options.first, options.second) else 0
     if options.command == "upgrade":
-        from retemper.tools.checkpoint_report.upgrading import upgrade  # needs PyTorch
+        with uncollected():
+            from retemper.tools.checkpoint_report.upgrading import upgrade
 
         upgrade(options.path)
         return 0
-    from retemper.tools.checkpoint_report.pruning import prune  # needs PyTorch
+    with uncollected():
+        from retemper.tools.checkpoint_report.pruning import prune
 
     prune(options.run_folder, options.keep_last, options.keep_every, options.dry_run)
     return 0

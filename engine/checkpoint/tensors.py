@@ -105,14 +105,23 @@ def save_tensors(
     return save_parts(folder, tensors, staged, all_ranks(group, distributed))
 
 
-def load_tensors(folder: str | Path, tensors: Mapping[str, Tensor], distributed: bool = True) -> None:
+def load_tensors(
+    folder: str | Path, tensors: Mapping[str, Tensor], distributed: bool = True, opened: TensorParts | None = None
+) -> None:
     """Read into ``tensors`` in place, casting to their dtypes; each may be sharded in any way.
+
+    Args:
+        folder: of the checkpoint.
+        tensors: by name.
+        distributed: whether there are other ranks, which then call this as well.
+        opened: what :func:`open_tensors` returned for ``folder``, if it has been called already on every rank.
 
     Raises:
         UserError: on every rank, when on any of them a tensor is missing, has another shape, or cannot be read.
     """
     ranks = all_ranks(None, distributed)
-    load_parts(ranks.everywhere(lambda: open_tensors(folder)), tensors, folder, ranks)
+    parts = ranks.everywhere(lambda: open_tensors(folder)) if opened is None else opened
+    load_parts(parts, tensors, folder, ranks)
 
 
 def describe_casts(
@@ -142,13 +151,18 @@ def describe_casts(
 
 
 def check_model_tensors(folder: str | Path, model: ParameterOwner) -> None:
-    """Refuse a checkpoint whose model tensors are not exactly those of ``model``, naming some that differ.
+    """Refuse a checkpoint whose model tensors are not exactly those of ``model``; see :func:`require_model_tensors`."""
+    require_model_tensors(folder, stored_tensors(folder), model)
+
+
+def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor], model: ParameterOwner) -> None:
+    """Refuse a checkpoint of ``stored`` whose model tensors are not exactly those of ``model``, and name some.
 
     Raises:
         UserError: missing, unexpected or differently shaped tensors.
     """
-    stored = {name: t for name, t in stored_tensors(folder).items() if not name.startswith(OPTIMIZER_PREFIX)}
-    difference = describe_difference(stored, model)
+    weights = {name: tensor for name, tensor in stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
+    difference = describe_difference(weights, model)
     if difference:
         raise UserError(f"{folder}: the checkpoint is of another model: {difference}")
 

@@ -137,7 +137,7 @@ class CheckpointPlan:
             safetensors_file(f"tensor-{number:05d}{SUFFIX}", {name: tensor})
             for number, (name, tensor) in enumerate(tensors.items())
         ]
-        """For :func:`~retemper.engine.streaming.block_copy.copy_files`."""
+        """The files, for :func:`~retemper.engine.streaming.block_copy.copy_files`."""
 
     def write_table(self, folder: Path, done: Iterable[WrittenFile]) -> None:
         """Write the table, which maps tensors to files, after all files are ``done``."""

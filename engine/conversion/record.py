@@ -44,7 +44,7 @@ class ConversionRecord:
     logits: dict[str, Any] | None = None
     """Result of ``--verify``."""
     versions: dict[str, str] = field(default_factory=code_versions)
-    """Of the program that converts."""
+    """Versions of the program and its libraries."""
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class ResizedVocabulary:
             for name, tensor in source.tensors.items()
         }
         self.record = self._describe(vocab_size) if resized else None
-        """For ``conversion.json``."""
+        """Record for ``conversion.json``."""
 
     def _describe(self, vocab_size: int) -> dict[str, Any]:
         return {

@@ -52,18 +52,19 @@ class HfModel:
         return self.weights.rows(name)
 
 
-def open_hf_model(folder: str | Path, any_vocab_size: bool = False) -> HfModel:
+def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict[str, Any] | None = None) -> HfModel:
     """Open the Hugging Face ``folder`` and check that it holds exactly the parameters that its config requires.
 
     Args:
         folder: the folder.
         any_vocab_size: accept embeddings with another number of rows than the config's ``vocab_size``, which is then
             set to that number.
+        config: content of its config.json, if it has been read already.
 
     Raises:
         UserError: config or weights cannot be used, or do not match.
     """
-    config = read_hf_config(folder)
+    config = read_hf_config(folder) if config is None else config
     architecture = parse_architecture(config, str(Path(folder) / CONFIG_FILE))
     weights = HfWeights(folder)
     notes = [*describe_unread(config, CONFIG_FILE), *describe_renamed(weights.stored_names)]

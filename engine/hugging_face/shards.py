@@ -36,7 +36,7 @@ class ShardPlan:
             safetensors_file(file, {name: tensors[name] for name in names})
             for file, names in split.filename_to_tensors.items()
         ]
-        """For :func:`~retemper.engine.streaming.block_copy.copy_files`."""
+        """The files, for :func:`~retemper.engine.streaming.block_copy.copy_files`."""
         self._index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
 
     def write_index(self, folder: Path) -> None:

@@ -478,7 +478,7 @@ def test_narrower_dtypes_are_proposed_where_the_configured_ones_fit_nowhere(run_
     [
         ("--gpu v100", "--gpu v100: unknown; use one of a100-40gb, "),
         ("--gpu a100", "--gpu a100 is one of a100-40gb, a100-80gb; name one"),
-        ("--gpu h100 --gpu-tflops 100", "--gpu h100 and --gpu-tflops both say what the GPU is"),
+        ("--gpu h100 --gpu-tflops 100", "--gpu h100 and --gpu-tflops both define the GPU"),
         ("--gpu-tflops 100", "--gpu-memory GIB and --gpu-tflops N"),
         ("", "name a GPU with --gpu"),
         ("--gpu-tflops 100 --gpu-memory -1", "--gpu-memory -1: must be above 0"),

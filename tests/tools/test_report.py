@@ -268,7 +268,9 @@ def test_a_run_that_is_training_or_was_killed(run: Path, capsys: pytest.CaptureF
 
 def test_only_the_curve_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_lines(tmp_path / "metrics.jsonl", [training_record(1, 3.0)])
-    assert table_row(show(capsys, tmp_path), "training loss")[1] == "3.0000 at first, 3.0000 in the last records"
+    out = show(capsys, tmp_path)
+    assert table_row(out, "training loss")[1] == "3.0000 at first, 3.0000 in the last records"
+    assert "checkpoints is not there: no checkpoint is written yet" in out
     Page((tmp_path / "report.html").read_text("utf-8")).require_self_contained()
 
 

@@ -8,9 +8,9 @@ import old_format
 import pytest
 import tiny_run
 
+from retemper.engine import pretrain
 from retemper.engine.checkpoint.lock import run_folder_lock
 from retemper.engine.errors import UserError
-from retemper.engine.trainer import Trainer
 from retemper.tools.checkpoint_report.upgrading import upgrade
 
 
@@ -36,10 +36,10 @@ def damaged(interrupted, tmp_path):
 
 def test_the_run_goes_on_from_the_one_before(one_rank, run_file, reference, damaged, capsys):
     before = sorted(path.name for path in (damaged / "checkpoints").iterdir())
-    trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(damaged)), one_rank)
+    run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(damaged)), one_rank)
     # Nothing is written, and so nothing renamed, until the run begins.
     assert sorted(path.name for path in (damaged / "checkpoints").iterdir()) == before
-    trainer.run()
+    pretrain.train(run)
     said = capsys.readouterr().out
     [line] = [line for line in said.splitlines() if "set aside" in line]
     assert "step-00000008/rank-00000.safetensors: damaged" in line and line.endswith("step-00000008.damaged")
@@ -52,7 +52,7 @@ def test_weights_to_start_from_are_verified_and_stay(one_rank, run_file, damaged
     base = damaged / "checkpoints" / "step-00000008"
     overrides = ["--run_folder", str(tmp_path / "new"), "--model.initialize_from", str(base)]
     with pytest.raises(UserError, match=r"rank-00000.safetensors: damaged.* model.initialize_from"):
-        Trainer(tiny_run.configure(run_file, *overrides), one_rank)
+        pretrain.build(tiny_run.configure(run_file, *overrides), one_rank)
     assert base.is_dir() and not (tmp_path / "new").exists()
 
 
@@ -61,9 +61,9 @@ def test_a_folder_that_another_process_writes_to(one_rank, run_file, damaged):
         return {path: path.stat().st_mtime_ns for path in damaged.rglob("*") if path.is_file() and path.name != ".lock"}
 
     files = times()
-    trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(damaged)), one_rank)
+    run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(damaged)), one_rank)
     with run_folder_lock(damaged), pytest.raises(UserError, match="is writing to it"):
-        trainer.run()
+        pretrain.train(run)
     assert times() == files
 
 
@@ -83,7 +83,7 @@ def test_a_run_of_the_former_format_continues_bit_for_bit(
     old_format.rewrite(folder / "checkpoints" / "step-00000008")
     if upgraded:
         upgrade(folder, lambda line: None)
-    trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(folder)), one_rank)
-    assert trainer.progress.step == 8
-    trainer.run()
+    run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(folder)), one_rank)
+    assert run.progress.step == 8
+    pretrain.train(run)
     assert tiny_run.curve(folder) == tiny_run.curve(reference)

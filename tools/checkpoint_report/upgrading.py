@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 import uuid
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ...engine.checkpoint.disk_space import require_space
@@ -41,9 +41,9 @@ def upgrade(path: Path, say: Callable[[str], None] = print) -> None:
     """
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path.absolute().parent
     try:
-        with ExitStack() as stack:
-            of_run = inside.name == "checkpoints"
-            notes = stack.enter_context(run_folder_lock(inside.parent)) if of_run else []
+        is_run = inside.name == "checkpoints"
+        lock: AbstractContextManager[list[str]] = run_folder_lock(inside.parent) if is_run else nullcontext([])
+        with lock as notes:
             for line in [*notes, *_finish(inside)]:
                 say(line)
             for folder in checkpoints_of(path):
@@ -67,7 +67,7 @@ def _finish(folder: Path) -> list[str]:
 
 
 def _upgrade(folder: Path) -> str:
-    """Rewrite one checkpoint; return a line about it."""
+    """Rewrite one checkpoint; returns what is to be said of it."""
     manifest = read_manifest(folder)
     if manifest.format_version == FORMAT_VERSION:
         return f"{folder}: of the present format already"

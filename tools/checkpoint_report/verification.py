@@ -1,4 +1,4 @@
-"""Whether checkpoints are what was written, with every byte read."""
+"""Verify every byte of checkpoints against their hashes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...engine.errors import UserError
 
 
 def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:
-    """Verify every checkpoint of ``paths``, each of which is one, or a run folder; whether all are as written.
+    """Verify every checkpoint of ``paths``, each a checkpoint or a run folder; return whether all are intact.
 
     Raises:
         UserError: a path is neither, or cannot be read.

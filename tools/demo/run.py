@@ -101,11 +101,7 @@ def main() -> None:
     make_base_model(demo, _budget(arguments.base_tokens))
     continue_pretraining(demo, _budget(arguments.train_tokens))
     write_samples(demo)
-    run = read_run(demo.folder / DOMAIN_RUN)
-    sections = [section("Commands", command_table(demo.commands)), section("Environment", definitions(environment()))]
-    content = run_page(run, title="Continued pretraining, end to end", more=sections)
-    write_report("report", demo.folder / "report.html", content)
-    print(f"\n{format_run(run)}")
+    print(f"\n{write_page(demo)}")
     print(f"\n{time.perf_counter() - started:.0f} s in all; report: {arguments.folder / 'report.html'}")
 
 
@@ -196,6 +192,15 @@ def write_samples(demo: Demo) -> None:
         for prompt, old, new in zip(PROMPTS, before, after, strict=True):
             print(f"\n{prompt}\n  before: {old!r}\n  after:  {new!r}")
             file.write(json.dumps({"prompt": prompt, "before": old, "after": new}) + "\n")
+
+
+def write_page(demo: Demo) -> str:
+    """Write ``report.html``, the report of the domain run with all commands; return its summary for the terminal."""
+    run = read_run(demo.folder / DOMAIN_RUN)
+    sections = [section("Commands", command_table(demo.commands)), section("Environment", definitions(environment()))]
+    content = run_page(run, title="Continued pretraining, end to end", more=sections)
+    write_report("report", demo.folder / "report.html", content)
+    return format_run(run)
 
 
 def command_table(commands: Sequence[Command]) -> str:

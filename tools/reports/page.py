@@ -36,13 +36,15 @@ def section(title: str, content: str, kind: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = (), kind: str = "") -> str:
-    """Cells of text under headlines; ``total`` is the last row."""
+    """Cells of text under headlines; ``total`` is the last row. Nothing where there are no rows."""
 
     def row(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    foot = f"<tfoot>{row(total, 'td')}</tfoot>" if total else ""
     body = "\n".join(row(cells, "td") for cells in rows)
+    if not body:
+        return ""
+    foot = f"<tfoot>{row(total, 'td')}</tfoot>" if total else ""
     return (
         f'<div class="scroll"><table class="{kind}"><thead>{row(head, "th")}</thead>'
         f"<tbody>{body}</tbody>{foot}</table></div>"
@@ -50,9 +52,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[st
 
 
 def definitions(items: Mapping[str, str]) -> str:
-    """Names and values."""
+    """Names and values, if there are any."""
     pairs = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items.items())
-    return f"<dl>{pairs}</dl>"
+    return f"<dl>{pairs}</dl>" if pairs else ""
 
 
 def note(text: str) -> str:
@@ -61,13 +63,14 @@ def note(text: str) -> str:
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """A list of remarks."""
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+    """A list of remarks, if there are any."""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def preformatted(text: str) -> str:
-    """Text whose lines stay as they are."""
-    return f"<pre>{escape(text)}</pre>"
+    """Text whose lines stay as they are, if there is any."""
+    return f"<pre>{escape(text)}</pre>" if text else ""
 
 
 def header(title: str, cards: Iterable[tuple[str, str, str]]) -> str:

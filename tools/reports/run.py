@@ -275,7 +275,8 @@ def _read_log(path: Path) -> _Log:
 def _restarts(folder: Path, curves: Curves, log: _Log, config: dict[str, Any], remarks: list[str]) -> Iterator[Restart]:
     """The restarts that gave up records, those of the log first."""
     others = sorted(path.name for path in folder.glob("metrics.*.jsonl") if path.name not in log.moved)
-    interval = _section(config, "logging").get("log_interval", 1)
+    interval = _section(config, "logging").get("log_interval")
+    interval = interval if type(interval) is int and interval > 0 else 1
     for name in [*log.moved, *others]:
         try:
             lost = read_curves(folder / name)
@@ -304,9 +305,12 @@ def _tokens_at(curves: Curves, step: int) -> int:
 
 def _read_checkpoints(folder: Path, curves: Curves, remarks: list[str]) -> tuple[list[Row], Manifest | None]:
     """All checkpoints by step, and the manifest of the newest that is complete."""
+    if not (folder / "checkpoints").is_dir():
+        remarks.append(f"{folder / 'checkpoints'} is not there: no checkpoint is written yet, or its disk is missing")
+        return [], None
     try:
         rows = list_checkpoints(folder, dict(zip(curves.steps, curves.columns["loss"], strict=True)))
-    except (UserError, OSError) as error:  # it has none yet, or the run is removing one just now
+    except (UserError, OSError) as error:  # such as one that the run is removing now
         remarks.append(f"checkpoints are not shown: {getattr(error, 'strerror', None) or error}")
         return [], None
     whole = [row.manifest for row in rows if row.manifest and row.state.startswith("complete")]

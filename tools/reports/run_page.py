@@ -51,17 +51,17 @@ def run_page(run: Run, other: Run | None = None, title: str = "", more: Iterable
     """
     sections = [
         header(title or f"Run {_name(run)}", _cards(run)),
-        section("To know", bullets(run.remarks), kind="warnings") if run.remarks else "",
+        section("To know", bullets(run.remarks), kind="warnings"),
         section("Validation loss and perplexity", _validation(run)),
         section("Curves", _curves(run, other)),
-        section("The run", definitions(run_facts(run)) + _table(restart_table(run)), kind="facts"),
+        section("The run", definitions(run_facts(run)) + table(*restart_table(run)), kind="facts"),
         section(f"Compared with {_names(run, other)[1]}", _comparison(run, other)) if other else "",
         section("Samples", "".join(map(_sample, run.samples))),
         section("Data", _data(run)),
-        section("Checkpoints", _table(checkpoint_table(run))),
+        section("Checkpoints", table(*checkpoint_table(run))),
         *more,
-        section("Configuration", preformatted(run.configuration.strip())) if run.configuration else "",
-        section("Written by", definitions(run.environment)) if run.environment else "",
+        section("Configuration", preformatted(run.configuration.strip())),
+        section("Written by", definitions(run.environment)),
     ]
     return page(title or f"Run {_name(run)}", sections, STYLE)
 
@@ -208,10 +208,6 @@ def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
         yield "grey", f"{speed:,.0f} tokens/s", f"MFU {facts['MFU']}" if "MFU" in facts else "median of all records"
 
 
-def _table(content: Table, kind: str = "") -> str:
-    return table(*content, kind=kind) if content[1] else ""
-
-
 def _validation(run: Run) -> str:
     found = run.curves.evaluations
     if not found:
@@ -228,7 +224,7 @@ def _validation(run: Run) -> str:
     ]
     axes = Axis("tokens consumed"), Axis()
     chart = line_chart("Learned and forgotten: loss since the first evaluation", lines, *axes) if len(lines) > 1 else ""
-    return _table(loss_table(run)) + note(words) + f'<div class="charts">{chart}</div>'
+    return table(*loss_table(run)) + note(words) + f'<div class="charts">{chart}</div>'
 
 
 def _side(is_other: int) -> str:
@@ -282,8 +278,8 @@ def _mark(restart: Restart) -> Mark:
 
 
 def _comparison(run: Run, other: Run) -> str:
-    different = _table(difference_table(run, other), kind="wrapped")
-    return _table(comparison_table(run, other), kind="wrapped") + (different or note("All settings are the same."))
+    different = table(*difference_table(run, other), kind="wrapped")
+    return table(*comparison_table(run, other), kind="wrapped") + (different or note("All settings are the same."))
 
 
 def _data(run: Run) -> str:
@@ -292,7 +288,7 @@ def _data(run: Run) -> str:
     )
     sets = (("validation set", "path"), list(run.validation.items()))
     return (
-        _table(data_table(run), kind="wrapped") + (note(remark) if run.sources else "") + _table(sets, kind="wrapped")
+        table(*data_table(run), kind="wrapped") + (note(remark) if run.sources else "") + table(*sets, kind="wrapped")
     )
 
 

@@ -25,12 +25,10 @@ def write_page(path: Path, report: DatasetReport) -> None:
 
 def _sections(report: DatasetReport) -> Iterator[str]:
     yield _header(report)
-    if report.warnings:
-        yield section("Likely wrong", bullets(report.warnings), kind="warnings")
+    yield section("Likely wrong", bullets(report.warnings), kind="warnings")
     yield section("The dataset", definitions({"dataset": report.prefix, **dataset_facts(report)}), kind="facts")
-    if report.sources:
-        total = ("all sources", "", f"{report.documents:,}", f"{report.tokens:,}", "", "", "")
-        yield section("Sources", table(SOURCE_HEAD, source_rows(report), total=total, kind="wrapped"))
+    total = ("all sources", "", f"{report.documents:,}", f"{report.tokens:,}", "", "", "")
+    yield section("Sources", table(SOURCE_HEAD, source_rows(report), total=total, kind="wrapped"))
     if report.lengths is not None:
         length = None if report.training is None else report.training.sequence_length
         remark = note(f"Of {report.lengths.documents:,} documents of a sample.") if report.lengths.sampled else ""
@@ -38,13 +36,12 @@ def _sections(report: DatasetReport) -> Iterator[str]:
     if report.most_frequent:
         yield section("Tokens", draw_frequencies(report.counts.tokens) + _frequent(report))
     if report.training is not None:
-        head, rows = stage_table(report.training)
         yield section(
             "The run",
             draw_epochs(report.training)
             + definitions(run_facts(report.training))
             + table(RUN_HEAD, run_rows(report.training))
-            + (table(head, rows) if rows else "")
+            + table(*stage_table(report.training))
             + note("What the trainer will say about the data:")
             + preformatted("\n".join(report.training.summary)),
             kind="facts",
@@ -54,8 +51,7 @@ def _sections(report: DatasetReport) -> Iterator[str]:
         if report.has_loss_mask:
             legend += " Struck through: what the loss mask leaves out."
         yield section("Documents", note(legend) + "".join(map(_document, report.decoded)), kind="documents")
-    if report.missing:
-        yield section("Not shown", bullets(report.missing))
+    yield section("Not shown", bullets(report.missing))
 
 
 def _header(report: DatasetReport) -> str:
