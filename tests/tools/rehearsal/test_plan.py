@@ -313,6 +313,7 @@ def test_checkpoint_size_is_that_of_a_written_one(run_file, tmp_path):
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     allocate_states(optimizer)
     folder = tmp_path / "checkpoint"
+    folder.mkdir()
     save_tensors(folder, {**model_tensors(model), **optimizer_tensors(model, optimizer)}, distributed=False)
     written = sum(path.stat().st_size for path in folder.iterdir())
     assert written == pytest.approx(checkpoint_bytes(architecture, 12), rel=0.03)
