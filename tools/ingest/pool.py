@@ -52,7 +52,7 @@ def start_early(tokenizer: TokenizerSpec) -> None:
     """
     preload.announce(tokenizer)
     if worker_context().get_start_method() == "forkserver":
-        # Python 3.11 gives the fork server no sys.path: it would preload another installed copy of this package, or none.
+        # Python 3.11 gives the fork server no sys.path: it would preload another, installed copy of this package.
         path = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
         before = {name: os.environ.get(name) for name in path}
         os.environ.update(path)
