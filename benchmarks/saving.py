@@ -1,10 +1,10 @@
-"""How long a training step waits for a checkpoint, and whether memory stays flat over many of them.
+"""Measure how long a training step waits for a checkpoint, and whether memory stays constant over many of them.
 
     python benchmarks/saving.py --gigabytes 4 --saves 50 --folder /tmp/saving
 
-One process, one rank, tensors on the GPU where there is one. A step here is a given time of
-matrix products, then an update. The stall is what a step waits for the checkpoint that was begun before it: in
-``Saver.save`` and before its update. Beside it stands what a copy of the same bytes takes, in the same run.
+One process, one rank, tensors on the GPU if there is one. A step is a given duration of
+matrix products, followed by an update. The stall is the time that a step waits for the checkpoint begun before it: in
+``Saver.save`` and before its update. For comparison, a copy of the same bytes is timed in the same run.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measure(gigabytes: float, saves: int, folder: Path, asynchronous: bool, step
 
 
 def _compute(device: torch.device, seconds: float) -> None:
-    """Matrix products that keep the device busy for ``seconds``."""
+    """Keep the device busy with matrix products for ``seconds``."""
     matrix, began = torch.randn(1024, 1024, device=device), time.perf_counter()
     while time.perf_counter() - began < seconds:
         matrix = torch.nn.functional.normalize(matrix @ matrix)
@@ -85,14 +85,14 @@ def _compute(device: torch.device, seconds: float) -> None:
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="of tensors (default: %(default)s)")
-    parser.add_argument("--saves", type=int, default=50, help="how often (default: %(default)s)")
-    parser.add_argument("--step-seconds", type=float, default=1.0, help="of a step (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, required=True, help="to write to; it must not exist")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the tensors (default: %(default)s)")
+    parser.add_argument("--saves", type=int, default=50, help="number of saves (default: %(default)s)")
+    parser.add_argument("--step-seconds", type=float, default=1.0, help="duration of a step (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, required=True, help="folder to write to; it must not exist")
     parser.add_argument("--synchronous", action="store_true", help="for comparison: wait for the disk")
     options = parser.parse_args()
     if os.path.lexists(options.folder):
-        raise UserError(f"--folder {options.folder}: exists already; name another")
+        raise UserError(f"--folder {options.folder}: exists already; choose another")
     asynchronous = not options.synchronous
     result = measure(options.gigabytes, options.saves, options.folder, asynchronous, options.step_seconds)
     print(json.dumps(result, indent=2))

@@ -1,11 +1,11 @@
-"""Make a Hugging Face folder out of a checkpoint.
+"""Convert a checkpoint to a Hugging Face folder.
 
     python checkpoint_convert/dcp_to_hf.py --checkpoint runs/x/checkpoints/step-00001000 --output hf/
 
-A training checkpoint holds fp32 master weights; they are written in the dtype that the model's config declares. A
-converted checkpoint gives back, bit for bit, the tensors it was made from. ``--dtype`` overrides both. Optimizer
+A training checkpoint holds fp32 master weights; they are written in the dtype of the model's config. A converted
+checkpoint gives the original tensors, bit for bit. ``--dtype`` overrides both. Optimizer
 states are left out. Tensors pass through memory in blocks. ``conversion.json`` in the output has the hash of every
-tensor on both sides. After an interruption the same command goes on from the files that it had finished. See
+tensor on both sides. After an interruption the same command continues from the files that it had finished. See
 docs/conversion.md.
 """
 
@@ -25,36 +25,36 @@ from retemper.engine.conversion.options import (
     parse,
 )
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.outputs import Use, require_separate
 
 PUSH = "--push-to-hub"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
-    parser = CommandParser(description="Make a Hugging Face folder out of a checkpoint.")
+    """Parse the command line, by default that of this process."""
+    parser = CommandParser(description="Convert a checkpoint to a Hugging Face folder.")
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="such as runs/x/checkpoints/step-00001000, or a converted one",
+        help="checkpoint folder, such as runs/x/checkpoints/step-00001000, or a converted one",
     )
     add_output(parser)
-    add_dtype(parser, "what the model's config declares, for a training checkpoint; unchanged, for a converted one")
+    add_dtype(parser, "for a training checkpoint, the dtype in the model's config; for a converted one, unchanged")
     add_shard_size(parser)
     parser.add_argument(
         "--vocab-size",
         type=int,
         metavar="V",
-        help="rows that embedding and head are to have, such as those before they were padded (default: as many as "
-        "there are)",
+        help="number of rows of embedding and head, such as that before padding (default: unchanged)",
     )
     add_copying(parser)
     parser.add_argument(
         PUSH,
         metavar="NAME",
-        help="also upload the output, but for conversion.json, to this model repository (namespace/name) on the Hub, "
-        "which is made if there is none, and is private then; the token comes from HF_TOKEN or `hf auth login`",
+        help="also upload the output, without conversion.json, to this model repository (namespace/name) on the Hub; a "
+        "new repository is created as a private one; the token comes from HF_TOKEN or `hf auth login`",
     )
     return parse(parser, arguments)
 
@@ -66,21 +66,23 @@ def main() -> None:
     if repository is not None:
         _convert_and_upload(options, repository)
         return
-    from retemper.engine.conversion.dcp_to_hf import convert  # needs PyTorch
+    with uncollected():
+        from retemper.engine.conversion.dcp_to_hf import convert
 
     convert(**options)
 
 
 def _convert_and_upload(options: dict[str, Any], repository: str) -> None:
-    from retemper.engine.conversion.dcp_to_hf import convert, plan_export
-    from retemper.engine.conversion.record import CONVERSION_FILE
-    from retemper.engine.hugging_face.upload import open_repository, upload_folder
+    with uncollected():
+        from retemper.engine.conversion.dcp_to_hf import convert, plan_export
+        from retemper.engine.conversion.record import CONVERSION_FILE
+        from retemper.engine.hugging_face.upload import open_repository, upload_folder
 
     checkpoint, output = Path(options["checkpoint"]), Path(options["output"])
     # What convert would refuse before it reads any weights is refused before a repository is made.
     require_separate([Use("--checkpoint", checkpoint)], folders=[Use(f"--output {output}", output)])
     plan_export(checkpoint, options["dtype"], options["max_shard_size"], options["vocab_size"])
-    print(f"to be uploaded to {open_repository(repository, PUSH)}")
+    print(f"will be uploaded to {open_repository(repository, PUSH)}")
     convert(**options)
     print(f"uploaded {upload_folder(output, repository, PUSH, [CONVERSION_FILE])}")
 

@@ -1,4 +1,4 @@
-"""Make a Hugging Face folder, or a checkpoint to train from, out of a Megatron-Core checkpoint.
+"""Convert a Megatron-Core checkpoint to a Hugging Face folder, or to a checkpoint for training.
 
     python checkpoint_convert/from_megatron.py --megatron megatron/ --config Qwen2-7B/ --output hf/
     python checkpoint_convert/from_megatron.py --megatron megatron/iter_0001000 --output ckpt/base --format checkpoint
@@ -24,44 +24,46 @@ from retemper.engine.conversion.options import (
     parse,
 )
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.garbage import uncollected
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
-    parser = CommandParser(description="Make a Hugging Face folder or a checkpoint out of a Megatron-Core checkpoint.")
+    """Parse the command line, by default that of this process."""
+    parser = CommandParser(description="Convert a Megatron-Core checkpoint to a Hugging Face folder or a checkpoint.")
     parser.add_argument(
         "--megatron",
         required=True,
         metavar="DIR",
-        help="checkpoint of the format torch_dist: its folder (iter_..., release), or the one above it",
+        help="checkpoint in the format torch_dist: its folder (iter_..., release), or the folder above it",
     )
     add_output(parser)
     parser.add_argument(
         "--format",
         choices=TARGET_FORMATS,
         default=HF,
-        help="a Hugging Face folder, or a checkpoint for the trainer (default: %(default)s)",
+        help="write a Hugging Face folder, or a checkpoint for the trainer (default: %(default)s)",
     )
     parser.add_argument(
         "--config",
         metavar="PATH",
-        help="the model's Hugging Face config.json, or the folder that has it and the tokenizer (default: made of the "
-        "settings stored in the checkpoint)",
+        help="the model's Hugging Face config.json, or the folder that holds it and the tokenizer (default: derived "
+        "from the settings in the checkpoint)",
     )
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder with the tokenizer (default: that of --config)")
-    add_dtype(parser, "that of each tensor")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder with the tokenizer (default: the one of --config)")
+    add_dtype(parser, "the dtype of each tensor")
     add_shard_size(parser)
     add_copying(parser)
     options = parse(parser, arguments)
     if options.verify and options.format != HF:
-        raise UserError(f"--verify: needs --format {HF}, transformers reads nothing else")
+        raise UserError(f"--verify: needs --format {HF}, the only one that transformers reads")
     return options
 
 
 def main() -> None:
     end_like_ctrl_c()
     options = parse_arguments()
-    from retemper.checkpoint_convert.megatron_import import convert  # needs PyTorch
+    with uncollected():
+        from retemper.checkpoint_convert.megatron_import import convert
 
     convert(**vars(options))
 

@@ -1,11 +1,11 @@
-"""Make a checkpoint to train from out of a Hugging Face folder.
+"""Convert a Hugging Face folder to a checkpoint for training.
 
     python checkpoint_convert/hf_to_dcp.py --hf Qwen/Qwen2-72B --output ckpt/base
     python checkpoint_convert/hf_to_dcp.py --hf models/llama --output ckpt/llama --dtype bfloat16 --verify
 
-The checkpoint keeps every bit and every dtype unless ``--dtype`` says otherwise, and carries config and tokenizer.
+The checkpoint keeps every bit and every dtype unless ``--dtype`` is given, and contains config and tokenizer.
 Tensors pass through memory in blocks. ``conversion.json`` in the output has the hash of every tensor on both sides.
-After an interruption the same command goes on from the files that it had finished. See docs/conversion.md.
+After an interruption the same command continues from the files that it had finished. See docs/conversion.md.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from collections.abc import Sequence
 
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c, parse
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
-    parser = CommandParser(description="Make a checkpoint to train from out of a Hugging Face folder.")
+    """Parse the command line, by default that of this process."""
+    parser = CommandParser(description="Convert a Hugging Face folder to a checkpoint for training.")
     parser.add_argument("--hf", required=True, metavar="DIR|NAME", help="Hugging Face folder, or Hub name")
     add_output(parser)
-    add_dtype(parser, "that of each tensor in the folder")
+    add_dtype(parser, "the dtype of each tensor in the folder")
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument(
         "--vocab-size",
         type=int,
         metavar="V",
-        help="rows that embedding and head are to have: others are cut off, or added as the mean of those there are "
-        "(default: as many as there are)",
+        help="number of rows of embedding and head: surplus rows are cut off, new ones are the mean of the old ones "
+        "(default: unchanged)",
     )
     vocabulary.add_argument(
         "--pad-vocab-to-multiple-of", type=int, metavar="N", help="add rows up to the next multiple of N"
@@ -41,7 +42,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     end_like_ctrl_c()
     options = parse_arguments()
-    from retemper.engine.conversion.hf_to_dcp import convert  # needs PyTorch
+    with uncollected():
+        from retemper.engine.conversion.hf_to_dcp import convert
 
     convert(**vars(options))
 

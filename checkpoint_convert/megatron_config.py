@@ -1,11 +1,11 @@
-"""A model's settings as Megatron-LM keeps them (the ``args`` of its command line) and as a Hugging Face config.
+"""Convert a model's settings between Megatron-LM's ``args`` (of its command line) and a Hugging Face config.
 
-Megatron stores them beside the tensors in a pickle, ``common.pt`` or the object ``common_state``. It is read without
-executing anything: every class in it is taken for one that does nothing (:func:`read_args`).
+Megatron stores them next to the tensors in a pickle, ``common.pt`` or the object ``common_state``. It is read without
+executing anything: every class in it is replaced by one that does nothing (:func:`read_args`).
 
-Settings that no tensor betrays are compared one by one with a given config. Those which both sides can express (norm
-epsilon, rotary base and scaling, windows) may differ, and the difference is said. Those which make another decoder are
-refused, whether there is a config or not: nothing else would notice.
+Settings that do not show in the tensors are compared one by one with a given config. Those that both sides can express
+(norm epsilon, rotary base and scaling, windows) may differ, and the difference is logged. Those that define another
+decoder are refused, with or without a config: no other check would notice them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import IO, Any, NoReturn
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from retemper.engine.checkpoint.safety import inert_class, require_modest
 from retemper.engine.checkpoint.untrusted import file_inside, shown
+from retemper.engine.conversion.dcp_metadata import inert_class, require_modest
 from retemper.engine.errors import UserError
 from retemper.engine.model.architecture import Architecture, RopeScaling
 
@@ -35,7 +35,7 @@ _COMMON_OBJECT = "common_state/shard_0_1"
 _MAX_FILE_BYTES = 256 << 20
 _MAX_PICKLE_BYTES = 64 << 20
 
-# The settings that have a counterpart: Hugging Face's key and Megatron's.
+# The settings with a counterpart: Hugging Face's key and Megatron's.
 _SAME = (
     ("num_hidden_layers", "num_layers"),
     ("hidden_size", "hidden_size"),
@@ -48,9 +48,9 @@ _SAME = (
     ("initializer_range", "init_method_std"),
 )
 _OPTIONAL = ("max_position_embeddings", "initializer_range")
-# What our decoder is, in Megatron's words: all settings of megatron-core 0.16.1 (TransformerConfig, GPTModel) that
-# change what a model computes, but for those that a config can express. Another value is another model. A version that
-# does not know a setting does what is said here, and None is what some call it where it is off.
+# Our decoder in Megatron's settings: all settings of megatron-core 0.16.1 (TransformerConfig, GPTModel) that change the
+# computation, except for those that a config can express. Another value is another model. A version without a setting
+# behaves as listed here, and some settings are None if they are off.
 _FIXED: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
@@ -77,7 +77,7 @@ _FIXED: dict[str, Any] = {
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
 _INTERPOLATION = "rotary_seq_len_interpolation_factor"
 _LARGEST = 1e30
-"""Of a setting that is a number."""
+"""Limit of a numeric setting."""
 _MOST_LAYERS = 10_000
 
 
@@ -94,12 +94,12 @@ class _InertUnpickler(pickle.Unpickler):
 
 
 def read_args(folder: Path, metadata: Metadata) -> dict[str, Any] | None:
-    """The command line's settings that the Megatron checkpoint ``folder`` was written with, None if it has none.
+    """Return the command line's settings in the Megatron checkpoint ``folder``, None if it has none.
 
-    Values of unknown classes are objects that are of no use. Nothing is executed.
+    Values of unknown classes become inert objects. Nothing is executed.
 
     Raises:
-        UserError: the file leads out of ``folder``.
+        UserError: the file is outside ``folder``.
     """
     path = file_inside(folder, COMMON_FILE)
     try:
@@ -107,7 +107,7 @@ def read_args(folder: Path, metadata: Metadata) -> dict[str, Any] | None:
             content = _unpickle(path.read_bytes()) if path.stat().st_size <= _MAX_FILE_BYTES else None
         else:
             content = _unpickle(_stored_object(folder, metadata))
-    except Exception:  # Bytes that are no pickle raise nearly anything; the config must come from elsewhere then.
+    except Exception:  # Invalid pickles raise many types; the config must then come from elsewhere.
         return None
     content = content[0] if isinstance(content, list) and content else content
     args = content.get("args") if isinstance(content, dict) else None
@@ -116,7 +116,7 @@ def read_args(folder: Path, metadata: Metadata) -> dict[str, Any] | None:
 
 
 def args_place(folder: Path) -> str:
-    """Where :func:`read_args` found the settings, for errors."""
+    """Return the file or object of :func:`read_args`, for errors."""
     path = folder / COMMON_FILE
     return str(path if path.is_file() else folder)
 
@@ -129,10 +129,10 @@ def _stored_object(folder: Path, metadata: Metadata) -> bytes:
 
 
 def _unpickle(saved: bytes) -> Any:
-    """What ``torch.save`` wrote, without its tensors."""
+    """Return the object written by ``torch.save``, without its tensors."""
     with zipfile.ZipFile(BytesIO(saved)) as archive:
         (member,) = (item for item in archive.infolist() if item.filename.split("/", 1)[-1] == "data.pkl")
-        # torch.save compresses nothing: 64 MiB of a forged pickle could come out of 64 KiB.
+        # torch.save does not compress: a forged archive could expand 64 KiB to a pickle of 64 MiB.
         if member.file_size > _MAX_PICKLE_BYTES or member.compress_type != zipfile.ZIP_STORED:
             raise pickle.UnpicklingError
         pickled = archive.read(member)
@@ -141,12 +141,12 @@ def _unpickle(saved: bytes) -> Any:
 
 
 def config_from_args(args: Mapping[str, Any], padded_vocab_size: int, where: str) -> dict[str, Any]:
-    """The Hugging Face config of the model that Megatron was told to build by ``args``.
+    """Return the Hugging Face config of the model that Megatron builds from ``args``.
 
-    Megatron may not say how many rows of the embedding stand for tokens: then all do.
+    If Megatron does not store how many rows of the embedding are tokens, all are.
 
     Raises:
-        UserError: something is missing, or the model is none of those that we know.
+        UserError: something is missing, or the model is not a supported one.
     """
     config: dict[str, Any] = {}
     for key, name in _SAME:
@@ -154,13 +154,13 @@ def config_from_args(args: Mapping[str, Any], padded_vocab_size: int, where: str
         if isinstance(value, int | float) and type(value) is not bool and abs(value) < _LARGEST:
             config[key] = value
         elif key not in _OPTIONAL:
-            raise UserError(f"{where}: its args hold no {name}; name the model's config.json with --config")
+            raise UserError(f"{where}: its args have no {name}; name the model's config.json with --config")
     if not 0 < config["num_hidden_layers"] <= _MOST_LAYERS:
-        raise UserError(f"{where}: its args say num_layers {_shown(args['num_layers'])}; name a config with --config")
+        raise UserError(f"{where}: its args have num_layers {_shown(args['num_layers'])}; name a config with --config")
     if any(_windows(args, config["num_hidden_layers"], where)):
         raise UserError(
-            f"{where}: its args say window_size {_shown(args['window_size'])}, which depends on the family; name the "
-            "model's config.json with --config"
+            f"{where}: its args have window_size {_shown(args['window_size'])}, whose meaning depends on the family; "
+            "name the model's config.json with --config"
         )
     config["num_key_value_heads"] = _groups(args)
     known = args.get("vocab_size")
@@ -180,8 +180,8 @@ def _family(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     if args.get("qk_layernorm"):
         if biased or args.get("add_qkv_bias"):
             raise UserError(
-                f"{where}: its args say qk_layernorm and biases, which no supported model has together; name the "
-                "model's config.json with --config"
+                f"{where}: its args have both qk_layernorm and biases, but no supported model has; name the model's "
+                "config.json with --config"
             )
         return {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     if args.get("add_qkv_bias") and not biased:
@@ -196,7 +196,7 @@ def _groups(args: Mapping[str, Any]) -> Any:
 
 
 def _rope_scaling(args: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """The factor of linear scaling (1: none), and Llama 3's."""
+    """Return the factor of linear scaling (1: none), and Llama 3's settings."""
     if args.get("use_rope_scaling"):
         return 1.0, RopeScaling(_factor(args, "rope_scaling_factor", 8.0, where), _LOW, _HIGH, _ORIGINAL)
     if args.get(_INTERPOLATION) is None:
@@ -208,18 +208,18 @@ def _factor(args: Mapping[str, Any], name: str, default: float, where: str) -> f
     value = args.get(name, default)
     if type(value) not in (int, float) or not 0 < value < _LARGEST:
         raise UserError(
-            f"{where}: its args say {name} {_shown(value)}, a positive number is needed; name the model's config.json "
+            f"{where}: its args have {name} {_shown(value)}, a positive number is needed; name the model's config.json "
             "with --config"
         )
     return float(value)
 
 
 def _windows(args: Mapping[str, Any], num_layers: Any, where: str) -> tuple[int | None, ...]:
-    """How many tokens every layer attends to, itself included; None: all before.
+    """Return how many tokens every layer attends to, itself included; None: all before.
 
-    As ``megatron.core.transformer.utils.is_layer_window_attention`` and ``get_sliding_window_causal_mask`` (0.16.1): a
-    window of (w, 0) lets a token see w before it. Layers count from 1, and every n-th of ``window_attn_skip_freq`` = n
-    has no window; a list says it for each layer.
+    As ``megatron.core.transformer.utils.is_layer_window_attention`` and ``get_sliding_window_causal_mask`` (0.16.1):
+    with a window of (w, 0) a token sees the w tokens before it. Layers count from 1, and every n-th of
+    ``window_attn_skip_freq`` = n has no window; a list gives it for each layer.
     """
     size, skip = args.get("window_size"), args.get("window_attn_skip_freq")
     if not size or type(num_layers) is not int:
@@ -227,7 +227,7 @@ def _windows(args: Mapping[str, Any], num_layers: Any, where: str) -> tuple[int 
     sound = type(size) in (tuple, list) and [type(side) for side in size] == [int, int] and size[1] in (-1, 0)
     if not sound or size[0] < -1:
         raise UserError(
-            f"{where}: its args say window_size {_shown(size)}, supported: (tokens before, 0); no config.json "
+            f"{where}: its args have window_size {_shown(size)}, supported: (tokens before, 0); no config.json "
             "expresses that"
         )
     if type(skip) is int and skip > 0:
@@ -238,32 +238,34 @@ def _windows(args: Mapping[str, Any], num_layers: Any, where: str) -> tuple[int 
         windowed = [True] * num_layers
     else:
         raise UserError(
-            f"{where}: its args say window_attn_skip_freq {_shown(skip)}, a number or a list of {num_layers} is needed"
+            f"{where}: its args have window_attn_skip_freq {_shown(skip)}, a number or a list of {num_layers} is needed"
         )
     return tuple(size[0] + 1 if has and size[0] >= 0 else None for has in windowed)
 
 
 def require_our_decoder(args: Mapping[str, Any], where: str) -> None:
-    """Refuse ``args`` that tell Megatron to build what no config can express.
+    """Refuse ``args`` with which Megatron builds a model that no config can express.
 
     Raises:
-        UserError: they do.
+        UserError: names the setting.
     """
     for name, expected in _FIXED.items():
         if not _is(name, args.get(name, expected), expected, args):
             _refuse(where, name, args[name], f"supported: {expected}")
     if args.get("use_rope_scaling") and args.get(_INTERPOLATION) not in (None, 1):
-        _refuse(where, _INTERPOLATION, args[_INTERPOLATION], "and use_rope_scaling besides; one of them is supported")
+        _refuse(
+            where, _INTERPOLATION, args[_INTERPOLATION], "and use_rope_scaling as well; only one of them is supported"
+        )
 
 
 def _is(name: str, value: Any, expected: Any, args: Mapping[str, Any]) -> bool:
-    """Whether a setting means what is ``expected``."""
+    """Return whether a setting means the same as ``expected``."""
     if value is None:
         return not expected
     if name == "no_rope_freq" and type(value) is list:
         return not any(value)
     if name == "softmax_scale" and type(args.get("kv_channels")) is int and 0 < args["kv_channels"] < _MOST_LAYERS:
-        usual = args["kv_channels"] ** -0.5  # What it is where nobody sets it.
+        usual = args["kv_channels"] ** -0.5  # The default.
         return type(value) in (int, float) and math.isclose(value, usual, rel_tol=1e-6)
     if name in ("no_rope_freq", "mtp_num_layers"):
         return type(value) is int and value == 0
@@ -272,19 +274,19 @@ def _is(name: str, value: Any, expected: Any, args: Mapping[str, Any]) -> bool:
 
 def _refuse(where: str, name: str, value: Any, supported: str) -> NoReturn:
     raise UserError(
-        f"{where}: its args say {name} {_shown(value)}, {supported}; no config.json expresses that model, convert it "
-        f"with a tool that knows it{_taking_away(where)}"
+        f"{where}: its args have {name} {_shown(value)}, {supported}; no config.json expresses that model, convert it "
+        f"with a tool that supports it{_taking_away(where)}"
     )
 
 
 def _taking_away(where: str) -> str:
-    return f"; if these args are wrong, take {COMMON_FILE} away and name --config" if COMMON_FILE in where else ""
+    return f"; if these args are wrong, remove {COMMON_FILE} and name --config" if COMMON_FILE in where else ""
 
 
 def args_from_config(
     config: Mapping[str, Any], architecture: Architecture, vocabulary: Vocabulary, where: str
 ) -> argparse.Namespace:
-    """The settings with which Megatron builds the model of a Hugging Face ``config``.
+    """Return the settings with which Megatron builds the model of a Hugging Face ``config``.
 
     Raises:
         UserError: Megatron has no such model.
@@ -292,8 +294,9 @@ def args_from_config(
     a, scaling = architecture, architecture.rope_scaling
     if a.output_bias != a.mlp_bias or (a.mlp_bias and not a.qkv_bias):
         raise UserError(
-            f"{where}: biases are on " + ("attention" if a.output_bias else "the MLP") + " only; Megatron has them on "
-            "all linear layers, on query, key and value, or on none"
+            f"{where}: biases are on "
+            + ("attention" if a.output_bias else "the MLP")
+            + " only; Megatron has them on all linear layers, on query, key and value, or nowhere"
         )
     if scaling and scaling != RopeScaling(scaling.factor, _LOW, _HIGH, _ORIGINAL):
         raise UserError(
@@ -329,17 +332,17 @@ def args_from_config(
 
 
 def _window_args(windows: Sequence[int | None]) -> dict[str, Any]:
-    """The reverse of :func:`_windows`."""
+    """Return the inverse of :func:`_windows`."""
     sizes = {window for window in windows if window is not None}
     if not sizes:
         return {"window_size": None, "window_attn_skip_freq": None}
-    (size,) = sizes  # Every family has one.
+    (size,) = sizes  # All families have one size.
     some = [int(window is not None) for window in windows] if None in windows else None
     return {"window_size": (size - 1, 0), "window_attn_skip_freq": some}
 
 
 def window_options(args: argparse.Namespace) -> str:
-    """The options that give Megatron the windows of ``args``, which it does not take from a checkpoint."""
+    """Return the options that give Megatron the windows of ``args``, which it does not read from a checkpoint."""
     before, after = args.window_size
     options = f"--window-size {before},{after}"
     if args.window_attn_skip_freq is None:
@@ -349,7 +352,7 @@ def window_options(args: argparse.Namespace) -> str:
 
 
 def describe_disagreement(args: Mapping[str, Any], architecture: Architecture, where: str) -> list[str]:
-    """A line for every value that ``args`` and the given config have otherwise and that no shape would betray.
+    """Return a line for every difference between ``args`` and the given config that no shape shows.
 
     Raises:
         UserError: they divide query, key and value into other heads, so that the tensors cannot be the config's model.
@@ -362,8 +365,8 @@ def describe_disagreement(args: Mapping[str, Any], architecture: Architecture, w
     for name, here in heads.items():
         if type(there[name]) is int and there[name] != here:
             raise UserError(
-                f"{where}: its args say {name} {_shown(there[name])}, --config has {here}: tensors of these shapes fit "
-                f"both, but are other heads; name this model's config.json{_taking_away(where)}"
+                f"{where}: its args have {name} {_shown(there[name])}, --config has {here}: tensors of these shapes "
+                f"fit both, but the heads differ; name this model's config.json{_taking_away(where)}"
             )
     lines = [
         _difference(key, getattr(a, key), args[name])
@@ -373,7 +376,7 @@ def describe_disagreement(args: Mapping[str, Any], architecture: Architecture, w
     try:
         factor, scaling = _rope_scaling(args, where)
     except UserError as error:
-        lines.append(f"{str(error).split(';')[0]}; the config's rotary scaling is taken")
+        lines.append(f"{str(error).split(';')[0]}; the config's rotary scaling is used")
     else:
         if factor != a.rope_linear_factor:
             lines.append(_difference("rope_linear_factor", a.rope_linear_factor, factor))
@@ -388,7 +391,7 @@ def describe_disagreement(args: Mapping[str, Any], architecture: Architecture, w
 
 def _difference(name: str, here: Any, there: Any) -> str:
     said = there if isinstance(there, RopeScaling) else _shown(there)
-    return f"{name} is {here} in config.json, which is taken; the checkpoint's args say {said}"
+    return f"{name} is {here} in config.json, which is used; the checkpoint's args have {said}"
 
 
 def _shown(value: Any) -> str:

@@ -1,9 +1,9 @@
-"""A Megatron-Core checkpoint out of a Hugging Face folder or a checkpoint."""
+"""Convert a Hugging Face folder or a checkpoint to a Megatron-Core checkpoint."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.conversion.checkpoint_model import CheckpointModel, open_checkpoint_model
 from retemper.engine.conversion.hf_to_dcp import identify
 from retemper.engine.conversion.logits import compare_logits, describe_logits
@@ -25,7 +24,7 @@ from retemper.engine.model.architecture import Architecture
 from retemper.engine.outputs import Use, require_separate
 from retemper.engine.streaming.new_folder import require_absent
 from retemper.engine.streaming.partial_folder import partial_folder
-from retemper.engine.streaming.tensor_source import TensorSource
+from retemper.engine.streaming.tensor_source import StoredTensor, TensorSource
 from retemper.engine.streaming.workers import parse_workers
 
 from .megatron_config import args_from_config, window_options
@@ -36,7 +35,7 @@ from .megatron_writing import Layout, MegatronPieces, complete_checkpoint
 
 @dataclass(frozen=True)
 class _Source:
-    """What is converted."""
+    """The input of a conversion."""
 
     folder: Path
     weights: TensorSource
@@ -44,17 +43,17 @@ class _Source:
     architecture: Architecture
     assets: HfAssets
     identify: Callable[[], dict[str, Any]]
-    """What tells it from any other."""
+    """Returns the identity of the input."""
     notes: list[str]
     left_out: dict[str, list[str]]
-    all_tensors: dict[str, StoredTensor]
-    """Also those that are left out."""
+    all_tensors: Mapping[str, StoredTensor]
+    """All tensors, including those that are left out."""
     dtype: torch.dtype | None = None
-    """What is written where nobody asks for another; None: each tensor's own."""
+    """Default dtype of the output; None: each tensor's own."""
 
     @property
     def unused(self) -> dict[str, StoredTensor]:
-        """The tensors that are left out."""
+        """Return the tensors that are left out."""
         return {name: self.all_tensors[name] for names in self.left_out.values() for name in names}
 
 
@@ -77,19 +76,18 @@ def convert(
         output: the folder to write; it must not exist.
         hf: a Hugging Face folder, or a name on the Hub; or
         checkpoint: a folder written by the trainer or by hf_to_dcp.
-        dtype: ``auto`` keeps each tensor's own, and of a training checkpoint takes what its config declares, else
-            float32.
-        tensor_parallel: tensor-parallel ranks on which Megatron is going to run, for the padding of the vocabulary.
-        make_vocab_size_divisible_by: Megatron's option of that name. 1, on one rank, pads nothing.
-        per_layer: a key for each layer's tensors instead of stacked ones.
+        dtype: ``auto`` keeps each tensor's own; for a training checkpoint it is the dtype of its config, else float32.
+        tensor_parallel: tensor-parallel size of the Megatron run, for the padding of the vocabulary.
+        make_vocab_size_divisible_by: Megatron's option of that name. 1, on one rank, adds no padding.
+        per_layer: separate keys for each layer's tensors instead of stacked ones.
         workers: threads that copy tensors; by default one for each CPU, up to 8.
         allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
         verify: compare logits with transformers, for ``hf`` only. Needs 4 bytes of memory per parameter.
-        say: takes the lines that tell what was cast, left out and written.
+        say: receives the lines about casts, omitted tensors and written files.
 
     Raises:
-        UserError: the model cannot be used, Megatron has none like it, or ``output`` exists or cannot be written.
-            Nothing is left behind, but for finished files after an interruption or on a full disk.
+        UserError: the model cannot be used, Megatron does not support it, or ``output`` exists or cannot be written. No
+            files are left, except finished ones after an interruption or on a full disk.
     """
     output, workers = require_absent(output), parse_workers(workers)
     layout = Layout(Vocabulary(make_vocab_size_divisible_by, tensor_parallel), per_layer)
@@ -128,7 +126,7 @@ def _advice(args: argparse.Namespace) -> list[str]:
     if padding:
         lines.append(f"padded the vocabulary of {args.vocab_size} with {padding} rows of zeros")
     if args.window_size is not None:
-        lines.append(f"sliding windows are no part of a Megatron checkpoint: give Megatron {window_options(args)}")
+        lines.append(f"a Megatron checkpoint does not store sliding windows: give Megatron {window_options(args)}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face folder, or a checkpoint to train from, out of a Megatron-Core checkpoint."""
+"""Convert a Megatron-Core checkpoint to a Hugging Face folder, or to a checkpoint for training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.conversion.checkpoint_model import CheckpointPlan, seal
 from retemper.engine.conversion.logits import compare_logits, describe_logits
 from retemper.engine.conversion.options import CHECKPOINT, HF
@@ -23,6 +22,7 @@ from retemper.engine.regular_files import read_regular
 from retemper.engine.streaming.block_copy import WrittenFile
 from retemper.engine.streaming.new_folder import require_absent
 from retemper.engine.streaming.partial_folder import PartialFolder, partial_folder
+from retemper.engine.streaming.tensor_source import StoredTensor
 from retemper.engine.streaming.workers import parse_workers
 
 from .megatron_reading import MegatronModel
@@ -46,20 +46,20 @@ def convert(
     Args:
         megatron: the folder of a checkpoint, or the one above it with ``latest_checkpointed_iteration.txt``.
         output: the folder to write; it must not exist.
-        format: ``hf`` for a Hugging Face folder, ``checkpoint`` for one that the trainer starts from.
-        config: the model's config.json, or a folder that holds it and perhaps a tokenizer; None: made of what Megatron
-            has stored.
-        tokenizer: a folder, in place of that of ``config``.
+        format: ``hf`` for a Hugging Face folder, ``checkpoint`` for a checkpoint that the trainer can start from.
+        config: the model's config.json, or a folder that holds it and perhaps a tokenizer; None: derived from
+            Megatron's stored settings.
+        tokenizer: a folder, which replaces that of ``config``.
         dtype: ``auto`` keeps each tensor's own; else bfloat16, float16 or float32.
         max_shard_size: largest safetensors file, such as ``5GB``.
         workers: threads that copy tensors; by default one for each CPU, up to 8.
         allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
         verify: compare logits with transformers, for ``hf`` only. Needs 4 bytes of memory per parameter.
-        say: takes the lines that tell what was cast, left out and written.
+        say: receives the lines about casts, omitted tensors and written files.
 
     Raises:
-        UserError: the checkpoint cannot be used, or ``output`` exists or cannot be written. Nothing is left behind, but
-            for finished files after an interruption or on a full disk: see :func:`partial_folder`.
+        UserError: the checkpoint cannot be used, or ``output`` exists or cannot be written. No files are left, except
+            finished ones after an interruption or on a full disk: see :func:`partial_folder`.
     """
     output, workers = require_absent(output), parse_workers(workers)
     target, shard_bytes = dtype_named(dtype), parse_shard_size(max_shard_size)
@@ -74,7 +74,7 @@ def convert(
     for line in [*model.notes, *describe_casts(model.tensors, tensors)]:
         say(line)
     if assets.tokenizer_sha256 is None:
-        say("neither --config nor --tokenizer has a tokenizer: the output carries none")
+        say("neither --config nor --tokenizer has a tokenizer, so the output has none")
 
     options = {"format": format, "dtype": dtype, "max_shard_size": shard_bytes, "config": assets.config}
     options |= nonfinite_option(allow_nonfinite)
@@ -111,7 +111,7 @@ def _write(
         return done
     plan = CheckpointPlan(tensors)
     done = write_tensors(partial, plan.files, model, {}, workers, allow_nonfinite)
-    plan.write_metadata(partial.content, done.values())
+    plan.write_table(partial.content, done.values())
     assets.write(partial.content / ASSET_FOLDER)
     return done
 
@@ -136,7 +136,7 @@ def _assets(config: str | Path | None, tokenizer: str | None, model: MegatronMod
 
 
 def _identify(model: MegatronModel) -> dict[str, Any]:
-    """What tells this input from any other."""
+    """Return the identity of this input."""
     first, *others = model.files
     return {
         "folder": str(model.folder.resolve()),

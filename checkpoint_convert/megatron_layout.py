@@ -1,6 +1,6 @@
-"""Where the parameters of a Hugging Face model stand in a Megatron-Core GPT checkpoint.
+"""Map the parameters of a Hugging Face model to a Megatron-Core GPT checkpoint.
 
-The correspondence is one table, used in both directions. Megatron keeps every linear layer as Hugging Face does, [out,
+The mapping is one table, used in both directions. Megatron stores every linear layer like Hugging Face, [out,
 in], and fuses some of them along the rows:
 
 - query, key and value by groups: the r = heads / groups query heads of group 0, its key head, its value head, then
@@ -10,9 +10,9 @@ in], and fuses some of them along the rows:
 
 Layers are stacked on a new first dimension of one tensor under ``decoder.layers.``, or each under
 ``decoder.layers.{i}.`` (``non_homogeneous_layers``). Keys are those that Megatron writes for both of its layer
-specifications (local and TransformerEngine, which fuses a norm into the linear layer behind it).
+specifications (local, and TransformerEngine, which fuses a norm into the linear layer after it).
 
-Mixture of experts, latent attention and multi-token prediction are left out.
+Not supported: mixture of experts, latent attention and multi-token prediction.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class Run:
     """Rows [start, stop) of one of the fused tensors, which stay together."""
 
     part: int
-    """Which of the fused tensors."""
+    """Index of the fused tensor."""
     start: int
     stop: int
 
 
 def _in_sequence(architecture: Architecture, rows: Sequence[int]) -> list[Run]:
-    """Each tensor whole, one after the other."""
+    """Return each tensor whole, one after the other."""
     return [Run(part, 0, count) for part, count in enumerate(rows)]
 
 
 def _by_groups(architecture: Architecture, rows: Sequence[int]) -> list[Run]:
-    """Queries, keys and values (parts 0, 1, 2), group after group."""
+    """Return queries, keys and values (parts 0, 1, 2), group after group."""
     d, groups = architecture.head_dim, architecture.num_key_value_heads
     queries = architecture.num_attention_heads // groups * d
     return [
@@ -59,21 +59,21 @@ def _by_groups(architecture: Architecture, rows: Sequence[int]) -> list[Run]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the table: a Megatron tensor and the Hugging Face tensors that it consists of."""
+    """One row of the table: a Megatron tensor and the Hugging Face tensors in it."""
 
     key: str
-    """In a layer: what follows ``decoder.layers.``."""
+    """Megatron's key; in a layer, the part after ``decoder.layers.``."""
     parts: tuple[str, ...]
-    """In a layer: what follows ``model.layers.{i}.``."""
+    """Hugging Face names; in a layer, the part after ``model.layers.{i}.``."""
     order: Callable[[Architecture, Sequence[int]], list[Run]] = _in_sequence
-    """The rows of the Megatron tensor from its first to its last, of the number of rows of each part."""
+    """Returns the rows of the Megatron tensor in order, given the number of rows of each part."""
     exists: Callable[[Architecture], bool] = lambda architecture: True
     aliases: tuple[str, ...] = ()
-    """Other keys under which it is read."""
+    """Other keys accepted when reading."""
     keys_of_parts: tuple[str, ...] = ()
-    """Keys of the single parts, where they are stored apart (``singleton_local_shards``)."""
+    """Keys of the single parts, if they are stored separately (``singleton_local_shards``)."""
     has_padding: bool = False
-    """Whether rows follow that stand for no token."""
+    """True if rows without tokens follow."""
 
 
 _QKV, _FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"
@@ -118,24 +118,26 @@ class FusedTensor:
     parts: tuple[str, ...]
     """Full Hugging Face names."""
     shapes: tuple[Shape, ...]
-    """Of the parts."""
+    """Shapes of the parts."""
     runs: tuple[Run, ...]
     """Its rows, from the first to the last, without padding."""
 
     @property
     def shape(self) -> Shape:
-        """Of one layer, without padding."""
+        """Shape for one layer, without padding."""
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
     def places(self) -> Iterator[tuple[int, Run]]:
-        """Every run with the row at which it begins."""
+        """Yield every run with the row at which it begins."""
         at = 0
         for run in self.runs:
             yield at, run
             at += run.stop - run.start
 
     def key(self, layer_keys: bool, key: str | None = None) -> str:
-        """Its key without any prefix; with ``layer_keys`` that of its own layer. ``key`` stands for the entry's."""
+        """Return the key without any prefix; with ``layer_keys`` the key of its own layer. ``key`` replaces the
+        entry's.
+        """
         key = self.entry.key if key is None else key
         if self.layer is None:
             return key
@@ -143,7 +145,7 @@ class FusedTensor:
 
 
 def fused_tensors(architecture: Architecture, shapes: Mapping[str, Shape]) -> list[FusedTensor]:
-    """The Megatron tensors of a model, which hold each of its Hugging Face tensors once.
+    """Return the Megatron tensors of a model, which hold each of its Hugging Face tensors once.
 
     Args:
         architecture: of the model.
@@ -165,22 +167,22 @@ def fused_tensors(architecture: Architecture, shapes: Mapping[str, Shape]) -> li
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How many rows Megatron's embedding has."""
+    """The number of rows of Megatron's embedding."""
 
     divisible_by: int = 128
     """Megatron's ``--make-vocab-size-divisible-by``."""
     tensor_parallel: int = 1
 
     def padded(self, vocab_size: int) -> int:
-        """``vocab_size`` rounded up to a multiple of the product of both."""
+        """Return ``vocab_size`` rounded up to a multiple of the product of both."""
         multiple = self.divisible_by * self.tensor_parallel
         return math.ceil(vocab_size / multiple) * multiple
 
 
 def extra_state_keys(architecture: Architecture, layer_keys: bool) -> list[str]:
-    """Keys of the objects that Megatron's modules keep beside their weights, which its loader demands.
+    """Return the keys of the objects that Megatron's modules keep next to their weights, which its loader requires.
 
-    They hold scales for float8 and are empty otherwise. An object that a model has not is not asked for.
+    They hold scales for float8 and are empty otherwise. Keys of modules that a model does not have are not included.
     """
     modules = (*_LAYER_MODULES, *(_QK_NORMS if architecture.qk_norm else ()))
     count = architecture.num_layers

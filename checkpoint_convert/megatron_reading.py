@@ -1,8 +1,8 @@
-"""A Megatron-Core checkpoint of the ``torch_dist`` format as a model under Hugging Face names, without Megatron.
+"""Read a Megatron-Core checkpoint of the ``torch_dist`` format under Hugging Face names, without Megatron.
 
-Such a checkpoint is a folder of PyTorch's distributed checkpoint (DCP) with ``metadata.json`` beside it, written last.
-Any rows of any tensor can be read, without what stands around them. Which rows are whose is said in
-:mod:`megatron_layout`. Optimizer and random states are left out.
+Such a checkpoint is a folder of PyTorch's distributed checkpoint (DCP) with a ``metadata.json``, which is written last.
+Any rows of any tensor can be read without the others. :mod:`megatron_layout` maps rows to tensors. Optimizer and random
+states are left out.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from retemper.engine.checkpoint.safety import read_metadata
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.checkpoint.untrusted import METADATA_FILE, DamagedCheckpoint
+from retemper.engine.conversion.dcp_files import read_dcp_parts
+from retemper.engine.conversion.dcp_metadata import read_metadata
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.weight_dtypes import DTYPES, dtype_name
 from retemper.engine.model.architecture import Architecture, parse_architecture
 from retemper.engine.model.decoder import meta_decoder
 from retemper.engine.regular_files import read_regular
-from retemper.engine.streaming.tensor_files import CheckpointRows
-from retemper.engine.streaming.tensor_source import ReadRows
+from retemper.engine.streaming.tensor_source import ReadRows, StoredTensor
+from retemper.engine.weights.parts import Part, TensorParts
 
 from .megatron_config import args_place, config_from_args, describe_disagreement, read_args, require_our_decoder
 from .megatron_layout import EMBEDDING_KEY, FusedTensor, Run, fused_tensors
@@ -45,7 +45,7 @@ _LEGACY_HINT = (
 )
 _OPTIMIZER = re.compile(r"(^|\.)(optimizer|chained_\d+)\.")
 _MOST_PADDING = 128 * 64
-"""Rows by which an embedding is padded at most where nothing says more: Megatron's default on 64 ranks."""
+"""Default limit of padding rows of an embedding: Megatron's default on 64 ranks."""
 _FOREIGN = {
     "a mixture of experts": (".experts.", ".router.", "shared_expert"),
     "multi-head latent attention": ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_", "linear_q_proj"),
@@ -54,18 +54,18 @@ _FOREIGN = {
     "LayerNorm instead of RMSNorm": ("layer_norm_bias", "layernorm.bias"),
     "a state-space model": (".mixer.",),
 }
-"""Parts of keys that tell a model which is none of ours."""
+"""Parts of keys that identify unsupported models."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor, or a part of it that is kept apart, stands in the checkpoint."""
+    """The place of a tensor, or of a separately stored part of it, in the checkpoint."""
 
     name: str
     layer: int | None
     """Index on the first dimension of a stacked tensor."""
     is_part: bool
-    """Whether it holds only one of the tensors that Megatron fuses."""
+    """True if it holds only one of the tensors that Megatron fuses."""
 
 
 class MegatronModel:
@@ -73,11 +73,11 @@ class MegatronModel:
 
     Args:
         path: the folder of a checkpoint, or the one above it that names the latest.
-        config: content of a Hugging Face config.json; None: made of the settings that Megatron has stored.
+        config: content of a Hugging Face config.json; None: derived from the settings that Megatron has stored.
         where: names the config in errors.
 
     Raises:
-        UserError: it is no such checkpoint, is damaged, or holds another model.
+        UserError: it is not such a checkpoint, is damaged, or holds another model.
     """
 
     def __init__(self, path: str | Path, config: dict[str, Any] | None = None, where: str = "--config"):
@@ -94,7 +94,7 @@ class MegatronModel:
             if args is None:
                 raise UserError(f"{self.folder}: its args cannot be read; name the model's config.json with --config")
             config, where = config_from_args(args, embedding[0], said_in), f"args of {self.folder}"
-            self.notes.append(f"no --config: made of the checkpoint's args, vocab_size {config['vocab_size']}")
+            self.notes.append(f"no --config: derived from the checkpoint's args, vocab_size {config['vocab_size']}")
         self.config: dict[str, Any] = config
         """Content of a Hugging Face ``config.json``."""
         self.architecture: Architecture = parse_architecture(config, where)
@@ -111,19 +111,21 @@ class MegatronModel:
         if padding:
             self.notes.append(f"cut {padding} rows of padding from the vocabulary of {embedding[0]}")
         stacked = {place.name for place in self._places.values() if place.layer is not None}
-        self._rows = CheckpointRows(self.folder, weights.keys()).flattened(stacked)
+        parts = read_dcp_parts(self.folder, weights.keys())
+        parts.require_whole()
+        self._rows = _flattened(parts, stacked)
         for path in sorted(self._rows.paths):
             if not path.is_file():
-                raise DamagedCheckpoint(f"{path}: missing, though {METADATA_FILE} says it holds tensors")
+                raise DamagedCheckpoint(f"{path}: missing, although {METADATA_FILE} lists tensors in it")
 
     @property
     def files(self) -> list[Path]:
-        """What decides the tensors."""
+        """Return the files that determine the tensors."""
         return [self.folder / FORMAT_FILE, self.folder / METADATA_FILE, *sorted(self._rows.paths)]
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
+        """Read rows, see :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
         fused, place = self._fused[name], self._places[name]
         part = fused.parts.index(name)
         if place.is_part:
@@ -142,7 +144,7 @@ class MegatronModel:
             yield read
 
     def _locate(self, weights: Mapping[str, StoredTensor], where: str, most_padding: int) -> dict[str, _Place]:
-        """Where every Hugging Face tensor stands; all that the checkpoint holds must have been asked for."""
+        """Return the place of every Hugging Face tensor; every tensor in the checkpoint must belong to one."""
         places, problems, used = {}, [], set()
         for fused in dict.fromkeys(self._fused.values()):
             found = self._find(fused, weights)
@@ -155,14 +157,14 @@ class MegatronModel:
                 wanted = shape if place.is_part else fused.shape
                 problems += self._misfit(fused, place, weights[place.name], wanted, most_padding)
         problems += [f"unexpected {name}" for name in weights if name not in used]
-        problems = list(dict.fromkeys(problems))  # a stacked tensor is looked at once for each layer
+        problems = list(dict.fromkeys(problems))  # a stacked tensor is checked once for each layer
         if problems:
             more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(f"{self.folder}: the tensors do not fit {where}: " + "; ".join(problems[:3]) + more)
         return places
 
     def _find(self, fused: FusedTensor, weights: Mapping[str, StoredTensor]) -> list[_Place] | None:
-        """The place of every part, the same for all where they are fused; None where there is none."""
+        """Return the place of every part, the same for all if they are fused; None if there is none."""
         entry = fused.entry
         for layer_keys in (False, True) if fused.layer is not None else (False,):
             index = fused.layer if not layer_keys else None
@@ -182,7 +184,7 @@ class MegatronModel:
         wanted: tuple[int, ...],
         most_padding: int,
     ) -> list[str]:
-        """What is wrong with a tensor that should have ``wanted`` as its shape, or that of each layer."""
+        """Return the problems of a tensor that should have the shape ``wanted``, or that shape for each layer."""
         if stored.dtype not in DTYPES.values():
             return [f"{place.name} is {dtype_name(stored.dtype)}, supported: {', '.join(DTYPES)}"]
         if place.layer is not None:
@@ -193,15 +195,15 @@ class MegatronModel:
         if fused.entry.has_padding and stored.shape[1:] == wanted[1:] and rows >= 0:
             if rows < most_padding:
                 return []
-            return [f"{place.name} has {stored.shape[0]} rows, vocab_size is {wanted[0]}: too many for padding"]
-        return [f"{place.name} is {list(stored.shape)}, the model wants {list(wanted)}"]
+            return [f"{place.name} has {stored.shape[0]} rows, vocab_size is {wanted[0]}: too many to be padding"]
+        return [f"{place.name} is {list(stored.shape)}, the model needs {list(wanted)}"]
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder of the checkpoint ``path``: itself, or the one that the tracker file in it names.
+    """Return the folder of the checkpoint ``path``: itself, or the one that the tracker file in it names.
 
     Raises:
-        UserError: there is none of the format ``torch_dist``.
+        UserError: there is no checkpoint of the format ``torch_dist``.
     """
     if not path.is_dir():
         raise UserError(f"--megatron {path}: no such folder")
@@ -209,17 +211,17 @@ def find_checkpoint(path: Path) -> Path:
     if not (path / FORMAT_FILE).exists() and tracker.is_file():
         said = tracker.read_bytes()[:100].decode(errors="replace").strip()
         if said != "release" and not re.fullmatch(r"[0-9]{1,12}", said):
-            raise UserError(f"{tracker}: says {said!r}, neither an iteration nor release; name a checkpoint's folder")
+            raise UserError(f"{tracker}: holds {said!r}, neither an iteration nor release; name a checkpoint's folder")
         folder = path / (said if said == "release" else f"iter_{int(said):07d}")
         if not folder.is_dir():
-            raise UserError(f"{folder}: missing, though {TRACKER_FILE} names it; name a checkpoint's folder")
+            raise UserError(f"{folder}: missing, although {TRACKER_FILE} names it; name a checkpoint's folder")
     if any(folder.glob("mp_rank_*")):
-        raise UserError(f"{folder}: a checkpoint of Megatron's old format, one pickle for each rank; {_LEGACY_HINT}")
+        raise UserError(f"{folder}: a checkpoint in Megatron's old format, one pickle for each rank; {_LEGACY_HINT}")
     try:
         content = json.loads(read_regular(folder / FORMAT_FILE))
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: no Megatron checkpoint, or one that was not saved to its end: {FORMAT_FILE} is missing"
+            f"{folder}: not a Megatron checkpoint, or one that was not saved completely: {FORMAT_FILE} is missing"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / FORMAT_FILE}: cannot be read as JSON: {error}") from None
@@ -230,7 +232,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _weights(metadata: Metadata) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor], list[str]]:
-    """The tensors of the model, those of the optimizer, and a line about what is left out."""
+    """Return the tensors of the model, those of the optimizer, and lines about what is left out."""
     items = metadata.state_dict_metadata
     tensors = {
         name: StoredTensor(tuple(item.size), item.properties.dtype)
@@ -240,16 +242,16 @@ def _weights(metadata: Metadata) -> tuple[dict[str, StoredTensor], dict[str, Sto
     states = {name: tensor for name, tensor in tensors.items() if _OPTIMIZER.search(name)}
     notes = [f"left out {len(states)} tensors of the optimizer"] if states else []
     if len(tensors) < len(items):
-        notes.append(f"left out {len(items) - len(tensors)} objects that are no tensors (extra and random states)")
+        notes.append(f"left out {len(items) - len(tensors)} objects that are not tensors (extra and random states)")
     return {name: tensor for name, tensor in tensors.items() if name not in states}, states, notes
 
 
 def _prefix(weights: Iterable[str], folder: Path) -> str:
-    """What stands before all keys, usually nothing."""
+    """Return the common prefix of all keys, usually empty."""
     found = [name.removesuffix(EMBEDDING_KEY) for name in weights if name.endswith(EMBEDDING_KEY)]
     if len(found) != 1:
         raise UserError(
-            f"{folder}: holds {len(found)} tensors *{EMBEDDING_KEY}, a GPT model has one; it begins with "
+            f"{folder}: holds {len(found)} tensors *{EMBEDDING_KEY}, a GPT model has one; its first keys are "
             + ", ".join(sorted(weights)[:3])
         )
     return found[0]
@@ -265,8 +267,29 @@ def _refuse_foreign(weights: Iterable[str], folder: Path) -> None:
             )
 
 
+def _flattened(source: TensorParts, names: Iterable[str]) -> TensorParts:
+    """Return ``source`` with the shapes of ``names`` changed from [L, R, ...] to [L * R, ...].
+
+    Raises:
+        UserError: a shard has parts of several of the L.
+    """
+    tensors, parts = dict(source.tensors), dict(source.parts)
+    for name in names:
+        count, rows, *rest = tensors[name].shape
+        tensors[name] = StoredTensor((count * rows, *rest), tensors[name].dtype)
+        parts[name] = [_flat(source.where.parent, name, part, rows) for part in parts[name]]
+    return TensorParts(source.where, tensors, parts)
+
+
+def _flat(folder: Path, name: str, part: Part, rows: int) -> Part:
+    (index, first, *offsets), (count, num_rows, *sizes) = part.offsets, part.sizes
+    if count > 1 and num_rows != rows:
+        raise UserError(f"{folder}: a shard of {name} covers {num_rows} of the {rows} rows of several layers")
+    return replace(part, offsets=(index * rows + first, *offsets), sizes=(count * num_rows, *sizes))
+
+
 def _most_padding(args: Mapping[str, Any] | None) -> int:
-    """Below how many rows of padding a vocabulary has."""
+    """Return the (exclusive) limit of padding rows of a vocabulary."""
     values = [(args or {}).get(key) for key in ("make_vocab_size_divisible_by", "tensor_model_parallel_size")]
     if all(type(value) is int and 0 < value < 2**20 for value in values):
         return max(_MOST_PADDING, values[0] * values[1])  # type: ignore[operator]

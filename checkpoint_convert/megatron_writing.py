@@ -1,7 +1,7 @@
-"""The parameters of a decoder as a Megatron-Core checkpoint of the ``torch_dist`` format, without Megatron.
+"""Write the parameters of a decoder as a Megatron-Core checkpoint of the ``torch_dist`` format, without Megatron.
 
-The output is a folder for Megatron-LM's ``--load``: ``latest_checkpointed_iteration.txt`` says ``release``, which makes
-Megatron take the weights only and begin at iteration 0; ``release/`` is the checkpoint.
+The output is a folder for Megatron-LM's ``--load``. ``latest_checkpointed_iteration.txt`` contains ``release``, so
+Megatron loads only the weights and begins at iteration 0; ``release/`` is the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retemper.engine.checkpoint.tensors import StoredTensor
+from retemper.engine.conversion.dcp_files import begin_tensor_file
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.weight_dtypes import dtype_name
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.streaming.block_copy import OutputFile, WrittenFile
-from retemper.engine.streaming.tensor_files import begin_tensor_file
-from retemper.engine.streaming.tensor_source import ReadRows, TensorSource
+from retemper.engine.streaming.tensor_source import ReadRows, StoredTensor, TensorSource
 
 from .megatron_config import COMMON_FILE
 from .megatron_layout import FusedTensor, Vocabulary, extra_state_keys, fused_tensors
@@ -33,30 +32,30 @@ from .pieces import Piece, write_piece_metadata
 RELEASE = "release"
 _OBJECTS_FILE = "__1_0.distcp"
 _CHECKPOINT_VERSION = 3.0
-"""Says how rows of query, key and value are ordered: since 3.0 as here."""
+"""Determines the order of the rows of query, key and value: since 3.0 as here."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How Megatron is to find the tensors."""
+    """How Megatron finds the tensors."""
 
     vocabulary: Vocabulary
-    """How the embedding is padded."""
+    """Padding of the embedding."""
     per_layer: bool = False
-    """Each layer under keys of its own, which Megatron calls non-homogeneous, instead of all in stacked tensors."""
+    """Separate keys for each layer, which Megatron calls non-homogeneous, instead of stacked tensors."""
 
 
 class MegatronPieces:
-    """What is to be written, in Megatron's terms: a ``TensorSource`` of pieces, one for each tensor of each layer.
+    """The output in Megatron's terms: a ``TensorSource`` of pieces, one for each tensor of each layer.
 
     Args:
         source: every parameter of the decoder under its Hugging Face name.
-        targets: the same, in the dtypes that are to be written.
+        targets: the same, in the dtypes of the output.
         architecture: of the decoder.
         layout: of the output.
 
     Raises:
-        UserError: tensors that Megatron keeps as one are of several dtypes.
+        UserError: tensors that Megatron keeps as one have several dtypes.
     """
 
     def __init__(
@@ -69,15 +68,15 @@ class MegatronPieces:
         self._source = source
         self._fused: dict[str, FusedTensor] = {}
         self.tensors: dict[str, StoredTensor] = {}
-        """By the names of pieces: rows of one layer in the source's dtype, with padding."""
+        """Tensors by the names of pieces: rows of one layer in the source's dtype, with padding."""
         self.unpadded: dict[str, StoredTensor] = {}
-        """As the source has them."""
+        """The same without padding, as in the source."""
         self.targets: dict[str, StoredTensor] = {}
-        """As they are to be written."""
+        """The same as written."""
         self.pieces: dict[str, Piece] = {}
-        """Which parts they are of which tensors."""
+        """The place of each piece in its tensor."""
         self.hashed_rows: dict[str, int] = {}
-        """Of each padded piece: how many rows are the source's."""
+        """For each padded piece: number of rows that come from the source."""
         dtypes: dict[str, tuple[torch.dtype, str]] = {}
         for fused in fused_tensors(architecture, {name: tensor.shape for name, tensor in targets.items()}):
             key, first = fused.key(layout.per_layer), fused.parts[0]
@@ -101,7 +100,7 @@ class MegatronPieces:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`. Rows of padding are zeros."""
+        """Read rows, see :class:`~retemper.engine.streaming.tensor_source.TensorSource`. Rows of padding are zeros."""
         fused = self._fused[name]
         places = list(fused.places())
         with ExitStack() as stack:
@@ -117,7 +116,7 @@ class MegatronPieces:
             yield read
 
     def files(self) -> list[OutputFile]:
-        """The files to write, one for each piece."""
+        """Return the files to write, one for each piece."""
         return [
             OutputFile(
                 f"{RELEASE}/__0_{number}.distcp", {name: self.targets[name]}, partial(_begin, name, self.pieces[name])
@@ -147,7 +146,7 @@ def complete_checkpoint(
     args: argparse.Namespace,
     layout: Layout,
 ) -> None:
-    """Write into ``folder`` what makes a checkpoint of the files of ``pieces``, which are ``written``."""
+    """Write into ``folder`` the files that complete a checkpoint, after the files of ``pieces`` were ``written``."""
     release = folder / RELEASE
     places = {
         name: (file.name.removeprefix(f"{RELEASE}/"), file.record.bytes)

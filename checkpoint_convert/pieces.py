@@ -1,7 +1,7 @@
-"""DCP metadata of tensors that consist of pieces, each in a file of its own.
+"""Write DCP metadata of tensors that consist of pieces, each in a file of its own.
 
-Megatron keeps a stacked tensor as one piece for every layer and tensor-parallel rank. Whoever loads puts pieces
-together as needed.
+Megatron stores a stacked tensor as one piece for every layer and tensor-parallel rank. Its loader combines pieces as
+needed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Piece:
 
     tensor: str
     shape: Shape
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     dtype: torch.dtype
     offsets: Shape
     sizes: Shape
-    """As it stands in its file."""
+    """Shape in its file."""
 
     @property
     def index(self) -> MetadataIndex:
@@ -53,7 +53,7 @@ def write_piece_metadata(
     Args:
         folder: of the checkpoint.
         pieces: of all tensors, which they must cover, and the files that hold them.
-        objects: items that are no tensors, by name: the files that hold what ``torch.save`` made of them.
+        objects: items that are not tensors, by name: the files with their ``torch.save`` output.
     """
     items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects or {}]
     places = {MetadataIndex(name): place for name, place in (objects or {}).items()}
@@ -68,7 +68,7 @@ def write_piece_metadata(
 
 
 class _PiecePlanner(DefaultSavePlanner):
-    """Plans what it is told. DCP checks that the pieces of every tensor cover it once."""
+    """Plans the given pieces. DCP checks that the pieces of every tensor cover it once."""
 
     def __init__(self, items: list[WriteItem]):
         super().__init__(flatten_state_dict=False)
@@ -80,7 +80,7 @@ class _PiecePlanner(DefaultSavePlanner):
 
 
 class _PlacedWriter(dcp.FileSystemWriter):
-    """Writes no values: it says where they are."""
+    """Writes no values, only their places."""
 
     def __init__(self, folder: Path, places: Mapping[MetadataIndex, Place]):
         super().__init__(str(folder))

@@ -1,10 +1,10 @@
-"""Every setting of a run, once: typed, documented, and checked.
+"""The settings of a run, each defined once: typed, documented, and checked.
 
-A run is described by one YAML file whose keys are the fields below; every key can be overridden on the command line
-(``--optimizer.learning_rate 3e-5``). How files and options are read is in :mod:`retemper.engine.config_parser`, what
-no machine could run is refused in :mod:`retemper.engine.config_checks`; what depends on the number of ranks is checked
-in :mod:`retemper.engine.budget` and :mod:`retemper.engine.parallel.mesh`. Values without effect are found by
-:mod:`retemper.engine.config_effect`, where every new setting needs an entry.
+One YAML file describes a run; its keys are the fields below. The command line can override every key
+(``--optimizer.learning_rate 3e-5``). :mod:`retemper.engine.config_parser` reads files and options.
+:mod:`retemper.engine.config_checks` refuses values that no machine could run. :mod:`retemper.engine.budget` and
+:mod:`retemper.engine.parallel.mesh` check what depends on the number of ranks. :mod:`retemper.engine.config_effect`
+finds values without effect; every new setting needs an entry there.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from .config_yaml import dump_yaml
 
 PATH_MARK = "a path: ~ and $VARIABLE are expanded when the configuration is read"
 FilePath = Annotated[str, PATH_MARK]
-"""Type of every setting that names a file or folder, or may do so."""
+"""Type of every setting that is the name of a file or folder, or can be one."""
 
 
 @dataclass(frozen=True)
 class Switch:
-    """What ``true`` (``yes``, ``on``) and ``false`` (``no``, ``off``) mean to a setting with more than two values."""
+    """The values that ``true`` (``yes``, ``on``) and ``false`` (``no``, ``off``) select in a setting with more than two
+    values.
+    """
 
     true: str
     false: str
@@ -42,154 +44,163 @@ class SourceConfig:
     """Name in logs, and the identity that keeps the source's place when the blend or the stage changes. Default: the
     prefix's last component."""
     max_epochs: float | None = None
-    """Go through the source at most so often, counted from the start of the run over all stages, in whole samples
-    rounded down; from then on its share goes to the others in proportion. Null: as often as its weight asks for."""
+    """Maximum number of epochs over this source, counted from the start of the run across all stages, and rounded down
+    to whole samples. When it is reached, the share of this source goes to the other sources in proportion. Null: no
+    limit."""
     max_tokens: int | None = None
-    """The same as a number of tokens. With both, the smaller one counts."""
+    """The same limit in tokens. If both are set, the smaller one applies."""
 
     @property
     def identity(self) -> str:
-        """The name that stands for this source in logs, checkpoints and the key of its sample order."""
+        """Name of this source in logs and checkpoints, and key of its sample order."""
         return self.name if self.name is not None else Path(self.path).name
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A part of the run with a blend of its own."""
+    """A part of the run with its own blend."""
 
     train: list[SourceConfig]
-    """Weighted datasets of the stage. A source of a former stage (by name) goes on from its place there."""
+    """Weighted datasets of the stage. A source that an earlier stage also has (by name) continues from its place
+    there."""
     train_tokens: int | None = None
-    """Length of the stage, on the clock of ``training.train_tokens``. Stages change between samples: a stage ends with
-    the sample that reaches the sum of its and all former stages' tokens. Null, in the last stage only: the rest. The
-    last stage also fills the run's last step, which is a whole one."""
+    """Length of the stage in tokens, counted as in ``training.train_tokens``. Stages change between samples: a stage
+    ends with the sample that reaches the sum of its tokens and those of all earlier stages. Null, allowed in the last
+    stage only: the rest of the run. The last stage also fills the run's last step, which is always a whole one."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and in which order."""
+    """Data of the run, and the order in which it is read."""
 
     train: list[SourceConfig] = field(default_factory=list)
-    """Weighted datasets to train on. Needed unless there are ``stages``."""
+    """Weighted datasets to train on. Required unless ``stages`` is set."""
     stages: list[StageConfig] = field(default_factory=list)
-    """A curriculum: blends that follow one another, each for a number of tokens. Instead of ``train``."""
+    """A curriculum: blends used one after another, each for a number of tokens. Replaces ``train``."""
     weights: Literal["tokens", "documents"] = "tokens"
-    """What weights are shares of. documents: a source's share of the tokens is its weight times the mean length of its
-    documents."""
+    """Unit of the weights. tokens: shares of the tokens. documents: shares of the documents; a source's share of the
+    tokens is its weight times the mean length of its documents."""
     shuffle: Literal["windows", "documents"] = "windows"
-    """What is shuffled anew in every epoch of a source. windows: all windows of sequence_length tokens of the source,
-    read as they lie in the file. documents: besides, the documents within every group of 128 consecutive windows, of
-    which the windows are then made."""
+    """Unit of shuffling in every epoch of a source. windows: all windows of sequence_length tokens, each read as it is
+    in the file. documents: additionally, the documents within every group of 128 consecutive windows, before they are
+    cut into windows."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """How windows are made of documents. concat: one behind the other, cut every sequence_length tokens. best_fit: the
-    documents of 128 consecutive windows are put together so that nearly all that fit in a window stay whole. Both use
-    every token and pad nothing. Validation sets are read with concat, as they lie in the file."""
+    """Arrangement of documents in windows. concat: documents follow each other and are cut every sequence_length
+    tokens. best_fit: the documents of 128 consecutive windows are arranged so that nearly all documents that fit in a
+    window stay whole. Both use every token and add no padding. Validation sets always use concat in file order."""
     validation: dict[str, FilePath] = field(default_factory=dict)
     """Named validation datasets: name -> prefix."""
     validation_fraction: float = 0.0
-    """Share of each training source's last documents that is held out and evaluated as the set ``held_out``."""
+    """Fraction of each training source's documents, taken from its end, that is held out and evaluated as the set
+    ``held_out``."""
     attend_across_documents: bool = False
-    """Let packed documents see each other, and predict a document's first token from its neighbour. Off: attention and
-    positions restart at every document, and targets that would cross a boundary are masked."""
+    """Let packed documents attend to each other, and predict a document's first token from the document before it.
+    False: attention and positions restart at every document, and targets across a document boundary are masked."""
     prefetch_steps: int = 2
-    """Global batches that a background thread prepares ahead of the step."""
+    """Number of global batches that a background thread prepares ahead of the step."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, and which weights it starts from."""
+    """Model of the run, and its initial weights."""
 
     initialize_from: FilePath | None = None
-    """What the run starts from: a checkpoint folder (made by checkpoint_convert/hf_to_dcp.py, or by a former run), the
-    folder of a run, which means its newest checkpoint, a Hugging Face folder, or a model's name on the Hub
-    (namespace/name), which is downloaded. Null: random initialization from ``architecture``."""
+    """Initial weights: a checkpoint folder (from checkpoint_convert/hf_to_dcp.py or an earlier run), a run folder (its
+    newest checkpoint), a Hugging Face folder, or a model name on the Hub (namespace/name), which is downloaded. Null:
+    random initialization from ``architecture``."""
     architecture: dict | FilePath | None = None
-    """Hugging Face ``config.json``: its keys written here, or the path of the file or its folder. Null: the one kept in
+    """Hugging Face ``config.json``: its keys written here, or the path of the file or of its folder. Null: the one in
     ``initialize_from``."""
     tokenizer: FilePath | None = None
-    """Hugging Face folder with the tokenizer that the datasets must have been made with, and that exports carry. Null:
-    the one kept in ``initialize_from``, if any."""
+    """Hugging Face folder with the tokenizer. The datasets must have been made with it, and exports contain it. Null:
+    the tokenizer in ``initialize_from``, if it has one."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The token budget and the shape of a step. The clock of a run is tokens; steps are derived."""
+    """The token budget and the shape of a step. Progress is measured in tokens; the number of steps is derived."""
 
     train_tokens: int
-    """Tokens to train on in total; the last step is always a whole one."""
+    """Total number of tokens to train on. The last step is always a whole one."""
     warmup_tokens: int = 0
-    """Tokens over which the learning rate rises linearly from zero to its peak."""
+    """Number of tokens over which the learning rate rises linearly from zero to its peak."""
     sequence_length: int = 1024
-    """Tokens in one sample."""
+    """Number of tokens in one sample."""
     global_batch_size: int = 32
-    """Samples in one optimizer step, over all ranks and all micro-batches."""
+    """Number of samples in one optimizer step, over all ranks and micro-batches."""
     micro_batch_size: int = 1
-    """Samples that one rank runs forward and backward at a time. Changes memory and speed, never the result's
-    meaning."""
+    """Number of samples in one forward and backward pass of a rank. It changes memory and speed; results change only by
+    rounding."""
     trainable: Literal["all", "embeddings"] = "all"
-    """Which parameters learn. embeddings: those of the tokens, in and out (``model.embed_tokens`` and ``lm_head``): a
-    first stage after tools/extend_vocab.py. The others have no gradients and no states, and stay bitwise as they are;
-    see docs/vocabulary.md."""
+    """Trainable parameters. embeddings: only those of the tokens (``model.embed_tokens`` and ``lm_head``), as a first
+    phase after tools/extend_vocab.py. All other parameters have no gradients and no optimizer states, and stay bitwise
+    the same; see docs/vocabulary.md."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute dtype. auto: bf16 where the hardware computes it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
-    or Arm BF16), else fp32; the start summary says which and why. Gradients are reduced over ranks in fp32."""
+    """Compute dtype. auto: bf16 where the hardware supports it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
+    or Arm BF16), else fp32; the start summary shows the choice and its reason. Gradients are reduced over ranks in
+    fp32."""
     weight_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which weights are kept between steps. fp32: exact master weights. bf16: there are no others; each update
-    is computed in fp32 and written back with stochastic rounding, so that small updates are kept on average.
+    """Dtype of the weights between steps. fp32: exact master weights. bf16: no fp32 copy exists. Each update is
+    computed in fp32 and written back with stochastic rounding, so that small updates are kept on average.
 
-    Bytes per parameter over all ranks that share a copy, as weight + both moments + gradient (and on each rank 2 more
-    for what is gathered in precision bf16):
+    Bytes per parameter over all ranks that share a copy, as weight + both moments + gradient. With precision bf16, each
+    rank needs 2 more for gathered parameters:
 
     - weight_dtype fp32, optimizer.state_dtype fp32: 4 + 8 + 4 = 16 (7.6 billion parameters: 122 GB)
     - weight_dtype fp32, optimizer.state_dtype bf16: 4 + 4 + 4 = 12 (91 GB)
     - weight_dtype bf16, optimizer.state_dtype fp32: 2 + 8 + 2 = 12 (91 GB); 14 with several micro-batches in a step
     - weight_dtype bf16, optimizer.state_dtype bf16: 2 + 4 + 2 = 8 (61 GB); 10 with several micro-batches in a step
 
-    Several micro-batches are added up in an fp32 gradient. A run resumes with wider dtypes than its checkpoint's, never
-    with narrower ones."""
+    Several micro-batches are accumulated in an fp32 gradient. A run can resume with wider dtypes than those of its
+    checkpoint, never with narrower ones."""
     attention_backend: Literal["auto", "fa4", "fa3", "sdpa", "flash_attn", "varlen", "flex", "per_document"] = "auto"
-    """What computes the attention. auto: the fastest that works here; the start summary says which and why. fa4, fa3:
-    FlashAttention-4 or -3 through PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with
+    """Attention implementation. auto: the fastest that works here; the start summary shows the choice and its reason.
+    fa4, fa3: FlashAttention-4 or -3 through PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with
     ``data.attend_across_documents``. flash_attn: the flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex:
-    FlexAttention. per_document: PyTorch's SDPA for one document after the other, everywhere."""
+    FlexAttention. per_document: PyTorch's SDPA for one document at a time, works everywhere."""
     compile: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
-    """Compile every block with torch.compile: faster steps after a minute of compiling, other roundings. auto: on a GPU
-    whose attention kernel can be part of a compiled block."""
+    """Compile every block with torch.compile. Steps are faster after about a minute of compilation, and results differ
+    by rounding. auto: on for a GPU if the attention kernel can be part of a compiled block."""
     float8: bool = False
-    """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head is left
-    out, and weights and states are kept as without."""
+    """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head stays in
+    ``precision``. Weights and optimizer states are stored as without float8."""
     gc_interval: int = 50
-    """Steps between collections of Python's garbage, which does not collect by itself while training: collections at
-    different moments on different ranks make all of them wait each time. 0 leaves it to Python."""
+    """Number of steps between collections by Python's garbage collector, which is off during training otherwise.
+    Collections at different times on different ranks would make all ranks wait for each of them. 0: leave it to
+    Python."""
     max_skipped_steps: int = 10
-    """A step whose loss or gradient is not finite changes no weight on any rank; its samples and tokens count as used.
-    With more than this many such steps in a row the run ends, and names its newest checkpoint. 0: with the first."""
+    """A step with a non-finite loss or gradient changes no weights on any rank; its samples and tokens count as used.
+    If there are more than this many such steps in a row, the run ends and names its newest checkpoint. 0: the first one
+    ends the run."""
     loss_spike_zscore: float | None = None
-    """Also skip steps whose loss lies more than this many (robust) standard deviations above the median of the 64
-    losses before it, such as 10. They count for ``max_skipped_steps``. Every step then waits for its loss before its
-    update, which costs a GPU some time. Null: no guard."""
+    """Also skip steps whose loss is more than this many (robust) standard deviations above the median of the 64 losses
+    before it, such as 10. They count towards ``max_skipped_steps``. Every step then waits for its loss before its
+    update, which costs some time on a GPU. Null: no check."""
     loss_spike_action: Literal["skip", "rewind"] = "skip"
-    """What follows a loss spike. skip: the next step. rewind: going back to the newest undamaged checkpoint that is at
-    least ``rewind_steps`` older, and from there on around all samples up to the spike; where there is none, as skip."""
+    """Reaction to a loss spike. skip: skip the step and continue. rewind: return to the newest undamaged checkpoint
+    that is at least ``rewind_steps`` older, and train from there without the samples up to the spike. If no such
+    checkpoint exists, the step is skipped."""
     rewind_steps: int = 100
-    """Steps, at least, to go back before a loss spike. The checkpoints that are kept decide how many more: about as
-    many again where ``checkpoint.keep_last`` keeps none that old; else up to ``checkpoint.save_interval``."""
+    """Minimum number of steps to rewind after a loss spike. The actual number depends on the checkpoints that are kept:
+    about twice as many if ``checkpoint.keep_last`` keeps none that old, else up to ``checkpoint.save_interval``
+    more."""
     max_rewinds: int = 3
-    """A loss spike after so many rewinds ends the run."""
+    """Maximum number of rewinds. The next loss spike ends the run."""
     check_replicas_interval: int = 0
-    """Steps between comparisons of what several ranks hold alike: weights and optimizer states, bit for bit. A
-    difference ends the run and names ranks and tensor. 0: never."""
+    """Number of steps between checks that ranks with the same weights and optimizer states hold them bit for bit. A
+    difference ends the run with the names of ranks and tensor. 0: never."""
     stop_after_minutes: float | None = None
-    """Save and end with status 0 at the first step after so many minutes since the command's start, as if asked by a
-    signal: for queues with a time limit, less what a step and a checkpoint take. The same command goes on. Null: no
-    limit."""
+    """Save and end with status 0 at the first step after this many minutes since the start of the command, as a signal
+    would. For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the
+    run. Null: no limit."""
     eval_interval: int = 0
-    """Steps between evaluations of the validation sets; 0 evaluates only at the end."""
+    """Number of steps between evaluations of the validation sets. 0: only at the end."""
     eval_tokens: int = 1_000_000
-    """At most this many tokens of each validation set are evaluated: windows spread evenly, the same ones each time,
-    read once and kept in memory (24 bytes a token over all ranks)."""
+    """Maximum number of tokens evaluated of each validation set: windows spread evenly, the same ones each time. They
+    are read once and kept in memory (24 bytes a token over all ranks)."""
     eval_at_start: bool = False
-    """Evaluate once before the first step of a fresh run, and when a run is started whose budget is used up."""
+    """Evaluate once before the first step of a fresh run, and when a run is started whose token budget is already used
+    up."""
 
 
 @dataclass(frozen=True)
@@ -201,16 +212,16 @@ class OptimizerConfig:
     min_learning_rate: float = 5e-6
     """Learning rate at the end of the decay."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Shape after warm-up: cosine or linear down to the minimum at ``train_tokens``; wsd stays at the peak and falls
-    linearly over the last ``decay_tokens``; constant stays at the peak."""
+    """Shape after the warm-up. cosine, linear: fall to the minimum at ``train_tokens``. wsd: stay at the peak and fall
+    linearly over the last ``decay_tokens``. constant: stay at the peak."""
     decay_tokens: int | None = None
     """Length of the wsd schedule's decay. Null: a tenth of the schedule."""
     schedule_start_tokens: int = 0
-    """Where the schedule begins, on the clock of ``training.train_tokens``: to warm up once more when a run that has
-    used up its budget gets a larger one, this is the former budget. That warm-up begins at the minimum instead of
-    zero, ``training.warmup_tokens`` later the peak is reached, and the decay goes on until ``train_tokens``."""
+    """Token count, on the scale of ``training.train_tokens``, at which the schedule begins. To warm up once more after
+    the budget was used up and raised, set it to the old budget. That warm-up begins at the minimum instead of zero. It
+    reaches the peak ``training.warmup_tokens`` later, and the decay lasts until ``train_tokens``."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    """Decoupled weight decay of matrices. Norms and biases are not decayed."""
     beta1: float = 0.9
     """Decay of AdamW's first moment."""
     beta2: float = 0.95
@@ -218,100 +229,104 @@ class OptimizerConfig:
     eps: float = 1e-8
     """AdamW's denominator term."""
     state_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of AdamW's two moments: 8 or 4 bytes per parameter, see ``training.weight_dtype``. bf16 is written with
-    stochastic rounding after a step computed in fp32."""
+    """Dtype of AdamW's two moments: 8 or 4 bytes per parameter, see ``training.weight_dtype``. bf16: updates are
+    computed in fp32 and stored with stochastic rounding."""
     clip_grad_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    """Global gradient norm above which gradients are scaled down. 0: no clipping."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks are laid out: pipeline x replicate x shard x context x tensor = number of ranks
+    """Layout of the ranks: pipeline x replicate x shard x context x tensor = number of ranks
 
     Every layout computes the same numbers, up to the order of sums.
     """
 
     pipeline: int = 1
-    """Groups of ranks that hold consecutive layers and pass hidden states on. The micro-batches of a step keep them
-    busy, so there must be at least as many."""
+    """Groups of ranks that hold consecutive layers and pass hidden states on. Needs at least as many micro-batches in a
+    step, to keep all groups busy."""
     replicate: int = 1
     """Copies of the sharded model (hybrid sharding when > 1). With ``shard`` 1: plain data parallelism."""
     shard: int | Literal["auto"] = "auto"
-    """Ranks over which parameters, gradients and states are sharded (FSDP2). auto: what the other axes leave."""
+    """Ranks over which parameters, gradients and optimizer states are sharded (FSDP2). auto: all ranks that the other
+    axes leave."""
     context: int = 1
-    """Ranks that share the tokens of the same samples, for long sequences: attention exchanges heads for tokens."""
+    """Ranks that share the tokens of the same samples, for long sequences. Attention exchanges heads for tokens."""
     tensor: int = 1
-    """Ranks that share every matrix, and, outside of them, the tokens (tensor and sequence parallelism). They exchange
-    activations in every block: keep them in one node."""
+    """Ranks that share every matrix and, outside of the matrices, the tokens (tensor and sequence parallelism). They
+    exchange activations in every block: keep them within one node."""
     pipeline_schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"] = "1f1b"
-    """Order of the micro-batches' passes. 1f1b: one group of layers on each rank. The others: several, which leaves
-    ranks less idle and sends more."""
+    """Order of the micro-batches' forward and backward passes. 1f1b: one group of layers on each rank. The others:
+    several groups on each rank, for less idle time and more communication."""
     pipeline_stages_per_rank: int = 1
-    """Groups of layers on each rank: 1 with 1f1b, 2 with zbv_zero_bubble, 2 or more with the interleaved schedules."""
+    """Groups of layers on each rank: 1 with 1f1b, 2 with zbv_zero_bubble, at least 2 with the interleaved schedules."""
     async_tensor: bool = False
-    """Exchange activations of tensor parallelism in pieces, while the products of other pieces compute. On GPUs with
-    NVLink whose blocks are compiled."""
+    """Exchange the activations of tensor parallelism in pieces, while other pieces are multiplied. For GPUs with NVLink
+    and compiled blocks."""
     cpu_offload: bool = False
-    """Keep parameters, gradients and states in host memory, and step the optimizer there: for models that no other
-    layout fits. Slow."""
+    """Keep parameters, gradients and optimizer states in host memory, and run the optimizer there. For models that fit
+    in no other layout. Slow."""
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward pass (ZeRO-3): less memory, one more all-gather in the
-    backward. False shards gradients and states only (ZeRO-2)."""
+    backward pass. False: shard gradients and states only (ZeRO-2)."""
     reduce_gradients: Literal["micro_batch", "step"] = "micro_batch"
-    """When ranks add up their gradients. step: once, after the last micro-batch: less communication, but every rank
-    holds whole gradients of its layers in fp32 until then. Pipelines always do."""
+    """Time at which ranks sum their gradients. step: once, after the last micro-batch. This needs less communication,
+    but until then every rank holds the full gradients of its layers in fp32. Pipelines always use step."""
     prefetch_blocks: int = 1
-    """Blocks whose parameters are gathered while the block before them computes, forward and backward; each costs the
-    memory of one gathered block. 0 leaves the order to PyTorch. Changes speed, never the result."""
+    """Number of blocks whose parameters are gathered ahead, while the block before them computes, forward and backward.
+    Each costs the memory of one gathered block. 0: leave the order to PyTorch. It changes speed, never the result."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What a block's backward pass computes again instead of keeping it. selective: norms, rotations and activations,
-    while the outputs of matrix products and attention are kept. full: all but the block's input. Same numbers."""
+    """Activations that the backward pass of a block recomputes instead of storing them. selective: norms, rotations and
+    activation functions; outputs of matrix products and attention are stored. full: everything except the block's
+    input. Results are the same."""
     recompute_every: int = 1
-    """Recompute in every n-th block only; the others keep everything."""
+    """Recompute only every n-th block; the others store everything."""
     timeout_seconds: int = 600
-    """A collective that waits longer than this, a rank that is silent for longer, or a step that comes no further ends
-    the run; see docs/cluster.md."""
+    """Timeout in seconds. The run ends when a collective waits longer, a rank is silent for longer, or a step makes no
+    progress for longer; see docs/cluster.md."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written and which are kept."""
+    """When checkpoints are written, and which are kept."""
 
     save_interval: int = 1000
-    """Steps between checkpoints; one is always written at the end."""
+    """Number of steps between checkpoints. One is always written at the end."""
     asynchronous: bool = True
-    """Go on training while a checkpoint is written. This rank's part of weights and states is copied to host memory
-    meanwhile, which is kept for that (12 bytes per parameter for each copy of the model, with fp32 weights and states);
-    the next update waits for the copies, nothing waits for the disk. False: training waits, and needs no memory."""
+    """Continue training while a checkpoint is written. This rank's part of weights and states is first copied to host
+    memory. That memory stays reserved: 12 bytes per parameter for each copy of the model, with fp32 weights and states.
+    The next update waits for the copies, nothing waits for the disk. False: training waits, and needs no such
+    memory."""
     max_failed_saves: int = 2
-    """A checkpoint that cannot be written, as when the disk is full, leaves nothing behind, and the next one is tried.
-    With more than this many in a row the run ends. A checkpoint at which the run would stop must succeed."""
+    """A checkpoint that cannot be written, for example because the disk is full, leaves no files behind, and training
+    continues to the next one. More than this many failures in a row end the run. The checkpoint at which a run stops
+    must succeed."""
     keep_last: int = 3
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int = 0
-    """Also keep the checkpoints whose step is a multiple of this; 0: none for that."""
+    """Also keep checkpoints whose step is a multiple of this. 0: no such rule."""
     keep_best: bool | Literal["improved"] = True
-    """With validation sets: also keep the checkpoint with the lowest loss of the first one. true: the best of the
+    """With validation sets: also keep the checkpoint with the lowest loss on the first set. true: the best among the
     checkpoints that are saved at a step with an evaluation; choose ``save_interval`` as a multiple of
-    ``training.eval_interval``. improved: also save at every evaluation that is the best so far, which early in a run
-    can be each of them. false: no checkpoint is kept for its loss."""
+    ``training.eval_interval``. improved: also save after every evaluation that is the best so far; early in a run this
+    can be each of them. false: keep no checkpoint for its loss."""
     export_hf: bool = False
-    """When the budget is used up, also write the final checkpoint as a Hugging Face folder,
-    ``{run_folder}/hf/step-...``: what checkpoint_convert/dcp_to_hf.py makes of it."""
+    """When the token budget is used up, also write the final checkpoint as a Hugging Face folder,
+    ``{run_folder}/hf/step-...``, as checkpoint_convert/dcp_to_hf.py does."""
     push_to_hub: str | None = None
-    """Upload that folder to this model repository (namespace/name), which is made at the start if there is none:
-    private, as long as you do not change that. The token comes from HF_TOKEN or `hf auth login`; see
-    docs/hugging_face.md."""
+    """Upload that folder to this model repository (namespace/name). If the repository does not exist, it is created at
+    the start, as a private one. The token comes from HF_TOKEN or `hf auth login`; see docs/hugging_face.md."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is reported."""
+    """Reports of the run."""
 
     log_interval: int = 1
-    """Steps between console lines and metric records."""
+    """Number of steps between console lines and metric records."""
     stragglers: bool = True
-    """With several ranks: record the slowest rank's times for data, blocks and waiting; say who keeps the others."""
+    """With several ranks: record the slowest rank's times for data, blocks and waiting, and report ranks that delay the
+    others."""
     tensorboard: bool = True
     """Write TensorBoard events under ``{run_folder}/tensorboard``."""
 
@@ -321,7 +336,7 @@ class RunConfig:
     """A whole run."""
 
     run_folder: FilePath
-    """Folder of checkpoints, metrics, TensorBoard events, the log and the resolved config."""
+    """Folder of the run's checkpoints, metrics, TensorBoard events, log and resolved configuration."""
     data: DataConfig
     training: TrainingConfig
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -332,17 +347,17 @@ class RunConfig:
     seed: int = 1234
     """Seed of the sample order and of random initialization."""
     allow_changes: list[str] = field(default_factory=list)
-    """Changes since the checkpoint that a run goes on from which are refused unless they are named here: seed,
-    training.sequence_length, data.validation_fraction, data.shuffle, data.packing, and data_files (other tokens or
-    masks in a dataset of the same name). Each source goes on after as many samples as it has given, so that some may
-    come again before others come at all. What else changes is listed at the start."""
+    """Settings that may differ from the checkpoint that the run continues from: seed, training.sequence_length,
+    data.validation_fraction, data.shuffle, data.packing, and data_files (other tokens or masks in a dataset of the same
+    name). Such changes are refused unless listed here. Each source continues from its number of used samples, so some
+    samples may repeat before others are seen. All other changes are allowed, and listed at the start."""
     resume: Annotated[FilePath, Switch("auto", "none")] = "auto"
     """auto (or true, yes, on): continue from the newest undamaged checkpoint in ``run_folder``, or start fresh if there
-    never was one. none (or false, no, off): start fresh, refused where checkpoints exist. Anything else: path of the
-    checkpoint to continue from. The same command again, after an interruption, continues from the newest checkpoint
-    that the run has written since."""
+    never was one. none (or false, no, off): start fresh; refused if checkpoints exist. Any other value: path of the
+    checkpoint to continue from. If that run is interrupted, the same command continues from the newest checkpoint
+    written since."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. auto: CUDA where there is a GPU, else CPU."""
+    """Compute device. auto: CUDA if there is a GPU, else the CPU."""
 
 
 ORDER_KEYS = {
@@ -352,17 +367,17 @@ ORDER_KEYS = {
     "data.shuffle": "windows",
     "data.packing": "concat",
 }
-"""Settings that decide what the n-th sample of a source is, and what runs did before there was the setting."""
+"""Settings that determine the n-th sample of a source, and the behaviour of runs from before each setting existed."""
 DATA_FILES = "data_files"
-"""Name of a change of the tokens or masks of a dataset that keeps its name."""
+"""Name of the change that a dataset has other tokens or masks under the same name."""
 ALLOWABLE_CHANGES = (*ORDER_KEYS, DATA_FILES)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dictionary of a configuration, for YAML, JSON and manifests."""
+    """Return a configuration as nested plain dictionaries, for YAML, JSON and manifests."""
     return dataclasses.asdict(config)
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as a YAML text that ``--config`` reads back unchanged."""
+    """Return the resolved configuration as YAML text that ``--config`` reads back unchanged."""
     return dump_yaml(to_dict(config))

@@ -1,4 +1,4 @@
-"""Values that no machine could run are refused, in one line that names key, value and remedy."""
+"""Refuse values that no machine could run, in one line that names key, value and remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .config_types import Problems
 from .errors import UserError
 
 _LARGEST = 10**15
-"""Beyond any run: more is a slip of the keyboard, and would overflow somewhere less clear."""
+"""Upper limit of all numbers: larger values are typing errors, and would overflow later with a less clear message."""
 
 
 class Range(NamedTuple):
@@ -88,7 +88,7 @@ def validate(config: RunConfig) -> None:
     """Refuse values that no machine could run.
 
     Raises:
-        UserError: naming the key, its value and the remedy; one line for each problem.
+        UserError: names the key, its value and the remedy; one line for each problem.
     """
     found = list(problems(config))
     if found:
@@ -96,9 +96,9 @@ def validate(config: RunConfig) -> None:
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Return what is wrong with the values of ``config``, one line for each problem.
+    """Return the problems in the values of ``config``, one line for each.
 
-    Where a value is out of its range, what that makes of other values is not reported.
+    If a value is out of its range, its consequences for other values are not reported.
     """
     found = Problems()
     for message in _ranges(config):
@@ -109,7 +109,7 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 def _ranges(config: RunConfig) -> Iterator[str]:
     if not config.run_folder.strip() or "\0" in config.run_folder:
-        yield f"run_folder is {config.run_folder!r}; name the folder that the run shall write to"
+        yield f"run_folder is {config.run_folder!r}; name the folder that the run writes to"
     for key, allowed in RANGES.items():
         value = None if "[]" in key else operator.attrgetter(key)(config)
         if value is not None and not allowed.holds(value):
@@ -120,8 +120,8 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     for change in config.allow_changes:
         if change not in ALLOWABLE_CHANGES:
             yield (
-                f"allow_changes names {change!r}; it knows {', '.join(ALLOWABLE_CHANGES)}; what else can change "
-                "needs no leave"
+                f"allow_changes has the unknown entry {change!r}; allowed: {', '.join(ALLOWABLE_CHANGES)}; other "
+                "settings may change without being listed"
             )
 
 
@@ -194,7 +194,7 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
     if data.stages and not of_stages and data.stages[-1].train_tokens is not None and total < training.train_tokens:
         yield (
             f"training.train_tokens is {training.train_tokens:,}, but the train_tokens of data.stages sum to "
-            f"{total:,}; leave out those of the last stage, which then lasts for the rest, or make the two agree"
+            f"{total:,}; leave out those of the last stage, which then lasts until the end, or make the two agree"
         )
     yield from _blend(data.train, "data.train", training.sequence_length)
     if data.validation_fraction > 0 and "held_out" in data.validation:
@@ -219,7 +219,7 @@ def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
         for source in stage.train:
             if paths.setdefault(source.identity, source.path) != source.path:
                 yield (
-                    f"{where}.train names {source.path} '{source.identity}', as a former stage names "
+                    f"{where}.train names {source.path} '{source.identity}', but an earlier stage uses this name for "
                     f"{paths[source.identity]}; give one of the two another 'name'"
                 )
 

@@ -1,7 +1,8 @@
-"""Settings whose value has no effect, because of other settings or of the machine: refused, or reported at start.
+"""Find settings without effect, because of other settings or of the machine; they are refused, or reported at the
+start.
 
-One table says for every setting when its value matters. What is not at its default and does not matter is found by it.
-A new setting needs an entry, which a test checks.
+One table defines when the value of each setting matters. A value that is not the default and does not matter is
+reported. Every new setting needs an entry, which a test checks.
 """
 
 from __future__ import annotations
@@ -17,46 +18,46 @@ from .config import CheckpointConfig, RunConfig, SourceConfig
 
 @dataclass(frozen=True)
 class Situation:
-    """What decides whether a setting matters."""
+    """The facts that decide whether a setting matters."""
 
     config: RunConfig
     same_weights: bool = False
-    """Whether several ranks hold the same parameters."""
+    """True if several ranks hold the same parameters."""
     reduces: bool = False
-    """Whether gradients are added up over ranks."""
+    """True if gradients are summed over ranks."""
     num_micro_batches: int = 1
-    """Of a step on one rank."""
+    """Micro-batches in a step of one rank."""
     device: str = "cpu"
     resumed: Mapping[str, Any] | None = None
     """Configuration of the checkpoint that the run continues from."""
     source_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Tokens of an epoch, by source."""
+    """Tokens in one epoch of each source."""
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Return the number of steps of the whole run."""
         training = self.config.training
         return math.ceil(training.train_tokens / (training.global_batch_size * training.sequence_length))
 
     @property
     def evaluates(self) -> bool:
-        """Whether there is a validation set."""
+        """Return whether there is a validation set."""
         return bool(self.config.data.validation) or self.config.data.validation_fraction > 0
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When some settings have an effect."""
+    """The condition under which some settings have an effect."""
 
     keys: tuple[str, ...]
     matters: Callable[[Situation], bool]
     because: str
-    """Why they have none otherwise; where it is refused, with the remedy."""
+    """Reason why they have no effect otherwise; for refused settings, with the remedy."""
     refused: bool = False
 
 
 def _fits(key: str) -> Callable[[Situation], bool]:
-    """Whether the steps of the run reach the interval ``training.key``."""
+    """Return a condition: the run has enough steps to reach the interval ``training.key``."""
     return lambda now: getattr(now.config.training, key) <= now.steps
 
 
@@ -70,14 +71,14 @@ RULES = (
     Rule(
         ("training.loss_spike_action",),
         lambda now: now.config.training.loss_spike_zscore is not None,
-        "training.loss_spike_zscore is null, so that nothing is a spike; set it to a number such as 10, or remove "
+        "training.loss_spike_zscore is null, so no step counts as a spike; set it to a number such as 10, or remove "
         "loss_spike_action",
         refused=True,
     ),
     Rule(
         ("checkpoint.push_to_hub",),
         lambda now: now.config.checkpoint.export_hf,
-        "checkpoint.export_hf is false: there would be nothing to upload; set it to true, or remove "
+        "checkpoint.export_hf is false, so there is no export to upload; set it to true, or remove "
         "checkpoint.push_to_hub",
         refused=True,
     ),
@@ -112,7 +113,7 @@ RULES = (
     Rule(
         ("training.warmup_tokens",),
         lambda now: now.config.training.warmup_tokens > _tokens_per_step(now),
-        "the first step is as long, and ends the warm-up",
+        "the first step is at least as long and ends the warm-up",
     ),
     Rule(
         ("optimizer.min_learning_rate",),
@@ -127,7 +128,7 @@ RULES = (
     Rule(
         ("optimizer.schedule_start_tokens",),
         lambda now: now.config.optimizer.schedule != "constant" or now.config.training.warmup_tokens > 0,
-        "optimizer.schedule constant without training.warmup_tokens is the same everywhere",
+        "optimizer.schedule constant without training.warmup_tokens has the same rate everywhere",
     ),
     Rule(
         ("parallel.recompute_every",),
@@ -139,7 +140,7 @@ RULES = (
         lambda now: any(len(blend) > 1 for blend in _blends(now.config)),
         "no blend has more than one source",
     ),
-    # The rest is known when the run starts.
+    # The conditions below are known only when the run starts.
     Rule(
         ("parallel.reduce_gradients",),
         lambda now: now.reduces and now.num_micro_batches > 1 and now.config.parallel.pipeline == 1,
@@ -158,12 +159,12 @@ RULES = (
     Rule(
         ("allow_changes",),
         lambda now: now.resumed is not None,
-        "the run does not continue from a checkpoint",
+        "the run starts fresh, not from a checkpoint",
     ),
     Rule(
         ("model.initialize_from",),
         lambda now: now.resumed is None or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now),
-        "the run continues from its checkpoint; for other first weights use another run_folder",
+        "the run continues from its checkpoint; to start from other weights use another run_folder",
     ),
 )
 
@@ -182,7 +183,7 @@ ALWAYS = {
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),
     *("logging.log_interval", "logging.stragglers", "logging.tensorboard"),
 }
-"""Settings that matter in every run; ``[]`` is an item of a list."""
+"""Settings that matter in every run; ``[]`` stands for an item of a list."""
 ELSEWHERE = {
     "data.train[].max_epochs": "engine/config_effect.py: _caps of a source",
     "data.train[].max_tokens": "engine/config_effect.py: _caps of a source",
@@ -191,11 +192,11 @@ ELSEWHERE = {
     "training.float8": "engine/parallel/float8.py: wanted refuses a device without it",
     "parallel.async_tensor": "engine/parallel/build.py: check refuses it without tensor parallelism",
 }
-"""Settings that are refused, or reported, where what they need is known."""
+"""Settings that are refused or reported elsewhere, where the necessary facts are known."""
 
 
 def refused(config: RunConfig) -> Iterator[str]:
-    """Return one line for each value that has no effect and cannot be meant."""
+    """Return one line for each value that has no effect and must be a mistake."""
     for rule, key, value in _without_effect(Situation(config), lambda rule: rule.refused):
         yield f"{key} is {_shown(value)}, but {rule.because}"
 
@@ -225,7 +226,7 @@ def _without_effect(now: Situation, chosen: Callable[[Rule], bool]) -> Iterator[
 
 
 def _values(config: RunConfig, key: str) -> Iterator[tuple[str, Any, Any]]:
-    """(name, value, default) of ``key``, and of each item's where the key is of the items of ``data.train``."""
+    """Yield (name, value, default) of ``key``; for a key of the items of ``data.train``, of each item."""
     if key.startswith("data.train[]."):
         leaf = key.rpartition(".")[2]
         for where, sources in _named_blends(config):
@@ -271,12 +272,14 @@ def _saves_a_multiple(checkpoint: CheckpointConfig, steps: int) -> bool:
 
 
 def _same_start(now: Situation) -> tuple[Any, ...]:
-    """Former values of ``model.initialize_from`` that are no other start: absent in old checkpoints, or the same."""
+    """Return the values of ``model.initialize_from`` in a checkpoint that mean the same start: absent (old
+    checkpoints), or equal.
+    """
     return ("", now.config.model.initialize_from)
 
 
 def _caps(now: Situation) -> Iterator[str]:
-    """Of ``max_epochs`` and ``max_tokens`` of a source, the smaller one counts."""
+    """Yield a line for each source with ``max_epochs`` and ``max_tokens``, where only the smaller one applies."""
     for where, sources in _named_blends(now.config):
         for place, source in enumerate(sources):
             tokens = now.source_tokens.get(source.identity)

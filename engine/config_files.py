@@ -1,4 +1,4 @@
-"""The files that ``--config`` names: found by path or by the name of a shipped configuration, read, bounded."""
+"""Find and read the files of ``--config``: by path, or by the name of a shipped configuration."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SHIPPED = Path(__file__).resolve().parents[1] / "megatron_configs"
 
 
 def find_config(name: str) -> Path:
-    """Return the file that ``--config name`` means: a path, or the name of a shipped configuration.
+    """Return the file that ``--config name`` selects: a path, or the name of a shipped configuration.
 
     Raises:
-        UserError: there is no such file; lists the shipped configurations where a name was given.
+        UserError: the file does not exist; if a name was given, the message lists the shipped configurations.
     """
     path = Path(expand_path(name, "--config"))
     if os.path.lexists(path) and not path.is_dir():
@@ -42,10 +42,10 @@ def find_config(name: str) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the content of a configuration file, as plain values that have not been checked.
+    """Return the content of a configuration file as plain, unchecked values.
 
     Raises:
-        UserError: it cannot be read, or does not hold ``key: value`` lines. The message begins with the path.
+        UserError: the file cannot be read, or does not hold ``key: value`` lines. The message begins with the path.
     """
     text = _read_text(path)
     try:

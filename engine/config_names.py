@@ -1,4 +1,4 @@
-"""Suggestions for keys that do not exist: misspelt, abbreviated, or in another section."""
+"""Suggest existing keys for misspelt, abbreviated or misplaced ones."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ REMOVED = {
 }
 """Keys of the version before this one, and what holds instead. A key stays here for one minor version."""
 _SAME_WORD = 0.75
-"""Similarity from which one of two entries that users name themselves may be a misspelling of the other."""
+"""Similarity from which a user-defined name may be a misspelling of another one."""
 
 
 def known_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, type) of every key, sections included; the keys of a list's items are left out."""
+    """Yield (dotted name, type) of every key, sections included; the keys of list items are left out."""
     for key, hint in get_type_hints(kind).items():
         yield f"{prefix}{key}", hint
         if dataclasses.is_dataclass(hint):
@@ -27,11 +27,11 @@ def known_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def did_you_mean(key: str, section: bool = False) -> str:
-    """A hint for the unknown ``key``, to end a message with.
+    """Return a hint for the unknown ``key``, as the end of a message.
 
     Args:
         key: dotted, as in ``data.train[0].wieght``.
-        section: whether its value is one. Sections are proposed for sections, else never.
+        section: the value of the key is a section. Sections are suggested only for sections.
     """
     if key in REMOVED:
         return f", which was removed: {REMOVED[key]}; delete it"
@@ -44,7 +44,7 @@ def did_you_mean(key: str, section: bool = False) -> str:
     if key in known:
         nested = f", as {key.replace('.', ': {')}: ...{'}' * key.count('.')}" if "[" not in key else ""
         return f"; set it in a file{nested}"
-    # Names in the same (or the most similar) section come first, so that they win between equally good ones.
+    # Names in the same (or the most similar) section come first, so that they win among equally good ones.
     home = key.rpartition(".")[0]
     known.sort(key=lambda name: -difflib.SequenceMatcher(None, home, name.rpartition(".")[0]).ratio())
     last = key.rpartition(".")[2].replace("-", "_")
@@ -59,12 +59,12 @@ def did_you_mean(key: str, section: bool = False) -> str:
 
 
 def nearest(name: str, others: Iterable[str]) -> str | None:
-    """The one of ``others`` of which ``name`` may be a misspelling."""
+    """Return the one of ``others`` that ``name`` may be a misspelling of, if any."""
     return next(iter(difflib.get_close_matches(name, list(others), n=1, cutoff=_SAME_WORD)), None)
 
 
 def _abbreviates(short: str, words: Sequence[str]) -> bool:
-    """Whether ``short`` is made of beginnings of the ``words``, in order and without a gap: lr, seqlen, warmup."""
+    """Return whether ``short`` consists of beginnings of all ``words`` in order: lr, seqlen, warmup."""
     if not short or not words:
         return not short
     return any(

@@ -1,8 +1,8 @@
-"""Settings as files and options give them, in their order, merged into one plain dictionary.
+"""Merge the settings of files and options, in their order, into one plain dictionary.
 
-A later file or option wins. Sections are merged key by key. A list, and a dictionary whose entries users name
-(``model.architecture``, ``data.validation``), is replaced whole by a file or an option that sets it, and changed in one
-place by an option that names the place: ``--data.train.0.weight 2``, ``--model.architecture.rope_scaling.factor 32.0``.
+A later file or option wins. Sections are merged key by key. Lists, and dictionaries with user-defined entries
+(``model.architecture``, ``data.validation``), are replaced as a whole by a file or option that sets them. An option
+that names a place changes only that: ``--data.train.0.weight 2``, ``--model.architecture.rope_scaling.factor 32.0``.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _ARCHITECTURE = "model.architecture"
 
 
 class Settings:
-    """The merged settings so far, and what is wrong with them."""
+    """The merged settings so far, and the problems in them."""
 
     def __init__(self) -> None:
         self.tree: dict[str, Any] = {}
         self.found = Problems()
         self.unreadable = False
-        """Whether there is a file that cannot be read, so that much more will be missing."""
+        """True if a file could not be read, so that many keys will be missing."""
         self.notes: list[str] = []
-        """What is worth knowing but no error."""
+        """Remarks that are not errors."""
         self._places: dict[str, list[str]] = {}
-        """Options that changed one place in a list or dictionary, by the key of that."""
+        """Options that changed one place in a list or dictionary, by the key of that list or dictionary."""
         self._entries_of_nothing: dict[str, str] = {}
-        """Options that set an entry of a dictionary that was null or absent, by the dictionary's key."""
+        """Options that set an entry of a dictionary which was null or absent, by the dictionary's key."""
 
     def add_file(self, name: str) -> None:
-        """Merge the file that ``--config name`` means; one that cannot be read is a problem."""
+        """Merge the file that ``--config name`` selects; an unreadable one is added as a problem."""
         try:
             path = find_config(name)
             if path != Path(expand_path(name, "--config")):
@@ -79,19 +79,21 @@ class Settings:
             self.found.add(str(error), key)
 
     def check_entries(self) -> None:
-        """Refuse entries of ``model.architecture`` where the architecture is that of ``model.initialize_from``."""
+        """Refuse options that set entries of ``model.architecture`` if the architecture is that of
+        ``model.initialize_from``.
+        """
         model = self.tree.get("model", {})
         source, option = model.get("initialize_from"), self._entries_of_nothing.get(_ARCHITECTURE)
         if source is not None and option is not None and isinstance(model.get("architecture"), dict):
             self.found.add(
-                f"--{option} sets one entry of {_ARCHITECTURE}, which is null: the architecture is the one kept in "
+                f"--{option} sets one entry of {_ARCHITECTURE}, which is null: the architecture comes from "
                 f"model.initialize_from {source} and cannot be changed here; remove the option, or give the whole "
                 f"{_ARCHITECTURE}",
                 _ARCHITECTURE,
             )
 
     def _note_replaced(self, content: dict[str, Any], by: str) -> None:
-        """Note the options before whose effect is lost, because ``content`` sets the whole list or dictionary."""
+        """Note earlier options whose effect is lost, because ``content`` sets the whole list or dictionary."""
         for listing in list(self._places):
             section, _, leaf = listing.rpartition(".")
             if leaf in (content.get(section, {}) if section else content):
@@ -112,9 +114,9 @@ class Settings:
         holder[last] = listing
 
     def _place(self, key: str) -> tuple[Any, Any, Any, str]:
-        """(list or dictionary, index or key in it, type of what is there, its name) of the dotted ``key``.
+        """Return (list or dictionary, index or key in it, type of the value there, its name) of the dotted ``key``.
 
-        Sections on the way are made.
+        Creates missing sections on the way.
 
         Raises:
             UserError: there is no such place.
@@ -133,7 +135,7 @@ class Settings:
             node = inner
 
     def _step(self, node: Any, hint: Any, name: str, rest: str, key: str) -> tuple[Any, Any, str, str]:
-        """(index or key in ``node``, type of what is there, its name, what is left of the dotted ``rest``)."""
+        """Return (index or key in ``node``, type of the value there, its name, the rest of the dotted ``rest``)."""
         if isinstance(node, list):
             part, _, rest = rest.partition(".")
             if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
@@ -157,7 +159,7 @@ class Settings:
         return part, item_hint(hint), f"{name}.{part}", rest
 
     def _opened(self, child: Any, hint: Any, name: str, key: str) -> Any:
-        """``child``, the value of ``name``, as a list or dictionary to set a place in."""
+        """Return ``child``, the value of ``name``, as a list or dictionary in which a place can be set."""
         if isinstance(child, (dict, list)):
             return child
         if is_section(hint):
@@ -168,13 +170,13 @@ class Settings:
             if child is None:
                 self._entries_of_nothing.setdefault(name, key)
                 return {}
-            # Deferred: the parser is also used where there is no model.
+            # Imported here, because the parser is also used without a model.
             from .model.architecture import read_hf_config
             from .model.config_keys import unread_keys
 
             content = read_hf_config(expand_path(child, name))
-            unread = unread_keys(content)  # a published file may have them, a run's configuration may not
-            without = f", without its keys that are not read: {', '.join(unread)}" if unread else ""
+            unread = unread_keys(content)  # published files may have such keys, a run's configuration may not
+            without = f", without its unused keys: {', '.join(unread)}" if unread else ""
             self.notes.append(f"--{key} changes one entry of what {child} holds{without}")
             return {entry: value for entry, value in content.items() if entry not in unread}
         if hint is not Any:
@@ -185,7 +187,9 @@ class Settings:
 
 
 def _nested(name: str, value: Any) -> dict[str, Any]:
-    """``value`` of the section or key ``name``, as a file would set it; nothing for a place in a list."""
+    """Return ``value`` of the section or key ``name`` as a file would set it; an empty dictionary for a place in a
+    list.
+    """
     section, _, leaf = name.rpartition(".")
     if "." in section or "[" in name:
         return {}
@@ -193,7 +197,7 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def _without_brackets(part: str, rest: str) -> tuple[str, str]:
-    """``train[0]`` as errors write it, in the notation of options: ``train`` and ``0``."""
+    """Split ``train[0]``, as errors write it, into ``train`` and ``0``, as options write it."""
     if not (match := _INDEXED.fullmatch(part)):
         return part, rest
     indices = ".".join(re.findall(r"\d+", match[2]))
@@ -201,7 +205,7 @@ def _without_brackets(part: str, rest: str) -> tuple[str, str]:
 
 
 def _entry(node: dict, dotted: str) -> tuple[str, str]:
-    """The key of ``node`` that ``dotted`` begins with, and what follows it. Existing keys may contain dots."""
+    """Return the key of ``node`` that ``dotted`` begins with, and the remainder. Existing keys may contain dots."""
     parts = dotted.split(".")
     for count in range(len(parts), 0, -1):
         if (key := ".".join(parts[:count])) in node:
@@ -210,10 +214,10 @@ def _entry(node: dict, dotted: str) -> tuple[str, str]:
 
 
 def _typed(text: str, hint: Any, key: str) -> Any:
-    """The value of an option: text where text is meant, all else as in a file.
+    """Return the value of an option: the text itself for text settings, else the value that a file would have.
 
     Raises:
-        UserError: it is not valid YAML.
+        UserError: the text is not valid YAML.
     """
     if accepts(text, hint) and not is_dictionary(hint):
         return None if text in _NULL or (text in ("", "~") and accepts(None, hint)) else text

@@ -1,7 +1,7 @@
-"""From the command line and the YAML files that it names to a :class:`RunConfig`, or what is wrong, all of it at once.
+"""Make a :class:`RunConfig` from the command line and its YAML files, or report all problems at once.
 
-Files and options are merged in :mod:`retemper.engine.config_options` and checked against the declared types in
-:mod:`retemper.engine.config_types`. ``jsonargparse`` makes the help only.
+:mod:`retemper.engine.config_options` merges files and options, :mod:`retemper.engine.config_types` checks them against
+the declared types. ``jsonargparse`` is used only for the help.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ HELP_OPTIONS = {
     **{option: option for option in ("-h", "--help", "--data.train.help", "--data.stages.help")},
     "--data.stages.train.help": "--data.train.help",
 }
-"""Options that print help, and whose help each prints. Those of lists explain their entries, which ``--help`` does not;
-the list ``train`` of a stage has the same entries as ``data.train``."""
+"""Options that print help, mapped to the option whose help they print. Those of lists explain the entries, which
+``--help`` does not; the list ``train`` of a stage has the same entries as ``data.train``."""
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
     """Return the parser that prints the help of ``engine/pretrain.py``: one option for every field of
     :class:`RunConfig`."""
-    import jsonargparse  # takes a second to import and to build, which only the help needs
+    import jsonargparse  # importing and building takes a second, and only the help needs it
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
@@ -41,13 +41,13 @@ def build_parser() -> jsonargparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file that describes the run, or the name of one in megatron_configs"
+        "--config", metavar="FILE", help="YAML file that describes the run, or the name of a file in megatron_configs"
     )
     parser.add_argument("--print_config", action="store_true", help="print all settings of the run, and exit")
     parser.add_class_arguments(RunConfig)
     for action in parser._actions:
         if action.metavar == "CONFIG":  # a section; jsonargparse would take the path of a file there
-            action.metavar, action.help = "YAML", "Keys of this section in one option: '{key: value, ...}'."
+            action.metavar, action.help = "YAML", "All keys of this section in one option: '{key: value, ...}'."
     return parser
 
 
@@ -55,8 +55,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
     """Read a run's configuration from the command line (default ``sys.argv[1:]``) and the YAML files that it names.
 
     Raises:
-        UserError: unknown or duplicate keys, wrong types, missing values or impossible arithmetic: everything that is
-            wrong, one line for each.
+        UserError: unknown or duplicate keys, wrong types, missing values or impossible arithmetic; all problems, one
+            line for each.
     """
     waiting = list(reversed(sys.argv[1:] if arguments is None else arguments))
     for asked, option in HELP_OPTIONS.items():

@@ -1,4 +1,4 @@
-"""Plain values against declared types: what is wrong with a value, and the settings object that right ones make.
+"""Check plain values against declared types, and build the settings objects from correct ones.
 
 The types are those of the dataclasses in :mod:`retemper.engine.config`: bool, int, float, str, None, ``Literal``,
 unions, lists, dictionaries, dataclasses, and the marks :data:`FilePath` and :class:`Switch`.
@@ -21,11 +21,11 @@ from .errors import UserError
 from .paths import expand_path
 
 UNUSABLE: Any = object()
-"""In place of a value that is not of its type."""
+"""Placeholder for a value of the wrong type."""
 
 
 class Problems:
-    """Everything that is wrong with a configuration, to be reported together."""
+    """All problems of a configuration, collected to be reported together."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
@@ -44,7 +44,7 @@ class Problems:
         self._keys.append(key)
 
     def add_consequences(self, messages: Iterator[str]) -> None:
-        """Add problems that were found with the values left, unless one mentions a key that has a problem already."""
+        """Add problems found with the usable values, unless they mention a key that already has a problem."""
         names = {*self._keys, *(leaf for key in self._keys if "_" in (leaf := key.rpartition(".")[2]))}
         mentions = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}(?![\w])" for name in names) or "(?!)")
         for message in messages:
@@ -59,33 +59,33 @@ class Problems:
 
 @functools.cache
 def hints_of(kind: type) -> dict[str, Any]:
-    """Types of the fields of a dataclass, marks included."""
+    """Return the types of a dataclass's fields, marks included."""
     return get_type_hints(kind, include_extras=True)
 
 
 def bare(hint: Any) -> Any:
-    """``hint`` without its marks."""
+    """Return ``hint`` without its marks."""
     return bare(get_args(hint)[0]) if get_origin(hint) is Annotated else hint
 
 
 def is_section(hint: Any) -> bool:
-    """Whether ``hint`` is a dataclass: its keys are known, and files and options are merged in it."""
+    """Return whether ``hint`` is a dataclass: its keys are known, and files and options are merged in it."""
     return dataclasses.is_dataclass(bare(hint))
 
 
 def is_dictionary(hint: Any) -> bool:
-    """Whether a key of this type may hold entries of the user's choice."""
+    """Return whether a value of this type may hold user-defined entries."""
     return accepts({}, hint) and not is_section(hint)
 
 
 def item_hint(hint: Any) -> Any:
-    """The type of what a list or a dictionary of type ``hint`` holds."""
+    """Return the type of the items of a list or dictionary of type ``hint``."""
     hint = bare(hint)
     return get_args(hint)[-1] if get_origin(hint) in (list, dict) else Any
 
 
 def accepts(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of the type ``hint``, as far as its outermost layer tells."""
+    """Return whether ``value`` has the type ``hint``, checked at the outermost level only."""
     if (switch := switch_of(hint)) and _switched(value, switch) in (switch.true, switch.false):
         return True
     hint = bare(hint)
@@ -100,17 +100,17 @@ def accepts(value: Any, hint: Any) -> bool:
 
 
 def check(value: Any, hint: Any, name: str, found: Problems, where: str = "") -> Any:
-    """Return the plain ``value`` without what is not of the type ``hint``.
+    """Return the plain ``value`` without the parts that do not have the type ``hint``.
 
     Args:
-        value: of the key ``name``.
+        value: value of the key ``name``.
         hint: its declared type.
         name: dotted, as in ``data.train[0].path``; empty for the whole configuration.
-        found: gets what is wrong.
-        where: goes before each message, such as the name of a file.
+        found: receives the problems.
+        where: beginning of each message, such as the name of a file.
 
     Returns:
-        what can be used of it, or :data:`UNUSABLE`.
+        The usable part of the value, or :data:`UNUSABLE`.
     """
     kind = bare(hint)
     if isinstance(value, dict) and is_section(hint):
@@ -145,7 +145,7 @@ def check(value: Any, hint: Any, name: str, found: Problems, where: str = "") ->
 
 
 def _not_finite(value: Any, name: str) -> Iterator[str]:
-    """Names of the entries of a free dictionary that JSON has no number for."""
+    """Yield the names of entries in a free dictionary whose numbers JSON cannot express."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _not_finite(item, f"{name}.{key}")
@@ -160,12 +160,12 @@ def build(value: Any, hint: Any, name: str, found: Problems, missing: list[str])
     """Return the settings object of the checked plain ``value``.
 
     Args:
-        value: of the key ``name``; see :func:`check`.
+        value: value of the key ``name``; see :func:`check`.
         hint: its declared type.
         name: dotted.
-        found: gets the paths that cannot be expanded.
-        missing: gets the names of required keys that are not there. Placeholders stand in for them, so that the rest
-            can be checked.
+        found: receives the paths that cannot be expanded.
+        missing: receives the names of missing required keys. Placeholders replace them, so that the rest can be
+            checked.
     """
     kind = bare(hint)
     if isinstance(value, dict) and is_section(hint):
@@ -195,14 +195,14 @@ def build(value: Any, hint: Any, name: str, found: Problems, missing: list[str])
 def _placeholder(hint: Any, name: str, found: Problems, missing: list[str]) -> Any:
     if is_section(hint):
         return build({}, hint, name, found, missing)
-    if "[" not in name:  # a key that an item of a list lacks has been reported as such
+    if "[" not in name:  # a key that a list item lacks has already been reported
         missing.append(name)
     found.add_key(name)
     return {int: 1, list: []}.get(get_origin(bare(hint)) or bare(hint), name)
 
 
 def required(kind: Any) -> set[str]:
-    """The fields of a dataclass that have no default."""
+    """Return the fields of a dataclass that have no default."""
     return {
         item.name
         for item in dataclasses.fields(kind)
@@ -211,7 +211,7 @@ def required(kind: Any) -> set[str]:
 
 
 def is_path(hint: Any) -> bool:
-    """Whether text of this type is a path, or may be one."""
+    """Return whether text of this type is a path, or may be one."""
     if get_origin(hint) is Annotated:
         return PATH_MARK in hint.__metadata__
     return get_origin(hint) in (Union, UnionType) and any(is_path(member) for member in get_args(hint))
@@ -223,7 +223,7 @@ def switch_of(hint: Any) -> Switch | None:
 
 
 def _switched(value: Any, switch: Switch) -> Any:
-    """What ``value`` means to a setting with a ``switch``: a word for yes or no, in upper or lower case, or itself."""
+    """Return the value that a word for yes or no selects by ``switch`` (case is ignored), or ``value`` itself."""
     word = str(value).lower() if isinstance(value, bool | str) else value
     if word in ("true", "yes", "on", switch.true):
         return switch.true
@@ -231,7 +231,7 @@ def _switched(value: Any, switch: Switch) -> Any:
 
 
 def type_in_words(hint: Any) -> str:
-    """The type ``hint`` in words."""
+    """Return the type ``hint`` in words."""
     hint = bare(hint)
     kind = get_origin(hint) or hint
     if kind in (Union, UnionType):
@@ -243,6 +243,6 @@ def type_in_words(hint: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """``value`` as it would be written in YAML, shortened."""
+    """Return ``value`` as YAML writes it, shortened."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,11 +1,11 @@
-"""YAML without its traps: what people write is what is read, and what is written reads back unchanged.
+"""Read and write YAML without its surprising conversions; written values are read back unchanged.
 
 YAML 1.1 keeps the last of duplicate keys, reads ``1e-5`` as text, ``12:30:00`` as a number and ``no`` as false. This
 reader refuses duplicates, reads the first as a number and the others as text. A key is always the text as written
 (``2024:``, ``on:``). Anchors, aliases and merge keys (``<<``) work as in YAML 1.1.
 
-The input is bounded: size, depth, length of numbers, and the number of values after aliases are replaced by what they
-name. Tags other than those of plain values are refused by name. Not supported: several documents in one text.
+The input is bounded: size, depth, length of numbers, and the number of values after aliases are expanded. Tags other
+than those of plain values are refused by name. Not supported: several documents in one text.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import yaml
 from .errors import UserError
 
 MOST_CHARACTERS = 2**20
-"""Of one text. A configuration with 5,000 data sources, all keys written out, has about half as many."""
+"""Limit for one text. A configuration with 5,000 data sources and all keys written out has about half as many."""
 _MOST_VALUES = 100_000
-"""Values and keys, with every alias counted as all that it stands for."""
+"""Limit of values and keys, with every alias counted at its expanded size."""
 _DEEPEST = 50
-"""Levels of lists and mappings in each other."""
+"""Limit of nested lists and mappings."""
 _MOST_DIGITS = 100
-"""Of an integer. Far above any setting, far below what takes long to convert."""
+"""Limit of an integer's digits: far above any setting, far below what takes long to convert."""
 _MERGE = "<<"
 _TAG = "tag:yaml.org,2002:"
 _PATTERNS = {
@@ -37,7 +37,7 @@ _PATTERNS = {
         list("-+.0123456789"),
     ),
 }
-"""How plain values are written, by their tags; and the characters that they begin with."""
+"""Patterns of plain values by tag, and the characters that they begin with."""
 _COMPILED = {tag: re.compile(rf"^(?:{pattern})$") for tag, (pattern, _) in _PATTERNS.items()}
 _KNOWN_TAGS = {_TAG + name for name in ("str", "map", "seq", *_PATTERNS)}
 
@@ -52,7 +52,7 @@ class _StrictLoader(yaml.SafeLoader):
         self._depth = 0
         self._composed = 0
         self._sizes: dict[int, int] = {}
-        """Values in each finished list or mapping, by the identity of its node."""
+        """Number of values in each finished list or mapping, by the identity of its node."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -69,7 +69,7 @@ class _StrictLoader(yaml.SafeLoader):
         self._composed += 1
         self._require_few(self._composed, line)
         if self._depth > _DEEPEST:
-            raise UserError(f"line {line}: more than {_DEEPEST} lists or mappings in each other; use fewer levels")
+            raise UserError(f"line {line}: more than {_DEEPEST} nested lists or mappings; use fewer levels")
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(node, yaml.CollectionNode):
@@ -97,13 +97,13 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key)
             if key == _MERGE and key_node.style is None:
                 for part in self._merged(value_node):
-                    merged = {**part, **merged}  # of several, the first one wins
+                    merged = {**part, **merged}  # if several define a key, the first one wins
             else:
                 own[key] = self.construct_object(value_node, deep=True)
         return {**merged, **own}
 
     def _merged(self, node: yaml.Node) -> list[dict]:
-        """The mappings that ``<<`` names, the most important first."""
+        """Return the mappings that ``<<`` names, the most important first."""
         nodes: list[Any] = node.value if isinstance(node, yaml.SequenceNode) else [node]
         for item in nodes:
             if not isinstance(item, yaml.MappingNode):
@@ -113,7 +113,7 @@ class _StrictLoader(yaml.SafeLoader):
         return [self.construct_mapping(item, deep=True) for item in nodes]
 
     def construct_plain(self, node: yaml.ScalarNode) -> Any:
-        """A scalar whose tag says that it is more than text."""
+        """Return the value of a scalar with a tag other than text."""
         text, kind = self.construct_scalar(node), node.tag.removeprefix(_TAG)
         line = node.start_mark.line + 1
         if not _COMPILED[kind].match(text):
@@ -131,19 +131,19 @@ class _StrictLoader(yaml.SafeLoader):
             return int(number)
         value = float(number.replace(".inf", "inf").replace(".nan", "nan"))
         if (math.isinf(value) and "inf" not in number) or (value == 0 and re.search("[1-9]", number.split("e")[0])):
-            raise UserError(f"line {line}: {text[:60]} is beyond what a floating-point number can hold")
+            raise UserError(f"line {line}: {text[:60]} is outside the range of floating-point numbers")
         return value
 
 
 class _StrictDumper(yaml.SafeDumper):
-    """Quotes text that would be no text to a YAML 1.1 reader or to ours (``1e-5``, ``<<``)."""
+    """Quotes texts that a YAML 1.1 reader or ours would not read as text (``1e-5``, ``<<``)."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _key(node: yaml.Node) -> str:
-    """The text of a key."""
+    """Return the text of a key."""
     line = node.start_mark.line + 1
     if not isinstance(node, yaml.ScalarNode):
         kind = "list" if isinstance(node, yaml.SequenceNode) else "mapping"
@@ -160,10 +160,10 @@ for _name, (_, _first) in _PATTERNS.items():
 
 
 def load_yaml(text: str) -> Any:
-    """Return the value of a YAML text. Values that aliases name are copies of each other.
+    """Return the value of a YAML text. Values of aliases are copies of each other.
 
     Raises:
-        UserError: what is read strictly or bounded here, see the module; one line with the line number.
+        UserError: the text violates the rules or limits of this module; one line with the line number.
         yaml.YAMLError: bad syntax.
     """
     if len(text) > MOST_CHARACTERS:
@@ -172,14 +172,14 @@ def load_yaml(text: str) -> Any:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which no list or mapping occurs twice, so that changing one place changes no other."""
+    """Return a copy in which no list or mapping occurs twice, so that changing one place changes no other."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def explain(error: yaml.YAMLError) -> str:
-    """Return what is wrong with a text that :func:`load_yaml` cannot parse, in one line."""
+    """Return why :func:`load_yaml` cannot parse a text, in one line."""
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
     if isinstance(error, yaml.composer.ComposerError) and "single document" in str(error):
         return "several documents; keep one, without --- between them"
@@ -192,5 +192,5 @@ def explain(error: yaml.YAMLError) -> str:
 
 
 def dump_yaml(content: Any) -> str:
-    """YAML text that :func:`load_yaml` reads back unchanged, keys in their order."""
+    """Return YAML text that :func:`load_yaml` reads back unchanged, with keys in their order."""
     return yaml.dump(content, Dumper=_StrictDumper, sort_keys=False)

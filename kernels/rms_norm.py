@@ -23,8 +23,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Normalize the last dimension of ``x + residual`` to unit root mean square and scale it by ``weight``.
 
-    The sum is rounded to the dtype of ``x``, the mean is taken in fp32, and the normalized value is cast back before it
-    is scaled, as the published models do.
+    The sum is rounded to the dtype of ``x``, and the mean is computed in fp32. The normalized value is cast back before
+    it is scaled, as in the published models.
 
     Args:
         x: [..., H], any floating dtype.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rope_cos_sin(position_ids_T: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles.
+    """Return cosine and sine of every position's angles.
 
     Args:
         position_ids_T: [T] integer positions, restarting at every document.
@@ -30,7 +30,7 @@ def apply_rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 
 def apply_rope_to_pair(q_TND: Tensor, k_TKD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`apply_rope` of queries and keys.
+    """Apply :func:`apply_rope` to queries and keys.
 
     Args:
         q_TND: [T, N, D] queries, D even.

@@ -1,4 +1,4 @@
-"""Where Triton kernels can run."""
+"""Check whether Triton kernels can run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 
 def triton_refusal(device_type: str) -> str | None:
-    """Why the Triton kernels cannot run on devices of this type, with the remedy; None where they can.
+    """Return why the Triton kernels cannot run on devices of this type, with the remedy; None if they can.
 
     They run on NVIDIA and AMD GPUs (``device_type`` "cuda"), and anywhere through Triton's interpreter, for tests.
     """
@@ -19,5 +19,5 @@ def triton_refusal(device_type: str) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python. Must be decided before Triton is first imported."""
+    """Return whether Triton runs its kernels in Python. This is fixed when Triton is first imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"

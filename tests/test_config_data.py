@@ -79,7 +79,11 @@ def test_stages_on_the_command_line(parse):
         ("train_tokens: 400_000", "train_token: 4", "train_token'; did you mean 'data.stages[1].train_tokens'?"),
         ("- {path: corpora/web}\n", "- {}\n", "data.stages[1].train[1].path is missing"),
         ("path: corpora/chat, name: talk", "path: other/web", "data.stages[1].train has two sources named 'web'"),
-        ("- {path: corpora/web}\n", "- {path: other/web}\n", "names other/web 'web', as a former stage names"),
+        (
+            "- {path: corpora/web}\n",
+            "- {path: other/web}\n",
+            "names other/web 'web', but an earlier stage uses this name for",
+        ),
         ("data:\n", "data:\n  train: [{path: a}]\n", "data.train and data.stages are both set"),
         ("weights: documents", "weights: words", "data.weights is 'words'; expected 'tokens' or 'documents'"),
         ("packing: best_fit", "packing: best", "data.packing is 'best'; expected 'concat' or 'best_fit'"),

@@ -124,7 +124,7 @@ STEPS = "has no effect: the run has fewer steps"
         ({"parallel__reduce_gradients": "step"}, {"num_micro_batches": 2}, "parallel.reduce_gradients step has no"),
         ({"parallel__reduce_gradients": "step"}, {"reduces": True}, "parallel.reduce_gradients step has no effect"),
         ({"parallel__cpu_offload": True}, {}, "parallel.cpu_offload true has no effect: the run computes on the CPU"),
-        ({"allow_changes": ["seed"]}, {}, "allow_changes ['seed'] has no effect: the run does not continue"),
+        ({"allow_changes": ["seed"]}, {}, "allow_changes ['seed'] has no effect: the run starts fresh"),
         (
             {"model__initialize_from": "new"},
             {"resumed": {"model": {"initialize_from": "old"}}},

@@ -83,5 +83,5 @@ def test_options_that_the_guide_names_exist() -> None:
 
 def test_numbers_that_the_guide_gives() -> None:
     assert f"blocks of {BLOCK_BYTES >> 20} MB" in GUIDE
-    assert f"CPU, up to {MAX_WORKERS})" in GUIDE
-    assert TOLERANCE == 1e-3 and "a thousandth of the" in GUIDE
+    assert int(re.search(r"default: one per CPU, up to (\d+)", GUIDE)[1]) == MAX_WORKERS
+    assert re.search(r"(\w+) of the largest\s+logit", GUIDE)[1] == {1e-3: "thousandth"}[TOLERANCE]

@@ -8,6 +8,31 @@ import sys
 from pathlib import Path
 
 import pytest
+from oracles.html_page import Page
+
+from retemper.tools.demo import run as demo_run
+from retemper.tools.demo.run import Command, Demo
+
+TRAINER = """
+import json, pathlib, time
+from retemper.engine.checkpoint.manifest import Manifest, write_manifest
+
+run = pathlib.Path("runs/domain")
+(run / "checkpoints").mkdir(parents=True)
+with (run / "metrics.jsonl").open("w", buffering=1) as file:
+    for step in range(6):
+        for name, loss in (("domain", 3.0 - step / 10), ("general", 2.0 + step / 10)) if step in (0, 5) else ():
+            file.write(json.dumps({"step": step, "tokens": 10 * step, "evaluation": name, "loss": loss}) + "\\n")
+        if step:
+            file.write(json.dumps({"step": step, "tokens": 10 * step, "loss": 3.0 - step / 10}) + "\\n")
+        if step == 3:
+            folder = run / "checkpoints" / "step-00000003"
+            folder.mkdir()
+            config = {"training": {"sequence_length": 10}}
+            write_manifest(folder, Manifest("training", step=3, consumed_tokens=30, config=config))
+time.sleep(600)
+"""
+"""Stands for the trainer: it has trained past a checkpoint."""
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,6 +40,25 @@ ROOT = Path(__file__).parents[1]
 def _run_demo(folder, *options):
     command = [sys.executable, str(ROOT / "tools" / "demo" / "run.py"), "--folder", str(folder), *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_run_is_killed_past_a_checkpoint_and_reported(tmp_path, monkeypatch):
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    demo = Demo(tmp_path, [Command("python first.py", 4.25)])
+    assert demo_run.run_and_kill(demo, ("python", "trainer.py")) in (40, 50)
+    folder = tmp_path / "runs" / "domain"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
+    written = {"base_hf": "the <array>", "domain_hf": "return x"}
+    monkeypatch.setattr(demo_run, "generate", lambda path: [written[path.name]] * len(demo_run.PROMPTS))
+    demo_run.write_samples(demo)
+    summary = demo_run.write_page(demo)
+    assert "domain loss fell by 0.500 nats (-16.7 %): learned" in summary
+    assert "general loss rose by 0.500 nats (+25.0 %): forgotten" in summary
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    page.require_self_contained()
+    assert "python first.py 4.2 s python trainer.py # killed" in page.text and "all commands" in page.text
+    assert "before The function returns the <array> after The function returns return x" in page.text
+    assert f"Python {sys.version_info.major}." in page.text and "step-00000003" in page.text
 
 
 @pytest.mark.slow

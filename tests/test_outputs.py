@@ -111,7 +111,7 @@ def test_a_report_replaces_its_own_and_empty_files(tmp_path):
 def test_plots_and_pages_carry_the_mark(tmp_path, suffix):
     pytest.importorskip("matplotlib")
     from retemper.tools.kernel_benchmark.report import plot_results
-    from retemper.tools.page.markup import page
+    from retemper.tools.reports.page import page
 
     for path in (tmp_path / f"plot.{suffix}", tmp_path / f"again.{suffix}"):
         plot_results([], path, "title")

@@ -119,9 +119,9 @@ def test_ratios_are_of_medians_over_rounds(peers):
 
 
 def test_a_run_that_failed_is_a_row_with_its_reason(peers):
-    runs = [record(peers.OURS), {"engine": "trainer", "problem": "not done after 5 s"}]
+    runs = [record(peers.OURS), {"engine": "trainer", "problem": "not finished after 5 s"}]
     rows = peers.summarize(runs)
-    assert "| trainer | not done after 5 s | | | | | | |" in peers.table(rows, {})
+    assert "| trainer | not finished after 5 s | | | | | | |" in peers.table(rows, {})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def stub(peers, monkeypatch, tmp_path):
     ("engine", "limit", "said"),
     [
         ("litgpt", 30.0, "ValueError: out of memory"),
-        ("trainer+liger", 0.3, "not done after 0.3 s"),
+        ("trainer+liger", 0.3, "not finished after 0.3 s"),
         ("litgpt+compile", 30.0, "exit code 0"),
     ],
 )
@@ -207,7 +207,7 @@ def test_engines_without_time_are_named(peers, stub, monkeypatch, capsys):
     assert peers.main([*TINY, "--engines", engines, "--rounds", "2", "--total-time", "2"]) == 1
     assert (stub / "started.txt").read_text().split() == ["retemper", "trainer+liger"]
     printed = capsys.readouterr().out
-    assert "| trainer+liger | not done after " in printed
+    assert "| trainer+liger | not finished after " in printed
     assert "| trainer+compile | not run: no time left |" in printed
 
 

@@ -1,10 +1,10 @@
-"""Time the training step: tokens/s, MFU, where the time goes, peak memory.
+"""Time the training step: tokens/s, MFU, time of each part, peak memory.
 
     python tools/benchmark.py --config megatron_configs/qwen2.5_0.5b.yaml --json step.json
     torchrun --nproc-per-node 8 tools/benchmark.py --config megatron_configs/qwen2.5_7b.yaml --steps 30
     python tools/benchmark.py --config run.yaml --sweep micro_batch_size=1,2,4 recompute=none,full
 
-The work is done by retemper.tools.step_benchmark; this file is the command line.
+This file is the command line of retemper.tools.step_benchmark.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from retemper.engine.config import RunConfig, to_dict
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.outputs import Use, require_report, write_json_report
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout
@@ -29,18 +30,26 @@ from retemper.tools.step_benchmark.sweep import format_sweep, parse_sweep, run_s
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and those of the run's configuration."""
+    """Parse the options of this command, and return the others, which belong to the run's configuration."""
     parser = CommandParser(
-        description="Time the steps of a training run, with the real trainer, on random weights: tokens/s, MFU, where "
-        "the time goes, peak memory. No checkpoint is read or written, and no run folder is touched. Prints Markdown "
+        description="Time the steps of a training run on random weights: tokens/s, MFU, time of "
+        "each part, peak memory. No checkpoint is read or written, and no run folder is touched. Prints Markdown "
         "tables.",
         epilog="All other options are those of engine/pretrain.py, such as --training.micro_batch_size 2.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="as for engine/pretrain.py")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="that are timed (default: %(default)s)")
     parser.add_argument(
-        "--warmup-steps", type=int, default=5, metavar="N", help="before them, not timed (default: %(default)s)"
+        "--config", action="append", required=True, metavar="FILE", help="configuration, as for engine/pretrain.py"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="number of timed steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--warmup-steps",
+        type=int,
+        default=5,
+        metavar="N",
+        help="number of untimed steps before them (default: %(default)s)",
     )
     parser.add_argument(
         "--real-data", action="store_true", help="read the datasets of the configuration (default: random tokens)"
@@ -49,30 +58,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
         "--documents",
         default="whole",
         metavar="LENGTHS",
-        help="of the random documents, in tokens: fixed:N, uniform:LEAST:MOST, lognormal:MEAN[:SIGMA], or whole: every "
-        "sample is one (default: %(default)s)",
+        help="lengths of the random documents, in tokens: fixed:N, uniform:LEAST:MOST, lognormal:MEAN[:SIGMA], or "
+        "whole: every sample is one document (default: %(default)s)",
     )
     parser.add_argument(
         "--matmul-seconds",
         type=float,
         default=0.2,
         metavar="S",
-        help="for each size and dtype of the matrix products that are timed as a peak; 0 leaves them out (default: "
+        help="seconds for each size and dtype of the matrix products that measure the peak; 0 skips them (default: "
         "%(default)s)",
     )
     parser.add_argument(
         "--sweep",
         nargs="+",
         metavar="KEY=V1,V2",
-        help="measure the product of these settings, each in a fresh process, and name the fastest that fits",
+        help="measure all combinations of these settings, each in a fresh process, and name the fastest that fits",
     )
     parser.add_argument(
         "--launch",
         default="",
         metavar="COMMAND",
-        help="with --sweep: what starts each process, such as 'torchrun --nproc-per-node 8' (default: python)",
+        help="with --sweep: command that starts each process, such as 'torchrun --nproc-per-node 8' (default: python)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     options, rest = parser.parse_known_args(arguments)
     return options, [word for file in options.config for word in ("--config", file)] + rest
 
@@ -91,21 +100,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.sweep:
         _sweep(config, options, settings, run_arguments, record)
     elif options.launch:
-        raise UserError(f"--launch {options.launch}: is for --sweep; else start this command with it")
+        raise UserError(f"--launch {options.launch}: is only for --sweep; otherwise start this command with it")
     else:
         _measure(config, options.json, settings, record)
 
 
 def _measure(config: RunConfig, path: Path | None, settings: BenchmarkOptions, record: dict[str, Any]) -> None:
-    # All that needs PyTorch, before any rank waits for another.
-    from retemper.engine.parallel.process_group import process_group
-    from retemper.tools.step_benchmark.machine import step_machine_facts
-    from retemper.tools.step_benchmark.measure import measure_step
-    from retemper.tools.step_benchmark.report import format_report, to_record
+    # Everything that needs PyTorch is imported before any rank waits for another.
+    with uncollected():
+        from retemper.engine.parallel.process_group import process_group
+        from retemper.tools.step_benchmark.machine import step_machine_facts
+        from retemper.tools.step_benchmark.measure import measure_step
+        from retemper.tools.step_benchmark.report import format_report, to_record
 
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
         ranks.everywhere(lambda: check_layout(config, ranks.world_size))
-        machine = step_machine_facts()  # before there is any load of ours
+        machine = step_machine_facts()  # before this command puts load on the machine
         found = measure_step(config, settings, ranks)
         if ranks.is_main:
             print(format_report(found, machine))
@@ -132,7 +142,7 @@ def _sweep(
     record["sweep"] = [{"settings": row.settings, "outcome": row.outcome, **(row.record or {})} for row in rows]
     _write(options.json, record)
     if not any(row.record for row in rows):
-        raise UserError(f"--sweep {' '.join(options.sweep)}: no setting went through; the table says why")
+        raise UserError(f"--sweep {' '.join(options.sweep)}: no setting succeeded; the table shows why")
 
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:

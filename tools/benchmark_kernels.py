@@ -1,9 +1,9 @@
-"""Time each kernel beside the peers that are installed, with its error against float64 and its memory.
+"""Time each kernel and its installed peers, with errors against float64 and memory.
 
     python tools/benchmark_kernels.py --sizes small --json kernels.json --plot kernels.png
     python tools/benchmark_kernels.py --sizes issue --kernels linear_cross_entropy,attention
 
-The work is done by retemper.tools.kernel_benchmark; this file is the command line.
+This file is the command line of retemper.tools.kernel_benchmark.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.outputs import require_report
 from retemper.tools.kernel_benchmark.names import KERNELS
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(
         description="Time the forward and backward pass of each kernel and of its peers on random inputs: the median "
-        "of several calls, the error against float64 of calls whose fresh memory held NaN, and the peak memory. Fails "
-        "when a kernel of ours is outside its bounds."
+        "of several calls, the peak memory, and the error against float64. The error is measured in calls whose "
+        "fresh memory held NaN. Fails if one of our kernels is outside its bounds."
     )
     parser.add_argument("--kernels", default=",".join(KERNELS), metavar="NAMES", help="default: %(default)s")
     parser.add_argument(
@@ -37,13 +38,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU, else fp32"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timed calls per provider (default: %(default)g)")
     parser.add_argument(
-        "--time-limit", type=float, metavar="S", help="start no case after so many seconds; those left out are named"
+        "--seconds", type=float, default=1.0, help="duration of the timed calls per provider (default: %(default)g)"
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="S", help="start no case after this many seconds; cases left out are named"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave out providers that use torch.compile")
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (.png, .svg, .pdf); needs matplotlib")
     return parser.parse_args(arguments)
 
@@ -57,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         raise UserError(f"--kernels {','.join(unknown)}: there are {', '.join(KERNELS)}")
     command = shlex.join(["python", "tools/benchmark_kernels.py", *(sys.argv[1:] if arguments is None else arguments)])
-    from retemper.tools.kernel_benchmark.command import benchmark  # needs PyTorch
+    with uncollected():
+        from retemper.tools.kernel_benchmark.command import benchmark
 
     benchmark(options, command)
 

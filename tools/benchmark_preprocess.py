@@ -3,7 +3,7 @@
     python tools/benchmark_preprocess.py --input corpus.jsonl --tokenizer models/qwen3 --repeat 6
     python tools/benchmark_preprocess.py --input corpus.jsonl --tokenizer models/qwen3 --megatron --memory-check
 
-The work is done by retemper.tools.ingest_benchmark; this file is the command line. Linux only.
+This file is the command line of retemper.tools.ingest_benchmark. Linux only.
 """
 
 from __future__ import annotations
@@ -21,43 +21,48 @@ from retemper.tools.ingest_benchmark.report import format_report, to_record
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(
-        description="Measure the preprocess command on a corpus, in one run and on the same cores: the bare tokenizer, "
-        "driven in big batches from memory; the command, with all its processes; and, if asked for, Megatron-LM's "
-        "loop. Outputs are compared. Prints Markdown tables."
+        description="Measure the preprocess command on a corpus, in one run and on the same cores: the bare tokenizer "
+        "on big batches in memory, the whole command with all its processes, and optionally Megatron-LM's loop. "
+        "Outputs are compared. Prints Markdown tables."
     )
     parser.add_argument(
-        "--input", type=Path, required=True, metavar="FILE", help="one plain .jsonl file without faults"
+        "--input", type=Path, required=True, metavar="FILE", help="one plain .jsonl file without errors"
     )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR|FILE|NAME", help="as for tools/preprocess.py")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR|FILE|NAME", help="tokenizer, as for tools/preprocess.py"
+    )
     parser.add_argument("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="of both commands (default: the cores of this machine)"
+        "--workers", type=int, metavar="N", help="workers of both commands (default: the cores of this machine)"
     )
     parser.add_argument(
         "--repeat",
         type=int,
         default=1,
         metavar="N",
-        help="take the documents N times, where there are too few; tokenizers remember words, so rates are higher than "
-        "those of as much new text (default: %(default)s)",
+        help="use the documents N times, if there are too few; tokenizers cache words, so rates are higher than on the "
+        "same amount of new text (default: %(default)s)",
     )
     parser.add_argument(
-        "--runs", type=int, default=3, metavar="N", help="rounds, of which the best counts (default: %(default)s)"
+        "--runs", type=int, default=3, metavar="N", help="number of rounds; the best one counts (default: %(default)s)"
     )
     parser.add_argument(
-        "--megatron", action="store_true", help="run Megatron-LM's loop too; it is built on megatron-core"
+        "--megatron", action="store_true", help="also run Megatron-LM's loop, which needs megatron-core"
     )
     parser.add_argument(
         "--megatron-megabytes",
         type=float,
         default=20.0,
         metavar="MB",
-        help="how much of the corpus it gets; its time on all of it is computed (default: %(default)g)",
+        help="size of the part of the corpus for Megatron-LM; its time on the whole corpus is extrapolated (default: "
+        "%(default)g)",
     )
     parser.add_argument(
-        "--memory-check", action="store_true", help="run the command on one long document and on many, made up"
+        "--memory-check",
+        action="store_true",
+        help="run the command on one long synthetic document and on many short ones",
     )
     parser.add_argument(
         "--memory-megabytes",
@@ -65,10 +70,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs=2,
         default=(1000.0, 4000.0),
         metavar=("ONE", "MANY"),
-        help="sizes of the two (default: 1000 4000)",
+        help="sizes of these two corpora (default: 1000 4000)",
     )
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="for corpora and outputs (default: the system's)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="folder for corpora and outputs (default: the system's)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     return parser.parse_args(arguments)
 
 
@@ -77,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = settings.pop("json")
     if path is not None:
         require_report("--json", path, [Use("--input", settings["input"])])
-    machine = machine_facts()  # before there is any load of ours
+    machine = machine_facts()  # before this command puts load on the machine
     results = run_benchmark(BenchmarkOptions(**settings))
     print(format_report(results, machine))
     if path is not None:

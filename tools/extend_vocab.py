@@ -1,10 +1,9 @@
-"""Give a model new tokens for its domain.
+"""Add tokens for a domain to a model.
 
     python tools/extend_vocab.py --model ckpt/base --corpus corpus.jsonl --num-tokens 2000 --output ckpt/extended
     python tools/extend_vocab.py --model models/llama --tokens words.txt --output models/llama-extended
 
-Ids that there are do not move. The work is done by retemper.tools.vocabulary; this file is the command line.
-docs/vocabulary.md tells more.
+Existing ids do not change. This file is the command line of retemper.tools.vocabulary; see docs/vocabulary.md.
 """
 
 from __future__ import annotations
@@ -13,70 +12,87 @@ import signal
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE
 from retemper.tools.vocabulary.options import ExtendOptions
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(
-        description="Learn new tokens from a corpus, or take listed ones, and write the model with rows for them."
+        description="Learn new tokens from a corpus, or read them from a list, and write the model with rows for them."
     )
-    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="Hugging Face folder or name; or checkpoint")
-    parser.add_argument("--output", required=True, metavar="DIR", help="of the same kind as --model; must not exist")
+    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="Hugging Face folder or name, or checkpoint")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write, of the same kind as --model; must not exist"
+    )
     parser.add_argument(
         "--corpus",
         nargs="+",
         default=[],
         metavar="FILE|DIR|GLOB",
-        help="text of the domain, in any format that tools/preprocess.py reads. A tenth of its documents is held out, "
-        "to measure the gain with",
+        help="text of the domain, in any format that tools/preprocess.py reads. A tenth of its documents is held out "
+        "to measure the gain",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--num-tokens", type=int, default=2000, metavar="N", help="to learn (default: %(default)s)")
+    what.add_argument(
+        "--num-tokens", type=int, default=2000, metavar="N", help="number of tokens to learn (default: %(default)s)"
+    )
     what.add_argument(
         "--tokens",
         metavar="FILE",
-        help="take these instead: one to a line with its leading space, JSON lines, or a vocabulary.json of this tool",
+        help="add these tokens instead: one per line with its leading space, JSON lines, or a vocabulary.json of this "
+        "tool",
     )
-    parser.add_argument("--json-key", nargs="+", default=["text"], metavar="KEY", help="as of tools/preprocess.py")
     parser.add_argument(
-        "--txt-mode", choices=("file", "line"), default="file", help="in .txt a document is (default: the) file or line"
+        "--json-key",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="key of the text in a record, as in tools/preprocess.py",
     )
-    parser.add_argument("--max-documents", type=int, metavar="N", help="read no more documents of the corpus")
-    parser.add_argument("--max-bytes", type=int, metavar="N", help="read no more than about so much text")
+    parser.add_argument(
+        "--txt-mode",
+        choices=("file", "line"),
+        default="file",
+        help="unit of a document in .txt: the whole file (default), or a line",
+    )
+    parser.add_argument("--max-documents", type=int, metavar="N", help="read at most this many documents of the corpus")
+    parser.add_argument("--max-bytes", type=int, metavar="N", help="read about this many bytes of text at most")
     parser.add_argument(
         "--min-count",
         type=int,
         default=10,
         metavar="N",
-        help="a token must occur so often in the corpus to be learned (default: %(default)s)",
+        help="minimum number of occurrences in the corpus for a learned token (default: %(default)s)",
     )
     parser.add_argument(
         "--max-characters",
         type=int,
         default=16,
         metavar="N",
-        help="longest token to learn, the space before it included (default: %(default)s)",
+        help="maximum length of a learned token, with the space before it (default: %(default)s)",
     )
     parser.add_argument(
         "--pad-vocab-to-multiple-of",
         type=int,
         metavar="N",
-        help="rows of the new embedding (default: the largest power of two up to 128 that divides the old number)",
+        help="round the rows of the new embedding up to a multiple of N (default: the largest power of two up to 128 "
+        "that divides the old number)",
     )
     parser.add_argument(
         "--max-shard-size",
         default=DEFAULT_MAX_SHARD_SIZE,
         metavar="SIZE",
-        help="largest safetensors file of a Hugging Face folder (default: %(default)s)",
+        help="maximum size of a safetensors file in a Hugging Face folder (default: %(default)s)",
     )
     return ExtendOptions(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from retemper.tools.vocabulary.command import extend  # needs PyTorch
+    with uncollected():
+        from retemper.tools.vocabulary.command import extend
 
     extend(options)
 

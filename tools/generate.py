@@ -4,8 +4,9 @@
     python tools/generate.py --model runs/x/checkpoints/step-00001000 < prompts.txt     # one prompt a line
     python tools/generate.py --model ckpt/base                                          # asks for prompts
 
-Prompts and their continuations go to stdout, everything else to stderr. There is no key/value cache: the time per
-token grows with the length. The work is done by retemper.tools.generation; this file is the command line.
+Prompts and their continuations are written to stdout, everything else to stderr. There is no key/value cache: the time
+per
+token grows with the length. This file is the command line of retemper.tools.generation.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from retemper.engine.data.document_frame import BOS_CHOICES
 from retemper.engine.errors import CommandParser, UserError, report_user_error, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.hugging_face.weight_options import DTYPE_CHOICES
 from retemper.tools.sampling import Sampling
 
@@ -26,49 +28,52 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(description="Continue prompts with a Hugging Face folder or a checkpoint.")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or checkpoint folder")
     parser.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="text to continue; may be repeated (default: the lines of stdin, or asked for on a terminal)",
+        help="text to continue; may be repeated (default: the lines of stdin, or a prompt on a terminal)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="default: %(default)s")
     parser.add_argument(
         "--temperature",
         type=float,
         default=Sampling.temperature,
-        help="0 takes the most likely token, 1 samples as the model says (default: %(default)s)",
+        help="0 takes the most likely token, 1 samples from the model's distribution (default: %(default)s)",
     )
     parser.add_argument(
         "--top-p",
         type=float,
         default=Sampling.top_p,
-        help="sample from the most likely tokens that together reach this probability (default: %(default)s)",
+        help="sample from the smallest set of most likely tokens that reaches this probability (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-k", type=int, default=Sampling.top_k, help="sample from that many most likely tokens (default: all)"
+        "--top-k", type=int, default=Sampling.top_k, help="sample from this many most likely tokens (default: all)"
     )
-    parser.add_argument("--seed", type=int, default=Sampling.seed, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=Sampling.seed, help="seed of the sampling (default: %(default)s)")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.json (default: the model's own)")
     parser.add_argument(
         "--bos",
         choices=BOS_CHOICES,
         default="auto",
-        help="whether a prompt begins with the BOS (auto: as the documents in training where a checkpoint says, else "
-        "as the tokenizer begins texts)",
+        help="whether a prompt begins with the BOS (auto: as the documents in training if the checkpoint records it, "
+        "else as the tokenizer begins texts)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPE_CHOICES, default="auto", help="to compute in (default: what the model's config says)"
+        "--dtype",
+        choices=DTYPE_CHOICES,
+        default="auto",
+        help="dtype to compute in (default: the dtype in the model's config)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     return parser.parse_args(arguments)
 
 
 def typed_prompts() -> Iterator[str]:
-    """Prompts asked for on a terminal, until end of input; empty lines are asked again."""
+    """Yield prompts typed on a terminal, until end of input; empty lines are ignored."""
     while True:
         try:
             prompt = input("prompt> ")
@@ -79,22 +84,22 @@ def typed_prompts() -> Iterator[str]:
 
 
 def piped_prompts() -> list[str]:
-    """The lines of stdin.
+    """Return the lines of stdin.
 
     Raises:
-        UserError: there are none, or one is empty.
+        UserError: there are no lines, or one is empty.
     """
     prompts = sys.stdin.read().splitlines()
     if not prompts:
-        raise UserError("stdin is empty; give prompts there, one a line, or with --prompt")
+        raise UserError("stdin is empty; give prompts there, one per line, or with --prompt")
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise UserError(f"stdin, line {number}: the prompt is empty; give one prompt a line")
+            raise UserError(f"stdin, line {number}: the prompt is empty; give one prompt per line")
     return prompts
 
 
 def show_completion(model: TextGenerator, prompt: str, sampling: Sampling) -> None:
-    """Print the prompt with what follows it, and the speed."""
+    """Print the prompt with its continuation, and the speed."""
     started = time.perf_counter()
     completion = model.generate(prompt, sampling)
     seconds = time.perf_counter() - started
@@ -112,12 +117,14 @@ def main() -> None:
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
     interactive = options.prompt is None and sys.stdin.isatty()
     prompts = options.prompt if options.prompt is not None else [] if interactive else piped_prompts()
-    from retemper.tools.generation import TextGenerator  # needs PyTorch
+    with uncollected():
+        from retemper.tools.generation import TextGenerator
 
     model = TextGenerator(options.model, options.tokenizer, options.dtype, options.device, options.bos)
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    # All prompts are checked before the first is run: an error in the last should not cost the work on the others.
+    # All prompts are checked before the first is run, so that an error in the last does not waste the work on the
+    # others.
     for prompt in prompts:
         model.encode(prompt)
     for prompt in typed_prompts() if interactive else prompts:

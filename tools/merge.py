@@ -3,7 +3,7 @@
     python tools/merge.py --inputs 'dataset.shard-*-of-8' --output-prefix dataset
     python tools/merge.py --inputs books web/part-* --output-prefix mix
 
-The work is done by retemper.tools.ingest.merging; this file is the command line.
+This file is the command line of retemper.tools.ingest.merging.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from retemper.tools.ingest.merging import MergeOptions, format_report, merge
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> MergeOptions:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(
         description="Join indexed datasets: the shards of one run, or whole datasets, in the order given. Files are "
         "checked against the hashes in their sidecars."
@@ -26,18 +26,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> MergeOptions:
         nargs="+",
         required=True,
         metavar="PREFIX|PATTERN",
-        help="datasets, each by the path of its .bin and .idx without suffix, or a pattern of such paths in quotes. "
-        "Documents keep the order of the arguments; within a pattern of paths, and shards of one run of their numbers. "
-        "Of a run, all shards must be there",
+        help="datasets, each as the path of its .bin and .idx without suffix, or as a quoted pattern of such paths. "
+        "Documents keep the order of the arguments; the matches of a pattern are ordered by path, shards of one "
+        "run by their numbers. All shards of a run must be given",
     )
-    parser.add_argument("--output-prefix", required=True, metavar="PATH", help="of the dataset to write")
+    parser.add_argument(
+        "--output-prefix", required=True, metavar="PATH", help="path of the dataset to write, without suffix"
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing dataset once the new one is complete"
     )
     parser.add_argument(
         "--fill-mask",
         action="store_true",
-        help="join datasets with and without a loss mask: of those without, every token is to be predicted",
+        help="join datasets with and without a loss mask: in those without, every token is a target",
     )
     return MergeOptions(**vars(parser.parse_args(arguments)))
 

@@ -3,7 +3,7 @@
     python tools/plan.py --config megatron_configs/qwen2_72b.yaml --nodes 4 --gpus-per-node 8 --gpu a100-80gb
     python tools/plan.py --config run.yaml --nodes 2 --gpus-per-node 8 --gpu h100-80gb --search --json plan.json
 
-The work is done by retemper.tools.rehearsal; this file is the command line.
+This file is the command line of retemper.tools.rehearsal.
 """
 
 from __future__ import annotations
@@ -16,32 +16,43 @@ from pathlib import Path
 
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.outputs import Use, require_report, write_json_report
 from retemper.tools.rehearsal.gpus import GPUS
 from retemper.tools.rehearsal.request import EFFICIENCY, RESERVE, Request, read_architecture
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and those of the run's configuration."""
+    """Parse the options of this command, and return the others, which belong to the run's configuration."""
     parser = CommandParser(
-        description="Run a step of a training run without GPUs and without weights, with the real model and the real "
-        "parallel code, as one rank of the cluster: what memory, traffic and time it takes. Time is predicted from "
+        description="Run a step of a training run without GPUs and without weights, with the real model and parallel "
+        "code, as one rank of the cluster. Reports memory, traffic and time. Time is predicted from "
         "datasheets and stated assumptions.",
         epilog="All other options are those of engine/pretrain.py, such as --parallel.tensor 8.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="as for engine/pretrain.py")
+    parser.add_argument(
+        "--config", action="append", required=True, metavar="FILE", help="configuration, as for engine/pretrain.py"
+    )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
-    parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; the memory may be left out: h200, rtx4090")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; the memory size may be omitted: h200, rtx4090"
+    )
     described = parser.add_argument_group("a GPU that is not in that list, instead of --gpu")
-    described.add_argument("--gpu-memory", type=float, metavar="GIB", help="that PyTorch may use")
-    described.add_argument("--gpu-tflops", type=float, metavar="N", help="dense bf16 TFLOP/s of the datasheet")
+    described.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory available to PyTorch")
+    described.add_argument("--gpu-tflops", type=float, metavar="N", help="dense bf16 TFLOP/s from the datasheet")
     described.add_argument(
-        "--gpu-bandwidth", type=float, metavar="GB/S", help="of its memory (default: as an A100's to its TFLOP/s)"
+        "--gpu-bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="memory bandwidth (default: in proportion to the TFLOP/s, as of an A100)",
     )
     described.add_argument(
-        "--gpu-link", type=float, metavar="GB/S", help="to the server's other GPUs, one direction (default: PCIe 4, 32)"
+        "--gpu-link",
+        type=float,
+        metavar="GB/S",
+        help="bandwidth to the server's other GPUs, one direction (default: PCIe 4, 32)",
     )
     parser.add_argument(
         "--search", action="store_true", help="try layouts, rank those that fit, and rehearse the fastest in full"
@@ -54,22 +65,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
         type=float,
         default=EFFICIENCY,
         metavar="PART",
-        help="of the GPU's peak that is reached while computing (default: %(default)s)",
+        help="fraction of the GPU's peak reached while computing (default: %(default)s)",
     )
     parser.add_argument(
         "--network",
         type=float,
         metavar="GBIT",
-        help="between nodes, for each GPU, in Gbit/s (default: that of the GPU's usual server)",
+        help="network between nodes, per GPU, in Gbit/s (default: that of the GPU's usual server)",
     )
     parser.add_argument(
         "--reserve",
         type=float,
         default=RESERVE / 2**30,
         metavar="GIB",
-        help="of each GPU's memory for what is not counted (default: %(default)g)",
+        help="memory of each GPU set aside for what is not counted (default: %(default)g)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
     options, rest = parser.parse_known_args(arguments)
     return options, [word for file in options.config for word in ("--config", file)] + rest
 
@@ -92,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.gpu_link,
     )
     setting = request.setting(read_architecture(config.model))
-    from retemper.tools.rehearsal.command import rehearse  # needs PyTorch
+    with uncollected():
+        from retemper.tools.rehearsal.command import rehearse
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@
     python tools/show_dataset.py dataset --index 17
     python tools/show_dataset.py dataset --verify
 
-The work is done by retemper.tools.inspection; this file is the command line.
+The work is done by retemper.tools.reports.dataset; this file is the command line.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.outputs import Use, require_report
-from retemper.tools.inspection.decoding import decode_document
-from retemper.tools.inspection.page import write_page
-from retemper.tools.inspection.report import InspectOptions, inspect_dataset
-from retemper.tools.inspection.text import format_document, format_report
-from retemper.tools.inspection.tokenizers import choose_tokenizer, find_eod_id
-from retemper.tools.inspection.verification import verify_dataset
-from retemper.tools.page.figures import require_matplotlib
+from retemper.tools.reports.dataset.decoding import decode_document
+from retemper.tools.reports.dataset.page import write_page
+from retemper.tools.reports.dataset.report import InspectOptions, inspect_dataset
+from retemper.tools.reports.dataset.text import format_document, format_report
+from retemper.tools.reports.dataset.tokenizers import choose_tokenizer, find_eod_id
+from retemper.tools.reports.dataset.verification import verify_dataset
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -71,7 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     if options.html is not None:
-        require_matplotlib()
         reads = [Use("dataset", path) for path in existing_outputs(options.dataset)]
         reads += [] if options.config is None else [Use("--config", options.config)]
         require_report("--html", options.html, reads)

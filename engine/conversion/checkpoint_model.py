@@ -1,10 +1,9 @@
-"""A checkpoint as converters see it: the parameters in one that there is, and the files of one that they write."""
+"""Read and write checkpoints for the converters: the parameters of an existing one, and the files of a new one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +12,51 @@ import torch
 from ... import __version__
 from ..checkpoint.assets import ASSET_FOLDER, CONFIG_FILE, HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from ..checkpoint.tensors import OPTIMIZER_PREFIX, StoredTensor, check_model_tensors
+from ..checkpoint.tensors import OPTIMIZER_PREFIX, check_model_tensors, open_tensors
 from ..checkpoint.verify import require_undamaged
+from ..hugging_face.shards import safetensors_file
 from ..hugging_face.weight_dtypes import declared_dtype
 from ..model.architecture import Architecture, parse_architecture, read_hf_config
 from ..model.decoder import meta_decoder
-from ..streaming.block_copy import OutputFile, WrittenFile
-from ..streaming.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
+from ..streaming.block_copy import WrittenFile
+from ..streaming.tensor_source import StoredTensor
+from ..weights.parts import TensorParts
+from ..weights.safetensors_format import SUFFIX
+from ..weights.table import TableEntry, write_table
 from .record import file_hash, file_identity, require_same_source
 from .run import progress
 
 
 @dataclass(frozen=True)
 class CheckpointModel:
-    """The parameters of a decoder in a checkpoint, and what else it holds."""
+    """The parameters of a decoder in a checkpoint, and its other contents."""
 
     folder: Path
     manifest: Manifest
     config: dict[str, Any]
-    """Content of its ``config.json``."""
+    """Content of the checkpoint's ``config.json``."""
     architecture: Architecture
-    stored: CheckpointRows
+    stored: TensorParts
     """All tensors."""
-    weights: CheckpointRows
+    weights: TensorParts
     """Parameters, in the decoder's order."""
     left_out: dict[str, list[str]]
-    """Names of the tensors that are no parameters, by the reason why."""
+    """Names of the tensors that are not parameters, by reason."""
     assets: HfAssets
     files: dict[str, Any]
-    """Size, time and inode of every file with tensors, when the checkpoint was opened."""
+    """Size, time and inode of every file with tensors, at the time the checkpoint was opened."""
 
     def require_unchanged(self) -> None:
-        """Refuse a checkpoint whose files are no longer those that were opened: what was read would be a mixture.
+        """Refuse a checkpoint whose files have changed since it was opened: the tensors read would be a mixture.
 
         Raises:
-            Worthless: naming the folder.
+            Worthless: names the folder.
         """
-        require_same_source(self.folder, self.files, lambda: _files_of(self.folder))
+        require_same_source(self.folder, self.files, lambda: _files_of(self.stored))
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells it from any other: the manifest has the hash of every file."""
+        """Identity of the checkpoint: the manifest has the hash of every file."""
         return {
             "folder": str(self.folder.resolve()),
             "manifest_xxh3_128": file_hash(self.folder / MANIFEST_FILE),
@@ -64,15 +67,17 @@ class CheckpointModel:
 
     @property
     def notes(self) -> list[str]:
-        """What is left out of it, and what cannot be verified, a line each."""
+        """Remarks about omitted parts and parts that cannot be verified, a line each."""
         lines = [f"left out {len(names)} tensors: {reason}" for reason, names in self.left_out.items()]
         if not self.manifest.records:
             lines.append(f"{self.folder} is not verified: it was written before manifests had hashes")
         return lines
 
     def export_dtype(self) -> torch.dtype | None:
-        """What parameters are written in where nobody asks for a dtype. None: each in its own; of a training
-        checkpoint, which keeps more digits than the model needs, what the config declares, else float32.
+        """Return the default dtype of exported parameters. None: each keeps its own.
+
+        A training checkpoint has more precision than the model needs, so the default is the config's dtype, else
+        float32.
 
         Raises:
             UserError: the config declares a dtype that weights cannot have.
@@ -82,10 +87,10 @@ class CheckpointModel:
         return declared_dtype(self.config, str(self.folder / ASSET_FOLDER / CONFIG_FILE)) or torch.float32
 
     def verify(self, workers: int) -> None:
-        """Read every byte under a progress bar, ``workers`` files at a time.
+        """Verify every byte under a progress bar, ``workers`` files at a time.
 
         Raises:
-            UserError: naming the first file that is not what was written.
+            UserError: names the first file that differs from what was written.
         """
         num_bytes = sum(file.bytes for file in self.manifest.records.values())
         with progress("verifying", num_bytes) as advance:
@@ -93,18 +98,19 @@ class CheckpointModel:
 
 
 def open_checkpoint_model(folder: Path) -> CheckpointModel:
-    """Open the checkpoint ``folder`` and check that it holds exactly the parameters that its config calls for.
+    """Open the checkpoint ``folder`` and check that it holds exactly the parameters that its config requires.
 
     Raises:
-        UserError: it is incomplete, carries no config, or holds another model.
+        UserError: it is incomplete, has no config, or holds another model.
     """
-    manifest, files = read_manifest(folder), _files_of(folder)
+    manifest, stored = read_manifest(folder), open_tensors(folder)
+    stored.require_whole()
+    files = _files_of(stored)
     where = folder / ASSET_FOLDER / CONFIG_FILE
     config = read_hf_config(where)
     architecture = parse_architecture(config, str(where))
     decoder = meta_decoder(architecture)
     check_model_tensors(folder, decoder)
-    stored = CheckpointRows(folder)
     weights = stored.only(name for name, _ in decoder.named_parameters())
     states = [name for name in stored.tensors if name not in weights.tensors]
     assert all(name.startswith(OPTIMIZER_PREFIX) for name in states)
@@ -113,9 +119,9 @@ def open_checkpoint_model(folder: Path) -> CheckpointModel:
     return CheckpointModel(folder, manifest, config, architecture, stored, weights, left_out, assets, files)
 
 
-def _files_of(folder: Path) -> dict[str, Any]:
-    """What tells the files with tensors from others of the same names. The inode also tells a copy put in place."""
-    return {path.name: file_identity(path) | {"inode": path.stat().st_ino} for path in sorted(folder.glob("*.distcp"))}
+def _files_of(stored: TensorParts) -> dict[str, Any]:
+    """Return what distinguishes the files with tensors from replacements. The inode also detects a copy."""
+    return {path.name: file_identity(path) | {"inode": path.stat().st_ino} for path in sorted(stored.paths)}
 
 
 class CheckpointPlan:
@@ -128,26 +134,28 @@ class CheckpointPlan:
     def __init__(self, tensors: Mapping[str, StoredTensor]):
         self._tensors = tensors
         self.files = [
-            OutputFile(f"__0_{number}.distcp", {name: tensor}, partial(_begin, name, tensor))
+            safetensors_file(f"tensor-{number:05d}{SUFFIX}", {name: tensor})
             for number, (name, tensor) in enumerate(tensors.items())
         ]
-        """For :func:`~retemper.engine.streaming.block_copy.copy_files`."""
+        """The files, for :func:`~retemper.engine.streaming.block_copy.copy_files`."""
 
-    def write_metadata(self, folder: Path, done: Iterable[WrittenFile]) -> None:
-        """Write what says which tensor is in which file, when all are ``done``."""
-        places = {name: (file.name, file.record.bytes) for file in done for name in file.tensors}
-        write_metadata(folder, self._tensors, places)
-
-
-def _begin(name: str, tensor: StoredTensor, path: Path) -> dict[str, int]:
-    return {name: begin_tensor_file(path, tensor)}
+    def write_table(self, folder: Path, done: Iterable[WrittenFile]) -> None:
+        """Write the table, which maps tensors to files, after all files are ``done``."""
+        files = {name: file.name for file in done for name in file.tensors}
+        write_table(
+            folder,
+            {
+                name: TableEntry(tensor, [(files[name], ((0,) * len(tensor.shape), tensor.shape))])
+                for name, tensor in self._tensors.items()
+            },
+        )
 
 
 def seal(folder: Path, done: Iterable[WrittenFile]) -> None:
-    """Write the manifest, with which a checkpoint of the files ``done``, and whatever stands beside them, is complete.
+    """Write the manifest, which completes a checkpoint of the files ``done`` and all other files in ``folder``.
 
     Raises:
-        UserError: a file is missing, or of another size than what was written.
+        UserError: a file is missing, or has another size than was written.
     """
     hashed = {file.name: file.record for file in done}
     write_manifest(folder, Manifest(kind="converted", retemper_version=__version__), hashed)

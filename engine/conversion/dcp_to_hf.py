@@ -1,4 +1,4 @@
-"""A Hugging Face folder out of a checkpoint."""
+"""Convert a checkpoint to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.assets import HfAssets
-from ..checkpoint.tensors import StoredTensor
 from ..hugging_face.shards import ShardPlan
 from ..hugging_face.weight_dtypes import cast_to, declaring, describe_casts, dtype_name, dtype_named
 from ..hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
@@ -15,6 +14,7 @@ from ..outputs import Use, require_separate
 from ..streaming.block_copy import WrittenFile
 from ..streaming.new_folder import require_absent
 from ..streaming.partial_folder import partial_folder
+from ..streaming.tensor_source import StoredTensor
 from ..streaming.workers import parse_workers
 from .checkpoint_model import CheckpointModel, open_checkpoint_model
 from .logits import compare_logits, describe_logits
@@ -25,31 +25,31 @@ from .vocabulary import ResizedVocabulary, resized_vocabulary
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be made of a checkpoint, before anything is written."""
+    """The planned output of a checkpoint's conversion, before anything is written."""
 
     model: CheckpointModel
     source: ResizedVocabulary
-    """Its parameters, as many rows as are asked for."""
+    """The checkpoint's parameters, with the requested number of rows."""
     tensors: dict[str, StoredTensor]
-    """As they are to be written."""
+    """The tensors as written."""
     assets: HfAssets
     plan: ShardPlan
     record: ConversionRecord
 
     def write_assets(self, folder: Path) -> None:
-        """Everything but the weights and the proof."""
+        """Write everything except the weights and the record."""
         self.plan.write_index(folder)
         self.assets.write(folder)
 
     def write_record(self, folder: Path, done: Iterable[WrittenFile]) -> None:
-        """The proof, when ``done`` holds all weights."""
+        """Write the record, after all weights are ``done``."""
         self.record.write(folder, self.model.stored.tensors, self.tensors, done)
 
 
 def plan_export(
     checkpoint: Path, dtype: str = AUTO, max_shard_size: str = DEFAULT_MAX_SHARD_SIZE, vocab_size: int | None = None
 ) -> Export:
-    """What :func:`convert` writes with these arguments.
+    """Return the plan of :func:`convert` with these arguments.
 
     Raises:
         UserError: the checkpoint is incomplete, or not a model that can be exported.
@@ -94,18 +94,18 @@ def convert(
     Args:
         checkpoint: a folder written by the trainer or by hf_to_dcp.
         output: the Hugging Face folder; it must not exist.
-        dtype: ``auto`` keeps the tensors of a converted checkpoint, and writes a training checkpoint in the dtype that
-            its config declares, else float32.
+        dtype: ``auto`` keeps the dtypes of a converted checkpoint, and writes a training checkpoint in the dtype of its
+            config, else float32.
         max_shard_size: largest safetensors file, such as ``5GB``.
-        vocab_size: rows that embedding and head are to have; by default as many as they have.
+        vocab_size: number of rows of embedding and head; by default unchanged.
         workers: threads that copy tensors; by default one for each CPU, up to 8.
         allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
         verify: compare logits with transformers. Needs 4 bytes of memory per parameter.
-        say: takes the lines that tell what was cast and written.
+        say: receives the lines about casts and written files.
 
     Raises:
-        UserError: the checkpoint is incomplete or damaged, or ``output`` exists or cannot be written. Nothing is left
-            behind, but for finished files after an interruption or on a full disk: see :func:`partial_folder`.
+        UserError: the checkpoint is incomplete or damaged, or ``output`` exists or cannot be written. No files are
+            left, except finished ones after an interruption or on a full disk: see :func:`partial_folder`.
     """
     output, workers = require_absent(output), parse_workers(workers)
     require_separate([Use("--checkpoint", checkpoint)], folders=[Use(f"--output {output}", output)])

@@ -1,8 +1,8 @@
-"""The Hugging Face folder at the end of a run: ``checkpoint.export_hf``.
+"""Write the Hugging Face folder at the end of a run: ``checkpoint.export_hf``.
 
-All ranks write it together, from the checkpoint on the disk and not from their memory: file by file what
-checkpoint_convert/dcp_to_hf.py makes of that checkpoint. A run that could not finish it makes it when the same command
-is started again.
+All ranks write it together, from the checkpoint on the disk and not from memory. The files are those that
+checkpoint_convert/dcp_to_hf.py makes of that checkpoint. If a run could not finish the export, the same command does it
+when started again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..hugging_face.upload import open_repository, upload_folder
 from ..hugging_face.weight_dtypes import describe_casts
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
+from ..run_state import Run
 from ..streaming.block_copy import OutputFile, WrittenFile, copy_files
 from ..streaming.finite import OPTION
 from ..streaming.partial_folder import partial_folder
@@ -30,17 +31,17 @@ from .record import CONVERSION_FILE, file_hash
 from .run import size_of
 
 FOLDER = "hf"
-"""Of the exports in a run folder, named as their checkpoints."""
+"""Folder of the exports in a run folder; they have the names of their checkpoints."""
 KEY_OF_UPLOAD = "checkpoint.push_to_hub"
 
 
 def export_folder(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is exported to."""
+    """Return the folder to which the checkpoint of ``step`` is exported."""
     return run_folder / FOLDER / f"step-{step:08d}"
 
 
 def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list[str]:
-    """Find out before the training whether what comes after it is possible. All ranks call this.
+    """Check before the training that the export after it will be possible. All ranks call this.
 
     Args:
         config: of the run.
@@ -48,10 +49,10 @@ def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list
         output: :func:`export_folder` of its last step.
 
     Returns:
-        lines for the log, on the main rank.
+        Lines for the log, on the main rank.
 
     Raises:
-        UserError: on every rank, when it is not.
+        UserError: on every rank, if it is not possible.
     """
     if config.export_hf:
         ranks.on_main(lambda: _require_own(output))
@@ -65,47 +66,36 @@ def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list
 def _require_own(output: Path) -> None:
     if os.path.lexists(output) and not (output / CONVERSION_FILE).is_file():
         raise UserError(
-            f"{output}: in the place of the Hugging Face folder that checkpoint.export_hf makes at the end, and no "
-            f"export: it has no {CONVERSION_FILE}; move it away"
+            f"{output}: this name is needed for the export of checkpoint.export_hf at the end, but it exists and is "
+            f"not an export: it has no {CONVERSION_FILE}; move it away"
         )
 
 
-def export_run(
-    config: CheckpointConfig,
-    store: CheckpointStore,
-    step: int,
-    resumed_from: Path | None,
-    stop_agreed: Callable[[], bool],
-    say: Callable[[str], None],
-) -> None:
-    """Make, and upload, what the run's configuration asks for. All ranks call this.
+def export_run(run: Run) -> None:
+    """Make, and upload, the exports in the run's configuration. All ranks call this.
 
-    Args:
-        config: of the run.
-        store: of its checkpoints.
-        step: of the last of them.
-        resumed_from: what the run went on from; it is exported where the run had no steps left, and it lies elsewhere.
-        stop_agreed: whether all ranks have been asked to stop; asked by all together.
-        say: takes lines for the log.
+    If the run had no steps left and continued from a checkpoint in another folder, that checkpoint is exported.
 
     Raises:
-        UserError: on every rank, when it cannot be made or uploaded. The checkpoint is as it was.
+        UserError: on every rank, if the export cannot be made or uploaded. The checkpoint is unchanged.
     """
+    config, store, step, say = run.config.checkpoint, run.store, run.progress.step, run.say
     if not config.export_hf:
         return
     ranks = store.ranks
     complete = ranks.share(ranks.on_main(store.complete))
-    checkpoint = next((folder for folder in complete if step_of(folder) == step), resumed_from)
-    assert checkpoint is not None
+    checkpoint = next((folder for folder in complete if step_of(folder) == step), None)
+    if checkpoint is None:
+        checkpoint = Path(str(run.start.folder))
     output = export_folder(store.folder.parent, step)
     try:
         if ranks.share(ranks.on_main(lambda: _is_there(output, checkpoint))):
-            say(f"exported    {output} already")
+            say(f"exported    {output} already exists")
         else:
             _require_sound(store, checkpoint)
-            _write(ranks, checkpoint, output, stop_agreed, say)
+            _write(ranks, checkpoint, output, run.stop.agreed, say)
     except _Stopped:
-        say(f"broke off the export to {output} as asked; the same command makes it")
+        say(f"stopped the export to {output} as requested; the same command completes it")
         return
     except _Damaged:
         raise
@@ -126,11 +116,11 @@ class _Stopped(Exception):
 
 
 class _BrokenOff(Exception):
-    """The rest of the work is of no use."""
+    """The remaining work is useless."""
 
 
 class _Damaged(UserError):
-    """The checkpoint is not what was written."""
+    """The checkpoint differs from what was written."""
 
 
 def _require_sound(store: CheckpointStore, checkpoint: Path) -> None:
@@ -139,12 +129,12 @@ def _require_sound(store: CheckpointStore, checkpoint: Path) -> None:
     except UserError as error:
         problem = str(error).partition("; name another checkpoint")[0]
         raise _Damaged(
-            f"checkpoint.export_hf: {problem}; start the same command again: it goes on from the newest that is sound"
+            f"checkpoint.export_hf: {problem}; start the same command again: it continues from the newest undamaged one"
         ) from None
 
 
 def _is_there(output: Path, checkpoint: Path) -> bool:
-    """Whether ``output`` has been made of ``checkpoint``.
+    """Return whether ``output`` has been made from ``checkpoint``.
 
     Raises:
         UserError: it is something else.
@@ -169,7 +159,7 @@ def _write(
         say(f"export      {line}")
     with ExitStack() as stack:
         identity = export.record.identity
-        # Nothing is taken up of what a killed run has left: its files are written again.
+        # Files of a killed run are not reused: they are written again.
         partial = ranks.on_main(lambda: stack.enter_context(partial_folder(output, identity, say, take_up=False)))
         content: Path = ranks.share(partial and partial.content)
         ranks.everywhere(lambda: _require_visible(content))
@@ -193,18 +183,18 @@ def _write(
 def _require_visible(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: made by rank 0 but not seen here; put run_folder on a file system that all nodes share"
+            f"{folder}: created by rank 0 but not visible here; put run_folder on a file system that all nodes share"
         )
 
 
 def _deal(files: list[OutputFile], ranks: Ranks) -> list[OutputFile]:
-    """This rank's share: the largest first, in turns."""
+    """Return this rank's share of the files, distributed in turns, the largest first."""
     by_size = sorted(files, key=lambda file: -sum(tensor.num_bytes for tensor in file.tensors.values()))
     return by_size[ranks.rank :: ranks.world_size]
 
 
 class _Copying:
-    """This rank's files, to be written in a thread and broken off from another."""
+    """This rank's files, written in a thread that another thread can stop."""
 
     def __init__(self, export: Export, folder: Path, files: list[OutputFile]):
         self._export, self._folder, self._files = export, folder, files

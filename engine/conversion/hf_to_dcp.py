@@ -1,4 +1,4 @@
-"""A checkpoint to train from, out of a Hugging Face folder."""
+"""Convert a Hugging Face folder to a checkpoint for training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
+from ..checkpoint.tensors import open_tensors
 from ..hugging_face.folder import INDEX_FILE
 from ..hugging_face.hub_download import find_model_folder
 from ..hugging_face.model import HfModel, open_hf_model
@@ -16,7 +17,6 @@ from ..model.architecture import CONFIG_FILE, parse_architecture
 from ..outputs import Use, require_separate
 from ..streaming.new_folder import require_absent
 from ..streaming.partial_folder import partial_folder
-from ..streaming.tensor_files import CheckpointRows
 from ..streaming.workers import parse_workers
 from .checkpoint_model import CheckpointPlan, seal
 from .logits import compare_logits, describe_logits
@@ -42,16 +42,16 @@ def convert(
         hf: a folder, or a name on the Hub.
         output: the checkpoint folder; it must not exist.
         dtype: ``auto`` keeps each tensor's own; else bfloat16, float16 or float32.
-        vocab_size: rows that embedding and head are to have; by default as many as they have.
-        pad_vocab_to_multiple_of: the same, as the next multiple of this number.
+        vocab_size: number of rows of embedding and head; by default unchanged.
+        pad_vocab_to_multiple_of: alternatively, round the number of rows up to a multiple of this number.
         workers: threads that copy tensors; by default one for each CPU, up to 8.
         allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
         verify: compare logits with transformers. Needs 4 bytes of memory per parameter.
-        say: takes the lines that tell what was cast, left out and written.
+        say: receives the lines about casts, omitted tensors and written files.
 
     Raises:
-        UserError: the model cannot be used, or ``output`` exists or cannot be written. Nothing is left behind, but for
-            finished files after an interruption or on a full disk: see :func:`partial_folder`.
+        UserError: the model cannot be used, or ``output`` exists or cannot be written. No files are left, except
+            finished ones after an interruption or on a full disk: see :func:`partial_folder`.
     """
     output, workers = require_absent(output), parse_workers(workers)
     target = dtype_named(dtype)
@@ -72,12 +72,12 @@ def convert(
         plan = CheckpointPlan(tensors)
         done = write_tensors(partial, plan.files, source, source.hashed_rows, workers, allow_nonfinite)
         require_same_source(folder, record.source, lambda: identify(hf, folder, model))
-        plan.write_metadata(partial.content, done.values())
+        plan.write_table(partial.content, done.values())
         assets.write(partial.content / ASSET_FOLDER)
         if verify:
             record.logits = compare_logits(
                 folder,
-                CheckpointRows(partial.content),
+                open_tensors(partial.content),
                 parse_architecture(config),
                 tensors,
                 min(rows, source.vocab_size),
@@ -92,11 +92,11 @@ def convert(
 def _missing(assets: HfAssets, folder: Path) -> list[str]:
     if assets.tokenizer is not None:
         return []
-    return [f"{folder} holds no tokenizer: the checkpoint carries none"]
+    return [f"{folder} holds no tokenizer, so the checkpoint has none"]
 
 
 def _with_vocabulary(assets: HfAssets, source: ResizedVocabulary) -> HfAssets:
-    """``assets`` whose config has as many tokens as the embeddings are going to have rows."""
+    """Return ``assets`` with the config's ``vocab_size`` set to the number of rows of the output."""
     wanted = source.vocab_size
     config = assets.config
     if config is None or config.get("vocab_size") == wanted:
@@ -105,7 +105,7 @@ def _with_vocabulary(assets: HfAssets, source: ResizedVocabulary) -> HfAssets:
 
 
 def identify(hf: str, folder: Path, model: HfModel) -> dict[str, Any]:
-    """What tells the model named ``hf``, in ``folder``, from any other."""
+    """Return the identity of the model named ``hf``, in ``folder``."""
     index = folder / INDEX_FILE
     return {
         "name": hf,

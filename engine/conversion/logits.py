@@ -1,8 +1,8 @@
-"""``--verify``: the same token sequences through transformers and through our decoder, in float32 on the CPU.
+"""Compare logits for ``--verify``: the same sequences through transformers and our decoder, in float32 on the CPU.
 
-Hashes prove that no bit was lost; this proves that the bits mean the same model to both: names, orientation of
-matrices, rotary positions, norms, biases, tied embeddings. Code of the folder is never run. One model at a time is in
-memory, 4 bytes per parameter.
+Hashes prove that no bit was lost. This proves that the bits mean the same model in both programs: names, orientation of
+matrices, rotary positions, norms, biases, tied embeddings. Code in the folder is never run. Only one model at a time is
+in memory, 4 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention import choose_attention_backend
-from ..checkpoint.tensors import StoredTensor, model_tensors
+from ..checkpoint.tensors import model_tensors
 from ..errors import UserError
 from ..hugging_face.model import EMBEDDING, HEAD
 from ..model.architecture import Architecture
 from ..model.decoder import meta_decoder
 from ..model.packing import plan_packing
 from ..streaming.partial_folder import Worthless
-from ..streaming.tensor_source import TensorSource, rows_of
+from ..streaming.tensor_source import StoredTensor, TensorSource, rows_of
 
 TOLERANCE = 1e-3
-"""Largest difference, as a part of the largest logit. Both compute in float32 and add up in different orders: tiny
-models differ by about 1e-6, deep ones by more, since every layer rounds again. A tensor in the wrong place, or rotary
-positions of another kind, change logits by about their own size."""
+"""Maximum difference, relative to the largest logit. Both programs compute in float32, but sum in different orders.
+Tiny models differ by about 1e-6, deep ones by more, since every layer rounds again. A tensor in the wrong place, or
+rotary positions of another kind, change logits by about their own size."""
 _LENGTHS = (7, 33, 64)
-"""Tokens of the sequences."""
+"""Tokens in each sequence."""
 
 
 def compare_logits(
@@ -48,13 +48,12 @@ def compare_logits(
         folder: of the model, before or after the conversion.
         source: the same tensors on the other side.
         architecture: of the decoder that runs ``source``.
-        rounded_to: the dtypes that the tensors have in the output: both sides round to them, so that a cast is no
-            difference.
-        vocab_size: tokens that both sides have. Logits of others are not compared.
-        max_length: tokens that the model was made for, if known.
+        rounded_to: the dtypes of the tensors in the output. Both sides round to them, so that casts make no difference.
+        vocab_size: number of tokens that both sides have. Other logits are not compared.
+        max_length: maximum number of tokens of the model, if known.
 
     Returns:
-        for ``conversion.json``: ``max_abs_difference``, ``largest_logit``, ``argmax_agreement``, ...
+        For ``conversion.json``: ``max_abs_difference``, ``largest_logit``, ``argmax_agreement``, ...
 
     Raises:
         UserError: they differ by more than :data:`TOLERANCE` or are not finite, or transformers cannot load the folder.
@@ -70,16 +69,16 @@ def compare_logits(
         if wrong:
             raise Worthless(
                 f"--verify: logits of {who} are not finite for sequences of {', '.join(map(str, wrong))} tokens, so "
-                f"nothing is proven about {folder}; look for weights that are not finite"
+                f"{folder} cannot be verified; look for weights that are not finite"
             )
     difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
     largest = max(float(logits.abs().max()) for logits in theirs)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(ours, theirs, strict=True))
     if difference > TOLERANCE * largest:
         raise Worthless(
-            f"--verify: logits of transformers and of this program differ by {difference:.3g} where the largest is "
-            f"{largest:.3g} (allowed: {TOLERANCE * largest:.3g}), so {folder} is not the same model to both; please "
-            "report it with its config.json"
+            f"--verify: logits of transformers and of this program differ by {difference:.3g} (allowed: "
+            f"{TOLERANCE * largest:.3g}, the largest logit is {largest:.3g}), so {folder} is not the same model in "
+            "both; please report it with its config.json"
         )
     return {
         "compared_with": f"transformers {_transformers_version()}",
@@ -93,10 +92,10 @@ def compare_logits(
 
 
 def describe_logits(measured: Mapping[str, Any]) -> str:
-    """A line about what :func:`compare_logits` has ``measured``."""
+    """Return a line about the result of :func:`compare_logits`."""
     return (
-        f"verified: logits differ from {measured['compared_with']} by {measured['max_abs_difference']:.2g} at most "
-        f"(the largest is {measured['largest_logit']:.3g}), the best token is the same at "
+        f"verified: logits differ from {measured['compared_with']} by at most {measured['max_abs_difference']:.2g} "
+        f"(the largest is {measured['largest_logit']:.3g}), the most likely token agrees at "
         f"{measured['argmax_agreement']:.1%} of positions"
     )
 
@@ -108,7 +107,7 @@ def _transformers_version() -> str:
 
 
 def _round(tensor: Tensor, name: str, rounded_to: Mapping[str, StoredTensor]) -> Tensor:
-    """``tensor`` as it is after a conversion, in float32."""
+    """Return ``tensor`` as it is after a conversion, in float32."""
     return tensor.to(rounded_to[name].dtype).float() if name in rounded_to else tensor.float()
 
 
@@ -127,7 +126,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 @torch.inference_mode()
 def _theirs(folder: Path, sequences: list[Tensor], rounded_to: Mapping[str, StoredTensor]) -> list[Tensor]:
-    """[T, V] logits of every sequence, by transformers."""
+    """Return the [T, V] logits of every sequence, computed by transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..hugging_face.folder import HfWeights
@@ -135,20 +134,20 @@ def _theirs(folder: Path, sequences: list[Tensor], rounded_to: Mapping[str, Stor
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
-        # A folder whose embeddings have rows that its config does not know is loaded with all of them.
+        # If the embeddings have more rows than the config says, all of them are loaded.
         stored = HfWeights(folder).tensors
         config.vocab_size = (stored.get(EMBEDDING) or stored[HEAD]).shape[0]
         with _without_progress_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
             )
-    except Exception as error:  # it has no class of its own for settings that it does not take
+    except Exception as error:  # it has no class of its own for unsupported settings
         raise UserError(f"--verify: transformers cannot load {folder}: {' '.join(str(error).split())}") from error
     model, loading = loaded
-    if loading["missing_keys"]:  # it takes random values for them
+    if loading["missing_keys"]:  # it uses random values for them
         raise Worthless(
             f"--verify: transformers does not find {sorted(loading['missing_keys'])[0]} in {folder}, because of the "
-            "names of its tensors, so there is nothing to compare with; convert it without --verify"
+            "names of its tensors, so the logits cannot be compared; convert it without --verify"
         )
     for name, parameter in model.named_parameters():
         parameter.copy_(_round(parameter, name, rounded_to))
@@ -160,7 +159,7 @@ def _theirs(folder: Path, sequences: list[Tensor], rounded_to: Mapping[str, Stor
 def _ours(
     source: TensorSource, architecture: Architecture, sequences: list[Tensor], rounded_to: Mapping[str, StoredTensor]
 ) -> list[Tensor]:
-    """[T, V] logits of every sequence, by our decoder."""
+    """Return the [T, V] logits of every sequence, computed by our decoder."""
     device = torch.device("cpu")
     decoder = meta_decoder(architecture).to(torch.float32).to_empty(device=device).eval()
     for name, parameter in model_tensors(decoder).items():

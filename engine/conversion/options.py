@@ -1,4 +1,4 @@
-"""What the conversion commands have in common on the command line."""
+"""Define the common command-line options of the conversion commands."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..streaming.new_folder import require_absent
 from ..streaming.workers import parse_workers
 
 HF, CHECKPOINT = TARGET_FORMATS = ("hf", "checkpoint")
-"""What a conversion from Megatron writes: a Hugging Face folder, or a checkpoint for the trainer."""
+"""Outputs of a conversion from Megatron: a Hugging Face folder, or a checkpoint for the trainer."""
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and refuse at once what can be refused without PyTorch, whose import takes seconds.
+    """Parse the command line, and refuse errors that can be found without PyTorch, whose import takes seconds.
 
     Raises:
-        UserError: naming the option.
+        UserError: names the option.
     """
     options = parser.parse_args(arguments)
     require_absent(options.output)
@@ -29,27 +29,30 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """``--output``."""
+    """Add ``--output``."""
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must not exist")
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
-    """``--dtype``; ``default`` says what stands for auto."""
+    """Add ``--dtype``; ``default`` describes the meaning of auto."""
     help_text = f"dtype of the weights (default: {default})"
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, default=AUTO, help=help_text)
 
 
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
-    """``--max-shard-size``."""
+    """Add ``--max-shard-size``."""
     help_text = "largest safetensors file (default: %(default)s)"
     parser.add_argument("--max-shard-size", default=DEFAULT_MAX_SHARD_SIZE, metavar="SIZE", help=help_text)
 
 
 def add_copying(parser: argparse.ArgumentParser) -> None:
-    """``--allow-nonfinite``, ``--workers`` and ``--verify``."""
+    """Add ``--allow-nonfinite``, ``--workers`` and ``--verify``."""
     add_allow_nonfinite(parser)
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="threads that copy tensors (default: one for each CPU, up to 8)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="number of threads that copy tensors (default: one for each CPU, up to 8)",
     )
     parser.add_argument(
         "--verify",
@@ -59,12 +62,12 @@ def add_copying(parser: argparse.ArgumentParser) -> None:
 
 
 def add_allow_nonfinite(parser: argparse.ArgumentParser) -> None:
-    """``--allow-nonfinite``."""
+    """Add ``--allow-nonfinite``."""
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="copy weights that are NaN or infinite (default: refuse them)"
     )
 
 
 def end_like_ctrl_c() -> None:
-    """Have a scheduler's SIGTERM end this process as Ctrl-C does: what is finished is kept, and said."""
+    """Make a scheduler's SIGTERM end this process as Ctrl-C does: finished files are kept, and a message reports it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,7 +1,7 @@
-"""``conversion.json``: what a conversion made of what, tensor by tensor, beside its output.
+"""Write ``conversion.json``: source and output of a conversion, tensor by tensor, next to the output.
 
-It names source, options and versions; for every tensor the shape, and dtype and xxh3_128 of its bytes as they are
-stored on both sides; and what was left out, and why. Nobody needs it to use the output: it is evidence.
+It contains source, options and versions; for every tensor the shape, and dtype and xxh3_128 of its bytes as stored on
+both sides; and the omitted tensors, with reasons. It is evidence, and not needed to use the output.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from ... import __version__
 from ..checkpoint.hashing import record_file
 from ..checkpoint.manifest import code_versions
-from ..checkpoint.tensors import StoredTensor
 from ..hugging_face.weight_dtypes import dtype_name
 from ..streaming.block_copy import WrittenFile
 from ..streaming.partial_folder import Worthless
+from ..streaming.tensor_source import StoredTensor
 
 CONVERSION_FILE = "conversion.json"
 _FORMAT_VERSION = 1
 _LAYOUT_VERSION = 1
-"""Of the files that conversions write. With a higher one, nothing that an older program has left is taken up again."""
+"""Version of the files that conversions write. After an increase, files left by an older program are not reused."""
 
 
 @dataclass
@@ -35,20 +35,20 @@ class ConversionRecord:
 
     tool: str
     source: dict[str, Any]
-    """Path, and what identifies the content."""
+    """Path and identity of the source."""
     options: dict[str, Any]
     vocabulary: dict[str, Any] | None = None
-    """Rows added to or cut off the embeddings, if any were."""
+    """Rows added to or cut off the embeddings, if any."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Names of the source's tensors that have no part in the output, by the reason why."""
+    """Names of the source's tensors that are not in the output, by reason."""
     logits: dict[str, Any] | None = None
-    """What ``--verify`` measured."""
+    """Result of ``--verify``."""
     versions: dict[str, str] = field(default_factory=code_versions)
-    """Of the program that converts."""
+    """Versions of the program and its libraries."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that decides the output's bytes."""
+        """Return everything that determines the output's bytes."""
         versions = {"layout": _LAYOUT_VERSION, "retemper": __version__, "torch": torch.__version__}
         return {"tool": self.tool, "source": self.source, "options": self.options, "versions": versions}
 
@@ -63,13 +63,13 @@ class ConversionRecord:
 
         Args:
             folder: the output.
-            source: every tensor that the source has, as it is stored there.
-            target: every tensor of the model, as it is stored in the output.
-            files: that hold them.
+            source: every tensor of the source, as stored there.
+            target: every tensor of the model, as stored in the output.
+            files: the files that hold them.
         """
         written = {name: (file.name, hashes) for file in files for name, hashes in file.tensors.items()}
         left_out = {name for names in self.left_out.values() for name in names}
-        # The two halves of the proof; everything before has made them so.
+        # The two halves of the proof; the steps before have established both.
         assert written.keys() == target.keys()
         assert source.keys() == target.keys() | left_out and not target.keys() & left_out
         tensors = {}
@@ -100,30 +100,30 @@ class ConversionRecord:
 
 
 def require_same_source(what: str | Path, before: dict[str, Any], identify: Callable[[], dict[str, Any]]) -> None:
-    """Refuse an output whose source is no longer what it was when the conversion began.
+    """Refuse an output whose source has changed since the conversion began.
 
     Args:
         what: the source, for the error.
-        before: what told it from any other, :attr:`ConversionRecord.source`.
-        identify: gives the same of what is there now.
+        before: identity of the source at the beginning, :attr:`ConversionRecord.source`.
+        identify: returns its identity now.
 
     Raises:
-        Worthless: it is another, or gone.
+        Worthless: it has changed or is gone.
     """
     try:
         same = identify() == before
     except OSError:
         same = False
     if not same:
-        raise Worthless(f"{what}: was changed while it was converted; leave it alone and start again")
+        raise Worthless(f"{what}: was changed during the conversion; do not change it, and start again")
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """Size and time of the last change of a large file: what tells it from another without reading it."""
+    """Return size and modification time of a large file, which identify it without reading it."""
     status = path.stat()
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def file_hash(path: Path) -> str:
-    """xxh3_128 of a small file."""
+    """Return the xxh3_128 of a small file."""
     return record_file(path).xxh3_128

@@ -1,4 +1,4 @@
-"""What both conversions do alike: copy tensors into a folder that survives an interruption, under a progress bar."""
+"""Copy tensors into a folder that survives an interruption, under a progress bar, for all conversions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..streaming.tensor_source import TensorSource
 
 
 def nonfinite_option(allow_nonfinite: bool) -> dict[str, bool]:
-    """The option for ``conversion.json``: files that were copied with it are not taken up without it."""
+    """Return the option for ``conversion.json``: files copied with it are not reused without it."""
     return {"allow_nonfinite": True} if allow_nonfinite else {}
 
 
 @contextmanager
 def progress(description: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar on a terminal; gives what is to hear of every block, from any thread."""
+    """Show a progress bar on a terminal; yield a function to call with the bytes of every block, from any thread."""
     lock = threading.Lock()
     with tqdm(desc=description, total=num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
@@ -40,21 +40,21 @@ def write_tensors(
     workers: int,
     allow_nonfinite: bool = False,
 ) -> dict[str, WrittenFile]:
-    """Make ``files`` in ``partial``, but for those that a former run has made, which are read again.
+    """Make ``files`` in ``partial``; files that an earlier run has made are read and verified instead.
 
     Returns:
-        all of them, by name.
+        All of them, by name.
 
     Raises:
         UserError, OSError: see :func:`~retemper.engine.streaming.block_copy.copy_files`.
     """
     num_bytes = sum(tensor.num_bytes for file in files for tensor in file.tensors.values())
-    # Every byte is written, or read because it was there, and read back.
+    # Every byte is written, or read from an existing file, and then read back.
     with progress("converting", 2 * num_bytes) as advance:
         done: dict[str, WrittenFile] = {}
         for file in files:
             before = partial.finished(file.name, lambda count: advance(2 * count))
-            # Another version of the library that shares tensors out may give the name to other tensors.
+            # Another version of the library that distributes tensors may use the name for other tensors.
             if before is not None and before.tensors.keys() == file.tensors.keys():
                 done[file.name] = before
         rest = [file for file in files if file.name not in done]
@@ -67,5 +67,5 @@ def write_tensors(
 
 
 def size_of(files: Iterable[WrittenFile]) -> str:
-    """Their bytes together, for people."""
+    """Return their total size, formatted."""
     return tqdm.format_sizeof(sum(file.record.bytes for file in files), "B")

@@ -1,9 +1,9 @@
-"""Embedding and head with another number of rows than they are stored with.
+"""Change the number of rows of embedding and head.
 
 Rows are added to make a vocabulary divisible (by tensor-parallel ranks, by the width of matrix units), and cut off
-again for an export. Added rows are the mean of the rows there are. An added token's logit is then the mean of the
-others, and by Jensen's inequality its share of the softmax at most the average share: with n added to V tokens no
-log-probability falls by more than log(1 + n / V). With zeros, a logit of 0 could stand above all real ones.
+again for an export. Added rows are the mean of the existing ones. An added token's logit is then the mean of the
+others, and by Jensen's inequality its share of the softmax is at most the average share. So with n added to V tokens no
+log-probability falls by more than log(1 + n / V). With zero rows, a logit of 0 could be above all real ones.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.assets import HfAssets
-from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from ..hugging_face.model import EMBEDDING, HEAD
 from ..model.architecture import LARGEST_SIZE
 from ..streaming.block_copy import BLOCK_BYTES
-from ..streaming.tensor_source import ReadRows, TensorSource
+from ..streaming.tensor_source import ReadRows, StoredTensor, TensorSource
 
 
 class ResizedVocabulary:
@@ -29,8 +28,8 @@ class ResizedVocabulary:
 
     Args:
         source: has them with ``rows`` rows.
-        rows: rows that they are stored with.
-        vocab_size: rows that they are to have.
+        rows: number of stored rows.
+        vocab_size: number of rows of the result.
     """
 
     def __init__(self, source: TensorSource, rows: int, vocab_size: int):
@@ -39,13 +38,13 @@ class ResizedVocabulary:
         self.vocab_size = vocab_size
         resized = [name for name in (EMBEDDING, HEAD) if name in source.tensors and rows != vocab_size]
         self.hashed_rows = dict.fromkeys(resized, min(rows, vocab_size))
-        """Of each tensor with another number of rows: how many are the source's."""
+        """For each tensor with another number of rows: how many come from the source."""
         self.tensors: Mapping[str, StoredTensor] = {
             name: StoredTensor((vocab_size, *tensor.shape[1:]), tensor.dtype) if name in resized else tensor
             for name, tensor in source.tensors.items()
         }
         self.record = self._describe(vocab_size) if resized else None
-        """For ``conversion.json``."""
+        """Record for ``conversion.json``."""
 
     def _describe(self, vocab_size: int) -> dict[str, Any]:
         return {
@@ -56,14 +55,14 @@ class ResizedVocabulary:
         }
 
     def describe(self) -> list[str]:
-        """A line, when the number of rows changes."""
+        """Return a line if the number of rows changes."""
         if not self.hashed_rows:
             return []
         return [f"vocabulary: {self._rows} rows become {self.vocab_size} ({', '.join(self.hashed_rows)})"]
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
+        """Read rows, see :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
         with self._source.rows(name) as read:
             if self.hashed_rows.get(name, 0) < self._rows or name not in self.hashed_rows:
                 yield read
@@ -80,7 +79,7 @@ class ResizedVocabulary:
 
 
 def _mean_row(read: ReadRows, tensor: StoredTensor) -> Tensor:
-    """[hidden] mean of the rows of ``tensor``, summed in float64, in the dtype of ``tensor``."""
+    """Return the [hidden] mean of the rows of ``tensor``, summed in float64, in the dtype of ``tensor``."""
     num_rows, hidden = tensor.shape
     block = torch.empty((max(1, BLOCK_BYTES // (hidden * 8)), hidden), dtype=tensor.dtype)
     total = torch.zeros(hidden, dtype=torch.float64)
@@ -94,10 +93,10 @@ def _mean_row(read: ReadRows, tensor: StoredTensor) -> Tensor:
 def resized_vocabulary(
     source: TensorSource, rows: int, vocab_size: int | None, multiple_of: int | None, assets: HfAssets
 ) -> ResizedVocabulary:
-    """``source`` with the vocabulary that ``--vocab-size`` or ``--pad-vocab-to-multiple-of`` ask for.
+    """Return ``source`` with the vocabulary size of ``--vocab-size`` or ``--pad-vocab-to-multiple-of``.
 
     Raises:
-        UserError: the number makes no sense, or tokens of the tokenizer would lose their rows.
+        UserError: the number is invalid, or tokens of the tokenizer would lose their rows.
     """
     if vocab_size is not None and multiple_of is not None:
         raise UserError("--vocab-size and --pad-vocab-to-multiple-of: give one of them")

@@ -1,7 +1,8 @@
-"""Which source each sample comes from: a periodic table of slots with exact proportions.
+"""Map sample numbers to sources by a periodic table of slots with exact proportions.
 
-Prefix counts over the table say how many samples each source has given before any slot, so any sample is looked up in
-O(1) and nothing has to be replayed. What a source gives next, and when the blend changes, stands elsewhere.
+Prefix counts over the table give the number of samples that each source has given before any slot. So any sample is
+looked up in O(1), without replaying the earlier ones. The window of a sample and changes of the blend are handled
+elsewhere (sample_order.py, schedule.py).
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 BLEND_RESOLUTION = 10_000
-"""Slots of the longest blend period: weights are honoured to 1 / BLEND_RESOLUTION."""
+"""Slots in the longest blend period: weights are exact to 1 / BLEND_RESOLUTION."""
 
 
 class Blend:
-    """Samples drawn from weighted sources, for ever: counts are exact in every period.
+    """An endless sequence of samples from weighted sources, with exact counts in every period.
 
     Args:
         weights: positive and finite, one for each source; only their proportions count.
@@ -29,23 +30,23 @@ class Blend:
         self.period = len(self._slots)
 
     def source(self, index: int) -> int:
-        """Position of the source that sample ``index`` comes from."""
+        """Return the position of the source of sample ``index``."""
         return int(self._slots[index % self.period])
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The source of sample ``index``, and how many samples it has given before."""
+        """Return the source of sample ``index``, and the number of samples that it has given before."""
         whole, slot = divmod(index, self.period)
         source = int(self._slots[slot])
         return source, whole * self._quotas[source] + int(self._counts_before[slot])
 
     def counts(self, index: int) -> list[int]:
-        """How many of the first ``index`` samples come from each source."""
+        """Return how many of the first ``index`` samples come from each source."""
         whole, rest = divmod(index, self.period)
         partial = np.bincount(self._slots[:rest], minlength=len(self._quotas))
         return [whole * quota + int(count) for quota, count in zip(self._quotas, partial, strict=True)]
 
     def samples_until(self, source: int, count: int) -> int:
-        """The smallest number of samples among which ``source`` has given ``count`` >= 1."""
+        """Return the smallest number of samples among which ``source`` has given ``count`` >= 1."""
         whole, rest = divmod(count - 1, self._quotas[source])
         return whole * self.period + int(np.flatnonzero(self._slots == source)[rest]) + 1
 
@@ -54,9 +55,10 @@ class Blend:
 def _table(
     weights: tuple[float, ...], resolution: int
 ) -> tuple[list[int], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Slots of each source in a period; the source of each slot; how many slots before it are of the same source.
+    """Return the slots of each source in a period, the source of each slot, and the number of earlier slots of that
+    source.
 
-    Cached, since stages that follow one another often share a blend and a table takes up to 20 ms.
+    Cached, because consecutive stages often share a blend, and a table takes up to 20 ms.
     """
     quotas = _quotas(weights, resolution)
     slots = _spread(quotas)
@@ -67,7 +69,7 @@ def _table(
 
 
 def _quotas(weights: Sequence[float], resolution: int) -> list[int]:
-    """Slots of each source in one period, by largest remainder, divided by their greatest common divisor."""
+    """Return the slots of each source in one period, by largest remainder, divided by their greatest common divisor."""
     total = math.fsum(weights)
     exact = [weight / total * resolution for weight in weights]
     quotas = [max(1, int(share)) for share in exact]
@@ -79,8 +81,9 @@ def _quotas(weights: Sequence[float], resolution: int) -> list[int]:
 
 
 def _spread(quotas: Sequence[int]) -> npt.NDArray[np.int32]:
-    """[period] slots in which each source appears ``quotas`` times, as evenly as the greedy rule places them: every
-    slot goes to the unfinished source that is furthest behind its share, the first of several."""
+    """Return [period] slots in which each source appears ``quotas`` times, spread evenly by a greedy rule.
+
+    Every slot goes to the unfinished source that is furthest behind its share; the first of several wins."""
     period = sum(quotas)
     share, left = np.array(quotas, dtype=np.int64), list(quotas)
     behind = np.zeros_like(share)  # period x (slots due - slots taken)

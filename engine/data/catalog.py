@@ -1,4 +1,4 @@
-"""The datasets of a run, opened and checked against its tokenizer, vocabulary and batch before anything starts."""
+"""Open the datasets of a run, and check them against its tokenizer, vocabulary and batch before anything starts."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from .source import Source, split_source
 from .tokenizer_identity import TokenizerIdentity
 
 _INDEX_BYTES_CHECKED = 64 * 1024**2
-"""An index of up to this size (3 million documents) is hashed at start, in milliseconds; a larger one would delay it.
-``tools/show_dataset.py --verify`` checks everything."""
+"""Maximum size of an index (3 million documents) that is hashed at the start, in milliseconds; a larger one would delay
+it. ``tools/show_dataset.py --verify`` checks everything."""
 
 HELD_OUT = "held_out"
-"""Name of the validation set that ``data.validation_fraction`` makes."""
+"""Name of the validation set created by ``data.validation_fraction``."""
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """Training sources and named validation sets."""
+    """The training sources and named validation sets of a run."""
 
     train: list[Source]
     """All sources of all stages, each once."""
     stages: list[Stage]
-    """What is drawn from them; without ``data.stages`` a single one."""
+    """The stages of the run; without ``data.stages`` there is a single one."""
     validation: dict[str, list[Source]]
     fingerprints: dict[str, dict[str, Any]]
-    """By training source: ``{"path", "tokens", "hash", "mask", "bos"}``. The hash is None where there is no sidecar;
-    mask is the loss mask's, empty without a sidecar and None without a mask; bos are the ids that documents begin with,
-    None where that is not recorded."""
+    """``{"path", "tokens", "hash", "mask", "bos"}`` of each training source. ``hash`` is None without a sidecar.
+    ``mask`` is the hash of the loss mask: empty without a sidecar, None without a mask. ``bos`` holds the ids at the
+    beginning of every document, None if not recorded."""
     unchecked: list[str] = field(default_factory=list)
-    """Datasets without a sidecar: nothing says which tokenizer made them."""
+    """Datasets without a sidecar, whose tokenizer is therefore unknown."""
     remarks: list[str] = field(default_factory=list)
-    """What is unusual about datasets that can be used, for the user."""
+    """Remarks for the user about unusual but usable datasets."""
 
     def finish_checks(self) -> None:
-        """Wait for what opening has left to threads: the checks of very large indexes.
+        """Wait for the checks of very large indexes that run in threads.
 
         Raises:
             UserError: an index is damaged.
@@ -57,32 +57,32 @@ class Catalog:
             source.dataset.finish_check()
 
     def sample_order(self, seed: int) -> SampleOrder:
-        """The order of a fresh run."""
+        """Return the sample order of a fresh run."""
         sources = [OrderedSource(source.name, source.num_windows) for source in self.train]
         return SampleOrder(sources, Schedule(self.stages), seed, self.train[0].sequence_length)
 
     def require_unchanged(self, fingerprints: dict[str, dict[str, Any]], checkpoint: str) -> None:
-        """Refuse to go on in sources whose tokens are not those that ``checkpoint`` was trained on.
+        """Refuse to continue with sources whose tokens differ from those that ``checkpoint`` was trained on.
 
         Raises:
-            UserError: naming the source and what differs.
+            UserError: names the source and the difference.
         """
         for name in [name for name in self.fingerprints if name in fingerprints]:
             here, there = self.fingerprints[name], fingerprints[name]
             if here["tokens"] != there["tokens"] or (here["hash"] != there["hash"] and here["hash"] and there["hash"]):
                 raise UserError(
-                    f"data source '{name}' ({here['path']}) is not the one that {checkpoint} was trained on: "
-                    f"{here['tokens']:,} tokens, hash {here['hash']}, was {there['tokens']:,} tokens, hash "
+                    f"data source '{name}' ({here['path']}) differs from the one that {checkpoint} was trained on: it "
+                    f"has {here['tokens']:,} tokens, hash {here['hash']}, instead of {there['tokens']:,} tokens, hash "
                     f"{there['hash']}; restore it, or give the new data another name, or set allow_changes to "
                     "[data_files]"
                 )
-            masks = [here["mask"], there.get("mask")]  # absent before there were masks
+            masks = [here["mask"], there.get("mask")]  # absent in checkpoints from before masks existed
             if masks[0] != masks[1] and (None in masks or all(masks)):
                 now, then = ("no loss mask" if mask is None else f"a loss mask of hash {mask or '?'}" for mask in masks)
                 raise UserError(
-                    f"data source '{name}' ({here['path']}) has {now}, but {checkpoint} was trained with {then}; put "
-                    f"{here['path']}.mask.bin back as it was, or give the new data another name, or set allow_changes "
-                    "to [data_files]"
+                    f"data source '{name}' ({here['path']}) has {now}, but {checkpoint} was trained with {then}; "
+                    f"restore {here['path']}.mask.bin, or give the new data another name, or set allow_changes to "
+                    "[data_files]"
                 )
 
 
@@ -92,14 +92,14 @@ def open_catalog(
     """Open every dataset that ``config`` names.
 
     Args:
-        config: names of the datasets, and how windows are made of them.
+        config: names of the datasets, and how windows are made from them.
         plan: sequence length and global batch.
         vocab_size: of the model.
-        tokenizer: of the run; None checks no tokenizer.
-        seed: of the layouts of documents in windows.
+        tokenizer: of the run; None skips the comparison of tokenizers.
+        seed: of the document layouts.
 
     Raises:
-        UserError: a dataset is missing, damaged, made with another tokenizer, too small, or has nothing to predict.
+        UserError: a dataset is missing, damaged, made with another tokenizer, too small, or has no targets.
     """
     train: dict[str, Source] = {}
     held_out, fingerprints, unchecked = [], {}, []
@@ -144,18 +144,18 @@ def open_catalog(
 
 
 def _stages(config: DataConfig, sources: Mapping[str, Source]) -> list[Stage]:
-    """Token budgets, weights and caps as counts of samples."""
+    """Return the stages with token budgets, weights and caps converted to numbers of samples."""
     sequence_length = next(iter(sources.values())).sequence_length
     stages, tokens = [], 0
     blends = config.stages or [StageConfig(config.train)]
     for number, stage in enumerate(blends, 1):
         shares = tuple(_share(settings, sources[settings.identity], config.weights) for settings in stage.train)
         stop = None
-        # The last stage has no end here: a run's last step is a whole one, so it may need some samples more than the
-        # budget says, and a longer run may come. That the budgets suffice is checked with the configuration.
+        # The last stage has no end here. The last step of a run is a whole one, so it may need more samples than the
+        # budget. The run may also be extended later. The configuration checks that the budgets suffice.
         if number < len(blends):
             assert stage.train_tokens is not None
-            # Rounded once, from the start of the run: roundings of many stages do not add up.
+            # Rounded once, from the start of the run, so that rounding errors of many stages do not add up.
             tokens += stage.train_tokens
             stop = -(-tokens // sequence_length)
         stages.append(Stage(shares, stop))
@@ -168,7 +168,7 @@ def _share(settings: SourceConfig, source: Source, weights: str) -> Share:
         weight *= source.dataset.num_tokens / source.dataset.num_documents
     caps = []
     if settings.max_epochs is not None:
-        # As the decimal number that was written: 0.29 x 100 windows are 29, though not in binary fractions.
+        # Computed as the decimal number in the file: 0.29 x 100 windows are 29, but not in binary fractions.
         caps.append(math.floor(Fraction(str(settings.max_epochs)) * source.num_windows))
     if settings.max_tokens is not None:
         caps.append(settings.max_tokens // source.sequence_length)
@@ -217,9 +217,9 @@ def _require_windows(source: Source, purpose: str) -> None:
 
 
 def _require_targets(source: Source, holder: str) -> None:
-    """Refuse a part to evaluate that has nothing to predict, whatever its documents and mask."""
+    """Refuse a validation part without any target, whatever its documents and mask."""
     if source.num_targets < 1:
         raise UserError(
             f"{source.dataset.prefix}: {holder} {source.stop - source.start} tokens, but an evaluation needs at least "
-            "2, one to predict from and one to predict; add data"
+            "2, the second as target of the first; add data"
         )

@@ -1,4 +1,4 @@
-"""How many documents the windows of a source cut, and what they leave out: counted, for summaries and tools."""
+"""Count the documents that a source's windows cut, and the tokens they leave out, for summaries and tools."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from .source import Source
 
 
 class CutCount(NamedTuple):
-    """Documents that begin in the windows counted. A document is cut when it does not lie whole in one window."""
+    """Documents that begin in the counted windows. A document is cut if no single window holds all of it."""
 
     documents: int
     longer: int
-    """Of more tokens than a window holds: these are cut however they are packed."""
+    """Documents with more tokens than a window; every packing cuts them."""
     cut: int
-    """Cut though a window would hold them."""
+    """Cut documents that would fit in a window."""
     tokens_lost: int
-    """Tokens of the part that are never an input: behind the last whole window."""
+    """Tokens at the end of the part that are never an input, because they do not fill a window."""
 
 
 def count_cuts(source: Source, epoch: int = 0, groups: Iterable[int] | None = None) -> CutCount:
-    """Count the cut documents of ``source`` in ``epoch``: exactly, going through its whole index (about 2 us a
-    document), or in some groups of windows only.
+    """Count the cut documents of ``source`` in ``epoch``, exactly, in its whole index or in some groups of windows.
+
+    Takes about 2 us a document.
 
     Args:
-        source: as it is trained on; see :meth:`Source.laid_out`.
-        epoch: with ``data.shuffle: documents`` each has other cuts.
-        groups: numbers of the groups of windows to look at. None: all.
+        source: as used in training; see :meth:`Source.laid_out`.
+        epoch: with ``data.shuffle: documents`` every epoch has other cuts.
+        groups: numbers of the groups of windows to count. None: all.
     """
     width = GROUP_WINDOWS if source.layout is None else source.layout.group_windows
     numbers = range(-(-source.num_windows // width)) if groups is None else groups
@@ -41,7 +42,7 @@ def count_cuts(source: Source, epoch: int = 0, groups: Iterable[int] | None = No
         begins = source.dataset.boundaries(start, stop)
         if source.dataset.next_boundary(start) == start:
             begins = np.append(start, begins)
-        # The last of them may end beyond the group, or beyond the part if that was cut inside a document.
+        # The last document may end beyond the group, or beyond the part if the part ends inside a document.
         ends = np.append(begins[1:], source.dataset.next_boundary(stop))[: len(begins)]
         documents += len(begins)
         longer += int((ends - begins > source.sequence_length).sum())

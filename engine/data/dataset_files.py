@@ -1,4 +1,4 @@
-"""The files of an indexed dataset by name, and whether those that are there may be replaced."""
+"""Name the files of an indexed dataset, and check whether existing ones may be replaced."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _HEAD_BYTES = 1 << 16
 
 
 def dataset_files(prefix: str | os.PathLike[str]) -> list[str]:
-    """Paths of all files that a dataset of ``prefix`` may have."""
+    """Return the paths of all files that a dataset of ``prefix`` may have."""
     return [f"{dataset_prefix(prefix)}{end}" for end in (BIN, MASK, METADATA, JSON, IDX)]
 
 
 def existing_outputs(prefix: str | os.PathLike[str]) -> list[str]:
-    """Those of a dataset's files that are there, be it as a link to nothing."""
+    """Return the existing files of a dataset, including dangling links."""
     return _existing(dataset_files(prefix))
 
 
 def refuse_existing_outputs(
     prefix: str | os.PathLike[str], overwrite: bool = False, rejects_of: str | None = None
 ) -> None:
-    """Refuse to write the dataset ``prefix`` over files that are not a dataset's, or over any without ``overwrite``.
+    """Refuse to write the dataset ``prefix`` over files of other kinds, or over any file without ``overwrite``.
 
     Args:
         rejects_of: the prefix of rejects that are written with it.
 
     Raises:
-        UserError: naming the files.
+        UserError: names the files.
     """
     existing = existing_outputs(prefix)
     if rejects_of is not None:
@@ -57,10 +57,10 @@ def _existing(paths: list[str]) -> list[str]:
 
 
 def is_of_dataset(path: str) -> bool:
-    """Whether the file ``path`` is a dataset's, of this program or of Megatron-LM, by its content.
+    """Return whether the file ``path`` belongs to a dataset of this program or of Megatron-LM, by its content.
 
-    An index and a sidecar show it by how they begin, and so do rejects. Tokens, masks and metadata do not: they need
-    the index or the sidecar next to them, which says whether there are a mask and metadata.
+    An index, a sidecar and rejects are recognised by their first bytes. Tokens, masks and metadata need the index or
+    the sidecar next to them, which records whether there are a mask and metadata.
     """
     if path.endswith(IDX):
         return _head(path).startswith(MAGIC)
@@ -79,7 +79,9 @@ def is_of_dataset(path: str) -> bool:
 
 
 def _recorded(prefix: str, suffix: str) -> str | None:
-    """The hash of the file ``suffix`` in the sidecar; empty: there is no such file; None: the sidecar is damaged."""
+    """Return the hash of the file ``suffix`` in the sidecar; empty if there is no such file, None if the sidecar is
+    damaged.
+    """
     from .sidecar import Sidecar
 
     try:
@@ -92,7 +94,7 @@ def _recorded(prefix: str, suffix: str) -> str | None:
 
 
 def _head(path: str) -> bytes:
-    """The first bytes of a regular file; of anything else none."""
+    """Return the first bytes of a regular file; nothing for other kinds of files."""
     if not os.path.isfile(path):
         return b""
     try:

@@ -1,7 +1,7 @@
-"""Writing an indexed dataset: tokens, index, and where asked a loss mask and a side table, published together.
+"""Write an indexed dataset: tokens, index, and optionally a loss mask and a side table, published together.
 
-Tokens come from arrays, or from ranges of other files without passing through this process's memory. What stands in the
-files is index_format.py's; which documents are written, and in which order, is the caller's.
+Tokens come from arrays, or from ranges of other files without passing through this process's memory. The file format is
+defined in index_format.py. The caller decides which documents are written, and in which order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .sidecar import Sidecar
 
 __all__ = ["FileArray", "FileRange", "IndexedDatasetWriter", "best_dtype"]
 
-_BLOCK_BYTES = 64 << 20  # copied, mapped and hashed at once: a multiple of every token size
+_BLOCK_BYTES = 64 << 20  # bytes copied, mapped and hashed at once: a multiple of every token size
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class FileRange:
     start: int
     stop: int
     on_block: Callable[[memoryview], None] | None = None
-    """Sees the bytes while they are copied, a block at a time, as a buffer that is valid during the call only."""
+    """Receives the bytes while they are copied, one block at a time, in a buffer that is valid only during the call."""
 
 
 class IntegerSlices(Protocol):
-    """What is asked of an array that may be larger than memory."""
+    """The part of an array's interface that is used; the array may be larger than memory."""
 
     def __len__(self) -> int: ...
 
@@ -55,7 +55,7 @@ class IntegerSlices(Protocol):
 class FileArray:
     """A one-dimensional array in a file, from byte ``offset`` to its end or ``count`` entries, read slice by slice.
 
-    The pages of a mapped array would count as this process's memory.
+    Not a memory map, because mapped pages would count as this process's memory.
     """
 
     def __init__(self, path: str | os.PathLike[str], dtype: str, offset: int = 0, count: int | None = None) -> None:
@@ -72,10 +72,11 @@ class FileArray:
 
 
 class _HashedFile:
-    """A file that is written from its start to its end, hashed on the way.
+    """A file that is written sequentially and hashed at the same time.
 
     Args:
-        on_block: sees all that is written, a block at a time, as a buffer that is valid during the call only.
+        on_block: receives everything that is written, one block at a time, in a buffer that is valid only during the
+            call.
     """
 
     def __init__(self, path: Path, on_block: Callable[[memoryview], None] | None = None) -> None:
@@ -86,7 +87,7 @@ class _HashedFile:
 
     @property
     def hexdigest(self) -> str:
-        """xxh3-128 of everything written so far."""
+        """Return the xxh3-128 of everything written so far."""
         return self._digest.hexdigest()
 
     def write(self, block: bytes | memoryview) -> None:
@@ -98,7 +99,7 @@ class _HashedFile:
         """Append a part of another file; the kernel copies it."""
         self._file.flush()
         with open(part.path, "rb") as source:
-            # Block by block, so that a file larger than memory comes from the disk once, not again to be hashed.
+            # Block by block, so that a file larger than memory is read from the disk once, and not again for the hash.
             for start in range(part.start, part.stop, _BLOCK_BYTES):
                 stop = min(start + _BLOCK_BYTES, part.stop)
                 _copy_range(source.fileno(), self._file.fileno(), start, stop - start)
@@ -127,14 +128,16 @@ class _HashedFile:
 
 
 def _copy_range(source: int, target: int, offset: int, count: int) -> None:
-    """Append ``count`` bytes at ``offset`` of descriptor ``source`` to ``target``, by the cheapest call there is."""
+    """Append ``count`` bytes at ``offset`` of descriptor ``source`` to ``target``, with the cheapest system call
+    available.
+    """
     calls: list[Callable[[int, int], int]] = []
     if hasattr(os, "copy_file_range"):
         calls.append(lambda offset, count: os.copy_file_range(source, target, count, offset))
     if hasattr(os, "sendfile"):
         calls.append(lambda offset, count: os.sendfile(target, source, offset, count))
     calls.append(lambda offset, count: os.write(target, os.pread(source, min(count, 8 << 20), offset)))
-    # Not all file systems can copy within the kernel, and macOS sends to sockets only.
+    # Not all file systems can copy within the kernel, and macOS sends only to sockets.
     unsupported = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EPERM)
     while count > 0:
         try:
@@ -145,16 +148,17 @@ def _copy_range(source: int, target: int, offset: int, count: int) -> None:
             del calls[0]
             continue
         if copied == 0:
-            # Some file systems say so, rather than that they cannot; only of the last call is it the truth.
+            # Some file systems report the end of the file when they cannot copy; only the last method's report is
+            # reliable.
             if len(calls) == 1:
-                raise OSError(errno.EIO, "the file became shorter while it was copied")
+                raise OSError(errno.EIO, "the file became shorter while it was being copied")
             del calls[0]
         offset, count = offset + copied, count - copied
 
 
 @contextmanager
 def _mapped(descriptor: int, start: int, stop: int) -> Iterator[memoryview]:
-    """The bytes [start, stop) of a file, mapped."""
+    """Return the bytes [start, stop) of a file, mapped."""
     base = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     with (
         mmap.mmap(descriptor, stop - base, access=mmap.ACCESS_READ, offset=base) as mapped,
@@ -167,16 +171,16 @@ def _mapped(descriptor: int, start: int, stop: int) -> Iterator[memoryview]:
 class IndexedDatasetWriter:
     """Writes an indexed dataset that appears under its final names only when it is complete.
 
-    A context manager: everything is written to a hidden folder beside the output. When the block ends without an
-    exception the files are flushed to disk and renamed; otherwise, and in any case afterwards, the hidden folder is
-    removed. An existing dataset stays whole until that moment.
+    A context manager: everything is written to a hidden folder next to the output. If the block ends without an
+    exception, the files are flushed to disk and renamed. The hidden folder is removed in any case. An existing dataset
+    stays intact until the renames.
 
     Args:
-        prefix: path without suffix; its folder is created when missing.
+        prefix: path without suffix; its folder is created if missing.
         dtype: token dtype of the file; see :func:`best_dtype`.
         overwrite: replace an existing dataset of that prefix, and nothing else of that name.
-        mask: write ``{prefix}.mask.bin``, one byte a token; documents that come without a mask are all ones.
-        metadata: write ``{prefix}.metadata.jsonl``, one line a document; documents that come without one get ``{}``.
+        mask: write ``{prefix}.mask.bin``, one byte a token; documents without a mask get all ones.
+        metadata: write ``{prefix}.metadata.jsonl``, one line a document; documents without metadata get ``{}``.
         scratch: folder to write in, on the same file system as the output, instead of the hidden one.
 
     Raises:
@@ -201,7 +205,7 @@ class IndexedDatasetWriter:
         self.num_tokens = 0
         self.max_token_id = -1
         self.sidecar: Sidecar | None = None
-        """Set it inside the block to have ``{prefix}.json`` written; counts, dtype and hashes are filled in here."""
+        """Set it inside the block to write ``{prefix}.json``; counts, dtype and hashes are filled in at the end."""
         self._scratch = scratch
         self._with_mask, self._with_metadata = mask, metadata
         self._renames: list[tuple[Path, str]] | None = None
@@ -218,7 +222,7 @@ class IndexedDatasetWriter:
                 self.scratch.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{folder}: cannot write there: {error.strerror}; name another place for the dataset"
+                f"{folder}: cannot be written to: {error.strerror}; choose another place for the dataset"
             ) from error
         try:
             self._bin = _HashedFile(self.scratch / "tokens", self._count_block)
@@ -241,7 +245,8 @@ class IndexedDatasetWriter:
                 self._publish()
         finally:
             for file in (self._bin, self._mask, self._metadata, self._lengths, self._indices):
-                # What is to be kept was flushed before; on a full disk closing fails, and the rest is to go too.
+                # Everything to keep has been flushed before; on a full disk closing fails, and the rest is removed
+                # anyway.
                 with suppress(OSError):
                     if file is not None:
                         file.close()
@@ -250,7 +255,7 @@ class IndexedDatasetWriter:
     def add_document(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> None:
         """Add one document: ``tokens`` [T] as sequences of ``lengths`` tokens each, by default as one sequence.
 
-        Sequences of no token are left out.
+        Sequences without tokens are left out.
 
         Raises:
             ValueError: a token does not fit the dtype, or ``lengths`` do not sum to T.
@@ -269,16 +274,16 @@ class IndexedDatasetWriter:
         mask: npt.ArrayLike | None = None,
         metadata: Sequence[bytes] | None = None,
     ) -> None:
-        """Add documents of one sequence each, or of none when it has no token: ``tokens`` [T] laid end to end.
+        """Add documents ``tokens`` [T], concatenated, with one sequence each, or with none if they have no tokens.
 
         Args:
             lengths: [documents], in tokens.
-            mask: [T], 0 or false where a token is not to be predicted; where the writer writes one.
-            metadata: for each document a JSON object without line feeds, where the writer writes them.
+            mask: [T], 0 or false for tokens that are not targets; only if the writer writes masks.
+            metadata: for each document a JSON object without line feeds; only if the writer writes them.
 
         Raises:
             ValueError: a token does not fit the dtype, or ``lengths`` do not sum to T, or ``mask`` or ``metadata`` do
-                not fit them.
+                not match them.
         """
         tokens = np.asarray(tokens)
         lengths = np.asarray(lengths, dtype=np.int64)
@@ -301,20 +306,20 @@ class IndexedDatasetWriter:
         mask: FileRange | None = None,
         metadata: FileRange | None = None,
     ) -> None:
-        """Add documents whose tokens, of this dtype, lie end to end in a file: copied by the kernel.
+        """Add documents whose tokens, in this dtype, are contiguous in a file; the kernel copies them.
 
         ``lengths`` and ``ends`` are read a chunk at a time, so they may be a :class:`FileArray` of any length.
 
         Args:
             lengths: tokens in each sequence.
-            ends: [documents], ascending: sequences among ``lengths`` up to the end of each document, the last one all
-                of them. Sequences are taken as they are. None: each sequence is a document, or, when it has no token,
-                an empty document.
+            ends: [documents], ascending: number of sequences up to the end of each document; the last entry is all of
+                them. Sequences are written unchanged. None: each sequence is a document, or an empty document if it has
+                no tokens.
             mask: the documents' mask, a byte a token.
             metadata: the documents' lines.
 
         Raises:
-            ValueError: the size of a range does not fit ``lengths``, or ``ends`` do not fit them.
+            ValueError: the size of a range does not match ``lengths``, or ``ends`` do not match them.
         """
         num_tokens = sum(int(lengths[part].sum(dtype=np.int64)) for part in chunks(len(lengths)))
         _check_size(tokens, num_tokens * self.dtype.itemsize)
@@ -346,7 +351,7 @@ class IndexedDatasetWriter:
         mask: memoryview | FileRange | None = None,
         metadata: bytes | FileRange | None = None,
     ) -> None:
-        """Append everything of these documents but their place in the index."""
+        """Append everything of these documents except their index entries."""
         assert mask is None or self._mask is not None
         assert metadata is None or self._metadata is not None
         _append(self._bin, tokens)
@@ -363,7 +368,7 @@ class IndexedDatasetWriter:
         self.num_tokens += num_tokens
 
     def _add_single_sequences(self, lengths: IntegerSlices) -> None:
-        """Append documents of one sequence each, or of none when it has no token, to the index."""
+        """Append documents with one sequence each, or none if it has no tokens, to the index."""
         for part in chunks(len(lengths)):
             here = lengths[part]
             self._add_index(here[here > 0], np.cumsum(here > 0))
@@ -387,9 +392,9 @@ class IndexedDatasetWriter:
         self.max_token_id = max(self.max_token_id, int(np.frombuffer(block, dtype=self.dtype).max()))
 
     def prepare(self) -> None:
-        """Write the index and the sidecar and flush all to disk, so that nothing but renames is left to be done.
+        """Write the index and the sidecar and flush everything to disk, so that only renames remain.
 
-        Leaving the block does it too; datasets that shall appear together call it first.
+        Leaving the block calls it too. Call it first for datasets that must appear together.
         """
         if self._renames is not None:
             return
@@ -397,7 +402,7 @@ class IndexedDatasetWriter:
         self._lengths.flush()
         self._indices.flush()
         index = self.scratch / "index"
-        # They stand for arrays: write_index takes slices of them.
+        # These stand in for arrays: write_index only takes slices of them.
         lengths = cast("npt.NDArray[np.integer]", FileArray(self.scratch / "lengths", "<i4"))
         indices = cast("npt.NDArray[np.integer]", FileArray(self.scratch / "indices", "<i8"))
         index_digest = write_index(index, self.dtype, lengths, indices)
@@ -428,8 +433,8 @@ class IndexedDatasetWriter:
 
     def _publish(self) -> None:
         assert self._renames is not None
-        # Several renames are not one: without its old index a half-replaced dataset cannot be opened, rather than be
-        # read as new tokens under old lengths.
+        # Several renames are not atomic. Without its old index, a half-replaced dataset cannot be opened; with it, new
+        # tokens would be read with old lengths.
         for end in (IDX, JSON, MASK, METADATA):
             Path(f"{self.prefix}{end}").unlink(missing_ok=True)
         for temporary, final in self._renames:
@@ -451,7 +456,7 @@ def _check_size(part: FileRange, expected: int) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    """Make renames in ``folder`` survive a power cut, where the platform lets a folder be opened."""
+    """Make renames in ``folder`` survive a power failure, if the platform can open folders."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -1,16 +1,18 @@
-"""The tokens around the text of a document: the BOS in front of it, and the tokens that end it.
+"""Determine the tokens around a document's text: the BOS before it, and the tokens that end it.
 
-``tokenizer_frame`` reads from the files of a tokenizer what it puts around a text. The rule is that of transformers 5,
+``tokenizer_frame`` reads from a tokenizer's files which tokens it adds to a text. The rules are those of transformers
+5,
 ``tokenizer(text)``:
 
-- tokenizer.json: its post-processor decides, whatever add_bos_token and add_eos_token of tokenizer_config.json say.
-  Two tokenizer classes of transformers replace the post-processor (``_OWN_RULES``); which class is used, see
+- tokenizer.json: its post-processor decides; add_bos_token and add_eos_token of tokenizer_config.json are ignored. Two
+  tokenizer classes of transformers replace the post-processor (``_OWN_RULES``); for the class in use see
   :func:`~.tokenizer_classes.loaded_class`.
 - a sentencepiece model: add_bos_token and add_eos_token of tokenizer_config.json decide; without them nothing is added.
 - tiktoken files: nothing is added.
 
-``DocumentFrame`` is what a dataset does with it: preprocess adds it to ids that were encoded without special tokens, so
-that fast and reference encoder, long texts in pieces and batches all give the same. Nothing here knows chat templates.
+``DocumentFrame`` applies this to a dataset. preprocess adds the frame to ids that were encoded without special tokens.
+So the fast and the reference encoder, long texts in pieces and batches all give the same result. Chat templates are not
+handled here.
 """
 
 from __future__ import annotations
@@ -53,25 +55,25 @@ _OWN_RULES = ("GPTNeoXTokenizer", "CodeLlamaTokenizer")
 BOS. tests/data/test_document_frame.py compares every class with transformers."""
 _PART_BYTES = 1 << 20
 _LONG_DOCUMENT = 500
-"""Ids. Copying documents of this mean length one by one is faster than by a mask."""
+"""Mean number of ids from which copying documents one by one is faster than using a mask."""
 
 
 @dataclass(frozen=True)
 class TokenizerFrame:
-    """What a tokenizer puts around a text, as its files say."""
+    """The tokens that a tokenizer adds to a text, according to its files."""
 
     prefix: tuple[Token, ...] = ()
     suffix: tuple[Token, ...] = ()
     bos: Token | None = None
-    """The BOS that the files name, whether or not it is put in front of a text."""
+    """The BOS in the files, even if it is not put in front of a text."""
     remark: str = ""
-    """What of the files a user may have understood differently; empty: nothing."""
+    """A difference between the files and the behaviour that a user may not expect; empty if there is none."""
 
     def documents_begin_with(self, bos: str) -> tuple[Token, ...]:
         """Return the tokens that ``--bos`` (one of ``BOS_CHOICES``) puts in front of a document.
 
         Raises:
-            UserError: ``yes``, and the files name no BOS.
+            UserError: ``yes``, but the files have no BOS.
         """
         if bos == "no":
             return ()
@@ -79,34 +81,36 @@ class TokenizerFrame:
             return self.prefix
         if self.bos is None:
             raise UserError(
-                "--bos yes: the tokenizer names no BOS (bos_token in tokenizer_config.json or special_tokens_map.json, "
-                "bos_token_id in config.json); add one of them to the tokenizer's folder, or use --bos no"
+                "--bos yes: the tokenizer has no BOS (bos_token in tokenizer_config.json or special_tokens_map.json, "
+                "bos_token_id in config.json); add one of these to the tokenizer's folder, or use --bos no"
             )
         return (self.bos,)
 
 
 @dataclass(frozen=True)
 class DocumentFrame:
-    """Ids in front of every document and behind it. Small and picklable."""
+    """Ids before and after every document. Small and picklable."""
 
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
 
     def missing_prefix(self, first_ids: npt.NDArray[np.integer]) -> tuple[int, ...]:
-        """Return what to put in front of a document that begins with ``first_ids``: nothing where it has the prefix."""
+        """Return the ids to put in front of a document that begins with ``first_ids``: none if it already has the
+        prefix.
+        """
         size = len(self.prefix)
         return () if tuple(first_ids[:size].tolist()) == self.prefix else self.prefix
 
     def missing_suffix(self, last_ids: npt.NDArray[np.integer]) -> tuple[int, ...]:
-        """Return what to put behind a document that ends with ``last_ids``."""
+        """Return the ids to put behind a document that ends with ``last_ids``."""
         size = len(self.suffix)
         return () if size == 0 or tuple(last_ids[-size:].tolist()) == self.suffix else self.suffix
 
     def around(self, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> FlatIds:
         """Return the documents ``ids`` [T] of ``lengths`` [documents] with the frame around each, writable.
 
-        A document that already begins with the prefix, or ends with the suffix, does not get it twice: its text wrote
-        it. A document without ids stays without: length 0. Costs 1 to 4 % of what encoding the documents did.
+        A document whose text already begins with the prefix, or ends with the suffix, does not get it twice. A document
+        without ids stays empty: length 0. Costs 1 to 4 % of the time that encoding the documents took.
         """
         if not len(ids) or not (self.prefix or self.suffix):
             return np.require(ids, requirements="W"), lengths
@@ -118,7 +122,7 @@ class DocumentFrame:
         behind = len(self.suffix) * ~_holds(ids, ends - len(self.suffix), sizes, self.suffix)
         added = front + behind
         shifts = np.cumsum(added) - behind
-        bodies = starts + shifts  # where documents' own ids begin
+        bodies = starts + shifts  # beginnings of the documents' own ids
         out = np.empty(len(ids) + int(added.sum()), np.int32)
         own = np.ones(len(out), np.bool_)
         for tokens, first in (
@@ -144,7 +148,7 @@ def _holds(
     sizes: npt.NDArray[np.int64],
     tokens: tuple[int, ...],
 ) -> npt.NDArray[np.bool_]:
-    """Whether ``tokens`` are at ``places`` [documents] of ``ids``, within documents of ``sizes``."""
+    """Return whether ``tokens`` are at ``places`` [documents] of ``ids``, within documents of ``sizes``."""
     if len(tokens) == 1:  # no document is shorter
         return ids[places] == tokens[0]
     found = sizes >= len(tokens)
@@ -154,12 +158,12 @@ def _holds(
 
 
 def ids_of(tokens: tuple[Token, ...]) -> tuple[int, ...]:
-    """Return the ids alone."""
+    """Return only the ids."""
     return tuple(token_id for _, token_id in tokens)
 
 
 def name_of(tokens: tuple[Token, ...]) -> str:
-    """Return the texts alone, separated by spaces."""
+    """Return only the texts, separated by spaces."""
     return " ".join(text for text, _ in tokens)
 
 
@@ -174,9 +178,9 @@ def read_tokenizer_frame(
     """Return the frame of the tokenizer ``file``, with the configuration files of its folder.
 
     Args:
-        file: as :func:`~.tokenizer_files.find_tokenizer_file` gives it.
-        special_tokens: of a tiktoken encoding, which its file does not hold.
-        model: the model's config.json where it is elsewhere; None or empty: that of the folder.
+        file: result of :func:`~.tokenizer_files.find_tokenizer_file`.
+        special_tokens: of a tiktoken encoding, whose file does not hold them.
+        model: the model's config.json if it is elsewhere; None or empty: that of the folder.
 
     Raises:
         UserError: one of the files cannot be read.
@@ -191,15 +195,16 @@ def read_tokenizer_frame(
 
 
 def frame_of_files(files: Mapping[str, bytes]) -> TokenizerFrame | None:
-    """Return the frame of the tokenizer among the ``files`` (name to content) of a model; None where there is no
-    tokenizer, or one that cannot be read."""
+    """Return the frame of the tokenizer among the ``files`` (name to content) of a model.
+
+    None if there is no tokenizer, or an unreadable one."""
     name = tokenizer_file_name(files)
     if name is None:
         return None
     try:
         configs = [_json_object(files.get(config, b"{}")) for config in (*CONFIG_FILES, MODEL_CONFIG)]
         return tokenizer_frame(tokenizer_kind(Path(name)), files[name], *configs)
-    except (ValueError, ImportError, UserError):  # a damaged tokenizer is reported by whoever needs it
+    except (ValueError, ImportError, UserError):  # code that needs the tokenizer reports the damage
         return None
 
 
@@ -217,7 +222,7 @@ def tokenizer_frame(
         kind: of the tokenizer's file.
         content: of the tokenizer's file.
         config: of tokenizer_config.json; ``special_map``: of special_tokens_map.json; ``model``: of config.json. Empty
-            where there is no such file.
+            if there is no such file.
         special_tokens: see :func:`read_tokenizer_frame`.
 
     Raises:
@@ -244,13 +249,15 @@ def tokenizer_frame(
 
 
 def _disagreement(config: Mapping[str, Any], prefix: tuple[Token, ...], suffix: tuple[Token, ...]) -> str:
-    """What tokenizer_config.json says that transformers 5 does not do."""
+    """Return a sentence about settings in tokenizer_config.json that transformers 5 ignores; empty if there are
+    none.
+    """
     for key, tokens in (("add_bos_token", prefix), ("add_eos_token", suffix)):
         if isinstance(config.get(key), bool) and config[key] != bool(tokens):
             does = f"adds {describe_tokens(tokens)}" if tokens else "adds none"
             return (
-                f"tokenizer_config.json says {key}: {str(config[key]).lower()}, but the tokenizer {does}; transformers "
-                "5 does so too"
+                f"tokenizer_config.json has {key}: {str(config[key]).lower()}, but the tokenizer {does}; transformers "
+                "5 does the same"
             )
     return ""
 
@@ -263,12 +270,12 @@ def _sentencepiece_frame(
     model = SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(content)
-    except Exception as error:  # RuntimeError, or another in other versions
+    except Exception as error:  # RuntimeError, or others in other versions
         raise UserError(f"{SENTENCEPIECE_FILE}: not a sentencepiece model: {' '.join(str(error).split())}") from error
 
     def token(name: str | None, own_id: int) -> tuple[Token, ...]:
         found = int(own_id if name is None else model.PieceToId(name))
-        if name is not None and model.IdToPiece(found) != name:  # the unknown piece stands for what is not there
+        if name is not None and model.IdToPiece(found) != name:  # missing pieces are looked up as the unknown piece
             found = int(own_id)
         return () if found < 0 else ((str(model.IdToPiece(found)), found),)
 
@@ -278,15 +285,15 @@ def _sentencepiece_frame(
     remark = ""
     if bos and "add_bos_token" not in config and not add_bos:
         remark = (
-            f"the model has the BOS {describe_tokens(bos)}, but no tokenizer_config.json next to it says add_bos_token;"
-            " as in transformers 5, none is added; --bos yes adds it"
+            f"the model has the BOS {describe_tokens(bos)}, but no tokenizer_config.json next to it has add_bos_token; "
+            "as in transformers 5, none is added; --bos yes adds it"
         )
     eos = token(token_text(config.get("eos_token")), model.eos_id())
     return TokenizerFrame(bos if add_bos else (), eos if add_eos else (), bos[0] if bos else None, remark)
 
 
 def _around(post_processor: Any) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
-    """What the post-processor of a tokenizer.json puts in front of a single text, and behind it."""
+    """Return the tokens that a tokenizer.json's post-processor puts before a single text, and after it."""
     if not isinstance(post_processor, dict):
         return (), ()
     kind = post_processor.get("type")
@@ -313,7 +320,9 @@ def _around(post_processor: Any) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
 
 
 def _find_bos(vocabulary: Iterable[Token], named: str | None, model: Mapping[str, Any]) -> Token | None:
-    """The BOS that a tokenizer's configuration names, or else config.json by its id; of those in the vocabulary."""
+    """Return the BOS named in the tokenizer's configuration, or else by id in config.json, if it is in the
+    vocabulary.
+    """
     number = model.get("bos_token_id")
     by_id = None
     if named is None and type(number) is not int:
@@ -327,7 +336,7 @@ def _find_bos(vocabulary: Iterable[Token], named: str | None, model: Mapping[str
 
 
 def _vocabulary(content: bytes) -> Iterator[Token]:
-    """The tokens of a tokenizer.json, added ones first: a BOS is nearly always one of these."""
+    """Return the tokens of a tokenizer.json, added ones first: a BOS is nearly always one of these."""
     for token in _part(content, "added_tokens") or ():
         yield token["content"], token["id"]
     vocab = _json_object(content)["model"]["vocab"]
@@ -335,14 +344,15 @@ def _vocabulary(content: bytes) -> Iterator[Token]:
 
 
 def _part(content: bytes, key: str) -> Any:
-    """The value of ``key`` in the object ``content``, without parsing the rest, which takes 0.1 s for a vocabulary of
-    150,000."""
+    """Return the value of ``key`` in the object ``content`` without parsing the rest.
+
+    Parsing everything takes 0.1 s for a vocabulary of 150,000."""
     match = re.search(rb'(?<!\\)"%s"\s*:\s*' % key.encode(), content)
     if match is not None:
         text = content[match.end() : match.end() + _PART_BYTES].decode("utf-8", "ignore")
         with suppress(ValueError):
             value, _ = json.JSONDecoder().raw_decode(text)
-            if value is None or isinstance(value, dict | list):  # a number is the id of a token of that name
+            if value is None or isinstance(value, dict | list):  # a number is the id of a token with that name
                 return value
     return _json_object(content).get(key)
 

@@ -1,9 +1,9 @@
-"""Numbers in a file, read where they lie, and finding a place among ascending ones with a few reads.
+"""Read numbers from a file at given places, and search ascending ones with few reads.
 
-Why not a memory map: its page faults read around the place that is asked for (``read_ahead_kb`` of the disk, often
-128 KiB and here and there 8 MiB), which for random access is up to hundreds of times what is needed, from the disk and
-of the page cache; its pages count as memory of the process; and a disk that fails ends the process by a signal. One
-``pread`` reads one window of tokens in one go, and fails with an error that names the file.
+A memory map is not used for three reasons. Its page faults read around the requested place (``read_ahead_kb`` of the
+disk, often 128 KiB, sometimes 8 MiB); for random access this is up to hundreds of times the needed amount, from the
+disk and in the page cache. Its pages count as memory of the process. A failing disk ends the process by a signal. One
+``pread`` reads one window of tokens, and fails with an error that names the file.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import numpy.typing as npt
 from ..errors import UserError
 
 _BLOCK = 512
-"""Entries read at a guess: two pages, the least that disks and file systems read anyway."""
+"""Entries of a speculative read: two pages, the least that disks and file systems read anyway."""
 _SEEN = 4096
-"""Entries of an array that are remembered: half a megabyte."""
+"""Entries of an array to remember: half a megabyte."""
 
 
 class FileEntries:
-    """A one-dimensional array in a file, read-only. May be used from several threads and after ``fork``.
+    """A read-only one-dimensional array in a file. May be used from several threads and after ``fork``.
 
     Args:
         path: of the file.
         dtype: of an entry.
         offset: of the first entry, in bytes.
-        count: of entries; all of them must be there.
+        count: of entries; the file must hold all of them.
 
     Raises:
-        UserError: when the file can no longer be read, or has become shorter.
+        UserError: the file can no longer be read, or has become shorter.
     """
 
     def __init__(self, path: str | os.PathLike[str], dtype: npt.DTypeLike, offset: int, count: int) -> None:
@@ -51,7 +51,7 @@ class FileEntries:
     @overload
     def __getitem__(self, index: slice) -> npt.NDArray[np.integer]: ...
     def __getitem__(self, index: int | slice) -> int | npt.NDArray[np.integer]:
-        """An entry, or a copy of some that follow one another (read-only, aligned, in the file's dtype)."""
+        """Return one entry, or a copy of consecutive entries (read-only, aligned, in the file's dtype)."""
         if isinstance(index, slice):
             start, stop, _ = index.indices(self._count)
             return self._read(start, max(stop - start, 0))
@@ -60,12 +60,12 @@ class FileEntries:
     def _read(self, start: int, count: int) -> npt.NDArray[np.integer]:
         place, size = self._offset + start * self._dtype.itemsize, count * self._dtype.itemsize
         raw = self._read_bytes(place, size)
-        while len(raw) < size:  # one call reads at most 2 GiB, and a signal may cut it short
+        while len(raw) < size:  # one call reads at most 2 GiB, and a signal may interrupt it
             more = self._read_bytes(place + len(raw), size - len(raw))
             if not more:
                 raise UserError(
-                    f"{self._path}: ends at byte {place + len(raw):,}, but was longer when it was opened: somebody "
-                    "is writing to it or has cut it; build or copy the dataset again"
+                    f"{self._path}: ends at byte {place + len(raw):,}, but was longer when it was opened: another "
+                    "process writes to it or has truncated it; build or copy the dataset again"
                 )
             raw += more
         return np.frombuffer(raw, self._dtype)
@@ -78,15 +78,15 @@ class FileEntries:
 
 
 class AscendingEntries(FileEntries):
-    """Integers >= 0 that ascend, though some may be equal, in which places are found.
+    """Ascending integers >= 0, possibly with repetitions, with fast searches.
 
-    By interpolation (Perl, Itai and Avni, 1978): among entries at random distances a guess is a few thousand entries
-    wrong, the next one less than a block, so that two reads suffice. Where distances differ from one region to the next
-    a guess may be far off; then a bisection follows, so that there are never more than twice its reads. What a search
-    sees on its way narrows the later ones: soon every region has guesses of its own.
+    Uses interpolation search (Perl, Itai and Avni, 1978). With random distances between entries the first guess is a
+    few thousand entries off, and the next less than a block, so two reads suffice. If distances differ between regions,
+    a guess may be far off. Then a bisection follows, so that there are never more than twice its reads. Entries seen by
+    earlier searches narrow the later ones.
 
     Args:
-        end: a bound on all entries, from which the first guess is made.
+        end: a bound on all entries, used for the first guess.
     """
 
     def __init__(self, path: str | os.PathLike[str], dtype: npt.DTypeLike, offset: int, count: int, end: int) -> None:
@@ -95,12 +95,12 @@ class AscendingEntries(FileEntries):
         self._seen: list[tuple[int, int]] = []  # entries and their numbers, ascending; insertions are atomic
 
     def first_at_least(self, value: int) -> int:
-        """Number of the first entry >= ``value``, or the count of entries where there is none."""
+        """Return the number of the first entry >= ``value``, or the count of entries if there is none."""
         first, block = self._block_with(value)
         return first + int(block.searchsorted(value))
 
     def between(self, low: int, high: int) -> npt.NDArray[np.int64]:
-        """The entries that are >= ``low`` and < ``high``."""
+        """Return the entries that are >= ``low`` and < ``high``."""
         first, block = self._block_with(low)
         begin, stop = block.searchsorted((low, high)).tolist()
         parts = [block[begin:stop]]
@@ -112,8 +112,10 @@ class AscendingEntries(FileEntries):
         return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
 
     def _block_with(self, value: int) -> tuple[int, npt.NDArray[np.integer]]:
-        """Entries among which the first >= ``value`` is, if there is any, and the number of the first of them."""
-        # The place lies in [low, high], the entry there in [least, most].
+        """Return entries among which the first one >= ``value`` is, if there is any, and the number of their first
+        one.
+        """
+        # The place is in [low, high], the entry there in [least, most].
         low, high, least, most = 0, len(self), 0, self._end
         place = bisect_left(self._seen, (value, -1))
         if place:

@@ -1,9 +1,9 @@
-"""Checks of every entry of an index: lengths, pointers and document indices, against each other and the size of .bin.
+"""Check every entry of an index: lengths, pointers and document indices, against each other and the size of .bin.
 
-One pass over the index in bounded memory, about 5 ns a sequence (0.5 s for 100 million, 2 GB of index). Two layouts are
-valid: *file order*, in which every sequence begins where the one before ends, which is what every writer makes; and
-any other in which every sequence lies inside .bin, such as an index that was filtered or permuted, which Megatron-LM
-reads sequence by sequence (scattered.py). Everything else is damage. Token ids are not looked at here.
+One pass over the index in bounded memory takes about 5 ns a sequence (0.5 s for 100 million, 2 GB of index). Two
+layouts are valid. In *file order*, which every writer produces, each sequence begins at the end of the previous one. In
+any other order, such as a filtered or permuted index, every sequence must be inside .bin; Megatron-LM reads such files
+sequence by sequence (scattered.py). Everything else is damage. Token ids are not checked here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DAMAGED = "the index is damaged; build or copy the dataset again"
 
 @dataclass(frozen=True)
 class IndexEntries:
-    """The arrays of an index file, and the facts they must agree with."""
+    """The arrays of an index file, and the facts that they must agree with."""
 
     idx_path: str
     bin_path: str
@@ -37,20 +37,20 @@ class IndexEntries:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of ``CHECKED_AT_ONCE`` sequences."""
+        """Return the number of blocks of ``CHECKED_AT_ONCE`` sequences."""
         return -(-len(self.lengths) // CHECKED_AT_ONCE)
 
     def spread_blocks(self) -> list[int]:
-        """Numbers of some blocks, evenly spread, the first and the last included."""
+        """Return the numbers of some blocks, evenly spread, the first and the last included."""
         last = self.num_blocks - 1
         return sorted({last * step // (_SPREAD_BLOCKS - 1) for step in range(_SPREAD_BLOCKS)}) if last >= 0 else []
 
 
 def count_displaced(entries: IndexEntries, blocks: Iterable[int]) -> int:
-    """Return how many sequences of ``blocks`` do not begin where the one before ends (the first: at byte 0).
+    """Return how many sequences of ``blocks`` do not begin at the end of the previous one (the first: at byte 0).
 
     Raises:
-        UserError: names the first sequence that does not lie inside .bin.
+        UserError: names the first sequence that is not inside .bin.
     """
     return sum(_count_in_block(entries, block * CHECKED_AT_ONCE) for block in blocks)
 
@@ -64,7 +64,7 @@ def _count_in_block(entries: IndexEntries, first: int) -> int:
     if first:
         previous = entries.pointers[first - 1] + entries.lengths[first - 1] * entries.itemsize
     displaced = int(pointers[0] != previous) + int(np.count_nonzero(pointers[1:] != ends[:-1]))
-    # Of sequences in file order, the ends tell about all: sums of one block cannot overflow.
+    # For sequences in file order, checking their ends is enough: sums within one block cannot overflow.
     if displaced or lengths.min() < 0 or not 0 <= pointers[0] <= ends[-1] <= entries.bin_size:
         outside = (lengths < 0) | (pointers < 0) | (pointers > entries.bin_size - sizes)
         wrong = outside | (pointers % entries.itemsize != 0)
@@ -86,7 +86,7 @@ def _refuse(entries: IndexEntries, sequence: int, outside: bool) -> None:
 
 
 def document_problem(entries: IndexEntries, ends_only: bool = False) -> str | None:
-    """Return why the document indices do not describe the sequences, or None where they do: from 0, ascending, to N."""
+    """Return why the document indices do not ascend from 0 to N, or None if they do."""
     indices, count = entries.document_indices, len(entries.lengths)
     if not len(indices):
         return "is empty"
@@ -103,9 +103,9 @@ def document_problem(entries: IndexEntries, ends_only: bool = False) -> str | No
 
 
 def require_token_size(entries: IndexEntries) -> None:
-    """Refuse an index that would be in file order if tokens had another size: then its dtype code is wrong.
+    """Refuse an index that would be in file order with another token size, since its dtype code is wrong.
 
-    Sequences that all have one length prove nothing: they may be every second one of a dataset.
+    Sequences that all have one length prove nothing: they may be every second sequence of a dataset.
 
     Raises:
         UserError: with both sizes.
@@ -121,6 +121,6 @@ def require_token_size(entries: IndexEntries) -> None:
             return
     if len(found) > 1:
         raise UserError(
-            f"{entries.idx_path}: its dtype code says {entries.itemsize} bytes a token, but its pointers are those of "
+            f"{entries.idx_path}: its dtype code means {entries.itemsize} bytes a token, but its pointers fit "
             f"{min(sizes)} bytes a token: the code is wrong; {DAMAGED}"
         )

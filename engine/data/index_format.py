@@ -1,4 +1,4 @@
-"""The layout of Megatron-LM's ``.idx`` file: constants, and writing an index.
+"""Define the layout of Megatron-LM's ``.idx`` file, and write an index.
 
 All numbers are little endian, and nothing is padded, so the int64 arrays may be unaligned:
 
@@ -41,21 +41,21 @@ DTYPES: dict[int, np.dtype] = {
     5: np.dtype("<i8"),
     8: np.dtype("<u2"),
 }
-"""Token dtypes by their code in the header. Codes 6 and 7 are floating point, which no token id is."""
+"""Token dtypes by their code in the header. Codes 6 and 7 are floating point and not used for token ids."""
 
 MAX_LENGTH = 2**31 - 1
-"""Longest sequence, in tokens: lengths are int32."""
+"""Maximum length of a sequence, in tokens: lengths are int32."""
 CHUNK = 1 << 20
-"""Index entries handled at once: bounds memory to some tens of MB, whatever N."""
+"""Index entries processed at once: bounds memory to some tens of MB, whatever N."""
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
-    """The dtype Megatron-LM writes for ids in [0, ``vocab_size``): uint16 below 65500, else int32."""
+    """Return the dtype that Megatron-LM uses for ids in [0, ``vocab_size``): uint16 below 65500, else int32."""
     return DTYPES[8] if vocab_size < 65500 else DTYPES[4]
 
 
 def dataset_prefix(path: str | os.PathLike[str]) -> str:
-    """``path`` without its ``.bin`` or ``.idx`` suffix, if it has one: the name that both files share."""
+    """Return ``path`` without its ``.bin`` or ``.idx`` suffix: the name that both files share."""
     prefix = os.fspath(path)
     return prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
 
@@ -100,7 +100,7 @@ def write_index(
 
 
 def chunks(count: int) -> Iterator[slice]:
-    """Slices of at most ``CHUNK`` entries that cover [0, ``count``)."""
+    """Yield slices of at most ``CHUNK`` entries that cover [0, ``count``)."""
     return (slice(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK))
 
 

@@ -1,10 +1,10 @@
-"""Reading Megatron-LM's indexed dataset, ``{prefix}.idx`` + ``{prefix}.bin``; dataset_writer.py writes it.
+"""Read Megatron-LM's indexed dataset, ``{prefix}.idx`` + ``{prefix}.bin``; dataset_writer.py writes it.
 
-The ``.bin`` file is the tokens of all sequences, one after another, without a header. The ``.idx`` file says where each
-sequence lies; its layout is in index_format.py. Files made by Megatron-LM are read, and Megatron-LM reads the files
-made here. Opening checks every entry of the index (index_check.py), of a very large one behind what follows. Reading a
-range of tokens is one read of .bin and two or three of the index (file_entries.py); where sequences are not in the
-order of the file, one read for each (scattered.py). This module knows sequences, not samples.
+The ``.bin`` file holds the tokens of all sequences, concatenated, without a header. The ``.idx`` file holds the place
+of each sequence; its layout is in index_format.py. Files of Megatron-LM can be read here, and it can read files written
+here. Opening checks every entry of the index (index_check.py); for a very large one, a thread does this later. Reading
+a range of tokens takes one read of .bin and two or three of the index (file_entries.py). If sequences are not in file
+order, it takes one read for each (scattered.py). This module handles sequences, not samples.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .index_format import DTYPES, HEADER, MAGIC, VERSION, dataset_prefix
 from .scattered import ScatteredSequences
 
 CHECKED_ON_OPENING = 1 << 23
-"""Sequences up to which opening checks the whole index, in up to 50 ms. Of a larger one it checks some blocks; a thread
-checks all of them meanwhile, for :meth:`IndexedDataset.finish_check`."""
+"""Maximum number of sequences whose whole index is checked on opening, in up to 50 ms. In a larger index, opening
+checks some blocks. A thread then checks all of them, for :meth:`IndexedDataset.finish_check`."""
 
 
 class IndexedDataset:
@@ -35,8 +35,8 @@ class IndexedDataset:
     An instance may be used after ``fork``; a pickled one opens the files again.
 
     Args:
-        prefix: path without suffix; with ``.bin`` or ``.idx`` it is accepted too.
-        check_whole: check also a very large index before anything else. False: leave that to :meth:`finish_check`.
+        prefix: path without suffix; ``.bin`` or ``.idx`` at its end is accepted.
+        check_whole: check even a very large index before returning. False: leave that to :meth:`finish_check`.
 
     Raises:
         UserError: a file is missing, truncated, of another format, or the two do not belong together.
@@ -67,10 +67,10 @@ class IndexedDataset:
             self.dtype.itemsize,
         )
         self.remarks: list[str] = []
-        """What is unusual about the index, though the dataset can be read: for users."""
+        """Remarks for users about an unusual but readable index."""
         self._scattered: ScatteredSequences | None = None
         self._each_sequence = False
-        """Whether the document indices are useless, so that each sequence is taken for a document."""
+        """True if the document indices are unusable, so that each sequence is treated as a document."""
         self._check_thread: threading.Thread | None = None
         self._found_later: UserError | None = None
         self._check(check_whole)
@@ -97,26 +97,27 @@ class IndexedDataset:
 
     @property
     def num_documents(self) -> int:
-        """Documents, empty ones included."""
+        """Number of documents, empty ones included."""
         return self._num_sequences if self._each_sequence else len(self._entries.document_indices) - 1
 
     @functools.cached_property
     def document_indices(self) -> npt.NDArray[np.int64]:
-        """int64[D], first sequence of each document and N at the end: a read-only unaligned view of the file, or
-        0 .. N where the file's own are useless."""
+        """int64[D], the first sequence of each document, and N at the end: a read-only unaligned view of the file.
+
+        0 .. N if the file's own indices are unusable."""
         if self._each_sequence:
             return np.arange(self._num_sequences + 1)
         return np.frombuffer(self._idx, dtype="<i8", count=self.num_documents + 1, offset=self._indices_at)
 
     def document_edges(self, first: int, stop: int) -> npt.NDArray[np.int64]:
-        """A copy of ``document_indices[first:stop + 1]``, without a pass over the others."""
+        """Return a copy of ``document_indices[first:stop + 1]`` without reading the others."""
         if self._each_sequence:
             return np.arange(first, stop + 1)
         return self._entries.document_indices[first : stop + 1].astype(np.int64)
 
     @property
     def document_index_ignored(self) -> bool:
-        """Whether the file's document indices are useless, so that each sequence is a document."""
+        """Whether the file's document indices are unusable, so that each sequence is a document."""
         return self._each_sequence
 
     @property
@@ -126,19 +127,19 @@ class IndexedDataset:
 
     @property
     def in_file_order(self) -> bool:
-        """Whether every sequence begins in ``.bin`` where the one before ends."""
+        """Whether every sequence begins in ``.bin`` at the end of the previous one."""
         return self._scattered is None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all sequences."""
+        """Number of tokens of all sequences."""
         return self._num_tokens
 
     def __len__(self) -> int:
         return self._num_sequences
 
     def __getitem__(self, index: int) -> npt.NDArray[np.integer]:
-        """Tokens of sequence ``index``, in the file's dtype: a read-only view of the mapped file.
+        """Return the tokens of sequence ``index`` in the file's dtype: a read-only view of the mapped file.
 
         Raises:
             IndexError: ``index`` is not in [0, N).
@@ -149,7 +150,7 @@ class IndexedDataset:
         return np.frombuffer(self._bin, dtype=self.dtype, count=length, offset=self._pointers[index])
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """A copy, int64[stop - start], of the tokens [``start``, ``stop``) of the whole stream of sequences.
+        """Return a copy, int64[stop - start], of the tokens [``start``, ``stop``) of the whole stream of sequences.
 
         Raises:
             IndexError: not 0 <= start <= stop <= num_tokens.
@@ -157,7 +158,7 @@ class IndexedDataset:
         return self.stored_tokens(start, stop).astype(np.int64)
 
     def stored_tokens(self, start: int, stop: int) -> npt.NDArray[np.integer]:
-        """As :meth:`tokens`, in the file's dtype and read-only."""
+        """Return the same as :meth:`tokens`, in the file's dtype and read-only."""
         start, stop = self._checked_range(start, stop)
         if self._scattered is not None:
             return _read_runs(self._tokens, self._scattered.runs(start, stop))
@@ -165,11 +166,11 @@ class IndexedDataset:
 
     @property
     def has_loss_mask(self) -> bool:
-        """Whether ``{prefix}.mask.bin`` stands beside the tokens: one byte a token, 1 where it is to be predicted."""
+        """Whether ``{prefix}.mask.bin`` exists: one byte a token, 1 if the token is a target."""
         return self._mask is not None
 
     def loss_mask(self, start: int, stop: int) -> npt.NDArray[np.bool_] | None:
-        """A copy, bool[stop - start], of the mask of the tokens [``start``, ``stop``); None without a mask.
+        """Return a copy, bool[stop - start], of the mask of the tokens [``start``, ``stop``); None without a mask.
 
         Raises:
             IndexError: not 0 <= start <= stop <= num_tokens.
@@ -178,7 +179,7 @@ class IndexedDataset:
         return None if stored is None else stored != 0
 
     def stored_mask(self, start: int, stop: int) -> npt.NDArray[np.integer] | None:
-        """As :meth:`loss_mask`, the file's bytes."""
+        """Return the same as :meth:`loss_mask`, as the file's bytes."""
         start, stop = self._checked_range(start, stop)
         if self._mask is None:
             return None
@@ -187,7 +188,7 @@ class IndexedDataset:
         return self._mask[start:stop]
 
     def sequence_start(self, index: int) -> int:
-        """Position in tokens at which sequence ``index`` begins; ``num_tokens`` for ``index`` == N.
+        """Return the position in tokens at which sequence ``index`` begins; ``num_tokens`` for ``index`` == N.
 
         Raises:
             IndexError: ``index`` is not in [0, N].
@@ -197,7 +198,8 @@ class IndexedDataset:
         return self.num_tokens if index == self._num_sequences else self._starts[index] // self.dtype.itemsize
 
     def boundaries(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Positions strictly inside (``start``, ``stop``) at which a new sequence begins, int64, ascending, each once.
+        """Return the positions strictly inside (``start``, ``stop``) at which a sequence begins: int64, ascending,
+        unique.
 
         Raises:
             IndexError: not 0 <= start <= stop <= num_tokens.
@@ -205,19 +207,19 @@ class IndexedDataset:
         start, stop = self._checked_range(start, stop)
         itemsize = self.dtype.itemsize
         pointers = self._starts.between(start * itemsize + 1, stop * itemsize)
-        # Sequences of length zero, which other writers may leave, begin where their successor does.
+        # Sequences of length zero, which other writers may produce, begin at the same place as the next one.
         repeated = pointers[1:] == pointers[:-1]
         return (np.delete(pointers, np.flatnonzero(repeated)) if repeated.any() else pointers) // itemsize
 
     def next_boundary(self, position: int) -> int:
-        """The first position >= ``position`` at which a sequence begins, or ``num_tokens`` when there is none."""
+        """Return the first position >= ``position`` at which a sequence begins, or ``num_tokens`` if there is none."""
         return self.sequence_start(self._starts.first_at_least(position * self.dtype.itemsize))
 
     def finish_check(self) -> None:
-        """Wait for the check of a very large index that opening began; others have been checked.
+        """Wait for the check of a very large index that opening started; smaller ones are already checked.
 
         Raises:
-            UserError: names the first sequence or document that does not fit.
+            UserError: names the first inconsistent sequence or document.
         """
         if self._check_thread is not None:
             self._check_thread.join()
@@ -225,7 +227,7 @@ class IndexedDataset:
             raise self._found_later
 
     def _check(self, whole: bool) -> None:
-        """Find out how sequences lie in ``.bin``, and refuse what cannot be read."""
+        """Find out how sequences are arranged in ``.bin``, and refuse an unreadable dataset."""
         entries, later = self._entries, not whole and self._num_sequences > CHECKED_ON_OPENING
         self._check_end(may_leave_tokens=True)
         displaced = count_displaced(entries, entries.spread_blocks() if later else range(entries.num_blocks))
@@ -237,8 +239,8 @@ class IndexedDataset:
             self._scattered = ScatteredSequences(entries.lengths, entries.pointers, entries.itemsize)
             self._check_whole_tokens()
             self.remarks.append(
-                f"{self.idx_path}: {displaced:,} of {self._num_sequences:,} sequences do not begin in .bin where the "
-                f"one before ends (filtered or permuted): they are read one by one, as Megatron-LM does, "
+                f"{self.idx_path}: {displaced:,} of {self._num_sequences:,} sequences do not begin in .bin at the end "
+                "of the previous one (filtered or permuted): they are read one by one, as Megatron-LM does, "
                 f"{self._scattered.num_tokens:,} tokens; {self.bin_path} holds "
                 f"{len(self._bin) // self.dtype.itemsize:,}"
             )
@@ -248,22 +250,23 @@ class IndexedDataset:
             self._each_sequence = True
             self.remarks.append(
                 f"{self.idx_path}: its list of documents {problem}, so it does not fit the {self._num_sequences:,} "
-                "sequences and is ignored: each sequence is taken for a document, as training does anyway "
-                "(tools/merge.py writes a correct index)"
+                "sequences and is ignored: each sequence is treated as a document, as in training (tools/merge.py "
+                "writes a correct index)"
             )
         if later:
             self._check_thread = threading.Thread(target=self._check_rest, name="index-check", daemon=True)
             self._check_thread.start()
 
     def _check_rest(self) -> None:
-        """Check what opening has only sampled. Of a very large index most of which is as it should be, the rest is
-        damaged rather than filtered."""
+        """Check the parts of the index that opening has only sampled.
+
+        If most of a very large index is in file order, the rest is damaged, not filtered."""
         try:
             entries = self._entries
             if count_displaced(entries, range(entries.num_blocks)) and self._scattered is None:
                 raise UserError(
-                    f"{self.idx_path}: some sequences do not begin in .bin where the one before ends, though most do; "
-                    "if that is meant, let tools/merge.py write the dataset in the order of its index; if not, "
+                    f"{self.idx_path}: some sequences do not begin in .bin at the end of the previous one, though most "
+                    "do; if that is intended, let tools/merge.py write the dataset in the order of its index; if not, "
                     f"{DAMAGED}"
                 )
             if not self._each_sequence and (problem := document_problem(entries)):
@@ -286,12 +289,13 @@ class IndexedDataset:
         return int(start), int(stop)
 
     def _read_header(self) -> tuple[np.dtype, int, int]:
-        """dtype, N and D."""
-        # Read like all that a run needs, not looked up in the map, where a disk that fails would end the process.
+        """Return dtype, N and D."""
+        # Read with pread like everything that a run needs, because a failing disk would end the process on mapped
+        # access.
         header = FileEntries(self.idx_path, "u1", 0, min(HEADER.size, len(self._idx)))[:].tobytes()
         if header[: len(MAGIC)] != MAGIC:
             raise UserError(
-                f"{self.idx_path}: begins with {header[: len(MAGIC)]!r}, not with {MAGIC!r}: not an index of "
+                f"{self.idx_path}: begins with {header[: len(MAGIC)]!r} instead of {MAGIC!r}: not an index of "
                 "Megatron-LM's current format; build the dataset with tools/preprocess.py"
             )
         if len(header) < HEADER.size:
@@ -301,10 +305,10 @@ class IndexedDataset:
             )
         _, version, code, num_sequences, num_indices = HEADER.unpack_from(header)
         if version != VERSION:
-            raise UserError(f"{self.idx_path}: format version {version}, but only version {VERSION} is known here")
+            raise UserError(f"{self.idx_path}: format version {version}, but only version {VERSION} is supported")
         if code not in DTYPES:
             known = ", ".join(f"{code} {dtype.name}" for code, dtype in DTYPES.items())
-            raise UserError(f"{self.idx_path}: dtype code {code} is not one of a token dataset ({known})")
+            raise UserError(f"{self.idx_path}: dtype code {code} is not valid for a token dataset ({known})")
         return DTYPES[code], num_sequences, num_indices
 
     def _check_index_size(self, expected: int, num_indices: int) -> None:
@@ -341,7 +345,7 @@ def _read_runs(entries: FileEntries, runs: npt.NDArray[np.int64]) -> npt.NDArray
 
 
 def _map_file(path: str) -> mmap.mmap | bytes:
-    """The file's contents, mapped read-only; an empty file, which cannot be mapped, as ``b""``."""
+    """Return the file's contents, mapped read-only; an empty file, which cannot be mapped, as ``b""``."""
     try:
         with open_regular(path) as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""

@@ -1,16 +1,16 @@
-"""Documents laid out anew: what shuffling documents and best-fit packing do to the windows of a source.
+"""Rearrange the documents of a source in its windows, for shuffled documents and best-fit packing.
 
-Nothing is stored and nothing is built at the start. A *group* is ``GROUP_WINDOWS`` consecutive windows of the source
-(the last group may be smaller). Its documents, cut where the group's edges cut them, are laid out in as many new
-windows, from a key alone and from the index entries of the group alone; so any window costs the layout of one group. A
-group of G windows of S tokens holds exactly G * S tokens, therefore no token is lost or repeated and nothing is padded:
+Nothing is stored, and nothing is built at the start. A *group* is ``GROUP_WINDOWS`` consecutive windows of the source
+(the last group may be smaller). Its documents, cut at the edges of the group, are arranged in the same number of new
+windows. This needs only a key and the index entries of the group, so any window costs the layout of one group. A group
+of G windows of S tokens holds exactly G * S tokens; so no token is lost or repeated, and there is no padding:
 
-- *concat* lays the documents end to end, in the order of a keyed permutation, and cuts the result every S tokens;
-- *best_fit* puts each document, longest first, into the window in which it leaves the least room (best-fit decreasing;
+- *concat* concatenates the documents in the order of a keyed permutation, and cuts the result every S tokens;
+- *best_fit* puts each document, longest first, into the window where it leaves the least space (best-fit decreasing;
   Ding et al., 2024, "Fewer Truncations Improve Language Modeling", https://arxiv.org/abs/2404.10830). Documents of more
-  than S tokens first give all their whole windows; what they leave, and what the group's edges cut, comes after the
-  documents that are whole. What finds no room is cut to fill the holes that are left, where the cited paper would open
-  another window and pad.
+  than S tokens first fill whole windows. Their remainders, and the documents cut at the group's edges, are placed after
+  all complete documents. What does not fit is cut to fill the remaining holes; the paper would open another window and
+  pad it.
 """
 
 from __future__ import annotations
@@ -26,55 +26,55 @@ import numpy.typing as npt
 from .indexed_dataset import IndexedDataset
 
 GROUP_WINDOWS = 128
-"""Windows of a group. More leave fewer documents cut by edges and holes (at 4,096 tokens a window and 900 a document:
-2.2 % with 64, 1.7 % with 128, 1.1 % with 256) and cost more for every window of a group that is not cached."""
+"""Windows in a group. More windows cut fewer documents at edges and holes (at 4,096 tokens a window and 900 a document:
+2.2 % with 64, 1.7 % with 128, 1.1 % with 256). They also make every window of an uncached group more expensive."""
 _GROUPS_CACHED = 32
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
 class Pieces(NamedTuple):
-    """Runs of consecutive tokens of one document each, in the order in which they are laid."""
+    """Runs of consecutive tokens, each of one document, in layout order."""
 
     starts: npt.NDArray[np.int64]
     """[P] positions of their first tokens in the dataset."""
     lengths: npt.NDArray[np.int64]
-    """[P] tokens, at least one."""
+    """[P] number of tokens, at least one."""
     begins: npt.NDArray[np.bool_]
-    """[P] whether the document begins with the piece."""
+    """[P] True if the piece contains the beginning of its document."""
     ends: npt.NDArray[np.bool_]
-    """[P] whether the document ends with the piece."""
+    """[P] True if the piece contains the end of its document."""
 
     @property
     def num_whole(self) -> int:
-        """Pieces that are whole documents."""
+        """Return the number of pieces that are whole documents."""
         return int(np.count_nonzero(self.begins & self.ends))
 
     def take(self, where: npt.NDArray[np.integer] | npt.NDArray[np.bool_] | slice) -> Pieces:
-        """Some of the pieces, or all of them in another order."""
+        """Return some of the pieces, or all of them in another order."""
         return Pieces(self.starts[where], self.lengths[where], self.begins[where], self.ends[where])
 
 
 class Group(NamedTuple):
-    """The layout of a group in one epoch."""
+    """The layout of one group in one epoch."""
 
     pieces: Pieces
-    """Of all windows, in order."""
+    """The pieces of all windows, in order."""
     first: npt.NDArray[np.int64]
-    """[windows + 1] number of the piece with which each window begins."""
+    """[windows + 1] number of the first piece of each window."""
 
 
 class DocumentLayout:
-    """The windows of a source after its documents have been laid out anew. Safe to use from several threads.
+    """The windows of a source after its documents have been rearranged. Safe to use from several threads.
 
     Args:
         dataset: the source's dataset.
         start: position in the dataset of the source's first token.
         num_windows: of the source.
         sequence_length: S, tokens in a window.
-        key: of all random choices; names seed, sequence length and source.
-        packing: see the module's first lines.
-        every_epoch: whether each epoch lays the documents out anew, or all epochs alike.
+        key: of all random choices; made from seed, sequence length and source.
+        packing: see the module's docstring.
+        every_epoch: whether each epoch has its own layout.
         group_windows: windows of a group.
     """
 
@@ -100,13 +100,13 @@ class DocumentLayout:
         self._cached_group = functools.lru_cache(maxsize=_GROUPS_CACHED)(self._make_group)
 
     def window(self, index: int, epoch: int) -> Pieces:
-        """The pieces of window ``index``: S tokens."""
+        """Return the pieces of window ``index``: S tokens."""
         number, place = divmod(index, self.group_windows)
         pieces, first = self.group(number, epoch)
         return pieces.take(slice(int(first[place]), int(first[place + 1])))
 
     def group(self, number: int, epoch: int) -> Group:
-        """The layout of the windows ``[number * group_windows, ...)``."""
+        """Return the layout of the windows ``[number * group_windows, ...)``."""
         return self._cached_group(number, epoch if self.every_epoch else 0)
 
     def _make_group(self, number: int, epoch: int) -> Group:
@@ -122,7 +122,7 @@ class DocumentLayout:
 
 
 def pieces_between(dataset: IndexedDataset, start: int, stop: int) -> Pieces:
-    """The documents in the tokens [``start``, ``stop``), which cut the first and the last of them.
+    """Return the documents in the tokens [``start``, ``stop``); the first and the last may be cut.
 
     At least one token must follow ``stop``.
     """
@@ -138,16 +138,16 @@ def pieces_between(dataset: IndexedDataset, start: int, stop: int) -> Pieces:
 
 
 def in_windows(pieces: Pieces, count: int, sequence_length: int) -> Group:
-    """``pieces`` end to end, cut into ``count`` windows that they fill exactly."""
+    """Concatenate ``pieces`` and cut them into ``count`` windows that they fill exactly."""
     edges = np.arange(count + 1) * sequence_length
     cut, places = _cut(pieces, edges[1:-1])
     return Group(cut, np.searchsorted(places, edges))
 
 
 def random_values(key: str, count: int) -> npt.NDArray[np.uint64]:
-    """[``count``] 64-bit numbers: splitmix64 (Steele, Lea and Flood, 2014) from a hash of ``key``.
+    """Return [``count``] 64-bit numbers: splitmix64 (Steele, Lea and Flood, 2014) from a hash of ``key``.
 
-    Written out here because NumPy does not promise that its generators give the same numbers in later releases.
+    Implemented here because NumPy does not promise that its generators give the same numbers in later releases.
     """
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
     values = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN_GAMMA) + np.uint64(seed)
@@ -157,7 +157,9 @@ def random_values(key: str, count: int) -> npt.NDArray[np.uint64]:
 
 
 def _cut(pieces: Pieces, edges: npt.NDArray[np.int64]) -> tuple[Pieces, npt.NDArray[np.int64]]:
-    """``pieces`` laid end to end and cut at the ascending places ``edges``; and the places at which they begin then."""
+    """Concatenate ``pieces`` and cut them at the ascending places ``edges``; return the results and their
+    beginnings.
+    """
     last = np.cumsum(pieces.lengths)
     first = last - pieces.lengths
     places = np.sort(np.concatenate((first, edges)), kind="stable")  # two ascending runs: merged in linear time
@@ -170,26 +172,27 @@ def _cut(pieces: Pieces, edges: npt.NDArray[np.int64]) -> tuple[Pieces, npt.NDAr
 
 
 def best_fit(documents: Pieces, count: int, sequence_length: int, key: str) -> Group:
-    """``documents`` in ``count`` windows that they fill exactly, as few of them cut as best-fit decreasing manages, and
-    never more than if they were laid end to end.
+    """Arrange ``documents`` in ``count`` windows that they fill exactly, with few cuts, by best-fit decreasing.
 
-    Windows, documents within them, and documents of equal length come in the random order of ``key``.
+    Never cuts more documents than concatenation would. Windows, documents within them, and documents of equal length
+    are ordered randomly by ``key``.
     """
     full, rest = _split_long(documents, sequence_length)
-    # Whole documents first, since what is cut already may be cut again: with edges and remainders as a filling, fifty
-    # times fewer are cut. Among either, longest first; the key decides between equals.
+    # Whole documents come first, because cut ones may be cut again: if edges and remainders only fill gaps, fifty times
+    # fewer documents are cut. Within each kind, the longest come first; the key orders equal lengths.
     random = random_values(f"{key}/documents", len(rest.starts))
     rest = rest.take(np.lexsort((random, -rest.lengths, ~(rest.begins & rest.ends))))
     num_open = count - len(full.starts)
     bins, holes = _fit(rest.lengths, num_open, sequence_length)
     fits = bins >= 0
-    # What found no room fills what is left, the largest hole first: so it is cut into as few pieces as the holes allow.
+    # Pieces that did not fit fill the remaining holes, the largest hole first, so that they are cut as little as
+    # possible.
     holes = holes[::-1]
     filling, hole = _cut_into_holes(rest.take(~fits), holes[:, 0])
     pieces = Pieces(*(np.concatenate(parts) for parts in zip(full, rest.take(fits), filling, strict=True)))
     window = np.concatenate((np.arange(num_open, count), bins[fits], holes[hole, 1]))
     if pieces.num_whole < full.num_whole + rest.num_whole:
-        # Decreasing lengths are a rule of thumb: about one tiny group in a thousand is better off as it lies.
+        # Decreasing lengths are a heuristic: about one tiny group in a thousand is better off in its original order.
         plain = in_windows(documents, count, sequence_length)
         if plain.pieces.num_whole > pieces.num_whole:
             return plain
@@ -201,7 +204,9 @@ def best_fit(documents: Pieces, count: int, sequence_length: int, key: str) -> G
 
 
 def _split_long(documents: Pieces, sequence_length: int) -> tuple[Pieces, Pieces]:
-    """The whole windows that documents of at least ``sequence_length`` tokens give, and what is left of all."""
+    """Return the whole windows filled by documents of at least ``sequence_length`` tokens, and the remainders of all
+    documents.
+    """
     whole, rest = np.divmod(documents.lengths, sequence_length)
     owner = np.repeat(np.arange(len(whole)), whole)
     number = np.arange(len(owner)) - np.repeat(np.cumsum(whole) - whole, whole)  # of the window within its document
@@ -218,14 +223,14 @@ def _split_long(documents: Pieces, sequence_length: int) -> tuple[Pieces, Pieces
 def _fit(
     lengths: npt.NDArray[np.int64], num_bins: int, room: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Best-fit: each of ``lengths``, in their order, goes to the bin with the least room that holds it.
+    """Put each of ``lengths``, in their order, into the bin with the least remaining room that holds it (best fit).
 
     Returns:
-        [len(lengths)] bin of each, -1 where none holds it; and [holes, 2] what is left: (room, bin) of every bin with
-        room, the least room first.
+        [len(lengths)] bin of each, -1 if none holds it; and [holes, 2] (room, bin) of every bin with room, the least
+        room first.
     """
-    # Room and bin in one number: one sorted list of integers is all the state that there is. This loop is most of the
-    # time that a group takes, hence its plainness.
+    # Room and bin are combined in one number, so one sorted list of integers is the whole state. This loop takes most
+    # of a group's time, hence its plainness.
     free = [room * num_bins + number for number in range(num_bins)]
     chosen = []
     for size in (lengths * num_bins).tolist():
@@ -245,7 +250,9 @@ def _fit(
 
 
 def _cut_into_holes(pieces: Pieces, holes: npt.NDArray[np.int64]) -> tuple[Pieces, npt.NDArray[np.int64]]:
-    """``pieces`` laid end to end through ``holes`` that they fill exactly; and the number of each cut piece's hole."""
+    """Concatenate ``pieces`` and cut them into ``holes`` that they fill exactly; also return the number of each piece's
+    hole.
+    """
     if not len(pieces.starts):
         return pieces, np.empty(0, dtype=np.int64)
     ends = np.cumsum(holes)

@@ -1,4 +1,4 @@
-"""From sample numbers to the micro-batches of one rank, prepared ahead of the step by a background thread."""
+"""Make one rank's micro-batches from sample numbers, ahead of the step, in a background thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .source import Source, Window
 
 
 class TrainingData:
-    """The blend of training sources in its order, cut into global batches and dealt to ranks.
+    """The training sources in sample order, divided into global batches and distributed to ranks.
 
     Args:
         sources: in the order of ``order.sources``.
@@ -24,6 +24,7 @@ class TrainingData:
         data_rank: this rank's place among the ``plan.data_parallel_size`` ranks that read different samples.
         vocab_size: bound on token ids.
         attend_across_documents: see :func:`retemper.engine.data.packing.pack`.
+        pin_memory: whether micro-batches are in page-locked memory, from which a GPU copies without a wait.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class TrainingData:
         data_rank: int,
         vocab_size: int,
         attend_across_documents: bool,
+        pin_memory: bool = False,
     ):
         self.sources = sources
         self.order = order
@@ -41,10 +43,11 @@ class TrainingData:
         self.data_rank = data_rank
         self.vocab_size = vocab_size
         self.attend_across_documents = attend_across_documents
+        self.pin_memory = pin_memory
 
     def micro_batches(self, first_sample: int) -> list[MicroBatch]:
-        """This rank's part of the global batch that begins with sample ``first_sample``."""
-        return [
+        """Return this rank's part of the global batch that begins with sample ``first_sample``."""
+        batches = [
             pack(
                 [self._window(first_sample + offset) for offset in offsets],
                 self.plan.sequence_length,
@@ -52,6 +55,7 @@ class TrainingData:
             )
             for offsets in self.plan.sample_offsets(self.data_rank)
         ]
+        return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
     def _window(self, index: int) -> Window:
         sample = self.order.sample(index)
@@ -66,11 +70,11 @@ def validation_batches(
     attend_across_documents: bool,
     max_tokens: int,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a validation set: all its targets, the last window of each source being shorter; or
-    as many whole windows as make ``max_tokens`` tokens, spread evenly over all sources. The same ones each time.
+    """Yield this rank's micro-batches of a validation set, the same ones each time.
 
-    Every rank gets the same number of micro-batches, since they compute together: places beyond the last window are
-    filled with masked tokens.
+    They hold all targets of the set, with a shorter last window of each source; or ``max_tokens`` tokens in whole
+    windows, spread evenly over all sources. Every rank gets the same number of micro-batches, since they compute
+    together: places beyond the last window are filled with masked tokens.
     """
     ends, count = _windows_evaluated(sources, plan.sequence_length, max_tokens)
 
@@ -90,7 +94,7 @@ def validation_batches(
 
 
 def _windows_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
-    """(running sum of the windows of each source, how many of them are evaluated)."""
+    """Return (running sum of the windows of each source, number of evaluated windows)."""
     ends = list(itertools.accumulate(source.num_windows_with_tail for source in sources))
     if sum(source.num_targets for source in sources) <= max_tokens:
         return ends, ends[-1]
@@ -100,7 +104,7 @@ def _windows_evaluated(sources: Sequence[Source], sequence_length: int, max_toke
 
 
 def describe_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> str:
-    """Which part of a validation set is evaluated."""
+    """Describe which part of a validation set is evaluated."""
     _, count = _windows_evaluated(sources, sequence_length, max_tokens)
     total = sum(source.num_windows_with_tail for source in sources)
     if count == total:
@@ -128,7 +132,7 @@ class Prefetcher:
         self._thread.join()
 
     def get(self) -> list[MicroBatch]:
-        """The next global batch's micro-batches; waits for them."""
+        """Return the next global batch's micro-batches, after waiting for them if necessary."""
         result = self._results.get()
         if isinstance(result, BaseException):
             raise result

@@ -1,4 +1,4 @@
-"""Windows to packed micro-batches: where documents begin, what each token is to predict, which targets are masked."""
+"""Pack windows into micro-batches: document boundaries, the target of each token, and masked targets."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .source import Window
 
 
 class MicroBatch(NamedTuple):
-    """B windows of S tokens laid end to end: T = B * S tokens, without padding."""
+    """B windows of S tokens, concatenated: T = B * S tokens, without padding."""
 
     tokens: Tensor
     """[T] int64 token ids."""
     targets: Tensor
-    """[T] int64: the token that follows, or ``IGNORE_INDEX``."""
+    """[T] int64: the next token, or ``IGNORE_INDEX``."""
     position_ids: Tensor
     """[T] int64 positions, from zero in every document."""
     cu_seqlens: Tensor
@@ -28,31 +28,31 @@ class MicroBatch(NamedTuple):
     max_seqlen: int
     """Length of the longest document."""
     num_targets: int
-    """Targets that are not masked."""
+    """Number of targets that are not masked."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch on ``device``; copies from pinned memory do not wait."""
+        """Return the same micro-batch on ``device``; copies from pinned memory are asynchronous."""
         if device.type == "cpu":
             return self
         return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]})
 
     def without_targets(self) -> MicroBatch:
-        """The same micro-batch, counting nothing."""
+        """Return the same micro-batch with a count of zero targets."""
         return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX), num_targets=0)
 
     def pin_memory(self) -> MicroBatch:
-        """The same micro-batch in page-locked memory."""
+        """Return the same micro-batch in page-locked memory."""
         return self._replace(**{name: getattr(self, name).pin_memory() for name in self._fields[:4]})
 
 
 def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_documents: bool) -> MicroBatch:
-    """Lay windows end to end.
+    """Concatenate windows into a micro-batch.
 
-    A window that is None is a place that must be filled and must not count: its targets are all masked. So is what a
-    shorter window leaves of its place, a document of its own. With
-    ``attend_across_documents`` a window is one document; without, attention and positions restart where documents or
-    pieces of documents begin, and the target of a document's last token (which is of another document) is masked. What
-    a dataset's loss mask leaves out is masked in both, and so is the BOS of the next document.
+    A None in place of a window fills a place that must not count: all its targets are masked. The same applies to the
+    rest of a place after a shorter window, which is a document of its own. With ``attend_across_documents`` a window is
+    one document. Without, attention and positions restart at every document or piece of one. The target of a document's
+    last token, which belongs to another document, is then masked. Tokens excluded by a dataset's loss mask are masked
+    in both cases, and so is the BOS of the next document.
     """
     num_tokens = len(windows) * sequence_length
     tokens = np.zeros(num_tokens, dtype=np.int64)
@@ -72,7 +72,8 @@ def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_d
             targets[offset + window.ends] = IGNORE_INDEX
             starts.append(offset + window.starts)
         elif window.bos_id is not None:
-            # Where a text begins cannot be predicted: the loss would drop with every document that a window holds.
+            # The beginning of a text cannot be predicted: its loss would lower the mean with every document in a
+            # window.
             ends = offset + window.ends
             targets[ends[targets[ends] == window.bos_id]] = IGNORE_INDEX
         if len(window.tokens) < sequence_length:

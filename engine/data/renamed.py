@@ -1,7 +1,7 @@
-"""A training source under another name keeps its place in the data when it is the same data.
+"""Keep a training source's place in the data if its dataset has been renamed or moved.
 
-A source's name is the key of its sample order and of the number of samples that it has given. Moving or renaming the
-files of a dataset changes its default name; the run would begin with it again.
+A source's name is the key of its sample order and of its number of used samples. Moving or renaming the files of a
+dataset changes its default name, and the run would start it from the beginning.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .sidecar import Sidecar
 
 
 def keep_names(config: DataConfig, datasets: Mapping[str, Mapping[str, Any]]) -> tuple[DataConfig, list[str]]:
-    """Give renamed sources the names that a checkpoint knows them by.
+    """Give renamed sources the names that they have in a checkpoint.
 
     Args:
         config: of the run that continues from the checkpoint.
-        datasets: of the checkpoint: fingerprints of its training sources, by name.
+        datasets: fingerprints of the checkpoint's training sources, by name.
 
     Returns:
-        the configuration, and lines for the log.
+        The configuration, and lines for the log.
 
     Raises:
         UserError: the sidecar of a source cannot be read.
@@ -37,7 +37,9 @@ def keep_names(config: DataConfig, datasets: Mapping[str, Mapping[str, Any]]) ->
         matches = [other for other, record in gone.items() if _is(source, record)] if name not in datasets else []
         if len(matches) == 1 and matches[0] not in former.values():
             former[name] = matches[0]
-            lines.append(f"data        {source.path} is the source {matches[0]} of the checkpoint, and keeps its place")
+            lines.append(
+                f"data        {source.path} is the source {matches[0]} of the checkpoint, and continues from its place"
+            )
         elif matches:
             lines.append(
                 f"note: {source.path} has the same data as {' and '.join(matches)} of the checkpoint, and begins with "
@@ -54,8 +56,8 @@ def keep_names(config: DataConfig, datasets: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _is(source: SourceConfig, record: Mapping[str, Any]) -> bool:
-    """Whether ``source`` is the dataset of ``record`` in a checkpoint: by the hash of its bytes, or, where that
-    is not known, by its place."""
+    """Return whether ``source`` is the dataset of ``record`` in a checkpoint, by the hash of its bytes, or else by its
+    path."""
     sidecar = Sidecar.read(source.path)
     if sidecar is not None and record.get("hash"):
         masks = {sidecar.mask_xxh3_128 or None, record.get("mask") or None}

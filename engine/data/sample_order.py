@@ -1,12 +1,12 @@
-"""The order in which samples are trained on, as a pure function of (seed, sources, stages, sequence length).
+"""Compute the order of training samples as a pure function of (seed, sources, stages, sequence length).
 
-Sample ``i`` of the run is looked up in O(1) from its number alone: no index files, no shuffled array, no state. The
-order therefore does not depend on the number of ranks, the micro-batch, worker threads or the length of the run, and
-a resume needs one number.
+Sample ``i`` of the run is looked up in O(1) from its number alone: no index files, no shuffled array, no state.
+Therefore the order does not depend on the number of ranks, the micro-batch, worker threads or the length of the run. A
+resume needs only one number.
 
-Two ideas make it so. A *schedule* of blends (schedule.py, blend.py) says which source gives the sample and how many it
-has given before. A source's windows are visited in an order that a *Feistel network* permutes anew in every epoch
-(Black and Rogaway, 2002, "Ciphers with Arbitrary Finite Domains").
+Two techniques make this possible. A *schedule* of blends (schedule.py, blend.py) gives the source of a sample, and the
+number of samples that the source has given before. A *Feistel network* permutes the order of a source's windows in
+every epoch (Black and Rogaway, 2002, "Ciphers with Arbitrary Finite Domains").
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _MASK_64 = 2**64 - 1
 
 
 class Permutation:
-    """A keyed bijection on ``range(size)`` that is evaluated one element at a time, in constant memory."""
+    """A keyed bijection on ``range(size)``, evaluated one element at a time in constant memory."""
 
     def __init__(self, size: int, key: str):
         assert size >= 1
         self.size = size
-        # The network permutes 2 * half_bits bits; values that fall outside the range walk on along their cycle, on
-        # average fewer than four times since the domain is less than four times the range.
+        # The network permutes 2 * half_bits bits. Values outside the range are permuted again until they fall inside,
+        # on average fewer than four times, since the domain is less than four times the range.
         self._half_bits = max(1, math.ceil((size - 1).bit_length() / 2))
         self._half_mask = (1 << self._half_bits) - 1
         digest = hashlib.blake2b(key.encode(), digest_size=8 * _FEISTEL_ROUNDS).digest()
         self._round_keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_FEISTEL_ROUNDS)]
 
     def __call__(self, index: int) -> int:
-        """The image of ``index``, in ``range(size)``."""
+        """Return the image of ``index``, in ``range(size)``."""
         assert 0 <= index < self.size
         while True:
             index = self._encrypt(index)
@@ -53,7 +53,7 @@ class Permutation:
 
 
 def _mix(value: int) -> int:
-    """Finalizer of splitmix64 (Steele, Lea and Flood, 2014): every input bit reaches every output bit."""
+    """Mix all bits of ``value`` with the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK_64
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK_64
     return value ^ (value >> 31)
@@ -61,7 +61,7 @@ def _mix(value: int) -> int:
 
 @dataclass(frozen=True)
 class OrderedSource:
-    """What the order must know of a source."""
+    """The properties of a source that its order depends on."""
 
     name: str
     num_windows: int
@@ -69,14 +69,14 @@ class OrderedSource:
 
 @dataclass(frozen=True)
 class Sample:
-    """Where one sample lies."""
+    """The place of one sample in the data."""
 
     source: int
-    """Position in the list of sources."""
+    """Position of the source in the list of sources."""
     epoch: int
-    """How often the source had been gone through before."""
+    """Number of completed passes over the source."""
     window: int
-    """Window of the source."""
+    """Number of the window in the source."""
 
 
 class SampleOrder:
@@ -84,9 +84,9 @@ class SampleOrder:
 
     Args:
         sources: all sources of the schedule.
-        schedule: which of them gives each sample.
+        schedule: gives the source of each sample.
         seed: of the permutations.
-        sequence_length: part of the permutations' key, since it decides what a window is.
+        sequence_length: part of the permutations' key, since windows depend on it.
     """
 
     def __init__(self, sources: Sequence[OrderedSource], schedule: Schedule, seed: int, sequence_length: int):
@@ -98,14 +98,16 @@ class SampleOrder:
         self._permutation = functools.lru_cache(maxsize=2 * len(self.sources))(self._make_permutation)
 
     def sample(self, index: int) -> Sample:
-        """The ``index``-th sample of the run, from the schedule's ``start`` to its ``end``."""
+        """Return the ``index``-th sample of the run, from the schedule's ``start`` to its ``end``."""
         name, given = self.schedule.at(index)
         position = self._positions[name]
         epoch, place = divmod(given, self.sources[position].num_windows)
         return Sample(position, epoch, self._permutation(position, epoch)(place))
 
     def cursors(self, index: int) -> dict[str, int]:
-        """Samples that each source has given among the first ``index`` samples of the run, former sources included."""
+        """Return the samples that each source has given among the first ``index`` of the run, earlier sources
+        included.
+        """
         return self.schedule.cursors(index)
 
     def require(self, samples: int) -> None:
@@ -117,17 +119,17 @@ class SampleOrder:
         self.schedule.require(samples, self.sequence_length)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides the number of consumed samples."""
+        """Return the state that a checkpoint stores, apart from the number of consumed samples."""
         return self.schedule.state()
 
     def resumed(self, state: Mapping[str, Any], consumed_samples: int, former_length: int | None = None) -> SampleOrder:
-        """This order continued from a checkpoint; see :meth:`Schedule.resumed`.
+        """Return this order continued from a checkpoint; see :meth:`Schedule.resumed`.
 
         Args:
             state: see :meth:`state`.
             consumed_samples: of the checkpoint.
-            former_length: tokens in each of them, if not as now. The next sample is then the one after as many tokens
-                of now, in whole samples.
+            former_length: tokens in each of these samples, if it has changed. The next sample is then the one after the
+                same number of tokens, in whole samples of the new length.
         """
         length = former_length or self.sequence_length
         schedule = self.schedule.resumed(state, consumed_samples, length, self.sequence_length)

@@ -1,7 +1,7 @@
-"""What some windows and tokens of a dataset show, without reading all of it: for checks at the start of a run.
+"""Inspect some windows and tokens of a dataset, without reading all of it, at the start of a run.
 
-The samples are the same on every rank, so that all come to the same result. What they miss is found when it is read
-(token ids), or by the count of steps without targets.
+The samples are the same on every rank, so that all ranks come to the same result. Errors outside the samples are found
+when the data is read (token ids), or by the count of steps without targets.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from .sidecar import Sidecar
 from .source import Source
 
 WINDOWS_SAMPLED = 256
-"""Of a source, evenly spread: some 10 ms where the file is cached. If one window in 70 has a target, or an id outside
-the vocabulary, 256 of them miss all of these with a probability of 2.5 %."""
+"""Windows sampled from a source, evenly spread; takes some 10 ms if the file is cached. If one window in 70 has a
+target, or an id outside the vocabulary, 256 samples miss all of them with a probability of 2.5 %."""
 _TOKENS_SAMPLED = 4 << 20
 _READERS = 16
-"""Threads: a disk or a file server is slow for one read, not for many at once."""
+"""Number of threads: a disk or a file server is slow for one read, but not for many at once."""
 _RUNS_COMPARED, _RUN = 64, 64
 
 
 def check_windows(source: Source, vocab_size: int, attend_across_documents: bool, all_ids: bool) -> None:
-    """Refuse a source in whose sampled windows nothing is to be predicted, or that holds unknown token ids.
+    """Refuse a source whose sampled windows have no targets, or that holds unknown token ids.
 
     Args:
-        source: what is trained on, without a layout: another order of documents has the same tokens.
+        source: as in training, without a layout: another order of documents has the same tokens.
         vocab_size: of the model.
         attend_across_documents: as in training.
-        all_ids: read the whole sample for token ids also where the first window has targets.
+        all_ids: read the whole sample for token ids, even if the first window has targets.
 
     Raises:
-        UserError: names the dataset and what is wrong with it.
+        UserError: names the dataset and the problem.
     """
     plain = dataclasses.replace(source, layout=None)
 
@@ -54,17 +54,17 @@ def check_windows(source: Source, vocab_size: int, attend_across_documents: bool
         found = sum(pool.map(count_targets, numbers))
     if not found:
         mask = "its loss mask leaves out every token" if source.dataset.has_loss_mask else ""
-        single = "" if attend_across_documents else "every document is of one token"
+        single = "" if attend_across_documents else "every document has one token"
         reasons = " or ".join(filter(None, (mask, single)))
         raise UserError(
             f"{source.dataset.prefix}: training source '{source.name}' has no target in any of {len(numbers):,} "
-            f"windows, spread evenly over its {source.num_windows:,}: {reasons}; build it "
-            "again with something to predict, or remove it"
+            f"windows, spread evenly over its {source.num_windows:,}: {reasons}; build it again with targets, or "
+            "remove it"
         )
 
 
 class NamedDataset(NamedTuple):
-    """A dataset and the part it has in a run."""
+    """A dataset and its role in a run."""
 
     role: str
     path: str
@@ -73,17 +73,17 @@ class NamedDataset(NamedTuple):
 
 
 def equal_datasets(datasets: Sequence[NamedDataset]) -> Iterator[str]:
-    """Yield a line for each two that hold the same tokens: the same files, copies of them, or other links to them."""
+    """Yield a line for each two datasets with the same tokens: the same files, copies of them, or links to them."""
     for one, other in itertools.combinations(datasets, 2):
         if not _equal(one, other):
             continue
         roles = {named.role.split()[0] for named in (one, other)}
         consequence = (
-            "its loss measures what the run has been trained on, and decides on the best checkpoint"
+            "its loss measures data that the run trains on, and decides on the best checkpoint"
             if len(roles) == 2
-            else "what is evaluated twice could be evaluated once"
+            else "the same data is evaluated twice"
             if roles == {"validation"}
-            else "its documents are drawn by both weights"
+            else "its documents are drawn with both weights"
         )
         yield f"{other.role} ({other.path}) has the same tokens as {one.role} ({one.path}): {consequence}"
 
@@ -104,7 +104,7 @@ def _equal(one: NamedDataset, other: NamedDataset) -> bool:
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """Up to ``count`` of the numbers below ``total``, evenly spread, the first and the last included."""
+    """Return up to ``count`` of the numbers below ``total``, evenly spread, the first and the last included."""
     if total <= count:
         return list(range(total))
     return [(total - 1) * step // (count - 1) for step in range(count)]

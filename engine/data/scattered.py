@@ -1,8 +1,8 @@
-"""Sequences that are not in the order of the file: a stream of them all, in the order of the index.
+"""Present sequences that are not in file order as one stream, in the order of the index.
 
-An index may name any sequences of .bin in any order: some of them after filtering, permuted, or repeated. Megatron-LM
-reads each by its pointer and length. Here they are one stream of tokens, sequence after sequence, as for an index in
-file order, so that windows, layouts and masks work alike. Memory: 8 bytes for every 1,024 sequences.
+An index may list any sequences of .bin in any order: filtered, permuted, or repeated. Megatron-LM reads each by its
+pointer and length. Here they form one stream of tokens, as for an index in file order, so that windows, layouts and
+masks work alike. Memory: 8 bytes for every 1,024 sequences.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ _BLOCKS_CACHED = 256
 
 
 class ScatteredSequences:
-    """Where sequences begin in the stream, in bytes, with the searches of :class:`AscendingEntries`; and where in
-    .bin its tokens are. Safe to use from several threads.
+    """The beginnings of sequences in the stream, in bytes, and the places of its tokens in .bin.
+
+    Has the searches of :class:`AscendingEntries`. Safe to use from several threads.
 
     Args:
-        lengths: [N] tokens in each sequence, none negative.
+        lengths: [N] tokens in each sequence, not negative.
         pointers: [N] byte offset of each in .bin, all multiples of ``itemsize``.
         itemsize: bytes of a token.
     """
@@ -39,7 +40,7 @@ class ScatteredSequences:
 
     @property
     def num_tokens(self) -> int:
-        """Of all sequences."""
+        """Number of tokens of all sequences."""
         return int(self._block_starts[-1]) // self._itemsize
 
     def __len__(self) -> int:
@@ -49,12 +50,12 @@ class ScatteredSequences:
         return int(self._starts(index // _BLOCK)[index % _BLOCK])
 
     def first_at_least(self, value: int) -> int:
-        """Number of the first sequence that begins at ``value`` or later; N when there is none."""
+        """Return the number of the first sequence that begins at ``value`` or later; N if there is none."""
         block = int(self._block_starts[:-1].searchsorted(value))
         return (block - 1) * _BLOCK + int(self._starts(block - 1).searchsorted(value)) if block else 0
 
     def between(self, low: int, high: int) -> npt.NDArray[np.int64]:
-        """The beginnings that are >= ``low`` and < ``high``."""
+        """Return the beginnings that are >= ``low`` and < ``high``."""
         first = self.first_at_least(low)
         last = max(first, self.first_at_least(high))
         blocks = range(first // _BLOCK, -(-last // _BLOCK))
@@ -62,7 +63,9 @@ class ScatteredSequences:
         return np.concatenate(parts)[first - blocks.start * _BLOCK :][: last - first] if parts else np.empty(0, "i8")
 
     def runs(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """[runs, 2] the ranges of tokens in .bin that make up the tokens [``start``, ``stop``) of the stream."""
+        """Return [runs, 2], the ranges of tokens in .bin that make up the tokens [``start``, ``stop``) of the
+        stream.
+        """
         low, high = start * self._itemsize, stop * self._itemsize
         if low == high:
             return np.empty((0, 2), dtype=np.int64)

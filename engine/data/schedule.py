@@ -1,9 +1,9 @@
-"""Who gives each sample of a run: stages of blends on one clock, and sources that leave when they have given enough.
+"""Map a sample number to a data source: mixture weights for each curriculum stage, with caps for each source.
 
-A run is cut into *phases*, in each of which one blend is drawn from. A phase ends where a stage ends or where a source
-reaches its cap; from there on the sources that are left share the stage in proportion to their weights, in a blend
-that begins anew. Where a source reaches its cap follows from the blend's table in closed form, so all phases are known
-at the start, whatever their length. Which window of a source comes next stands in sample_order.py.
+A run is divided into *phases*; each phase draws from one blend. A phase ends at the end of a stage, or when a source
+reaches its cap. The remaining sources then share the rest of the stage in proportion to their weights, in a new blend.
+The sample at which a source reaches its cap follows in closed form from the blend's table. So all phases are known at
+the start, whatever their length. The choice of a window within a source is in sample_order.py.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ from .blend import Blend
 
 @dataclass(frozen=True)
 class Share:
-    """A source's part in a stage."""
+    """A source's share of a stage."""
 
     name: str
     weight: float = 1.0
-    """Share of the samples, relative to the weights of the sources that are left."""
+    """Weight, relative to those of the other sources that have not reached their caps."""
     max_samples: int | None = None
-    """Cap: samples that the source may have given since the start of the run, former stages included. None: no cap."""
+    """Cap on the samples of this source since the start of the run, earlier stages included. None: no cap."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run that draws from one list of sources."""
+    """A part of the run with one list of sources."""
 
     shares: tuple[Share, ...]
     stop: int | None = None
-    """Sample of the run before which the stage ends. None: it goes on for ever."""
+    """Number of the first sample after the stage. None: the stage does not end."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a stage in which no source reaches its cap."""
+    """A part of a stage with a fixed blend, because no source reaches its cap in it."""
 
     stage: int
     """Number of the stage."""
     start: int
     """First sample."""
     stop: int | None
-    """Sample before which the phase ends. None: it goes on for ever."""
+    """Number of the first sample after the phase. None: the phase does not end."""
     shares: tuple[Share, ...]
-    """The sources that are left, in the order of the stage."""
+    """The sources below their caps, in the order of the stage."""
     blend: Blend
     given: dict[str, int]
-    """Samples that each source of the run had given before ``start``."""
+    """Number of samples that each source of the run has given before ``start``."""
 
 
 class Schedule:
-    """Which source gives each sample, and how many it has given before: a pure function of the sample's number.
+    """Map a sample number to its source and the number of earlier samples from that source, as a pure function.
 
     Args:
-        stages: one after another; only the last may have no ``stop``.
-        start: sample at which these stages took over from former ones.
-        cursors: samples that each source (by name) had given before ``start``.
+        stages: in their order; only the last may have no ``stop``.
+        start: number of the first sample of these stages, after earlier ones.
+        cursors: number of samples that each source (by name) had given before ``start``.
     """
 
     def __init__(self, stages: Sequence[Stage], start: int = 0, cursors: Mapping[str, int] | None = None):
@@ -74,11 +74,11 @@ class Schedule:
 
     @property
     def end(self) -> int | None:
-        """Samples after which every source has reached its cap, or the last stage has ended. None: never."""
+        """Number of samples until every source has reached its cap, or the last stage has ended. None: no end."""
         return self.phases[-1].stop if self.phases else self.start
 
     def at(self, index: int) -> tuple[str, int]:
-        """The source of sample ``index``, ``start <= index < end``, and how many samples it has given before."""
+        """Return the source of sample ``index``, ``start <= index < end``, and how many samples it has given before."""
         phase = self._phase(index)
         assert phase is not None and (phase.stop is None or index < phase.stop)
         position, given = phase.blend.locate(index - phase.start)
@@ -86,7 +86,9 @@ class Schedule:
         return name, phase.given[name] + given
 
     def cursors(self, index: int) -> dict[str, int]:
-        """Samples that each source has given among the first ``index`` samples of the run, former sources included."""
+        """Return the samples that each source has given among the first ``index`` of the run, earlier sources
+        included.
+        """
         phase = self._phase(index)
         if phase is None:
             return {**dict.fromkeys(self.names, 0), **self._start_cursors}
@@ -96,21 +98,26 @@ class Schedule:
         return given
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides the number of consumed samples: plain JSON."""
+        """Return the state that a checkpoint stores, apart from the number of consumed samples, as plain JSON."""
         stages = [{"stop": stage.stop, "shares": [asdict(share) for share in stage.shares]} for stage in self.stages]
         return {"start": self.start, "cursors": dict(self._start_cursors), "stages": stages}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Schedule:
+        """Return the schedule whose :meth:`state` a checkpoint holds."""
+        return cls(_stages(state), state["start"], state["cursors"])
 
     def resumed(
         self, state: Mapping[str, Any], consumed_samples: int, former_length: int = 1, length: int = 1
     ) -> Schedule:
-        """These stages continued from a checkpoint.
+        """Return these stages continued from a checkpoint.
 
-        Where they would have drawn the samples consumed so far as those of the checkpoint did, they go on as if the run
-        had always had them: later stages, budgets and caps may change without a trace. Otherwise they take over at
-        ``consumed_samples``, each source going on from its own cursor. So they do where samples had another
-        ``former_length`` than their ``length`` now: places are converted then.
+        If they had drawn the same consumed samples as the checkpoint's stages, they continue as if the run had always
+        used them. So later stages, budgets and caps may change freely. Otherwise they begin at ``consumed_samples``,
+        and each source continues from its own cursor. The same happens if the sample length has changed from
+        ``former_length`` to ``length``; numbers of samples are then converted.
         """
-        former = Schedule(_stages(state), state["start"], state["cursors"])
+        former = Schedule.from_state(state)
         if former_length != length:
             given = {name: count * former_length // length for name, count in former.cursors(consumed_samples).items()}
             return Schedule(self.stages, consumed_samples * former_length // length, given)
@@ -130,7 +137,7 @@ class Schedule:
         if self._dry is not None:
             given = self.cursors(self.end)
             counts = ", ".join(f"{share.name} {given[share.name]:,} samples" for share in self._dry.shares)
-            reason = f"all its sources have given what their caps allow ({counts})"
+            reason = f"all its sources have reached their caps ({counts})"
             remedy = "raise max_epochs or max_tokens, add data, or lower training.train_tokens"
         else:
             reason = "data.stages ends"
@@ -167,12 +174,12 @@ class Schedule:
         return phases
 
     def _phase(self, index: int) -> Phase | None:
-        """The phase of sample ``index``; the last one for all that lie behind; None where there is none at all."""
+        """Return the phase of sample ``index``: the last phase for later samples, None if there are no phases."""
         assert index >= self.start
         return self.phases[bisect.bisect_right(self._phase_starts, index) - 1] if self.phases else None
 
     def _history(self, stop: int) -> list[tuple[int, int, list[tuple[str, float]]]]:
-        """What decides the samples in [``start``, ``stop``): the blends, in their order, and where each was drawn from.
+        """Return what determines the samples in [``start``, ``stop``): the blends in order, and the start of each.
 
         Blends are compared as lists: the order of the sources decides ties between slots.
         """
@@ -188,7 +195,7 @@ class Schedule:
 
 
 def _stages(state: Mapping[str, Any]) -> list[Stage]:
-    """The stages of a checkpoint's state. Before there were stages, states held the weights of the only one."""
+    """Return the stages in a checkpoint's state. The oldest states hold the weights of a single stage."""
     if "weights" in state:
         return [Stage(tuple(Share(name, weight) for name, weight in state["weights"].items()))]
     return [Stage(tuple(Share(**share) for share in stage["shares"]), stage["stop"]) for stage in state["stages"]]

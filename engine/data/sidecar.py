@@ -1,7 +1,7 @@
-"""The sidecar ``{prefix}.json``: what an indexed dataset was made of, and by which tokenizer.
+"""Read and write the sidecar ``{prefix}.json``: the inputs of an indexed dataset, and its tokenizer.
 
-Megatron's two files do not say which tokenizer made them, nor where documents end. The sidecar does, so that a run can
-refuse a dataset made for another vocabulary. Datasets made by other programs have none; everything works without.
+Megatron's two files do not record the tokenizer, nor the ends of documents. The sidecar does, so that a run can refuse
+a dataset made for another vocabulary. Datasets made by other programs have no sidecar, and work without it.
 """
 
 from __future__ import annotations
@@ -31,76 +31,76 @@ class InputSource:
     """One ``--input`` argument: a file, or all files of a folder or pattern."""
 
     name: str
-    """As it was named on the command line."""
+    """Name as given on the command line."""
     files: int
     bytes: int
     """Size of the files on disk."""
     documents: int
-    """Documents that were kept."""
+    """Number of kept documents."""
     tokens: int
-    """Their tokens, end-of-document tokens included."""
+    """Number of their tokens, end-of-document tokens included."""
     characters: int
-    """Unicode code points of their text."""
+    """Number of Unicode code points in their text."""
     text_bytes: int
-    """Bytes of their text in UTF-8."""
+    """Size of their text in UTF-8, in bytes."""
     left_out: dict[str, int]
-    """Documents that were left out, lines or rows that were no document, turns of conversations, and what of the
-    conversations kept is not trained on, by reason."""
+    """Number of documents, invalid lines or rows, conversation turns and untrained parts of kept conversations that
+    were left out, by reason."""
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Everything ``{prefix}.json`` holds. The counts and hashes at the end are the dataset writer's to fill in."""
+    """The content of ``{prefix}.json``. The dataset writer fills in the counts and hashes at the end."""
 
     tokenizer: str
-    """Folder, file or Hugging Face Hub name, as it was given."""
+    """Folder, file or Hugging Face Hub name of the tokenizer, as given."""
     tokenizer_sha256: str
     """SHA-256 of the tokenizer's file, in hexadecimal."""
     vocab_size: int
-    """Every token id of the tokenizer, added tokens included, is below it."""
+    """Upper bound of the tokenizer's ids, added tokens included (exclusive)."""
     append_eod: bool
-    """Whether each document ends with the end-of-document token."""
+    """True if each document ends with the end-of-document token."""
     eod_token: str | None
-    """The end-of-document token; None when there is none, which append_eod excludes."""
+    """The end-of-document token. None: there is no such token; append_eod is then false."""
     eod_id: int | None
-    """Its id."""
+    """Id of the end-of-document token."""
     sources: tuple[InputSource, ...]
     """The inputs, in the order of their documents unless these were shuffled."""
     options: dict[str, Any]
-    """Options that decided which documents are here and what their text is, other than the defaults."""
+    """Non-default options that affect the choice of documents or their text."""
     dtype: str = ""
     """Token dtype of .bin: "uint16" or "int32"."""
     documents: int = 0
     tokens: int = 0
     """Tokens in .bin, end-of-document tokens included."""
     max_token_id: int = -1
-    """Largest id in .bin; -1 when it is empty."""
+    """Largest id in .bin; -1 if it is empty."""
     bin_xxh3_128: str = ""
     """xxh3-128 of .bin, in hexadecimal."""
     idx_xxh3_128: str = ""
     """xxh3-128 of .idx, in hexadecimal."""
     mask_xxh3_128: str = ""
-    """xxh3-128 of .mask.bin; empty when there is none."""
+    """xxh3-128 of .mask.bin; empty if there is none."""
     metadata_xxh3_128: str = ""
-    """xxh3-128 of .metadata.jsonl; empty when there is none."""
+    """xxh3-128 of .metadata.jsonl; empty if there is none."""
     bos_token: str | None = None
-    """What each document begins with, the BOS, written out; None: no token is added there. Of conversations, what the
-    chat template begins with."""
+    """The BOS at the beginning of each document, as text. None: no token is added. For conversations, the beginning
+    that the chat template adds."""
     bos_ids: tuple[int, ...] | None = None
-    """Its ids; empty: no token is added. None: not recorded, in datasets of earlier versions."""
+    """Ids of the BOS; empty: no token is added. None: not recorded, in datasets of earlier versions."""
     eos_ids: tuple[int, ...] | None = None
-    """What the tokenizer puts behind a text, before the end-of-document token; nearly always empty. None: not
+    """Ids that the tokenizer adds after a text, before the end-of-document token; nearly always empty. None: not
     recorded."""
     tokenizer_fingerprint: str = ""
-    """The tokenizer's vocabulary and behaviour, see :mod:`tokenizer_fingerprint`; empty in datasets of earlier
-    versions."""
+    """Fingerprint of the tokenizer's vocabulary and behaviour, see :mod:`tokenizer_fingerprint`; empty in datasets of
+    earlier versions."""
 
     @staticmethod
     def read(prefix: str | os.PathLike[str]) -> Sidecar | None:
-        """The sidecar of the dataset ``prefix`` (without suffix), or None when it has none.
+        """Return the sidecar of the dataset ``prefix`` (without suffix), or None if it has none.
 
         Raises:
-            UserError: the file cannot be read, is no sidecar, or of another format version.
+            UserError: the file cannot be read, is not a sidecar, or has another format version.
         """
         path = Path(f"{os.fspath(prefix)}.json")
         try:
@@ -115,7 +115,7 @@ class Sidecar:
             raise UserError(f"{path}: not a dataset's sidecar: it has no format_version; {_REMEDY}")
         version = record.pop("format_version")
         if version != FORMAT_VERSION:
-            raise UserError(f"{path}: format_version {version}, but only {FORMAT_VERSION} is known here; {_REMEDY}")
+            raise UserError(f"{path}: format_version {version}, but only {FORMAT_VERSION} is supported; {_REMEDY}")
         sources = record.get("sources")
         if not isinstance(sources, list):
             raise UserError(f"{path}: sources is not a list; {_REMEDY}")
@@ -124,24 +124,24 @@ class Sidecar:
         return _from_record(Sidecar, record, path)
 
     def to_json(self) -> bytes:
-        """The file's bytes: the same for the same contents."""
+        """Return the file's bytes, which are a function of the contents."""
         text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2, ensure_ascii=False)
-        # A path that is not valid UTF-8 holds lone surrogates; replaced by a backslash they are JSON escapes.
+        # A path that is not valid UTF-8 holds lone surrogates. After replacement by a backslash they are JSON escapes.
         return (text + "\n").encode("utf-8", "backslashreplace")
 
     @property
     def characters(self) -> int:
-        """Unicode code points of the documents' text."""
+        """Number of Unicode code points in the documents' text."""
         return sum(source.characters for source in self.sources)
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of the documents' text in UTF-8."""
+        """Size of the documents' text in UTF-8, in bytes."""
         return sum(source.text_bytes for source in self.sources)
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Over all sources, by reason."""
+        """Counts over all sources, by reason."""
         total: Counter[str] = Counter()
         for source in self.sources:
             total.update(source.left_out)
@@ -149,15 +149,16 @@ class Sidecar:
 
 
 def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
-    """Check in no time that ``sidecar`` speaks of ``dataset``.
+    """Check that ``sidecar`` belongs to ``dataset``, without reading the data.
 
     Raises:
-        UserError: the first thing that does not fit.
+        UserError: names the first difference.
     """
-    if dataset.remarks:  # which may be meant in a dataset of others, but what has a sidecar was written in order
+    if dataset.remarks:  # acceptable in datasets of other programs; datasets with a sidecar were written in order
         raise UserError(
-            f"{dataset.remarks[0]}; {dataset.prefix}.json says that it was written here, where that is damage: build "
-            "or copy all files of the dataset again, or remove the .json if the index was changed on purpose"
+            f"{dataset.remarks[0]}; {dataset.prefix}.json shows that it was written by tools/preprocess.py or "
+            "tools/merge.py, so this is damage: build or copy all files of the dataset again, or remove the .json if "
+            "the index was changed on purpose"
         )
     facts: tuple[tuple[str, object, object], ...] = (
         ("documents", sidecar.documents, dataset.num_documents),
@@ -174,12 +175,12 @@ def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
 
 
 _ADDED_LATER: dict[str, Any] = {"tokenizer_fingerprint": "", "bos_token": None, "bos_ids": None, "eos_ids": None}
-"""Fields that sidecars of this format version may lack, with their values there."""
-_REMEDY = "build the dataset again, or remove this file to go without the checks that it allows"
+"""Fields that sidecars of this format version may lack, and their default values."""
+_REMEDY = "build the dataset again, or remove this file to skip the checks that need it"
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
-    """xxh3-128 of a file's bytes, in hexadecimal."""
+    """Return the xxh3-128 of a file's bytes, in hexadecimal."""
     digest = xxhash.xxh3_128()
     with open_regular(path) as file:
         while block := file.read(8 << 20):
@@ -188,7 +189,7 @@ def hash_file(path: str | os.PathLike[str]) -> str:
 
 
 def _from_record(kind: type[_Record], record: Any, path: Path) -> _Record:
-    """Build the dataclass ``kind`` from a JSON object that has exactly its fields, each of its type."""
+    """Build the dataclass ``kind`` from a JSON object that has exactly its fields, each of the right type."""
     if not isinstance(record, Mapping):
         raise UserError(f"{path}: {kind.__name__.lower()} is not an object; {_REMEDY}")
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
-"""A dataset, or a part of one, cut into windows of equal length: what the sample order numbers.
+"""Divide a dataset, or a part of one, into numbered windows of equal length.
 
-Window ``w`` covers the tokens ``[w * S, w * S + S)`` of its part, and the one after each as its target. Documents lie
-behind one another without padding, so no token is lost but the last partial window. With a :class:`DocumentLayout` the
-windows hold the same tokens in all, the documents of each group of windows laid out anew (layout.py).
+Window ``w`` covers the tokens ``[w * S, w * S + S)`` of its part, and the next token of each as its target. Documents
+follow each other without padding, so only the tokens of the last partial window are lost. With a
+:class:`DocumentLayout` the windows hold the same tokens in total, but the documents of each group of windows are
+rearranged (layout.py).
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ class Window(NamedTuple):
     tokens: npt.NDArray[np.int64]
     """[S] token ids."""
     targets: npt.NDArray[np.int64]
-    """[S] token ids: what follows each token in its document, also where a window's edge cuts the document; behind a
-    document's last token, what is laid there."""
+    """[S] token ids: the next token in the document, even across the edge of the window. After a document's last token,
+    the next token in the layout."""
     starts: npt.NDArray[np.int64]
     """Positions in 1..S-1 at which another document, or a piece of one, begins."""
     ends: npt.NDArray[np.int64]
     """Positions in 0..S-1 of documents' last tokens."""
     predicted: npt.NDArray[np.bool_] | None = None
-    """[S] whether the target counts, by the dataset's loss mask. None: all do."""
+    """[S] True if the dataset's loss mask makes the target count. None: all count."""
     bos_id: int | None = None
-    """What documents begin with, where that is a BOS: it is no target, not even behind the document before it."""
+    """The BOS at the beginning of documents, if there is one: it is never a target, not even after the previous
+    document."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +50,29 @@ class Source:
     start: int
     stop: int
     layout: DocumentLayout | None = None
-    """How documents are laid out anew. None: windows are read as they lie in the file, the same in all epochs."""
+    """Arrangement of the documents. None: windows are read in file order, the same in all epochs."""
     bos_id: int | None = None
     """See :attr:`Window.bos_id`."""
 
     @property
     def num_windows(self) -> int:
-        """Whole windows in this part: what is trained on."""
+        """Number of whole windows in this part, as used in training."""
         return self.num_targets // self.sequence_length
 
     @property
     def num_targets(self) -> int:
-        """Tokens in this part that follow another, before any masking."""
+        """Number of tokens in this part that follow another one, before any masking."""
         return max(0, self.stop - self.start - 1)
 
     @property
     def num_windows_with_tail(self) -> int:
-        """Windows in this part, the last of which may be shorter: what is evaluated."""
+        """Number of windows in this part, including a shorter last one, as used in evaluation."""
         return -(-self.num_targets // self.sequence_length)
 
     def laid_out(
         self, packing: Literal["concat", "best_fit"], shuffle: Literal["windows", "documents"], seed: int
     ) -> Source:
-        """This source as ``data.packing`` and ``data.shuffle`` want its windows made."""
+        """Return this source with windows made according to ``data.packing`` and ``data.shuffle``."""
         if (packing, shuffle) == ("concat", "windows"):
             return self
         layout = DocumentLayout(
@@ -85,7 +87,9 @@ class Source:
         return dataclasses.replace(self, layout=layout)
 
     def group(self, number: int, epoch: int, group_windows: int) -> Group:
-        """The pieces of documents in the windows ``[number * group_windows, ...)`` of ``epoch``, for counting."""
+        """Return the pieces of documents in the windows ``[number * group_windows, ...)`` of ``epoch``, for
+        counting.
+        """
         if self.layout is not None:
             assert group_windows == self.layout.group_windows
             return self.layout.group(number, epoch)
@@ -96,7 +100,7 @@ class Source:
         return in_windows(documents, count, self.sequence_length)
 
     def window(self, index: int, vocab_size: int, epoch: int = 0) -> Window:
-        """Read window ``index`` as it is in ``epoch``; without a layout there may be a last one that is shorter.
+        """Read window ``index`` as in ``epoch``; without a layout the last window may be shorter.
 
         Raises:
             UserError: a token id is outside ``[0, vocab_size)``.
@@ -142,15 +146,17 @@ class Source:
         self._check(tokens, vocab_size, position)
         self._check(targets, vocab_size, lambda place: position(place) + 1)
         ends = stops[pieces.ends] - 1
-        # What is laid behind a document's last token; behind the window's last token that is nothing.
+        # The next token in the layout after a document's last token; at the end of the window there is none.
         inner = ends[ends < self.sequence_length - 1]
         targets[inner], counts[inner] = tokens[inner + 1], may_count[inner + 1]
         counts[ends[len(inner) :]] = False
         return Window(tokens, targets, stops[:-1], ends, counts, self.bos_id)
 
     def _check(self, ids: npt.NDArray[np.int64], vocab_size: int, position: Callable[[int], int]) -> None:
-        """Refuse token ``ids`` outside the vocabulary; ``position`` says where in the dataset the n-th of them lies."""
-        if int(ids.view(np.uint64).max()) >= vocab_size:  # so read, negative ids are huge
+        """Refuse token ``ids`` outside the vocabulary; ``position`` gives the place of the n-th of them in the
+        dataset.
+        """
+        if int(ids.view(np.uint64).max()) >= vocab_size:  # read as unsigned, negative ids are huge
             index = int(((ids < 0) | (ids >= vocab_size)).argmax())
             bad, place = int(ids[index]), position(index)
             raise UserError(
@@ -160,8 +166,9 @@ class Source:
 
 
 def split_source(name: str, dataset: IndexedDataset, sequence_length: int, held_out: float) -> tuple[Source, Source]:
-    """(training part, held-out part): the last share ``held_out`` of the tokens, cut where a document begins so that
-    no document is on both sides."""
+    """Return (training part, held-out part): the last fraction ``held_out`` of the tokens is held out.
+
+    The cut is at the beginning of a document, so that no document is on both sides."""
     cut = dataset.next_boundary(round(dataset.num_tokens * (1 - held_out)))
     return (
         Source(name, dataset, sequence_length, 0, cut),

@@ -1,8 +1,8 @@
-"""Tokenizers for pretraining data, and nothing that models or chat need.
+"""Load tokenizers for pretraining data; models and chat are not handled here.
 
 A tokenizer is one file: a Hugging Face ``tokenizer.json``, a sentencepiece ``.model`` or a ``.tiktoken``. Its ids are
-those of the library that the format belongs to; a faster library encodes where it gives the same ids. Text is data
-here: special tokens written out in a document stay ordinary text unless allowed, and no BOS or EOS is added.
+those of the library of that format; a faster library is used if it gives the same ids. Text is treated as data: special
+tokens in a document's text are ordinary text unless allowed, and no BOS or EOS is added.
 """
 
 from __future__ import annotations
@@ -49,19 +49,20 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "reference")
-"""``auto``: the fast path where there is an exact one; ``reference``: always the library of the format."""
+"""``auto``: the fast path if an exact one exists; ``reference``: always the library of the format."""
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """What a worker process needs to build the same tokenizer again. Small and picklable."""
+    """The arguments with which a worker process builds the same tokenizer. Small and picklable."""
 
     name: str
     file: Path
     allow_special_tokens: bool = False
     backend: str = "auto"
     eod_token: str | None = None
-    """The token that :meth:`TokenizerHandle.eod` was asked for: ordinary text in text, even if not flagged special."""
+    """Argument of an earlier call of :meth:`TokenizerHandle.eod`; this token is ordinary text in text, even if not
+    flagged special."""
 
     def load(self) -> TokenizerHandle:
         """Build the tokenizer.
@@ -80,18 +81,18 @@ class TokenizerSpec:
 class TokenizerHandle:
     """A tokenizer for documents. All ``encode`` methods may be called from several threads at once.
 
-    Texts must be Unicode: a lone surrogate is a :class:`UserError`. The fast path is loaded when it is first needed,
-    since that takes a second: in the process that encodes.
+    Texts must be valid Unicode: a lone surrogate raises :class:`UserError`. The fast path takes a second to load, so it
+    is loaded at the first use, in the process that encodes.
 
     Args:
         name: folder, file or Hub name, as the user gave it.
-        file: the tokenizer's file; its suffix says what kind it is.
+        file: the tokenizer's file; its suffix determines the format.
         allow_special_tokens: special tokens written in a text become control tokens.
         backend: see :data:`BACKENDS`.
 
     Raises:
-        UserError: the file cannot be read or is not such a tokenizer, its library is not installed, an id is too large
-            for a dataset, or special tokens are to be allowed in sentencepiece, which has none in text.
+        UserError: the file cannot be read or is not such a tokenizer, its library is not installed, or an id is too
+            large for a dataset; or special tokens are allowed for sentencepiece, which has none in text.
     """
 
     def __init__(self, name: str, file: Path, *, allow_special_tokens: bool = False, backend: str = "auto") -> None:
@@ -106,21 +107,22 @@ class TokenizerHandle:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from error
         description = self._description()
         self.sha256 = tokenizer_sha256(content, description)
-        """SHA-256 of the file, and of a .tiktoken with the JSON file that describes it, in hexadecimal."""
+        """SHA-256 in hexadecimal of the file, and for a .tiktoken also of the JSON file that describes it."""
         self._allow_special_tokens = allow_special_tokens
         self._backend = backend
         self._reference = load_reference(name, file, content, description, allow_special_tokens)
         if isinstance(self._reference, TokenizersReference):
             require_agreement(file, self._reference.id_of)
         self.vocab_size = self._reference.vocab_size
-        """Every id is below it, those of added tokens and after holes in the numbering included."""
+        """Upper bound of the ids (exclusive), including those of added tokens and those after gaps in the numbering."""
         if self.vocab_size > MAX_ID + 1:
             raise UserError(
-                f"{file}: has a token of id {self.vocab_size - 1:,}, but datasets hold ids up to {MAX_ID:,}; number its"
-                " tokens anew, or use another tokenizer"
+                f"{file}: has a token of id {self.vocab_size - 1:,}, but datasets hold ids up to {MAX_ID:,}; renumber "
+                "its tokens, or use another tokenizer"
             )
         self.fast_path_failures = 0
-        """Batches that the fast path failed on, which the reference encoded instead: slower, with the same ids."""
+        """Number of batches on which the fast path failed. The reference encoded them instead: slower, with the same
+        ids."""
         self._eod_token: str | None = None
         self._lock = threading.Lock()
         self._fast: FastEncoder | None = None
@@ -134,67 +136,79 @@ class TokenizerHandle:
 
     @property
     def spec(self) -> TokenizerSpec:
-        """This tokenizer for another process, the choices of :meth:`eod` and :meth:`use_reference` included."""
+        """Return the arguments to build this tokenizer in another process, after :meth:`eod` and
+        :meth:`use_reference`.
+        """
         return TokenizerSpec(self.name, self.file, self._allow_special_tokens, self._backend, self._eod_token)
 
     @property
     def fingerprint(self) -> str:
-        """What tells it from other tokenizers, whatever bytes its file has; see :mod:`tokenizer_fingerprint`. Takes a
-        tenth of a second for a vocabulary of 150,000."""
+        """Return a fingerprint that is independent of the file's bytes; see :mod:`tokenizer_fingerprint`.
+
+        Takes a tenth of a second for a vocabulary of 150,000."""
         return self._reference.fingerprint()
 
     @property
+    def unknown_id(self) -> int | None:
+        """The id that stands for what the vocabulary cannot express; None where there is none, as with byte-level
+        ones."""
+        return self._reference.unknown_id()
+
+    @property
     def notes(self) -> list[str]:
-        """What is worth knowing about the files, a line each."""
+        """Return remarks about the files, one line each."""
         if not isinstance(self._reference, TokenizersReference):
             return []
         missing = unlisted(self.file, self._reference.matched)
         if not missing:
             return []
         return [
-            f"note: {self.file} matches the added token {missing[0]!r} in text ({len(missing)} such), and "
-            "added_tokens_decoder of tokenizer_config.json next to it does not list it: transformers' classes for Qwen "
-            "and Llama would give other ids when the model is served; add it there"
+            f"note: {self.file} matches the added token {missing[0]!r} in text ({len(missing)} such), but "
+            "added_tokens_decoder of tokenizer_config.json next to it does not list it: transformers' classes for "
+            "Qwen and Llama would give other ids when the model is served; add it there"
         ]
 
     def serving_note(self) -> str | None:
-        """How the ids that transformers would serve the model with differ from ours, if they do. Takes seconds where
-        the files do not show that they are the same; see :mod:`tokenizer_classes`."""
-        if self.kind == "tiktoken":  # transformers reads no such file
+        """Return how the ids of transformers differ from ours when the model is served; None if they do not.
+
+        Takes seconds unless the files show that they are the same; see :mod:`tokenizer_classes`."""
+        if self.kind == "tiktoken":  # transformers does not read such files
             return None
         library = self._reference.library_tokenizer if isinstance(self._reference, TokenizersReference) else None
         return serving_note(self.file, lambda text: self.reference_encode([text])[0].tolist(), library)
 
     @property
     def encoder(self) -> str:
-        """Library and version that encodes now, such as ``fastokens 0.3.5``. Loads the fast path to know."""
+        """Return library and version of the current encoder, such as ``fastokens 0.3.5``. Loads the fast path."""
         return (self._fast_path() or self._reference).library
 
     @property
     def fallback_reason(self) -> str | None:
-        """Why the reference encodes although the fast path was wanted; None otherwise. Loads the fast path to know."""
+        """Return why the reference encodes instead of the fast path; None if the fast path is used. Loads the fast
+        path.
+        """
         self._fast_path()
         return self._fallback_reason
 
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of all ``texts`` laid end to end, int32[T], possibly read-only, and the number of each, int64[texts].
+        """Return the ids of all ``texts``, concatenated, int32[T], possibly read-only, and their numbers, int64[texts].
 
         Raises:
-            UserError: a text holds a lone surrogate, or (tiktoken) its library gives up on it.
+            UserError: a text holds a lone surrogate, or tiktoken fails on it.
         """
         fast = self._fast_path()
         if fast is not None:
             try:
                 return fast.encode(texts)
-            except Exception:  # of a young library; if the text is to blame, the reference says so below
+            except Exception:  # errors of a young library; if the text is invalid, the reference reports it below
                 self.fast_path_failures += 1
         return self.reference_encode(texts)
 
     def encode_documents(self, texts: Sequence[str], frame: DocumentFrame) -> FlatIds:
-        """Ids of each of ``texts`` with ``frame`` around it, end to end, int32[T], writable, and their numbers,
+        """Return the ids of ``texts`` with ``frame`` around each, concatenated, int32[T], writable, and their numbers,
         int64[texts].
 
-        A text that gives no token stays without a frame: length 0.
+        A text without tokens gets no frame: length 0.
 
         Raises:
             UserError: as :meth:`encode_flat`.
@@ -202,12 +216,12 @@ class TokenizerHandle:
         return frame.around(*self.encode_flat(texts))
 
     def reference_encode(self, texts: Sequence[str]) -> FlatIds:
-        """As :meth:`encode_flat`, always by the library that the file's format belongs to."""
+        """Encode like :meth:`encode_flat`, always with the library of the file's format."""
         try:
             return self._reference.encode(texts)
         except UserError:
             raise
-        except Exception:  # TypeError, RuntimeError or UnicodeEncodeError, by library
+        except Exception:  # TypeError, RuntimeError or UnicodeEncodeError, depending on the library
             self._refuse_surrogates(texts)
             raise
         except BaseException as error:
@@ -219,7 +233,7 @@ class TokenizerHandle:
             ) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Ids of each text, int32.
+        """Return the ids of each text, int32.
 
         Raises:
             UserError: as :meth:`encode_flat`.
@@ -230,31 +244,33 @@ class TokenizerHandle:
         return np.split(flat, np.cumsum(lengths)[:-1])
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer], *, special_tokens: bool = True) -> str:
-        """Text of ``ids``, with special tokens written out or left out, and without ids that the vocabulary lacks."""
+        """Return the text of ``ids``, with or without special tokens, and without ids that the vocabulary lacks."""
         return self._reference.decode([int(token) for token in ids], special_tokens)
 
     def eod(self, eod_token: str | None = None) -> tuple[str, int]:
-        """The token that ends a document, and its id. From here on, that token in a text is ordinary text, unless
-        special tokens are allowed there.
+        """Return the token that ends a document, and its id. Afterwards this token is ordinary text in text.
 
-        ``eod_token`` where it is given; else, by kind: ``<|endoftext|>`` where the vocabulary has it, or the EOS that
-        tokenizer_config.json or special_tokens_map.json beside tokenizer.json names; the EOS piece; ``<|endoftext|>``.
+        The last does not apply if special tokens are allowed in text. The token is ``eod_token`` if it is given. Else
+        it depends on the format. tokenizer.json: ``<|endoftext|>`` if the vocabulary has it, or the EOS in
+        tokenizer_config.json or special_tokens_map.json next to it. sentencepiece: the EOS piece. tiktoken:
+        ``<|endoftext|>``.
 
         Raises:
-            UserError: the tokenizer has no such token, names none, or (sentencepiece, Unigram) may make it of text.
+            UserError: the tokenizer has no such token, has no default, or may produce it from text (sentencepiece,
+                Unigram).
         """
         with self._lock:
             changes = self._reference.changes
             token, token_id = self._reference.document_end(eod_token)
             self._eod_token = token
             if self._fast is not None and self._reference.changes != changes:
-                self._fast, self._fast_is_settled = None, False  # it knows nothing of the change
+                self._fast, self._fast_is_settled = None, False  # it was built before the change
         return token, token_id
 
     def check_fast_path(self, texts: Sequence[str]) -> str | None:
-        """Encode ``texts`` by the fast path and by the reference: the first difference, in words, or None.
+        """Encode ``texts`` with the fast path and the reference; return the first difference in words, or None.
 
-        None too where no fast path is active. On a difference, :meth:`use_reference`.
+        Also returns None if no fast path is active. After a difference, :meth:`use_reference` is called.
 
         Raises:
             UserError: as :meth:`encode_flat`.
@@ -266,7 +282,7 @@ class TokenizerHandle:
         try:
             ids, lengths = fast.encode(texts)
         except Exception as error:
-            return f"{fast.library} fails where {self._reference.library} does not: {error}"
+            return f"{fast.library} fails on a text that {self._reference.library} encodes: {error}"
         if np.array_equal(lengths, right_lengths) and np.array_equal(ids, right):
             return None
         ends, right_ends = np.cumsum(lengths)[:-1], np.cumsum(right_lengths)[:-1]
@@ -280,16 +296,16 @@ class TokenizerHandle:
         )
 
     def use_reference(self, reason: str) -> None:
-        """From here on the reference library encodes, in this process and those that get :attr:`spec`."""
+        """Use the reference library from now on, in this process and in processes that get :attr:`spec`."""
         with self._lock:
             self._backend = "reference"
             self._fast, self._fast_is_settled, self._fallback_reason = None, True, reason
 
     def frame(self, model_config: Mapping[str, Any] | None = None) -> TokenizerFrame:
-        """What the tokenizer puts around a text, as its files say.
+        """Return the tokens that the tokenizer adds to a text, according to its files.
 
         Args:
-            model_config: content of the model's config.json where it is elsewhere; None or empty: that of the folder.
+            model_config: content of the model's config.json if it is elsewhere; None or empty: that of the folder.
 
         Raises:
             UserError: one of the files cannot be read.
@@ -298,7 +314,7 @@ class TokenizerHandle:
         return read_tokenizer_frame(self.file, special_tokens, model_config)
 
     def _description(self) -> bytes | None:
-        """The JSON file beside a .tiktoken, if there is one."""
+        """Return the content of the JSON file next to a .tiktoken, if there is one."""
         beside = self.file.with_suffix(".json")
         try:
             return read_regular(beside) if self.kind == "tiktoken" and beside.exists() else None
@@ -306,7 +322,7 @@ class TokenizerHandle:
             raise UserError(f"{beside}: cannot be read: {error.strerror}") from error
 
     def _fast_path(self) -> FastEncoder | None:
-        """The fast encoder, loaded at the first call; None where the reference is to encode."""
+        """Return the fast encoder, loaded at the first call; None if the reference is used."""
         if not self._fast_is_settled:
             with self._lock:
                 if not self._fast_is_settled:
@@ -328,7 +344,7 @@ class TokenizerHandle:
             except UnicodeEncodeError as error:
                 raise UserError(
                     f"{self.name}: text {index} of the batch holds a lone surrogate (U+{ord(text[error.start]):04X} at "
-                    f"character {error.start:,}), which is not Unicode text and has no tokens"
+                    f"character {error.start:,}), which is not valid Unicode and has no tokens"
                 ) from None
 
 
@@ -345,7 +361,8 @@ def load_tokenizer(
         allow_special_tokens, backend: see :class:`TokenizerHandle`.
 
     Raises:
-        UserError: nothing is found there, it is not a tokenizer, or the Hub cannot be reached and has not been cached.
+        UserError: nothing is found there, it is not a tokenizer, or it is not in the cache and the Hub cannot be
+            reached.
     """
     text = os.fspath(name)
     return TokenizerHandle(text, find_tokenizer_file(text), allow_special_tokens=allow_special_tokens, backend=backend)
@@ -354,13 +371,13 @@ def load_tokenizer(
 def load_reference(
     name: str, file: Path, content: bytes, description: bytes | None, allow_special_tokens: bool = False
 ) -> Reference:
-    """The library that the format of ``file`` belongs to, with the tokenizer loaded.
+    """Load the tokenizer with the library of the format of ``file``.
 
     Args:
         name: for messages.
-        file: its suffix says of which kind it is; what lies next to it may be read.
+        file: its suffix determines the format; files next to it may be read.
         content: of ``file``.
-        description: of the JSON file next to a .tiktoken, if there is one.
+        description: content of the JSON file next to a .tiktoken, if there is one.
         allow_special_tokens: see :class:`TokenizerHandle`.
 
     Raises:
@@ -373,15 +390,16 @@ def load_reference(
         return TokenizersReference(name, file, content, allow_special_tokens)
     if allow_special_tokens:
         raise UserError(
-            f"{name}: --allow-special-tokens has no meaning for a sentencepiece model, which never makes control "
-            "pieces of text; leave it out, or use the model's tokenizer.json"
+            f"{name}: --allow-special-tokens does not apply to a sentencepiece model, which never makes control pieces "
+            "from text; leave it out, or use the model's tokenizer.json"
         )
     return SentencePieceReference(name, file, content)
 
 
 def load_prompt_tokenizer(name: str | os.PathLike[str]) -> TokenizerHandle:
-    """As :func:`load_tokenizer`, for prompts rather than documents: special tokens in a text are control tokens. A
-    sentencepiece model has none in text; there a prompt is text throughout.
+    """Load a tokenizer for prompts, like :func:`load_tokenizer`, but with special tokens in text as control tokens.
+
+    A sentencepiece model has no such tokens in text; its prompts are plain text.
 
     Raises:
         UserError: as :func:`load_tokenizer`.

@@ -1,8 +1,8 @@
-"""The reference libraries behind one interface: ``tokenizers`` and ``sentencepiece`` (tiktoken has its own module).
+"""Wrap the reference libraries ``tokenizers`` and ``sentencepiece`` in one interface (tiktoken has its own module).
 
-What they encode is the truth that faster paths are held to. Text is data here: special tokens written out in it stay
-ordinary text unless allowed, no BOS or EOS is added, and truncation, padding and BPE dropout that a file was saved with
-are switched off. The libraries are imported when a tokenizer of theirs is loaded, not with this module.
+Faster paths must give the same ids as these. Text is treated as data: special tokens in it are ordinary text unless
+allowed, and no BOS or EOS is added. Truncation, padding and BPE dropout saved in a file are switched off. Each library
+is imported only when one of its tokenizers is loaded.
 """
 
 from __future__ import annotations
@@ -27,45 +27,48 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FlatIds = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
-"""Ids of all texts laid end to end, int32[T], and the number of ids of each, int64[texts]."""
+"""Ids of all texts, concatenated, int32[T], and the number of ids of each, int64[texts]."""
 
 DOCUMENT_END = "<|endoftext|>"
-"""The document end of GPT-2, Qwen and many others. Qwen's chat models name another token as EOS: ``<|im_end|>``."""
+"""The document end of GPT-2, Qwen and many others. Qwen's chat models have another EOS token: ``<|im_end|>``."""
 
 
 MAX_ID = 2**31 - 1
-"""Ids are int32 here and in datasets."""
+"""Largest id: ids are int32 here and in datasets."""
 
 
 class Reference(Protocol):
-    """A reference library with a tokenizer loaded. Its methods may be called from several threads at once."""
+    """A reference library with a loaded tokenizer. Its methods may be called from several threads at once."""
 
     library: str
     """Name and version, such as ``tokenizers 0.23.3``."""
     vocab_size: int
-    """Every id is below it, those after holes in the numbering included."""
+    """Upper bound of the ids (exclusive), including those after gaps in the numbering."""
     changes: int
-    """How often :meth:`document_end` has changed what text encodes to."""
+    """Number of times that :meth:`document_end` has changed the encoding of text."""
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of each text. A text that is not Unicode raises whatever the library raises."""
+        """Return the ids of each text. A text that is not valid Unicode raises the library's own exception."""
 
     def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
-        """Text of ``ids``, with special tokens written out or left out, and unknown ids left out."""
+        """Return the text of ``ids``, with or without special tokens, and without unknown ids."""
 
     def fingerprint(self) -> str:
-        """What tells it from other tokenizers; see :mod:`tokenizer_fingerprint`."""
+        """Return the fingerprint; see :mod:`tokenizer_fingerprint`."""
 
     def document_end(self, token: str | None) -> tuple[str, int]:
-        """The token that ends a document (``token``, or by default the tokenizer's own), and its id."""
+        """Return the token that ends a document (``token``, or by default the tokenizer's own), and its id."""
+
+    def unknown_id(self) -> int | None:
+        """The id that stands for what the vocabulary cannot express; None where every text can be expressed."""
 
 
 class TokenizersReference:
-    """A ``tokenizer.json``, read by the ``tokenizers`` library: what stands in the file is what encodes.
+    """A ``tokenizer.json``, encoded by the ``tokenizers`` library exactly as the file defines.
 
-    Added tokens that are not flagged special, such as Qwen3's ``<think>``, are matched in text: they are words of the
-    vocabulary, and ``AutoTokenizer`` with ``split_special_tokens=True`` matches them too. So does a Unigram model with
-    special tokens, which are among its pieces: there a token of text is refused as the end of documents.
+    Added tokens that are not flagged special, such as Qwen3's ``<think>``, are matched in text. They are words of the
+    vocabulary, and ``AutoTokenizer`` with ``split_special_tokens=True`` matches them too. A Unigram model also matches
+    special tokens, because they are among its pieces. Such a token cannot be the end of documents.
 
     Raises:
         UserError: the library cannot read the file.
@@ -97,13 +100,14 @@ class TokenizersReference:
         return self._tokenizer.decode(ids, skip_special_tokens=not special_tokens)
 
     def document_end(self, token: str | None) -> tuple[str, int]:
-        """``token``; else ``<|endoftext|>`` where the vocabulary has it; else the EOS that tokenizer_config.json or
-        special_tokens_map.json beside the tokenizer names.
+        """Return ``token``, else ``<|endoftext|>`` if the vocabulary has it, else the EOS in the configuration files.
 
-        Unless special tokens are allowed in text, the token is ordinary text in text from here on.
+        These are tokenizer_config.json and special_tokens_map.json next to the tokenizer. Unless special tokens are
+        allowed in text, the token is ordinary text in text afterwards.
 
         Raises:
-            UserError: the tokenizer has no such token, names none, or makes it of ordinary text (Unigram models).
+            UserError: the tokenizer has no such token, has no default, or produces it from ordinary text (Unigram
+                models).
         """
         token = token if token is not None else self._default_document_end()
         if token is None:
@@ -113,31 +117,41 @@ class TokenizersReference:
             )
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
-            raise UserError(f"{self._name}: {token!r} is not in the vocabulary; name a token that is with --eod-token")
+            raise UserError(
+                f"{self._name}: {token!r} is not in the vocabulary; give an existing token with --eod-token"
+            )
         added = self._tokenizer.get_added_tokens_decoder().get(token_id)
         if not self._allow_special_tokens and not (added and added.special):
-            # One that is not flagged as special would be recognized in a document's text and end it early.
+            # A token that is not flagged special would be recognized in a document's text and end it early.
             self._tokenizer.add_special_tokens([token])
             self.changes += 1
         if not self._allow_special_tokens and token_id in self.encode([token])[0]:
             raise UserError(
                 f"{self._name}: {token!r} written in a text becomes id {token_id} in this {self._model_type} model, so "
-                "that a text could end its document; use the sentencepiece .model of the same tokenizer, or name "
-                "another token with --eod-token, or pass --allow-special-tokens"
+                "a text could end its document; use the sentencepiece .model of the same tokenizer, or give another "
+                "token with --eod-token, or pass --allow-special-tokens"
             )
         return token, token_id
 
     def fingerprint(self) -> str:
-        """See :class:`Reference`. :meth:`document_end` does not change it."""
+        """Return the fingerprint, see :class:`Reference`. :meth:`document_end` does not change it."""
         return fingerprint_of_json(self._tokenizer, self._matched, self.encode(PROBES)[0].tolist())
 
+    def unknown_id(self) -> int | None:
+        """See :class:`Reference`."""
+        model = self._tokenizer.model
+        if self._model_type == "Unigram":  # which tells it in its JSON only
+            found: int | None = json.loads(model.__getstate__())["unk_id"]
+            return found
+        return None if model.unk_token is None else self.id_of(model.unk_token)
+
     def id_of(self, token: str) -> int | None:
-        """Id of a token, if there is such a one."""
+        """Return the id of a token, or None if it does not exist."""
         return self._tokenizer.token_to_id(token)
 
     @property
     def library_tokenizer(self) -> Tokenizer:
-        """The library's object, whose rules may be read."""
+        """The library's object, for reading its rules."""
         return self._tokenizer
 
     @property
@@ -146,7 +160,7 @@ class TokenizersReference:
         return [content for _, content, *_ in self._matched]
 
     def to_json(self) -> str:
-        """The tokenizer as it is now, as a ``tokenizer.json``."""
+        """Return the tokenizer in its current state, as a ``tokenizer.json``."""
         return self._tokenizer.to_str()
 
     @property
@@ -164,11 +178,10 @@ class TokenizersReference:
 
 
 class SentencePieceReference:
-    """A sentencepiece ``.model``. Control pieces (``<s>``, ``</s>``) are never made of text, whatever is written in it;
-    user-defined symbols always are: they are words of the vocabulary.
+    """A sentencepiece ``.model``. Control pieces (``<s>``, ``</s>``) are never produced from text.
 
-    A dummy prefix that the model was trained with belongs to it and stays. The library encodes in the calling thread
-    alone and lets other Python threads run meanwhile.
+    User-defined symbols always are, since they are words of the vocabulary. A dummy prefix that the model was trained
+    with is kept. The library encodes only in the calling thread, and releases the GIL.
 
     Raises:
         UserError: the file is not a sentencepiece model, or the package is not installed.
@@ -186,7 +199,7 @@ class SentencePieceReference:
         try:
             self._model.LoadFromSerializedProto(content)
             self.vocab_size = int(self._model.GetPieceSize())
-        except Exception as error:  # RuntimeError, or another in other versions
+        except Exception as error:  # RuntimeError, or others in other versions
             raise UserError(f"{file}: not a sentencepiece model: {_why_not(content, error)}") from error
         if self.vocab_size == 0:
             raise UserError(f"{file}: not a sentencepiece model: {_why_not(content, 'it holds no pieces')}")
@@ -197,7 +210,7 @@ class SentencePieceReference:
         return flatten(self._model.Encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=1))
 
     def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
-        """See :class:`Reference`. Each run of ids between control pieces is decoded by itself."""
+        """Decode, see :class:`Reference`. Each run of ids between control pieces is decoded separately."""
         parts: list[str] = []
         run: list[int] = []
         for token in ids:
@@ -220,10 +233,11 @@ class SentencePieceReference:
         return fingerprint_of("sentencepiece", vocab_text(pieces), [], rules, self.encode(PROBES)[0].tolist())
 
     def document_end(self, token: str | None) -> tuple[str, int]:
-        """``token``, or the EOS piece.
+        """Return ``token``, or the EOS piece.
 
         Raises:
-            UserError: the model has no such piece, no EOS, or the piece is not a control piece and may be made of text.
+            UserError: the model has no such piece, no EOS, or the piece is not a control piece and may be produced from
+                text.
         """
         if token is None:
             token_id = int(self._model.eos_id())
@@ -231,35 +245,46 @@ class SentencePieceReference:
                 raise UserError(f"{self._name}: the model has no EOS piece; name a control piece with --eod-token")
             return str(self._model.IdToPiece(token_id)), token_id
         token_id = int(self._model.PieceToId(token))
-        if self._model.IdToPiece(token_id) != token:  # the unknown piece stands for what is not there
-            raise UserError(f"{self._name}: {token!r} is not in the vocabulary; name a piece that is with --eod-token")
+        if self._model.IdToPiece(token_id) != token:  # missing pieces are looked up as the unknown piece
+            raise UserError(
+                f"{self._name}: {token!r} is not in the vocabulary; give an existing piece with --eod-token"
+            )
         if not self._model.IsControl(token_id):
             raise UserError(
-                f"{self._name}: {token!r} is not a control piece, so a document's text may hold it; name a control "
+                f"{self._name}: {token!r} is not a control piece, so it may occur in a document's text; name a control "
                 "piece, such as the EOS, with --eod-token"
             )
         return token, token_id
 
+    def unknown_id(self) -> int | None:
+        """See :class:`Reference`."""
+        token_id = int(self._model.unk_id())
+        return token_id if token_id >= 0 else None
+
 
 def flatten(ids: Sequence[Sequence[int]]) -> FlatIds:
-    """Lists of ids laid end to end: int32[T], and their lengths, int64[lists]."""
+    """Return concatenated lists of ids: int32[T], and their lengths, int64[lists]."""
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     flat: Iterable[int] = chain.from_iterable(ids)
     return np.fromiter(flat, np.int32, int(lengths.sum())), lengths
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library written in Rust gave up: what it raises is no Exception, and of no module to import it from."""
+    """Return whether an error is a panic of a Rust library: not an ``Exception``, and of a class that cannot be
+    imported.
+    """
     return type(error).__name__ == "PanicException"
 
 
 def one_line(error: object) -> str:
-    """A library's message without its line breaks."""
+    """Return a library's message without its line breaks."""
     return " ".join(str(error).split())
 
 
 def _why_not(content: bytes, error: object) -> str:
-    """``error``, or what the file is instead, where that is known: Llama 3 ships its ranks as ``tokenizer.model``."""
+    """Return ``error``, or the actual kind of the file if it is recognised: Llama 3 ships its ranks as
+    ``tokenizer.model``.
+    """
     first = content[:200].split(b"\n", 1)[0].split(b" ")
     if len(first) == 2 and first[1].strip().isdigit():
         return (

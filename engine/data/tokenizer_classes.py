@@ -1,11 +1,11 @@
-"""Whether transformers' ``AutoTokenizer`` would give the ids of training when the model is served.
+"""Check that transformers' ``AutoTokenizer`` gives the same ids when the model is served as in training.
 
-Training follows tokenizer.json. Many tokenizer classes of transformers 5 take only the vocabulary, the merges and the
-post-processor from it, and build the normalizer and the pre-tokenizer by fixed rules and tokenizer_config.json. Which
-class is used depends on ``tokenizer_class`` and on the ``model_type`` in config.json.
+Training follows tokenizer.json. Many tokenizer classes of transformers 5 use only its vocabulary, merges and
+post-processor. They build the normalizer and the pre-tokenizer from fixed rules and tokenizer_config.json. Which class
+is used depends on ``tokenizer_class`` and on the ``model_type`` in config.json.
 
 Importing transformers takes seconds. :func:`built_alike` therefore first compares the file's rules with those that the
-class would build. Only where they differ, or the class is not in the table, are ids compared.
+class would build. Ids are compared only if they differ, or if the class is not in the table.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Encode = Callable[[str], list[int]]
 
 
 def auto_tokenizer(folder: Path) -> Any:
-    """Return what ``AutoTokenizer`` loads from ``folder``, without dropout; or why it cannot, as a string."""
+    """Return the tokenizer that ``AutoTokenizer`` loads from ``folder``, without dropout; or the error as a string."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         return f"transformers cannot be imported: {error}"
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever its tokenizer classes raise
+    except Exception as error:  # its tokenizer classes raise many kinds
         return f"{auto_tokenizer_name()} cannot load the tokenizer: {one_line(error)[:200]}"
     if getattr(loaded, "is_fast", False):
         deterministic(loaded.backend_tokenizer)
@@ -47,15 +47,15 @@ def auto_tokenizer(folder: Path) -> Any:
 
 
 def auto_tokenizer_name() -> str:
-    """For messages, with the version."""
+    """Return a name for messages, with the version."""
     return f"AutoTokenizer of transformers {version('transformers')}"
 
 
 def serving_note(file: Path, encode: Encode, library_tokenizer: Any | None) -> str | None:
     """Return how the ids of ``AutoTokenizer`` differ from ours for texts without added tokens; None if they do not.
 
-    This is a note and not an error, unlike in chat mode. There the two are compared to show that the chat template is
-    understood. Here the file may be right: a model that was trained by its rules is continued by the same rules, and
+    This is a note and not an error, unlike in chat mode, where the comparison shows that the chat template is handled
+    correctly. Here the file may be right. A model that was trained with its rules must be continued with them, and
     servers that read tokenizer.json themselves follow it as well.
 
     Args:
@@ -63,13 +63,13 @@ def serving_note(file: Path, encode: Encode, library_tokenizer: Any | None) -> s
         encode: ids of a text, without special tokens.
         library_tokenizer: the ``tokenizers.Tokenizer`` of a tokenizer.json; None for a sentencepiece model.
     """
-    # AutoTokenizer looks for these names. Of another file it would load a neighbour.
+    # AutoTokenizer looks for these names. For another file name it would load a neighbouring file.
     if file.name != (SENTENCEPIECE_FILE if library_tokenizer is None else TOKENIZER_FILE):
         return None
     if library_tokenizer is not None and built_alike(file.parent, library_tokenizer):
         return None
     theirs = auto_tokenizer(file.parent)
-    if isinstance(theirs, str):  # whoever serves the model learns this from transformers
+    if isinstance(theirs, str):  # transformers itself reports this when the model is served
         return None
 
     def differs(text: str) -> bool:
@@ -81,12 +81,12 @@ def serving_note(file: Path, encode: Encode, library_tokenizer: Any | None) -> s
         return None
     others = [text for text in texts if differs(unicodedata.normalize("NFC", text))]
     text = min(others or texts, key=len)
-    limit = "" if others else " (only text outside Unicode's normalization form C is concerned)"
+    limit = "" if others else " (this concerns only text outside Unicode's normalization form C)"
     return _difference(file, text, encode(text), _ids(theirs, text) or [], theirs) + limit
 
 
 def _ids(theirs: Any, text: str) -> list[int] | None:
-    """Ids of transformers; None for a text that its class fails on, as some written in Python do."""
+    """Return the ids of transformers; None for a text that its class fails on, as some classes in Python do."""
     try:
         return list(theirs.encode(text, add_special_tokens=False))
     except Exception:
@@ -94,7 +94,7 @@ def _ids(theirs: Any, text: str) -> list[int] | None:
 
 
 def built_alike(folder: Path, tokenizer: Any) -> bool:
-    """Whether the classes that transformers may use for ``folder`` are known to build the rules of its tokenizer.json.
+    """Return whether the classes that transformers may use for ``folder`` build the rules of its tokenizer.json.
 
     Args:
         folder: of tokenizer.json.
@@ -102,8 +102,8 @@ def built_alike(folder: Path, tokenizer: Any) -> bool:
     """
     config, model_config = read_config(folder / CONFIG_FILES[0]), read_config(folder / MODEL_CONFIG)
     if "fast_tokenizer_files" in config or (folder / "tekken.json").exists():
-        return False  # transformers may take another file than tokenizer.json
-    # The declared class too: older versions of transformers take it for every model type.
+        return False  # transformers may use another file than tokenizer.json
+    # The declared class too: older versions of transformers use it for every model type.
     names = {loaded_class(config, model_config), _declared_class(config, model_config)}
     return all(_builds(name, config, tokenizer) for name in names)
 
@@ -122,7 +122,7 @@ def loaded_class(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> 
 
 
 def _declared_class(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str:
-    """The class that a folder declares, or that its model type has without a declaration."""
+    """Return the class that a folder declares, or the default of its model type."""
     model_type = str(model_config.get("model_type") or "")
     declared = config.get("tokenizer_class") or model_config.get("tokenizer_class")
     name = declared or _OF_MODEL_TYPE.get(model_type, model_type and "unknown") or "TokenizersBackend"
@@ -130,7 +130,7 @@ def _declared_class(config: Mapping[str, Any], model_config: Mapping[str, Any]) 
 
 
 def _builds(name: str, config: Mapping[str, Any], tokenizer: Any) -> bool:
-    """Whether the class ``name`` would give ``tokenizer`` the rules that it has."""
+    """Return whether the class ``name`` would give ``tokenizer`` the rules that it has."""
     if name in _PLAIN:
         return True
     normalizer, pre_tokenizer = _steps(tokenizer.normalizer), _steps(tokenizer.pre_tokenizer)
@@ -144,7 +144,7 @@ def _builds(name: str, config: Mapping[str, Any], tokenizer: Any) -> bool:
         return False
     if model.ignore_merges or model.continuing_subword_prefix or model.end_of_word_suffix:
         return False
-    # Without bytes, or with all of them, no character is unknown.
+    # Without byte tokens, or with all of them, no character is unknown.
     if not model.byte_fallback:
         return model.unk_token is None
     return all(tokenizer.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
@@ -177,7 +177,7 @@ def _gpt_neox(config: Mapping[str, Any]) -> Rules:
 
 
 def _llama(config: Mapping[str, Any]) -> Rules:
-    # The class has legacy=False where the key is absent. A key that is null is passed on, and counts as false.
+    # The class sets legacy=False if the key is absent. A null value is passed on and counts as false.
     scheme = "never" if not _prefix_space(config, True) else "always" if config.get("legacy") else "first"
     metaspace = {"type": "Metaspace", "replacement": _WORD_START, "prepend_scheme": scheme, "split": False}
     return [], [metaspace], True
@@ -190,7 +190,7 @@ def _gemma(config: Mapping[str, Any]) -> Rules:
 
 
 _PLAIN = frozenset({"TokenizersBackend", "PreTrainedTokenizer", "PythonBackend"})
-"""Classes that use tokenizer.json as it is."""
+"""Classes that use tokenizer.json unchanged."""
 _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Rules]] = {
     "Qwen2Tokenizer": _qwen2,
     "GPT2Tokenizer": _gpt2,
@@ -198,7 +198,7 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Rules]] = {
     "LlamaTokenizer": _llama,
     "GemmaTokenizer": _gemma,
 }
-"""What classes build of tokenizer_config.json. Tests compare each with the class of transformers."""
+"""Rules that classes build from tokenizer_config.json. Tests compare each with the class of transformers."""
 _ALWAYS_PLAIN = ("mistral", "mixtral", "granite", "olmo2", "olmo3", "glm4", "glm4_moe")
 _OF_MODEL_TYPE = {
     **dict.fromkeys(("llama", *_ALWAYS_PLAIN), "TokenizersBackend"),
@@ -212,7 +212,7 @@ _OF_MODEL_TYPE = {
 _FIXED_CLASS = frozenset(
     {*_ALWAYS_PLAIN, "qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "hyperclovax_vision_v2"}
 )
-"""Model types for which transformers takes the class above, whatever the folder declares."""
+"""Model types for which transformers uses the class above, whatever the folder declares."""
 
 
 def _difference(file: Path, text: str, ours: list[int], theirs: list[int], tokenizer: Any) -> str:
@@ -227,8 +227,8 @@ def _difference(file: Path, text: str, ours: list[int], theirs: list[int], token
         remedy += "; if the file is right, serve the model with PreTrainedTokenizerFast.from_pretrained(folder)"
     return (
         f"{file}: the text {_short(text)} becomes {_shown(ours, at)} here and {_shown(theirs, at)} with "
-        f"{type(tokenizer).__name__}, the class that AutoTokenizer of transformers uses for this folder, so that the "
-        f"model would be served other ids than it is trained on; {remedy}"
+        f"{type(tokenizer).__name__}, the class that AutoTokenizer of transformers uses for this folder, so the served "
+        f"model would get other ids than those of its training; {remedy}"
     )
 
 
@@ -237,6 +237,6 @@ def _short(text: str) -> str:
 
 
 def _shown(ids: list[int], at: int) -> str:
-    """The ids from ``at`` on, shortened."""
+    """Return the ids from ``at`` on, shortened."""
     shown = [*(["..."] if at else []), *map(str, ids[at : at + _SHOWN_IDS])]
     return f"[{', '.join([*shown, *(['...'] if len(ids) > at + _SHOWN_IDS else [])])}]"

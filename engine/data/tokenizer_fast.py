@@ -1,11 +1,11 @@
-"""The fast path for ``tokenizer.json``: fastokens, 10 to 20 times the speed of ``tokenizers`` with the same ids.
+"""Encode with fastokens, the fast path for ``tokenizer.json``: 10 to 20 times the speed of ``tokenizers``, same ids.
 
-It is an optional package (``pip install fastokens``), and taken only for the configurations in :data:`EXACT`, which
-were compared with ``tokenizers`` over every code point, alone and next to letters, digits, spaces and punctuation
-(tests/data/test_tokenizer_fast_code_points.py does it again), and fuzzed. fastokens accepts others, and gives other
-ids with some: ``add_prefix_space``, word classes in regular expressions, sentencepiece models in which it makes the
-control token of a literal ``<s>``. A sample of text need not show that, so what is not listed is encoded by the
-reference.
+It is an optional package (``pip install fastokens``), and used only for the configurations in :data:`EXACT`. These were
+compared with ``tokenizers`` over every code point, alone and next to letters, digits, spaces and punctuation, and
+fuzzed. tests/data/test_tokenizer_fast_code_points.py repeats the comparison. fastokens also accepts other
+configurations, but gives other ids for some: ``add_prefix_space``, word classes in regular expressions, or
+sentencepiece models, where a literal ``<s>`` becomes the control token. A sample of text need not reveal this, so
+configurations not listed are encoded by the reference.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ EXACT: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "Qwen2": ([{"type": "NFC"}], _QWEN2),
     "Llama 3": ([], _LLAMA3),
 }
-"""Steps of normalizer and pre-tokenizer of tokenizer.json, sequences unfolded, without what does not change ids. The
-model is a BPE with all 256 bytes."""
+"""Steps of normalizer and pre-tokenizer of tokenizer.json, with sequences flattened, without settings that do not
+change ids. The model is a BPE with all 256 bytes."""
 _NO_EFFECT = ("trim_offsets",)
 _MODEL_OFF = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 class NotFast(Exception):
-    """The fast path cannot be taken; the message says why."""
+    """The fast path cannot be used; the message gives the reason."""
 
 
 class FastEncoder:
-    """A ``tokenizer.json`` in fastokens.
+    """A ``tokenizer.json`` loaded in fastokens.
 
     Loading costs a second of CPU time and 150 MB for a vocabulary of 150,000. Encoding releases the GIL and may be
-    called from several threads at once; its own threads number ``FASTOKENS_BPE_THREADS`` (environment).
+    called from several threads at once; ``FASTOKENS_BPE_THREADS`` (environment) sets the number of its own threads.
 
     Args:
-        tokenizer_json: as the reference library writes it.
+        tokenizer_json: as written by the reference library.
 
     Raises:
-        NotFast: fastokens is missing, does not know such a tokenizer, or is not exact for it.
+        NotFast: fastokens is missing, does not support such a tokenizer, or is not exact for it.
     """
 
     def __init__(self, tokenizer_json: str, allow_special_tokens: bool) -> None:
@@ -68,16 +68,16 @@ class FastEncoder:
         try:
             self._tokenizer = Tokenizer.from_json_str(tokenizer_json)
             self._encode = self._tokenizer.encode_batch_flat
-        except Exception as error:  # ValueError today; whatever it is, the reference can do it
-            raise NotFast(f"fastokens {version('fastokens')} refuses the tokenizer: {one_line(error)}") from error
+        except Exception as error:  # ValueError today; in any case the reference can encode
+            raise NotFast(f"fastokens {version('fastokens')} rejects the tokenizer: {one_line(error)}") from error
         self.library = f"fastokens {version('fastokens')}"
         self._split_special_tokens = not allow_special_tokens
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of all ``texts``, int32[T], read-only, and the number of ids of each, int64[texts].
+        """Return the ids of all ``texts``, int32[T], read-only, and the number of ids of each, int64[texts].
 
         Raises:
-            Exception: whatever fastokens raises; ``UnicodeEncodeError`` for a lone surrogate.
+            Exception: any error of fastokens; ``UnicodeEncodeError`` for a lone surrogate.
         """
         try:
             ids, offsets = self._encode(
@@ -91,7 +91,7 @@ class FastEncoder:
 
 
 def why_not_exact(config: dict[str, Any]) -> str | None:
-    """Why the ids of fastokens may differ from those of ``tokenizers``; None where they were found equal.
+    """Return why the ids of fastokens may differ from those of ``tokenizers``; None if they were found equal.
 
     Args:
         config: content of ``tokenizer.json``.
@@ -108,9 +108,11 @@ def why_not_exact(config: dict[str, Any]) -> str | None:
     )
     if parts not in EXACT.values():
         shown = "; ".join(json.dumps(part, ensure_ascii=False) for part in parts)
-        return f"its normalizer and pre-tokenizer are not among those that were compared ({', '.join(EXACT)}): {shown}"
+        return (
+            f"its normalizer and pre-tokenizer are not among those verified to be exact ({', '.join(EXACT)}): {shown}"
+        )
     for token in config.get("added_tokens") or ():
-        # Two added tokens with one normalized form would be told apart in another way.
+        # Two added tokens with the same normalized form would be resolved in another way.
         if not unicodedata.is_normalized("NFC", token["content"]):
             return f"the added token {token['content']!r} is not in Unicode's form C"
     missing = 256 - len(_byte_characters() & model["vocab"].keys())
@@ -118,7 +120,9 @@ def why_not_exact(config: dict[str, Any]) -> str | None:
 
 
 def rule_steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, sequences unfolded, without settings that do not change ids."""
+    """Return the steps of a normalizer or pre-tokenizer, with sequences flattened, without settings that do not change
+    ids.
+    """
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -128,6 +132,6 @@ def rule_steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _byte_characters() -> set[str]:
-    """GPT-2's characters for the 256 bytes: printable Latin-1 for itself, the others from U+0100 on."""
+    """Return GPT-2's characters for the 256 bytes: printable Latin-1 unchanged, the others from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     return {chr(byte) for byte in printable} | {chr(0x100 + i) for i in range(256 - len(printable))}

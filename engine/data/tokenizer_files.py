@@ -1,6 +1,6 @@
-"""Which file a tokenizer's name stands for: in a folder, as a file, or on the Hugging Face Hub.
+"""Find the tokenizer file of a name: in a folder, as a file, or on the Hugging Face Hub.
 
-Nothing here reads what the file says; ``tokenizer_backends.py`` and ``tokenizer_tiktoken.py`` do.
+This module does not interpret the files; ``tokenizer_backends.py`` and ``tokenizer_tiktoken.py`` do.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 TIKTOKEN_SUFFIX = ".tiktoken"
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-"""Where the EOS token is named, in the order in which it is looked for."""
+"""Files that may name the EOS token, in the order of the search."""
 MODEL_CONFIG = "config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 _BESIDE = (*CONFIG_FILES, "chat_template.jinja", MODEL_CONFIG)
-"""What the Hub is asked for beside the tokenizer."""
+"""Files to download from the Hub together with the tokenizer."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def tokenizer_file_name(names: Collection[str]) -> str | None:
-    """The file, of those in a folder, that is the folder's tokenizer: its hash is what datasets are matched by.
+    """Return which file of a folder is its tokenizer; the hash of this file identifies the tokenizer of a dataset.
 
     ``tokenizer.json``; without one ``tokenizer.model``; without both the ``*.tiktoken``, if there is exactly one.
 
     Args:
-        names: file names of the folder, or of what was read from it.
+        names: file names of the folder, or of the files read from it.
     """
     for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE):
         if name in names:
@@ -47,50 +47,52 @@ def tokenizer_file_name(names: Collection[str]) -> str | None:
 
 
 def tokenizer_sha256(content: bytes, description: bytes | None = None) -> str:
-    """What tells one tokenizer from another: SHA-256 of its file, in hexadecimal.
+    """Return the SHA-256 that identifies a tokenizer, in hexadecimal.
 
     Args:
         content: of the file that :func:`tokenizer_file_name` names.
-        description: of the JSON file beside a .tiktoken, without which its ids are not known; hashed after ``content``.
+        description: of the JSON file next to a .tiktoken, which its ids depend on; hashed after ``content``.
     """
     return hashlib.sha256(content if description is None else content + description).hexdigest()
 
 
 def tokenizer_kind(file: Path) -> TokenizerKind:
-    """What kind of tokenizer ``file`` is, by its suffix: ``.model``, ``.tiktoken``, and all else a tokenizer.json."""
+    """Return the kind of the tokenizer ``file`` by its suffix: ``.model``, ``.tiktoken``, everything else a
+    tokenizer.json.
+    """
     by_suffix: dict[str, TokenizerKind] = {".model": "sentencepiece", TIKTOKEN_SUFFIX: "tiktoken"}
     return by_suffix.get(file.suffix, "tokenizer.json")
 
 
 def find_tokenizer_file(name: str) -> Path:
-    """The tokenizer file that ``name`` stands for: a folder, a file, or a Hub name (its ``tokenizer.json``).
+    """Return the tokenizer file of ``name``: a folder, a file, or a Hub name (its ``tokenizer.json``).
 
     A Hub name is looked up in the local cache first: a cached tokenizer needs no network and does not change.
 
     Raises:
-        UserError: nothing is found there, or the Hub cannot be reached and has not been cached.
+        UserError: nothing is found there, or it is not in the cache and the Hub cannot be reached.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         return _find_in_folder(name, path)
-    if path.exists():  # what is not a regular file is refused by its reader
+    if path.exists():  # its reader refuses anything but a regular file
         return path
     if not _HUB_NAME.fullmatch(name):
         raise UserError(
-            f"{name}: no such tokenizer folder or file; name one that exists, or a Hub name, with --tokenizer"
+            f"{name}: no such tokenizer folder or file; give an existing one, or a Hub name, with --tokenizer"
         )
     return _find_on_hub(name)
 
 
 def companions(file: Path) -> list[Path]:
-    """Return the files next to a tokenizer's file that may be read with it, those that are there."""
+    """Return the existing files next to a tokenizer's file that may be read with it."""
     names = (*_BESIDE, ADDED_TOKENS_FILE, "vocab.json", "merges.txt", TOKENIZER_FILE)
     paths = [file.with_name(name) for name in (*names, SENTENCEPIECE_FILE, f"{file.stem}.json")]
     return [path for path in dict.fromkeys(paths) if path != file and path.is_file()]
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; empty when the file is absent.
+    """Return the JSON object in ``path``; empty if the file is absent.
 
     Raises:
         UserError: it cannot be read, or is not JSON.
@@ -105,7 +107,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def token_text(token: Any) -> str | None:
-    """The text of a token that a configuration names, as a string or as an object; None where it names none."""
+    """Return the text of a token in a configuration, given as a string or as an object; None if there is none."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -120,20 +122,20 @@ def _find_in_folder(name: str, folder: Path) -> Path:
         raise UserError(f"{name}: holds {' and '.join(ranks)}; name one of these files with --tokenizer")
     if {"vocab.json", "merges.txt"} <= set(names):
         raise UserError(
-            f"{name}: holds vocab.json and merges.txt, which do not say how text is cut, and no {TOKENIZER_FILE}; make "
-            "one with transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) where the model's "
+            f"{name}: holds vocab.json and merges.txt, which do not define how text is split, and no {TOKENIZER_FILE}; "
+            "make one with transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) if the model's "
             "config.json is in the folder, else with the class instead of AutoTokenizer, such as Qwen2Tokenizer; or "
             "name another tokenizer with --tokenizer"
         )
     raise UserError(
         f"{name}: no {TOKENIZER_FILE} in this folder; save the tokenizer in the fast format (transformers: "
-        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)) or name another with --tokenizer (it has no "
-        f"{SENTENCEPIECE_FILE} of sentencepiece and no *{TIKTOKEN_SUFFIX} either)"
+        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)) or name another with --tokenizer (the folder "
+        f"also has no {SENTENCEPIECE_FILE} of sentencepiece and no *{TIKTOKEN_SUFFIX})"
     )
 
 
 def _find_on_hub(name: str) -> Path:
-    """Path of ``tokenizer.json`` of the Hub repository ``name``, downloaded when it is not in the cache."""
+    """Return the path of ``tokenizer.json`` of the Hub repository ``name``, downloaded if it is not in the cache."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -156,25 +158,25 @@ def _find_on_hub(name: str) -> Path:
     except UserError:
         raise
     except GatedRepoError:
-        raise UserError(f"{name}: the Hub asks for a licence to be accepted (`hf auth login`), or {remedy}") from None
+        raise UserError(f"{name}: the Hub requires you to accept a licence (`hf auth login`), or {remedy}") from None
     except RepositoryNotFoundError:
         raise UserError(f"{name}: no such folder, and no such repository on the Hub; {remedy}") from None
     except LocalEntryNotFoundError:
         raise UserError(_unreachable(name)) from None
     except EntryNotFoundError:
         raise UserError(f"{name}: this Hub repository has no {TOKENIZER_FILE}; {remedy}") from None
-    except Exception as error:  # those of the HTTP library, which differ between versions of the Hub client, too
+    except Exception as error:  # HTTP errors, whose types differ between versions of the Hub client
         raise UserError(f"{name}: the Hub gave no tokenizer: {error}; {remedy}") from error
 
 
 def _require_hub(name: str) -> None:
-    """Fail at once when the Hub cannot be reached: a download would retry for half a minute first."""
+    """Fail at once if the Hub cannot be reached: a download would retry for half a minute first."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # whatever the HTTP library raises: its exceptions differ between versions of the Hub client
+    except Exception:  # HTTP errors, whose types differ between versions of the Hub client
         raise UserError(_unreachable(name)) from None
 
 

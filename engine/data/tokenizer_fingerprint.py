@@ -1,7 +1,7 @@
-"""Whether two tokenizers are the same: by vocabulary and behaviour, not by the bytes of their files.
+"""Compare tokenizers by vocabulary and behaviour, not by the bytes of their files.
 
 ``save_pretrained`` of transformers rewrites tokenizer.json: merges as lists instead of strings, other defaults written
-out, rules for spaces moved from the normalizer to the pre-tokenizer. A model and its dataset still belong together. A
+out, rules for spaces moved from the normalizer to the pre-tokenizer. The model and its dataset still match. A
 fingerprint therefore covers what the ids of a dataset depend on:
 
 - every id and its token, added tokens included, and how added tokens are matched in text;
@@ -9,8 +9,8 @@ fingerprint therefore covers what the ids of a dataset depend on:
 - the ids of a fixed set of texts (:mod:`tokenizer_probes`).
 
 It leaves out special tokens' flags (they are ordinary text in a dataset's text), post-processor, decoder, truncation,
-padding and dropout, and how a text that begins with a space is encoded, in which transformers' classes differ from
-the files that they were made from.
+padding and dropout. It also leaves out how a text that begins with a space is encoded, where transformers' classes
+differ from the files that they were made from.
 
 A sentencepiece ``.model`` and the tokenizer.json made from it have different rules, but the same vocabulary and ids:
 :func:`same_tokenizer` compares rules within one kind only.
@@ -24,31 +24,31 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 SCHEME = 1
-"""Of what is hashed. Fingerprints of different schemes are never the same."""
+"""Version of the hashed content. Fingerprints of different schemes never match."""
 
 
 def fingerprint_of(kind: str, vocab: bytes, added: Iterable[Any], rules: bytes, probe_ids: Iterable[int]) -> str:
-    """The fingerprint, ``scheme:kind:rules:ids``.
+    """Return the fingerprint, ``scheme:kind:rules:ids``.
 
     Args:
         kind: of the rules, such as BPE.
-        vocab: of the model, as :func:`vocab_text` writes it.
+        vocab: of the model, as written by :func:`vocab_text`.
         added: further tokens, as JSON values in a fixed order.
-        rules: merges in their order, or scores in that of ids.
-        probe_ids: ids of :data:`~.tokenizer_probes.PROBES`, end to end.
+        rules: merges in their order, or scores in the order of ids.
+        probe_ids: ids of :data:`~.tokenizer_probes.PROBES`, concatenated.
     """
     ids = _digest(vocab, json.dumps(list(added)).encode(), ",".join(map(str, probe_ids)).encode())
     return f"{SCHEME}:{kind}:{_digest(rules)}:{ids}"
 
 
 def vocab_text(vocab: Mapping[str, int]) -> bytes:
-    """A vocabulary as the ``tokenizers`` library writes it into tokenizer.json: by id, without spaces."""
+    """Return a vocabulary as the ``tokenizers`` library writes it into tokenizer.json: by id, without spaces."""
     by_id = dict(sorted(vocab.items(), key=lambda item: item[1]))
     return json.dumps(by_id, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
 def fingerprint_of_json(tokenizer: Any, matched: Iterable[Any], probe_ids: Iterable[int]) -> str:
-    """The fingerprint of a ``tokenizers.Tokenizer``.
+    """Return the fingerprint of a ``tokenizers.Tokenizer``.
 
     Args:
         matched: added tokens that are matched in text, with their flags, as JSON values.
@@ -75,7 +75,7 @@ def fingerprint_of_json(tokenizer: Any, matched: Iterable[Any], probe_ids: Itera
 
 
 def same_tokenizer(one: str, other: str) -> bool:
-    """Whether two fingerprints, of which either may be empty, are of the same tokenizer."""
+    """Return whether two fingerprints, both of which may be empty, belong to the same tokenizer."""
     if one.count(":") != 3 or other.count(":") != 3:
         return False
     scheme, kind, rules, ids = one.split(":")

@@ -1,4 +1,4 @@
-"""Whether a dataset was made with a given tokenizer, from what its sidecar says."""
+"""Check by its sidecar that a dataset was made with a given tokenizer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from .tokenizer_fingerprint import same_tokenizer
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """A tokenizer, as far as datasets are compared with it."""
+    """The properties of a tokenizer that are compared with datasets."""
 
     sha256: str
-    """Of its file."""
+    """SHA-256 of its file."""
     fingerprint: Callable[[], str]
-    """Computed only where the file is another one than the dataset's."""
+    """Returns the fingerprint; called only if the file differs from the dataset's."""
 
     def made(self, sidecar: Sidecar) -> bool:
-        """Whether the dataset of ``sidecar`` was made with it, or with one of the same vocabulary and behaviour."""
+        """Return whether the dataset of ``sidecar`` was made with this tokenizer, or one of the same vocabulary and
+        behaviour.
+        """
         if sidecar.tokenizer_sha256 == self.sha256:
             return True
         recorded = sidecar.tokenizer_fingerprint or _recovered(sidecar)
@@ -31,9 +33,9 @@ class TokenizerIdentity:
 
 
 def _recovered(sidecar: Sidecar) -> str:
-    """The fingerprint that an older sidecar lacks, where the dataset's tokenizer is still where it was; else empty."""
+    """Return the fingerprint that an older sidecar lacks, if the dataset's tokenizer still exists; else empty."""
     name = os.path.expanduser(sidecar.tokenizer)
-    if not Path(name).exists():  # never the Hub: that would need a network
+    if not Path(name).exists():  # never the Hub, which would need a network
         return ""
     try:
         tokenizer = load_tokenizer(name, backend="reference")

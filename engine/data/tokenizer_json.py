@@ -1,8 +1,8 @@
-"""How a ``tokenizer.json`` is loaded, for every part of the project that needs the ``tokenizers`` library's object.
+"""Load a ``tokenizer.json``, for every part of the project that needs the ``tokenizers`` library's object.
 
-A file may have been saved in a state that belongs to one training run or one call: BPE dropout, which gives random
-ids, truncation, which cuts texts, and padding. None of them describes the tokenizer, so all are switched off here, and
-nothing else in the project may call ``Tokenizer.from_file``, ``from_str`` or ``from_buffer``.
+A file may have been saved with the state of one training run or one call: BPE dropout, which gives random ids,
+truncation, which cuts texts, and padding. These do not describe the tokenizer, so all are switched off here. Nothing
+else in the project may call ``Tokenizer.from_file``, ``from_str`` or ``from_buffer``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def parse_tokenizer(content: bytes | str, where: str | os.PathLike[str]) -> Toke
         where: its path, for messages.
 
     Raises:
-        UserError: the library cannot read it, or it gives other ids each time that it is loaded.
+        UserError: the library cannot read it, or gives other ids each time it is loaded.
     """
     from tokenizers import Tokenizer
 
@@ -33,14 +33,15 @@ def parse_tokenizer(content: bytes | str, where: str | os.PathLike[str]) -> Toke
         tokenizer = deterministic(Tokenizer.from_str(text))
     except Exception as error:  # the library raises bare Exception for a file that it cannot parse
         reason = " ".join(str(error).split())
-        raise UserError(f"{where}: not a tokenizer that the tokenizers library can read: {reason}") from error
+        raise UserError(f"{where}: the tokenizers library cannot read this tokenizer: {reason}") from error
     _require_distinct_forms(tokenizer, where)
     return tokenizer
 
 
 def _require_distinct_forms(tokenizer: Any, where: str | os.PathLike[str]) -> None:
-    """Refuse added tokens that become the same text before they are looked for: the library (0.23) matches one of them
-    in a text, another one each time that the file is loaded."""
+    """Refuse added tokens with the same normalized form.
+
+    The library (0.23) matches one of them in a text, and a different one each time the file is loaded."""
     if tokenizer.normalizer is None:
         return
     forms: dict[str, str] = {}
@@ -50,8 +51,8 @@ def _require_distinct_forms(tokenizer: Any, where: str | os.PathLike[str]) -> No
         other = forms.setdefault(tokenizer.normalizer.normalize_str(token.content), token.content)
         if other != token.content:
             raise UserError(
-                f"{where}: the added tokens {other!r} and {token.content!r} are the same text to the normalizer, so "
-                'that either may be found in a text; remove one, or give one "normalized": false'
+                f"{where}: the added tokens {other!r} and {token.content!r} become the same text after normalization, "
+                'so either may match in a text; remove one, or give one "normalized": false'
             )
 
 

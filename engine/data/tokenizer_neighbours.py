@@ -1,9 +1,9 @@
-"""Added tokens in the files next to tokenizer.json: transformers reads those first, so they must say the same.
+"""Compare added tokens with those in the files next to tokenizer.json, which transformers reads first.
 
 Its classes for Qwen and Llama build the tokenizer from the vocabulary and merges of tokenizer.json and the added tokens
-of tokenizer_config.json (``added_tokens_decoder``), or without that list of added_tokens.json and tokenizer.json. A
-token that only one of the files lists, or lists under another id, is trained on and served under different ids.
-Special tokens that tokenizer.json lacks are left alone: no text of a dataset holds one.
+of tokenizer_config.json (``added_tokens_decoder``). Without that list they use added_tokens.json and tokenizer.json. A
+token that only one of the files lists, or lists with another id, would have different ids in training and serving.
+Special tokens that tokenizer.json lacks are ignored, because they do not occur in a dataset's text.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _CONFIG_FILE, _SPECIAL_TOKENS_FILE = CONFIG_FILES
 
 
 def require_agreement(file: Path, id_of: Callable[[str], int | None]) -> None:
-    """See that the files next to a tokenizer.json give added tokens its ids.
+    """Check that the files next to a tokenizer.json give added tokens the same ids.
 
     Args:
         file: the tokenizer.json.
         id_of: id of a token there.
 
     Raises:
-        UserError: they give one of them another id, or (one that is matched in text) tokenizer.json does not know it.
+        UserError: they give a token another id, or tokenizer.json lacks one that is matched in text.
     """
     config = read_config(file.with_name(_CONFIG_FILE))
     name, listed = _CONFIG_FILE, _decoder(config)
@@ -41,21 +41,24 @@ def require_agreement(file: Path, id_of: Callable[[str], int | None]) -> None:
         if found != token_id and not (found is None and special):
             there = "does not have it" if found is None else f"gives it the id {found}"
             raise UserError(
-                f"{file.with_name(name)}: gives the added token {content!r} the id {token_id}, and {file.name} next to "
-                f"it {there}; programs read one or the other: get both files from where the model came from, or "
-                "correct one of them"
+                f"{file.with_name(name)}: gives the added token {content!r} the id {token_id}, but {file.name} next to "
+                f"it {there}; programs read only one of them: get both files from the model's source, or correct one "
+                "of them"
             )
 
 
 def unlisted(file: Path, matched: Collection[str]) -> list[str]:
-    """The added tokens that are ``matched`` in text by a tokenizer.json, and not listed by tokenizer_config.json next
-    to it although that has a list."""
+    """Return the added tokens ``matched`` in text by a tokenizer.json that the list in tokenizer_config.json lacks.
+
+    Empty if tokenizer_config.json has no such list."""
     listed = {content for content, _, _ in _decoder(read_config(file.with_name(_CONFIG_FILE))) or ()}
     return [content for content in matched if content not in listed] if listed else []
 
 
 def _decoder(config: Mapping[str, Any]) -> list[tuple[str, int, bool]] | None:
-    """Content, id, and whether it is special, of each entry of ``added_tokens_decoder``; None without that list."""
+    """Return content, id and whether it is special of each entry of ``added_tokens_decoder``; None without that
+    list.
+    """
     entries = config.get("added_tokens_decoder")
     if not isinstance(entries, dict):
         return None
@@ -67,7 +70,7 @@ def _decoder(config: Mapping[str, Any]) -> list[tuple[str, int, bool]] | None:
 
 
 def _named_special(config: Mapping[str, Any]) -> set[str]:
-    """The tokens that settings such as ``pad_token`` and ``additional_special_tokens`` name."""
+    """Return the tokens named by settings such as ``pad_token`` and ``additional_special_tokens``."""
     named: set[str] = set()
     for key, value in config.items():
         if not key.endswith(("_token", "_special_tokens")):

@@ -1,11 +1,11 @@
-"""A fixed set of texts that tell tokenizers apart, whatever files they come from.
+"""Define a fixed set of texts that distinguishes tokenizers, whatever files they come from.
 
-Two tokenizers of the same vocabulary may still cut or normalize text differently. The texts hold every code point of
-the blocks where normalizers and pre-tokenizers differ (punctuation, spaces, digits, symbols, compatibility forms,
-composed letters), each before a letter, and the sequences that pre-tokenizers cut in different places (contractions,
-numbers, runs of spaces, line ends). None begins with a space: see :mod:`tokenizer_fingerprint`.
+Two tokenizers with the same vocabulary may still split or normalize text differently. The texts hold every code point
+of the blocks where normalizers and pre-tokenizers differ: punctuation, spaces, digits, symbols, compatibility forms and
+composed letters, each before a letter. They also hold sequences that pre-tokenizers split in different places:
+contractions, numbers, runs of spaces, line ends. No text begins with a space: see :mod:`tokenizer_fingerprint`.
 
-The set decides about stored fingerprints: changing it needs another ``SCHEME`` there.
+Stored fingerprints depend on the set: changing it needs another ``SCHEME`` there.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Tiktoken files: byte-pair ranks, one ``base64 rank`` a line, and what such a file does not say.
+"""Read tiktoken files: byte-pair ranks, one ``base64 rank`` a line, and the settings that such a file lacks.
 
-The regular expression that cuts text into words and the special tokens are known here for OpenAI's encodings and
-Qwen's first generation, by file name. For other files, or to override, a JSON file of the same stem stands beside it:
+These are the regular expression that splits text into words, and the special tokens. They are built in for OpenAI's
+encodings and Qwen's first generation, by file name. For other files, or to override, put a JSON file with the same stem
+next to it:
 
     {"pattern": "...", "special_tokens": {"<|endoftext|>": 100257}, "normalization": "NFC"}
 
-``normalization`` may be left out: none.
+``normalization`` is optional; the default is no normalization.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ _QWEN_SPECIAL = (DOCUMENT_END, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a tiktoken file does not say."""
+    """The settings of an encoding that a tiktoken file does not contain."""
 
     pattern: str
     special_tokens: dict[str, int]
     num_ranks: int | None = None
-    """Lines of the file, where known: another number is another encoding under this name."""
+    """Number of lines of the file, if known: another number means another encoding with this name."""
     nfc: bool = False
-    """Text is normalized to Unicode's form C first."""
+    """True if text is first normalized to Unicode's form C."""
 
 
 KNOWN_ENCODINGS = {
@@ -76,17 +77,17 @@ KNOWN_ENCODINGS = {
         100256,
     ),
     "o200k_base": Encoding(_O200K_PATTERN, {DOCUMENT_END: 199999, "<|endofprompt|>": 200018}, 199998),
-    # Qwen (the first, not Qwen2 and later, which have a tokenizer.json): its tokenization_qwen.py.
+    # Qwen (the first, not Qwen2 and later, which have a tokenizer.json): from its tokenization_qwen.py.
     "qwen": Encoding(_QWEN_PATTERN, {token: 151643 + i for i, token in enumerate(_QWEN_SPECIAL)}, 151643, nfc=True),
 }
-"""By file stem; OpenAI's as in tiktoken's ``tiktoken_ext/openai_public.py``."""
+"""Encodings by file stem; OpenAI's as in tiktoken's ``tiktoken_ext/openai_public.py``."""
 
 
 class TiktokenReference:
-    """A tiktoken file, encoded by the ``tiktoken`` library in the calling thread; other Python threads run meanwhile.
+    """A tiktoken file, encoded by the ``tiktoken`` library in the calling thread with the GIL released.
 
     Raises:
-        UserError: the file or the JSON file beside it is malformed, the encoding is not known, or the package is not
+        UserError: the file or the JSON file next to it is malformed, the encoding is unknown, or the package is not
             installed.
     """
 
@@ -120,10 +121,10 @@ class TiktokenReference:
         self._content, self._pattern = content, encoding.pattern
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """See :class:`~.tokenizer_backends.Reference`.
+        """Encode, see :class:`~.tokenizer_backends.Reference`.
 
         Raises:
-            UserError: tiktoken gives up on a text, as on a million spaces with Qwen's pattern.
+            UserError: tiktoken fails on a text, as on a million spaces with Qwen's pattern.
         """
         ids = [np.empty(0, np.uint32)]
         for text in texts:
@@ -137,7 +138,7 @@ class TiktokenReference:
             except ValueError as error:
                 raise UserError(
                     f"{self._name}: tiktoken cannot encode the text of {len(text):,} characters that begins with "
-                    f"{text[:40]!r}: {one_line(error)}; leave it out, or use a tokenizer.json of the same vocabulary"
+                    f"{text[:40]!r}: {one_line(error)}; remove it, or use a tokenizer.json of the same vocabulary"
                 ) from error
         lengths = np.fromiter(map(len, ids[1:]), np.int64, len(ids) - 1)
         return np.concatenate(ids).view(np.int32), lengths
@@ -154,7 +155,7 @@ class TiktokenReference:
         return fingerprint_of("tiktoken", ranks, special, rules, self.encode(PROBES)[0].tolist())
 
     def document_end(self, token: str | None) -> tuple[str, int]:
-        """``token``, or ``<|endoftext|>``: a special token.
+        """Return ``token``, or ``<|endoftext|>``: a special token.
 
         Raises:
             UserError: the encoding has no such special token.
@@ -163,10 +164,13 @@ class TiktokenReference:
         if token not in self.special_tokens:
             some = ", ".join(list(self.special_tokens)[:5]) or "none"
             raise UserError(
-                f"{self._name}: {token!r} is not a special token of this encoding (it has {some}); name one that is "
+                f"{self._name}: {token!r} is not a special token of this encoding (it has {some}); give one of these "
                 "with --eod-token"
             )
         return token, self.special_tokens[token]
+
+    def unknown_id(self) -> None:
+        """See :class:`~.tokenizer_backends.Reference`. Ranks hold all bytes."""
 
 
 def _parse_ranks(file: Path, content: bytes) -> dict[bytes, int]:
@@ -180,16 +184,16 @@ def _parse_ranks(file: Path, content: bytes) -> dict[bytes, int]:
         except ValueError as error:
             raise UserError(f"{file}:{number}: not a tiktoken line, which is a base64 token and its rank") from error
         if not 0 <= int(rank) <= MAX_ID:
-            raise UserError(f"{file}:{number}: rank {int(rank)} is no token id: ids are from 0 to {MAX_ID:,}")
+            raise UserError(f"{file}:{number}: rank {int(rank)} is not a token id: ids are from 0 to {MAX_ID:,}")
     return ranks
 
 
 def _find_encoding(file: Path, description: bytes | None) -> Encoding:
-    """The encoding that the JSON file beside ``file`` describes, or the one known by the name of ``file``.
+    """Return the encoding described by the JSON file next to ``file``, or known by the name of ``file``.
 
     Args:
         file: the tokenizer's file.
-        description: content of the JSON file; None where there is none.
+        description: content of the JSON file; None if there is none.
     """
     beside = file.with_suffix(".json")
     if description is None:
@@ -224,15 +228,15 @@ def _parse_description(beside: Path, description: Any) -> Encoding:
 
 
 def _check(file: Path, ranks: dict[bytes, int], encoding: Encoding) -> None:
-    """Refuse what the library would answer with a panic, now or at some text."""
+    """Refuse rank files with which the library would panic, now or on some text."""
     if encoding.num_ranks not in (None, len(ranks)):
         raise UserError(
             f"{file}: holds {len(ranks):,} ranks, but the encoding '{file.stem}' has {encoding.num_ranks:,}; give the "
-            f"file another name, and its pattern and special tokens in a .json file of that name beside it"
+            f"file another name, and its pattern and special tokens in a .json file of that name next to it"
         )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise UserError(f"{file}: {len(missing)} of the 256 bytes have no rank, the first 0x{missing[0]:02X}")
+        raise UserError(f"{file}: {len(missing)} of the 256 bytes have no rank; the first is 0x{missing[0]:02X}")
     counts = Counter([*ranks.values(), *encoding.special_tokens.values()])
     if twice := [token_id for token_id, count in counts.items() if count > 1]:
         raise UserError(f"{file}: id {min(twice)} belongs to two tokens, special tokens included")

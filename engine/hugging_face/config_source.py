@@ -1,4 +1,4 @@
-"""Where the ``config.json`` of a run's model is, for commands that need the model's shape and not its weights."""
+"""Find the ``config.json`` of a run's model, for commands that need the model's shape without its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .hub_download import find_model_folder, is_on_hub
 def architecture_source(model: ModelConfig) -> dict | str:
     """Return ``model.architecture``, or else the folder that holds the ``config.json`` of ``model.initialize_from``.
 
-    Of a model on the Hub, ``config.json`` alone is fetched.
+    For a model on the Hub, only ``config.json`` is downloaded.
 
     Raises:
         UserError: there is no such folder, or the Hub has no such model or cannot be reached.
@@ -25,7 +25,7 @@ def architecture_source(model: ModelConfig) -> dict | str:
     folder = asset_folder(name)
     if not folder.is_dir():
         raise UserError(
-            f"model.initialize_from {name}: there is no {folder}; name a checkpoint, a Hugging Face folder or a model "
-            "on the Hub, or set model.architecture to a config.json: weights are not needed here"
+            f"model.initialize_from {name}: {folder} does not exist; name a checkpoint, a Hugging Face folder or a "
+            "model on the Hub, or set model.architecture to a config.json: weights are not needed here"
         )
     return str(folder)

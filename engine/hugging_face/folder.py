@@ -1,10 +1,10 @@
-"""The weights of a Hugging Face folder: what tensors there are, and their values, whole or in parts.
+"""Read the weights of a Hugging Face folder: names of tensors, and their values, whole or in parts.
 
-Opening a folder of any size costs nothing. :meth:`HfWeights.read` maps a tensor, which costs memory only while it is in
-use; :meth:`HfWeights.rows` reads rows into memory that the caller owns, and maps nothing. Pickled weights
-(``pytorch_model.bin``) are never opened, because loading them can run code.
+Opening a folder of any size is cheap. :meth:`HfWeights.read` maps a tensor, which takes memory only while it is in use;
+:meth:`HfWeights.rows` reads rows into memory of the caller, without mapping. Pickled weights (``pytorch_model.bin``)
+are never opened, because loading them can run code.
 
-What the tensors mean to a decoder stands in :mod:`model`; files are written by :mod:`shards`.
+:mod:`model` matches the tensors to a decoder; :mod:`shards` writes files.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import safetensors
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from ..model.architecture import ADAPTER_FILE, ADAPTER_REMEDY
 from ..regular_files import open_regular, read_regular
 from ..streaming.raw_bytes import opened_for_reading, read_exactly
-from ..streaming.tensor_source import ReadRows
+from ..streaming.tensor_source import ReadRows, StoredTensor
+from ..weights.safetensors_format import read_header
 from .names import parameter_names
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.bin.index.json")
 _OTHER_FORMATS = {
-    "*.gguf": "a format of llama.cpp: get the model as safetensors",
+    "*.gguf": "the llama.cpp format: get the model as safetensors",
     "model-*.safetensors": f"shards without their {INDEX_FILE}: fetch the folder again",
-    "consolidated*.safetensors": "the layout of its publisher: get the model as transformers saves it",
-    "*.safetensors": f"another name: name a folder that holds {WEIGHTS_FILE}",
+    "consolidated*.safetensors": "the publisher's own layout: get the model as saved by transformers",
+    "*.safetensors": f"a file of another name: name a folder that holds {WEIGHTS_FILE}",
     "*.h5": "TensorFlow weights: save them as safetensors with transformers",
     "*.msgpack": "Flax weights: save them as safetensors with transformers",
 }
@@ -46,8 +46,8 @@ _MOST_INDEX_BYTES = 256 << 20
 class HfWeights:
     """The tensors of a Hugging Face folder, under the names that parameters have in transformers.
 
-    Files are chosen as transformers does: ``model.safetensors``, else what the index lists. A folder with both is
-    refused unless they are the same, because other programs take the index first. Other safetensors files, left by an
+    Files are chosen as in transformers: ``model.safetensors``, else the files in the index. A folder with both is
+    refused unless they are the same, because other programs prefer the index. Other safetensors files, left by an
     earlier save, are not opened.
 
     Raises:
@@ -72,40 +72,40 @@ class HfWeights:
         self._file_of = self._file_of_each_tensor()
         self._offsets = {file: _tensor_offsets(self.folder / file) for file in self._files}
         self.stored_names = parameter_names(self._file_of, self.folder)
-        """Name in the files of each tensor."""
+        """Name of each tensor in the files."""
         self.tensors = {name: self._describe(stored) for name, stored in self.stored_names.items()}
         """Names, shapes and dtypes."""
         patterns = ("*.safetensors", *_PICKLED)
         present = {entry.name for pattern in patterns for entry in self.folder.glob(pattern)}
         self.ignored_files = sorted(name for name in present - self._files.keys() if _holds_weights(name))
-        """Files of weights that are not read, here and in transformers."""
+        """Weight files that are not read, neither here nor in transformers."""
 
     @property
     def files(self) -> list[Path]:
-        """What decides the tensors: the safetensors files that are part of the model, and the index."""
+        """Return the files that determine the tensors: the safetensors files of the model, and the index."""
         index = self.folder / INDEX_FILE
         return [*(self.folder / file for file in self._files), *([index] if index.is_file() else [])]
 
     def read(self, name: str) -> Tensor:
-        """The CPU tensor ``name``, mapped from its file: read-only by agreement, paged in when used."""
+        """Return the CPU tensor ``name``, mapped from its file: treat it as read-only; it is paged in when used."""
         return self._read_stored(self.stored_names[name])
 
     def place(self, name: str) -> tuple[Path, int]:
-        """The file of the tensor ``name``, and where in it its values begin, in bytes."""
+        """Return the file of the tensor ``name``, and the offset of its values there, in bytes."""
         stored = self.stored_names[name]
         path = self.folder / self._file_of[stored]
         return path, self._offsets[path.name][stored]
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """See :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
+        """Read rows, see :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
         (path, start), tensor = self.place(name), self.tensors[name]
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         with opened_for_reading(path) as descriptor:
             yield lambda first, rows: read_exactly(descriptor, start + first * row_bytes, rows, path)
 
     def rename(self, name: str, new_name: str) -> None:
-        """Have the tensor ``name`` under ``new_name``, in the same place of the order."""
+        """Rename the tensor ``name`` to ``new_name``, in the same place of the order."""
         change = lambda key: new_name if key == name else key  # noqa: E731
         self.stored_names = {change(key): stored for key, stored in self.stored_names.items()}
         self.tensors = {change(key): tensor for key, tensor in self.tensors.items()}
@@ -116,7 +116,7 @@ class HfWeights:
     def _describe(self, name: str) -> StoredTensor:
         try:
             tensor = self._read_stored(name)
-        except Exception as error:  # the library has no narrower class for what PyTorch cannot hold
+        except Exception as error:  # the library has no narrower class for dtypes that PyTorch lacks
             path, stored = self.folder / self._file_of[name], self._files[self._file_of[name]].get_slice(name)
             raise UserError(
                 f"{path}: {name} is {stored.get_dtype()} {stored.get_shape()}, which cannot be read "
@@ -125,15 +125,17 @@ class HfWeights:
         return StoredTensor(tuple(tensor.shape), tensor.dtype)
 
     def _refuse_adapter(self) -> None:
-        """transformers takes a folder with an adapter for that adapter, and loads the model it was made for."""
+        """Refuse a folder with an adapter and weights: transformers loads the adapter's base model instead of the
+        weights.
+        """
         if not (self.folder / ADAPTER_FILE).exists():
             return
         weights = next((name for name in (WEIGHTS_FILE, INDEX_FILE) if (self.folder / name).exists()), None)
         if weights is None:
             raise UserError(f"{self.folder}: {ADAPTER_REMEDY}")
         raise UserError(
-            f"{self.folder}: holds {ADAPTER_FILE} next to {weights}: transformers loads the model that the adapter was "
-            f"made for and not {weights}; move the adapter away, or merge it and name the result"
+            f"{self.folder}: holds {ADAPTER_FILE} next to {weights}: transformers loads the base model of the adapter "
+            f"instead of {weights}; move the adapter away, or merge it and name the result"
         )
 
     def _require_one_set(self, listed: Mapping[str, str]) -> None:
@@ -141,20 +143,20 @@ class HfWeights:
         if others and (self.folder / WEIGHTS_FILE).exists():
             raise UserError(
                 f"{self.folder}: holds two sets of weights, {WEIGHTS_FILE} and those of {INDEX_FILE} ({others[0]}): "
-                "transformers takes the first, other programs the second; remove one of them"
+                "transformers uses the first, other programs the second; remove one of them"
             )
 
     def _open(self, file: str, why: str) -> Any:
         path = self.folder / file
         try:
-            with open_regular(path):  # safe_open calls every file missing that it cannot open
+            with open_regular(path):  # safe_open reports every unreadable file as missing
                 pass
-            # It refuses headers of more than 100 MB, and places of tensors that overlap or lie outside the file.
+            # It refuses headers of more than 100 MB, and places of tensors that overlap or are outside the file.
             return safe_open(path, framework="pt")
         except FileNotFoundError:
             raise UserError(f"{path}: missing, though {why}; fetch the folder again") from None
         except SafetensorError as error:
-            if "unknown variant" in str(error):  # of its list of dtypes, the only one that it has
+            if "unknown variant" in str(error):  # its only list of variants is that of dtypes
                 known = f"safetensors {safetensors.__version__}"
                 raise UserError(
                     f"{path}: has a dtype that {known} does not know ({error}); dequantize the weights first"
@@ -164,19 +166,22 @@ class HfWeights:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
 
     def _require_listed(self, listed: Mapping[str, str]) -> None:
-        """Every tensor of the index must be in the file that the index names."""
+        """Check that every tensor of the index is in the file that the index names."""
         names = {file: set(opened.keys()) for file, opened in self._files.items()}
         for name, file in listed.items():
             if name not in names[file]:
                 raise UserError(
-                    f"{self.folder / file}: holds no {name}, though {INDEX_FILE} says so; fetch the folder again"
+                    f"{self.folder / file}: holds no {name}, although {INDEX_FILE} lists it there; fetch the folder "
+                    "again"
                 )
 
     def _file_of_each_tensor(self) -> dict[str, str]:
-        """transformers loads all tensors of the files, whether the index lists them or not."""
+        """Return the file of each tensor; like transformers, use all tensors in the files, even if the index lacks
+        them.
+        """
         found: dict[str, str] = {}
         for file, opened in self._files.items():
-            for name in list(opened.keys()):  # it has no iterator
+            for name in list(opened.keys()):  # it is not iterable
                 if name in found:
                     raise UserError(f"{self.folder}: {found[name]} and {file} both hold {name}; fetch the folder again")
                 found[name] = file
@@ -200,14 +205,14 @@ class HfWeights:
 
 
 def _holds_weights(name: str) -> bool:
-    """Whether a file of these endings may be a model's weights: training_args.bin and the like are not."""
+    """Return whether a file with such an ending may hold a model's weights; training_args.bin and the like do not."""
     return name.endswith(".safetensors") or name.startswith(("pytorch_model", "consolidated", "model"))
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, both checked to be what they should be.
+    """Return tensor name -> file name, both checked.
 
-    File names come from strangers: one that leaves the folder is refused.
+    File names are untrusted: one that leaves the folder is refused.
     """
     remedy = "fetch the folder again"
     try:
@@ -221,17 +226,11 @@ def _read_index(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: has no weight_map of tensor names to files; {remedy}")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file or file in (".", "..") or re.search(r"[/\\\0]", file):
-            raise UserError(f"{path}: {name} is in {file!r}, which is not the name of a file beside it; {remedy}")
+            raise UserError(f"{path}: {name} is in {file!r}, which is not the name of a file next to it; {remedy}")
     return weight_map
 
 
 def _tensor_offsets(path: Path) -> dict[str, int]:
-    """Where the values of every tensor begin in the file, in bytes.
-
-    The layout (https://huggingface.co/docs/safetensors): 8 bytes of header length, little-endian; the header, a JSON
-    object of ``{name: {dtype, shape, data_offsets}}``; the values. ``safe_open`` has checked it.
-    """
+    """Return the offset of every tensor's values in the file, in bytes. ``safe_open`` has checked it."""
     with open_regular(path) as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {name: 8 + length + item["data_offsets"][0] for name, item in header.items() if name != "__metadata__"}
+        return {name: entry.start for name, entry in read_header(path, file.fileno()).items()}

@@ -1,4 +1,4 @@
-"""A model by folder or by its name on the Hugging Face Hub."""
+"""Find a model by its folder, or by its name on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from .hub_errors import asking_hub
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _WANTED = ["*.safetensors", "*.json", *TOKENIZER_FILES]
-# Repositories keep further copies of the weights: consolidated.safetensors beside Mistral's, original/ beside Llama's.
+# Repositories hold further copies of the weights: consolidated.safetensors in Mistral's, original/ in Llama's.
 _UNWANTED = ["*/*", "consolidated*"]
 
 
 def could_be_hub_name(name: str) -> bool:
-    """Whether ``name``, which is nothing on this machine, may be looked for on the Hub.
+    """Return whether ``name``, which does not exist on this machine, may be looked up on the Hub.
 
-    Not where the folder that would hold it is here: then it is a slip, and no wish to fetch what somebody calls the
-    same.
+    Not if its first part is an existing folder: then it is probably a misspelt path, which must not download a model of
+    that name.
     """
     folder, slash, _ = name.partition("/")
     return _HUB_NAME.fullmatch(name) is not None and not (slash and os.path.isdir(folder))
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether ``name``, of a folder, a checkpoint or a repository, is to be looked for on the Hub."""
+    """Return whether ``name``, of a folder, a checkpoint or a repository, is to be looked up on the Hub."""
     return "/" in name and not os.path.lexists(name) and could_be_hub_name(name)
 
 
 def find_model_folder(
     name: str, key: str = "--hf", revision: str | None = None, wanted: Sequence[str] = _WANTED
 ) -> Path:
-    """The folder ``name``, or the local copy of the Hub repository of that name, fetched when it is not there.
+    """Return the folder ``name``, or the local copy of the Hub repository ``name``, downloaded if necessary.
 
     Args:
         name: of a folder, or on the Hub.
         key: the option or setting that gives the name, for errors.
         revision: commit of the repository; None: its newest.
-        wanted: patterns of the files to fetch.
+        wanted: patterns of the files to download.
 
     Raises:
         UserError: there is no such folder, and the Hub has no such model or cannot be reached.
@@ -66,12 +66,12 @@ def _fetch(name: str, said: str, revision: str | None, wanted: Sequence[str]) ->
         try:
             return Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=_UNWANTED))
         except GatedRepoError:
-            raise UserError(f"{said}: the Hub asks for a licence to be accepted first (`hf auth login`)") from None
+            raise UserError(f"{said}: the Hub requires you to accept a licence first (`hf auth login`)") from None
         except RepositoryNotFoundError:
             raise UserError(f"{said}: no such folder, and no such model on the Hub; check the name") from None
         except LocalEntryNotFoundError as error:
             if isinstance(error.__cause__, HfHubHTTPError):
-                raise  # it can be reached, and has said what is wrong
+                raise  # the Hub was reached, and its answer gives the reason
             raise UserError(
                 f"{said}: no folder of that name, not in the Hugging Face cache, and the Hub cannot be reached; name a "
                 "folder that holds config.json and model.safetensors, or connect once to fill the cache"

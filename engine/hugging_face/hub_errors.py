@@ -1,4 +1,4 @@
-"""What goes wrong between this machine and the Hub, in one line and without secrets."""
+"""Describe errors of communication with the Hub in one line and without secrets."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Result = TypeVar("Result")
 
 
 def asking_hub(action: Callable[[], Result], what: str, remedy: str, forbidden: str) -> Result:
-    """Run ``action``, which asks the Hub for something through huggingface_hub.
+    """Run ``action``, which uses the Hub through huggingface_hub.
 
     Args:
-        action: may raise a UserError itself, where it knows better.
-        what: begins the line that says what is wrong.
-        remedy: ends it.
-        forbidden: what an answer 403 means here.
+        action: may raise a more specific UserError itself.
+        what: beginning of the error line.
+        remedy: end of the error line.
+        forbidden: meaning of an answer 403 here.
 
     Raises:
-        UserError: for whatever exception ``action`` raises: HTTP clients, of which the versions of huggingface_hub have
-            different ones, and Xet's storage have no common class of errors. An interrupt passes.
+        UserError: for any exception of ``action``. HTTP clients, which differ between versions of huggingface_hub, and
+            Xet's storage have no common class of errors. An interrupt is not caught.
     """
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -53,7 +53,7 @@ def _describe(answer: HfHubHTTPError, forbidden: str) -> str:
 
 
 def _without_secrets(error: BaseException) -> str:
-    """What ``error`` says, in a line, without the token, passwords in addresses, or the signatures of addresses."""
+    """Return the message of ``error`` in one line, without the token, passwords in URLs, or signatures of URLs."""
     from huggingface_hub import get_token
 
     text = " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,8 +1,8 @@
-"""Names of parameters in the files of others, as transformers reads them.
+"""Map the names of parameters in files of other programs, as transformers does.
 
-transformers loads weights that were saved from the base model (without ``model.``), and adds or takes off that prefix
-name by name. Compiled modules put ``_orig_mod.`` into names, which is no part of a model either. Other prefixes may
-mean another model: they are refused, with the remedy.
+transformers loads weights that were saved from the base model (without ``model.``), and adds or removes that prefix
+name by name. Compiled modules add ``_orig_mod.`` to names, which is not part of a model either. Other prefixes may mean
+another model: they are refused, with the remedy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PREFIX = "model."
 _COMPILED = "_orig_mod"
 _OF_BASE_MODEL = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
 _TELLING = "layers.0.input_layernorm.weight"
-"""Every supported model has it: what precedes it is the prefix of all names."""
+"""A parameter of every supported model: the text before it is the prefix of all names."""
 _REMEDIES = {
     "module.": "they were saved from a DistributedDataParallel wrapper: save model.module",
     "base_model.": "they were saved from a PEFT model: save model.merge_and_unload()",
@@ -25,11 +25,11 @@ _REMEDIES = {
 
 
 def parameter_names(stored: Iterable[str], folder: Path) -> dict[str, str]:
-    """The stored name of every parameter, in the order of ``stored``.
+    """Return the stored name of every parameter, in the order of ``stored``.
 
     Args:
         stored: names in the files.
-        folder: names the place in errors.
+        folder: named in errors.
 
     Raises:
         UserError: two stored names are one parameter.
@@ -53,7 +53,7 @@ def _parameter_name(stored: str) -> str:
 
 
 def describe_renamed(names: dict[str, str]) -> list[str]:
-    """A note about the parameters that have another name in the files, if there are any."""
+    """Return a note about the parameters that have another name in the files, if there are any."""
     renamed = {parameter: stored for parameter, stored in names.items() if parameter != stored}
     if not renamed:
         return []
@@ -64,7 +64,7 @@ def describe_renamed(names: dict[str, str]) -> list[str]:
 
 
 def renaming_hint(unexpected: Collection[str]) -> str:
-    """What to do about names that no parameter has, where that is known; else empty."""
+    """Return the remedy for names that no parameter has, if it is known; else empty."""
     lora = next((name for name in unexpected if ".lora_" in name or ".base_layer." in name), None)
     if lora is not None:
         return f"; {lora} belongs to an adapter that is not merged: save model.merge_and_unload() with PEFT"

@@ -1,7 +1,7 @@
-"""A Hugging Face folder to a model repository on the Hub.
+"""Upload a Hugging Face folder to a model repository on the Hub.
 
-The token is that of ``HF_TOKEN`` or ``hf auth login``: it stands in no configuration, command line, log or file of
-ours. What huggingface_hub knows of the place (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, proxies) holds here as well.
+The token is that of ``HF_TOKEN`` or ``hf auth login``: it is in no configuration, command line, log or file of ours.
+The settings of huggingface_hub (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, proxies) apply.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from .hub_errors import asking_hub
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _DIGITS = "[0-9]" * 5
-# No asterisk: in patterns of the Hub it stands for slashes as well, and what lies in subfolders is not ours.
+# No asterisk: in patterns of the Hub it also matches slashes, and files in subfolders must not be deleted.
 _WEIGHTS = (WEIGHTS_FILE, INDEX_FILE, f"model-{_DIGITS}-of-{_DIGITS}.safetensors")
-"""Patterns of the names that the weights of a model have, here and in transformers."""
+"""Patterns of the names of weight files, here and in transformers."""
 _FORBIDDEN = "the token may not write there (403); use one with write access, or another repository"
 
 
 def require_repository_name(name: str, key: str) -> None:
-    """Refuse what cannot be the name of a repository.
+    """Refuse an invalid name of a repository.
 
     Raises:
-        UserError: naming the option or setting ``key``.
+        UserError: names the option or setting ``key``.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"{key} {name!r}: expected a repository on the Hub, such as my-organization/my-model")
 
 
 def open_repository(name: str, key: str) -> str:
-    """Make sure that the repository ``name`` exists and can be written to, before long work is done for it.
+    """Check that the repository ``name`` exists and can be written to, before long work is done for it.
 
-    One that does not exist is made, and is private.
+    If it does not exist, it is created as a private repository.
 
     Args:
         name: of a model repository.
         key: the option or setting that gives the name, for errors.
 
     Returns:
-        where it is, who can see it, and whose token is used.
+        Its address, its visibility, and the user whose token is used.
 
     Raises:
         UserError: there is no token, it may not write there, or the Hub cannot be reached.
@@ -56,9 +56,9 @@ def open_repository(name: str, key: str) -> str:
     def open_() -> str:
         api = HfApi()
         user = api.whoami()
-        # Whoever wants it public can make it so; what was public for an hour cannot be taken back.
+        # A private repository can be made public later, but a publication cannot be undone.
         url = api.create_repo(name, exist_ok=True, private=True)
-        # For one that exists, creating it again asks for no right to write. Older versions cannot ask for that.
+        # Creating an existing repository again needs no permission to write. Older versions cannot check it.
         if "write" in inspect.signature(api.auth_check).parameters:
             api.auth_check(name, write=True)
         visible = "private" if api.model_info(name).private else "public"
@@ -69,22 +69,22 @@ def open_repository(name: str, key: str) -> str:
 
 
 def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = ()) -> str:
-    """Upload the files in ``folder``, in one commit; those that are there already are not sent again.
+    """Upload the files in ``folder`` in one commit; files that are already there are not sent again.
 
-    The same commit deletes the weights that the repository had and ``folder`` has not, such as shards where there is
-    one file now: a reader that finds both takes the old ones. All other files there stay.
+    The same commit deletes weights in the repository that ``folder`` does not have, such as shards replaced by one
+    file: some readers prefer the old ones. All other files in the repository are kept.
 
     Args:
         folder: a Hugging Face folder.
-        name: of a repository that exists.
+        name: of an existing repository.
         key: the option or setting that gives the name, for errors.
-        leave_out: names of files that stay here.
+        leave_out: names of files that are not uploaded.
 
     Returns:
-        the address of the commit, and how many files it has deleted, if any.
+        The address of the commit, and the number of files that it has deleted, if any.
 
     Raises:
-        UserError: it failed. The folder is as it was, and so is the repository.
+        UserError: it failed. The folder and the repository are unchanged.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils import disable_progress_bars
@@ -97,7 +97,7 @@ def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = 
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         files = {file: path for file, path in files.items() if file not in leave_out}
         stale = sorted(file for file in api.list_repo_files(name) if _is_weights(file) and file not in files)
-        # HfApi.upload_folder may take several commits, the first of which would leave a model in pieces.
+        # HfApi.upload_folder may use several commits, and the first of them would leave the model incomplete.
         commit = api.create_commit(
             name,
             [
@@ -125,4 +125,4 @@ def _describe_deleted(files: Sequence[str]) -> str:
     if not files:
         return ""
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return f", without the weights that were there before ({files[0]}{more})"
+    return f", and deleted the weights that were there before ({files[0]}{more})"

@@ -1,4 +1,4 @@
-"""The dtypes of weights: by name, as a config declares them, and what a conversion casts."""
+"""Handle the dtypes of weights: their names, the dtype declared by a config, and the casts of a conversion."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import torch
 
 from ..checkpoint.assets import HfAssets
-from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
+from ..streaming.tensor_source import StoredTensor
 from .weight_options import AUTO, DTYPE_CHOICES, DTYPE_NAMES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 _KEYS = ("dtype", "torch_dtype")
-"""Where config.json declares the dtype: transformers 5 writes the first, older versions know only the second."""
+"""Keys for the dtype in config.json: transformers 5 writes the first, older versions know only the second."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for ``torch.bfloat16``."""
+    """Return the name, such as ``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """The dtype of ``--dtype name``; None for ``auto``.
+    """Return the dtype of ``--dtype name``; None for ``auto``.
 
     Raises:
         UserError: there is no such dtype.
@@ -35,10 +35,10 @@ def dtype_named(name: str) -> torch.dtype | None:
 
 
 def declared_dtype(config: Mapping[str, Any], where: str) -> torch.dtype | None:
-    """The dtype that the content of ``config.json`` declares; ``where`` names the file in errors.
+    """Return the dtype declared in the content of ``config.json``; ``where`` names the file in errors.
 
     Raises:
-        UserError: it declares one that weights cannot have.
+        UserError: it declares a dtype that weights cannot have.
     """
     declared = next((config[key] for key in _KEYS if config.get(key) is not None), None)
     if declared is None:
@@ -52,9 +52,9 @@ def declared_dtype(config: Mapping[str, Any], where: str) -> torch.dtype | None:
 
 
 def declaring(assets: HfAssets, dtypes: Iterable[torch.dtype]) -> HfAssets:
-    """``assets`` whose config declares what ``dtypes`` agree on; the same bytes where it does already.
+    """Return ``assets`` whose config declares the common dtype of ``dtypes``; unchanged if it already does.
 
-    A model of several dtypes has no single one to declare: its config stays as it is.
+    A model with several dtypes has no single dtype to declare: its config stays unchanged.
     """
     config, distinct = assets.config, set(dtypes)
     if config is None or len(distinct) != 1:
@@ -66,12 +66,12 @@ def declaring(assets: HfAssets, dtypes: Iterable[torch.dtype]) -> HfAssets:
 
 
 def cast_to(tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, StoredTensor]:
-    """``tensors`` as they are in ``dtype``; as they are for None."""
+    """Return ``tensors`` with their dtypes changed to ``dtype``; unchanged for None."""
     return {name: StoredTensor(tensor.shape, dtype or tensor.dtype) for name, tensor in tensors.items()}
 
 
 def describe_casts(before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor]) -> list[str]:
-    """A line for each pair of dtypes: ``cast 290 tensors from float32 to bfloat16``."""
+    """Return a line for each pair of dtypes: ``cast 290 tensors from float32 to bfloat16``."""
     pairs = Counter((before[name].dtype, after[name].dtype) for name in after)
     return [
         f"cast {count} tensors from {dtype_name(source)} to {dtype_name(target)}"

@@ -1,4 +1,4 @@
-"""What options about weights may be: names of dtypes, and sizes of files."""
+"""Parse options about weights: names of dtypes, and sizes of files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_shard_size(size: str) -> int:
-    """Bytes in a size such as ``5GB`` (decimal units, as the Hub counts).
+    """Return the bytes of a size such as ``5GB`` (decimal units, as on the Hub).
 
     Raises:
         UserError: it is not a positive number with a unit.

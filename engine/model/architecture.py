@@ -1,7 +1,7 @@
-"""What a Hugging Face ``config.json`` says about a decoder, parsed by us: no remote code is ever run.
+"""Parse a Hugging Face ``config.json`` into the decoder's architecture, without running remote code.
 
-Only what the decoder implements is accepted; a setting that would change the numbers and is not implemented is
-refused by name, never ignored.
+Only settings that the decoder implements are accepted. A setting that would change the numbers and is not implemented
+is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ADAPTER_REMEDY = (
     "PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(other)"
 )
 INLINE = "model.architecture"
-"""Names a config that is written in the run's configuration, in errors."""
+"""Name in errors for a config inside the run's configuration."""
 _SILU = ("silu", "swish")
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -36,17 +36,18 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": _QWEN,
     "qwen3": {**_QWEN, "head_dim": 128},
 }
-"""What transformers takes for keys that a ``config.json`` leaves out, where it differs between families."""
+"""Defaults of transformers for keys that a ``config.json`` leaves out, as far as they differ between families."""
 
-# Far above all models there are. Beyond them, even a model without values takes minutes, or overflows PyTorch's sizes.
+# Far above all existing models. Beyond these limits, even a model without values takes minutes, or overflows PyTorch's
+# sizes.
 LARGEST_SIZE = 2**24
-"""Of a vocabulary, a width or a number of heads."""
+"""Limit of a vocabulary, a width or a number of heads."""
 MOST_LAYERS = 1_000
 _MOST_PARAMETERS = 10**13
 _MOST_BYTES = 16 << 20
-"""Of a config.json: published ones have a few kB."""
+"""Limit of a config.json in bytes: published ones have a few kB."""
 _DEEPEST = 50
-"""Levels of objects and lists in a config. Writing one takes more of Python's stack than reading it."""
+"""Limit of nested objects and lists in a config. Writing one uses more of Python's stack than reading it."""
 _TOO_DEEP = f"nested more than {_DEEPEST} levels deep; a Hugging Face config.json is needed"
 
 
@@ -88,9 +89,9 @@ class Architecture:
 
 
 def read_hf_config(source: dict[str, Any] | str | Path) -> dict[str, Any]:
-    """The raw ``config.json``: given as a dictionary, a file or a folder that holds one.
+    """Return the raw ``config.json`` of a dictionary, a file, or a folder that holds one.
 
-    A dictionary is what a run's configuration has inline: no published file, so that unknown keys are errors.
+    A dictionary comes from a run's configuration, not from a published file, so unknown keys are errors.
 
     Raises:
         UserError: the file cannot be read, or is not a JSON object.
@@ -104,10 +105,20 @@ def read_hf_config(source: dict[str, Any] | str | Path) -> dict[str, Any]:
     try:
         if path.is_dir():
             path = path / CONFIG_FILE
-        text = read_regular(path, _MOST_BYTES).decode("utf-8")
-        content = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, path))
+        data = read_regular(path, _MOST_BYTES)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; {_missing_config_remedy(path)}") from None
+    return hf_config_of(data, path)
+
+
+def hf_config_of(data: bytes, path: Path) -> dict[str, Any]:
+    """Return the object in ``data``, the content of the ``config.json`` at ``path``.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    try:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=lambda pairs: _object(pairs, path))
     except UserError:
         raise
     except ValueError as error:
@@ -126,25 +137,25 @@ def _missing_config_remedy(path: Path) -> str:
         if os.path.exists(path.parent / ADAPTER_FILE):
             return ADAPTER_REMEDY
         if os.path.exists(path.parent / "params.json"):
-            return "params.json is of the publisher's own layout; get the model as transformers saves it"
+            return "params.json has the publisher's own layout; get the model as saved by transformers"
     return "a Hugging Face config.json is needed"
 
 
 def _object(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    """A JSON object, in which a key may be repeated only with the same value."""
+    """Return a JSON object, in which a key may be repeated only with the same value."""
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content and content[key] != value:
-            raise UserError(f"{path}: {shown(key)} is there twice, with different values; remove one of them")
+            raise UserError(f"{path}: {shown(key)} occurs twice with different values; remove one of them")
         content[key] = value
     return content
 
 
 def architecture_of(source: dict[str, Any] | str | Path) -> Architecture:
-    """The architecture that ``source`` describes: see :func:`read_hf_config`.
+    """Return the architecture that ``source`` describes: see :func:`read_hf_config`.
 
     Raises:
-        UserError: naming the file, or ``model.architecture`` for a dictionary.
+        UserError: names the file, or ``model.architecture`` for a dictionary.
     """
     config = read_hf_config(source)
     if isinstance(source, dict):
@@ -153,7 +164,7 @@ def architecture_of(source: dict[str, Any] | str | Path) -> Architecture:
 
 
 def _is_deeper(content: Any, levels: int) -> bool:
-    """Whether JSON ``content`` has objects or lists more than ``levels`` deep in each other."""
+    """Return whether JSON ``content`` has objects or lists nested more than ``levels`` deep."""
     level = [content]
     for _ in range(levels + 1):
         nested = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
@@ -162,7 +173,7 @@ def _is_deeper(content: Any, levels: int) -> bool:
 
 
 def parse_architecture(config: dict[str, Any], where: str = INLINE) -> Architecture:
-    """Read ``config``, the content of a Hugging Face ``config.json``; ``where`` names it in errors.
+    """Parse ``config``, the content of a Hugging Face ``config.json``; ``where`` names it in errors.
 
     Raises:
         UserError: a missing or impossible value, or a setting that the decoder does not implement.
@@ -217,7 +228,7 @@ def parse_architecture(config: dict[str, Any], where: str = INLINE) -> Architect
 
 
 class _Biases(NamedTuple):
-    """Which linear layers have biases."""
+    """The linear layers that have biases."""
 
     qkv: bool
     output: bool
@@ -230,18 +241,21 @@ def _biases(reader: ConfigReader, model_type: str) -> _Biases:
         reader.fail("mlp_bias", mlp, f"{model_type} models have no biases in the MLP; remove it")
     if attention and model_type == "mistral":
         reader.fail("attention_bias", attention, "mistral models have no biases; remove it, or set model_type: llama")
-    if model_type == "qwen2":  # on query, key and value, whatever attention_bias says
+    if model_type == "qwen2":  # on query, key and value; attention_bias is ignored
         return _Biases(qkv=True, output=False, mlp=False)
     return _Biases(qkv=attention, output=attention, mlp=mlp)
 
 
 def _refuse_quantized(reader: ConfigReader) -> None:
-    """transformers and others choose by this key how they read the weights; ours are plain numbers, in and out."""
+    """Refuse quantization settings: other programs choose by this key how they read weights, and ours are plain
+    numbers.
+    """
     quantization = reader.config.get("quantization_config")
     if quantization is None:
         return
     remedy = (
-        "quantized weights must be dequantized first; if these are plain, remove quantization_config from the config"
+        "quantized weights must be dequantized first; if these are not quantized, remove quantization_config from the "
+        "config"
     )
     if isinstance(quantization, dict) and "quant_method" in quantization:
         ConfigReader(quantization, f"{reader.where}: quantization_config").fail(
@@ -251,8 +265,10 @@ def _refuse_quantized(reader: ConfigReader) -> None:
 
 
 def _sliding_windows(reader: ConfigReader, model_type: str, num_layers: int) -> tuple[int | None, ...]:
-    """Windows by layer. Mistral's ``sliding_window`` holds for all layers, Llama has none; Qwen's counts only with
-    ``use_sliding_window`` and from layer ``max_window_layers`` on (or as ``layer_types`` says)."""
+    """Return the window of each layer.
+
+    Mistral's ``sliding_window`` applies to all layers, Llama has none. Qwen's applies only with ``use_sliding_window``,
+    and from layer ``max_window_layers`` on (or according to ``layer_types``)."""
     config, kinds = reader.config, _layer_types(reader, num_layers)
     wanted, window = reader.flag("use_sliding_window"), None
     if config.get("sliding_window") is not None:
@@ -275,7 +291,7 @@ def _sliding_windows(reader: ConfigReader, model_type: str, num_layers: int) -> 
     elif wanted:
         windows = tuple(window if layer >= first else None for layer in range(num_layers))
     if any(size is not None for size in windows):
-        reader.integer("sliding_window")  # in use, 0 would hide everything
+        reader.integer("sliding_window")  # if used, 0 would hide everything
     if kinds is not None and [kind == "sliding_attention" for kind in kinds] != [bool(window) for window in windows]:
         has = f"sliding_window {config.get('sliding_window')} and use_sliding_window {str(wanted).lower()}"
         remedy = f"with model_type {model_type}, {has}, other layers have windows; correct or remove layer_types"
@@ -296,10 +312,10 @@ def _layer_types(reader: ConfigReader, num_layers: int) -> list[str] | None:
 
 
 def inverse_frequencies(architecture: Architecture) -> list[float]:
-    """Radians per position of each of the head_dim / 2 rotary pairs, with Llama 3's stretching where configured.
+    """Return radians per position of each of the head_dim / 2 rotary pairs, with Llama 3's scaling if configured.
 
-    The llama3 rule leaves wavelengths shorter than ``original / high_freq_factor`` alone, divides frequencies with
-    wavelengths longer than ``original / low_freq_factor`` by ``factor`` and interpolates between
+    The llama3 rule keeps wavelengths shorter than ``original / high_freq_factor``. It divides frequencies with
+    wavelengths longer than ``original / low_freq_factor`` by ``factor``, and interpolates in between
     (https://arxiv.org/abs/2407.21783, section 3.2; Hugging Face ``rope_type: llama3``).
     """
     d, theta = architecture.head_dim, architecture.rope_theta

@@ -1,11 +1,11 @@
-"""The keys of a ``config.json``: every one is read, known to change nothing, or refused.
+"""Account for every key of a ``config.json``: it is read, known to change nothing, or refused.
 
-transformers keeps unknown keys without a word, so a misspelt key, or one of another architecture, would train another
-model than the file describes. The tables were made from the configuration classes of transformers 5.23 (all decoders
-with rotary positions) and from published files.
+transformers silently keeps unknown keys, so a misspelt key, or one of another architecture, would train another model
+than the file describes. The tables were made from the configuration classes of transformers 5.23 (all decoders with
+rotary positions) and from published files.
 
-A key in no table is an error in a config that was written for this program (``model.architecture`` inline). In a
-published file, which may carry keys for other programs, it gets a note.
+A key in no table is an error in a config that was written for this program (``model.architecture`` inline). A published
+file may contain keys for other programs, so there it only gets a note.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _HARMLESS_BY_REASON = {
     """,
 }
 HARMLESS = {key: reason for reason, keys in _HARMLESS_BY_REASON.items() for key in keys.split()}
-"""Keys that do not change what the model computes from tokens, and why."""
+"""Keys that do not change the computation, and the reason."""
 
 _MULTIPLIERS = """
     attention_in_multiplier attention_out_multiplier embedding_multiplier key_multiplier lm_head_multiplier logit_scale
@@ -128,7 +128,7 @@ _ON_BY_FAMILY = {
     ("qwen3", "qk_layernorm"),
     ("qwen3", "use_qk_norm"),
 }
-"""Foreign keys for what the family does anyway."""
+"""Foreign keys for something that the family always does."""
 
 _OTHER_NAMES = {
     "head_dim": "attention_head_dim d_head head_size kv_channels rotary_dim",
@@ -146,24 +146,25 @@ _OTHER_NAMES = {
     "vocab_size": "n_vocab padded_vocab_size",
 }
 OTHER_NAMES = {other: key for key, others in _OTHER_NAMES.items() for other in others.split()}
-"""What other architectures and programs call keys of ours. They are accepted where they repeat ours."""
+"""Names that other architectures and programs use for our keys. They are accepted if they repeat our value."""
 _LENGTH_NAMES = """
     context_length max_seq_len max_seq_length max_sequence_length model_max_length n_ctx n_positions seq_length
 """
 _FORGIVABLE = dict.fromkeys(_LENGTH_NAMES.split(), "max_position_embeddings")
-"""Other names of a key that is no part of the computation: not worth a refusal of a published file."""
+"""Other names of a key that does not affect the computation: not worth refusing a published file."""
 
 _ONE, _ON = frozenset(_MULTIPLIERS.split()), frozenset(_NORMALLY_ON.split())
 _OFF = {key: kind for kind, keys in _NORMALLY_OFF_BY_KIND.items() for key in keys.split()}
 _NEARLY_EQUAL = 0.9
-"""Of difflib's ratio: ``rope_thetta`` and ``tie_word_embedding``, not ``sliding_window_pattern``."""
+"""Threshold of difflib's ratio: matches ``rope_thetta`` and ``tie_word_embedding``, but not
+``sliding_window_pattern``."""
 _SIMILAR = 0.6
-"""Enough for a suggestion about a key that is refused anyway."""
+"""Threshold for a suggestion about a key that is refused anyway."""
 _MOST_NAMED = 10
 
 
 def account_for_keys(config: dict[str, Any], where: str, model_type: str) -> None:
-    """Refuse keys that would change the computation and are not read, and those that look like a misspelt one.
+    """Refuse unread keys that would change the computation, and keys that look misspelt.
 
     Args:
         config: content of a ``config.json``.
@@ -171,7 +172,7 @@ def account_for_keys(config: dict[str, Any], where: str, model_type: str) -> Non
         model_type: the family that it is read as.
 
     Raises:
-        UserError: naming the first such key.
+        UserError: names the first such key.
     """
     reader = ConfigReader(config, where)
     for key, value in config.items():
@@ -183,11 +184,11 @@ def account_for_keys(config: dict[str, Any], where: str, model_type: str) -> Non
             if not _is_neutral(key, value, model_type):
                 reader.fail(key, value, _foreign_remedy(key, model_type))
         elif value is not None and (near := _near(key, READ, _NEARLY_EQUAL)):
-            reader.fail(key, value, f"there is no such setting; did you mean {near}?")
+            reader.fail(key, value, f"unknown setting; did you mean {near}?")
 
 
 def unread_keys(config: dict[str, Any]) -> list[str]:
-    """The keys of ``config`` that are in no table: they have no effect."""
+    """Return the keys of ``config`` that are in no table, and therefore have no effect."""
     return [key for key in config if not _is_known(key)]
 
 
@@ -195,7 +196,7 @@ def require_known_keys(config: dict[str, Any], where: str) -> None:
     """Refuse keys in no table, for a config that was written for this program.
 
     Raises:
-        UserError: naming all of them, each with the nearest key.
+        UserError: names all of them, each with the nearest key.
     """
     unknown = [key for key in config if not _is_known(key) or key in OTHER_NAMES]
     if not unknown:
@@ -208,12 +209,12 @@ def require_known_keys(config: dict[str, Any], where: str) -> None:
 
 
 def describe_unread(config: dict[str, Any], where: str) -> list[str]:
-    """A note that names the keys of :func:`unread_keys`, if there are any."""
+    """Return a note that names the keys of :func:`unread_keys`, if there are any."""
     keys = unread_keys(config)
     if not keys:
         return []
     named = _list([shown(key) for key in keys[:_MOST_NAMED]], len(keys))
-    return [f"note: {where} has keys that are not read and have no effect: {named}"]
+    return [f"note: {where} has keys without effect, which are not read: {named}"]
 
 
 def _list(named: list[str], count: int) -> str:
@@ -225,13 +226,13 @@ def _is_foreign(key: str) -> bool:
 
 
 def _is_known(key: Any) -> bool:
-    if not isinstance(key, str):  # YAML has other keys as well
+    if not isinstance(key, str):  # YAML has other types of keys as well
         return False
     return key in READ or key in HARMLESS or key in OTHER_NAMES or _is_foreign(key)
 
 
 def _is_neutral(key: str, value: Any, model_type: str) -> bool:
-    """Whether the foreign ``key`` says what the decoder does anyway."""
+    """Return whether the value of the foreign ``key`` means what the decoder does anyway."""
     if value is None:
         return True
     if key in _ON or (model_type, key) in _ON_BY_FAMILY:

@@ -1,4 +1,4 @@
-"""Typed access to a model's configuration, with errors that name the file, the key and the value."""
+"""Read a model's configuration with types, and errors that name the file, the key and the value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from ..errors import UserError
 
 _SHORT = reprlib.Repr()
-"""Shortens values of an unknown file, so that the message fits in one line."""
+"""Shortens values of an untrusted file, so that the message fits in one line."""
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 
 
@@ -30,15 +30,15 @@ class ConfigReader:
         raise UserError(f"{self.where}: {shown(key)} is {_SHORT.repr(value)}; {remedy}")
 
     def choice(self, key: str, allowed: tuple[str, ...], default: str | None = None) -> str:
-        """One of the names in ``allowed``."""
+        """Return one of the names in ``allowed``."""
         value = self.config.get(key, default)
-        # Not every value can be looked up in a set: the file may have a list or an object here.
+        # Not every value is hashable: the file may have a list or an object here.
         if not isinstance(value, str) or value not in allowed:
             self.fail(key, value, f"supported: {', '.join(allowed)}")
         return value
 
     def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number of at least ``least``, which is 0 or 1. null means the default."""
+        """Return a whole number of at least ``least``, which is 0 or 1. null means the default."""
         value = self.config.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -46,14 +46,14 @@ class ConfigReader:
         return value
 
     def size(self, key: str, most: int, default: int | None = None) -> int:
-        """A positive integer of at most ``most``."""
+        """Return a positive integer of at most ``most``."""
         value = self.integer(key, default)
         if value > most:
             self.fail(key, value, f"at most {most:,} is supported")
         return value
 
     def number(self, key: str, default: float | None = None, or_zero: bool = False) -> float:
-        """A finite positive number; with ``or_zero`` also 0. null means the default."""
+        """Return a finite positive number; with ``or_zero`` also 0. null means the default."""
         value = self.config.get(key)
         value = default if value is None else value
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -62,7 +62,7 @@ class ConfigReader:
         self.fail(key, value, "a number of at least 0 is needed" if or_zero else "a positive number is needed")
 
     def flag(self, key: str) -> bool:
-        """true or false; null and a missing key mean false."""
+        """Return true or false; null and a missing key mean false."""
         value = self.config.get(key)
         if value is not None and not isinstance(value, bool):
             self.fail(key, value, "true or false is needed")
@@ -76,6 +76,6 @@ class ConfigReader:
 
 
 def shown(text: Any) -> str:
-    """A key of an unknown file for a message: short, in one line."""
+    """Shorten a key of an untrusted file to one line for a message."""
     written = str(text)
     return written if len(written) <= 80 and written.isprintable() else _SHORT.repr(written)

@@ -3,8 +3,9 @@
 Parameters carry their Hugging Face names (``model.layers.0.self_attn.q_proj.weight``), so weights map by name in both
 directions. Inputs are packed: T tokens of one or more documents, without a batch dimension and without padding.
 
-Nothing here knows how many ranks there are. Where they share the work, ``engine/parallel`` replaces ``Decoder.loss`` or
-``Attention.attend``, gives linear layers that hold a part of their matrix, or makes a decoder of some of the layers.
+The number of ranks is unknown here. If ranks share the work, ``engine/parallel`` replaces ``Decoder.loss`` or
+``Attention.attend``. It can also pass linear layers that hold a part of their matrix, or make a decoder of some of the
+layers.
 
 Shapes: T tokens, H hidden, F feed-forward, N query heads, K key/value heads, D head size, V vocabulary.
 """
@@ -29,7 +30,7 @@ from .packing import Packing
 
 
 class LayerRange(NamedTuple):
-    """Consecutive blocks of a decoder; the first of all come with the embedding, the last with norm and head."""
+    """Consecutive blocks of a decoder. The first block has the embedding with it, the last one norm and head."""
 
     start: int
     stop: int
@@ -49,7 +50,7 @@ class Decoder(nn.Module):
         self.architecture = architecture
         layers = layers or LayerRange(0, architecture.num_layers)
         self.is_first, self.is_last = layers.start == 0, layers.stop == architecture.num_layers
-        # A tied head has no parameter of its own, so that nothing can untie it.
+        # A tied head has no parameter of its own, so that the two cannot diverge.
         tied = architecture.tie_word_embeddings
         self.model = Backbone(architecture, layers, self.is_first or (self.is_last and tied))
         if self.is_last and not tied:
@@ -58,20 +59,22 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, H] weight of the output head."""
+        """Return the [V, H] weight of the output head."""
         if not self.architecture.tie_word_embeddings:
             return self.lm_head.weight
         assert self.model.embed_tokens is not None
         return self.model.embed_tokens.weight
 
     def forward(self, inputs: Tensor, packing: Packing, targets_T: Tensor | None = None) -> Tensor:
-        """Args:
+        """Run the model.
+
+        Args:
             inputs: [T] int64 token ids; [T, H] hidden states for a decoder without the first block.
             packing: the documents in the tokens.
-            targets_T: [T] int64, the next token of each token, ``IGNORE_INDEX`` where there is none.
+            targets_T: [T] int64, the next token of each token, ``IGNORE_INDEX`` for tokens without a target.
 
         Returns:
-            [] fp32 sum of the losses when targets are given, else [T, V] logits; [T, H] hidden states of a decoder
+            [] fp32 sum of the losses if targets are given, else [T, V] logits; [T, H] hidden states of a decoder
             without the last block.
         """
         hidden_TH = self.model(inputs, packing)
@@ -83,11 +86,11 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-        """Random weights: normal with the architecture's ``initializer_range``, norms one, biases zero.
+        """Initialize weights randomly: normal with the architecture's ``initializer_range``, norms one, biases zero.
 
-        Every parameter is drawn whole from its own stream (a function of the seed and its place in the whole model), so
-        the values do not depend on how the parameters are dealt to ranks. ``copy_(parameter, values)`` writes a whole
-        tensor into a parameter, of which this rank may hold a part.
+        Every parameter is drawn whole from its own stream, a function of the seed and its place in the whole model. So
+        the values do not depend on the distribution of parameters to ranks. ``copy_(parameter, values)`` writes a whole
+        tensor into a parameter; this rank may hold only a part of it.
         """
         whole = meta_decoder(self.architecture)
         places = {name: place for place, (name, _) in enumerate(whole.named_parameters())}
@@ -105,7 +108,7 @@ class Decoder(nn.Module):
 
 
 def meta_decoder(architecture: Architecture) -> Decoder:
-    """The whole model on the meta device: names, shapes and order of its parameters, and nothing in them."""
+    """Return the whole model on the meta device: names, shapes and order of its parameters, without values."""
     with torch.device("meta"):
         return Decoder(architecture)
 
@@ -115,7 +118,7 @@ def _loss_sum(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor
 
 
 class Backbone(nn.Module):
-    """Embeddings, blocks and the final norm, or those of them that belong to some of the layers."""
+    """Embeddings, blocks and the final norm, or the part of them that belongs to some of the layers."""
 
     def __init__(self, architecture: Architecture, layers: LayerRange, has_embedding: bool):
         super().__init__()
@@ -123,7 +126,7 @@ class Backbone(nn.Module):
         width = architecture.hidden_size
         self.embeds = layers.start == 0
         self.embed_tokens = nn.Embedding(architecture.vocab_size, width) if has_embedding else None
-        # By number, as in the names of the parameters: the first may be any.
+        # By number, as in the parameters' names, because the first layer may have any number.
         self.layers = nn.ModuleDict(
             {str(number): Block(architecture, architecture.sliding_windows[number]) for number in range(*layers)}
         )
@@ -132,11 +135,11 @@ class Backbone(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks in their order."""
+        """Return the blocks in their order."""
         return cast("list[Block]", list(self.layers.values()))
 
     def forward(self, inputs: Tensor, packing: Packing) -> Tensor:
-        """[T] token ids or [T, H] hidden states -> [T, H] hidden states, normalized after the last block."""
+        """Map [T] token ids or [T, H] hidden states to [T, H] hidden states, normalized after the last block."""
         frequencies = _frequencies_on(packing.position_ids.device, self.architecture)
         rope = rope_cos_sin(packing.position_ids, frequencies)
         hidden_TH = self.embed_tokens(inputs) if self.embeds and self.embed_tokens is not None else inputs
@@ -156,7 +159,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(architecture)
 
     def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
-        """[T, H] -> [T, H]."""
+        """Map [T, H] to [T, H]."""
         mixed_TH = self.self_attn(self.input_layernorm(hidden_TH), rope, packing)
         normalized_TH, hidden_TH = self.post_attention_layernorm(mixed_TH, hidden_TH)
         return hidden_TH + self.mlp(normalized_TH)
@@ -183,7 +186,7 @@ class Attention(nn.Module):
         self.attend: Callable[..., Tensor] = attention
 
     def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
-        """[T, H] -> [T, H]."""
+        """Map [T, H] to [T, H]."""
         q_TND, k_TKD, v_TKD = (
             projection(hidden_TH).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -212,7 +215,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
-        """[T, H] -> [T, H]."""
+        """Map [T, H] to [T, H]."""
         gate, up = self.gate_proj(hidden_TH), self.up_proj(hidden_TH)
         return self.down_proj(swiglu(gate, up))
 
@@ -226,18 +229,22 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """[..., width] -> [..., width]; with a residual, the norm of ``residual + x`` and that sum."""
+        """Map [..., width] to [..., width]; with a residual, return the norm of ``residual + x`` and that sum."""
         return rms_norm(x, _local_copy(self.weight), self.eps, residual)
 
 
 def _local_copy(weight: Tensor) -> Tensor:
-    """The weight as a plain tensor. Ranks that hold copies of it see different tokens or heads (tensor parallelism):
-    its gradient is the sum of theirs."""
+    """Return the weight as a plain tensor.
+
+    With tensor parallelism, ranks with copies of it see different tokens or heads, so its gradient is the sum of
+    theirs."""
     return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 
 @functools.cache
 def _frequencies_on(device: torch.device, architecture: Architecture) -> Tensor:
-    """[D/2] rotary frequencies. A constant of the architecture rather than a buffer: sharding, construction on the meta
-    device and checkpoints then have nothing to carry."""
+    """Return [D/2] rotary frequencies.
+
+    They are a constant of the architecture and not a buffer, so that sharding, meta construction and checkpoints can
+    ignore them."""
     return torch.tensor(inverse_frequencies(architecture), dtype=torch.float32, device=device)

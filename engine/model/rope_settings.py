@@ -1,9 +1,9 @@
-"""The rotary position settings of a ``config.json``, as transformers reads them.
+"""Read the rotary position settings of a ``config.json`` as transformers does.
 
-They are spelled in two ways: ``rope_parameters`` (transformers 5), or ``rope_theta`` with ``rope_scaling`` (before).
-Where a file has both, transformers takes ``rope_scaling`` alone. Here they must agree, or ``rope_parameters`` must be
-plain (``rope_type: default``) with the same ``rope_theta``, which is what adding ``rope_scaling`` to a file of
-transformers 5 gives. Every key in these objects is used or refused: transformers ignores unknown ones.
+They are spelled in two ways: ``rope_parameters`` (transformers 5), or ``rope_theta`` with ``rope_scaling`` (before). If
+a file has both, transformers uses ``rope_scaling`` alone. Here they must agree, or ``rope_parameters`` must be plain
+(``rope_type: default``) with the same ``rope_theta``; the latter is the result of adding ``rope_scaling`` to a file of
+transformers 5. Every key in these objects is used or refused: transformers ignores unknown ones.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _DEFAULT_THETA = 10_000.0
 _EVERYWHERE = ("rope_type", "type", _THETA, "partial_rotary_factor")
 _KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
-    # transformers and others do not use the original length for linear scaling, but files have it.
+    # transformers and others do not use the original length for linear scaling, but files contain it.
     "linear": ("factor", _ORIGINAL),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
 }
-"""The rotary types that are implemented, and the keys of each besides those that all have."""
+"""The implemented rotary types, and the keys of each apart from the common ones."""
 _NEUTRAL = {"factor": 1, "attention_factor": 1}
-"""Keys that do nothing when they have this value."""
+"""Keys without effect if they have this value."""
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's frequency-dependent stretching of rotary wavelengths (``rope_type: llama3``)."""
+    """Llama 3's frequency-dependent scaling of rotary wavelengths (``rope_type: llama3``)."""
 
     factor: float
     low_freq_factor: float
@@ -54,11 +54,11 @@ class RopeSettings:
 
 
 def read_rope(reader: ConfigReader, max_position_embeddings: int) -> RopeSettings:
-    """The rotary settings of the config behind ``reader``.
+    """Return the rotary settings of the config behind ``reader``.
 
     Args:
         reader: of the whole config.
-        max_position_embeddings: of the model, the original length where a llama3 object names none.
+        max_position_embeddings: of the model; the default original length of a llama3 object.
 
     Raises:
         UserError: a setting is impossible, not implemented, without effect, or contradicts another one.
@@ -73,7 +73,7 @@ def read_rope(reader: ConfigReader, max_position_embeddings: int) -> RopeSetting
             reader.fail(
                 SCALING,
                 scaling,
-                f"{PARAMETERS} next to it is {parameters}: transformers takes {SCALING} alone and its {_THETA} is "
+                f"{PARAMETERS} next to it is {parameters}: transformers then uses {SCALING} alone, and its {_THETA} is "
                 f"{settings.theta:g}; write all settings, {_THETA} included, into one of them and remove the other",
             )
     return settings
@@ -111,10 +111,10 @@ def _read(reader: ConfigReader, key: str, settings: dict[str, Any], max_position
 
 
 def _kind(nested: ConfigReader) -> str:
-    """``rope_type``, or ``type`` as it was called before."""
+    """Return ``rope_type``, or ``type``, its former name."""
     older, newer = nested.config.get("type"), nested.config.get("rope_type")
     if older is not None and newer is not None and older != newer:
-        nested.fail("type", older, f"rope_type is {newer!r}; they are two names of one setting, remove one of them")
+        nested.fail("type", older, f"rope_type is {newer!r}; both are names of one setting, remove one of them")
     if "rope_type" not in nested.config and older is not None:
         nested = ConfigReader({"rope_type": older}, nested.where)
     return nested.choice("rope_type", tuple(_KEYS), default="default")
@@ -133,7 +133,7 @@ def _refuse_without_effect(nested: ConfigReader, kind: str) -> None:
 
 
 def _theta(reader: ConfigReader, nested: ConfigReader) -> float:
-    """``rope_theta``, which may also be at the top of the config."""
+    """Return ``rope_theta``, which may also be at the top of the config."""
     inside, outside = nested.config.get(_THETA), reader.config.get(_THETA)
     if outside is not None:
         theta = reader.number(_THETA)
@@ -148,7 +148,9 @@ def _theta(reader: ConfigReader, nested: ConfigReader) -> float:
 
 
 def _original_length(nested: ConfigReader, outside: Any, max_positions: int) -> int:
-    """``original_max_position_embeddings``: of the object, else of the top of the config, else the model's length."""
+    """Return ``original_max_position_embeddings``: of the object, else of the top of the config, else the model's
+    length.
+    """
     inside = nested.config.get(_ORIGINAL, outside if outside is not None else max_positions)
     if outside is not None and inside != outside:
         nested.fail(_ORIGINAL, inside, f"{_ORIGINAL} at the top of the config is {outside!r}; make them equal")

@@ -1,4 +1,4 @@
-"""AdamW with decay and no-decay groups, its states' dtype, and clipping of the global gradient norm."""
+"""Build AdamW with decay and no-decay groups, and clip the global gradient norm."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ __all__ = ["allocate_states", "build_optimizer", "clip_grad_norm", "set_learning
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101); vectors (norms, biases) do not decay.
+    """Return AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101); vectors (norms, biases) do not
+    decay.
 
     Args:
-        named_parameters: of fp32 or bf16; their random streams go by their names.
+        named_parameters: of fp32 or bf16; their names determine their random streams.
         config: rates and decays.
-        seed: of the stochastic rounding, where weights or states are bf16.
+        seed: of the stochastic rounding, if weights or states are bf16.
     """
     parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     groups = [
         {"params": [(name, p) for name, p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [(name, p) for name, p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # A stage of a pipeline may have none of a kind.
+    # A pipeline stage may have no parameters of one kind.
     groups = [group for group in groups if group["params"]]
     rate, betas = config.learning_rate, (config.beta1, config.beta2)
     if {DTYPES[config.state_dtype], *(parameter.dtype for _, parameter in parameters)} == {torch.float32}:
@@ -45,14 +46,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """Update the weights, or leave them and both moments bitwise as they are, without a host sync where these are on
-    the device.
+    """Update the weights, or leave them and both moments bitwise unchanged, without a host sync for device tensors.
 
     Args:
         optimizer: of :func:`build_optimizer`.
         skip: [] fp32 on the device, 1 to leave out the update, else 0.
     """
-    # PyTorch would copy the flag to offloaded parameters, on the host, without waiting, and might read it too soon.
+    # PyTorch would copy the flag to offloaded parameters on the host without waiting, and might read it too early.
     home = optimizer.param_groups[0]["params"][0].device
     optimizer.found_inf = skip.to(home)  # type: ignore[attr-defined]  # fused AdamW reads it for its GradScaler
     optimizer.step()
@@ -60,7 +60,7 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 @torch.no_grad()
 def allocate_states(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer's state tensors as they are before the first step: all zero. Does nothing if they exist.
+    """Allocate the optimizer's state tensors with zeros, as before the first step. Does nothing if they exist.
 
     A step with zero gradients and zero learning rate changes no parameter, and leaves both moments at zero.
     """

@@ -1,7 +1,7 @@
-"""AdamW whose states or weights are kept in bf16: the mathematics is fp32, what is kept is rounded stochastically.
+"""AdamW with states or weights in bf16: computes in fp32, and stores with stochastic rounding.
 
-bf16 has 8 bits: a change below 2^-9 of a number is lost by rounding to nearest, at every step anew.
-fp32 weights with fp32 states do not come here: PyTorch's fused AdamW updates them.
+bf16 has 8 bits of precision: rounding to nearest would lose every change below 2^-9 of a number, at every step again.
+fp32 weights with fp32 states are updated by PyTorch's fused AdamW instead.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .local import local_part
 from .stochastic_rounding import mixed, random_bits, round_stochastically, stream_key
 
 CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
-"""Elements updated at a time, by device. The update's temporaries take some 80 bytes for each where it is not compiled
-(5 MB, 1.3 GB), and none where it is."""
+"""Elements updated at a time, by device. The temporaries of an uncompiled update take some 80 bytes for each (5 MB, 1.3
+GB); a compiled one needs none."""
 
 
 class CompactAdamW(torch.optim.Optimizer):
@@ -32,11 +32,11 @@ class CompactAdamW(torch.optim.Optimizer):
     dimension, matrices also along their second; every rank updates its own shard, and copies stay equal.
 
     Args:
-        groups: parameter groups, as of any optimizer, of named parameters: ``{"params": [(name, parameter)]}``.
+        groups: parameter groups of named parameters: ``{"params": [(name, parameter)]}``.
         state_dtype: of both moments: fp32 or bf16.
         seed: of the random rounding.
         compiled: fuse the update into one kernel with ``torch.compile``. None: on CUDA only.
-        defaults: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of groups that have none of their own.
+        defaults: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of groups that do not set them.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class CompactAdamW(torch.optim.Optimizer):
         self._state_dtype, self._seed, self._compiled = state_dtype, seed, compiled
         self._places: dict[Tensor, Tensor] = {}
         self.found_inf: Tensor | None = None
-        """[] fp32, not 0 where the next step shall leave weights and moments as they are; as of PyTorch's AdamW."""
+        """Scalar, [] fp32; a non-zero value makes the next step change nothing (PyTorch's ``found_inf``)."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. No host sync.
 
-        ``step`` is on the host, which does not know of ``found_inf``: it also counts the steps that are left out.
+        ``step`` is on the host, which does not know ``found_inf``: it also counts skipped steps.
         """
         assert closure is None
         updated, numbers, keys = [], [], []
@@ -72,7 +72,7 @@ class CompactAdamW(torch.optim.Optimizer):
             keys.append(stream_key(self._seed, step, name))
         if not updated:
             return
-        # One transfer each for all parameters; numbers that are tensors never make torch.compile compile again.
+        # One transfer each for all parameters. Numbers passed as tensors never cause torch.compile to recompile.
         device = local_part(updated[0][0]).device
         numbers_PN = _sent(torch.tensor(numbers, dtype=torch.float32), device)
         keys_P2 = _sent(torch.tensor(keys, dtype=torch.int32), device)
@@ -104,14 +104,14 @@ class CompactAdamW(torch.optim.Optimizer):
             self._places[parameter] = torch.tensor(shard_place(parameter), device=weight.device)
         first, width = self._places[parameter]
         size = CHUNK_ELEMENTS.get(weight.device.type, 2**16)
-        consecutive = weight.shape[1:] == parameter.shape[1:]  # in the whole parameter: then a chunk is one long row
+        consecutive = weight.shape[1:] == parameter.shape[1:]  # in the whole parameter; a chunk is then one long row
         row = size if consecutive else weight.shape[1]
         size = max(1, size // row) * row
         flat, count = [tensor.view(-1) for tensor in tensors], weight.numel()
         compiled = weight.is_cuda if self._compiled is None else self._compiled
         update: Callable[..., None] = _compiled_update() if compiled else update_chunk
         for start in range(0, count, size):
-            # The data of a view is no view: of those torch.compile would compile one variant for each kind of base.
+            # The data of a view is not a view: torch.compile would compile one variant for each kind of base of a view.
             chunk = [tensor[start : start + size].view(-1, min(row, count - start)).data for tensor in flat]
             update(*chunk, first + (start if consecutive else start // row * width), width, numbers, keys, skip)
 
@@ -127,22 +127,22 @@ def update_chunk(
     keys: Tensor,
     skip: Tensor,
 ) -> None:
-    """One step of AdamW in place. All arithmetic is fp32; bf16 tensors are written with stochastic rounding.
+    """Do one step of AdamW in place. All arithmetic is fp32; bf16 tensors are written with stochastic rounding.
 
     Args:
         weight, gradient, exp_avg, exp_avg_sq: [rows, columns], each fp32 or bf16.
         first: [] int64, position of the first element in the whole parameter.
-        width: [] int64, distance of rows in the whole parameter.
+        width: [] int64, distance between rows in the whole parameter.
         numbers: [7] fp32, see :func:`_numbers`.
         keys: [2] int32, see :func:`~retemper.engine.optim.stochastic_rounding.stream_key`.
-        skip: [] fp32, not 0 to change nothing.
+        skip: [] fp32, non-zero to change nothing.
     """
     one_minus_beta1, beta2, one_minus_beta2, root_correction2, eps, step_size, decay = numbers.unbind()
     gradient, before = gradient.float(), weight.float()
     mean, square = exp_avg.float(), exp_avg_sq.float()
     mean = mean + (gradient - mean) * one_minus_beta1
     square = square * beta2 + gradient * gradient * one_minus_beta2
-    # The small terms are added up first: what a weight would lose by two roundings is lost once.
+    # The small terms are added first, so that the weight is rounded once instead of twice.
     change = step_size * (mean / (square.sqrt() / root_correction2 + eps)) + decay * before
     rows, columns = (torch.arange(size, device=weight.device) for size in weight.shape)
     bits = random_bits(first + rows[:, None] * width + columns, keys)
@@ -163,8 +163,10 @@ def _compiled_update() -> Callable[..., None]:
 
 
 def _numbers(group: dict[str, Any], step: int) -> list[float]:
-    """What :func:`update_chunk` takes of a group's settings: 1 - beta1, beta2, 1 - beta2, the root of the second
-    moment's bias correction, eps, learning rate over the first moment's correction, and decay of the weight."""
+    """Return the numbers that :func:`update_chunk` uses of a group's settings.
+
+    These are 1 - beta1, beta2, 1 - beta2, the root of the second moment's bias correction, eps, learning rate over the
+    first moment's correction, and decay of the weight."""
     (beta1, beta2), rate = group["betas"], group["lr"]
     root_correction2 = math.sqrt(1 - beta2**step)
     step_size = rate / (1 - beta1**step)
@@ -172,7 +174,9 @@ def _numbers(group: dict[str, Any], step: int) -> list[float]:
 
 
 def shard_place(parameter: Tensor) -> tuple[int, int]:
-    """Position of the first element of this rank's shard in the whole parameter, and the distance of rows there."""
+    """Return the position of the first element of this rank's shard in the whole parameter, and the distance of its
+    rows there.
+    """
     width = math.prod(parameter.shape[1:])
     if not isinstance(parameter, DTensor):
         return 0, width

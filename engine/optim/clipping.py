@@ -1,4 +1,4 @@
-"""Clipping of the global gradient norm."""
+"""Clip the global gradient norm."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .local import local_part
 def clip_grad_norm(
     parameters: Iterable[Tensor], max_norm: float, counted: Iterable[Tensor] | None = None, loss: Tensor | None = None
 ) -> Tensor:
-    """Scale all gradients so that their global L2 norm is at most ``max_norm`` (0: leave them), without a host sync.
+    """Scale all gradients so that their global L2 norm is at most ``max_norm`` (0: no scaling), without a host sync.
 
     Args:
-        parameters: of this rank; where it is one of several, DTensors.
-        max_norm: the largest norm that is left.
-        counted: those of which no other stage of a pipeline has a copy; None for all.
-        loss: [] this rank's part of the loss, if any. Where it is not finite, the norm is NaN on all ranks.
+        parameters: of this rank; DTensors if there are several ranks.
+        max_norm: the maximum norm after scaling.
+        counted: parameters without a copy in another pipeline stage; None for all.
+        loss: [] this rank's part of the loss, if any. If it is not finite, the norm is NaN on all ranks.
 
     Returns:
         [] fp32, the norm over all parameters and ranks before clipping.
@@ -38,7 +38,9 @@ def clip_grad_norm(
 
 
 def _total_norm(gradients: list[Tensor], loss: Tensor | None, device: torch.device) -> Tensor:
-    """Over all ranks, each of which calls this, also without gradients: one sum of one number, on ``device``."""
+    """Return the norm over all ranks; every rank must call this, even without gradients: one all-reduced number, on
+    ``device``.
+    """
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         by_copies[_num_copies(gradient)].append(local_part(gradient))
@@ -49,7 +51,7 @@ def _total_norm(gradients: list[Tensor], loss: Tensor | None, device: torch.devi
     ]
     total = torch.stack([torch.zeros((), device=device), *squares]).sum()
     if loss is not None:
-        # Zero times a finite number changes no bit; times any other it is NaN, which the sum takes to all ranks.
+        # Zero times a finite number changes no bit; times any other it is NaN, which the sum passes to all ranks.
         total = total + 0 * loss.to(total.device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
@@ -57,7 +59,7 @@ def _total_norm(gradients: list[Tensor], loss: Tensor | None, device: torch.devi
 
 
 def _num_copies(gradient: Tensor) -> int:
-    """Ranks that hold the same elements as this one."""
+    """Return the number of ranks that hold the same elements as this one."""
     if not isinstance(gradient, DTensor):
         return 1
     mesh = gradient.device_mesh
@@ -65,12 +67,12 @@ def _num_copies(gradient: Tensor) -> int:
 
 
 def _scale(gradients: list[Tensor], factor: Tensor) -> None:
-    """Multiply by ``factor``, [] fp32: a bf16 factor would bend all gradients of a step by up to 0.4 %."""
+    """Multiply by ``factor``, [] fp32: a bf16 factor would change all gradients of a step by up to 0.4 %."""
     local = [local_part(gradient) for gradient in gradients]
     in_fp32 = [gradient for gradient in local if gradient.dtype == torch.float32]
     if in_fp32:
         torch._foreach_mul_(in_fp32, factor)
     for gradient in local:
         if gradient.dtype != torch.float32:
-            # One element instead of none makes the product fp32; it is rounded as it is written.
+            # One element instead of zero dimensions makes the product fp32; it is rounded when it is written.
             torch.mul(gradient, factor.reshape(1), out=gradient)

@@ -1,4 +1,4 @@
-"""This rank's part of a tensor."""
+"""Return this rank's part of a tensor."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch.distributed.tensor import DTensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``: all of one that is not shared."""
+    """Return the part of ``tensor`` that this rank holds: all of it, if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

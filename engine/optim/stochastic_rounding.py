@@ -1,7 +1,7 @@
-"""Rounding fp32 to bf16 up or down at random, so that the mean of the result is the number itself.
+"""Round fp32 to bf16 up or down at random, so that the expected result is the number itself.
 
-The random bits are a function of (seed, step, name of the parameter, position in the whole parameter) and of nothing
-else: not of PyTorch's generators, the number of ranks, or how often a run was resumed.
+The random bits are a function of (seed, step, name of the parameter, position in the whole parameter) only. They do not
+depend on PyTorch's generators, the number of ranks, or the number of resumes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 def stream_key(seed: int, step: int, name: str) -> tuple[int, int]:
-    """Two int32 numbers that stand for the random stream of the parameter ``name`` at a step."""
+    """Return two int32 numbers as key of the random stream of the parameter ``name`` at a step."""
     digest = hashlib.blake2b(struct.pack("<2Q", seed, step) + name.encode(), digest_size=8).digest()
     return struct.unpack("<2i", digest)
 
 
 def random_bits(positions: Tensor, keys: Tensor) -> Tensor:
-    """32 random bits for every position: a hash of it, keyed before and between two rounds.
+    """Return 32 random bits for every position: a hash of it, keyed before and between two rounds.
 
     Args:
         positions: [...] int64, not negative.
@@ -34,10 +34,10 @@ def random_bits(positions: Tensor, keys: Tensor) -> Tensor:
 
 
 def mixed(bits: Tensor) -> Tensor:
-    """A bijection of int32 in which every input bit flips about half of the output bits.
+    """Apply a bijection of int32 in which every input bit flips about half of the output bits.
 
-    lowbias32 of C. Wellons, "Prospecting for Hash Functions" (2018), https://nullprogram.com/blog/2018/07/31/; its
-    shifts fill with zeros where PyTorch's copy the sign, hence the masks. Products wrap around.
+    lowbias32 of C. Wellons, "Prospecting for Hash Functions" (2018), https://nullprogram.com/blog/2018/07/31/. Its
+    shifts fill with zeros, but PyTorch's copy the sign, hence the masks. Products wrap around.
     """
     bits = bits ^ ((bits >> 16) & 0xFFFF)
     bits = bits * 0x7FEB352D
@@ -47,14 +47,14 @@ def mixed(bits: Tensor) -> Tensor:
 
 
 def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
-    """The bf16 neighbour above or below each value, the nearer one with the higher probability: E[result] = value.
+    """Return the bf16 neighbour above or below each value, the nearer one with higher probability: E[result] = value.
 
-    bf16 is the upper half of fp32, so adding a uniform number to the lower half before it is cut off carries over with
-    just the right probability, to within 2^-16. What bf16 can hold stays as it is; so do infinities and NaN.
+    bf16 is the upper half of fp32. Adding a uniform number to the lower half before it is cut off carries over with the
+    right probability, to within 2^-16. Values that bf16 can represent are unchanged; so are infinities and NaN.
 
     Args:
         values: [...] fp32.
-        bits: [...] int32, of which the lower 16 bits are used.
+        bits: [...] int32; only the lower 16 bits are used.
 
     Returns:
         [...] bf16.

@@ -1,4 +1,4 @@
-"""The model of a run on this rank: every transformation in its place, one after another."""
+"""Build the model of a run on this rank, applying all transformations in their order."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .process_group import Ranks
 
 @dataclass(frozen=True)
 class Choices:
-    """What was decided about a run after its configuration was read."""
+    """Decisions about a run that are made after its configuration was read."""
 
     attention_backend: str
     """See :func:`retemper.engine.attention_choice.choose_attention`."""
     compiled: bool
-    """Whether blocks are compiled; see :func:`retemper.engine.parallel.compile.wanted`."""
+    """True if blocks are compiled; see :func:`retemper.engine.parallel.compile.wanted`."""
     num_micro_batches: int
-    """Of a step on this rank."""
+    """Number of micro-batches in a step on this rank."""
 
 
 def check(config: RunConfig, architecture: Architecture, choices: Choices, device: torch.device) -> None:
-    """Refuse what the model's shape makes impossible.
+    """Refuse settings that are impossible with the model's shape.
 
     Raises:
         UserError: with both sides of the arithmetic.
@@ -46,7 +46,7 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
     if tokens % ranks:
         raise UserError(
             f"training.micro_batch_size {training.micro_batch_size} x training.sequence_length "
-            f"{training.sequence_length} = {tokens} tokens cannot be dealt evenly to parallel.context "
+            f"{training.sequence_length} = {tokens} tokens cannot be divided evenly among parallel.context "
             f"{parallel.context} x parallel.tensor {parallel.tensor} = {ranks} ranks; use multiples of {ranks}"
         )
     if parallel.async_tensor and not (parallel.tensor > 1 and choices.compiled and device.type == "cuda"):
@@ -59,11 +59,13 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
 def build_model(
     config: RunConfig, architecture: Architecture, ranks: Ranks, mesh: Mesh, choices: Choices
 ) -> tuple[ModelParts, Passes]:
-    """Meta device -> tensor -> context -> float8 -> recompute -> compile -> freeze -> shard -> materialize;
-    weights come afterwards.
+    """Build the model: meta device -> tensor -> context -> float8 -> recompute -> compile -> freeze -> shard ->
+    materialize.
+
+    Weights are loaded afterwards.
 
     Raises:
-        UserError: an implementation is asked for that cannot run here.
+        UserError: a requested implementation cannot run here.
     """
     training, parallel = config.training, config.parallel
     compute_dtype = DTYPES[training.precision]

@@ -1,4 +1,4 @@
-"""Compiling each block with torch.compile: fewer, fused kernels for norms, rotations, activations and residuals."""
+"""Compile each block with torch.compile: fewer, fused kernels for norms, rotations, activations and residuals."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..errors import UserError
 from ..model.decoder import Decoder
 
 _RECOMPILE_LIMIT = 64
-"""Blocks share their graphs. There is one for each of: kind of block (window, recomputation), training or evaluation,
-first or later number of documents."""
+"""Limit of graphs. Blocks share them: there is one for each kind of block (window, recomputation), training or
+evaluation, and first or later number of documents."""
 
 
 def wanted(config: RunConfig, device: torch.device, attention_backend: str) -> bool:
-    """Whether the blocks of this run are compiled.
+    """Return whether the blocks of this run are compiled.
 
     Raises:
-        UserError: compiling is asked for where nothing could be compiled.
+        UserError: compilation is requested but impossible.
     """
     choice = config.training.compile
     # Attention that reads document lengths on the host cannot be part of a graph, and a recomputed block is one graph.
@@ -36,8 +36,8 @@ def wanted(config: RunConfig, device: torch.device, attention_backend: str) -> b
 
 
 def apply(model: Decoder, backend: Any = "inductor") -> None:
-    """Compile the forward pass of every block, with its recomputation where that was applied before; ``backend`` is one
-    of torch.compile's.
+    """Compile the forward pass of every block, with its recomputation if applied before; ``backend`` is of
+    torch.compile.
 
     The forward is compiled rather than the module, so that FSDP's hooks stay outside of the graph. All blocks of a kind
     share one graph, since parameters are its inputs.
@@ -49,5 +49,5 @@ def apply(model: Decoder, backend: Any = "inductor") -> None:
 
 
 def _take_any_document_count(backbone: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Keep compiled blocks from making a graph for each length of ``cu_seqlens``."""
+    """Prevent compiled blocks from making a graph for each length of ``cu_seqlens``."""
     torch._dynamo.maybe_mark_dynamic(inputs[1].cu_seqlens, 0)

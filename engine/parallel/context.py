@@ -1,8 +1,8 @@
-"""Context parallelism: ranks share the tokens of the same samples; for its duration, attention shares heads instead.
+"""Context parallelism: ranks share the tokens of the same samples; during attention they share heads instead.
 
-Every rank computes everything but attention for its tokens, a run of consecutive ones. Around attention two exchanges
+Every rank computes everything but attention for its own consecutive tokens. Around attention two exchanges
 turn "all heads of some tokens" into "some heads of all tokens" and back (Jacobs et al., 2023,
-https://arxiv.org/abs/2309.14509). So any attention backend works unchanged, documents may lie across ranks, and all
+https://arxiv.org/abs/2309.14509). So any attention backend works unchanged, documents may extend across ranks, and all
 ranks do the same work, whatever the documents' lengths.
 """
 
@@ -23,7 +23,7 @@ from ..model.decoder import Decoder
 
 
 def check(architecture: Architecture, config: ParallelConfig) -> None:
-    """Refuse what cannot be dealt evenly to ``parallel.context`` ranks.
+    """Refuse numbers that cannot be divided evenly among ``parallel.context`` ranks.
 
     Raises:
         UserError: with both sides of the division.
@@ -44,7 +44,7 @@ def check(architecture: Architecture, config: ParallelConfig) -> None:
 
 
 def apply(model: Decoder, group: dist.ProcessGroup | None) -> None:
-    """Wrap the attention of every block; ``group`` are the ranks with the tokens of the same samples, in order."""
+    """Wrap the attention of every block; ``group`` is the ranks with the tokens of the same samples, in order."""
     if group is None:
         return
     for block in model.model.blocks:
@@ -61,8 +61,9 @@ def _attend_to_all_tokens(
     *arguments: Any,
     **options: Any,
 ) -> Tensor:
-    """[T, heads, D] of this rank's T tokens -> [T, N, D]. Where ranks are more than key/value heads, each of these goes
-    to the ranks that have its queries."""
+    """Map [T, heads, D] of this rank's T tokens to [T, N, D].
+
+    If there are more ranks than key/value heads, each head goes to all ranks that have its queries."""
     copies = max(1, group.size() // k_TKD.shape[1])
     k_TKD, v_TKD = (x.repeat_interleave(copies, dim=1) if copies > 1 else x for x in (k_TKD, v_TKD))
     q, k, v = (_heads_for_tokens(x, group) for x in (q_TND, k_TKD, v_TKD))
@@ -70,17 +71,17 @@ def _attend_to_all_tokens(
 
 
 def _heads_for_tokens(x_TND: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[T, N, D] -> [ranks * T, N / ranks, D]."""
+    """Map [T, N, D] to [ranks * T, N / ranks, D]."""
     parts = x_TND.unflatten(1, (group.size(), -1)).transpose(0, 1)
     return _exchange(parts, group).flatten(0, 1)
 
 
 def _tokens_for_heads(x_TND: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks * T, N / ranks, D] -> [T, N, D]."""
+    """Map [ranks * T, N / ranks, D] to [T, N, D]."""
     parts = x_TND.unflatten(0, (group.size(), -1))
     return _exchange(parts, group).transpose(0, 1).flatten(1, 2)
 
 
 def _exchange(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, ...]: give part i to rank i, get this rank's part of each."""
+    """Exchange [ranks, ...]: send part i to rank i, and receive this rank's part of each."""
     return all_to_all_single_autograd(parts.contiguous(), None, None, group)

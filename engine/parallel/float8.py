@@ -1,6 +1,6 @@
-"""Linear layers in float8: torchao scales inputs, weights and gradients per tensor and multiplies them in 8 bits.
+"""Compute linear layers in float8: torchao scales inputs, weights and gradients per tensor and multiplies in 8 bits.
 
-Parameters keep their names, dtype and sharding; only the products change. The head stays out, since the loss is most
+Parameters keep their names, dtype and sharding; only the products change. The head is excluded, since the loss is most
 sensitive there.
 """
 
@@ -23,10 +23,10 @@ _MULTIPLE = 16
 
 
 def wanted(config: TrainingConfig, device: torch.device) -> bool:
-    """Whether the run computes in float8.
+    """Return whether the run computes in float8.
 
     Raises:
-        UserError: it shall, but torchao is missing or the device has no float8 matrix products.
+        UserError: it is requested, but torchao is missing or the device has no float8 matrix products.
     """
     if not config.float8:
         return False
@@ -47,7 +47,7 @@ def wanted(config: TrainingConfig, device: torch.device) -> bool:
 
 
 def apply(model: Decoder, config: TrainingConfig, device: torch.device) -> None:
-    """Give the blocks of ``model`` (on the meta device) float8 linear layers if the run wants them; before sharding."""
+    """Give the blocks of ``model`` (on the meta device) float8 linear layers if configured; call before sharding."""
     if wanted(config, device):
         convert(model)
 
@@ -56,8 +56,8 @@ def convert(model: Decoder, emulate: bool = False) -> None:
     """Replace the blocks' linear layers whose widths are multiples of 16 by float8 ones.
 
     Args:
-        model: on any device, the meta device too.
-        emulate: compute in the original dtype what float8 would give, on any device; for tests.
+        model: on any device, including the meta device.
+        emulate: compute the float8 result in the original dtype, on any device; for tests.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

@@ -1,8 +1,8 @@
 """Fully sharded data parallelism (FSDP2): every rank keeps a shard of parameters, gradients and optimizer states.
 
 A block's parameters are gathered in the compute dtype just before they are needed. Gradients are reduced in fp32 and
-*summed*: the loss is already divided by the number of targets of the global batch, so a mean over ranks would be wrong
-wherever ranks hold different numbers of targets.
+*summed*, because the loss is already divided by the number of targets of the global batch. A mean over ranks would be
+wrong if ranks hold different numbers of targets.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..model.decoder import Decoder
 
 
 def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
-    """Shard ``model`` in place: each block and an embedding that is not the head by itself, the rest with the root.
+    """Shard ``model`` in place: each block, and an embedding that is not the head, separately; the rest with the root.
 
     Args:
-        mesh: what parameters are sharded over; of two axes, copied over the first.
+        mesh: the ranks that share parameters; with two axes, parameters are copied over the first.
         config: of the run.
         compute_dtype: of activations and gathered parameters.
     """
@@ -37,7 +37,7 @@ def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtyp
         shard(block, reshard_after_forward=config.reshard_after_forward)
     embedding = model.model.embed_tokens
     if embedding is not None and not model.architecture.tie_word_embeddings:
-        # In a group with the head, both would be gathered, and their whole gradients held, at the same time.
+        # In a group with the head, both would be gathered, and their full gradients held, at the same time.
         shard(embedding, reshard_after_forward=config.reshard_after_forward)
     shard(model, reshard_after_forward=False)
     for module in _sharded_modules(model):
@@ -47,7 +47,7 @@ def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtyp
 
 
 def _prefetch(model: Decoder, count: int) -> None:
-    """Gather the parameters of the next ``count`` blocks while one computes, in the order of either pass."""
+    """Gather the parameters of the next ``count`` blocks while one computes, in the order of each pass."""
     if count == 0:
         return
     blocks = cast("list[FSDPModule]", model.model.blocks)
@@ -60,14 +60,13 @@ def _prefetch(model: Decoder, count: int) -> None:
 
 
 def accumulate_in_fp32(model: Decoder) -> None:
-    """Let the gradients of bf16 parameters be fp32, for adding up several micro-batches; call after materializing.
+    """Make gradients of bf16 parameters fp32, to accumulate several micro-batches; call after materializing.
 
-    FSDP casts each reduced gradient to its parameter's dtype. From the first one on, what the next ones are added to is
-    fp32.
+    FSDP casts each reduced gradient to its parameter's dtype. From the first one on, the accumulated gradient is fp32.
     """
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            continue  # and has no gradient to hook on
+            continue  # without a gradient to attach the hook to
         parameter.grad_dtype = None  # of any dtype
         parameter.register_post_accumulate_grad_hook(_widen_gradient)
 
@@ -80,8 +79,8 @@ def _widen_gradient(parameter: Tensor) -> None:
 def reshard(model: Decoder) -> None:
     """Free the parameters that a forward pass without a backward pass has left gathered.
 
-    Until then the model shows gathered copies in the compute dtype in place of the sharded parameters, which are what
-    an optimizer steps and a checkpoint holds.
+    Until then the model shows gathered copies in the compute dtype instead of the sharded parameters, which optimizers
+    and checkpoints need.
     """
     for module in _sharded_modules(model):
         module.reshard()
@@ -90,20 +89,22 @@ def reshard(model: Decoder) -> None:
 def copy_full_(parameter: Tensor, values: Tensor) -> None:
     """Write the whole tensor ``values``, the same on every rank, into a sharded parameter: each rank takes its part."""
     assert isinstance(parameter, DTensor)
-    # Not distribute_tensor, which knows no rows that one axis has cut and another cuts again.
+    # Not distribute_tensor, which does not support rows that two axes shard one after the other.
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     mine = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
     parameter.to_local().copy_(values[mine])
 
 
 def local_shard(parameter: Tensor) -> Tensor:
-    """The part of a sharded parameter that this rank holds."""
+    """Return the part of a sharded parameter that this rank holds."""
     assert isinstance(parameter, DTensor)
     return parameter.to_local()
 
 
 def reduce_gradients(model: Decoder, now: bool) -> None:
-    """Whether the next backward pass adds up gradients over ranks, or only over micro-batches on this one (in fp32)."""
+    """Set whether the next backward pass sums gradients over ranks, or only over micro-batches on this rank (in
+    fp32).
+    """
     cast(FSDPModule, model).set_requires_gradient_sync(now)
 
 

@@ -1,6 +1,6 @@
-"""What the launcher of this process has put into its environment: read and checked in one place.
+"""Read and check the launcher's environment variables of this process.
 
-torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A part of them is a mistake. So are several
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Only some of them is a mistake. So are several
 processes that srun or mpirun has started without torchrun: each would train the whole model by itself.
 """
 
@@ -26,28 +26,28 @@ _TASKS = (
     ("HOROVOD_SIZE", "HOROVOD_RANK", "horovodrun"),
     ("", "PMIX_RANK", "mpirun or srun"),
 )
-"""(number of tasks, this task, what sets them). A batch script and an interactive allocation of Slurm have SLURM_NTASKS
-and may have SLURM_PROCID=0; only a task of srun has SLURM_STEP_NUM_TASKS above 1, or a number above 0."""
+"""(number of tasks, this task, launcher). A batch script and an interactive allocation of Slurm have SLURM_NTASKS and
+may have SLURM_PROCID=0; only a task of srun has SLURM_STEP_NUM_TASKS above 1, or a number above 0."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """This process as its launcher numbers it; alone where there is none."""
+    """This process as numbered by its launcher; a single rank without a launcher."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     node: int | None = None
-    """Number of torchrun's agent, which has started this process; None without torchrun."""
+    """Number of the torchrun agent that has started this process; None without torchrun."""
     announced: bool = False
-    """Whether a launcher has set the variables."""
+    """True if a launcher has set the variables."""
 
 
 def read_launcher(environment: Mapping[str, str] | None = None) -> Launcher:
     """Read the variables of the launcher.
 
     Raises:
-        UserError: they are incomplete, are no numbers or contradict each other; or this is one of several processes
+        UserError: they are incomplete, are not numbers or contradict each other; or this is one of several processes
             that were started without torchrun.
     """
     env = os.environ if environment is None else environment
@@ -87,7 +87,7 @@ def read_launcher(environment: Mapping[str, str] | None = None) -> Launcher:
 def _number(env: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
     text = env.get(name) or str(default)
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
-        raise UserError(f"{name} is {text!r}, which is no number of at least {least}; {_REMEDY}, which sets it")
+        raise UserError(f"{name} is {text!r}, not a number of at least {least}; {_REMEDY}, which sets it")
     return int(text)
 
 
@@ -104,13 +104,13 @@ def _refuse_tasks(env: Mapping[str, str]) -> None:
 
 
 def launcher_notes(environment: Mapping[str, str] | None = None) -> list[str]:
-    """What a user of Slurm may not have meant, as lines."""
+    """Return warnings about Slurm settings that have probably another effect than intended."""
     env = os.environ if environment is None else environment
     if not env.get("RANK"):
         name = next((name for name in ("SLURM_NTASKS", "SLURM_NPROCS") if _above_one(env.get(name, ""))), None)
         if name and not env.get("SLURM_STEP_NUM_TASKS"):
             return [
-                f"note: {name} is {env[name]}, but this run is one process; for one on each GPU use torchrun "
+                f"note: {name} is {env[name]}, but this run is one process; for one process on each GPU use torchrun "
                 "(launch/slurm.sh)"
             ]
         return []

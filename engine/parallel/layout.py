@@ -1,4 +1,4 @@
-"""How many ranks lie along each axis of the mesh: known from the configuration, before any rank is contacted."""
+"""Compute the number of ranks on each mesh axis from the configuration, before any rank is contacted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..errors import UserError
 
 
 class Layout(NamedTuple):
-    """Sizes of the mesh axes, outermost first: neighbouring ranks, which lie in one node, share a tensor axis."""
+    """Sizes of the mesh axes, outermost first: neighbouring ranks, which are in one node, share a tensor axis."""
 
     pipeline: int = 1
     """Groups of ranks that hold consecutive layers."""
     replicate: int = 1
-    """Copies of what is sharded."""
+    """Copies of the sharded parameters."""
     shard: int = 1
     """Ranks that share parameters, gradients and states, and read different samples."""
     context: int = 1
@@ -26,12 +26,12 @@ class Layout(NamedTuple):
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return math.prod(self)
 
     @property
     def data_parallel(self) -> int:
-        """Ranks, or groups of them, that read different samples."""
+        """Number of ranks, or groups of them, that read different samples."""
         return self.replicate * self.shard
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ AXES = Layout._fields
 
 
 def plan_layout(config: ParallelConfig, world_size: int) -> Layout:
-    """The axes on ``world_size`` ranks; ``parallel.shard: auto`` takes what the others leave.
+    """Return the axes for ``world_size`` ranks; ``parallel.shard: auto`` takes the ranks that the others leave.
 
     Raises:
         UserError: the product cannot be the number of ranks.
@@ -76,10 +76,10 @@ def _product(sizes: dict[str, int]) -> str:
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
-    """Refuse what the number of ranks makes impossible, before any rank waits for another.
+    """Refuse settings that do not fit the number of ranks, before any rank waits for another.
 
     Raises:
-        UserError: the mesh or the global batch does not divide.
+        UserError: the mesh or the global batch cannot be divided among the ranks.
     """
     layout = plan_layout(config.parallel, world_size)
     plan_batches(config.training, layout.data_parallel)

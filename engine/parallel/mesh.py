@@ -1,4 +1,4 @@
-"""The device mesh: what the ranks of a run share with one another, axis by axis."""
+"""Lay out the ranks of a run on the axes of a device mesh."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Mesh:
     """Axes ``pipeline``, ``replicate``, ``shard`` and ``tensor``. Here ``shard`` is shard x context: ranks with
     different tokens of one sample share parameters like ranks with different samples."""
     context_group: dist.ProcessGroup | None
-    """The ranks with the other tokens of the same samples; None when each holds all."""
+    """The ranks with the other tokens of the same samples; None if each rank holds all tokens."""
     ends_group: dist.ProcessGroup | None
-    """This rank and its counterpart, where one holds the first layers of the pipeline and the other the last."""
+    """This rank and its counterpart, if one holds the first layers of the pipeline and the other the last."""
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """What parameters are sharded over, and copied over if there are copies."""
+        """The axes over which parameters are sharded, and copied if there are copies."""
         return self.devices["replicate", "shard"] if self.layout.replicate > 1 else self.devices["shard"]
 
     @property
@@ -39,12 +39,14 @@ class Mesh:
 
     @property
     def speaks_for_samples(self) -> bool:
-        """True on one of the ranks that read the same samples: what it counts is counted once."""
+        """True on one of the ranks that read the same samples, so that counts include each sample once."""
         return self.place.pipeline == self.place.context == self.place.tensor == 0
 
 
 def build_mesh(layout: Layout, device_type: str) -> Mesh:
-    """The mesh of this run; needs the process group of ``layout.world_size`` ranks, and every rank calls this."""
+    """Return the mesh of this run; needs the process group of ``layout.world_size`` ranks, and every rank calls
+    this.
+    """
     pipeline, replicate, shard, context, tensor = layout
     devices = init_device_mesh(
         device_type,
@@ -63,7 +65,7 @@ def build_mesh(layout: Layout, device_type: str) -> Mesh:
 
 
 def _group(members: Iterable[torch.Tensor]) -> dist.ProcessGroup | None:
-    """This rank's group among several; None if it is in none of them. Every rank calls this with all groups."""
+    """Return this rank's group among several; None if it is in none of them. Every rank calls this with all groups."""
     mine = None
     for ranks in members:
         group = dist.new_group(ranks.tolist())

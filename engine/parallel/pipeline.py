@@ -1,7 +1,7 @@
 """Pipeline parallelism: ranks hold consecutive layers, and the micro-batches of a step flow through them.
 
-The schedules are PyTorch's (``torch.distributed.pipelining``). Here is how layers are cut into stages, how a stage gets
-its inputs, and how an embedding that is also the head, and so lies at both ends, stays one parameter.
+The schedules are PyTorch's (``torch.distributed.pipelining``). This module divides layers into stages and provides a
+stage's inputs. It also keeps an embedding that is also the head, and so is at both ends, one parameter.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ SCHEDULES: dict[str, Any] = {
     "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
     "zbv_zero_bubble": ScheduleZBVZeroBubble,
 }
-"""By ``parallel.pipeline_schedule``. 1F1B and its interleaving: Narayanan et al., 2021,
+"""Schedule classes by ``parallel.pipeline_schedule``. 1F1B and its interleaving: Narayanan et al., 2021,
 https://arxiv.org/abs/2104.04473; zero bubble: Qi et al., 2023, https://arxiv.org/abs/2401.10241."""
 
 
 def check(architecture: Architecture, config: RunConfig, num_micro_batches: int, compiled: bool) -> None:
-    """Refuse pipelines that have nothing to do in some stage or at some time.
+    """Refuse pipelines in which some stage would be empty or idle.
 
     Raises:
         UserError: with both sides of the arithmetic.
@@ -62,19 +62,24 @@ def check(architecture: Architecture, config: RunConfig, num_micro_batches: int,
     wanted = stages if parallel.pipeline_schedule == "zbv_zero_bubble" else parallel.pipeline
     if num_micro_batches < wanted:
         raise UserError(
-            f"a step has {num_micro_batches} micro-batches, but a pipeline of {wanted} stages needs as many to keep "
-            "all busy; raise training.global_batch_size or lower training.micro_batch_size or parallel.pipeline"
+            f"a step has {num_micro_batches} micro-batches, but a pipeline of {wanted} stages needs at least {wanted} "
+            "to keep all busy; raise training.global_batch_size or lower training.micro_batch_size or "
+            "parallel.pipeline"
         )
     rounds = max(1, num_micro_batches // parallel.pipeline)
     if parallel.pipeline_schedule.startswith("interleaved") and num_micro_batches % rounds:
         raise UserError(
-            f"a step has {num_micro_batches} micro-batches, which {parallel.pipeline_schedule} cannot deal to "
-            f"{parallel.pipeline} ranks evenly; make it a multiple of {parallel.pipeline} by training.global_batch_size"
+            f"a step has {num_micro_batches} micro-batches, which {parallel.pipeline_schedule} cannot distribute "
+            f"evenly over {parallel.pipeline} ranks; make it a multiple of {parallel.pipeline} by "
+            "training.global_batch_size"
         )
 
 
 def _check_zero_bubble(architecture: Architecture, parallel: ParallelConfig, compiled: bool) -> None:
-    """These schedules take the backward pass of a stage apart, whose parameters and graph must lie still until then."""
+    """Refuse settings that conflict with zero-bubble schedules.
+
+    These split the backward pass of a stage, whose parameters and graph must be unchanged until the second part.
+    """
     schedule = parallel.pipeline_schedule
     needs = {
         "parallel.reshard_after_forward false": not parallel.reshard_after_forward,
@@ -84,8 +89,8 @@ def _check_zero_bubble(architecture: Architecture, parallel: ParallelConfig, com
     for need, met in needs.items():
         if not met:
             raise UserError(
-                f"parallel.pipeline_schedule {schedule} needs {need}, since it computes gradients of inputs and of "
-                "weights apart; set it, or use interleaved_1f1b"
+                f"parallel.pipeline_schedule {schedule} needs {need}, because it computes gradients of inputs and of "
+                "weights separately; set it, or use interleaved_1f1b"
             )
     if schedule == "zbv_zero_bubble" and architecture.tie_word_embeddings:
         raise UserError(
@@ -95,18 +100,19 @@ def _check_zero_bubble(architecture: Architecture, parallel: ParallelConfig, com
 
 
 def stage_numbers(schedule: str, place: int, pipeline: int, stages_per_rank: int) -> list[int]:
-    """The stages that the rank at ``place`` of the pipeline holds: every ``pipeline``-th, or one of either half, from
-    the ends inwards (the V of zbv_zero_bubble)."""
+    """Return the stages of the rank at ``place`` of the pipeline.
+
+    These are every ``pipeline``-th stage; or one of each half, from the ends inwards (the V of zbv_zero_bubble)."""
     if schedule == "zbv_zero_bubble":
         return [place, 2 * pipeline - 1 - place]
     return [place + turn * pipeline for turn in range(stages_per_rank)]
 
 
 def cut_layers(architecture: Architecture, num_stages: int) -> list[LayerRange]:
-    """The layers of each stage, cut so that the slowest stage has least to do, and then weights lie evenly.
+    """Return the layers of each stage, divided to minimize the work of the slowest stage, and then to balance weights.
 
-    The work is that of matrix products: a block is one unit, the head and its loss count by their size, the embedding
-    costs no work and counts by its weights only.
+    The work is that of matrix products. A block is one unit, and the head and its loss count by their size. The
+    embedding costs no work and counts only by its weights.
     """
     vocabulary = architecture.vocab_size * architecture.hidden_size
     tied = vocabulary if architecture.tie_word_embeddings else 0
@@ -122,7 +128,7 @@ def cut_layers(architecture: Architecture, num_stages: int) -> list[LayerRange]:
 
     @functools.cache
     def best(start: int, stages: int) -> tuple[float, float, tuple[int, ...]]:
-        """(most work, sum of squared weights, first layers of the stages behind) of layers ``start`` and on."""
+        """Return (most work, sum of squared weights, first layers of the later stages) for layers ``start`` and on."""
         if stages == 1:
             return *cost(start, layers), ()
         options = []
@@ -143,9 +149,9 @@ class Pipelined:
         decoders: this rank's stages, in their order.
         numbers: their numbers, see :func:`stage_numbers`.
         config: of the run.
-        feed: micro-batches on their way to the model.
+        feed: prepares micro-batches for the model.
         num_micro_batches: of a step on this rank.
-        compute_dtype: of what stages send to one another.
+        compute_dtype: of tensors exchanged between stages.
     """
 
     def __init__(
@@ -189,8 +195,9 @@ class Pipelined:
         )
 
     def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
-        """See :class:`~retemper.engine.parallel.passes.Passes`. Forward and backward passes take turns: all of them are
-        the phase "forward"."""
+        """Train, see :class:`~retemper.engine.parallel.passes.Passes`.
+
+        Forward and backward passes alternate: all of them are the phase "forward"."""
         on_phase("forward")
         self._num_targets = num_targets
         self._run(self._schedule.step, batches)
@@ -199,12 +206,12 @@ class Pipelined:
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> Tensor:
-        """See :class:`~retemper.engine.parallel.passes.Passes`."""
+        """Evaluate, see :class:`~retemper.engine.parallel.passes.Passes`."""
         total = torch.zeros((), dtype=torch.float64, device=self._feed.device)
         count = self._num_micro_batches
         for first in range(0, len(batches), count):
             some = batches[first : first + count]
-            # The schedule has a fixed length: the rest of it computes what does not count.
+            # The schedule has a fixed length: the remaining micro-batches are copies without targets.
             some += [some[0].without_targets()] * (count - len(some))
             self._run(self._schedule.eval, some)
             total += self._loss(torch.float64)
@@ -214,7 +221,8 @@ class Pipelined:
 
     def _run(self, run: Callable[..., Any], batches: list[MicroBatch]) -> None:
         self._batches, self._losses = batches, []
-        # Stages look their micro-batch up by its number: documents differ in number, so that no tensor holds them all.
+        # Stages look up their micro-batch by its number: documents differ in number, so one tensor cannot hold them
+        # all.
         numbers = torch.arange(len(batches))
         holds_first = self._decoders[0].is_first
         holds_last = self._decoders[-1].is_last
@@ -223,7 +231,7 @@ class Pipelined:
         self._batches = []
 
     def _fill_in(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-        """What the schedule calls a stage with -> what a decoder is called with."""
+        """Convert the schedule's arguments for a stage to those of a decoder."""
         tokens, packing, targets = self._feed(self._batches[int(named["number"])])
         inputs = tokens if module.is_first else arguments[0]
         return (inputs, packing, targets), {}
@@ -233,14 +241,14 @@ class Pipelined:
         return loss_sum / self._num_targets
 
     def _loss(self, dtype: torch.dtype) -> Tensor:
-        """Sum of the losses of all micro-batches where the last stage is, zero elsewhere."""
+        """Return the sum of the losses of all micro-batches on the rank with the last stage, zero elsewhere."""
         total = torch.zeros((), dtype=dtype, device=self._feed.device)
         for loss in self._losses:
             total += loss
         return counted_once(total, self._feed.mesh)
 
     def _join_tied_embedding(self) -> None:
-        """Add up the gradients of an embedding that is also the head: each end of the pipeline knows one of them."""
+        """Sum the gradients of an embedding that is also the head: each end of the pipeline has one of them."""
         architecture, group = self._decoders[0].architecture, self._feed.mesh.ends_group
         if not architecture.tie_word_embeddings or not (self._decoders[0].is_first or self._decoders[-1].is_last):
             return

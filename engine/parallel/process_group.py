@@ -1,6 +1,6 @@
-"""The process group of a run: one rank or many, started and left the same way.
+"""Manage the process group of a run: one rank or many, started and left the same way.
 
-A run started by plain ``python`` is a run with one rank: the group exists, needs no network, and every later line is
+A run started by plain ``python`` is a run with one rank: the group exists and needs no network, and all other code is
 the same as under ``torchrun``.
 """
 
@@ -25,7 +25,7 @@ from .meeting import Meeting, meet
 Result = TypeVar("Result")
 _SHORTEST_COLLECTIVE_LIMIT = 3600.0  # seconds
 
-# PyTorch's own code calls what PyTorch is about to rename, and would tell the user so on every rank.
+# PyTorch's own code calls functions that PyTorch is about to rename, and would warn the user on every rank.
 warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor", category=FutureWarning)
 
 
@@ -37,43 +37,44 @@ class Ranks:
     world_size: int
     device: torch.device
     group: dist.ProcessGroup | None = None
-    """Over which they exchange control messages; None: the default one."""
+    """Group for control messages; None: the default group."""
     store: dist.Store | None = None
-    """Of the launcher, for messages that no rank waits for in a collective."""
+    """The launcher's store, for messages that are not collectives."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks for all: console, metrics and manifests."""
+        """True on the rank that writes console output, metrics and manifests."""
         return self.rank == 0
 
     def apart(self) -> Ranks:
-        """The same ranks with a process group of their own, over which another thread may exchange messages, however
-        long one of them takes. All ranks must call this, and see by other messages whether all are alive."""
+        """Return the same ranks with a process group of their own, for messages of another thread that may take long.
+
+        All ranks must call this, and check in another way that all are alive."""
         return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(days=1), group_desc=APART))
 
     def sum(self, value: float) -> float:
-        """Sum of a host number over all ranks, without touching the GPU."""
+        """Return the sum of a host number over all ranks, without using the GPU."""
         total = torch.tensor(value, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(total, group=self.group)
         return total.item()
 
     def share(self, value):
-        """The main rank's ``value`` (any picklable object) on every rank."""
+        """Return the main rank's ``value`` (any picklable object) on every rank."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, value: Result) -> list[Result]:
-        """Every rank's ``value`` (any picklable object), by rank, on every rank."""
+        """Return every rank's ``value`` (any picklable object), by rank, on every rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
     def everywhere(self, action: Callable[[], Result]) -> Result:
-        """Run ``action`` on every rank. Where it fails on some, all raise, so that none waits for another in vain.
+        """Run ``action`` on every rank. If it fails on some, all raise, so that no rank waits for another forever.
 
         Raises:
             UserError: this rank's own problem, or else that of the first rank that has one.
@@ -83,17 +84,17 @@ class Ranks:
         return cast(Result, result)
 
     def on_main(self, action: Callable[[], Result]) -> Result | None:
-        """Run ``action`` on the main rank while the others wait; what it raises is raised on all.
+        """Run ``action`` on the main rank while the others wait; its exceptions are raised on all.
 
         Returns:
-            what ``action`` returned on the main rank, None on others.
+            The result of ``action`` on the main rank, None on others.
         """
         problem, result = _attempt(action) if self.is_main else (None, None)
         self.raise_together(problem)
         return result
 
     def raise_together(self, problem: str | None) -> None:
-        """Raise where any rank has a problem. All ranks must call this."""
+        """Raise if any rank has a problem. All ranks must call this."""
         problems = self.gather(problem)
         found = problem or next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), None)
         if found:
@@ -101,7 +102,7 @@ class Ranks:
 
 
 def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
-    """(what the user must mend, None) or (None, result)."""
+    """Return (problem for the user, None) or (None, result)."""
     try:
         return None, action()
     except UserError as error:
@@ -112,15 +113,15 @@ def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
 
 @contextmanager
 def process_group(device_name: str, timeout_seconds: int, meeting: Meeting | None = None) -> Iterator[Ranks]:
-    """Join the process group, and leave it cleanly after an undisturbed run.
+    """Join the process group, and leave it cleanly after a successful run.
 
-    CPU tensors travel over gloo on every machine, so that control messages never wait for a GPU. Where there are
-    several ranks they are watched: when one falls silent, this process says which one and ends with status 1.
+    CPU tensors use gloo on every machine, so that control messages never wait for a GPU. If there are several ranks,
+    they are watched: when one falls silent, this process reports it and ends with status 1.
 
     Args:
         device_name: auto, cpu or cuda.
-        timeout_seconds: how long ranks wait for one that is silent, or does not come to a collective.
-        meeting: of the ranks, where they have met already.
+        timeout_seconds: how long ranks wait for one that is silent, or does not join a collective.
+        meeting: the ranks' rendezvous, if they have joined it already.
     """
     if not read_launcher().announced:
         with _joined(device_name, timeout_seconds, dist.HashStore(), 0, 1) as ranks:
@@ -128,8 +129,8 @@ def process_group(device_name: str, timeout_seconds: int, meeting: Meeting | Non
         return
     meeting = meeting or meet({}, timeout_seconds)
     liveness = Liveness(meeting, timeout_seconds)
-    # What watches the others speaks first: it knows more than the collective that fails, which also counts the time in
-    # which all ranks were stopped.
+    # The watcher reports first: it knows more than the failing collective, whose timeout also includes the time in
+    # which all ranks were suspended.
     limit = max(_SHORTEST_COLLECTIVE_LIMIT, 10 * timeout_seconds)
     with liveness, _joined(device_name, limit, meeting.store, meeting.rank, meeting.world_size) as ranks:
         yield ranks
@@ -143,10 +144,10 @@ def _joined(device_name: str, timeout_seconds: float, store: dist.Store, rank: i
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    # After an error the group is left as it is: other ranks may be inside a collective, and shutting down would wait
-    # for them. The launcher ends them when this process exits.
+    # After an error the group is not shut down: other ranks may be inside a collective, and a shutdown would wait for
+    # them. The launcher ends them when this process exits.
     yield Ranks(rank, world_size, device, store=store)
-    # gloo may abort the interpreter's exit while tensors still hold on to the group.
+    # gloo may abort the interpreter's exit while tensors still reference the group.
     gc.collect()
     dist.destroy_process_group()
 

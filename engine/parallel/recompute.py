@@ -1,4 +1,4 @@
-"""Activation recomputation: trade a second computation of (parts of) a block for the memory of its activations."""
+"""Activation recomputation: compute (parts of) a block twice to save the memory of its activations."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _ATTENTIONS = (
     "flash_attn_3::fwd",
     "flex_attention",
 )
-"""Operators by name: which of them exist depends on what is installed. Attention that is computed from plain matrix
-products (aten::bmm) is not among them: its scores are what must not be kept.
+"""Operators by name, because the existing ones depend on the installation. Attention computed from plain matrix
+products (aten::bmm) is not included: its scores are exactly what must not be stored.
 
-FlexAttention is one operator where blocks are compiled. Where they are not, it is compiled alone: what it runs then is
-not seen here, and runs again."""
+FlexAttention is one operator in compiled blocks. Otherwise it is compiled alone; its operators are not visible here,
+and are recomputed."""
 
 
 def apply(model: Decoder, config: ParallelConfig) -> None:
-    """Let every ``recompute_every``-th block keep less and compute it again in the backward pass.
+    """Let every ``recompute_every``-th block store less and recompute it in the backward pass.
 
-    The block's forward is wrapped rather than the block: parameter names stay, and FSDP's gathering stays outside, so
-    that parameters are gathered once for the recomputation and the backward pass.
+    The block's forward is wrapped rather than the block. So parameter names stay the same, and FSDP's gathering stays
+    outside: parameters are gathered once for the recomputation and the backward pass.
     """
     if config.recompute == "none":
         return
     for block in model.model.blocks[:: config.recompute_every]:
-        # Nothing in a block is random, so the generators' states need not be kept.
+        # A block uses no random numbers, so the generators' states need not be saved.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if config.recompute == "selective":
             num_linear = sum(isinstance(module, nn.Linear) for module in block.modules())
@@ -49,13 +49,15 @@ def apply(model: Decoder, config: ParallelConfig) -> None:
 
 
 def _selective_contexts(num_linear: int) -> tuple[Any, Any]:
-    """The contexts of one forward pass and of its recomputation."""
+    """Return the contexts of one forward pass and of its recomputation."""
     return create_selective_checkpoint_contexts(_keep_products(num_linear))
 
 
 def _keep_products(num_linear: int) -> Callable[..., CheckpointPolicy]:
-    """Policy of one forward pass of a block with ``num_linear`` linear layers: keep the outputs of matrix products and
-    attention, which cost most to compute, but for the last product, which nothing in the block's backward pass reads.
+    """Return the policy of one forward pass of a block with ``num_linear`` linear layers.
+
+    It stores the outputs of matrix products and attention, which cost most to compute. The last product is not stored,
+    because the block's backward pass does not read it.
     """
     products = 0
 

@@ -1,8 +1,8 @@
-"""Tensor parallelism with sequence parallelism: ranks share every matrix, and outside of the matrices the tokens.
+"""Tensor parallelism with sequence parallelism: ranks share every matrix, and the tokens outside of the matrices.
 
-Column-wise split projections take all tokens and give some heads or features; row-wise split ones take these and give
-sums of which every rank keeps its tokens (Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198). Norms and the
-residual stream see a rank's own tokens only. The embedding and the head hold some rows of the vocabulary each.
+Column-wise split projections take all tokens and give some heads or features. Row-wise split ones take these and give
+sums; every rank keeps those of its tokens (Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198). Norms and the
+residual stream see only a rank's own tokens. The embedding and the head each hold some rows of the vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..model.architecture import Architecture
 from ..model.decoder import Decoder
 
 TOKENS = 0
-"""The dimension of tokens in every activation: nothing has a batch dimension."""
+"""The dimension of tokens in every activation; there is no batch dimension."""
 
 
 class Copied(ParallelStyle):
@@ -79,7 +79,7 @@ DECODER_PLAN: dict[str, ParallelStyle] = {
 
 
 def check(architecture: Architecture, config: RunConfig) -> None:
-    """Refuse what cannot be dealt evenly to ``parallel.tensor`` ranks.
+    """Refuse numbers that cannot be divided evenly among ``parallel.tensor`` ranks.
 
     Raises:
         UserError: with both sides of the division.
@@ -101,7 +101,7 @@ def check(architecture: Architecture, config: RunConfig) -> None:
     if config.training.float8:
         raise UserError(
             f"training.float8 is true with parallel.tensor {size}: split matrices cannot be multiplied in float8; "
-            "set one of them back"
+            "disable one of them"
         )
 
 
@@ -109,7 +109,7 @@ def apply(model: Decoder, mesh: DeviceMesh, overlap: bool) -> None:
     """Split the matrices of ``model`` (on the meta device) over the ranks of the one-dimensional ``mesh``.
 
     Args:
-        overlap: let torch.compile cut products and their exchanges of activations into pieces that run side by side.
+        overlap: let torch.compile split products and their exchanges of activations into pieces that run concurrently.
     """
     parallelize_module(model, mesh, _present(model, DECODER_PLAN))
     for block in model.model.blocks:
@@ -122,7 +122,9 @@ def apply(model: Decoder, mesh: DeviceMesh, overlap: bool) -> None:
 
 
 class _Arrived(torch.autograd.Function):
-    """The embeddings, waited for: a compiled block takes those still on their way for a constant, without gradient."""
+    """Waits for the embeddings: a compiled block would treat an unfinished collective's result as a constant without
+    gradient.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor) -> Tensor:
@@ -142,7 +144,9 @@ def _overlap_exchange(mesh: DeviceMesh) -> None:
 
 
 def _present(module: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
-    """The entries of ``plan`` whose modules ``module`` has: Qwen2 has no q_norm, a stage may have no embedding."""
+    """Return the entries of ``plan`` for existing modules of ``module``: Qwen2 has no q_norm, a stage may have no
+    embedding.
+    """
     there = {name for name, _ in module.named_modules()}
     return {name: style for name, style in plan.items() if name in there}
 
@@ -151,7 +155,9 @@ def _vocabulary_parallel_loss(mesh: DeviceMesh) -> Callable[[Tensor, Tensor, Ten
     group = mesh.get_group()
 
     def loss(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-        """As of the whole head: ``hidden_TH`` are this rank's tokens, ``weight_VH`` a DTensor, ``targets_T`` all."""
+        """Compute the loss of the whole head: ``hidden_TH`` are this rank's tokens, ``weight_VH`` a DTensor,
+        ``targets_T`` all.
+        """
         assert isinstance(weight_VH, DTensor)
         tokens = DTensor.from_local(hidden_TH, mesh, [Shard(TOKENS)], run_check=False)
         all_TH = tokens.redistribute(placements=[Replicate()]).to_local()

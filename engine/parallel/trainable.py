@@ -1,7 +1,7 @@
-"""Which parameters learn: all, or in a first stage with new tokens only those that belong to tokens.
+"""Select the trainable parameters: all, or only those of the tokens in a first stage with new tokens.
 
-Frozen parameters have no gradients, so no optimizer states either: a stage costs 4 bytes for each of them where a run
-on all parameters costs 16. Gradients of activations still flow through every block.
+Frozen parameters have no gradients, and so no optimizer states either: each costs 4 bytes, a trained one 16. Gradients
+of activations still flow through every block.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from ..model.architecture import Architecture
 from ..model.decoder import Decoder
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-"""Where they are tied, there is only the first."""
+"""With tied embeddings only the first exists."""
 
 
 def check(config: RunConfig) -> None:
-    """Refuse layouts in which some rank would have nothing to train.
+    """Refuse layouts in which some rank would have no trainable parameters.
 
     Raises:
-        UserError: naming the setting.
+        UserError: names the setting.
     """
     parallel = config.parallel
     if config.training.trainable == "all" or (parallel.pipeline <= 2 and parallel.pipeline_schedule == "1f1b"):
         return
     raise UserError(
         f"training.trainable is {config.training.trainable} with parallel.pipeline {parallel.pipeline} and "
-        f"parallel.pipeline_schedule {parallel.pipeline_schedule}: stages between the two ends of the model would have "
-        "nothing to train; use at most 2 stages with 1f1b, and other axes"
+        f"parallel.pipeline_schedule {parallel.pipeline_schedule}: stages between the first and the last would have no "
+        "trainable parameters; use at most 2 stages with 1f1b, and other axes"
     )
 
 
 def apply(model: Decoder, config: TrainingConfig) -> None:
-    """Freeze what is not to learn; call before FSDP, which groups parameters by it."""
+    """Freeze the parameters that are not trained; call before FSDP, which groups parameters by this."""
     if config.trainable == "all":
         return
     for name, parameter in model.named_parameters():
@@ -44,7 +44,7 @@ def apply(model: Decoder, config: TrainingConfig) -> None:
 
 
 def count(architecture: Architecture, config: TrainingConfig) -> int:
-    """Number of parameters that learn."""
+    """Return the number of trainable parameters."""
     if config.trainable == "all":
         return architecture.num_parameters
     tables = 1 if architecture.tie_word_embeddings else len(EMBEDDINGS)
@@ -52,7 +52,7 @@ def count(architecture: Architecture, config: TrainingConfig) -> int:
 
 
 def require_same(former: Mapping[str, Any], config: TrainingConfig, folder: str | Path) -> None:
-    """Refuse to go on from a checkpoint that holds states of other parameters than those that learn.
+    """Refuse to continue from a checkpoint with optimizer states of other parameters than the trainable ones.
 
     Args:
         former: configuration of the run that wrote the checkpoint ``folder``, as a nested dictionary.
@@ -64,5 +64,5 @@ def require_same(former: Mapping[str, Any], config: TrainingConfig, folder: str 
     if there != config.trainable:
         raise UserError(
             f"training.trainable is {config.trainable}, but {folder} was trained with {there} and holds optimizer "
-            "states of these parameters only; set it back, or start a new run_folder with model.initialize_from"
+            "states of those parameters only; set it back, or start a new run_folder with model.initialize_from"
         )

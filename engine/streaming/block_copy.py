@@ -1,11 +1,11 @@
-"""Tensors from a source into files, a block at a time, with the hash of every tensor on both sides.
+"""Copy tensors from a source into files, one block at a time, and hash every tensor on both sides.
 
-Both formats that are written this way, safetensors and the files of DCP, are the values of tensors at known places
-between a few bytes that depend on names and shapes only. So a file is begun without its values, the values go straight
-to their places, and the whole is read again from the disk and compared with what was to be written.
+Both output formats, safetensors and the files of DCP, hold the values of tensors at known places. The few other bytes
+depend only on names and shapes. So a file is created without its values, and the values are written directly to their
+places. Then the file is read back from the disk and compared with the source.
 
-Memory: each worker holds one block, and the cast block where there is a cast (:data:`BLOCK_BYTES` of source and as many
-elements of target), whatever the size of a tensor.
+Memory: each worker holds one block, and the cast block if there is a cast, whatever the size of a tensor. A block is
+:data:`BLOCK_BYTES` of source, and a cast block has as many elements of target.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ import torch
 import xxhash
 
 from ..checkpoint.hashing import FileRecord
-from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from .finite import REMEDY, all_finite, require_finite
 from .raw_bytes import bytes_of, write_exactly
-from .tensor_source import ReadRows, TensorSource, rows_of
+from .tensor_source import ReadRows, StoredTensor, TensorSource, rows_of
 
 BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file that is to hold tensors."""
+    """The layout of a file of tensors."""
 
     name: str
     tensors: Mapping[str, StoredTensor]
-    """As they are to be stored, in the order of their places."""
+    """The tensors as stored, in the order of their places."""
     begin: Callable[[Path], dict[str, int]]
-    """Makes the file, whole but for the values, and gives the offset of every tensor in it. May raise OSError."""
+    """Creates the complete file except for the values, and returns the offset of every tensor in it. May raise
+    OSError."""
 
 
 @dataclass(frozen=True)
 class Hashes:
-    """xxh3_128 of one tensor's bytes, in hexadecimal."""
+    """The xxh3_128 of one tensor's bytes, in hexadecimal."""
 
     source: str
-    """As read, in the dtype of the source."""
+    """Hash of the bytes as read, in the dtype of the source."""
     written: str
-    """As stored. The same where nothing was cast."""
+    """Hash of the bytes as stored. The same if nothing was cast."""
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file that has been read again from the disk, and holds what it should."""
+    """A file that has been read back from the disk and verified."""
 
     name: str
     record: FileRecord
@@ -72,28 +72,29 @@ def copy_files(
     on_file: Callable[[WrittenFile], object] = lambda file: None,
     nonfinite_remedy: str | None = REMEDY,
 ) -> dict[str, WrittenFile]:
-    """Write ``files`` into ``folder``, each with the tensors of ``source``, cast to the dtypes that it asks for.
+    """Write ``files`` into ``folder``, each with the tensors of ``source``, cast to the requested dtypes.
 
     Args:
-        folder: where to.
-        files: what to write.
-        source: has every tensor, in the shape that is asked for.
+        folder: the folder to write to.
+        files: the files to write.
+        source: has every tensor in the requested shape.
         workers: threads; each copies one tensor at a time.
-        hashed_rows: for tensors whose last rows are not of the source: how many are. All rows, where not named.
-        on_bytes: hears how many bytes were written or read back. Called by one thread at a time.
-        on_file: hears of every file that is complete, flushed to disk and read back. By one thread at a time.
-        nonfinite_remedy: what an error about NaN and infinite values of the source advises; None copies them.
+        hashed_rows: number of rows that come from the source, for tensors with additional last rows. All rows, if not
+            named.
+        on_bytes: called with the number of bytes written or read back, by one thread at a time.
+        on_file: called with every file that is complete, flushed to disk and read back, by one thread at a time.
+        nonfinite_remedy: remedy in an error about NaN and infinite values of the source; None copies them.
 
     Returns:
-        the files by name.
+        The files by name.
 
     Raises:
-        UserError: a source cannot be read or has values that are not finite, a value does not fit into the dtype that
-            is asked for, or the disk keeps something else than was written.
+        UserError: a source cannot be read or has non-finite values, a value overflows in the requested dtype, or the
+            disk returns other bytes than were written.
         OSError: a file cannot be written.
     """
     job = _Job(source, hashed_rows or {}, on_bytes, on_file, nonfinite_remedy)
-    # The largest first, so that no worker is left alone with one in the end.
+    # The largest first, so that no worker has to process a large one alone at the end.
     by_size = sorted(files, key=lambda file: -sum(tensor.num_bytes for tensor in file.tensors.values()))
     states = [_FileState(file, folder / file.name, len(file.tensors)) for file in by_size]
     try:
@@ -102,7 +103,7 @@ def copy_files(
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
                 failures = [future.exception() for future in futures if future.done() and not future.cancelled()]
-            finally:  # also after Ctrl-C: threads must end before anybody looks at the folder, or closes a file
+            finally:  # also after Ctrl-C: threads must end before the folder is inspected or a file is closed
                 job.stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
     finally:
@@ -116,7 +117,7 @@ def copy_files(
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Casts of blocks run in the workers' own threads; PyTorch would add threads of its own to each."""
+    """Casts run in the workers' own threads; PyTorch would start additional threads in each."""
     before = torch.get_num_threads()
     try:
         yield
@@ -139,7 +140,7 @@ class _FileState:
     hashes: dict[str, Hashes] = field(default_factory=dict)
 
     def open(self) -> tuple[int, dict[str, int]]:
-        """Begin the file, when this is the first of its tensors."""
+        """Begin the file if this is the first of its tensors."""
         with self.lock:
             if self.descriptor is None:
                 self.path.unlink(missing_ok=True)
@@ -148,7 +149,9 @@ class _FileState:
             return self.descriptor, self.offsets
 
     def complete(self, name: str, hashes: Hashes) -> bool:
-        """Take note of a tensor; whether it was the last, after which the file is flushed to disk and closed."""
+        """Record a finished tensor; return whether it was the last one, after flushing the file to disk and closing
+        it.
+        """
         with self.lock:
             self.hashes[name] = hashes
             self.num_left -= 1
@@ -166,13 +169,13 @@ class _FileState:
 
 
 class _Buffers(threading.local):
-    """Memory of one worker, used again for every block: freed blocks of many sizes would not fit each other."""
+    """Memory of one worker, reused for every block: freed blocks of many sizes would fragment the heap."""
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
 
     def take(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialized tensor, in the memory of the last one for the same ``use``."""
+        """Return an uninitialized tensor in the memory of the last one for the same ``use``."""
         num_bytes = math.prod(shape) * dtype.itemsize
         held = self._held.get(use)
         if held is None or held.numel() < num_bytes:
@@ -206,7 +209,7 @@ class _Job:
             self._on_bytes(count)
 
     def copy(self, state: _FileState, name: str) -> None:
-        """Copy one tensor; the last one of a file also proves the file."""
+        """Copy one tensor; the last one of a file also verifies the file."""
         if self.stop.is_set():
             raise _Stopped
         descriptor, offsets = state.open()
@@ -218,8 +221,8 @@ class _Job:
         for tensor, of_tensor in state.hashes.items():
             if found[tensor] != of_tensor.written:
                 raise UserError(
-                    f"{state.path}: the disk gives back another {tensor} than was written (xxh3_128 {found[tensor]} "
-                    f"instead of {of_tensor.written}); write to another disk"
+                    f"{state.path}: reading {tensor} back gives other values than were written (xxh3_128 "
+                    f"{found[tensor]} instead of {of_tensor.written}); write to another disk"
                 )
         done = WrittenFile(state.file.name, record, {key: state.hashes[key] for key in state.file.tensors})
         with self._report:
@@ -258,12 +261,12 @@ class _Job:
 def _require_range(name: str, rows: torch.Tensor, cast: torch.Tensor) -> None:
     """Refuse a cast that has made finite values infinite."""
     lost = rows[~cast.isfinite() & rows.isfinite()]
-    if not lost.numel():  # they were infinite, or no numbers, before
+    if not lost.numel():  # they were infinite or NaN before
         return
     dtype = str(cast.dtype).removeprefix("torch.")
     raise UserError(
-        f"{name}: values up to {float(lost.abs().max()):.4g} become infinite in {dtype}, whose largest is "
-        f"{torch.finfo(cast.dtype).max:.4g}; choose --dtype float32, or keep the dtype that there is"
+        f"{name}: values up to {float(lost.abs().max()):.4g} become infinite in {dtype}, whose maximum is "
+        f"{torch.finfo(cast.dtype).max:.4g}; choose --dtype float32, or keep the original dtype"
     )
 
 
@@ -273,10 +276,10 @@ def read_back(
     offsets: Mapping[str, int],
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> tuple[FileRecord, dict[str, str]]:
-    """Read the file ``path`` from the disk, where the page cache can be told to forget it.
+    """Read the file ``path`` back from the disk, after dropping it from the page cache if possible.
 
     Returns:
-        its size and hash, and the xxh3_128 of every tensor, in hexadecimal.
+        Its size and hash, and the xxh3_128 of every tensor, in hexadecimal.
 
     Raises:
         OSError: it cannot be read.
@@ -284,7 +287,7 @@ def read_back(
     whole, size, found = xxhash.xxh3_128(), 0, {}
     places = sorted((offsets[name], offsets[name] + tensor.num_bytes, name) for name, tensor in tensors.items())
     with open(path, "rb", buffering=0) as file:
-        # Only pages that have been flushed are forgotten, which the caller has seen to.
+        # The cache drops only flushed pages; the caller has flushed them.
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         end = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""Weights that are not finite: found in one pass over values that are in memory anyway."""
+"""Find weights that are not finite, in one pass over values that are already in memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class NotFinite(UserError):
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite.
+    """Return whether no value is NaN or infinite.
 
-    The extremes are infinite or NaN when any value is. This reads about 16 GB/s on one core, ``isfinite`` 0.4 GB/s.
+    The minimum or maximum is infinite or NaN if any value is. This reads about 16 GB/s on one core, ``isfinite`` 0.4
+    GB/s.
     """
     if not values.numel():
         return True
@@ -27,14 +28,14 @@ def all_finite(values: Tensor) -> bool:
 
 
 def require_finite(name: str, values: Tensor, remedy: str = REMEDY) -> None:
-    """Refuse ``values``, all or a part of the tensor ``name``, when some are not finite.
+    """Refuse ``values``, all or a part of the tensor ``name``, if some are not finite.
 
     Raises:
-        NotFinite: naming the tensor, one of the values and ``remedy``.
+        NotFinite: names the tensor, one of the values and ``remedy``.
     """
     if all_finite(values):
         return
     wrong = values[~torch.isfinite(values)]
     raise NotFinite(
-        f"{name} holds {wrong.numel():,} values that are NaN or infinite, the first is {float(wrong[0])}; {remedy}"
+        f"{name} holds {wrong.numel():,} values that are NaN or infinite; the first is {float(wrong[0])}; {remedy}"
     )

@@ -1,4 +1,4 @@
-"""An output folder that appears under its name only when it is complete."""
+"""Write an output folder that appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ..outputs import sync_path, sync_tree
 
 
 def require_absent(output: str | Path) -> Path:
-    """``output`` as a path, refused when something is there.
+    """Return ``output`` as a path, after checking that it does not exist.
 
     Raises:
         UserError: it exists.
     """
     if os.path.lexists(output):
-        raise UserError(f"--output {output}: exists already, and nothing is overwritten; remove it or name another")
+        raise UserError(f"--output {output}: exists already and is not overwritten; remove it or choose another")
     return Path(output)
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output`` to write into; flushed to disk and renamed to ``output`` at the end.
+    """Yield a temporary folder next to ``output``; it is flushed to disk and renamed to ``output`` at the end.
 
-    After an error, or Ctrl-C, nothing is left.
+    After an error or Ctrl-C the temporary folder is removed.
 
     Raises:
         UserError: ``output`` exists, or cannot be written.

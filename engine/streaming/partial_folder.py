@@ -1,8 +1,8 @@
-"""An output folder that takes long to write: it appears when complete, and what was done outlives an interruption.
+"""Write a large output folder that appears when complete, and keeps finished files after an interruption.
 
-``.{name}.{key}.partial/`` stands beside the output. Its key is a hash of all that decides the content, so that another
-command takes nothing of it. In it are ``content/``, which becomes the output by one rename, ``journal.jsonl``, a line
-for every finished file with its hash, and a lock, by which the same command started twice does not write twice.
+``.{name}.{key}.partial/`` is next to the output. Its key is a hash of everything that determines the content, so that
+other commands do not use it. It holds ``content/``, which becomes the output by one rename; ``journal.jsonl``, a line
+for every finished file with its hash; and a lock, so that the same command does not run twice at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SUFFIX = ".partial"
 
 
 class Worthless(UserError):
-    """What went wrong makes all that was written of no use: nothing of it is kept."""
+    """An error that makes all written files useless, so that none is kept."""
 
 
 class PartialFolder:
@@ -39,19 +39,19 @@ class PartialFolder:
     def __init__(self, folder: Path):
         self._folder = folder
         self.content = folder / _CONTENT
-        """Becomes the output."""
+        """The folder that becomes the output."""
         if self.content.is_symlink():
             self.content.unlink()
         self.content.mkdir(exist_ok=True)
         self.noted = self._read_journal()
-        """Files that a former run has finished, by name. Whether they are still so is for :meth:`finished` to say."""
+        """Files that an earlier run has finished, by name. :meth:`finished` verifies them."""
 
     def clear(self, take_up: bool) -> None:
-        """Remove what no former run has finished, such as its copies of small files, or all of it."""
+        """Remove files that no earlier run has finished, such as its copies of small files, or all of them."""
         if not take_up:
             (self._folder / _JOURNAL).unlink(missing_ok=True)
             self.noted = {}
-        for path in sorted(self.content.rglob("*"), reverse=True):  # what is in a folder before the folder
+        for path in sorted(self.content.rglob("*"), reverse=True):  # the content of a folder before the folder
             if path.is_dir() and not path.is_symlink():
                 if not any(path.iterdir()):
                     path.rmdir()
@@ -59,7 +59,7 @@ class PartialFolder:
                 path.unlink()
 
     def note(self, file: WrittenFile) -> None:
-        """Remember that ``file`` is complete and on the disk."""
+        """Record that ``file`` is complete and on the disk."""
         with open(self._folder / _JOURNAL, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(asdict(file)) + "\n")
             journal.flush()
@@ -67,7 +67,7 @@ class PartialFolder:
         self.noted[file.name] = file
 
     def finished(self, name: str, on_bytes: Callable[[int], object] = lambda count: None) -> WrittenFile | None:
-        """The noted file ``name``, read again; None when it has to be written."""
+        """Read the noted file ``name`` back and return it; None if it has to be written."""
         file, path = self.noted.get(name), self.content / name
         if file is None or not path.is_file() or path.stat().st_size != file.record.bytes:
             return None
@@ -81,7 +81,7 @@ class PartialFolder:
                 entry = json.loads(line)
                 tensors = {name: Hashes(**hashes) for name, hashes in entry["tensors"].items()}
                 noted[entry["name"]] = WrittenFile(entry["name"], FileRecord(**entry["record"]), tensors)
-            except (ValueError, KeyError, TypeError):  # the line that a killed run was at
+            except (ValueError, KeyError, TypeError):  # a line that a killed run did not finish
                 continue
         return noted
 
@@ -90,16 +90,16 @@ class PartialFolder:
 def partial_folder(
     output: Path, identity: Mapping[str, Any], say: Callable[[str], None] = print, take_up: bool = True
 ) -> Iterator[PartialFolder]:
-    """A folder to write ``output`` in, flushed to disk and renamed at the end.
+    """Yield a folder to write ``output`` in; it is flushed to disk and renamed at the end.
 
-    Ctrl-C, a disk that takes no more, and a source that cannot be read, leave what is finished for the same command to
-    go on from, and say so. After :class:`Worthless`, and faults of this program, nothing is left.
+    After Ctrl-C, a full disk, or an unreadable source, finished files are kept, and the same command can continue from
+    them; a message reports this. After :class:`Worthless` and internal errors everything is removed.
 
     Args:
         output: the folder to make.
-        identity: all that decides its content, for JSON.
-        say: takes the lines about what is taken up again, and what is left.
-        take_up: whether what a former run has finished is used.
+        identity: everything that determines its content, for JSON.
+        say: receives the lines about reused and kept files.
+        take_up: whether to use files that an earlier run has finished.
 
     Raises:
         UserError: ``output`` exists, cannot be written, or is being written by the same command.
@@ -145,21 +145,19 @@ def _describe(error: OSError, output: Path, renamed: bool = False) -> str:
 
 
 def _what_is_kept(folder: Path) -> str:
-    """What to say about the finished files in ``folder``; nothing when there are none."""
+    """Return a message about the finished files in ``folder``; empty if there are none."""
     noted = PartialFolder(folder).noted if folder.is_dir() else {}
     if not noted:
         return ""
-    return f"{len(noted)} finished files are kept in {folder}: the same command goes on from them; or remove it"
+    return f"{len(noted)} finished files are kept in {folder}: the same command continues from them; or remove it"
 
 
 def _say_what_is_there(output: Path, partial: PartialFolder, folder: Path, say: Callable[[str], None]) -> None:
     if partial.noted:
-        say(f"going on from {len(partial.noted)} finished files in {folder}")
+        say(f"continuing from {len(partial.noted)} finished files in {folder}")
     for other in sorted(output.parent.iterdir()):
         if other != folder and other.name.startswith(f".{output.name}.") and other.name.endswith(_SUFFIX):
-            say(
-                f"{other} is of another command, input or version that did not finish; nothing of it is used, remove it"
-            )
+            say(f"{other} is the unfinished output of another command, input or version; it is not used, remove it")
 
 
 @contextmanager
@@ -171,13 +169,13 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"--output {output}: another process is making it with the same command (it holds {path}); wait for it"
+                f"--output {output}: another process is writing it with the same command (it holds {path}); wait for it"
             ) from None
         except OSError:
-            pass  # A file system without locks: two at once would still compare all that they have written.
-        # Whoever held it until now may have finished, and removed the folder.
+            pass  # A file system without locks: two processes at once would still verify all that they have written.
+        # The previous holder of the lock may have finished and removed the folder.
         if os.fstat(descriptor).st_nlink == 0:
-            raise UserError(f"--output {output}: another process has just made it; look there, or start again")
+            raise UserError(f"--output {output}: another process has just finished it; look there, or start again")
         yield
     finally:
         os.close(descriptor)

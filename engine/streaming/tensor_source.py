@@ -1,18 +1,33 @@
-"""Where the values of a conversion come from: any rows of any tensor, into memory that the caller owns.
+"""Define the interface of a conversion's input: reads any rows of any tensor into memory of the caller.
 
-A row is an index of the first dimension; a scalar is one row. Whoever reads rows in blocks needs no more memory than a
-block, however large the tensor is.
+A row is an index of the first dimension; a scalar is one row. Reading rows in blocks needs no more memory than a block,
+however large the tensor is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from ..checkpoint.tensors import StoredTensor
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Shape and dtype of one tensor on the disk."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 ReadRows = Callable[[int, Tensor], None]
 """``read(first, rows)`` fills the contiguous CPU tensor ``rows``, of the stored dtype and shape [n, ...], with the rows
@@ -27,9 +42,9 @@ class TensorSource(Protocol):
         """Names, shapes and dtypes."""
 
     def rows(self, name: str) -> AbstractContextManager[ReadRows]:
-        """What reads the rows of ``name`` while it is open."""
+        """Return a context manager that yields the reader of the rows of ``name``."""
 
 
 def rows_of(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """``shape`` with a first dimension to count rows by."""
+    """Return ``shape`` with a first dimension that counts rows."""
     return shape or (1,)

@@ -1,7 +1,7 @@
-"""Causal attention over packed documents: a document never sees its neighbour.
+"""Causal attention over packed documents: documents do not attend to each other.
 
-One operation, :func:`attention`, with several backends. Which one a run uses is chosen once, by
-:func:`choose_attention_backend`; what a packing needs for it is worked out once, by :func:`plan_attention`. Shapes: T
+One operation, :func:`attention`, with several backends. :func:`choose_attention_backend` chooses the backend of a run
+once; :func:`plan_attention` prepares the data of a packing once. Shapes: T
 tokens, N query heads, K key/value heads (N a multiple of K), D head size.
 """
 
@@ -43,19 +43,19 @@ def attention(
     window: int | None = None,
     plan: AttentionPlan | None = None,
 ) -> Tensor:
-    """Causal self-attention inside each document.
+    """Compute causal self-attention inside each document.
 
     Args:
         q_TND: [T, N, D] queries.
         k_TKD: [T, K, D] keys, N a multiple of K (grouped-query attention).
         v_TKD: [T, K, D] values.
         cu_seqlens: [documents + 1] int32 on the device of ``q_TND``, first 0, last T: token offsets of the documents.
-            Documents of no tokens may stand behind the others.
+            Documents without tokens may follow the others.
         max_seqlen: length of the longest document.
         softmax_scale: factor on the scores; default 1 / sqrt(D).
         window: a token sees itself and the ``window - 1`` tokens before it; None for all.
-        plan: the backend and what it knows of these documents. Without one it is made here, from ``cu_seqlens``, for
-            the backend that ``auto`` gives; on a GPU some backends wait for the device to do so.
+        plan: the backend with its data for these documents. Without one it is made here from ``cu_seqlens``, for the
+            backend of ``auto``; on a GPU some backends then wait for the device.
 
     Returns:
         [T, N, D] in the dtype of ``q_TND``.

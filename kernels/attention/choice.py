@@ -1,4 +1,4 @@
-"""Which backend a run's attention uses: chosen once, with the reason, or forced and checked."""
+"""Choose the attention backend of a run, with a reason, or check a requested one."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ BACKENDS = {
     FLEX: "FlexAttention",
     PER_DOCUMENT: "PyTorch SDPA per document",
 }
-"""What each backend is, in the order in which they are tried."""
+"""Description of each backend, in the order in which they are tried."""
 
 
 class Choice(NamedTuple):
-    """A backend and why."""
+    """A backend and the reason for its choice."""
 
     backend: str
     reason: str
-    """One line: what the backend is, and why it was taken."""
+    """One line: what the backend is, and why it was chosen."""
 
 
 class UnusableBackend(ValueError):
-    """A backend was asked for by name and cannot work: one line with the cause and the remedy."""
+    """A requested backend cannot be used: one line with the cause and the remedy."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a backend's usability depends on."""
+    """The facts that decide whether a backend can be used."""
 
     device_type: str
     capability: tuple[int, int]
@@ -47,7 +47,7 @@ class Setting:
     dtype: torch.dtype
     head_dim: int
     windowed: bool
-    """Some layer has a window that is shorter than the documents may be."""
+    """True if some layer has a window that is shorter than the maximum document length."""
     equal_lengths: bool
     """All documents of a packing have the same length."""
 
@@ -61,14 +61,14 @@ def choose_attention_backend(
     windows: Iterable[int | None] = (),
     equal_lengths: bool = False,
 ) -> Choice:
-    """The backend of a run.
+    """Return the backend of a run.
 
     Args:
         requested: ``auto``, or a key of ``BACKENDS``.
         device: where the attention runs.
         dtype: of queries, keys and values.
         head_dim: D.
-        windows: the windows of the model's layers, None for none.
+        windows: the windows of the model's layers, None for full attention.
         equal_lengths: every packing is one document, or documents of one length.
 
     Raises:
@@ -80,7 +80,7 @@ def choose_attention_backend(
         backend = next(name for name in BACKENDS if _preferred(name, setting) and obstacle(name, setting) is None)
         return Choice(backend, f"{BACKENDS[backend]}; {_why(backend, setting)}")
     if requested not in BACKENDS:
-        raise UnusableBackend(f"there is no attention backend {requested!r}; use auto, {', '.join(BACKENDS)}")
+        raise UnusableBackend(f"unknown attention backend {requested!r}; use auto, {', '.join(BACKENDS)}")
     problem = obstacle(requested, setting)
     if problem is not None:
         usable = [name for name in BACKENDS if obstacle(name, setting) is None]
@@ -89,12 +89,12 @@ def choose_attention_backend(
 
 
 def _preferred(backend: str, setting: Setting) -> bool:
-    """Whether ``auto`` takes ``backend`` where it works."""
-    if backend == FLEX:  # Flash attention does the same with less; what it cannot do is rare enough to be asked for.
+    """Return whether ``auto`` chooses ``backend`` if it works."""
+    if backend == FLEX:  # Flash attention does the same with less memory; other uses are rare, and must request FLEX.
         return False
     if backend == FA4:  # On Hopper FlashAttention-3 has all the features, and FlashAttention-4 is new.
         return setting.capability[0] >= 10
-    if backend == SDPA:  # cuDNN is ahead of FlashAttention-2 from Hopper on; a window would need a mask.
+    if backend == SDPA:  # cuDNN is faster than FlashAttention-2 from Hopper on; a window would need a mask.
         return setting.capability[0] >= 9 and not setting.windowed and setting.dtype != torch.float32
     return True
 
@@ -102,7 +102,7 @@ def _preferred(backend: str, setting: Setting) -> bool:
 def _why(backend: str, setting: Setting) -> str:
     if backend == PER_DOCUMENT:
         if setting.device_type != "cuda":
-            return "what runs on a CPU"
+            return "the backend for CPUs"
         return f"varlen {obstacle(VARLEN, setting)}"
     earlier = [name for name in (FA3, FA4, FLASH_ATTN, VARLEN) if name != backend and _preferred(name, setting)]
     missing = [name for name in earlier if obstacle(name, setting) is not None]
@@ -111,7 +111,7 @@ def _why(backend: str, setting: Setting) -> str:
 
 @functools.cache
 def obstacle(backend: str, setting: Setting) -> str | None:
-    """Why ``backend`` cannot be used, as the end of a sentence that begins with its name; None if it can."""
+    """Return why ``backend`` cannot be used, as the end of a sentence that begins with its name; None if it can."""
     if backend == PER_DOCUMENT:
         return None
     if backend == SDPA:
@@ -147,7 +147,7 @@ def _flash_obstacle(backend: str, setting: Setting) -> str | None:
         built = torch.backends.cuda.is_flash_attention_available()
         return None if built else "needs a PyTorch that was built with flash attention"
     if backend.upper() not in _registered_implementations():
-        return f"needs a PyTorch that knows {backend.upper()}, which {torch.__version__} does not"
+        return f"needs a PyTorch that supports {backend.upper()}, and {torch.__version__} does not"
     return import_problem(*_SOURCES[backend])
 
 
@@ -164,8 +164,9 @@ def _registered_implementations() -> list[str]:
 
 @functools.cache
 def import_problem(module: str, attribute: str) -> str | None:
-    """Why ``attribute`` cannot be imported from ``module``. Imported for real: a package that was built for another
-    PyTorch is found, and fails only then."""
+    """Return why ``attribute`` cannot be imported from ``module``.
+
+    Imports it for real: a package that was built for another PyTorch is found, and fails only during the import."""
     try:
         getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:

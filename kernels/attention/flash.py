@@ -1,7 +1,7 @@
 """Flash attention over packed documents: the flash-attn package, and PyTorch's ``varlen_attn``.
 
-``varlen_attn`` runs the FlashAttention-2 kernels that PyTorch is built with, or those of FlashAttention-3 or -4 after
-:func:`use_implementation` has put them in their place.
+``varlen_attn`` runs the FlashAttention-2 kernels that PyTorch is built with. :func:`use_implementation` replaces them
+by those of FlashAttention-3 or -4.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 
 
 def use_implementation(name: str | None) -> None:
-    """Let ``varlen_attn`` run ``FA3`` or ``FA4``; None for the kernels of PyTorch. This holds for the whole process."""
+    """Make ``varlen_attn`` run ``FA3`` or ``FA4``; None for the kernels of PyTorch. This applies to the whole
+    process.
+    """
     if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
         assert name is None
         return
@@ -29,9 +31,9 @@ def use_implementation(name: str | None) -> None:
 
 
 def pad_offsets(cu_seqlens: Tensor) -> Tensor:
-    """Documents of no tokens behind the last, until their number is a power of two.
+    """Append empty documents until the number of documents is a power of two.
 
-    What is compiled for the shape of ``cu_seqlens`` then meets one shape per power of two. Such a document costs a
+    Code compiled for the shape of ``cu_seqlens`` then sees only one shape per power of two. An empty document costs a
     launch of thread blocks that return at once. Not on ROCm, whose kernels have been wrong for them
     (Dao-AILab/flash-attention#2421).
     """
@@ -52,7 +54,7 @@ def flash_attn_2(
     softmax_scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """The flash-attn package. Arguments as in ``attention``; documents of no tokens may be among them."""
+    """Run the flash-attn package. Arguments as in ``attention``; documents without tokens are allowed."""
     from flash_attn import flash_attn_varlen_func
 
     length = _kernel_length(max_seqlen)
@@ -80,7 +82,7 @@ def varlen_attention(
     softmax_scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """PyTorch's ``varlen_attn``. Arguments as in ``attention``; documents of no tokens may be among them."""
+    """Run PyTorch's ``varlen_attn``. Arguments as in ``attention``; documents without tokens are allowed."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
@@ -89,7 +91,7 @@ def varlen_attention(
         if VARLEN_TAKES_GROUPS:
             options["enable_gqa"] = True
         else:
-            # Its contract is then equal numbers of heads.
+            # It then requires equal numbers of heads.
             k_TKD, v_TKD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
     length = _kernel_length(max_seqlen)
     output = varlen_attn(
@@ -104,12 +106,12 @@ def varlen_attention(
         window_size=(-1 if window is None else window - 1, 0),
         **options,
     )
-    return cast(Tensor, output)  # more than that only where it is asked for
+    return cast(Tensor, output)  # it returns more only on request
 
 
 @functools.cache
 def varlen_parameters() -> frozenset[str]:
-    """Names of the parameters of this PyTorch's ``varlen_attn``; empty where there is none."""
+    """Return the names of the parameters of this PyTorch's ``varlen_attn``; empty if it does not exist."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -117,11 +119,11 @@ def varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-# Read when the module is, so that a compiled step finds a constant.
+# Read when the module is imported, so that a compiled step sees a constant.
 VARLEN_TAKES_GROUPS = "enable_gqa" in varlen_parameters()
 
 
 def _kernel_length(max_seqlen: int) -> int:
-    # A bound is all the kernels need. For queries of length one they take a decoding path, which counts the documents
-    # and is wrong when some have no token (Dao-AILab/flash-attention#1537).
+    # The kernels need only an upper bound. For queries of length one they use a decoding path that counts the documents
+    # and is wrong if some have no token (Dao-AILab/flash-attention#1537).
     return max(max_seqlen, 2)

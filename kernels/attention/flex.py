@@ -1,6 +1,6 @@
 """FlexAttention with a mask of documents, causality and window, made once per packing.
 
-The mask's blocks are worked out on the host from the lengths of the documents: nothing of the size T x T is made, and
+The mask's blocks are computed on the host from the lengths of the documents: nothing of size T x T is created, and
 nothing waits for the device. Its shapes depend on T only, so packings of T tokens share one compiled kernel.
 """
 
@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128
-"""Tokens of a side of a mask block, FlexAttention's own default."""
+"""Tokens per side of a mask block, FlexAttention's own default."""
 
 
 def make_block_mask(lengths: Sequence[int], window: int | None, device: torch.device) -> BlockMask:
-    """The mask of packed documents of ``lengths`` tokens on ``device``.
+    """Return the mask of packed documents of ``lengths`` tokens on ``device``.
 
-    A token at r sees the tokens lowest(r)..r, and lowest never falls. So the rows of a block of queries see one
-    interval, from the lowest of its first row to its last row; and all of them see the keys from the lowest of the last
-    row to the block's first row.
+    A token at r sees the tokens lowest(r)..r, and lowest is non-decreasing. So the rows of a block of queries together
+    see one interval, from lowest of its first row to its last row. All of these rows see the keys from lowest of the
+    last row to the block's first row.
     """
     starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     num_tokens = int(starts[-1])
@@ -34,8 +34,8 @@ def make_block_mask(lengths: Sequence[int], window: int | None, device: torch.de
     block = torch.arange(num_blocks, dtype=torch.int32)
     last_rows = (block * BLOCK + BLOCK - 1).clamp(max=num_tokens - 1)
     first_seen = lowest_T[block * BLOCK] // BLOCK
-    # Keys at or behind the last row's lowest and before the diagonal are seen by the whole block of queries. A block
-    # that ends beyond T has none such, as FlexAttention would have it.
+    # The whole block of queries sees the keys from lowest of its last row up to the diagonal. A block that ends beyond
+    # T has no such keys, as FlexAttention expects.
     first_whole = (lowest_T[last_rows] + BLOCK - 1) // BLOCK
     complete = (block + 1) * BLOCK <= num_tokens
     key = block[None, :]
@@ -69,15 +69,16 @@ def block_masked_attention(
     softmax_scale: float | None = None,
     function: Callable[..., Any] = flex_attention,
 ) -> Tensor:
-    """Attention through ``mask``. ``function``: ``flex_attention``, compiled or not."""
+    """Compute attention with ``mask``. ``function``: ``flex_attention``, compiled or not."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TKD, v_TKD))
     output = function(q, k, v, block_mask=mask, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1])
     return output[0].transpose(0, 1)
 
 
 def _indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """([1, 1, Q] number, [1, 1, Q, K] ascending numbers) of the key blocks that each query block has in [Q, K] bools;
-    the others follow."""
+    """Return ([1, 1, Q] number, [1, 1, Q, K] ascending numbers) of the key blocks of each query block in [Q, K] bools.
+
+    The numbers of the other key blocks follow."""
     order = torch.argsort(blocks.to(torch.int8), dim=1, descending=True, stable=True)
     return blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 

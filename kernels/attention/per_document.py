@@ -1,7 +1,7 @@
-"""PyTorch's scaled dot-product attention, document by document, or over documents of one length as a batch.
+"""PyTorch's scaled dot-product attention, for each document, or for documents of one length as a batch.
 
-Both run on every device. The first is the reference of the others and the default on CPUs; the second asks for the
-fused kernels without a mask, cuDNN's first, which are the fastest that PyTorch brings along on Hopper.
+Both run on every device. The first is the reference for the others and the default on CPUs. The second uses the fused
+kernels without a mask, cuDNN's first, which are the fastest in PyTorch on Hopper.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def per_document_attention(
     softmax_scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """One scaled dot-product attention per document of ``lengths`` tokens; the rest as in ``attention``."""
-    # Heads first, as scaled_dot_product_attention wants them; split gives views, so nothing is copied per document.
+    """Compute one scaled dot-product attention per document of ``lengths`` tokens; the rest as in ``attention``."""
+    # Heads first, as scaled_dot_product_attention expects; split returns views, so nothing is copied per document.
     documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_TND, k_TKD, v_TKD)), strict=True)
     outputs = [_causal_attention(q[None], k[None], v[None], softmax_scale, window)[0] for q, k, v in documents]
     return torch.cat(outputs, dim=1).transpose(0, 1)
@@ -39,9 +39,9 @@ def batched_attention(
     softmax_scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """One scaled dot-product attention over ``num_documents`` documents of T / num_documents tokens each.
+    """Compute one scaled dot-product attention over ``num_documents`` documents of T / num_documents tokens each.
 
-    A window that is shorter than the documents needs a mask, which takes the fastest kernels away.
+    A window that is shorter than the documents needs a mask, which excludes the fastest kernels.
     """
     q, k, v = (x.unflatten(0, (num_documents, -1)).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD))
     if q.device.type == "cuda":
@@ -59,7 +59,7 @@ def batched_attention(
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, window: int | None) -> Tensor:
-    """[B, N, S, D] queries and [B, K, S, D] keys and values -> [B, N, S, D]."""
+    """Map [B, N, S, D] queries and [B, K, S, D] keys and values to [B, N, S, D]."""
     length = q.shape[2]
     mask = None
     if window is not None and window < length:

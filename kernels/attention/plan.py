@@ -1,4 +1,4 @@
-"""What one packing of documents needs for its attention, worked out once on the host and used by every layer."""
+"""Prepare the attention of one packing of documents, once on the host for every layer."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from . import flash
 FLASH_ATTN, FA3, FA4, VARLEN = "flash_attn", "fa3", "fa4", "varlen"
 FLEX, SDPA, PER_DOCUMENT = "flex", "sdpa", "per_document"
 VARIABLE_LENGTH = (FLASH_ATTN, FA3, FA4, VARLEN)
-"""The backends that read ``cu_seqlens`` on the device, and need nothing on the host."""
+"""Backends that read ``cu_seqlens`` on the device, and need no data on the host."""
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """A backend, and what it must know of a packing on the host.
+    """A backend, and its data about a packing on the host.
 
-    Not a tuple, so that what moves or casts the tensors among a module's arguments (FSDP, torch.compile's guards) sees
-    one opaque value.
+    Not a tuple, so that code which moves or casts the tensors among a module's arguments (FSDP, torch.compile's guards)
+    sees one opaque value.
     """
 
     backend: str
     lengths: tuple[int, ...] = ()
-    """Tokens of each document, none of them zero; only for backends that need them."""
+    """Tokens of each document, all positive; only for backends that need them."""
     num_documents: int = 0
-    """The same for documents of one length."""
+    """Number of documents; only for a backend with documents of one length."""
     masks: Mapping[int | None, Any] = field(default_factory=dict)
     """A ``BlockMask`` for each window among the layers."""
     function: Callable[..., Any] | None = None
-    """The callable that is to run the backend, where it is not the module's own."""
+    """The callable that runs the backend, if it is not the module's own."""
 
 
 def plan_attention(
     backend: str, cu_seqlens: Tensor, windows: Iterable[int | None], device: torch.device
 ) -> AttentionPlan:
-    """The plan of a packing.
+    """Return the plan of a packing.
 
     Args:
-        backend: what ``choose_attention_backend`` gave.
+        backend: result of ``choose_attention_backend``.
         cu_seqlens: [documents + 1] offsets, in host memory: reading them from a GPU would wait for it.
-        windows: the windows of the model's layers, None for none.
+        windows: the windows of the model's layers, None for full attention.
         device: where the attention runs.
 
     Raises:
@@ -72,7 +72,7 @@ def plan_attention(
 def _flex_function(device_type: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Without compilation FlexAttention forms all scores: good enough for a test on a CPU.
+    # Without compilation FlexAttention forms all scores: good enough for tests on a CPU.
     if device_type != "cuda":
         return flex_attention
     return torch.compile(flex_attention, dynamic=False)
@@ -82,5 +82,5 @@ def _flex_function(device_type: str) -> Callable[..., Any]:
 def _outside_graphs() -> Callable[..., Any]:
     from .per_document import per_document_attention
 
-    # A graph would be compiled anew for every packing's lengths.
+    # A graph would be recompiled for every packing's lengths.
     return torch.compiler.disable(per_document_attention)

@@ -1,8 +1,8 @@
-"""Cross-entropy of a linear head without ever holding all logits.
+"""Cross-entropy of a linear head without holding all logits in memory.
 
-The head's product, the softmax and both gradients are computed for some rows at a time, so the logits take no more than
-a memory budget however many tokens there are; the weight's gradient is accumulated in fp32. Gradients are formed in the
-forward pass (three matrix products, none repeated) and scaled by the incoming gradient in the backward pass.
+The head's product, the softmax and both gradients are computed for some rows at a time. So the logits need no more than
+a memory budget, however many tokens there are; the weight's gradient is accumulated in fp32. Gradients are formed in
+the forward pass (three matrix products, none repeated) and scaled by the incoming gradient in the backward pass.
 
 ``chunked.py`` does this in PyTorch, ``triton_kernels.py`` in Triton, ``reference.py`` has whole logits and autograd;
 ``rows.py`` has the formulas.
@@ -22,13 +22,14 @@ from . import chunked
 from .rows import Options
 
 IGNORE_INDEX = -100
-"""Target of a token that has none: it adds no loss and no gradient."""
+"""Target of a token without target: it adds no loss and no gradient."""
 
 LOGIT_BYTES = 256 * 1024**2
-"""Memory budget of one chunk's logits in the PyTorch path, in bytes, with all else of their shape."""
+"""Memory budget in bytes of one chunk's logits and all else of their shape, in the PyTorch path."""
 
 TRITON_LOGIT_BYTES = 1024**3
-"""The same in the Triton path, in bytes. Larger: each chunk reads and writes the weight's fp32 gradient once."""
+"""The same budget in the Triton path. It is larger, because each chunk reads and writes the weight's fp32 gradient
+once."""
 
 BACKENDS = ("auto", "chunked", "triton")
 
@@ -38,7 +39,7 @@ class LinearCrossEntropy(NamedTuple):
 
     loss_sum: Tensor
     """[] fp32, sum of the tokens' losses; has a gradient."""
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    count: Tensor  # type: ignore[assignment]  # hides the unused tuple.count
     """[] int64, number of targets that are not ignored. On the device: no host waits for it."""
 
 
@@ -53,7 +54,8 @@ def linear_cross_entropy(
     vocab_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> LinearCrossEntropy:
-    """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]``, with the options of language-model training.
+    """Return the sum over tokens of ``-log softmax(hidden @ weight.T)[target]``, with options for language-model
+    training.
 
     Logits and the accumulation of both gradients are fp32 for any input dtype. The same inputs give the same bits.
 
@@ -81,7 +83,7 @@ def linear_cross_entropy(
 
 
 def _triton_refusal(hidden_TH: Tensor) -> str | None:
-    """Why the Triton path cannot compute this; None if it can."""
+    """Return why the Triton path cannot compute this; None if it can."""
     if hidden_TH.dtype != torch.bfloat16:
         return f"it stores exponentials as bf16, which would round the gradients of {hidden_TH.dtype} inputs"
     return triton_refusal(hidden_TH.device.type)
@@ -101,7 +103,7 @@ def _use_triton(backend: str, hidden_TH: Tensor) -> bool:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, options, use_triton, need_hidden, need_weight):
-        # Whether gradients are needed is decided by the caller: inside forward, grad mode is always off.
+        # The caller decides whether gradients are needed: inside forward, grad mode is always off.
         assert hidden.dtype == weight.dtype, f"hidden states {hidden.dtype}, weight {weight.dtype}"
         if use_triton:
             from . import triton_kernels
@@ -126,6 +128,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad * factor`` rounded once, to ``dtype``: a bf16 factor would bend all gradients of a step by up to 0.4 %."""
-    # One element instead of none makes the product fp32; it is rounded as it is written.
+    """Return ``grad * factor`` rounded once, to ``dtype``: a bf16 factor would change all gradients of a step by up to
+    0.4 %.
+    """
+    # One element instead of zero dimensions makes the product fp32; it is rounded when it is written.
     return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))

@@ -10,7 +10,9 @@ from .rows import Gradients, Options, Targets, add_product, chunks, matmul_fp32,
 
 
 def bytes_per_logit(dtype: torch.dtype, is_cuda: bool, needs_gradients: bool, softcap: bool) -> int:
-    """Memory that one logit takes at most: its fp32 value, its tanh' and its gradient in the dtype of the products."""
+    """Return the maximum memory of one logit: its fp32 value, its tanh' and its gradient in the dtype of the
+    products.
+    """
     copy = 2 if needs_gradients and is_cuda and dtype != torch.float32 else 0
     return 4 + copy + (4 if needs_gradients and softcap else 0)
 
@@ -24,17 +26,17 @@ def compute(
     need_hidden: bool,
     need_weight: bool,
 ) -> Gradients:
-    """Losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options.
+    """Compute losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options.
 
     Args:
-        budget: bytes that the logits, and all else of their shape, may take together. One row is always taken.
+        budget: bytes for the logits and all else of their shape. At least one row is always processed.
     """
     num_rows = weight_VH.shape[0]
     need_any = need_hidden or need_weight
     losses = torch.empty(hidden_TH.shape[0], dtype=torch.float32, device=hidden_TH.device)
     grad_hidden = torch.empty_like(hidden_TH) if need_hidden else None
     grad_weight: Tensor | None = None
-    # The products accumulate in fp32 on CUDA; elsewhere they do only for fp32 factors, converted once.
+    # The products accumulate in fp32 on CUDA; elsewhere only with fp32 factors, which are converted once.
     weight = weight_VH if weight_VH.is_cuda else weight_VH.float()
     softcap = options.logit_softcap is not None
     per_logit = bytes_per_logit(hidden_TH.dtype, hidden_TH.is_cuda, need_any, softcap)
@@ -55,7 +57,7 @@ def compute(
                 grad_hidden[part] = whole
         if need_weight:
             grad_weight = add_product(grad_weight, grad.t(), hidden, budget)
-        # Freed before the next chunk's logits are made.
+        # Freed before the next chunk's logits are allocated.
         del grad
     if need_weight and grad_weight is None:
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
@@ -63,7 +65,7 @@ def compute(
 
 
 def _rows(logits: Tensor, targets: Targets, options: Options, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Losses [T] of fp32 products [T, V], and their gradient by the products, in the products' own memory."""
+    """Return losses [T] of fp32 products [T, V], and their gradient by the products, in the products' own memory."""
     cap = options.logit_softcap
     cap_slope: Tensor | None = None
     if cap is not None:

@@ -1,4 +1,4 @@
-"""Linear cross-entropy the plain way: whole logits and autograd. The fast ones are tested against it."""
+"""Linear cross-entropy with whole logits and autograd, as the reference in tests."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def linear_cross_entropy(
     logit_softcap: float | None = None,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> LinearCrossEntropy:
-    """As :func:`retemper.kernels.linear_cross_entropy.linear_cross_entropy`, in the inputs' dtype (float64 for an
-    oracle), all logits in memory and the whole vocabulary on this rank."""
+    """Compute the same as :func:`retemper.kernels.linear_cross_entropy.linear_cross_entropy`, in the inputs' dtype.
+
+    Use float64 for an oracle. All logits are in memory, and the whole vocabulary is on this rank."""
     assert vocab_group is None, "the reference takes the whole weight"
     logits_TV = hidden_TH @ weight_VH.t()
     if logit_softcap is not None:

@@ -1,4 +1,4 @@
-"""What both backends share: the mathematics of one row of logits, vocabulary-parallel statistics, fp32 products.
+"""Shared parts of both backends: the mathematics of one row of logits, vocabulary-parallel statistics, fp32 products.
 
 For one token with logits ``z[V]``, log-sum-exp ``lse`` and target ``y``
 
@@ -30,27 +30,27 @@ class Options(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backend returns."""
+    """The result of a backend."""
 
     losses_T: Tensor
-    """[T] fp32, zero where the target is ignored."""
+    """[T] fp32, zero if the target is ignored."""
     hidden_TH: Tensor | None
-    """[T, H] of the hidden states' dtype: gradient of the summed loss; None if not asked for."""
+    """[T, H] in the hidden states' dtype: gradient of the summed loss; None if not requested."""
     weight_VH: Tensor | None
-    """[V, H] fp32; None if not asked for."""
+    """[V, H] fp32; None if not requested."""
 
 
 class Targets(NamedTuple):
-    """The targets of a chunk as one rank of the vocabulary group sees them."""
+    """The targets of a chunk, from the view of one rank of the vocabulary group."""
 
     valid_T: Tensor
     """[T] fp32, 0 where the target is ignored, else 1."""
     index_T: Tensor
-    """[T] int64 row of the target in this rank's weight, 0 where it has none here."""
+    """[T] int64 row of the target in this rank's weight, 0 if another rank has it."""
     owned_T: Tensor
     """[T] fp32, 1 where ``index_T`` is the target, else 0."""
     lost_T: Tensor
-    """[T] bool, whether no rank has this target: neither a token id nor ``ignore_index``."""
+    """[T] bool, true if no rank has this target: neither a token id nor ``ignore_index``."""
 
     @staticmethod
     def of(targets_T: Tensor, num_rows: int, options: Options) -> Targets:
@@ -68,7 +68,7 @@ class Targets(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """The loss of each row, and what its gradient needs."""
+    """The loss of each row, and the values that its gradient needs."""
 
     losses_T: Tensor
     """[T] fp32."""
@@ -88,7 +88,7 @@ def row_terms(log_sum_T: Tensor, target_logit_T: Tensor, targets: Targets, optio
         options: of the whole loss.
     """
     if options.vocab_group is not None:
-        # All-gather rather than all-reduce: every rank then adds the same numbers in the same order.
+        # All-gather and not all-reduce: every rank then adds the same numbers in the same order.
         local = torch.stack((log_sum_T, target_logit_T))
         gathered = local.new_empty(group_size(options), *local.shape)
         dist.all_gather_into_tensor(gathered.view(-1, local.shape[-1]), local, group=options.vocab_group)
@@ -99,24 +99,25 @@ def row_terms(log_sum_T: Tensor, target_logit_T: Tensor, targets: Targets, optio
     if options.z_loss:
         losses += options.z_loss * log_sum_T.square()
         slope += (2.0 * options.z_loss) * log_sum_T
-    # A wrong target must not pass as a plausible loss; a check that raises would wait for the device.
+    # A wrong target must not give a plausible loss; a check that raises would wait for the device.
     losses = (losses * targets.valid_T).masked_fill_(targets.lost_T, float("nan"))
     return RowTerms(losses, log_sum_T, slope)
 
 
 def group_size(options: Options) -> int:
-    """Number of ranks that share the vocabulary."""
+    """Return the number of ranks that share the vocabulary."""
     return 1 if options.vocab_group is None else dist.get_world_size(options.vocab_group)
 
 
 def group_rank(options: Options) -> int:
-    """This rank's place among them."""
+    """Return this rank's place among them."""
     return 0 if options.vocab_group is None else dist.get_rank(options.vocab_group)
 
 
 def chunks(num_tokens: int, rows: int, multiple: int = 1) -> list[slice]:
-    """``num_tokens`` in as few chunks of at most ``rows`` as possible, all of nearly one size, which is a multiple of
-    ``multiple`` as ``rows`` is."""
+    """Divide ``num_tokens`` into as few chunks of at most ``rows`` as possible, of nearly equal sizes.
+
+    The sizes are multiples of ``multiple``, as ``rows`` is."""
     if num_tokens == 0:
         return []
     count = -(-num_tokens // max(1, rows))
@@ -125,7 +126,7 @@ def chunks(num_tokens: int, rows: int, multiple: int = 1) -> list[slice]:
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` with an fp32 result that was never rounded to the inputs' dtype."""
+    """Return ``a @ b`` with an fp32 result that was never rounded to the inputs' dtype."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:
@@ -134,10 +135,10 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, block_bytes: int) -> Tensor:
-    """``total + a @ b`` in fp32, in the memory of ``total``; None counts as zero.
+    """Return ``total + a @ b`` in fp32, in the memory of ``total``; None counts as zero.
 
     Args:
-        block_bytes: bound of the temporary memory where the product cannot be added in place.
+        block_bytes: bound of the temporary memory if the product cannot be added in place.
     """
     if total is None:
         return matmul_fp32(a, b)
@@ -151,5 +152,5 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, block_bytes: int) ->
     return total
 
 
-# Before 2.12 addmm with an out_dtype wanted its first argument in the dtype of the factors.
+# Before 2.12 addmm with an out_dtype required its first argument in the dtype of the factors.
 _ADDMM_TAKES_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)

@@ -1,10 +1,10 @@
 """Linear cross-entropy in Triton: the logits leave the chip once, as bf16 exponentials.
 
 One kernel multiplies hidden states and weight and writes ``E = bf16(exp(z - c))`` of the fp32 logits ``z``, with each
-tile's row sums and row maxima and the target's logit, all fp32. Nothing but the size of the logits is needed to choose
-``c``: bf16 has fp32's range of exponents, so ``c = 0`` serves rows whose largest logit lies within ``SAFE_LOGIT`` of
-zero. Blocks of rows with others are computed again with ``c`` their largest logit; a flag on the device says which, so
-the host waits for nothing, and where none is flagged the second launch ends at once.
+tile's row sums and row maxima and the target's logit, all fp32. Only the magnitude of the logits matters for the choice
+of ``c``: bf16 has fp32's range of exponents, so ``c = 0`` works for rows whose largest logit is within ``SAFE_LOGIT``
+of zero. Blocks with other rows are computed again with ``c`` their largest logit. A flag on the device selects them, so
+the host does not wait, and if none is flagged the second launch ends at once.
 
 With ``S`` the sum of exponentials, ``v = slope * exp(c - lse)`` (0 where the target is ignored) scales a row of ``E``
 to its gradient once the target's element is ``exp(z[y] - c) - exp(lse - c) / slope`` (formulas and ``slope``:
@@ -28,11 +28,11 @@ from torch import Tensor
 from .rows import Gradients, Options, RowTerms, Targets, add_product, chunks, matmul_fp32, row_terms
 
 SAFE_LOGIT = 60.0
-"""Largest magnitude of a row's largest logit with ``c = 0``: ``exp(60) * V`` and its reciprocal, the row's scale, are
-far inside fp32's and bf16's range (1e-38 to 3e38), and so is a logit 27 below the largest of a row at -60."""
+"""Maximum magnitude of a row's largest logit with ``c = 0``. ``exp(60) * V`` and its reciprocal, the row's scale, are
+far inside fp32's and bf16's range (1e-38 to 3e38). So is a logit 27 below the largest of a row at -60."""
 
 MIN_SLOPE = 1e-6
-"""Bound of ``slope`` away from zero, by which the target's element is divided; a z-loss of training is nowhere near."""
+"""Minimum magnitude of ``slope``, which divides the target's element; realistic z-losses never come near it."""
 
 
 class Tiles(NamedTuple):
@@ -64,7 +64,7 @@ def compute(
     The inputs are bf16.
 
     Args:
-        budget: bytes that exponentials and row statistics may take together. One block of rows is always taken.
+        budget: bytes for exponentials and row statistics. At least one block of rows is always processed.
     """
     tiles = _tiles_for(hidden_TH.device)
     hidden_TH, weight_VH = hidden_TH.contiguous(), weight_VH.contiguous()
@@ -88,7 +88,7 @@ def compute(
             if need_weight:
                 scaled = (hidden * scale[:, None]).to(hidden.dtype)
                 grad_weight = add_product(grad_weight, exponentials.t(), scaled, budget)
-            # Freed before the next chunk's are made.
+            # Freed before the next chunk's are allocated.
             del exponentials
     if need_weight and grad_weight is None:
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
@@ -98,8 +98,9 @@ def compute(
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Targets, options: Options, tiles: Tiles, need_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [T], exponentials [T, V] bf16 with the target's element set, scale [T] fp32) of a chunk; the last two are
-    empty if no gradient is needed."""
+    """Return (losses [T], exponentials [T, V] bf16 with the target's element set, scale [T] fp32) of a chunk.
+
+    The last two are empty if no gradient is needed."""
     num_tokens, num_rows = hidden.shape[0], weight.shape[0]
     device = hidden.device
     width = _padded(num_rows) if need_gradient else 0
@@ -115,7 +116,7 @@ def _forward(
 
     largest = maxima.amax(0)
     if options.vocab_group is not None:
-        # A shift by this rank's own largest logit could lie too far from that of the whole row.
+        # A shift by this rank's own largest logit could be too far from that of the whole row.
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=options.vocab_group)
     far = F.pad(largest.abs() > SAFE_LOGIT, (0, -num_tokens % tiles.rows)).view(-1, tiles.rows).any(1)
     shift = torch.where(far.repeat_interleave(tiles.rows)[:num_tokens], largest, 0.0)
@@ -133,7 +134,7 @@ def _forward(
 def _set_target_elements(
     exponentials: Tensor, target_logit: Tensor, shift: Tensor, terms: RowTerms, targets: Targets, options: Options
 ) -> Tensor:
-    """Turn exponentials into gradients but for a factor of each row, and return the factors [T]."""
+    """Turn exponentials into gradients up to a factor of each row, and return the factors [T]."""
     slope = torch.where(terms.slope_T.abs() < MIN_SLOPE, MIN_SLOPE, terms.slope_T)
     element = torch.exp(target_logit - shift) - torch.exp(terms.log_sum_T - shift) / slope
     if options.logit_softcap is not None:
@@ -151,7 +152,7 @@ def _tiles_for(device: torch.device) -> Tiles:
 
 
 def _padded(num_rows: int) -> int:
-    """Row stride of the exponentials: a multiple of 128 bytes, for cuBLAS's aligned kernels with any vocabulary."""
+    """Return the row stride of the exponentials: a multiple of 128 bytes, for cuBLAS's aligned kernels."""
     return -(-num_rows // 64) * 64
 
 
@@ -172,7 +173,7 @@ def _launch(
     tiles: Tiles,
     second: bool,
 ) -> None:
-    """Run the kernel over a chunk. ``shift`` and ``again`` (by block of rows) are read by the second launch only."""
+    """Run the kernel over a chunk. Only the second launch reads ``shift`` and ``again`` (by block of rows)."""
     exponentials, sums, maxima, target_logit = buffers
     num_tokens, num_rows = hidden.shape[0], weight.shape[0]
     grid = (triton.cdiv(num_tokens, tiles.rows) * triton.cdiv(num_rows, tiles.columns),)
@@ -194,7 +195,7 @@ def _launch(
         SOFTCAP=options.logit_softcap is not None,
         STORE=exponentials.shape[1] > 0,
         SECOND=second,
-        # Triton's interpreter multiplies bf16 by their bits, as integers, and rounds to bf16 by cutting off.
+        # Triton's interpreter multiplies bf16 numbers as integers of their bits, and rounds to bf16 by truncation.
         INTERPRETED=not hidden.is_cuda,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
@@ -204,7 +205,7 @@ def _launch(
     )
 
 
-# A run of ever-changing numbers of tokens should not compile for those divisible by 16, and for one, apart.
+# With changing numbers of tokens, do not compile separate variants for multiples of 16 and for one.
 @triton.jit(do_not_specialize=["num_tokens"])
 def _exponentials_kernel(
     hidden_ptr,
@@ -229,8 +230,10 @@ def _exponentials_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One tile of logits. Programs that share columns of the weight run together: it is read from memory once, while
-    the chunk's hidden states stay in the L2 cache."""
+    """Compute one tile of logits.
+
+    Programs that share columns of the weight run together: it is read from memory once, while the chunk's hidden states
+    stay in the L2 cache."""
     num_row_blocks = tl.cdiv(num_tokens, ROWS)
     row_block = tl.program_id(0) % num_row_blocks
     column_block = tl.program_id(0) // num_row_blocks

@@ -48,7 +48,7 @@ def test_ls(run, run_folder):
     assert lines[2].split()[1:7] == ["8", "2,048", "5.5000", "4.9200", f"{size / 1000:.3g}", "kB"]
     assert lines[2].split()[-3:] == ["last,", "every", "complete"]
     assert "damaged: " in lines[3] and "config.json: missing" in lines[3]
-    with pytest.raises(UserError, match="holds no folder checkpoints"):
+    with pytest.raises(UserError, match="has no folder checkpoints"):
         run("ls", run_folder / "checkpoints")
 
 
@@ -72,7 +72,7 @@ def test_verify(run, run_folder):
     status, lines = run("verify", run_folder)
     assert status == 0 and [line.split(":")[0] for line in lines] == [str(path) for path in checkpoints]
     assert run("verify", *checkpoints) == (status, lines)
-    shard = checkpoints[1] / "__0_0.distcp"
+    shard = checkpoints[1] / "rank-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     status, lines = run("verify", run_folder)
     assert status == 1 and len(lines) == 3 and lines[1].startswith(f"damaged: {shard}")

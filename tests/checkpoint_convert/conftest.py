@@ -6,12 +6,15 @@ import json
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from forked import Program, fork_server
 from tiny_models import FAMILIES, SHAPE, TOKENIZER, Command
 
 from retemper.engine.errors import run_command
@@ -54,3 +57,27 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> I
     before = signal.getsignal(signal.SIGTERM)
     yield run_module
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="package")
+def server() -> Iterator[ForkServerContext]:
+    """Has imported the converters."""
+    names = ("conversion.hf_to_dcp", "conversion.dcp_to_hf", "hugging_face.model", "streaming.tensor_files")
+    with fork_server(*(f"retemper.engine.{name}" for name in names)) as context:
+        yield context
+
+
+@pytest.fixture
+def start(server: ForkServerContext) -> Iterator[Callable[..., Program]]:
+    """Starts a program with arguments in a process of its own."""
+    started: list[Program] = []
+    with tempfile.TemporaryDirectory() as logs:
+
+        def begin(text: str, *arguments: object, folder: Path | None = None) -> Program:
+            log = Path(logs) / f"{len(started)}.log"
+            started.append(Program(server, text, log, *arguments, folder=folder))
+            return started[-1]
+
+        yield begin
+        for program in started:
+            program.close()

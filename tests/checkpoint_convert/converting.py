@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from forked import Program
 from safetensors.torch import load_file, save_file
 from tiny_models import Command
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Run = Callable[..., Command]
 Copy = Callable[[str], Path]
+Start = Callable[..., Program]
 
 
 def convert_there(hf: Path | str, output: Path, **options: object) -> list[str]:

@@ -6,22 +6,20 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from converting import EMBEDDING, HEAD, INDEX, SINGLE, Copy, Run, convert_there, edit_tensors, logits
+from converting import EMBEDDING, HEAD, INDEX, SINGLE, Copy, Run, Start, convert_there, edit_tensors, logits
 from safetensors.torch import load_file
 from tiny_models import assert_refused, edit_json
 
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
 from retemper.engine.checkpoint.assets import HfAssets, is_hf_folder
 from retemper.engine.errors import UserError
-from retemper.engine.hugging_face.start import open_start
+from retemper.engine.hugging_face.start import open_weights
 
 
 def wrong_shape(folder: Path) -> None:
@@ -115,8 +113,8 @@ def folder_for_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "fragments"),
     [
-        (wrong_shape, ["lm_head.weight is [96, 32], the model wants [97, 32]"]),
-        (other_embedding, ["model.embed_tokens.weight is [96, 32], the model wants [97, 32]"]),
+        (wrong_shape, ["lm_head.weight is [96, 32], the model needs [97, 32]"]),
+        (other_embedding, ["model.embed_tokens.weight is [96, 32], the model needs [97, 32]"]),
         (missing_tensor, ["missing model.layers.1.self_attn.q_norm.weight"]),
         (unexpected_tensor, ["unexpected model.extra.weight"]),
         (distinct_head, ["tie_word_embeddings", HEAD, EMBEDDING]),
@@ -165,7 +163,7 @@ def test_a_quantized_config_beside_plain_weights(copy_model: Copy, tmp_path: Pat
         result = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "checkpoint")
         assert_refused(result, f"{folder}/config.json: quantization_config", value, "remove quantization_config")
         with pytest.raises(UserError, match=r"^model\.initialize_from: .*config\.json: quantization_config"):
-            open_start(folder)
+            open_weights(folder)
     config_with(quantization_config=None)(folder)
     assert torch.equal(logits(folder), plain)
     convert_there(folder, tmp_path / "checkpoint")
@@ -218,7 +216,7 @@ def test_nothing_is_overwritten(saved_models: dict[str, Path], tmp_path: Path, r
 
 
 def truncate_largest(checkpoint: Path) -> None:
-    largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest = max(checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
 
 
@@ -231,7 +229,7 @@ def other_model(checkpoint: Path) -> None:
     [
         (lambda checkpoint: (checkpoint / "manifest.json").unlink(), ["not a complete checkpoint", "manifest.json"]),
         (lambda checkpoint: (checkpoint / "manifest.json").write_text("{"), ["manifest.json"]),
-        (lambda checkpoint: (checkpoint / ".metadata").unlink(), [".metadata"]),
+        (lambda checkpoint: (checkpoint / "tensors.json").unlink(), ["tensors.json"]),
         (lambda checkpoint: (checkpoint / "hf" / "config.json").unlink(), ["hf/config.json"]),
         (truncate_largest, [": damaged, it has"]),
         (other_model, ["another model", "unexpected model.layers.1"]),
@@ -286,7 +284,7 @@ def test_an_output_that_nobody_can_write(saved_models: dict[str, Path], tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_a_full_disk_takes_a_line(saved_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_full_disk_takes_a_line(saved_models: dict[str, Path], tmp_path: Path, start: Start) -> None:
     # A limit on the size of files stands in for the disk; the larger tensors go beyond it. It holds for the process,
     # so that both commands run in one of their own.
     script = f"""
@@ -302,9 +300,9 @@ for convert in (lambda: hf_to_dcp.convert({str(saved_models["llama"])!r}, "again
     except UserError as error:
         print(error, file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
+    program = start(script, folder=tmp_path)
+    assert program.wait() == 0, program.err
+    lines = program.err.splitlines()
     assert len(lines) == 2 and all("cannot be written: " in line and "File too large" in line for line in lines), lines
     # The largest files come first, so that none was finished, and nothing is worth keeping.
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

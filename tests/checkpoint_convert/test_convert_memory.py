@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from converting import Start
 
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.hugging_face.shards import ShardPlan
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import meta_decoder
+from retemper.engine.streaming.tensor_source import StoredTensor
 
 # Prints resident bytes after the imports, and the most of them until the end of each direction.
 SCRIPT = """
@@ -57,30 +56,29 @@ def sparse_model(folder: Path, num_layers: int, hidden_size: int, vocab_size: in
     return sum(sizes), max(sizes)
 
 
-def resident_bytes(folder: Path) -> tuple[int, int, int]:
+def resident_bytes(folder: Path, start: Start) -> tuple[int, int, int]:
     """Before ``hf`` in ``folder`` is converted in a process of its own, at the peak there, and at the peak there and
     back."""
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    before, there, back = json.loads(done.stdout)
+    program = start(SCRIPT, folder=folder)
+    assert program.wait() == 0, program.err
+    before, there, back = json.loads(program.out)
     return before, there, back
 
 
-def test_memory_is_that_of_some_blocks(tmp_path: Path) -> None:
+def test_memory_is_that_of_some_blocks(tmp_path: Path, start: Start) -> None:
     """Nor with its largest tensor: one has 268 MB, which is most of the model."""
     whole, largest = sparse_model(tmp_path / "hf", num_layers=2, hidden_size=256, vocab_size=2**19)
     assert 256e6 < largest < whole < 280e6
-    before, there, back = resident_bytes(tmp_path)
+    before, there, back = resident_bytes(tmp_path, start)
     # Two blocks of 8 MB, two to read files back, and what is imported late. Measured: 27 MB.
     assert there - before < 80e6, (before, there)
     assert back - before < 80e6, (before, there, back)
 
 
 @pytest.mark.slow
-def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path, start: Start) -> None:
     """3.3 GB in one file, read and written: at most twice the largest tensor and 1 GB."""
     whole, largest = sparse_model(tmp_path / "hf", num_layers=24, hidden_size=2048, vocab_size=8192)
     assert whole > 3.2e9 and largest < 35e6
-    _, there, back = resident_bytes(tmp_path)
+    _, there, back = resident_bytes(tmp_path, start)
     assert max(there, back) < 2 * largest + 1e9, (there, back)

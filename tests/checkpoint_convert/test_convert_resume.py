@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from converting import SINGLE, Run, convert_back, convert_there
+from converting import SINGLE, Run, Start, convert_back, convert_there
+from forked import Program
 from tiny_models import assert_refused, read_folder
 
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
@@ -22,15 +21,14 @@ from retemper.engine.conversion import logits
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.model import HfModel
 from retemper.engine.streaming import partial_folder
-from retemper.engine.streaming.tensor_files import CheckpointRows
 from retemper.engine.streaming.tensor_source import ReadRows
+from retemper.engine.weights.parts import TensorParts
 
-Source = type[HfModel] | type[CheckpointRows]
-# What is run after a few tensors, in a process of its own: the real command, in which reading the ninth tensor ends it.
+Source = type[HfModel] | type[TensorParts]
+# A process of its own: the real command, in which reading the ninth tensor ends it.
 KILLED = """
 import os, signal, sys, time
 from retemper.checkpoint_convert import {module}
-from retemper.engine.streaming.tensor_files import CheckpointRows
 from retemper.engine.errors import run_command
 from retemper.engine.hugging_face.model import HfModel
 
@@ -72,7 +70,7 @@ def command_for(direction: str, saved_models: dict[str, Path], tmp_path: Path) -
     return [*source, "--output", tmp_path / "out", "--workers", 1], tmp_path / "out"
 
 
-MODULES = {"there": (hf_to_dcp, HfModel), "back": (dcp_to_hf, CheckpointRows)}
+MODULES = {"there": (hf_to_dcp, HfModel), "back": (dcp_to_hf, TensorParts)}
 
 
 def hidden(tmp_path: Path) -> list[Path]:
@@ -141,15 +139,19 @@ def test_nothing_is_kept_where_nothing_was_finished(
 
 @pytest.mark.parametrize("direction", MODULES)
 def test_after_a_kill_damaged_and_unfinished_files_are_made_anew(
-    saved_models: dict[str, Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, direction: str
+    saved_models: dict[str, Path],
+    tmp_path: Path,
+    run: Run,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    direction: str,
 ) -> None:
     arguments, output = command_for(direction, saved_models, tmp_path)
     module, source = MODULES[direction]
     end = "os.kill(os.getpid(), signal.SIGKILL)"
     script = KILLED.format(module=module.__name__.rsplit(".", 1)[1], source=source.__name__, end=end)
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    killed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = start(script, *arguments)
+    assert killed.wait() == -signal.SIGKILL, killed.err
     [folder] = hidden(tmp_path)
     journal = folder / "journal.jsonl"
     entries = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -173,16 +175,19 @@ def test_after_a_kill_damaged_and_unfinished_files_are_made_anew(
     assert_whole(direction, output, saved_models, tmp_path)
 
 
-def test_sigterm_keeps_what_is_finished(saved_models: dict[str, Path], tmp_path: Path) -> None:
+def until_something_is_finished(program: Program, tmp_path: Path) -> None:
+    while program.process.is_alive() and not any((folder / "journal.jsonl").is_file() for folder in hidden(tmp_path)):
+        time.sleep(0.01)
+
+
+def test_sigterm_keeps_what_is_finished(saved_models: dict[str, Path], tmp_path: Path, start: Start) -> None:
     script = KILLED.format(module="hf_to_dcp", source="HfModel", end="time.sleep(0.2)")
     arguments, output = command_for("there", saved_models, tmp_path)
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not any((folder / "journal.jsonl").is_file() for folder in hidden(tmp_path)):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate()
-    assert (process.returncode, err) == (130, "interrupted\n") and "the same command goes on from them" in out
+    program = start(script, *arguments)
+    until_something_is_finished(program, tmp_path)
+    program.process.terminate()
+    assert (program.wait(), program.err) == (130, "interrupted\n")
+    assert "the same command continues from them" in program.out
     assert not output.exists() and len(hidden(tmp_path)) == 1
 
 
@@ -235,13 +240,13 @@ def test_only_what_the_journal_names_is_taken_up(
 ) -> None:
     arguments, left = interrupted(copy_model("qwen3"), tmp_path, run, monkeypatch)
     (left / "content" / "hf" / "sub").mkdir(parents=True)
-    for stale in ("hf/chat_template.jinja", "hf/sub/x", "__0_99.distcp", ".metadata"):
+    for stale in ("hf/chat_template.jinja", "hf/sub/x", "tensor-00099.safetensors", "tensors.json"):
         (left / "content" / stale).write_text("of the try before")
     assert run(hf_to_dcp, *arguments).status == 0
     assert not (tmp_path / "out" / "hf" / "sub").exists()
     manifest = read_manifest(tmp_path / "out")
     assert "hf/config.json" in manifest.files
-    assert not {"hf/chat_template.jinja", "hf/sub/x", "__0_99.distcp"} & manifest.files.keys()
+    assert not {"hf/chat_template.jinja", "hf/sub/x", "tensor-00099.safetensors"} & manifest.files.keys()
 
 
 def test_a_file_of_other_tensors_is_made_anew(
@@ -316,15 +321,15 @@ def test_bad_input_found_late_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]
 
 
-def test_one_at_a_time(saved_models: dict[str, Path], tmp_path: Path, run: Run) -> None:
-    script = KILLED.format(module="hf_to_dcp", source="HfModel", end="sys.stdin.read()")
+def test_one_at_a_time(saved_models: dict[str, Path], tmp_path: Path, run: Run, start: Start) -> None:
+    go_on = tmp_path / "go on"
+    wait = f"while not os.path.exists({str(go_on)!r}): time.sleep(0.01)"
+    script = KILLED.format(module="hf_to_dcp", source="HfModel", end=wait)
     arguments, output = command_for("there", saved_models, tmp_path)
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not any((folder / "journal.jsonl").is_file() for folder in hidden(tmp_path)):
-            time.sleep(0.01)
-        assert_refused(run(hf_to_dcp, *arguments), f"--output {output}", "another process is making it")
-        assert len(hidden(tmp_path)) == 1
-        process.communicate("")
-    assert process.returncode == 0
+    program = start(script, *arguments)
+    until_something_is_finished(program, tmp_path)
+    assert_refused(run(hf_to_dcp, *arguments), f"--output {output}", "another process is writing it")
+    assert len(hidden(tmp_path)) == 1
+    go_on.touch()
+    assert program.wait() == 0, program.err
     assert_whole("there", output, saved_models, tmp_path)

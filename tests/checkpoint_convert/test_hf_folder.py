@@ -15,13 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, read_folder, read_safetensors
 
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.folder import INDEX_FILE, WEIGHTS_FILE, HfWeights
 from retemper.engine.hugging_face.shards import ShardPlan
 from retemper.engine.hugging_face.weight_options import parse_shard_size
 from retemper.engine.streaming.block_copy import copy_files
-from retemper.engine.streaming.tensor_source import ReadRows, rows_of
+from retemper.engine.streaming.tensor_source import ReadRows, StoredTensor, rows_of
 
 COUNTING = {name: torch.arange(start, start + 6, dtype=torch.float32).view(2, 3) for start, name in enumerate("abc")}
 
@@ -69,7 +68,7 @@ def test_index_entries_stay_in_the_folder(tmp_path: Path, file: object) -> None:
     # The place that the entry points to exists, so that only the check stands in the way.
     save_file(COUNTING, write_indexed(tmp_path / "other") / "first.safetensors")
     edit_json(folder / INDEX_FILE, lambda index: index["weight_map"].update(a=file))
-    with pytest.raises(UserError, match="not the name of a file beside it") as error:
+    with pytest.raises(UserError, match="not the name of a file next to it") as error:
         HfWeights(folder)
     assert INDEX_FILE in str(error.value) and repr(file) in str(error.value)
 

@@ -215,7 +215,7 @@ def test_a_setting_that_no_tensor_betrays(one_rank: Ranks, tmp_path: Path, name:
         saved(model, tmp_path / "megatron", args)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     config = tmp_path / "config.json" if given else None
-    with pytest.raises(UserError, match=f"its args say {name} {value!r}, supported"):
+    with pytest.raises(UserError, match=f"its args have {name} {value!r}, supported"):
         megatron_import.convert(tmp_path / "megatron", tmp_path / "hf", config=config, say=lambda line: None)
     assert not (tmp_path / "hf").exists()
 
@@ -263,5 +263,5 @@ def test_windows(one_rank: Ranks, tmp_path: Path, first: int) -> None:
     assert not any("sliding window" in line for line in said)
     (tmp_path / "other.json").write_text(json.dumps({**config, "sliding_window": 7}))
     megatron_import.convert(tmp_path / "megatron", tmp_path / "o", config=tmp_path / "other.json", say=said.append)
-    differs = f"the sliding window of layer {first} is 7 in config.json, which is taken; the checkpoint's args say 6"
+    differs = f"the sliding window of layer {first} is 7 in config.json, which is used; the checkpoint's args have 6"
     assert (differs in said) == (first < 3)

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from retemper.checkpoint_convert import from_megatron, to_megatron
 from retemper.checkpoint_convert.megatron_config import read_args
-from retemper.engine.checkpoint.safety import read_metadata
+from retemper.engine.conversion.dcp_metadata import read_metadata
 
 Run = Callable[..., Command]
 
@@ -58,7 +58,7 @@ def refuse(run: Run, models: dict[str, Path], tmp_path: Path) -> Callable[..., N
 def test_folders_that_are_no_checkpoint(megatron: Path, refuse: Callable[..., None], tmp_path: Path) -> None:
     refuse(tmp_path / "nowhere", "no such folder")
     (megatron / "metadata.json").unlink()
-    refuse(megatron, "metadata.json is missing", "not saved to its end")
+    refuse(megatron, "metadata.json is missing", "not saved completely")
     (megatron / "metadata.json").write_text("{")
     refuse(megatron, "metadata.json", "JSON")
     (megatron / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
@@ -94,9 +94,9 @@ def test_a_config_of_another_model(megatron: Path, models: dict[str, Path], refu
     config = json.loads((models["llama"] / "config.json").read_text())
     other = megatron.parent / "other.json"
     for change, fragment in (
-        ({"intermediate_size": 40}, "mlp.linear_fc1.weight is [2, 96, 32], the model wants [2, 80, 32]"),
-        ({"num_hidden_layers": 3}, "the model wants [3, "),
-        ({"vocab_size": 129}, "embedding.word_embeddings.weight is [128, 32], the model wants [129, 32]"),
+        ({"intermediate_size": 40}, "mlp.linear_fc1.weight is [2, 96, 32], the model needs [2, 80, 32]"),
+        ({"num_hidden_layers": 3}, "the model needs [3, "),
+        ({"vocab_size": 129}, "embedding.word_embeddings.weight is [128, 32], the model needs [129, 32]"),
         ({"tie_word_embeddings": True}, "unexpected output_layer.weight"),
     ):
         other.write_text(json.dumps({**config, **change}))
@@ -110,7 +110,7 @@ def test_rows_that_are_too_many_for_padding(
     models: dict[str, Path], refuse: Callable[..., None], tmp_path: Path
 ) -> None:
     state = by_hand(models["llama"], padded=97 + 8192)
-    refuse(save_megatron(tmp_path / "megatron", state), "8289 rows, vocab_size is 97: too many for padding")
+    refuse(save_megatron(tmp_path / "megatron", state), "8289 rows, vocab_size is 97: too many to be padding")
 
 
 def test_damaged_files(megatron: Path, refuse: Callable[..., None]) -> None:
@@ -163,7 +163,7 @@ def test_nothing_is_executed(
         else:
             state = {"common_state/shard_0_1": [{"args": args}], **by_hand(models["llama"], padded=128)}
             megatron = save_megatron(tmp_path / "new", state)
-        refuse(megatron, "its args hold no num_layers", "--config", config=None)
+        refuse(megatron, "its args have no num_layers", "--config", config=None)
         quiet_from(megatron, tmp_path / "hf", config=models["llama"])
         assert read_folder(tmp_path / "hf") == read_folder(models["llama"])
     assert not canary.exists()
@@ -228,7 +228,7 @@ def test_another_model_under_a_given_config(
     for change in others:
         torch.save({"args": argparse.Namespace(**{**vars(args), **change})}, megatron / "common.pt")
         [(name, value)] = list(change.items())[:1]
-        refuse(megatron, f"{megatron / 'common.pt'}: its args say {name} {value!r}")
+        refuse(megatron, f"{megatron / 'common.pt'}: its args have {name} {value!r}")
     # What other versions say for the same.
     same = {"no_rope_freq": [0, 0], "rotary_interleaved": None, "mtp_num_layers": 0, "window_size": None}
     same |= {"softmax_scale": args.kv_channels**-0.5, "rotary_percent": 1, "window_attn_skip_freq": 2}

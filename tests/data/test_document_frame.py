@@ -166,13 +166,13 @@ class TestBosYes:
 
     def test_no_name(self, tmp_path):
         folder = KINDS["qwen 2"](tmp_path / "t")
-        with pytest.raises(UserError, match="--bos yes: the tokenizer names no BOS"):
+        with pytest.raises(UserError, match="--bos yes: the tokenizer has no BOS"):
             read_tokenizer_frame(folder / "tokenizer.json").documents_begin_with("yes")
 
 
 def test_what_the_configuration_says_and_transformers_does_not_do(tmp_path):
     frame = read_tokenizer_frame(KINDS["no such bos"](tmp_path / "t") / "tokenizer.json")
-    assert frame.remark.startswith("tokenizer_config.json says add_bos_token: true, but the tokenizer adds none")
+    assert frame.remark.startswith("tokenizer_config.json has add_bos_token: true, but the tokenizer adds none")
 
 
 def test_a_token_called_post_processor():

@@ -269,7 +269,7 @@ def test_many_scattered_sequences(tmp_path):
         assert (
             dataset.boundaries(start, stop).tolist() == np.unique(begins[(begins > start) & (begins < stop)]).tolist()
         )
-    assert "4,500 sequences do not begin in .bin where the one before ends" in dataset.remarks[0]
+    assert "4,500 sequences do not begin in .bin at the end of the previous one" in dataset.remarks[0]
 
 
 @pytest.mark.parametrize(

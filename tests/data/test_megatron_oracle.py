@@ -141,7 +141,7 @@ def test_both_join_to_the_same_bytes(tmp_path_factory, corpus, cut):
 def test_floating_point_is_refused(tmp_path, dtype):
     """Megatron-LM's format has it; token ids are none."""
     write_theirs(tmp_path / "x", [[[1, 2]]], dtype)
-    with pytest.raises(UserError, match=r"x.idx: dtype code [67] is not one of a token dataset"):
+    with pytest.raises(UserError, match=r"x.idx: dtype code [67] is not valid for a token dataset"):
         IndexedDataset(tmp_path / "x")
 
 

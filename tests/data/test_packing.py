@@ -397,7 +397,9 @@ def test_a_damaged_index_or_another_datasets_sidecar_is_refused(tmp_path):
     index = tmp_path / "web.idx"
     whole = index.read_bytes()
     index.write_bytes(whole[:58] + bytes([whole[58] ^ 4]) + whole[59:])  # the length of a document in the middle
-    with pytest.raises(UserError, match=r"web\.idx: .* one before ends .*; .*web\.json says that it was written here"):
+    with pytest.raises(
+        UserError, match=r"web\.idx: .* end of the previous one .*; .*web\.json shows that it was written by"
+    ):
         catalog_of(str(tmp_path / "web"))
     index.write_bytes(whole[:26] + bytes([whole[26] - 1]) + whole[27:-8])  # without its last document
     with pytest.raises(UserError, match=r"web\.idx: its list of documents runs .*; .*web\.json says"):

@@ -49,8 +49,8 @@ def notes(catalog: Catalog, samples: int = 4) -> list[str]:
 @pytest.mark.parametrize(
     ("lengths", "masked", "reason"),
     [
-        ([20] * 30, [0] * 600, "its loss mask leaves out every token or every document is of one token"),
-        ([1] * 5000, None, "windows, spread evenly over its 624: every document is of one token"),
+        ([20] * 30, [0] * 600, "its loss mask leaves out every token or every document has one token"),
+        ([1] * 5000, None, "windows, spread evenly over its 624: every document has one token"),
         # A target is the token that follows another in its document: the first of a document is none.
         ([3] * 200, [1, 0, 0] * 200, "its loss mask leaves out every token"),
         ([40, 1] * 15, [0] * 615, "its loss mask leaves out"),
@@ -135,7 +135,7 @@ def test_equal_data_in_two_roles_is_noted(tmp_path):
     [line] = notes(opened(path, other, validation={"a": str(copy), "b": str(link)}))[2:]
     assert "validation set 'b'" in line and "the same tokens as validation set 'a'" in line
     [line] = notes(opened(path, str(copy)))
-    assert "training source 's1'" in line and "training source 's0'" in line and "drawn by both weights" in line
+    assert "training source 's1'" in line and "training source 's0'" in line and "drawn with both weights" in line
 
 
 def test_sidecars_tell_apart_what_a_sample_does_not(tmp_path):
@@ -161,7 +161,7 @@ def test_two_indexes_over_one_file_are_two_datasets(tmp_path):
         header = index[:18] + np.array([20, 21], "<u8").tobytes()
         (tmp_path / f"{name}.idx").write_bytes(header + content)
     lines = notes(opened(str(tmp_path / "even"), validation={"v": str(tmp_path / "odd")}))
-    assert len(lines) == 2 and all("do not begin in .bin where the one before ends" in line for line in lines)
+    assert len(lines) == 2 and all("do not begin in .bin at the end of the previous one" in line for line in lines)
 
 
 def test_many_epochs_are_noted(tmp_path):

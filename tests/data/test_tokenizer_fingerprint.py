@@ -20,7 +20,7 @@ from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.data.tokenizer_fingerprint import same_tokenizer
 from retemper.engine.data.tokenizer_identity import TokenizerIdentity
 from retemper.engine.errors import UserError
-from retemper.tools.inspection.tokenizers import choose_tokenizer
+from retemper.tools.reports.dataset.tokenizers import choose_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import vocabulary_models as models

@@ -90,7 +90,7 @@ def test_the_reason_says_what_was_missing(machine):
 @pytest.mark.parametrize("options", [{}, {"equal_lengths": True}, {"dtype": torch.float32}, {"windows": [4]}])
 def test_a_cpu_goes_document_by_document(options):
     taken = choose(torch.device("cpu"), **options)
-    assert taken == ("per_document", "PyTorch SDPA per document; what runs on a CPU")
+    assert taken == ("per_document", "PyTorch SDPA per document; the backend for CPUs")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_cpu_goes_document_by_document(options):
         (HOPPER, [], "sdpa", {}, "is for documents of one length (data.attend_across_documents: true)"),
         (HOPPER, ["triton"], "flex", {"head_dim": 8}, "needs a head size of at least 16, not 8"),
         (HOPPER, [], "flex", {}, "needs triton"),
-        (HOPPER, [], "flash", {}, "there is no attention backend 'flash'; use auto, fa4, fa3, sdpa"),
+        (HOPPER, [], "flash", {}, "unknown attention backend 'flash'; use auto, fa4, fa3, sdpa"),
     ],
 )
 def test_a_forced_backend_that_cannot_work_is_refused(machine, capability, packages, requested, options, message):

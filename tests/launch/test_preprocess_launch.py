@@ -145,4 +145,4 @@ def test_datatrove_parts_are_joined_to_what_one_machine_makes(folder, tokenizer,
         assert done.returncode == 0, done.stderr
         assert_like_one_machine(folder, tokenizer, "out")
     refused = run(folder, *command, *preprocess_arguments(tokenizer, "out", "--shard", "0/2"))
-    assert refused.returncode == 1 and "error: --shard is set here" in refused.stderr
+    assert refused.returncode == 1 and "error: this command sets --shard itself" in refused.stderr

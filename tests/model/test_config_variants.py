@@ -226,7 +226,7 @@ def test_unknown_keys_are_errors_inline_and_notes_in_a_file(tmp_path: Path) -> N
     read = read_hf_config(tmp_path)
     parse_architecture(read)
     assert describe_unread(read, "x") == [
-        "note: x has keys that are not read and have no effect: dual_chunk_attention_config, seq_length"
+        "note: x has keys without effect, which are not read: dual_chunk_attention_config, seq_length"
     ]
 
 
@@ -242,7 +242,7 @@ def test_hostile_config_files_are_refused_at_once(tmp_path: Path) -> None:
         read_hf_config(tmp_path)
     path.unlink()
     path.write_text('{"rope_theta": 1, "vocab_size": 5, "vocab_size": 5, "rope_theta": 2}')
-    with pytest.raises(UserError, match=r"config\.json: rope_theta is there twice"):
+    with pytest.raises(UserError, match=r"config\.json: rope_theta occurs twice"):
         read_hf_config(tmp_path)
     path.write_text('{"vocab_size": ' + "9" * 5000 + "}")
     with pytest.raises(UserError, match=r"config\.json: not valid JSON"):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import parity_run
 import pytest
 
+from retemper.engine import pretrain
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def path(tmp_path_factory):
 
 def refusal(ranks: Ranks, path, options: list[str]) -> str:
     try:
-        Trainer(parse_config(["--config", str(path), *options]), ranks)
+        pretrain.build(parse_config(["--config", str(path), *options]), ranks)
     except UserError as error:
         return str(error)
     raise AssertionError("it was built")
@@ -33,7 +33,7 @@ CASES = {
     "shard=3": "parallel.replicate 1 x parallel.shard 3 = 3 ranks, but the run has 2",
     "tensor=3": "parallel.tensor 3 does not divide the 2 ranks of this run; use a divisor of 2",
     "pipeline=2 tensor=2": "parallel.pipeline 2 x parallel.tensor 2 = 4 does not divide the 2 ranks",
-    "pipeline=2 micro_batch_size=8": "a step has 1 micro-batches, but a pipeline of 2 stages needs as many",
+    "pipeline=2 micro_batch_size=8": "a step has 1 micro-batches, but a pipeline of 2 stages needs at least 2",
     "pipeline=2 pipeline_schedule=interleaved_1f1b": (
         "parallel.pipeline_stages_per_rank is 1, but parallel.pipeline_schedule interleaved_1f1b needs 2 or more"
     ),
@@ -43,13 +43,13 @@ CASES = {
         "parallel.pipeline 2 x parallel.pipeline_stages_per_rank 3 = 6 stages, but the model has 4 layers; use fewer"
     ),
     "pipeline=2 pipeline_schedule=interleaved_1f1b pipeline_stages_per_rank=2 global_batch_size=5": (
-        "a step has 5 micro-batches, which interleaved_1f1b cannot deal to 2 ranks evenly; make it a multiple of 2"
+        "a step has 5 micro-batches, which interleaved_1f1b cannot distribute evenly over 2 ranks; make it a multiple"
     ),
     ZERO_BUBBLE: "zbv_zero_bubble needs parallel.reshard_after_forward false",
     f"{ZERO_BUBBLE} reshard_after_forward=false": "the model's embedding is also its head",
     f"{ZERO_BUBBLE} reshard_after_forward=false recompute=full": "zbv_zero_bubble needs parallel.recompute none",
     "context=2 sequence_length=31": (
-        "training.micro_batch_size 1 x training.sequence_length 31 = 31 tokens cannot be dealt evenly to "
+        "training.micro_batch_size 1 x training.sequence_length 31 = 31 tokens cannot be divided evenly among "
         "parallel.context 2 x parallel.tensor 1 = 2 ranks"
     ),
     "tensor=2 async_tensor=true": "parallel.async_tensor is true, but it needs parallel.tensor > 1, a GPU and compiled",

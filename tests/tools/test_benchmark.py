@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from retemper.engine import trainer
+from retemper.engine import step as step_module
 from retemper.engine.config_parser import parse_config
 from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.data.indexed_dataset import IndexedDataset
@@ -92,7 +92,7 @@ def measured_on_real_data(ranks: Ranks, path: Path) -> Measurement:
 def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
     """In every micro-batch 0.02 s are slept in the forward pass and 0.01 s in the backward pass; 0.03 s in each step's
     clipping."""
-    loss_sum, clip = Sequential.loss_sum, trainer.clip_grad_norm
+    loss_sum, clip = Sequential.loss_sum, step_module.clip_grad_norm
 
     def slow_loss_sum(self, batch):
         time.sleep(0.02)
@@ -106,7 +106,7 @@ def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sequential, "loss_sum", slow_loss_sum)
-        patch.setattr(trainer, "clip_grad_norm", slow_clip)
+        patch.setattr(step_module, "clip_grad_norm", slow_clip)
         return measured(ranks, path)
 
 
@@ -168,13 +168,13 @@ def test_the_command(run_file, tmp_path):
         (["--documents", "short"], "--documents short: use whole, fixed"),
         (["--documents", "fixed:0"], "--documents fixed:0"),
         (["--documents", "uniform:9:3"], "--documents uniform:9:3"),
-        (["--documents", "fixed:3", "--real-data"], "--documents fixed:3: is for random data"),
-        (["--launch", "torchrun"], "--launch torchrun: is for --sweep"),
+        (["--documents", "fixed:3", "--real-data"], "--documents fixed:3: is only for random data"),
+        (["--launch", "torchrun"], "--launch torchrun: is only for --sweep"),
         (["--json", "nowhere/found.json"], "--json nowhere/found.json: there is no folder"),
         (["--sweep", "micro_batch_size"], "--sweep micro_batch_size: use KEY=VALUE"),
         (["--sweep", "micro_batch_size=1,,2"], "--sweep micro_batch_size=1,,2: use KEY=VALUE"),
-        (["--sweep", "batch=1"], "--sweep batch=1: batch is no key"),
-        (["--sweep", "seed=1", "seed=2"], "--sweep seed=2: seed is there twice"),
+        (["--sweep", "batch=1"], "--sweep batch=1: batch is not a key"),
+        (["--sweep", "seed=1", "seed=2"], "--sweep seed=2: seed is given twice"),
     ],
 )
 def test_wrong_options_are_one_line(run_file, arguments, message):
@@ -184,7 +184,7 @@ def test_wrong_options_are_one_line(run_file, arguments, message):
 
 def test_without_any_config_of_the_model_it_says_what_to_name(run_file, tmp_path):
     config = parse_config(["--config", str(run_file), "--model.architecture", "null"])
-    with pytest.raises(UserError, match=r"nothing: there is no .*hf; .* set model.architecture"):
+    with pytest.raises(UserError, match=r"nothing: .*hf does not exist; .* set model.architecture"):
         measure.prepare_config(config, BenchmarkOptions(), tmp_path)
 
 

@@ -112,7 +112,7 @@ def overwriting(x):
         (lambda x: (F.silu(x["gate"]) * x["up"].detach() + 0 * x["up"],), "outside its bounds: dup"),
         (lambda x: (F.silu(x["gate"]) * x["up"].detach(),), "up got no gradient"),
         (unwritten, "results hold NaN"),
-        (overwriting, "writes over its input up"),
+        (overwriting, "overwrites its input up"),
         (lambda x: 1 / 0, "ZeroDivisionError"),
     ],
     ids=["output", "gradient", "no gradient", "unwritten", "overwritten", "failing"],

@@ -303,7 +303,7 @@ def test_the_report_is_markdown_and_names_no_folder():
         (["--megatron-megabytes", "0"], "--megatron-megabytes 0: must be more than 0"),
         (["--memory-megabytes", "1", "-1"], "--memory-megabytes -1"),
         (["--scratch", "nowhere"], "--scratch nowhere: no such folder"),
-        (["--json-key", "body"], r"corpus.jsonl:1: no JSON object with a string under 'body'; see --json-key"),
+        (["--json-key", "body"], r"corpus.jsonl:1: not a JSON object with a string under 'body'; see --json-key"),
         (["--input", "nothing.jsonl"], "--input nothing.jsonl: No such file"),
         (["--tokenizer", "nothing"], "nothing"),
     ],

@@ -19,18 +19,19 @@ from retemper.tools.step_benchmark.sweep import Row, format_sweep, parse_sweep, 
 SMALL_MEMORY = """
 import sys
 import torch
-from retemper.engine import trainer
 from retemper.engine.errors import run_command
 from retemper.tools import benchmark
+from retemper.tools.step_benchmark import measure
 
-step = trainer.Trainer._step
+step, calls = measure.train_step, []
 
-def limited(self, batches, num_targets):
-    if self.plan.micro_batch_size == 4 and self.progress.step == 1:
+def limited(model, passes, optimizer, batches, *rest):
+    calls.append(1)
+    if len(batches[0].tokens) == 4 * 16 and len(calls) == 2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    return step(self, batches, num_targets)
+    return step(model, passes, optimizer, batches, *rest)
 
-trainer.Trainer._step = limited
+measure.train_step = limited
 run_command(benchmark.main)
 """
 
@@ -77,7 +78,7 @@ def test_nothing_fits(run_file, tmp_path, monkeypatch, capsys):
     program = tmp_path / "program.py"
     program.write_text("import sys; sys.exit('[rank 0] error: out of memory: CUDA out of memory')")
     monkeypatch.setattr(command, "__file__", str(program))
-    with pytest.raises(UserError, match="no setting went through"):
+    with pytest.raises(UserError, match="no setting succeeded"):
         command.main(["--config", str(run_file), "--sweep", "recompute=none,full"])
     assert capsys.readouterr().out.count("out of memory") == 2
 
@@ -100,7 +101,7 @@ def test_combinations(run_file):
             "a bad value; use another",
         ),
         ("import sys; sys.exit('W1 noise\\n[rank 1] error: out of memory: none left\\nE2 failed')", "out of memory"),
-        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "killed, as systems do when memory runs out"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "killed, as usual when memory runs out"),
         ("raise KeyError('a bug')", "KeyError: 'a bug'"),
         ("import sys; sys.exit(3)", "exit status 3"),
     ],

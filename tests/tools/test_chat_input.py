@@ -418,7 +418,7 @@ class TestTokenizerFile:
             ):
                 ChatEncoder(tokenizer_, None, None, False)
         (tmp_path / "tokenizer.json").write_text("{}")
-        with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizer that the tokenizers library can read"):
+        with pytest.raises(UserError, match=r"tokenizer.json: the tokenizers library cannot read this tokenizer"):
             ChatEncoder(tmp_path, None, None, False)
         (tmp_path / "tokenizer_config.json").write_text("{")
         with pytest.raises(UserError, match=r"tokenizer_config.json: cannot be read as JSON"):

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 
 from retemper.tools.demo.bpe import SPECIAL_TOKENS, train_tokenizer
 from retemper.tools.demo.corpora import (
-    CorpusFiles,
     Module,
     ProseFilter,
     Split,
@@ -32,23 +31,17 @@ CAP = 700_000
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> CorpusFiles:
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
     return build_corpora(tmp_path_factory.mktemp("corpora"), max_bytes=CAP)
 
 
 @pytest.fixture(scope="module")
-def tokenizer_folder(corpora: CorpusFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_folder(corpora: dict[str, Split], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    assert train_tokenizer([corpora.general.train.path, corpora.domain.train.path], folder, vocab_size=1500) == 1500
+    assert (
+        train_tokenizer([corpora["general.train"].path, corpora["domain.train"].path], folder, vocab_size=1500) == 1500
+    )
     return folder
-
-
-def splits(files: CorpusFiles) -> dict[str, Split]:
-    return {
-        f"{name}.{side}": getattr(getattr(files, name), side)
-        for name in ("general", "domain")
-        for side in ("train", "validation")
-    }
 
 
 def read(split: Split) -> list[dict[str, str]]:
@@ -71,35 +64,35 @@ def found_docstrings(source: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
-def test_same_bytes_in_another_process(corpora: CorpusFiles, tmp_path: Path, hash_seed: str) -> None:
+def test_same_bytes_in_another_process(corpora: dict[str, Split], tmp_path: Path, hash_seed: str) -> None:
     """In a process of its own, where Python's salted ``hash()`` gives other values."""
     call = f"build_corpora(pathlib.Path({str(tmp_path)!r}), {CAP})"
     script = f"import pathlib; from retemper.tools.demo.corpora import build_corpora; {call}"
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed})
-    for name, split in splits(corpora).items():
+    for name, split in corpora.items():
         assert split.path.name == f"{name}.jsonl"
         assert split.path.read_bytes() == (tmp_path / split.path.name).read_bytes()
 
 
-def test_sizes_are_reported_and_capped(corpora: CorpusFiles) -> None:
-    for split in splits(corpora).values():
+def test_sizes_are_reported_and_capped(corpora: dict[str, Split]) -> None:
+    for split in corpora.values():
         documents = read(split)
         assert split.num_documents == len(documents) > 0
         assert split.num_bytes == sum(len(document["text"].encode()) for document in documents)
-    for corpus in (corpora.general, corpora.domain):
-        total = corpus.train.num_bytes + corpus.validation.num_bytes
-        assert 0.9 * CAP < total <= CAP
-        assert 0.01 < corpus.validation.num_bytes / total < 0.15
+    for name in ("general", "domain"):
+        train, held_out = (corpora[f"{name}.{side}"].num_bytes for side in ("train", "validation"))
+        assert 0.9 * CAP < train + held_out <= CAP
+        assert 0.01 < held_out / (train + held_out) < 0.15
 
 
-def test_sources_name_no_folder_of_this_machine(corpora: CorpusFiles) -> None:
-    kinds = {name: {document["source"].split("/")[0] for document in read(s)} for name, s in splits(corpora).items()}
+def test_sources_name_no_folder_of_this_machine(corpora: dict[str, Split]) -> None:
+    kinds = {name: {document["source"].split("/")[0] for document in read(s)} for name, s in corpora.items()}
     assert kinds["general.train"] == {"pydoc_data", "stdlib"}
     assert kinds["domain.train"] == kinds["domain.validation"] == {"stdlib"}
 
 
-def test_training_text_holds_no_validation_text(corpora: CorpusFiles) -> None:
-    documents = {name: read(split) for name, split in splits(corpora).items()}
+def test_training_text_holds_no_validation_text(corpora: dict[str, Split]) -> None:
+    documents = {name: read(split) for name, split in corpora.items()}
     for name in ("general", "domain"):
         train, held_out = documents[f"{name}.train"], documents[f"{name}.validation"]
         assert {d["text"] for d in train}.isdisjoint(d["text"] for d in held_out)
@@ -109,8 +102,8 @@ def test_training_text_holds_no_validation_text(corpora: CorpusFiles) -> None:
     assert paragraphs(documents["general.train"]).isdisjoint(paragraphs(documents["domain.validation"]))
 
 
-def test_domain_is_code_without_docstrings(corpora: CorpusFiles) -> None:
-    for document in read(corpora.domain.train) + read(corpora.domain.validation):
+def test_domain_is_code_without_docstrings(corpora: dict[str, Split]) -> None:
+    for document in read(corpora["domain.train"]) + read(corpora["domain.validation"]):
         assert not list(found_docstrings(document["text"])), document["source"]
 
 
@@ -206,8 +199,8 @@ def test_parse_modules_passes_over_what_is_no_text_to_learn_from(tmp_path: Path)
     assert {module.source for module in parse_modules(tmp_path, "lib")} == {"lib/good.py", "lib/package/deep.py"}
 
 
-def test_tokenizer_is_the_same_again(corpora: CorpusFiles, tokenizer_folder: Path, tmp_path: Path) -> None:
-    train_tokenizer([corpora.general.train.path, corpora.domain.train.path], tmp_path, vocab_size=1500)
+def test_tokenizer_is_the_same_again(corpora: dict[str, Split], tokenizer_folder: Path, tmp_path: Path) -> None:
+    train_tokenizer([corpora["general.train"].path, corpora["domain.train"].path], tmp_path, vocab_size=1500)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (tokenizer_folder / name).read_bytes()
 

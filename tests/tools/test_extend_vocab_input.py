@@ -122,7 +122,9 @@ def test_documents_do_not_stay_in_memory(some_held_out, monkeypatch):
     found = steps._read(ExtendOptions("model", "output", ["corpus"]), Words())
     assert BOUND / 4 < sum(map(len, found.measured)) <= BOUND
     assert most <= BOUND + 2 * length
-    what = "held-out tenth of the corpus" if some_held_out else "corpus itself, of which nothing could be held out"
+    what = (
+        "held-out tenth of the corpus" if some_held_out else "corpus itself, since it is too small to hold out a part"
+    )
     one_in = int(found.what.removeprefix(f"{what}, one in ").removesuffix(" of its documents"))
     assert one_in >= (16 if some_held_out else 128)
     # All is learned from, and the curve is of what is measured.
@@ -160,10 +162,10 @@ def test_the_report_says_what_was_measured(bases, corpus, tmp_path, monkeypatch,
     ("kind", "name", "content", "words"),
     [
         ("byte-level", "vocab.json", b'{"a": 1', "cannot be read as JSON: Expecting"),
-        ("byte-level", "vocab.json", b"[1]", "holds a list where an object is needed"),
+        ("byte-level", "vocab.json", b"[1]", "holds a list instead of an object"),
         ("byte-level", "merges.txt", b"#version\n\xff\xfe", "cannot be read: 'utf-8' codec"),
         ("model bpe", "added_tokens.json", b'{"a": ', "cannot be read as JSON: Expecting"),
-        ("model bpe", "added_tokens.json", b'["a"]', "holds a list where an object is needed"),
+        ("model bpe", "added_tokens.json", b'["a"]', "holds a list instead of an object"),
         ("model unigram", "tokenizer_config.json", b'{"added_tokens_decoder": {"a": {}}}', "must be ids"),
         ("model unigram", "tokenizer_config.json", b'{"added_tokens_decoder": 3}', "must be ids"),
     ],
@@ -172,7 +174,7 @@ def test_damaged_files_beside_the_tokenizer(kind, name, content, words, bases, c
     folder = shutil.copytree(bases[kind], tmp_path / "model")
     (folder / name).write_bytes(content)
     line = refused("--model", folder, "--corpus", corpus, *LEARN)
-    assert f"{folder / name}: " in line and words in line and "get it again from where the model came from" in line
+    assert f"{folder / name}: " in line and words in line and "get it again from the model's source" in line
 
 
 def changed(base: Path, folder: Path, change: Callable[[dict], object]) -> Path:
@@ -197,7 +199,7 @@ def test_ids_that_the_library_does_not_read_are_refused(bases, corpus, refused, 
     folder = changed(bases["byte-level"], tmp_path / "gap", lambda content: content["added_tokens"][-1].update(id=364))
     read = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<think>")
     line = refused("--model", folder, "--corpus", corpus, *LEARN)
-    assert f"added token '<think>' has id 364 in the file, and the tokenizers library reads it as {read};" in line
+    assert f"added token '<think>' has id 364 in the file, but the tokenizers library reads it as {read};" in line
     # What the line advises helps.
     Tokenizer.from_file(str(folder / "tokenizer.json")).save(str(folder / "tokenizer.json"))
     command.main(["--model", str(folder), "--corpus", str(corpus), "--output", str(tmp_path / "new"), *LEARN])
@@ -207,7 +209,7 @@ def test_ids_that_the_library_does_not_read_are_refused(bases, corpus, refused, 
     )
     line = refused("--model", folder, "--corpus", corpus, *LEARN)
     assert (
-        f"added token '<bos>' has id 1 in the file, and the tokenizers library reads it as {models.NUM_PIECES}" in line
+        f"added token '<bos>' has id 1 in the file, but the tokenizers library reads it as {models.NUM_PIECES}" in line
     )
 
 
@@ -220,7 +222,7 @@ def test_lists_of_other_editors(tmp_path, refused, bases):
     path.write_bytes("\ufeffone\r\n two \u2028three\x0b\r\n\r\nfour\rfive\n\ufeffsix".encode())
     assert [token.text for token in read_list(str(path))] == ["one", " two \u2028three\x0b", "four\rfive", "\ufeffsix"]
     path.write_bytes(b"one\r\ntwo\none\n")
-    assert "line 3 is 'one', as line 1 is" in refused("--model", bases["byte-level"], "--tokens", path)
+    assert "line 3 is 'one', as is line 1" in refused("--model", bases["byte-level"], "--tokens", path)
     path.write_bytes("\ufeff".encode())
     assert "holds no token" in refused("--model", bases["byte-level"], "--tokens", path)
 

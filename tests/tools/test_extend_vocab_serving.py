@@ -176,7 +176,7 @@ def test_a_difference_that_remains_is_refused(tmp_path, monkeypatch):
             return [0]
 
     monkeypatch.setattr(serving, "auto_tokenizer", lambda folder: Other())
-    with pytest.raises(UserError, match=r"gives ' ri' the ids .* so that the model would be served other ids"):
+    with pytest.raises(UserError, match=r"gives ' ri' the ids .* so the served model would get other ids"):
         extended(folder, [" ribosome"])
     assert not folder.with_name("model-new").exists()
     monkeypatch.setattr(serving, "auto_tokenizer", lambda folder: "it cannot load the tokenizer: why")

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from oracles.megatron_index import write_megatron
 from oracles.tiny_tokenizer import sample_text, train_tiny_sentencepiece, write_tiny_tiktoken
+from tokenizers import Tokenizer, models
 
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError
-from retemper.tools.inspection import lengths as lengths_module
-from retemper.tools.inspection import token_counts
-from retemper.tools.inspection.decoding import decode_document, find_unknown_id, measure_text, pieces
-from retemper.tools.inspection.lengths import LengthCounts, count_lengths, sample_lengths
-from retemper.tools.inspection.streams import DatasetStream
-from retemper.tools.inspection.token_counts import PassFacts, count_tokens, sample_tokens
+from retemper.tools.reports.dataset import lengths as lengths_module
+from retemper.tools.reports.dataset import token_counts
+from retemper.tools.reports.dataset.decoding import decode_document, measure_text, pieces
+from retemper.tools.reports.dataset.lengths import LengthCounts, count_lengths, sample_lengths
+from retemper.tools.reports.dataset.streams import DatasetStream
+from retemper.tools.reports.dataset.token_counts import PassFacts, count_tokens, sample_tokens
 
 EOD = 0
 
@@ -235,12 +236,28 @@ def test_replacement_characters_are_told_from_broken_bytes(tmp_path, tiny_tokeni
 def test_the_unknown_token_of_each_kind(tmp_path, tiny_tokenizer):
     whole = [*kinds(tmp_path, tiny_tokenizer)]
     plain = load_tokenizer(train_tiny_sentencepiece(tmp_path / "u.model", byte_fallback=False, vocab_size=150))
-    assert [find_unknown_id(load_tokenizer(file)) for file in whole[:2]] == [None, None]
-    unknown = find_unknown_id(plain)
+    assert [load_tokenizer(file).unknown_id for file in whole[:2]] == [None, None]
+    unknown = plain.unknown_id
     assert unknown == 0
     ids = plain.reference_encode(["the ☃ cat ☃☃"])[0].tolist()
     facts = count_tokens(write(tmp_path, [[ids]]), plain.vocab_size, unknown)
     assert facts.tokens.unknown == 2  # the library makes one of neighbours
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (models.BPE({"a": 0, "?": 1}, [], unk_token="?"), 1),
+        (models.BPE({"a": 0, "?": 1}, []), None),
+        (models.BPE({"a": 0}, [], unk_token="?"), None),
+        (models.WordLevel({"a": 0, "[U]": 1, "b": 2}, unk_token="[U]"), 1),
+        (models.Unigram([("a", -1.0), ("b", -2.0), ("?", 0.0)], unk_id=2), 2),
+        (models.Unigram([("a", -1.0), ("b", -2.0)]), None),
+    ],
+)
+def test_the_unknown_token_of_a_tokenizer_json(tmp_path, model, expected):
+    Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "tokenizer.json").unknown_id == expected
 
 
 def test_decoded_documents_mark_the_mask_and_their_ends(tmp_path, tiny_tokenizer):

@@ -279,7 +279,7 @@ def test_wrong_options_are_refused(tmp_path, refused):
         (out, ("--tokenizer", tmp_path), "no tokenizer.json in this folder; .* --tokenizer"),
         (out, ("--tokenizer", tmp_path / "absent"), "no such tokenizer folder or file; .* --tokenizer"),
         (("--output-prefix", f"{tmp_path}/"), (), "names a folder; add a file name"),
-        (("--output-prefix", tmp_path / "file" / "out"), (), "cannot write there: "),
+        (("--output-prefix", tmp_path / "file" / "out"), (), "cannot be written to: "),
     ]
     for prefix, options, message in cases:
         error = refused("--input", tmp_path / "a.jsonl", *prefix, *options)
@@ -305,6 +305,7 @@ def test_command_line_as_a_user_runs_it(tmp_path, tiny_tokenizer):
     assert sidecar is not None and [source.name for source in sidecar.sources] == ["corpus.jsonl"]
 
 
+@pytest.mark.slow
 def test_real_text_where_there_is_any(tmp_path):
     """An addition to the tests above, for which made-up text is enough."""
     folder = shared_data()

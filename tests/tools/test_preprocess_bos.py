@@ -32,8 +32,8 @@ from retemper.tools.ingest.merging import MergeOptions, merge
 from retemper.tools.ingest.options import PreprocessOptions
 from retemper.tools.ingest.readers import lines
 from retemper.tools.ingest.worker import TaskRunner
-from retemper.tools.inspection.facts import dataset_facts
-from retemper.tools.inspection.report import InspectOptions, inspect_dataset
+from retemper.tools.reports.dataset.facts import dataset_facts
+from retemper.tools.reports.dataset.report import InspectOptions, inspect_dataset
 
 TEXTS = ["rain fell over the old town", "the cat", sample_text(3, 20)]
 TEMPLATE = (
@@ -109,7 +109,7 @@ def test_yes_no_and_no_end(tmp_path, folders):
     # Without its end a text has none of the tokenizer's either.
     bare = made(tmp_path, folders["both sides"], append_eod=False)[0]
     assert bare == [ids[:-1] for ids in made(tmp_path, folders["both sides"])[0]]
-    with pytest.raises(UserError, match="--bos yes: the tokenizer names no BOS"):
+    with pytest.raises(UserError, match="--bos yes: the tokenizer has no BOS"):
         made(tmp_path / "none", folders["qwen 2"], bos="yes")
     assert not list((tmp_path / "none").glob("out*"))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError, run_command
 from retemper.tools import show_dataset
-from retemper.tools.inspection.verification import verify_dataset
+from retemper.tools.reports.dataset.verification import verify_dataset
 
 HOSTILE = "<script>alert('&')</script> \x1b[31m\x00 </pre>"
 TEXTS = ["the cat", "sat 🙂 on a mat " * 3, "rain", HOSTILE]
@@ -179,7 +178,7 @@ def test_a_page_is_sound_and_shows_text_as_text(made, capsys, tmp_path):
     show(capsys, made, "--documents", "99", "--html", tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text("utf-8"))
     page.require_self_contained()
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 3
     assert "<script>alert('&')</script>" in "".join(page.words)  # as text
     identifiers = [value for name, value in page.attributes if name == "id"]
     assert len(identifiers) == len(set(identifiers))
@@ -222,11 +221,6 @@ def test_bad_requests_are_refused(tmp_path, made, capsys, refused, tiny_tokenize
     assert "which differs from this one" in capsys.readouterr().err
 
 
-def test_missing_matplotlib_is_told_before_the_pass(made, refused, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in refused(made, "--html", tmp_path / "page.html")
-
-
 def test_verify_checks_every_token_id(foreign, tiny_tokenizer, capsys, refused):
     """Against the vocabulary that is named; without one, what no vocabulary has."""
     assert "every token id: at most 300, name --tokenizer" in show(capsys, foreign, "--verify")
@@ -258,7 +252,7 @@ def test_an_index_out_of_order_is_shown_and_said(foreign, capsys):
     Path(f"{foreign}.idx").write_bytes(index)
     report = json.loads(show(capsys, foreign, "--json"))
     assert (report["tokens"], report["lengths"]["longest"]) == (5, 4)
-    assert "3 of 3 sequences do not begin in .bin where the one before ends" in report["warnings"][0]
+    assert "3 of 3 sequences do not begin in .bin at the end of the previous one" in report["warnings"][0]
     assert "note: " in show(capsys, foreign, "--verify")
     counted = {one["id"] for one in report["most_frequent"]}
     assert counted == {5, 300, 0, 6, 7}

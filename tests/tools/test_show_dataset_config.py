@@ -20,8 +20,8 @@ from retemper.engine.config_parser import parse_config
 from retemper.engine.data.catalog import open_catalog
 from retemper.engine.errors import UserError
 from retemper.tools import show_dataset
-from retemper.tools.inspection import training_plan
-from retemper.tools.inspection.training_plan import plan_training
+from retemper.tools.reports.dataset import training_plan
+from retemper.tools.reports.dataset.training_plan import plan_training
 
 ARCHITECTURE = {
     "model_type": "qwen3",
@@ -186,7 +186,7 @@ def test_the_run_stands_in_the_text_the_json_and_the_page(datasets, capsys):
         ]
     page = Page((datasets / "page.html").read_text("utf-8"))
     page.require_self_contained()
-    assert (page.tags.count("svg"), page.tags.count("b")) == (3, 4)  # figures, and cards
+    assert (page.tags.count("svg"), page.tags.count("b")) == (4, 4)  # figures, and cards
     assert page.text.count("<b>$x_1$") >= 2 and "sequence_length 16" in page.text
     identifiers = [value for name, value in page.attributes if name == "id"]
     assert len(identifiers) == len(set(identifiers))

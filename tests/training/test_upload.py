@@ -213,7 +213,7 @@ def test_readers_find_the_weights_that_came_last_and_other_files_stay(hub, tmp_p
     else:
         stale = sorted(set(contents(old)) - set(contents(new)))
         more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
-        deleted = f", without the weights that were there before ({stale[0]}{more})" if stale else ""
+        deleted = f", and deleted the weights that were there before ({stale[0]}{more})" if stale else ""
         assert upload_folder(new, NAME, KEY) == f"{hub.url}/{NAME}/commit/{'1' * 40}{deleted}"
     assert hub.repositories[NAME] == contents(new) | OTHERS
     assert hub.commits == 2

@@ -1,10 +1,10 @@
-"""The checkpoints of a run in a table, and why each is kept."""
+"""List the checkpoints of a run in a table, with the reasons why each is kept."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ...engine.checkpoint.names import DAMAGED, REWOUND, is_checkpoint_name, ste
 from ...engine.checkpoint.retention import reasons_to_keep
 from ...engine.checkpoint.verify import wrong_sizes
 from ...engine.errors import UserError
-from ...engine.observe.loggers import METRICS_FILE
+from ...engine.observe.curves import METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -23,35 +23,38 @@ class Row:
 
     name: str
     manifest: Manifest | None
-    """None where it cannot be read."""
+    """None if it cannot be read."""
     loss: float | None
-    """Training loss of the step, where it was logged."""
+    """Training loss of the step, if it was logged."""
     bytes: int
-    """Size of the files that are there."""
+    """Total size of the existing files."""
     age_seconds: float
     kept: list[str]
     """Reasons of :func:`~retemper.engine.checkpoint.retention.reasons_to_keep`."""
     state: str
-    """complete, unverifiable (format 1, without hashes), set aside, rewound, or what is wrong."""
+    """complete, unverifiable (format 1, without hashes), set aside, rewound, or the problem."""
 
 
 def checkpoint_folder(run_folder: Path) -> Path:
-    """The folder of a run's checkpoints.
+    """Return the folder of a run's checkpoints.
 
     Raises:
         UserError: ``run_folder`` has none.
     """
     folder = run_folder / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{run_folder}: holds no folder checkpoints; name the run_folder of a run")
+        raise UserError(f"{run_folder}: has no folder checkpoints; name the run_folder of a run")
     return folder
 
 
-def list_checkpoints(run_folder: Path) -> list[Row]:
-    """Every checkpoint of the run, by step, also those that are damaged, were set aside or lie behind a rewind.
+def list_checkpoints(run_folder: Path, losses: Mapping[int, float] | None = None) -> list[Row]:
+    """Return every checkpoint of the run, by step, including those that are damaged, set aside or rewound.
+
+    Args:
+        losses: training loss by step; None: they are read from the run's records.
 
     Raises:
-        UserError: it is no run folder, or cannot be read.
+        UserError: it is not a run folder, or cannot be read.
     """
     folder = checkpoint_folder(run_folder)
     entries = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()]
@@ -60,7 +63,7 @@ def list_checkpoints(run_folder: Path) -> list[Row]:
     whole = {entry: manifest for entry, (manifest, state) in states.items() if manifest and state in _WHOLE}
     whole = dict(sorted(whole.items(), key=lambda item: step_of(item[0])))
     reasons = reasons_to_keep(whole, *_retention(list(whole.values())))
-    losses = _losses(run_folder)
+    losses = _losses(run_folder) if losses is None else losses
     return [
         Row(
             entry.name,
@@ -94,12 +97,12 @@ def _state(folder: Path) -> tuple[Manifest | None, str]:
 
 
 def _original_name(folder: Path) -> str:
-    """Before it was renamed, if it was."""
+    """Return the name of the folder before it was renamed."""
     return folder.name.partition(DAMAGED)[0].partition(REWOUND)[0]
 
 
 def _retention(manifests: Sequence[Manifest]) -> tuple[int, int, int | None, int]:
-    """keep_last, keep_every, the best step and rewind_steps, as the newest checkpoint knows them."""
+    """Return keep_last, keep_every, the best step and rewind_steps, as recorded in the newest checkpoint."""
     if not manifests:
         return 1, 0, None, 0
     newest = manifests[-1]
@@ -118,7 +121,7 @@ def _retention(manifests: Sequence[Manifest]) -> tuple[int, int, int | None, int
 
 
 def _losses(run_folder: Path) -> dict[int, float]:
-    """Training loss by step, from the run's records; lines that are none are passed over."""
+    """Return the training loss by step from the run's records; invalid lines are skipped."""
     losses: dict[int, float] = {}
     path = run_folder / METRICS_FILE
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
@@ -132,27 +135,33 @@ def _losses(run_folder: Path) -> dict[int, float]:
     return losses
 
 
+COLUMNS = ("checkpoint", "step", "tokens", "loss", "evaluation", "size", "kept", "state")
+
+
+def listing_cells(row: Row) -> tuple[str, ...]:
+    """Return the cells of one checkpoint under :data:`COLUMNS`."""
+    manifest = row.manifest
+    evaluation = next(iter(manifest.evaluation.values()), None) if manifest else None
+    return (
+        row.name,
+        f"{manifest.step:,}" if manifest else "",
+        f"{manifest.consumed_tokens:,}" if manifest else "",
+        "" if row.loss is None else f"{row.loss:.4f}",
+        "" if evaluation is None else f"{evaluation:.4f}",
+        format_bytes(row.bytes),
+        ", ".join(row.kept),
+        row.state,
+    )
+
+
 def format_listing(rows: Sequence[Row]) -> str:
-    """The table, a line each."""
+    """Return the table, a line each, with ages."""
     if not rows:
         return "no checkpoints"
-    table = [("checkpoint", "step", "tokens", "loss", "evaluation", "size", "age", "kept", "state")]
+    table: list[tuple[str, ...]] = [(*COLUMNS[:6], "age", *COLUMNS[6:])]
     for row in rows:
-        manifest = row.manifest
-        evaluation = next(iter(manifest.evaluation.values()), None) if manifest else None
-        table.append(
-            (
-                row.name,
-                f"{manifest.step:,}" if manifest else "",
-                f"{manifest.consumed_tokens:,}" if manifest else "",
-                "" if row.loss is None else f"{row.loss:.4f}",
-                "" if evaluation is None else f"{evaluation:.4f}",
-                format_bytes(row.bytes),
-                _format_age(row.age_seconds),
-                ", ".join(row.kept),
-                row.state,
-            )
-        )
+        cells = listing_cells(row)
+        table.append((*cells[:6], _format_age(row.age_seconds), *cells[6:]))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
                      for line in table)  # fmt: skip

@@ -66,30 +66,6 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The two disjoint sides of one corpus."""
-
-    train: Split
-    validation: Split
-
-
-@dataclass(frozen=True)
-class CorpusFiles:
-    """What :func:`build_corpora` wrote."""
-
-    general: Corpus
-    domain: Corpus
-
-
-@dataclass(frozen=True)
-class Document:
-    """One training document and where it comes from, as ``package/path`` and never as a path of this machine."""
-
-    text: str
-    source: str
-
-
-@dataclass(frozen=True)
 class Module:
     """A parsed Python source file."""
 
@@ -100,52 +76,59 @@ class Module:
 
 @dataclass
 class _Collector:
-    """Documents up to a cap on their UTF-8 bytes."""
+    """Different documents up to a cap on their UTF-8 bytes."""
 
     max_bytes: int
-    documents: list[Document] = field(default_factory=list)
+    documents: dict[str, str] = field(default_factory=dict)
+    """Source of each text."""
     num_bytes: int = 0
     full: bool = False
 
-    def add(self, document: Document) -> None:
-        """Keep ``document`` unless it is too short; the first one that would break the cap closes the collection."""
-        size = len(document.text.encode("utf-8", "replace"))
+    def add(self, text: str, source: str) -> None:
+        """Keep ``text`` unless it is too short; the first one that would break the cap closes the collection."""
+        size = len(text.encode("utf-8", "replace"))
         self.full = self.full or self.num_bytes + size > self.max_bytes
-        if len(document.text) >= MIN_DOCUMENT_CHARACTERS and not self.full:
-            self.documents.append(document)
+        if len(text) >= MIN_DOCUMENT_CHARACTERS and not self.full:
+            self.documents[text] = source
             self.num_bytes += size
 
 
-def build_corpora(folder: Path, max_bytes: int = MAX_CORPUS_BYTES) -> CorpusFiles:
-    """Write ``{general,domain}.{train,validation}.jsonl`` into ``folder``.
+def build_corpora(folder: Path, max_bytes: int = MAX_CORPUS_BYTES) -> dict[str, Split]:
+    """Write ``{general,domain}.{train,validation}.jsonl`` into ``folder``; return what is in each, by its name.
 
-    ``max_bytes`` caps the text of each corpus. Files already there are replaced by the same bytes.
+    ``max_bytes`` caps the text of each corpus. Files already there are replaced by the same bytes. A source is
+    ``package/path``, and never a path of this machine.
     """
     general, domain = _Collector(max_bytes), _Collector(max_bytes)
     prose = ProseFilter()
     # The longest first: where one topic contains another, the longer one stays whole.
     for name, text in sorted(language_topics().items(), key=lambda topic: (-len(topic[1]), topic[0])):
-        general.add(Document(prose.unseen(text), f"pydoc_data/topics/{name}"))
+        general.add(prose.unseen(text), f"pydoc_data/topics/{name}")
 
-    library = Path(sysconfig.get_path("stdlib"))
-    for module in parse_modules(library, "stdlib"):
-        if general.full and domain.full:
-            break
-        general.add(Document(prose.unseen("\n\n".join(docstrings(module.tree))), module.source))
-        if len(module.text) <= MAX_CODE_CHARACTERS:
-            domain.add(Document(strip_docstrings(module), module.source))
-
-    for name in DEPENDENCY_FOLDERS:
-        for module in parse_modules(_package_folder(name), name):
-            if general.full:
+    folders = {"stdlib": Path(sysconfig.get_path("stdlib"))} | {
+        name: _package_folder(name) for name in DEPENDENCY_FOLDERS
+    }
+    for name, root in folders.items():
+        for module in parse_modules(root, name):
+            if general.full and (domain.full or name != "stdlib"):
                 break
-            general.add(Document(prose.unseen("\n\n".join(docstrings(module.tree))), module.source))
+            general.add(prose.unseen("\n\n".join(docstrings(module.tree))), module.source)
+            if name == "stdlib" and len(module.text) <= MAX_CODE_CHARACTERS:
+                domain.add(strip_docstrings(module), module.source)
 
     folder.mkdir(parents=True, exist_ok=True)
-    return CorpusFiles(
-        general=_write_corpus(folder, "general", general.documents),
-        domain=_write_corpus(folder, "domain", domain.documents),
-    )
+    return {
+        f"{name}.{side}": _write_split(
+            folder / f"{name}.{side}.jsonl",
+            {
+                text: source
+                for text, source in corpus.documents.items()
+                if is_validation(text) == (side == "validation")
+            },
+        )
+        for name, corpus in (("general", general), ("domain", domain))
+        for side in ("train", "validation")
+    }
 
 
 def language_topics() -> dict[str, str]:
@@ -256,25 +239,12 @@ def _package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0], part)
 
 
-def _write_corpus(folder: Path, name: str, documents: list[Document]) -> Corpus:
-    """Write both sides of a corpus, identical texts once."""
-    unique = {document.text: document for document in documents}.values()
-    held_out = [document for document in unique if is_validation(document.text)]
-    train = [document for document in unique if not is_validation(document.text)]
-    return Corpus(
-        train=_write_split(folder / f"{name}.train.jsonl", train),
-        validation=_write_split(folder / f"{name}.validation.jsonl", held_out),
-    )
-
-
-def _write_split(path: Path, documents: list[Document]) -> Split:
-    num_bytes = 0
+def _write_split(path: Path, documents: dict[str, str]) -> Split:
     # A lone surrogate, which a docstring may spell as an escape, has no UTF-8: it becomes "?".
     with path.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
-        for document in documents:
-            file.write(json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False) + "\n")
-            num_bytes += len(document.text.encode("utf-8", "replace"))
-    return Split(path, len(documents), num_bytes)
+        for text, source in documents.items():
+            file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")
+    return Split(path, len(documents), sum(len(text.encode("utf-8", "replace")) for text in documents))
 
 
 def _digest(text: str) -> str:

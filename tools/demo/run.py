@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +26,27 @@ import psutil
 from retemper.engine.checkpoint.manifest import read_manifest
 from retemper.engine.config_yaml import load_yaml
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.observe.curves import METRICS_FILE
+from retemper.engine.outputs import write_report
 from retemper.tools.demo.bpe import train_tokenizer
-from retemper.tools.demo.charts import Interruption, require_matplotlib
 from retemper.tools.demo.corpora import build_corpora
-from retemper.tools.demo.report import (
-    Command,
-    LossChange,
-    ReportData,
-    Sample,
-    describe_environment,
-    format_table,
-    write_report,
-)
+from retemper.tools.reports.metrics import read_curves
+from retemper.tools.reports.page import definitions, section, table
+from retemper.tools.reports.run import SAMPLES_FILE, read_run
+from retemper.tools.reports.run_page import format_run, run_page
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("def read_lines(path):\n", "class Parser:\n    def __init__(self", "The function returns")
 NEW_TOKENS = 48
+DOMAIN_RUN = Path("runs", "domain")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line of the demonstration and how long it took."""
+
+    line: str
+    seconds: float
 
 
 @dataclass
@@ -85,17 +93,15 @@ def main() -> None:
     parser.add_argument("--base-tokens", type=int, help="pretrain the base model on this many tokens")
     parser.add_argument("--train-tokens", type=int, help="continue its pretraining on this many tokens")
     arguments = parser.parse_args()
-    require_matplotlib()
     if os.path.lexists(arguments.folder):
         raise UserError(f"--folder {arguments.folder} exists; remove it or name another one")
     arguments.folder.mkdir(parents=True)
     started = time.perf_counter()
     demo = Demo(arguments.folder.resolve())
     make_base_model(demo, _budget(arguments.base_tokens))
-    interruption = continue_pretraining(demo, _budget(arguments.train_tokens))
-    data = collect_results(demo, interruption)
-    write_report(demo.folder / "report.html", data)
-    print(f"\n{format_table(data)}")
+    continue_pretraining(demo, _budget(arguments.train_tokens))
+    write_samples(demo)
+    print(f"\n{write_page(demo)}")
     print(f"\n{time.perf_counter() - started:.0f} s in all; report: {arguments.folder / 'report.html'}")
 
 
@@ -110,13 +116,13 @@ def make_base_model(demo: Demo, budget: list[str]) -> None:
     """Corpora, tokenizer, and a base model as a Hugging Face folder ``base_hf``: what a user would have downloaded."""
     demo.say("a base model to start from: general prose, a new tokenizer, a moment of pretraining")
     corpora = build_corpora(demo.folder / "corpora")
-    for name in ("general", "domain"):
-        for split in ("train", "validation"):
-            part = getattr(getattr(corpora, name), split)
-            print(f"corpora/{part.path.name}: {part.num_documents} documents, {part.num_bytes / 1e6:.2f} MB")
+    for part in corpora.values():
+        print(f"corpora/{part.path.name}: {part.num_documents} documents, {part.num_bytes / 1e6:.2f} MB")
     config = demo.script("megatron_configs/demo_base.yaml")
     vocab_size = load_yaml((demo.folder / config).read_text(encoding="utf-8"))["model"]["architecture"]["vocab_size"]
-    train_tokenizer([corpora.general.train.path, corpora.domain.train.path], demo.folder / "tokenizer", vocab_size)
+    train_tokenizer(
+        [corpora["general.train"].path, corpora["domain.train"].path], demo.folder / "tokenizer", vocab_size
+    )
     preprocess(demo, "general", "tokenizer")
     preprocess(demo, "domain_validation", "tokenizer")
     preprocess(demo, "general_validation", "tokenizer")
@@ -124,7 +130,7 @@ def make_base_model(demo: Demo, budget: list[str]) -> None:
     export(demo, "base", "base_hf")
 
 
-def continue_pretraining(demo: Demo, budget: list[str]) -> Interruption:
+def continue_pretraining(demo: Demo, budget: list[str]) -> None:
     """What users do, with one power cut in the middle."""
     demo.say("the job: continue the pretraining of base_hf on the domain corpus")
     preprocess(demo, "domain", "base_hf")
@@ -133,11 +139,10 @@ def continue_pretraining(demo: Demo, budget: list[str]) -> Interruption:
         *("torchrun", "--nproc-per-node", "2", demo.script("engine/pretrain.py")),
         *("--config", demo.script("megatron_configs/demo.yaml"), *budget),
     )
-    interruption = run_and_kill(demo, command)
-    print(f"\nkilled after {interruption.killed_at:,} tokens; the same command resumes", flush=True)
+    killed_at = run_and_kill(demo, command)
+    print(f"\nkilled after {killed_at:,} tokens; the same command resumes", flush=True)
     demo.run(*command)
     export(demo, "domain", "domain_hf")
-    return interruption
 
 
 def preprocess(demo: Demo, name: str, tokenizer: str) -> None:
@@ -156,61 +161,63 @@ def export(demo: Demo, run: str, output: str) -> None:
     )
 
 
-def run_and_kill(demo: Demo, command: tuple[str, ...]) -> Interruption:
-    """Run ``command`` until it has trained past a checkpoint, then kill all its processes at once."""
+def run_and_kill(demo: Demo, command: tuple[str, ...]) -> int:
+    """Kill all processes of ``command`` once it has trained past a checkpoint; return the tokens by then."""
     started = time.perf_counter()
     process = demo.start(*command)
-    checkpoints = demo.folder / "runs" / "domain" / "checkpoints"
+    folder = demo.folder / DOMAIN_RUN
     saved = killed_at = 0
     while not 0 < saved < killed_at:
         if process.poll() is not None:
             raise UserError(f"'{demo.typed(command)}' ended before it could be killed; see its output above")
         time.sleep(0.05)
-        with suppress(UserError):  # the run may be removing an old checkpoint just now
-            saved = max((read_manifest(path).consumed_tokens for path in checkpoints.glob("step-*")), default=0)
-        killed_at = max((record["tokens"] for record in read_records(demo.folder) if "loss" in record), default=0)
+        with suppress(UserError):  # nothing is recorded yet, or the run is removing an old checkpoint just now
+            checkpoints = (folder / "checkpoints").glob("step-*")
+            saved = max((read_manifest(path).consumed_tokens for path in checkpoints), default=0)
+            killed_at = max(read_curves(folder / METRICS_FILE).tokens, default=0)
     launcher = psutil.Process(process.pid)
     for victim in [*launcher.children(recursive=True), launcher]:
         with suppress(psutil.NoSuchProcess):
             victim.kill()
     process.wait()
     demo.commands.append(Command(f"{demo.typed(command)}   # killed", time.perf_counter() - started))
-    return Interruption(killed_at=killed_at, resumed_at=saved)
+    return killed_at
 
 
-def read_records(folder: Path) -> list[dict]:
-    """The complete lines of the domain run's metrics; the trainer may be writing the last one."""
-    path = folder / "runs" / "domain" / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def collect_results(demo: Demo, interruption: Interruption) -> ReportData:
-    """Losses before and after, and what both models write."""
+def write_samples(demo: Demo) -> None:
+    """Let both models continue the prompts, for the report of the run."""
     demo.say("loading both models with transformers")
-    records = read_records(demo.folder)
-    evaluations = [record for record in records if "evaluation" in record]
-    changes = {}
-    for name in ("domain", "general"):
-        losses = [record["loss"] for record in evaluations if record["evaluation"] == name]
-        changes[name] = LossChange(before=losses[0], after=losses[-1])
     before, after = (generate(demo.folder / name) for name in ("base_hf", "domain_hf"))
-    samples = [Sample(*texts) for texts in zip(PROMPTS, before, after, strict=True)]
-    for sample in samples:
-        print(f"\n{sample.prompt}\n  before: {sample.before!r}\n  after:  {sample.after!r}")
-    return ReportData(
-        domain=changes["domain"],
-        general=changes["general"],
-        metrics=demo.folder / "runs" / "domain" / "metrics.jsonl",
-        configuration=(demo.folder / "runs" / "domain" / "config.yaml").read_text(encoding="utf-8"),
-        commands=demo.commands,
-        facts={"Steps": f"{records[-1]['step']:,}", "Tokens trained on": f"{records[-1]['tokens']:,}", "Ranks": "2"},
-        environment=describe_environment(),
-        samples=samples,
-        interruptions=[interruption],
-    )
+    with (demo.folder / DOMAIN_RUN / SAMPLES_FILE).open("w", encoding="utf-8") as file:
+        for prompt, old, new in zip(PROMPTS, before, after, strict=True):
+            print(f"\n{prompt}\n  before: {old!r}\n  after:  {new!r}")
+            file.write(json.dumps({"prompt": prompt, "before": old, "after": new}) + "\n")
+
+
+def write_page(demo: Demo) -> str:
+    """Write ``report.html``, the report of the domain run with all commands; return its summary for the terminal."""
+    run = read_run(demo.folder / DOMAIN_RUN)
+    sections = [section("Commands", command_table(demo.commands)), section("Environment", definitions(environment()))]
+    content = run_page(run, title="Continued pretraining, end to end", more=sections)
+    write_report("report", demo.folder / "report.html", content)
+    return format_run(run)
+
+
+def command_table(commands: Sequence[Command]) -> str:
+    """The commands in the order in which they ran, and how long they took."""
+    rows = [(command.line, f"{command.seconds:.1f} s") for command in commands]
+    total = ("all commands", f"{sum(command.seconds for command in commands):.0f} s")
+    return table(("command", "time"), rows, total, kind="code")
+
+
+def environment() -> dict[str, str]:
+    """The versions and the machine that a reader needs to repeat the demonstration."""
+    return {
+        "Python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "retemper")},
+        "System": f"{platform.system()} {platform.machine()}",
+        "CPU cores": str(os.cpu_count()),
+    }
 
 
 def generate(folder: Path) -> list[str]:

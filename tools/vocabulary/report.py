@@ -1,4 +1,4 @@
-"""What new tokens gain: a table, ``vocabulary.json``, and a page with the gain over their number."""
+"""Report the gain from new tokens: a table, ``vocabulary.json``, and a page with the gain by number of tokens."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..page import markup
-from ..page.figures import BLUE, page_style, to_svg
+from ..reports.charts import Axis, Line, line_chart
+from ..reports.page import header, page, section, table
 from .vocabulary import NewToken
 
 REPORT_FILE, PAGE_FILE = "vocabulary.json", "vocabulary.html"
@@ -18,42 +18,42 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Measure:
-    """A text in tokens."""
+    """The size of a text in tokens."""
 
     characters: int
     bytes: int
-    """Of UTF-8."""
+    """Number of bytes in UTF-8."""
     tokens: int
 
     @property
     def tokens_per_character(self) -> float:
-        """Less is better."""
+        """Return tokens per character; less is better."""
         return self.tokens / max(1, self.characters)
 
     @property
     def bytes_per_token(self) -> float:
-        """More is better."""
+        """Return bytes per token; more is better."""
         return self.bytes / max(1, self.tokens)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """The same text by the old and the new tokenizer."""
+    """The same text with the old and the new tokenizer."""
 
     text: str
-    """Which text, in words."""
+    """Description of the text."""
     documents: int
     before: Measure
     after: Measure
 
     @property
     def fewer_tokens(self) -> float:
-        """Share of tokens that are saved."""
+        """Return the fraction of tokens saved."""
         return 1 - self.after.tokens / max(1, self.before.tokens)
 
 
 def format_gain(gain: Gain) -> str:
-    """A table for the console."""
+    """Return a table for the console."""
     rows = [
         ("", "before", "after"),
         ("tokens", f"{gain.before.tokens:,}", f"{gain.after.tokens:,}"),
@@ -66,7 +66,7 @@ def format_gain(gain: Gain) -> str:
 
 
 def format_tokens(tokens: Sequence[NewToken], texts_of: dict[int, str]) -> str:
-    """The first new tokens with what they were made of."""
+    """Return the first new tokens with their parts."""
     lines = [
         f"  {token.id:>8}  {token.text!r:<28} {' + '.join(repr(texts_of.get(part, '?')) for part in token.subtokens)}"
         for token in tokens[:_SHOWN]
@@ -102,40 +102,26 @@ def write_report(
     (folder / REPORT_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_page(folder: Path, title: str, gain: Gain, curve: Sequence[int], tokens: Sequence[NewToken]) -> bool:
-    """Write the page, where matplotlib is installed; whether it is."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return False
+def write_page(folder: Path, title: str, gain: Gain, curve: Sequence[int], tokens: Sequence[NewToken]) -> None:
+    """Write the page if matplotlib is installed; return whether it is."""
     saved = [100 * (1 - total / max(1, curve[0])) for total in curve]
-    with page_style():
-        figure, axes = plt.subplots(figsize=(7.2, 3.2))
-        axes.plot(range(len(saved)), saved, color=BLUE)
-        axes.set_xlabel("new tokens")
-        axes.set_ylabel("fewer tokens, %")
-        axes.set_xlim(0, len(saved) - 1)
-        axes.set_ylim(0)
-        axes.set_title(f"What the first n new tokens save on the {gain.text}")
-        drawn = to_svg(figure, "fewer tokens by number of new tokens")
-        plt.close(figure)
+    chart = line_chart(
+        f"What the first n new tokens save on the {gain.text}: fewer tokens, %",
+        [Line("", list(enumerate(saved)))],
+        Axis("new tokens", start=0),
+        Axis(start=0),
+    )
     numbers = sorted({round((len(curve) - 1) * part / 10) for part in range(11)})
-    table = markup.table(
+    steps = table(
         ("new tokens", "tokens", "tokens per character", "fewer tokens"),
         [
             (f"{n:,}", f"{curve[n]:,}", f"{curve[n] / max(1, gain.before.characters):.4f}", f"{saved[n]:.1f} %")
             for n in numbers
         ],
     )
-    first = markup.table(
+    first = table(
         ("token", "id", "kind", "times"),
         [(repr(token.text), str(token.id), token.kind, f"{token.count:,}") for token in tokens[:100]],
     )
-    sections = [
-        f"<h1>{markup.escape(title)}</h1>",
-        f'<figure class="curves">{drawn}</figure>',
-        markup.section("Number of new tokens", table),
-        markup.section("The first of them", first),
-    ]
-    (folder / PAGE_FILE).write_text(markup.page(title, sections), encoding="utf-8")
-    return True
+    sections = [header(title, ()), chart, section("Number of new tokens", steps), section("First new tokens", first)]
+    (folder / PAGE_FILE).write_text(page(title, sections), encoding="utf-8")

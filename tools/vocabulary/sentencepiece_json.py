@@ -1,8 +1,8 @@
-"""A sentencepiece ``tokenizer.model`` as a ``tokenizer.json`` with the same ids.
+"""Convert a sentencepiece ``tokenizer.model`` to a ``tokenizer.json`` with the same ids.
 
-A folder that holds a tokenizer.model alone is read by every program in its own way: transformers takes merges in the
-order of ids, leaves out the space before a text unless the folder names the model's class, and never matches a
-user-defined symbol that begins with a space. A tokenizer.json leaves no choice, so an extended tokenizer has one.
+Programs read a folder with only a tokenizer.model in different ways. transformers applies merges in the order of ids,
+and omits the space before a text unless the folder names the model's class. It never matches a user-defined symbol that
+begins with a space. A tokenizer.json is unambiguous, so an extended tokenizer has one.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ def converted(files: Mapping[str, bytes], where: Path) -> tuple[bytes, list[str]
         where: the path of tokenizer.model, for messages.
 
     Raises:
-        UserError: it is not a sentencepiece model, one that tokenizer.json cannot express, or what lies next to it is
-            damaged.
+        UserError: it is not a sentencepiece model, tokenizer.json cannot express it, or a file next to it is damaged.
     """
     proto = parse_model(files[SENTENCEPIECE_FILE], where)
     kind = proto.trainer_spec.model_type
     if kind not in (_UNIGRAM, _BPE):
-        raise UserError(f"{where}: a sentencepiece model of words or characters; only BPE and unigram can grow")
+        raise UserError(
+            f"{where}: a sentencepiece model of words or characters; only BPE and unigram models can be extended"
+        )
     _require_convertible(proto, where)
     above = _highest_added_id(files, where.parent)
     if above >= len(proto.pieces):
         raise UserError(
-            f"{where}: tokens added in files next to it have ids up to {above:,}, and it holds {len(proto.pieces):,} "
+            f"{where}: tokens added in files next to it have ids up to {above:,}, but it holds {len(proto.pieces):,} "
             f"pieces; {_REMEDY}"
         )
     config = read_object(files, where.with_name(CONFIG_FILES[0]), _REMEDY)
     content = dump_json({**_content(proto), "post_processor": _post_processor(proto, config)})
     notes = _require_same_ids(proto, content, where)
-    return content, [f"note: the output has a tokenizer.json, made from {where}, which programs read first", *notes]
+    return content, [f"note: the output has a tokenizer.json made from {where}; programs read it first", *notes]
 
 
 def _content(proto: Any) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def _content(proto: Any) -> dict[str, Any]:
 
 
 def _post_processor(proto: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The BOS that transformers puts before a text of such a folder: where tokenizer_config.json asks for it."""
+    """Return the post-processor that adds the BOS as transformers does, if tokenizer_config.json enables it."""
     place = proto.trainer_spec.bos_id
     if place < 0 or config.get("add_bos_token") is not True:
         return None
@@ -115,7 +116,7 @@ def _unigram(proto: Any) -> dict[str, Any]:
 
 
 def _bpe(proto: Any) -> dict[str, Any]:
-    """Every way to make a piece of two is a merge, in the order of the pieces' scores."""
+    """Return a BPE model in which every way to make a piece of two is a merge, in the order of the pieces' scores."""
     vocab = {piece.piece: place for place, piece in enumerate(proto.pieces)}
     text = {piece.piece for piece in proto.pieces if piece.type == NORMAL}
     by_score = sorted((piece for piece in proto.pieces if piece.type == NORMAL), key=lambda piece: -piece.score)
@@ -156,11 +157,12 @@ def _require_convertible(proto: Any, where: Path) -> None:
 
 
 def _require_same_ids(proto: Any, content: bytes, where: Path) -> list[str]:
-    """Compare the ids of both on a fixed set of texts. A handful may differ: the tokenizers library normalizes letters
-    with several combining marks in another order.
+    """Compare the ids of both on a fixed set of texts.
+
+    A handful may differ: the tokenizers library normalizes letters with several combining marks in another order.
 
     Returns:
-        A line for the console where one differs.
+        A line for the console if one differs.
     """
     ours, theirs = parse_tokenizer(content, where), loaded(proto)
     ours.encode_special_tokens = True
@@ -177,9 +179,9 @@ def _require_same_ids(proto: Any, content: bytes, where: Path) -> list[str]:
 
 
 def _highest_added_id(files: Mapping[str, bytes], folder: Path) -> int:
-    """Of the tokens that transformers keeps in files next to a sentencepiece model; -1 without any."""
+    """Return the highest id of tokens in files next to a sentencepiece model; -1 if there are none."""
     added, config = folder / ADDED_TOKENS_FILE, folder / CONFIG_FILES[0]
-    remedy = "get it again from where the model came from: its tokens' ids are needed"
+    remedy = "get it again from the model's source: its tokens' ids are needed"
     ids = [-1]
     ids += [token for token in read_object(files, added, remedy).values() if isinstance(token, int)]
     decoder = read_object(files, config, remedy).get("added_tokens_decoder") or {}

@@ -1,7 +1,8 @@
-"""The file of ``extend_vocab.py --tokens``: plain lines, JSON lines, a JSON list, or a vocabulary.json of this tool.
+"""Read the file of ``extend_vocab.py --tokens``: plain lines, JSON lines, a JSON list, or a vocabulary.json of this
+tool.
 
-A plain line is the token itself, spaces included. A line that is a JSON string or a JSON object with ``text``,
-``piece``, ``token`` or ``content`` names one, and whatever else looks like JSON is refused: it would become a token
+A plain line is the token itself, spaces included. A line that is a JSON string, or a JSON object with ``text``,
+``piece``, ``token`` or ``content``, names one. Anything else that looks like JSON is refused: it would become a token
 such as ``{"piece": "...``, which no text contains.
 """
 
@@ -18,9 +19,9 @@ from ...engine.regular_files import read_regular
 
 _MOST_BYTES = 1 << 30
 _KEYS = ("text", "piece", "token", "content")
-"""What an object may call a token, in order of preference. A ``piece`` is written as in a vocabulary (``Ġthe``)."""
+"""Keys for the token in an object, in order of preference. A ``piece`` is written as in a vocabulary (``Ġthe``)."""
 _LOOKS_LIKE_JSON = re.compile(r"""\s*(?:\{\s*["'][^"']*["']\s*:|\[\s*["'{]|".+"\s*,?\s*\Z)""", re.DOTALL)
-_FORMATS = 'one token to a line, a JSON string or {"text": "..."} to a line, a JSON list of these, or a vocabulary.json'
+_FORMATS = 'one token per line, a JSON string or {"text": "..."} per line, a JSON list of these, or a vocabulary.json'
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,19 @@ class Listed:
 
     text: str
     is_piece: bool
-    """Whether it is written as in a vocabulary."""
+    """True if it is written as in a vocabulary."""
     place: str
-    """Such as ``line 3``."""
+    """Place in the file, such as ``line 3``."""
 
 
 def read_list(path: str) -> list[Listed]:
-    """The tokens of a file.
+    """Return the tokens of a file.
 
     Raises:
-        UserError: it cannot be read, lists none, or holds JSON that does not list tokens.
+        UserError: it cannot be read, has no tokens, or holds JSON that does not list tokens.
     """
     try:
-        # Some editors begin a file with a byte-order mark. Only line feeds end lines: a token may hold U+2028.
+        # Some editors begin a file with a byte-order mark. Only line feeds end lines: a token may contain U+2028.
         content = read_regular(path, _MOST_BYTES, pipe=True).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--tokens {path}: cannot be read: {error}") from None
@@ -69,13 +70,13 @@ def texts_of(listed: list[Listed], text_of_piece: Callable[[str], str], path: st
     for token in listed:
         text = text_of_piece(token.text) if token.is_piece else token.text
         if text in places:
-            raise UserError(f"--tokens {path}: {token.place} is {text!r}, as {places[text]} is; name each once")
+            raise UserError(f"--tokens {path}: {token.place} is {text!r}, as is {places[text]}; list each token once")
         places[text] = token.place
     return list(places)
 
 
 def _of_json_file(content: str, path: str) -> list[Listed] | None:
-    """The tokens where the whole file is one JSON value that lists them; None where it is to be read by lines."""
+    """Return the tokens if the whole file is one JSON value that lists them; None if it is to be read by lines."""
     if content.lstrip()[:1] not in ("{", "["):
         return None
     try:
@@ -96,7 +97,9 @@ def _of_line(line: str, place: str, path: str) -> Listed:
         try:
             value = json.loads(line)
         except ValueError as error:
-            raise UserError(f"--tokens {path}: {place} looks like JSON and is not: {error}; write {_FORMATS}") from None
+            raise UserError(
+                f"--tokens {path}: {place} looks like JSON but is not valid: {error}; write {_FORMATS}"
+            ) from None
         return _of_value(value, place, path)
     return Listed(line, False, place)
 
@@ -109,9 +112,11 @@ def _of_value(value: Any, place: str, path: str) -> Listed:
             if isinstance(value.get(key), str) and value[key]:
                 return Listed(value[key], key == "piece", place)
     shown = json.dumps(value, ensure_ascii=False)[:60]
-    raise UserError(f"--tokens {path}: {place} is JSON that names no token, {shown}; write {_FORMATS}")
+    raise UserError(f"--tokens {path}: {place} is JSON without a token, {shown}; write {_FORMATS}")
 
 
 def _is_part(entry: Any) -> bool:
-    """Whether it is a step to other tokens, which comes with those, or a part of a character."""
+    """Return whether the entry is an intermediate step to other tokens, which are listed too, or a part of a
+    character.
+    """
     return isinstance(entry, dict) and (entry.get("kind") == "part" or "\ufffd" in str(entry.get("text")))

@@ -1,0 +1,80 @@
+"""The charts of a dataset's page: lengths of documents, frequencies of tokens, and the epochs of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..charts import COLORS, Axis, Line, Mark, Point, bar_chart, line_chart, percent
+from .lengths import LengthFacts
+from .token_counts import TokenFacts
+
+if TYPE_CHECKING:
+    from .training_plan import TrainingPlan
+
+_HALF, _LOW = (450, 270), (920, 260)
+_SOURCES = 6
+"""Sources whose names fit into a legend."""
+
+
+def draw_lengths(lengths: LengthFacts, sequence_length: int | None) -> str:
+    """Histogram of the documents' lengths, and the share of tokens in documents up to each length.
+
+    Args:
+        lengths: of at least one document.
+        sequence_length: of a run, which is marked.
+    """
+    bins, tokens = lengths.histogram, max(1, sum(bin_.tokens for bin_ in lengths.histogram))
+    shares = {
+        "of the documents": [bin_.documents / lengths.documents for bin_ in bins],
+        "of the tokens": [bin_.tokens / tokens for bin_ in bins],
+    }
+    histogram = bar_chart("Share", [short(bin_.first) for bin_ in bins], shares, "tokens in a document, from", _HALF)
+    median = max(1.0, lengths.percentiles[50])
+    marks = [Mark(median, f"median document {median:,.0f}")]
+    marks += [] if sequence_length is None else [Mark(sequence_length, f"sequence_length {sequence_length:,}")]
+    curve = Line("", _stairs([(max(1, length), share) for length, share in lengths.curve]), "orange")
+    axes = Axis("tokens in a document", log=2, write=lambda value: short(round(value))), Axis(start=0, write=percent)
+    rising = line_chart("Tokens in documents up to this length", [curve], *axes, marks, _HALF)
+    return f'<div class="charts">{histogram}{rising}</div>'
+
+
+def draw_frequencies(tokens: TokenFacts) -> str:
+    """How often the id of each rank occurs: Zipf's plot."""
+    points = [(rank, count / tokens.tokens) for rank, count in tokens.curve]
+    across = Axis("rank of the token", log=10, write=lambda value: short(round(value)))
+    return line_chart("Share of the tokens", [Line("", points)], across, Axis(log=10, write=percent), size=_LOW)
+
+
+def draw_epochs(plan: TrainingPlan) -> str:
+    """How often each source has been gone through, over the run."""
+    # This dataset first, so that it has its color whatever its place.
+    order = sorted(range(len(plan.sources)), key=lambda place: not plan.sources[place].is_this)[:_SOURCES]
+    lines = [
+        Line(
+            plan.sources[place].name,
+            [(at, epochs[place]) for at, epochs in plan.curve],
+            COLORS[number % len(COLORS)],
+            dashed=number >= len(COLORS),
+        )
+        for number, place in enumerate(order)
+    ]
+    marks = [Mark(stop) for stop in plan.stage_stops[:-1]]
+    return line_chart("Epochs of each source", lines, Axis("tokens of the run", start=0), Axis(start=0), marks, _LOW)
+
+
+def _stairs(points: Sequence[Point]) -> list[Point]:
+    """A step up at every point, from 0 before the first."""
+    corners: list[Point] = []
+    for at, value in points:
+        corners += [(at, corners[-1][1] if corners else 0.0), (at, value)]
+    return corners
+
+
+def short(number: int) -> str:
+    """4096 -> 4,096; powers of two and of ten beyond with a letter: 65536 -> 64k."""
+    for letter, binary, decimal in (("G", 1 << 30, 10**9), ("M", 1 << 20, 10**6), ("k", 1 << 10, 10**3)):
+        for unit in (binary, decimal):
+            if number >= unit and number % unit == 0:
+                return f"{number // unit}{letter}"
+    return f"{number:,}"

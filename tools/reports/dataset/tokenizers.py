@@ -1,0 +1,65 @@
+"""The tokenizer that decodes a dataset: the one that was named, or the one that the sidecar names."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from ....engine.data.sidecar import Sidecar
+from ....engine.data.tokenizer import TokenizerHandle, load_tokenizer
+from ....engine.data.tokenizer_identity import TokenizerIdentity
+from ....engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """The tokenizer that decodes."""
+
+    name: str
+    kind: str
+    """tokenizer.json, sentencepiece or tiktoken."""
+    sha256: str
+    vocab_size: int
+
+
+def choose_tokenizer(name: str | None, sidecar: Sidecar | None, prefix: str) -> TokenizerHandle:
+    """The tokenizer ``name``, or that of the sidecar.
+
+    Raises:
+        UserError: neither is there, or the sidecar's has changed since.
+    """
+    if name is not None:
+        tokenizer = load_tokenizer(name)
+        if sidecar is not None and not _identity(tokenizer).made(sidecar):
+            print(f"{prefix}: made with {sidecar.tokenizer}, which differs from this one", file=sys.stderr)
+        return tokenizer
+    if sidecar is None:
+        raise UserError(f"{prefix}: no sidecar names its tokenizer; name it with --tokenizer to decode documents")
+    tokenizer = load_tokenizer(sidecar.tokenizer)
+    if not _identity(tokenizer).made(sidecar):
+        raise UserError(
+            f"{prefix}: made with a tokenizer file of SHA-256 {sidecar.tokenizer_sha256[:12]}..., but that of "
+            f"{tokenizer.name} is now {tokenizer.sha256[:12]}...: name the one it was made with, with --tokenizer"
+        )
+    return tokenizer
+
+
+def _identity(tokenizer: TokenizerHandle) -> TokenizerIdentity:
+    return TokenizerIdentity(tokenizer.sha256, lambda: tokenizer.fingerprint)
+
+
+def find_eod_id(tokenizer: TokenizerHandle | None, sidecar: Sidecar | None) -> int | None:
+    """Id of the token that ends documents: what the sidecar says, else what the tokenizer would end them with."""
+    if sidecar is not None:
+        return sidecar.eod_id
+    if tokenizer is None:
+        return None
+    try:
+        return tokenizer.eod()[1]
+    except UserError:  # it names none
+        return None
+
+
+def describe_tokenizer(tokenizer: TokenizerHandle) -> TokenizerFacts:
+    """What there is to say of it."""
+    return TokenizerFacts(tokenizer.name, tokenizer.kind, tokenizer.sha256, tokenizer.vocab_size)

@@ -1,0 +1,188 @@
+"""What a run's configuration will make of a dataset: steps, epochs of every source, and documents that are cut.
+
+All of it is what the trainer itself would say and do: the same catalogue of datasets, the same order of samples.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from ....engine.budget import BatchPlan, plan_batches
+from ....engine.checkpoint.assets import find_assets
+from ....engine.config import RunConfig, SourceConfig
+from ....engine.config_parser import parse_config
+from ....engine.data.catalog import Catalog, open_catalog
+from ....engine.data.cuts import count_cuts
+from ....engine.data.index_format import dataset_prefix
+from ....engine.data.layout import GROUP_WINDOWS
+from ....engine.data.sample_order import SampleOrder
+from ....engine.data.source import Source
+from ....engine.data.tokenizer_identity import TokenizerIdentity
+from ....engine.model.architecture import parse_architecture
+from ....engine.observe.summary import describe_data
+
+_ANY_VOCABULARY = 1 << 31
+_GROUPS_COUNTED = 256
+"""Groups of windows in which cut documents are counted: all of a source of 134 million tokens in windows of 4,096."""
+_CURVE_POINTS = 120
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """What a run draws from one source."""
+
+    name: str
+    path: str
+    is_this: bool
+    """Whether it is the dataset that is shown."""
+    tokens: int
+    """Of the part that is trained on."""
+    windows: int
+    """Samples in one epoch."""
+    samples: int
+    """Samples drawn until the end of the run."""
+    samples_by_stage: list[int]
+    epochs: float
+    """samples / windows."""
+    capped_at_tokens: int | None
+    """Tokens of the run from which on others take its place, since it has given all that its caps allow; None where
+    that is never in this run."""
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """Documents of the dataset that the edges of windows cut."""
+
+    documents: int
+    """That were looked at."""
+    longer: int
+    """Of those, longer than a window: they are cut however they are packed."""
+    cut: int
+    """Of the others, cut."""
+    tokens_lost: int
+    """Tokens behind the last whole window, which are never trained on."""
+    exact: bool
+    """Whether these are all documents, not those in 256 groups of windows that are spread evenly."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A run, as ``--config`` describes it."""
+
+    config: str
+    role: str
+    """``train``: the configuration trains on the dataset. ``validation``: it evaluates on it. ``assumed``: it does
+    neither, and the dataset was put in place of its data."""
+    checked_model: bool
+    """Whether the model's vocabulary and tokenizer were there to be compared with the datasets'."""
+    steps: int
+    global_batch_size: int
+    sequence_length: int
+    tokens: int
+    """Tokens of all steps: at least training.train_tokens, in whole steps."""
+    stage_stops: list[int]
+    """Tokens after which each stage ends."""
+    sources: list[SourcePlan]
+    cuts: CutPlan | None
+    """None where the dataset is not trained on."""
+    summary: list[str]
+    """What the trainer will say at its start about the data."""
+    curve: list[tuple[int, list[float]]]
+    """(tokens of the run, epochs of each source until then)."""
+
+
+def plan_training(config_file: str, prefix: str) -> TrainingPlan:
+    """What the run that ``config_file`` describes makes of the dataset ``prefix``.
+
+    Raises:
+        UserError: the run would be refused at its start.
+    """
+    config, role = _with_dataset(parse_config(["--config", config_file]), prefix)
+    plan = plan_batches(config.training, 1)  # steps and epochs are those of any number of ranks
+    vocab_size, tokenizer, checked = _model_facts(config)
+    catalog = open_catalog(config.data, plan, vocab_size, tokenizer, config.seed)
+    order = catalog.sample_order(config.seed)
+    steps = plan.steps_for(config.training.train_tokens)
+    last_sample = steps * plan.global_batch_size
+    order.require(last_sample)
+    # The last stage may go on for ever, and later ones may never be reached.
+    stops = [last_sample if stage.stop is None else min(stage.stop, last_sample) for stage in catalog.stages]
+    return TrainingPlan(
+        config=config_file,
+        role=role,
+        checked_model=checked,
+        steps=steps,
+        global_batch_size=plan.global_batch_size,
+        sequence_length=plan.sequence_length,
+        tokens=steps * plan.tokens_per_step,
+        stage_stops=[stop * plan.sequence_length for stop in stops],
+        sources=[_plan_source(source, catalog, order, stops, prefix) for source in catalog.train],
+        cuts=next((_count_cuts(source) for source in catalog.train if _same(source.dataset.prefix, prefix)), None),
+        summary=describe_data(config.data, catalog, order, last_sample),
+        curve=_curve(catalog, order, last_sample, plan),
+    )
+
+
+def _with_dataset(config: RunConfig, prefix: str) -> tuple[RunConfig, str]:
+    """The configuration with the dataset in it, and the part that it plays."""
+    blends = [stage.train for stage in config.data.stages] or [config.data.train]
+    if any(_same(source.path, prefix) for blend in blends for source in blend):
+        return config, "train"
+    if any(_same(path, prefix) for path in config.data.validation.values()):
+        return config, "validation"
+    data = replace(config.data, train=[SourceConfig(prefix)], stages=[], validation={})
+    return replace(config, data=data), "assumed"
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(dataset_prefix(one)) == os.path.realpath(dataset_prefix(other))
+
+
+def _model_facts(config: RunConfig) -> tuple[int, TokenizerIdentity | None, bool]:
+    """Vocabulary, tokenizer, and whether these are known: the model may not have been converted yet."""
+    if config.model.initialize_from is not None and not os.path.exists(config.model.initialize_from):
+        return _ANY_VOCABULARY, None, False
+    assets = find_assets(config.model)
+    assert assets.config is not None
+    return parse_architecture(assets.config).vocab_size, assets.tokenizer, True
+
+
+def _plan_source(source: Source, catalog: Catalog, order: SampleOrder, stops: list[int], prefix: str) -> SourcePlan:
+    given = [order.cursors(stop)[source.name] for stop in stops]
+    return SourcePlan(
+        name=source.name,
+        path=str(catalog.fingerprints[source.name]["path"]),
+        is_this=_same(source.dataset.prefix, prefix),
+        tokens=source.stop - source.start,
+        windows=source.num_windows,
+        samples=given[-1],
+        samples_by_stage=[now - before for now, before in zip(given, [0, *given[:-1]], strict=True)],
+        epochs=given[-1] / source.num_windows,
+        capped_at_tokens=_capped_at(source.name, order, stops[-1]),
+    )
+
+
+def _capped_at(name: str, order: SampleOrder, last_sample: int) -> int | None:
+    """Tokens of the run from which on the source's stage goes on without it."""
+    for phase in order.schedule.phases:
+        wanted = [share.name for share in order.schedule.stages[phase.stage].shares]
+        if phase.start < last_sample and name in wanted and name not in [share.name for share in phase.shares]:
+            return phase.start * order.sequence_length
+    return None
+
+
+def _count_cuts(source: Source) -> CutPlan:
+    groups = -(-source.num_windows // (GROUP_WINDOWS if source.layout is None else source.layout.group_windows))
+    counted = sorted({groups * i // _GROUPS_COUNTED for i in range(_GROUPS_COUNTED)})
+    count = count_cuts(source, groups=counted)
+    return CutPlan(count.documents, count.longer, count.cut, count.tokens_lost, len(counted) == groups)
+
+
+def _curve(catalog: Catalog, order: SampleOrder, last_sample: int, plan: BatchPlan) -> list[tuple[int, list[float]]]:
+    samples = sorted({last_sample * i // _CURVE_POINTS for i in range(_CURVE_POINTS + 1)})
+    given = [order.cursors(sample) for sample in samples]
+    return [
+        (sample * plan.sequence_length, [count[source.name] / source.num_windows for source in catalog.train])
+        for sample, count in zip(samples, given, strict=True)
+    ]

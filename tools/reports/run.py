@@ -1,0 +1,363 @@
+"""A run folder, read into one dataclass: what the trainer wrote there, and nothing that needs PyTorch to read.
+
+The folder may belong to a run that is training now, or that was killed. What is missing or incomplete is a remark; only
+a folder without a curve, and a damaged line of the curve, are errors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from ...engine.checkpoint.manifest import MANIFEST_FILE, Manifest
+from ...engine.checkpoint.run_record import CONFIG_FILE
+from ...engine.config_files import read_config
+from ...engine.data.schedule import Schedule
+from ...engine.errors import UserError
+from ...engine.observe.console import LOG_FILE
+from ...engine.observe.curves import METRICS_FILE
+from ...engine.parallel.agreement import flatten
+from ...engine.regular_files import open_regular, read_regular
+from ..checkpoint_report.listing import Row, list_checkpoints
+from .metrics import Curves, read_curves
+
+SAMPLES_FILE = "samples.jsonl"
+_MOVED = re.compile(r"records +[\d,]+ of metrics\.jsonl after step ([\d,]+) moved to .*?([^/]+)$")
+_LOGGED = re.compile(r"\S+ \S+ (model|ranks|blocks|attention) +(.*)")
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What may be raised where a file does not hold what is expected."""
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A place where the run continued from a checkpoint, and made some steps a second time."""
+
+    kind: str
+    """resumed, or rewound to before a loss spike."""
+    step: int
+    """Of the checkpoint."""
+    tokens: int
+    lost_step: int
+    """Last step whose record was given up."""
+    lost_tokens: int
+    file: str
+    """Where those records are now."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A training source of the run."""
+
+    name: str
+    path: str
+    weights: list[float | None]
+    """In each stage; None where the stage does not draw from it."""
+    tokens: int | None = None
+    """Of the dataset. None: no checkpoint says it yet, as the next ones."""
+    trained_tokens: int | None = None
+    """Drawn until the newest checkpoint."""
+    fingerprint: str = ""
+    """Content hash of its tokens; empty where it has no sidecar."""
+
+    @property
+    def epochs(self) -> float | None:
+        """How often it was read until the newest checkpoint."""
+        return self.trained_tokens / self.tokens if self.tokens and self.trained_tokens is not None else None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and how the model continued it before and after the run; continuations do not repeat the prompt."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run folder says."""
+
+    folder: str
+    curves: Curves
+    last_record: str
+    """When the newest record was written, in UTC."""
+    configuration: str = ""
+    """The text of ``config.yaml``."""
+    config: dict[str, Any] = field(default_factory=dict)
+    logged: dict[str, str] = field(default_factory=dict)
+    """What the newest start said of model, ranks, blocks and attention."""
+    starts: int | None = None
+    """How often the run was started; None without a log."""
+    restarts: list[Restart] = field(default_factory=list)
+    checkpoints: list[Row] = field(default_factory=list)
+    sources: list[DataSource] = field(default_factory=list)
+    validation: dict[str, str] = field(default_factory=dict)
+    """Datasets by the names of the validation sets."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Versions and layout of the newest checkpoint."""
+    samples: list[Sample] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    """What a reader should know: records cut off, steps skipped, files that are missing or damaged."""
+
+    @property
+    def step(self) -> int:
+        """The last step that is recorded."""
+        return self.curves.steps[-1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens until then."""
+        return self.curves.tokens[-1]
+
+    @property
+    def train_tokens(self) -> int | None:
+        """The token budget; None where the configuration does not say it."""
+        budget = _section(self.config, "training").get("train_tokens")
+        return budget if type(budget) is int and budget > 0 else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the token budget is used up."""
+        return self.train_tokens is not None and self.tokens >= self.train_tokens
+
+    def median(self, column: str) -> float | None:
+        """Median of a column's records; None where there is none."""
+        values = [value for _, value in self.curves.points(column)]
+        return median(values) if values else None
+
+    def maximum(self, column: str) -> float | None:
+        """Largest value of a column; None where there is none."""
+        return max((value for _, value in self.curves.points(column)), default=None)
+
+    @property
+    def final_loss(self) -> float | None:
+        """Mean training loss of the last twentieth of the records, at least ten of them."""
+        losses = [value for _, value in self.curves.points("loss")]
+        return fmean(losses[-max(10, len(losses) // 20) :]) if losses else None
+
+    @property
+    def seconds_in_steps(self) -> float:
+        """Time spent in steps, from the mean duration of a step that each record gives."""
+        steps = [self.curves.steps[0] - 1, *self.curves.steps]  # it may continue another run
+        seconds = zip(steps, steps[1:], self.curves.columns["step_seconds"], strict=False)
+        return math.fsum((step - before) * each for before, step, each in seconds if math.isfinite(each))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: everything but the single records."""
+        rows = [replace(row, manifest=None) for row in self.checkpoints]
+        record = asdict(replace(self, curves=Curves(), checkpoints=rows))
+        del record["curves"], record["configuration"]
+        summary = {name: getattr(self, name) for name in ("step", "tokens", "train_tokens", "is_finished")}
+        return record | summary | {
+            "seconds_in_steps": self.seconds_in_steps,
+            "final_loss": self.final_loss,
+            "median": {name: self.median(name) for name in ("tokens_per_second", "step_seconds", "mfu")},
+            "peak_memory_bytes": self.maximum("peak_memory_bytes"),
+            "evaluations": {name: [asdict(one) for one in found] for name, found in self.curves.evaluations.items()},
+        }  # fmt: skip
+
+
+def read_run(folder: Path) -> Run:
+    """Read the run folder ``folder``.
+
+    Raises:
+        UserError: it is not a run folder, holds no record of a step, or a line of its curve is damaged.
+    """
+    path = folder / METRICS_FILE
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the run_folder of a run")
+    if not path.exists():
+        where = f", here {folder.absolute().parents[1]}" if (folder / MANIFEST_FILE).is_file() else ""
+        raise UserError(f"{folder}: not a run folder, it holds no {METRICS_FILE}; name the run_folder of a run{where}")
+    curves = read_curves(path)
+    if not curves.steps:
+        raise UserError(f"{path}: no step is recorded yet; the run writes its first record after its first step")
+    remarks = list(_curve_remarks(curves))
+    config, text = _read_config(folder / CONFIG_FILE, remarks)
+    log = _read_log(folder / LOG_FILE)
+    checkpoints, newest = _read_checkpoints(folder, curves, remarks)
+    written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+    return Run(
+        folder=str(folder),
+        curves=curves,
+        last_record=f"{written:%Y-%m-%d %H:%M:%S} UTC",
+        configuration=text,
+        config=config,
+        logged=log.lines,
+        starts=log.starts or None,
+        restarts=list(_restarts(folder, curves, log, config, remarks)),
+        checkpoints=checkpoints,
+        sources=_sources(newest, config, remarks),
+        validation={name: str(path) for name, path in _section(_section(config, "data"), "validation").items()},
+        environment=_environment(newest),
+        samples=_samples(folder / SAMPLES_FILE, remarks),
+        remarks=remarks,
+    )
+
+
+def differences(one: Run, other: Run) -> dict[str, tuple[str, str]]:
+    """What two runs do not have in common, by key, in JSON: settings, contents of the data, versions."""
+
+    def facts(run: Run) -> dict[str, str]:
+        hashes = {f"content of {source.name}": source.fingerprint for source in run.sources if source.fingerprint}
+        return flatten({**run.config, "run_folder": None, **hashes, **run.environment})
+
+    here, there = facts(one), facts(other)
+    keys = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+    return {key: (here.get(key, "absent"), there.get(key, "absent")) for key in keys}
+
+
+def _section(config: Any, name: str) -> dict[str, Any]:
+    section = config.get(name) if isinstance(config, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+def _curve_remarks(curves: Curves) -> Iterator[str]:
+    if curves.is_cut_off:
+        yield f"the last line of {METRICS_FILE} is incomplete and left out: the run is writing it, or was killed"
+    for name, what in (
+        ("skipped_steps", "skipped since their loss or gradient would have done harm"),
+        ("steps_without_targets", "without a token to predict"),
+    ):
+        count = next((value for _, value in reversed(curves.points(name))), 0)
+        if count:
+            yield f"{count:,.0f} steps were {what}"
+
+
+def _read_config(path: Path, remarks: list[str]) -> tuple[dict[str, Any], str]:
+    try:
+        return read_config(path), path.read_text(encoding="utf-8-sig")
+    except UserError as error:
+        remarks.append(f"the configuration is not shown: {str(error).removeprefix('--config ')}")
+        return {}, ""
+
+
+@dataclass
+class _Log:
+    """What ``log.txt`` says of the run, since it last started over."""
+
+    lines: dict[str, str] = field(default_factory=dict)
+    starts: int = 0
+    moved: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """File of records that were given up -> (kind of restart, step that the run continued from)."""
+
+
+def _read_log(path: Path) -> _Log:
+    log, kind = _Log(), "resumed"
+    try:
+        with open_regular(path) as file:
+            for line in file:
+                text = line.decode("utf-8", "replace").rstrip()
+                if found := _LOGGED.fullmatch(text):
+                    log.lines[found[1]] = found[2]
+                    log.starts += found[1] == "model"
+                    kind = "resumed"
+                elif found := _MOVED.search(text):
+                    log.moved[found[2]] = (kind, int(found[1].replace(",", "")))
+                elif " of an earlier run renamed to metrics." in text:
+                    log = _Log()
+                elif " rewound to step " in text:
+                    kind = "rewound"
+    except OSError:
+        pass  # the log is for people; all numbers are elsewhere
+    return log
+
+
+def _restarts(folder: Path, curves: Curves, log: _Log, config: dict[str, Any], remarks: list[str]) -> Iterator[Restart]:
+    """The restarts that gave up records, those of the log first."""
+    others = sorted(path.name for path in folder.glob("metrics.*.jsonl") if path.name not in log.moved)
+    interval = _section(config, "logging").get("log_interval")
+    interval = interval if type(interval) is int and interval > 0 else 1
+    for name in [*log.moved, *others]:
+        try:
+            lost = read_curves(folder / name)
+        except UserError as error:
+            remarks.append(f"not shown: {error}")
+            continue
+        before = curves.steps[: bisect_left(curves.steps, lost.steps[0])] if lost.steps else ()
+        if lost.steps and (before or name in log.moved):
+            # The first step after a start is recorded in any case, by both curves or by the later one alone.
+            step = before[-1] - 1 if before and before[-1] % interval else lost.steps[0] - 1
+            kind, step = log.moved.get(name, ("resumed", step))
+            yield Restart(kind, step, _tokens_at(curves, step), lost.steps[-1], lost.tokens[-1], name)
+        elif lost.steps:
+            remarks.append(f"{name} is the curve of an earlier run in this folder")
+
+
+def _tokens_at(curves: Curves, step: int) -> int:
+    """Tokens after ``step``, between two records by interpolation."""
+    after = bisect_left(curves.steps, step)
+    if after == len(curves.steps):
+        return curves.tokens[-1]
+    start_step, start = (curves.steps[after - 1], curves.tokens[after - 1]) if after else (0, 0)
+    share = (step - start_step) / max(1, curves.steps[after] - start_step)
+    return round(start + share * (curves.tokens[after] - start))
+
+
+def _read_checkpoints(folder: Path, curves: Curves, remarks: list[str]) -> tuple[list[Row], Manifest | None]:
+    """All checkpoints by step, and the manifest of the newest that is complete."""
+    if not (folder / "checkpoints").is_dir():
+        remarks.append(f"{folder / 'checkpoints'} is not there: no checkpoint is written yet, or its disk is missing")
+        return [], None
+    try:
+        rows = list_checkpoints(folder, dict(zip(curves.steps, curves.columns["loss"], strict=True)))
+    except (UserError, OSError) as error:  # such as one that the run is removing now
+        remarks.append(f"checkpoints are not shown: {getattr(error, 'strerror', None) or error}")
+        return [], None
+    whole = [row.manifest for row in rows if row.manifest and row.state.startswith("complete")]
+    return rows, max(whole, key=lambda manifest: manifest.step, default=None)
+
+
+def _sources(manifest: Manifest | None, config: dict[str, Any], remarks: list[str]) -> list[DataSource]:
+    """The training sources: as the newest checkpoint knows them, else as the configuration names them."""
+    try:
+        return list(_trained_sources(manifest) if manifest else _configured_sources(_section(config, "data")))
+    except _BROKEN as error:
+        remarks.append(f"the training data is not shown: {CONFIG_FILE}: {error!r:.100}")
+        return []
+
+
+def _configured_sources(data: dict[str, Any]) -> Iterator[DataSource]:
+    stages = [stage["train"] for stage in data.get("stages") or []] or [data.get("train") or []]
+    blends = [{str(one.get("name") or one["path"]): one for one in blend} for blend in stages]
+    for name, one in {name: one for blend in blends for name, one in blend.items()}.items():
+        weights = [float(blend[name].get("weight", 1.0)) if name in blend else None for blend in blends]
+        yield DataSource(name, str(one["path"]), weights)
+
+
+def _trained_sources(manifest: Manifest) -> Iterator[DataSource]:
+    schedule = Schedule.from_state(manifest.sample_order)
+    given, length = schedule.cursors(manifest.consumed_samples), manifest.config["training"]["sequence_length"]
+    blends = [{share.name: share.weight for share in stage.shares} for stage in schedule.stages]
+    for name, facts in manifest.datasets.items():
+        weights, trained = [blend.get(name) for blend in blends], given.get(name, 0) * length
+        yield DataSource(name, str(facts["path"]), weights, facts["tokens"], trained, facts["hash"] or "")
+
+
+def _environment(manifest: Manifest | None) -> dict[str, str]:
+    if manifest is None:
+        return {}
+    layout = ", ".join(f"{axis} {ranks}" for axis, ranks in manifest.layout.items() if ranks > 1)
+    ranks = f"{manifest.world_size}" + (f" ({layout})" if layout else "")
+    return {"ranks": ranks, "retemper": manifest.retemper_version, **manifest.versions}
+
+
+def _samples(path: Path, remarks: list[str]) -> list[Sample]:
+    """The texts of ``samples.jsonl``, if there is one."""
+    try:
+        records = [json.loads(line) for line in read_regular(path).splitlines()]
+        return [Sample(*(str(record[name]) for name in ("prompt", "before", "after"))) for record in records]
+    except FileNotFoundError:
+        return []
+    except _BROKEN as error:
+        remarks.append(f"samples are not shown: {path}: {error}")
+        return []
