@@ -148,11 +148,11 @@ def test_parts_of_another_run_are_not_taken(tmp_path, tiny_tokenizer):
 def stopped_before_assembly(monkeypatch: pytest.MonkeyPatch, *arguments: object, **options: object) -> None:
     """A run that is interrupted when all its parts are finished."""
 
-    def interrupt(_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("retemper.tools.ingest.pipeline._Run.assemble", interrupt)
+        patch.setattr("retemper.tools.ingest.pipeline.publish", interrupt)
         run(*arguments, **options)  # type: ignore[arg-type]
 
 
