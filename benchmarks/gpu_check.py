@@ -1,14 +1,15 @@
-"""Everything that needs a GPU, in two runs of at most ten minutes: ``make gpu-check PART=1``, then ``PART=2``.
+"""Run all checks that need a GPU, in two runs of at most ten minutes: ``make gpu-check PART=1``, then ``PART=2``.
 
     pip install --no-deps --no-build-isolation -e .
     pip install --no-deps jsonargparse docstring-parser typeshed-client zstandard xxhash
     python benchmarks/gpu_check.py --part 1 --output gpu_check
     python benchmarks/gpu_check.py --part 2 --output gpu_check
 
-Part 1: the tests marked ``gpu``, and the kernels beside their peers at the sizes of Qwen2.5 0.5B and 7B. Part 2: the
-training step of both models beside the peers that are installed. Every stage is a process with a time limit of its own;
-one that fails does not stop the others. Outputs, and the summaries summary_part1.md and .json, go to --output. Ends
-nonzero when a check of correctness failed: a test, a kernel outside its bounds, an engine of ours that does not run.
+Part 1: the tests marked ``gpu``, and the kernels and their peers at the sizes of Qwen2.5 0.5B and 7B. Part 2: the
+training step of both models, and of the installed peers. Every stage is a process with its own time limit; if
+one fails, the others still run. Outputs, and the summaries summary_part1.md and .json, are written to --output. The
+exit status is
+nonzero if a check of correctness failed: a test, a kernel outside its bounds, an engine of ours that does not run.
 ``--dry-run`` runs the same stages in tiny sizes on a CPU.
 """
 
@@ -32,11 +33,11 @@ from retemper.engine.errors import CommandParser, UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PART_SECONDS = 570.0
-"""All stages of a part end by then, whatever their own limits sum to."""
+"""Total time of a part's stages, whatever the sum of their own limits."""
 LEAST_SECONDS = 5.0
-"""With less time left no stage is started."""
+"""No stage is started with less time left."""
 RECENT = 4000
-"""Characters of a stage's output that its summary shows at most."""
+"""Maximum number of characters of a stage's output in its summary."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class Stage:
     command: list[str]
     limit_seconds: float
     checks: bool
-    """Whether its failure is one of correctness."""
+    """True if its failure means an error of correctness."""
     benign_codes: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage."""
+    """The result of a stage."""
 
     name: str
     command: str
@@ -64,11 +65,11 @@ class Outcome:
     """ok, failed, timed out, no time left."""
     checks: bool
     tail: str
-    """The end of what it printed."""
+    """The end of its output."""
 
 
 def stages(part: int, output: Path, dry_run: bool) -> list[Stage]:
-    """The stages of a part, the ones that matter most first."""
+    """Return the stages of a part, the most important first."""
     python = sys.executable
     size = "tiny" if dry_run else "issue"
     device = "cpu" if dry_run else "cuda"
@@ -84,7 +85,7 @@ def stages(part: int, output: Path, dry_run: bool) -> list[Stage]:
         command = [python, "benchmarks/peers.py", "--device", device, "--json", str(output / f"step_{name}.json")]
         tiny = ["--layers=2", "--hidden=64", "--vocab=300", "--batch=2", "--sequence=32", "--warmup=1", "--steps=2"]
         tiny += ["--threads=1", "--engines=retemper,trainer"]
-        # A peer that fails is no failure of ours: what ours did is judged from the file.
+        # A failing peer is not our failure: the result file shows whether our engine succeeded.
         return Stage(
             f"step: {name}",
             command + [f"--total-time={limit - 10:g}"] + (tiny if dry_run else list(options)),
@@ -93,11 +94,11 @@ def stages(part: int, output: Path, dry_run: bool) -> list[Stage]:
         )
 
     if part == 1:
-        # Files without such a test are left out: what they import need not be installed on a GPU machine.
+        # Files without such a test are skipped: the packages that they import need not be installed on a GPU machine.
         files = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text("utf-8")]
         names = sorted(str(path.relative_to(ROOT)) for path in files)
         tests = [python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *names]
-        # 5: no test is marked so, or none was left after deselection.
+        # 5: no test has this mark, or none was left after deselection.
         check = Stage("tests", tests, 200, True, benign_codes=(0, 5) if dry_run else (0,))
         return [
             Stage("machine", [python, "-c", MACHINE], 60, False),
@@ -106,7 +107,7 @@ def stages(part: int, output: Path, dry_run: bool) -> list[Stage]:
             kernels("attention", 120),
             kernels("rms_norm,rope,swiglu", 80),
         ]
-    # What there is no time for comes last; it is named in the table.
+    # Less important stages come last; those without time are named in the table.
     small = ["--model", "qwen2.5-0.5b", "--batch", "4", "--sequence", "4096", "--precision", "bf16"]
     small += ["--warmup", "10", "--steps", "30", "--time-limit", "75"]
     large = ["--model", "qwen2.5-7b", "--batch", "2", "--sequence", "4096", "--precision", "bf16-states", "--recompute"]
@@ -116,7 +117,7 @@ def stages(part: int, output: Path, dry_run: bool) -> list[Stage]:
         Stage("machine", [python, "-c", MACHINE], 45, False),
         step("qwen2.5-0.5b", 230, *small, "--engines", ",".join(["retemper", *peers[:3], "trainer+compile+chunked"])),
         step("qwen2.5-7b", 250, *large, "--engines", ",".join(["retemper", *peers])),
-        # The first figure once more: how far the machine drifts.
+        # The first measurement again: shows the drift of the machine.
         step("qwen2.5-0.5b-again", 45, *small, "--engines", "retemper"),
     ]
 
@@ -145,11 +146,11 @@ if torch.cuda.is_available():
     query = 'clocks.sm,clocks.mem,power.draw,temperature.gpu'
     print(subprocess.run(['nvidia-smi', '--query-gpu=' + query, '--format=csv'], capture_output=True, text=True).stdout)
 """
-"""Reads clocks and power, and the two ceilings: a large product and a large copy. Changes no setting."""
+"""Reads clocks and power, and two practical limits: a large product and a large copy. Changes no setting."""
 
 
 def run_stage(stage: Stage, output: Path, seconds_left: float) -> Outcome:
-    """Run a stage in a process group of its own and keep what it prints in a file."""
+    """Run a stage in its own process group and save its output in a file."""
     command = shlex.join(stage.command)
     limit = min(stage.limit_seconds, seconds_left)
     if limit < LEAST_SECONDS:
@@ -165,7 +166,7 @@ def run_stage(stage: Stage, output: Path, seconds_left: float) -> Outcome:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            # The stage and whatever it started: nothing may go on beside the next stage.
+            # The stage and all its children: nothing may keep running during the next stage.
             _end_group(process)
     text = log.read_text(encoding="utf-8", errors="replace")
     state = "timed out" if code is None else "ok" if code in stage.benign_codes else "failed"
@@ -179,7 +180,7 @@ def _end_group(process: subprocess.Popen) -> None:
 
 
 def our_step_problem(stage_name: str, output: Path) -> str | None:
-    """Why our engine's row of a step stage is not there; None where it is."""
+    """Return why our engine's row of a step stage is missing; None if it exists."""
     path = output / f"step_{stage_name.removeprefix('step: ')}.json"
     if not path.exists():
         return "no result was written"
@@ -189,7 +190,7 @@ def our_step_problem(stage_name: str, output: Path) -> str | None:
 
 
 def summary(part: int, outcomes: Sequence[Outcome], problems: Sequence[str]) -> str:
-    """Markdown: what passed, what did not, and the end of each stage's output."""
+    """Return a Markdown summary: passed and failed stages, and the end of each stage's output."""
     lines = [f"# GPU check, part {part}", "", "| stage | state | seconds |", "| --- | --- | ---: |"]
     lines += [f"| {outcome.name} | {outcome.state} | {outcome.seconds:.0f} |" for outcome in outcomes]
     lines += ["", *(f"- FAILED: {problem}" for problem in problems)]
@@ -201,14 +202,14 @@ def summary(part: int, outcomes: Sequence[Outcome], problems: Sequence[str]) -> 
 
 
 def require_own_results(folder: Path) -> None:
-    """Refuse a folder that is not empty and holds no results of a part: its files may bear the names of ours."""
+    """Refuse a folder that is not empty and holds no results of a part, since its files might have our names."""
     own = folder.is_dir() and (not any(folder.iterdir()) or any(folder.glob("summary_part*.md")))
     if folder.exists() and not own:
         raise UserError(f"--output {folder}: exists, and holds no results of this command; choose another folder")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a part; 0 when every check of correctness passed."""
+    """Run a part; return 0 if every check of correctness passed."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", type=int, choices=[1, 2], required=True)
     parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="output folder (default: %(default)s)")
@@ -229,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started, outcomes, problems = time.monotonic(), [], []
     for stage in stages(options.part, output, options.dry_run):
         if stage.name.startswith("step: "):
-            # An old figure must not stand for a run that wrote none.
+            # An old result must not count for a run that wrote none.
             (output / f"step_{stage.name.removeprefix('step: ')}.json").unlink(missing_ok=True)
         outcome = run_stage(stage, output, options.seconds - (time.monotonic() - started))
         outcomes.append(outcome)
@@ -238,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             problems.append(f"{stage.name}: {outcome.state}")
         if stage.name.startswith("step: ") and (problem := our_step_problem(stage.name, output)):
             problems.append(f"{stage.name}: {problem}")
-        # Written after every stage, so that a machine that is taken away leaves what there was.
+        # Written after every stage, so that results survive the loss of the machine.
         record = {"part": options.part, "date": datetime.now(timezone.utc).isoformat(), "problems": problems}
         record["stages"] = [asdict(outcome) for outcome in outcomes]
         name = f"summary_part{options.part}"

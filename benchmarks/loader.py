@@ -1,13 +1,13 @@
-"""The loader's start and its samples on corpora of up to 100 million documents, beside Megatron-LM's GPTDataset.
+"""Compare the loader's start and samples with Megatron-LM's GPTDataset on corpora of up to 100 million documents.
 
     pip install --no-deps megatron-core==0.16.1
     python benchmarks/loader.py
 
-The indexes are real; their token files are sparse, since nobody has 1.6 TB to spare, so times on them are without a
-disk. What a disk adds is measured on a smaller corpus whose tokens are written out and evicted from the page cache.
-Every measurement is made several times, each in a process of its own after its imports, and the median is taken.
+The indexes are real. Their token files are sparse, to save 1.6 TB, so times on them do not include a disk. The cost of
+a disk is measured on a smaller corpus whose tokens are written out and evicted from the page cache.
+Every measurement is made several times, each in a process of its own after its imports, and the median is used.
 Writes benchmarks/results/loader.json and prints the tables of docs/performance.md, "Loading". Needs about 12 GB of disk
-(``TMPDIR`` says where) and, for Megatron at 100 million documents, 8 GB of memory.
+(in ``TMPDIR``) and, for Megatron at 100 million documents, 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ RESULT = Path(__file__).parent / "results" / "loader.json"
 
 
 def make_corpus(prefix: Path, documents: int, sparse: bool) -> int:
-    """A dataset of int32 tokens whose documents have log-normal lengths; returns how many tokens it has."""
+    """Make a dataset of int32 tokens whose documents have log-normal lengths; return its number of tokens."""
     generator = np.random.default_rng(SEED)
     lengths = np.empty(documents, np.int32)
     for first in range(0, documents, 1 << 20):
@@ -91,7 +91,7 @@ def make_corpus(prefix: Path, documents: int, sparse: bool) -> int:
 
 
 def evict(prefix: Path) -> None:
-    """Take the dataset's files out of the page cache."""
+    """Evict the dataset's files from the page cache."""
     for suffix in (".idx", ".bin"):
         descriptor = os.open(f"{prefix}{suffix}", os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -106,7 +106,7 @@ Opened = tuple[Callable[[int], Any], int]
 
 
 def open_retemper(prefix: Path, name: str) -> Opened:
-    """All that a training run does about its data before its first step."""
+    """Do everything that a training run does with its data before its first step."""
     packing, shuffle = MODES[name]
     config = DataConfig(train=[SourceConfig(str(prefix))], packing=packing, shuffle=shuffle)  # type: ignore[arg-type]
     plan = BatchPlan(SEQUENCE_LENGTH, BATCH, 1, 1)
@@ -126,7 +126,9 @@ def open_retemper(prefix: Path, name: str) -> Opened:
 
 
 def open_megatron(prefix: Path, tokens: int, cache: Path) -> Opened:
-    """One epoch of a GPTDataset, with its defaults and the fewest masks; the index caches go to ``cache``."""
+    """Open one epoch of a GPTDataset, with its defaults and the fewest masks; the index caches are written to
+    ``cache``.
+    """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -156,23 +158,23 @@ def open_megatron(prefix: Path, tokens: int, cache: Path) -> Opened:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process in RAM now, and at most since the last reset; mapped file pages count."""
+    """Return the bytes of this process in RAM now, and at most since the last reset; mapped file pages count."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: 1024 * int(lines[key].split()[0]) for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
 
 
 def disk_bytes() -> int:
-    """Bytes that this process had read from disks, its page faults and read-ahead included."""
+    """Return the bytes that this process has caused to be read from disks, with page faults and read-ahead."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(lines["read_bytes"])
 
 
 def measure(name: str, prefix: Path, tokens: int, cache: Path, samples: int) -> dict[str, float]:
-    """Start, first batch and random samples of the loader ``name``."""
+    """Measure start, first batch and random samples of the loader ``name``."""
     if name == MEGATRON:
         import megatron.core.datasets.gpt_dataset  # noqa: F401
     evict(prefix)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = memory()["now"]
     clock = time.perf_counter()
     sample, count = open_megatron(prefix, tokens, cache) if name == MEGATRON else open_retemper(prefix, name)
@@ -206,7 +208,7 @@ def measure(name: str, prefix: Path, tokens: int, cache: Path, samples: int) -> 
 
 
 def measured(name: str, prefix: Path, tokens: int, samples: int, repeats: int) -> dict[str, Any]:
-    """The medians of ``repeats`` processes, each with empty caches; and all their figures."""
+    """Return the medians of ``repeats`` processes, each with empty caches, and all their values."""
     runs = []
     for _ in range(repeats):
         cache = prefix.parent / "cache"
@@ -224,7 +226,7 @@ def measured(name: str, prefix: Path, tokens: int, samples: int, repeats: int) -
 
 
 def benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All corpora and loaders, one after another."""
+    """Measure all corpora and loaders, one after another."""
     corpora = []
     plans = [(count, True) for count in options.documents] + [(options.disk_documents, False)]
     for documents, sparse in plans:
@@ -250,7 +252,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def machine(folder: Path) -> dict[str, Any]:
-    """What figures depend on; the disk's read-ahead decides what a page fault costs."""
+    """Return the facts that results depend on; the disk's read-ahead determines the cost of a page fault."""
     device = os.stat(folder).st_dev
     block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
     queues = [path for path in (block / "queue", block.resolve().parent / "queue") if path.is_dir()]
@@ -274,7 +276,7 @@ def versions() -> dict[str, str]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """The figures as docs/performance.md shows them."""
+    """Return the tables of docs/performance.md."""
     sparse, written = [], []
     for corpus in result["corpora"]:
         for row in corpus["loaders"]:

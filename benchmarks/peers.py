@@ -1,13 +1,13 @@
-"""The training step beside its peers': the same model, weights, tokens and AdamW settings, one engine after another.
+"""Compare the training step with its peers': the same model, weights, tokens and AdamW settings in each engine.
 
     pip install --no-deps accelerate litgpt lightning lightning-utilities torchmetrics liger-kernel
     python benchmarks/peers.py --layers 4 --hidden 256 --vocab 32000 --batch 4 --sequence 512 --precision fp32
     python benchmarks/peers.py --model qwen2.5-0.5b --batch 4 --sequence 4096 --precision bf16
 
-Every engine runs in a fresh process: transformers' Trainer (as it is, with torch.compile, with Liger's kernels, with a
-chunked loss as in torchtitan), LitGPT's pretraining step, and this repository's trainer. An engine whose losses are not
-those of ours has not done the same work, and its row is refused. Peers that are not installed are named. With
---compile all engines are compiled, on a CPU too. Writes all that was measured with --json.
+Every engine runs in a fresh process: transformers' Trainer (eager, with torch.compile, with Liger's kernels, with a
+chunked loss as in torchtitan), LitGPT's pretraining step, and this repository's trainer. An engine whose losses differ
+from ours has not done the same work, and its row is rejected. Peers that are not installed are named. With
+--compile all engines are compiled, on a CPU too. --json writes all measurements.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NEEDS = {
     "litgpt+compile": ("litgpt", "lightning"),
     OURS: (),
 }
-"""Modules that each engine is made of, by their import names."""
+"""Modules that each engine needs, by their import names."""
 QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}
 MODELS = {
     # Hugging Face config.json of Qwen/Qwen2.5-0.5B and Qwen/Qwen2.5-7B
@@ -74,15 +74,16 @@ MODELS = {
     },
 }
 TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2, "bf16-states": 2e-2}
-"""How far the first loss may be from ours, in nats. Rounding of the arithmetic named; another model is off by more."""
+"""Maximum difference of the first loss from ours, in nats. It allows rounding in the named precision; another model
+differs by more."""
 LAST_TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2, "bf16-states": 1e-1}
-"""The same of the last loss: rounding has grown over the updates, another optimizer setting shows more."""
+"""The same for the last loss: rounding errors grow over the updates, another optimizer setting differs by more."""
 LEAST_SECONDS = 5.0
-"""With less time left no engine is started."""
+"""No engine is started with less time left."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line."""
+    """Parse the command line."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[*MODELS, "small"], default="small", help="small: Qwen2 of the sizes below")
     parser.add_argument("--layers", type=int, default=4)
@@ -128,10 +129,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def asked_engines(options: argparse.Namespace) -> list[str]:
-    """Names of the engines that are asked for, in their order.
+    """Return the names of the requested engines, in their order.
 
     Raises:
-        SystemExit: a name that no engine has.
+        SystemExit: an unknown name.
     """
     if options.engines == "all":
         return [engine for engine in NEEDS if not options.compile or engine == OURS or "+compile" in engine]
@@ -143,13 +144,13 @@ def asked_engines(options: argparse.Namespace) -> list[str]:
 
 
 def our_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Settings of our config by dotted key: of ``--compile``, and of ``--ours``, which has the last word."""
+    """Return the settings of our config by dotted key: of ``--compile``, and of ``--ours``, which takes precedence."""
     given = {key: json.loads(value) for key, _, value in (text.partition("=") for text in options.ours)}
     return ({"training.compile": "on"} if options.compile else {}) | given
 
 
 def architecture(options: argparse.Namespace) -> dict[str, Any]:
-    """Hugging Face config of the model that is asked for."""
+    """Return the Hugging Face config of the requested model."""
     if options.model in MODELS:
         return MODELS[options.model]
     heads = max(1, options.hidden // 64)
@@ -166,7 +167,7 @@ def architecture(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def why_not(engine: str, device: str) -> str | None:
-    """Why an engine cannot run here; None where it can."""
+    """Return why an engine cannot run here; None if it can."""
     missing = [name for name in NEEDS[engine] if importlib.util.find_spec(name) is None]
     if missing:
         return f"{', '.join(missing)} is not installed"
@@ -176,7 +177,9 @@ def why_not(engine: str, device: str) -> str | None:
 
 
 def make_data(job: Job) -> None:
-    """Random tokens of Zipf's law as a dataset, and the same in the order in which our sampler reads them."""
+    """Write random tokens of Zipf's law as a dataset, and the same tokens in the order in which our sampler reads
+    them.
+    """
     from peer_engines.ours import configure
 
     from retemper.engine.budget import plan_batches
@@ -188,7 +191,7 @@ def make_data(job: Job) -> None:
     generator = np.random.default_rng(job.seed)
     prefix = str(Path(job.folder) / DATASET)
     with IndexedDatasetWriter(prefix, np.int32) as writer:
-        # One sample more than is read, since a window's targets reach one token beyond it.
+        # One sample more than is read, since a window's targets extend one token beyond it.
         for _ in range(job.total_steps * job.batch_size + 1):
             writer.add_document(generator.zipf(1.2, job.sequence_length).clip(1, vocab_size) - 1)
     config = configure(job)
@@ -202,7 +205,7 @@ def make_data(job: Job) -> None:
 
 
 def run_engine(engine: str, job_path: Path, time_limit: float, threads: int | None) -> dict[str, Any]:
-    """The record of one engine's run in a fresh process, or why there is none."""
+    """Return the record of one engine's run in a fresh process, or the reason why there is none."""
     started = time.perf_counter()
     command = [sys.executable, __file__, "--engine", engine, "--job", str(job_path)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
@@ -220,7 +223,7 @@ def run_engine(engine: str, job_path: Path, time_limit: float, threads: int | No
 
 
 def run_here(engine: str, job: Job) -> None:
-    """Run one engine in this process and leave its record beside the job."""
+    """Run one engine in this process and write its record next to the job."""
     if engine == OURS:
         from peer_engines.ours import run
     elif engine.startswith("litgpt"):
@@ -232,14 +235,14 @@ def run_here(engine: str, job: Job) -> None:
 
 
 def refuse_different(runs: list[dict[str, Any]], precision: str) -> None:
-    """Mark the runs whose first or last loss is not that of our first run: they have not done the same work."""
+    """Mark the runs whose first or last loss differs from that of our first run: they have not done the same work."""
     ours = next((run for run in runs if run["engine"] == OURS and "losses" in run), None)
     for run in runs:
         if ours is None or "losses" not in run:
             continue
         first, last = (abs(run["losses"][i] - ours["losses"][i]) for i in (0, -1))
         run["first_loss_difference"], run["last_loss_difference"] = first, last
-        # Written so that a loss that is not a number is refused.
+        # Written so that NaN is rejected.
         if not (first <= TOLERANCE[precision] and last <= LAST_TOLERANCE[precision]):
             run["problem"] = (
                 f"rejected: losses {run['losses'][0]:.5f} .. {run['losses'][-1]:.5f}, ours {ours['losses'][0]:.5f} .. "
@@ -252,7 +255,7 @@ def refuse_different(runs: list[dict[str, Any]], precision: str) -> None:
 
 
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each engine, in the order of the runs: medians over its rounds, and what ours is beside it."""
+    """Return one row for each engine, in the order of the runs: medians over its rounds, and ratios to ours."""
     rows: dict[str, dict[str, Any]] = {}
     for run in runs:
         row = rows.setdefault(run["engine"], {"engine": run["engine"], "runs": []})
@@ -263,7 +266,7 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if problems:
             row["problem"] = problems[0]
             continue
-        # Of one process the median step counts where it is known: other work on the machine slows some steps.
+        # Within one process the median step counts if it is known: other work on the machine slows some steps.
         for run in row["runs"]:
             run["rate"] = run.get("tokens_per_second_median", run["tokens_per_second"])
         row.update({key: statistics.median(run[key] for run in row["runs"]) for key in keys})
@@ -279,7 +282,7 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], missing: dict[str, str]) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     lines = [
         "| engine | tokens/s | spread over rounds | tokens per CPU-s | peak memory | first loss "
         "| ours: times as fast | ours: share of memory |",
@@ -301,7 +304,7 @@ def table(rows: list[dict[str, Any]], missing: dict[str, str]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """Return a description of the machine."""
     versions: dict[str, str | None] = {}
     for name in ("torch", "triton", "transformers", "accelerate", "litgpt", "lightning", "liger-kernel", "numpy"):
         try:
@@ -321,7 +324,7 @@ def machine() -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all engines and print the table; 0 when none that could run has failed or was refused."""
+    """Run all engines and print the table; return 0 if no runnable engine has failed or was rejected."""
     started = time.monotonic()
     options = parse_arguments(arguments)
     if options.engine:
@@ -341,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {"command": command, "machine": machine(), "missing": missing}
 
     def report() -> list[dict[str, Any]]:
-        """What there is so far; written after every engine, so that a run that is ended keeps its figures."""
+        """Return the results so far; written after every engine, so that an interrupted run keeps its results."""
         refuse_different(runs, options.precision)
         rows = summarize(runs)
         if options.json:

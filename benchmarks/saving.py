@@ -1,10 +1,10 @@
-"""How long a training step waits for a checkpoint, and whether memory stays flat over many of them.
+"""Measure how long a training step waits for a checkpoint, and whether memory stays constant over many of them.
 
     python benchmarks/saving.py --gigabytes 4 --saves 50 --folder /tmp/saving
 
-One process, one rank, tensors on the GPU where there is one. A step here is a given time of
-matrix products, then an update. The stall is what a step waits for the checkpoint that was begun before it: in
-``Saver.save`` and before its update. Beside it stands what a copy of the same bytes takes, in the same run.
+One process, one rank, tensors on the GPU if there is one. A step is a given duration of
+matrix products, followed by an update. The stall is the time that a step waits for the checkpoint begun before it: in
+``Saver.save`` and before its update. For comparison, a copy of the same bytes is timed in the same run.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measure(gigabytes: float, saves: int, folder: Path, asynchronous: bool, step
 
 
 def _compute(device: torch.device, seconds: float) -> None:
-    """Matrix products that keep the device busy for ``seconds``."""
+    """Keep the device busy with matrix products for ``seconds``."""
     matrix, began = torch.randn(1024, 1024, device=device), time.perf_counter()
     while time.perf_counter() - began < seconds:
         matrix = torch.nn.functional.normalize(matrix @ matrix)

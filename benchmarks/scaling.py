@@ -1,4 +1,4 @@
-"""Communication per step of Qwen2-72B by layout: the table of docs/performance.md, "Scaling on paper".
+"""Compute the communication per step of Qwen2-72B by layout: the table of docs/performance.md, "Scaling on paper".
 
     python benchmarks/scaling.py
 
@@ -31,9 +31,9 @@ QWEN2_72B = parse_architecture(
 )
 SEQUENCE_LENGTH = 4096
 FLOPS_PER_SECOND = 400e12
-"""Of one GPU while it computes: an assumption, 40 % of an H100's or H200's dense bf16 peak."""
+"""Rate of one GPU while it computes: an assumption, 40 % of an H100's or H200's dense bf16 peak."""
 TOKENS = 8192
-"""Per data-parallel rank, in one micro-batch."""
+"""Tokens per data-parallel rank, in one micro-batch."""
 LAYOUTS = (
     Layout(tensor=1, shard=32),
     Layout(tensor=2, shard=16),
@@ -47,7 +47,7 @@ LAYOUTS = (
 
 
 def table() -> str:
-    """Markdown, one row for each layout."""
+    """Return a Markdown table, one row for each layout."""
     lines = [
         "| GPUs | tensor x shard x replicate | weights, gradients, states | gathered | reduced | time of these "
         "| tensor parallel | computing | tokens per rank that hide it | tokens per step then |",

@@ -25,6 +25,7 @@ from retemper.engine.conversion.options import (
     parse,
 )
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.outputs import Use, require_separate
 
 PUSH = "--push-to-hub"
@@ -65,15 +66,17 @@ def main() -> None:
     if repository is not None:
         _convert_and_upload(options, repository)
         return
-    from retemper.engine.conversion.dcp_to_hf import convert  # needs PyTorch
+    with uncollected():
+        from retemper.engine.conversion.dcp_to_hf import convert
 
     convert(**options)
 
 
 def _convert_and_upload(options: dict[str, Any], repository: str) -> None:
-    from retemper.engine.conversion.dcp_to_hf import convert, plan_export
-    from retemper.engine.conversion.record import CONVERSION_FILE
-    from retemper.engine.hugging_face.upload import open_repository, upload_folder
+    with uncollected():
+        from retemper.engine.conversion.dcp_to_hf import convert, plan_export
+        from retemper.engine.conversion.record import CONVERSION_FILE
+        from retemper.engine.hugging_face.upload import open_repository, upload_folder
 
     checkpoint, output = Path(options["checkpoint"]), Path(options["output"])
     # What convert would refuse before it reads any weights is refused before a repository is made.

@@ -24,6 +24,7 @@ from retemper.engine.conversion.options import (
     parse,
 )
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.garbage import uncollected
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,7 +62,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     end_like_ctrl_c()
     options = parse_arguments()
-    from retemper.checkpoint_convert.megatron_import import convert  # needs PyTorch
+    with uncollected():
+        from retemper.checkpoint_convert.megatron_import import convert
 
     convert(**vars(options))
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c, parse
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -41,7 +42,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     end_like_ctrl_c()
     options = parse_arguments()
-    from retemper.engine.conversion.hf_to_dcp import convert  # needs PyTorch
+    with uncollected():
+        from retemper.engine.conversion.hf_to_dcp import convert
 
     convert(**vars(options))
 

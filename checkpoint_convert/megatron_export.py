@@ -1,9 +1,9 @@
-"""A Megatron-Core checkpoint out of a Hugging Face folder or a checkpoint."""
+"""Convert a Hugging Face folder or a checkpoint to a Megatron-Core checkpoint."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.conversion.checkpoint_model import CheckpointModel, open_checkpoint_model
 from retemper.engine.conversion.hf_to_dcp import identify
 from retemper.engine.conversion.logits import compare_logits, describe_logits
@@ -25,7 +24,7 @@ from retemper.engine.model.architecture import Architecture
 from retemper.engine.outputs import Use, require_separate
 from retemper.engine.streaming.new_folder import require_absent
 from retemper.engine.streaming.partial_folder import partial_folder
-from retemper.engine.streaming.tensor_source import TensorSource
+from retemper.engine.streaming.tensor_source import StoredTensor, TensorSource
 from retemper.engine.streaming.workers import parse_workers
 
 from .megatron_config import args_from_config, window_options
@@ -47,7 +46,7 @@ class _Source:
     """Returns the identity of the input."""
     notes: list[str]
     left_out: dict[str, list[str]]
-    all_tensors: dict[str, StoredTensor]
+    all_tensors: Mapping[str, StoredTensor]
     """All tensors, including those that are left out."""
     dtype: torch.dtype | None = None
     """Default dtype of the output; None: each tensor's own."""

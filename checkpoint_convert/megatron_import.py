@@ -1,4 +1,4 @@
-"""A Hugging Face folder, or a checkpoint to train from, out of a Megatron-Core checkpoint."""
+"""Convert a Megatron-Core checkpoint to a Hugging Face folder, or to a checkpoint for training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.conversion.checkpoint_model import CheckpointPlan, seal
 from retemper.engine.conversion.logits import compare_logits, describe_logits
 from retemper.engine.conversion.options import CHECKPOINT, HF
@@ -23,6 +22,7 @@ from retemper.engine.regular_files import read_regular
 from retemper.engine.streaming.block_copy import WrittenFile
 from retemper.engine.streaming.new_folder import require_absent
 from retemper.engine.streaming.partial_folder import PartialFolder, partial_folder
+from retemper.engine.streaming.tensor_source import StoredTensor
 from retemper.engine.streaming.workers import parse_workers
 
 from .megatron_reading import MegatronModel
@@ -111,7 +111,7 @@ def _write(
         return done
     plan = CheckpointPlan(tensors)
     done = write_tensors(partial, plan.files, model, {}, workers, allow_nonfinite)
-    plan.write_metadata(partial.content, done.values())
+    plan.write_table(partial.content, done.values())
     assets.write(partial.content / ASSET_FOLDER)
     return done
 

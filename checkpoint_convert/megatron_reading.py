@@ -11,23 +11,23 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from retemper.engine.checkpoint.safety import read_metadata
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.checkpoint.untrusted import METADATA_FILE, DamagedCheckpoint
+from retemper.engine.conversion.dcp_files import read_dcp_parts
+from retemper.engine.conversion.dcp_metadata import read_metadata
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.weight_dtypes import DTYPES, dtype_name
 from retemper.engine.model.architecture import Architecture, parse_architecture
 from retemper.engine.model.decoder import meta_decoder
 from retemper.engine.regular_files import read_regular
-from retemper.engine.streaming.tensor_files import CheckpointRows
-from retemper.engine.streaming.tensor_source import ReadRows
+from retemper.engine.streaming.tensor_source import ReadRows, StoredTensor
+from retemper.engine.weights.parts import Part, TensorParts
 
 from .megatron_config import args_place, config_from_args, describe_disagreement, read_args, require_our_decoder
 from .megatron_layout import EMBEDDING_KEY, FusedTensor, Run, fused_tensors
@@ -111,7 +111,9 @@ class MegatronModel:
         if padding:
             self.notes.append(f"cut {padding} rows of padding from the vocabulary of {embedding[0]}")
         stacked = {place.name for place in self._places.values() if place.layer is not None}
-        self._rows = CheckpointRows(self.folder, weights.keys()).flattened(stacked)
+        parts = read_dcp_parts(self.folder, weights.keys())
+        parts.require_whole()
+        self._rows = _flattened(parts, stacked)
         for path in sorted(self._rows.paths):
             if not path.is_file():
                 raise DamagedCheckpoint(f"{path}: missing, although {METADATA_FILE} lists tensors in it")
@@ -263,6 +265,27 @@ def _refuse_foreign(weights: Iterable[str], folder: Path) -> None:
                 f"{folder}: holds {what} ({', '.join(keys[:3])}), which is not supported; supported are dense models "
                 "of the families Llama, Mistral, Qwen2 and Qwen3"
             )
+
+
+def _flattened(source: TensorParts, names: Iterable[str]) -> TensorParts:
+    """Return ``source`` with the shapes of ``names`` changed from [L, R, ...] to [L * R, ...].
+
+    Raises:
+        UserError: a shard has parts of several of the L.
+    """
+    tensors, parts = dict(source.tensors), dict(source.parts)
+    for name in names:
+        count, rows, *rest = tensors[name].shape
+        tensors[name] = StoredTensor((count * rows, *rest), tensors[name].dtype)
+        parts[name] = [_flat(source.where.parent, name, part, rows) for part in parts[name]]
+    return TensorParts(source.where, tensors, parts)
+
+
+def _flat(folder: Path, name: str, part: Part, rows: int) -> Part:
+    (index, first, *offsets), (count, num_rows, *sizes) = part.offsets, part.sizes
+    if count > 1 and num_rows != rows:
+        raise UserError(f"{folder}: a shard of {name} covers {num_rows} of the {rows} rows of several layers")
+    return replace(part, offsets=(index * rows + first, *offsets), sizes=(count * num_rows, *sizes))
 
 
 def _most_padding(args: Mapping[str, Any] | None) -> int:

@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retemper.engine.checkpoint.tensors import StoredTensor
+from retemper.engine.conversion.dcp_files import begin_tensor_file
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.weight_dtypes import dtype_name
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.streaming.block_copy import OutputFile, WrittenFile
-from retemper.engine.streaming.tensor_files import begin_tensor_file
-from retemper.engine.streaming.tensor_source import ReadRows, TensorSource
+from retemper.engine.streaming.tensor_source import ReadRows, StoredTensor, TensorSource
 
 from .megatron_config import COMMON_FILE
 from .megatron_layout import FusedTensor, Vocabulary, extra_state_keys, fused_tensors

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from retemper.checkpoint_convert.megatron_layout import Vocabulary
 from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c, parse
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.garbage import uncollected
 
 _MAX_MULTIPLE = 2**20
 
@@ -68,7 +69,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     end_like_ctrl_c()
     options = parse_arguments()
-    from retemper.checkpoint_convert.megatron_export import convert  # needs PyTorch
+    with uncollected():
+        from retemper.checkpoint_convert.megatron_export import convert
 
     convert(**vars(options))
 

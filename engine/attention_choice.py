@@ -1,4 +1,4 @@
-"""Which attention backend a run uses: what the configuration and the model mean to the kernels' own choice."""
+"""Choose a run's attention backend from its configuration and model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .model.architecture import Architecture
 
 
 def choose_attention(config: RunConfig, architecture: Architecture, device: torch.device) -> Choice:
-    """The attention backend of a run, and why.
+    """Return the attention backend of a run, and the reason.
 
     Raises:
         UserError: ``training.attention_backend`` names one that cannot work here.
     """
-    # A window that no document outgrows is none.
+    # A window at least as long as the sequence is full attention.
     longest = config.training.sequence_length
     windows = [None if window is None or window >= longest else window for window in architecture.sliding_windows]
     try:

@@ -1,7 +1,7 @@
-"""The record of the best evaluation.
+"""Record the best evaluation.
 
-Losses of other texts, of more of them, or of shorter windows cannot be compared. A record therefore carries a
-fingerprint of what it was measured on, and starts over when that changes.
+Losses on other texts, on more of them, or with shorter windows cannot be compared. A record therefore has a
+fingerprint of the evaluated data, and starts over when that changes.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ _MIX = tuple(np.uint64(odd) for odd in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 
 
 @dataclass(frozen=True)
 class Measure:
-    """What decides which evaluation is the best: the loss of the first validation set."""
+    """The measure of the best evaluation: the loss on the first validation set."""
 
     name: str
     fingerprint: str
-    """Of all (token, target, position) of the set that are evaluated."""
+    """Fingerprint of all evaluated (token, target, position) of the set."""
 
     def describes(self, best: Mapping[str, Any]) -> bool:
-        """Whether the record ``best`` is of this measure. Records of versions without fingerprints go by the name."""
+        """Return whether the record ``best`` uses this measure. Records of versions without fingerprints are compared
+        by name.
+        """
         return best.get("name") == self.name and best.get("measured", self.fingerprint) == self.fingerprint
 
     def improves(self, best: Mapping[str, Any], loss: float) -> bool:
-        """Whether ``loss`` takes the place of the record ``best``."""
+        """Return whether ``loss`` replaces the record ``best``."""
         return not self.describes(best) or loss < best["loss"]
 
     def record(self, step: int, loss: float) -> dict[str, Any]:
-        """The record of an evaluation, in JSON's types."""
+        """Return the record of an evaluation, in JSON's types."""
         return {"step": step, "name": self.name, "loss": loss, "measured": self.fingerprint}
 
     def note_on(self, best: Mapping[str, Any]) -> list[str]:
-        """A line for the log where the record ``best`` of a checkpoint cannot be continued."""
+        """Return a line for the log if the record ``best`` of a checkpoint cannot be continued."""
         if not best or self.describes(best):
             return []
         reason = "of another set" if best.get("name") != self.name else "of other data, eval_tokens or sequence_length"
@@ -52,11 +54,11 @@ class Measure:
 
 
 def fingerprint(batches: Iterable[MicroBatch], counted: bool, sequence_length: int, ranks: Ranks) -> str:
-    """A hash of what is evaluated, which depends neither on the number of ranks nor on the micro-batch.
+    """Return a hash of the evaluated data, which depends neither on the number of ranks nor on the micro-batch.
 
     Args:
         batches: of this rank.
-        counted: whether this rank counts its samples; of ranks that read the same ones, one does.
+        counted: whether this rank counts its samples; one of the ranks that read the same ones does.
         sequence_length: of the windows.
         ranks: all must call this.
     """

@@ -32,6 +32,10 @@ class BatchPlan:
         """Steps that consume at least ``tokens``."""
         return -(-tokens // self.tokens_per_step)
 
+    def steps_left(self, train_tokens: int, tokens: int) -> int:
+        """Steps until ``train_tokens`` have been consumed, of which ``tokens`` are already."""
+        return self.steps_for(max(0, train_tokens - tokens))
+
     def sample_offsets(self, data_rank: int) -> list[range]:
         """For each of this rank's micro-batches, its samples as offsets into the global batch."""
         width = self.micro_batch_size * self.data_parallel_size

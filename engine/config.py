@@ -71,7 +71,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data the run reads, and in which order."""
+    """Data of the run, and the order in which it is read."""
 
     train: list[SourceConfig] = field(default_factory=list)
     """Weighted datasets to train on. Required unless ``stages`` is set."""
@@ -81,13 +81,13 @@ class DataConfig:
     """Unit of the weights. tokens: shares of the tokens. documents: shares of the documents; a source's share of the
     tokens is its weight times the mean length of its documents."""
     shuffle: Literal["windows", "documents"] = "windows"
-    """What is shuffled in every epoch of a source. windows: all windows of sequence_length tokens, each read as it is
+    """Unit of shuffling in every epoch of a source. windows: all windows of sequence_length tokens, each read as it is
     in the file. documents: additionally, the documents within every group of 128 consecutive windows, before they are
     cut into windows."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """How documents are put into windows. concat: documents follow each other and are cut every sequence_length tokens.
-    best_fit: the documents of 128 consecutive windows are arranged so that nearly all documents that fit in a window
-    stay whole. Both use every token and add no padding. Validation sets always use concat in file order."""
+    """Arrangement of documents in windows. concat: documents follow each other and are cut every sequence_length
+    tokens. best_fit: the documents of 128 consecutive windows are arranged so that nearly all documents that fit in a
+    window stay whole. Both use every token and add no padding. Validation sets always use concat in file order."""
     validation: dict[str, FilePath] = field(default_factory=dict)
     """Named validation datasets: name -> prefix."""
     validation_fraction: float = 0.0
@@ -102,7 +102,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model the run trains, and its initial weights."""
+    """Model of the run, and its initial weights."""
 
     initialize_from: FilePath | None = None
     """Initial weights: a checkpoint folder (from checkpoint_convert/hf_to_dcp.py or an earlier run), a run folder (its
@@ -132,9 +132,9 @@ class TrainingConfig:
     """Number of samples in one forward and backward pass of a rank. It changes memory and speed; results change only by
     rounding."""
     trainable: Literal["all", "embeddings"] = "all"
-    """Which parameters are trained. embeddings: only those of the tokens (``model.embed_tokens`` and ``lm_head``), as a
-    first phase after tools/extend_vocab.py. All other parameters have no gradients and no optimizer states, and stay
-    bitwise the same; see docs/vocabulary.md."""
+    """Trainable parameters. embeddings: only those of the tokens (``model.embed_tokens`` and ``lm_head``), as a first
+    phase after tools/extend_vocab.py. All other parameters have no gradients and no optimizer states, and stay bitwise
+    the same; see docs/vocabulary.md."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype. auto: bf16 where the hardware supports it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
     or Arm BF16), else fp32; the start summary shows the choice and its reason. Gradients are reduced over ranks in
@@ -237,7 +237,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks are laid out: pipeline x replicate x shard x context x tensor = number of ranks
+    """Layout of the ranks: pipeline x replicate x shard x context x tensor = number of ranks
 
     Every layout computes the same numbers, up to the order of sums.
     """
@@ -270,15 +270,15 @@ class ParallelConfig:
     """Free a block's gathered parameters after its forward pass (ZeRO-3): less memory, one more all-gather in the
     backward pass. False: shard gradients and states only (ZeRO-2)."""
     reduce_gradients: Literal["micro_batch", "step"] = "micro_batch"
-    """When ranks sum their gradients. step: once, after the last micro-batch. This needs less communication, but until
-    then every rank holds the full gradients of its layers in fp32. Pipelines always use step."""
+    """Time at which ranks sum their gradients. step: once, after the last micro-batch. This needs less communication,
+    but until then every rank holds the full gradients of its layers in fp32. Pipelines always use step."""
     prefetch_blocks: int = 1
     """Number of blocks whose parameters are gathered ahead, while the block before them computes, forward and backward.
     Each costs the memory of one gathered block. 0: leave the order to PyTorch. It changes speed, never the result."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass of a block recomputes instead of storing it. selective: norms, rotations and activations;
-    outputs of matrix products and attention are stored. full: everything except the block's input. Results are the
-    same."""
+    """Activations that the backward pass of a block recomputes instead of storing them. selective: norms, rotations and
+    activation functions; outputs of matrix products and attention are stored. full: everything except the block's
+    input. Results are the same."""
     recompute_every: int = 1
     """Recompute only every n-th block; the others store everything."""
     timeout_seconds: int = 600
@@ -294,7 +294,7 @@ class CheckpointConfig:
     """Number of steps between checkpoints. One is always written at the end."""
     asynchronous: bool = True
     """Continue training while a checkpoint is written. This rank's part of weights and states is first copied to host
-    memory, which is reserved for it (12 bytes per parameter for each copy of the model, with fp32 weights and states).
+    memory. That memory stays reserved: 12 bytes per parameter for each copy of the model, with fp32 weights and states.
     The next update waits for the copies, nothing waits for the disk. False: training waits, and needs no such
     memory."""
     max_failed_saves: int = 2
@@ -320,7 +320,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What the run reports."""
+    """Reports of the run."""
 
     log_interval: int = 1
     """Number of steps between console lines and metric records."""

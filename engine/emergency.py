@@ -80,7 +80,8 @@ class EmergencySave:
         """
         if self._ranks.world_size > 1 and is_lost_contact(error):
             return  # a rank has died: the others say which
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        kind = UserError if isinstance(error, UserError) else type(error)
+        what = " ".join(f"{kind.__name__}: {error}".split())[:300]
         try:
             self._require_all_ranks(step)
             line = self._save(manifest(what), optimizer, assets)

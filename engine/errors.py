@@ -1,6 +1,6 @@
-"""Errors that are the user's to mend, and how a command reports them.
+"""Define errors that the user can fix, and how a command reports them.
 
-A :class:`UserError` says in one line what is wrong (the file or key, the value) and the remedy. Commands print that
+A :class:`UserError` gives in one line the problem (the file or key, the value) and the remedy. Commands print that
 line without a traceback and exit with status 1; everything else is a bug in this project and keeps its traceback.
 """
 
@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _MOST_PROBLEMS = 20
-"""Shown of one error. More come from one cause, such as a file of another program."""
+"""Maximum number of problems shown for one error. More have one cause, such as a file of another program."""
 
 
 _PATH_WORDS = frozenset({"FILE", "DIR", "PATH", "PREFIX", "GLOB", "PATTERN", "FOLDER", "RUN_FOLDER"})
-"""Metavars, or parts of one that is written FILE|DIR, of options whose value is a path."""
+"""Metavars, or parts of one like FILE|DIR, of options whose value is a path."""
 
 
 class UserError(ValueError):
     """Wrong configuration, data or files: one line that names the file or key, the value and the remedy.
 
     Args:
-        problems: usually one. Several independent ones, such as all of a configuration, are printed one to a line.
+        problems: usually one. Several independent ones, such as all of a configuration, are printed on a line each.
     """
 
     said = False
-    """Whether another rank, which has the same error, prints it."""
+    """True if another rank, which has the same error, prints it."""
 
     def __init__(self, *problems: object) -> None:
         super().__init__(*problems)
@@ -44,19 +44,19 @@ class UserError(ValueError):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Reports a wrong command line like every other :class:`UserError`, without the usage in front of it."""
+    """Reports a wrong command line like every other :class:`UserError`, without printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
     def print_help(self, file: Any = None) -> None:
-        """Print the help; argparse's own method ends well where nothing takes it."""
+        """Print the help; argparse's own method ignores errors of the output."""
         print(self.format_help(), end="", file=file)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse, and expand ``~`` and ``$VARIABLE`` in every option that :func:`names_path` tells is a path.
+        """Parse, and expand ``~`` and ``$VARIABLE`` in every option that is a path according to :func:`names_path`.
 
-        ``parse_args`` and the parsers of subcommands come here as well.
+        ``parse_args`` and the parsers of subcommands call this method as well.
         """
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
@@ -67,7 +67,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def names_path(action: argparse.Action) -> bool:
-    """Whether an option's value is a path, or a name that stands for one: by its type, or by its metavar."""
+    """Return whether an option's value is a path, or a name that can be one, by its type or its metavar."""
     metavars = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or "",)
     words = {word for metavar in metavars for word in metavar.split("|")}
     return action.type is Path or not words.isdisjoint(_PATH_WORDS)
@@ -82,16 +82,16 @@ def _expanded(value: Any, name: str) -> Any:
 
 
 def report_user_error(error: UserError) -> None:
-    """Print ``error`` on stderr, one line for each problem, naming the rank when there are several."""
+    """Print ``error`` on stderr, one line for each problem, naming the rank if there are several."""
     several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     rank = f"[rank {os.environ['RANK']}] " if several else ""
     more = len(error.problems) - _MOST_PROBLEMS
     lines = [*error.problems[:_MOST_PROBLEMS], *([f"and {more} more problems"] if more > 0 else [])]
-    # A path may hold bytes that are no text.
+    # A path may contain bytes that are not text.
     messages = [" ".join(line.split()).encode("utf-8", "backslashreplace").decode() for line in lines]
     if not error.said:
-        # In one write: ranks share the stream, and lines of others must not come between a line and its end.
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        # In one write, because ranks share the stream, and lines of others must not come between a line and its end.
+        with contextlib.suppress(OSError):  # the reader has gone
             sys.stderr.write("".join(f"{rank}error: {message}\n" for message in messages))
             sys.stderr.flush()
     if not error.said or os.environ.get("LOCAL_RANK", "0") == "0":
@@ -99,7 +99,7 @@ def report_user_error(error: UserError) -> None:
 
 
 def tell_torchrun(message: str) -> None:
-    """Leave ``message`` for the report of torchrun, which would say that there is none. The first one counts.
+    """Leave ``message`` for torchrun's report, which would otherwise have none. The first one counts.
 
     The format is that of ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``.
     """
@@ -120,7 +120,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         report_user_error(error)
         status = 1
     except BrokenPipeError:
-        # The reader of our output has gone (head, less): nothing is wrong, and nothing more can be said.
+        # The reader of our output has gone (head, less): this is not an error, and no message can be printed.
         _discard_output()
         status = 141
     except KeyboardInterrupt:
@@ -139,13 +139,13 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _flush() -> None:
-    """Write what standard output holds back, while it can still be reported that nothing takes it."""
+    """Flush standard output while a failure can still be reported."""
     if sys.stdout is not None and not sys.stdout.closed:
         sys.stdout.flush()
 
 
 def _discard_output() -> None:
-    """Have the interpreter, which flushes at its end, write to nothing what standard output did not take."""
+    """Redirect standard output to nothing, so that the interpreter's flush at its end discards unwritable output."""
     if sys.stdout is None:
         return
     try:
@@ -172,8 +172,9 @@ def _status_at_the_end(ended: SystemExit) -> int:
 
 
 def _of_the_system(error: BaseException) -> str | None:
-    """The line of an error that is the system's and not this program's: too many open files, a full disk or output, a
-    library that is missing or broken."""
+    """Return the line of an error of the system and not of this program.
+
+    These are too many open files, a full disk or output, and a missing or broken library."""
     if too_many := _too_many_files(error):
         return too_many
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "retemper":
@@ -186,7 +187,7 @@ def _of_the_system(error: BaseException) -> str | None:
         return _incomplete(failed)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         what = error.filename or "standard output, or a file that was being written,"
-        return f"{what} takes no more: {error.strerror}; free some space"
+        return f"{what} cannot be written: {error.strerror}; free some space"
     return None
 
 
@@ -195,7 +196,7 @@ def _incomplete(error: OSError) -> str:
 
 
 def _too_many_files(error: BaseException | None) -> str | None:
-    """The line of an error that comes of the limit of open files, however libraries have wrapped it."""
+    """Return the line of an error caused by the limit of open files, however libraries have wrapped it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             break
@@ -207,4 +208,4 @@ def _too_many_files(error: BaseException | None) -> str | None:
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return f"too many open files: this process may have {limit:,}; raise the limit, as with ulimit -n 4096"
+    return f"too many open files: this process may open {limit:,}; raise the limit, for example with ulimit -n 4096"

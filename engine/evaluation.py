@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from .best import Measure, fingerprint
 from .budget import BatchPlan
@@ -11,9 +12,11 @@ from .data.catalog import Catalog
 from .data.loader import describe_evaluated, validation_batches
 from .data.packing import MicroBatch
 from .errors import UserError
+from .observe.waiting import Counted, Say
 from .parallel.mesh import Mesh
 from .parallel.passes import Passes
 from .parallel.process_group import Ranks
+from .run_state import Progress
 
 
 def count_targets(batches: Iterable[MicroBatch], mesh: Mesh) -> int:
@@ -72,6 +75,23 @@ class Validation:
     def num_batches(self) -> int:
         """This rank's micro-batches of all sets."""
         return sum(map(len, self._batches.values()))
+
+    def evaluate(self, passes: Passes, step: int, stopping: Callable[[], bool], say: Say) -> dict[str, float]:
+        """Return :meth:`losses` after ``step``, and show the progress; empty where all ranks are to stop."""
+        what = f"evaluation at step {step}, micro-batches"
+        with Counted(what, self.num_batches, say, self._ranks.is_main) as counted:
+            losses = self.losses(passes, stopping, counted.update)
+        if self and not losses:
+            say("  evaluation broken off: asked to stop; the run that resumes makes it")
+        return losses
+
+    def best(self, losses: Mapping[str, float], progress: Progress) -> dict[str, Any] | None:
+        """Return the record of ``losses`` where that of the first set is its lowest so far, otherwise None."""
+        if not losses or progress.step == 0:  # which has no checkpoint
+            return None
+        assert self.measure is not None
+        loss = losses[self.measure.name]
+        return self.measure.record(progress.step, loss) if self.measure.improves(progress.best, loss) else None
 
     def losses(
         self, passes: Passes, stopping: Callable[[], bool], on_batches: Callable[[int], object] = lambda count: None

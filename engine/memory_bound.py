@@ -1,7 +1,8 @@
-"""The memory that a run's weights, gradients and optimizer states need at least, against what there is.
+"""Compare the minimum memory of a run's weights, gradients and optimizer states with the available memory.
 
-Only what arithmetic alone excludes is refused, before anything is allocated: a machine that runs out of memory kills
-processes, often others than the run. Activations and buffers come on top; ``tools/plan.py`` estimates those.
+A run is refused only if arithmetic alone excludes it, before anything is allocated: a machine that runs out of memory
+kills
+processes, often others than the run. Activations and buffers are not included; ``tools/plan.py`` estimates those.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
         raise UserError(
             f"model: {architecture.num_parameters:,} parameters x {per_parameter} bytes (weights, gradients, optimizer "
             f"states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each rank, which has "
-            f"{available / 1e9:,.1f} GB; take more ranks or a smaller model, see tools/plan.py"
+            f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"
         )
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory that ``device`` has: of the GPU, or of the host as far as this process's control group may."""
+    """Return the bytes of memory of ``device``: of the GPU, or of the host within the limit of this process's control
+    group.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

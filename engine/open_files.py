@@ -1,4 +1,4 @@
-"""The limit of open files, which some machines set far below what PyTorch needs."""
+"""Raise the limit of open files, which some machines set far below what PyTorch needs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from .errors import UserError
 
 _WANTED = 4096
 _LEAST = 128
-"""A run with a handful of datasets has some 60 files, pipes and sockets open."""
+"""Minimum for a run: with a handful of datasets it has some 60 files, pipes and sockets open."""
 
 
 def raise_open_files_limit() -> None:
     """Raise the soft limit of this process as far as it is allowed.
 
     Raises:
-        UserError: not even the hard limit is enough to begin with.
+        UserError: even the hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY

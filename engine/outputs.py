@@ -1,6 +1,6 @@
-"""Rules for everything that a command writes: no input is replaced, and no file that is not the program's own.
+"""Protect existing files from a command's outputs: no input is replaced, and no file that is not the program's own.
 
-Each command names what it reads and what it is going to write to :func:`require_separate` before it creates anything.
+Each command passes everything that it reads and writes to :func:`require_separate` before it creates anything.
 Files of a dataset are recognised in data/dataset_files.py, reports here. Temporary files are created exclusively.
 """
 
@@ -19,26 +19,26 @@ from typing import Any, BinaryIO, NamedTuple
 from .errors import UserError
 
 GENERATOR = "retemper-report"
-"""What a report carries, by which a later run of the command recognises it as its own."""
+"""Mark in a report, by which a later run of the command recognises it as its own."""
 _MARK = re.compile(
     rb'<meta name="generator" content="%(name)b">|\A\s*\{\s*"generator":\s*"%(name)b"|Software\0%(name)b|'
     rb"/Creator \(%(name)b\)|<dc:title>%(name)b<" % {b"name": GENERATOR.encode()}
 )
-_MARK_BYTES = 4096  # at the start of a report, and of a PDF at its end
+_MARK_BYTES = 4096  # searched at the start of a report, and of a PDF at its end
 
 
 class Use(NamedTuple):
-    """A path that a command reads or writes, and the option that named it, such as ``--input``."""
+    """A path that a command reads or writes, and its option, such as ``--input``."""
 
     option: str
     path: str | os.PathLike[str]
 
 
 def require_separate(reads: Iterable[Use], files: Iterable[Use] = (), folders: Iterable[Use] = ()) -> None:
-    """Refuse a command that would write over what it reads, or into it.
+    """Refuse a command whose outputs would replace its inputs or be inside them.
 
-    Paths are compared as files, by device and inode: links, other spellings and names that a file system takes for
-    equal make no difference. A path that does not exist yet cannot be an input.
+    Paths are compared as files, by device and inode: so links, other spellings and names that a file system treats as
+    equal are recognised. A path that does not exist yet cannot be an input.
 
     Args:
         reads: files, and folders such as a model's.
@@ -46,7 +46,7 @@ def require_separate(reads: Iterable[Use], files: Iterable[Use] = (), folders: I
         folders: to be created or replaced as a whole.
 
     Raises:
-        UserError: one of ``files`` is read; or a folder is inside a folder that is read, or around what is read.
+        UserError: one of ``files`` is read; or a folder is inside a folder that is read, or contains an input.
     """
     files, folders = list(files), list(folders)
     written = {identity: use for use in files if (identity := _identity(use.path)) is not None}
@@ -65,7 +65,7 @@ def require_separate(reads: Iterable[Use], files: Iterable[Use] = (), folders: I
                 continue
             real = os.path.realpath(read.path) if os.path.islink(read.path) else os.fspath(read.path)
             place = os.path.dirname(real)
-            if place not in above_of:  # of a hundred thousand files in a folder once
+            if place not in above_of:  # once for a folder with a hundred thousand files
                 above_of[place] = _identities_above(os.path.join(os.path.realpath(place), "file"))
             if itself in above_of[place]:
                 raise UserError(
@@ -78,7 +78,7 @@ def _named(use: Use) -> str:
 
 
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """Return device and inode of what ``path`` leads to; None where there is nothing."""
+    """Return device and inode of the target of ``path``; None if it does not exist."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -87,29 +87,29 @@ def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 
 
 def _identities_above(path: str) -> set[tuple[int, int]]:
-    """Those of the folders that the real path ``path`` is in, whether it exists or not."""
+    """Return the identities of the folders that contain the real path ``path``, which need not exist."""
     identities = map(_identity, Path(path).parents)
     return {identity for identity in identities if identity is not None}
 
 
 def open_new(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a temporary file for writing, in place of one that a killed run left. A link is never followed."""
+    """Open a temporary file for writing, replacing one that a killed run left. A link is never followed."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     return open(path, "xb")
 
 
 def open_lock(path: str | os.PathLike[str]) -> int:
-    """Open a lock file, made where it is absent. A link is never followed, and nothing is truncated."""
+    """Open a lock file, created if it is absent. A link is never followed, and nothing is truncated."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
 def require_own_folder(folder: Path, lock: str, option: str) -> None:
-    """Refuse a work folder, which is going to be emptied, that is not the program's own.
+    """Refuse a work folder, which is going to be emptied, that does not belong to the program.
 
     Args:
         lock: name of the file that such a folder holds from its beginning.
-        option: that names what is to be written, for the error.
+        option: the option for the output, for the error.
 
     Raises:
         UserError: it is a link, or a file, or holds other files and no ``lock``.
@@ -124,16 +124,16 @@ def require_own_folder(folder: Path, lock: str, option: str) -> None:
 
 
 def require_report(option: str, path: str | os.PathLike[str], reads: Iterable[Use] = ()) -> None:
-    """Refuse a report that could not be written, or would replace a file that is no report of this program.
+    """Refuse a report that could not be written, or would replace a file that is not a report of this program.
 
     An empty file may be replaced, and devices and pipes (``/dev/stdout``) are written to.
 
     Args:
-        option: that names the report, such as ``--json``.
-        reads: what the command reads.
+        option: the option for the report, such as ``--json``.
+        reads: the command's inputs.
 
     Raises:
-        UserError: it is a folder, there is no folder for it, it may not be written, or it is another's file.
+        UserError: it is a folder, its folder does not exist, it is not writable, or it is a file of another kind.
     """
     path = Path(path)
     name = f"{option} {path}"
@@ -150,10 +150,10 @@ def require_report(option: str, path: str | os.PathLike[str], reads: Iterable[Us
 
 
 def write_report(option: str, path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a report, which carries ``GENERATOR``, under its name when it is complete.
+    """Write a report, marked with ``GENERATOR``; it appears under its name when it is complete.
 
     Raises:
-        UserError: it cannot be written, or another's file has come to be there.
+        UserError: it cannot be written, or a file of another kind has been created there.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
@@ -169,7 +169,7 @@ def write_report(option: str, path: str | os.PathLike[str], content: str | bytes
                 file.write(data)
             mask = os.umask(0)
             os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)  # mkstemp lets only the owner read
+            os.chmod(temporary, 0o666 & ~mask)  # mkstemp permits only the owner to read
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -184,14 +184,16 @@ def write_json_report(option: str, path: str | os.PathLike[str], record: Mapping
 
 
 def _written_through(path: Path) -> bool:
-    """Whether ``path`` is a device or pipe, or a name that the kernel gives to an open file."""
+    """Return whether ``path`` is a device or pipe, or the kernel's name for an open file."""
     if str(path.absolute()).startswith(("/dev/", "/proc/")):
         return True
     return path.exists() and not path.is_file()
 
 
 def _is_own_report(path: Path) -> bool:
-    """Whether the report ``path`` may be replaced: nothing is there, an empty file, or a report of this program."""
+    """Return whether the report ``path`` may be replaced: it does not exist, is empty, or is a report of this
+    program.
+    """
     if not os.path.lexists(path):
         return True
     try:

@@ -1,4 +1,4 @@
-"""Paths as users write them: ``~`` and ``$VARIABLE`` are expanded in every option and setting that names a path."""
+"""Expand ``~`` and ``$VARIABLE`` in paths, in every option and setting that is a path."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def expand_path(path: str, name: str) -> str:
     """Return ``path`` with ``~``, ``~user``, ``$VARIABLE`` and ``${VARIABLE}`` expanded, as a shell does.
 
     Args:
-        path: as given by the user. Names on the Hub (``namespace/name``) and ``-`` come back unchanged.
-        name: the option or setting that it is the value of, for the error.
+        path: as given by the user. Names on the Hub (``namespace/name``) and ``-`` are returned unchanged.
+        name: the option or setting with this value, for the error.
 
     Raises:
-        UserError: the user or the variable does not exist, or the path is a URL or needs a shell. A folder called
-            ``~``, ``$HOME`` or ``s3:`` is never meant.
+        UserError: the user or the variable does not exist, or the path is a URL or needs a shell. Folders called ``~``,
+            ``$HOME`` or ``s3:`` are not supported.
     """
     if _URL.match(path):
         raise UserError(

@@ -1,4 +1,4 @@
-"""``training.precision: auto``: bf16 where the hardware computes it natively, else fp32. Decided here only."""
+"""Decide ``training.precision: auto``: bf16 if the hardware computes it natively, else fp32. Only decided here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .config import RunConfig
 from .parallel.process_group import Ranks
 
 _CPU_FLAGS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm BF16"}
-"""Flags in /proc/cpuinfo of what multiplies bf16 matrices, on x86 and Arm, and their usual names."""
+"""Flags in /proc/cpuinfo of bf16 matrix multiplication on x86 and Arm, and their usual names."""
 _CPU_INFO = Path("/proc/cpuinfo")
 
 

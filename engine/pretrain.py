@@ -1,49 +1,245 @@
-"""Train: ``python engine/pretrain.py --config run.yaml``, or the same under ``torchrun`` for many ranks."""
+"""Pretraining, from the command line to the last checkpoint: the recipe, to be read from top to bottom.
+
+``python engine/pretrain.py --config run.yaml``, or the same under ``torchrun`` for many ranks. :func:`build` opens and
+builds everything and writes nothing; :func:`train` makes the steps. What needs PyTorch is imported where it is used:
+``--help`` and errors in the configuration are answered without it.
+"""
+
+from __future__ import annotations
 
 import os
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
+from retemper.engine.budget import learning_rate, plan_batches
 from retemper.engine.config import RunConfig
 from retemper.engine.config_parser import parse_config
-from retemper.engine.errors import run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.garbage import uncollected
 from retemper.engine.observe.console import Console
 from retemper.engine.open_files import raise_open_files_limit
 from retemper.engine.parallel.agreement import agree_on_config
 from retemper.engine.parallel.launcher import read_launcher
-from retemper.engine.parallel.layout import check_layout
+from retemper.engine.parallel.layout import check_layout, plan_layout
 from retemper.engine.stopping import StoppedBeforeTraining, StopRequest
+
+if TYPE_CHECKING:
+    from retemper.engine.data.loader import Prefetcher
+    from retemper.engine.data.packing import MicroBatch
+    from retemper.engine.parallel.process_group import Ranks
+    from retemper.engine.rewind import Rewind
+    from retemper.engine.run_state import Run
+    from retemper.engine.step import StepResult
 
 
 def main(console: Console | None = None) -> None:
+    """Read the command line, join the other ranks, and train."""
     with StopRequest() as stop:
         launcher = read_launcher()
         raise_open_files_limit()
         config, meeting = agree_on_config(lambda: prepare(launcher.world_size), several=launcher.world_size > 1)
         from retemper.engine.parallel.process_group import process_group
-        from retemper.engine.trainer import Trainer
 
         stop.hold()
         with process_group(config.device, config.parallel.timeout_seconds, meeting) as ranks:
             stop.hold(ranks)
-            with suppress(StoppedBeforeTraining):  # leaves the group as all do
-                Trainer(config, ranks, stop, console).run()
+            with suppress(StoppedBeforeTraining):  # leaves the group as all ranks do
+                train(build(config, ranks, stop), console)
 
 
 def prepare(world_size: int) -> RunConfig:
-    """The configuration of this run on ``world_size`` ranks; all that the run needs is imported then.
+    """Return the configuration of this run on ``world_size`` ranks, and import all that the run needs.
 
-    A wrong configuration is reported at once, without PyTorch. An installation that is broken fails before any rank
-    waits for this one.
-
-    Raises:
-        UserError: the configuration is wrong.
+    A wrong configuration is reported at once; a broken installation before any rank waits for this one.
     """
     config = parse_config()
     check_layout(config, world_size)
     with uncollected():
-        import retemper.engine.trainer  # noqa: F401
+        from retemper.engine import evaluation, run_folder, start  # noqa: F401
+        from retemper.engine.guards import run_guards  # noqa: F401
+        from retemper.engine.observe import reporter, summary  # noqa: F401
     return config
+
+
+def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, saves: bool = True) -> Run:
+    """Open and check everything, and build the model with its weights. Nothing is written. All ranks must call this.
+
+    Args:
+        config: of the run.
+        ranks: that train together.
+        stop: notices requests to stop; StoppedBeforeTraining is raised on all ranks where any was asked to.
+        saves: whether the run will write checkpoints; measurements do not.
+
+    Raises:
+        UserError: configuration, data or checkpoint cannot be trained with.
+    """
+    from retemper.engine.checkpoint.saver import Saver
+    from retemper.engine.data.loader import TrainingData
+    from retemper.engine.evaluation import Validation
+    from retemper.engine.guards.run_guards import RunGuards
+    from retemper.engine.observe.reporter import Reporter
+    from retemper.engine.observe.waiting import main_printer, reported_if_slow
+    from retemper.engine.optim import build_optimizer
+    from retemper.engine.parallel.build import build_model
+    from retemper.engine.parallel.mesh import build_mesh
+    from retemper.engine.precision import with_precision
+    from retemper.engine.run_folder import require_room, run_store
+    from retemper.engine.run_state import Run
+    from retemper.engine.start import choose, find_start, open_data, open_start
+
+    stop, say = stop or StopRequest(ranks), main_printer(ranks.is_main)
+    stop.stop_after(config.training.stop_after_minutes)
+    layout = plan_layout(config.parallel, ranks.world_size)
+    plan = plan_batches(config.training, layout.data_parallel)
+    config, precision = with_precision(config, ranks)
+
+    store = run_store(config, ranks)
+    with reported_if_slow("looking for a checkpoint and verifying it", say, ranks.is_main):
+        config, found = find_start(config, ranks, store)
+    with reported_if_slow("opening the data", say, ranks.is_main):
+        start = ranks.everywhere(lambda: open_start(config, found))
+        architecture = start.architecture
+        attention, choices = ranks.everywhere(lambda: choose(config, architecture, plan, ranks))
+        catalog, order, progress = ranks.everywhere(lambda: open_data(config, plan, start))
+    room = require_room(config, store, architecture, plan, progress) if saves else []
+
+    mesh = build_mesh(layout, ranks.device.type)
+    with reported_if_slow("building the model", say, ranks.is_main):
+        model, passes = build_model(config, architecture, ranks, mesh, choices)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed)
+    stop.leave_if_agreed()
+    with reported_if_slow("loading the weights", say, ranks.is_main):
+        casts = ranks.everywhere(lambda: start.load_into(model, optimizer))
+
+    across, pinned = config.data.attend_across_documents, ranks.device.type == "cuda"
+    data = TrainingData(catalog.train, order, plan, mesh.data_rank, architecture.vocab_size, across, pinned)
+    with reported_if_slow("reading the validation sets", say, ranks.is_main):
+        validation = Validation(config, catalog, plan, architecture.vocab_size, mesh, ranks)
+    ranks.everywhere(catalog.finish_checks)
+    saver = Saver(store, ranks, config.checkpoint, say)
+    guards = RunGuards(config, ranks, store, saver, model, say, start.resumed)
+    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say)
+    return Run(
+        config, ranks, stop, say, plan, mesh, precision, attention, choices, start, catalog, order, data, validation,
+        model, passes, optimizer, store, saver, guards, report, [*casts, *found.remarks, *room], progress,
+    )  # fmt: skip
+
+
+def train(run: Run, console: Console | None = None) -> None:
+    """Train until the token budget is used up or the run is asked to stop. All ranks must call this."""
+    from retemper.engine.conversion.export_run import export_run
+    from retemper.engine.observe.closing import describe_end
+    from retemper.engine.observe.summary import describe_start
+    from retemper.engine.rewind import go_back
+    from retemper.engine.run_folder import open_run_folder
+
+    with open_run_folder(run, console):
+        run.say(*describe_start(run))
+        with run.stop, run.guards, run.saver:
+            rewind = None
+            while rewind := make_steps(run, rewind):
+                go_back(run, rewind)
+            if run.remaining_steps == 0:
+                export_run(run)
+        run.say(*describe_end(run))
+
+
+def make_steps(run: Run, after: Rewind | None = None) -> Rewind | None:
+    """Make all steps that are left, ``after`` going back, or those up to a loss spike before which to go back."""
+    from retemper.engine.checkpoint.tensors import training_tensors
+    from retemper.engine.data.loader import Prefetcher
+    from retemper.engine.rewind import plan_rewind
+
+    if run.owes_evaluation:
+        evaluate(run)
+    if after is None:
+        run.stop.leave_if_agreed()
+    elif run.stop.agreed():
+        run.say(f"stopped at step {run.progress.step} as asked, gone back to before a spike; resume: auto continues")
+        return None
+    run.report.stopwatch.restart()
+    first_samples = range(run.progress.samples, run.last_sample, run.plan.global_batch_size)
+    prefetcher = Prefetcher(run.data.micro_batches, first_samples, run.config.data.prefetch_steps)
+    with prefetcher, run.guards.saving_on_failure(run):
+        for first_sample in first_samples:
+            result = one_step(run, *next_batches(run, prefetcher))
+            run.report.stopwatch.step_done()
+            if first := first_sample == first_samples[0]:
+                run.saver.reserve(training_tensors(run.model, run.optimizer))
+            run.saver.poll()
+            if rewind := plan_rewind(run):
+                return rewind
+            last, stopping = run.remaining_steps == 0, run.stop.agreed()
+            if first or last or stopping or run.progress.step % run.config.logging.log_interval == 0:
+                numbers = run.report.step(run.progress, run.remaining_steps, result, run.guards.counts())
+                run.guards.check(run.progress.step, numbers)
+            run.guards.pause()
+            with run.report.stopwatch.paused():
+                stopping = evaluate_and_save(run, result, last, stopping)
+            if stopping and not last:
+                run.saver.wait(required=True)
+                run.say(f"stopped at step {run.progress.step} as asked; resume: auto continues")
+                return None
+    run.saver.wait(required=True)
+    run.say(f"finished: {run.progress.tokens:,} tokens in {run.progress.step:,} steps")
+    return None
+
+
+def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[MicroBatch], float]:
+    """Return this rank's micro-batches, and the number of targets in the global batch, which may be 0."""
+    from retemper.engine.evaluation import count_targets
+
+    run.guards.begin_step(run.progress.step + 1)
+    problem, batches = None, []
+    try:
+        with run.report.stragglers.reading():
+            batches = prefetcher.get()
+    except UserError as error:
+        problem = str(error)
+    return batches, run.guards.sum_targets(count_targets(batches, run.mesh), problem)
+
+
+def one_step(run: Run, batches: list[MicroBatch], num_targets: float) -> StepResult:
+    """Make one optimizer step on this rank's ``batches``, and advance the clock."""
+    from retemper.engine.step import train_step
+
+    rate = learning_rate(run.progress.tokens + run.plan.tokens_per_step, run.config.training, run.config.optimizer)
+    clip = run.config.optimizer.clip_grad_norm
+    result = train_step(run.model, run.passes, run.optimizer, batches, num_targets, rate, clip, run.guards)
+    run.advance()
+    run.guards.step_done()
+    return result
+
+
+def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) -> bool:
+    """Do what is due at the end of a step; return whether to stop. Numbers that are not finite are never saved."""
+    from retemper.engine.run_folder import save
+
+    step, keep = run.progress.step, run.config.checkpoint
+    run.guards.check_replicas(step, run.optimizer)
+    losses: dict[str, float] = {}
+    improved, due = False, step % keep.save_interval == 0
+    # Launchers give a run that is asked to stop some seconds: they are for saving. What resumes it evaluates.
+    if run.validation and run.evaluation_due() and (last or not stopping):
+        # With keep_best true, only an evaluation of what is saved anyway can be the best.
+        losses, improved = evaluate(run, last or stopping or due or keep.keep_best is not True)
+        stopping = stopping or not losses
+    if last or stopping or due or (improved and keep.keep_best == "improved"):
+        run.guards.require_savable(step, result)
+        save(run, losses, final=last)
+        stopping = stopping or run.stop.agreed()  # saved already
+    return stopping
+
+
+def evaluate(run: Run, counts: bool = True) -> tuple[dict[str, float], bool]:
+    """Return the losses of the validation sets, and whether they are the best so far, where this one ``counts``."""
+    losses = run.validation.evaluate(run.passes, run.progress.step, run.stop.agreed, run.say)
+    run.report.evaluation(run.progress, losses)
+    run.guards.step_guard.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})
+    best = run.validation.best(losses, run.progress) if counts else None
+    if best is not None:
+        run.progress = run.progress.with_best(best)
+    return losses, best is not None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Opening files that a user or a downloaded folder names: only regular ones, and never with a wait.
+"""Open files that a user or a downloaded folder names: only regular ones, and without blocking.
 
 Opening a FIFO waits for another program, and devices have no end. All errors are of ``OSError``, with a reason in
-``strerror``, so that callers report them as they do any file that cannot be read.
+``strerror``, so that callers can report them like any other unreadable file.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import IO
 
 
 class IrregularFile(OSError):
-    """A FIFO, device or socket, or a file of more bytes than anything of its kind has."""
+    """A FIFO, device or socket, or a file that is too large for its kind."""
 
 
 def open_regular(path: str | os.PathLike[str], *, pipe: bool = False) -> IO[bytes]:
     """Open a regular file for reading.
 
     Args:
-        pipe: a pipe that the shell has opened, ``<(command)`` or ``/dev/stdin``, will do.
+        pipe: also accept a pipe that the shell has opened, ``<(command)`` or ``/dev/stdin``.
 
     Raises:
-        IrregularFile: it is none.
+        IrregularFile: it is not a regular file.
         OSError: it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -45,7 +45,7 @@ def read_regular(path: str | os.PathLike[str], most_bytes: int = 1 << 31, *, pip
     """Return the content of a regular file of at most ``most_bytes``.
 
     Raises:
-        IrregularFile: it is none, or is larger.
+        IrregularFile: it is not a regular file, or is larger.
         OSError: it cannot be read.
     """
     with open_regular(path, pipe=pipe) as file:

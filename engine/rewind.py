@@ -12,7 +12,6 @@ place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,10 @@ from typing import Any
 from .budget import BatchPlan
 from .checkpoint.changes import require_allowed
 from .checkpoint.manifest import Manifest, read_manifest
-from .checkpoint.store import CheckpointStore
 from .config import RunConfig, to_dict
 from .data.sample_order import SampleOrder
 from .errors import UserError
-from .health import Health
-from .run_state import Progress
+from .run_state import Progress, Run
 
 
 @dataclass(frozen=True)
@@ -43,35 +40,32 @@ class Rewind:
     """For the log."""
 
 
-def plan_rewind(
-    config: RunConfig,
-    store: CheckpointStore,
-    health: Health,
-    progress: Progress,
-    order: SampleOrder,
-    plan: BatchPlan,
-    say: Callable[[str], None],
-) -> Rewind | None:
-    """Where to go back to after the spike in the last step of ``progress``. All ranks must call this.
+def plan_rewind(run: Run) -> Rewind | None:
+    """Find the checkpoint to go back to, where the last step was a loss spike. All ranks must call this.
 
     Returns:
-        the same on all ranks; None where the run cannot go back, which ``say`` is told.
+        the same on all ranks; None without a spike, or where the run cannot go back, which is logged.
 
     Raises:
         UserError: it has gone back too often.
     """
-    health.require_rewind(progress.step)
-    training = config.training
-    target = store.newest_until(progress.step - training.rewind_steps)
-    if target is None:
-        say(f"  not rewound, only skipped: no checkpoint is training.rewind_steps {training.rewind_steps} steps older")
+    guard, training, progress = run.guards.step_guard, run.config.training, run.progress
+    if not guard.spiked or training.loss_spike_action == "skip":
         return None
-    manifest = store.ranks.everywhere(lambda: read_manifest(target))
-    if obstacle := _obstacle(manifest, target, config, progress, order, plan):
-        say(f"  not rewound, only skipped: {obstacle}")
+    run.guards.pause()
+    run.saver.wait()  # what is being written may be what to go back to
+    guard.require_rewind(progress.step)
+    target = run.store.newest_until(progress.step - training.rewind_steps)
+    if target is None:
+        steps = training.rewind_steps
+        run.say(f"  not rewound, only skipped: no checkpoint is training.rewind_steps {steps} steps older")
+        return None
+    manifest = run.ranks.everywhere(lambda: read_manifest(target))
+    if obstacle := _obstacle(manifest, target, run.config, progress, run.order, run.plan):
+        run.say(f"  not rewound, only skipped: {obstacle}")
         return None
     skipped = progress.samples - manifest.consumed_samples
-    rewinds = [*health.rewinds, {"step": progress.step, "to_step": manifest.step, "samples": skipped}]
+    rewinds = [*guard.rewinds, {"step": progress.step, "to_step": manifest.step, "samples": skipped}]
     return Rewind(
         target,
         manifest,
@@ -80,6 +74,17 @@ def plan_rewind(
         f"  rewound to step {manifest.step} ({target}): the {skipped:,} samples from there to the spike in step "
         f"{progress.step} are passed over; rewind {len(rewinds)} of training.max_rewinds {training.max_rewinds}",
     )
+
+
+def go_back(run: Run, rewind: Rewind) -> None:
+    """Restore everything from the checkpoint of ``rewind`` except the place in the data. All ranks must call this."""
+    run.say(*run.store.abandon_after(rewind.progress.step), rewind.line)
+    start = run.start
+    run.ranks.everywhere(lambda: start.moved_to(rewind.checkpoint, rewind.manifest).load_into(run.model, run.optimizer))
+    run.progress = rewind.progress
+    run.guards.step_guard.restore(rewind.health)
+    run.owes_evaluation = run.must_evaluate_at(rewind.manifest)
+    run.ranks.on_main(lambda: run.report.start(run.progress.step, run.owes_evaluation))
 
 
 def _obstacle(
@@ -96,7 +101,7 @@ def _obstacle(
     start = config.optimizer.schedule_start_tokens
     if manifest.consumed_tokens < start:
         return f"{target} is from before optimizer.schedule_start_tokens {start:,}"
-    remaining = plan.steps_for(max(0, config.training.train_tokens - manifest.consumed_tokens))
+    remaining = plan.steps_left(config.training.train_tokens, manifest.consumed_tokens)
     try:
         order.require(progress.samples + remaining * plan.global_batch_size)
     except UserError as error:

@@ -1,11 +1,33 @@
-"""What a run knows of itself between two steps."""
+"""A run and how far it has come."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+
+    from ..kernels.attention import Choice as AttentionChoice
+    from .budget import BatchPlan
+    from .checkpoint.manifest import Manifest
+    from .checkpoint.saver import Saver
+    from .checkpoint.store import CheckpointStore
+    from .config import RunConfig
+    from .data.catalog import Catalog
+    from .data.loader import TrainingData
+    from .data.sample_order import SampleOrder
+    from .evaluation import Validation
+    from .guards.run_guards import RunGuards
+    from .observe.reporter import Reporter
+    from .parallel.build import Choices
+    from .parallel.mesh import Mesh
+    from .parallel.passes import ModelParts, Passes
+    from .parallel.process_group import Ranks
+    from .precision import Precision
+    from .start import Start
+    from .stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -18,15 +40,74 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     """Best evaluation: ``{"step", "name", "loss"}``."""
 
+    def with_best(self, best: dict[str, Any]) -> Progress:
+        """The same with another best evaluation."""
+        return replace(self, best=best)
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step leaves on the device; reading it waits for the device."""
 
-    loss: Tensor
-    """[] fp32, this rank's part of the mean loss over the global batch; NaN without targets."""
-    grad_norm: Tensor
-    """[] fp32, before clipping; not finite, on all ranks, where the loss of any of them is not, or without targets."""
-    learning_rate: float
-    has_targets: bool = True
-    """Whether any rank had a token to predict. Without, nothing was computed and nothing has changed."""
+@dataclass
+class Run:
+    """Everything that a run on all ranks consists of. The last two fields change from step to step."""
+
+    config: RunConfig
+    ranks: Ranks
+    stop: StopRequest
+    say: Callable[..., None]
+    """Prints lines for people, on the main rank."""
+    plan: BatchPlan
+    mesh: Mesh
+    precision: Precision
+    attention: AttentionChoice
+    choices: Choices
+    start: Start
+    """What it starts from."""
+    catalog: Catalog
+    order: SampleOrder
+    data: TrainingData
+    validation: Validation
+    model: ModelParts
+    passes: Passes
+    optimizer: torch.optim.Optimizer
+    store: CheckpointStore
+    saver: Saver
+    guards: RunGuards
+    report: Reporter
+    remarks: list[str]
+    """Lines for the log."""
+    progress: Progress
+    owes_evaluation: bool = field(init=False)
+    """Whether it evaluates before its next step."""
+
+    def __post_init__(self) -> None:
+        resumed = self.start.resumed
+        asked = self.config.training.eval_at_start
+        self.owes_evaluation = asked if resumed is None else self.must_evaluate_at(resumed)
+
+    @property
+    def remaining_steps(self) -> int:
+        """Steps until the token budget is used up."""
+        return self.plan.steps_left(self.config.training.train_tokens, self.progress.tokens)
+
+    @property
+    def last_sample(self) -> int:
+        """Samples consumed when the budget is used up."""
+        return self.progress.samples + self.remaining_steps * self.plan.global_batch_size
+
+    def advance(self) -> None:
+        """Count one step."""
+        self.progress = replace(
+            self.progress,
+            step=self.progress.step + 1,
+            samples=self.progress.samples + self.plan.global_batch_size,
+            tokens=self.progress.tokens + self.plan.tokens_per_step,
+        )
+
+    def evaluation_due(self) -> bool:
+        """Return whether the run evaluates after the step it has come to."""
+        interval = self.config.training.eval_interval
+        return self.remaining_steps == 0 or (interval > 0 and self.progress.step % interval == 0)
+
+    def must_evaluate_at(self, manifest: Manifest) -> bool:
+        """Return whether the run, at the checkpoint of ``manifest``, evaluates before its next step."""
+        asked = self.config.training.eval_at_start and self.remaining_steps == 0
+        return self.evaluation_due() and (asked or not manifest.evaluation)

@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Normalize the last dimension of ``x + residual`` to unit root mean square and scale it by ``weight``.
 
-    The sum is rounded to the dtype of ``x``, the mean is computed in fp32, and the normalized value is cast back before
+    The sum is rounded to the dtype of ``x``, and the mean is computed in fp32. The normalized value is cast back before
     it is scaled, as in the published models.
 
     Args:

@@ -30,7 +30,7 @@ def apply_rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 
 def apply_rope_to_pair(q_TND: Tensor, k_TKD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`apply_rope` of queries and keys.
+    """Apply :func:`apply_rope` to queries and keys.
 
     Args:
         q_TND: [T, N, D] queries, D even.

@@ -1,4 +1,4 @@
-"""Preprocess a corpus through datatrove's executors, on this machine or on Slurm: a part of the input a task.
+"""Preprocess a corpus with datatrove's executors, on this machine or on Slurm, one part of the input per task.
 
     python launch/preprocess_datatrove.py --shards 8 --logs logs/web --at-once 2 -- \\
         --input 'web/*.jsonl.zst' --tokenizer models/qwen3 --output-prefix data/web
@@ -6,8 +6,8 @@
     python launch/preprocess_datatrove.py --shards 64 --logs logs/web --slurm --partition cpu --time 08:00:00 \\
         --cpus 32 -- --input 'web/*.jsonl.zst' --tokenizer models/qwen3 --output-prefix data/web
 
-What follows ``--`` is for tools/preprocess.py, but for --shard. datatrove keeps count of the tasks that are done and
-starts the others again by the same command; a part that was begun goes on where it was. A last task joins the parts.
+The options after ``--`` are those of tools/preprocess.py, except --shard. datatrove records finished tasks and
+restarts the others with the same command; an unfinished part continues where it stopped. A last task joins the parts.
 Needs ``pip install datatrove``, and on Slurm storage that all nodes see.
 """
 
@@ -34,7 +34,7 @@ TOOLS = Path(preprocess.__file__).parent
 
 
 class PreprocessPart(PipelineStep):
-    """A step that hands its rank to ``tools/preprocess.py --shard``; documents do not pass through datatrove."""
+    """A step that passes its rank to ``tools/preprocess.py --shard``; documents do not pass through datatrove."""
 
     name = "preprocess"
     type = "retemper"
@@ -46,13 +46,13 @@ class PreprocessPart(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         """Write part ``rank`` of ``world_size``."""
-        import glob  # here, since the step is pickled without its module
+        import glob  # imported here, since the step is pickled without its module
         import os
         import subprocess
         import sys
 
         part = f"{self.prefix}.shard-{rank}-of-{world_size}"
-        # .idx is the last of a dataset's files to get its name. A split has a dataset for each side.
+        # .idx is the last of a dataset's files to be renamed. A split has a dataset for each side.
         done = os.path.exists(f"{part}.idx") or glob.glob(f"{glob.escape(part)}.*.idx")
         if not done or self.overwrite:
             command = [sys.executable, self.program, *self.arguments, "--shard", f"{rank}/{world_size}"]
@@ -71,7 +71,7 @@ class JoinParts(PipelineStep):
         self.program = str(TOOLS / "merge.py")
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        """Write the dataset, or that of each side of a split."""
+        """Write the dataset, or one for each side of a split."""
         import glob
         import os
         import subprocess
@@ -86,7 +86,7 @@ class JoinParts(PipelineStep):
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and those of tools/preprocess.py."""
+    """Parse the options of this command, and return the others, which belong to tools/preprocess.py."""
     every = list(sys.argv[1:] if arguments is None else arguments)
     mine, theirs = (every[: every.index("--")], every[every.index("--") + 1 :]) if "--" in every else (every, [])
     parser = CommandParser(
@@ -160,4 +160,4 @@ if __name__ == "__main__":
     try:
         run_command(main)
     except subprocess.CalledProcessError as failed:
-        sys.exit(failed.returncode)  # it has said why
+        sys.exit(failed.returncode)  # it has reported the reason

@@ -1,6 +1,6 @@
-"""torchrun without its traceback: the ranks have said why they ended, and that is enough.
+"""Run torchrun without its traceback, because the ranks have already reported why they ended.
 
-Takes the arguments of torchrun. Where torchrun fails by itself (a port in use, nodes that do not come), that is a line.
+Takes the arguments of torchrun. If torchrun itself fails (a port in use, missing nodes), the error is one line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch.distributed.run import parse_args, run
 
 
 def main() -> int:
-    """Exit status: of the rank that failed first; 128 + its number after a signal to this process or to that rank."""
+    """Return the exit status: of the rank that failed first; 128 + the number of a signal to this process or to that
+    rank.
+    """
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:

@@ -65,14 +65,19 @@ def share_meshes() -> None:
     Every process group of gloo has a thread that wakes a hundred times a second; those of hundreds of runs would keep
     two cores busy. They cannot be closed: DTensor's caches take meshes of equal layout for one another.
     """
-    trainer: Any = importlib.import_module("retemper.engine.trainer")
-    trainer.build_mesh = functools.cache(mesh.build_mesh)
+    build, shared = mesh.build_mesh, functools.cache(mesh.build_mesh)
+
+    def build_or_share(layout: mesh.Layout, device_type: str) -> mesh.Mesh:
+        return (build if dist.get_backend() == "fake" else shared)(layout, device_type)
+
+    mesh.build_mesh = build_or_share
 
 
 def _fork_ranks(rendezvous_file: str, pipes: list[Connection]) -> None:
     """The parent of the ranks: leads their process group, and ends after the last of them."""
     os.setpgid(0, 0)
-    importlib.import_module("retemper.engine.trainer")
+    for name in ("guards.run_guards", "observe.reporter", "observe.summary", "start"):
+        importlib.import_module(f"retemper.engine.{name}")
     # What has been imported stays: no rank looks for garbage in it, which would also copy its pages.
     gc.collect()
     gc.freeze()

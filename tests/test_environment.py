@@ -58,7 +58,7 @@ def test_too_many_open_files_is_a_line_however_it_is_wrapped(capsys):
     with pytest.raises(SystemExit) as end:
         run_command(main)
     assert end.value.code == 1
-    assert capsys.readouterr().err.startswith("error: too many open files: this process may have ")
+    assert capsys.readouterr().err.startswith("error: too many open files: this process may open ")
 
 
 @pytest.mark.parametrize(("said", "local_rank", "left"), [(False, "3", True), (True, "0", True), (True, "1", False)])

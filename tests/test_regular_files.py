@@ -14,8 +14,8 @@ import pytest
 
 from retemper.engine.checkpoint.assets import HfAssets
 from retemper.engine.checkpoint.manifest import read_manifest
-from retemper.engine.checkpoint.safety import read_metadata
 from retemper.engine.config_files import read_config
+from retemper.engine.conversion.dcp_metadata import read_metadata
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.tokenizer import load_tokenizer

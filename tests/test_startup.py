@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 
 import retemper
 from retemper.engine.checkpoint.manifest import Manifest, write_manifest
+from retemper.engine.garbage import uncollected
 
 ROOT = Path(retemper.__file__).parent
 COMMANDS = sorted(
@@ -121,7 +124,7 @@ def test_wrong_options_are_reported_without_pytorch(run_yaml, tmp_path, monkeypa
 def test_checkpoints_are_listed_and_verified_without_pytorch(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "__0_0.distcp").write_bytes(b"tensors")
+    (checkpoint / "rank-00000.safetensors").write_bytes(b"tensors")
     write_manifest(checkpoint, Manifest("training", step=10, consumed_tokens=2560))
     listed, verified, compared = run(
         ["tools/checkpoint.py", "ls", tmp_path],
@@ -140,7 +143,27 @@ def test_checkpoints_are_listed_and_verified_without_pytorch(tmp_path):
 def test_a_rank_whose_installation_is_broken_ends_before_others_wait_for_it(rank, run_yaml):
     launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "9"}
     line = ["engine/pretrain.py", "--config", run_yaml, "--parallel.timeout_seconds", "300"]
-    [(status, printed, asked)] = run(line, REFUSED="retemper.engine.trainer", **launcher)
+    [(status, printed, asked)] = run(line, REFUSED="retemper.engine.start", **launcher)
     assert status == 1 and printed.startswith(f"[rank {rank}] error: No module named 'torch'; install"), printed
     assert printed.count("\n") == 1
     assert any("in prepare" in place for place in asked[0])
+
+
+def test_the_collector_rests_while_libraries_are_imported(tmp_path, monkeypatch):
+    assert gc.isenabled()
+    frozen = gc.get_freeze_count()
+    with pytest.raises(ImportError), uncollected():
+        assert not gc.isenabled()
+        raise ImportError
+    with uncollected():  # everything has been imported before
+        import torch  # noqa: F401
+    assert gc.isenabled() and gc.get_freeze_count() == frozen
+    (tmp_path / "library_of_startup.py").write_text("loop = []\nloop.append(loop)\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with uncollected():
+            importlib.import_module("library_of_startup")
+        assert gc.isenabled() and gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
+        del sys.modules["library_of_startup"]

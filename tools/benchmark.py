@@ -1,10 +1,10 @@
-"""Time the training step: tokens/s, MFU, where the time goes, peak memory.
+"""Time the training step: tokens/s, MFU, time of each part, peak memory.
 
     python tools/benchmark.py --config megatron_configs/qwen2.5_0.5b.yaml --json step.json
     torchrun --nproc-per-node 8 tools/benchmark.py --config megatron_configs/qwen2.5_7b.yaml --steps 30
     python tools/benchmark.py --config run.yaml --sweep micro_batch_size=1,2,4 recompute=none,full
 
-The work is done by retemper.tools.step_benchmark; this file is the command line.
+This file is the command line of retemper.tools.step_benchmark.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from retemper.engine.config import RunConfig, to_dict
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.outputs import Use, require_report, write_json_report
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout
@@ -29,9 +30,9 @@ from retemper.tools.step_benchmark.sweep import format_sweep, parse_sweep, run_s
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and those of the run's configuration."""
+    """Parse the options of this command, and return the others, which belong to the run's configuration."""
     parser = CommandParser(
-        description="Time the steps of a training run with the real trainer on random weights: tokens/s, MFU, time of "
+        description="Time the steps of a training run on random weights: tokens/s, MFU, time of "
         "each part, peak memory. No checkpoint is read or written, and no run folder is touched. Prints Markdown "
         "tables.",
         epilog="All other options are those of engine/pretrain.py, such as --training.micro_batch_size 2.",
@@ -105,15 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(config: RunConfig, path: Path | None, settings: BenchmarkOptions, record: dict[str, Any]) -> None:
-    # All that needs PyTorch, before any rank waits for another.
-    from retemper.engine.parallel.process_group import process_group
-    from retemper.tools.step_benchmark.machine import step_machine_facts
-    from retemper.tools.step_benchmark.measure import measure_step
-    from retemper.tools.step_benchmark.report import format_report, to_record
+    # Everything that needs PyTorch is imported before any rank waits for another.
+    with uncollected():
+        from retemper.engine.parallel.process_group import process_group
+        from retemper.tools.step_benchmark.machine import step_machine_facts
+        from retemper.tools.step_benchmark.measure import measure_step
+        from retemper.tools.step_benchmark.report import format_report, to_record
 
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
         ranks.everywhere(lambda: check_layout(config, ranks.world_size))
-        machine = step_machine_facts()  # before there is any load of ours
+        machine = step_machine_facts()  # before this command puts load on the machine
         found = measure_step(config, settings, ranks)
         if ranks.is_main:
             print(format_report(found, machine))

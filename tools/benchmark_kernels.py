@@ -1,9 +1,9 @@
-"""Time each kernel beside the peers that are installed, with its error against float64 and its memory.
+"""Time each kernel and its installed peers, with errors against float64 and memory.
 
     python tools/benchmark_kernels.py --sizes small --json kernels.json --plot kernels.png
     python tools/benchmark_kernels.py --sizes issue --kernels linear_cross_entropy,attention
 
-The work is done by retemper.tools.kernel_benchmark; this file is the command line.
+This file is the command line of retemper.tools.kernel_benchmark.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.outputs import require_report
 from retemper.tools.kernel_benchmark.names import KERNELS
 
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         raise UserError(f"--kernels {','.join(unknown)}: there are {', '.join(KERNELS)}")
     command = shlex.join(["python", "tools/benchmark_kernels.py", *(sys.argv[1:] if arguments is None else arguments)])
-    from retemper.tools.kernel_benchmark.command import benchmark  # needs PyTorch
+    with uncollected():
+        from retemper.tools.kernel_benchmark.command import benchmark
 
     benchmark(options, command)
 

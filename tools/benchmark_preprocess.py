@@ -3,7 +3,7 @@
     python tools/benchmark_preprocess.py --input corpus.jsonl --tokenizer models/qwen3 --repeat 6
     python tools/benchmark_preprocess.py --input corpus.jsonl --tokenizer models/qwen3 --megatron --memory-check
 
-The work is done by retemper.tools.ingest_benchmark; this file is the command line. Linux only.
+This file is the command line of retemper.tools.ingest_benchmark. Linux only.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = settings.pop("json")
     if path is not None:
         require_report("--json", path, [Use("--input", settings["input"])])
-    machine = machine_facts()  # before there is any load of ours
+    machine = machine_facts()  # before this command puts load on the machine
     results = run_benchmark(BenchmarkOptions(**settings))
     print(format_report(results, machine))
     if path is not None:

@@ -1,11 +1,12 @@
-"""Show, verify, compare and thin out checkpoints.
+"""Show, verify, compare, prune and upgrade checkpoints.
 
     python tools/checkpoint.py ls runs/x                       # every checkpoint: step, loss, size, why it is kept
-    python tools/checkpoint.py verify runs/x/checkpoints/*     # read every byte; exit status 1 where one is damaged
+    python tools/checkpoint.py verify runs/x/checkpoints/*     # read every byte; exit status 1 if one is damaged
     python tools/checkpoint.py diff A B                        # settings and tensors that differ; exit status 1 then
     python tools/checkpoint.py prune runs/x --keep-last 2 --keep-every 10000 --dry-run
+    python tools/checkpoint.py upgrade runs/x                  # rewrite those of former formats in the present one
 
-The work is done by retemper.tools.checkpoint_report; this file is the command line.
+This file is the command line of retemper.tools.checkpoint_report.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 from retemper.tools.checkpoint_report.listing import format_listing, list_checkpoints
 from retemper.tools.checkpoint_report.verification import verify
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line, by default that of this process."""
-    parser = CommandParser(description="Show, verify, compare and prune checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|diff|prune")
+    parser = CommandParser(description="Show, verify, compare, prune and upgrade checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|diff|prune|upgrade")
     ls = commands.add_parser("ls", help="list the checkpoints of a run; sizes are checked, contents are not read")
     ls.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
     verify_ = commands.add_parser("verify", help="compare every byte with the hashes; exit status 1 on damage")
@@ -45,6 +47,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="also keep checkpoints whose step is a multiple of this",
     )
     thin.add_argument("--dry-run", action="store_true", help="only show what would be removed")
+    renew = commands.add_parser("upgrade", help="rewrite checkpoints of former formats in the present one")
+    renew.add_argument("path", type=Path, metavar="PATH", help="checkpoint or run folder")
     return parser.parse_args(arguments)
 
 
@@ -63,10 +67,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "verify":
         return 0 if verify(options.paths) else 1
     if options.command == "diff":
-        from retemper.tools.checkpoint_report.comparison import compare  # needs PyTorch
+        with uncollected():
+            from retemper.tools.checkpoint_report.comparison import compare
 
         return 1 if compare(options.first, options.second) else 0
-    from retemper.tools.checkpoint_report.pruning import prune  # needs PyTorch
+    if options.command == "upgrade":
+        with uncollected():
+            from retemper.tools.checkpoint_report.upgrading import upgrade
+
+        upgrade(options.path)
+        return 0
+    with uncollected():
+        from retemper.tools.checkpoint_report.pruning import prune
 
     prune(options.run_folder, options.keep_last, options.keep_every, options.dry_run)
     return 0

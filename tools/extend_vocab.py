@@ -1,10 +1,9 @@
-"""Give a model new tokens for its domain.
+"""Add tokens for a domain to a model.
 
     python tools/extend_vocab.py --model ckpt/base --corpus corpus.jsonl --num-tokens 2000 --output ckpt/extended
     python tools/extend_vocab.py --model models/llama --tokens words.txt --output models/llama-extended
 
-Ids that there are do not move. The work is done by retemper.tools.vocabulary; this file is the command line.
-docs/vocabulary.md tells more.
+Existing ids do not change. This file is the command line of retemper.tools.vocabulary; see docs/vocabulary.md.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import signal
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE
 from retemper.tools.vocabulary.options import ExtendOptions
 
@@ -44,7 +44,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
         help="add these tokens instead: one per line with its leading space, JSON lines, or a vocabulary.json of this "
         "tool",
     )
-    parser.add_argument("--json-key", nargs="+", default=["text"], metavar="KEY", help="as in tools/preprocess.py")
+    parser.add_argument(
+        "--json-key",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="key of the text in a record, as in tools/preprocess.py",
+    )
     parser.add_argument(
         "--txt-mode",
         choices=("file", "line"),
@@ -85,7 +91,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from retemper.tools.vocabulary.command import extend  # needs PyTorch
+    with uncollected():
+        from retemper.tools.vocabulary.command import extend
 
     extend(options)
 

@@ -4,8 +4,9 @@
     python tools/generate.py --model runs/x/checkpoints/step-00001000 < prompts.txt     # one prompt a line
     python tools/generate.py --model ckpt/base                                          # asks for prompts
 
-Prompts and their continuations go to stdout, everything else to stderr. There is no key/value cache: the time per
-token grows with the length. The work is done by retemper.tools.generation; this file is the command line.
+Prompts and their continuations are written to stdout, everything else to stderr. There is no key/value cache: the time
+per
+token grows with the length. This file is the command line of retemper.tools.generation.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from retemper.engine.data.document_frame import BOS_CHOICES
 from retemper.engine.errors import CommandParser, UserError, report_user_error, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.hugging_face.weight_options import DTYPE_CHOICES
 from retemper.tools.sampling import Sampling
 
@@ -71,7 +73,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def typed_prompts() -> Iterator[str]:
-    """Prompts asked for on a terminal, until end of input; empty lines are asked again."""
+    """Yield prompts typed on a terminal, until end of input; empty lines are ignored."""
     while True:
         try:
             prompt = input("prompt> ")
@@ -82,10 +84,10 @@ def typed_prompts() -> Iterator[str]:
 
 
 def piped_prompts() -> list[str]:
-    """The lines of stdin.
+    """Return the lines of stdin.
 
     Raises:
-        UserError: there are none, or one is empty.
+        UserError: there are no lines, or one is empty.
     """
     prompts = sys.stdin.read().splitlines()
     if not prompts:
@@ -97,7 +99,7 @@ def piped_prompts() -> list[str]:
 
 
 def show_completion(model: TextGenerator, prompt: str, sampling: Sampling) -> None:
-    """Print the prompt with what follows it, and the speed."""
+    """Print the prompt with its continuation, and the speed."""
     started = time.perf_counter()
     completion = model.generate(prompt, sampling)
     seconds = time.perf_counter() - started
@@ -115,12 +117,14 @@ def main() -> None:
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
     interactive = options.prompt is None and sys.stdin.isatty()
     prompts = options.prompt if options.prompt is not None else [] if interactive else piped_prompts()
-    from retemper.tools.generation import TextGenerator  # needs PyTorch
+    with uncollected():
+        from retemper.tools.generation import TextGenerator
 
     model = TextGenerator(options.model, options.tokenizer, options.dtype, options.device, options.bos)
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    # All prompts are checked before the first is run: an error in the last should not cost the work on the others.
+    # All prompts are checked before the first is run, so that an error in the last does not waste the work on the
+    # others.
     for prompt in prompts:
         model.encode(prompt)
     for prompt in typed_prompts() if interactive else prompts:

@@ -1,7 +1,7 @@
-"""Text from a model: a Hugging Face folder or a checkpoint, run by our own decoder.
+"""Generate text from a Hugging Face folder or a checkpoint with our own decoder.
 
 Decoding is simple on purpose: every new token runs the whole sequence again, without a key/value cache, one prompt at
-a time. It is meant for looking at a model during training, not for serving it.
+a time. It is meant for inspecting a model during training, not for serving it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..engine.checkpoint.assets import ASSET_FOLDER
 from ..engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
+from ..engine.checkpoint.untrusted import METADATA_FILE, TABLE_FILE
 from ..engine.checkpoint.verify import require_undamaged
 from ..engine.data.document_frame import DocumentFrame, ids_of
 from ..engine.data.tokenizer import TokenizerHandle, load_prompt_tokenizer
@@ -35,14 +36,14 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True)
 class Completion:
-    """What followed a prompt."""
+    """The continuation of a prompt."""
 
     text: str
     """The new text, without the token that ended it."""
     num_tokens: int
-    """New tokens, the one that ended it included."""
+    """Number of new tokens, including the one that ended it."""
     ended_by: str
-    """Why it stopped: ``end of text``, ``--max-new-tokens`` or ``full context``."""
+    """Reason of the end: ``end of text``, ``--max-new-tokens`` or ``full context``."""
 
 
 class TextGenerator:
@@ -50,12 +51,12 @@ class TextGenerator:
 
     Args:
         folder: a Hugging Face folder, or a checkpoint folder (training or converted).
-        tokenizer: folder, file or Hub name of the tokenizer, of any kind that preprocess takes; None for the model's
+        tokenizer: folder, file or Hub name of the tokenizer, of any kind that preprocess accepts; None for the model's
             own.
-        dtype: ``auto`` for the one that the model's config declares, else float32; or bfloat16, float16, float32.
+        dtype: ``auto`` for the dtype in the model's config, else float32; or bfloat16, float16, float32.
         device: where to run: auto, cpu, cuda, cuda:1, ...
-        bos: whether a prompt begins with the BOS: yes, no, or auto: as the documents that a checkpoint was trained on,
-            and where that is not recorded, as the tokenizer begins texts.
+        bos: whether a prompt begins with the BOS: yes, no, or auto. auto: as the documents that a checkpoint was
+            trained on, or, if that is not recorded, as the tokenizer begins texts.
 
     Raises:
         UserError: the folder, its weights or its tokenizer cannot be used, or there is no such device.
@@ -82,7 +83,7 @@ class TextGenerator:
         self.prefix = ids_of(frame.documents_begin_with(bos)) if trained is None else trained
         """Ids in front of every prompt."""
         self.notes = []
-        """What a user may not have meant."""
+        """Remarks about settings that the user may not have intended."""
         if trained is not None and trained != ids_of(frame.prefix):
             here, there = (
                 f"with token {' '.join(map(str, ids))}" if ids else "without a BOS"
@@ -94,20 +95,20 @@ class TextGenerator:
             )
         self.stop_ids = _stop_ids(config, assets) | document_end
         self.context: int | None = config.get("max_position_embeddings")
-        """Tokens that the model was made for, where its config says."""
+        """Maximum number of tokens of the model, if its config has it."""
         weights_dtype = dtype_named(dtype) or declared_dtype(config, str(where)) or torch.float32
         load = _checkpoint_decoder if is_checkpoint else _hf_decoder
         self.decoder = load(folder, architecture, weights_dtype, self.device)
-        # Not as documents of equal lengths: every call has another length, and cuDNN would plan each anew.
+        # Not as documents of equal lengths: every call has another length, and cuDNN would plan each one again.
         self.attention_backend = choose_attention_backend(
             "auto", self.device, weights_dtype, architecture.head_dim, windows=architecture.sliding_windows
         ).backend
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt``, with special tokens recognized, behind a BOS where there is to be one.
+        """Return the token ids of ``prompt``, with special tokens recognized, after a BOS if configured.
 
-        A BOS that is written in the prompt is not doubled. What the tokenizer puts behind a text is left out, since
-        the model continues the text.
+        A BOS at the beginning of the prompt is not doubled. Tokens that the tokenizer adds after a text are left out,
+        since the model continues the text.
 
         Raises:
             UserError: the prompt is empty, leaves no room in the context, or has tokens that the model does not know.
@@ -154,7 +155,7 @@ class TextGenerator:
         return Completion(self._continuation(prompt_ids, visible), len(new_ids), ended_by)
 
     def next_logits(self, ids: list[int]) -> Tensor:
-        """[V] fp32 logits of the token that follows ``ids``."""
+        """Return the [V] fp32 logits of the token that follows ``ids``."""
         tokens_T = torch.tensor(ids, device=self.device)
         cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
         packing = plan_packing(
@@ -165,12 +166,12 @@ class TextGenerator:
             self.decoder.architecture.sliding_windows,
             cu_seqlens,
         )
-        # The head runs on the last position only: logits of all positions would take T times the memory.
+        # The head runs only on the last position: logits of all positions would need T times the memory.
         last_H = self.decoder.model(tokens_T, packing)[-1]
         return (self.decoder.head_weight @ last_H).float()
 
     def _continuation(self, prompt_ids: list[int], new_ids: list[int]) -> str:
-        """Text of ``new_ids`` as it stands after the prompt: alone, some tokenizers drop its leading space."""
+        """Return the text of ``new_ids`` after the prompt: decoded alone, some tokenizers drop its leading space."""
         prompt, whole, alone = (
             self.tokenizer.decode(ids, special_tokens=False) for ids in (prompt_ids, [*prompt_ids, *new_ids], new_ids)
         )
@@ -178,7 +179,9 @@ class TextGenerator:
 
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token id out of [V] fp32 logits: the most likely one, or one drawn after temperature, top-k and top-p."""
+    """Choose a token id from [V] fp32 logits: the most likely one, or a random one after temperature, top-k and
+    top-p.
+    """
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     scaled_V = logits_V / sampling.temperature
@@ -186,17 +189,17 @@ def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
         lowest_kept = scaled_V.topk(sampling.top_k).values[-1]
         scaled_V = scaled_V.masked_fill(scaled_V < lowest_kept, -math.inf)
     probabilities_V, order_V = scaled_V.softmax(-1).sort(descending=True, stable=True)
-    # A token stays while those before it have not reached top_p, so the most likely one always does.
+    # A token is kept if those before it have not reached top_p, so the most likely one always is.
     before_V = probabilities_V.cumsum(-1) - probabilities_V
     probabilities_V = probabilities_V.masked_fill(before_V >= sampling.top_p, 0.0)
     return int(order_V[torch.multinomial(probabilities_V, 1, generator=generator)])
 
 
 def find_device(name: str) -> torch.device:
-    """The device of ``--device name``.
+    """Return the device of ``--device name``.
 
     Raises:
-        UserError: this machine has none of that name.
+        UserError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,10 +215,10 @@ def find_device(name: str) -> torch.device:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether ``folder`` is a checkpoint, rather than a Hugging Face folder."""
+    """Return whether ``folder`` is a checkpoint and not a Hugging Face folder."""
     if not folder.is_dir():
         raise UserError(f"--model {folder}: no such folder")
-    if (folder / MANIFEST_FILE).is_file() or (folder / ".metadata").is_file():
+    if any((folder / name).is_file() for name in (MANIFEST_FILE, TABLE_FILE, METADATA_FILE)):
         read_manifest(folder)
         return True
     if not (folder / CONFIG_FILE).is_file():
@@ -247,27 +250,29 @@ def _hf_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, de
 
 
 def _load_tokenizer(name: str | None, assets: Path, architecture: Architecture) -> tuple[TokenizerHandle, set[int]]:
-    """The tokenizer, and the id of the token that ends its documents, if it has one that the model knows."""
+    """Return the tokenizer, and the id of the token that ends its documents, if the model knows it."""
     try:
         tokenizer = load_prompt_tokenizer(name if name is not None else assets)
     except UserError as error:
         raise error if name is not None else UserError(f"{error}; or name one with --tokenizer") from None
     try:
         _, document_end = tokenizer.eod()
-    except UserError:  # it names none: then only the model's own configuration ends a text
+    except UserError:  # it has no EOD token: then only the model's own configuration ends a text
         return tokenizer, set()
     return tokenizer, {document_end} if document_end < architecture.vocab_size else set()
 
 
 def _bos_of_training(checkpoint: Path) -> tuple[int, ...] | None:
-    """What the documents that a checkpoint was trained on begin with, where all sources agree and that is recorded."""
+    """Return the BOS ids of the documents that a checkpoint was trained on; None if unrecorded or different between
+    sources.
+    """
     recorded = [dataset.get("bos") for dataset in read_manifest(checkpoint).datasets.values()]
     first: list[int] | None = recorded[0] if recorded else None
     return None if first is None or any(ids != first for ids in recorded) else tuple(first)
 
 
 def _stop_ids(config: dict[str, Any], assets: Path) -> set[int]:
-    """``eos_token_id`` of config and generation config: a number, a list of them, or nothing."""
+    """Return ``eos_token_id`` of config and generation config: a number, a list of them, or nothing."""
     path = assets / GENERATION_CONFIG
     generation = read_hf_config(path) if path.is_file() else {}
     found: set[int] = set()

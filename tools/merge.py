@@ -3,7 +3,7 @@
     python tools/merge.py --inputs 'dataset.shard-*-of-8' --output-prefix dataset
     python tools/merge.py --inputs books web/part-* --output-prefix mix
 
-The work is done by retemper.tools.ingest.merging; this file is the command line.
+This file is the command line of retemper.tools.ingest.merging.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python tools/plan.py --config megatron_configs/qwen2_72b.yaml --nodes 4 --gpus-per-node 8 --gpu a100-80gb
     python tools/plan.py --config run.yaml --nodes 2 --gpus-per-node 8 --gpu h100-80gb --search --json plan.json
 
-The work is done by retemper.tools.rehearsal; this file is the command line.
+This file is the command line of retemper.tools.rehearsal.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pathlib import Path
 
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.garbage import uncollected
 from retemper.engine.outputs import Use, require_report, write_json_report
 from retemper.tools.rehearsal.gpus import GPUS
 from retemper.tools.rehearsal.request import EFFICIENCY, RESERVE, Request, read_architecture
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and those of the run's configuration."""
+    """Parse the options of this command, and return the others, which belong to the run's configuration."""
     parser = CommandParser(
         description="Run a step of a training run without GPUs and without weights, with the real model and parallel "
         "code, as one rank of the cluster. Reports memory, traffic and time. Time is predicted from "
@@ -102,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.gpu_link,
     )
     setting = request.setting(read_architecture(config.model))
-    from retemper.tools.rehearsal.command import rehearse  # needs PyTorch
+    with uncollected():
+        from retemper.tools.rehearsal.command import rehearse
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""The training step of each engine that benchmarks/peers.py compares."""
+"""Run the training step of each engine that benchmarks/peers.py compares."""

@@ -1,4 +1,6 @@
-"""transformers' Trainer: as it is, with torch.compile, Liger's kernels, or a loss in chunks as in torchtitan."""
+"""Run transformers' Trainer: eager, with torch.compile, with Liger's kernels, or with a chunked loss as in
+torchtitan.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from .job import Clock, Job, draw
 
 
 class TimedTrainer(HuggingFaceTrainer):
-    """The Trainer, reading its samples in order and telling its losses."""
+    """The Trainer, reading its samples in order and reporting its losses."""
 
     loss: Tensor
 
@@ -40,18 +42,18 @@ class _Timer(TrainerCallback):
 
 
 class ChunkedLossModel(nn.Module):
-    """The model with its head and loss taken a chunk of the sequence at a time, as in torchtitan."""
+    """The model with its head and loss computed in chunks of the sequence, as in torchtitan."""
 
     def __init__(self, model: Any, compiled: bool):
         super().__init__()
         self.model = model
         decoder = model.model
-        # A plain attribute: the parameters are registered once.
+        # A plain attribute, so that the parameters are registered only once.
         self.__dict__["decoder"] = torch.compile(decoder) if compiled else decoder
         self.chunk_loss = torch.compile(sum_of_losses) if compiled else sum_of_losses
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Mean loss over all tokens but the first of each sample."""
+        """Return the mean loss over all tokens but the first of each sample."""
         hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         loss = chunked_cross_entropy(
@@ -96,7 +98,7 @@ def run(job: Job, engine: str) -> dict[str, Any]:
         gradient_checkpointing_kwargs=checkpointing if job.recompute and not chunked else None,
         torch_compile="compile" in extras and not chunked,
         use_liger_kernel="liger" in extras,
-        # In the Trainer's favour: nothing is logged, and no step waits to look for NaN.
+        # In the Trainer's favour: it logs nothing, and no step waits to check for NaN.
         logging_strategy="no",
         logging_nan_inf_filter=False,
         save_strategy="no",

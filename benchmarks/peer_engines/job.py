@@ -1,4 +1,4 @@
-"""What every engine is told to do, how its steps are timed, and the random weights that all engines start from."""
+"""Define the job of every engine, the timing of its steps, and the random weights that all engines start from."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ DATASET = "tokens"
 
 @dataclass(frozen=True)
 class Job:
-    """One run. Every engine gets the same, in a fresh process."""
+    """The settings of one run. Every engine gets the same, in a fresh process."""
 
     folder: str
-    """Holds the data, and takes what the engine writes."""
+    """Folder of the data and of the engine's output."""
     architecture: dict[str, Any]
     """Hugging Face ``config.json``."""
     batch_size: int
     sequence_length: int
     warmup_steps: int
-    """Steps before the clock starts."""
+    """Number of untimed steps at the start."""
     steps: int
-    """Steps that are timed."""
+    """Number of timed steps."""
     device: str
     """cpu or cuda."""
     precision: str
     """fp32; bf16: fp32 weights and states, bf16 arithmetic; bf16-states: weights, gradients and AdamW's moments too."""
     recompute: bool = False
-    """Keep each block's input only, and run the block again in the backward pass."""
+    """Store only each block's input, and run the block again in the backward pass."""
     seed: int = 1234
     learning_rate: float = 1e-4
     weight_decay: float = 0.1
@@ -53,34 +53,34 @@ class Job:
 
     @property
     def total_steps(self) -> int:
-        """Warm-up and timed steps."""
+        """Number of warm-up and timed steps."""
         return self.warmup_steps + self.steps
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in one batch."""
+        """Number of tokens in one batch."""
         return self.batch_size * self.sequence_length
 
     def batches(self) -> npt.NDArray[np.int64]:
-        """[steps, B, S] token ids."""
+        """Return the [steps, B, S] token ids."""
         return np.load(Path(self.folder) / BATCHES_FILE)
 
     def write(self, path: Path) -> None:
-        """Keep as JSON."""
+        """Write as JSON."""
         path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        """What :meth:`write` wrote."""
+        """Read the output of :meth:`write`."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 class Clock:
     """Wall and CPU time of the timed steps, peak memory, and the losses.
 
-    A GPU is waited for when the clock starts and stops only, so that an engine's run-ahead stays its own. Peak memory
-    is of all steps from the first one, without the building of the model: what PyTorch allocated on a GPU, resident
-    memory of the process on a CPU.
+    A GPU is synchronized only when the clock starts and stops, so that an engine may run ahead in between. Peak memory
+    covers all steps from the first one, without the building of the model: memory allocated by PyTorch on a GPU,
+    resident memory of the process on a CPU.
     """
 
     def __init__(self, job: Job):
@@ -90,12 +90,14 @@ class Clock:
         self._cpu: list[float] = []
 
     def ready(self) -> None:
-        """Model and data are built, the first step comes."""
+        """Start: model and data are built, and the first step follows."""
         self._memory_resets = _reset_peak(self.job.device)
         self._built = time.perf_counter()
 
     def step_done(self, loss: Tensor | float) -> None:
-        """One optimizer step is over (or queued); ``loss`` is the mean over its targets before the update."""
+        """Record that one optimizer step is done (or queued); ``loss`` is the mean over its targets before the
+        update.
+        """
         self.losses.append(loss)
         done = len(self.losses)
         if self.job.device == "cuda" and done in (self.job.warmup_steps, self.job.total_steps):
@@ -107,7 +109,7 @@ class Clock:
             self._peak = _peak_bytes(self.job.device)
 
     def record(self) -> dict[str, Any]:
-        """What was measured."""
+        """Return the measurements."""
         first = self.job.warmup_steps - 1
         assert len(self._times) == self.job.total_steps and first >= 0
         seconds, cpu = self._times[-1] - self._times[first], self._cpu[-1] - self._cpu[first]
@@ -129,7 +131,7 @@ class Clock:
 
 
 def _reset_peak(device: str) -> bool:
-    """Begin a new peak; False where the kernel does not let a process do that, and the peak is of its whole life."""
+    """Reset the peak; return False if the kernel does not allow it, so that the peak covers the whole process."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -151,15 +153,15 @@ def _peak_bytes(device: str) -> int:
 
 
 def draw(name: str, shape: torch.Size, job: Job) -> Tensor:
-    """Initial fp32 values of the parameter with Hugging Face's name ``name``: the same in every engine.
+    """Return initial fp32 values of the parameter with Hugging Face's name ``name``: the same in every engine.
 
-    Drawn where the model is, since the host would take a minute for 7 billion of them.
+    Drawn on the model's device, since the host would need a minute for 7 billion of them.
     """
     if name.endswith("bias"):
         return torch.zeros(shape, device=job.device)
     if name.endswith("norm.weight"):
         return torch.ones(shape, device=job.device)
-    # Streams of names may overlap in theory only: the seed is 63 bits of the name's bytes.
+    # An overlap of two names' streams is only a theoretical possibility: the seed is 63 bits of the name's bytes.
     seed = (int.from_bytes(name.encode(), "little") * 1_000_003 + job.seed) % (2**63 - 25)
     generator = torch.Generator(job.device).manual_seed(seed)
     std = job.architecture.get("initializer_range", 0.02)
@@ -167,7 +169,7 @@ def draw(name: str, shape: torch.Size, job: Job) -> Tensor:
 
 
 def optimizer_groups(model: nn.Module, job: Job) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: matrices decay, vectors do not."""
+    """Return AdamW's parameter groups: matrices decay, vectors do not."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": job.weight_decay},

@@ -1,4 +1,4 @@
-"""LitGPT's model and the step of its ``pretrain.fit`` (0.5), through Lightning Fabric."""
+"""Run LitGPT's model and the step of its ``pretrain.fit`` (0.5), through Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = {
 
 
 def run(job: Job, engine: str) -> dict[str, Any]:
-    """Train and measure. ``engine``: litgpt+compile (what its pretraining does) or litgpt."""
+    """Train and measure. ``engine``: litgpt+compile (as its pretraining) or litgpt."""
     fabric = lightning.Fabric(accelerator=job.device, devices=1, precision=PRECISIONS[job.precision])
     fabric.launch()
     model = _model(job, fabric)
@@ -102,7 +102,7 @@ def _model(job: Job, fabric: lightning.Fabric) -> GPT:
 
 
 def _values(name: str, parameter: Tensor, model: GPT, job: Job) -> Tensor:
-    """Initial values of a parameter with LitGPT's name, drawn under Hugging Face's names."""
+    """Return initial values of a parameter with LitGPT's name, drawn under Hugging Face's names."""
     found = [(names, match) for pattern, names in NAMES.items() if (match := re.fullmatch(pattern, name))]
     if not found:
         raise KeyError(f"LitGPT's parameter {name} has no counterpart")

@@ -1,4 +1,4 @@
-"""This repository's trainer: the run of ``engine/pretrain.py``, timed from outside."""
+"""Run the steps of this repository's ``engine/pretrain.py``, with external timing."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor
 
 from retemper.engine.config import RunConfig
 from retemper.engine.config_parser import parse_config
+from retemper.engine.data.loader import Prefetcher
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.parallel.process_group import process_group
-from retemper.engine.trainer import Trainer
+from retemper.engine.pretrain import build, next_batches, one_step
 
 from .job import DATASET, Clock, Job, draw
 
 
 def configure(job: Job) -> RunConfig:
-    """The run's configuration, read from a YAML file as a user's is."""
+    """Return the run's configuration, read from a YAML file like a user's."""
     folder = Path(job.folder)
     config: dict[str, Any] = {
         "run_folder": str(folder / "run"),
@@ -62,27 +63,6 @@ def configure(job: Job) -> RunConfig:
     return parse_config(["--config", str(path)])
 
 
-class TimedTrainer(Trainer):
-    """The trainer, telling the clock of its steps. It saves nothing: a checkpoint is no part of a step."""
-
-    clock: Clock
-
-    def run(self) -> None:
-        self.clock.ready()
-        super().run()
-
-    def test_destination(self) -> list[str]:
-        return []
-
-    def _step(self, *arguments: Any, **keywords: Any) -> Any:
-        result = super()._step(*arguments, **keywords)
-        self.clock.step_done(result.loss)
-        return result
-
-    def _save(self, *arguments: Any, **keywords: Any) -> None:
-        pass
-
-
 def run(job: Job, engine: str) -> dict[str, Any]:
     """Train and measure."""
 
@@ -94,9 +74,14 @@ def run(job: Job, engine: str) -> dict[str, Any]:
     config = configure(job)
     clock = Clock(job)
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
-        trainer = TimedTrainer(config, ranks)
-        trainer.clock = clock
-        trainer.run()
+        run = build(config, ranks, saves=False)
+        first_samples = range(0, run.last_sample, run.plan.global_batch_size)
+        clock.ready()
+        prefetcher = Prefetcher(run.data.micro_batches, first_samples, config.data.prefetch_steps)
+        with run.guards, prefetcher:
+            for _ in first_samples:
+                result = one_step(run, *next_batches(run, prefetcher))
+                clock.step_done(result.loss)
         record = clock.record()
-        del trainer
+        del run, result
     return record

@@ -228,31 +228,43 @@ def asset_folder(folder: str | Path) -> Path:
     return Path(folder) if is_hf_folder(folder) else Path(folder) / ASSET_FOLDER
 
 
-def find_assets(config: ModelConfig, resume_from: Path | None) -> HfAssets:
-    """Config and tokenizer of the run: from what it continues or starts from, or as configured.
-
-    Args:
-        config: of the model; ``initialize_from`` is a folder.
-        resume_from: the checkpoint that the run continues.
+def find_assets(config: ModelConfig) -> HfAssets:
+    """Config and tokenizer of a new run; ``initialize_from`` is a folder where it is set.
 
     Raises:
         UserError: there is no config, or the configured architecture is not that of the checkpoint.
     """
-    folder = resume_from or config.initialize_from
+    folder = config.initialize_from
     if folder is not None:
         folder = newest_of_run(folder) or folder
-    assets = HfAssets({})
-    if folder is not None and is_hf_folder(folder):
-        assets = HfAssets.read(folder)
-    elif folder is not None:
+    if folder is None or is_hf_folder(folder):
+        read = HfAssets({}) if folder is None else HfAssets.read(folder)
+    else:
         read_manifest(folder)
-        assets = HfAssets.of_checkpoint(folder)
+        read = HfAssets.of_checkpoint(folder)
+    return complete_assets(config, read, folder)
+
+
+def complete_assets(
+    config: ModelConfig, assets: HfAssets, folder: str | Path | None, resuming: bool = False
+) -> HfAssets:
+    """``assets`` with what ``config`` sets: the architecture where they have none, and the tokenizer.
+
+    Args:
+        config: of the model.
+        assets: of what the run starts from.
+        folder: that they are from.
+        resuming: whether it is a checkpoint of the run itself.
+
+    Raises:
+        UserError: there is no config, or the configured architecture is not that of ``assets``.
+    """
     if config.architecture is not None and assets.config is None:
         assets = assets.with_config(read_hf_config(config.architecture))
     elif config.architecture is not None:
         remedy = "remove model.architecture or name the right checkpoint"
         _require_same(architecture_of(config.architecture), "model.architecture", assets, folder, remedy)
-    start = _former_start(config) if resume_from is not None else None
+    start = _former_start(config) if resuming else None
     if start is not None:
         # It is not read any more, but must not be another model than the one that is trained.
         key = f"the model of model.initialize_from {config.initialize_from}"

@@ -25,9 +25,10 @@ from .hashing import FileRecord, record_file
 from .untrusted import DamagedCheckpoint
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 2
-WITHOUT_HASHES = 1
-"""Format of manifests that list no files; still read."""
+FORMAT_VERSION = 3
+WITH_DCP, WITHOUT_HASHES = 2, 1
+"""Formats that are still read: of checkpoints whose tensors PyTorch's distributed checkpoint (DCP) wrote; of such whose
+manifest lists no files."""
 _SEAL = "manifest_xxh3_128"
 _OPTIONAL = {"emergency"}
 """Fields that are left out where they are empty: manifests written before there were any are read alike."""

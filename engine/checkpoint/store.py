@@ -67,6 +67,8 @@ class CheckpointStore:
         """Estimated size of a checkpoint; 0 where it is not known."""
         self.origin: Origin | None = None
         """The checkpoint that ``resume: PATH`` named, where :meth:`resolve` chose it."""
+        self.resolved: Manifest | None = None
+        """Of the checkpoint that :meth:`resolve` chose."""
         self._remarks: list[str] = []
         """For the log: what is worth knowing of the checkpoint in use."""
         self._found: list[Path] = []
@@ -149,7 +151,7 @@ class CheckpointStore:
             )
         if not self._found:
             self._require_nothing_lost(resume)
-        self.origin = origin_of(Path(resume), manifest.step)
+        self.origin, self.resolved = origin_of(Path(resume), manifest.step), manifest
         return Path(resume)
 
     def _require_nothing_lost(self, resume: str) -> None:
@@ -175,6 +177,7 @@ class CheckpointStore:
             if manifest is not None and problem is None:
                 self.ranks.on_main(partial(self._require_no_broken_link, manifest.step + 1))
                 self._remarks += self.ranks.on_main(partial(self._newer_ones_lost, manifest.step)) or []
+                self.resolved = manifest
                 return folder
             self._damaged.append((folder, problem or ""))
         self.ranks.on_main(self._require_no_broken_link)
@@ -332,8 +335,6 @@ class CheckpointStore:
         temporary.mkdir(parents=True)
 
     def _require_visible(self, temporary: Path) -> None:
-        # DCP makes the folder wherever it is missing: without this check, nodes that share no file system would each
-        # keep their own shards, and the checkpoint would be complete on none.
         if not temporary.is_dir():
             raise UserError(
                 f"{temporary}: made by rank 0 but not seen here; put run_folder on a file system that all nodes share"

@@ -1,4 +1,4 @@
-"""Tensors to and from a checkpoint folder, through PyTorch's distributed checkpoint (DCP).
+"""Tensors to and from a checkpoint folder.
 
 Model tensors are stored under their Hugging Face names, optimizer states as ``optimizer.{state}.{parameter}``. Every
 rank writes its shards; a reader with any other layout gets its own slices.
@@ -6,28 +6,22 @@ rank writes its shards; a reader with any other layout gets its own slices.
 
 from __future__ import annotations
 
-import math
-import pickle
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ..errors import UserError
+from ..streaming.tensor_source import StoredTensor
+from ..weights.parts import TensorParts, all_ranks, load_parts
+from ..weights.saving import save_parts
+from ..weights.table import read_table
 from .hashing import FileRecord
-from .hashing_writer import HashingWriter
-from .safety import SafeReader, read_metadata
+from .untrusted import METADATA_FILE, TABLE_FILE
 
 OPTIMIZER_PREFIX = "optimizer."
 
@@ -37,19 +31,6 @@ class ParameterOwner(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by name."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """What a checkpoint says about one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the values."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def model_tensors(model: ParameterOwner) -> dict[str, Tensor]:
@@ -75,17 +56,28 @@ def training_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) ->
     return {**model_tensors(model), **optimizer_tensors(model, optimizer)}
 
 
+def open_tensors(folder: str | Path) -> TensorParts:
+    """Return the tensors of the checkpoint ``folder``, readable in any parts.
+
+    Raises:
+        DamagedCheckpoint: their description is missing or damaged.
+        UserError: it cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / METADATA_FILE).exists() and not (folder / TABLE_FILE).exists():
+        from ..conversion.dcp_files import read_dcp_parts  # of manifest formats 1 and 2
+
+        return read_dcp_parts(folder)
+    return read_table(folder)
+
+
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Names, shapes and dtypes of the tensors in ``folder``, without reading them.
 
     Raises:
-        UserError: there is no readable DCP metadata.
+        UserError: what describes them cannot be read.
     """
-    return {
-        name: StoredTensor(tuple(item.size), item.properties.dtype)
-        for name, item in read_metadata(folder).state_dict_metadata.items()
-        if isinstance(item, TensorStorageMetadata)
-    }
+    return dict(open_tensors(folder).tensors)
 
 
 def save_tensors(
@@ -110,87 +102,26 @@ def save_tensors(
     Raises:
         UserError: on every rank, when any of them cannot write.
     """
-    writer = HashingWriter(folder, from_host=staged is not None)
-    try:
-        # Not where there are others: filters of warnings are the whole process's, and this may be a thread.
-        with nullcontext() if distributed else _without_single_process_warning():
-            dcp.save(
-                dict(tensors),
-                storage_writer=writer,
-                planner=DefaultSavePlanner() if staged is None else _StagedPlanner(staged),
-                process_group=group,
-                no_dist=not distributed,
-            )
-    except CheckpointException as error:
-        raise UserError(f"{folder}: cannot be written: {_reasons(error)}") from None
-    return writer.records
+    return save_parts(folder, tensors, staged, all_ranks(group, distributed))
 
 
-def _os_error_behind(error: BaseException | None) -> OSError | None:
-    """The OSError that led to ``error``, if one did."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-class _StagedPlanner(DefaultSavePlanner):
-    """Plans with tensors; the values that are written are those that have been copied."""
-
-    def __init__(self, staged: Mapping[str, Tensor]):
-        super().__init__()
-        self._staged = staged
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._staged[index.fqn]
-
-
-def load_tensors(folder: str | Path, tensors: dict[str, Tensor], distributed: bool = True) -> None:
+def load_tensors(
+    folder: str | Path, tensors: Mapping[str, Tensor], distributed: bool = True, opened: TensorParts | None = None
+) -> None:
     """Read into ``tensors`` in place, casting to their dtypes; each may be sharded in any way.
 
-    Raises:
-        UserError: a tensor is missing, has another shape, or its file cannot be read.
-    """
-    problem = "damaged checkpoint, use another one"
-    load_through(SafeReader(str(folder)), stored_tensors(folder), tensors, str(folder), problem, distributed)
-
-
-def load_through(
-    reader: dcp.StorageReader,
-    stored: Mapping[str, StoredTensor],
-    tensors: dict[str, Tensor],
-    where: str,
-    problem: str,
-    distributed: bool,
-) -> None:
-    """As :func:`load_tensors`, from whatever ``reader`` reads.
-
     Args:
-        reader: reads values for DCP.
-        stored: what it can read.
-        tensors: to read into.
-        where: the folder, for errors.
-        problem: said in front of the reason, where ``reader`` fails.
+        folder: of the checkpoint.
+        tensors: by name.
         distributed: whether there are other ranks, which then call this as well.
+        opened: what :func:`open_tensors` returned for ``folder``, if it has been called already on every rank.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or cannot be read.
+        UserError: on every rank, when on any of them a tensor is missing, has another shape, or cannot be read.
     """
-    missing = [name for name in tensors if name not in stored]
-    if missing:
-        raise UserError(f"{where}: {len(missing)} tensors are missing, such as {missing[0]}; is it the same model?")
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != stored[name].shape:
-            raise UserError(
-                f"{where}: {name} has shape {list(stored[name].shape)}, the model wants {list(tensor.shape)}"
-            )
-    try:
-        with _without_single_process_warning():
-            dcp.load(tensors, storage_reader=reader, no_dist=not distributed)
-    except CheckpointException as error:
-        for cause, _ in error.failures.values():
-            if isinstance(cause, KeyboardInterrupt):  # DCP wraps whatever is raised
-                raise cause from None
-        raise UserError(f"{where}: {problem}: {_reasons(error)}") from None
+    ranks = all_ranks(None, distributed)
+    parts = ranks.everywhere(lambda: open_tensors(folder)) if opened is None else opened
+    load_parts(parts, tensors, folder, ranks)
 
 
 def describe_casts(
@@ -219,36 +150,19 @@ def describe_casts(
     return lines
 
 
-def _reasons(error: CheckpointException) -> str:
-    """The distinct causes, of all ranks."""
-    causes = [_os_error_behind(cause) or cause for cause, _ in error.failures.values()]
-    return "; ".join(sorted({_said_of(cause) for cause in causes}))
-
-
-def _said_of(cause: BaseException) -> str:
-    if isinstance(cause, UserError):
-        return str(cause)
-    if isinstance(cause, pickle.UnpicklingError):  # whose own words advise to load it without care
-        return "a file holds something else than tensors"
-    return f"{type(cause).__name__}: {cause}"
-
-
-@contextmanager
-def _without_single_process_warning() -> Iterator[None]:
-    """DCP warns whenever it runs without a process group, which converters do on purpose."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
-
-
 def check_model_tensors(folder: str | Path, model: ParameterOwner) -> None:
-    """Refuse a checkpoint whose model tensors are not exactly those of ``model``, naming some that differ.
+    """Refuse a checkpoint whose model tensors are not exactly those of ``model``; see :func:`require_model_tensors`."""
+    require_model_tensors(folder, stored_tensors(folder), model)
+
+
+def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor], model: ParameterOwner) -> None:
+    """Refuse a checkpoint of ``stored`` whose model tensors are not exactly those of ``model``, and name some.
 
     Raises:
         UserError: missing, unexpected or differently shaped tensors.
     """
-    stored = {name: t for name, t in stored_tensors(folder).items() if not name.startswith(OPTIMIZER_PREFIX)}
-    difference = describe_difference(stored, model)
+    weights = {name: tensor for name, tensor in stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
+    difference = describe_difference(weights, model)
     if difference:
         raise UserError(f"{folder}: the checkpoint is of another model: {difference}")
 

@@ -7,34 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
-
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-
-from .untrusted import METADATA_FILE, DamagedCheckpoint
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets of the first element, and sizes."""
 _MOST_AXES = 8
 """Along which a tensor may be cut: each doubles the corners of a shard. Device meshes have no more."""
-
-
-def require_tiled(folder: str | Path, metadata: Metadata, names: Collection[str]) -> None:
-    """Refuse the checkpoint ``folder`` unless the shards of all tensors ``names`` make them up.
-
-    Raises:
-        DamagedCheckpoint: naming the first that is none, and how.
-    """
-    for name in names:
-        item = metadata.state_dict_metadata.get(name)
-        if not isinstance(item, TensorStorageMetadata):
-            continue
-        shards = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in item.chunks]
-        problem = tiling_problem(tuple(item.size), shards)
-        if problem:
-            raise DamagedCheckpoint(f"{Path(folder) / METADATA_FILE}: {name} {problem}; use another checkpoint")
 
 
 def tiling_problem(shape: tuple[int, ...], shards: Sequence[Box]) -> str | None:

@@ -9,8 +9,10 @@ from typing import Any
 
 from ..errors import UserError
 
+TABLE_FILE = "tensors.json"
+"""Where a checkpoint says which of its files holds which part of which tensor."""
 METADATA_FILE = ".metadata"
-"""Where DCP describes the tensors of a checkpoint."""
+"""The same, where PyTorch's distributed checkpoint (DCP) wrote it."""
 
 
 class DamagedCheckpoint(UserError):

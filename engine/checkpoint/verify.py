@@ -15,12 +15,12 @@ from ..errors import UserError
 from .assets import ASSET_FOLDER
 from .hashing import FileRecord, record_file
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
-from .untrusted import METADATA_FILE, DamagedCheckpoint, file_inside
+from .untrusted import METADATA_FILE, TABLE_FILE, DamagedCheckpoint, file_inside
 
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
 """What reading says of a file that the disk has lost. Anything else is the machine's trouble, not the checkpoint's."""
-_READ = (METADATA_FILE, "*.distcp", f"{ASSET_FOLDER}/*")
-"""Files that a run or a converter would read, were they there."""
+_READ = (TABLE_FILE, "*.safetensors", METADATA_FILE, "*.distcp", f"{ASSET_FOLDER}/*")
+"""Files that a run or a converter could take for a part of the checkpoint, were they there."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def unlisted(folder: Path, manifest: Manifest) -> list[Damage]:
 
 
 def _require_long_enough(folder: Path) -> None:
-    from .safety import read_metadata  # needs PyTorch, and only checkpoints of format 1 need it
+    from ..conversion.dcp_metadata import read_metadata  # of format 1 only
 
     ends: dict[str, int] = {}
     for place in read_metadata(folder).storage_data.values():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,17 @@ import torch
 from ... import __version__
 from ..checkpoint.assets import ASSET_FOLDER, CONFIG_FILE, HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from ..checkpoint.tensors import OPTIMIZER_PREFIX, StoredTensor, check_model_tensors
+from ..checkpoint.tensors import OPTIMIZER_PREFIX, check_model_tensors, open_tensors
 from ..checkpoint.verify import require_undamaged
+from ..hugging_face.shards import safetensors_file
 from ..hugging_face.weight_dtypes import declared_dtype
 from ..model.architecture import Architecture, parse_architecture, read_hf_config
 from ..model.decoder import meta_decoder
-from ..streaming.block_copy import OutputFile, WrittenFile
-from ..streaming.tensor_files import CheckpointRows, begin_tensor_file, write_metadata
+from ..streaming.block_copy import WrittenFile
+from ..streaming.tensor_source import StoredTensor
+from ..weights.parts import TensorParts
+from ..weights.safetensors_format import SUFFIX
+from ..weights.table import TableEntry, write_table
 from .record import file_hash, file_identity, require_same_source
 from .run import progress
 
@@ -33,9 +36,9 @@ class CheckpointModel:
     config: dict[str, Any]
     """Content of the checkpoint's ``config.json``."""
     architecture: Architecture
-    stored: CheckpointRows
+    stored: TensorParts
     """All tensors."""
-    weights: CheckpointRows
+    weights: TensorParts
     """Parameters, in the decoder's order."""
     left_out: dict[str, list[str]]
     """Names of the tensors that are not parameters, by reason."""
@@ -49,7 +52,7 @@ class CheckpointModel:
         Raises:
             Worthless: names the folder.
         """
-        require_same_source(self.folder, self.files, lambda: _files_of(self.folder))
+        require_same_source(self.folder, self.files, lambda: _files_of(self.stored))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -100,13 +103,14 @@ def open_checkpoint_model(folder: Path) -> CheckpointModel:
     Raises:
         UserError: it is incomplete, has no config, or holds another model.
     """
-    manifest, files = read_manifest(folder), _files_of(folder)
+    manifest, stored = read_manifest(folder), open_tensors(folder)
+    stored.require_whole()
+    files = _files_of(stored)
     where = folder / ASSET_FOLDER / CONFIG_FILE
     config = read_hf_config(where)
     architecture = parse_architecture(config, str(where))
     decoder = meta_decoder(architecture)
     check_model_tensors(folder, decoder)
-    stored = CheckpointRows(folder)
     weights = stored.only(name for name, _ in decoder.named_parameters())
     states = [name for name in stored.tensors if name not in weights.tensors]
     assert all(name.startswith(OPTIMIZER_PREFIX) for name in states)
@@ -115,9 +119,9 @@ def open_checkpoint_model(folder: Path) -> CheckpointModel:
     return CheckpointModel(folder, manifest, config, architecture, stored, weights, left_out, assets, files)
 
 
-def _files_of(folder: Path) -> dict[str, Any]:
+def _files_of(stored: TensorParts) -> dict[str, Any]:
     """Return what distinguishes the files with tensors from replacements. The inode also detects a copy."""
-    return {path.name: file_identity(path) | {"inode": path.stat().st_ino} for path in sorted(folder.glob("*.distcp"))}
+    return {path.name: file_identity(path) | {"inode": path.stat().st_ino} for path in sorted(stored.paths)}
 
 
 class CheckpointPlan:
@@ -130,19 +134,21 @@ class CheckpointPlan:
     def __init__(self, tensors: Mapping[str, StoredTensor]):
         self._tensors = tensors
         self.files = [
-            OutputFile(f"__0_{number}.distcp", {name: tensor}, partial(_begin, name, tensor))
+            safetensors_file(f"tensor-{number:05d}{SUFFIX}", {name: tensor})
             for number, (name, tensor) in enumerate(tensors.items())
         ]
-        """For :func:`~retemper.engine.streaming.block_copy.copy_files`."""
+        """The files, for :func:`~retemper.engine.streaming.block_copy.copy_files`."""
 
-    def write_metadata(self, folder: Path, done: Iterable[WrittenFile]) -> None:
-        """Write the metadata, which maps tensors to files, after all files are ``done``."""
-        places = {name: (file.name, file.record.bytes) for file in done for name in file.tensors}
-        write_metadata(folder, self._tensors, places)
-
-
-def _begin(name: str, tensor: StoredTensor, path: Path) -> dict[str, int]:
-    return {name: begin_tensor_file(path, tensor)}
+    def write_table(self, folder: Path, done: Iterable[WrittenFile]) -> None:
+        """Write the table, which maps tensors to files, after all files are ``done``."""
+        files = {name: file.name for file in done for name in file.tensors}
+        write_table(
+            folder,
+            {
+                name: TableEntry(tensor, [(files[name], ((0,) * len(tensor.shape), tensor.shape))])
+                for name, tensor in self._tensors.items()
+            },
+        )
 
 
 def seal(folder: Path, done: Iterable[WrittenFile]) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.assets import HfAssets
-from ..checkpoint.tensors import StoredTensor
 from ..hugging_face.shards import ShardPlan
 from ..hugging_face.weight_dtypes import cast_to, declaring, describe_casts, dtype_name, dtype_named
 from ..hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
@@ -15,6 +14,7 @@ from ..outputs import Use, require_separate
 from ..streaming.block_copy import WrittenFile
 from ..streaming.new_folder import require_absent
 from ..streaming.partial_folder import partial_folder
+from ..streaming.tensor_source import StoredTensor
 from ..streaming.workers import parse_workers
 from .checkpoint_model import CheckpointModel, open_checkpoint_model
 from .logits import compare_logits, describe_logits

@@ -21,6 +21,7 @@ from ..hugging_face.upload import open_repository, upload_folder
 from ..hugging_face.weight_dtypes import describe_casts
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
+from ..run_state import Run
 from ..streaming.block_copy import OutputFile, WrittenFile, copy_files
 from ..streaming.finite import OPTION
 from ..streaming.partial_folder import partial_folder
@@ -70,41 +71,29 @@ def _require_own(output: Path) -> None:
         )
 
 
-def export_run(
-    config: CheckpointConfig,
-    store: CheckpointStore,
-    step: int,
-    resumed_from: Path | None,
-    stop_agreed: Callable[[], bool],
-    say: Callable[[str], None],
-) -> None:
+def export_run(run: Run) -> None:
     """Make, and upload, the exports in the run's configuration. All ranks call this.
 
-    Args:
-        config: of the run.
-        store: of its checkpoints.
-        step: of the last checkpoint.
-        resumed_from: the checkpoint that the run continued from. It is exported if the run had no steps left and it is
-            in another folder.
-        stop_agreed: returns whether all ranks have been asked to stop; called by all ranks together.
-        say: receives lines for the log.
+    If the run had no steps left and continued from a checkpoint in another folder, that checkpoint is exported.
 
     Raises:
         UserError: on every rank, if the export cannot be made or uploaded. The checkpoint is unchanged.
     """
+    config, store, step, say = run.config.checkpoint, run.store, run.progress.step, run.say
     if not config.export_hf:
         return
     ranks = store.ranks
     complete = ranks.share(ranks.on_main(store.complete))
-    checkpoint = next((folder for folder in complete if step_of(folder) == step), resumed_from)
-    assert checkpoint is not None
+    checkpoint = next((folder for folder in complete if step_of(folder) == step), None)
+    if checkpoint is None:
+        checkpoint = Path(str(run.start.folder))
     output = export_folder(store.folder.parent, step)
     try:
         if ranks.share(ranks.on_main(lambda: _is_there(output, checkpoint))):
             say(f"exported    {output} already exists")
         else:
             _require_sound(store, checkpoint)
-            _write(ranks, checkpoint, output, stop_agreed, say)
+            _write(ranks, checkpoint, output, run.stop.agreed, say)
     except _Stopped:
         say(f"stopped the export to {output} as requested; the same command completes it")
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
+from ..checkpoint.tensors import open_tensors
 from ..hugging_face.folder import INDEX_FILE
 from ..hugging_face.hub_download import find_model_folder
 from ..hugging_face.model import HfModel, open_hf_model
@@ -16,7 +17,6 @@ from ..model.architecture import CONFIG_FILE, parse_architecture
 from ..outputs import Use, require_separate
 from ..streaming.new_folder import require_absent
 from ..streaming.partial_folder import partial_folder
-from ..streaming.tensor_files import CheckpointRows
 from ..streaming.workers import parse_workers
 from .checkpoint_model import CheckpointPlan, seal
 from .logits import compare_logits, describe_logits
@@ -72,12 +72,12 @@ def convert(
         plan = CheckpointPlan(tensors)
         done = write_tensors(partial, plan.files, source, source.hashed_rows, workers, allow_nonfinite)
         require_same_source(folder, record.source, lambda: identify(hf, folder, model))
-        plan.write_metadata(partial.content, done.values())
+        plan.write_table(partial.content, done.values())
         assets.write(partial.content / ASSET_FOLDER)
         if verify:
             record.logits = compare_logits(
                 folder,
-                CheckpointRows(partial.content),
+                open_tensors(partial.content),
                 parse_architecture(config),
                 tensors,
                 min(rows, source.vocab_size),

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention import choose_attention_backend
-from ..checkpoint.tensors import StoredTensor, model_tensors
+from ..checkpoint.tensors import model_tensors
 from ..errors import UserError
 from ..hugging_face.model import EMBEDDING, HEAD
 from ..model.architecture import Architecture
 from ..model.decoder import meta_decoder
 from ..model.packing import plan_packing
 from ..streaming.partial_folder import Worthless
-from ..streaming.tensor_source import TensorSource, rows_of
+from ..streaming.tensor_source import StoredTensor, TensorSource, rows_of
 
 TOLERANCE = 1e-3
 """Maximum difference, relative to the largest logit. Both programs compute in float32, but sum in different orders.

@@ -11,14 +11,14 @@ from ..streaming.new_folder import require_absent
 from ..streaming.workers import parse_workers
 
 HF, CHECKPOINT = TARGET_FORMATS = ("hf", "checkpoint")
-"""What a conversion from Megatron writes: a Hugging Face folder, or a checkpoint for the trainer."""
+"""Outputs of a conversion from Megatron: a Hugging Face folder, or a checkpoint for the trainer."""
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and refuse at once what can be refused without PyTorch, whose import takes seconds.
+    """Parse the command line, and refuse errors that can be found without PyTorch, whose import takes seconds.
 
     Raises:
-        UserError: naming the option.
+        UserError: names the option.
     """
     options = parser.parse_args(arguments)
     require_absent(options.output)

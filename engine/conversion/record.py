@@ -18,10 +18,10 @@ import torch
 from ... import __version__
 from ..checkpoint.hashing import record_file
 from ..checkpoint.manifest import code_versions
-from ..checkpoint.tensors import StoredTensor
 from ..hugging_face.weight_dtypes import dtype_name
 from ..streaming.block_copy import WrittenFile
 from ..streaming.partial_folder import Worthless
+from ..streaming.tensor_source import StoredTensor
 
 CONVERSION_FILE = "conversion.json"
 _FORMAT_VERSION = 1
@@ -44,7 +44,7 @@ class ConversionRecord:
     logits: dict[str, Any] | None = None
     """Result of ``--verify``."""
     versions: dict[str, str] = field(default_factory=code_versions)
-    """Of the program that converts."""
+    """Versions of the program and its libraries."""
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.assets import HfAssets
-from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from ..hugging_face.model import EMBEDDING, HEAD
 from ..model.architecture import LARGEST_SIZE
 from ..streaming.block_copy import BLOCK_BYTES
-from ..streaming.tensor_source import ReadRows, TensorSource
+from ..streaming.tensor_source import ReadRows, StoredTensor, TensorSource
 
 
 class ResizedVocabulary:
@@ -45,7 +44,7 @@ class ResizedVocabulary:
             for name, tensor in source.tensors.items()
         }
         self.record = self._describe(vocab_size) if resized else None
-        """For ``conversion.json``."""
+        """Record for ``conversion.json``."""
 
     def _describe(self, vocab_size: int) -> dict[str, Any]:
         return {

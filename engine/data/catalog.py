@@ -151,8 +151,8 @@ def _stages(config: DataConfig, sources: Mapping[str, Source]) -> list[Stage]:
     for number, stage in enumerate(blends, 1):
         shares = tuple(_share(settings, sources[settings.identity], config.weights) for settings in stage.train)
         stop = None
-        # The last stage has no end here. The last step of a run is a whole one, so it may need some samples more than
-        # the budget, and the run may be extended later. The configuration checks that the budgets suffice.
+        # The last stage has no end here. The last step of a run is a whole one, so it may need more samples than the
+        # budget. The run may also be extended later. The configuration checks that the budgets suffice.
         if number < len(blends):
             assert stage.train_tokens is not None
             # Rounded once, from the start of the run, so that rounding errors of many stages do not add up.

@@ -24,6 +24,7 @@ class TrainingData:
         data_rank: this rank's place among the ``plan.data_parallel_size`` ranks that read different samples.
         vocab_size: bound on token ids.
         attend_across_documents: see :func:`retemper.engine.data.packing.pack`.
+        pin_memory: whether micro-batches are in page-locked memory, from which a GPU copies without a wait.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class TrainingData:
         data_rank: int,
         vocab_size: int,
         attend_across_documents: bool,
+        pin_memory: bool = False,
     ):
         self.sources = sources
         self.order = order
@@ -41,10 +43,11 @@ class TrainingData:
         self.data_rank = data_rank
         self.vocab_size = vocab_size
         self.attend_across_documents = attend_across_documents
+        self.pin_memory = pin_memory
 
     def micro_batches(self, first_sample: int) -> list[MicroBatch]:
         """Return this rank's part of the global batch that begins with sample ``first_sample``."""
-        return [
+        batches = [
             pack(
                 [self._window(first_sample + offset) for offset in offsets],
                 self.plan.sequence_length,
@@ -52,6 +55,7 @@ class TrainingData:
             )
             for offsets in self.plan.sample_offsets(self.data_rank)
         ]
+        return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
     def _window(self, index: int) -> Window:
         sample = self.order.sample(index)

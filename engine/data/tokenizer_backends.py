@@ -270,7 +270,9 @@ def flatten(ids: Sequence[Sequence[int]]) -> FlatIds:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library written in Rust gave up: what it raises is no Exception, and of no module to import it from."""
+    """Return whether an error is a panic of a Rust library: not an ``Exception``, and of a class that cannot be
+    imported.
+    """
     return type(error).__name__ == "PanicException"
 
 

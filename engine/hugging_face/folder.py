@@ -21,12 +21,12 @@ import safetensors
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from ..model.architecture import ADAPTER_FILE, ADAPTER_REMEDY
 from ..regular_files import open_regular, read_regular
 from ..streaming.raw_bytes import opened_for_reading, read_exactly
-from ..streaming.tensor_source import ReadRows
+from ..streaming.tensor_source import ReadRows, StoredTensor
+from ..weights.safetensors_format import read_header
 from .names import parameter_names
 
 WEIGHTS_FILE = "model.safetensors"
@@ -231,12 +231,6 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _tensor_offsets(path: Path) -> dict[str, int]:
-    """Return the offset of every tensor's values in the file, in bytes.
-
-    The layout (https://huggingface.co/docs/safetensors): 8 bytes of header length, little-endian; the header, a JSON
-    object of ``{name: {dtype, shape, data_offsets}}``; the values. ``safe_open`` has checked it.
-    """
+    """Return the offset of every tensor's values in the file, in bytes. ``safe_open`` has checked it."""
     with open_regular(path) as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {name: 8 + length + item["data_offsets"][0] for name, item in header.items() if name != "__metadata__"}
+        return {name: entry.start for name, entry in read_header(path, file.fileno()).items()}

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.tensors import StoredTensor, describe_difference
+from ..checkpoint.tensors import describe_difference
 from ..errors import UserError
 from ..model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
 from ..model.config_keys import describe_unread
 from ..model.decoder import meta_decoder
 from ..streaming.block_copy import BLOCK_BYTES
 from ..streaming.raw_bytes import bytes_of
-from ..streaming.tensor_source import ReadRows, rows_of
+from ..streaming.tensor_source import ReadRows, StoredTensor, rows_of
 from .folder import HfWeights
 from .names import describe_renamed, renaming_hint
 from .weight_dtypes import DTYPES, dtype_name
@@ -52,18 +52,19 @@ class HfModel:
         return self.weights.rows(name)
 
 
-def open_hf_model(folder: str | Path, any_vocab_size: bool = False) -> HfModel:
+def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict[str, Any] | None = None) -> HfModel:
     """Open the Hugging Face ``folder`` and check that it holds exactly the parameters that its config requires.
 
     Args:
         folder: the folder.
         any_vocab_size: accept embeddings with another number of rows than the config's ``vocab_size``, which is then
             set to that number.
+        config: content of its config.json, if it has been read already.
 
     Raises:
         UserError: config or weights cannot be used, or do not match.
     """
-    config = read_hf_config(folder)
+    config = read_hf_config(folder) if config is None else config
     architecture = parse_architecture(config, str(Path(folder) / CONFIG_FILE))
     weights = HfWeights(folder)
     notes = [*describe_unread(config, CONFIG_FILE), *describe_renamed(weights.stored_names)]

@@ -1,14 +1,12 @@
-"""Where a run's first weights come from: ``model.initialize_from`` as a folder that every rank can read."""
+"""Where a run's first weights are: ``model.initialize_from`` as a folder that every rank can read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 from ..checkpoint.assets import is_hf_folder, newest_of_run
-from ..config import RunConfig
 from ..errors import UserError
 from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
@@ -18,51 +16,49 @@ from .model import HfModel, open_hf_model
 KEY = "model.initialize_from"
 
 
-def with_local_weights(config: RunConfig, ranks: Ranks, require_sound: Callable[[str, str], object]) -> RunConfig:
-    """``config`` whose ``model.initialize_from`` is a folder: a name on the Hub becomes that of its local copy, the
-    folder of a run its newest checkpoint.
+def local_weights(name: str, ranks: Ranks) -> tuple[Literal["folder", "checkpoint"], str]:
+    """Find the weights that ``model.initialize_from`` names.
 
     Args:
-        config: of the run.
+        name: a Hugging Face folder, a checkpoint, the folder of a run, or a model on the Hub, which is downloaded.
         ranks: all call this.
-        require_sound: verifies the checkpoint in a folder that a setting names, on all ranks together.
+
+    Returns:
+        what it is and where: of a run the newest checkpoint, of a model on the Hub the local copy.
 
     Raises:
-        UserError: on every rank, where there are no such weights, or the checkpoint is damaged.
+        UserError: on every rank, where there are no such weights.
     """
-    name = config.model.initialize_from
-    if name is None:
-        return config
-    if newest := ranks.share(ranks.on_main(lambda: newest_of_run(name))):
-        require_sound(newest, KEY)
-        return replace(config, model=replace(config.model, initialize_from=newest))
     # The main rank's view counts: ranks must not go different ways.
-    kind = ranks.share(ranks.on_main(lambda: _kind(name)))
-    if kind == "checkpoint":
-        require_sound(name, KEY)
-        return config
-    if kind == "folder":
-        return config
-    folder = str(_download(name, ranks))
-    return replace(config, model=replace(config.model, initialize_from=folder))
+    kind, folder = ranks.share(ranks.on_main(lambda: _kind(name)))
+    if kind == "repository":
+        return "folder", str(_download(name, ranks))
+    return kind, folder
 
 
-def open_start(folder: str | Path) -> HfModel:
+def open_weights(folder: str | Path, config: dict[str, Any] | None = None) -> HfModel:
     """The Hugging Face ``folder`` that a run starts from.
+
+    Args:
+        folder: with weights.
+        config: content of its config.json, where that has been read already.
 
     Raises:
         UserError: naming the setting, where it cannot be used.
     """
     try:
-        return open_hf_model(folder)
+        return open_hf_model(folder, config=config)
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from None
 
 
-def _kind(name: str) -> str:
+def _kind(name: str) -> tuple[str, str]:
+    """What ``name`` is, and the folder where it has one."""
+    if newest := newest_of_run(name):
+        return "checkpoint", newest
     if is_on_hub(name):
-        return "repository"
-    return "folder" if os.path.lexists(name) and is_hf_folder(name) else "checkpoint"
+        return "repository", name
+    return ("folder" if os.path.lexists(name) and is_hf_folder(name) else "checkpoint"), name
 
 
 def _download(name: str, ranks: Ranks) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..checkpoint.assets import HfAssets
-from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
+from ..streaming.tensor_source import StoredTensor
 from .weight_options import AUTO, DTYPE_CHOICES, DTYPE_NAMES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}

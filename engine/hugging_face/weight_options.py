@@ -1,4 +1,4 @@
-"""What options about weights may be: names of dtypes, and sizes of files."""
+"""Parse options about weights: names of dtypes, and sizes of files."""
 
 from __future__ import annotations
 

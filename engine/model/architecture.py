@@ -105,10 +105,20 @@ def read_hf_config(source: dict[str, Any] | str | Path) -> dict[str, Any]:
     try:
         if path.is_dir():
             path = path / CONFIG_FILE
-        text = read_regular(path, _MOST_BYTES).decode("utf-8")
-        content = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, path))
+        data = read_regular(path, _MOST_BYTES)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; {_missing_config_remedy(path)}") from None
+    return hf_config_of(data, path)
+
+
+def hf_config_of(data: bytes, path: Path) -> dict[str, Any]:
+    """Return the object in ``data``, the content of the ``config.json`` at ``path``.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    try:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=lambda pairs: _object(pairs, path))
     except UserError:
         raise
     except ValueError as error:

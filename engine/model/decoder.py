@@ -3,8 +3,9 @@
 Parameters carry their Hugging Face names (``model.layers.0.self_attn.q_proj.weight``), so weights map by name in both
 directions. Inputs are packed: T tokens of one or more documents, without a batch dimension and without padding.
 
-The number of ranks is unknown here. For work shared by ranks, ``engine/parallel`` replaces ``Decoder.loss`` or
-``Attention.attend``, passes linear layers that hold a part of their matrix, or makes a decoder of some of the layers.
+The number of ranks is unknown here. If ranks share the work, ``engine/parallel`` replaces ``Decoder.loss`` or
+``Attention.attend``. It can also pass linear layers that hold a part of their matrix, or make a decoder of some of the
+layers.
 
 Shapes: T tokens, H hidden, F feed-forward, N query heads, K key/value heads, D head size, V vocabulary.
 """

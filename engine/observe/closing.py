@@ -12,7 +12,7 @@ from ..checkpoint.names import step_of
 from ..config import RunConfig
 from ..conversion.export_run import export_folder
 from ..parallel.process_group import Ranks
-from ..run_state import Progress
+from ..run_state import Progress, Run
 from .progress import duration, human, peak_memory_bytes
 
 
@@ -74,6 +74,17 @@ class Totals:
             f"memory      {memory / 2**30:.2f} GiB at most on one rank",
         ]
         return lines + [f"loss        {name}: {losses}" for name, losses in self.losses.items()]
+
+
+def describe_end(run: Run) -> list[str]:
+    """Tell the observers of ``run`` that it has ended. All ranks must call this.
+
+    Returns:
+        lines about this start of it, and about what to do with it now.
+    """
+    complete = run.store.complete() if run.ranks.is_main else []
+    newest, finished = complete[-1] if complete else None, run.remaining_steps == 0
+    return [*run.report.end(run.progress), *next_command(run.config, newest, finished)]
 
 
 def next_command(config: RunConfig, checkpoint: Path | None, finished: bool) -> list[str]:

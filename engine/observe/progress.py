@@ -19,8 +19,11 @@ class Stopwatch:
     """Time spent in training steps; evaluation and saving are left out."""
 
     def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._steps = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now."""
+        self._since, self._steps = time.perf_counter(), 0
 
     def step_done(self) -> None:
         """Count one step."""

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from torch import Tensor
 from tqdm import tqdm
 
-from ..budget import BatchPlan
 from ..checkpoint.assets import HfAssets
+from ..checkpoint.changes import describe_changes
+from ..checkpoint.retention import describe_rule
 from ..config import DataConfig, RunConfig
+from ..config_effect import Situation, without_effect
 from ..data.catalog import Catalog
 from ..data.cuts import count_cuts
 from ..data.document_frame import frame_of_files
@@ -18,13 +20,11 @@ from ..data.layout import GROUP_WINDOWS
 from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..dtypes import DTYPES
+from ..model.config_keys import describe_unread
 from ..optim.local import local_part
 from ..parallel import trainable
 from ..parallel.launcher import launcher_notes
-from ..parallel.layout import plan_layout
-from ..parallel.process_group import Ranks
-from ..precision import Precision
-from ..run_inputs import RunInputs
+from ..run_state import Run
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
 from .tokenizer_notes import tokenizer_notes
@@ -33,19 +33,66 @@ _MANY_EPOCHS = 4
 _GROUPS_COUNTED = 8  # of each source, to estimate how many documents are cut
 
 
-def describe_run(
-    config: RunConfig,
-    plan: BatchPlan,
-    ranks: Ranks,
-    inputs: RunInputs,
-    remaining_steps: int,
-    start: str,
-    precision: Precision,
-) -> list[str]:
-    """Lines about model, ranks, step and budget; ``start`` says where the weights come from."""
-    training, architecture, attention = config.training, inputs.architecture, inputs.attention
-    compiled = "compiled" if inputs.choices.compiled else "not compiled"
-    layout = plan_layout(config.parallel, ranks.world_size)
+def describe_start(run: Run) -> list[str]:
+    """Return everything that is logged about ``run`` before its first step."""
+    config, start, catalog, last_sample = run.config, run.start, run.catalog, run.last_sample
+    assert start.assets.config is not None
+    was, layout, given = start.resumed, run.mesh.layout._asdict(), config.model.architecture
+    validation = next(iter(catalog.validation), None)
+    return [
+        *(describe_changes(was, config, layout, catalog.fingerprints) if was else []),
+        *(describe_unread(start.assets.config, given) if isinstance(given, str) else []),
+        *notes(config, catalog, start.assets),
+        *data_notes(catalog, run.order, last_sample),
+        *(f"note: {line}" for line in [*_budget_used(run), *without_effect(_situation(run))]),
+        *describe_run(run),
+        describe_saving(config, run.model.parameters()),
+        describe_rule(config.checkpoint, config.training.eval_interval, validation, run.store.rewind_steps),
+        *describe_data(config.data, catalog, run.order, last_sample),
+        *run.validation.describe(),
+        *run.remarks,
+        *(run.validation.measure.note_on(run.progress.best) if run.validation.measure is not None else []),
+    ]
+
+
+def _budget_used(run: Run) -> list[str]:
+    """A line where the run has trained on more tokens than it is asked for now."""
+    budget, tokens = run.config.training.train_tokens, run.progress.tokens
+    if tokens - budget < run.plan.tokens_per_step:  # the last step is a whole one
+        return []
+    return [
+        f"training.train_tokens {budget:,} is less than the {tokens:,} tokens that this run has trained on: "
+        "no step is left; raise it to train on"
+    ]
+
+
+def _situation(run: Run) -> Situation:
+    layout, resumed = run.mesh.layout, run.start.resumed
+    return Situation(
+        run.config,
+        same_weights=layout.replicate > 1 or layout.tensor > 1,
+        reduces=layout.data_parallel * layout.context > 1,
+        num_micro_batches=run.plan.num_micro_batches,
+        device=run.ranks.device.type,
+        resumed=resumed.config if resumed else None,
+        source_tokens={source.name: source.stop - source.start for source in run.catalog.train},
+    )
+
+
+def _describe_weights(run: Run) -> str:
+    """Where the weights come from."""
+    folder, name = run.start.folder, run.config.model.initialize_from
+    if run.start.resumed:
+        return f"resumed from {folder} at step {run.progress.step:,}"
+    return f"weights of {name or 'a random initialization'}" + (f": {folder}" if folder != name else "")
+
+
+def describe_run(run: Run) -> list[str]:
+    """Lines about model, ranks, step and budget."""
+    config, plan, ranks, precision = run.config, run.plan, run.ranks, run.precision
+    remaining_steps = run.remaining_steps
+    training, architecture, attention = config.training, run.start.architecture, run.attention
+    compiled = "compiled" if run.choices.compiled else "not compiled"
     all_pairs, causal_pairs = (
         flops_per_token(architecture, plan.sequence_length, halved, training.trainable) for halved in (False, True)
     )
@@ -55,8 +102,8 @@ def describe_run(
     shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
-        f"{human(trainable.count(architecture, training))} of them trainable, {start}",
-        f"ranks       {ranks.world_size} ({ranks.device.type}): {layout}, compute in {precision.name} "
+        f"{human(trainable.count(architecture, training))} of them trainable, {_describe_weights(run)}",
+        f"ranks       {ranks.world_size} ({ranks.device.type}): {run.mesh.layout}, compute in {precision.name} "
         f"({precision.reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "

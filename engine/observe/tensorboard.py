@@ -5,27 +5,56 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ..run_state import Progress
+from .curves import TENSORBOARD_FOLDER
+
+if TYPE_CHECKING:
+    from .observer import StepRecord
 
 
 class TensorBoard:
-    """Writes scalars to ``folder`` until something fails, which ``say`` is told once.
+    """Writes scalars until something fails, which is logged once.
 
     Args:
-        folder: of the events.
-        purge_step: records of this step and later ones, of a run before, are hidden.
+        run_folder: the events go to a folder in it.
         say: prints a line for people.
     """
 
-    def __init__(self, folder: Path, purge_step: int, say: Callable[[str], None]):
-        self._folder, self._say = folder, say
+    def __init__(self, run_folder: str | Path, say: Callable[[str], None]):
+        self._folder, self._say = Path(run_folder) / TENSORBOARD_FOLDER, say
         self._writer: Any = None
+
+    def start(self, after_step: int | None, evaluates_again: bool = False) -> None:
+        """See :class:`~retemper.engine.observe.observer.Observer`. Records after ``after_step``, of a run before, are
+        hidden."""
+        self.end()
         with self._tolerant("cannot be used"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+            first_step = 0 if after_step is None else after_step + 1
+            self._writer = SummaryWriter(str(self._folder), purge_step=first_step)
 
-    def record(self, step: int, values: Mapping[str, Any], group: str) -> None:
+    def step(self, record: StepRecord) -> None:
+        """See :class:`~retemper.engine.observe.observer.Observer`."""
+        self._record(record.progress.step, record.values, "train")
+
+    def evaluation(self, progress: Progress, name: str, values: Mapping[str, Any]) -> None:
+        """See :class:`~retemper.engine.observe.observer.Observer`."""
+        self._record(progress.step, values, f"evaluation/{name}")
+
+    def save(self) -> None:
+        """See :class:`~retemper.engine.observe.observer.Observer`."""
+
+    def end(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            with self._tolerant(f"cannot write to {self._folder}"):
+                self._writer.close()
+            self._writer = None
+
+    def _record(self, step: int, values: Mapping[str, Any], group: str) -> None:
         """Keep the numbers of ``values`` as scalars named ``group/key``."""
         if self._writer is None:
             return
@@ -34,13 +63,6 @@ class TensorBoard:
                 if isinstance(value, (int, float)):
                     self._writer.add_scalar(f"{group}/{key}", value, step)
             self._writer.flush()
-
-    def close(self) -> None:
-        """Write what is left."""
-        if self._writer is not None:
-            with self._tolerant(f"cannot write to {self._folder}"):
-                self._writer.close()
-            self._writer = None
 
     @contextmanager
     def _tolerant(self, what: str) -> Iterator[None]:

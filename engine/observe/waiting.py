@@ -17,6 +17,16 @@ LINE_SECONDS = 30.0
 Say = Callable[[str], None]
 
 
+def main_printer(active: bool) -> Callable[..., None]:
+    """Return what prints lines for people; nothing where this rank is not ``active``."""
+
+    def say(*lines: str) -> None:
+        for line in lines if active else ():
+            print(line, flush=True)
+
+    return say
+
+
 @contextmanager
 def reported_if_slow(what: str, say: Say, active: bool = True) -> Iterator[None]:
     """While the body runs for long, ``say`` so: after 10 seconds, and then every 30.

@@ -1,8 +1,8 @@
 """Fully sharded data parallelism (FSDP2): every rank keeps a shard of parameters, gradients and optimizer states.
 
 A block's parameters are gathered in the compute dtype just before they are needed. Gradients are reduced in fp32 and
-*summed*: the loss is already divided by the number of targets of the global batch, so a mean over ranks would be wrong
-if ranks hold different numbers of targets.
+*summed*, because the loss is already divided by the number of targets of the global batch. A mean over ranks would be
+wrong if ranks hold different numbers of targets.
 """
 
 from __future__ import annotations

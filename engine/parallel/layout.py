@@ -1,4 +1,4 @@
-"""How many ranks lie along each axis of the mesh: known from the configuration, before any rank is contacted."""
+"""Compute the number of ranks on each mesh axis from the configuration, before any rank is contacted."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def _product(sizes: dict[str, int]) -> str:
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
-    """Refuse what the number of ranks makes impossible, before any rank waits for another.
+    """Refuse settings that do not fit the number of ranks, before any rank waits for another.
 
     Raises:
-        UserError: the mesh or the global batch does not divide.
+        UserError: the mesh or the global batch cannot be divided among the ranks.
     """
     layout = plan_layout(config.parallel, world_size)
     plan_batches(config.training, layout.data_parallel)

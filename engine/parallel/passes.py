@@ -71,6 +71,10 @@ class ModelParts:
         """As :meth:`named_parameters`, without the names."""
         return (parameter for _, parameter in self.named_parameters())
 
+    def blocks(self) -> Iterator[nn.Module]:
+        """The transformer blocks of this rank."""
+        return (block for decoder in self.decoders for block in decoder.model.blocks)
+
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of which no former stage has a copy: an embedding that is also the head lies at both ends."""
         for decoder in self.decoders:

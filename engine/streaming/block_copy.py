@@ -1,11 +1,11 @@
 """Copy tensors from a source into files, one block at a time, and hash every tensor on both sides.
 
-Both output formats, safetensors and the files of DCP, hold the values of tensors at known places between a few bytes
-that depend only on names and shapes. So a file is created without its values, and the values are written directly to
-their places. Then the file is read back from the disk and compared with the source.
+Both output formats, safetensors and the files of DCP, hold the values of tensors at known places. The few other bytes
+depend only on names and shapes. So a file is created without its values, and the values are written directly to their
+places. Then the file is read back from the disk and compared with the source.
 
-Memory: each worker holds one block, and the cast block if there is a cast (:data:`BLOCK_BYTES` of source and as many
-elements of target), whatever the size of a tensor.
+Memory: each worker holds one block, and the cast block if there is a cast, whatever the size of a tensor. A block is
+:data:`BLOCK_BYTES` of source, and a cast block has as many elements of target.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ import torch
 import xxhash
 
 from ..checkpoint.hashing import FileRecord
-from ..checkpoint.tensors import StoredTensor
 from ..errors import UserError
 from .finite import REMEDY, all_finite, require_finite
 from .raw_bytes import bytes_of, write_exactly
-from .tensor_source import ReadRows, TensorSource, rows_of
+from .tensor_source import ReadRows, StoredTensor, TensorSource, rows_of
 
 BLOCK_BYTES = 8 << 20
 

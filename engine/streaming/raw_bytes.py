@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,11 @@ def read_exactly(descriptor: int, offset: int, into: Tensor, path: Path) -> None
     Raises:
         UserError: the file cannot be read, or ends too early.
     """
-    rest = bytes_of(into)
+    read_into(descriptor, offset, bytes_of(into), path)
+
+
+def read_into(descriptor: int, offset: int, rest: memoryview, path: Path) -> None:
+    """As :func:`read_exactly`, into memory."""
     while rest:
         try:
             count = os.preadv(descriptor, [rest[:MAX_CALL_BYTES]], offset)
@@ -57,6 +63,31 @@ def read_exactly(descriptor: int, offset: int, into: Tensor, path: Path) -> None
                 f"{path}: ends before byte {offset + len(rest):,}; it was truncated while in use, fetch it again"
             )
         rest, offset = rest[count:], offset + count
+
+
+def read_box(
+    descriptor: int, start: int, shape: Sequence[int], offsets: Sequence[int], into: Tensor, path: Path
+) -> None:
+    """Fill the contiguous CPU tensor ``into`` with the box at ``offsets`` of a stored tensor, and read nothing else.
+
+    Args:
+        descriptor: of the file.
+        start: byte at which the values of the stored tensor begin, row after row.
+        shape: of the stored tensor.
+        offsets: of the box's first element; its sizes are those of ``into``.
+        path: names the file in errors.
+
+    Raises:
+        UserError: the file cannot be read, or ends too early.
+    """
+    strides = [math.prod(shape[axis + 1 :]) * into.dtype.itemsize for axis in range(len(shape))]
+    start += sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+    # Along the axes after the last one that is cut, elements of the box follow each other in the file.
+    cut = max((axis for axis, length in enumerate(shape) if into.shape[axis] != length), default=0)
+    values, run = bytes_of(into), math.prod(into.shape[cut:]) * into.dtype.itemsize
+    for number, index in enumerate(itertools.product(*map(range, into.shape[:cut]))):
+        at = start + sum(place * stride for place, stride in zip(index, strides, strict=False))
+        read_into(descriptor, at, values[number * run : (number + 1) * run], path)
 
 
 def write_exactly(descriptor: int, offset: int, data: memoryview) -> None:

@@ -6,13 +6,28 @@ however large the tensor is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from ..checkpoint.tensors import StoredTensor
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Shape and dtype of one tensor on the disk."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 ReadRows = Callable[[int, Tensor], None]
 """``read(first, rows)`` fills the contiguous CPU tensor ``rows``, of the stored dtype and shape [n, ...], with the rows

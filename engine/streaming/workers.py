@@ -1,4 +1,4 @@
-"""How many threads copy tensors."""
+"""Choose the number of threads that copy tensors."""
 
 from __future__ import annotations
 

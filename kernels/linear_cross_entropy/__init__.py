@@ -39,7 +39,7 @@ class LinearCrossEntropy(NamedTuple):
 
     loss_sum: Tensor
     """[] fp32, sum of the tokens' losses; has a gradient."""
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    count: Tensor  # type: ignore[assignment]  # hides the unused tuple.count
     """[] int64, number of targets that are not ignored. On the device: no host waits for it."""
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import old_format
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from retemper.engine.checkpoint.assets import HfAssets
 from retemper.engine.checkpoint.manifest import Manifest
 from retemper.engine.checkpoint.store import CheckpointStore
 from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
+from retemper.engine.checkpoint.untrusted import TABLE_FILE
 from retemper.engine.checkpoint.verify import Damage
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
@@ -80,7 +82,7 @@ def resolve_where_rank_1_sees_damage(ranks: Ranks, run_folder: Path) -> tuple[st
 
     def find_damage(folder, share=(0, 1), only=None, on_bytes=None):
         manifest, damage = find(folder, share, only)
-        return manifest, damage + ([Damage(".metadata", f"{folder}/.metadata: missing")] if ranks.rank else [])
+        return manifest, damage + ([Damage("tensors.json", f"{folder}/tensors.json: missing")] if ranks.rank else [])
 
     stores.find_damage = find_damage
     try:
@@ -99,6 +101,8 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def rewrite_manifest(folder: Path, change, version: int = manifests.FORMAT_VERSION) -> None:
     """Let ``change`` edit the manifest's content, and seal it again; or make it one of format 1."""
     path = folder / "manifest.json"
+    if version == 1 and (folder / TABLE_FILE).exists():
+        old_format.rewrite(folder)
     content = json.loads(path.read_text())
     content.pop("manifest_xxh3_128")
     if version == 1:

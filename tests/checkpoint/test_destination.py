@@ -92,7 +92,7 @@ def test_a_full_disk_says_what_can_be_pruned(keep_every, one_rank, run_folder, m
     saved_runs.save(one_rank, run_folder, 16, 20)
 
     def full(*_):
-        raise UserError(f"__0_0.distcp: {os.strerror(errno.ENOSPC)}")
+        raise UserError(f"rank-00000.safetensors: {os.strerror(errno.ENOSPC)}")
 
     monkeypatch.setattr(store, "save_tensors", full)
     filled = types.SimpleNamespace(f_bavail=2, f_frsize=500)

@@ -249,7 +249,7 @@ def test_a_checkpoint_in_the_runs_own_folder(one_rank, run_folder, tmp_path):
 
 def test_a_damaged_newest_one_of_a_run_that_began_at_a_path_is_set_aside(one_rank, begun):
     folder, base = begun
-    (folder / "checkpoints" / "step-00000010" / "__0_0.distcp").write_bytes(b"")
+    (folder / "checkpoints" / "step-00000010" / "rank-00000.safetensors").write_bytes(b"")
     assert saved_runs.resolve(one_rank, folder, str(base))[0] == "step-00000006"
     assert (folder / "checkpoints" / "step-00000010.damaged").is_dir()
 
@@ -309,18 +309,18 @@ def immutable(monkeypatch):
 
 
 def test_what_cannot_be_removed_is_named_with_its_full_path_and_passed_over(one_rank, run_folder, immutable):
-    immutable("__0_0.distcp", "step-00000008")
+    immutable("rank-00000.safetensors", "step-00000008")
     store = CheckpointStore(run_folder, one_rank, 1, False)
     [line] = store.thin_out(None)
     assert line.startswith("note: ") and "Operation not permitted and 1 more" in line
     folder = run_folder / "checkpoints"
     [leftover] = folder.glob(".step-*.tmp")
-    assert f"{leftover}/__0_0.distcp: Operation not permitted" in line
+    assert f"{leftover}/rank-00000.safetensors: Operation not permitted" in line
     # All that can be removed is gone; later starts mention the rest, and go through.
-    assert [path.name for path in leftover.rglob("*")] == ["__0_0.distcp"]
+    assert [path.name for path in leftover.rglob("*")] == ["rank-00000.safetensors"]
     for _ in range(2):
         [line] = store.remove_leftovers()
-        assert f"{leftover}/__0_0.distcp: Operation not permitted" in line
+        assert f"{leftover}/rank-00000.safetensors: Operation not permitted" in line
     assert saved_runs.resolve(one_rank, run_folder) == ("step-00000012", [])
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 import random
 from collections import Counter
 from pathlib import Path
 
+import old_format
 import pytest
 import torch
 from torch import Size
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from retemper.engine.checkpoint.safety import read_metadata
-from retemper.engine.checkpoint.tensors import save_tensors
+from retemper.engine.checkpoint.tensors import load_tensors, open_tensors, save_tensors
 from retemper.engine.checkpoint.tiling import Box, tiling_problem
 from retemper.engine.checkpoint.untrusted import DamagedCheckpoint
-from retemper.engine.streaming.tensor_files import CheckpointRows
+from retemper.engine.conversion.dcp_metadata import read_metadata
+from retemper.engine.errors import UserError
 
 
 def cut_at_random(rng: random.Random, box: Box) -> list[Box]:
@@ -86,19 +88,36 @@ def test_many_shards() -> None:
         ([((0, 0), (2, 6))], "has 24 elements, its shards 12"),
         ([], "has 24 elements, its shards 0"),
         ([((0, 3), (4, 6))], r"is \[4, 6\], a shard of \[4, 6\] at \[0, 3\] lies outside"),
-        ([((-1, 0), (4, 6))], r"is \[4, 6\], a shard of \[4, 6\] at \[-1, 0\] lies outside"),
-        ([((0, 0), (4, 6)), ((0, 0), (2, 6)), ((2, 0), (-2, 6))], r"is \[4, 6\], a shard \[-2, 6\] at \[2, 0\]"),
-        ([((0,), (24,))], r"is \[4, 6\], a shard \[24\] at \[0\]"),
+        ([((-1, 0), (4, 6))], r"'bad' has a part in file 0 at \[-1, 0\] of \[4, 6\]"),
+        (
+            [((0, 0), (4, 6)), ((0, 0), (2, 6)), ((2, 0), (-2, 6))],
+            r"'bad' has a part in file 0 at \[2, 0\] of \[-2, 6\]",
+        ),
+        ([((0,), (24,))], r"'bad' is \[4, 6\], a part \[24\] at \[0\]"),
     ],
     ids=["twice", "overlap", "brick", "half", "none", "beyond", "before", "negative", "other rank"],
 )
 def test_a_checkpoint_whose_shards_do_not_make_it_up(tmp_path: Path, shards: list[Box], problem: str) -> None:
     save_tensors(tmp_path, {"good": torch.ones(2), "bad": torch.ones(4, 6)}, distributed=False)
+    table = json.loads((tmp_path / "tensors.json").read_text())
+    table["tensors"]["bad"]["parts"] = [[0, *box] for box in shards]
+    (tmp_path / "tensors.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=rf"^{tmp_path}/tensors\.json: .*{problem}[^\n]*; use another") as error:
+        load_tensors(tmp_path, {"bad": torch.ones(4, 6)}, distributed=False)
+    with pytest.raises(DamagedCheckpoint, match="use another"):
+        open_tensors(tmp_path).require_whole()
+    if "tensors.json: bad" in str(error.value):  # and not that the table is none
+        load_tensors(tmp_path, {"good": torch.zeros(2)}, distributed=False)
+
+
+@pytest.mark.parametrize("shards", [[((0, 0), (2, 6)), ((0, 0), (2, 6))], [((0, 0), (2, 6))], []])
+def test_a_checkpoint_of_the_old_format_whose_shards_do_not_make_it_up(tmp_path: Path, shards: list[Box]) -> None:
+    old_format.write_tensors(tmp_path, {"good": torch.ones(2), "bad": torch.ones(4, 6)})
     metadata = read_metadata(tmp_path)
     [place] = [info for index, info in metadata.storage_data.items() if index.fqn == "bad"]
     metadata.state_dict_metadata["bad"].chunks = [ChunkStorageMetadata(Size(at), Size(size)) for at, size in shards]
     metadata.storage_data |= {MetadataIndex("bad", Size(at)): place for at, _ in shards}
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(DamagedCheckpoint, match=rf"^{tmp_path}/\.metadata: bad .*{problem}[^\n]*; use another"):
-        CheckpointRows(tmp_path)
-    assert CheckpointRows(tmp_path, ["good"]).tensors, "others can be read"
+    with pytest.raises(UserError, match=rf"^{tmp_path}/\.metadata: bad has 24 elements, [^\n]*; use another"):
+        load_tensors(tmp_path, {"bad": torch.ones(4, 6)}, distributed=False)
+    load_tensors(tmp_path, {"good": torch.ones(2)}, distributed=False)

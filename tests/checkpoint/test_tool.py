@@ -72,7 +72,7 @@ def test_verify(run, run_folder):
     status, lines = run("verify", run_folder)
     assert status == 0 and [line.split(":")[0] for line in lines] == [str(path) for path in checkpoints]
     assert run("verify", *checkpoints) == (status, lines)
-    shard = checkpoints[1] / "__0_0.distcp"
+    shard = checkpoints[1] / "rank-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     status, lines = run("verify", run_folder)
     assert status == 1 and len(lines) == 3 and lines[1].startswith(f"damaged: {shard}")

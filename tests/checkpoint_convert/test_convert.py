@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from converting import EMBEDDING, HEAD, INDEX, SINGLE, Copy, Run, convert_back, convert_there, edit_tensors, logits
+from converting import (
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    SINGLE,
+    Copy,
+    Run,
+    Start,
+    convert_back,
+    convert_there,
+    edit_tensors,
+    logits,
+)
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, TOKENIZER, assert_refused, edit_json, read_folder, read_safetensors
@@ -239,15 +249,14 @@ def test_a_hub_name_is_found_in_the_cache(
     assert read_folder(tmp_path / "back") == read_folder(saved_models["qwen3"])
 
 
-def test_the_commands_run_as_files(saved_models: dict[str, Path], tmp_path: Path) -> None:
+def test_the_commands_run_as_files(saved_models: dict[str, Path], tmp_path: Path, start: Start) -> None:
     folder = Path(hf_to_dcp.__file__).parent
+    run_file = "import runpy, sys\nsys.argv[:1] = []\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     for script, source, output in (
         ("hf_to_dcp.py", ["--hf", saved_models["llama"]], "checkpoint"),
         ("dcp_to_hf.py", ["--checkpoint", "checkpoint"], "back"),
     ):
-        command = [sys.executable, folder / script, *source, "--output", output]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1].startswith(f"wrote {output}: ")
-        assert done.stderr == ""
+        program = start(run_file, folder / script, *source, "--output", output, folder=tmp_path)
+        assert (program.wait(), program.err) == (0, "")
+        assert program.out.splitlines()[-1].startswith(f"wrote {output}: ")
     assert read_folder(tmp_path / "back") == read_folder(saved_models["llama"])

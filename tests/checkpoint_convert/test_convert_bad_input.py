@@ -19,7 +19,7 @@ from tiny_models import assert_refused, edit_json
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
 from retemper.engine.checkpoint.assets import HfAssets, is_hf_folder
 from retemper.engine.errors import UserError
-from retemper.engine.hugging_face.start import open_start
+from retemper.engine.hugging_face.start import open_weights
 
 
 def wrong_shape(folder: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_quantized_config_beside_plain_weights(copy_model: Copy, tmp_path: Pat
         result = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "checkpoint")
         assert_refused(result, f"{folder}/config.json: quantization_config", value, "remove quantization_config")
         with pytest.raises(UserError, match=r"^model\.initialize_from: .*config\.json: quantization_config"):
-            open_start(folder)
+            open_weights(folder)
     config_with(quantization_config=None)(folder)
     assert torch.equal(logits(folder), plain)
     convert_there(folder, tmp_path / "checkpoint")
@@ -216,7 +216,7 @@ def test_nothing_is_overwritten(saved_models: dict[str, Path], tmp_path: Path, r
 
 
 def truncate_largest(checkpoint: Path) -> None:
-    largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest = max(checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
 
 
@@ -229,7 +229,7 @@ def other_model(checkpoint: Path) -> None:
     [
         (lambda checkpoint: (checkpoint / "manifest.json").unlink(), ["not a complete checkpoint", "manifest.json"]),
         (lambda checkpoint: (checkpoint / "manifest.json").write_text("{"), ["manifest.json"]),
-        (lambda checkpoint: (checkpoint / ".metadata").unlink(), [".metadata"]),
+        (lambda checkpoint: (checkpoint / "tensors.json").unlink(), ["tensors.json"]),
         (lambda checkpoint: (checkpoint / "hf" / "config.json").unlink(), ["hf/config.json"]),
         (truncate_largest, [": damaged, it has"]),
         (other_model, ["another model", "unexpected model.layers.1"]),

@@ -9,10 +9,10 @@ import pytest
 import torch
 from converting import Start
 
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.hugging_face.shards import ShardPlan
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import meta_decoder
+from retemper.engine.streaming.tensor_source import StoredTensor
 
 # Prints resident bytes after the imports, and the most of them until the end of each direction.
 SCRIPT = """

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import old_format
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,7 +23,6 @@ import retemper
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
 from retemper.engine.checkpoint.assets import TOKENIZER_FILES
 from retemper.engine.checkpoint.manifest import read_manifest, write_manifest
-from retemper.engine.checkpoint.tensors import save_tensors
 from retemper.engine.checkpoint.verify import find_damage
 from retemper.engine.conversion import logits
 from retemper.engine.conversion.record import CONVERSION_FILE
@@ -31,7 +31,7 @@ from retemper.engine.hugging_face.model import HfModel
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.model.decoder import Decoder, meta_decoder
 from retemper.engine.streaming import block_copy
-from retemper.engine.streaming.tensor_files import CheckpointRows
+from retemper.engine.weights.parts import TensorParts
 
 
 def proof(folder: Path) -> dict[str, Any]:
@@ -164,12 +164,12 @@ def test_sharded_tensors_are_put_together(
             tensor = tensor.as_subclass(Shards)
             tensor.places, tensor.transposed = cuts[name], transposed
         tensors[name] = tensor
-    for path in (*(tmp_path / "checkpoint").glob("*.distcp"), tmp_path / "checkpoint" / ".metadata"):
+    for path in (*(tmp_path / "checkpoint").glob("*.safetensors"), tmp_path / "checkpoint" / "tensors.json"):
         path.unlink()
-    hashed = save_tensors(tmp_path / "checkpoint", tensors, distributed=False)
-    assert len(hashed) < len(originals), "several tensors to a file, as ranks write them"
+    old_format.write_tensors(tmp_path / "checkpoint", tensors)
+    assert len([*(tmp_path / "checkpoint").glob("*.distcp")]) < len(originals), "several tensors to a file"
     manifest = read_manifest(tmp_path / "checkpoint")
-    write_manifest(tmp_path / "checkpoint", dataclasses.replace(manifest, files={}))
+    write_manifest(tmp_path / "checkpoint", dataclasses.replace(manifest, files={}, format_version=2))
     monkeypatch.setattr(block_copy, "BLOCK_BYTES", block_bytes)
     convert_back(tmp_path / "checkpoint", tmp_path / "back", workers=2)
     assert read_folder(tmp_path / "back") == read_folder(saved_models["mistral"])
@@ -338,18 +338,18 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_refused(
     copy_model: Copy, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """File by file, as a copy over it does: what was written would be a mixture of two models."""
-    folder, rows, calls = copy_model("qwen3"), CheckpointRows.rows, []
+    folder, rows, calls = copy_model("qwen3"), TensorParts.rows, []
     convert_there(folder, tmp_path / "checkpoint")
 
-    def replaced(self: CheckpointRows, name: str) -> Any:
+    def replaced(self: TensorParts, name: str) -> Any:
         calls.append(name)
         if len(calls) == 6:
-            for path in (tmp_path / "checkpoint").glob("*.distcp"):
+            for path in (tmp_path / "checkpoint").glob("*.safetensors"):
                 shutil.copy(path, tmp_path / "other")
                 os.replace(tmp_path / "other", path)
         return rows(self, name)
 
-    monkeypatch.setattr(CheckpointRows, "rows", replaced)
+    monkeypatch.setattr(TensorParts, "rows", replaced)
     refused = run(dcp_to_hf, "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "out", "--workers", 1)
     assert_refused(refused, f"{tmp_path / 'checkpoint'}: was changed during the conversion; do not change it, and")
     assert not (tmp_path / "out").exists()

@@ -21,15 +21,14 @@ from retemper.engine.conversion import logits
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.model import HfModel
 from retemper.engine.streaming import partial_folder
-from retemper.engine.streaming.tensor_files import CheckpointRows
 from retemper.engine.streaming.tensor_source import ReadRows
+from retemper.engine.weights.parts import TensorParts
 
-Source = type[HfModel] | type[CheckpointRows]
+Source = type[HfModel] | type[TensorParts]
 # A process of its own: the real command, in which reading the ninth tensor ends it.
 KILLED = """
 import os, signal, sys, time
 from retemper.checkpoint_convert import {module}
-from retemper.engine.streaming.tensor_files import CheckpointRows
 from retemper.engine.errors import run_command
 from retemper.engine.hugging_face.model import HfModel
 
@@ -71,7 +70,7 @@ def command_for(direction: str, saved_models: dict[str, Path], tmp_path: Path) -
     return [*source, "--output", tmp_path / "out", "--workers", 1], tmp_path / "out"
 
 
-MODULES = {"there": (hf_to_dcp, HfModel), "back": (dcp_to_hf, CheckpointRows)}
+MODULES = {"there": (hf_to_dcp, HfModel), "back": (dcp_to_hf, TensorParts)}
 
 
 def hidden(tmp_path: Path) -> list[Path]:
@@ -241,13 +240,13 @@ def test_only_what_the_journal_names_is_taken_up(
 ) -> None:
     arguments, left = interrupted(copy_model("qwen3"), tmp_path, run, monkeypatch)
     (left / "content" / "hf" / "sub").mkdir(parents=True)
-    for stale in ("hf/chat_template.jinja", "hf/sub/x", "__0_99.distcp", ".metadata"):
+    for stale in ("hf/chat_template.jinja", "hf/sub/x", "tensor-00099.safetensors", "tensors.json"):
         (left / "content" / stale).write_text("of the try before")
     assert run(hf_to_dcp, *arguments).status == 0
     assert not (tmp_path / "out" / "hf" / "sub").exists()
     manifest = read_manifest(tmp_path / "out")
     assert "hf/config.json" in manifest.files
-    assert not {"hf/chat_template.jinja", "hf/sub/x", "__0_99.distcp"} & manifest.files.keys()
+    assert not {"hf/chat_template.jinja", "hf/sub/x", "tensor-00099.safetensors"} & manifest.files.keys()
 
 
 def test_a_file_of_other_tensors_is_made_anew(

@@ -15,13 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, read_folder, read_safetensors
 
-from retemper.engine.checkpoint.tensors import StoredTensor
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.folder import INDEX_FILE, WEIGHTS_FILE, HfWeights
 from retemper.engine.hugging_face.shards import ShardPlan
 from retemper.engine.hugging_face.weight_options import parse_shard_size
 from retemper.engine.streaming.block_copy import copy_files
-from retemper.engine.streaming.tensor_source import ReadRows, rows_of
+from retemper.engine.streaming.tensor_source import ReadRows, StoredTensor, rows_of
 
 COUNTING = {name: torch.arange(start, start + 6, dtype=torch.float32).view(2, 3) for start, name in enumerate("abc")}
 

@@ -27,10 +27,10 @@ from retemper.checkpoint_convert.megatron_reading import MegatronModel
 from retemper.checkpoint_convert.megatron_writing import Layout, MegatronPieces
 from retemper.engine.checkpoint.manifest import read_manifest
 from retemper.engine.checkpoint.verify import find_damage
+from retemper.engine.conversion.dcp_files import read_dcp_parts
 from retemper.engine.hugging_face.model import open_hf_model
 from retemper.engine.model.architecture import parse_architecture
-from retemper.engine.streaming import block_copy, raw_bytes, tensor_files
-from retemper.engine.streaming.tensor_files import CheckpointRows
+from retemper.engine.streaming import block_copy, raw_bytes
 
 Run = Callable[..., Command]
 
@@ -191,12 +191,13 @@ def test_memory_is_a_block_whatever_the_layers(
     monkeypatch.setattr(block_copy, "BLOCK_BYTES", 512)
     sizes: list[int] = []
 
-    def read(descriptor: int, offset: int, into: Tensor, path: Path) -> None:
-        sizes.append(into.numel() * into.element_size())
-        raw_bytes.read_exactly(descriptor, offset, into, path)
+    read_into = raw_bytes.read_into
 
-    monkeypatch.setattr(tensor_files, "read_exactly", read)
-    monkeypatch.setattr("retemper.engine.hugging_face.folder.read_exactly", read)
+    def read(descriptor: int, offset: int, rest: memoryview, path: Path) -> None:
+        sizes.append(len(rest))
+        read_into(descriptor, offset, rest, path)
+
+    monkeypatch.setattr(raw_bytes, "read_into", read)
     save_megatron(tmp_path / "megatron", by_hand(models["qwen2"], padded=128))
     quiet_from(tmp_path / "megatron", tmp_path / "hf", config=models["qwen2"])
     assert sizes and max(sizes) <= 512
@@ -212,7 +213,7 @@ def test_commands(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
     command = run(from_megatron, "--megatron", tmp_path / "megatron", "--output", tmp_path / "hf", "--verify")
     assert command.status == 0, command
     assert "carries none" in command.stdout
-    assert CheckpointRows(tmp_path / "megatron" / "release").tensors
+    assert read_dcp_parts(tmp_path / "megatron" / "release").tensors
     assert (
         load_file(tmp_path / "hf" / "model.safetensors").keys()
         == load_file(models["qwen3"] / "model.safetensors").keys()

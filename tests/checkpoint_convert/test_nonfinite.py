@@ -17,7 +17,7 @@ from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp, to_megatron
 from retemper.engine.conversion.checkpoint_model import CheckpointPlan
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.slices import load_hf_tensors
-from retemper.engine.hugging_face.start import open_start
+from retemper.engine.hugging_face.start import open_weights
 from retemper.engine.streaming import block_copy
 from retemper.engine.streaming.finite import all_finite, require_finite
 
@@ -83,7 +83,7 @@ def test_files_that_were_copied_with_the_option_are_not_taken_up_without_it(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointPlan, "write_metadata", full)
+        patch.setattr(CheckpointPlan, "write_table", full)
         with pytest.raises(UserError, match="finished files are kept"):
             convert_there(folder, tmp_path / "checkpoint", allow_nonfinite=True)
     with pytest.raises(UserError, match=f"{NAME} holds 1 values"):
@@ -104,7 +104,7 @@ def test_a_run_that_starts_from_a_folder_refuses_them(copy_model: Copy, target: 
     """Also where values are cast, block by block."""
     folder = copy_model("qwen3")
     spoil(folder, math.inf, torch.float32)
-    model = open_start(folder)
+    model = open_weights(folder)
     tensors = {name: torch.empty(stored.shape, dtype=target) for name, stored in model.tensors.items()}
     with pytest.raises(UserError, match=rf"{NAME} holds 1 values .*hf_to_dcp\.py --allow-nonfinite$"):
         load_hf_tensors(model, tensors, distributed=False)

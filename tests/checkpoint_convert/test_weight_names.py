@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.model import open_hf_model
 from retemper.engine.hugging_face.slices import load_hf_tensors
-from retemper.engine.hugging_face.start import open_start
+from retemper.engine.hugging_face.start import open_weights
 
 Tensors = dict[str, torch.Tensor]
 
@@ -70,7 +70,7 @@ def test_other_names_are_read_as_transformers_reads_them(copy_model: Copy, case:
         theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
         expected = {name: value for name, value in theirs.state_dict().items() if name != HEAD}
-    model = open_start(folder)
+    model = open_weights(folder)
     assert model.tensors.keys() == expected.keys()
     assert all(torch.equal(model.read(name), value) for name, value in expected.items())
     read = {name: torch.empty_like(value) for name, value in expected.items()}
@@ -112,7 +112,7 @@ def test_other_names_are_refused_with_the_remedy(copy_model: Copy, case: str) ->
     change, fragments = REFUSED[case]
     folder = tied_model(copy_model)
     rewrite(folder, change)
-    for open_ in (open_hf_model, open_start):
+    for open_ in (open_hf_model, open_weights):
         with pytest.raises(UserError) as caught:
             open_(folder)
         assert all(fragment in str(caught.value) for fragment in fragments), caught.value
@@ -191,7 +191,7 @@ def test_folders_with_two_models_or_none_are_refused(
     folder = copy_model("qwen3")
     spoil(folder)
     with pytest.raises(UserError) as caught:
-        open_start(folder)
+        open_weights(folder)
     assert all(fragment in str(caught.value) for fragment in ["model.initialize_from", *fragments]), caught.value
 
 

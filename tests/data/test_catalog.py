@@ -164,14 +164,16 @@ def test_stages_caps_and_epochs_on_any_ranks_are_the_piles_drawn_one_by_one(tmp_
 
     sources = {source.name: source for source in catalog.train}
     whole = TrainingData(catalog.train, order, PLAN, 0, VOCAB, False)
+    layouts = []
+    for ranks, micro in ((1, 4), (2, 3), (3, 2), (4, 1), (12, 1)):
+        again = catalog_of(config)  # as every rank opens it for itself
+        plan = BatchPlan(LENGTH, 12, micro, ranks)
+        layouts.append([TrainingData(again.train, again.sample_order(7), plan, r, VOCAB, False) for r in range(ranks)])
     for step in range(steps):
         expected_rows = rows(whole.micro_batches(step * 12))
         windows = [sources[name].window(window, VOCAB, epoch) for name, epoch, window in expected[step * 12 :][:12]]
         assert [row[0] for row in expected_rows] == [tuple(window.tokens.tolist()) for window in windows]
-        for ranks, micro in ((1, 4), (2, 3), (3, 2), (4, 1), (12, 1)):
-            again = catalog_of(config)  # as every rank opens it for itself
-            plan = BatchPlan(LENGTH, 12, micro, ranks)
-            data = [TrainingData(again.train, again.sample_order(7), plan, r, VOCAB, False) for r in range(ranks)]
+        for data in layouts:
             assert Counter(row for d in data for row in rows(d.micro_batches(step * 12))) == Counter(expected_rows)
 
 

@@ -150,6 +150,7 @@ def test_a_download_that_breaks_off_is_a_line(monkeypatch):
         load_tokenizer("acme/other")
 
 
+@pytest.mark.slow
 def test_real_tokenizers_where_there_are_any():
     """An addition to the tests above, for which the tiny tokenizer is enough."""
     folder = shared_data()

@@ -388,6 +388,7 @@ def test_a_lone_surrogate_is_refused(tiny_tokenizer):
             handle.encode_documents(["fine", "ab\udc00"], DocumentFrame(suffix=(0,)))
 
 
+@pytest.mark.slow
 def test_real_tokenizers_and_text_where_there_are_any():
     """An addition to the tests above, for which trained tokenizers are enough."""
     folder = shared_data()

@@ -318,6 +318,7 @@ def test_ids_that_no_dataset_can_hold_are_refused(tmp_path, token_id):
             load_tokenizer(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cl100k/cl100k_base.tiktoken", "qwen-tiktoken/qwen.tiktoken"])
 def test_real_ranks(name):
     """cl100k_base against the package's own definition of it, which it would download ranks for; Qwen's against its

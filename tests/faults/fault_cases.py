@@ -12,12 +12,12 @@ from fault_damage import FILES, FORMS, STRAYS
 SHORT_TIMEOUT = ("--parallel.timeout_seconds", "6")
 """For cases that wait for it."""
 _TEMPORARY = r"/\.step-\d+\.[0-9a-f]{32}\.tmp"
-_SHARD = _TEMPORARY + r"/__\d_0\.distcp$"
+_SHARD = _TEMPORARY + r"/rank-\d{5}\.safetensors$"
 POINTS: dict[str, tuple[str, str, str | int]] = {
     "shard made": ("create", _SHARD, ""),
     "shard half-written": ("write", _SHARD, ""),
     "shard flushed": ("sync", _SHARD, ""),
-    ".metadata half-written": ("write", _TEMPORARY + r"/\.metadata", 0),
+    "table half-written": ("write", _TEMPORARY + r"/tensors\.json", 0),
     "hf files written": ("create", _TEMPORARY + "/hf/", 0),
     "hf files flushed": ("sync", _TEMPORARY + "/hf", 0),
     "manifest made": ("create", _TEMPORARY + r"/manifest\.json", 0),
@@ -31,7 +31,7 @@ POINTS: dict[str, tuple[str, str, str | int]] = {
     "half removed": ("remove", _TEMPORARY + "/", 0),
     "folder removed": ("remove", _TEMPORARY + "$", 0),
     "evaluation": ("evaluate", "", ""),
-    "checkpoint read": ("read", r"/step-\d+/__\d_0\.distcp$", ""),
+    "checkpoint read": ("read", r"/step-\d+/rank-\d{5}\.safetensors$", ""),
     "before the lock": ("create", r"/\.lock$", 0),
     "config.yaml half-written": ("write", r"/config\.yaml$", 0),
     "curve half-written": ("write", r"/metrics\.tmp$", 0),
@@ -191,7 +191,7 @@ def _damage_all(random: Random, number: int) -> dict[str, Any]:
 
 
 def _pickle(random: Random, number: int) -> dict[str, Any]:
-    where = ("metadata", "sealed metadata", "sealed tensors", "stray", "manifest", "config")[number % 6]
+    where = ("table", "sealed table", "sealed tensors", "stray", "manifest", "config")[number % 6]
     rest, sealed = {"do": "pickle", "where": where}, where.startswith("sealed")
     return {"rest": rest, "refused": sealed, "note": f"malicious pickle: {where}"}
 
@@ -274,7 +274,7 @@ KINDS: dict[str, tuple[int, str, Callable[[Random, int], dict[str, Any]]]] = {
     "manifest": (
         18,
         "kill between shards and manifest",
-        _kill_at(*[p for p in POINTS if p.startswith((".metadata", "hf", "manifest"))]),
+        _kill_at(*[p for p in POINTS if p.startswith(("table", "hf", "manifest"))]),
     ),
     "rename": (12, "kill at the rename", _kill_at("before rename", "after rename", "parent flushed")),
     "retention": (

@@ -22,7 +22,7 @@ import torch
 from retemper.engine.checkpoint.hashing import record_file
 from retemper.engine.checkpoint.manifest import sealed
 
-FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "hf/config.json", "manifest.json")
+FILES = ("rank-00000.safetensors", "rank-00001.safetensors", "tensors.json", "hf/config.json", "manifest.json")
 """Every file of a checkpoint of two ranks whose model has no tokenizer."""
 FORMS = ("flip", "truncate", "delete", "empty", "append", "zero", "older", "folder")
 """Kinds of damage to a file: see :func:`damage_file`."""
@@ -105,7 +105,7 @@ class _Evil:
 def pickle_in(run_folder: Path, where: str, canary: Path, **_: Any) -> Done:
     """A pickle that makes the file ``canary``: in place of a file, with or without a manifest that fits, or beside.
 
-    ``where``: metadata, manifest, config; sealed metadata, sealed tensors (hashes in the manifest fit); stray.
+    ``where``: table, manifest, config; sealed table, sealed tensors (hashes in the manifest fit); stray.
     """
     evil = pickle.dumps(_Evil(canary))
     newest = checkpoints(run_folder)[-1]
@@ -115,25 +115,15 @@ def pickle_in(run_folder: Path, where: str, canary: Path, **_: Any) -> Done:
             (newest.parent / name).write_bytes(evil)
         return Done("pickles beside the checkpoints", set(names))
     kind = where.removeprefix("sealed ")
-    file = newest / {"metadata": ".metadata", "manifest": "manifest.json", "config": "hf/config.json"}.get(
-        kind, "__0_0.distcp"
-    )
+    names = {"table": "tensors.json", "manifest": "manifest.json", "config": "hf/config.json"}
+    file = newest / names.get(kind, "rank-00000.safetensors")
     if kind == "tensors":
         torch.save(_Evil(canary), file)
-        _point_all_tensors_to(newest, file.name, file.stat().st_size)
     else:
         file.write_bytes(evil)
     if where.startswith("sealed"):
         seal(newest)
     return Done(f"{where} of {newest.name} is a malicious pickle", {newest.name}, newest.name)
-
-
-def _point_all_tensors_to(checkpoint: Path, name: str, length: int) -> None:
-    with (checkpoint / ".metadata").open("rb") as file:
-        metadata = pickle.load(file)  # written by this run
-    for info in metadata.storage_data.values():
-        info.relative_path, info.offset, info.length = name, 0, length
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def seal(checkpoint: Path) -> None:
@@ -172,7 +162,7 @@ def _link(name: str, target: str) -> Callable[[Path, bytes], str]:
 def _folder(name: str) -> Callable[[Path, bytes], str]:
     def put(folder: Path, noise: bytes) -> str:
         (folder / name).mkdir()
-        (folder / name / "__0_0.distcp").write_bytes(noise)
+        (folder / name / "rank-00000.safetensors").write_bytes(noise)
         return name
 
     return put

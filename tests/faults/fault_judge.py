@@ -1,6 +1,6 @@
 """What a run folder must be, whatever has happened to the run: compared with an undisturbed run, bit for bit.
 
-Tensors are read by PyTorch's own reader and files hashed here, so that the program does not judge itself.
+Tensors are read by the safetensors library and files hashed here, so that the program does not judge itself.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ import contextlib
 import hashlib
 import json
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import xxhash
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from safetensors.torch import load_file
 
 COMPLETE = re.compile(r"^step-(\d{8})$")
 TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")
@@ -79,17 +77,15 @@ def curve(run_folder: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def fingerprints(checkpoint: Path) -> dict[str, str]:
-    """A hash of dtype, shape and bytes of every tensor, by name, read by PyTorch's own reader."""
-    reader = dcp.FileSystemReader(str(checkpoint))
-    described = reader.read_metadata().state_dict_metadata.items()
-    tensors = {
-        name: torch.empty(item.size, dtype=item.properties.dtype)
-        for name, item in described
-        if isinstance(item, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    """A hash of dtype, shape and bytes of every tensor, by name, read by the safetensors library."""
+    table = json.loads((checkpoint / "tensors.json").read_text())
+    files = [load_file(checkpoint / name) for name in table["files"]]
+    tensors = {}
+    for name, item in table["tensors"].items():
+        tensors[name] = torch.empty(item["shape"], dtype=files[item["parts"][0][0]][name].dtype)
+        for file, offsets, sizes in item["parts"]:
+            place = tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
+            tensors[name][place] = files[file][name]
     return {
         name: hashlib.sha256(
             f"{tensor.dtype} {list(tensor.shape)}".encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -27,8 +27,8 @@ def _verdicts(workshop, chains):
 def test_a_torn_manifest_a_damaged_file_and_a_torn_shard(tmp_path):
     cases = [
         _killed("manifest.x", "write", r"/manifest\.json$", 4),
-        Case("damage.x", "damage", {"do": "file", "name": "__1_0.distcp", "form": "flip", "place": 0.5}),
-        _killed("shard.x", "write", r"/__0_0\.distcp$", 40),
+        Case("damage.x", "damage", {"do": "file", "name": "rank-00001.safetensors", "form": "flip", "place": 0.5}),
+        _killed("shard.x", "write", r"/rank-00000\.safetensors$", 40),
     ]
     assert set(_verdicts(set_up(tmp_path, once_more=False), [cases]).values()) == {"exact"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-import warnings
 from dataclasses import replace
 
 import fault_judge as judge
@@ -13,12 +12,12 @@ import fault_mounts as mounts
 import fault_sweep
 import pytest
 import tiny_run
-import torch.distributed.checkpoint as dcp
 from fault_cases import KINDS, catalogue, draw
 from fault_damage import FILES, checkpoints, seal
 from fault_judge import Rest
 
 from retemper.engine.checkpoint.manifest import sealed
+from retemper.engine.checkpoint.tensors import save_tensors
 
 
 @pytest.fixture
@@ -48,12 +47,9 @@ def _flip_a_bit(checkpoint, name):
     tensors = tiny_run.tensors_of(checkpoint)
     value = tensors[name].view(-1)[:1].numpy().view("uint8")
     value[0] ^= 1
-    for path in checkpoint.glob("*.distcp"):
+    for path in checkpoint.glob("*.safetensors"):
         path.unlink()
-    (checkpoint / ".metadata").unlink()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(str(checkpoint)), no_dist=True)
+    save_tensors(checkpoint, tensors, distributed=False)
     content = json.loads((checkpoint / "manifest.json").read_text())
     names = [name for name in content["files"] if (checkpoint / name).exists()]
     _manifest(checkpoint, files={name: content["files"][name] for name in names})
@@ -104,13 +100,13 @@ def test_one_bit_of_one_tensor_is_found_though_all_hashes_fit(prefix, finished, 
 def test_other_wrong_states_are_found(finished, short_reference):
     first, second, last = checkpoints(finished)
     _manifest(first, consumed_samples=999)
-    (second / "__0_0.distcp").write_bytes((last / "__0_0.distcp").read_bytes())
+    (second / "rank-00000.safetensors").write_bytes((last / "rank-00000.safetensors").read_bytes())
     (last / "manifest.json").unlink()
     (last.parent / "who knows").mkdir()
     (last.parent / f".step-00000003.{'0' * 32}.tmp").mkdir()
     problems = "\n".join(judge.finished(finished, short_reference, set()))
     assert f"{first.name}: 999 samples consumed" in problems
-    assert f"{second.name}/__0_0.distcp is not what its manifest says" in problems
+    assert f"{second.name}/rank-00000.safetensors is not what its manifest says" in problems
     assert f"{last.name} has no manifest" in problems
     assert "who knows in checkpoints/" in problems and "leftovers in the finished run" in problems
     last.rename(last.with_name("step-00000007"))

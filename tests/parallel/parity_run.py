@@ -13,12 +13,12 @@ import yaml
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from retemper.engine import pretrain
 from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.config_parser import parse_config
 from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.evaluation import count_targets
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.trainer import Trainer
 
 VOCAB_SIZE = 96
 STEPS = 5
@@ -92,39 +92,45 @@ def write_run(folder: Path, model: Model) -> Path:
 
 def five_steps(ranks: Ranks, path: Path, overrides: list[str]) -> Outcome:
     """Train on this rank with the others."""
-    trainer = Trainer(parse_config(["--config", str(path), *overrides]), ranks)
+    run = pretrain.build(parse_config(["--config", str(path), *overrides]), ranks)
     gradients: dict[str, Tensor] = {}
+    passes_train = run.passes.train
 
-    def on_phase(name: str) -> None:
-        if name == "optimizer" and not gradients:
-            gradients.update(_whole({name: p.grad for name, p in trainer.model.named_parameters()}))
+    def train(*arguments: Any) -> Tensor:
+        loss = passes_train(*arguments)
+        if not gradients:
+            gradients.update(_whole({name: p.grad for name, p in run.model.named_parameters()}))
+        return loss
 
-    trainer.on_phase = on_phase  # type: ignore[method-assign]
+    run.passes.train = train  # type: ignore[method-assign]
     losses, norms = [], []
     for step in range(STEPS):
-        batches = trainer.data.micro_batches(step * GLOBAL_BATCH)
-        num_targets = ranks.sum(count_targets(batches, trainer.mesh))
-        result = trainer._step(batches, num_targets)
+        batches = run.data.micro_batches(step * GLOBAL_BATCH)
+        num_targets = ranks.sum(count_targets(batches, run.mesh))
+        result = pretrain.one_step(run, batches, num_targets)
         losses.append(ranks.sum(result.loss.item()))
         norms.append(result.grad_norm.item())
-    return Outcome(losses, norms, gradients, _whole(dict(trainer.model.named_parameters())))
+    return Outcome(losses, norms, gradients, _whole(dict(run.model.named_parameters())))
 
 
 def run_until(ranks: Ranks, path: Path, overrides: list[str], last_step: int) -> None:
     """The run, evaluations and checkpoints and all; left without ceremony when it begins a step after ``last_step``."""
-    trainer = Trainer(parse_config(["--config", str(path), *overrides]), ranks)
+    run = pretrain.build(parse_config(["--config", str(path), *overrides]), ranks)
 
-    class Left(Exception):
+    passes_train = run.passes.train
+
+    class Left(BaseException):
         pass
 
-    def on_phase(name: str) -> None:
-        if name == "data" and trainer.progress.step == last_step:
-            trainer.saver.wait()
+    def train(*arguments: Any) -> Tensor:
+        if run.progress.step == last_step:
+            run.saver.wait()
             raise Left
+        return passes_train(*arguments)
 
-    trainer.on_phase = on_phase  # type: ignore[method-assign]
+    run.passes.train = train  # type: ignore[method-assign]
     with contextlib.suppress(Left):
-        trainer.run()
+        pretrain.train(run)
 
 
 def checkpoint(run_folder: Path, step: int) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ run_command(main)
 """
 
 
-def agreeing(seed: int = 1, files: str = "{'engine/trainer.py': 'a'}", torch: str = "2.13.0", **more) -> str:
+def agreeing(seed: int = 1, files: str = "{'engine/step.py': 'a'}", torch: str = "2.13.0", **more) -> str:
     values = {"seed": seed, "training": {"train_tokens": 1000}, "data": [{"path": "x"}], **more}
     read = f"config = Config(); config.values = {values!r}"
     read += f"; config.parallel = Config(); config.parallel.timeout_seconds = {LIMIT_SECONDS}; return config"
@@ -144,9 +144,9 @@ def test_ranks_that_run_the_same_agree(launch):
             '"y", not "x"; start every node with the same files and the same command',
         ),
         (
-            agreeing(extra=1, files="{'engine/trainer.py': 'b', 'engine/new.py': 'c'}"),
+            agreeing(extra=1, files="{'engine/step.py': 'b', 'engine/new.py': 'c'}"),
             "the configuration differs on rank 1 (host1) from rank 0's: extra is 1, not unset; the code differs on "
-            "rank 1 (host1) from rank 0's: engine/trainer.py, engine/new.py; start every",
+            "rank 1 (host1) from rank 0's: engine/step.py, engine/new.py; start every",
         ),
         (agreeing(torch="2.11.0"), "PyTorch is 2.11.0 on rank 1 (host1), not 2.13.0 as on rank 0; start every"),
     ],
@@ -179,7 +179,7 @@ def test_a_rank_that_does_not_come_is_named(launch):
 
 def test_hashes_cover_the_code_and_every_setting():
     files = code_files(PACKAGE)
-    assert {"__init__.py", "engine/trainer.py", "kernels/rope.py", "tools/preprocess.py"} <= files.keys()
+    assert {"__init__.py", "engine/step.py", "kernels/rope.py", "tools/preprocess.py"} <= files.keys()
     assert not any(name.startswith(("tests/", ".venv/", "build/")) for name in files)
     nested = {"a": {"b": [1, {"c": None}], "d": {}}, "e": []}
     assert flatten(nested) == {"a.b[0]": "1", "a.b[1].c": "null", "a.d": "{}", "e": "[]"}

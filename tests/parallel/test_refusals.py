@@ -5,10 +5,10 @@ from __future__ import annotations
 import parity_run
 import pytest
 
+from retemper.engine import pretrain
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def path(tmp_path_factory):
 
 def refusal(ranks: Ranks, path, options: list[str]) -> str:
     try:
-        Trainer(parse_config(["--config", str(path), *options]), ranks)
+        pretrain.build(parse_config(["--config", str(path), *options]), ranks)
     except UserError as error:
         return str(error)
     raise AssertionError("it was built")

@@ -16,7 +16,7 @@ from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.parallel.process_group import Ranks
 from retemper.tools.rehearsal.memory import MemoryCounter
-from retemper.tools.rehearsal.rank import Part, RankRehearsal, RehearsedTrainer, count_step, fresh_constants
+from retemper.tools.rehearsal.rank import Part, RankRehearsal, RehearsedRank, count_step, fresh_constants
 
 CPU = torch.device("cpu")
 ARCHITECTURE = {
@@ -71,12 +71,12 @@ def allocated(ranks: Ranks, part: Part) -> tuple[int, int]:
     """Bytes that PyTorch's CPU allocator has given out: before a second step, and most during it. Real tensors and real
     collectives; nothing of the rehearsal counts."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, fresh_constants():
-        trainer = RehearsedTrainer(part, ranks, MemoryCounter())  # a counter that is never active
-        trainer.one_step()
+        run = RehearsedRank(part, ranks, MemoryCounter())  # a counter that is never active
+        run.one_step()
         gc.collect()
         with record_function("second step"):
-            trainer.one_step()
-        del trainer
+            run.one_step()
+        del run
         gc.collect()
     events = profiler.profiler.kineto_results.events()
     (start, end) = next((e.start_ns(), e.end_ns()) for e in events if e.name() == "second step")
@@ -106,12 +106,12 @@ def allocated_on_a_gpu(part: Part) -> tuple[int, int]:
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with fresh_constants():
-            trainer = RehearsedTrainer(part, Ranks(0, 1, torch.device("cuda", 0)), MemoryCounter())
-            trainer.one_step()
+            run = RehearsedRank(part, Ranks(0, 1, torch.device("cuda", 0)), MemoryCounter())
+            run.one_step()
             gc.collect()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            trainer.one_step()
+            run.one_step()
             return before, torch.cuda.max_memory_allocated()
     finally:
         dist.destroy_process_group()

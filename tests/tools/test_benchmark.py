@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from retemper.engine import trainer
+from retemper.engine import step as step_module
 from retemper.engine.config_parser import parse_config
 from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.data.indexed_dataset import IndexedDataset
@@ -92,7 +92,7 @@ def measured_on_real_data(ranks: Ranks, path: Path) -> Measurement:
 def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
     """In every micro-batch 0.02 s are slept in the forward pass and 0.01 s in the backward pass; 0.03 s in each step's
     clipping."""
-    loss_sum, clip = Sequential.loss_sum, trainer.clip_grad_norm
+    loss_sum, clip = Sequential.loss_sum, step_module.clip_grad_norm
 
     def slow_loss_sum(self, batch):
         time.sleep(0.02)
@@ -106,7 +106,7 @@ def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sequential, "loss_sum", slow_loss_sum)
-        patch.setattr(trainer, "clip_grad_norm", slow_clip)
+        patch.setattr(step_module, "clip_grad_norm", slow_clip)
         return measured(ranks, path)
 
 

@@ -19,18 +19,19 @@ from retemper.tools.step_benchmark.sweep import Row, format_sweep, parse_sweep, 
 SMALL_MEMORY = """
 import sys
 import torch
-from retemper.engine import trainer
 from retemper.engine.errors import run_command
 from retemper.tools import benchmark
+from retemper.tools.step_benchmark import measure
 
-step = trainer.Trainer._step
+step, calls = measure.train_step, []
 
-def limited(self, batches, num_targets):
-    if self.plan.micro_batch_size == 4 and self.progress.step == 1:
+def limited(model, passes, optimizer, batches, *rest):
+    calls.append(1)
+    if len(batches[0].tokens) == 4 * 16 and len(calls) == 2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    return step(self, batches, num_targets)
+    return step(model, passes, optimizer, batches, *rest)
 
-trainer.Trainer._step = limited
+measure.train_step = limited
 run_command(benchmark.main)
 """
 

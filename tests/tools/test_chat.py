@@ -363,6 +363,7 @@ class TestAgainstTransformers:
         (folder / "tokenizer.json").write_text("{}")
         assert encoder.check_against_transformers() is False
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
     def test_real_tokenizers(self, name):
         data = shared_data()

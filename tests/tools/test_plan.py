@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from retemper.engine.model.decoder import Decoder
 from retemper.engine.optim import allocate_states, build_optimizer
 from retemper.engine.parallel.layout import Layout
 from retemper.tools import plan as command
+from retemper.tools.rehearsal import command as rehearsal_command
 from retemper.tools.rehearsal.extrapolation import places, rehearse_short
 from retemper.tools.rehearsal.gpus import GPUS, GiB, find_gpu
 from retemper.tools.rehearsal.outcome import Outcome, checkpoint_bytes
@@ -421,12 +423,14 @@ def test_the_whole_qwen2_72b_is_what_a_few_blocks_say(pool):
 # The command
 
 
-def run(*arguments: Path | str) -> None:
-    """The command line, from a configuration with room for options."""
-    command.main([str(argument) for argument in arguments])
+@pytest.fixture
+def run(monkeypatch, pool):
+    """The command line, from a configuration with room for options, with these tests' processes."""
+    monkeypatch.setattr(rehearsal_command, "Pool", lambda: contextlib.nullcontext(pool))
+    return lambda *arguments: command.main([str(argument) for argument in arguments])
 
 
-def test_the_command_prints_and_writes_what_it_found(run_file, tmp_path, capsys):
+def test_the_command_prints_and_writes_what_it_found(run, run_file, tmp_path, capsys):
     path = tmp_path / "plan.json"
     cluster = ("--nodes", 2, "--gpus-per-node", 2, "--gpu", "h100", "--training.global_batch_size", 8)
     run("--config", run_file, *cluster, "--json", path, "--quick")
@@ -441,7 +445,7 @@ def test_the_command_prints_and_writes_what_it_found(run_file, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_a_search_ranks_what_fits_and_rehearses_the_fastest(run_file, tmp_path, capsys):
+def test_a_search_ranks_what_fits_and_rehearses_the_fastest(run, run_file, tmp_path, capsys):
     path = tmp_path / "plan.json"
     run("--config", run_file, "--gpus-per-node", 4, "--gpu", "a100-40gb", "--search", "--json", path)
     text, record = capsys.readouterr().out, json.loads(path.read_text())
@@ -463,7 +467,7 @@ def test_narrower_dtypes_are_each_tried_once(run_file, weights, states):
 
 
 @pytest.mark.slow
-def test_narrower_dtypes_are_proposed_where_the_configured_ones_fit_nowhere(run_file, tmp_path, capsys):
+def test_narrower_dtypes_are_proposed_where_the_configured_ones_fit_nowhere(run, run_file, tmp_path, capsys):
     path = tmp_path / "plan.json"
     small = ("--gpus-per-node", 1, "--gpu-memory", 0.034, "--gpu-tflops", 100, "--reserve", 0)
     run("--config", run_file, *small, "--search", "--quick", "--json", path)
@@ -478,7 +482,7 @@ def test_narrower_dtypes_are_proposed_where_the_configured_ones_fit_nowhere(run_
     [
         ("--gpu v100", "--gpu v100: unknown; use one of a100-40gb, "),
         ("--gpu a100", "--gpu a100 is one of a100-40gb, a100-80gb; name one"),
-        ("--gpu h100 --gpu-tflops 100", "--gpu h100 and --gpu-tflops both say what the GPU is"),
+        ("--gpu h100 --gpu-tflops 100", "--gpu h100 and --gpu-tflops both define the GPU"),
         ("--gpu-tflops 100", "--gpu-memory GIB and --gpu-tflops N"),
         ("", "name a GPU with --gpu"),
         ("--gpu-tflops 100 --gpu-memory -1", "--gpu-memory -1: must be above 0"),
@@ -496,14 +500,14 @@ def test_narrower_dtypes_are_proposed_where_the_configured_ones_fit_nowhere(run_
         ("--gpu h100 --json /nowhere/plan.json", "no folder /nowhere; make it"),
     ],
 )
-def test_impossible_wishes_are_refused_in_one_line(arguments, words, run_file, capsys):
+def test_impossible_wishes_are_refused_in_one_line(arguments, words, run, run_file, capsys):
     with pytest.raises(SystemExit) as exit_:
         run_command(lambda: run("--config", run_file, *arguments.split()))
     (line,) = capsys.readouterr().err.splitlines()
     assert exit_.value.code == 1 and words in line
 
 
-def test_what_fits_nowhere_is_said(run_file, capsys):
+def test_what_fits_nowhere_is_said(run, capsys):
     with pytest.raises(SystemExit) as exit_:
         run_command(
             lambda: run("--config", QWEN2_72B, "--nodes", 1, "--gpus-per-node", 2, "--gpu", "a100-40gb", "--search")

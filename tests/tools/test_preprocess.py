@@ -305,6 +305,7 @@ def test_command_line_as_a_user_runs_it(tmp_path, tiny_tokenizer):
     assert sidecar is not None and [source.name for source in sidecar.sources] == ["corpus.jsonl"]
 
 
+@pytest.mark.slow
 def test_real_text_where_there_is_any(tmp_path):
     """An addition to the tests above, for which made-up text is enough."""
     folder = shared_data()

@@ -11,10 +11,10 @@ import tiny_run
 import torch
 from torch.distributed.tensor import DTensor
 
+from retemper.engine import pretrain
 from retemper.engine.checkpoint.tensors import optimizer_tensors
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.trainer import Trainer
 
 
 def train(ranks: Ranks, path: Path, overrides: list[str], faults: dict[int, str], rank: int = 0) -> str | None:
@@ -23,27 +23,27 @@ def train(ranks: Ranks, path: Path, overrides: list[str], faults: dict[int, str]
     Faults: ``gradient``, a NaN in one place of one gradient; ``loss``, an infinite loss with sound gradients;
     ``spike``, loss and gradients 50 times as large (on all ranks); ``weight``, a NaN in a weight.
     """
-    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
-    passes_train = trainer.passes.train
+    run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
+    passes_train = run.passes.train
 
     def faulty(*arguments):
-        fault = faults.get(trainer.progress.step + 1)
+        fault = faults.get(run.progress.step + 1)
         if fault == "weight":
-            _break(next(iter(trainer.model.parameters())))
+            _break(next(iter(run.model.parameters())))
         loss = passes_train(*arguments)
         if fault == "spike":
-            for parameter in trainer.model.parameters():
+            for parameter in run.model.parameters():
                 parameter.grad.mul_(50)
             return 50 * loss
         if ranks.rank != rank:
             return loss
         if fault == "gradient":
-            _break(next(iter(trainer.model.parameters())).grad)
+            _break(next(iter(run.model.parameters())).grad)
         return loss * float("inf") if fault == "loss" else loss
 
-    trainer.passes.train = faulty
+    run.passes.train = faulty
     try:
-        trainer.run()
+        pretrain.train(run)
     except UserError as error:
         return str(error)
     return None
@@ -60,17 +60,15 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def cut_short(ranks: Ranks, path: Path, overrides: list[str], file: Path) -> str:
     """What the run says when ``file`` of its data is emptied behind its back, after the first step."""
-    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
-    make_step = trainer._step
+    run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
 
-    def step(*batches):
-        if trainer.progress.step == 1 and ranks.is_main:
+    def cut():
+        if run.progress.step == 1 and ranks.is_main:
             os.truncate(file, 0)
-        return make_step(*batches)
 
-    trainer._step = step
+    tiny_run.before_step(run, cut)
     try:
-        trainer.run()
+        pretrain.train(run)
     except UserError as error:
         return str(error)
     raise AssertionError("the run went through")
@@ -81,14 +79,14 @@ def train_without(ranks: Ranks, path: Path, overrides: list[str], left_out: set[
 
     PyTorch's AdamW does not count the steps that it leaves out; ours counts them.
     """
-    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
-    update = trainer.optimizer.step
-    counts = isinstance(trainer.optimizer, torch.optim.AdamW)
+    run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
+    update = run.optimizer.step
+    counts = isinstance(run.optimizer, torch.optim.AdamW)
 
     def step():
-        if trainer.progress.step + 1 not in left_out:
+        if run.progress.step + 1 not in left_out:
             return update()
-        tensors = dict(trainer.model.named_parameters()) | optimizer_tensors(trainer.model, trainer.optimizer)
+        tensors = dict(run.model.named_parameters()) | optimizer_tensors(run.model, run.optimizer)
         tensors = {name: t for name, t in tensors.items() if counts or not name.startswith("optimizer.step.")}
         before = {name: _local(tensor).clone() for name, tensor in tensors.items()}
         update()
@@ -96,8 +94,8 @@ def train_without(ranks: Ranks, path: Path, overrides: list[str], left_out: set[
             for name, tensor in tensors.items():
                 _local(tensor).copy_(before[name])
 
-    trainer.optimizer.step = step
-    trainer.run()
+    run.optimizer.step = step
+    pretrain.train(run)
 
 
 class Killed(BaseException):
@@ -117,37 +115,37 @@ def train_on_bad_samples(
         bad: numbers of samples.
         killed_in: what the run dies of: ``rewind``, before weights are read; a number: so many steps after a rewind.
     """
-    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
-    passes_train, go_back, make_step = trainer.passes.train, trainer._go_back, trainer._step
+    run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
+    passes_train, abandon_after = run.passes.train, run.store.abandon_after
     left = math.inf
 
     def train(*arguments):
         loss = passes_train(*arguments)
-        if trainer.progress.samples not in bad:
+        if run.progress.samples not in bad:
             return loss
-        for parameter in trainer.model.parameters():
+        for parameter in run.model.parameters():
             parameter.grad.mul_(50)
         return 50 * loss
 
-    def rewound(rewind):
+    def abandoning(step):
         nonlocal left
+        lines = abandon_after(step)
         if killed_in == "rewind":
-            trainer.store.abandon_after(rewind.progress.step)
             raise Killed
-        go_back(rewind)
         left = killed_in or math.inf
+        return lines
 
-    def step(*batches):
+    def count_down():
         nonlocal left
         if left == 0:
-            trainer.saver.wait()
+            run.saver.wait()
             raise Killed
         left -= 1
-        return make_step(*batches)
 
-    trainer.passes.train, trainer._go_back, trainer._step = train, rewound, step
+    run.passes.train, run.store.abandon_after = train, abandoning
+    tiny_run.before_step(run, count_down)
     try:
-        trainer.run()
+        pretrain.train(run)
     except Killed:
         return "killed"
     except UserError as error:
@@ -157,6 +155,6 @@ def train_on_bad_samples(
 
 def train_from_sample(ranks: Ranks, path: Path, overrides: list[str], first_sample: int) -> None:
     """The run, which goes on from its checkpoint with sample ``first_sample``: an oracle."""
-    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
-    trainer.progress = dataclasses.replace(trainer.progress, samples=first_sample)
-    trainer.run()
+    run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
+    run.progress = dataclasses.replace(run.progress, samples=first_sample)
+    pretrain.train(run)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import tiny_run
 
+from retemper.engine import pretrain
 from retemper.engine.conversion import export_run
 from retemper.engine.conversion.dcp_to_hf import plan_export
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.trainer import Trainer
 
 SHARD_SIZE = "12KB"
 """So that there are several files."""
@@ -64,15 +64,15 @@ def train_on_a_full_disk(ranks: Ranks, path: Path, overrides: list[str], failing
 
 def train_and_ask_to_stop(ranks: Ranks, path: Path, overrides: list[str]) -> None:
     """The run that is asked to stop while its last rank begins to write the export."""
-    trainer = Trainer(tiny_run.configure(path, *SHORT, *overrides), ranks)
+    run = pretrain.build(tiny_run.configure(path, *SHORT, *overrides), ranks)
     copy = export_run.copy_files
 
     def asking(folder, files, source, workers, hashed_rows, on_bytes, **keywords):
         if ranks.rank == ranks.world_size - 1:
-            trainer.stop._first = 0.0  # as a signal does
+            run.stop._first = 0.0  # as a signal does
             while True:
                 on_bytes(0)
         return copy(folder, files, source, workers, hashed_rows, on_bytes, **keywords)
 
     with changed(copy_files=asking):
-        trainer.run()
+        pretrain.train(run)

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from retemper.engine.hugging_face import slices
+from retemper.engine import pretrain
 from retemper.engine.hugging_face import start as begin
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.trainer import Trainer
+from retemper.engine.streaming import raw_bytes
+from retemper.engine.weights import parts
 
 ARCHITECTURE = {**tiny_run.ARCHITECTURE, "vocab_size": 98, "tie_word_embeddings": False}
 """With as many rows of the vocabulary as two ranks can share, and a head of its own."""
@@ -44,27 +45,27 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 def start(ranks: Ranks, path: Path, overrides: list[str]) -> dict:
     """This rank's weights before the first step, whole, the size of its parts, and what it read of the folder."""
-    num_bytes, read = 0, slices.read_exactly
+    num_bytes, read = 0, raw_bytes.read_into
 
-    def counting_read(descriptor, offset, into, file):
+    def counting_read(descriptor, offset, rest, file):
         nonlocal num_bytes
-        num_bytes += into.numel() * into.itemsize
-        read(descriptor, offset, into, file)
+        num_bytes += len(rest)
+        read(descriptor, offset, rest, file)
 
-    block = slices.BLOCK_BYTES
-    slices.read_exactly, slices.BLOCK_BYTES = counting_read, 200  # some rows of these small tensors
+    block = parts.BLOCK_BYTES
+    raw_bytes.read_into, parts.BLOCK_BYTES = counting_read, 200  # some rows of these small tensors
     try:
-        trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
+        run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
     finally:
-        slices.read_exactly, slices.BLOCK_BYTES = read, block
-    parameters = dict(trainer.model.named_parameters())
+        raw_bytes.read_into, parts.BLOCK_BYTES = read, block
+    parameters = dict(run.model.named_parameters())
     local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in parameters.items()}
     return {
         "weights": {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in parameters.items()},
         "elements": {name: part.numel() for name, part in local.items()},
         "read": num_bytes,
-        "casts": trainer.casts,
-        "assets": trainer.inputs.assets.files,
+        "casts": run.remarks,
+        "assets": run.start.assets.files,
     }
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from retemper.engine import pretrain, stopping, trainer
+from retemper.engine import pretrain, step, stopping
 from retemper.engine.checkpoint import store
 from retemper.engine.errors import run_command
+from retemper.engine.observe import summary
 from retemper.engine.parallel.passes import Sequential
-from retemper.engine.trainer import Trainer
+from retemper.engine.start import Start
 
 AFTER_STEPS = 5
 
@@ -32,15 +33,21 @@ def command(arguments: list[str], phase: str, pipe: Connection, output: Path) ->
     stopping.GRACE_SECONDS = 0.3
     owner, name, due = {
         "reading": (pretrain, "parse_config", lambda *_: True),
-        "loading": (trainer, "load_weights", lambda *_: True),
-        "first report": (Trainer, "_say_plan", lambda *_: True),
-        "step": (Trainer, "_step", lambda trainer, *_: trainer.progress.step == AFTER_STEPS),
-        "deaf step": (Trainer, "_step", lambda trainer, *_: trainer.progress.step == AFTER_STEPS),
+        "loading": (Start, "load_into", lambda *_: True),
+        "first report": (summary, "describe_start", lambda *_: True),
+        "step": (step, "train_step", _after_steps()),
+        "deaf step": (step, "train_step", _after_steps()),
         "evaluation": (Sequential, "evaluate", lambda *_: True),
         "save": (store, "save_tensors", lambda *_: True),
     }[phase]
     _wait_before(owner, name, due, pipe, deaf=phase == "deaf step")
     run_command(pretrain.main)
+
+
+def _after_steps() -> Any:
+    """Whether it is called for the step after :data:`AFTER_STEPS`."""
+    calls = iter(range(1 << 20))
+    return lambda *_: next(calls) == AFTER_STEPS
 
 
 def _wait_before(owner: Any, name: str, due: Any, pipe: Connection, deaf: bool) -> None:

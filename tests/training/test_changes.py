@@ -9,12 +9,12 @@ import pytest
 import tiny_run
 import yaml
 
+from retemper.engine import pretrain
 from retemper.engine.budget import learning_rate
 from retemper.engine.checkpoint.changes import describe_changes
 from retemper.engine.checkpoint.manifest import Manifest
 from retemper.engine.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig, to_dict
 from retemper.engine.errors import UserError
-from retemper.engine.trainer import Trainer
 
 STEPS = ["--training.train_tokens", str(8 * 8 * 32)]
 EVALUATION = ["--training.eval_interval", "0"]
@@ -90,10 +90,10 @@ def test_every_change_is_said_with_both_values(one_rank, run_file, folder, tmp_p
     # As if two ranks had written it.
     manifest = folder / "checkpoints" / "step-00000004" / "manifest.json"
     tiny_run.rewrite_manifest(manifest, lambda content: content["layout"].update(shard=2))
-    trainer = Trainer(tiny_run.configure(run_file, *options), one_rank)
-    trainer.run()
+    run = pretrain.build(tiny_run.configure(run_file, *options), one_rank)
+    pretrain.train(run)
     said = changed(capsys.readouterr().out)
-    config = trainer.config
+    config = run.config
     before = learning_rate(1024, *(getattr(tiny_run.configure(run_file), part) for part in ("training", "optimizer")))
     after = learning_rate(1024, config.training, config.optimizer)
     assert said == [
@@ -122,19 +122,19 @@ def test_what_changes_the_order_is_refused_and_goes_on_where_it_is_allowed(chang
     key = change[0].removeprefix("--")
     options = ["--run_folder", str(folder), *STEPS, *EVALUATION, *change]
     with pytest.raises(UserError) as refused:
-        Trainer(tiny_run.configure(run_file, *options), one_rank)
+        pretrain.build(tiny_run.configure(run_file, *options), one_rank)
     assert str(refused.value).startswith(f"{key} is {change[1]}, but ") and f"allow_changes to [{key}]" in str(
         refused.value
     )
     options += ["--allow_changes", f"[{key}]"]
-    trainer = Trainer(tiny_run.configure(run_file, *options), one_rank)
+    run = pretrain.build(tiny_run.configure(run_file, *options), one_rank)
     # Sources go on after the tokens that they have given; so does the clock of samples.
-    length = trainer.config.training.sequence_length
+    length = run.config.training.sequence_length
     given = json.loads((folder / "checkpoints" / "step-00000004" / "manifest.json").read_text())["consumed_samples"]
-    assert trainer.progress.samples == given * 32 // length and trainer.progress.tokens == given * 32
-    cursors = trainer.inputs.order.cursors(trainer.progress.samples)
-    assert sum(cursors.values()) == pytest.approx(trainer.progress.samples, abs=len(cursors))
-    trainer.run()
+    assert run.progress.samples == given * 32 // length and run.progress.tokens == given * 32
+    cursors = run.order.cursors(run.progress.samples)
+    assert sum(cursors.values()) == pytest.approx(run.progress.samples, abs=len(cursors))
+    pretrain.train(run)
     assert any(line.startswith(f"{key} ") and line.endswith("(allowed)") for line in changed(capsys.readouterr().out))
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
     assert json.loads((newest / "manifest.json").read_text())["consumed_tokens"] == 8 * 8 * 32
@@ -158,7 +158,7 @@ def test_other_data_under_the_same_name_goes_on_where_it_is_allowed(one_rank, ru
     sources = f"[{{path: {tmp_path / 'first'}, weight: 2.0}}, {{path: {run_file.parent / 'second'}}}]"
     options = ["--run_folder", str(folder), "--data.train", sources, *STEPS]
     with pytest.raises(UserError, match=r"allow_changes to \[data_files\]"):
-        Trainer(tiny_run.configure(run_file, *options), one_rank)
+        pretrain.build(tiny_run.configure(run_file, *options), one_rank)
     tiny_run.train(one_rank, run_file, [*options, "--allow_changes", "[data_files]"])
     [line] = [line for line in changed(capsys.readouterr().out) if line.startswith("data_files")]
     assert line.startswith("data_files of first ") and line.endswith(" (allowed)")
@@ -185,12 +185,12 @@ def test_a_lost_sidecar_is_listed_and_is_no_leave(one_rank, run_file, folder, ca
             ["--optimizer.schedule_start_tokens", "5000"],
             "warmup_tokens 1,024 is more than training.train_tokens 5,120 - ",
         ),
-        (["--optimizer.schedule_start_tokens", "1025"], "goes on at 1,024 tokens, where its schedule has not begun"),
+        (["--optimizer.schedule_start_tokens", "1025"], "continues at 1,024 tokens, where its schedule has not begun"),
     ],
 )
 def test_what_cannot_be_is_one_line(options, message, one_rank, run_file, folder):
     with pytest.raises(UserError) as refused:
-        Trainer(tiny_run.configure(run_file, "--run_folder", str(folder), *options), one_rank)
+        pretrain.build(tiny_run.configure(run_file, "--run_folder", str(folder), *options), one_rank)
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 

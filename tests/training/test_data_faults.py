@@ -13,9 +13,9 @@ import pytest
 import tiny_run
 import torch
 
+from retemper.engine import pretrain
 from retemper.engine.data import file_entries
 from retemper.engine.errors import UserError
-from retemper.engine.trainer import Trainer
 
 OPTIONS = ["--training.train_tokens", str(10 * 8 * 32), "--training.eval_interval", "0", "--data.prefetch_steps", "1"]
 
@@ -34,10 +34,10 @@ def train_on_failing_disk(ranks, path, overrides, rank, file, after):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(file_entries.os, "pread", pread)
         try:
-            trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
-            trainer.run()
+            run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
+            pretrain.train(run)
         except UserError as error:
-            return str(error), "trainer" in locals()
+            return str(error), "run" in locals()
     return None, True
 
 
@@ -67,11 +67,11 @@ def test_files_removed_while_they_are_read_are_still_there_for_the_run(one_rank,
         tiny_run.write_dataset(tmp_path / name / "first", seed=0)
         source = f"[{{path: {tmp_path / name / 'first'}}}]"
         options = [*OPTIONS, "--run_folder", str(tmp_path / name), "--data.train", source]
-        trainer = Trainer(tiny_run.configure(run_file, *options), one_rank)
+        run = pretrain.build(tiny_run.configure(run_file, *options), one_rank)
         if name == "removed":
             (tmp_path / name / "first.bin").unlink()
             (tmp_path / name / "first.idx").unlink()
-        trainer.run()
+        pretrain.train(run)
     assert tiny_run.curve(tmp_path / "removed") == tiny_run.curve(tmp_path / "here")
     last = [tiny_run.tensors_of(tmp_path / name / "checkpoints" / "step-00000010") for name in ("here", "removed")]
     assert all(torch.equal(tensor, last[1][name]) for name, tensor in last[0].items())

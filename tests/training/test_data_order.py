@@ -1,4 +1,4 @@
-"""The order of the data in real runs: stages, caps, layouts of documents and loss masks, through the trainer."""
+"""The order of the data in real runs: stages, caps, layouts of documents and loss masks, through the run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import pytest
 import tiny_run
 import torch
 
+from retemper.engine import pretrain
 from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.errors import UserError
-from retemper.engine.trainer import Trainer
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 
 STEP = 8 * 32
@@ -50,14 +50,14 @@ def assert_same(run, other):
 def test_stages_and_caps_are_said_and_drawn(one_rank, run_file, staged, tmp_path, capsys):
     """By counting: 'first' alone for 44 samples (1,380 tokens reach into the 44th), then half of each until it has
     given 60, then 'second' alone; and the start-up summary says so."""
-    trainer = Trainer(tiny_run.configure(run_file, *staged, "--run_folder", str(tmp_path)), one_rank)
-    names = [trainer.inputs.catalog.train[trainer.inputs.order.sample(index).source].name for index in range(160)]
+    run = pretrain.build(tiny_run.configure(run_file, *staged, "--run_folder", str(tmp_path)), one_rank)
+    names = [run.catalog.train[run.order.sample(index).source].name for index in range(160)]
     assert set(names[:44]) == {"first"}
     assert names[44:76] == ["second", "first"] * 16
     assert set(names[76:]) == {"second"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train", lambda *_: None)
-        trainer.run()
+        patch.setattr(pretrain, "make_steps", lambda *_: None)
+        pretrain.train(run)
     said = capsys.readouterr().out
     assert "stage 1     from 0 to 1,408 tokens: first 1\n" in said
     assert "stage 2     from 1,408 to the end: second 1, first 1\n" in said
@@ -119,7 +119,9 @@ def test_caps_that_run_out_are_refused_before_anything_is_written(one_rank, run_
 def test_a_resume_with_another_layout_is_refused(one_rank, run_file, reference, tmp_path):
     for option, value, former in (("packing", "best_fit", "concat"), ("shuffle", "documents", "windows")):
         with pytest.raises(UserError, match=rf"data\.{option} is {value}, but .* was trained with {former}"):
-            Trainer(tiny_run.configure(run_file, "--run_folder", str(reference), f"--data.{option}", value), one_rank)
+            pretrain.build(
+                tiny_run.configure(run_file, "--run_folder", str(reference), f"--data.{option}", value), one_rank
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -154,23 +156,23 @@ def test_gradients_of_a_mask_are_those_of_targets_masked_by_hand(one_rank, two_r
     ours = tiny_run.first_gradients(one_rank, run_file, options_of(masked, tmp_path))
 
     plain = masked.with_name("plain")
-    trainer = Trainer(tiny_run.configure(run_file, *options_of(plain, tmp_path)), one_rank)
+    run = pretrain.build(tiny_run.configure(run_file, *options_of(plain, tmp_path)), one_rank)
     mask = np.frombuffer(masked.with_name("chat.mask.bin").read_bytes(), np.uint8)
     batches, index = [], 0
-    for batch in trainer.data.micro_batches(0):
+    for batch in run.data.micro_batches(0):
         targets = batch.targets.clone()
         for place in range(0, len(targets), 32):
-            window = trainer.inputs.order.sample(index).window
+            window = run.order.sample(index).window
             for offset in range(32):
                 if mask[window * 32 + offset + 1] == 0:
                     targets[place + offset] = IGNORE_INDEX
             index += 1
         batches.append(batch._replace(targets=targets))
     num_targets = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
-    unmasked = sum(batch.num_targets for batch in trainer.data.micro_batches(0))
+    unmasked = sum(batch.num_targets for batch in run.data.micro_batches(0))
     assert 0.3 * unmasked < num_targets < 0.7 * unmasked
-    trainer.passes.train(batches, num_targets, lambda phase: None)
-    by_hand = {name: parameter.grad.full_tensor() for name, parameter in trainer.model.named_parameters()}
+    run.passes.train(batches, num_targets, lambda phase: None)
+    by_hand = {name: parameter.grad.full_tensor() for name, parameter in run.model.named_parameters()}
     assert ours.keys() == by_hand.keys()
     assert all(torch.equal(ours[name], gradient) for name, gradient in by_hand.items())
 

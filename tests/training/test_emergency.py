@@ -10,14 +10,14 @@ import tiny_run
 import torch
 import torch.distributed as dist
 
-from retemper.engine import trainer as trainer_module
+from retemper.engine import pretrain
+from retemper.engine import step as step_module
 from retemper.engine.checkpoint.manifest import Manifest, read_manifest
 from retemper.engine.checkpoint.retention import reasons_to_keep
 from retemper.engine.data.loader import Prefetcher
 from retemper.engine.emergency import EmergencySave
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.trainer import Trainer
 
 OPTIONS = [
     "--training.train_tokens",
@@ -35,11 +35,11 @@ class Failure(RuntimeError):
     """As a kernel that does not run."""
 
 
-def fail_in(trainer, phase, patch, error):
+def fail_in(run, phase, patch, error):
     """Let ``phase`` of the step after :data:`STEP` raise."""
 
     def due():
-        return trainer.progress.step == STEP
+        return run.progress.step == STEP
 
     def failing(owner, name, first=lambda: None):
         function = getattr(owner, name)
@@ -52,7 +52,7 @@ def fail_in(trainer, phase, patch, error):
 
         patch.setattr(owner, name, wrapper)
 
-    decoder = trainer.model.decoders[0]
+    decoder = run.model.decoders[0]
     if phase == "forward":  # while the parameters are gathered
         failing(decoder.model.blocks[1], "forward")
     elif phase == "backward":
@@ -69,38 +69,39 @@ def fail_in(trainer, phase, patch, error):
     elif phase == "data":
         failing(Prefetcher, "get")
     elif phase == "clipping":
-        failing(trainer_module, "clip_grad_norm")
+        failing(step_module, "clip_grad_norm")
     elif phase == "update":
-        failing(trainer.optimizer, "step")
+        failing(run.optimizer, "step")
     elif phase == "report":
-        report = trainer._report
+        report = run.report.step
 
         def failing_report(*arguments):
-            if trainer.progress.step == STEP + 1:
+            if run.progress.step == STEP + 1:
                 raise error
-            report(*arguments)
+            return report(*arguments)
 
-        patch.setattr(trainer, "_report", failing_report)
+        patch.setattr(run.report, "step", failing_report)
     elif phase == "nan":  # of which no earlier step knows
 
         @torch.no_grad()
         def spoil():
-            next(iter(trainer.model.parameters())).to_local().view(-1)[3] = float("nan")
+            next(iter(run.model.parameters())).to_local().view(-1)[3] = float("nan")
 
-        failing(trainer.passes, "train", spoil)
+        failing(run.passes, "train", spoil)
 
 
 def train(ranks, path, overrides, phase, error):
     """What the run says, and what it raises, where ``phase`` of a step fails on this rank."""
     if ranks.world_size > 1:
         ranks = replace(ranks, store=dist.distributed_c10d._get_default_store())
-    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
+    run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
     with pytest.MonkeyPatch.context() as patch:
-        fail_in(trainer, phase, patch, error)
+        fail_in(run, phase, patch, error)
         try:
-            trainer.run()
+            pretrain.train(run)
         except Exception as raised:
-            return f"{type(raised).__name__}: {raised}"
+            kind = UserError if isinstance(raised, UserError) else type(raised)
+            return f"{kind.__name__}: {raised}"
     raise AssertionError("the run went through")
 
 

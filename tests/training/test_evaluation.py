@@ -9,8 +9,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from retemper.engine import pretrain
 from retemper.engine.data.dataset_writer import IndexedDatasetWriter
-from retemper.engine.trainer import Trainer
 
 LENGTH = 32  # of tiny_run's windows
 
@@ -26,13 +26,13 @@ def write(prefix, lengths, seed=5):
 
 def evaluated(ranks, path, overrides):
     """Losses of the validation sets before the first step, what the log says of the sets, and the weights."""
-    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
-    losses = trainer.validation.losses(trainer.passes, lambda: False)
+    run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
+    losses = run.validation.losses(run.passes, lambda: False)
     weights = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in trainer.model.named_parameters()
+        for name, p in run.model.named_parameters()
     }
-    return losses, trainer.validation.describe(), weights
+    return losses, run.validation.describe(), weights
 
 
 @torch.no_grad()

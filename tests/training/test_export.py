@@ -14,10 +14,10 @@ import tiny_run
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
+from retemper.engine import pretrain
 from retemper.engine.checkpoint.verify import find_damage
 from retemper.engine.conversion import dcp_to_hf
 from retemper.engine.errors import UserError
-from retemper.engine.trainer import Trainer
 
 CHECKPOINT, EXPORT = "checkpoints/step-00000004", "hf/step-00000004"
 COMMAND = str(Path(__file__).parents[2] / "checkpoint_convert" / "dcp_to_hf.py")
@@ -103,15 +103,15 @@ def test_a_run_that_is_asked_to_stop_breaks_the_export_off(two_ranks, run_file, 
 def test_a_checkpoint_that_is_damaged_meanwhile_is_not_exported(one_rank, run_file, tmp_path):
     options = [*hf_exports.SHORT, "--run_folder", str(tmp_path / "run"), "--checkpoint.save_interval", "2"]
     tiny_run.train(one_rank, run_file, [*options, "--checkpoint.export_hf", "false"])
-    trainer = Trainer(tiny_run.configure(run_file, *options), one_rank)
-    file = next((tmp_path / "run" / CHECKPOINT).glob("*.distcp"))
+    run = pretrain.build(tiny_run.configure(run_file, *options), one_rank)
+    file = next((tmp_path / "run" / CHECKPOINT).glob("*.safetensors"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"^checkpoint.export_hf: .*distcp: damaged.*; start the same command again: it"
+        UserError, match=r"^checkpoint.export_hf: .*safetensors: damaged.*; start the same command again: it"
     ):
-        trainer.run()
+        pretrain.train(run)
     assert not (tmp_path / "run" / EXPORT).exists()
     tiny_run.train(one_rank, run_file, options)
     assert (tmp_path / "run" / EXPORT).exists()

@@ -14,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub import errors
 
+from retemper.engine import pretrain
 from retemper.engine.checkpoint.assets import HfAssets, find_assets
 from retemper.engine.config import ModelConfig
 from retemper.engine.conversion import hf_to_dcp
@@ -21,7 +22,6 @@ from retemper.engine.errors import UserError
 from retemper.engine.hugging_face.hub_download import find_model_folder
 from retemper.engine.hugging_face.model import open_hf_model
 from retemper.engine.hugging_face.slices import load_hf_tensors
-from retemper.engine.trainer import Trainer
 from retemper.tools.rehearsal.request import read_architecture
 
 LAYOUTS = {
@@ -106,9 +106,9 @@ def test_a_run_that_resumes_does_not_look_at_the_folder_again(one_rank, hf_run, 
     tiny_run.train(one_rank, hf_run, [*options, "--training.train_tokens", str(4 * 8 * 32)])
     before = tiny_run.tensors_of(tmp_path / "run/checkpoints/step-00000004")
     shutil.rmtree(source)
-    trainer = Trainer(tiny_run.configure(hf_run, *options), one_rank)
-    assert trainer.progress.step == 4
-    for name, parameter in trainer.model.named_parameters():
+    run = pretrain.build(tiny_run.configure(hf_run, *options), one_rank)
+    assert run.progress.step == 4
+    for name, parameter in run.model.named_parameters():
         assert torch.equal(parameter.full_tensor(), before[name]), name
 
 
@@ -143,7 +143,7 @@ def test_a_file_that_is_cut_while_it_is_read_takes_a_line(hf, tmp_path):
 
 def test_tools_find_the_model_in_the_folder(hf):
     model = ModelConfig(initialize_from=str(hf))
-    assert read_architecture(model).vocab_size == find_assets(model, None).config["vocab_size"] == 98
+    assert read_architecture(model).vocab_size == find_assets(model).config["vocab_size"] == 98
 
 
 def spoil(folder, kind):

@@ -12,13 +12,13 @@ import pytest
 import tiny_run
 import yaml
 
+from retemper.engine import pretrain
 from retemper.engine.best import Measure, fingerprint
 from retemper.engine.checkpoint import destination
 from retemper.engine.checkpoint.destination import checkpoint_bytes
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar, hash_file
 from retemper.engine.errors import UserError
-from retemper.engine.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def folder(interrupted, tmp_path):
 
 
 def trainer_of(one_rank, run_file, folder, *options):
-    return Trainer(tiny_run.configure(run_file, "--run_folder", str(folder), *options), one_rank)
+    return pretrain.build(tiny_run.configure(run_file, "--run_folder", str(folder), *options), one_rank)
 
 
 def refused(one_rank, run_file, folder, *options):
@@ -137,14 +137,14 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_the_first_step(name, 
 
 
 def test_a_disk_smaller_than_a_checkpoint_is_refused(one_rank, run_file, folder, tmp_path, monkeypatch):
-    trainer = trainer_of(one_rank, run_file, folder)
-    size = trainer.store.expected_bytes
-    shards = (folder / "checkpoints" / "step-00000004").glob("*.distcp")
+    run = trainer_of(one_rank, run_file, folder)
+    size = run.store.expected_bytes
+    shards = (folder / "checkpoints" / "step-00000004").glob("*.safetensors")
     # What torch.save adds to each tensor is much in a model as small as this.
     assert (
         0.5 * sum(path.stat().st_size for path in shards)
         < size
-        == 12 * sum(parameter.numel() for parameter in trainer.model.parameters())
+        == 12 * sum(parameter.numel() for parameter in run.model.parameters())
     )
     for free, refuses in ((size - 1, True), (size, False)):
         monkeypatch.setattr(
@@ -169,26 +169,26 @@ def test_the_estimated_size_is_that_of_the_tensors(options, one_rank, run_file, 
         "0",
         *options,
     ]
-    trainer = trainer_of(one_rank, run_file, tmp_path, *options)
-    trainer.run()
+    run = trainer_of(one_rank, run_file, tmp_path, *options)
+    pretrain.train(run)
     tensors = tiny_run.tensors_of(tmp_path / "checkpoints" / "step-00000001")
     steps = [tensor for name, tensor in tensors.items() if name.startswith("optimizer.step.")]
     size = sum(tensor.nbytes for tensor in tensors.values()) - sum(tensor.nbytes for tensor in steps)
-    assert checkpoint_bytes(trainer.config, trainer.inputs.architecture) == size
+    assert checkpoint_bytes(run.config, run.start.architecture) == size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The best so far
 
 
-def best_notes(trainer):
-    return [line for line in trainer.remarks if "best evaluation starts over" in line]
+def best_notes(run):
+    return run.validation.measure.note_on(run.progress.best)
 
 
 def test_the_record_of_the_best_continues_where_the_same_is_measured(one_rank, run_file, folder):
     for options in ([], ["--training.micro_batch_size", "4"], ["--training.eval_interval", "3"]):
-        trainer = trainer_of(one_rank, run_file, folder, *options)
-        assert best_notes(trainer) == [] and trainer.validation.measure.describes(trainer.progress.best)
+        run = trainer_of(one_rank, run_file, folder, *options)
+        assert best_notes(run) == [] and run.validation.measure.describes(run.progress.best)
 
 
 @pytest.mark.parametrize(
@@ -206,14 +206,14 @@ def test_the_record_of_the_best_starts_over_where_something_else_is_measured(
 ):
     data = {name: str(run_file.parent / name) for name in ("validation", "first")}
     change = [part.replace("{validation}", data["validation"]).replace("{first}", data["first"]) for part in change]
-    trainer = trainer_of(one_rank, run_file, folder, *change, "--training.train_tokens", "1536", *EVERY_STEP)
-    former = trainer.progress.best
-    [line] = best_notes(trainer)
+    run = trainer_of(one_rank, run_file, folder, *change, "--training.train_tokens", "1536", *EVERY_STEP)
+    former = run.progress.best
+    [line] = best_notes(run)
     assert line.startswith("note: ") and f"{former['loss']:.4f}" in line
     # However much worse the loss is now.
-    trainer._evaluate = lambda: {trainer.validation.measure.name: 99.0}
-    trainer.run()
-    best = trainer.progress.best
+    run.validation.losses = lambda *_: {run.validation.measure.name: 99.0}
+    pretrain.train(run)
+    best = run.progress.best
     assert (best["step"], best["loss"]) == (5, 99.0)
     assert line in capsys.readouterr().out
 
@@ -226,18 +226,18 @@ EVERY_STEP = ["--training.eval_interval", "1", "--checkpoint.save_interval", "1"
 def test_the_fingerprint_does_not_depend_on_the_layout(one_rank, two_ranks, run_file, tmp_path):
     """Of a loss mask too, and of a set whose last micro-batch is filled up."""
     options = ["--run_folder", str(tmp_path), "--training.eval_tokens", "10000"]
-    expected = Trainer(tiny_run.configure(run_file, *options), one_rank).validation.measure.fingerprint
+    expected = pretrain.build(tiny_run.configure(run_file, *options), one_rank).validation.measure.fingerprint
     for more in ([], ["--training.micro_batch_size", "4"], ["--parallel.context", "2"]):
         assert two_ranks.run(measured, run_file, [*options, *more]) == [expected] * 2, more
 
 
 def measured(ranks, path, overrides):
-    return Trainer(tiny_run.configure(path, *overrides), ranks).validation.measure.fingerprint
+    return pretrain.build(tiny_run.configure(path, *overrides), ranks).validation.measure.fingerprint
 
 
 def test_a_fingerprint_changes_with_every_token_and_mask(one_rank, run_file, tmp_path):
-    trainer = trainer_of(one_rank, run_file, tmp_path)
-    batches = trainer.data.micro_batches(0)
+    run = trainer_of(one_rank, run_file, tmp_path)
+    batches = run.data.micro_batches(0)
     former = fingerprint(batches, True, 32, one_rank)
     assert former == fingerprint(reversed(batches), True, 32, one_rank) != fingerprint(batches, True, 64, one_rank)
     seen = {former}
@@ -319,9 +319,9 @@ def test_another_name_for_the_same_files_keeps_its_place_without_a_sidecar(one_r
     (tmp_path / "link.bin").symlink_to("first.bin")
     (tmp_path / "link.idx").symlink_to("first.idx")
     named = ["--data.train", f"[{{path: {tmp_path}/./first, weight: 2.0, name: web}}, {{path: {tmp_path / 'second'}}}]"]
-    trainer = trainer_of(one_rank, run_file, folder, *named)
-    assert [source.name for source in trainer.inputs.catalog.train] == ["first", "second"]
-    assert trainer.inputs.order.cursors(32)["first"] > 0
+    run = trainer_of(one_rank, run_file, folder, *named)
+    assert [source.name for source in run.catalog.train] == ["first", "second"]
+    assert run.order.cursors(32)["first"] > 0
 
 
 def test_what_cannot_be_told_apart_is_reported(one_rank, run_file, own_data, tmp_path):
@@ -334,8 +334,8 @@ def test_what_cannot_be_told_apart_is_reported(one_rank, run_file, own_data, tmp
     tiny_run.train_until(one_rank, run_file, ["--run_folder", str(folder), *own_data()], 5)
     for name in ("first", "second"):
         rename(tmp_path / name, tmp_path / f"{name}_new")
-    trainer = trainer_of(one_rank, run_file, folder, *own_data("first_new", "second_new"))
-    said = [line for line in trainer.remarks if "same data as first and second" in line]
+    run = trainer_of(one_rank, run_file, folder, *own_data("first_new", "second_new"))
+    said = [line for line in run.remarks if "same data as first and second" in line]
     assert len(said) == 2 and all(line.startswith("note: ") for line in said)
 
 
@@ -346,5 +346,5 @@ def test_other_data_under_another_name_is_a_new_source(one_rank, run_file, own_d
     tiny_run.train_until(one_rank, run_file, ["--run_folder", str(folder), *own_data()], 5)
     tiny_run.write_dataset(tmp_path / "third", seed=9)
     seal(tmp_path / "third")
-    trainer = trainer_of(one_rank, run_file, folder, *own_data("third"))
-    assert trainer.remarks == [] and trainer.inputs.order.cursors(32)["third"] == 0
+    run = trainer_of(one_rank, run_file, folder, *own_data("third"))
+    assert run.remarks == [] and run.order.cursors(32)["third"] == 0

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from retemper.engine.trainer import Trainer
+from retemper.engine import pretrain
 
 LAYOUTS = {
     "micro batch 8": (1, ["--training.micro_batch_size", "8"]),
@@ -51,9 +51,9 @@ def test_same_losses_over_20_steps(layout, on_ranks, run_file, reference, tmp_pa
 
 def test_transformers_in_a_plain_loop_gives_the_same_curve(one_rank, run_file, reference, tmp_path):
     """An independent loop: transformers' model, whole documents one at a time, torch's AdamW and clipping."""
-    trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(tmp_path)), one_rank)
+    run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(tmp_path)), one_rank)
     model = Qwen2ForCausalLM(Qwen2Config(**tiny_run.ARCHITECTURE, attn_implementation="eager"))
-    ours = {name: parameter.full_tensor() for name, parameter in trainer.model.named_parameters()}
+    ours = {name: parameter.full_tensor() for name, parameter in run.model.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(ours[name])
@@ -68,8 +68,8 @@ def test_transformers_in_a_plain_loop_gives_the_same_curve(one_rank, run_file, r
     for step in range(1, 21):
         losses, count = [], 0
         for index in range((step - 1) * 8, step * 8):
-            sample = trainer.inputs.order.sample(index)
-            source = trainer.inputs.catalog.train[sample.source]
+            sample = run.order.sample(index)
+            source = run.catalog.train[sample.source]
             window = source.window(sample.window, tiny_run.VOCAB_SIZE)
             stream = torch.from_numpy(np.append(window.tokens, window.targets[-1]))
             for document in stream.tensor_split(torch.from_numpy(window.ends + 1)):

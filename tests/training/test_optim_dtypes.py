@@ -8,8 +8,8 @@ import pytest
 import tiny_run
 import torch
 
+from retemper.engine import pretrain
 from retemper.engine.errors import UserError
-from retemper.engine.trainer import Trainer
 
 BF16_WEIGHTS = ["--training.weight_dtype", "bf16"]
 BF16_STATES = ["--optimizer.state_dtype", "bf16"]
@@ -72,15 +72,15 @@ def test_a_resume_with_wider_dtypes_goes_on_from_the_same_values_and_says_so(
     narrow, one_rank, run_file, tmp_path, capsys
 ):
     shutil.copytree(narrow, tmp_path / "run")
-    trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(tmp_path / "run")), one_rank)
-    assert type(trainer.optimizer) is torch.optim.AdamW
+    run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(tmp_path / "run")), one_rank)
+    assert type(run.optimizer) is torch.optim.AdamW
     stored = _tensors(narrow, "checkpoints/step-00000004")
-    for name, parameter in trainer.model.named_parameters():
-        state = trainer.optimizer.state[parameter]
+    for name, parameter in run.model.named_parameters():
+        state = run.optimizer.state[parameter]
         for key, value in [("", parameter), *((f"optimizer.{key}.", state[key]) for key in state)]:
             value = value.full_tensor() if hasattr(value, "full_tensor") else value
             assert value.dtype == torch.float32 and torch.equal(value, stored[key + name].float())
-    trainer.run()
+    pretrain.train(run)
     num_weights = sum(not name.startswith("optimizer.") for name in stored)
     assert f"{3 * num_weights} tensors of" in capsys.readouterr().out
     assert _dtypes(_tensors(tmp_path / "run")) == (torch.float32,) * 3
@@ -91,32 +91,32 @@ def test_a_resume_with_wider_dtypes_goes_on_from_the_same_values_and_says_so(
 )
 def test_a_resume_with_narrower_dtypes_is_refused(options, key, one_rank, run_file, reference):
     with pytest.raises(UserError, match=rf"{key} asks for bfloat16, but .*step-00000020 .* set {key} back"):
-        Trainer(tiny_run.configure(run_file, *options, "--run_folder", str(reference)), one_rank)
+        pretrain.build(tiny_run.configure(run_file, *options, "--run_folder", str(reference)), one_rank)
 
 
 def test_starting_from_fp32_weights_in_bf16_is_said(one_rank, run_file, reference, tmp_path, capsys):
     start = ["--model.initialize_from", str(reference / LAST), "--run_folder", str(tmp_path)]
-    trainer = Trainer(tiny_run.configure(run_file, *BF16_WEIGHTS, *start), one_rank)
+    run = pretrain.build(tiny_run.configure(run_file, *BF16_WEIGHTS, *start), one_rank)
     stored = _tensors(reference)
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in run.model.named_parameters():
         assert torch.equal(parameter.full_tensor(), stored[name].bfloat16())
-    trainer.run()
+    pretrain.train(run)
     assert "cast from float32 to bfloat16" in capsys.readouterr().out
 
 
 def accumulated(ranks, run_file, overrides):
     """Per parameter: dtype of the gradient of four micro-batches, its whole, and the float64 sum of the four's own."""
-    trainer = Trainer(tiny_run.configure(run_file, *overrides), ranks)
-    batches = trainer.data.micro_batches(0)
-    parameters = dict(trainer.model.named_parameters())
+    run = pretrain.build(tiny_run.configure(run_file, *overrides), ranks)
+    batches = run.data.micro_batches(0)
+    parameters = dict(run.model.named_parameters())
     sums = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
     for batch in batches:
-        trainer.passes.loss_sum(batch).backward()
+        run.passes.loss_sum(batch).backward()
         for name, parameter in parameters.items():
             sums[name] += parameter.grad.full_tensor().double()
             parameter.grad = None
     for batch in batches:
-        trainer.passes.loss_sum(batch).backward()
+        run.passes.loss_sum(batch).backward()
     return {
         name: (parameter.grad.dtype, parameter.grad.full_tensor(), sums[name]) for name, parameter in parameters.items()
     }

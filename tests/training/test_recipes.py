@@ -11,8 +11,8 @@ import pytest
 import tiny_run
 import yaml
 
+from retemper.engine import pretrain
 from retemper.engine.budget import learning_rate
-from retemper.engine.trainer import Trainer
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "continued_pretraining.md").read_text(encoding="utf-8")
 SMALL = {
@@ -58,9 +58,9 @@ def run(command, one_rank):
     assert words[2] == "--config"
     given = {key.removeprefix("--") for key in words[4::2]}
     options = [word for key, value in SMALL.items() if key not in given for word in (f"--{key}", value)]
-    trainer = Trainer(tiny_run.configure(Path(words[3]), *words[4:], *options), one_rank)
-    trainer.run()
-    return trainer
+    made = pretrain.build(tiny_run.configure(Path(words[3]), *words[4:], *options), one_rank)
+    pretrain.train(made)
+    return made
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
     said = capsys.readouterr().out
 
     # 1: the second schedule begins at the minimum of the first; a run extended before its decay is the longer run.
-    assert rewarmed.resume_from.name == f"step-{general.progress.step:08d}"
+    assert Path(rewarmed.start.folder).name == f"step-{general.progress.step:08d}"
     assert "changed     training.train_tokens 2,000 -> 4,000" in said
     at_the_seam = learning_rate(2_000, rewarmed.config.training, rewarmed.config.optimizer)
     ended_at = learning_rate(2_000, general.config.training, general.config.optimizer)
@@ -87,19 +87,19 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
     whole = [*SMALL_OPTIONS, "--run_folder", "runs/whole", "--training.train_tokens", "3000"]
     whole += ["--optimizer.schedule", "wsd", "--optimizer.decay_tokens", "200"]
     tiny_run.train(one_rank, Path("general.yaml"), whole)
-    first = int(longer.resume_from.name.removeprefix("step-"))
+    first = int(Path(longer.start.folder).name.removeprefix("step-"))
     after = [record for record in tiny_run.curve(Path("runs/whole")) if record[0] > first]
     assert after and tiny_run.curve(Path("runs/longer")) == after
     assert plateau.progress.tokens >= 2_000
 
     # 2: a fresh optimizer and clock, the weights of the other run.
-    assert medicine.resume_from is None and medicine.progress.step == -(-500 // (4 * 32))
+    assert medicine.start.resumed is None and medicine.progress.step == -(-500 // (4 * 32))
     stored = json.loads(
         Path("runs/medicine/checkpoints", f"step-{medicine.progress.step:08d}", "manifest.json").read_text()
     )
     assert stored["consumed_tokens"] == medicine.progress.tokens and set(stored["datasets"]) == {"medicine", "web"}
 
     # 3: one clock over both stages, and over both lengths.
-    assert annealed.inputs.order.cursors(annealed.progress.samples)["medicine"] > 0
-    assert lengthened.plan.sequence_length == 128 and lengthened.resume_from.parent == annealed.store.folder
+    assert annealed.order.cursors(annealed.progress.samples)["medicine"] > 0
+    assert lengthened.plan.sequence_length == 128 and Path(lengthened.start.folder).parent == annealed.store.folder
     assert lengthened.progress.tokens >= 2_400

@@ -11,12 +11,11 @@ import pytest
 import tiny_run
 import torch
 
-from retemper.engine import replicas
+from retemper.engine import pretrain, replicas
 from retemper.engine.checkpoint.tensors import optimizer_tensors
 from retemper.engine.errors import UserError
 from retemper.engine.optim.local import local_part
 from retemper.engine.replicas import hash_tensors, odd_numbers
-from retemper.engine.trainer import Trainer
 
 COPIES = ["--parallel.replicate", "2", "--parallel.shard", "1"]
 TENSOR = ["--parallel.tensor", "2", "--parallel.shard", "1"]
@@ -34,21 +33,20 @@ OPTIONS += ["--optimizer.min_learning_rate", "0"]
 
 def train(ranks, path, overrides, flips):
     """What the run says when ``flips``, {rank: (step, tensor, element, bit)}, come in its memory."""
-    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
-    make_step = trainer._step
+    run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
+    update = run.optimizer.step
 
-    def step(*batches):
-        result = make_step(*batches)
+    def step():
+        update()
         at, name, element, bit = flips.get(ranks.rank, (0, "", 0, 0))
-        if trainer.progress.step == at:
-            tensors = dict(trainer.model.named_parameters()) | optimizer_tensors(trainer.model, trainer.optimizer)
+        if run.progress.step + 1 == at:
+            tensors = dict(run.model.named_parameters()) | optimizer_tensors(run.model, run.optimizer)
             values = local_part(tensors[name].detach()).view(-1).view(torch.int32)
             values[element] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
-        return result
 
-    trainer._step = step
+    run.optimizer.step = step
     try:
-        trainer.run()
+        pretrain.train(run)
     except UserError as error:
         return str(error)
     return None

@@ -13,9 +13,9 @@ import tiny_run
 import torch
 from rank_cluster import CPU
 
+from retemper.engine import pretrain
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.trainer import Trainer
 
 
 def _checkpoints(run_folder):
@@ -104,9 +104,9 @@ _EVERY_4 = "the best by validation of those that are saved where it is evaluated
 def test_retention_keeps_the_newest_and_the_best(keep_best, rule, saved, best, one_rank, run_file, tmp_path, capsys):
     losses = {2: 5.0, 4: 4.0, 6: 3.0, 8: 3.5, 10: 3.6, 12: 3.2, 14: 3.1, 16: 3.4, 18: 3.3, 20: 3.9}
     overrides = ["--run_folder", str(tmp_path), "--checkpoint.keep_last", "1", "--checkpoint.keep_best", keep_best]
-    trainer = Trainer(tiny_run.configure(run_file, *overrides, "--training.eval_interval", "2"), one_rank)
-    trainer._evaluate = lambda: {"validation": losses[trainer.progress.step]}
-    trainer.run()
+    run = pretrain.build(tiny_run.configure(run_file, *overrides, "--training.eval_interval", "2"), one_rank)
+    run.validation.losses = lambda *_: {"validation": losses[run.progress.step]}
+    pretrain.train(run)
     lines = capsys.readouterr().out.splitlines()
     assert [int(line[-8:]) for line in lines if line.startswith("  saved ")] == saved
     assert _checkpoints(tmp_path) == [f"step-{best:08d}"] * (keep_best != "false") + ["step-00000020"]
@@ -138,17 +138,15 @@ def test_a_finished_run_has_nothing_to_do(one_rank, run_file, reference, capsys)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_once_and_ends_the_run(number, one_rank, run_file, reference, tmp_path, capsys):
-    trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(tmp_path)), one_rank)
-    make_step = trainer._step
+    run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(tmp_path)), one_rank)
 
-    def step_and_signal(*batches):
-        if trainer.progress.step == 5:
+    def signal_itself():
+        if run.progress.step == 5:
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)  # launchers repeat signals
-        return make_step(*batches)
 
-    trainer._step = step_and_signal
-    trainer.run()
+    tiny_run.before_step(run, signal_itself)
+    pretrain.train(run)
     assert _checkpoints(tmp_path) == ["step-00000004", "step-00000006"]
     assert "stopped at step 6" in capsys.readouterr().out
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
@@ -170,25 +168,25 @@ def test_weights_that_the_update_broke_are_never_saved(one_rank, run_file, tmp_p
     tiny_run.train_until(one_rank, run_file, overrides, 5)
     # Without an evaluation, which would notice first, the check of the weights stands alone.
     overrides += ["--training.eval_interval", "0", "--checkpoint.save_interval", "1"]
-    trainer = Trainer(tiny_run.configure(run_file, *overrides), one_rank)
-    update = trainer.optimizer.step
+    run = pretrain.build(tiny_run.configure(run_file, *overrides), one_rank)
+    update = run.optimizer.step
 
     def broken_update():
         update()
         with torch.no_grad():
-            next(iter(trainer.model.parameters())).mul_(float("inf"))
+            next(iter(run.model.parameters())).mul_(float("inf"))
 
-    trainer.optimizer.step = broken_update
+    run.optimizer.step = broken_update
     with pytest.raises(UserError, match=r"step 5: the update made weights .* the newest checkpoint is .*step-00000004"):
-        trainer.run()
+        pretrain.train(run)
     assert _checkpoints(tmp_path) == ["step-00000004"]
 
 
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(one_rank, run_file, tmp_path):
-    trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(tmp_path)), one_rank)
-    trainer._evaluate = lambda: {"validation": float("nan")}
+    run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(tmp_path)), one_rank)
+    run.validation.losses = lambda *_: {"validation": float("nan")}
     with pytest.raises(UserError, match="step 5: validation loss of validation nan: not finite"):
-        trainer.run()
+        pretrain.train(run)
     assert _checkpoints(tmp_path) == ["step-00000004"]
 
 
@@ -237,7 +235,7 @@ def test_a_bad_token_in_a_validation_set_is_refused_before_the_training(one_rank
 
 def _refused(one_rank, run_file, *overrides):
     with pytest.raises(UserError) as error:
-        Trainer(tiny_run.configure(run_file, *overrides), one_rank)
+        pretrain.build(tiny_run.configure(run_file, *overrides), one_rank)
     return str(error.value)
 
 
@@ -271,7 +269,7 @@ def test_other_data_under_the_same_name_is_refused(one_rank, run_file, interrupt
 def test_a_damaged_checkpoint_is_refused_in_one_line(one_rank, run_file, interrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(interrupted, folder)
-    shard = next((folder / "checkpoints" / "step-00000004").glob("*.distcp"))
+    shard = next((folder / "checkpoints" / "step-00000004").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:1000])
     assert "step-00000004" in _refused(one_rank, run_file, "--run_folder", str(folder))
 
@@ -279,18 +277,16 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(one_rank, run_file, interru
 def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(one_rank, run_file, tmp_path):
     overrides = ["--run_folder", str(tmp_path), "--optimizer.clip_grad_norm", "0", "--optimizer.beta2", "0"]
     overrides += ["--training.max_skipped_steps", "0"]
-    trainer = Trainer(tiny_run.configure(run_file, *overrides), one_rank)
-    make_step = trainer._step
+    run = pretrain.build(tiny_run.configure(run_file, *overrides), one_rank)
 
-    def poisoned(*batches):
-        if trainer.progress.step == 5:
+    def poison():
+        if run.progress.step == 5:
             with torch.no_grad():
-                next(iter(trainer.model.parameters())).fill_(float("nan"))
-        return make_step(*batches)
+                next(iter(run.model.parameters())).fill_(float("nan"))
 
-    trainer._step = poisoned
+    tiny_run.before_step(run, poison)
     with pytest.raises(UserError, match="step 6: loss nan"):
-        trainer.run()
+        pretrain.train(run)
     assert _checkpoints(tmp_path) == ["step-00000004"]
 
 
@@ -299,10 +295,10 @@ def test_new_sources_join_a_run_and_old_ones_go_on_from_their_place(one_rank, ru
     shutil.copytree(interrupted, folder)
     tiny_run.write_dataset(tmp_path / "third", seed=9)
     sources = f"[{{path: {tmp_path / 'third'}}}, {{path: {run_file.parent / 'first'}}}]"
-    former = Trainer(tiny_run.configure(run_file, "--run_folder", str(interrupted)), Ranks(0, 1, CPU)).inputs.order
-    order = Trainer(
+    former = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(interrupted)), Ranks(0, 1, CPU)).order
+    order = pretrain.build(
         tiny_run.configure(run_file, "--run_folder", str(folder), "--data.train", sources), one_rank
-    ).inputs.order
+    ).order
     consumed = 4 * 8
     given = former.cursors(consumed)["first"]
     assert order.cursors(consumed) == {**former.cursors(consumed), "third": 0}

@@ -9,8 +9,9 @@ import pytest
 import tiny_run
 import torch
 
+from retemper.engine import pretrain
+from retemper.engine import rewind as rewind_module
 from retemper.engine.checkpoint.manifest import read_manifest
-from retemper.engine.trainer import Trainer
 
 BATCH, STEPS = 8, 44
 SPIKE = 40
@@ -97,16 +98,14 @@ def test_an_evaluation_that_the_checkpoint_lacks_is_made_again(one_rank, run_fil
     options = [*OPTIONS, "--training.eval_interval", "10", "--run_folder", str(tmp_path)]
     # So low that the loss falls steadily.
     options += ["--optimizer.learning_rate", "1e-3", "--optimizer.min_learning_rate", "1e-4"]
-    trainer = Trainer(tiny_run.configure(run_file, *options), one_rank)
-    make_step = trainer._step
+    run = pretrain.build(tiny_run.configure(run_file, *options), one_rank)
 
-    def step(*batches):
-        if trainer.progress.step == TARGET - 1:
-            trainer.stop.stop_after(0.0)
-        return make_step(*batches)
+    def ask_to_stop():
+        if run.progress.step == TARGET - 1:
+            run.stop.stop_after(0.0)
 
-    trainer._step = step
-    trainer.run()
+    tiny_run.before_step(run, ask_to_stop)
+    pretrain.train(run)
     assert _manifest(tmp_path, TARGET)["evaluation"] == {}
     assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
     assert _manifest(tmp_path, 36)["best"]["step"] == TARGET
@@ -117,7 +116,7 @@ def test_an_evaluation_that_the_checkpoint_lacks_is_made_again(one_rank, run_fil
 def test_a_damaged_checkpoint_is_not_gone_back_to(one_rank, run_file, tmp_path):
     options = [*OPTIONS, "--run_folder", str(tmp_path)]
     tiny_run.train_until(one_rank, run_file, options, SPIKE - 1)
-    file = next((tmp_path / "checkpoints" / f"step-{TARGET:08d}").glob("*.distcp"))
+    file = next((tmp_path / "checkpoints" / f"step-{TARGET:08d}").glob("*.safetensors"))
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
@@ -234,15 +233,15 @@ def test_few_checkpoints_are_enough(one_rank, rewound, run_file, tmp_path):
 
 @pytest.mark.slow
 def test_asked_to_stop_in_the_step_of_a_spike(one_rank, rewound, run_file, tmp_path, monkeypatch, capfd):
-    go_back = Trainer._go_back
+    go_back = rewind_module.go_back
 
-    def asked_meanwhile(trainer, rewind):
-        trainer.stop.stop_after(0.0)
-        go_back(trainer, rewind)
+    def asked_meanwhile(run, rewind):
+        run.stop.stop_after(0.0)
+        go_back(run, rewind)
 
     options = [*OPTIONS, "--run_folder", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_go_back", asked_meanwhile)
+        patch.setattr(rewind_module, "go_back", asked_meanwhile)
         assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
     said = capfd.readouterr().out
     assert f"stopped at step {TARGET} as asked, gone back to before a spike; resume: auto continues\n" in said

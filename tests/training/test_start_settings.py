@@ -8,9 +8,8 @@ import shutil
 import pytest
 import tiny_run
 
-from retemper.engine import precision
+from retemper.engine import precision, pretrain
 from retemper.engine.errors import UserError
-from retemper.engine.trainer import Trainer
 
 
 def said(capsys) -> list[str]:
@@ -67,7 +66,7 @@ def test_the_folder_of_a_run_without_checkpoints_is_refused(one_rank, run_file, 
     folder = tiny_run.copy_of(reference, tmp_path / "run")
     newest = max(folder.glob("checkpoints/step-*"))
     options = ["--run_folder", str(tmp_path / "new"), "--model.initialize_from", str(folder)]
-    shard = next(newest.glob("*.distcp"))
+    shard = next(newest.glob("*.safetensors"))
     shard.write_bytes(b"\0" + shard.read_bytes()[1:])
     assert str(newest) in tiny_run.refusal(one_rank, run_file, options)
     for checkpoint in folder.glob("checkpoints/step-*"):
@@ -76,7 +75,7 @@ def test_the_folder_of_a_run_without_checkpoints_is_refused(one_rank, run_file, 
     assert message == f"{folder}: the folder of a run without a complete checkpoint; name a checkpoint"
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(UserError, match="not a complete checkpoint"):
-        Trainer(tiny_run.configure(run_file, *options), one_rank)
+        pretrain.build(tiny_run.configure(run_file, *options), one_rank)
     assert not (tmp_path / "new").exists()
 
 

@@ -13,10 +13,10 @@ import torch
 import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from retemper.engine import pretrain
 from retemper.engine.garbage import GarbageSchedule
 from retemper.engine.optim.adamw import CompactAdamW
 from retemper.engine.parallel.process_group import process_group
-from retemper.engine.trainer import Trainer
 
 # Operators whose result is a host value, or whose output's shape is: on a GPU each of them waits for it.
 WAITING = {
@@ -64,15 +64,15 @@ def test_the_counter_sees_what_waits():
 
 @pytest.mark.parametrize("overrides", [[], ["--parallel.recompute", "selective"], ["--optimizer.state_dtype", "bf16"]])
 def test_a_step_reads_nothing_back(overrides, one_rank, run_file, tmp_path):
-    trainer = Trainer(tiny_run.configure(run_file, "--run_folder", str(tmp_path), *overrides), one_rank)
-    steps = [trainer.data.micro_batches(first) for first in (0, 8)]
+    run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(tmp_path), *overrides), one_rank)
+    steps = [run.data.micro_batches(first) for first in (0, 8)]
     assert len(steps[0]) == 4
-    trainer._step(steps[0], 200.0)  # states and constants are made in the first one
+    pretrain.one_step(run, steps[0], 200.0)  # states and constants are made in the first one
     # PyTorch's fused AdamW counts steps on the device; CompactAdamW counts them on the host, where it reads them.
-    compact = isinstance(trainer.optimizer, CompactAdamW)
-    steps_on_host = [state["step"] for state in trainer.optimizer.state.values()] if compact else []
+    compact = isinstance(run.optimizer, CompactAdamW)
+    steps_on_host = [state["step"] for state in run.optimizer.state.values()] if compact else []
     with Waits(steps_on_host) as waits:
-        result = trainer._step(steps[1], 200.0)
+        result = pretrain.one_step(run, steps[1], 200.0)
     assert not waits.counts
     assert result.loss.item() > 0
 
@@ -88,17 +88,17 @@ def test_a_step_on_a_gpu_does_not_wait(overrides, run_file, tmp_path):
 def _steps_on_a_gpu(_, run_file, overrides):
     """Steps of uploading, forward, backward, clipping and update, in which PyTorch refuses to wait for the GPU."""
     with process_group("cuda", 60) as ranks:
-        trainer = Trainer(tiny_run.configure(run_file, "--device", "cuda", *overrides), ranks)
-        steps = [trainer._prepare(first) for first in range(0, 48, 8)]
+        run = pretrain.build(tiny_run.configure(run_file, "--device", "cuda", *overrides), ranks)
+        steps = [run.data.micro_batches(first) for first in range(0, 48, 8)]
         for batches in steps[:4]:  # compiling and first allocations wait
-            trainer._step(batches, 200.0)
+            pretrain.one_step(run, batches, 200.0)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            results = [trainer._step(batches, 200.0) for batches in steps[4:]]
+            results = [pretrain.one_step(run, batches, 200.0) for batches in steps[4:]]
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(result.loss.isfinite() for result in results)
-        del trainer, results
+        del run, results
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_prefetching_changes_no_bit(settings, two_ranks, run_file, tmp_path):
 def test_which_blocks_are_gathered_ahead(count, one_rank, run_file, tmp_path):
     """FSDP is told the next blocks in the order of each pass."""
     overrides = ["--run_folder", str(tmp_path), "--parallel.prefetch_blocks", str(count)]
-    model = Trainer(tiny_run.configure(run_file, *overrides), one_rank).model.decoders[0]
+    model = pretrain.build(tiny_run.configure(run_file, *overrides), one_rank).model.decoders[0]
     first, second = (layer._get_fsdp_state() for layer in model.model.blocks)
     root = model._get_fsdp_state()
     forward = {state: state._states_to_forward_prefetch for state in (root, first, second)}
@@ -185,17 +185,12 @@ def test_the_collector_is_restored_after_an_error_and_left_as_it_was():
 
 
 def test_a_run_collects_as_configured(one_rank, run_file, tmp_path, monkeypatch):
-    collected, make_step = [], Trainer._step
-    enabled = []
-
-    def step(self, *batches):
-        enabled.append(gc.isenabled())
-        return make_step(self, *batches)
-
-    monkeypatch.setattr(Trainer, "_step", step)
+    collected, enabled = [], []
     monkeypatch.setattr(GarbageSchedule, "step_done", lambda self, number: collected.append(number))
     config = tiny_run.configure(run_file, "--run_folder", str(tmp_path), "--training.train_tokens", "1024")
-    Trainer(config, one_rank).run()
+    run = pretrain.build(config, one_rank)
+    tiny_run.before_step(run, lambda: enabled.append(gc.isenabled()))
+    pretrain.train(run)
     assert collected == [1, 2, 3, 4]
     assert enabled == [False] * 4
     assert gc.isenabled()

@@ -12,13 +12,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.tensor import DTensor
 
+from retemper.engine import pretrain
 from retemper.engine.checkpoint.tensors import training_tensors
 from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.errors import UserError
 from retemper.engine.health import MAX_STEPS_WITHOUT_TARGETS, Health
-from retemper.engine.observe.loggers import MetricLog
+from retemper.engine.observe.metrics_file import MetricsFile
+from retemper.engine.observe.observer import StepRecord
+from retemper.engine.observe.tensorboard import TensorBoard
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.trainer import Trainer
+from retemper.engine.run_state import Progress
 
 CONSTANT_RATE = ["--optimizer.min_learning_rate", "1e-2", "--training.warmup_tokens", "0"]
 STEPS = 14
@@ -28,13 +31,13 @@ IN_BF16 = ["--training.weight_dtype", "bf16", "--optimizer.state_dtype", "bf16"]
 def tensors_after(ranks, path, overrides, plan):
     """All weights and optimizer states, whole, after steps on the numbered global batches of ``plan``; None: one
     without targets."""
-    trainer = Trainer(tiny_run.configure(path, *CONSTANT_RATE, *overrides), ranks)
+    run = pretrain.build(tiny_run.configure(path, *CONSTANT_RATE, *overrides), ranks)
     for number in plan:
-        batches = trainer.data.micro_batches(8 * (number or 0))
+        batches = run.data.micro_batches(8 * (number or 0))
         if number is None:
             batches = [batch.without_targets() for batch in batches]
-        trainer._step(batches, ranks.sum(tiny_run.count_targets(batches, trainer.mesh)))
-    tensors = training_tensors(trainer.model, trainer.optimizer)
+        pretrain.one_step(run, batches, ranks.sum(tiny_run.count_targets(batches, run.mesh)))
+    tensors = training_tensors(run.model, run.optimizer)
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 
 
@@ -64,18 +67,18 @@ def test_it_is_the_same_on_two_ranks(two_ranks, run_file, tmp_path):
 
 def gradients_where_one_rank_has_none(ranks, path, overrides):
     """Gradients of a step in which only the main rank has targets; its micro-batches, and their number of targets."""
-    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
-    batches = trainer.data.micro_batches(0)
+    run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
+    batches = run.data.micro_batches(0)
     mine = batches if ranks.is_main else [batch.without_targets() for batch in batches]
-    count = ranks.sum(tiny_run.count_targets(mine, trainer.mesh))
-    trainer.passes.train(mine, count, lambda phase: None)
-    return tiny_run.gradients(trainer), batches, count
+    count = ranks.sum(tiny_run.count_targets(mine, run.mesh))
+    run.passes.train(mine, count, lambda phase: None)
+    return tiny_run.gradients(run), batches, count
 
 
 def test_a_rank_without_targets_adds_nothing(two_ranks, one_rank, run_file, tmp_path):
     overrides = ["--run_folder", str(tmp_path)]
     (shared, batches, count), _ = two_ranks.run(gradients_where_one_rank_has_none, run_file, overrides)
-    alone = Trainer(tiny_run.configure(run_file, *overrides), one_rank)
+    alone = pretrain.build(tiny_run.configure(run_file, *overrides), one_rank)
     alone.passes.train(batches, count, lambda phase: None)
     expected = tiny_run.gradients(alone)
     assert count == sum(batch.num_targets for batch in batches) and shared.keys() == expected.keys()
@@ -107,10 +110,10 @@ def test_what_a_run_says_and_saves(sparse, one_rank, run_file, tmp_path, capfd):
     """The loss is null exactly where counting by hand finds no target; checkpoints before and after are equal; a run
     that resumes counts on, also from before the first update."""
     overrides = options(sparse, tmp_path / "run", "--training.loss_spike_zscore", "50")
-    trainer = Trainer(tiny_run.configure(run_file, *overrides), one_rank)
-    counts = [sum(batch.num_targets for batch in trainer.data.micro_batches(2 * step)) for step in range(STEPS)]
+    run = pretrain.build(tiny_run.configure(run_file, *overrides), one_rank)
+    counts = [sum(batch.num_targets for batch in run.data.micro_batches(2 * step)) for step in range(STEPS)]
     assert 3 <= counts.count(0) <= STEPS - 3 and counts[0] == 0
-    trainer.run()
+    pretrain.train(run)
     records = [record for record in tiny_run.records(tmp_path / "run") if "evaluation" not in record]
     assert [record["loss"] is None for record in records] == [count == 0 for count in counts]
     assert [record["grad_norm"] is None for record in records] == [count == 0 for count in counts]
@@ -124,7 +127,7 @@ def test_what_a_run_says_and_saves(sparse, one_rank, run_file, tmp_path, capfd):
     saved = [tiny_run.tensors_of(checkpoint) for checkpoint in checkpoints]
     for before, after, count in zip(saved[:-1], saved[1:], counts[1:], strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before) == (count == 0)
-    assert len(trainer.health.state()["losses"]) == STEPS - counts.count(0)
+    assert len(run.guards.step_guard.state()["losses"]) == STEPS - counts.count(0)
 
     shutil.copytree(tmp_path / "run", tmp_path / "resumed")
     for checkpoint in checkpoints[1:]:
@@ -174,10 +177,11 @@ def test_neither_spikes_nor_skipped_steps_take_notice_of_it():
 
 
 def test_tensorboard_gets_no_scalar_for_what_there_is_none_of(tmp_path):
-    log = MetricLog(tmp_path, None, active=True, tensorboard=True)
-    log.open()
-    log.record(3, 96, {"loss": None, "grad_norm": None, "learning_rate": 0.5})
-    log.close()
+    record = StepRecord(Progress(3, 3, 96), {"loss": None, "grad_norm": None, "learning_rate": 0.5}, 0, 0.0, [])
+    for observer in (MetricsFile(tmp_path, print), TensorBoard(tmp_path, print)):
+        observer.start(None)
+        observer.step(record)
+        observer.end()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["train/learning_rate"]

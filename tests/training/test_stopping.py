@@ -13,9 +13,8 @@ import pytest
 import stop_cases
 import tiny_run
 
-from retemper.engine import stopping
+from retemper.engine import pretrain, stopping
 from retemper.engine.stopping import NOTICES, REQUESTS, StopRequest
-from retemper.engine.trainer import Trainer
 
 # Enough windows that an evaluation takes several turns.
 OPTIONS = ["--training.eval_tokens", "2000", "--training.train_tokens", str(10 * 8 * 32), "--device", "cpu"]
@@ -23,9 +22,9 @@ OPTIONS = ["--training.eval_tokens", "2000", "--training.train_tokens", str(10 *
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts processes that have imported the trainer already."""
+    """Starts processes that have imported the run already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["retemper.engine.pretrain", "retemper.engine.trainer"])
+    context.set_forkserver_preload(["retemper.engine.pretrain", "retemper.engine.start"])
     return context
 
 
@@ -141,17 +140,15 @@ def test_a_limit_of_time_is_a_wish_to_stop(one_rank, run_file, tmp_path, capsys)
 
 def test_a_run_past_its_limit_saves_at_the_next_step(one_rank, run_file, tmp_path, capsys):
     overrides = [*OPTIONS, "--training.stop_after_minutes", "1000", "--run_folder", str(tmp_path)]
-    trainer = Trainer(tiny_run.configure(run_file, *overrides), one_rank)
-    make_step = trainer._step
+    run = pretrain.build(tiny_run.configure(run_file, *overrides), one_rank)
 
-    def step(*batches):
-        if trainer.progress.step == 6:
-            trainer.stop._began -= 60 * 1000
-            trainer.stop.stop_after(trainer.config.training.stop_after_minutes)
-        return make_step(*batches)
+    def pass_the_limit():
+        if run.progress.step == 6:
+            run.stop._began -= 60 * 1000
+            run.stop.stop_after(run.config.training.stop_after_minutes)
 
-    trainer._step = step
-    trainer.run()
+    tiny_run.before_step(run, pass_the_limit)
+    pretrain.train(run)
     assert _checkpoints(tmp_path) == ["step-00000004", "step-00000007"]
     assert "stopped at step 7 as asked" in capsys.readouterr().out
 

@@ -11,11 +11,11 @@ import tiny_run
 import torch
 from torch import nn
 
+from retemper.engine import pretrain
 from retemper.engine.data.loader import Prefetcher
 from retemper.engine.observe import stragglers
-from retemper.engine.observe.loggers import MetricLog
+from retemper.engine.observe.observer import ConsoleLines
 from retemper.engine.observe.stragglers import Stragglers, Times
-from retemper.engine.trainer import Trainer
 
 STEPS = 4
 OPTIONS = ["--training.train_tokens", str(STEPS * 8 * 32), "--training.eval_interval", "2"]
@@ -24,20 +24,20 @@ SLEEP = 0.2
 
 def train(ranks, path, overrides, slow_rank=None, part=None):
     """What the run says, in which ``slow_rank`` sleeps in every step: in waiting for data, or in its first block."""
-    trainer, lines = Trainer(tiny_run.configure(path, *overrides), ranks), []
+    run, lines = pretrain.build(tiny_run.configure(path, *overrides), ranks), []
+    run.report.observers.append(ConsoleLines(lines.append))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricLog, "say", lambda log, line: lines.append(line))
         if ranks.rank == slow_rank:
-            block = trainer.model.decoders[0].model.blocks[0]
+            block = run.model.decoders[0].model.blocks[0]
             owner, name = (Prefetcher, "get") if part == "data" else (block, "forward")
-            run = getattr(owner, name)
+            function = getattr(owner, name)
 
             def slowly(*arguments, **named):
                 time.sleep(SLEEP)
-                return run(*arguments, **named)
+                return function(*arguments, **named)
 
             patch.setattr(owner, name, slowly)
-        trainer.run()
+        pretrain.train(run)
     return lines
 
 

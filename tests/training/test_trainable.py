@@ -10,12 +10,12 @@ import tiny_run
 import torch
 import yaml
 
+from retemper.engine import pretrain
 from retemper.engine.checkpoint.tensors import stored_tensors
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.observe import progress
 from retemper.engine.observe.summary import describe_run
 from retemper.engine.parallel.layout import plan_layout
-from retemper.engine.trainer import Trainer
 from retemper.tools.plan import main as plan
 from retemper.tools.rehearsal.formulas import rough_prediction
 from retemper.tools.rehearsal.gpus import GPUS
@@ -46,19 +46,17 @@ def stage_one(one_rank, untied_file, tmp_path_factory) -> Path:
 
 
 def first_weights(ranks, path: Path, folder: Path) -> dict[str, torch.Tensor]:
-    trainer = Trainer(tiny_run.configure(path, "--run_folder", str(folder)), ranks)
-    return {name: parameter.full_tensor().clone() for name, parameter in trainer.model.named_parameters()}
+    run = pretrain.build(tiny_run.configure(path, "--run_folder", str(folder)), ranks)
+    return {name: parameter.full_tensor().clone() for name, parameter in run.model.named_parameters()}
 
 
 def present_gradients(ranks, path: Path, overrides: list[str]) -> dict[str, torch.Tensor | None]:
     """Full gradients of the first global batch; None for parameters without."""
-    trainer = Trainer(tiny_run.configure(path, *overrides), ranks)
-    batches = trainer.data.micro_batches(0)
-    num_targets = ranks.sum(tiny_run.count_targets(batches, trainer.mesh))
-    trainer.passes.train(batches, num_targets, lambda phase: None)
-    return {
-        name: None if p.grad is None else p.grad.full_tensor().clone() for name, p in trainer.model.named_parameters()
-    }
+    run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
+    batches = run.data.micro_batches(0)
+    num_targets = ranks.sum(tiny_run.count_targets(batches, run.mesh))
+    run.passes.train(batches, num_targets, lambda phase: None)
+    return {name: None if p.grad is None else p.grad.full_tensor().clone() for name, p in run.model.named_parameters()}
 
 
 def test_only_embeddings_change_and_only_they_have_states(one_rank, untied_file, stage_one, tmp_path):
@@ -148,10 +146,10 @@ def test_tied_embeddings_and_bf16_weights(one_rank, run_file, tmp_path):
 def test_second_stage_starts_from_the_first(one_rank, untied_file, stage_one, tmp_path):
     last = sorted((stage_one / "checkpoints").iterdir())[-1]
     trained = tiny_run.tensors_of(last)
-    trainer = Trainer(
+    run = pretrain.build(
         tiny_run.configure(untied_file, "--run_folder", str(tmp_path), "--model.initialize_from", str(last)), one_rank
     )
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in run.model.named_parameters():
         assert parameter.requires_grad and torch.equal(parameter.full_tensor(), trained[name])
 
 
@@ -166,14 +164,16 @@ def test_speed_counts_no_gradients_of_frozen_weights(one_rank, untied_file, tmp_
     """The MFU of the metrics, by a peak that is made up, and the summary."""
     monkeypatch.setattr(progress, "device_peak_flops", lambda device: 1e9)
     budget = ["--training.train_tokens", "512", "--training.warmup_tokens", "0", "--training.eval_interval", "0"]
-    trainer = Trainer(tiny_run.configure(untied_file, "--run_folder", str(tmp_path / "run"), *budget, *ONLY), one_rank)
-    trainer.run()
+    run = pretrain.build(
+        tiny_run.configure(untied_file, "--run_folder", str(tmp_path / "run"), *budget, *ONLY), one_rank
+    )
+    pretrain.train(run)
     records = [record for record in tiny_run.records(tmp_path / "run") if "mfu" in record]
     expected = flops_of_embeddings(pair=6)
     assert len(records) == 2
     for record in records:
         assert record["mfu"] * 1e9 / record["tokens_per_second_per_rank"] == pytest.approx(expected)
-    lines = describe_run(trainer.config, trainer.plan, one_rank, trainer.inputs, 2, "new", trainer.precision)
+    lines = describe_run(run)
     assert lines[-1].startswith(f"FLOPs/token {expected:.4g} (all pairs")
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch.distributed.tensor import DTensor
 
+from retemper.engine import pretrain
 from retemper.engine.checkpoint.manifest import sealed
 from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.config import RunConfig
@@ -21,7 +22,7 @@ from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.errors import UserError
 from retemper.engine.evaluation import count_targets
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.trainer import Trainer
+from retemper.engine.run_state import Run
 
 VOCAB_SIZE = 97
 EOD = VOCAB_SIZE - 1
@@ -87,26 +88,35 @@ def configure(path: Path, *overrides: str) -> RunConfig:
 
 def train(ranks: Ranks, path: Path, overrides: list[str]) -> None:
     """The whole run."""
-    Trainer(configure(path, *overrides), ranks).run()
+    pretrain.train(pretrain.build(configure(path, *overrides), ranks))
 
 
 def train_until(ranks: Ranks, path: Path, overrides: list[str], step: int) -> None:
     """The run, left without ceremony after ``step`` steps (and what is saved by then)."""
-    trainer = Trainer(configure(path, *overrides), ranks)
-    make_step = trainer._step
+    run = pretrain.build(configure(path, *overrides), ranks)
 
     class Left(BaseException):
         pass
 
-    def counted(*batches):
-        if trainer.progress.step == step:
-            trainer.saver.wait()
+    def leave_in_time():
+        if run.progress.step == step:
+            run.saver.wait()
             raise Left
-        return make_step(*batches)
 
-    trainer._step = counted
+    before_step(run, leave_in_time)
     with contextlib.suppress(Left):
-        trainer.run()
+        pretrain.train(run)
+
+
+def before_step(run: Run, action: Callable[[], object]) -> None:
+    """Call ``action`` in every step of ``run`` between its data and its passes."""
+    passes_train = run.passes.train
+
+    def train_after(*arguments):
+        action()
+        return passes_train(*arguments)
+
+    run.passes.train = train_after
 
 
 def refusal(ranks: Ranks, path: Path, overrides: list[str]) -> str:
@@ -120,18 +130,18 @@ def refusal(ranks: Ranks, path: Path, overrides: list[str]) -> str:
 
 def first_gradients(ranks: Ranks, path: Path, overrides: list[str]) -> dict[str, torch.Tensor]:
     """Full gradients of the first global batch, before clipping, by parameter name."""
-    trainer = Trainer(configure(path, *overrides), ranks)
-    batches = trainer.data.micro_batches(0)
-    num_targets = ranks.sum(count_targets(batches, trainer.mesh))
-    trainer.passes.train(batches, num_targets, lambda phase: None)
-    return gradients(trainer)
+    run = pretrain.build(configure(path, *overrides), ranks)
+    batches = run.data.micro_batches(0)
+    num_targets = ranks.sum(count_targets(batches, run.mesh))
+    run.passes.train(batches, num_targets, lambda phase: None)
+    return gradients(run)
 
 
-def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+def gradients(run: Run) -> dict[str, torch.Tensor]:
     """Full gradients of this rank's parameters, by name."""
     return {
         name: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
-        for name, p in trainer.model.named_parameters()
+        for name, p in run.model.named_parameters()
     }
 
 

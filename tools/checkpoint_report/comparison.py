@@ -1,4 +1,4 @@
-"""What differs between two checkpoints."""
+"""List the differences between two checkpoints."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...engine.checkpoint.manifest import Manifest, read_manifest
-from ...engine.checkpoint.tensors import StoredTensor, load_tensors, stored_tensors
+from ...engine.checkpoint.tensors import load_tensors, stored_tensors
 from ...engine.parallel.agreement import flatten
+from ...engine.streaming.tensor_source import StoredTensor
 
 _GROUP_BYTES = 1 << 30
-"""Values that are in memory at a time, of each checkpoint. Every group costs a reading of the metadata."""
+"""Bytes of values that are in memory at a time, of each checkpoint. Every group reads the metadata once."""
 
 
 def compare(first: Path, second: Path, say: Callable[[str], None] = print) -> int:
-    """Say how much differs, then what, a line each; returns the number of differences.
+    """Print the number of differences, then each on a line; return the number.
 
-    Values are compared in float64. The files' hashes are left out: they differ where anything does.
+    Values are compared in float64. The files' hashes are not compared: they differ if anything does.
 
     Raises:
-        UserError: one of them is no checkpoint, or damaged.
+        UserError: one of them is not a checkpoint, or damaged.
     """
     manifests = read_manifest(first), read_manifest(second)
     here, there = stored_tensors(first), stored_tensors(second)
@@ -54,7 +55,7 @@ def _manifest_differences(first: Manifest, second: Manifest) -> Iterator[str]:
 def _tensor_differences(
     first: Path, second: Path, here: dict[str, StoredTensor], there: dict[str, StoredTensor]
 ) -> Iterator[tuple[str, str]]:
-    """Names of tensors, and what differs."""
+    """Yield names of tensors, and their differences."""
     yield from ((name, f"only in {first}") for name in here if name not in there)
     yield from ((name, f"only in {second}") for name in there if name not in here)
     same = {}
@@ -96,7 +97,7 @@ def _load(folder: Path, stored: dict[str, StoredTensor], names: list[str]) -> di
 
 
 def _difference(one: Tensor, other: Tensor) -> str:
-    """What to say of two tensors of one shape; empty where their values are the same. NaN is as NaN."""
+    """Describe the difference of two tensors of one shape; empty if their values are equal. NaN equals NaN."""
     unequal = (one != other) & ~(one.isnan() & other.isnan())
     count = int(unequal.sum())
     if not count:

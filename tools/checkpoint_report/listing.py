@@ -1,4 +1,4 @@
-"""The checkpoints of a run in a table, and why each is kept."""
+"""List the checkpoints of a run in a table, with the reasons why each is kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...engine.checkpoint.names import DAMAGED, REWOUND, is_checkpoint_name, ste
 from ...engine.checkpoint.retention import reasons_to_keep
 from ...engine.checkpoint.verify import wrong_sizes
 from ...engine.errors import UserError
-from ...engine.observe.loggers import METRICS_FILE
+from ...engine.observe.curves import METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,20 @@ class Row:
 
     name: str
     manifest: Manifest | None
-    """None where it cannot be read."""
+    """None if it cannot be read."""
     loss: float | None
-    """Training loss of the step, where it was logged."""
+    """Training loss of the step, if it was logged."""
     bytes: int
-    """Size of the files that are there."""
+    """Total size of the existing files."""
     age_seconds: float
     kept: list[str]
     """Reasons of :func:`~retemper.engine.checkpoint.retention.reasons_to_keep`."""
     state: str
-    """complete, unverifiable (format 1, without hashes), set aside, rewound, or what is wrong."""
+    """complete, unverifiable (format 1, without hashes), set aside, rewound, or the problem."""
 
 
 def checkpoint_folder(run_folder: Path) -> Path:
-    """The folder of a run's checkpoints.
+    """Return the folder of a run's checkpoints.
 
     Raises:
         UserError: ``run_folder`` has none.
@@ -48,13 +48,13 @@ def checkpoint_folder(run_folder: Path) -> Path:
 
 
 def list_checkpoints(run_folder: Path, losses: Mapping[int, float] | None = None) -> list[Row]:
-    """Every checkpoint of the run, by step, also those that are damaged, were set aside or lie behind a rewind.
+    """Return every checkpoint of the run, by step, including those that are damaged, set aside or rewound.
 
     Args:
         losses: training loss by step; None: they are read from the run's records.
 
     Raises:
-        UserError: it is no run folder, or cannot be read.
+        UserError: it is not a run folder, or cannot be read.
     """
     folder = checkpoint_folder(run_folder)
     entries = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()]
@@ -97,12 +97,12 @@ def _state(folder: Path) -> tuple[Manifest | None, str]:
 
 
 def _original_name(folder: Path) -> str:
-    """Before it was renamed, if it was."""
+    """Return the name of the folder before it was renamed."""
     return folder.name.partition(DAMAGED)[0].partition(REWOUND)[0]
 
 
 def _retention(manifests: Sequence[Manifest]) -> tuple[int, int, int | None, int]:
-    """keep_last, keep_every, the best step and rewind_steps, as the newest checkpoint knows them."""
+    """Return keep_last, keep_every, the best step and rewind_steps, as recorded in the newest checkpoint."""
     if not manifests:
         return 1, 0, None, 0
     newest = manifests[-1]
@@ -121,7 +121,7 @@ def _retention(manifests: Sequence[Manifest]) -> tuple[int, int, int | None, int
 
 
 def _losses(run_folder: Path) -> dict[int, float]:
-    """Training loss by step, from the run's records; lines that are none are passed over."""
+    """Return the training loss by step from the run's records; invalid lines are skipped."""
     losses: dict[int, float] = {}
     path = run_folder / METRICS_FILE
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
@@ -139,7 +139,7 @@ COLUMNS = ("checkpoint", "step", "tokens", "loss", "evaluation", "size", "kept",
 
 
 def listing_cells(row: Row) -> tuple[str, ...]:
-    """What is under :data:`COLUMNS` for one checkpoint."""
+    """Return the cells of one checkpoint under :data:`COLUMNS`."""
     manifest = row.manifest
     evaluation = next(iter(manifest.evaluation.values()), None) if manifest else None
     return (
@@ -155,7 +155,7 @@ def listing_cells(row: Row) -> tuple[str, ...]:
 
 
 def format_listing(rows: Sequence[Row]) -> str:
-    """The table, a line each, with ages."""
+    """Return the table, a line each, with ages."""
     if not rows:
         return "no checkpoints"
     table: list[tuple[str, ...]] = [(*COLUMNS[:6], "age", *COLUMNS[6:])]

@@ -1,4 +1,4 @@
-"""Removing checkpoints that nobody asked to keep."""
+"""Remove checkpoints that no retention rule keeps."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from .listing import checkpoint_folder
 def prune(
     run_folder: Path, keep_last: int, keep_every: int = 0, dry_run: bool = False, say: Callable[[str], None] = print
 ) -> None:
-    """Remove all checkpoints of a run but the newest, those at multiples of ``keep_every`` steps, and the best. Damaged
-    ones are neither counted nor removed. Of a link, what it leads to stays.
+    """Remove all checkpoints of a run but the newest, those at multiples of ``keep_every`` steps, and the best.
+
+    Damaged ones are neither counted nor removed. For a link, only the link is removed.
 
     Raises:
-        UserError: it is no run folder, a run is writing to it, or a checkpoint cannot be removed.
+        UserError: it is not a run folder, a run is writing to it, or a checkpoint cannot be removed.
     """
     checkpoint_folder(run_folder)
     store = CheckpointStore(run_folder, Ranks(0, 1, torch.device("cpu")), keep_last, keep_best=True)

@@ -1,4 +1,4 @@
-"""Whether checkpoints are what was written, with every byte read."""
+"""Verify every byte of checkpoints against their hashes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ...engine.errors import UserError
 
 
 def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:
-    """Verify every checkpoint of ``paths``, each of which is one, or a run folder; whether all are as written.
+    """Verify every checkpoint of ``paths``, each a checkpoint or a run folder; return whether all are intact.
 
     Raises:
         UserError: a path is neither, or cannot be read.
     """
     sound = True
-    for folder in [folder for path in paths for folder in _checkpoints(path)]:
+    for folder in [folder for path in paths for folder in checkpoints_of(path)]:
         files = [file for file in folder.rglob("*") if file.is_file()]
         with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, disable=None,
                   leave=False, desc=folder.name) as bar:  # fmt: skip
@@ -36,7 +36,12 @@ def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:
     return sound
 
 
-def _checkpoints(path: Path) -> list[Path]:
+def checkpoints_of(path: Path) -> list[Path]:
+    """``path`` where it is a checkpoint, else those of the run ``path``.
+
+    Raises:
+        UserError: it is neither.
+    """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name a checkpoint or a run folder")
     inside = path / "checkpoints"

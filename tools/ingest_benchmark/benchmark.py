@@ -1,6 +1,6 @@
-"""The preprocess command against the bare tokenizer and against Megatron-LM's loop, on one corpus, in one run.
+"""Compare the preprocess command with the bare tokenizer and with Megatron-LM's loop, on one corpus, in one run.
 
-Everything that is measured runs as a process of its own, one after another. MB are of text in UTF-8, 10^6 bytes.
+Every measured program runs as a process of its own, one after another. MB are of text in UTF-8, 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _STEP = 1 << 24  # tokens compared at once
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What is to be measured. The fields are the command's flags, under the same names."""
+    """Settings of the measurement. The fields are the command's flags, under the same names."""
 
     input: Path
     tokenizer: str
@@ -50,10 +50,10 @@ class BenchmarkOptions:
     scratch: Path | None = None
 
     def check(self) -> None:
-        """Refuse what cannot be measured.
+        """Refuse impossible settings.
 
         Raises:
-            UserError: naming the flag, its value and the remedy.
+            UserError: names the flag, its value and the remedy.
         """
         for name in ("workers", "repeat", "runs"):
             value = getattr(self, name)
@@ -73,25 +73,25 @@ class BenchmarkOptions:
 
 @dataclass
 class Results:
-    """What was measured."""
+    """The measurements."""
 
     corpus: Corpus
-    """As often repeated as was asked for."""
+    """The corpus, repeated as requested."""
     workers: int
     limit: list[dict[str, Any]] = field(default_factory=list)
-    """Of each round, number of threads and batch size: what limit.py prints."""
+    """Output of limit.py for each round, number of threads and batch size."""
     ours: list[Cost] = field(default_factory=list)
-    """Of each round."""
+    """One for each round."""
     ours_start: list[Cost] = field(default_factory=list)
-    """Of each round, on a corpus of one line."""
+    """One for each round, on a corpus of one line."""
     megatron: Cost | None = None
     megatron_start: Cost | None = None
-    """On a corpus of one line."""
+    """Measured on a corpus of one line."""
     megatron_text_bytes: int = 0
-    """Of the beginning of the corpus that it was given."""
+    """Size of its part of the corpus, the beginning."""
     memory: list[MemoryUse] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
-    """What was compared, and that it agreed."""
+    """Descriptions of successful comparisons."""
 
 
 def run_benchmark(options: BenchmarkOptions) -> Results:
@@ -110,7 +110,7 @@ def run_benchmark(options: BenchmarkOptions) -> Results:
         results = Results(corpus, options.workers or usable_cores())
         bench = Bench(options, results)
         for number in range(options.runs):
-            # In turns, so that a slower minute of the machine strikes both.
+            # Alternating, so that a slower minute of the machine affects both.
             _say(f"round {number + 1} of {options.runs}: the bare tokenizer, on {corpus.text_bytes / 1e6:,.1f} MB")
             results.limit += bench.measure_limit(original)
             _say(f"round {number + 1} of {options.runs}: the preprocess command, {results.workers} workers")
@@ -136,7 +136,7 @@ def _say(text: str) -> None:
 
 
 class Bench:
-    """Runs the commands that are compared, with the same options."""
+    """Runs the compared commands with the same options."""
 
     def __init__(self, options: BenchmarkOptions, results: Results) -> None:
         self._common = ["--tokenizer", options.tokenizer, "--json-key", options.json_key]
@@ -144,7 +144,7 @@ class Bench:
         self._workers = results.workers
 
     def measure_limit(self, original: Corpus) -> list[dict[str, Any]]:
-        """The bare tokenizer with one thread a core and with one alone, in batches of several sizes."""
+        """Measure the bare tokenizer with one thread per core and with one thread, in batches of several sizes."""
         measured = []
         for threads in sorted({1, self._workers}):
             for batch in BATCH_MEGACHARACTERS:
@@ -154,13 +154,13 @@ class Bench:
         return measured
 
     def preprocess(self, corpus: Corpus, prefix: Path) -> Cost:
-        """The preprocess command."""
+        """Run the preprocess command."""
         # Neither the bare tokenizer nor Megatron-LM's loop writes a BOS.
         command = [sys.executable, str(COMMAND), "--input", str(corpus.path), *self._common, "--bos", "no"]
         return measure([*command, "--workers", str(self._workers), "--output-prefix", str(prefix)])[0]
 
     def run_peer(self, tokenizer: TokenizerHandle, corpus: Corpus, prefix: Path) -> Cost:
-        """Megatron-LM's loop."""
+        """Run Megatron-LM's loop."""
         if tokenizer.kind != "tokenizer.json":
             raise UserError(
                 f"--megatron: {tokenizer.file} is not a tokenizer.json; use one, or measure without --megatron"
@@ -172,7 +172,7 @@ class Bench:
 
 
 def check_tokens(limit: Sequence[dict[str, Any]], ours: Path) -> str:
-    """Require that the dataset ``ours`` holds as many tokens as the bare tokenizer gave, besides its document ends.
+    """Require that the dataset ``ours`` has as many tokens as the bare tokenizer gave, apart from document ends.
 
     Raises:
         UserError: it does not.
@@ -192,7 +192,7 @@ def compare_datasets(ours: Path, peer: Path) -> str:
     """Require that the documents of ``peer`` are the first of ``ours``, token for token.
 
     Raises:
-        UserError: they are not, with the first document that differs.
+        UserError: they are not; names the first document that differs.
     """
     left, right = IndexedDataset(ours), IndexedDataset(peer)
     count, total = right.num_sequences, right.num_tokens

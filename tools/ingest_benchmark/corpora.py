@@ -1,4 +1,6 @@
-"""The corpora of the benchmark: the user's documents, copies of them, their beginning, and one very long document."""
+"""Make the corpora of the benchmark: the user's documents, copies of them, their beginning, and a very long
+document.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,19 @@ from ...engine.errors import UserError
 
 
 class Corpus(NamedTuple):
-    """A JSONL file and what it holds."""
+    """A JSONL file and its size."""
 
     path: Path
     documents: int
     text_bytes: int
-    """Of the documents' text in UTF-8."""
+    """Size of the documents' text in UTF-8."""
 
 
 def read_texts(path: Path, key: str) -> Iterator[str]:
-    """The text of each line.
+    """Yield the text of each line.
 
     Raises:
-        UserError: the file cannot be read, or a line has no text: a benchmark wants a corpus without faults.
+        UserError: the file cannot be read, or a line has no text: the benchmark needs a corpus without errors.
     """
     try:
         with open(path, "rb") as file:
@@ -61,7 +63,7 @@ def describe(path: Path, key: str) -> Corpus:
 
 
 def repeated(corpus: Corpus, times: int, folder: Path) -> Corpus:
-    """``corpus`` written ``times`` times in a row; itself when that is once."""
+    """Return ``corpus`` written ``times`` times in a row; ``corpus`` itself for once."""
     if times == 1:
         return corpus
     path = folder / f"{times}x-{corpus.path.name}"
@@ -81,7 +83,9 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def beginning(corpus: Corpus, key: str, text_bytes: float, folder: Path) -> Corpus:
-    """The first documents of ``corpus``, up to the one that reaches ``text_bytes``; itself when that is all of it."""
+    """Return the first documents of ``corpus``, up to the one that reaches ``text_bytes``; itself if that is all of
+    it.
+    """
     if text_bytes >= corpus.text_bytes:
         return corpus
     path = folder / f"first-{text_bytes:.0f}-{corpus.path.name}"
@@ -118,9 +122,9 @@ _WORDS = _SENTENCE.split()
 
 
 def _block(draw: random.Random) -> tuple[int, bytes]:
-    """UTF-8 bytes of a text of about 100 kB, and what stands for it between the quotes of a JSON string.
+    """Return the UTF-8 size of a text of about 100 kB, and its form between the quotes of a JSON string.
 
-    One half with every character beyond ASCII escaped, as some writers do: pairs of escapes that make one character.
+    One half has every character beyond ASCII escaped, as some writers do, including surrogate pairs.
     """
     words = [*_WORDS, '"', "\\", "\t", "\n"]
     text = " ".join("".join(draw.choices(words, k=draw.randint(1, 3))) for _ in range(4_000)) + "\n"

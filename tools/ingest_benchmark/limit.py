@@ -1,6 +1,6 @@
-"""The bare tokenizer: documents from memory in big batches, nothing read, parsed or written.
+"""Measure the bare tokenizer: documents from memory in big batches, without reading, parsing or writing.
 
-Run as a process of its own. It is the encoder that the preprocess command uses: the fastest one that gives the
+Run as a process of its own. It uses the same encoder as the preprocess command: the fastest one that gives the
 reference's ids. Loading documents and tokenizer is not counted.
 """
 
@@ -20,7 +20,7 @@ from .corpora import read_texts
 
 
 def batches_of(texts: Iterable[str], characters: int) -> list[list[str]]:
-    """``texts`` in lists of about ``characters``."""
+    """Divide ``texts`` into lists of about ``characters``."""
     batches: list[list[str]] = [[]]
     room = characters
     for text in texts:
@@ -33,7 +33,7 @@ def batches_of(texts: Iterable[str], characters: int) -> list[list[str]]:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """What makes the tokenizer libraries use ``threads``, and none of them wait busily for the others."""
+    """Return environment variables that make the tokenizer libraries use ``threads``, without busy waiting."""
     return {
         "RAYON_NUM_THREADS": str(threads),
         "FASTOKENS_BPE_THREADS": str(threads),
@@ -43,7 +43,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def main() -> None:
-    """``python -m retemper.tools.ingest_benchmark.limit``: prints what was measured as JSON."""
+    """Run ``python -m retemper.tools.ingest_benchmark.limit``: print the measurements as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--input", type=Path)
     parser.add_argument("--tokenizer")

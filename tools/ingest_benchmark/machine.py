@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, memory, versions, commit. No names of machines or folders."""
+"""Describe the machine of a measurement: processor, memory, versions, commit. No names of machines or folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def machine_facts() -> dict[str, object]:
-    """For the results file."""
+    """Return the facts for the results file."""
     return {
         "processor": _processor(),
         "cores": usable_cores(),
@@ -47,7 +47,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit that is checked out, and whether files differ from it."""
+    """Return the checked-out commit, and whether files differ from it."""
     try:
         command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,12 +1,12 @@
-"""What a command costs: CPU time of all its processes, wall time, and the peak memory of the whole process tree.
+"""Measure a command: CPU time of all its processes, wall time, and the peak memory of the whole process tree.
 
-CPU time is exact. ``getrusage(RUSAGE_CHILDREN)`` of the caller would miss processes that nobody waited for, such as the
-fork server of multiprocessing with all its workers. So the command runs under a keeper process that adopts every
-orphan of the tree (``PR_SET_CHILD_SUBREAPER``) and waits for each: what ``wait4`` returns for a process is its own CPU
-time, in all threads, and that of those for which it waited itself.
+CPU time is exact. ``getrusage(RUSAGE_CHILDREN)`` of the caller would miss processes that no parent waited for, such as
+the fork server of multiprocessing with all its workers. So the command runs under a keeper process that adopts every
+orphan of the tree (``PR_SET_CHILD_SUBREAPER``) and waits for each. ``wait4`` returns the CPU time of a process, in all
+threads, including that of the children which it waited for itself.
 
-Memory is sampled: the largest sum over the tree of each process's proportional set size, where a page that several
-processes share counts once. Pages of mapped files are told apart: the system takes them back when it needs memory.
+Memory is sampled: the largest sum over the tree of each process's proportional set size, where a page shared by several
+processes counts once. Pages of mapped files are counted separately: the system reclaims them when it needs memory.
 Linux only.
 """
 
@@ -31,12 +31,12 @@ from ...engine.errors import UserError
 _PR_SET_CHILD_SUBREAPER = 36
 _SAMPLE_SECONDS = 0.1
 _ORPHAN_SECONDS = 30.0
-"""How long processes may outlive the command before they are killed."""
+"""Seconds that processes may outlive the command before they are killed."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took."""
+    """The cost of a command."""
 
     cpu_seconds: float
     """User and system time of all processes."""
@@ -45,18 +45,18 @@ class Cost:
     peak_mb: float
     """Largest sample of the tree's memory, without pages of mapped files."""
     peak_with_files_mb: float
-    """The same with them."""
+    """The same including mapped files."""
     largest_process_mb: float
     """Peak resident set of the largest process; exact, and counts shared pages in full."""
     processes: int
-    """That the keeper waited for: the command and its orphans."""
+    """Number of processes that the keeper waited for: the command and its orphans."""
 
 
 def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[Cost, str]:
-    """Run ``command``; its cost and its standard output.
+    """Run ``command``; return its cost and its standard output.
 
     Raises:
-        UserError: it failed, with the last line that it said; or this is not Linux.
+        UserError: it failed; shows the last line of its output. Or this is not Linux.
     """
     if not sys.platform.startswith("linux"):
         raise UserError(f"measuring a process tree needs Linux; this is {sys.platform}")
@@ -74,7 +74,7 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
         try:
             output, errors = running.communicate()
         except BaseException:
-            # Ctrl-C: the keeper alone would leave the command running.
+            # Ctrl-C: ending only the keeper would leave the command running.
             os.killpg(running.pid, signal.SIGTERM)
             running.wait()
             raise
@@ -85,9 +85,9 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
 
 
 def keep(command: Sequence[str]) -> tuple[int, Cost]:
-    """Run ``command`` in this process's care; its exit status and cost. For the keeper process only."""
+    """Run ``command`` as a child of this process; return its exit status and cost. For the keeper process only."""
     _adopt_orphans()
-    # Who stops the measurement signals the whole group; this process stays until the others have ended.
+    # An interrupt is sent to the whole group; this process stays until the others have ended.
     signal.signal(signal.SIGTERM, lambda *_: None)
     sampler = _Sampler()
     sampler.start()
@@ -118,7 +118,7 @@ def _adopt_orphans() -> None:
 
 
 class _Sampler(threading.Thread):
-    """Samples the memory of this process's descendants; after ``deadline`` it ends those that are left."""
+    """Samples the memory of this process's descendants; after ``deadline`` it ends the remaining ones."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -144,12 +144,13 @@ class _Sampler(threading.Thread):
 
 
 def descendants(root: int) -> list[int]:
-    """Process ids below ``root``."""
+    """Return the process ids below ``root``."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdecimal():
             with suppress(OSError):
-                # The command's name, in parentheses, may hold anything; the parent is the second field after it.
+                # The command's name, in parentheses, may contain any characters; the parent is the second field after
+                # it.
                 fields = Path("/proc", name, "stat").read_bytes().rpartition(b")")[2].split()
                 children.setdefault(int(fields[1]), []).append(int(name))
     found: list[int] = []
@@ -162,7 +163,9 @@ def descendants(root: int) -> list[int]:
 
 
 def _proportional_bytes(pid: int) -> tuple[int, int]:
-    """Proportional set size of a process, without pages of mapped files and of these; zeros when it has ended."""
+    """Return the proportional set size of a process without pages of mapped files, and that of these; zeros after its
+    end.
+    """
     found: dict[bytes, int] = {}
     with suppress(OSError):
         for line in Path("/proc", str(pid), "smaps_rollup").read_bytes().splitlines():
@@ -174,7 +177,7 @@ def _proportional_bytes(pid: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    """The keeper: ``python -m retemper.tools.ingest_benchmark.measure RESULT COMMAND...``."""
+    """Run the keeper: ``python -m retemper.tools.ingest_benchmark.measure RESULT COMMAND...``."""
     status, cost = keep(sys.argv[2:])
     Path(sys.argv[1]).write_text(json.dumps(asdict(cost)), encoding="utf-8")
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Whether memory is bounded: the preprocess command on one very long document, and on a large corpus."""
+"""Check that memory is bounded: run the preprocess command on one very long document, and on a large corpus."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class MemoryUse:
     what: str
     text_mb: float
     peak_mb: float
-    """Of the whole process tree, without pages of mapped files, which the system takes back when it needs memory."""
+    """Peak of the whole process tree, without pages of mapped files, which the system reclaims when it needs memory."""
     peak_with_files_mb: float
     allowed_mb: float
-    """1 GB and 300 MB a worker."""
+    """Limit: 1 GB, and 300 MB for each worker."""
     seconds: float
 
 
 def check_memory(
     run: Callable[[Corpus, Path], Cost], key: str, megabytes: tuple[float, float], workers: int, folder: Path
 ) -> list[MemoryUse]:
-    """Run the command on made-up text.
+    """Run the command on synthetic text.
 
     Args:
         run: runs the command on a corpus, with the prefix of its output.

@@ -1,7 +1,7 @@
 """Megatron-LM's loop, rebuilt on megatron-core's IndexedDatasetBuilder. Run as a process of its own.
 
-What tools/preprocess_data.py of Megatron-LM is known to do, written anew for comparison: one process reads lines, a
-pool parses and tokenizes each line by itself and pickles its ids back as a list, and the one process adds documents one
+Reimplements the known behaviour of Megatron-LM's tools/preprocess_data.py for comparison. One process reads lines. A
+pool parses and tokenizes each line separately and pickles its ids back as a list. The one process adds documents one
 by one. Its own wrapper classes around the tokenizer are left out, which is to its advantage.
 """
 
@@ -35,7 +35,7 @@ def _encode(line: str) -> tuple[dict[str, list[int]], dict[str, list[int]], int]
 
 
 def main() -> None:
-    """``python -m retemper.tools.ingest_benchmark.peer``."""
+    """Run ``python -m retemper.tools.ingest_benchmark.peer``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--input", type=Path)
     parser.add_argument("--tokenizer", help="tokenizer.json")

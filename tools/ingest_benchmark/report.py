@@ -1,4 +1,4 @@
-"""What the benchmark found as a table: Markdown that reads well in a terminal too."""
+"""Format the results of the benchmark as Markdown tables for terminals and files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _LEAST_OF_START = 1.25
 
 
 def summarize(results: Results) -> dict[str, float]:
-    """Rates and ratios. Of several rounds the best counts, for each side alike.
+    """Return rates and ratios. The best of several rounds counts, for each side.
 
-    MB/s and MB a CPU-second are of whole runs, start included. Those ``_without_start`` subtract a run on one line;
-    they are there only if the corpus takes a fourth of the start's time or more, since else they are noise. Of
-    Megatron-LM's loop, which may have had only the beginning of the corpus, the wall time on all of it is that of its
-    start and the rest in proportion.
+    MB/s and MB per CPU-second are of whole runs, start included. Those ``_without_start`` subtract a run on one line.
+    They exist only if the corpus takes at least a fourth of the start's time, since otherwise they are noise.
+    Megatron-LM's loop may have processed only the beginning of the corpus. Its wall time on all of it is that of its
+    start, plus the rest scaled in proportion.
     """
     size = results.corpus.text_bytes / 1e6
     ours_cpu = min(cost.cpu_seconds for cost in results.ours)
@@ -52,7 +52,7 @@ def summarize(results: Results) -> dict[str, float]:
 
 
 def to_record(results: Results, machine: dict[str, object]) -> dict[str, Any]:
-    """Everything, for a JSON file. Names the corpus, and no folder."""
+    """Return all results, for a JSON file. Names the corpus, and no folder."""
     record = asdict(results)
     corpus = results.corpus
     record["corpus"] = {"name": corpus.path.name, "documents": corpus.documents, "text_bytes": corpus.text_bytes}
@@ -60,7 +60,7 @@ def to_record(results: Results, machine: dict[str, object]) -> dict[str, Any]:
 
 
 def format_report(results: Results, machine: dict[str, object]) -> str:
-    """Tables of speed and of memory, and what they were measured on."""
+    """Return tables of speed and of memory, with a description of the machine."""
     found = summarize(results)
     corpus = results.corpus
     lines = [
@@ -121,7 +121,7 @@ def _number(found: dict[str, float], name: str, digits: int) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table, the columns after the first aligned to the right."""
+    """Return a Markdown table, with the columns after the first aligned to the right."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: list[str]) -> str:

@@ -1,1 +1,1 @@
-"""Kernels of ``retemper.kernels`` beside their peers, with error and memory: tools/benchmark_kernels.py."""
+"""Benchmark kernels of ``retemper.kernels`` and their peers, with error and memory: tools/benchmark_kernels.py."""

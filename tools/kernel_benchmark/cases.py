@@ -1,4 +1,4 @@
-"""What is measured: for each kernel and size its inputs, its value in float64, and who computes it."""
+"""Define the benchmark cases: for each kernel and size its inputs, its float64 reference, and its providers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Case:
     kernel: str
     name: str
     make_inputs: Callable[[torch.device, torch.dtype], Tensors]
-    """Random inputs; drawn anew by every call."""
+    """Returns random inputs, new ones at every call."""
     leaves: tuple[str, ...]
     """Inputs that get gradients."""
     outputs: tuple[str, ...]
@@ -29,19 +29,22 @@ class Case:
     """(inputs, gradients of the outputs) -> float64 outputs by name and gradients by ``d`` + the leaf's name."""
     providers: dict[str, providers.Provider]
     bounds: dict[str, float] = field(default_factory=dict)
-    """Largest relative error that ours may have, by result; ``loss`` is absolute, in nats. See :func:`bound`."""
+    """Maximum relative error of ours, by result; ``loss`` is absolute, in nats. See :func:`bound`."""
     flops: float = 0.0
-    """Floating-point operations, forward and backward, of the least work; 0: bound by memory."""
+    """Minimum floating-point operations, forward and backward; 0: bound by memory."""
 
     def bound(self, result: str, dtype: torch.dtype) -> float:
-        """The largest error of ``result`` that counts as correct."""
+        """Return the largest error of ``result`` that counts as correct."""
         if dtype == torch.float32:
             return 1e-5
         return self.bounds.get(result, 1e-2)
 
 
 def linear_cross_entropy(tokens: int, hidden: int, vocab: int, logit_std: float = 1.0) -> Case:
-    """Targets: with logits of large spread, most are those that the model predicts, as late in training."""
+    """Return the case of a linear cross-entropy.
+
+    With logits of large spread, most targets are those that the model predicts, as late in training.
+    """
 
     def make_inputs(device: torch.device, dtype: torch.dtype) -> Tensors:
         # Each logit is a sum of `hidden` products, so this is its standard deviation.
@@ -70,10 +73,11 @@ def linear_cross_entropy(tokens: int, hidden: int, vocab: int, logit_std: float 
 
 
 def attention(sequence: int, batch: int, heads: int, kv_heads: int, head_dim: int, mean_document: int = 0) -> Case:
-    """``batch`` sequences of ``sequence`` tokens end to end; with ``mean_document`` cut into documents of random length
-    about that mean."""
+    """Return the case of attention over ``batch`` concatenated sequences of ``sequence`` tokens.
+
+    With ``mean_document`` they are cut into documents of random length about that mean."""
     num_tokens = sequence * batch
-    # The cuts are part of the case: every provider and every draw of inputs has the same work.
+    # The cuts are part of the case, so every provider and every draw of inputs has the same work.
     generator = torch.Generator().manual_seed(num_tokens + mean_document)
     cuts = set(range(0, num_tokens + 1, sequence))
     if mean_document:
@@ -107,7 +111,7 @@ def attention(sequence: int, batch: int, heads: int, kv_heads: int, head_dim: in
 
 
 def rms_norm(tokens: int, hidden: int, with_residual: bool) -> Case:
-    """Normalization alone, or of a sum with the residual stream, which is an output too."""
+    """Return the case of a normalization, or of that of a sum with the residual stream, which is an output too."""
 
     def make_inputs(device: torch.device, dtype: torch.dtype) -> Tensors:
         inputs = {
@@ -128,7 +132,7 @@ def rms_norm(tokens: int, hidden: int, with_residual: bool) -> Case:
 
 
 def rope(tokens: int, heads: int, kv_heads: int, head_dim: int) -> Case:
-    """Rotation of queries and keys."""
+    """Return the case of rotating queries and keys."""
 
     def make_inputs(device: torch.device, dtype: torch.dtype) -> Tensors:
         angles = torch.rand(tokens, head_dim // 2, device=device) * 100
@@ -152,7 +156,7 @@ def rope(tokens: int, heads: int, kv_heads: int, head_dim: int) -> Case:
 
 
 def swiglu(tokens: int, inner: int) -> Case:
-    """The gated activation."""
+    """Return the case of the gated activation."""
 
     def make_inputs(device: torch.device, dtype: torch.dtype) -> Tensors:
         return {name: torch.randn(tokens, inner, device=device).to(dtype) for name in ("gate", "up")}
@@ -163,7 +167,9 @@ def swiglu(tokens: int, inner: int) -> Case:
 
 
 def cases(sizes: str) -> list[Case]:
-    """``tiny``: for tests; ``small``: seconds on a CPU; ``issue``: heads and blocks of Qwen2.5 0.5B and 7B."""
+    """Return the cases: ``tiny`` for tests, ``small`` for seconds on a CPU, ``issue`` with the sizes of Qwen2.5 0.5B
+    and 7B.
+    """
     if sizes == "tiny":
         return [
             linear_cross_entropy(33, 16, 131),

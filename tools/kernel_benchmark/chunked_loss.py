@@ -1,9 +1,9 @@
 """Cross-entropy of a linear head over a fixed number of chunks of the sequence, as in torchtitan.
 
-Written anew from the idea (torchtitan's ``ChunkedLossWrapper`` with its default of 8 chunks), for comparison only. Each
-chunk gets its logits, its loss and its backward pass before the next one begins. The weight's gradient is accumulated
-in the weight's dtype, as by ``.grad`` there; the chunks' gradients of the hidden states are put side by side. Its
-handling of parallel layouts is left out.
+Reimplemented from the idea (torchtitan's ``ChunkedLossWrapper`` with its default of 8 chunks), only for comparison.
+Each chunk computes its logits, its loss and its backward pass before the next one begins. The weight's gradient is
+accumulated in the weight's dtype, as by ``.grad`` there; the chunks' gradients of the hidden states are concatenated.
+Its handling of parallel layouts is left out.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ChunkLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def sum_of_losses(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """Of one chunk, in fp32; what torchtitan compiles where it compiles the loss."""
+    """Return the sum of the losses of one chunk, in fp32; torchtitan can compile this function."""
     return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def chunked_cross_entropy(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, chunk_loss: ChunkLoss = sum_of_losses
 ) -> Tensor:
-    """Mean loss of the targets that are not -100, [] fp32, with gradients of both matrices.
+    """Return the mean loss of the targets that are not -100, [] fp32, with gradients of both matrices.
 
     Args:
         hidden_TH: [T, H]; T need not be a multiple of the number of chunks.
@@ -42,7 +42,7 @@ def chunked_cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """All gradients are known after the forward pass; the backward pass hands them on."""
+    """Computes all gradients in the forward pass; the backward pass only returns them."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, chunk_loss: ChunkLoss) -> Tensor:

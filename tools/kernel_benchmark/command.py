@@ -1,4 +1,4 @@
-"""The command: what is asked for in, figures and tables out."""
+"""Run the kernel benchmark with the command's options, and print its tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIBRARIES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What it ran on."""
+    """Return a description of the machine."""
     versions: dict[str, str | None] = {}
     for name in LIBRARIES:
         try:
@@ -44,12 +44,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 def run(
     options: argparse.Namespace, keep: Callable[[list[Result], list[str]], None] = lambda *_: None
 ) -> tuple[list[Result], list[str]]:
-    """Measure what is asked for; also the names of cases that there was no time for.
+    """Measure the selected cases; also return the names of cases for which no time was left.
 
-    ``keep`` is given both after every case: a run that is ended later has its figures.
+    ``keep`` is called with both after every case, so that a run that is ended early keeps its results.
 
     Raises:
-        UserError: no GPU where one is asked for.
+        UserError: a GPU is requested but there is none.
     """
     kernels = options.kernels.split(",")
     settings = Settings(options.device, options.dtype, options.seconds)
@@ -73,10 +73,10 @@ def _say(result: Result) -> None:
 
 
 def benchmark(options: argparse.Namespace, command: str) -> None:
-    """Measure, print and write what ``options`` of ``command`` ask for.
+    """Measure, print and write the results selected by ``options`` of ``command``.
 
     Raises:
-        UserError: there is no GPU where one is asked for, or a kernel of ours is outside its bounds.
+        UserError: a GPU is requested but there is none, or one of our kernels is outside its bounds.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU on this machine; use --device cpu")

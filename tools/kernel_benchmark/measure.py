@@ -1,4 +1,4 @@
-"""One provider on one case: is it right, how long does it take, how much memory does it need."""
+"""Measure one provider on one case: correctness, time and memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .providers import Function, Provider
 
 _deterministic: Any = torch.utils.deterministic
 FLUSH_BYTES = 256 * 1024**2
-"""Written between timed calls on a GPU: several times its L2, so that no call finds its inputs there."""
+"""Bytes written between timed calls on a GPU: several times its L2, so that no call finds its inputs there."""
 
 
 @dataclass
 class Result:
-    """What was measured. ``problem`` says why there is nothing, or what is wrong."""
+    """The measurements. ``problem`` gives the reason for missing or wrong results."""
 
     kernel: str
     case: str
@@ -35,33 +35,33 @@ class Result:
     spread: tuple[float, float] | None = None
     """Fastest and slowest."""
     again_milliseconds: float | None = None
-    """The first provider of a case once more, after the last one: how far the machine drifts."""
+    """Median of the first provider of a case, measured again after the last one: shows the drift of the machine."""
     peak_bytes: int | None = None
-    """More than the inputs and the references of this benchmark; None where it cannot be known."""
+    """Peak memory beyond the inputs and the references of this benchmark; None if unknown."""
     errors: dict[str, float] = field(default_factory=dict)
-    """Norm of the difference from float64 over its norm; of ``loss`` the difference in nats."""
+    """Norm of the difference from float64 over its norm; for ``loss`` the difference in nats."""
     same_bits: bool | None = None
-    """Whether a second call gave the same bits."""
+    """True if a second call gave the same bits."""
     teraflops: float | None = None
     detail: str | None = None
-    """What the provider did, where its name does not tell."""
+    """Description of what the provider did, if its name does not tell."""
     problem: str | None = None
     wrong: bool = False
-    """Ours, and outside its bounds: the benchmark fails."""
+    """True if ours is outside its bounds, so that the benchmark fails."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where and how long to measure."""
+    """The place and duration of the measurement."""
 
     device: torch.device
     dtype: torch.dtype
     seconds: float = 1.0
-    """Timed calls of one provider take about this long."""
+    """Approximate duration of the timed calls of one provider."""
     least_calls: int = 3
     most_calls: int = 50
 
@@ -69,9 +69,9 @@ class Settings:
 def measure_case(
     case: Case, settings: Settings, say: Callable[[Result], None] = lambda _: None, compiled: bool = True
 ) -> list[Result]:
-    """All providers of a case, on the same inputs, and the first one again at the end.
+    """Measure all providers of a case on the same inputs, and the first one again at the end.
 
-    ``compiled`` False leaves out what torch.compile makes.
+    ``compiled`` False leaves out providers that use torch.compile.
     """
     inputs = case.make_inputs(settings.device, settings.dtype)
     gradients = _output_gradients(case, inputs)
@@ -94,7 +94,7 @@ def measure_case(
             _time(case, call, settings, result)
             result.detail = provider.describe(inputs) if provider.describe else None
             first = first or (result, provider)
-        except Exception as error:  # any library may fail in any way; the others are still measured
+        except Exception as error:  # libraries fail in many ways; the others are still measured
             lines = str(error).strip().splitlines()
             result.problem = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
             result.wrong = provider.is_ours
@@ -103,14 +103,14 @@ def measure_case(
         say(result)
         gc.collect()
     if first and len(results) > 1:
-        # Built anew: others may have changed what is chosen for the whole process, as attention backends do.
+        # Built again, because others may have changed process-wide settings, as attention backends do.
         again = _Call(first[1].build(inputs), inputs, gradients, case.leaves, kept)
         first[0].again_milliseconds = statistics.median(_timings(again, settings))
     return results
 
 
 def _output_gradients(case: Case, inputs: Tensors) -> tuple[Tensor | None, ...]:
-    """Random gradients of the outputs; a loss has none, which is one."""
+    """Return random gradients of the outputs; None for a loss, whose gradient is one."""
     like = {"output": case.leaves[0], "sum": case.leaves[0], "q_out": "q", "k_out": "k"}
     return tuple(
         None
@@ -123,7 +123,7 @@ def _output_gradients(case: Case, inputs: Tensors) -> tuple[Tensor | None, ...]:
 def run_once(
     function: Function, inputs: Tensors, gradients: tuple[Tensor | None, ...], leaves: tuple[str, ...]
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """One forward and backward pass: outputs, and gradients of the leaves."""
+    """Run one forward and backward pass; return the outputs, and gradients of the leaves."""
     fresh = {name: x.detach().requires_grad_() if name in leaves else x for name, x in inputs.items()}
     outputs = function(fresh)
     torch.autograd.backward(outputs, gradients)
@@ -147,16 +147,17 @@ class _Call:
     kept: Tensors
     """Copies of the inputs."""
     restores: bool = True
-    """Before each call, for functions that write over their inputs (Liger's SwiGLU does). Not timed."""
+    """True to restore the inputs before each call, for functions that overwrite them (Liger's SwiGLU does). Not
+    timed."""
 
     def prepare(self) -> None:
-        """Bring the inputs back."""
+        """Restore the inputs."""
         if self.restores:
             for name, x in self.kept.items():
                 self.inputs[name].copy_(x)
 
     def changed(self) -> list[str]:
-        """Inputs that are no longer what they were."""
+        """Return the names of overwritten inputs."""
         return [name for name, x in self.kept.items() if not torch.equal(x, self.inputs[name])]
 
     def __call__(self) -> tuple[Tensor, ...]:
@@ -165,7 +166,7 @@ class _Call:
 
 
 def _check(case: Case, call: _Call, reference: Tensors, settings: Settings, result: Result) -> None:
-    """Errors, memory, and whether results repeat, of calls whose fresh memory held NaN."""
+    """Measure errors and memory, and check that results repeat, in calls whose fresh memory held NaN."""
     call()  # compiles
     call.prepare()
     with _Peak(settings.device) as peak:
@@ -180,13 +181,13 @@ def _check(case: Case, call: _Call, reference: Tensors, settings: Settings, resu
         difference = (value.double() - reference[name]).norm().item()
         scale = 1.0 if name == "loss" else max(reference[name].norm().item(), 1e-300)
         result.errors[name] = difference / scale
-    # A gradient may be a view of an input that was written over.
+    # A gradient may be a view of an overwritten input.
     found = tuple(x.clone() for x in found) if changed else found
     call.prepare()
     result.same_bits = all(torch.equal(a, b) for a, b in zip(found, call(), strict=True))
     call.prepare()
     call.restores = bool(changed)
-    # Written so that NaN is wrong.
+    # Written so that NaN counts as wrong.
     outside = [name for name, error in result.errors.items() if not error <= case.bound(name, settings.dtype)]
     if any(math.isnan(error) for error in result.errors.values()):
         result.problem = "results hold NaN"
@@ -207,7 +208,9 @@ def _time(case: Case, call: _Call, settings: Settings, result: Result) -> None:
 
 
 def _timings(call: _Call, settings: Settings) -> list[float]:
-    """Milliseconds of each timed call: by events on a GPU, where the host runs ahead, by the clock on a CPU."""
+    """Return the milliseconds of each timed call: by events on a GPU, where the host runs ahead, by the clock on a
+    CPU.
+    """
     cuda = settings.device.type == "cuda"
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=settings.device) if cuda else None
 
@@ -237,7 +240,7 @@ def _timings(call: _Call, settings: Settings) -> list[float]:
 
 
 class _Peak:
-    """Most memory that was taken above what was there before. ``bytes`` is None where the system does not tell."""
+    """Peak memory above the level at the start. ``bytes`` is None if the system does not report it."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -272,10 +275,10 @@ def _status_bytes(key: str) -> int:
 
 
 class _Poisoned:
-    """Fresh memory holds NaN, so that an element that nobody writes shows.
+    """Fills fresh memory with NaN, so that elements that are never written are detected.
 
-    On a GPU the allocator's cache is filled; no deterministic mode there, which would choose other kernels than those
-    that are timed. On a CPU PyTorch's own debugging option does it.
+    On a GPU the allocator's cache is filled; PyTorch's deterministic mode would choose other kernels than the timed
+    ones. On a CPU PyTorch's own debugging option does it.
     """
 
     def __init__(self, device: torch.device, num_bytes: int):

@@ -1,4 +1,4 @@
-"""Names of the kernels that are measured."""
+"""Name the measured kernels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Who computes each kernel: ours, PyTorch as it is and compiled, and the libraries that are installed.
+"""Define the providers of each kernel: ours, PyTorch eager and compiled, and installed libraries.
 
-A provider's ``build(inputs)`` returns a function of the same inputs that gives the outputs as a tuple; what a library
-needs once (imports, constants) is done in ``build`` and not timed.
+A provider's ``build(inputs)`` returns a function of the same inputs that returns the outputs as a tuple. One-time work
+of a library (imports, constants) is done in ``build`` and not timed.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ class Provider:
     """Import name of the library; None: PyTorch."""
     gpu_only: bool = False
     uniform_only: bool = False
-    """Attention of sequences of one length only."""
+    """True if it supports only attention of sequences of one length."""
     is_compiled: bool = False
-    """Made by torch.compile."""
+    """True if it uses torch.compile."""
     obstacle: Callable[[Tensors], str | None] | None = None
-    """A further reason why it cannot run."""
+    """Returns a further reason why it cannot run."""
     describe: Callable[[Tensors], str] | None = None
-    """What it does on these inputs, where its name does not tell."""
+    """Returns a description of what it does on these inputs, if its name does not tell."""
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is checked against the bounds."""
+        """Return whether it is checked against the bounds."""
         return self.module == OURS
 
     def refusal(self, inputs: Tensors) -> str | None:
-        """Why it cannot run here on these inputs; None where it can."""
+        """Return why it cannot run here on these inputs; None if it can."""
         if self.module not in (None, OURS) and importlib.util.find_spec(self.module or "") is None:
             return f"{self.module} is not installed"
         if self.gpu_only and not next(iter(inputs.values())).is_cuda:
@@ -162,7 +162,7 @@ def _choose(backend: str, inputs: Tensors) -> Choice:
 
 
 def _our_attention(backend: str) -> Provider:
-    """Our operation by one backend, or by what ``auto`` takes; planned once, as for all layers of a step."""
+    """Return our operation with one backend, or with that of ``auto``; planned once, as for all layers of a step."""
 
     def obstacle(inputs: Tensors) -> str | None:
         try:
@@ -174,7 +174,7 @@ def _our_attention(backend: str) -> Provider:
     def build(inputs: Tensors) -> Function:
         longest = int(inputs["cu_seqlens"].diff().max())
         chosen = _choose(backend, inputs).backend
-        use_implementation(None)  # as in a run of its own; a plan for FlashAttention-3 or -4 puts that in place
+        use_implementation(None)  # as in a run of its own; plans for FlashAttention-3 or -4 replace it
         plan = plan_attention(chosen, inputs["cu_seqlens"].cpu(), [None], inputs["q"].device)
         return lambda x: (attention(x["q"], x["k"], x["v"], x["cu_seqlens"], longest, plan=plan),)
 
@@ -186,8 +186,10 @@ def _our_attention(backend: str) -> Provider:
 
 
 def _with_own_kernels(provider: Provider) -> Provider:
-    """A peer, by PyTorch's own flash kernels: a backend of ours may have put those of another FlashAttention in their
-    place, which holds for the whole process until it is undone."""
+    """Return a peer that uses PyTorch's own flash kernels.
+
+    One of our backends may have replaced them by those of another FlashAttention, for the whole process until it is
+    undone."""
 
     def build(inputs: Tensors) -> Function:
         use_implementation(None)
@@ -224,11 +226,11 @@ def _sdpa_with(backend: str) -> Callable[[Tensors], Function]:
 def _varlen(inputs: Tensors) -> Function:
     from torch.nn.attention import varlen
 
-    # Untyped, since its arguments differ between versions.
+    # Untyped, because its arguments differ between versions.
     varlen_attn: Any = varlen.varlen_attn
 
     longest = int(inputs["cu_seqlens"].diff().max())
-    # torch 2.11 tells causality by a flag, 2.13 by the window.
+    # torch 2.11 has a flag for causality, 2.13 uses the window.
     names = inspect.signature(varlen_attn).parameters
     causal: dict[str, Any] = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
     grouped = {"enable_gqa": True} if "enable_gqa" in names else {}
@@ -308,7 +310,7 @@ def _liger_rope(_: Tensors) -> Function:
     from liger_kernel.ops.rope import LigerRopeFunction
 
     def compute(x: Tensors) -> Outputs:
-        # Turns in place, so it is given copies; [1, heads, T, D] views as transformers has them.
+        # It rotates in place, so it is given copies; [1, heads, T, D] views as in transformers.
         q, k = (x[name].clone().transpose(0, 1)[None] for name in "qk")
         q, k = LigerRopeFunction.apply(q, k, x["cos"][None], x["sin"][None])
         return q[0].transpose(0, 1), k[0].transpose(0, 1)

@@ -1,6 +1,6 @@
-"""Every kernel in float64, by its formula, a piece at a time so that full sizes fit. Slow on purpose.
+"""Compute every kernel in float64 by its formula, in pieces so that full sizes fit. Slow on purpose.
 
-Each takes the inputs by name and the gradients of the outputs (None: one), and returns outputs by name and the
+Each function takes the inputs by name and the gradients of the outputs (None: one). It returns outputs by name and the
 gradients of inputs by ``d`` + name, all float64.
 """
 
@@ -17,11 +17,13 @@ EPS = 1e-6
 Tensors = dict[str, Tensor]
 Gradients = Sequence[Tensor | None]
 ROWS = 512
-"""Rows of logits or scores at a time."""
+"""Rows of logits or scores computed at a time."""
 
 
 def linear_cross_entropy(inputs: Tensors, _: Gradients) -> Tensors:
-    """Mean over targets of logsumexp(logits) - logit of the target; its gradient by softmax minus one-hot."""
+    """Return the mean over targets of logsumexp(logits) - logit of the target; its gradient by softmax minus
+    one-hot.
+    """
     weight = inputs["weight"].double()
     valid = inputs["targets"] != IGNORE_INDEX
     count = valid.sum()
@@ -44,7 +46,9 @@ def linear_cross_entropy(inputs: Tensors, _: Gradients) -> Tensors:
 
 
 def attention(inputs: Tensors, gradients: Gradients) -> Tensors:
-    """Causal softmax(q k / sqrt(D)) v inside each document, one query head and document at a time, by autograd."""
+    """Return causal softmax(q k / sqrt(D)) v inside each document, one query head and document at a time, by
+    autograd.
+    """
     (gradient,) = gradients
     assert gradient is not None
     q, k, v = (inputs[name] for name in "qkv")
@@ -68,7 +72,7 @@ def attention(inputs: Tensors, gradients: Gradients) -> Tensors:
 
 
 def rms_norm(inputs: Tensors, gradients: Gradients) -> Tensors:
-    """x / sqrt(mean(x^2) + eps) * weight, of x + residual where there is one; the sum is an output too."""
+    """Return x / sqrt(mean(x^2) + eps) * weight, of x + residual if there is one; the sum is an output too."""
 
     def formula(values: Tensors) -> Tensors:
         total = values["x"] + values["residual"] if "residual" in values else values["x"]
@@ -79,7 +83,7 @@ def rms_norm(inputs: Tensors, gradients: Gradients) -> Tensors:
 
 
 def rope(inputs: Tensors, gradients: Gradients) -> Tensors:
-    """Each pair (x_i, x_{i + D/2}) turned by its angle, as the complex numbers that they are."""
+    """Rotate each pair (x_i, x_{i + D/2}) by its angle, as complex numbers."""
 
     def turn(x: Tensor, values: Tensors) -> Tensor:
         half = x.shape[-1] // 2
@@ -91,7 +95,7 @@ def rope(inputs: Tensors, gradients: Gradients) -> Tensors:
 
 
 def swiglu(inputs: Tensors, gradients: Gradients) -> Tensors:
-    """gate / (1 + exp(-gate)) * up."""
+    """Return gate / (1 + exp(-gate)) * up."""
     return _by_autograd(
         inputs, gradients, ("gate", "up"), lambda x: {"output": x["gate"] / (1 + torch.exp(-x["gate"])) * x["up"]}
     )

@@ -1,4 +1,4 @@
-"""The figures as Markdown tables, and as a plot."""
+"""Format the results as Markdown tables, and as a plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .measure import Result
 
 
 def format_results(results: Iterable[Result]) -> str:
-    """One table for each case."""
+    """Return one table for each case."""
     parts = []
     for (kernel, case), group in itertools.groupby(results, key=lambda result: (result.kernel, result.case)):
         lines = [
@@ -45,7 +45,7 @@ def _row(result: Result) -> str:
 
 
 def plot_results(results: Iterable[Result], path: Path, title: str) -> None:
-    """Bars of milliseconds, one panel for each case.
+    """Plot bars of milliseconds, one panel for each case.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""One rank of a cluster that is not there: a process group that sends nothing, tensors without values."""
+"""Simulate one rank of an absent cluster: a process group that sends nothing, and tensors without values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class OneOfMany(Ranks):
-    """A rank whose fellows would all say what it says itself."""
+    """A rank whose peers would all return the same values as this rank."""
 
     def sum(self, value: float) -> float:
         """See :class:`~retemper.engine.parallel.process_group.Ranks`."""
@@ -41,12 +41,13 @@ class OneOfMany(Ranks):
 
 @contextlib.contextmanager
 def absent_cluster(world_size: int, rank: int) -> Iterator[OneOfMany]:
-    """Be ``rank`` of ``world_size`` in a process group that sends nothing; tensors made inside have no values.
+    """Act as ``rank`` of ``world_size`` in a process group that sends nothing; tensors made inside have no values.
 
-    They are on the CPU by name: without a GPU PyTorch cannot make CUDA tensors that take part in autograd, even without
+    They are nominally on the CPU: without a GPU PyTorch cannot make CUDA tensors that take part in autograd, even
+    without
     values.
     """
-    # Registers the backend "fake", and what collectives do to tensors without values.
+    # Registers the backend "fake", and the effect of collectives on tensors without values.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized()
@@ -60,8 +61,9 @@ def absent_cluster(world_size: int, rank: int) -> Iterator[OneOfMany]:
 
 
 def _forget_meshes() -> None:
-    """Empty DTensor's caches: meshes are equal by their ranks, and what is cached of one would be used for the next,
-    whose process groups have other names."""
+    """Empty DTensor's caches: equal ranks make equal meshes, so entries of one mesh would be used for the next one.
+
+    Its process groups have other names."""
     from torch.distributed.tensor import _redistribute, _sharding_prop, debug
 
     for name in ("_clear_sharding_prop_cache", "_clear_python_sharding_prop_cache"):
@@ -76,7 +78,7 @@ def _forget_meshes() -> None:
 
 @contextlib.contextmanager
 def without_values_from_materializing_on() -> Iterator[None]:
-    """Inside, meshes have values and models are built on the meta device as always; what ``to_empty`` then makes has no
+    """Let meshes have values, and models be built on the meta device, but let ``to_empty`` make tensors without
     values."""
     fake_mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     to_empty = nn.Module.to_empty
@@ -91,7 +93,7 @@ def without_values_from_materializing_on() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _meshes_have_values() -> Iterator[None]:
-    """Let device meshes compute their tables of ranks for real."""
+    """Let device meshes compute their tables of ranks with real tensors."""
     names = [name for name in ("__init__", "_concatenate", "__getitem__", "_flatten") if hasattr(DeviceMesh, name)]
     originals = {name: DeviceMesh.__dict__[name] for name in names}
     try:

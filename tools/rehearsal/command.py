@@ -1,4 +1,4 @@
-"""The command: a configuration and a cluster in, a text and a record out."""
+"""Run the command: return a text and a record for a configuration and a cluster."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from .search import (
 def rehearse(
     config: RunConfig, setting: Setting, wants_search: bool, quick: bool, say: Callable[[str], None]
 ) -> tuple[str, dict[str, Any]]:
-    """What comes of ``config`` on a cluster, as a text and as a record.
+    """Return the plan of ``config`` on a cluster, as a text and as a record.
 
     Args:
         config: of the run.
         setting: the cluster.
         wants_search: try layouts, instead of the configured one.
         quick: rehearse a few blocks only.
-        say: told what is going on.
+        say: receives progress lines.
 
     Raises:
         UserError: the layout is impossible, or no layout fits.
@@ -44,7 +44,7 @@ def rehearse(
     record: dict[str, Any] = {"config": to_dict(config)}
     config, left_out = rehearsable(config)
     if left_out:
-        say(f"rehearsed without {', '.join(left_out)}: only a GPU can have them")
+        say(f"rehearsed without {', '.join(left_out)}, which need a GPU")
     if not wants_search:
         require_possible(config, setting)
     with Pool() as pool:
@@ -62,7 +62,7 @@ def rehearse(
 def _search(
     config: RunConfig, setting: Setting, pool: Pool, quick: bool, say: Callable[[str], None]
 ) -> tuple[str, Outcome, list[Outcome]]:
-    """(text, the layout to use, all that were rehearsed).
+    """Return (text, the layout to use, all rehearsed layouts).
 
     Raises:
         UserError: no layout fits.
@@ -72,12 +72,12 @@ def _search(
     outcomes, parts = list(found.outcomes), [format_found(found)]
     for other in narrower(config):
         if any(one.fits for one in outcomes) and other.training.weight_dtype != config.training.weight_dtype:
-            continue  # far from what was asked for, and not needed
+            continue  # not requested, and not needed
         say(f"with {dtypes(other)}")
         found = search(other, setting, pool, say, calibration, seconds=40.0, wanted=2)
         outcomes += found.outcomes
         parts += [f"With {dtypes(other)}, which is another run than the configured one:", format_found(found)]
-    best = next((one for one in outcomes if one.fits), None)  # of the configured run, where one of its layouts fits
+    best = next((one for one in outcomes if one.fits), None)  # of the configured run, if one of its layouts fits
     if best is None:
         raise UserError(_nothing_fits(outcomes, setting))
     if not quick:
@@ -89,8 +89,8 @@ def _search(
 
 
 def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The run without what needs a GPU to be built, and the keys of that. None of it takes more memory."""
-    config = with_named_precision(config, "bf16")  # what auto means on every GPU that is planned for
+    """Return the run without settings that need a GPU, and the keys of these. None of them takes more memory."""
+    config = with_named_precision(config, "bf16")  # the meaning of auto on every GPU in the table
     training, parallel = config.training, config.parallel
     left_out = []
     if training.float8:
@@ -99,7 +99,7 @@ def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
         left_out.append("parallel.async_tensor")
     plain = replace(
         config,
-        # The guard against spikes reads the loss, which has no value here.
+        # The check for spikes reads the loss, which has no value here.
         training=replace(training, float8=False, loss_spike_zscore=None),
         parallel=replace(parallel, async_tensor=False),
     )
@@ -127,14 +127,14 @@ def _nothing_fits(outcomes: list[Outcome], setting: Setting) -> str:
         return f"--gpu {room}: no layout fits by formulas; use more or larger GPUs, or parallel.cpu_offload true"
     smallest = min(outcomes, key=lambda one: one.peak_bytes)
     return (
-        f"--gpu {room}: no layout fits; the smallest that was rehearsed ({describe(smallest)}, with "
+        f"--gpu {room}: no layout fits; the smallest one rehearsed ({describe(smallest)}, with "
         f"{dtypes(smallest.config)}) needs {-smallest.headroom / GiB:.1f} GiB more on each GPU; use more or larger "
         "GPUs, or parallel.cpu_offload true"
     )
 
 
 def _settings(outcome: Outcome, configured: RunConfig) -> str:
-    """The keys of the configuration that make the layout."""
+    """Return the keys of the configuration that define the layout."""
     config, layout = outcome.config, outcome.layout
     parallel, training, optimizer = config.parallel, config.training, config.optimizer
     lines = ["    training:", f"      micro_batch_size: {training.micro_batch_size}"]

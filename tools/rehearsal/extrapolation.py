@@ -1,9 +1,9 @@
-"""A whole model's rehearsal from those of a few blocks and micro-batches.
+"""Extrapolate a whole model's rehearsal from those of a few blocks and micro-batches.
 
-Blocks are equal, so that memory at a given moment of a step, operations and traffic are straight lines in their number;
-operations and traffic are also in the number of micro-batches, while memory no longer grows once there are enough of
-them to fill the pipeline and to accumulate gradients. Rehearsals of few blocks therefore tell those of all, exactly but
-for roundings of sizes.
+Blocks are equal, so memory at a given moment of a step, operations and traffic are linear in their number. Operations
+and traffic are also linear in the number of micro-batches. Memory no longer grows once there are enough of
+them to fill the pipeline and to accumulate gradients. Therefore rehearsals of few blocks give those of all, exactly
+except for rounding of sizes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from .rank import Part, RankRehearsal
 from .work import Sent
 
 Rehearse = Callable[[list[Part]], list[RankRehearsal]]
-"""Rehearses several parts, perhaps at once."""
+"""Rehearses several parts, possibly concurrently."""
 
 
 def places(layout: Layout) -> range:
-    """The places in the pipeline, whose ranks differ in what they do."""
+    """Return the places in the pipeline, whose ranks do different work."""
     return range(layout.pipeline)
 
 
 def short_parts(part: Part) -> list[Part]:
-    """The rehearsals that tell that of ``part``: of a few blocks, of some more, and of a few with more micro-batches
-    where the run has more. A model that is as small as that is rehearsed itself."""
+    """Return the rehearsals needed for ``part``: a few blocks, some more blocks, and a few with more micro-batches.
+
+    The last is needed only if the run has more. A model of such a small size is rehearsed itself."""
     config, layout = part.config, part.layout
     parallel = config.parallel
     # At the beginning, in the middle and at the end of a pass, blocks that are gathered ahead differ from others.
@@ -47,7 +48,7 @@ def short_parts(part: Part) -> list[Part]:
 
 
 def extrapolate(part: Part, rehearsed: list[RankRehearsal]) -> RankRehearsal:
-    """What ``part`` does, from the rehearsals of :func:`short_parts`."""
+    """Return the rehearsal of ``part``, from the rehearsals of :func:`short_parts`."""
     if len(rehearsed) == 1:
         return rehearsed[0]
     first, second, *more = rehearsed
@@ -58,7 +59,7 @@ def extrapolate(part: Part, rehearsed: list[RankRehearsal]) -> RankRehearsal:
         return a + weight * (b - a)
 
     def scaled(value: float, some: float, others: float) -> float:
-        """``value`` for as many micro-batches as the run has."""
+        """Extrapolate ``value`` to the number of micro-batches of the run."""
         if not more or not some:
             return value
         return value * (some + steps * (others - some)) / some
@@ -88,7 +89,7 @@ def extrapolate(part: Part, rehearsed: list[RankRehearsal]) -> RankRehearsal:
 
 
 def num_blocks(part: Part) -> int:
-    """Blocks of the whole model that the rank at this place has."""
+    """Return the number of the whole model's blocks on the rank at this place."""
     parallel, layout = part.config.parallel, part.layout
     stages = cut_layers(part.architecture, layout.pipeline * parallel.pipeline_stages_per_rank)
     numbers = stage_numbers(parallel.pipeline_schedule, part.place, layout.pipeline, parallel.pipeline_stages_per_rank)
@@ -96,11 +97,11 @@ def num_blocks(part: Part) -> int:
 
 
 def _few_micro_batches(config: RunConfig, layout: Layout) -> tuple[RunConfig, RunConfig]:
-    """The run with as few micro-batches as have the memory of all, and with some more."""
+    """Return the run with the fewest micro-batches that need the memory of all, and with some more."""
     count = _num_micro_batches(config, layout)
-    # One more than the pipeline holds: most is held by a forward pass after the first gradients.
+    # One more than the pipeline holds: the peak is in a forward pass after the first gradients.
     few = layout.pipeline + 1
-    if config.parallel.pipeline_schedule != "1f1b":  # as many for each turn of the ranks
+    if config.parallel.pipeline_schedule != "1f1b":  # equally many for each turn of the ranks
         few = 2 * layout.pipeline * config.parallel.pipeline_stages_per_rank
     few = min(count, few)
     more = few + (1 if config.parallel.pipeline_schedule == "1f1b" else layout.pipeline)
@@ -120,7 +121,7 @@ def _mixed(one: dict[str, float], other: dict[str, float], mix: Callable[[float,
 
 
 def rehearse_short(parts: Iterable[Part], rehearse: Rehearse) -> list[RankRehearsal]:
-    """The rehearsals of ``parts``, by extrapolation."""
+    """Return the rehearsals of ``parts``, by extrapolation."""
     parts = list(parts)
     short = [short_parts(part) for part in parts]
     done = iter(rehearse([one for group in short for one in group]))

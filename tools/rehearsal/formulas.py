@@ -1,6 +1,7 @@
-"""Closed formulas of what a layout costs: good enough to say which layouts deserve a rehearsal, in microseconds.
+"""Estimate the cost of a layout by closed formulas, in microseconds, to choose the layouts to rehearse.
 
-Ranks of a pipeline are taken as equal. Activations per token and block are not derived but rehearsed once for each kind
+Ranks of a pipeline are treated as equal. Activations per token and block are not derived but rehearsed once for each
+kind
 of recomputation (:class:`Calibration`).
 """
 
@@ -20,14 +21,15 @@ from .work import Collective, Sent, sent_bytes
 
 @dataclass(frozen=True)
 class Calibration:
-    """Bytes of activations that a block keeps for its backward pass, per token, by ``parallel.recompute``, on a rank
-    that shares neither matrices nor tokens."""
+    """Bytes of activations that a block stores for its backward pass, per token, by ``parallel.recompute``.
+
+    For a rank that shares neither matrices nor tokens."""
 
     kept: dict[str, float]
 
 
 def rough_prediction(config: RunConfig, layout: Layout, setting: Setting) -> Prediction:
-    """How long a step takes."""
+    """Return the estimated time of a step."""
     architecture = setting.architecture
     count = plan_batches(config.training, layout.data_parallel).num_micro_batches
     return predict(
@@ -43,7 +45,9 @@ def rough_prediction(config: RunConfig, layout: Layout, setting: Setting) -> Pre
 
 
 def rough_memory(config: RunConfig, layout: Layout, setting: Setting, calibration: Calibration) -> float:
-    """Bytes at the peak, on the low side: whole states and gradients, kept activations, what is always gathered."""
+    """Return the estimated peak in bytes, a lower estimate: states, gradients, stored activations, parameters always
+    gathered.
+    """
     architecture, parallel = setting.architecture, config.parallel
     count = plan_batches(config.training, layout.data_parallel).num_micro_batches
     mine = architecture.num_parameters / (layout.pipeline * layout.tensor)
@@ -62,13 +66,15 @@ def rough_memory(config: RunConfig, layout: Layout, setting: Setting, calibratio
 
 
 def _tokens(config: RunConfig, layout: Layout) -> float:
-    """Of a micro-batch, on each rank that shares it."""
+    """Return the tokens of a micro-batch on each rank that shares it."""
     training = config.training
     return training.micro_batch_size * training.sequence_length / (layout.context * layout.tensor)
 
 
 def _flops(config: RunConfig, layout: Layout, architecture: Architecture) -> float:
-    """Of a micro-batch, on one rank; a pass forward is a third of both where all parameters learn."""
+    """Return the FLOPs of a micro-batch on one rank; a forward pass is a third of them if all parameters are
+    trained.
+    """
     length, trainable = config.training.sequence_length, config.training.trainable
     both = flops_per_token(architecture, length, causal_halved=True, trainable=trainable)
     forward = flops_per_token(architecture, length, causal_halved=True) / 3
@@ -107,7 +113,7 @@ def _collectives(config: RunConfig, layout: Layout, setting: Setting, count: int
 
 
 def _group(layout: Layout, axes: tuple[str, ...], gpus_per_node: int) -> tuple[int, int]:
-    """(ranks in all, ranks in one node) of a group along neighbouring axes."""
+    """Return (total ranks, ranks in one node) of a group along neighbouring axes."""
     ranks = 1
     for axis in axes:
         ranks *= getattr(layout, axis)

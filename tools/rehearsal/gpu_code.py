@@ -1,6 +1,6 @@
-"""Let tensors without values take the paths that tensors on a GPU would take, and tell what memory is for.
+"""Make tensors without values take a GPU's code paths, and record the purpose of memory.
 
-Tensors of a rehearsal are on the CPU by name. Where our code asks for the device, this module answers for the GPU.
+Tensors of a rehearsal are nominally on the CPU. If our code queries the device, this module answers for the GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .memory import MemoryCounter
 
 @contextlib.contextmanager
 def labelled(counter: MemoryCounter) -> Iterator[None]:
-    """Let ``counter`` know loss buffers and communication buffers; on real tensors as well."""
+    """Make ``counter`` recognise loss buffers and communication buffers; works on real tensors as well."""
     with contextlib.ExitStack() as stack:
 
         def patch(owner: Any, name: str, inside: Callable[[], contextlib.AbstractContextManager]) -> None:
@@ -45,14 +45,14 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
             patch(owner, name, lambda: counter.making("loss buffers"))
         for name in ("unshard", "wait_for_unshard", "post_backward"):
             patch(FSDPParamGroup, name, lambda: counter.making("communication buffers"))
-        # What DTensor tries on whole tensors without values, to learn a result's shape.
+        # Operators that DTensor runs on whole tensors without values, to learn a result's shape.
         patch(ShardingPropagator, "_propagate_tensor_meta_non_cached", counter.paused)
         reduce = FSDPParamGroup.post_backward
 
         def post_backward(group: FSDPParamGroup, *args: Any) -> None:
             reduce(group, *args)
             counter.on_reduced()
-            # Gradients that are reduced once in a step wait here, whole.
+            # Gradients that are reduced once in a step are kept here unreduced.
             counter.declare(
                 "gradients", (getattr(one, "unsharded_accumulated_grad_data", None) for one in _waiting(group))
             )
@@ -71,7 +71,7 @@ def as_on_a_gpu(capability: tuple[int, int], count_flops: Callable[[float], None
 
     Args:
         capability: compute capability of the GPU.
-        count_flops: told of the floating-point operations that no operator shows.
+        count_flops: called with floating-point operations that no operator shows.
     """
     with _triton_loss(capability, count_flops):
         yield
@@ -79,9 +79,9 @@ def as_on_a_gpu(capability: tuple[int, int], count_flops: Callable[[float], None
 
 @contextlib.contextmanager
 def nothing_read() -> Iterator[None]:
-    """Let nothing read tensors' values, where code of a run reads some on the host."""
+    """Replace the code of a run that reads tensors' values on the host."""
     with contextlib.ExitStack() as stack:
-        # The update with random rounding is compiled on a GPU and works in place; all that lasts are the states.
+        # The update with random rounding is compiled on a GPU and works in place; only the states persist.
         stack.enter_context(mock.patch.object(CompactAdamW, "_update", lambda *_: None))
         stack.enter_context(mock.patch.object(CompactAdamW, "_state_of", _state_with_counted_steps))
         # A micro-batch's number has no value here. All of them have the same shape.
@@ -93,7 +93,7 @@ def nothing_read() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fresh_constants() -> Iterator[None]:
-    """Constants that the model keeps are made anew inside, and again afterwards: with values and without do not mix."""
+    """Rebuild the model's cached constants inside, and again afterwards: with and without values do not mix."""
     decoder._frequencies_on.cache_clear()
     try:
         yield
@@ -103,7 +103,7 @@ def fresh_constants() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _triton_loss(capability: tuple[int, int], count_flops: Callable[[float], None]) -> Iterator[None]:
-    """The Triton path of the linear cross-entropy, without its kernel."""
+    """Run the Triton path of the linear cross-entropy, without its kernel."""
     triton_kernels = _import_triton_kernels()
     on_cpu = chunked.compute
 
@@ -114,7 +114,7 @@ def _triton_loss(capability: tuple[int, int], count_flops: Callable[[float], Non
         return triton_kernels.compute(hidden, weight, *others, loss.TRITON_LOGIT_BYTES, need_hidden, need_weight)
 
     def launch(hidden: Tensor, weight: Tensor, *rest: Any, second: bool) -> None:
-        # The second launch computes again what the first could not: nothing, as a rule.
+        # The second launch repeats what the first could not compute: usually nothing.
         if not second:
             count_flops(2.0 * hidden.shape[0] * hidden.shape[1] * weight.shape[0])
 
@@ -143,7 +143,7 @@ def _triton_loss(capability: tuple[int, int], count_flops: Callable[[float], Non
 
 
 def _import_triton_kernels() -> Any:
-    """The module of the kernels. Where Triton is not installed, a stand-in that can be imported does."""
+    """Return the module of the kernels, with an importable stand-in for Triton if it is not installed."""
     if importlib.util.find_spec("triton") is not None:
         from ...kernels.linear_cross_entropy import triton_kernels
 
@@ -171,11 +171,11 @@ class _Steps:
         return self
 
     def zero_(self) -> None:
-        """As of a tensor."""
+        """Do the same as a tensor's method."""
         self.count = 0
 
     def item(self) -> float:
-        """As of a tensor."""
+        """Do the same as a tensor's method."""
         return float(self.count)
 
 
@@ -190,7 +190,9 @@ def _state_with_counted_steps(self: CompactAdamW, parameter: Tensor) -> dict[str
 
 
 def _agree_on_static_shapes(_: Any, stages: list[Any], has_backward: bool, *__: Any) -> None:
-    """What the stages' vote comes to, as each of ours knows its shapes; before PyTorch 2.13 there was none."""
+    """Return the result of the stages' vote, since each of ours knows its shapes; before PyTorch 2.13 there was no
+    vote.
+    """
     from torch.distributed.pipelining._utils import InferenceMode
 
     for stage in stages:

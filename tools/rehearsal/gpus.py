@@ -1,8 +1,8 @@
-"""What GPUs can do at most, by their makers' datasheets. Nothing here was measured.
+"""Tabulate the peak performance of GPUs from their makers' datasheets. Nothing here was measured.
 
-``flops`` counts dense products in bf16 with accumulation in fp32: half of what datasheets give "with sparsity".
-``memory`` is what PyTorch reports as ``total_memory``: less than the name says, since error correction and the driver
-take a part.
+``flops`` counts dense products in bf16 with accumulation in fp32: half of the datasheets' numbers "with sparsity".
+``memory`` is PyTorch's ``total_memory``: less than the product's name says, because error correction and the driver use
+a part.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Gpu:
 _PCIE4, _PCIE5 = 32e9, 64e9
 """Bytes per second of 16 lanes in one direction. Bridges that join pairs of cards are not counted."""
 _SHARED_NETWORK = 100e9 / 8 / 8
-"""Of a GPU in a server whose eight cards share 100 Gbit/s; ``--network`` says it for other servers."""
+"""Share of a GPU in a server whose eight cards share 100 Gbit/s; for other servers use ``--network``."""
 
 GPUS = {
     gpu.name: gpu
@@ -89,8 +89,10 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return the GPU called ``name``. The memory may be left out, and so may hyphens, spaces and ``rtx``, where one GPU
-    matches: ``h200``, ``rtx4090``, ``RTX A6000``, ``l40s``.
+    """Return the GPU called ``name``.
+
+    The memory, hyphens, spaces and ``rtx`` may be omitted if one GPU matches: ``h200``, ``rtx4090``, ``RTX A6000``,
+    ``l40s``.
 
     Raises:
         UserError: no GPU matches, or several.

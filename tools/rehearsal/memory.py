@@ -1,6 +1,7 @@
-"""Live memory by kind, counted exactly: every storage that an operator makes, from its birth to its death.
+"""Count live memory by kind, exactly: every storage that an operator makes, from its creation to its release.
 
-Works on real and on fake tensors. What the counted program does not show is not counted: workspaces inside of kernels,
+Works on real and on fake tensors. Memory that the counted program does not show is not included: workspaces inside of
+kernels,
 buffers of the communication library, fragmentation of the allocator.
 """
 
@@ -26,21 +27,23 @@ KINDS = (
     "communication buffers",
     "temporaries",
 )
-"""What memory is for. parameters, gradients, optimizer states: a rank's own share, kept between passes. activations:
-all that forward and backward passes make. loss buffers: of the linear cross-entropy. communication buffers: gathered
-parameters and whole gradients on their way. temporaries: of clipping and of the optimizer."""
+"""Purposes of memory. parameters, gradients, optimizer states: a rank's own share, kept between passes. activations:
+everything made by forward and backward passes. loss buffers: of the linear cross-entropy. communication buffers:
+gathered parameters, and full gradients before their reduction. temporaries: of clipping and of the optimizer."""
 
 BLOCK_BYTES = 512
-"""Sizes are rounded up to this, as by PyTorch's CUDA allocator."""
+"""Sizes are rounded up to a multiple of this, as in PyTorch's CUDA allocator."""
 
 
 class MemoryCounter(TorchDispatchMode):
-    """Counts while it is active: ``bytes`` by kind now, and ``peaks``, the bytes by kind when most was held, for each
-    ``moment`` that its user has named; ``most`` of each kind, at whatever time.
+    """Counts memory while it is active.
+
+    ``bytes`` holds the current bytes by kind. ``peaks`` holds the bytes by kind at the peak, for each ``moment`` that
+    its user has named. ``most`` is the maximum of each kind, at any time.
 
     Args:
         on_operator: called with (operator, arguments, keyword arguments, result) of every operator on plain tensors.
-        block_bytes: to a multiple of which sizes are rounded up.
+        block_bytes: sizes are rounded up to a multiple of it.
     """
 
     def __init__(self, on_operator: Callable[..., None] | None = None, block_bytes: int = BLOCK_BYTES):
@@ -58,7 +61,7 @@ class MemoryCounter(TorchDispatchMode):
         self._peak_totals: dict[str, int] = {}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A DTensor comes back as operators on its parts.
+        # A DTensor arrives as operators on its parts.
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
@@ -81,7 +84,7 @@ class MemoryCounter(TorchDispatchMode):
             counter._resized(storage)
             return result
 
-        # FSDP frees and takes the memory of gathered parameters in this way.
+        # FSDP frees and allocates the memory of gathered parameters in this way.
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
         return super().__enter__()
 
@@ -91,7 +94,7 @@ class MemoryCounter(TorchDispatchMode):
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
-        """What is made inside is of this kind, unless an inner call says otherwise."""
+        """Count storages made inside as this kind, unless an inner call changes it."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -100,7 +103,7 @@ class MemoryCounter(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is not counted."""
+        """Do not count anything inside."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -108,11 +111,11 @@ class MemoryCounter(TorchDispatchMode):
             self._paused = before
 
     def begin(self, kind: str) -> None:
-        """From now on what is made is of this kind."""
+        """Count storages made from now on as this kind."""
         self._kind = kind
 
     def declare(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
-        """The memory of ``tensors`` is of this kind, whatever it was made as. Unknown memory is counted from now on."""
+        """Count the memory of ``tensors`` as this kind from now on, whatever it was made as, even if it was unknown."""
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -127,18 +130,18 @@ class MemoryCounter(TorchDispatchMode):
                 self.most[kind] = max(self.most[kind], self.bytes[kind])
 
     def enter(self, moment: str) -> None:
-        """From now on peaks are those of ``moment``."""
+        """Record peaks under ``moment`` from now on."""
         self.moment = moment
         self._note_peak()
 
     def reset_peaks(self) -> None:
-        """Forget the peaks until now."""
+        """Discard the peaks until now."""
         self.peaks, self._peak_totals, self.most = {}, {}, dict(self.bytes)
         self._note_peak()
 
     @property
     def peak(self) -> dict[str, float]:
-        """The highest of all peaks."""
+        """Return the highest of all peaks."""
         return max(self.peaks.values(), key=lambda kinds: sum(kinds.values()))
 
     def _see(self, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A layout judged: what its ranks hold and do, whether that fits, and how long a step takes."""
+"""Judge a layout: memory and work of its ranks, whether it fits, and how long a step takes."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from .rank import RankRehearsal
 from .request import Setting
 
 _ON_HOST = ("parameters", "gradients", "optimizer states")
-"""With ``parallel.cpu_offload``."""
+"""Kinds of memory on the host with ``parallel.cpu_offload``."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What comes of a layout."""
+    """The result for one layout."""
 
     config: RunConfig
     layout: Layout
     setting: Setting
     ranks: list[RankRehearsal]
-    """One of each place in the pipeline."""
+    """One rank of each place in the pipeline."""
     extrapolated: bool
-    """Rehearsed with a few blocks only."""
+    """True if only a few blocks were rehearsed."""
 
     @property
     def plan(self) -> BatchPlan:
-        """The batches of a step."""
+        """Return the batches of a step."""
         return plan_batches(self.config.training, self.layout.data_parallel)
 
     @property
     def fullest(self) -> RankRehearsal:
-        """The rank that holds most."""
+        """Return the rank with the highest peak memory."""
         return max(self.ranks, key=lambda rank: sum(self.peak_of(rank).values()))
 
     def peak_of(self, rank: RankRehearsal) -> dict[str, float]:
-        """Bytes on the GPU by kind when most is held."""
+        """Return the bytes on the GPU by kind at the peak."""
         left_out = _ON_HOST if self.config.parallel.cpu_offload else ()
         on_gpu = [{k: v for k, v in kinds.items() if k not in left_out} for kinds in rank.peaks.values()]
         fullest = max(on_gpu, key=lambda kinds: sum(kinds.values()))
@@ -51,21 +51,21 @@ class Outcome:
 
     @property
     def peak_bytes(self) -> float:
-        """On the GPU of the fullest rank."""
+        """Return the peak bytes on the GPU of the fullest rank."""
         return sum(self.peak_of(self.fullest).values())
 
     @property
     def headroom(self) -> float:
-        """Bytes left on the fullest GPU, after the reserve."""
+        """Return the bytes left on the fullest GPU, after the reserve."""
         return self.setting.gpu.memory - self.setting.reserve - self.peak_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether there is headroom."""
+        """Return whether there is headroom."""
         return self.headroom >= 0
 
     def prediction_of(self, rank: RankRehearsal) -> Prediction:
-        """The step of a rank."""
+        """Return the predicted step of a rank."""
         return predict(
             self.config,
             self.layout,
@@ -79,25 +79,25 @@ class Outcome:
 
     @property
     def slowest(self) -> RankRehearsal:
-        """The rank that all wait for."""
+        """Return the rank that all others wait for."""
         return max(self.ranks, key=lambda rank: self.prediction_of(rank).step)
 
     @property
     def prediction(self) -> Prediction:
-        """The step of the slowest rank."""
+        """Return the predicted step of the slowest rank."""
         return self.prediction_of(self.slowest)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one GPU."""
+        """Return the tokens per second of one GPU."""
         return self.plan.tokens_per_step / (self.prediction.step * self.layout.world_size)
 
     def mfu(self, causal_halved: bool) -> float:
-        """Model FLOPs over the GPUs' peak; recomputation does not count.
+        """Return the model FLOPs over the GPUs' peak; recomputation does not count.
 
         Args:
-            causal_halved: count the pairs of positions that causal attention computes, as the prediction does: then it
-                is at most the assumed efficiency. False: all pairs, as the trainer's log does.
+            causal_halved: count the pairs of positions that causal attention computes, as the prediction does; the
+                result is then at most the assumed efficiency. False: all pairs, as in the trainer's log.
         """
         trainable = self.config.training.trainable
         per_token = flops_per_token(self.setting.architecture, self.plan.sequence_length, causal_halved, trainable)
@@ -105,23 +105,23 @@ class Outcome:
 
     @property
     def hours(self) -> float:
-        """For ``training.train_tokens``, without evaluations, checkpoints and restarts."""
+        """Return the hours for ``training.train_tokens``, without evaluations, checkpoints and restarts."""
         return self.plan.steps_for(self.config.training.train_tokens) * self.prediction.step / 3600
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Of one checkpoint: weights, both moments, and a step count for each parameter."""
+        """Return the bytes of one checkpoint: weights, both moments, and a step count for each parameter."""
         per_parameter = bytes_of(self.config.training.weight_dtype) + 2 * bytes_of(self.config.optimizer.state_dtype)
         return checkpoint_bytes(self.setting.architecture, per_parameter)
 
 
 def checkpoint_bytes(architecture: Architecture, bytes_per_parameter: int) -> float:
-    """Of the tensors of a checkpoint; its index and its manifest come on top."""
+    """Return the bytes of a checkpoint's tensors; its index and its manifest are not included."""
     return architecture.num_parameters * bytes_per_parameter
 
 
 def shown_layout(config: RunConfig, layout: Layout) -> str:
-    """A layout in a few words."""
+    """Describe a layout in a few words."""
     parallel = config.parallel
     parts = [f"{axis} {size}" for axis, size in layout._asdict().items() if size > 1] or ["one rank"]
     parts.append(f"micro batch {config.training.micro_batch_size}")
@@ -139,18 +139,18 @@ def shown_layout(config: RunConfig, layout: Layout) -> str:
 
 
 def dtypes(config: RunConfig) -> str:
-    """What weights and optimizer states are kept in, in words."""
+    """Describe the dtypes of weights and optimizer states."""
     weights, states = config.training.weight_dtype, config.optimizer.state_dtype
     return f"{weights} weights and states" if weights == states else f"{weights} weights and {states} states"
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB."""
+    """Format bytes as GiB."""
     return f"{size / GiB:.2f}" if abs(size) < 100 * GiB else f"{size / GiB:,.0f}"
 
 
 def digits(value: float) -> str:
-    """Three or four digits, with thousands apart."""
+    """Format three or four digits, with thousands separated."""
     if value == 0 or not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

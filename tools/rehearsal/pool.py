@@ -1,4 +1,4 @@
-"""Rehearsals in processes of their own: a process group is a process's only one, and two cores do twice as much."""
+"""Run rehearsals in separate processes: a process can have only one process group, and two cores do twice the work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...engine.errors import UserError
 from .rank import Part, RankRehearsal, rehearse_rank
 
 Report = Callable[[int, int], None]
-"""Told of (rehearsals done, rehearsals in all)."""
+"""Called with (finished rehearsals, total rehearsals)."""
 
 
 class Pool:
@@ -23,7 +23,7 @@ class Pool:
         self._count = num_processes or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
 
     def __enter__(self) -> Pool:
-        # Not forked: PyTorch's threads do not survive that.
+        # Not forked: PyTorch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self._executor = ProcessPoolExecutor(self._count, context, initializer=_start)
         return self
@@ -32,12 +32,12 @@ class Pool:
         self._executor.shutdown(wait=exception[0] is None, cancel_futures=True)
 
     def rehearse(self, parts: list[Part], report: Report = lambda done, total: None) -> list[RankRehearsal]:
-        """All ``parts``, the longest first.
+        """Rehearse all ``parts``, the longest first.
 
         Raises:
             UserError: a layout is impossible.
         """
-        # By what a part takes: an expensive one last would leave the other processes idle.
+        # By duration: an expensive part at the end would leave the other processes idle.
         order = sorted(range(len(parts)), key=lambda index: -_cost(parts[index]))
         futures = {index: self._executor.submit(_rehearse, parts[index]) for index in order}
         results = {}
@@ -60,13 +60,13 @@ def _start() -> None:
     import torch
 
     torch.set_num_threads(1)
-    # Of the real run's affairs only results are told.
+    # Only results of the real run's functions are reported.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
 
 def _rehearse(part: Part) -> RankRehearsal | str:
-    """A wrong layout comes back as words: exceptions of some classes cannot travel."""
+    """Rehearse ``part``; return a message for an impossible layout, since some exceptions cannot be pickled."""
     try:
         return rehearse_rank(part)
     except UserError as error:

@@ -1,9 +1,11 @@
-"""From what ranks do to how long it takes: a roofline of stated assumptions, not a measurement.
+"""Predict the time of a step from the work of its ranks: a roofline of stated assumptions, not a measurement.
 
-A rank's time for its micro-batches is its floating-point operations over the achievable part of the GPU's peak, and the
-exchanges that computing waits for: activations between tensor, context and pipeline ranks. Gathering parameters and
-reducing gradients run beside that, and count only as far as they take longer. A pipeline's idle time and the optimizer,
-which is bound by memory, come on top.
+The time of a rank for its micro-batches has two parts. One is its floating-point operations over the achievable part of
+the GPU's peak. The other is exchanges that computing waits for: activations between tensor, context and pipeline ranks.
+Gathering parameters and
+reducing gradients run concurrently, and count only as far as they take longer. A pipeline's idle time and the
+optimizer,
+which is bound by memory, are added.
 """
 
 from __future__ import annotations
@@ -21,20 +23,20 @@ _WAITED_FOR = ("tensor", "pipeline")
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step, by what they go to."""
+    """Seconds of a step by purpose."""
 
     computing: float
     waiting: float
-    """For activations of other ranks."""
+    """Waiting for activations of other ranks."""
     weights: float
-    """Gathering parameters and reducing gradients, beside computing."""
+    """Gathering parameters and reducing gradients, concurrent with computing."""
     idle: float
-    """In the pipeline."""
+    """Idle time in the pipeline."""
     optimizer: float
 
     @property
     def exposed(self) -> float:
-        """The part of ``weights`` that nothing hides."""
+        """The part of ``weights`` that is not hidden by computing."""
         return max(0.0, self.weights - self.computing - self.waiting - self.idle)
 
     @property
@@ -53,7 +55,7 @@ def predict(
     collectives: dict[Collective, Sent],
     parameters: float,
 ) -> Prediction:
-    """The step of the rank that did ``flops`` and ``collectives`` and holds ``parameters``."""
+    """Predict the step of the rank with ``flops``, ``collectives`` and ``parameters``."""
     computing = flops / (gpu.flops * assumptions.efficiency)
     waiting = weights = 0.0
     for collective, sent in collectives.items():
@@ -72,8 +74,10 @@ def predict(
 
 
 def bandwidth(collective: Collective, gpu: Gpu) -> float:
-    """Bytes per second that each rank of a ring can send. Between nodes, rings run through the network cards of all the
-    group's ranks in a node, each of which carries its part of what passes."""
+    """Return the bytes per second that each rank of a ring can send.
+
+    Between nodes, rings use the network cards of all the group's ranks in a node, and each carries its part of the
+    traffic."""
     if collective.per_node == collective.ranks:
         return gpu.intra_node
     between = gpu.inter_node * collective.per_node
@@ -81,17 +85,21 @@ def bandwidth(collective: Collective, gpu: Gpu) -> float:
 
 
 def idle_share(config: RunConfig, layout: Layout, num_micro_batches: int) -> float:
-    """A pipeline's idle time over its busy time: filling and draining takes as long as ``pipeline - 1`` micro-batches
-    (Narayanan et al., 2021), over the number of stages on a rank where these alternate; zero-bubble schedules leave a
-    third of that (Qi et al., 2023, https://arxiv.org/abs/2401.10241)."""
+    """Return a pipeline's idle time over its busy time.
+
+    Filling and draining takes as long as ``pipeline - 1`` micro-batches (Narayanan et al., 2021), over the number of
+    stages on a rank if these alternate. Zero-bubble schedules leave a third of that (Qi et al., 2023,
+    https://arxiv.org/abs/2401.10241)."""
     parallel = config.parallel
     share = (layout.pipeline - 1) / (num_micro_batches * parallel.pipeline_stages_per_rank)
     return share / 3 if "zero_bubble" in parallel.pipeline_schedule else share
 
 
 def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
-    """Bytes read and written for each parameter: clipping reads the gradient twice and writes it; AdamW reads it, and
-    reads and writes the weight and both moments."""
+    """Return the bytes read and written for each parameter.
+
+    Clipping reads the gradient twice and writes it. AdamW reads it, and reads and writes the weight and both
+    moments."""
     weight, state = bytes_of(config.training.weight_dtype), bytes_of(config.optimizer.state_dtype)
     return 4 * gradient_bytes(config, num_micro_batches) + 2 * (weight + 2 * state)
 

@@ -14,12 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ...engine.budget import plan_batches
-from ...engine.checkpoint.saver import Saver
-from ...engine.checkpoint.store import CheckpointStore
 from ...engine.config import RunConfig
 from ...engine.data.packing import MicroBatch
-from ...engine.emergency import EmergencySave
-from ...engine.health import Health
 from ...engine.model import packing
 from ...engine.model.architecture import Architecture
 from ...engine.model.decoder import LayerRange
@@ -28,10 +24,9 @@ from ...engine.parallel import pipeline
 from ...engine.parallel.build import Choices, build_model
 from ...engine.parallel.layout import Layout
 from ...engine.parallel.mesh import build_mesh
+from ...engine.parallel.passes import ModelParts
 from ...engine.parallel.process_group import Ranks
-from ...engine.run_state import Progress
-from ...engine.trainer import Trainer
-from ...engine.watchdog import Watchdog
+from ...engine.step import Unguarded, train_step
 from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, plan_attention
 from .cluster import absent_cluster, without_values_from_materializing_on
 from .gpu_code import as_on_a_gpu, fresh_constants, labelled, nothing_read
@@ -79,50 +74,59 @@ class Part:
     """Make the optimizer's states by a step, as a run does. False: by an empty one, in half the time."""
 
 
-class RehearsedTrainer(Trainer):
-    """A trainer that reads no data, and whose phases tell ``counter`` what memory is for."""
+class PhaseCounter(Unguarded):
+    """Tells ``counter`` what memory is for in each part of a step.
 
-    def __init__(self, part: Part, ranks: Ranks, counter: MemoryCounter):
-        config, architecture = part.config, part.architecture
-        self.config, self.ranks, self.architecture, self.counter = config, ranks, architecture, counter
-        self.plan = plan_batches(config.training, part.layout.data_parallel)
-        self.progress = Progress()
-        self.health = Health(config.training, ranks, newest=lambda: "", say=lambda line: None)
-        self.watchdog = Watchdog(config.parallel.timeout_seconds, ranks)
-        # Nothing is saved: the step asks whether a copy is still being made.
-        store = CheckpointStore(config.run_folder, ranks, keep_last=1, keep_best=False)
-        self.saver = Saver(store, ranks, config.checkpoint, lambda line: None)
-        self.emergency = EmergencySave(ranks, {}, self.saver, lambda line: None, config.parallel.timeout_seconds)
-        backend = PER_DOCUMENT if part.capability is None else attention_backend(config, architecture)
-        self.choices = Choices(backend, False, self.plan.num_micro_batches)
-        counter.begin("parameters")
-        with without_values_from_materializing_on():
-            self.mesh = build_mesh(part.layout, ranks.device.type)
-            self.model, self.passes = build_model(config, architecture, ranks, self.mesh, self.choices)
-        self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
-        counter.declare("parameters", self.model.parameters())
-        modules = (module for decoder in self.model.decoders for module in decoder.modules())
+    Args:
+        counter: of memory.
+        model: this rank's part of it.
+    """
+
+    def __init__(self, counter: MemoryCounter, model: ModelParts):
+        self._counter = counter
+        modules = (module for decoder in model.decoders for module in decoder.modules())
         self._num_groups, self._num_reduced = sum(isinstance(module, FSDPModule) for module in modules), 0
         counter.on_reduced = self._note_reduced
-        for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
-            parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))
-        self.on_phase("other")
 
-    def on_phase(self, name: str) -> None:
-        """See :class:`~retemper.engine.trainer.Trainer`."""
-        self.counter.begin("activations" if name in ("forward", "backward") else "temporaries")
-        self.counter.enter(name)
+    def begin(self, phase: str) -> None:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        self._counter.begin("activations" if phase in ("forward", "backward") else "temporaries")
+        self._counter.enter(phase)
 
     def _note_reduced(self) -> None:
         """A group of parameters is through its backward pass. Memory falls or rises from block to block; the halves are
         told apart so that either is a straight line in the number of blocks."""
         self._num_reduced += 1
         late = 2 * (self._num_reduced % self._num_groups) >= self._num_groups
-        self.counter.enter("backward, second half" if late else "backward, first half")
+        self._counter.enter("backward, second half" if late else "backward, first half")
+
+
+class RehearsedRank:
+    """The model and optimizer of one rank, whose steps read no data and tell ``counter`` what memory is for."""
+
+    def __init__(self, part: Part, ranks: Ranks, counter: MemoryCounter):
+        config, architecture = part.config, part.architecture
+        self.config, self.counter = config, counter
+        self.plan = plan_batches(config.training, part.layout.data_parallel)
+        backend = PER_DOCUMENT if part.capability is None else attention_backend(config, architecture)
+        choices = Choices(backend, False, self.plan.num_micro_batches)
+        counter.begin("parameters")
+        with without_values_from_materializing_on():
+            mesh = build_mesh(part.layout, ranks.device.type)
+            self.model, self.passes = build_model(config, architecture, ranks, mesh, choices)
+        self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
+        counter.declare("parameters", self.model.parameters())
+        for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
+            parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))
+        self._guards = PhaseCounter(counter, self.model)
+        self._guards.begin("other")
 
     def one_step(self) -> None:
         """One optimizer step on samples that are one document each."""
-        self._step([self._batch() for _ in range(self.plan.num_micro_batches)], float(self.plan.tokens_per_step))
+        batches = [self._batch() for _ in range(self.plan.num_micro_batches)]
+        settings, targets = self.config.optimizer, float(self.plan.tokens_per_step)
+        rate, clip = settings.learning_rate, settings.clip_grad_norm
+        train_step(self.model, self.passes, self.optimizer, batches, targets, rate, clip, self._guards)
         self.declare_states()
 
     def declare_states(self) -> None:
@@ -174,17 +178,17 @@ def count_step(part: Part, ranks: Ranks) -> RankRehearsal:
             stack.enter_context(as_on_a_gpu(part.capability, work.add_flops))
         stack.enter_context(labelled(counter))
         stack.enter_context(counter)
-        trainer = RehearsedTrainer(part, ranks, counter)
+        rehearsed = RehearsedRank(part, ranks, counter)
         if part.whole_steps:
-            trainer.one_step()
+            rehearsed.one_step()
         else:
-            allocate_states(trainer.optimizer)
-            trainer.declare_states()
+            allocate_states(rehearsed.optimizer)
+            rehearsed.declare_states()
         counter.reset_peaks()
         kept, work.flops, work.collectives = dict(counter.bytes), 0.0, {}
-        trainer.one_step()
-    parameters = sum(_local(parameter).numel() for parameter in trainer.model.parameters())
-    blocks = sum(len(decoder.model.blocks) for decoder in trainer.model.decoders)
+        rehearsed.one_step()
+    parameters = sum(_local(parameter).numel() for parameter in rehearsed.model.parameters())
+    blocks = sum(1 for _ in rehearsed.model.blocks())
     return RankRehearsal(
         part.place, blocks, parameters, kept, counter.peaks, counter.most, work.flops, work.collectives
     )

@@ -1,4 +1,4 @@
-"""What a rehearsal found, as text and as JSON."""
+"""Format the results of a rehearsal as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .search import Found
 
 
 def format_outcome(outcome: Outcome) -> str:
-    """A layout in full."""
+    """Format a layout in full."""
     setting, config = outcome.setting, outcome.config
     gpu, assumptions, plan = setting.gpu, setting.assumptions, outcome.plan
     lines = [
@@ -112,7 +112,7 @@ def _seconds(prediction: Prediction) -> str:
 
 
 def assumption_lines(outcome: Outcome) -> list[str]:
-    """What the prediction rests on."""
+    """Return the assumptions of the prediction."""
     setting = outcome.setting
     gpu, assumptions = setting.gpu, setting.assumptions
     lines = [
@@ -129,7 +129,7 @@ def assumption_lines(outcome: Outcome) -> list[str]:
 
 
 def format_needless_recomputation(outcome: Outcome, faster: Outcome) -> str:
-    """A layout that recomputes, and the same layout with less of that, which fits too."""
+    """Report a layout that recomputes, if the same layout with less recomputation fits too."""
     gain = faster.tokens_per_second / outcome.tokens_per_second - 1
     return (
         f"note: parallel.recompute {outcome.config.parallel.recompute} is not needed: with "
@@ -139,7 +139,7 @@ def format_needless_recomputation(outcome: Outcome, faster: Outcome) -> str:
 
 
 def format_found(found: Found) -> str:
-    """The ranking of a search."""
+    """Format the ranking of a search."""
     lines = [
         "| layout | tokens/s/GPU | MFU (causal) | peak GiB | headroom GiB | fits |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
@@ -159,7 +159,7 @@ def format_found(found: Found) -> str:
 
 
 def to_record(outcome: Outcome) -> dict[str, Any]:
-    """All of an outcome, for JSON."""
+    """Return all of an outcome, for JSON."""
     setting = outcome.setting
     return {
         "layout": outcome.layout._asdict(),

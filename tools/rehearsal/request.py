@@ -1,4 +1,4 @@
-"""What is asked of a rehearsal: the cluster, and what a prediction assumes of it."""
+"""Define the request of a rehearsal: the cluster, and the assumptions of the prediction."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ...engine.model.architecture import Architecture, architecture_of
 from .gpus import GiB, Gpu, describe_gpu, find_gpu
 
 RESERVE = 4 * GiB
-"""Kept free: CUDA's context and libraries (about 0.5 GiB), buffers of NCCL's channels (about 1 GiB for some groups),
-and what the allocator loses to fragmentation."""
+"""Memory kept free: CUDA's context and libraries (about 0.5 GiB), buffers of NCCL's channels (about 1 GiB for some
+groups), and fragmentation of the allocator."""
 
 EFFICIENCY = 0.55
-"""Part of the peak that a GPU reaches while it computes a transformer's blocks, all else (norms, launches, unequal
-ranks) included. Megatron-LM reached 0.44 to 0.52 with all communication on A100s (Narayanan et al., 2021,
-https://arxiv.org/abs/2104.04473); published runs on H100s lie between 0.35 and 0.5."""
+"""Fraction of the peak that a GPU reaches while it computes a transformer's blocks, including norms, launches and
+unequal ranks. Megatron-LM reached 0.44 to 0.52 with all communication on A100s (Narayanan et al., 2021,
+https://arxiv.org/abs/2104.04473); published runs on H100s are between 0.35 and 0.5."""
 
 LINK_EFFICIENCY = 0.8
-"""Part of the datasheet's bandwidth that links and memory reach."""
+"""Fraction of the datasheet's bandwidth that links and memory reach."""
 
 _MOST_RANKS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a prediction rests on, besides datasheets."""
+    """The assumptions of a prediction, in addition to datasheets."""
 
     gpus_per_node: int
     efficiency: float = EFFICIENCY
@@ -37,7 +37,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all layouts of a plan share."""
+    """The common settings of all layouts of a plan."""
 
     architecture: Architecture
     gpu: Gpu
@@ -53,7 +53,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, besides the run's configuration. The fields are the command's flags."""
+    """The request, in addition to the run's configuration. The fields are the command's flags."""
 
     nodes: int
     gpus_per_node: int
@@ -72,15 +72,15 @@ class Request:
     """GB/s to the other GPUs of a server."""
 
     def chosen_gpu(self) -> Gpu:
-        """The GPU by name, or as described.
+        """Return the GPU by name, or as described.
 
         Raises:
-            UserError: it is unknown, described by half, or both named and described.
+            UserError: it is unknown, incompletely described, or both named and described.
         """
         names = ("memory", "tflops", "bandwidth", "link")
         described = [f"--gpu-{name}" for name in names if getattr(self, f"gpu_{name}") is not None]
         if self.gpu is not None and described:
-            raise UserError(f"--gpu {self.gpu} and {', '.join(described)} both say what the GPU is; leave one out")
+            raise UserError(f"--gpu {self.gpu} and {', '.join(described)} both define the GPU; leave one out")
         if self.gpu is not None:
             return find_gpu(self.gpu)
         if self.gpu_memory is None or self.gpu_tflops is None:
@@ -88,10 +88,10 @@ class Request:
         return describe_gpu(self.gpu_memory, self.gpu_tflops, self.gpu_bandwidth, self.gpu_link)
 
     def setting(self, architecture: Architecture) -> Setting:
-        """The cluster.
+        """Return the cluster.
 
         Raises:
-            UserError: naming the flag, its value and the remedy.
+            UserError: names the flag, its value and the remedy.
         """
         for flag, count in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
             if not 1 <= count <= _MOST_RANKS:
@@ -118,9 +118,9 @@ class Request:
 
 
 def read_architecture(model: ModelConfig) -> Architecture:
-    """The model's shape. No weights are read; of a model on the Hub, only ``config.json`` is fetched.
+    """Return the model's shape. No weights are read; for a model on the Hub, only ``config.json`` is downloaded.
 
     Raises:
-        UserError: there is no config of the model.
+        UserError: the model has no config.
     """
     return architecture_of(architecture_source(model))

@@ -1,4 +1,4 @@
-"""Which layouts fit, and which of them is fastest: formulas choose what to rehearse, rehearsals decide."""
+"""Search for the fastest layout that fits: formulas choose what to rehearse, rehearsals decide."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ from .rank import Part, RankRehearsal, attention_backend
 from .request import Setting
 
 _LEAST_TOKENS = 4096
-"""Of a sample on each of the ranks that share it: with fewer, sharing is not tried."""
+"""Minimum tokens of a sample on each of the ranks that share it: layouts with fewer are not tried."""
 _LONGEST_PIPELINE = 8
-"""That is tried: longer ones are seldom better where sharding is fast, and take long to rehearse."""
+"""Longest pipeline to try: longer ones are seldom better with fast sharding, and take long to rehearse."""
 _AT_ONCE = 2
-"""Layouts rehearsed between two looks at the clock."""
+"""Layouts rehearsed between two checks of the time."""
 _Recompute = Literal["none", "selective", "full"]
 _LESS_RECOMPUTATION: dict[_Recompute, tuple[_Recompute, ...]] = {
     "none": (),
     "selective": ("none",),
     "full": ("none", "selective"),
 }
-"""The fastest first."""
+"""Alternatives with less recomputation, the fastest first."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that is possible."""
+    """A possible layout."""
 
     config: RunConfig
     layout: Layout
     rough_rate: float
     """Tokens per second of all GPUs, by formulas."""
     rough_bytes: float
-    """At the peak, by formulas."""
+    """Peak bytes, by formulas."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found."""
+    """The result of a search."""
 
     outcomes: list[Outcome]
     """Rehearsed layouts: those that fit, the fastest first; then the others, the smallest first."""
     num_possible: int
     num_too_large: int
-    """Of these, too large by formulas alone."""
+    """Number of layouts that are too large by formulas alone."""
     num_left: int
-    """Neither: slower by formulas than what was rehearsed."""
+    """Number of other layouts: slower by formulas than the rehearsed ones."""
 
 
 def search(
@@ -71,15 +71,15 @@ def search(
     seconds: float = 120.0,
     wanted: int = 6,
 ) -> Found:
-    """Rehearse layouts of the run, those first that formulas find fastest, until ``wanted`` fit or time is up.
+    """Rehearse layouts of the run, the fastest by formulas first, until ``wanted`` fit or time is up.
 
     Args:
         config: of the run; its dtypes are those of all layouts.
         setting: the cluster.
         pool: processes that rehearse.
-        say: told what is being done.
-        calibration: of the model, where it is known; it does not depend on the dtypes of weights and states.
-        seconds: after which no more layouts are rehearsed.
+        say: receives progress lines.
+        calibration: of the model, if known; it does not depend on the dtypes of weights and states.
+        seconds: time after which no more layouts are rehearsed.
         wanted: number of layouts that fit.
     """
     start = time.monotonic()
@@ -101,7 +101,7 @@ def search(
 
 
 def narrower(config: RunConfig) -> list[RunConfig]:
-    """The run with bf16 optimizer states, and with bf16 weights too, where it has not these already."""
+    """Return the run with bf16 optimizer states, and with bf16 weights too, if it does not have these already."""
     found = []
     if config.optimizer.state_dtype != "bf16":
         config = replace(config, optimizer=replace(config.optimizer, state_dtype="bf16"))
@@ -112,7 +112,7 @@ def narrower(config: RunConfig) -> list[RunConfig]:
 
 
 def without_recomputation(outcome: Outcome, pool: Pool) -> Outcome | None:
-    """The same layout with less recomputation, if that fits and is faster; the fastest of these.
+    """Return the fastest layout with less recomputation that fits and is faster, if any.
 
     Args:
         outcome: of a layout that fits.
@@ -133,8 +133,9 @@ def without_recomputation(outcome: Outcome, pool: Pool) -> Outcome | None:
 
 
 def judge_short(layouts: list[tuple[RunConfig, Layout]], setting: Setting, pool: Pool) -> list[Outcome]:
-    """The outcomes of layouts, rehearsed with a few blocks; of a pipeline its first rank, which holds the most
-    micro-batches, and its last, which has the loss."""
+    """Return the outcomes of layouts, rehearsed with a few blocks.
+
+    For a pipeline these are its first rank, which holds the most micro-batches, and its last, which has the loss."""
     groups = [[one for one in parts_of(*each, setting) if one.place in _ends(each[1])] for each in layouts]
     done = iter(rehearse_short(itertools.chain(*groups), pool.rehearse))
     return [
@@ -150,13 +151,13 @@ def _ends(layout: Layout) -> set[int]:
 def judge(
     config: RunConfig, layout: Layout, setting: Setting, pool: Pool, report: Callable[[int, int], None]
 ) -> Outcome:
-    """The outcome of a layout, rehearsed in full."""
+    """Return the outcome of a layout, rehearsed in full."""
     ranks: list[RankRehearsal] = pool.rehearse(parts_of(config, layout, setting), report)
     return Outcome(config, layout, setting, ranks, extrapolated=False)
 
 
 def parts_of(config: RunConfig, layout: Layout, setting: Setting) -> list[Part]:
-    """One rank of each place in the pipeline."""
+    """Return one rank of each place in the pipeline."""
     return [
         Part(
             config,
@@ -171,7 +172,7 @@ def parts_of(config: RunConfig, layout: Layout, setting: Setting) -> list[Part]:
 
 
 def require_possible(config: RunConfig, setting: Setting) -> Layout:
-    """The layout of the run.
+    """Return the layout of the run.
 
     Raises:
         UserError: it is impossible, with both sides of the arithmetic.
@@ -184,7 +185,7 @@ def require_possible(config: RunConfig, setting: Setting) -> Layout:
 
 
 def calibrate(config: RunConfig, setting: Setting, pool: Pool) -> Calibration:
-    """What a block keeps, from two short rehearsals of each kind of recomputation."""
+    """Measure what a block stores, with two short rehearsals of each kind of recomputation."""
     modes = ("none", "selective", "full")
     training = replace(config.training, micro_batch_size=1, global_batch_size=1)
     parts = []
@@ -202,7 +203,7 @@ def calibrate(config: RunConfig, setting: Setting, pool: Pool) -> Calibration:
 
 
 def candidates(config: RunConfig, setting: Setting, calibration: Calibration) -> list[Candidate]:
-    """All possible layouts of the run among those that are tried."""
+    """Return all possible layouts of the run among those that are tried."""
     found = []
     for changed, micro_batch in _layouts(config, setting):
         other = replace(config, parallel=changed, training=replace(config.training, micro_batch_size=micro_batch))
@@ -219,7 +220,7 @@ def candidates(config: RunConfig, setting: Setting, calibration: Calibration) ->
 
 
 def _layouts(config: RunConfig, setting: Setting) -> Iterator[tuple[Any, int]]:
-    """(parallel settings, micro batch) in all combinations, most of which are impossible."""
+    """Yield (parallel settings, micro batch) in all combinations, most of which are impossible."""
     world, per_node = setting.world_size, setting.assumptions.gpus_per_node
     length = config.training.sequence_length
     contexts = [n for n in _powers(per_node) if n == 1 or length // n >= _LEAST_TOKENS]
@@ -245,5 +246,5 @@ def _powers(most: int) -> list[int]:
 
 
 def describe(outcome: Outcome) -> str:
-    """For messages."""
+    """Describe the layout for messages."""
     return shown_layout(outcome.config, outcome.layout)

@@ -1,4 +1,4 @@
-"""What a rank does in a step besides holding memory: floating-point operations, and bytes sent, by kind and axis."""
+"""Count the work of a rank in a step: floating-point operations, and bytes sent, by kind and axis."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ _KINDS = {
     "broadcast": ("broadcast",),
     "send": ("send",),
 }
-"""Collectives by parts of their operators' names. What is received was sent by somebody else."""
+"""Collectives by parts of their operators' names. Receives are not counted, because another rank counts them as
+sent."""
 _NAMESPACES = ("c10d", "c10d_functional", "_c10d_functional", "_dtensor")
 
 
 class Collective(NamedTuple):
-    """What is counted apart."""
+    """The key of one kind of collective."""
 
     kind: str
     axes: tuple[str, ...]
     """The axes of the mesh along which the ranks of the group differ."""
     ranks: int
     per_node: int
-    """How many of them are in one node."""
+    """Number of the group's ranks in one node."""
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Sent:
 
 @dataclass
 class Work:
-    """Counted operators of one rank; feed it to :class:`~retemper.tools.rehearsal.memory.MemoryCounter`.
+    """Counts the operators of one rank; pass it to :class:`~retemper.tools.rehearsal.memory.MemoryCounter`.
 
     Args:
         layout: of the ranks.
@@ -75,7 +76,7 @@ class Work:
         if operator.namespace == "torch_attn":
             self._see_attention(operator, args)
         elif packet in flop_registry:
-            # PyTorch counts all pairs of positions; attention is causal, and its kernels leave half of them out.
+            # PyTorch counts all pairs of positions; attention is causal, and its kernels skip half of them.
             share = 0.5 if "attention" in operator._schema.name else 1
             self.flops += share * flop_registry[packet](*args, **kwargs, out_val=result)
         elif operator.namespace in _NAMESPACES:
@@ -119,8 +120,9 @@ class Work:
 
 
 def sent_bytes(kind: str, size: float, ranks: int) -> float:
-    """What each rank sends for a tensor of ``size`` bytes by a ring, which is the least possible (Patarasuk and Yuan,
-    2009, https://doi.org/10.1016/j.jpdc.2008.09.002)."""
+    """Return the bytes that each rank sends for a tensor of ``size`` bytes by a ring, which is the minimum.
+
+    See Patarasuk and Yuan, 2009, https://doi.org/10.1016/j.jpdc.2008.09.002."""
     if kind in ("send", "broadcast"):
         return size if ranks > 1 else 0.0
     return size * (ranks - 1) / ranks * (2 if kind == "all-reduce" else 1)

@@ -1,4 +1,4 @@
-"""What a step was measured on: processor, GPU, versions, commit. No names of machines or folders."""
+"""Describe the machine of a measurement: processor, GPU, versions, commit. No names of machines or folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ _KEPT = ("processor", "cores", "memory_gb", "load_before", "system", "python", "
 
 
 def step_machine_facts() -> dict[str, object]:
-    """For the results file, of the process that measures: to ask for a GPU's properties takes some of its memory."""
+    """Return the facts for the results file. Call it in the measuring process: querying a GPU's properties uses its
+    memory.
+    """
     facts: dict[str, object] = {name: value for name, value in machine_facts().items() if name in _KEPT}
     facts["torch"] = torch.__version__
     facts["threads"] = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""What this machine's matrix products reach: the peak that a training step can be held against in practice."""
+"""Measure the rate of matrix products on this machine: a practical peak for a training step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 SIZES = {"cuda": (4096, 8192), "cpu": (512, 1024)}
 _WARMUP = 2
-_LEAST, _MOST = 3, 200  # products that are timed
+_LEAST, _MOST = 3, 200  # limits of the number of timed products
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class MatmulRate:
 
     dtype: str
     size: int
-    """Rows and columns."""
+    """Number of rows and columns."""
     flops_per_second: float
     """``2 size^3`` over the median time."""
 
@@ -31,8 +31,8 @@ def matmul_rates(
 ) -> list[MatmulRate]:
     """Time products of every size and dtype for about ``seconds`` each.
 
-    Random numbers, never zeros: a GPU draws less power, and so runs faster, on zeros. The precision of fp32 products is
-    what ``torch.get_float32_matmul_precision()`` says.
+    Random numbers, never zeros: with zeros a GPU uses less power and runs faster. The precision of fp32 products is
+    that of ``torch.get_float32_matmul_precision()``.
     """
     rates = []
     for name, dtype in dtypes.items():
@@ -52,7 +52,7 @@ def _median_seconds(run: Callable[[], object], device: torch.device, seconds: fl
 
 
 def _time(run: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Seconds of each of ``count`` runs."""
+    """Return the seconds of each of ``count`` runs."""
     if device.type != "cuda":
         moments = [time.perf_counter()]
         for _ in range(count):

@@ -1,18 +1,17 @@
-"""The real trainer, timed: its loop and its step, on random weights, without reports, evaluations or checkpoints.
+"""Time the steps of a run: its batches and :func:`train_step`, on random weights, without reports or checkpoints.
 
-Nothing is written but a temporary dataset where the data are made up, and nothing is read but the model's config (and
+Nothing is written except a temporary dataset of random data. Nothing is read except the model's config (and
 the datasets with ``--real-data``): no weights, and no run folder.
 """
 
 from __future__ import annotations
 
 import gc
-import io
 import resource
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...engine.budget import learning_rate
 from ...engine.config import DataConfig, RunConfig, SourceConfig
 from ...engine.data.loader import Prefetcher
-from ...engine.data.packing import MicroBatch
 from ...engine.dtypes import DTYPES
 from ...engine.errors import UserError
+from ...engine.guards.run_guards import RunGuards
 from ...engine.hugging_face.config_source import architecture_source
 from ...engine.model.architecture import Architecture, architecture_of
 from ...engine.observe.flops import Trainable, named_peak, training_flops
+from ...engine.observe.summary import describe_start
 from ...engine.parallel.process_group import Ranks
-from ...engine.run_state import StepResult
-from ...engine.trainer import Trainer
+from ...engine.pretrain import build, next_batches
+from ...engine.run_state import Run
+from ...engine.step import Unguarded, train_step
 from .matmul import MatmulRate, matmul_rates
 from .options import BenchmarkOptions
 from .phases import PhaseClock, StepTime
@@ -47,47 +49,48 @@ _OUT_OF_MEMORY = (
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found. Times are the main rank's; ranks step together."""
+    """The results. Times are the main rank's; ranks step together."""
 
     plan: list[str]
-    """What the trainer says of itself at its start."""
+    """What a run logs about itself at its start."""
     ranks: int
     device: str
     precision: str
     parameters: int
     tokens_per_step: int
-    """Over all ranks."""
+    """Number of tokens, over all ranks."""
     documents_per_step: float
-    """Documents, or pieces of them, that attend to themselves only; mean over the timed steps, over all ranks."""
+    """Number of documents, or pieces of them, that attend only to themselves; mean over the timed steps, over all
+    ranks."""
     flops_per_step: dict[str, float]
-    """Of all ranks, by convention: all pairs of positions in a sample, causal pairs, and causal pairs in documents."""
+    """FLOPs of all ranks, by convention: all pairs of positions in a sample, causal pairs, and causal pairs in
+    documents."""
     flops_formula: str
     steps: list[StepTime]
-    """The timed ones."""
+    """The timed steps."""
     warmup_seconds: float
-    """From the first step's beginning to the first timed step's, by the host's clock: compilation happens there."""
+    """Host time from the first step's beginning to the first timed step's; it includes compilation."""
     memory: dict[str, int]
-    """Bytes, of the rank with the most: on a GPU the peaks ``allocated`` and ``reserved`` and what it has; on a CPU the
-    resident set's peak, and its peak before the model was built. Of the whole run, warm-up included."""
+    """Bytes of the rank with the most. On a GPU: the peaks ``allocated`` and ``reserved``, and the total memory. On a
+    CPU: the resident set's peak, and its peak before the model was built. For the whole run, warm-up included."""
     matmul: list[MatmulRate] = field(default_factory=list)
     datasheet: tuple[str, float] | None = None
     """Name and dense bf16 peak in FLOP/s of the GPU."""
 
 
 def measure_step(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> Measurement:
-    """Time the steps of the run that ``config`` describes; all ranks call this.
+    """Time the steps of the run described by ``config``; all ranks call this.
 
     Raises:
-        UserError: the configuration cannot be trained with, or memory runs out.
+        UserError: training with the configuration is impossible, or memory runs out.
     """
     before = _memory(ranks.device)
     with tempfile.TemporaryDirectory(prefix="retemper-benchmark-") as name, _out_of_memory_is_a_user_error():
         folder = Path(name)
-        trainer = TimedTrainer(ranks.everywhere(lambda: prepare_config(config, options, folder)), options, ranks)
-        steps, warmup_seconds = trainer.time_steps()
-        found = _describe(trainer, steps, warmup_seconds, before)
-        # Last, so that it is not counted as the training's memory, and on a machine as warm as the training made it.
-        del trainer
+        timed = time_steps(ranks.everywhere(lambda: prepare_config(config, options, folder)), options, ranks)
+        found = _describe(timed, before)
+        # Last, so that it does not count as the training's memory, and on a machine as warm as after the training.
+        del timed
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -97,11 +100,12 @@ def measure_step(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> 
 
 
 def prepare_config(config: RunConfig, options: BenchmarkOptions, folder: Path) -> RunConfig:
-    """``config`` with a budget of the wanted steps, random weights and, unless they are real, random data in
-    ``folder``.
+    """Return ``config`` with a budget of the requested steps, random weights and, without ``real_data``, random data.
+
+    The data is written to ``folder``.
 
     Raises:
-        UserError: there is no config of the model.
+        UserError: the model has no config.
     """
     source = architecture_source(config.model)
     architecture = architecture_of(source)
@@ -123,7 +127,7 @@ def prepare_config(config: RunConfig, options: BenchmarkOptions, folder: Path) -
         data = _only_random(data, prefix)
     return replace(
         config,
-        # Empty, so that there is nothing to resume from.
+        # Empty, so that the run does not resume.
         run_folder=str(folder / "run"),
         resume="auto",
         model=replace(
@@ -146,78 +150,96 @@ def _only_random(data: DataConfig, prefix: Path) -> DataConfig:
     return replace(data, train=[SourceConfig(path=str(prefix))], stages=[], weights="tokens")
 
 
-class TimedTrainer(Trainer):
-    """The trainer with a clock; what is due at the end of a step (reports, evaluations, checkpoints) is left out."""
+class TimedGuards(Unguarded):
+    """The guards of a run, and a clock of the step's phases.
 
-    def __init__(self, config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> None:
-        self._clock = PhaseClock(ranks.device)
-        self._warmup_steps, self._num_steps = options.warmup_steps, options.warmup_steps + options.steps
-        self.boundaries: list[Tensor] = []
-        """``cu_seqlens`` of this rank's micro-batches in the timed steps, on the host."""
-        self._began_at = self._warm_at = 0.0
-        super().__init__(config, ranks)
-        self.plan_lines: list[str] = []
-        """What the trainer says at its start."""
-        self._said = io.StringIO()
+    Args:
+        guards: of the run.
+        clock: is told when a phase begins.
+    """
 
-    def time_steps(self) -> tuple[list[StepTime], float]:
-        """Train; the timed steps, and the seconds that the warm-up took.
+    def __init__(self, guards: RunGuards, clock: PhaseClock):
+        self._guards, self._clock = guards, clock
 
-        Raises:
-            KeyboardInterrupt: the run was asked to stop.
-        """
-        with redirect_stdout(self._said):
-            self.run()
-        if self.progress.step < self._num_steps:
-            raise KeyboardInterrupt
-        return self._clock.steps()[self._warmup_steps :], self._warm_at - self._began_at
+    def begin(self, phase: str) -> None:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        self._guards.begin(phase)
+        self._clock.mark(phase)
 
-    def on_phase(self, name: str) -> None:
-        self._clock.mark(name)
+    def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        return self._guards.should_skip(loss, grad_norm)
 
-    def test_destination(self) -> list[str]:
-        return []  # no checkpoint is written
-
-    def _next_batches(self, prefetcher: Prefetcher) -> tuple[list[MicroBatch], float]:
-        timed = self.progress.step >= self._warmup_steps
-        if self.progress.step == 0:
-            self.plan_lines = self._said.getvalue().splitlines()
-            self._began_at = time.perf_counter()
-        if self.progress.step == self._warmup_steps:
-            self._warm_at = time.perf_counter()
-        batches, num_targets = super()._next_batches(prefetcher)
-        if timed:
-            self.boundaries += [batch.cu_seqlens for batch in batches]
-        return batches, num_targets
-
-    def _report(self, *_: object) -> None:
-        """Nothing: a report waits for the device."""
-
-    def _evaluate_and_save(self, result: StepResult, last: bool, stopping: bool) -> bool:
-        if last or stopping:
-            self._clock.close()
-        return stopping
+    def without_targets(self) -> None:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        self._guards.without_targets()
 
 
-def _describe(
-    trainer: TimedTrainer, steps: list[StepTime], warmup_seconds: float, before: dict[str, int]
-) -> Measurement:
-    ranks, architecture, plan = trainer.ranks, trainer.inputs.architecture, trainer.plan
+@dataclass
+class Timed:
+    """What was measured of the steps of ``run``."""
+
+    run: Run
+    plan: list[str]
+    """What the run logs about itself at its start."""
+    steps: list[StepTime]
+    """The timed ones."""
+    warmup_seconds: float
+    boundaries: list[Tensor]
+    """``cu_seqlens`` of this rank's micro-batches in the timed steps, on the host."""
+
+
+def time_steps(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> Timed:
+    """Build a run and make its steps; what is due between them (reports, evaluations, checkpoints) is left out.
+
+    Raises:
+        UserError: the configuration cannot be trained with.
+        KeyboardInterrupt: the run was asked to stop.
+    """
+    run, clock = build(config, ranks, saves=False), PhaseClock(ranks.device)
+    plan, training, optimizer = run.plan, config.training, config.optimizer
+    guards, described = TimedGuards(run.guards, clock), describe_start(run)
+    boundaries: list[Tensor] = []
+    warm_at = began_at = time.perf_counter()
+    first_samples = range(0, run.last_sample, plan.global_batch_size)
+    prefetcher = Prefetcher(run.data.micro_batches, first_samples, config.data.prefetch_steps)
+    with run.stop, run.guards, prefetcher:
+        for number in range(len(first_samples)):
+            if number == options.warmup_steps:
+                warm_at = time.perf_counter()
+            clock.mark("data")
+            batches, num_targets = next_batches(run, prefetcher)
+            rate = learning_rate(run.progress.tokens + plan.tokens_per_step, training, optimizer)
+            clip = optimizer.clip_grad_norm
+            train_step(run.model, run.passes, run.optimizer, batches, num_targets, rate, clip, guards)
+            run.advance()
+            run.guards.step_done()
+            if number >= options.warmup_steps:
+                boundaries += [batch.cu_seqlens for batch in batches]
+            if run.stop.agreed():
+                raise KeyboardInterrupt
+        clock.close()
+    return Timed(run, described, clock.steps()[options.warmup_steps :], warm_at - began_at, boundaries)
+
+
+def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
+    run, steps = timed.run, timed.steps
+    config, ranks, architecture, plan = run.config, run.ranks, run.start.architecture, run.plan
     memory = _memory(ranks.device)
     if ranks.device.type == "cpu":
         memory["resident_before"] = before["resident"]
-    lengths = [boundaries.diff() for boundaries in trainer.boundaries]
-    # Boundaries may be filled up to a fixed number with documents of no token.
+    lengths = [boundaries.diff() for boundaries in timed.boundaries]
+    # Boundaries may be padded to a fixed number by documents without tokens.
     documents = ranks.sum(sum(int((length > 0).sum()) for length in lengths)) / len(steps)
     pairs = ranks.sum(sum(int((length.long() ** 2).sum()) for length in lengths)) / len(steps)
     tokens = plan.tokens_per_step
-    all_pairs, trainable = tokens * plan.sequence_length, trainer.config.training.trainable
+    all_pairs, trainable = tokens * plan.sequence_length, config.training.trainable
     return Measurement(
-        # Notes on the made-up dataset are nobody's concern.
-        plan=[line for line in trainer.plan_lines if str(Path(trainer.config.run_folder).parent) not in line],
+        # Notes about the random dataset are irrelevant.
+        plan=[line for line in timed.plan if str(Path(config.run_folder).parent) not in line],
         ranks=ranks.world_size,
         device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
-        precision=trainer.config.training.precision,
+        precision=config.training.precision,
         parameters=architecture.num_parameters,
         tokens_per_step=tokens,
         documents_per_step=documents,
@@ -231,14 +253,14 @@ def _describe(
         },
         flops_formula=formula(architecture, plan.sequence_length, trainable),
         steps=steps,
-        warmup_seconds=warmup_seconds,
+        warmup_seconds=timed.warmup_seconds,
         memory=_largest(memory, ranks),
         datasheet=named_peak(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None,
     )
 
 
 def formula(architecture: Architecture, sequence_length: int, trainable: Trainable = "all") -> str:
-    """The formula of :func:`training_flops` per token, in letters and in this model's numbers."""
+    """Return the formula of :func:`training_flops` per token, in symbols and with this model's numbers."""
     a, d = architecture, architecture.head_dim
     q, kv = a.num_attention_heads * d, a.num_key_value_heads * d
     block = "L (h (q + 2 kv) + q h + 3 h f)"
@@ -262,7 +284,7 @@ def _memory(device: torch.device) -> dict[str, int]:
 
 
 def _largest(memory: dict[str, int], ranks: Ranks) -> dict[str, int]:
-    """The largest of each number over the ranks."""
+    """Return the largest of each number over the ranks."""
     everybody: list[Any] = [memory] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(everybody, memory)
@@ -283,7 +305,7 @@ def _out_of_memory_is_a_user_error() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out, on the GPU or the host; libraries say it in several ways."""
+    """Return whether memory has run out, on the GPU or the host; libraries report it in several ways."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""What the step benchmark is asked for."""
+"""Define the options of the step benchmark."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .synthetic import DocumentLengths
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What is to be measured, besides the run's configuration. The fields are the command's flags."""
+    """Settings of the measurement, in addition to the run's configuration. The fields are the command's flags."""
 
     steps: int = 20
     warmup_steps: int = 5
@@ -18,13 +18,13 @@ class BenchmarkOptions:
     documents: str = "whole"
     """See :class:`~retemper.tools.step_benchmark.synthetic.DocumentLengths`."""
     matmul_seconds: float = 0.2
-    """For each size and dtype of the matmul sweep; 0 leaves it out."""
+    """Seconds for each size and dtype of the matmul sweep; 0 skips it."""
 
     def check(self) -> None:
-        """Refuse what cannot be measured.
+        """Refuse impossible settings.
 
         Raises:
-            UserError: naming the flag, its value and the remedy.
+            UserError: names the flag, its value and the remedy.
         """
         if not 1 <= self.steps <= 10**6:
             raise UserError(f"--steps {self.steps}: must be at least 1 and at most 1,000,000")

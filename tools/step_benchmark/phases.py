@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the parts of a step lie end to end, so their sum is the step."""
+"""Split the time of a step into consecutive phases, whose sum is the step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 PHASES = ("data", "forward", "backward", "optimizer", "other")
-"""In the order of a step; forward and backward take turns over the micro-batches. Clipping belongs to the optimizer,
-the copy of a micro-batch to the GPU to forward."""
+"""Names in the order of a step; forward and backward alternate over the micro-batches. Clipping belongs to the
+optimizer, the copy of a micro-batch to the GPU to forward."""
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,16 @@ class StepTime:
     """One step, in seconds."""
 
     seconds: float
-    """From the moment the step asks for its data to the moment the next step does."""
+    """From the moment the step requests its data to the moment the next step does."""
     phases: dict[str, float]
-    """By name of :data:`PHASES`."""
+    """Seconds by name of :data:`PHASES`."""
 
 
 class PhaseClock:
     """Marks moments without waiting for the device.
 
-    On a GPU a moment is when the GPU gets to it (an event on the current stream): a part takes what the GPU spends on
-    it, or waits in it. The events are read at the end. On a CPU a moment is the host's.
+    On a GPU a moment is when the GPU reaches it (an event on the current stream). So a phase is the time that the GPU
+    spends or waits in it. The events are read at the end. On a CPU a moment is the host's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,15 +36,15 @@ class PhaseClock:
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, phase: str) -> None:
-        """The part ``phase`` begins, and the one before ends."""
+        """Begin the phase ``phase``, and end the one before."""
         self._marks.append((phase, self._now()))
 
     def close(self) -> None:
-        """The last part ends."""
+        """End the last phase."""
         self.mark("")
 
     def steps(self) -> list[StepTime]:
-        """The steps between the marks so far, each from one ``data`` to the next. Waits for the device once."""
+        """Return the steps between the marks so far, each from one ``data`` to the next. Waits for the device once."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         starts = [place for place, (phase, _) in enumerate(self._marks) if phase in ("data", "")]

@@ -1,4 +1,4 @@
-"""What the step benchmark found as Markdown tables that read well in a terminal too, and as a record for JSON."""
+"""Format the results of the step benchmark as Markdown tables for terminals and files, and as a record for JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _GIB = 2**30
 
 
 def summarize(found: Measurement) -> dict[str, Any]:
-    """The figures: rates are those of the median step; the breakdown is the mean step's, so that its parts sum to it.
+    """Return the figures: rates of the median step, and the breakdown of the mean step, so that its parts sum to it.
 
-    ``mfu`` holds, by convention, the share of the datasheet's peak (bf16 only, where the GPU is known) and of the best
+    ``mfu`` holds two shares by convention: of the datasheet's peak (bf16 only, for known GPUs), and of the best
     measured matrix product in the dtype that the model computes in.
     """
     seconds = [step.seconds for step in found.steps]
@@ -50,12 +50,12 @@ def summarize(found: Measurement) -> dict[str, Any]:
 
 
 def to_record(found: Measurement) -> dict[str, Any]:
-    """Everything, for a JSON file."""
+    """Return all results, for a JSON file."""
     return {"summary": summarize(found), **asdict(found)}
 
 
 def format_report(found: Measurement, machine: dict[str, object]) -> str:
-    """Tables of speed, of where the time goes and of memory, and what they were measured on."""
+    """Return tables of speed, of the time of each part and of memory, with a description of the machine."""
     summary = summarize(found)
     lines = [
         ", ".join(f"{name} {value}" for name, value in machine.items()),

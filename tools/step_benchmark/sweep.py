@@ -1,4 +1,4 @@
-"""The product of several settings, each measured in a fresh process; what does not fit or fails is a row too."""
+"""Measure all combinations of several settings, each in a fresh process; failures are rows of the table, too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..ingest_benchmark.report import table
 
 _GIB = 2**30
 _PATIENCE_SECONDS = 30.0
-"""How long a process that is asked to end may take."""
+"""Seconds that a process may take to end after it was asked to."""
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,25 @@ class Row:
     """One combination of settings."""
 
     settings: dict[str, str]
-    """By full key."""
+    """Settings by full key."""
     outcome: str
-    """ok, out of memory, or what went wrong in one line."""
+    """ok, out of memory, or the error in one line."""
     record: dict[str, Any] | None = None
-    """What the process wrote with ``--json``, where it went well."""
+    """Content of the process's ``--json`` file, if it succeeded."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Zero where there is no measurement."""
+        """Zero without a measurement."""
         return self.record["result"]["summary"]["tokens_per_second"] if self.record else 0.0
 
 
 def parse_sweep(items: Sequence[str], config: RunConfig) -> list[dict[str, str]]:
-    """The combinations that ``KEY=V1,V2 KEY=V1,V2`` ask for, the last key changing fastest.
+    """Return the combinations of ``KEY=V1,V2 KEY=V1,V2``, the last key changing fastest.
 
-    A key is one of the configuration; without its section where only one section has it.
+    Keys are those of the configuration; the section may be omitted if only one section has the key.
 
     Raises:
-        UserError: an item is of another form, or its key is unknown.
+        UserError: an item has another form, or its key is unknown.
     """
     known = list(_leaves(to_dict(config)))
     axes: dict[str, list[str]] = {}
@@ -79,7 +79,7 @@ def run_sweep(
     Args:
         combinations: settings by key.
         command: the benchmark without ``--sweep`` and ``--json``.
-        say: is told what comes next.
+        say: receives progress lines.
     """
     rows = []
     for number, settings in enumerate(combinations, 1):
@@ -96,13 +96,15 @@ def _measure(settings: dict[str, str], command: Sequence[str]) -> Row:
         status, errors = _run([*command, "--json", str(path)])
         if status == 0:
             record = json.loads(path.read_bytes())
-            del record["command"]  # names a temporary file; the sweep's own and the settings say it all
+            del record["command"]  # names a temporary file; the settings contain the information
             return Row(settings, "ok", record)
     return Row(settings, _explain(status, errors))
 
 
 def _run(command: Sequence[str]) -> tuple[int, str]:
-    """Exit status and standard error of a process, which is ended with all its children where this one is."""
+    """Return exit status and standard error of a process, which is ended with its children if this one is
+    interrupted.
+    """
     try:
         running = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -123,7 +125,7 @@ def _run(command: Sequence[str]) -> tuple[int, str]:
 
 
 def _explain(status: int, errors: str) -> str:
-    """One line for a process that failed. Under a launcher its own lines stand behind those of the ranks."""
+    """Return one line about a failed process. A launcher's own lines come after those of the ranks."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     ours = [line for line in lines if "error: " in line and (line.startswith("error: ") or line.startswith("[rank "))]
     if any("error: out of memory" in line for line in ours):
@@ -134,7 +136,7 @@ def _explain(status: int, errors: str) -> str:
 
 
 def format_sweep(rows: Sequence[Row]) -> str:
-    """A table of all rows, and the fastest."""
+    """Return a table of all rows, and the fastest one."""
     keys = list(rows[0].settings)
     header = [" ".join(key.rpartition(".")[2] for key in keys), "tokens/s", "per rank", "MFU, causal", "step", "memory"]
     text = "\n".join(table([*header, "outcome"], [[*_cells(row), row.outcome[:120]] for row in rows]))

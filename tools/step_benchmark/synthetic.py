@@ -1,4 +1,4 @@
-"""A dataset of random tokens in documents of wanted lengths, for measuring a step where there is no corpus."""
+"""Make a dataset of random tokens with given document lengths, for measuring a step without a corpus."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ...engine.errors import UserError
 
 _FORMS = "use whole, fixed:TOKENS, uniform:LEAST:MOST or lognormal:MEAN[:SIGMA], lengths from 1"
 _MOST_TOKENS = 1 << 22
-"""A longer measurement reads the dataset several times over, in another order each time."""
+"""Maximum size: a longer measurement reads the dataset several times, in another order each time."""
 
 
 @dataclass(frozen=True)
 class DocumentLengths:
-    """How long the documents of a made-up corpus are."""
+    """The lengths of the documents in a random corpus."""
 
     kind: Literal["whole", "fixed", "uniform", "lognormal"]
-    """whole: one document is everything, so that every sample is a piece of it and attends to all of itself."""
+    """whole: the corpus is one document, so every sample is a piece of it and attends to all of itself."""
     numbers: tuple[float, ...] = ()
-    """fixed: the length; uniform: least and most; lognormal: mean, and the logarithm's standard deviation."""
+    """fixed: the length; uniform: minimum and maximum; lognormal: mean, and the logarithm's standard deviation."""
 
     @classmethod
     def parse(cls, text: str) -> DocumentLengths:
-        """From the form of the flag ``--documents``.
+        """Parse the value of the flag ``--documents``.
 
         Raises:
-            UserError: it is none of the forms.
+            UserError: it has none of the forms.
         """
         kind, *parts = text.split(":")
         counts: dict[str, tuple[int, ...]] = {"whole": (0,), "fixed": (1,), "uniform": (2,), "lognormal": (1, 2)}
@@ -47,7 +47,7 @@ class DocumentLengths:
         return cls(kind, numbers)  # type: ignore[arg-type]
 
     def draw(self, num_tokens: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-        """[documents] lengths that sum to ``num_tokens``; the last document is cut."""
+        """Return [documents] lengths that sum to ``num_tokens``; the last document is cut."""
         if self.kind == "whole":
             return np.array([num_tokens])
         drawn: list[npt.NDArray[np.int64]] = []
@@ -75,19 +75,19 @@ class DocumentLengths:
 def write_random_dataset(
     prefix: Path, lengths: DocumentLengths, vocab_size: int, sequence_length: int, samples: int, step: int, seed: int
 ) -> None:
-    """Write a dataset for ``samples`` samples, or for fewer that are read again where these would be very many.
+    """Write a dataset for ``samples`` samples, or for fewer that are read repeatedly if there would be too many.
 
     Args:
         prefix: of the dataset.
         lengths: of the documents.
-        vocab_size: tokens are drawn evenly from it.
+        vocab_size: tokens are drawn uniformly from it.
         sequence_length: tokens in a sample.
-        samples: that are wanted.
-        step: samples in a step; so many there are at least.
-        seed: the same one gives the same dataset.
+        samples: requested number.
+        step: samples in a step; the minimum number.
+        seed: the same seed gives the same dataset.
     """
     windows = max(step, min(samples, _MOST_TOKENS // sequence_length))
-    num_tokens = windows * sequence_length + 1  # the last window's last target
+    num_tokens = windows * sequence_length + 1  # target of the last window's last token
     generator = np.random.default_rng(seed)
     dtype = best_dtype(vocab_size)
     with IndexedDatasetWriter(prefix, dtype) as writer:

@@ -1,4 +1,4 @@
-"""Learning the next merges of a BPE vocabulary from words, whatever file the vocabulary stands in."""
+"""Learn the next merges of a BPE vocabulary from words, independently of the vocabulary's file format."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Kind = Literal["merge", "character"]
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned."""
+    """The result of learning."""
 
     tokens: list[tuple[Merge, str, Kind]]
     """Each new token's merge, entry of the vocabulary, and kind."""
     pairs: list[tuple[str, str]]
-    """The merges as entries, in their order."""
+    """The merges as vocabulary entries, in their order."""
     notes: list[str] = field(default_factory=list)
     curve: list[int] = field(default_factory=list)
-    """Tokens of the held-out words after 0, 1, 2 ... new tokens."""
+    """Number of tokens of the held-out words after 0, 1, 2 ... new tokens."""
 
 
 def learn_bpe(
@@ -37,17 +37,17 @@ def learn_bpe(
     allowed: Callable[[str], bool],
     on_token: Callable[[], object],
 ) -> Learned:
-    """See :func:`~retemper.tools.vocabulary.pair_merges.learn_merges`.
+    """Learn merges, see :func:`~retemper.tools.vocabulary.pair_merges.learn_merges`.
 
     Args:
         vocab: ids of the old entries.
         taken: entries that may not become tokens.
-        pieces_of: what the old tokenizer makes of a word, or of a part of one.
+        pieces_of: returns the old tokenizer's ids of a word, or of a part of one.
         first_id: of the first new token.
-        words, held_out: to learn from and to measure with, and their numbers.
-        wanted: which are to be learned; their length is bounded by
-        allowed: whether an entry may be a token.
-        on_token: hears of each one.
+        words, held_out: words to learn from and to measure with, and their counts.
+        wanted: number, frequency and length of the new tokens.
+        allowed: returns whether an entry may be a token.
+        on_token: called for each new token.
 
     Raises:
         UserError: nothing can be learned.
@@ -66,7 +66,7 @@ def learn_bpe(
 
 
 class _Symbols:
-    """Words as ids, and as negative symbols of characters that the vocabulary lacks."""
+    """Words as ids; characters that the vocabulary lacks become negative symbols."""
 
     def __init__(self, vocab: dict[str, int], pieces_of: Callable[[str], list[int]], texts: dict[int, str]):
         self._vocab, self._pieces_of, self._texts = vocab, pieces_of, texts
@@ -74,7 +74,7 @@ class _Symbols:
         self._cost: dict[int, int] = {}
 
     def corpus(self, words: Counter[str], min_count: int = 1) -> PairCorpus:
-        """For :func:`learn_merges`."""
+        """Return the corpus for :func:`learn_merges`."""
         rows = [self._symbols(word) for word in words]
         return PairCorpus(rows, list(words.values()), min_count, self._cost)
 

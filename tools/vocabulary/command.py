@@ -33,19 +33,19 @@ from .weights import ExtendedVocabulary, StoredModel, choose_rows, open_model, w
 
 _BATCH = 256
 _MEASURED_CHARACTERS = 1 << 26
-"""Of the documents that are kept in memory to measure with: at most 256 MiB."""
+"""Maximum number of characters of documents kept in memory for measuring: at most 256 MiB."""
 
 
 @dataclass
 class Corpus:
-    """What was read: words to learn from, and the documents to measure with."""
+    """The result of reading the corpus: words to learn from, and documents to measure with."""
 
     words: Counter[str]
     held_out_words: Counter[str]
     measured: list[str]
     """Documents."""
     what: str
-    """Which these are, in words."""
+    """Description of these documents."""
 
 
 def extend(options: ExtendOptions, say: Callable[[str], None] = print) -> None:
@@ -100,7 +100,7 @@ def _write(
     corpus: Corpus | None,
     say: Callable[[str], None],
 ) -> Gain | None:
-    """Everything but the name of the output."""
+    """Write everything into ``folder``, which is renamed later."""
     beside = folder / ASSET_FOLDER if model.is_checkpoint else folder
     _extended_assets(model, extension, vocab_size).write(beside)
     require_ids(model.asset_folder, beside, extension.tokens)
@@ -128,14 +128,14 @@ def _write(
 
 
 def open_tokenizer(files: dict[str, bytes], where: Path) -> tuple[Tokenizer, list[str]]:
-    """What can extend the tokenizer of a folder, and lines about it for the console.
+    """Return the extendable tokenizer of a folder, and lines about it for the console.
 
     Args:
         files: of the folder, by name.
         where: path of the tokenizer's file.
 
     Raises:
-        UserError: it is of a kind that cannot be extended.
+        UserError: tokenizers of this kind cannot be extended.
     """
     notes: list[str] = []
     if where.name == SENTENCEPIECE_FILE:
@@ -152,7 +152,9 @@ def open_tokenizer(files: dict[str, bytes], where: Path) -> tuple[Tokenizer, lis
 
 
 def _kind_of_model(content: bytes) -> str:
-    """Of a tokenizer.json. Old ones, such as GPT-2's, do not say it; the library tries what fits."""
+    """Return the model type of a tokenizer.json. Old ones, such as GPT-2's, do not store it; the library tries each
+    type.
+    """
     kind = json.loads(content)["model"].get("type")
     return kind or type(parse_tokenizer(content, TOKENIZER_FILE).model).__name__
 
@@ -165,8 +167,9 @@ def _tokenizer_path(model: StoredModel) -> Path:
 
 
 def _read(options: ExtendOptions, tokenizer: Tokenizer) -> Corpus:
-    """The corpus, split by documents; where a tenth of them is none, all are learned from and measured with. Of what is
-    learned from only words stay in memory, and of what is measured with a bounded part of the documents."""
+    """Split the corpus by documents; if a tenth of it would be empty, use all documents for learning and measuring.
+
+    Only the words to learn from and a bounded part of the documents to measure with stay in memory."""
     words: Counter[str] = Counter()
     held_out_words: Counter[str] = Counter()
     measured, num_others, num_held_out = Sample(_MEASURED_CHARACTERS), 0, 0
@@ -177,7 +180,7 @@ def _read(options: ExtendOptions, tokenizer: Tokenizer) -> Corpus:
         for text in documents:
             bar.update(len(text))
             if is_held_out(text):
-                if num_held_out == 0:  # the others need not be measured with
+                if num_held_out == 0:  # otherwise the held-out documents suffice
                     measured = Sample(_MEASURED_CHARACTERS)
                 num_held_out += 1
                 measured.add(text)
@@ -208,11 +211,12 @@ def _extended_assets(model: StoredModel, extension: Extension, vocab_size: int) 
 
 
 def require_ids(old: Path, new: Path, tokens: Sequence[NewToken]) -> None:
-    """See that every token of the tokenizer in ``old`` has the same id in ``new``, and ``tokens`` have theirs, by the
-    library that reads it.
+    """Check that every token of the tokenizer in ``old`` has the same id in ``new``, and that ``tokens`` have theirs.
+
+    Ids are compared as the library reads them.
 
     Raises:
-        AssertionError: it has not, which would be a fault of this program.
+        AssertionError: an id differs, which would be a bug of this program.
     """
     before, after = _ids(old), _ids(new)
     moved = [(token, before[token], after.get(token)) for token in before if after.get(token) != before[token]]

@@ -1,4 +1,4 @@
-"""The text that new tokens are learned from, and the tenth of its documents by which their gain is measured."""
+"""Read the text that new tokens are learned from, and select the held-out tenth that measures their gain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..ingest.tasks import Span
 from ..ingest.texts import TextChoice
 
 HELD_OUT = 10
-"""One document in so many is held out."""
+"""One of this many documents is held out."""
 
 
 def read_documents(
@@ -27,7 +27,7 @@ def read_documents(
     max_documents: int | None = None,
     max_bytes: int | None = None,
 ) -> Iterator[str]:
-    """The texts of the files, in their order, up to a number of documents or bytes of UTF-8.
+    """Yield the texts of the files, in their order, up to a number of documents or bytes of UTF-8.
 
     Raises:
         UserError: a file cannot be read, or a record has no text.
@@ -53,27 +53,28 @@ def read_documents(
 
 
 def is_held_out(text: str) -> bool:
-    """By its content: equal documents fall on the same side, wherever they stand."""
+    """Return whether ``text`` is held out. It depends only on the content, so equal documents are on the same side."""
     return _digest(text) % HELD_OUT == 0
 
 
 class Sample:
-    """Documents that are kept, in their order: all of them as long as they are short enough together, then every second
-    one by content, every fourth, and so on. So they come from all of a corpus, and what is kept is bounded, but for a
-    single document that is longer.
+    """A bounded sample of documents, in their order.
+
+    It keeps all documents while their total length is small enough, then every second one by content, every fourth, and
+    so on. So the sample covers the whole corpus. Only a single document may exceed the limit.
 
     Args:
-        max_characters: kept at most.
+        max_characters: limit of the total length.
     """
 
     def __init__(self, max_characters: int):
         self.texts: list[str] = []
         self.one_in = 1
-        """Of so many documents about one is kept."""
+        """About one of this many documents is kept."""
         self._max_characters, self._characters = max_characters, 0
 
     def add(self, text: str) -> None:
-        """Keep ``text``, or do not."""
+        """Keep ``text`` if it is in the sample."""
         if not self._is_chosen(text):
             return
         self.texts.append(text)

@@ -1,4 +1,4 @@
-"""What extend_vocab.py is asked for."""
+"""Define the options of extend_vocab.py."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _COUNTS = ("num_tokens", "min_count", "max_characters", "max_documents", "max_by
 
 @dataclass(frozen=True)
 class ExtendOptions:
-    """The command line.
+    """The options on the command line.
 
     Raises:
-        UserError: naming the option, its value and what is needed.
+        UserError: names the option, its value and the remedy.
     """
 
     model: str

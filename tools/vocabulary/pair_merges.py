@@ -1,12 +1,12 @@
-"""Byte-pair encoding that goes on where a tokenizer's merges end.
+"""Continue byte-pair encoding after the last merge of a tokenizer.
 
 Sennrich, Haddow and Birch (2016, https://arxiv.org/abs/1508.07909): the most frequent pair of neighbours becomes a
-token, and so on. Here the words of the corpus begin as the pieces that the tokenizer makes of them, so that every new
-token is made of existing ones. New merges stand behind all others: an encoder makes the old pieces first, exactly as
-before, and joins them further. So no text becomes longer in tokens, and counts here are those of the encoder.
+token, repeatedly. Here the words of the corpus begin as the tokenizer's pieces, so that every new token consists of
+existing ones. New merges come after all old ones: an encoder first makes the old pieces, exactly as before, and then
+joins them further. So no text needs more tokens than before, and the counts here are those of the encoder.
 
-All words lie end to end in arrays, and a merge touches only the places where its pair stands. The libraries train from
-single characters only.
+All words are concatenated in arrays, and a merge touches only the places of its pair. The libraries can train only from
+single characters.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 _GAP = -1
-"""Between words, and in places whose token was joined to the one before."""
+"""Marks gaps between words, and places whose token was joined to the previous one."""
 FIRST_UNKNOWN = -2
-"""Symbols from here down stand for characters that the vocabulary lacks: they join with nothing until they have an id.
+"""Symbols up to this one represent characters that the vocabulary lacks: they cannot be joined until they have an
+id.
 """
 _SHIFT = 32
 NO_RIGHT = -1
-"""In place of a right half: the merge makes a token of a character that the vocabulary lacks."""
+"""Replaces the right half of a merge that makes a token of a single character which the vocabulary lacks."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class Merge:
     """``left`` and ``right`` next to each other become ``token``."""
 
     left: int
-    """Id; or, with :data:`NO_RIGHT`, the symbol of a character."""
+    """An id; or, with :data:`NO_RIGHT`, the symbol of a character."""
     right: int
     token: int
     count: int
-    """Places in the corpus where it was made."""
+    """Number of places in the corpus where the merge was made."""
 
 
 class PairCorpus:
@@ -47,9 +48,9 @@ class PairCorpus:
 
     Args:
         words: symbols of each distinct word: ids, and negative symbols of unknown characters.
-        counts: how often each word occurs.
-        min_count: pairs that are rarer are not counted.
-        unknown_cost: tokens that the tokenizer makes of each unknown symbol.
+        counts: number of occurrences of each word.
+        min_count: rarer pairs are not counted.
+        unknown_cost: number of tokens that the tokenizer uses for each unknown symbol.
     """
 
     def __init__(
@@ -72,18 +73,18 @@ class PairCorpus:
         self._next, self._before = place + 1, place - 1
         self._next[-1] = 0
         self.counts: dict[int, int] = {}
-        """Occurrences of each pair, by its code."""
+        """Number of occurrences of each pair, by its code."""
         self._places: dict[int, Ints] = {}
         known = self._tokens >= 0
         self.total = int(self._weights[known].sum())
-        """Tokens of the whole corpus, repeated words counted."""
+        """Number of tokens of the whole corpus, repeated words counted."""
         unknown = np.flatnonzero(self._tokens <= FIRST_UNKNOWN)
         self._unknown_places = dict(_grouped(self._tokens[unknown], unknown))
         self.unknown = {
             symbol: (int(self._weights[at].sum()), self._unknown_cost[symbol])
             for symbol, at in self._unknown_places.items()
         }
-        """Occurrences of each unknown symbol, and the tokens that each of them is now."""
+        """Number of occurrences of each unknown symbol, and the number of tokens that it currently costs."""
         self.total += sum(occurrences * cost for occurrences, cost in self.unknown.values())
         self._count(np.flatnonzero(known[:-1] & known[1:]))
 
@@ -91,7 +92,7 @@ class PairCorpus:
         """Join the pair from left to right in every word; or give an unknown character (``NO_RIGHT``) its token.
 
         Returns:
-            how many places were joined, and the codes of the pairs that ``token`` is now part of.
+            The number of joined places, and the codes of the pairs that ``token`` is now part of.
         """
         if right == NO_RIGHT:
             return self._name(left, token)
@@ -122,7 +123,7 @@ class PairCorpus:
         return occurrences, self._count(np.unique(np.concatenate([self._before[at], at])))
 
     def _without_overlaps(self, at: Ints) -> Ints:
-        """Of ``a a a`` the first two are a pair, and not the last two."""
+        """Remove overlapping pairs: in ``a a a`` only the first two are a pair."""
         kept, taken = [], -1
         for place, second in zip(at.tolist(), self._next[at].tolist(), strict=True):
             if place != taken:
@@ -131,7 +132,7 @@ class PairCorpus:
         return np.array(kept, np.int64)
 
     def _pairs(self, at: Ints) -> tuple[Ints, Ints]:
-        """Those of the places ``at`` that begin a pair, and the codes of the pairs."""
+        """Return those of the places ``at`` that begin a pair, and the codes of the pairs."""
         left, right = self._tokens[at], self._tokens[self._next[at]]
         whole = (left >= 0) & (right >= 0)
         return at[whole], left[whole] << _SHIFT | right[whole]
@@ -145,12 +146,12 @@ class PairCorpus:
                 self.counts[code] -= int(lost)
 
     def _count(self, at: Ints) -> list[int]:
-        """Count the pairs that begin ``at``, none of which has been counted; the codes of those that are frequent."""
+        """Count the pairs that begin at ``at`` and have not been counted yet; return the codes of the frequent ones."""
         places, codes = self._pairs(at)
         frequent = []
         for code, group in _grouped(codes, places):
             count = int(self._weights[group].sum())
-            # A pair of which no half is new never becomes more frequent: what is rare now stays so.
+            # A pair without a new half never becomes more frequent: a rare one stays rare.
             if count >= self._min_count:
                 self.counts[code], self._places[code] = count, group
                 frequent.append(code)
@@ -158,7 +159,7 @@ class PairCorpus:
 
 
 def _grouped(keys: Ints, places: Ints) -> Iterator[tuple[int, Ints]]:
-    """The ``places`` of each key, in their order."""
+    """Yield the ``places`` of each key, in their order."""
     if not len(keys):
         return
     order = np.argsort(keys, kind="stable")
@@ -169,7 +170,7 @@ def _grouped(keys: Ints, places: Ints) -> Iterator[tuple[int, Ints]]:
 
 
 def code_of(left: int, right: int) -> int:
-    """One number for a pair of ids."""
+    """Return one number for a pair of ids."""
     return left << _SHIFT | right
 
 
@@ -183,21 +184,21 @@ def learn_merges(
     min_count: int,
     on_merge: Callable[[], object] = lambda: None,
 ) -> list[Merge]:
-    """The next ``num_tokens`` merges, or fewer where no pair is frequent enough.
+    """Return the next ``num_tokens`` merges, or fewer if no pair is frequent enough.
 
-    The pair that saves most tokens comes first, which is the most frequent one; of equal ones that with the smaller
-    left id, then the smaller right id. A character that the vocabulary lacks saves what it costs now, less one, at
-    each place.
+    The pair that saves most tokens, which is the most frequent one, comes first. Among equal ones the smaller left id
+    wins, then the smaller right id. A token for a character that the vocabulary lacks saves its current cost minus one
+    at each place.
 
     Args:
-        corpus: is changed: afterwards it holds the new tokens.
+        corpus: is modified: afterwards it contains the new tokens.
         first_id: of the first new token.
-        num_tokens: to make.
+        num_tokens: number of tokens to make.
         texts: vocabulary entry of every id and unknown symbol in the corpus; new ones are added.
-        taken: entries that there are already, and that no merge may make: a second way to an old token would let old
-            merges follow new ones. New ones are added.
-        allowed: whether an entry may be a token.
-        min_count: of a merge, at least.
+        taken: existing entries that no merge may make: with a second way to an old token, old merges could follow new
+            ones. New ones are added.
+        allowed: returns whether an entry may be a token.
+        min_count: minimum count of a merge.
     """
     heap: list[tuple[int, int, int]] = []
 
@@ -232,7 +233,7 @@ def learn_merges(
 
 
 def replay(corpus: PairCorpus, merges: Sequence[Merge]) -> list[int]:
-    """Tokens of ``corpus`` before the first of ``merges``, and after each of them."""
+    """Return the number of tokens of ``corpus`` before the first of ``merges``, and after each of them."""
     totals = [corpus.total]
     for merge in merges:
         corpus.merge(merge.left, merge.right, merge.token)

@@ -1,4 +1,4 @@
-"""What new tokens gain: a table, ``vocabulary.json``, and a page with the gain over their number."""
+"""Report the gain from new tokens: a table, ``vocabulary.json``, and a page with the gain by number of tokens."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Measure:
-    """A text in tokens."""
+    """The size of a text in tokens."""
 
     characters: int
     bytes: int
-    """Of UTF-8."""
+    """Number of bytes in UTF-8."""
     tokens: int
 
     @property
     def tokens_per_character(self) -> float:
-        """Less is better."""
+        """Return tokens per character; less is better."""
         return self.tokens / max(1, self.characters)
 
     @property
     def bytes_per_token(self) -> float:
-        """More is better."""
+        """Return bytes per token; more is better."""
         return self.bytes / max(1, self.tokens)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """The same text by the old and the new tokenizer."""
+    """The same text with the old and the new tokenizer."""
 
     text: str
-    """Which text, in words."""
+    """Description of the text."""
     documents: int
     before: Measure
     after: Measure
 
     @property
     def fewer_tokens(self) -> float:
-        """Share of tokens that are saved."""
+        """Return the fraction of tokens saved."""
         return 1 - self.after.tokens / max(1, self.before.tokens)
 
 
 def format_gain(gain: Gain) -> str:
-    """A table for the console."""
+    """Return a table for the console."""
     rows = [
         ("", "before", "after"),
         ("tokens", f"{gain.before.tokens:,}", f"{gain.after.tokens:,}"),
@@ -66,7 +66,7 @@ def format_gain(gain: Gain) -> str:
 
 
 def format_tokens(tokens: Sequence[NewToken], texts_of: dict[int, str]) -> str:
-    """The first new tokens with what they were made of."""
+    """Return the first new tokens with their parts."""
     lines = [
         f"  {token.id:>8}  {token.text!r:<28} {' + '.join(repr(texts_of.get(part, '?')) for part in token.subtokens)}"
         for token in tokens[:_SHOWN]
@@ -103,7 +103,7 @@ def write_report(
 
 
 def write_page(folder: Path, title: str, gain: Gain, curve: Sequence[int], tokens: Sequence[NewToken]) -> None:
-    """Write the page."""
+    """Write the page if matplotlib is installed; return whether it is."""
     saved = [100 * (1 - total / max(1, curve[0])) for total in curve]
     chart = line_chart(
         f"What the first n new tokens save on the {gain.text}: fewer tokens, %",

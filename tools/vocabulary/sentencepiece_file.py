@@ -1,7 +1,7 @@
-"""New pieces in a sentencepiece ``tokenizer.model``, of BPE or unigram kind, with scores below or among the old ones.
+"""Add pieces to a sentencepiece ``tokenizer.model`` of BPE or unigram kind, with scores below or among the old ones.
 
-Of a BPE model the score is the order of merges: new pieces get less than the lowest old one, so that all that was
-joined before is joined before them. Of a unigram model it is a log-probability: see :mod:`unigram`.
+In a BPE model the score is the order of merges: new pieces get lower scores than all old ones, so that old merges come
+first. In a unigram model it is a log-probability: see :mod:`unigram`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 def extended_beside(
     content: bytes, first_id: int, tokens: list[NewToken], scores: list[float] | None = None
 ) -> tuple[bytes | None, str]:
-    """The model that stands beside an extended tokenizer.json, with the same new ids.
+    """Return the sentencepiece model for an extended tokenizer.json, with the same new ids, and a line about it.
 
     Returns:
-        the file, or None where it cannot have these ids; and a line about it.
+        The file, or None if it cannot have these ids; and a line about it.
     """
     try:
         proto = parse_model(content, Path(SENTENCEPIECE_FILE))
@@ -38,10 +38,10 @@ def extended_beside(
 
 
 def parse_model(content: bytes, where: Path) -> Any:
-    """The protocol buffer of a sentencepiece model.
+    """Return the protocol buffer of a sentencepiece model.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a sentencepiece model.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
@@ -57,14 +57,16 @@ def parse_model(content: bytes, where: Path) -> Any:
 
 
 def loaded(proto: Any) -> Any:
-    """A processor of the model."""
+    """Return a processor of the model."""
     from sentencepiece import SentencePieceProcessor
 
     return SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
 def _with_pieces(proto: Any, tokens: list[NewToken], scores: list[float] | None) -> bytes:
-    """``proto`` with the new pieces at its end; without scores each has less than all pieces before it."""
+    """Return ``proto`` with the new pieces at its end; without scores, each gets a lower score than all pieces before
+    it.
+    """
     new = type(proto)()
     new.CopyFrom(proto)
     lowest = min((piece.score for piece in proto.pieces if piece.type == NORMAL), default=0.0)
@@ -78,5 +80,5 @@ def _with_pieces(proto: Any, tokens: list[NewToken], scores: list[float] | None)
 
 
 def escaped(text: str) -> str:
-    """``text`` as a piece."""
+    """Return ``text`` as a piece."""
     return text.replace(" ", WORD_START)

@@ -1,8 +1,8 @@
-"""A sentencepiece ``tokenizer.model`` as a ``tokenizer.json`` with the same ids.
+"""Convert a sentencepiece ``tokenizer.model`` to a ``tokenizer.json`` with the same ids.
 
-A folder that holds a tokenizer.model alone is read by every program in its own way: transformers takes merges in the
-order of ids, leaves out the space before a text unless the folder names the model's class, and never matches a
-user-defined symbol that begins with a space. A tokenizer.json leaves no choice, so an extended tokenizer has one.
+Programs read a folder with only a tokenizer.model in different ways. transformers applies merges in the order of ids,
+and omits the space before a text unless the folder names the model's class. It never matches a user-defined symbol that
+begins with a space. A tokenizer.json is unambiguous, so an extended tokenizer has one.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def converted(files: Mapping[str, bytes], where: Path) -> tuple[bytes, list[str]
         where: the path of tokenizer.model, for messages.
 
     Raises:
-        UserError: it is not a sentencepiece model, one that tokenizer.json cannot express, or what lies next to it is
-            damaged.
+        UserError: it is not a sentencepiece model, tokenizer.json cannot express it, or a file next to it is damaged.
     """
     proto = parse_model(files[SENTENCEPIECE_FILE], where)
     kind = proto.trainer_spec.model_type
@@ -90,7 +89,7 @@ def _content(proto: Any) -> dict[str, Any]:
 
 
 def _post_processor(proto: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The BOS that transformers puts before a text of such a folder: where tokenizer_config.json asks for it."""
+    """Return the post-processor that adds the BOS as transformers does, if tokenizer_config.json enables it."""
     place = proto.trainer_spec.bos_id
     if place < 0 or config.get("add_bos_token") is not True:
         return None
@@ -117,7 +116,7 @@ def _unigram(proto: Any) -> dict[str, Any]:
 
 
 def _bpe(proto: Any) -> dict[str, Any]:
-    """Every way to make a piece of two is a merge, in the order of the pieces' scores."""
+    """Return a BPE model in which every way to make a piece of two is a merge, in the order of the pieces' scores."""
     vocab = {piece.piece: place for place, piece in enumerate(proto.pieces)}
     text = {piece.piece for piece in proto.pieces if piece.type == NORMAL}
     by_score = sorted((piece for piece in proto.pieces if piece.type == NORMAL), key=lambda piece: -piece.score)
@@ -158,11 +157,12 @@ def _require_convertible(proto: Any, where: Path) -> None:
 
 
 def _require_same_ids(proto: Any, content: bytes, where: Path) -> list[str]:
-    """Compare the ids of both on a fixed set of texts. A handful may differ: the tokenizers library normalizes letters
-    with several combining marks in another order.
+    """Compare the ids of both on a fixed set of texts.
+
+    A handful may differ: the tokenizers library normalizes letters with several combining marks in another order.
 
     Returns:
-        A line for the console where one differs.
+        A line for the console if one differs.
     """
     ours, theirs = parse_tokenizer(content, where), loaded(proto)
     ours.encode_special_tokens = True
@@ -179,7 +179,7 @@ def _require_same_ids(proto: Any, content: bytes, where: Path) -> list[str]:
 
 
 def _highest_added_id(files: Mapping[str, bytes], folder: Path) -> int:
-    """Of the tokens that transformers keeps in files next to a sentencepiece model; -1 without any."""
+    """Return the highest id of tokens in files next to a sentencepiece model; -1 if there are none."""
     added, config = folder / ADDED_TOKENS_FILE, folder / CONFIG_FILES[0]
     remedy = "get it again from the model's source: its tokens' ids are needed"
     ids = [-1]

@@ -1,9 +1,10 @@
-"""The extended tokenizer as other programs read it: transformers' ``AutoTokenizer`` must give the ids of training.
+"""Check the extended tokenizer as other programs read it: transformers' ``AutoTokenizer`` must give the ids of
+training.
 
 AutoTokenizer does not simply read tokenizer.json. It takes added tokens from ``added_tokens_decoder`` of
-tokenizer_config.json where there is one, from added_tokens.json and tokenizer.json otherwise, and classes such as
-LlamaTokenizer build the rules for spaces themselves. So the files next to tokenizer.json get the new tokens too, and
-what AutoTokenizer then gives is compared with our own ids, for texts with each of them.
+tokenizer_config.json if it exists, otherwise from added_tokens.json and tokenizer.json. Classes such as
+LlamaTokenizer build the rules for spaces themselves. So the files next to tokenizer.json get the new tokens too. Then
+the ids of AutoTokenizer are compared with our own, for texts with each of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .vocabulary import WORD_START, NewToken, dump_json, read_object
 _CONFIG_FILE = CONFIG_FILES[0]
 _REMEDY = "get it again from the model's source"
 STRIP_STEPS = tuple({"type": "Replace", "pattern": {"Regex": regex}, "content": ""} for regex in (r"\A +", r" +\z"))
-"""Normalizers that take spaces from both ends of a text."""
+"""Normalizers that strip spaces from both ends of a text."""
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
 
 
@@ -32,7 +33,7 @@ def with_added_tokens(
     """Return the files next to tokenizer.json that list added tokens, with ``entries`` in them.
 
     Args:
-        files: of the folder, by name. A file that it lacks, or that has no such list, is not made.
+        files: of the folder, by name. Missing files, and files without such a list, are not created.
         entries: as in ``added_tokens`` of tokenizer.json.
         folder: of the files, for messages.
 
@@ -53,12 +54,12 @@ def with_added_tokens(
 
 
 def require_served_alike(folder: Path, tokens: Sequence[NewToken]) -> list[str]:
-    """See that texts with the new tokens stay as they are, and that AutoTokenizer gives them our ids.
+    """Check that texts with the new tokens are unchanged by a round trip, and that AutoTokenizer gives them our ids.
 
-    Two things are repaired. Where AutoTokenizer's class for the folder has rules of its own, the folder names the class
-    that reads tokenizer.json as it is. Where the tokenizer puts a space before every part of a text, as Llama 2's
-    tokenizer.json does, and so changes the text behind an added token, tokenizer.json gets the rule of transformers'
-    LlamaTokenizer.
+    Two problems are repaired. If AutoTokenizer's class for the folder has rules of its own, the folder is changed to
+    name the class that reads tokenizer.json unchanged. If the tokenizer puts a space before every part of a text, as
+    Llama 2's tokenizer.json does, it changes the text after an added token. Then tokenizer.json gets the rule of
+    transformers' LlamaTokenizer.
 
     Args:
         folder: of the extended tokenizer, which may be changed, with the model's config.json.
@@ -88,20 +89,20 @@ def probes(tokens: Iterable[NewToken]) -> list[str]:
     texts: dict[str, None] = {}
     for token in tokens:
         text = token.text
-        if "\ufffd" not in text:  # a part of a character, which is never written alone
+        if "\ufffd" not in text:  # a part of a character, which never occurs alone
             texts |= dict.fromkeys([text, f"x{text}y", f"x {text} y", f"x{text} {text}.", f" {text} "])
     return list(texts)
 
 
 def _problem(folder: Path, theirs: Any, tokens: Sequence[NewToken]) -> tuple[str | None, bool]:
-    """What is wrong, if anything, and whether it is the text rather than the ids."""
+    """Return the problem, if any, and whether it is in the text rather than the ids."""
     ours = load_tokenizer(folder, backend="reference")
     changed = _changed_text(ours, tokens)
     return (_other_ids(ours, theirs, tokens), False) if changed is None else (changed, True)
 
 
 def _changed_text(ours: TokenizerHandle, tokens: Sequence[NewToken]) -> str | None:
-    """Added tokens must leave the text around them as it is."""
+    """Return a message if added tokens change the text around them."""
     for token in tokens:
         probe = f"a{token.text}b c"
         if token.kind == "added" and (back := ours.decode(ours.reference_encode([probe])[0])) != probe:
@@ -113,7 +114,7 @@ def _changed_text(ours: TokenizerHandle, tokens: Sequence[NewToken]) -> str | No
 
 
 def _other_ids(ours: TokenizerHandle, theirs: Any, tokens: Sequence[NewToken]) -> str | None:
-    """Compare with AutoTokenizer, where it can load the tokenizer."""
+    """Return a message if AutoTokenizer can load the tokenizer and gives other ids."""
     if isinstance(theirs, str):
         return None
     texts = probes(tokens)
@@ -130,7 +131,7 @@ def _other_ids(ours: TokenizerHandle, theirs: Any, tokens: Sequence[NewToken]) -
 
 
 def _name_plain_class(folder: Path, theirs: Any) -> str | None:
-    """Make AutoTokenizer read tokenizer.json as it is. Special tokens that its class has by default get names."""
+    """Make AutoTokenizer read tokenizer.json unchanged. Default special tokens of its class get names."""
     path = folder / _CONFIG_FILE
     config = read_config(path)
     if isinstance(theirs, str) or config.get("tokenizer_class") == _PLAIN_CLASS:
@@ -144,11 +145,11 @@ def _name_plain_class(folder: Path, theirs: Any) -> str | None:
 
 
 def _space_like_llama(folder: Path, _theirs: Any) -> str | None:
-    """Put transformers' rule for spaces in place of Llama 2's, where tokenizer.json has that.
+    """Replace Llama 2's rule for spaces by that of transformers, if tokenizer.json has it.
 
-    Llama 2's normalizer puts U+2581 before every part between added tokens, Metaspace only before the whole text, and
-    only where this does not begin with a space. Steps that take spaces from the ends of a text take them from every
-    such part, too, and are left out.
+    Llama 2's normalizer puts U+2581 before every part between added tokens. Metaspace puts it only before the whole
+    text, and only if this does not begin with a space. Steps that strip spaces from the ends of a text strip them from
+    every such part, too, and are removed.
     """
     file = folder / TOKENIZER_FILE
     content = json.loads(file.read_bytes())

@@ -1,8 +1,8 @@
-"""Words: as a tokenizer cuts them, and as sentencepiece does in training, where its own rules cut nothing.
+"""Split text into words: with the tokenizer's rules, or as sentencepiece does in training if these split nothing.
 
-A sentencepiece model joins characters wherever its pieces say so, and its tokenizer.json may cut nothing at all. But in
-training words begin at spaces, hold letters of one script, and with ``split_digits`` one digit. New pieces keep to
-that, since others would join where no piece of the model does.
+A sentencepiece model joins characters wherever its pieces say so, and its tokenizer.json may not split text at all. But
+in training, words begin at spaces, hold letters of one script, and with ``split_digits`` one digit. New pieces must
+follow these rules, since others would join where no piece of the model does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REMEMBERED = 1 << 18
 
 
 def split_words(tokenizer: Tokenizer, text: str) -> list[str]:
-    """``text``, normalized and cut by the tokenizer's own rules."""
+    """Return ``text``, normalized and split by the tokenizer's own rules."""
     if tokenizer.normalizer is not None:
         text = tokenizer.normalizer.normalize_str(text)
     if tokenizer.pre_tokenizer is None:
@@ -30,10 +30,10 @@ def split_words(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 class WordSplitter:
-    """Cuts normalized text, spaces of which are U+2581.
+    """Splits normalized text, in which spaces are U+2581.
 
     Args:
-        pieces: of the vocabulary. Where none holds two digits, digits stand alone.
+        pieces: of the vocabulary. If none holds two digits, digits are separate words.
     """
 
     def __init__(self, pieces: Iterable[str]):
@@ -45,15 +45,15 @@ class WordSplitter:
         self._parts = functools.lru_cache(_REMEMBERED)(self._parts_of)
 
     def __call__(self, text: str) -> list[str]:
-        """The words of ``text``, which make it up."""
+        """Return the words of ``text``; their concatenation is ``text``."""
         return [part for chunk in _CHUNK.findall(text) for part in self._parts(chunk)]
 
     def _parts_of(self, chunk: str) -> list[str]:
-        """Of spaces and what follows up to the next space."""
+        """Split spaces and the text after them up to the next space."""
         rest = chunk.lstrip(WORD_START)
         spaces = chunk[: len(chunk) - len(rest)]
         parts = [part for part, _ in self._cut.pre_tokenize_str(rest)] if rest else []
-        if "".join(parts) != rest:  # the library drops characters of no script
+        if "".join(parts) != rest:  # the library drops characters without a script
             parts = [rest]
         if not parts or (self._digits_apart and unicodedata.category(parts[0][0]) == "Nd"):
             return [spaces, *parts] if spaces else parts
@@ -61,7 +61,9 @@ class WordSplitter:
 
 
 def may_be_piece(text: str, max_characters: int) -> bool:
-    """Whether sentencepiece's trainer would take ``text`` for a piece: U+2581 only at its beginning, and not long."""
+    """Return whether sentencepiece's trainer would accept ``text`` as a piece: U+2581 only at its beginning, and not
+    long.
+    """
     rest = text[1:] if text.startswith(WORD_START) else text
     return bool(rest) and WORD_START not in rest and len(text) <= max_characters
 

@@ -1,7 +1,8 @@
-"""The file of ``extend_vocab.py --tokens``: plain lines, JSON lines, a JSON list, or a vocabulary.json of this tool.
+"""Read the file of ``extend_vocab.py --tokens``: plain lines, JSON lines, a JSON list, or a vocabulary.json of this
+tool.
 
-A plain line is the token itself, spaces included. A line that is a JSON string or a JSON object with ``text``,
-``piece``, ``token`` or ``content`` names one, and whatever else looks like JSON is refused: it would become a token
+A plain line is the token itself, spaces included. A line that is a JSON string, or a JSON object with ``text``,
+``piece``, ``token`` or ``content``, names one. Anything else that looks like JSON is refused: it would become a token
 such as ``{"piece": "...``, which no text contains.
 """
 
@@ -18,7 +19,7 @@ from ...engine.regular_files import read_regular
 
 _MOST_BYTES = 1 << 30
 _KEYS = ("text", "piece", "token", "content")
-"""What an object may call a token, in order of preference. A ``piece`` is written as in a vocabulary (``Ġthe``)."""
+"""Keys for the token in an object, in order of preference. A ``piece`` is written as in a vocabulary (``Ġthe``)."""
 _LOOKS_LIKE_JSON = re.compile(r"""\s*(?:\{\s*["'][^"']*["']\s*:|\[\s*["'{]|".+"\s*,?\s*\Z)""", re.DOTALL)
 _FORMATS = 'one token per line, a JSON string or {"text": "..."} per line, a JSON list of these, or a vocabulary.json'
 
@@ -29,19 +30,19 @@ class Listed:
 
     text: str
     is_piece: bool
-    """Whether it is written as in a vocabulary."""
+    """True if it is written as in a vocabulary."""
     place: str
-    """Such as ``line 3``."""
+    """Place in the file, such as ``line 3``."""
 
 
 def read_list(path: str) -> list[Listed]:
-    """The tokens of a file.
+    """Return the tokens of a file.
 
     Raises:
-        UserError: it cannot be read, lists none, or holds JSON that does not list tokens.
+        UserError: it cannot be read, has no tokens, or holds JSON that does not list tokens.
     """
     try:
-        # Some editors begin a file with a byte-order mark. Only line feeds end lines: a token may hold U+2028.
+        # Some editors begin a file with a byte-order mark. Only line feeds end lines: a token may contain U+2028.
         content = read_regular(path, _MOST_BYTES, pipe=True).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--tokens {path}: cannot be read: {error}") from None
@@ -75,7 +76,7 @@ def texts_of(listed: list[Listed], text_of_piece: Callable[[str], str], path: st
 
 
 def _of_json_file(content: str, path: str) -> list[Listed] | None:
-    """The tokens where the whole file is one JSON value that lists them; None where it is to be read by lines."""
+    """Return the tokens if the whole file is one JSON value that lists them; None if it is to be read by lines."""
     if content.lstrip()[:1] not in ("{", "["):
         return None
     try:
@@ -115,5 +116,7 @@ def _of_value(value: Any, place: str, path: str) -> Listed:
 
 
 def _is_part(entry: Any) -> bool:
-    """Whether it is a step to other tokens, which comes with those, or a part of a character."""
+    """Return whether the entry is an intermediate step to other tokens, which are listed too, or a part of a
+    character.
+    """
     return isinstance(entry, dict) and (entry.get("kind") == "part" or "\ufffd" in str(entry.get("text")))

@@ -1,6 +1,7 @@
-"""A BPE model in ``tokenizer.json``: byte-level as of Qwen and Llama 3, or made from sentencepiece as of Llama 2.
+"""Extend a BPE model in ``tokenizer.json``: byte-level as in Qwen and Llama 3, or made from sentencepiece as in Llama
+2.
 
-New tokens are merges behind the old ones. The file is changed as JSON, so that all else in it stays as it is.
+New tokens are merges after the old ones. The file is changed as JSON, so that everything else in it is preserved.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class BpeJson:
         where: the path of tokenizer.json, for messages.
 
     Raises:
-        UserError: such a BPE cannot be extended, or what stands beside it is damaged.
+        UserError: such a BPE cannot be extended, or a file next to it is damaged.
     """
 
     def __init__(self, files: dict[str, bytes], where: Path):
@@ -84,14 +85,14 @@ class BpeJson:
         return self._extended(tokens, learned.pairs, [], learned.notes, learned.curve)
 
     def pieces_of(self, word: str) -> list[int]:
-        """What the old tokenizer makes of an entry of the vocabulary, or of a word."""
+        """Return the old tokenizer's ids of a vocabulary entry, or of a word."""
         return [token.id for token in self._model.tokenize(word)]
 
     def _length_bound(self, max_characters: int) -> Callable[[str], bool]:
         byte_of = self._byte_of
         if byte_of is None:
             return lambda piece: may_be_piece(piece, max_characters)
-        # Bytes of the form 10xxxxxx go on with a character.
+        # Bytes of the form 10xxxxxx continue a character.
         begins = {character: byte & 0xC0 != 0x80 for character, byte in byte_of.items()}
         return lambda piece: sum(begins.get(character, True) for character in piece) <= max_characters
 
@@ -107,8 +108,10 @@ class BpeJson:
     # Taking listed tokens
 
     def take(self, texts: Sequence[str]) -> Extension:
-        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`. A text that the tokenizer's own rules keep
-        together gets the merges that lead to it, and the tokens on the way; another one is added."""
+        """Add listed tokens, see :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`.
+
+        A text that the tokenizer's own rules keep together gets the merges that lead to it, and the intermediate
+        tokens; any other text becomes an added token."""
         tokens: list[NewToken] = []
         pairs: list[tuple[str, str]] = []
         added: list[NewToken] = []
@@ -118,13 +121,13 @@ class BpeJson:
         phrases: set[str] = set()
         for text in texts:
             piece = self._piece_of(text)
-            # To sentencepiece a space and U+2581 are the same.
+            # In sentencepiece a space and U+2581 are the same.
             entry = text if self._byte_of else sentencepiece_file.escaped(text)
             if text in self._added or entry in phrases or (piece is not None and piece in known):
                 notes.append(f"{text!r} is a token already")
                 continue
             chain = None if piece is None else self._chain(piece, ranks)
-            # A part of the way that is an old token would let old merges follow new ones.
+            # If an intermediate step were an old token, old merges could follow new ones.
             if piece is None or chain is None or any(left + right in known for left, right in chain):
                 token = self.first_id + len(tokens)
                 subtokens = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -148,14 +151,16 @@ class BpeJson:
         return self._extended(tokens, pairs, added, notes, [])
 
     def _piece_of(self, text: str) -> str | None:
-        """``text`` as an entry of the vocabulary, where it is one word of the tokenizer's."""
+        """Return ``text`` as a vocabulary entry, if it is a single word of the tokenizer."""
         if self._byte_of is None:
             return text.replace(" ", "\u2581") if may_be_piece(text.replace(" ", "\u2581"), len(text)) else None
         words = list(self.words(text))
         return words[0] if len(words) == 1 and self._text_of(words[0]) == text else None
 
     def _chain(self, piece: str, ranks: dict[tuple[str, str], int]) -> list[tuple[str, str]] | None:
-        """The pairs that, after the old merges and those of ``ranks``, make one token of ``piece``, from the left."""
+        """Return the pairs that, after the old merges and those of ``ranks``, join ``piece`` to one token, from the
+        left.
+        """
         tokens = [token.value for token in self._model.tokenize(piece)]
         if "".join(tokens) != piece:  # bytes or unknown characters
             return None
@@ -176,7 +181,7 @@ class BpeJson:
     ) -> Extension:
         content = json.loads(self._files[TOKENIZER_FILE])
         vocab, merges = content["model"]["vocab"], content["model"]["merges"]
-        # The library numbers added tokens itself, behind the highest id of the vocabulary, unless they stand in that.
+        # The library numbers added tokens itself, after the highest id of the vocabulary, unless they are in it.
         vocab |= self._added
         vocab |= {token.piece: token.id for token in tokens}
         if self._byte_of is None:
@@ -205,7 +210,7 @@ class BpeJson:
 
 
 def _read_lines(files: dict[str, bytes], path: Path) -> list[str]:
-    """Of a file beside the tokenizer; none where there is no such file."""
+    """Return the lines of a file next to the tokenizer; empty if the file does not exist."""
     try:
         return files.get(path.name, b"").decode("utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
@@ -226,13 +231,15 @@ def _joined(tokens: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _all_splits(tokens: list[NewToken], vocab: dict[str, int], closed: Container[str]) -> list[tuple[str, str]]:
-    """Every way to make a new token of two entries, and an old one with the help of a new one: sentencepiece joins
-    whatever makes a piece, and transformers converts its models so. Ways to old tokens stand first.
+    """Return every way to make a new token of two entries, and an old one with the help of a new one.
+
+    sentencepiece joins any two parts that make a piece, and transformers converts its models so. Ways to old tokens
+    come first.
 
     Args:
         tokens: the new ones that merges make.
         vocab: ids of old and new entries.
-        closed: old entries that no text makes.
+        closed: old entries that no text produces.
     """
     first_id = min((token.id for token in tokens), default=0)
     old = [piece for piece, place in vocab.items() if place < first_id and piece not in closed]
@@ -241,14 +248,14 @@ def _all_splits(tokens: list[NewToken], vocab: dict[str, int], closed: Container
     for piece in pieces:
         halves = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
         known = [(vocab[left], vocab[right], left, right) for left, right in halves if left in vocab and right in vocab]
-        # Those of old pieces out of old pieces are there.
+        # Ways from old pieces to old pieces exist already.
         new = [way for way in known if max(vocab[piece], *way[:2]) >= first_id]
         ways += [(left, right) for _, _, left, right in sorted(new)]
     return ways
 
 
 def _has_step(content: dict[str, Any], kind: str) -> bool:
-    """Whether the pre-tokenizer is, or holds, a step of this kind."""
+    """Return whether the pre-tokenizer is, or contains, a step of this kind."""
     waiting = [content.get("pre_tokenizer") or {}]
     while waiting:
         step = waiting.pop()

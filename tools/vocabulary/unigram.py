@@ -1,9 +1,9 @@
-"""New pieces for a unigram model.
+"""Learn new pieces for a unigram model.
 
-A unigram model (Kudo, 2018, https://arxiv.org/abs/1804.10959) gives every piece a log-probability and cuts text where
-their sum is highest. A second model is trained on the corpus alone. Of its pieces those are taken that save most
-tokens, at their log-probabilities, moved by one number: the median difference of the pieces that both models have. A
-new piece is then as likely beside the old ones as the corpus says.
+A unigram model (Kudo, 2018, https://arxiv.org/abs/1804.10959) gives every piece a log-probability and splits text so
+that their sum is highest. A second model is trained on the corpus alone. Those of its pieces that save most tokens are
+added, with their log-probabilities shifted by one number. The shift is the median difference of the pieces that both
+models have. So new pieces are as likely, relative to the old ones, as in the corpus.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .vocabulary import Wanted, require_some
 
 _BATCH = 10_000
 _LARGEST_FEED = 20_000_000
-"""Words that the trainer is given; of a larger corpus it gets a share of each."""
+"""Maximum number of words for the trainer; a larger corpus is scaled down proportionally."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class NewPiece:
     text: str
     score: float
     count: int
-    """Occurrences in the corpus as the second model cuts it."""
+    """Number of occurrences in the corpus as split by the second model."""
 
 
 def learn_unigram(
@@ -41,14 +41,14 @@ def learn_unigram(
     words: Counter[str],
     wanted: Wanted,
 ) -> tuple[list[NewPiece], list[str]]:
-    """The pieces that save most tokens, and lines for the console.
+    """Return the pieces that save most tokens, and lines for the console.
 
     Args:
         scores: log-probabilities of the old pieces.
         taken: entries that may not become pieces.
-        pieces_of: what the old model makes of a piece.
-        words: of the corpus, and their numbers.
-        wanted: how many, how frequent and how long.
+        pieces_of: returns the old model's ids of a piece.
+        words: of the corpus, and their counts.
+        wanted: number, frequency and length of the new pieces.
 
     Raises:
         UserError: no piece is left.
@@ -57,7 +57,7 @@ def learn_unigram(
     shared = [scores[piece] - score for piece, score in trained.items() if piece in scores and counts[piece]]
     shift = statistics.median(shared) if shared else 0.0
     saving = {
-        # A character without a piece is one unknown token: a piece for it saves none, and yet is wanted.
+        # A character without a piece is one unknown token: a piece for it saves no tokens, but is still useful.
         piece: counts[piece] * (len(pieces_of(piece)) - 1 or len(piece) == 1)
         for piece in trained
         if piece not in taken and counts[piece] >= wanted.min_count and may_be_piece(piece, wanted.max_characters)
@@ -73,13 +73,16 @@ def learn_unigram(
 
 
 def rarest_part(scores: Mapping[str, float], parts: Iterable[str]) -> float:
-    """The log-probability for a listed piece: that of the rarest of its ``parts``. It is more than their sum, so the
-    piece wins over them."""
+    """Return the log-probability for a listed piece: that of the rarest of its ``parts``.
+
+    It is more than their sum, so the tokenizer prefers the piece."""
     return min((scores[part] for part in parts if part in scores), default=min(scores.values()))
 
 
 def _train(words: Counter[str], vocab_size: int) -> tuple[dict[str, float], Counter[str]]:
-    """Log-probabilities of a model of ``words`` alone, and how often each piece stands in them."""
+    """Return the log-probabilities of a model trained on ``words`` alone, and the number of occurrences of each
+    piece.
+    """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
     trainer = tokenizers.trainers.UnigramTrainer(
         vocab_size=vocab_size, show_progress=False, special_tokens=["<unk>"], unk_token="<unk>"

@@ -1,4 +1,4 @@
-"""A unigram model in ``tokenizer.json``."""
+"""Extend a unigram model in ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class UnigramJson:
         where: the path of tokenizer.json, for messages.
 
     Raises:
-        UserError: its added tokens leave no room: the place of a piece in the list is its id. Or it has no unknown
-            token.
+        UserError: the ids of its added tokens follow the pieces, whose index in the list is their id; or it has no
+            unknown token.
     """
 
     kind = "unigram"
@@ -66,7 +66,7 @@ class UnigramJson:
         return [part for word in split_words(self._tokenizer, text) for part in self._split(word)]
 
     def pieces_of(self, piece: str) -> list[int]:
-        """What the old model makes of a piece."""
+        """Return the old model's ids of a piece."""
         return [token.id for token in self._tokenizer.model.tokenize(piece)]
 
     def learn(
@@ -77,8 +77,9 @@ class UnigramJson:
         return self._extended([(piece.text, piece.score, piece.count) for piece in found], notes)
 
     def take(self, texts: Sequence[str]) -> Extension:
-        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`. A single word becomes a piece, as likely as the
-        rarest piece that it is made of; several become an added token."""
+        """Add listed tokens, see :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`.
+
+        A single word becomes a piece, as likely as the rarest of its parts; several words become an added token."""
         new, notes = by_piece(texts, self._ids)
         words = [piece for piece in new if may_be_piece(piece, len(piece))]
         phrases = [text for piece, text in new.items() if not may_be_piece(piece, len(piece))]

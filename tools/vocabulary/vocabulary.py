@@ -1,4 +1,4 @@
-"""What the ways to extend a tokenizer have in common: what is known of the old one, and what a new token is."""
+"""Define what all extensions of a tokenizer share: the interface of an old tokenizer, and a new token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tokenizers
 from ...engine.errors import UserError
 
 WORD_START = "\u2581"
-"""What sentencepiece writes for a space."""
+"""Sentencepiece's character for a space."""
 
 
 @dataclass(frozen=True)
@@ -23,47 +23,47 @@ class NewToken:
 
     id: int
     piece: str
-    """The vocabulary's entry."""
+    """The vocabulary entry."""
     text: str
-    """What it stands for; a part of a character shows as U+FFFD."""
+    """The text that it represents; a part of a character shows as U+FFFD."""
     subtokens: tuple[int, ...]
-    """What the old tokenizer makes of it: the mean of their rows is its first embedding."""
+    """The old tokenizer's ids of it: the mean of their rows is its initial embedding."""
     kind: Literal["merge", "character", "piece", "part", "added"]
-    """merge: of two tokens; character: one that had no token; piece: of a unigram model; part: a token on the way to a
-    listed one; added: matched in text before anything else."""
+    """merge: of two tokens; character: one that had no token; piece: of a unigram model; part: an intermediate token of
+    a listed one; added: matched in text before anything else."""
     count: int = 0
-    """Occurrences in the text that it was learned from, when it was chosen; 0 where it was listed."""
+    """Number of occurrences in the training text when it was chosen; 0 for a listed token."""
 
 
 @dataclass(frozen=True)
 class Extension:
-    """New tokens, and the files of the tokenizer that has them."""
+    """New tokens, and the files of the extended tokenizer."""
 
     tokens: list[NewToken]
     files: dict[str, bytes | None]
-    """What replaces the old files of these names; None: the file is left out."""
+    """Replacements of the old files; None removes a file."""
     notes: list[str] = field(default_factory=list)
-    """For the console, a line each."""
+    """Remarks for the console, a line each."""
     curve: list[int] = field(default_factory=list)
-    """Tokens of the held-out words after 0, 1, 2 ... new tokens, where that is known."""
+    """Number of tokens of the held-out words after 0, 1, 2 ... new tokens, if known."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which tokens are to be learned."""
+    """Limits of the tokens to learn."""
 
     num_tokens: int
     min_count: int
-    """Occurrences in the corpus, at least."""
+    """Minimum number of occurrences in the corpus."""
     max_characters: int
-    """Of a token, the space before it included."""
+    """Maximum length of a token, with the space before it."""
 
 
 def require_some(found: int, wanted: Wanted) -> str | None:
-    """A line where fewer tokens were ``found`` than asked for; None otherwise.
+    """Return a line if fewer tokens were ``found`` than requested; None otherwise.
 
     Raises:
-        UserError: none was found.
+        UserError: no token was found.
     """
     if found == 0:
         raise UserError(
@@ -79,11 +79,11 @@ def require_some(found: int, wanted: Wanted) -> str | None:
 
 
 def by_piece(texts: Iterable[str], known: Container[str]) -> tuple[dict[str, str], list[str]]:
-    """Listed texts by their pieces, and a line for each that is left out: a space and U+2581 make the same piece.
+    """Return listed texts by their pieces, and a line for each omitted one: a space and U+2581 make the same piece.
 
     Args:
         texts: as they are listed.
-        known: pieces that there are.
+        known: existing pieces.
 
     Raises:
         UserError: nothing is left.
@@ -102,15 +102,15 @@ def by_piece(texts: Iterable[str], known: Container[str]) -> tuple[dict[str, str
 
 
 def read_object(files: Mapping[str, bytes], path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file beside a tokenizer; empty where there is no such file.
+    """Return the JSON object in a file next to a tokenizer; empty if the file does not exist.
 
     Args:
         files: of the folder, by name.
         path: of the file.
-        remedy: what to do where it is damaged.
+        remedy: what to do if it is damaged.
 
     Raises:
-        UserError: it is no JSON, or no object.
+        UserError: it is not JSON, or not an object.
     """
     try:
         content = json.loads(files.get(path.name, b"{}"))
@@ -122,15 +122,15 @@ def read_object(files: Mapping[str, bytes], path: Path, remedy: str) -> dict[str
 
 
 def dump_json(content: Any) -> bytes:
-    """A JSON file of a tokenizer's folder."""
+    """Return a JSON file of a tokenizer's folder."""
     return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def require_ids_as_read(tokenizer: tokenizers.Tokenizer, added: Mapping[str, int], path: Path) -> None:
-    """See that added tokens have the ids that ``tokenizer.json`` says.
+    """Check that the library reads added tokens with the ids in ``tokenizer.json``.
 
     Args:
-        tokenizer: as the library reads the file. It numbers added tokens itself, unless they stand in the vocabulary.
+        tokenizer: as the library reads the file. It numbers added tokens itself, unless they are in the vocabulary.
         added: ids in the file.
         path: of the file.
 
@@ -151,30 +151,30 @@ class Tokenizer(Protocol):
     """An old tokenizer that can be extended."""
 
     kind: str
-    """In words, for the console."""
+    """Description for the console."""
     first_id: int
-    """Of the first new token: above all ids there are."""
+    """Id of the first new token: above all existing ids."""
 
     def text_of(self, piece: str) -> str:
-        """The text that an entry of the vocabulary stands for; the entry itself where it is not written as one."""
+        """Return the text of a vocabulary entry; the entry itself if it is not written as one."""
 
     def words(self, text: str) -> Iterable[str]:
-        """The parts of a text that tokens do not cross, normalized, as entries of the vocabulary are written."""
+        """Return the parts of a text that tokens do not cross, normalized, in the form of vocabulary entries."""
 
     def learn(
         self, words: Counter[str], held_out: Counter[str], wanted: Wanted, on_token: Callable[[], object]
     ) -> Extension:
-        """New tokens.
+        """Learn new tokens.
 
         Args:
-            words: of the corpus, and how often each stands there.
-            held_out: the same of text to measure with.
-            wanted: which are to be learned.
-            on_token: hears of each one that is found, where they are found one by one.
+            words: of the corpus, and their counts.
+            held_out: the same for text to measure with.
+            wanted: limits of the tokens to learn.
+            on_token: called for each token found, if they are found one by one.
 
         Raises:
-            UserError: none can be learned.
+            UserError: no token can be learned.
         """
 
     def take(self, texts: Sequence[str]) -> Extension:
-        """The given tokens."""
+        """Add the given tokens."""

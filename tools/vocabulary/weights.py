@@ -1,8 +1,8 @@
-"""Embedding and head with rows for new tokens, from a Hugging Face folder or a checkpoint to one of the same kind.
+"""Add rows for new tokens to embedding and head, from a Hugging Face folder or a checkpoint to one of the same kind.
 
-The row of a new token is the mean of the rows of what the old tokenizer makes of it. Rows beyond all tokens, which only
-fill the vocabulary up to a round number, are the mean of all tokens' rows: by Jensen's inequality such a row gets no
-more of the softmax than the average token (Hewitt, 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+The row of a new token is the mean of the rows of its old tokens. Additional rows, which only fill the vocabulary up to
+a round number, are the mean of all tokens' rows. By Jensen's inequality such a row gets no more of the softmax than the
+average token (Hewitt, 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ...engine.checkpoint.assets import ASSET_FOLDER, HfAssets
 from ...engine.checkpoint.manifest import MANIFEST_FILE
-from ...engine.checkpoint.tensors import StoredTensor
 from ...engine.conversion.checkpoint_model import CheckpointPlan, open_checkpoint_model
 from ...engine.conversion.run import progress
 from ...engine.errors import UserError
@@ -28,7 +27,7 @@ from ...engine.hugging_face.model import EMBEDDING, HEAD, open_hf_model
 from ...engine.hugging_face.shards import ShardPlan
 from ...engine.model.architecture import CONFIG_FILE, Architecture
 from ...engine.streaming.block_copy import BLOCK_BYTES, WrittenFile, copy_files
-from ...engine.streaming.tensor_source import ReadRows, TensorSource
+from ...engine.streaming.tensor_source import ReadRows, StoredTensor, TensorSource
 from ...engine.streaming.workers import default_workers
 from .vocabulary import NewToken
 
@@ -45,20 +44,20 @@ class StoredModel:
     config: dict[str, Any]
     assets: HfAssets
     source: TensorSource
-    """Its parameters."""
+    """The model's parameters."""
     notes: list[str]
 
     @property
     def asset_folder(self) -> Path:
-        """Where its tokenizer and config are."""
+        """Folder of its tokenizer and config."""
         return self.folder / ASSET_FOLDER if self.is_checkpoint else self.folder
 
 
 def open_model(name: str) -> StoredModel:
-    """A checkpoint, by its folder, or a Hugging Face model by folder or Hub name.
+    """Open a checkpoint by its folder, or a Hugging Face model by folder or Hub name.
 
     Raises:
-        UserError: it is neither, or not whole.
+        UserError: it is neither, or not complete.
     """
     if (Path(name) / MANIFEST_FILE).is_file():
         return _open_checkpoint(Path(name))
@@ -79,14 +78,14 @@ def _open_checkpoint(folder: Path) -> StoredModel:
 
 
 def choose_rows(rows: int, first_id: int, num_tokens: int, multiple_of: int | None) -> tuple[int, str]:
-    """Rows of the new embedding, and a line that says why.
+    """Return the number of rows of the new embedding, and a line with the reason.
 
     Args:
         rows: of the old one.
         first_id: of the first new token.
-        num_tokens: of new tokens.
-        multiple_of: what the number of rows shall be a multiple of; None: of what the old one is, a power of two up to
-            128.
+        num_tokens: number of new tokens.
+        multiple_of: the number of rows becomes a multiple of it; None: the largest power of two up to 128 that divides
+            the old number.
     """
     needed = first_id + num_tokens
     fitting = multiple_of or max(2**power for power in range(8) if rows % 2**power == 0)
@@ -107,8 +106,8 @@ class ExtendedVocabulary:
 
     Args:
         source: of the old model.
-        vocab_size: rows to have.
-        num_used: the old tokens' ids are below it.
+        vocab_size: new number of rows.
+        num_used: exclusive upper bound of the old tokens' ids.
         tokens: new ones, with consecutive ids from ``num_used`` on.
     """
 
@@ -117,7 +116,7 @@ class ExtendedVocabulary:
         assert [token.id for token in tokens] == list(range(num_used, num_used + len(tokens)))
         self._extended = [name for name in (EMBEDDING, HEAD) if name in source.tensors]
         self.hashed_rows = dict.fromkeys(self._extended, num_used)
-        """How many rows of each extended tensor are the source's."""
+        """For each extended tensor: how many rows come from the source."""
         self.tensors: Mapping[str, StoredTensor] = {
             name: StoredTensor((vocab_size, *tensor.shape[1:]), tensor.dtype) if name in self._extended else tensor
             for name, tensor in source.tensors.items()
@@ -149,7 +148,7 @@ class ExtendedVocabulary:
             yield read_extended
 
     def _mean(self, read: ReadRows, stored: StoredTensor) -> Tensor:
-        """[hidden] mean of the rows of all old tokens, summed in float64, in the stored dtype."""
+        """Return the [hidden] mean of the rows of all old tokens, summed in float64, in the stored dtype."""
         hidden = stored.shape[1]
         block = torch.empty((max(1, BLOCK_BYTES // (hidden * 8)), hidden), dtype=stored.dtype)
         total = torch.zeros(hidden, dtype=torch.float64)
@@ -160,7 +159,7 @@ class ExtendedVocabulary:
         return (total / self._num_used).to(stored.dtype)
 
     def _new_rows(self, read: ReadRows, stored: StoredTensor, mean: Tensor) -> Tensor:
-        """[new tokens, hidden] in the stored dtype; of a token that is made of nothing, ``mean``."""
+        """Return [new tokens, hidden] in the stored dtype; ``mean`` for a token without parts."""
 
         @functools.cache
         def row(token: int) -> Tensor:
@@ -177,24 +176,24 @@ class ExtendedVocabulary:
 def write_weights(
     folder: Path, as_checkpoint: bool, source: ExtendedVocabulary, max_shard_size: int
 ) -> dict[str, WrittenFile]:
-    """Write the tensors into ``folder``, of a checkpoint, which is left to be sealed, or of a Hugging Face model.
+    """Write the tensors of a Hugging Face model, or of a checkpoint that is sealed later, into ``folder``.
 
     Returns:
-        the files, by name.
+        The files, by name.
 
     Raises:
         OSError: it cannot be written.
-        UserError: the disk gives back something else than was written.
+        UserError: the disk returns other bytes than were written.
     """
     shards, files = ShardPlan(source.tensors, max_shard_size), CheckpointPlan(source.tensors)
     plan = files if as_checkpoint else shards
     num_bytes = sum(tensor.num_bytes for tensor in source.tensors.values())
-    # Everything is written, and read back.
+    # Everything is written and read back.
     with progress("writing", 2 * num_bytes) as advance:
         rows, remedy = source.hashed_rows, "new rows are means of the old ones; repair the model first"
         done = copy_files(folder, plan.files, source, default_workers(), rows, advance, nonfinite_remedy=remedy)
     if as_checkpoint:
-        files.write_metadata(folder, done.values())
+        files.write_table(folder, done.values())
     else:
         shards.write_index(folder)
     return done

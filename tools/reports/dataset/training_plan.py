@@ -143,7 +143,7 @@ def _model_facts(config: RunConfig) -> tuple[int, TokenizerIdentity | None, bool
     """Vocabulary, tokenizer, and whether these are known: the model may not have been converted yet."""
     if config.model.initialize_from is not None and not os.path.exists(config.model.initialize_from):
         return _ANY_VOCABULARY, None, False
-    assets = find_assets(config.model, None)
+    assets = find_assets(config.model)
     assert assets.config is not None
     return parse_architecture(assets.config).vocab_size, assets.tokenizer, True
 

@@ -1,10 +1,8 @@
-"""What a checkpoint from a stranger may not do: run code, or name a file outside its folder.
+"""The pickled metadata of PyTorch's distributed checkpoint (DCP), read without running code.
 
-DCP keeps its ``.metadata`` as a pickle, which could call any function. Here, and only here, it is read: by an unpickler
-that knows no more than the classes which such metadata consists of, and after :func:`require_modest` has seen that it
-asks for no more memory than its length explains. Values are read by DCP itself, with ``torch.load``
-and ``weights_only=True``, which no environment variable overrides where it is written out (torch.serialization.load);
-its other way of reading, for items that are no tensors, unpickles anything and is never taken.
+Megatron's checkpoints have such a ``.metadata``, and ours had one up to manifest format 2. A pickle could call any
+function. Here, and only here, it is read: by an unpickler that knows no more than the classes which such metadata
+consists of, and after :func:`require_modest` has seen that it asks for no more memory than its length explains.
 """
 
 from __future__ import annotations
@@ -29,12 +27,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
-from torch.futures import Future
 
+from ..checkpoint.untrusted import METADATA_FILE, DamagedCheckpoint, file_inside, shown
 from ..errors import UserError
 from ..regular_files import open_regular
-from .untrusted import METADATA_FILE, DamagedCheckpoint, file_inside, shown
 
 _MAX_METADATA_BYTES = 1 << 30
 """About 5 million pieces of tensors; the table for a 72B model with AdamW on 64 ranks has 0.2 million."""
@@ -295,20 +291,3 @@ def _require_sound(loaded: Metadata, folder: Path) -> None:
         if info.relative_path not in checked:
             file_inside(folder, info.relative_path)
             checked.add(info.relative_path)
-
-
-class SafeReader(filesystem.FileSystemReader):
-    """Gives DCP what :func:`read_metadata` has checked, and reads nothing but tensors."""
-
-    # Not called kwargs: DCP would then look for metadata of single ranks, and read it without care.
-    def read_metadata(self, *_: Any, **options: Any) -> Metadata:
-        loaded = read_metadata(Path(self.path))
-        loaded.storage_meta = StorageMeta(load_id=self.load_id)
-        return loaded
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            # That way of reading unpickles without an allow-list.
-            if item.type == LoadItemType.BYTE_IO:
-                raise Refused(f"{item.storage_index.fqn} is no tensor")
-        return super().read_data(plan, planner)

@@ -10,19 +10,36 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from retemper.engine.observe.curves import _TAIL_BYTES, last_record
-from retemper.engine.observe.loggers import METRICS_FILE, MetricLog
+from retemper.engine.observe.metrics_file import METRICS_FILE, MetricsFile
+from retemper.engine.observe.observer import Observer, StepRecord
+from retemper.engine.observe.tensorboard import TensorBoard
+from retemper.engine.observe.waiting import main_printer
+from retemper.engine.run_state import Progress
 
 
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
-def write_run(folder: Path, resumed_step: int, steps: range, tensorboard: bool = False, shift: float = 0.0) -> None:
-    log = MetricLog(folder, resumed_step, active=True, tensorboard=tensorboard)
-    log.open()
+def observers_of(folder: Path, tensorboard: bool) -> list[Observer]:
+    return [MetricsFile(folder, print), *([TensorBoard(folder, print)] if tensorboard else [])]
+
+
+def record_of(step: int, values: dict) -> StepRecord:
+    return StepRecord(Progress(step, step, 10 * step), values, 0, 0.0, [])
+
+
+def write_run(
+    folder: Path, resumed_step: int | None, steps: range, tensorboard: bool = False, shift: float = 0.0
+) -> None:
+    observers = observers_of(folder, tensorboard)
+    for observer in observers:
+        observer.start(resumed_step, False)
     for step in steps:
-        log.record(step, 10 * step, {"loss": step + shift, "note": "text"})
-    log.close()
+        for observer in observers:
+            observer.step(record_of(step, {"loss": step + shift, "note": "text"}))
+    for observer in observers:
+        observer.end()
 
 
 def test_records(tmp_path):
@@ -76,10 +93,7 @@ def test_lines_that_are_no_records_are_moved_too(tmp_path):
 def test_a_run_that_starts_over_renames_curve_events_and_configuration(tmp_path):
     write_run(tmp_path, None, range(1, 6), tensorboard=True)
     (tmp_path / "config.yaml").write_text("seed: 1\n")
-    log = MetricLog(tmp_path, None, active=True, tensorboard=True)
-    log.open(renamed_with_the_curve=("config.yaml",))
-    log.record(1, 10, {"loss": 7.0})
-    log.close()
+    write_run(tmp_path, None, range(1, 2), tensorboard=True, shift=6.0)
     assert [record["loss"] for record in records(tmp_path)] == [7.0]
     assert (tmp_path / "config.5.yaml").read_text() == "seed: 1\n" and not (tmp_path / "config.yaml").exists()
     assert len((tmp_path / "metrics.5.jsonl").read_text().splitlines()) == 5
@@ -111,28 +125,17 @@ def test_a_torn_last_line_is_dropped(tmp_path):
 
 
 def test_records_are_on_disk_at_once(tmp_path):
-    log = MetricLog(tmp_path, 0, active=True, tensorboard=False)
-    log.open()
-    log.record(1, 10, {"loss": 1.0})
+    metrics = MetricsFile(tmp_path, print)
+    metrics.start(0)
+    metrics.step(record_of(1, {"loss": 1.0}))
     assert [record["step"] for record in records(tmp_path)] == [1]
-    log.close()
+    metrics.end()
 
 
-def test_other_ranks_write_nothing(tmp_path, capsys):
-    log = MetricLog(tmp_path / "run", 0, active=False, tensorboard=True)
-    log.say("hello")
-    log.record(1, 10, {"loss": 1.0})
-    log.close()
-    assert not (tmp_path / "run").exists()
-    assert capsys.readouterr().out == ""
-
-
-def test_the_main_rank_speaks(tmp_path, capsys):
-    log = MetricLog(tmp_path, 0, active=True, tensorboard=False)
-    log.open()
-    log.say("hello")
+def test_only_the_main_rank_prints(capsys):
+    main_printer(False)("hello from another rank")
+    main_printer(True)("hello")
     assert capsys.readouterr().out == "hello\n"
-    log.close()
 
 
 def test_tensorboard_reads_one_curve_after_a_resume(tmp_path):
@@ -146,27 +149,27 @@ def test_tensorboard_reads_one_curve_after_a_resume(tmp_path):
 
 
 def test_groups_are_tensorboard_folders(tmp_path):
-    log = MetricLog(tmp_path, 0, active=True, tensorboard=True)
-    log.open()
-    log.record(1, 10, {"loss": 2.0, "evaluation": "news"}, group="evaluation/news")
-    log.close()
+    board = TensorBoard(tmp_path, print)
+    board.start(0)
+    board.evaluation(Progress(1, 1, 10), "news", {"loss": 2.0})
+    board.end()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["evaluation/news/loss"]
 
 
 def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
-    log = MetricLog(tmp_path, 0, active=True, tensorboard=False)
-    log.open()
-    log.record(1, 10, {"loss": float("nan"), "grad_norm": float("inf"), "learning_rate": 0.5})
-    log.close()
+    metrics = MetricsFile(tmp_path, print)
+    metrics.start(0)
+    metrics.step(record_of(1, {"loss": float("nan"), "grad_norm": float("inf"), "learning_rate": 0.5}))
+    metrics.end()
     text = (tmp_path / METRICS_FILE).read_text()
     assert text == '{"step": 1, "tokens": 10, "loss": null, "grad_norm": null, "learning_rate": 0.5}\n'
 
 
 def test_a_full_disk_is_said_and_its_records_follow_when_there_is_space(tmp_path, capsys):
-    log = MetricLog(tmp_path, 0, active=True, tensorboard=False)
-    log.open()
+    metrics = MetricsFile(tmp_path, print)
+    metrics.start(0)
 
     class Disk:
         """Takes some bytes, then no more."""
@@ -183,12 +186,12 @@ def test_a_full_disk_is_said_and_its_records_follow_when_there_is_space(tmp_path
             self.space -= count
             return count
 
-    log._file = Disk(log._file)
+    metrics._file = Disk(metrics._file)
     for step in (1, 2, 3):
         if step == 3:
-            log._file.space = 10_000
-        log.record(step, 10 * step, {"loss": float(step)})
-    log.close()
+            metrics._file.space = 10_000
+        metrics.step(record_of(step, {"loss": float(step)}))
+    metrics.end()
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
     [note] = capsys.readouterr().out.splitlines()
     assert note.startswith(f"note: {tmp_path / METRICS_FILE} cannot be written now: No space left on device")

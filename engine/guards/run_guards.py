@@ -1,0 +1,178 @@
+"""The guards of a run in one object: what a step asks, and what the recipe asks between steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.saver import Saver
+from ..checkpoint.store import CheckpointStore
+from ..config import RunConfig
+from ..emergency import EmergencySave
+from ..errors import UserError
+from ..garbage import GarbageSchedule
+from ..health import Health
+from ..parallel.passes import ModelParts
+from ..parallel.process_group import Ranks
+from ..replicas import ReplicaCheck
+from ..run_folder import manifest_of
+from ..run_state import Run
+from ..step import StepResult
+from ..watchdog import Watchdog
+
+
+class UnreadableData(UserError):
+    """Training data that cannot be read any more: the state of the run is sound."""
+
+
+class RunGuards:
+    """Skips harmful updates, ends hangs, compares replicas, saves the run when a step fails, and lets garbage be
+    collected by all ranks at the same step.
+
+    To be entered while the run trains. Implements :class:`~retemper.engine.step.StepGuards`.
+
+    Args:
+        config: of the run.
+        ranks: that train together.
+        store: of its checkpoints.
+        saver: writes them.
+        model: this rank's part of it.
+        say: prints a line for people, on the main rank.
+        resumed: of the checkpoint that the run continues from.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        store: CheckpointStore,
+        saver: Saver,
+        model: ModelParts,
+        say: Callable[[str], None],
+        resumed: Manifest | None,
+    ):
+        self._ranks, self._store, self._saver, self._model = ranks, store, saver, model
+        seconds = config.parallel.timeout_seconds
+        self.step_guard = Health(config.training, ranks, self._newest_checkpoint, say)
+        if resumed is not None:
+            self.step_guard.restore(resumed.health)
+        self.replica_check = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest_checkpoint)
+        self.watchdog = Watchdog(seconds, ranks)
+        self.emergency = EmergencySave(ranks, dict(model.named_parameters()), saver, say, seconds)
+        self._garbage = GarbageSchedule(config.training.gc_interval)
+        self._step = 0
+
+    def __enter__(self) -> RunGuards:
+        self.watchdog.__enter__()
+        self._garbage.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._garbage.__exit__(*exc_info)
+        self.watchdog.__exit__(*exc_info)
+
+    # In a step
+
+    def begin_step(self, step: int) -> None:
+        """The step of this number begins with its data."""
+        self._step = step
+        self.begin("data")
+
+    def begin(self, phase: str) -> None:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        self.watchdog.beat(f"step {self._step}, {phase}")
+
+    def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        return self.step_guard.judge(self._step, loss, grad_norm)
+
+    def before_update(self) -> None:
+        """Wait until a checkpoint that is being written has copies of what is about to change."""
+        self._saver.hold_update()
+        self.emergency.whole = False
+
+    def without_targets(self) -> None:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        self.step_guard.count_without_targets(self._step)
+
+    def step_done(self) -> None:
+        """The step has been counted: weights and optimizer states are again those between two steps."""
+        self.emergency.whole = True
+        self._garbage.step_done(self._step)
+
+    def sum_targets(self, count: int, problem: str | None) -> float:
+        """Return the targets of all ranks. All ranks must call this.
+
+        Args:
+            count: targets of this rank.
+            problem: what it has with its data.
+
+        Raises:
+            UnreadableData: on all ranks where any has a problem, naming the rank's own or else the first.
+        """
+        # One sum serves both ends: a rank without data makes it not a number.
+        total = self._ranks.sum(math.nan if problem else count)
+        if math.isnan(total):
+            try:
+                self._ranks.raise_together(problem)
+            except UserError as error:
+                raise UnreadableData(*error.problems) from None
+        return total
+
+    # Between steps
+
+    def pause(self) -> None:
+        """Until the next step begins, anything may take any time."""
+        self.watchdog.sleep()
+
+    def counts(self) -> dict[str, int]:
+        """Return how many steps were skipped, for records. Waits for the device."""
+        guard = self.step_guard
+        return {"skipped_steps": guard.skipped_steps(), "steps_without_targets": guard.steps_without_targets}
+
+    def check(self, step: int, numbers: dict[str, float]) -> None:
+        """Refuse to continue after too many skipped steps; see :meth:`Health.check`."""
+        self.step_guard.check(step, numbers, self._model.parameters())
+
+    def check_replicas(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Compare what several ranks hold alike, where that is due after ``step``; see :class:`ReplicaCheck`."""
+        if self.replica_check.due(step):
+            self.replica_check(step, self._model, optimizer)
+
+    def require_savable(self, step: int, result: StepResult) -> None:
+        """Refuse to save what is not finite, after ``step`` with ``result``. All ranks must call this."""
+        self.check(step, {"loss": self._ranks.sum(result.loss.item()), "gradient norm": result.grad_norm.item()})
+        self.step_guard.require_finite_weights(step, self._model.parameters())
+
+    @contextmanager
+    def saving_on_failure(self, run: Run) -> Iterator[None]:
+        """Save the state before the step inside, if that raises.
+
+        Not after a UserError, which names an older checkpoint for a reason, unless it is about the data.
+        """
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, UnreadableData) or not isinstance(error, UserError):
+                self._save_in_emergency(run, error)
+            raise
+
+    def _save_in_emergency(self, run: Run, error: Exception) -> None:
+        self.pause()
+        step = run.progress.step
+        if step > run.report.totals.start.step:
+            run.report.save()
+            manifest = lambda what: manifest_of(run, {}, final=False, emergency=what)  # noqa: E731
+            self.emergency(error, step, run.optimizer, run.start.assets, manifest)
+
+    def _newest_checkpoint(self) -> str:
+        self.pause()
+        with suppress(UserError):
+            self._saver.wait()  # what is being written is completed before the run ends
+        complete = self._store.complete()
+        return f"the newest checkpoint is {complete[-1]}" if complete else "no checkpoint has been written"

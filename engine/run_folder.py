@@ -1,0 +1,117 @@
+"""The folder that a run writes to: its one writer, its checkpoints, and the configuration next to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .. import __version__
+from .budget import BatchPlan
+from .checkpoint.destination import require_destination
+from .checkpoint.manifest import Manifest
+from .checkpoint.run_record import CONFIG_FILE, note_start
+from .checkpoint.store import CheckpointStore
+from .checkpoint.tensors import training_tensors
+from .config import RunConfig, to_dict, to_yaml
+from .conversion.export_run import export_folder, prepare_export
+from .model.architecture import Architecture
+from .observe.console import Console
+from .parallel.process_group import Ranks
+from .run_state import Progress, Run
+
+
+def run_store(config: RunConfig, ranks: Ranks) -> CheckpointStore:
+    """Return the checkpoints of the run that ``config`` describes."""
+    keep, training = config.checkpoint, config.training
+    rewind_steps = training.rewind_steps if training.loss_spike_action == "rewind" else 0
+    return CheckpointStore(
+        config.run_folder, ranks, keep.keep_last, bool(keep.keep_best), keep.keep_every, rewind_steps
+    )
+
+
+def require_room(
+    config: RunConfig, store: CheckpointStore, architecture: Architecture, plan: BatchPlan, progress: Progress
+) -> list[str]:
+    """Refuse a place that cannot take what the run will write. All ranks must call this.
+
+    Args:
+        config: of the run.
+        store: of its checkpoints; learns how large they will be.
+        architecture: of the model.
+        plan: of its steps.
+        progress: that it begins with.
+
+    Returns:
+        lines for the log, on the main rank.
+
+    Raises:
+        UserError: on every rank.
+    """
+    steps = plan.steps_left(config.training.train_tokens, progress.tokens)
+    ranks, output = store.ranks, export_folder(store.folder.parent, progress.step + steps)
+    lines = ranks.on_main(lambda: require_destination(config, store, architecture, steps, output.parent)) or []
+    store.expected_bytes = ranks.share(store.expected_bytes)
+    return lines + prepare_export(config.checkpoint, ranks, output)
+
+
+@contextmanager
+def open_run_folder(run: Run, console: Console | None) -> Iterator[None]:
+    """Be the only writer to the run folder, and put its records, configuration and checkpoints in order.
+
+    Args:
+        run: built, and not begun.
+        console: what it prints also goes to the folder's log.txt.
+
+    Raises:
+        UserError: on every rank, when another process writes to the folder, or it cannot be written.
+    """
+    with run.store.locked() as remarks:
+        run.ranks.on_main(lambda: _open(run, console))
+        run.say(*remarks, *run.store.set_aside(), *run.store.remove_leftovers())
+        yield
+
+
+def _open(run: Run, console: Console | None) -> None:
+    folder, resumed = Path(run.config.run_folder), run.start.resumed
+    # A fresh run also renames the records of one that was killed before its first checkpoint.
+    run.report.start(run.progress.step if resumed else None, run.owes_evaluation)
+    if console is not None:
+        console.open(folder)
+    (folder / CONFIG_FILE).write_text(to_yaml(run.config), encoding="utf-8")
+    note_start(folder, resumed is None, run.store.origin)
+
+
+def save(run: Run, evaluation: dict[str, float], final: bool) -> None:
+    """Begin to write a checkpoint of ``run``; see :meth:`Saver.save` and :func:`manifest_of`. All ranks call this."""
+    run.report.save()
+    tensors, manifest = training_tensors(run.model, run.optimizer), manifest_of(run, evaluation, final)
+    run.saver.save(tensors, run.start.assets, manifest, run.progress.best.get("step"))
+
+
+def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: str = "") -> Manifest:
+    """Return the manifest of a checkpoint of ``run`` as it is now.
+
+    Args:
+        run: between two steps.
+        evaluation: losses of the validation sets that were measured here.
+        final: whether the token budget is used up.
+        emergency: the failure that the checkpoint is written because of.
+    """
+    return Manifest(
+        kind="training",
+        step=run.progress.step,
+        consumed_samples=run.progress.samples,
+        consumed_tokens=run.progress.tokens,
+        final=final,
+        sample_order=run.order.state(),
+        datasets=run.catalog.fingerprints,
+        evaluation=evaluation,
+        best=run.progress.best,
+        health=run.guards.step_guard.state(),
+        emergency=emergency,
+        config=to_dict(run.config),
+        world_size=run.ranks.world_size,
+        layout=run.mesh.layout._asdict(),
+        retemper_version=__version__,
+    )

@@ -1,0 +1,109 @@
+"""One optimizer step, as a function: accumulate gradients over the micro-batches, clip, update.
+
+Pretraining, the dry run of tools/plan.py, the benchmarks and the tests all call :func:`train_step`. It knows neither
+data, checkpoints nor logs; whoever calls it advances the clock. What watches a step is a :class:`StepGuards`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .data.packing import MicroBatch
+from .optim import allocate_states, clip_grad_norm, set_learning_rate, step_unless
+from .parallel.passes import ModelParts, Passes
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves on the device; reading it waits for the device."""
+
+    loss: Tensor
+    """[] fp32, this rank's part of the mean loss over the global batch; NaN without targets."""
+    grad_norm: Tensor
+    """[] fp32, before clipping; not finite, on all ranks, where the loss of any of them is not, or without targets."""
+    learning_rate: float
+    has_targets: bool = True
+    """Whether any rank had a token to predict. Otherwise nothing was computed and nothing has changed."""
+
+
+class StepGuards(Protocol):
+    """What a step tells and asks those that watch it. Every rank calls the same methods in the same order."""
+
+    def begin(self, phase: str) -> None:
+        """A part of the step begins: data, forward, backward, optimizer or other."""
+
+    def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Return [] fp32 on the device: 1 to skip the update, else 0; the same on every rank.
+
+        Args:
+            loss: [] this rank's part of the mean loss.
+            grad_norm: [] of all ranks, not finite where the loss of any rank is not.
+        """
+
+    def before_update(self) -> None:
+        """Weights and optimizer states are about to change."""
+
+    def without_targets(self) -> None:
+        """No rank has a token to predict in this step."""
+
+
+class Unguarded:
+    """Skips updates that are not finite, and watches nothing else."""
+
+    def begin(self, phase: str) -> None:
+        """See :class:`StepGuards`."""
+
+    def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """See :class:`StepGuards`."""
+        return (~grad_norm.isfinite()).float()
+
+    def before_update(self) -> None:
+        """See :class:`StepGuards`."""
+
+    def without_targets(self) -> None:
+        """See :class:`StepGuards`."""
+
+
+def train_step(
+    model: ModelParts,
+    passes: Passes,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[MicroBatch],
+    num_targets: float,
+    learning_rate: float,
+    clip: float,
+    guards: StepGuards,
+) -> StepResult:
+    """Make one optimizer step. All ranks must call this.
+
+    Without a target on any rank there is nothing to compute: weights and optimizer states stay as they are.
+
+    Args:
+        model: this rank's part of it.
+        passes: computes losses and gradients of ``model``.
+        optimizer: of the parameters of ``model``.
+        micro_batches: of this rank.
+        num_targets: targets of the global batch, over all ranks.
+        learning_rate: of this step.
+        clip: global gradient norm above which gradients are scaled down; 0 turns clipping off.
+        guards: watch the step, and decide whether its update is skipped.
+    """
+    if num_targets > 0:
+        loss = passes.train(micro_batches, num_targets, guards.begin)
+        guards.begin("optimizer")
+        grad_norm = clip_grad_norm(model.parameters(), clip, model.own_parameters(), loss)
+        set_learning_rate(optimizer, learning_rate)
+        guards.before_update()
+        step_unless(optimizer, guards.should_skip(loss, grad_norm))
+        optimizer.zero_grad(set_to_none=True)
+    else:
+        loss = grad_norm = torch.full((), math.nan)
+        guards.without_targets()
+        allocate_states(optimizer)  # a checkpoint has them before the first update too
+    guards.begin("other")
+    return StepResult(loss, grad_norm, learning_rate, num_targets > 0)
