@@ -144,7 +144,7 @@ def test_malformed_line_is_named_and_nothing_is_left(tmp_path, refused, fault):
     error = refused("--input", path, "--output-prefix", tmp_path / "o" / "out")
     assert error.startswith(f"error: {path}:5: ")
     utf8 = " or --drop-invalid-utf8" if fault == "not UTF-8" else ""
-    assert error.endswith(f"mend it, or leave such records out with --skip-bad-lines{utf8}")
+    assert error.endswith(f"fix it, or leave such records out with --skip-bad-lines{utf8}")
     assert re.search(reason, error)
     assert os.listdir(tmp_path / "o") == []
 

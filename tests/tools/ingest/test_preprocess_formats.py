@@ -241,7 +241,7 @@ def test_a_text_that_tiktoken_gives_up_on_is_refused_or_skipped_by_itself(tmp_pa
     write_tiny_tiktoken(tmp_path / "tk" / "tiny.tiktoken")
     texts = ["one", " " * 2_000_000, "two"]
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
-    with pytest.raises(ValueError, match=r"a\.jsonl: .*; mend it, or leave such records out with --skip-bad-lines"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: .*; fix it, or leave such records out with --skip-bad-lines"):
         run(tmp_path / "tk", tmp_path, tmp_path / "a.jsonl")
     sidecar = run(tmp_path / "tk", tmp_path, tmp_path / "a.jsonl", skip_bad_lines=True)
     assert (sidecar.documents, sidecar.left_out) == (2, {"malformed": 1})

@@ -430,7 +430,7 @@ def test_what_is_wrong_with_held_out_files_is_reported(tmp_path, small_limits):
         return str(error.value).replace(f"{tmp_path}/", "")
 
     bad = write(tmp_path / "a.jsonl", b'{"text": "' + b"a" * 90 + b'\xff"}')
-    assert refused(bad).startswith("--held-out a.jsonl:1: not valid UTF-8: byte 0xff at byte 101 of the line; mend it")
+    assert refused(bad).startswith("--held-out a.jsonl:1: not valid UTF-8: byte 0xff at byte 101 of the line; fix it")
     assert refused(write(tmp_path / "b.txt", b"a" * 90 + b"\xff")).startswith("--held-out b.txt: not valid UTF-8")
     assert refused("-").startswith("--held-out -: standard input is for the corpus")
     assert refused(tmp_path / "absent.txt") == "--held-out absent.txt: no such file or folder"
