@@ -73,9 +73,9 @@ def test_an_engine_with_other_losses_is_refused(peers, precision, losses, accept
     assert ("rate" in rows["trainer"]) is accepted
     if not accepted:
         assert "ours_times_as_fast" not in rows["trainer"]
-        assert rows["trainer"]["problem"].startswith("refused: losses ")
+        assert rows["trainer"]["problem"].startswith("rejected: losses ")
         printed = peers.table(list(rows.values()), {})
-        assert "| trainer | refused: losses " in printed and "900" not in printed
+        assert "| trainer | rejected: losses " in printed and "900" not in printed
 
 
 def test_one_round_with_other_losses_refuses_the_engine(peers):
@@ -184,7 +184,7 @@ def test_command(peers, stub, capsys):
     assert peers.main(arguments) == 1
     assert (stub / "started.txt").read_text().split() == ["retemper", "trainer+compile", "trainer", "litgpt"]
     printed = capsys.readouterr().out
-    assert "| trainer | refused: losses 9.00000 .. 4.00000, ours 5.00000 .. 4.00000 |" in printed
+    assert "| trainer | rejected: losses 9.00000 .. 4.00000, ours 5.00000 .. 4.00000 |" in printed
     assert "| litgpt | ValueError: out of memory |" in printed
     written = json.loads(path.read_text())
     assert {row["engine"]: "rate" in row for row in written["rows"]} == {

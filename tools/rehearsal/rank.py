@@ -39,7 +39,7 @@ class RankRehearsal:
     """What one rank holds and does in a step, optimizer states allocated."""
 
     place: int
-    """In the pipeline."""
+    """Place in the pipeline."""
     blocks: int
     """Of the model, on this rank."""
     parameters: float
