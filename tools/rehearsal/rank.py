@@ -204,7 +204,7 @@ def _shortened(part: Part) -> Part:
 
 
 def _even_stages(blocks: int) -> Any:
-    """Let every stage have so many blocks."""
+    """Give every stage this many blocks."""
 
     def cut(_: Architecture, num_stages: int) -> list[LayerRange]:
         return [LayerRange(stage * blocks, (stage + 1) * blocks) for stage in range(num_stages)]

@@ -155,7 +155,7 @@ class TimedGuards(Unguarded):
 
     Args:
         guards: of the run.
-        clock: is told when a phase begins.
+        clock: is notified when a phase begins.
     """
 
     def __init__(self, guards: RunGuards, clock: PhaseClock):
