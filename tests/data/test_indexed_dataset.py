@@ -179,7 +179,7 @@ DAMAGES = {
         "x.idx",
         "sequence 1 of length 2147483647",
     ),
-    "dtype code of smaller tokens": (lambda i, b: _patch(i, 17, b"\x08"), "x.idx", "says 2 bytes a token, .* 4 bytes"),
+    "dtype code of smaller tokens": (lambda i, b: _patch(i, 17, b"\x08"), "x.idx", "means 2 bytes a token, .* 4 bytes"),
     "dtype code of larger tokens": (
         lambda i, b: _patch(i, 17, b"\x05"),
         "x.bin",
