@@ -32,7 +32,7 @@ from retemper.tools.step_benchmark.phases import PHASES, PhaseClock, StepTime
 from retemper.tools.step_benchmark.report import format_report, summarize
 from retemper.tools.step_benchmark.synthetic import DocumentLengths, write_random_dataset
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 ARCHITECTURE = {
     "model_type": "qwen2",

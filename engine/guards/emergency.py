@@ -1,4 +1,4 @@
-"""A step that fails with an exception: what the run was before that step is saved first, where that is possible.
+"""Save the state before a step that fails with an exception, where that is possible.
 
 It is possible while weights and states are whole (the failed step has not begun to change them), their values are
 finite, and all ranks have failed in the same step: they agree on that in the launcher's store, since a rank that has
@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.assets import HfAssets
-from .checkpoint.manifest import Manifest
-from .checkpoint.saver import Saver
-from .checkpoint.tensors import training_tensors
-from .errors import UserError
-from .optim.local import local_part
-from .parallel.liveness import is_lost_contact
-from .parallel.process_group import Ranks
+from ..checkpoint.assets import HfAssets
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.saver import Saver
+from ..checkpoint.tensors import training_tensors
+from ..errors import UserError
+from ..optim.local import local_part
+from ..parallel.process_group import Ranks
+from .liveness import is_lost_contact
 
 _OTHERS_SECONDS = 10.0
 """How long a rank waits for the others to fail as well."""

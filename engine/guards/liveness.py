@@ -1,4 +1,4 @@
-"""Who has fallen silent: every rank leaves a sign of life in the launcher's store, and watches for those of the others.
+"""Detect dead ranks: each rank writes a heartbeat to the launcher's store, and watches those of the others.
 
 A collective that fails or never returns does not say whose fault it was. Here, one thread exchanges signs of life,
 another judges them, and the first rank to reach a verdict has all others end with the same line. Both run beside the
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
-from ..awake import AwakeClock
 from ..errors import UserError, report_user_error
-from ..stacks import dump_stacks
-from .meeting import Meeting
+from .awake import AwakeClock
+from .rendezvous import Rendezvous
+from .stacks import dump_stacks
 
 _LOST_CONTACT = re.compile(r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 _SETTLING_SECONDS = 3.0
@@ -46,16 +46,16 @@ class Liveness:
     waited for, and said instead of it.
     """
 
-    def __init__(self, meeting: Meeting, timeout_seconds: float):
-        self.meeting, self.timeout = meeting, timeout_seconds
+    def __init__(self, rendezvous: Rendezvous, timeout_seconds: float):
+        self.rendezvous, self.timeout = rendezvous, timeout_seconds
         # All ranks read what all have written: where there are many, more rarely.
-        self.interval = max(0.2, min(2.5, timeout_seconds / 10)) * max(1.0, meeting.world_size / 128)
+        self.interval = max(0.2, min(2.5, timeout_seconds / 10)) * max(1.0, rendezvous.world_size / 128)
         self.grace_seconds = 3 * self.interval
         self._clock = AwakeClock.read_every(self.interval, timeout_seconds)
-        self._store: Any = meeting.store.clone()  # type: ignore[attr-defined]  # a connection of its own
+        self._store: Any = rendezvous.store.clone()  # type: ignore[attr-defined]  # a connection of its own
         now = self._clock.now()
-        self._signs: list[dict[str, Any]] = [{} for _ in meeting.notes]
-        self._changed = [now] * meeting.world_size
+        self._signs: list[dict[str, Any]] = [{} for _ in rendezvous.notes]
+        self._changed = [now] * rendezvous.world_size
         self._reached, self._moved = now, now
         self._failed: float | None = None
         self._left: dict[str, str] | None = None
@@ -89,7 +89,7 @@ class Liveness:
 
     def _main_says(self, text: str) -> bool:
         """Whether rank 0 has the same error as this rank, and prints it: soon, if at all."""
-        if self.meeting.rank == 0:
+        if self.rendezvous.rank == 0:
             return False
         mine = _without_rank(text)
         until = time.monotonic() + min(_SETTLING_SECONDS, self.grace_seconds)
@@ -105,13 +105,13 @@ class Liveness:
 
     def _exchange(self) -> None:
         """Write this rank's sign, read the others'. A cut link may block this thread for good."""
-        keys = [f"alive/{rank}" for rank in range(self.meeting.world_size)]
+        keys = [f"alive/{rank}" for rank in range(self.rendezvous.world_size)]
         count = 0
         while not self._ended.is_set():
             count += not self._left  # others measure the time since the last change
             sign = {"count": count, "collectives": _collectives_begun(), "left": self._left}
             with suppress(RuntimeError):
-                self._store.set(keys[self.meeting.rank], json.dumps(sign))
+                self._store.set(keys[self.rendezvous.rank], json.dumps(sign))
                 if self._left:
                     self._told.set()
                 self._read(keys)
@@ -152,7 +152,7 @@ class Liveness:
         return [self._signs[rank] for rank in self._others() if rank not in silent]
 
     def _others(self) -> list[int]:
-        return [rank for rank in range(self.meeting.world_size) if rank != self.meeting.rank]
+        return [rank for rank in range(self.rendezvous.world_size) if rank != self.rendezvous.rank]
 
     # ---------------------------------------------------------------------------------------------------------------
     # Judging them
@@ -175,7 +175,7 @@ class Liveness:
         """Why this run cannot go on, or None."""
         if self._left:
             return None
-        now, name = self._clock.now(), self.meeting.name
+        now, name = self._clock.now(), self.rendezvous.name
         for rank in self._others():
             left = self._signs[rank].get("left") or {"how": "", "text": ""}
             if left["how"] == "verdict":
@@ -190,8 +190,10 @@ class Liveness:
             which = f"{name(silent)} gave no sign of life for {seconds:.0f} s"
             if now - self._reached > patience:
                 which += ", nor did the launcher's store on the same host"
-            if len(silent) == len(self._others()) and len({note["host"] for note in self.meeting.notes}) > 1:
-                which += f", or the network of this host ({self.meeting.notes[self.meeting.rank]['host']}) is down"
+            if len(silent) == len(self._others()) and len({note["host"] for note in self.rendezvous.notes}) > 1:
+                which += (
+                    f", or the network of this host ({self.rendezvous.notes[self.rendezvous.rank]['host']}) is down"
+                )
             return f"{which}; see that node's output and link. The same command resumes from the newest checkpoint"
         return self._behind(now)
 
@@ -206,7 +208,7 @@ class Liveness:
         known = [rank for rank in known if now - self._changed[rank] > patience]
         if known or now - self._reached <= patience:
             return known
-        return [rank for rank in self._others() if self.meeting.notes[rank]["holds_store"]] or self._others()
+        return [rank for rank in self._others() if self.rendezvous.notes[rank]["holds_store"]] or self._others()
 
     def _behind(self, now: float) -> str | None:
         """Ranks that live, but do not come to a collective in which others wait for them."""
@@ -221,10 +223,10 @@ class Liveness:
             for rank, c in counts.items()
             if any(c[group] < most[group] for group in c) and not any(c[group] > least[group] for group in c)
         ]
-        if not late or self.meeting.rank in late or self._silent(self.grace_seconds):
+        if not late or self.rendezvous.rank in late or self._silent(self.grace_seconds):
             return None  # who is silent is judged as that, in its time
         return (
-            f"{self.meeting.name(late)} has not come to a collective operation in which others have waited for "
+            f"{self.rendezvous.name(late)} has not come to a collective operation in which others have waited for "
             f"{waited:.0f} s: it hangs, or needs a larger parallel.timeout_seconds"
         )
 

@@ -27,7 +27,7 @@ from retemper.engine.errors import UserError
 from retemper.engine.observe.tokenizer_notes import tokenizer_notes
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 from retemper.tools import preprocess as command
-from retemper.tools.ingest import long_text, pipeline
+from retemper.tools.ingest import long_text, pipeline, run_setup
 from retemper.tools.ingest.merging import MergeOptions, merge
 from retemper.tools.ingest.options import PreprocessOptions
 from retemper.tools.ingest.readers import lines
@@ -53,7 +53,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             yield runner.run(task, key)
 
     monkeypatch.setattr(pipeline, "run_tasks", run_tasks)
-    monkeypatch.setattr(pipeline, "start_early", lambda spec: None)
+    monkeypatch.setattr(run_setup, "start_early", lambda spec: None)
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +153,10 @@ def test_a_long_text_gets_one(tmp_path, folders, monkeypatch):
 
 def test_another_bos_makes_other_shards(tmp_path, folders, monkeypatch):
     """What an interrupted run left is taken up by a run with the same BOS alone."""
-    monkeypatch.setattr(pipeline._Run, "assemble", lambda self: (_ for _ in ()).throw(UserError("interrupted")))
+    monkeypatch.setattr(pipeline, "publish", lambda *_: (_ for _ in ()).throw(UserError("interrupted")))
     keys = []
-    tokenize = pipeline._Run.tokenize
-    monkeypatch.setattr(pipeline._Run, "tokenize", lambda self: (keys.append([*self.keys]), tokenize(self))[1])
+    tokenize = pipeline.tokenize
+    monkeypatch.setattr(pipeline, "tokenize", lambda plan: (keys.append([*plan.tasks]), tokenize(plan))[1])
     for bos in ("auto", "yes", "no"):
         with pytest.raises(UserError, match="interrupted"):
             made(tmp_path, folders["llama 3"], bos=bos)
@@ -231,7 +231,7 @@ class TestModel:
             asked.append(capsys.readouterr().err)
             return folders["qwen 2"] / "tokenizer.json"
 
-        monkeypatch.setattr(pipeline, "find_tokenizer_file", find)
+        monkeypatch.setattr(run_setup, "find_tokenizer_file", find)
         made(tmp_path, tokenizer=None)
         assert asked[0].startswith("note: neither --model nor --tokenizer is given") and "Qwen/Qwen2-72B" in asked[0]
 

@@ -18,7 +18,7 @@ from retemper.engine.conversion.logits import TOLERANCE
 from retemper.engine.streaming.block_copy import BLOCK_BYTES
 from retemper.engine.streaming.workers import MAX_WORKERS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
 
 

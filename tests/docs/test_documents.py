@@ -16,7 +16,7 @@ from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.parallel.layout import plan_layout
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "megatron_configs").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Work that takes some ranks long, such as a download: the others meanwhile wait in no collective.
+"""Run long work on some ranks, such as a download, without blocking the others in a collective.
 
 A collective that waits longer than ``parallel.timeout_seconds`` ends the run, which is for training. Here all ranks
 meet every second instead, while the work is done in a thread.
@@ -11,13 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from typing import TypeVar, cast
 
-from .process_group import Ranks
+from ..parallel.process_group import Ranks
 
 Result = TypeVar("Result")
 _SECONDS = 1.0
 
 
-def work_apart(
+def run_in_background(
     ranks: Ranks,
     work: Callable[[], Result] | None,
     broken_off: Callable[[], bool] = lambda: False,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import LIMIT_SECONDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.megatron_index import read_megatron, write_megatron
@@ -430,7 +431,7 @@ def test_an_interruption_leaves_nothing_under_a_final_name(tmp_path, how):
     process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "copied\n"
     process.send_signal(how)
-    status = process.wait(timeout=20)
+    status = process.wait(timeout=LIMIT_SECONDS)
     process.stdout.close()
     inputs = ["a.bin", "a.idx", "a.json", "b.bin", "b.idx", "b.json"]
     if how == signal.SIGKILL:

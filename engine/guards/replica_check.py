@@ -1,4 +1,4 @@
-"""Whether ranks that hold the same weights and optimizer states really do, bit for bit.
+"""Detect silent data corruption: compare replicated weights and optimizer states bit for bit.
 
 They start alike and are updated alike by the same sums, so that nothing ever compares them again: a bit that flips in
 one rank's memory, or a GPU that miscomputes, makes a copy go its own way unnoticed. Who holds the same follows from how
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .checkpoint.tensors import OPTIMIZER_PREFIX, ParameterOwner, training_tensors
-from .errors import UserError
-from .optim.local import local_part
-from .parallel.process_group import Ranks
+from ..checkpoint.tensors import OPTIMIZER_PREFIX, ParameterOwner, training_tensors
+from ..errors import UserError
+from ..optim.local import local_part
+from ..parallel.process_group import Ranks
 
 _CHUNK = 2**22
 """Elements hashed at a time: temporaries take some 32 bytes for each, 128 MiB."""

@@ -1,4 +1,4 @@
-"""Being asked to stop: by a signal or by the clock, noticed by all ranks together where nothing is lost.
+"""Requests for a graceful stop, by a signal or a time limit, which all ranks notice at the same step.
 
 SIGTERM and SIGINT (Ctrl-C) are requests to stop. SIGUSR1, SIGUSR2 (LSF, Grid Engine), SIGHUP (a closed terminal),
 SIGXCPU (a limit of CPU time) and SIGPWR (power or a container going down) are notices that the end is near. All of them
@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .parallel.process_group import Ranks
+    from ..parallel.process_group import Ranks
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT)
 NOTICES = tuple(

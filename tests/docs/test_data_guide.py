@@ -16,7 +16,7 @@ from oracles.tiny_tokenizer import train_tiny_tokenizer
 
 from retemper.engine.config_parser import parse_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

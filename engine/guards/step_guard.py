@@ -1,4 +1,4 @@
-"""Steps whose update would do harm or means nothing: it is left out on all ranks alike, counted, and bounded.
+"""Skip updates with a non-finite or spiking loss on all ranks, and end the run after too many in a row.
 
 Whether a step is skipped is decided on the device, in the step itself: an ordinary step waits for nothing. The host
 reads the counts where it reads the loss anyway, on log steps and before a checkpoint. Only the guard against loss
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import TrainingConfig
-from .errors import UserError
-from .parallel import fsdp
-from .parallel.process_group import Ranks
+from ..config import TrainingConfig
+from ..errors import UserError
+from ..parallel import fsdp
+from ..parallel.process_group import Ranks
 
 WINDOW = 64
 """Losses that a new one is compared with."""
@@ -32,7 +32,7 @@ MAX_STEPS_WITHOUT_TARGETS = 100
 """So many steps in a row without a target end the run: what it reads has nothing to predict."""
 
 
-class Health:
+class StepGuard:
     """What is skipped, and when it is too much.
 
     Args:
@@ -56,7 +56,7 @@ class Health:
         """How often the run has gone back: ``{"step", "to_step", "samples"}``. The first two count optimizer steps;
         samples are those passed over, of ``training.sequence_length`` tokens each."""
 
-    def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    def should_skip(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Whether to leave out the update of ``step``, the same on every rank. All ranks must call this.
 
         Args:

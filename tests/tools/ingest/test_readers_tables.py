@@ -366,7 +366,7 @@ def test_what_is_no_workbook_is_refused(tmp_path, openpyxl):
     [(".parquet", "pyarrow>=16"), (".xlsx", "openpyxl>=3.1"), (".pdf", "pypdf[crypto]>=5.0")],
 )
 def test_a_missing_library_is_named_with_the_line_that_installs_it(tmp_path, monkeypatch, suffix, requirement):
-    assert f'"{requirement}"' in (Path(__file__).parents[2] / "setup.py").read_text(encoding="utf-8")
+    assert f'"{requirement}"' in (Path(__file__).parents[3] / "setup.py").read_text(encoding="utf-8")
     library = re.split(r"\W", requirement)[0]
     real = importlib.import_module
 

@@ -1,4 +1,4 @@
-"""Hangs: where every thread of this process stands is written to stderr before the process ends with status 1."""
+"""End a process that hangs with status 1, after writing the stack of each thread to stderr."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import sys
 import threading
 
+from ..errors import UserError, report_user_error
+from ..parallel.process_group import Ranks
 from .awake import AwakeClock
-from .errors import UserError, report_user_error
-from .parallel.process_group import Ranks
 from .stacks import dump_stacks
 
 
@@ -17,7 +17,7 @@ class Watchdog:
 
     Beats are the phases of a step: data, each micro-batch's passes, the update. Between steps (evaluations and
     checkpoints, which may take long) it sleeps. Where there are several ranks,
-    :class:`~retemper.engine.parallel.liveness.Liveness` is to speak first: it knows whose fault it is.
+    :class:`~retemper.engine.guards.liveness.Liveness` is to speak first: it knows whose fault it is.
 
     Args:
         seconds: between two beats at most; where there are several ranks, a quarter more.

@@ -19,7 +19,7 @@ from retemper.engine.data.tokenizer import TokenizerHandle, TokenizerSpec
 from retemper.engine.data.tokenizer_backends import TokenizersReference
 from retemper.engine.data.tokenizer_fast import FastEncoder
 from retemper.engine.errors import UserError
-from retemper.tools.ingest import pipeline, preload
+from retemper.tools.ingest import pipeline, preload, run_setup
 from retemper.tools.ingest.inputs import InputOptions, expand_inputs
 from retemper.tools.ingest.tasks import are_small
 
@@ -75,7 +75,7 @@ def test_the_files_are_the_same_whatever_encodes(tmp_path, tiny_tokenizer, monke
         with monkeypatch.context() as patch:
             if encoder != "fast":
                 patch.setattr(pipeline, "run_tasks", never)
-                patch.setattr(pipeline, "start_early", never)
+                patch.setattr(run_setup, "start_early", never)
             found[encoder] = report(
                 tiny_tokenizer, tmp_path / encoder, tmp_path / "a.jsonl", encoder=encoder, **options
             )

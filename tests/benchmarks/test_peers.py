@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = ["--layers=2", "--hidden=64", "--vocab=300", "--batch=2", "--sequence=16", "--warmup=1", "--steps=2"]
 TINY += ["--device=cpu", "--threads=1"]
 
@@ -73,9 +73,9 @@ def test_an_engine_with_other_losses_is_refused(peers, precision, losses, accept
     assert ("rate" in rows["trainer"]) is accepted
     if not accepted:
         assert "ours_times_as_fast" not in rows["trainer"]
-        assert rows["trainer"]["problem"].startswith("refused: losses ")
+        assert rows["trainer"]["problem"].startswith("rejected: losses ")
         printed = peers.table(list(rows.values()), {})
-        assert "| trainer | refused: losses " in printed and "900" not in printed
+        assert "| trainer | rejected: losses " in printed and "900" not in printed
 
 
 def test_one_round_with_other_losses_refuses_the_engine(peers):
@@ -88,7 +88,7 @@ def test_one_round_with_other_losses_refuses_the_engine(peers):
 def test_our_own_rounds_must_agree(peers):
     runs = [record(peers.OURS), record(peers.OURS, losses=(6.0, 4.0))]
     peers.refuse_different(runs, "bf16")
-    assert "refused" in peers.summarize(runs)[0]["problem"]
+    assert "rejected" in peers.summarize(runs)[0]["problem"]
 
 
 def test_without_ours_nothing_is_compared(peers):
@@ -184,7 +184,7 @@ def test_command(peers, stub, capsys):
     assert peers.main(arguments) == 1
     assert (stub / "started.txt").read_text().split() == ["retemper", "trainer+compile", "trainer", "litgpt"]
     printed = capsys.readouterr().out
-    assert "| trainer | refused: losses 9.00000 .. 4.00000, ours 5.00000 .. 4.00000 |" in printed
+    assert "| trainer | rejected: losses 9.00000 .. 4.00000, ours 5.00000 .. 4.00000 |" in printed
     assert "| litgpt | ValueError: out of memory |" in printed
     written = json.loads(path.read_text())
     assert {row["engine"]: "rate" in row for row in written["rows"]} == {

@@ -1,8 +1,8 @@
-"""Going back before a loss spike, and around the samples that led to it.
+"""Roll back to a checkpoint before a loss spike, and skip the samples that led to it.
 
-The run takes up a checkpoint that is some steps older than the spike: weights, states, step, tokens and learning rate
-are as they were there. The place in the data is not: all samples since then, those of the spike included, are passed
-over. So did PaLM (Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, section 5.1): a restart some 100 steps
+The run continues from a checkpoint that is some steps older than the spike, with its weights, states, step, tokens and
+learning rate. The data position is not restored: all samples since then, including those of the spike, are skipped. So
+did PaLM (Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, section 5.1): a restart some 100 steps
 before the spike, 200 to 500 batches skipped.
 
 Two things are written: new names for the checkpoints in between, and metrics.jsonl without the records since. A run
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .budget import BatchPlan
-from .checkpoint.changes import require_allowed
-from .checkpoint.manifest import Manifest, read_manifest
-from .config import RunConfig, to_dict
-from .data.sample_order import SampleOrder
-from .errors import UserError
-from .run_state import Progress, Run
+from ..budget import BatchPlan
+from ..checkpoint.changes import require_allowed
+from ..checkpoint.manifest import Manifest, read_manifest
+from ..config import RunConfig, to_dict
+from ..data.sample_order import SampleOrder
+from ..errors import UserError
+from ..run_state import Progress, Run
 
 
 @dataclass(frozen=True)
-class Rewind:
+class Rollback:
     """Where a run goes back to."""
 
     checkpoint: Path
@@ -40,7 +40,7 @@ class Rewind:
     """For the log."""
 
 
-def plan_rewind(run: Run) -> Rewind | None:
+def plan_rollback(run: Run) -> Rollback | None:
     """Find the checkpoint to go back to, where the last step was a loss spike. All ranks must call this.
 
     Returns:
@@ -66,7 +66,7 @@ def plan_rewind(run: Run) -> Rewind | None:
         return None
     skipped = progress.samples - manifest.consumed_samples
     rewinds = [*guard.rewinds, {"step": progress.step, "to_step": manifest.step, "samples": skipped}]
-    return Rewind(
+    return Rollback(
         target,
         manifest,
         Progress(manifest.step, progress.samples, manifest.consumed_tokens, manifest.best),
@@ -76,14 +76,15 @@ def plan_rewind(run: Run) -> Rewind | None:
     )
 
 
-def go_back(run: Run, rewind: Rewind) -> None:
+def roll_back(run: Run, rollback: Rollback) -> None:
     """Restore everything from the checkpoint of ``rewind`` except the place in the data. All ranks must call this."""
-    run.say(*run.store.abandon_after(rewind.progress.step), rewind.line)
+    run.say(*run.store.abandon_after(rollback.progress.step), rollback.line)
     start = run.start
-    run.ranks.everywhere(lambda: start.moved_to(rewind.checkpoint, rewind.manifest).load_into(run.model, run.optimizer))
-    run.progress = rewind.progress
-    run.guards.step_guard.restore(rewind.health)
-    run.owes_evaluation = run.must_evaluate_at(rewind.manifest)
+    checkpoint, manifest = rollback.checkpoint, rollback.manifest
+    run.ranks.everywhere(lambda: start.moved_to(checkpoint, manifest).load_into(run.model, run.optimizer))
+    run.progress = rollback.progress
+    run.guards.step_guard.restore(rollback.health)
+    run.owes_evaluation = run.must_evaluate_at(rollback.manifest)
     run.ranks.on_main(lambda: run.report.start(run.progress.step, run.owes_evaluation))
 
 

@@ -1,7 +1,7 @@
-"""Where the ranks of a run first meet: the launcher's key-value store, before any of them can be waited for in vain.
+"""Rendezvous through the launcher's key-value store: a missing rank is reported, and does not hang a collective.
 
 An elastic launcher keeps one store over all restarts, and its nodes may count restarts differently, so that keys of a
-former attempt are still there. :func:`meet` gives every attempt a prefix of its own.
+former attempt are still there. :func:`join` gives every attempt a prefix of its own.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..awake import AwakeClock
 from ..errors import UserError
-from .launcher import read_launcher
+from ..parallel.launcher import read_launcher
+from .awake import AwakeClock
 
 _PAUSE = 0.05  # seconds between two looks, for up to 32 ranks
 _PARTING_SECONDS = 5
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """All ranks of this attempt, and the store that is theirs alone."""
 
     store: dist.Store
@@ -48,14 +48,14 @@ class Meeting:
         more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
         return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """Wait some seconds until all ranks know why they end: with the first of them the store may go."""
         with suppress(RuntimeError):
             self.store.set(f"parting/{self.rank}", "")
             self.store.wait([f"parting/{rank}" for rank in range(self.world_size)], timedelta(seconds=_PARTING_SECONDS))
 
 
-def meet(note: dict[str, Any], timeout_seconds: float) -> Meeting:
+def join(note: dict[str, Any], timeout_seconds: float) -> Rendezvous:
     """Wait for all ranks that the launcher has announced in the environment, and exchange notes.
 
     Args:
@@ -71,7 +71,7 @@ def meet(note: dict[str, Any], timeout_seconds: float) -> Meeting:
     limit = timedelta(seconds=timeout_seconds)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-        return _meet(store, rank, world_size, note, timeout_seconds, launcher.node)
+        return _join(store, rank, world_size, note, timeout_seconds, launcher.node)
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
@@ -84,14 +84,14 @@ def meet(note: dict[str, Any], timeout_seconds: float) -> Meeting:
         ) from None
 
 
-def _meet(
+def _join(
     store: dist.Store,
     rank: int,
     world_size: int,
     note: dict[str, Any],
     timeout_seconds: float,
     node: int | None = None,
-) -> Meeting:
+) -> Rendezvous:
     # Everyone says hello with a name used once. Rank 0 calls the roll; who finds its own name in it answers to just
     # this roll. A roll to which all have answered has nobody from a former attempt in it.
     mine = uuid.uuid4().hex[:12]
@@ -119,7 +119,7 @@ def _meet(
                 store.set(f"{attempt}/complete", "")
             if called and store.check([f"{attempt}/complete"]):
                 notes = [json.loads(value) for value in store.multi_get(hellos)]
-                return Meeting(dist.PrefixStore(attempt, store), rank, notes)
+                return Rendezvous(dist.PrefixStore(attempt, store), rank, notes)
         time.sleep(pause)
     raise UserError(_who_is_missing(store, world_size, timeout_seconds))
 

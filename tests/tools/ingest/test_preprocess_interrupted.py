@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from forked import LIMIT_SECONDS
 from oracles.preprocessing import GOOD, jsonl, run
 from oracles.tiny_tokenizer import sample_text
 
@@ -38,7 +39,7 @@ def long_run(tmp_path: Path, tiny_tokenizer: Path) -> Iterator[subprocess.Popen[
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT_SECONDS
     while len(list((tmp_path / "o").glob(".out.partial/*.tokens"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -72,7 +73,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(tmp_path, long_run, 
         long_run.terminate()
     else:
         os.kill(workers[0], signal.SIGKILL)
-    _, err = long_run.communicate(timeout=30)
+    _, err = long_run.communicate(timeout=LIMIT_SECONDS)
     lines = [line for line in err.splitlines() if not line.endswith(" workers")]
     if event == "killed worker":
         assert long_run.returncode == 1
@@ -91,7 +92,7 @@ def in_small_tasks(tokenizer: Path, folder: Path, **popen: object) -> subprocess
     )
     return subprocess.Popen(
         [sys.executable, "-c", script, str(tokenizer), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -104,7 +105,7 @@ def test_a_killed_run_goes_on_after_its_last_finished_part(tmp_path, tiny_tokeni
     (tmp_path / "in" / "a.jsonl").write_bytes(jsonl([sample_text(seed, 300) for seed in range(1500)]))
     killed = in_small_tasks(tiny_tokenizer, tmp_path)
     work = tmp_path / "o" / ".out.partial"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT_SECONDS
     while len(list(work.glob("*.json"))) < 3:
         assert killed.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
@@ -120,7 +121,7 @@ def test_a_killed_run_goes_on_after_its_last_finished_part(tmp_path, tiny_tokeni
     with open(finished[0].with_suffix(".tokens"), "r+b") as file:
         file.truncate(10)
     again = in_small_tasks(tiny_tokenizer, tmp_path)
-    out, err = again.communicate(timeout=60)
+    out, err = again.communicate(timeout=LIMIT_SECONDS)
     assert (again.returncode, out) == (0, "done\n")
     total = -(-(tmp_path / "in" / "a.jsonl").stat().st_size // 20_000)
     assert f"; {len(finished) - 1} of {total} parts are there from a run before" in err
@@ -147,11 +148,11 @@ def test_parts_of_another_run_are_not_taken(tmp_path, tiny_tokenizer):
 def stopped_before_assembly(monkeypatch: pytest.MonkeyPatch, *arguments: object, **options: object) -> None:
     """A run that is interrupted when all its parts are finished."""
 
-    def interrupt(_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("retemper.tools.ingest.pipeline._Run.assemble", interrupt)
+        patch.setattr("retemper.tools.ingest.pipeline.publish", interrupt)
         run(*arguments, **options)  # type: ignore[arg-type]
 
 
@@ -191,12 +192,12 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_finished(tmp_path, tiny_tok
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     full = in_small_tasks(tiny_tokenizer, tmp_path, preexec_fn=limit)
-    out, err = full.communicate(timeout=60)
+    out, err = full.communicate(timeout=LIMIT_SECONDS)
     assert (full.returncode, out) == (1, "")
     assert "UserError" in err and "File too large; no dataset was written" in err
     assert os.listdir(tmp_path / "o") == [".out.partial"]
     again = in_small_tasks(tiny_tokenizer, tmp_path)
-    out, err = again.communicate(timeout=60)
+    out, err = again.communicate(timeout=LIMIT_SECONDS)
     total = -(-(tmp_path / "in" / "a.jsonl").stat().st_size // 20_000)
     assert out == "done\n" and f"; {total} of {total} parts are there" in err
     assert sorted(os.listdir(tmp_path / "o")) == OUTPUTS

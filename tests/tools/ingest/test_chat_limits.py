@@ -6,10 +6,10 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from forked import LIMIT_SECONDS
 from test_chat_input import ANSWER, CHATML, USER, encode, save
 
 from retemper.engine.errors import UserError
@@ -100,12 +100,11 @@ def test_time(tmp_path):
         f"encoder = chat.ChatEncoder(Path({good!r}), None, None, False)\n"
         f"print(len(encoder.encode({json.dumps({'messages': [USER, ANSWER]})}).ids))\n"
     )
-    started = time.monotonic()
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "") and time.monotonic() - started < 60
+    assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert all(
         "a plain question fails: the chat template cannot be used" in line and " s" in line for line in lines[:3]

@@ -1,4 +1,4 @@
-"""Every rank runs the same job: configuration, code and PyTorch are compared before anything else is done."""
+"""Compare configuration, code and PyTorch version of all ranks before the run begins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..config import RunConfig, to_dict
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from .meeting import Meeting
+    from .rendezvous import Rendezvous
 
 PACKAGE = Path(__file__).parents[2]
 _CODE = ("engine", "kernels", "checkpoint_convert", "tools")
@@ -22,7 +22,7 @@ _UNREADABLE_CONFIG_SECONDS = 30
 _MOST_SHOWN = 3
 
 
-def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunConfig, Meeting | None]:
+def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunConfig, Rendezvous | None]:
     """What ``read`` returns, where it is the same on every rank, and so are our code and PyTorch's version.
 
     Args:
@@ -41,32 +41,32 @@ def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunCo
         mine = error
     import torch  # needed by several ranks only, and after ``read`` has imported what else the run needs
 
-    from .meeting import meet
+    from .rendezvous import join
 
     problem = mine and str(mine)
     settings = flatten(to_dict(config)) if config else {}
     files = code_files(PACKAGE)
     note = {"problem": problem, "config": digest(settings), "code": digest(files), "torch": str(torch.__version__)}
     try:
-        meeting = meet(note, config.parallel.timeout_seconds if config else _UNREADABLE_CONFIG_SECONDS)
+        rendezvous = join(note, config.parallel.timeout_seconds if config else _UNREADABLE_CONFIG_SECONDS)
     except UserError as error:
         raise mine or error from None
-    problems = [f"rank {rank}: {its['problem']}" for rank, its in enumerate(meeting.notes) if its["problem"]]
+    problems = [f"rank {rank}: {its['problem']}" for rank, its in enumerate(rendezvous.notes) if its["problem"]]
     if problem or problems:
-        meeting.part()
-        raise _of_all(meeting, mine or UserError(problems[0]))
+        rendezvous.leave()
+        raise _of_all(rendezvous, mine or UserError(problems[0]))
     details = {"config": settings, "code": files}
-    if differences := compare(meeting, details):
-        meeting.part()
+    if differences := compare(rendezvous, details):
+        rendezvous.leave()
         what = f"{'; '.join(differences)}; start every node with the same files and the same command"
-        raise _of_all(meeting, UserError(what))
+        raise _of_all(rendezvous, UserError(what))
     assert config is not None
-    return config, meeting
+    return config, rendezvous
 
 
-def _of_all(meeting: Meeting, error: UserError) -> UserError:
+def _of_all(rendezvous: Rendezvous, error: UserError) -> UserError:
     """``error``, which every rank raises, and the first one prints."""
-    error.said = meeting.rank > 0
+    error.said = rendezvous.rank > 0
     return error
 
 
@@ -92,21 +92,21 @@ def digest(facts: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def compare(meeting: Meeting, mine: dict[str, dict[str, str]]) -> list[str]:
+def compare(rendezvous: Rendezvous, mine: dict[str, dict[str, str]]) -> list[str]:
     """What differs between ranks, a clause for each kind; the same text on every rank.
 
     Args:
-        meeting: its notes hold the digests ``config`` and ``code``, and ``torch``.
+        rendezvous: its notes hold the digests ``config`` and ``code``, and ``torch``.
         mine: what the digests are of. Travels only where they differ.
     """
     clauses = []
     for kind, title in (("config", "the configuration"), ("code", "the code")):
-        odd, usual = _odd_ones(meeting, kind)
+        odd, usual = _odd_ones(rendezvous, kind)
         if not odd:
             continue
         key = f"{kind}/{{}}"
-        meeting.store.set(key.format(meeting.rank), json.dumps(mine[kind]))
-        theirs, ours = (json.loads(meeting.store.get(key.format(rank))) for rank in (odd[0], usual))
+        rendezvous.store.set(key.format(rendezvous.rank), json.dumps(mine[kind]))
+        theirs, ours = (json.loads(rendezvous.store.get(key.format(rank))) for rank in (odd[0], usual))
         keys = [name for name in [*ours, *(name for name in theirs if name not in ours)]
                 if ours.get(name) != theirs.get(name)]  # fmt: skip
         shown = [
@@ -114,16 +114,16 @@ def compare(meeting: Meeting, mine: dict[str, dict[str, str]]) -> list[str]:
             for name in keys[:_MOST_SHOWN]
         ]
         more = f" and {len(keys) - _MOST_SHOWN} more" if len(keys) > _MOST_SHOWN else ""
-        clauses.append(f"{title} differs on {meeting.name(odd)} from rank {usual}'s: {', '.join(shown)}{more}")
-    odd, usual = _odd_ones(meeting, "torch")
+        clauses.append(f"{title} differs on {rendezvous.name(odd)} from rank {usual}'s: {', '.join(shown)}{more}")
+    odd, usual = _odd_ones(rendezvous, "torch")
     if odd:
-        version, other = meeting.notes[odd[0]]["torch"], meeting.notes[usual]["torch"]
-        clauses.append(f"PyTorch is {version} on {meeting.name(odd)}, not {other} as on rank {usual}")
+        version, other = rendezvous.notes[odd[0]]["torch"], rendezvous.notes[usual]["torch"]
+        clauses.append(f"PyTorch is {version} on {rendezvous.name(odd)}, not {other} as on rank {usual}")
     return clauses
 
 
-def _odd_ones(meeting: Meeting, kind: str) -> tuple[list[int], int]:
+def _odd_ones(rendezvous: Rendezvous, kind: str) -> tuple[list[int], int]:
     """The ranks that differ from most (of two that are as frequent, from the first), and one of those that do not."""
-    values = [note[kind] for note in meeting.notes]
+    values = [note[kind] for note in rendezvous.notes]
     [(usual, _)] = Counter(values).most_common(1)
     return [rank for rank, value in enumerate(values) if value != usual], values.index(usual)

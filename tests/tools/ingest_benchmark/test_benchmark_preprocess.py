@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from forked import LIMIT_SECONDS
 from oracles.megatron_index import read_megatron, write_megatron
 from oracles.tiny_tokenizer import sample_text
 from tokenizers import Tokenizer
@@ -152,7 +153,7 @@ time.sleep(60)
         f"from retemper.tools.ingest_benchmark.measure import measure; measure([sys.executable, '-c', {child!r}])"
     )
     with subprocess.Popen(python(code), stderr=subprocess.DEVNULL) as running:
-        until = time.monotonic() + 60
+        until = time.monotonic() + LIMIT_SECONDS
         while not (noted.exists() and noted.read_text() == "running"):
             assert running.poll() is None and time.monotonic() < until
             time.sleep(0.02)
