@@ -278,7 +278,7 @@ def test_what_is_finished_outlives_an_error(
         else:
             patch.setattr(logits, "_theirs", raising(error))
             result = run(hf_to_dcp, *arguments, "--verify")
-    assert_refused(result, "Stale file handle; ", f"finished files are kept in {left}: the same command goes on")
+    assert_refused(result, "Stale file handle; ", f"finished files are kept in {left}: the same command continues")
     read = interrupt_after(monkeypatch, HfModel, 0, None)
     result = run(hf_to_dcp, *arguments)
     assert result.status == 0 and "going on from" in result.stdout and hidden(tmp_path) == []
