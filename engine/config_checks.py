@@ -19,10 +19,10 @@ from .config import (
     SourceConfig,
     StageConfig,
     TrainingConfig,
+    to_dict,
 )
 from .config_effect import refused
-from .config_types import Problems
-from .errors import UserError
+from .config_types import Problems, check
 
 _LARGEST = 10**15
 """Upper limit of all numbers: larger values are typing errors, and would overflow later with a less clear message."""
@@ -85,14 +85,18 @@ RANGES = {
 
 
 def validate(config: RunConfig) -> None:
-    """Refuse values that no machine could run.
+    """Refuse values of the wrong type, and those that no machine could run.
+
+    A configuration that was built in Python gets the same lines as one from YAML.
 
     Raises:
         UserError: names the key, its value and the remedy; one line for each problem.
     """
-    found = list(problems(config))
-    if found:
-        raise UserError(*found)
+    found = Problems()
+    check(to_dict(config), RunConfig, "", found)
+    found.raise_if_any()  # values of another type cannot be compared
+    found.add_consequences(problems(config))
+    found.raise_if_any()
 
 
 def problems(config: RunConfig) -> Iterator[str]:

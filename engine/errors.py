@@ -1,4 +1,4 @@
-"""Define errors that the user can fix, and how a command reports them.
+"""Errors that the user can fix, and how a command reports them.
 
 A :class:`UserError` gives in one line the problem (the file or key, the value) and the remedy. Commands print that
 line without a traceback and exit with status 1; everything else is a bug in this project and keeps its traceback.

@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING
 
 from retemper.engine.budget import learning_rate, plan_batches
 from retemper.engine.config import RunConfig
+from retemper.engine.config_checks import validate
 from retemper.engine.config_parser import parse_config
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.garbage import uncollected
+from retemper.engine.guards.rank_consistency import agree_on_config
+from retemper.engine.guards.stop_request import StoppedBeforeTraining, StopRequest
 from retemper.engine.observe.console import Console
 from retemper.engine.open_files import raise_open_files_limit
-from retemper.engine.parallel.agreement import agree_on_config
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout, plan_layout
-from retemper.engine.stopping import StoppedBeforeTraining, StopRequest
 
 if TYPE_CHECKING:
     from retemper.engine.data.loader import Prefetcher
     from retemper.engine.data.packing import MicroBatch
+    from retemper.engine.guards.rollback import Rollback
     from retemper.engine.parallel.process_group import Ranks
-    from retemper.engine.rewind import Rewind
     from retemper.engine.run_state import Run
     from retemper.engine.step import StepResult
 
@@ -37,11 +38,11 @@ def main(console: Console | None = None) -> None:
     with StopRequest() as stop:
         launcher = read_launcher()
         raise_open_files_limit()
-        config, meeting = agree_on_config(lambda: prepare(launcher.world_size), several=launcher.world_size > 1)
+        config, rendezvous = agree_on_config(lambda: prepare(launcher.world_size), several=launcher.world_size > 1)
         from retemper.engine.parallel.process_group import process_group
 
         stop.hold()
-        with process_group(config.device, config.parallel.timeout_seconds, meeting) as ranks:
+        with process_group(config.device, config.parallel.timeout_seconds, rendezvous) as ranks:
             stop.hold(ranks)
             with suppress(StoppedBeforeTraining):  # leaves the group as all ranks do
                 train(build(config, ranks, stop), console)
@@ -87,6 +88,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
     from retemper.engine.run_state import Run
     from retemper.engine.start import choose, find_start, open_data, open_start
 
+    validate(config)
     stop, say = stop or StopRequest(ranks), main_printer(ranks.is_main)
     stop.stop_after(config.training.stop_after_minutes)
     layout = plan_layout(config.parallel, ranks.world_size)
@@ -128,27 +130,27 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
 def train(run: Run, console: Console | None = None) -> None:
     """Train until the token budget is used up or the run is asked to stop. All ranks must call this."""
     from retemper.engine.conversion.export_run import export_run
+    from retemper.engine.guards.rollback import roll_back
     from retemper.engine.observe.closing import describe_end
     from retemper.engine.observe.summary import describe_start
-    from retemper.engine.rewind import go_back
     from retemper.engine.run_folder import open_run_folder
 
     with open_run_folder(run, console):
         run.say(*describe_start(run))
         with run.stop, run.guards, run.saver:
-            rewind = None
-            while rewind := make_steps(run, rewind):
-                go_back(run, rewind)
+            rollback = None
+            while rollback := make_steps(run, rollback):
+                roll_back(run, rollback)
             if run.remaining_steps == 0:
                 export_run(run)
         run.say(*describe_end(run))
 
 
-def make_steps(run: Run, after: Rewind | None = None) -> Rewind | None:
+def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
     """Make all steps that are left, ``after`` going back, or those up to a loss spike before which to go back."""
     from retemper.engine.checkpoint.tensors import training_tensors
     from retemper.engine.data.loader import Prefetcher
-    from retemper.engine.rewind import plan_rewind
+    from retemper.engine.guards.rollback import plan_rollback
 
     if run.owes_evaluation:
         evaluate(run)
@@ -167,8 +169,8 @@ def make_steps(run: Run, after: Rewind | None = None) -> Rewind | None:
             if first := first_sample == first_samples[0]:
                 run.saver.reserve(training_tensors(run.model, run.optimizer))
             run.saver.poll()
-            if rewind := plan_rewind(run):
-                return rewind
+            if rollback := plan_rollback(run):
+                return rollback
             last, stopping = run.remaining_steps == 0, run.stop.agreed()
             if first or last or stopping or run.progress.step % run.config.logging.log_interval == 0:
                 numbers = run.report.step(run.progress, run.remaining_steps, result, run.guards.counts())

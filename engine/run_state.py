@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .data.sample_order import SampleOrder
     from .evaluation import Validation
     from .guards.run_guards import RunGuards
+    from .guards.stop_request import StopRequest
     from .observe.reporter import Reporter
     from .parallel.build import Choices
     from .parallel.mesh import Mesh
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from .parallel.process_group import Ranks
     from .precision import Precision
     from .start import Start
-    from .stopping import StopRequest
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import os
 import signal
 import time
 
-from retemper.engine import awake
-from retemper.engine.awake import AwakeClock
+from retemper.engine.guards import awake
+from retemper.engine.guards.awake import AwakeClock
+from retemper.engine.guards.watchdog import Watchdog
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.watchdog import Watchdog
 
 
 def test_a_long_gap_between_two_readings_does_not_pass(monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
@@ -16,6 +17,7 @@ from retemper.engine.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     RunConfig,
     SourceConfig,
     StageConfig,
@@ -25,6 +27,7 @@ from retemper.engine.config import (
 from retemper.engine.config_parser import parse_config
 from retemper.engine.config_yaml import load_yaml
 from retemper.engine.errors import UserError
+from retemper.engine.pretrain import build
 
 CONFIG = """
 run_folder: runs/x
@@ -469,3 +472,25 @@ def test_values_out_of_range(config_file, option, value):
 )
 def test_impossible_combinations(config_file, options, expected):
     assert refusal("--config", str(config_file), *options).startswith(expected)
+
+
+def built_in_python(**changes):
+    """A configuration that no file was read for."""
+    data = DataConfig(train=[SourceConfig(path="data")])
+    training = TrainingConfig(train_tokens=5120, sequence_length=32, global_batch_size=8)
+    return replace(RunConfig(run_folder="run", data=data, training=training), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"parallel": ParallelConfig(recompute_every=0)}, "parallel.recompute_every is 0; it must be at least 1"),
+        ({"seed": "7"}, "seed is '7'"),
+        ({"device": "gpu"}, "device is 'gpu'"),
+    ],
+)
+def test_settings_built_in_python_are_validated_as_those_of_a_file(changes, start, one_rank):
+    """By the run itself, before it looks at model or data."""
+    with pytest.raises(UserError) as refused:
+        build(built_in_python(**changes), one_rank)
+    assert str(refused.value).startswith(start)

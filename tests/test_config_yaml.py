@@ -97,10 +97,10 @@ def test_unbounded_and_unsupported_input_is_one_line(text, expected, tmp_path):
     """In files, and where the value fits there, on the command line."""
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UserError) as caught:
         parse_config(["--config", str(path)])
-    assert time.perf_counter() - start < 20  # 3 on an idle core
+    assert time.process_time() - start < 20  # 3 on an idle core
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{path}: ")
     if len(text) < 10_000:

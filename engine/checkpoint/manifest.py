@@ -19,7 +19,7 @@ from typing import Any, Literal
 import xxhash
 
 from ..errors import UserError
-from ..parallel.agreement import PACKAGE, code_files, digest
+from ..guards.rank_consistency import PACKAGE, code_files, digest
 from ..regular_files import read_regular
 from .hashing import FileRecord, record_file
 from .untrusted import DamagedCheckpoint
@@ -68,7 +68,7 @@ class Manifest:
     best: dict[str, Any] = field(default_factory=dict)
     """Best evaluation so far: ``{"step", "name", "loss"}``."""
     health: dict[str, Any] = field(default_factory=dict)
-    """See :meth:`retemper.engine.health.Health.state`."""
+    """See :meth:`retemper.engine.guards.step_guard.StepGuard.state`."""
     emergency: str = ""
     """What failed in the step after this one, where the checkpoint was written because of it. Left out where empty."""
     config: dict[str, Any] = field(default_factory=dict)

@@ -1,8 +1,8 @@
-"""The pickled metadata of PyTorch's distributed checkpoint (DCP), read without running code.
+"""Read the pickled metadata of PyTorch's distributed checkpoint (DCP) without running code.
 
 Megatron's checkpoints have such a ``.metadata``, and ours had one up to manifest format 2. A pickle could call any
-function. Here, and only here, it is read: by an unpickler that knows no more than the classes which such metadata
-consists of, and after :func:`require_modest` has seen that it asks for no more memory than its length explains.
+function. Only this module reads it, with an unpickler that knows just the classes of such metadata. Before that,
+:func:`require_modest` checks that it needs no more memory than its length explains.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _CLASSES: tuple[type, ...] = (
     PurePosixPath,
 )
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-"""The folder that was written to, which nobody reads; held as a path that cannot touch the disk."""
+"""Classes of the folder that was written to, which is unused; read as a path that cannot touch the disk."""
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _UNREAD = {
     ("torch.distributed.checkpoint.planner", "SavePlan"),
@@ -58,13 +58,13 @@ _UNREAD = {
     ("torch.distributed.checkpoint.planner", "TensorWriteData"),
     (_MEGATRON, "MCoreSavePlan"),
 }
-"""Megatron keeps the plan by which it saved beside the metadata; nobody reads it."""
+"""Classes of the save plan that Megatron stores with the metadata; it is unused."""
 _MAX_PATH = 1 << 16
-"""Characters of the path of a folder; systems allow 4096."""
+"""Limit of characters in the path of a folder; systems allow 4096."""
 _MAX_DIMS = 64
-"""Of a tensor; PyTorch sums over no more."""
+"""Limit of a tensor's dimensions; PyTorch sums over no more."""
 _ARGUMENT_BYTES: list[int | None] = [None] * 256
-"""By the code of each instruction of a pickle: how many bytes its argument has, or how they are counted."""
+"""Number of bytes of each pickle instruction's argument, or how they are counted, by the instruction's code."""
 for _op in pickletools.opcodes:
     _ARGUMENT_BYTES[ord(_op.code)] = 0 if _op.arg is None else _op.arg.n
 _COUNTED = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4}
@@ -78,9 +78,9 @@ class Refused(Exception):
 
 
 def inert_class() -> type:
-    """A class for objects of unknown classes in a pickle: they keep their attributes, and do nothing.
+    """Return a class for objects of unknown classes in a pickle: they keep their attributes, and do nothing.
 
-    A new one for each pickle, which can set attributes of what it has been given.
+    Every pickle needs a new one, because it can set attributes of the class.
     """
 
     class Inert:
@@ -103,22 +103,22 @@ def inert_class() -> type:
 
 
 def require_modest(pickled: bytes) -> None:
-    """Refuse a pickle that asks for more memory than its length explains, before anything is unpickled.
+    """Refuse a pickle that needs more memory than its length explains, before anything is unpickled.
 
     Python's unpickler reserves 16 bytes for every number below the one under which a value is remembered: 9 bytes can
-    cost 68 GB. Pickles number from zero, so that no number is above the place where it stands. Strings must end within
-    the file. Then memory is in proportion to the file, or to its square where many objects are given one large state.
-    That a hostile pickle takes long is not prevented, nor that a million tuples in each other end the process.
+    cost 68 GB. Real pickles number from zero, so no number exceeds its own position. Strings must end within
+    the file. Then memory is in proportion to the file, or to its square if many objects are given one large state.
+    A hostile pickle can still take long, and a million nested tuples can end the process.
 
     Raises:
-        Refused: it asks for more, or is no pickle.
+        Refused: it needs more, or is not a pickle.
     """
     at, end, lengths = 0, len(pickled), _ARGUMENT_BYTES
     while at < end:
         code = pickled[at]
         length = lengths[code]
         if length is None:
-            raise Refused(f"byte {at} is no instruction of a pickle")
+            raise Refused(f"byte {at} is not a pickle instruction")
         if length >= 0:
             if code == _STOP:
                 return
@@ -168,12 +168,12 @@ class _MetadataUnpickler(pickle.Unpickler):
         if found is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             found = getattr(torch, name)
         if found is None:
-            raise Refused(f"it asks for {shown(f'{module}.{name}')}, which is no part of a checkpoint's metadata")
+            raise Refused(f"it asks for {shown(f'{module}.{name}')}, which is not part of a checkpoint's metadata")
         return found
 
 
 def _layout_reader() -> Callable[[str], torch.layout]:
-    # A function of its own for each load: a pickle can set attributes of what it has been given.
+    # A new function for each load, because a pickle can set its attributes.
     def layout(name: str) -> torch.layout:
         if name != "torch.strided":
             raise Refused(f"a tensor's layout is {shown(name)}")
@@ -186,14 +186,14 @@ def _path_maker() -> Callable[..., PurePosixPath]:
     # Paths made of paths would double with each, to any size.
     def path(*parts: str) -> PurePosixPath:
         if not all(type(part) is str for part in parts) or sum(map(len, parts)) + len(parts) > _MAX_PATH:
-            raise Refused("its folder is no path")
+            raise Refused("its folder is not a path")
         return PurePosixPath(*parts)
 
     return path
 
 
 def _size_maker() -> Callable[[Any], torch.Size]:
-    # Each would be a copy of what may be one huge tuple.
+    # Each would be a copy of a tuple that may be huge.
     def size(dims: Any) -> torch.Size:
         if len(dims) > _MAX_DIMS:
             raise Refused(f"a shape has {len(dims)} dimensions")
@@ -203,11 +203,11 @@ def _size_maker() -> Callable[[Any], torch.Size]:
 
 
 def unpickle_metadata(file: IO[bytes]) -> Metadata:
-    """The content of a ``.metadata`` file, which may be anybody's.
+    """Return the content of a ``.metadata`` file, which is untrusted.
 
     Raises:
         Refused: it is something else.
-        Exception: whatever the unpickler raises on damage.
+        Exception: any error of the unpickler on damage.
     """
     pickled = file.read(_MAX_METADATA_BYTES + 1)
     if len(pickled) > _MAX_METADATA_BYTES:
@@ -215,7 +215,7 @@ def unpickle_metadata(file: IO[bytes]) -> Metadata:
     require_modest(pickled)
     before = [dict(vars(item)) for item in _CLASSES]
     collecting = gc.isenabled()
-    gc.disable()  # It would look at all that has been made again and again, which takes longer than making it.
+    gc.disable()  # It would scan all new objects repeatedly, which takes longer than creating them.
     try:
         loaded = _MetadataUnpickler(BytesIO(pickled)).load()
     finally:
@@ -230,7 +230,7 @@ def unpickle_metadata(file: IO[bytes]) -> Metadata:
 
 
 def _restore(item: type, attributes: dict[str, Any]) -> bool:
-    """Give a class its ``attributes`` back; whether it had been changed."""
+    """Restore the ``attributes`` of a class; return whether it had been changed."""
     changed = [name for name, value in vars(item).items() if name not in attributes or attributes[name] is not value]
     for name in changed:
         if name in attributes:
@@ -241,7 +241,7 @@ def _restore(item: type, attributes: dict[str, Any]) -> bool:
 
 
 def read_metadata(folder: str | Path) -> Metadata:
-    """DCP's description of the tensors in ``folder``: every name, shape, dtype, and where its values are.
+    """Return DCP's description of the tensors in ``folder``: every name, shape, dtype, and the place of its values.
 
     Raises:
         DamagedCheckpoint: it is missing or damaged, asks for code, or names a file outside ``folder``.
@@ -261,13 +261,13 @@ def read_metadata(folder: str | Path) -> Metadata:
     except Refused as error:
         raise DamagedCheckpoint(f"{path}: damaged or forged, {error}; use another checkpoint") from None
     except Exception as error:
-        # Its own words may advise to unpickle without care. Bytes that are no pickle raise nearly anything.
+        # Its own message may advise to unpickle without safety. Invalid pickles raise many types of errors.
         raise DamagedCheckpoint(f"{path}: damaged ({type(error).__name__}); use another checkpoint") from None
     return loaded
 
 
 def _require_sound(loaded: Metadata, folder: Path) -> None:
-    """Every part is of the type that DCP relies on."""
+    """Check that every part has the type that DCP relies on."""
     tensors, places = loaded.state_dict_metadata, loaded.storage_data
     if not isinstance(tensors, dict) or not isinstance(places, dict):
         raise Refused("it has no tables of tensors and files")
@@ -277,7 +277,7 @@ def _require_sound(loaded: Metadata, folder: Path) -> None:
         if isinstance(item, TensorStorageMetadata):
             sizes = [item.size, *(part for chunk in item.chunks for part in (chunk.offsets, chunk.sizes))]
             if not all(isinstance(size, torch.Size) for size in sizes):
-                raise Refused(f"{shown(name)} has a shape that is none")
+                raise Refused(f"{shown(name)}: invalid shape")
             if not isinstance(item.properties.dtype, torch.dtype):
                 raise Refused(f"{shown(name)} has no dtype")
     checked: set[str] = set()

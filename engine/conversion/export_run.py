@@ -17,9 +17,9 @@ from ..checkpoint.manifest import MANIFEST_FILE
 from ..checkpoint.store import CheckpointStore, step_of
 from ..config import CheckpointConfig
 from ..errors import UserError
+from ..guards.background import run_in_background
 from ..hugging_face.upload import open_repository, upload_folder
 from ..hugging_face.weight_dtypes import describe_casts
-from ..parallel.patience import work_apart
 from ..parallel.process_group import Ranks
 from ..run_state import Run
 from ..streaming.block_copy import OutputFile, WrittenFile, copy_files
@@ -108,7 +108,7 @@ def export_run(run: Run) -> None:
     if repository is not None:
         say(f"uploading   {output} to {repository}")
         upload = lambda: upload_folder(output, repository, KEY_OF_UPLOAD, [CONVERSION_FILE])  # noqa: E731
-        say(f"uploaded    {work_apart(ranks, upload if ranks.is_main else None)}")
+        say(f"uploaded    {run_in_background(ranks, upload if ranks.is_main else None)}")
 
 
 class _Stopped(Exception):
@@ -172,7 +172,7 @@ def _write(
             return stopping
 
         copying = _Copying(export, content, mine)
-        done = work_apart(ranks, copying, broken_off, copying.stop)
+        done = run_in_background(ranks, copying, broken_off, copying.stop)
         if stopping:
             raise _Stopped
         written = [file for of_rank in ranks.gather(done) for file in of_rank or ()]

@@ -60,7 +60,7 @@ class Reference(Protocol):
         """Return the token that ends a document (``token``, or by default the tokenizer's own), and its id."""
 
     def unknown_id(self) -> int | None:
-        """The id that stands for what the vocabulary cannot express; None where every text can be expressed."""
+        """Id of text that the vocabulary cannot express; None if it can express every text."""
 
 
 class TokenizersReference:

@@ -13,17 +13,17 @@ from ..checkpoint.manifest import Manifest
 from ..checkpoint.saver import Saver
 from ..checkpoint.store import CheckpointStore
 from ..config import RunConfig
-from ..emergency import EmergencySave
 from ..errors import UserError
 from ..garbage import GarbageSchedule
-from ..health import Health
 from ..parallel.passes import ModelParts
 from ..parallel.process_group import Ranks
-from ..replicas import ReplicaCheck
 from ..run_folder import manifest_of
 from ..run_state import Run
 from ..step import StepResult
-from ..watchdog import Watchdog
+from .emergency import EmergencySave
+from .replica_check import ReplicaCheck
+from .step_guard import StepGuard
+from .watchdog import Watchdog
 
 
 class UnreadableData(UserError):
@@ -58,7 +58,7 @@ class RunGuards:
     ):
         self._ranks, self._store, self._saver, self._model = ranks, store, saver, model
         seconds = config.parallel.timeout_seconds
-        self.step_guard = Health(config.training, ranks, self._newest_checkpoint, say)
+        self.step_guard = StepGuard(config.training, ranks, self._newest_checkpoint, say)
         if resumed is not None:
             self.step_guard.restore(resumed.health)
         self.replica_check = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest_checkpoint)
@@ -89,7 +89,7 @@ class RunGuards:
 
     def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """See :class:`~retemper.engine.step.StepGuards`."""
-        return self.step_guard.judge(self._step, loss, grad_norm)
+        return self.step_guard.should_skip(self._step, loss, grad_norm)
 
     def before_update(self) -> None:
         """Wait until a checkpoint that is being written has copies of what is about to change."""
@@ -136,7 +136,7 @@ class RunGuards:
         return {"skipped_steps": guard.skipped_steps(), "steps_without_targets": guard.steps_without_targets}
 
     def check(self, step: int, numbers: dict[str, float]) -> None:
-        """Refuse to continue after too many skipped steps; see :meth:`Health.check`."""
+        """Refuse to continue after too many skipped steps; see :meth:`StepGuard.check`."""
         self.step_guard.check(step, numbers, self._model.parameters())
 
     def check_replicas(self, step: int, optimizer: torch.optim.Optimizer) -> None:

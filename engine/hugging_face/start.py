@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..checkpoint.assets import is_hf_folder, newest_of_run
 from ..errors import UserError
-from ..parallel.patience import work_apart
+from ..guards.background import run_in_background
 from ..parallel.process_group import Ranks
 from .hub_download import find_model_folder, is_on_hub
 from .model import HfModel, open_hf_model
@@ -64,8 +64,8 @@ def _kind(name: str) -> tuple[str, str]:
 def _download(name: str, ranks: Ranks) -> Path:
     """The local copy of a repository, of one commit on all ranks. Each node fetches it once, the main one first."""
     fetch = lambda revision: str(find_model_folder(name, KEY, revision))  # noqa: E731
-    found = work_apart(ranks, (lambda: fetch(None)) if ranks.is_main else None)
+    found = run_in_background(ranks, (lambda: fetch(None)) if ranks.is_main else None)
     revision = ranks.share(found and Path(found).name)
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0" and not ranks.is_main
-    work_apart(ranks, (lambda: fetch(revision)) if first_of_node else None)
+    run_in_background(ranks, (lambda: fetch(revision)) if first_of_node else None)
     return Path(ranks.everywhere(lambda: fetch(revision)))

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..guards.liveness import APART, Liveness
+from ..guards.rendezvous import Rendezvous, join
 from .launcher import read_launcher
-from .liveness import APART, Liveness
-from .meeting import Meeting, meet
 
 Result = TypeVar("Result")
 _SHORTEST_COLLECTIVE_LIMIT = 3600.0  # seconds
@@ -112,7 +112,7 @@ def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
 
 
 @contextmanager
-def process_group(device_name: str, timeout_seconds: int, meeting: Meeting | None = None) -> Iterator[Ranks]:
+def process_group(device_name: str, timeout_seconds: int, rendezvous: Rendezvous | None = None) -> Iterator[Ranks]:
     """Join the process group, and leave it cleanly after a successful run.
 
     CPU tensors use gloo on every machine, so that control messages never wait for a GPU. If there are several ranks,
@@ -121,18 +121,18 @@ def process_group(device_name: str, timeout_seconds: int, meeting: Meeting | Non
     Args:
         device_name: auto, cpu or cuda.
         timeout_seconds: how long ranks wait for one that is silent, or does not join a collective.
-        meeting: the ranks' rendezvous, if they have joined it already.
+        rendezvous: of the ranks, if they have joined it already.
     """
     if not read_launcher().announced:
         with _joined(device_name, timeout_seconds, dist.HashStore(), 0, 1) as ranks:
             yield ranks
         return
-    meeting = meeting or meet({}, timeout_seconds)
-    liveness = Liveness(meeting, timeout_seconds)
+    rendezvous = rendezvous or join({}, timeout_seconds)
+    liveness = Liveness(rendezvous, timeout_seconds)
     # The watcher reports first: it knows more than the failing collective, whose timeout also includes the time in
     # which all ranks were suspended.
     limit = max(_SHORTEST_COLLECTIVE_LIMIT, 10 * timeout_seconds)
-    with liveness, _joined(device_name, limit, meeting.store, meeting.rank, meeting.world_size) as ranks:
+    with liveness, _joined(device_name, limit, rendezvous.store, rendezvous.rank, rendezvous.world_size) as ranks:
         yield ranks
 
 

@@ -62,7 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> I
 @pytest.fixture(scope="package")
 def server() -> Iterator[ForkServerContext]:
     """Has imported the converters."""
-    names = ("conversion.hf_to_dcp", "conversion.dcp_to_hf", "hugging_face.model", "streaming.tensor_files")
+    names = ("conversion.hf_to_dcp", "conversion.dcp_to_hf", "hugging_face.model", "weights.parts")
     with fork_server(*(f"retemper.engine.{name}" for name in names)) as context:
         yield context
 

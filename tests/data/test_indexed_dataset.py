@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import LIMIT_SECONDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.megatron_index import read_megatron, write_megatron
@@ -115,7 +116,7 @@ def test_survives_pickling_and_fork(tmp_path):
     queue = context.Queue()
     child = context.Process(target=_tokens_in_child, args=(dataset, queue))
     child.start()
-    assert queue.get(timeout=20) == [1, 2, 3]
+    assert queue.get(timeout=LIMIT_SECONDS) == [1, 2, 3]
     child.join()
 
 
@@ -178,7 +179,7 @@ DAMAGES = {
         "x.idx",
         "sequence 1 of length 2147483647",
     ),
-    "dtype code of smaller tokens": (lambda i, b: _patch(i, 17, b"\x08"), "x.idx", "says 2 bytes a token, .* 4 bytes"),
+    "dtype code of smaller tokens": (lambda i, b: _patch(i, 17, b"\x08"), "x.idx", "means 2 bytes a token, .* 4 bytes"),
     "dtype code of larger tokens": (
         lambda i, b: _patch(i, 17, b"\x05"),
         "x.bin",

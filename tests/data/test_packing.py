@@ -380,7 +380,7 @@ def test_changed_data_is_refused_on_resume(tmp_path):
     former = catalog_of(write(tmp_path / "web", documents_of([100]), SIDECAR))
     former.require_unchanged(former.fingerprints, "step-1")
     grown = catalog_of(write(tmp_path / "web", documents_of([101]), SIDECAR))
-    with pytest.raises(UserError, match=r"'web'.*step-1.*101 tokens.*was 100 tokens"):
+    with pytest.raises(UserError, match=r"'web'.*step-1.*101 tokens.*instead of 100 tokens"):
         grown.require_unchanged(former.fingerprints, "step-1")
     edited = catalog_of(write(tmp_path / "web", [[7] * 100], SIDECAR))
     with pytest.raises(UserError, match="restore it, or give the new data another name"):
@@ -402,7 +402,7 @@ def test_a_damaged_index_or_another_datasets_sidecar_is_refused(tmp_path):
     ):
         catalog_of(str(tmp_path / "web"))
     index.write_bytes(whole[:26] + bytes([whole[26] - 1]) + whole[27:-8])  # without its last document
-    with pytest.raises(UserError, match=r"web\.idx: its list of documents runs .*; .*web\.json says"):
+    with pytest.raises(UserError, match=r"web\.idx: its list of documents runs .*; .*web\.json shows"):
         catalog_of(str(tmp_path / "web"))
     index.write_bytes(whole)
     write(tmp_path / "other", documents_of([10] * 31), SIDECAR)

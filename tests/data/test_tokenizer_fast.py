@@ -353,7 +353,7 @@ def test_a_failing_fast_path_is_counted_and_gone_around(tiny_tokenizer, monkeypa
     for left, right in zip(handle.encode_flat(TEXTS), handle.reference_encode(TEXTS), strict=True):
         assert np.array_equal(left, right)
     assert handle.fast_path_failures == 1
-    assert "fails where tokenizers" in str(handle.check_fast_path(TEXTS))
+    assert "fails on a text that tokenizers" in str(handle.check_fast_path(TEXTS))
 
 
 def test_a_panic_of_the_fast_path_is_a_failure_like_any_other(tiny_tokenizer, monkeypatch):
@@ -368,7 +368,7 @@ def test_a_panic_of_the_fast_path_is_a_failure_like_any_other(tiny_tokenizer, mo
     monkeypatch.setattr(handle._fast, "_encode", fail)
     assert np.array_equal(handle.encode_flat(TEXTS)[0], handle.reference_encode(TEXTS)[0])
     assert handle.fast_path_failures == 1
-    assert "fails where tokenizers" in str(handle.check_fast_path(TEXTS))
+    assert "fails on a text that tokenizers" in str(handle.check_fast_path(TEXTS))
     monkeypatch.setattr(handle._fast, "_encode", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         handle.encode_flat(TEXTS)

@@ -22,7 +22,7 @@ from retemper.engine.data.tokenizer_identity import TokenizerIdentity
 from retemper.engine.errors import UserError
 from retemper.tools.reports.dataset.tokenizers import choose_tokenizer
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
+sys.path.append(str(Path(__file__).parents[1] / "tools" / "vocabulary"))
 import vocabulary_models as models
 
 KINDS = ("byte-level", "json bpe", "json unigram")

@@ -179,7 +179,7 @@ def test_a_full_disk_stays_full(tmp_path):
         mounts.unmount(tmp_path)
 
 
-def _comes_true(condition, seconds=10.0):
+def _comes_true(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""How the ranks of a run meet, agree on what they run, watch each other and say why they end."""
+"""How the ranks of a run join, agree on what they run, watch each other and say why they end."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import pytest
 import torch.distributed as dist
 from forked import LIMIT_SECONDS, Program, fork_server
 
-from retemper.engine.parallel import liveness
-from retemper.engine.parallel.agreement import PACKAGE, code_files, flatten
-from retemper.engine.parallel.meeting import Meeting, _meet
+from retemper.engine.guards import liveness
+from retemper.engine.guards.rank_consistency import PACKAGE, code_files, flatten
+from retemper.engine.guards.rendezvous import Rendezvous, _join
 
 TIMEOUT_SECONDS = 4
 RANK = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
 from retemper.engine.errors import UserError, run_command
-from retemper.engine.parallel import agreement
+from retemper.engine.guards import rank_consistency
 from retemper.engine.parallel.process_group import process_group
-from retemper.engine.stopping import StopRequest
+from retemper.engine.guards.stop_request import StopRequest
 
 torch.set_num_threads(1)
 """
@@ -83,7 +83,7 @@ class Launched:
 @pytest.fixture(scope="module")
 def server():
     """Has imported what ``RANK`` does: three seconds of a core less for each rank."""
-    names = ("parallel.agreement", "parallel.process_group", "stopping")
+    names = ("guards.rank_consistency", "parallel.process_group", "guards.stop_request")
     with fork_server(*(f"retemper.engine.{name}" for name in names)) as context:
         yield context
 
@@ -110,13 +110,13 @@ class Config:
 def read():
     {read}
 
-agreement.to_dict = lambda config: config.values
-agreement.code_files = lambda package: {files}
+rank_consistency.to_dict = lambda config: config.values
+rank_consistency.code_files = lambda package: {files}
 torch.__version__ = {torch!r}
 
 def main():
-    config, meeting = agreement.agree_on_config(read, several=True)
-    print("agreed with", [note["host"] for note in meeting.notes])
+    config, rendezvous = rank_consistency.agree_on_config(read, several=True)
+    print("agreed with", [note["host"] for note in rendezvous.notes])
 
 run_command(main)
 """
@@ -293,7 +293,7 @@ def test_what_a_former_attempt_left_in_the_store_is_not_taken_for_the_new_one(st
     for key in {"hello/0", "hello/1", "roll"} - set(stale):
         store.delete_key(key)
     again = _meet_all(store)
-    assert [meeting.notes[1]["attempt"] for meeting in again] == [again[0].notes[1]["attempt"]] * 2
+    assert [rendezvous.notes[1]["attempt"] for rendezvous in again] == [again[0].notes[1]["attempt"]] * 2
     assert again[0].notes[1]["attempt"] != former[0].notes[1]["attempt"]
     former[0].store.set("key", "old")
     assert not again[1].store.check(["key"])
@@ -301,13 +301,13 @@ def test_what_a_former_attempt_left_in_the_store_is_not_taken_for_the_new_one(st
     assert again[1].store.get("key") == b"new"
 
 
-def _meet_all(store: dist.Store) -> list[Meeting]:
-    """Two ranks that meet, the first one some time after the second."""
+def _meet_all(store: dist.Store) -> list[Rendezvous]:
+    """Two ranks that join, the first one some time after the second."""
     with ThreadPoolExecutor(2) as pool:
         note = {"attempt": time.monotonic()}
-        second = pool.submit(_meet, store, 1, 2, note, LIMIT_SECONDS)
+        second = pool.submit(_join, store, 1, 2, note, LIMIT_SECONDS)
         time.sleep(0.2)
-        return [pool.submit(_meet, store, 0, 2, note, LIMIT_SECONDS).result(), second.result()]
+        return [pool.submit(_join, store, 0, 2, note, LIMIT_SECONDS).result(), second.result()]
 
 
 def test_a_group_that_is_being_made_or_taken_down_is_passed_over(monkeypatch):

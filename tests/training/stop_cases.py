@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from retemper.engine import pretrain, step, stopping
+from retemper.engine import pretrain, step
 from retemper.engine.checkpoint import store
 from retemper.engine.errors import run_command
+from retemper.engine.guards import stop_request
 from retemper.engine.observe import summary
 from retemper.engine.parallel.passes import Sequential
 from retemper.engine.start import Start
@@ -30,7 +31,7 @@ def command(arguments: list[str], phase: str, pipe: Connection, output: Path) ->
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.argv[1:] = arguments
     torch.set_num_threads(1)
-    stopping.GRACE_SECONDS = 0.3
+    stop_request.GRACE_SECONDS = 0.3
     owner, name, due = {
         "reading": (pretrain, "parse_config", lambda *_: True),
         "loading": (Start, "load_into", lambda *_: True),

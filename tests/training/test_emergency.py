@@ -15,8 +15,8 @@ from retemper.engine import step as step_module
 from retemper.engine.checkpoint.manifest import Manifest, read_manifest
 from retemper.engine.checkpoint.retention import reasons_to_keep
 from retemper.engine.data.loader import Prefetcher
-from retemper.engine.emergency import EmergencySave
 from retemper.engine.errors import UserError
+from retemper.engine.guards.emergency import EmergencySave
 from retemper.engine.parallel.process_group import Ranks
 
 OPTIONS = [

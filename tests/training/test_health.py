@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 import torch
 
-from retemper.engine.health import robust_zscore
+from retemper.engine.guards.step_guard import robust_zscore
 
 STEPS = 10
 SHORT = ["--training.train_tokens", str(STEPS * 8 * 32), "--training.eval_interval", "0"]

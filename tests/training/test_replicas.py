@@ -11,11 +11,12 @@ import pytest
 import tiny_run
 import torch
 
-from retemper.engine import pretrain, replicas
+from retemper.engine import pretrain
 from retemper.engine.checkpoint.tensors import optimizer_tensors
 from retemper.engine.errors import UserError
+from retemper.engine.guards import replica_check
+from retemper.engine.guards.replica_check import hash_tensors, odd_numbers
 from retemper.engine.optim.local import local_part
-from retemper.engine.replicas import hash_tensors, odd_numbers
 
 COPIES = ["--parallel.replicate", "2", "--parallel.shard", "1"]
 TENSOR = ["--parallel.tensor", "2", "--parallel.shard", "1"]
@@ -105,7 +106,7 @@ def test_of_four_copies_the_odd_one_is_named(four_ranks, run_file, tmp_path):
 
 def test_the_hash(monkeypatch):
     """Against the same sum in Python's integers; every single flipped bit and every swap shows; NaNs have bits."""
-    monkeypatch.setattr(replicas, "_CHUNK", 16)
+    monkeypatch.setattr(replica_check, "_CHUNK", 16)
     generator = np.random.default_rng(1)
     values = generator.integers(-(2**31), 2**31, 41, dtype=np.int32)
     values[7] = np.float32("nan").view(np.int32)

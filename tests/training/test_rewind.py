@@ -10,8 +10,8 @@ import tiny_run
 import torch
 
 from retemper.engine import pretrain
-from retemper.engine import rewind as rewind_module
 from retemper.engine.checkpoint.manifest import read_manifest
+from retemper.engine.guards import rollback
 
 BATCH, STEPS = 8, 44
 SPIKE = 40
@@ -233,15 +233,15 @@ def test_few_checkpoints_are_enough(one_rank, rewound, run_file, tmp_path):
 
 @pytest.mark.slow
 def test_asked_to_stop_in_the_step_of_a_spike(one_rank, rewound, run_file, tmp_path, monkeypatch, capfd):
-    go_back = rewind_module.go_back
+    roll_back = rollback.roll_back
 
     def asked_meanwhile(run, rewind):
         run.stop.stop_after(0.0)
-        go_back(run, rewind)
+        roll_back(run, rewind)
 
     options = [*OPTIONS, "--run_folder", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(rewind_module, "go_back", asked_meanwhile)
+        patch.setattr(rollback, "roll_back", asked_meanwhile)
         assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
     said = capfd.readouterr().out
     assert f"stopped at step {TARGET} as asked, gone back to before a spike; resume: auto continues\n" in said

@@ -16,7 +16,7 @@ from retemper.engine import pretrain
 from retemper.engine.checkpoint.tensors import training_tensors
 from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.errors import UserError
-from retemper.engine.health import MAX_STEPS_WITHOUT_TARGETS, Health
+from retemper.engine.guards.step_guard import MAX_STEPS_WITHOUT_TARGETS, StepGuard
 from retemper.engine.observe.metrics_file import MetricsFile
 from retemper.engine.observe.observer import StepRecord
 from retemper.engine.observe.tensorboard import TensorBoard
@@ -138,25 +138,25 @@ def test_what_a_run_says_and_saves(sparse, one_rank, run_file, tmp_path, capfd):
     assert all(torch.equal(again[name], tensor) for name, tensor in saved[-1].items())
 
 
-def health_of(config=None):
+def step_guard(config=None):
     config = config or SimpleNamespace(max_skipped_steps=1, loss_spike_zscore=None, max_rewinds=3)
-    return Health(config, Ranks(0, 1, torch.device("cpu")), lambda: "no checkpoint has been written", print)
+    return StepGuard(config, Ranks(0, 1, torch.device("cpu")), lambda: "no checkpoint has been written", print)
 
 
 def test_too_many_in_a_row_end_the_run():
     """In a row, over a restart too, and not a number of them with others in between."""
-    health, one = health_of(), torch.tensor(1.0)
+    guard, one = step_guard(), torch.tensor(1.0)
     for step in range(3 * MAX_STEPS_WITHOUT_TARGETS):
         if step % (MAX_STEPS_WITHOUT_TARGETS - 1) == 0:
-            health.judge(step, one, one)
+            guard.should_skip(step, one, one)
         else:
-            health.count_without_targets(step)
-    assert health.steps_without_targets == 3 * MAX_STEPS_WITHOUT_TARGETS - 4
-    health.judge(1000, one, one)
+            guard.count_without_targets(step)
+    assert guard.steps_without_targets == 3 * MAX_STEPS_WITHOUT_TARGETS - 4
+    guard.should_skip(1000, one, one)
     for step in range(60):
-        health.count_without_targets(step)
-    resumed = health_of()
-    resumed.restore(health.state())
+        guard.count_without_targets(step)
+    resumed = step_guard()
+    resumed.restore(guard.state())
     for step in range(60, 99):
         resumed.count_without_targets(step)
     with pytest.raises(UserError, match=r"^step 1100: 100 steps in a row had no target: .* no checkpoint has been"):
@@ -165,15 +165,15 @@ def test_too_many_in_a_row_end_the_run():
 
 def test_neither_spikes_nor_skipped_steps_take_notice_of_it():
     config = SimpleNamespace(max_skipped_steps=1, loss_spike_zscore=5.0, max_rewinds=3)
-    health, norm = health_of(config), torch.tensor(1.0)
+    guard, norm = step_guard(config), torch.tensor(1.0)
     for step in range(40):
-        health.judge(step, torch.tensor(2.0 + step % 3), norm)
-    assert health.judge(40, torch.tensor(1e3), norm) == 1 and health.spiked
-    before = health.state()
-    health.count_without_targets(41)
-    assert not health.spiked  # or the run would go back a second time
-    assert health.state() == {**before, "without_targets": [1, 1]}
-    assert health.skipped_steps() == 1
+        guard.should_skip(step, torch.tensor(2.0 + step % 3), norm)
+    assert guard.should_skip(40, torch.tensor(1e3), norm) == 1 and guard.spiked
+    before = guard.state()
+    guard.count_without_targets(41)
+    assert not guard.spiked  # or the run would go back a second time
+    assert guard.state() == {**before, "without_targets": [1, 1]}
+    assert guard.skipped_steps() == 1
 
 
 def test_tensorboard_gets_no_scalar_for_what_there_is_none_of(tmp_path):

@@ -13,8 +13,9 @@ import pytest
 import stop_cases
 import tiny_run
 
-from retemper.engine import pretrain, stopping
-from retemper.engine.stopping import NOTICES, REQUESTS, StopRequest
+from retemper.engine import pretrain
+from retemper.engine.guards import stop_request
+from retemper.engine.guards.stop_request import NOTICES, REQUESTS, StopRequest
 
 # Enough windows that an evaluation takes several turns.
 OPTIONS = ["--training.eval_tokens", "2000", "--training.train_tokens", str(10 * 8 * 32), "--device", "cpu"]
@@ -203,7 +204,7 @@ def test_every_notice_of_an_end_asks_to_stop(number, one_rank):
 def test_a_notice_that_is_repeated_does_not_end_a_save_and_a_request_does(one_rank, capfd):
     """The kernel sends SIGXCPU every second from the limit of CPU time on, and launchers pass SIGHUP on."""
     if not (child := os.fork()):
-        stopping.GRACE_SECONDS = 0.05
+        stop_request.GRACE_SECONDS = 0.05
         with StopRequest(one_rank):
             for number in [*NOTICES, *NOTICES, signal.SIGTERM, signal.SIGTERM]:
                 os.kill(os.getpid(), number)

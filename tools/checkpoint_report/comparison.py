@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ...engine.checkpoint.manifest import Manifest, read_manifest
 from ...engine.checkpoint.tensors import load_tensors, stored_tensors
-from ...engine.parallel.agreement import flatten
+from ...engine.guards.rank_consistency import flatten
 from ...engine.streaming.tensor_source import StoredTensor
 
 _GROUP_BYTES = 1 << 30

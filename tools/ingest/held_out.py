@@ -81,4 +81,4 @@ def _strings(value: Any) -> Iterator[str | LongText]:
 
 
 def _refuse(where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:
-    raise UserError(f"--held-out {where.describe()}: {reason}; mend it")
+    raise UserError(f"--held-out {where.describe()}: {reason}; fix it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -51,7 +52,16 @@ def start_early(tokenizer: TokenizerSpec) -> None:
     """
     preload.announce(tokenizer)
     if worker_context().get_start_method() == "forkserver":
-        forkserver.ensure_running()
+        # Python 3.11 gives the fork server no sys.path: it would preload another, installed copy of this package.
+        path = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+        before = {name: os.environ.get(name) for name in path}
+        os.environ.update(path)
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.environ.update({name: value for name, value in before.items() if value is not None})
+            for name in [name for name, value in before.items() if value is None]:
+                del os.environ[name]
 
 
 def run_here(

@@ -197,7 +197,7 @@ class TaskRunner:
         options = self._options
         if not (options.skip_bad_lines or (kind == "invalid UTF-8" and options.drop_invalid_utf8)):
             raise UserError(
-                f"{where.describe()}: {reason}; mend it, or leave such records out with --skip-bad-lines"
+                f"{where.describe()}: {reason}; fix it, or leave such records out with --skip-bad-lines"
                 + (" or --drop-invalid-utf8" if kind == "invalid UTF-8" else "")
             )
         if self._result.first_bad is None:

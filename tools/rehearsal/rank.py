@@ -39,7 +39,7 @@ class RankRehearsal:
     """What one rank holds and does in a step, optimizer states allocated."""
 
     place: int
-    """In the pipeline."""
+    """Place in the pipeline."""
     blocks: int
     """Of the model, on this rank."""
     parameters: float
@@ -204,7 +204,7 @@ def _shortened(part: Part) -> Part:
 
 
 def _even_stages(blocks: int) -> Any:
-    """Let every stage have so many blocks."""
+    """Give every stage this many blocks."""
 
     def cut(_: Architecture, num_stages: int) -> list[LayerRange]:
         return [LayerRange(stage * blocks, (stage + 1) * blocks) for stage in range(num_stages)]

@@ -1,4 +1,4 @@
-"""The curves of a run, read from its ``metrics.jsonl`` as the trainer writes it (engine/observe/loggers.py).
+"""The curves of a run, read from its ``metrics.jsonl`` as a run writes it (engine/observe/metrics_file.py).
 
 A training record holds ``step``, ``tokens`` and the values of :data:`COLUMNS`; a record of an evaluation holds the name
 of the validation set in ``evaluation``, and its ``loss``. A value that was not finite is null.

@@ -22,9 +22,9 @@ from ...engine.checkpoint.run_record import CONFIG_FILE
 from ...engine.config_files import read_config
 from ...engine.data.schedule import Schedule
 from ...engine.errors import UserError
+from ...engine.guards.rank_consistency import flatten
 from ...engine.observe.console import LOG_FILE
 from ...engine.observe.curves import METRICS_FILE
-from ...engine.parallel.agreement import flatten
 from ...engine.regular_files import open_regular, read_regular
 from ..checkpoint_report.listing import Row, list_checkpoints
 from .metrics import Curves, read_curves

@@ -217,7 +217,9 @@ def _validation(run: Run) -> str:
     words = "Loss in nats per token on held-out documents; perplexity is its exponential."
     if len(found) > 1:
         first, *others = found
-        words += f" {first} is taken for the domain, {', '.join(others)} for what must not be forgotten."
+        words += (
+            f" A lower loss of {first}, the first set, is learned; a higher one of {', '.join(others)} is forgotten."
+        )
     lines = [
         Line(name, [(one.tokens, one.loss - change.before.loss) for one in found[name]], color, dots=True)
         for color, (name, change) in zip(_colors(run), run.curves.changes().items(), strict=False)

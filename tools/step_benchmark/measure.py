@@ -155,7 +155,7 @@ class TimedGuards(Unguarded):
 
     Args:
         guards: of the run.
-        clock: is told when a phase begins.
+        clock: is notified when a phase begins.
     """
 
     def __init__(self, guards: RunGuards, clock: PhaseClock):
@@ -183,7 +183,7 @@ class Timed:
     plan: list[str]
     """What the run logs about itself at its start."""
     steps: list[StepTime]
-    """The timed ones."""
+    """The timed steps."""
     warmup_seconds: float
     boundaries: list[Tensor]
     """``cu_seqlens`` of this rank's micro-batches in the timed steps, on the host."""

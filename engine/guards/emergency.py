@@ -1,0 +1,139 @@
+"""Save the state before a step that fails with an exception, where that is possible.
+
+It is possible while weights and states are whole (the failed step has not begun to change them), their values are
+finite, and all ranks have failed in the same step: they agree on that in the launcher's store, since a rank that has
+not failed waits in a collective, and cannot be called to another one. Where the exception is one rank's alone, nothing
+is saved. Messages go over the process group of the :class:`~retemper.engine.checkpoint.saver.Saver`, in which nothing
+is left of the failed step. If a rank hangs meanwhile, the watch over the ranks ends all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.assets import HfAssets
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.saver import Saver
+from ..checkpoint.tensors import training_tensors
+from ..errors import UserError
+from ..optim.local import local_part
+from ..parallel.process_group import Ranks
+from .liveness import is_lost_contact
+
+_OTHERS_SECONDS = 10.0
+"""How long a rank waits for the others to fail as well."""
+_CHUNK = 1 << 24  # elements that are looked at together
+
+
+class EmergencySave:
+    """Saves a run whose step has failed.
+
+    Args:
+        ranks: that train together.
+        parameters: of this rank by name, as they are between steps: after a failure the model may show gathered copies.
+        saver: of the run's checkpoints.
+        say: prints a line for people, on the main rank.
+        timeout_seconds: after which a rank that others wait for is given up.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        parameters: Mapping[str, nn.Parameter],
+        saver: Saver,
+        say: Callable[[str], None],
+        timeout_seconds: float,
+    ):
+        self._ranks, self._saver, self._say = ranks, saver, say
+        self._parameters = dict(parameters)
+        self._patience = min(_OTHERS_SECONDS, timeout_seconds / 2)
+        self._first_here = 0
+        """The first of the ranks that have failed, which prints."""
+        self.whole = True
+        """Whether weights and states are those between two steps. False while a step changes them."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter of this rank."""
+        return iter(self._parameters.items())
+
+    def __call__(
+        self,
+        error: Exception,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        assets: HfAssets,
+        manifest: Callable[[str], Manifest],
+    ) -> None:
+        """Save, or say why not. Raises nothing: ``error`` is what ends the run.
+
+        Args:
+            error: what the step has raised.
+            step: the last one before it.
+            optimizer: with the states of the parameters.
+            assets: see :meth:`CheckpointStore.save`.
+            manifest: of the state before the step, with what failed.
+        """
+        if self._ranks.world_size > 1 and is_lost_contact(error):
+            return  # a rank has died: the others say which
+        kind = UserError if isinstance(error, UserError) else type(error)
+        what = " ".join(f"{kind.__name__}: {error}".split())[:300]
+        try:
+            self._require_all_ranks(step)
+            line = self._save(manifest(what), optimizer, assets)
+        except Exception as problem:
+            line = f"not saved: {' '.join(str(problem).split())[:300]}"
+        line = f"  after step {step} the run failed ({what}): {line}"
+        if self._ranks.is_main:
+            self._say(line)
+        elif self._ranks.rank == self._first_here:
+            print(f"[rank {self._ranks.rank}]{line}", flush=True)
+
+    def _save(self, manifest: Manifest, optimizer: torch.optim.Optimizer, assets: HfAssets) -> str:
+        self._saver.settle()
+        if saved := self._saver.at_step(manifest.step):
+            return f"{saved} has that step"
+        if self._ranks.device.type == "cuda":
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        tensors = training_tensors(self, optimizer)
+        if self._saver.ranks.sum(not all(map(_is_finite, tensors.values()))):
+            raise UserError("weights or optimizer states are not finite")
+        folder: Path = self._saver.save_now(tensors, assets, manifest)
+        return f"saved {folder}; resume: auto continues from there"
+
+    def _require_all_ranks(self, step: int) -> None:
+        """Raises UserError unless all ranks are here, after the same step, with whole weights."""
+        store, world_size = self._ranks.store, self._ranks.world_size
+        if world_size == 1:
+            here = {0: self.whole}
+        elif store is None:
+            raise UserError("these ranks have no common store in which to agree")
+        else:
+            store.set(f"emergency/{step}/{self._ranks.rank}", str(int(self.whole)))
+            keys = [f"emergency/{step}/{rank}" for rank in range(world_size)]
+            until = time.monotonic() + self._patience
+            while not (complete := store.check(keys)) and time.monotonic() < until:
+                time.sleep(0.05)
+            came = [rank for rank, key in enumerate(keys) if complete or store.check([key])]
+            self._first_here = came[0]
+            here = {rank: store.get(keys[rank]) == b"1" for rank in came}
+        if len(here) < world_size:
+            missing = sorted(set(range(world_size)) - set(here))
+            shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+            raise UserError(
+                f"rank {shown} did not fail with it within {self._patience:g} s, and saving needs all ranks"
+            )
+        if not all(here.values()):
+            raise UserError("the update of the weights had begun")
+
+
+@torch.no_grad()
+def _is_finite(tensor: Tensor) -> bool:
+    # In chunks: after running out of memory, there may be too little for a mask of the whole tensor.
+    held = local_part(tensor).reshape(-1)
+    return all(bool(chunk.isfinite().all()) for chunk in held.split(_CHUNK))

@@ -1,0 +1,129 @@
+"""Compare configuration, code and PyTorch version of all ranks before the run begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import RunConfig, to_dict
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .rendezvous import Rendezvous
+
+PACKAGE = Path(__file__).parents[2]
+_CODE = ("engine", "kernels", "checkpoint_convert", "tools")
+_UNREADABLE_CONFIG_SECONDS = 30
+"""How long a rank whose configuration cannot be read waits for the others, to tell them."""
+_MOST_SHOWN = 3
+
+
+def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunConfig, Rendezvous | None]:
+    """What ``read`` returns, where it is the same on every rank, and so are our code and PyTorch's version.
+
+    Args:
+        read: parses the configuration.
+        several: whether a launcher has started more than this rank.
+
+    Raises:
+        UserError: on every rank, naming the ranks that differ and in what, or whose configuration is wrong.
+    """
+    if not several:
+        return read(), None
+    config, mine = None, None
+    try:
+        config = read()
+    except UserError as error:
+        mine = error
+    import torch  # needed by several ranks only, and after ``read`` has imported what else the run needs
+
+    from .rendezvous import join
+
+    problem = mine and str(mine)
+    settings = flatten(to_dict(config)) if config else {}
+    files = code_files(PACKAGE)
+    note = {"problem": problem, "config": digest(settings), "code": digest(files), "torch": str(torch.__version__)}
+    try:
+        rendezvous = join(note, config.parallel.timeout_seconds if config else _UNREADABLE_CONFIG_SECONDS)
+    except UserError as error:
+        raise mine or error from None
+    problems = [f"rank {rank}: {its['problem']}" for rank, its in enumerate(rendezvous.notes) if its["problem"]]
+    if problem or problems:
+        rendezvous.leave()
+        raise _of_all(rendezvous, mine or UserError(problems[0]))
+    details = {"config": settings, "code": files}
+    if differences := compare(rendezvous, details):
+        rendezvous.leave()
+        what = f"{'; '.join(differences)}; start every node with the same files and the same command"
+        raise _of_all(rendezvous, UserError(what))
+    assert config is not None
+    return config, rendezvous
+
+
+def _of_all(rendezvous: Rendezvous, error: UserError) -> UserError:
+    """``error``, which every rank raises, and the first one prints."""
+    error.said = rendezvous.rank > 0
+    return error
+
+
+def flatten(value: Any, name: str = "") -> dict[str, str]:
+    """A nested configuration as ``{"training.seed": "1", "data.train[0].path": '"a"'}``; values in JSON."""
+    if isinstance(value, dict) and value:
+        items = [(f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and value:
+        items = [(f"{name}[{place}]", item) for place, item in enumerate(value)]
+    else:
+        return {name: json.dumps(value, default=str)}
+    return {key: text for inner, item in items for key, text in flatten(item, inner).items()}
+
+
+def code_files(package: Path) -> dict[str, str]:
+    """Hash of every Python file of the package ``retemper``, by path in it."""
+    paths = [package / "__init__.py", *(path for room in _CODE for path in sorted((package / room).rglob("*.py")))]
+    return {path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
+
+
+def digest(facts: dict[str, str]) -> str:
+    """One hash for all of ``facts``."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def compare(rendezvous: Rendezvous, mine: dict[str, dict[str, str]]) -> list[str]:
+    """What differs between ranks, a clause for each kind; the same text on every rank.
+
+    Args:
+        rendezvous: its notes hold the digests ``config`` and ``code``, and ``torch``.
+        mine: what the digests are of. Travels only where they differ.
+    """
+    clauses = []
+    for kind, title in (("config", "the configuration"), ("code", "the code")):
+        odd, usual = _odd_ones(rendezvous, kind)
+        if not odd:
+            continue
+        key = f"{kind}/{{}}"
+        rendezvous.store.set(key.format(rendezvous.rank), json.dumps(mine[kind]))
+        theirs, ours = (json.loads(rendezvous.store.get(key.format(rank))) for rank in (odd[0], usual))
+        keys = [name for name in [*ours, *(name for name in theirs if name not in ours)]
+                if ours.get(name) != theirs.get(name)]  # fmt: skip
+        shown = [
+            name if kind == "code" else f"{name} is {theirs.get(name, 'unset')}, not {ours.get(name, 'unset')}"
+            for name in keys[:_MOST_SHOWN]
+        ]
+        more = f" and {len(keys) - _MOST_SHOWN} more" if len(keys) > _MOST_SHOWN else ""
+        clauses.append(f"{title} differs on {rendezvous.name(odd)} from rank {usual}'s: {', '.join(shown)}{more}")
+    odd, usual = _odd_ones(rendezvous, "torch")
+    if odd:
+        version, other = rendezvous.notes[odd[0]]["torch"], rendezvous.notes[usual]["torch"]
+        clauses.append(f"PyTorch is {version} on {rendezvous.name(odd)}, not {other} as on rank {usual}")
+    return clauses
+
+
+def _odd_ones(rendezvous: Rendezvous, kind: str) -> tuple[list[int], int]:
+    """The ranks that differ from most (of two that are as frequent, from the first), and one of those that do not."""
+    values = [note[kind] for note in rendezvous.notes]
+    [(usual, _)] = Counter(values).most_common(1)
+    return [rank for rank, value in enumerate(values) if value != usual], values.index(usual)

@@ -1,0 +1,170 @@
+"""Detect silent data corruption: compare replicated weights and optimizer states bit for bit.
+
+They start alike and are updated alike by the same sums, so that nothing ever compares them again: a bit that flips in
+one rank's memory, or a GPU that miscomputes, makes a copy go its own way unnoticed. Who holds the same follows from how
+each tensor is placed on the mesh: copies of hybrid sharding, norms on ranks that share matrices. What no other rank
+holds, as with plain sharding, cannot be checked this way; nor is an embedding that is also the head compared between
+the two ends of a pipeline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..checkpoint.tensors import OPTIMIZER_PREFIX, ParameterOwner, training_tensors
+from ..errors import UserError
+from ..optim.local import local_part
+from ..parallel.process_group import Ranks
+
+_CHUNK = 2**22
+"""Elements hashed at a time: temporaries take some 32 bytes for each, 128 MiB."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MULTIPLIER = 0x5851F42D4C957F2D  # of Knuth's MMIX generator; odd
+# 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB as signed numbers.
+_GOLDEN, _FACTORS = -7046029254386353131, (-4658895280553007687, -7723592293110705685)
+
+Owners = tuple[int, ...]
+"""The ranks that hold the same part of a tensor, in order."""
+
+
+class ReplicaCheck:
+    """Compares what several ranks hold alike, every ``interval`` steps; 0: never.
+
+    Args:
+        interval: steps.
+        ranks: that train together.
+        newest: names the newest checkpoint, for messages.
+    """
+
+    def __init__(self, interval: int, ranks: Ranks, newest: Callable[[], str]):
+        self._interval, self._ranks, self._newest = interval, ranks, newest
+        self._passed: int | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether the ranks are to be compared after ``step``."""
+        return self._interval > 0 and step % self._interval == 0
+
+    def __call__(self, step: int, model: ParameterOwner, optimizer: torch.optim.Optimizer) -> None:
+        """Compare. All ranks must call this; it waits for the device.
+
+        Args:
+            step: steps made, for messages.
+            model: this rank's part of it.
+            optimizer: of its parameters, with states.
+
+        Raises:
+            UserError: on all ranks: some hold other bits. Names them and the first tensor that differs.
+        """
+        tensors = training_tensors(model, optimizer)
+        owners = {name: owners_of(tensor) for name, tensor in tensors.items()}
+        for name, parameter in model.named_parameters():
+            # States that are no part of anything, such as a count of steps, are alike wherever the parameter is.
+            for state in optimizer.state.get(parameter, {}):
+                if not isinstance(tensors[f"{OPTIMIZER_PREFIX}{state}.{name}"], DTensor):
+                    owners[f"{OPTIMIZER_PREFIX}{state}.{name}"] = _all_holders(parameter)
+        hashes = hash_tensors(tensors)
+        mine: dict[Owners, list[str]] = {}
+        for name in tensors:
+            if len(owners[name]) > 1:
+                mine.setdefault(owners[name], []).append(name)
+        # One hash for all that the same ranks share; what they are made of travels only where they differ.
+        notes = self._ranks.gather(
+            {group: digest({name: hashes[name] for name in names}) for group, names in mine.items()}
+        )
+        odd = {group for note in notes for group in note if len({notes[rank].get(group) for rank in group}) > 1}
+        if odd:
+            here = {group: {name: hashes[name] for name in mine[group]} for group in odd & mine.keys()}
+            details = self._ranks.gather((socket.gethostname(), here))
+            raise UserError(self._line(step, min(odd), details))
+        self._passed = step
+
+    def _line(self, step: int, group: Owners, details: list[tuple[str, dict[Owners, dict[str, int]]]]) -> str:
+        tables = {rank: details[rank][1][group] for rank in group}
+        first = tables[group[0]]
+        # Most tensors differ once a step has been made with one that does: the first in the model's order.
+        name = next(name for name in first if len({table.get(name) for table in tables.values()}) > 1)
+        values = Counter(table.get(name) for table in tables.values())
+        (usual, count), *_ = values.most_common()
+        agreeing = [rank for rank in group if tables[rank].get(name) == usual]
+        others = [rank for rank in group if rank not in agreeing]
+        named = ", ".join(f"{rank} ({details[rank][0]})" for rank in others[:8])
+        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+        against = f"rank {agreeing[0]} ({details[agreeing[0]][0]})" + (f" and {count - 1} more" if count > 1 else "")
+        since = "the start" if self._passed is None else f"step {self._passed}, when all were alike"
+        return (
+            f"step {step}: rank{'s' if len(others) > 1 else ''} {named}{more} and {against} hold different values of "
+            f"{name}, which must be the same bit for bit: memory, a GPU or a link of one of them failed since {since}, "
+            f"and checkpoints written since then may hold it; {self._newest()}"
+        )
+
+
+def owners_of(parameter: Tensor) -> Owners:
+    """The ranks that hold the same part of ``parameter`` as this one, this one included; none where nobody else knows
+    of it."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    place = parameter.device_mesh.get_coordinate()
+    assert place is not None
+    index = tuple(
+        slice(None) if placement.is_replicate() else at
+        for placement, at in zip(parameter.placements, place, strict=True)
+    )
+    return tuple(sorted(parameter.device_mesh.mesh[index].flatten().tolist()))
+
+
+def _all_holders(parameter: Tensor) -> Owners:
+    return tuple(sorted(parameter.device_mesh.mesh.flatten().tolist())) if isinstance(parameter, DTensor) else ()
+
+
+def digest(hashes: Mapping[str, int]) -> str:
+    """One hash for all of ``hashes``, in their order."""
+    text = "".join(f"{name} {value}\n" for name, value in hashes.items())
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@torch.no_grad()
+def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """64 bits for this rank's part of every tensor, computed where it lies; the host waits once for each device.
+
+    Two tensors that differ in one element, in whatever bits, never have the same hash. Where several differ, they have
+    it with a chance of 2^-32 (only their signs differ) or far less.
+    """
+    by_device: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(local_part(tensor).device, []).append(name)
+    hashes: dict[str, int] = {}
+    for device, names in by_device.items():
+        largest = max(local_part(tensors[name]).numel() for name in names)
+        weights = odd_numbers(min(_CHUNK, largest), device)
+        found = torch.stack([_hash(local_part(tensors[name]), weights) for name in names])
+        hashes.update(zip(names, found.tolist(), strict=True))
+    return {name: hashes[name] for name in tensors}
+
+
+def _hash(tensor: Tensor, weights: Tensor) -> Tensor:
+    """[] int64: the sum of the elements' bits times ``weights``, modulo 2^64, which no order of adding changes."""
+    flat = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for chunk in flat.split(_CHUNK):
+        total = total * _MULTIPLIER + (chunk * weights[: len(chunk)]).sum()
+    return total
+
+
+def odd_numbers(count: int, device: torch.device) -> Tensor:
+    """[count] int64, odd and pseudo-random: the finalizer of splitmix64 (Steele, Lea and Flood, 2014) of 0, 1, ..."""
+    bits = torch.arange(count, dtype=torch.int64, device=device) * _GOLDEN
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        bits = (bits ^ _shifted(bits, shift)) * factor
+    return (bits ^ _shifted(bits, 31)) | 1
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """``bits >> by`` with zeros for what moves in, whatever the sign."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)

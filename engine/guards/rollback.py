@@ -1,0 +1,110 @@
+"""Roll back to a checkpoint before a loss spike, and skip the samples that led to it.
+
+The run continues from a checkpoint that is some steps older than the spike, with its weights, states, step, tokens and
+learning rate. The data position is not restored: all samples since then, including those of the spike, are skipped. So
+did PaLM (Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, section 5.1): a restart some 100 steps
+before the spike, 200 to 500 batches skipped.
+
+Two things are written: new names for the checkpoints in between, and metrics.jsonl without the records since. A run
+that is killed before its next checkpoint therefore comes to the same spike again, and goes back again, to the same
+place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..budget import BatchPlan
+from ..checkpoint.changes import require_allowed
+from ..checkpoint.manifest import Manifest, read_manifest
+from ..config import RunConfig, to_dict
+from ..data.sample_order import SampleOrder
+from ..errors import UserError
+from ..run_state import Progress, Run
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Where a run goes back to."""
+
+    checkpoint: Path
+    manifest: Manifest
+    """Of the checkpoint."""
+    progress: Progress
+    """To go on from: that of the checkpoint, but for the samples."""
+    health: dict[str, Any]
+    """To be restored: that of the checkpoint, and all rewinds so far, this one included."""
+    line: str
+    """For the log."""
+
+
+def plan_rollback(run: Run) -> Rollback | None:
+    """Find the checkpoint to go back to, where the last step was a loss spike. All ranks must call this.
+
+    Returns:
+        the same on all ranks; None without a spike, or where the run cannot go back, which is logged.
+
+    Raises:
+        UserError: it has gone back too often.
+    """
+    guard, training, progress = run.guards.step_guard, run.config.training, run.progress
+    if not guard.spiked or training.loss_spike_action == "skip":
+        return None
+    run.guards.pause()
+    run.saver.wait()  # what is being written may be what to go back to
+    guard.require_rewind(progress.step)
+    target = run.store.newest_until(progress.step - training.rewind_steps)
+    if target is None:
+        steps = training.rewind_steps
+        run.say(f"  not rewound, only skipped: no checkpoint is training.rewind_steps {steps} steps older")
+        return None
+    manifest = run.ranks.everywhere(lambda: read_manifest(target))
+    if obstacle := _obstacle(manifest, target, run.config, progress, run.order, run.plan):
+        run.say(f"  not rewound, only skipped: {obstacle}")
+        return None
+    skipped = progress.samples - manifest.consumed_samples
+    rewinds = [*guard.rewinds, {"step": progress.step, "to_step": manifest.step, "samples": skipped}]
+    return Rollback(
+        target,
+        manifest,
+        Progress(manifest.step, progress.samples, manifest.consumed_tokens, manifest.best),
+        {**manifest.health, "rewinds": rewinds},
+        f"  rewound to step {manifest.step} ({target}): the {skipped:,} samples from there to the spike in step "
+        f"{progress.step} are passed over; rewind {len(rewinds)} of training.max_rewinds {training.max_rewinds}",
+    )
+
+
+def roll_back(run: Run, rollback: Rollback) -> None:
+    """Restore everything from the checkpoint of ``rewind`` except the place in the data. All ranks must call this."""
+    run.say(*run.store.abandon_after(rollback.progress.step), rollback.line)
+    start = run.start
+    checkpoint, manifest = rollback.checkpoint, rollback.manifest
+    run.ranks.everywhere(lambda: start.moved_to(checkpoint, manifest).load_into(run.model, run.optimizer))
+    run.progress = rollback.progress
+    run.guards.step_guard.restore(rollback.health)
+    run.owes_evaluation = run.must_evaluate_at(rollback.manifest)
+    run.ranks.on_main(lambda: run.report.start(run.progress.step, run.owes_evaluation))
+
+
+def _obstacle(
+    manifest: Manifest, target: Path, config: RunConfig, progress: Progress, order: SampleOrder, plan: BatchPlan
+) -> str | None:
+    """Why the run cannot go on from the checkpoint ``target`` and from behind the samples of ``progress``."""
+    try:
+        require_allowed(manifest, to_dict(config), (), target)
+    except UserError:
+        return f"{target} is from before the order of the data changed"
+    # A blend that was changed takes over at a sample; one that was not keeps the place where it took over.
+    if order.schedule.start > manifest.consumed_samples:
+        return f"{target} is from before the order of the data changed"
+    start = config.optimizer.schedule_start_tokens
+    if manifest.consumed_tokens < start:
+        return f"{target} is from before optimizer.schedule_start_tokens {start:,}"
+    remaining = plan.steps_left(config.training.train_tokens, manifest.consumed_tokens)
+    try:
+        order.require(progress.samples + remaining * plan.global_batch_size)
+    except UserError as error:
+        return f"without the samples in between, {error}"
+    return None

@@ -1,0 +1,200 @@
+"""Skip updates with a non-finite or spiking loss on all ranks, and end the run after too many in a row.
+
+Whether a step is skipped is decided on the device, in the step itself: an ordinary step waits for nothing. The host
+reads the counts where it reads the loss anyway, on log steps and before a checkpoint. Only the guard against loss
+spikes, an option, needs the loss on the host before the update. What a skipped step consumed stays consumed: samples,
+tokens and the learning rate go on as if it had been made. The same holds for a step without a target, which computes
+nothing; these are counted apart, and count neither as skipped steps nor as loss spikes.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import TrainingConfig
+from ..errors import UserError
+from ..parallel import fsdp
+from ..parallel.process_group import Ranks
+
+WINDOW = 64
+"""Losses that a new one is compared with."""
+_FEWEST = 32
+"""Losses without which nothing is called a spike."""
+
+MAX_STEPS_WITHOUT_TARGETS = 100
+"""So many steps in a row without a target end the run: what it reads has nothing to predict."""
+
+
+class StepGuard:
+    """What is skipped, and when it is too much.
+
+    Args:
+        config: the bounds.
+        ranks: that train together.
+        newest: names the newest checkpoint, for messages.
+        say: prints a line for people.
+    """
+
+    def __init__(self, config: TrainingConfig, ranks: Ranks, newest: Callable[[], str], say: Callable[[str], None]):
+        self._config, self._ranks, self._newest, self._say = config, ranks, newest, say
+        self._counts = torch.zeros(3, device=ranks.device)
+        """[3] fp32 on the device: steps skipped in all, in a row up to now, and in a row at most."""
+        self._skipped = 0
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self.spiked = False
+        """Whether the last step was a loss spike."""
+        self.steps_without_targets = 0
+        self._without_targets_in_a_row = 0
+        self.rewinds: list[dict[str, int]] = []
+        """How often the run has gone back: ``{"step", "to_step", "samples"}``. The first two count optimizer steps;
+        samples are those passed over, of ``training.sequence_length`` tokens each."""
+
+    def should_skip(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether to leave out the update of ``step``, the same on every rank. All ranks must call this.
+
+        Args:
+            step: its number.
+            loss: [] this rank's part of it.
+            grad_norm: [] of all ranks, not finite where the loss of any rank is not.
+
+        Returns:
+            [] fp32 on the device, 1 to leave it out, else 0.
+        """
+        self._without_targets_in_a_row = 0
+        skip = (~grad_norm.isfinite()).to(self._counts)
+        if self._config.loss_spike_zscore is not None:
+            self.spiked = self._is_spike(step, self._ranks.sum(loss.item()))
+            skip = torch.ones_like(skip) if self.spiked else skip
+        total, in_a_row, most = self._counts.unbind()
+        in_a_row = (in_a_row + skip) * skip
+        self._counts = torch.stack([total + skip, in_a_row, torch.maximum(most, in_a_row)])
+        return skip
+
+    def count_without_targets(self, step: int) -> None:
+        """Count ``step``, in which no rank has a target, so that there is no loss, gradient or update.
+
+        Raises:
+            UserError: on all ranks, after too many in a row.
+        """
+        self.spiked = False
+        self.steps_without_targets += 1
+        self._without_targets_in_a_row += 1
+        if self._without_targets_in_a_row >= MAX_STEPS_WITHOUT_TARGETS:
+            raise UserError(
+                f"step {step}: {MAX_STEPS_WITHOUT_TARGETS} steps in a row had no target: loss masks leave out every "
+                f"token, or documents are of one token; {self._newest()}, inspect the data with tools/show_dataset.py, "
+                "or raise training.global_batch_size"
+            )
+
+    def _is_spike(self, step: int, loss: float) -> bool:
+        """A loss that is not finite is none: it is skipped in any case."""
+        if not math.isfinite(loss):
+            return False
+        score = robust_zscore(loss, self._losses) if len(self._losses) >= _FEWEST else 0.0
+        # Spikes are kept as well: where losses stay high, as after a change of the blend, half a window of them is the
+        # new normal.
+        self._losses.append(loss)
+        bound = self._config.loss_spike_zscore
+        assert bound is not None
+        if score > bound:
+            self._say(
+                f"  step {step}: loss {loss:.4f} is a spike, z-score {score:.1f} is above training.loss_spike_zscore "
+                f"{bound:g}: update skipped"
+            )
+        return score > bound
+
+    def skipped_steps(self) -> int:
+        """Steps skipped so far. Waits for the device."""
+        return int(self._counts[0].item())
+
+    def check(self, step: int, numbers: Mapping[str, float], parameters: Iterable[Tensor]) -> None:
+        """Refuse to go on where it makes no sense. Waits for the device. All ranks must call this.
+
+        Args:
+            step: steps made.
+            numbers: of the last one, for the message: loss and gradient norm.
+            parameters: of this rank.
+
+        Raises:
+            UserError: more were skipped in a row than the configuration allows, or no step can be good any more.
+        """
+        total, _, most = (int(count) for count in self._counts.tolist())
+        bound, new = self._config.max_skipped_steps, total - self._skipped
+        if most > bound:
+            found = ", ".join(f"{name} {number}" for name, number in numbers.items())
+            reason = "not finite"
+            if bound > 0 or all(map(math.isfinite, numbers.values())):
+                reason = (
+                    f"{most} updates in a row were skipped, more than training.max_skipped_steps {bound}: loss or "
+                    "gradients were not finite, or the loss was a spike"
+                )
+            raise self._error(step, f"{found}: {reason}")
+        if new:
+            self.require_finite_weights(step, parameters)
+            plural = "s" if new > 1 else ""
+            self._say(f"  skipped {new} update{plural} by step {step}, {total} in all: not finite, or a spike")
+            self._skipped = total
+
+    def require_finite(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Raises UserError where any of ``numbers``, the same on all ranks, is not finite."""
+        if not all(map(math.isfinite, numbers.values())):
+            found = ", ".join(f"{name} {number}" for name, number in numbers.items())
+            raise self._error(step, f"{found}: not finite")
+
+    def require_finite_weights(self, step: int, parameters: Iterable[Tensor]) -> None:
+        """Loss and gradients are of the weights before the step; a checkpoint holds what came out of it.
+
+        Raises:
+            UserError: on all ranks, where a weight of any is not finite. All ranks must call this.
+        """
+        finite = torch.stack([fsdp.local_shard(weight).isfinite().all() for weight in parameters])
+        if self._ranks.sum(not finite.all().item()):
+            raise self._error(step, "the update made weights that are not finite")
+
+    def require_rewind(self, step: int) -> None:
+        """Raises UserError where the run, with a spike in ``step``, has gone back as often as it may."""
+        if len(self.rewinds) >= self._config.max_rewinds:
+            steps = ", ".join(str(rewind["step"]) for rewind in self.rewinds) or "none"
+            raise self._error(
+                step,
+                f"the loss is a spike again, after training.max_rewinds {self._config.max_rewinds} (spikes in steps "
+                f"{steps})",
+            )
+
+    def _error(self, step: int, what: str) -> UserError:
+        return UserError(f"step {step}: {what}; {self._newest()}, lower optimizer.learning_rate or inspect the data")
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know to skip the same steps, in JSON's types. Waits for the device."""
+        total, in_a_row, _ = (int(count) for count in self._counts.tolist())
+        state: dict[str, Any] = {"skipped_steps": total, "in_a_row": in_a_row, "losses": list(self._losses)}
+        if self.steps_without_targets:
+            state["without_targets"] = [self.steps_without_targets, self._without_targets_in_a_row]
+        return state | ({"rewinds": self.rewinds} if self.rewinds else {})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`; an empty one is that of a run which has skipped nothing."""
+        total, in_a_row = state.get("skipped_steps", 0), state.get("in_a_row", 0)
+        self._skipped = total
+        self._counts = torch.tensor([total, in_a_row, in_a_row], dtype=torch.float32, device=self._ranks.device)
+        self._losses = deque(state.get("losses", ()), maxlen=WINDOW)
+        self.steps_without_targets, self._without_targets_in_a_row = state.get("without_targets", (0, 0))
+        self.spiked, self.rewinds = False, list(state.get("rewinds", ()))
+
+
+def robust_zscore(value: float, others: Iterable[float]) -> float:
+    """Distance of ``value`` from the median of ``others``, in standard deviations estimated by their median absolute
+    deviation: Iglewicz and Hoaglin, "How to Detect and Handle Outliers" (1993), whose bound for outliers is 3.5.
+    """
+    others = list(others)
+    median = statistics.median(others)
+    deviation = statistics.median(abs(other - median) for other in others)
+    # 1.4826 makes it the standard deviation of a normal distribution. Losses that are all the same have none.
+    return (value - median) / max(1.4826 * deviation, 1e-6 * abs(median), 1e-12)

@@ -1,0 +1,134 @@
+"""Requests for a graceful stop, by a signal or a time limit, which all ranks notice at the same step.
+
+SIGTERM and SIGINT (Ctrl-C) are requests to stop. SIGUSR1, SIGUSR2 (LSF, Grid Engine), SIGHUP (a closed terminal),
+SIGXCPU (a limit of CPU time) and SIGPWR (power or a container going down) are notices that the end is near. All of them
+mean the same: save and end. Launchers and terminals send several copies: whatever comes within :data:`GRACE_SECONDS` of
+the first belongs to it. SIGTERM or SIGINT after that ends the process at once, whatever is lost. A repeated notice does
+not: the kernel sends SIGXCPU every second while the checkpoint is being written. Checkpoints get their names only when
+they are complete, so that one which is being written then is not seen by the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..parallel.process_group import Ranks
+
+REQUESTS = (signal.SIGTERM, signal.SIGINT)
+NOTICES = tuple(
+    signal.Signals[name]
+    for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU", "SIGPWR")
+    if name in signal.Signals.__members__  # SIGPWR exists on Linux only
+)
+SIGNALS = REQUESTS + NOTICES
+GRACE_SECONDS = 2.0
+"""Signals that follow the first one within this time mean the same."""
+
+
+class StoppedBeforeTraining(SystemExit):
+    """The run was asked to stop before its first step: status 0, since there is nothing to save."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped as asked before the first step: nothing to save", flush=True)
+
+
+class StopRequest:
+    """While entered, signals are remembered instead of ending the process. It may be entered again inside.
+
+    Args:
+        ranks: those that stop together. None until :meth:`hold` names them; before that, the first signal ends the
+            process at once, since no other rank depends on it yet.
+    """
+
+    def __init__(self, ranks: Ranks | None = None):
+        self._ranks = ranks
+        self._holding = ranks is not None
+        self._began = time.monotonic()
+        self._deadline: float | None = None
+        self._first: float | None = None
+        self._entered = 0
+        self._former: dict[signal.Signals, Any] = {}
+        self._former_descriptor = -1
+
+    def __enter__(self) -> StopRequest:
+        self._entered += 1
+        if self._entered == 1:
+            # Python calls its handlers between two lines of the main thread, which may be waiting in a collective. A
+            # thread that reads the signals' numbers from a socket hears of them at any time.
+            self._numbers, self._hear = socket.socketpair()
+            self._hear.setblocking(False)
+            self._former_descriptor = signal.set_wakeup_fd(self._hear.fileno(), warn_on_full_buffer=False)
+            for number in SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # under nohup the run is to outlive its terminal
+                self._former[number] = signal.signal(number, self._remember)
+            self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._entered -= 1
+        if self._entered:
+            return
+        for number, handler in self._former.items():
+            if signal.getsignal(number) == self._remember:  # not what somebody has set inside, to end unharmed
+                signal.signal(number, handler)
+        signal.set_wakeup_fd(self._former_descriptor)
+        self._hear.close()
+        self._thread.join()
+        self._numbers.close()
+
+    def hold(self, ranks: Ranks | None = None) -> None:
+        """From now on signals are only remembered, until ``ranks``, once they are known, have agreed to stop."""
+        self._ranks, self._holding = ranks, True
+
+    def stop_after(self, minutes: float | None) -> None:
+        """Also ask to stop when so long has passed since this object was made."""
+        self._deadline = None if minutes is None else self._began + 60 * minutes
+
+    def agreed(self) -> bool:
+        """Whether any rank has been asked to stop; the same answer on every rank. All ranks must call this."""
+        assert self._ranks is not None
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return self._ranks.sum(late or self._first is not None) > 0
+
+    def leave_if_agreed(self) -> None:
+        """Before the first step. All ranks must call this.
+
+        Raises:
+            StoppedBeforeTraining: on every rank.
+        """
+        if self.agreed():
+            raise StoppedBeforeTraining
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._first is None:
+            self._first = time.monotonic()
+        if not self._holding:
+            raise StoppedBeforeTraining
+
+    def _listen(self) -> None:
+        while received := self._numbers.recv(16):
+            now = time.monotonic()
+            for number in received:
+                if number not in SIGNALS or signal.getsignal(number) != self._remember:
+                    continue
+                if self._first is None:
+                    self._first = now
+                elif number in REQUESTS and now - self._first > GRACE_SECONDS:
+                    with contextlib.suppress(OSError):
+                        name = signal.Signals(number).name
+                        os.write(2, f"{name} again: ends at once; the checkpoints written before are intact\n".encode())
+                    os._exit(128 + number)
