@@ -31,6 +31,7 @@ import os, signal, sys, time
 from retemper.checkpoint_convert import {module}
 from retemper.engine.errors import run_command
 from retemper.engine.hugging_face.model import HfModel
+from retemper.engine.weights.parts import TensorParts
 
 calls, rows = [], {source}.rows
 def counted(self, name):

@@ -1,4 +1,4 @@
-"""Facts and tables for the terminal, and how numbers are written on pages too."""
+"""Facts and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -28,11 +28,3 @@ def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         yield "  ".join([first, *others]).rstrip()
-
-
-def size(count: float) -> str:
-    """Bytes: 1234567 -> '1.23 MB'."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count:g} bytes"

@@ -138,6 +138,22 @@ def test_workers_load_the_fast_tokenizer_once_for_any_document_end(tmp_path, mon
         importlib.reload(preload)
 
 
+def test_workers_inherit_the_tokenizer_where_the_package_is_not_installed(tmp_path):
+    """As in a clone: only the command's own sys.path leads to it."""
+    file = train_tiny_tokenizer(tmp_path / "tk") / "tokenizer.json"
+    code = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
+        "from pathlib import Path; from concurrent.futures import ProcessPoolExecutor\n"
+        "from retemper.engine.data.tokenizer import TokenizerSpec; from retemper.tools.ingest import pool\n"
+        f"pool.start_early(TokenizerSpec('tk', Path({str(file)!r})))\n"
+        "with ProcessPoolExecutor(1, pool.worker_context()) as workers:\n"
+        "    probe = \"__import__('sys').modules['retemper.tools.ingest.preload']._loaded is not None\"\n"
+        "    assert workers.submit(eval, probe).result()\n"
+    )
+    script = [sys.executable, "-S", "-c", code, json.dumps(sys.path)]
+    subprocess.run(script, check=True, cwd=tmp_path, env={})
+
+
 class PanicException(BaseException):
     """As Rust's libraries raise it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..text import size
+from ....engine.checkpoint.disk_space import format_bytes
 from .decoding import TextFacts
 from .duplicates import DuplicateFacts
 from .lengths import LengthFacts
@@ -24,7 +24,7 @@ def dataset_facts(report: DatasetReport) -> dict[str, str]:
     facts = {
         "documents": _documents(report),
         "tokens": f"{report.tokens:,}",
-        "files": f"{size(report.bytes)}, tokens as {report.dtype}",
+        "files": f"{format_bytes(report.bytes)}, tokens as {report.dtype}",
         "tokenizer": _tokenizer(report),
         "document begin": _document_begin(report),
         "document end": _document_end(report),
