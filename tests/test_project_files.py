@@ -16,7 +16,7 @@ import retemper
 
 ROOT = Path(__file__).parents[1]
 MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+CONTRIBUTING, SECURITY = ((ROOT / f"{name}.md").read_text("utf-8") for name in ("CONTRIBUTING", "SECURITY"))
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -98,13 +98,18 @@ def test_links_lead_to_files(path: Path) -> None:
         assert "://" in link or (path.parent / link).exists(), link
 
 
-def test_what_the_guide_for_contributors_names_exists() -> None:
+def test_what_contributors_and_the_security_policy_are_referred_to_exists() -> None:
     targets = re.findall(r"(?:^ {4}|`)make ([a-z-]+)", CONTRIBUTING, re.MULTILINE)
     assert len(targets) > 5 and set(targets) <= MAKE_TARGETS
     folders = "engine|kernels|tests|tools|checkpoint_convert|megatron_configs"
-    paths = re.findall(rf"(?<![\w/.])(?:{folders})/[\w./]*", CONTRIBUTING)
+    paths = re.findall(rf"(?<![\w/.])(?:{folders})/[\w./]*", CONTRIBUTING + SECURITY)
     assert len(paths) > 10
     for name in paths:
         assert (ROOT / name).exists(), name
-    for name in ("MODEL_TYPES", "_FAMILY_DEFAULTS", "parse_architecture"):
-        assert name in CONTRIBUTING and name in (ROOT / "engine" / "model" / "architecture.py").read_text("utf-8")
+    names = {
+        "engine/model/architecture.py": ("MODEL_TYPES", "_FAMILY_DEFAULTS", "parse_architecture"),
+        "engine/observe/observer.py": ("Observer", "create_observers"),
+    }
+    for path, defined in names.items():
+        for name in defined:
+            assert name in CONTRIBUTING and name in (ROOT / path).read_text("utf-8")

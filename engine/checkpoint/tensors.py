@@ -176,7 +176,7 @@ def describe_difference(stored: Mapping[str, StoredTensor], model: ParameterOwne
     missing = [name for name in wanted if name not in stored]
     unexpected = [name for name in stored if name not in wanted]
     shapes = [
-        f"{name} is {list(stored[name].shape)}, the model wants {list(shape)}"
+        f"{name} is {list(stored[name].shape)}, the model needs {list(shape)}"
         for name, shape in wanted.items()
         if name in stored and stored[name].shape != shape
     ]

@@ -187,7 +187,7 @@ def load_parts(
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != source.tensors[name].shape:
                 raise UserError(
-                    f"{folder}: {name} has shape {list(source.tensors[name].shape)}, the model wants "
+                    f"{folder}: {name} has shape {list(source.tensors[name].shape)}, the model needs "
                     f"{list(tensor.shape)}"
                 )
         source.require_whole(tensors)

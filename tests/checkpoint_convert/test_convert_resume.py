@@ -31,6 +31,7 @@ import os, signal, sys, time
 from retemper.checkpoint_convert import {module}
 from retemper.engine.errors import run_command
 from retemper.engine.hugging_face.model import HfModel
+from retemper.engine.weights.parts import TensorParts
 
 calls, rows = [], {source}.rows
 def counted(self, name):
@@ -113,7 +114,7 @@ def test_the_same_command_goes_on(
     after = interrupt_after(monkeypatch, source, 0, None)
     result = run(module, *arguments)
     assert result.status == 0, result.stderr
-    assert f"going on from {len(done)} finished files in {folder}" in result.stdout
+    assert f"continuing from {len(done)} finished files in {folder}" in result.stdout
     assert not finished & set(after), "what was finished is not read again"
     monkeypatch.undo()
     assert hidden(tmp_path) == []
@@ -201,7 +202,7 @@ def test_another_command_takes_nothing(
     [left] = hidden(tmp_path)
     read = interrupt_after(monkeypatch, HfModel, 0, None)
     result = run(hf_to_dcp, *arguments, "--dtype", "float32")
-    assert result.status == 0 and f"{left} is of another command" in result.stdout
+    assert result.status == 0 and f"{left} is the unfinished output of another command" in result.stdout
     assert len(read) == len(json.loads((output / "conversion.json").read_text())["tensors"])
     assert hidden(tmp_path) == [left]
 
@@ -220,7 +221,7 @@ def test_another_input_takes_nothing(
     weights[-1] ^= 1
     (folder / SINGLE).write_bytes(weights)
     result = run(hf_to_dcp, *arguments)
-    assert result.status == 0 and "going on from" not in result.stdout
+    assert result.status == 0 and "continuing from" not in result.stdout
     convert_back(tmp_path / "out", tmp_path / "back")
     assert read_folder(tmp_path / "back") == read_folder(folder)
 
@@ -281,7 +282,7 @@ def test_what_is_finished_outlives_an_error(
     assert_refused(result, "Stale file handle; ", f"finished files are kept in {left}: the same command continues")
     read = interrupt_after(monkeypatch, HfModel, 0, None)
     result = run(hf_to_dcp, *arguments)
-    assert result.status == 0 and "going on from" in result.stdout and hidden(tmp_path) == []
+    assert result.status == 0 and "continuing from" in result.stdout and hidden(tmp_path) == []
     assert len(read) == (0 if failing == "verify" else len(read_folder(tmp_path / "qwen3")) - 11)
 
 

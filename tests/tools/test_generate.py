@@ -362,7 +362,7 @@ def larger_vocabulary(folder: Path) -> None:
         ("qwen2", lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json"),
         ("qwen2-checkpoint", lambda folder: (folder / "manifest.json").unlink(), "not a complete checkpoint"),
         ("qwen2-checkpoint", lambda folder: (folder / "hf" / "config.json").unlink(), "hf/config.json"),
-        ("qwen2-checkpoint", lambda folder: (folder / "rank-00000.safetensors").unlink(), "missing or unreadable"),
+        ("qwen2-checkpoint", lambda folder: (folder / "tensor-00000.safetensors").unlink(), "missing or unreadable"),
         ("qwen2", shutil.rmtree, "no such folder"),
     ],
 )

@@ -89,7 +89,7 @@ def test_loading_casts_and_names_what_does_not_fit(tmp_path):
     assert torch.equal(cast, source.bfloat16())
     with pytest.raises(UserError, match=r"1 tensors are missing, such as c; is it the same model\?"):
         load_tensors(tmp_path, {"a": source, "c": source}, distributed=False)
-    with pytest.raises(UserError, match=r"b has shape \[2\], the model wants \[3\]"):
+    with pytest.raises(UserError, match=r"b has shape \[2\], the model needs \[3\]"):
         load_tensors(tmp_path, {"b": torch.ones(3)}, distributed=False)
 
 

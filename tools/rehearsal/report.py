@@ -118,8 +118,8 @@ def assumption_lines(outcome: Outcome) -> list[str]:
     lines = [
         f"assumed     {gpu.flops / 1e12:g} TFLOP/s x {assumptions.efficiency:g} (--efficiency); links "
         f"{gpu.intra_node / 1e9:g} GB/s in a node, {gpu.inter_node / 1e9:g} GB/s and GPU between nodes, memory "
-        f"{gpu.memory_bandwidth / 1e12:g} TB/s, each x {assumptions.link_efficiency:g}; gathering and reducing run "
-        "beside computing",
+        f"{gpu.memory_bandwidth / 1e12:g} TB/s, each x {assumptions.link_efficiency:g}; gathering and reducing "
+        "overlap with computing",
         f"not counted fragmentation, NCCL's buffers, CUDA's context: the reserve of {gib(setting.reserve)} GiB is for "
         "them (--reserve). Compiled blocks keep less than is counted. Nothing was measured on a GPU",
     ]

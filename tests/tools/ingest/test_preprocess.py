@@ -279,7 +279,7 @@ def test_wrong_options_are_refused(tmp_path, refused):
         (out, ("--tokenizer", tmp_path), "no tokenizer.json in this folder; .* --tokenizer"),
         (out, ("--tokenizer", tmp_path / "absent"), "no such tokenizer folder or file; .* --tokenizer"),
         (("--output-prefix", f"{tmp_path}/"), (), "names a folder; add a file name"),
-        (("--output-prefix", tmp_path / "file" / "out"), (), "cannot be written to: "),
+        (("--output-prefix", tmp_path / "file" / "out"), (), "cannot write there: "),
     ]
     for prefix, options, message in cases:
         error = refused("--input", tmp_path / "a.jsonl", *prefix, *options)

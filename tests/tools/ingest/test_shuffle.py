@@ -77,8 +77,17 @@ def test_the_order_is_that_of_the_keys(tmp_path, seed):
 
 
 @pytest.mark.parametrize("memory", [4, 1000, 50_000, 1 << 30])
-@pytest.mark.parametrize("files", [False, True])
-@pytest.mark.parametrize("total", [0, None, 1 << 23])
+@pytest.mark.parametrize(
+    ("files", "total"),
+    [
+        (False, 0),
+        (False, None),
+        (False, 1 << 23),
+        (True, None),
+        pytest.param(True, 0, marks=pytest.mark.slow),
+        pytest.param(True, 1 << 23, marks=pytest.mark.slow),
+    ],
+)
 def test_only_the_seed_decides_the_order(tmp_path, memory, files, total):
     documents = make_documents(300)
     draw = np.random.default_rng(memory)
