@@ -100,6 +100,6 @@ def check_vocabulary(
 
 def _config_on_hub(name: str) -> dict[str, Any]:
     """config.json of the Hub repository ``name``."""
-    from ...engine.hugging_face.hub_download import find_model_folder  # imports torch
+    from ...engine.hugging_face.hub_download import find_model_folder
 
     return read_config(find_model_folder(name, "--model", wanted=[MODEL_CONFIG]) / MODEL_CONFIG)

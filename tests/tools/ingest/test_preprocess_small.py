@@ -183,7 +183,7 @@ def test_torch_is_not_imported(tmp_path, tiny_tokenizer):
         "import sys; from retemper.tools import preprocess; from retemper.engine.errors import UserError\n"
         "for arguments in sys.argv[1:]:\n"
         "    try: preprocess.main(arguments.split())\n"
-        "    except UserError as error: print(error)\n"
+        "    except UserError: print('refused')\n"
         "    assert not {'transformers', 'torch'} & set(sys.modules), arguments\n"
     )
     good = f"--input {tmp_path}/a.jsonl --tokenizer {tiny_tokenizer} --output-prefix {tmp_path}/out"
@@ -204,4 +204,4 @@ def test_torch_is_not_imported(tmp_path, tiny_tokenizer):
         env={"PYTHONPATH": ":".join(sys.path), "HF_HUB_OFFLINE": "1"},
     )
     assert (tmp_path / "out.bin").exists()
-    assert "exists" in found.stdout and "no such file or folder" in found.stdout and "see --help" in found.stdout
+    assert found.stdout.splitlines().count("refused") == len(commands) - 1
