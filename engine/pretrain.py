@@ -56,8 +56,8 @@ def prepare(world_size: int) -> RunConfig:
     config = parse_config()
     check_layout(config, world_size)
     with uncollected():
-        from retemper.engine import evaluation, precision, rewind, run_folder, start  # noqa: F401
-        from retemper.engine.guards import run_guards  # noqa: F401
+        from retemper.engine import evaluation, precision, run_folder, start  # noqa: F401
+        from retemper.engine.guards import rollback, run_guards  # noqa: F401
         from retemper.engine.observe import reporter, summary  # noqa: F401
     return config
 
