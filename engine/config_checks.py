@@ -118,6 +118,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
         value = None if "[]" in key else operator.attrgetter(key)(config)
         if value is not None and not allowed.holds(value):
             yield f"{key} is {value}; it must be {allowed.words}"
+    yield from _upload_name(config.checkpoint)
     parallel = config.parallel
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         yield f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1"

@@ -263,7 +263,7 @@ def test_other_data_under_the_same_name_is_refused(one_rank, run_file, interrupt
     tiny_run.write_dataset(tmp_path / "first", seed=5)
     sources = f"[{{path: {tmp_path / 'first'}}}, {{path: {run_file.parent / 'second'}}}]"
     message = _refused(one_rank, run_file, "--run_folder", str(interrupted), "--data.train", sources)
-    assert "data source 'first'" in message and "is not the one" in message
+    assert "data source 'first'" in message and "differs from the one" in message
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line(one_rank, run_file, interrupted, tmp_path):

@@ -46,11 +46,6 @@ class TextChoice:
         return TextChoice(tuple(dict.fromkeys(keys)), templates[0])
 
     @property
-    def single_key(self) -> str | None:
-        """The key, when the text is one value as it stands at the top of the record."""
-        return self.keys[0] if self.template is None and len(self.keys) == 1 else None
-
-    @property
     def roots(self) -> tuple[str, ...]:
         """Names at the top of a record that any of the keys may begin with."""
         return tuple(dict.fromkeys(name for key in self.keys for name in (key, key.partition(".")[0])))

@@ -195,7 +195,7 @@ def test_listed_tokens_get_merges_or_are_added(base, tmp_path, capsys):
     listed.write_text(" mitochondrion\nNew York\n线粒体\nthe\n", encoding="utf-8")
     command.main(["--model", str(base), "--tokens", str(listed), "--output", str(tmp_path / "new")])
     printed = capsys.readouterr().out
-    assert "'the' is a token already" in printed and "'New York' is added" in printed
+    assert "'the' is a token already" in printed and "'New York' becomes an added token" in printed
     tokenizer = load_tokenizer(tmp_path / "new")
     by_text = {token["text"]: token for token in report(tmp_path / "new")["tokens"]}
     assert by_text[" mitochondrion"]["kind"] == "merge" and by_text["New York"]["kind"] == "added"
@@ -257,7 +257,7 @@ def test_bad_input(base, corpus, refused, tmp_path):
     assert "no such" in refused("--model", tmp_path / "nowhere", "--corpus", corpus)
     listed = tmp_path / "list.txt"
     listed.write_text("one\ntwo\none\n")
-    assert "line 3 is 'one', as line 1" in refused("--model", base, "--tokens", listed)
+    assert "line 3 is 'one', as is line 1" in refused("--model", base, "--tokens", listed)
     listed.write_text("the\n")
     assert "tokens already" in refused("--model", base, "--tokens", listed)
     listed.write_text("\n")

@@ -95,7 +95,7 @@ def test_a_class_with_other_rules_than_the_file(tmp_path):
     cut = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]
     cut["Regex"] = cut["Regex"].replace("\\p{N}|", "\\p{N}{1,3}|")
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"gives '53' the ids \[\d+\], and AutoTokenizer of transformers .* gives"):
+    with pytest.raises(UserError, match=r"gives '53' the ids \[\d+\], but AutoTokenizer of transformers .* gives"):
         extended(folder, ["53"])
     assert not folder.with_name("model-new").exists()
 
