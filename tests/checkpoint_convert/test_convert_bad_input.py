@@ -113,8 +113,8 @@ def folder_for_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "fragments"),
     [
-        (wrong_shape, ["lm_head.weight is [96, 32], the model wants [97, 32]"]),
-        (other_embedding, ["model.embed_tokens.weight is [96, 32], the model wants [97, 32]"]),
+        (wrong_shape, ["lm_head.weight is [96, 32], the model needs [97, 32]"]),
+        (other_embedding, ["model.embed_tokens.weight is [96, 32], the model needs [97, 32]"]),
         (missing_tensor, ["missing model.layers.1.self_attn.q_norm.weight"]),
         (unexpected_tensor, ["unexpected model.extra.weight"]),
         (distinct_head, ["tie_word_embeddings", HEAD, EMBEDDING]),
