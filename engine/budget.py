@@ -33,7 +33,7 @@ class BatchPlan:
         return -(-tokens // self.tokens_per_step)
 
     def steps_left(self, train_tokens: int, tokens: int) -> int:
-        """Steps until ``train_tokens`` have been consumed, of which ``tokens`` are already."""
+        """Return the steps until ``train_tokens`` are consumed, if ``tokens`` are consumed already."""
         return self.steps_for(max(0, train_tokens - tokens))
 
     def sample_offsets(self, data_rank: int) -> list[range]:

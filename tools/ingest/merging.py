@@ -39,13 +39,13 @@ _SHARD_NAME = re.compile(r"(?P<stem>.*)\.shard-(?P<index>\d+)-of-(?P<count>\d+)(
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What the command was asked to do; the fields are its flags."""
+    """The options of the command; the fields are its flags."""
 
     inputs: Sequence[str]
     output_prefix: str
     overwrite: bool = False
     fill_mask: bool = False
-    """Datasets without a loss mask, beside others that have one, get one of ones: every token is to be predicted."""
+    """If some datasets have a loss mask, give the others one of ones, so that every token of theirs is a target."""
 
 
 @dataclass(frozen=True)
