@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-ROOMS = ("engine", "kernels", "tools", "checkpoint_convert")
+PACKAGES = ("benchmarks", "checkpoint_convert", "engine", "kernels", "tools")
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "__init__.py").read_text(encoding="utf-8")).group(1)
 
 setup(
@@ -38,7 +38,7 @@ setup(
     package_dir={"retemper": "."},
     package_data={"retemper": ["py.typed"]},
     packages=["retemper"]
-    + [f"retemper.{name}" for name in find_packages(str(ROOT), include=[p for r in ROOMS for p in (r, f"{r}.*")])],
+    + [f"retemper.{name}" for name in find_packages(str(ROOT), include=[p for r in PACKAGES for p in (r, f"{r}.*")])],
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

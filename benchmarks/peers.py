@@ -35,7 +35,7 @@ import torch
 from peer_engines.job import BATCHES_FILE, DATASET, Job
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.outputs import require_report, write_json_report
+from retemper.engine.files.outputs import require_report, write_json_report
 
 OURS = "retemper"
 NEEDS = {
@@ -182,10 +182,10 @@ def make_data(job: Job) -> None:
     """
     from peer_engines.ours import configure
 
-    from retemper.engine.budget import plan_batches
     from retemper.engine.data.catalog import open_catalog
-    from retemper.engine.data.dataset_writer import IndexedDatasetWriter
     from retemper.engine.data.loader import TrainingData
+    from retemper.engine.schedule import plan_batches
+    from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
     vocab_size = job.architecture["vocab_size"]
     generator = np.random.default_rng(job.seed)

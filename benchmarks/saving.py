@@ -20,14 +20,14 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from retemper.engine.checkpoint.assets import HfAssets
-from retemper.engine.checkpoint.manifest import Manifest
-from retemper.engine.checkpoint.saver import Saver
-from retemper.engine.checkpoint.staging import Staging
-from retemper.engine.checkpoint.store import CheckpointStore
-from retemper.engine.config import CheckpointConfig
+from retemper.engine.config.settings import CheckpointConfig
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.parallel.process_group import process_group
+from retemper.engine.weights.checkpoint.assets import HfAssets
+from retemper.engine.weights.checkpoint.manifest import Manifest
+from retemper.engine.weights.checkpoint.saver import Saver
+from retemper.engine.weights.checkpoint.staging import Staging
+from retemper.engine.weights.checkpoint.store import CheckpointStore
 
 
 def measure(gigabytes: float, saves: int, folder: Path, asynchronous: bool, step_seconds: float) -> dict[str, object]:

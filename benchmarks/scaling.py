@@ -2,19 +2,13 @@
 
     python benchmarks/scaling.py
 
-Computed from datasheet bandwidths by retemper.engine.observe.communication; nothing is measured.
+Computed from datasheet bandwidths by retemper.benchmarks.step.communication; nothing is measured.
 """
 
 from __future__ import annotations
 
+from retemper.benchmarks.step.communication import Layout, compute_seconds, memory_bytes, step_traffic, tokens_to_hide
 from retemper.engine.model.architecture import parse_architecture
-from retemper.engine.observe.communication import (
-    Layout,
-    compute_seconds,
-    memory_bytes,
-    step_traffic,
-    tokens_to_hide,
-)
 
 QWEN2_72B = parse_architecture(
     {

@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.conversion.options import (
+from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.files.outputs import Use, require_separate
+from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.weights.conversion.options import (
     add_copying,
     add_dtype,
     add_output,
@@ -24,9 +27,6 @@ from retemper.engine.conversion.options import (
     end_like_ctrl_c,
     parse,
 )
-from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.garbage import uncollected
-from retemper.engine.outputs import Use, require_separate
 
 PUSH = "--push-to-hub"
 
@@ -67,16 +67,16 @@ def main() -> None:
         _convert_and_upload(options, repository)
         return
     with uncollected():
-        from retemper.engine.conversion.dcp_to_hf import convert
+        from retemper.engine.weights.conversion.dcp_to_hf import convert
 
     convert(**options)
 
 
 def _convert_and_upload(options: dict[str, Any], repository: str) -> None:
     with uncollected():
-        from retemper.engine.conversion.dcp_to_hf import convert, plan_export
-        from retemper.engine.conversion.record import CONVERSION_FILE
-        from retemper.engine.hugging_face.upload import open_repository, upload_folder
+        from retemper.engine.weights.conversion.dcp_to_hf import convert, plan_export
+        from retemper.engine.weights.conversion.provenance import CONVERSION_FILE
+        from retemper.engine.weights.hugging_face.upload import open_repository, upload_folder
 
     checkpoint, output = Path(options["checkpoint"]), Path(options["output"])
     # What convert would refuse before it reads any weights is refused before a repository is made.

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from retemper.engine.conversion.options import (
+from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.weights.conversion.options import (
     HF,
     TARGET_FORMATS,
     add_copying,
@@ -23,8 +25,6 @@ from retemper.engine.conversion.options import (
     end_like_ctrl_c,
     parse,
 )
-from retemper.engine.errors import CommandParser, UserError, run_command
-from retemper.engine.garbage import uncollected
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

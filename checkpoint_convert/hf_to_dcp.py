@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c, parse
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.garbage import uncollected
+from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.weights.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c, parse
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +43,7 @@ def main() -> None:
     end_like_ctrl_c()
     options = parse_arguments()
     with uncollected():
-        from retemper.engine.conversion.hf_to_dcp import convert
+        from retemper.engine.weights.conversion.hf_to_dcp import convert
 
     convert(**vars(options))
 

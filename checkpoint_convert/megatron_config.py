@@ -23,10 +23,10 @@ from typing import IO, Any, NoReturn
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from retemper.engine.checkpoint.untrusted import file_inside, shown
-from retemper.engine.conversion.dcp_metadata import inert_class, require_modest
 from retemper.engine.errors import UserError
 from retemper.engine.model.architecture import Architecture, RopeScaling
+from retemper.engine.weights.conversion.dcp_metadata import inert_class, require_modest
+from retemper.engine.weights.untrusted import file_inside, shown
 
 from .megatron_layout import Vocabulary
 

@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
-from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.conversion.checkpoint_model import CheckpointModel, open_checkpoint_model
-from retemper.engine.conversion.hf_to_dcp import identify
-from retemper.engine.conversion.logits import compare_logits, describe_logits
-from retemper.engine.conversion.record import ConversionRecord, require_same_source
-from retemper.engine.conversion.run import nonfinite_option, size_of, write_tensors
-from retemper.engine.hugging_face.hub_download import find_model_folder
-from retemper.engine.hugging_face.model import open_hf_model
-from retemper.engine.hugging_face.weight_dtypes import cast_to, describe_casts, dtype_name, dtype_named
-from retemper.engine.hugging_face.weight_options import AUTO
+from retemper.engine.files.new_folder import require_absent
+from retemper.engine.files.outputs import Use, require_separate
 from retemper.engine.model.architecture import Architecture
-from retemper.engine.outputs import Use, require_separate
-from retemper.engine.streaming.new_folder import require_absent
-from retemper.engine.streaming.partial_folder import partial_folder
-from retemper.engine.streaming.tensor_source import StoredTensor, TensorSource
-from retemper.engine.streaming.workers import parse_workers
+from retemper.engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets
+from retemper.engine.weights.conversion.checkpoint_model import CheckpointModel, open_checkpoint_model
+from retemper.engine.weights.conversion.hf_to_dcp import identify
+from retemper.engine.weights.conversion.logits import compare_logits, describe_logits
+from retemper.engine.weights.conversion.provenance import ConversionRecord, require_same_source
+from retemper.engine.weights.conversion.writing import nonfinite_option, size_of, write_tensors
+from retemper.engine.weights.hugging_face.hub_download import find_model_folder
+from retemper.engine.weights.hugging_face.model import open_hf_model
+from retemper.engine.weights.hugging_face.weight_dtypes import cast_to, describe_casts, dtype_name, dtype_named
+from retemper.engine.weights.hugging_face.weight_options import AUTO
+from retemper.engine.weights.partial_folder import partial_folder
+from retemper.engine.weights.tensor_source import StoredTensor, TensorSource
+from retemper.engine.weights.workers import parse_workers
 
 from .megatron_config import args_from_config, window_options
 from .megatron_layout import Vocabulary

@@ -6,24 +6,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.conversion.checkpoint_model import CheckpointPlan, seal
-from retemper.engine.conversion.logits import compare_logits, describe_logits
-from retemper.engine.conversion.options import CHECKPOINT, HF
-from retemper.engine.conversion.record import ConversionRecord, file_hash, file_identity, require_same_source
-from retemper.engine.conversion.run import nonfinite_option, size_of, write_tensors
 from retemper.engine.errors import UserError
-from retemper.engine.hugging_face.shards import ShardPlan
-from retemper.engine.hugging_face.weight_dtypes import cast_to, declaring, describe_casts, dtype_named
-from retemper.engine.hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
+from retemper.engine.files.new_folder import require_absent
+from retemper.engine.files.outputs import Use, require_separate
+from retemper.engine.files.regular import read_regular
 from retemper.engine.model.architecture import CONFIG_FILE, read_hf_config
-from retemper.engine.outputs import Use, require_separate
-from retemper.engine.regular_files import read_regular
-from retemper.engine.streaming.block_copy import WrittenFile
-from retemper.engine.streaming.new_folder import require_absent
-from retemper.engine.streaming.partial_folder import PartialFolder, partial_folder
-from retemper.engine.streaming.tensor_source import StoredTensor
-from retemper.engine.streaming.workers import parse_workers
+from retemper.engine.weights.block_copy import WrittenFile
+from retemper.engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets
+from retemper.engine.weights.conversion.checkpoint_model import CheckpointPlan, seal
+from retemper.engine.weights.conversion.logits import compare_logits, describe_logits
+from retemper.engine.weights.conversion.options import CHECKPOINT, HF
+from retemper.engine.weights.conversion.provenance import (
+    ConversionRecord,
+    file_hash,
+    file_identity,
+    require_same_source,
+)
+from retemper.engine.weights.conversion.writing import nonfinite_option, size_of, write_tensors
+from retemper.engine.weights.hugging_face.shards import ShardPlan
+from retemper.engine.weights.hugging_face.weight_dtypes import cast_to, declaring, describe_casts, dtype_named
+from retemper.engine.weights.hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
+from retemper.engine.weights.partial_folder import PartialFolder, partial_folder
+from retemper.engine.weights.tensor_source import StoredTensor
+from retemper.engine.weights.workers import parse_workers
 
 from .megatron_reading import MegatronModel
 

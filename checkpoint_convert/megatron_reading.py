@@ -18,16 +18,16 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from retemper.engine.checkpoint.untrusted import METADATA_FILE, DamagedCheckpoint
-from retemper.engine.conversion.dcp_files import read_dcp_parts
-from retemper.engine.conversion.dcp_metadata import read_metadata
 from retemper.engine.errors import UserError
-from retemper.engine.hugging_face.weight_dtypes import DTYPES, dtype_name
+from retemper.engine.files.regular import read_regular
 from retemper.engine.model.architecture import Architecture, parse_architecture
 from retemper.engine.model.decoder import meta_decoder
-from retemper.engine.regular_files import read_regular
-from retemper.engine.streaming.tensor_source import ReadRows, StoredTensor
+from retemper.engine.weights.conversion.dcp_files import read_dcp_parts
+from retemper.engine.weights.conversion.dcp_metadata import read_metadata
+from retemper.engine.weights.hugging_face.weight_dtypes import DTYPES, dtype_name
 from retemper.engine.weights.parts import Part, TensorParts
+from retemper.engine.weights.tensor_source import ReadRows, StoredTensor
+from retemper.engine.weights.untrusted import METADATA_FILE, DamagedCheckpoint
 
 from .megatron_config import args_place, config_from_args, describe_disagreement, read_args, require_our_decoder
 from .megatron_layout import EMBEDDING_KEY, FusedTensor, Run, fused_tensors
@@ -125,7 +125,7 @@ class MegatronModel:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """Read rows, see :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
+        """Read rows, see :class:`~retemper.engine.weights.tensor_source.TensorSource`."""
         fused, place = self._fused[name], self._places[name]
         part = fused.parts.index(name)
         if place.is_part:

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retemper.engine.conversion.dcp_files import begin_tensor_file
 from retemper.engine.errors import UserError
-from retemper.engine.hugging_face.weight_dtypes import dtype_name
 from retemper.engine.model.architecture import Architecture
-from retemper.engine.streaming.block_copy import OutputFile, WrittenFile
-from retemper.engine.streaming.tensor_source import ReadRows, StoredTensor, TensorSource
+from retemper.engine.weights.block_copy import OutputFile, WrittenFile
+from retemper.engine.weights.conversion.dcp_files import begin_tensor_file
+from retemper.engine.weights.hugging_face.weight_dtypes import dtype_name
+from retemper.engine.weights.tensor_source import ReadRows, StoredTensor, TensorSource
 
 from .megatron_config import COMMON_FILE
 from .megatron_layout import FusedTensor, Vocabulary, extra_state_keys, fused_tensors
@@ -100,7 +100,7 @@ class MegatronPieces:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """Read rows, see :class:`~retemper.engine.streaming.tensor_source.TensorSource`. Rows of padding are zeros."""
+        """Read rows, see :class:`~retemper.engine.weights.tensor_source.TensorSource`. Rows of padding are zeros."""
         fused = self._fused[name]
         places = list(fused.places())
         with ExitStack() as stack:

@@ -14,9 +14,9 @@ import argparse
 from collections.abc import Sequence
 
 from retemper.checkpoint_convert.megatron_layout import Vocabulary
-from retemper.engine.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c, parse
 from retemper.engine.errors import CommandParser, UserError, run_command
-from retemper.engine.garbage import uncollected
+from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.weights.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c, parse
 
 _MAX_MULTIPLE = 2**20
 

@@ -74,7 +74,7 @@ def names_path(action: argparse.Action) -> bool:
 
 
 def _expanded(value: Any, name: str) -> Any:
-    from .paths import expand_path
+    from .files.paths import expand_path
 
     if isinstance(value, list):
         return [_expanded(each, name) for each in value]

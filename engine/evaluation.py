@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .best import Measure, fingerprint
-from .budget import BatchPlan
-from .config import RunConfig
+from .best_evaluation import Measure, fingerprint
+from .config.settings import RunConfig
 from .data.catalog import Catalog
 from .data.loader import describe_evaluated, validation_batches
 from .data.packing import MicroBatch
 from .errors import UserError
 from .observe.waiting import Counted, Say
+from .parallel.forward_backward import Passes
 from .parallel.mesh import Mesh
-from .parallel.passes import Passes
 from .parallel.process_group import Ranks
 from .run_state import Progress
+from .schedule import BatchPlan
 
 
 def count_targets(batches: Iterable[MicroBatch], mesh: Mesh) -> int:

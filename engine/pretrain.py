@@ -11,18 +11,18 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from retemper.engine.budget import learning_rate, plan_batches
-from retemper.engine.config import RunConfig
-from retemper.engine.config_checks import validate
-from retemper.engine.config_parser import parse_config
+from retemper.engine.config.checks import validate
+from retemper.engine.config.parser import parse_config
+from retemper.engine.config.settings import RunConfig
 from retemper.engine.errors import UserError, run_command
-from retemper.engine.garbage import uncollected
+from retemper.engine.files.open_limit import raise_open_files_limit
+from retemper.engine.guards.garbage_collection import uncollected
 from retemper.engine.guards.rank_consistency import agree_on_config
 from retemper.engine.guards.stop_request import StoppedBeforeTraining, StopRequest
 from retemper.engine.observe.console import Console
-from retemper.engine.open_files import raise_open_files_limit
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout, plan_layout
+from retemper.engine.schedule import learning_rate, plan_batches
 
 if TYPE_CHECKING:
     from retemper.engine.data.loader import Prefetcher
@@ -56,7 +56,7 @@ def prepare(world_size: int) -> RunConfig:
     config = parse_config()
     check_layout(config, world_size)
     with uncollected():
-        from retemper.engine import evaluation, precision, run_folder, start  # noqa: F401
+        from retemper.engine import evaluation, run_folder, start  # noqa: F401
         from retemper.engine.guards import rollback, run_guards  # noqa: F401
         from retemper.engine.observe import reporter, summary  # noqa: F401
     return config
@@ -74,7 +74,6 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
     Raises:
         UserError: configuration, data or checkpoint cannot be trained with.
     """
-    from retemper.engine.checkpoint.saver import Saver
     from retemper.engine.data.loader import TrainingData
     from retemper.engine.evaluation import Validation
     from retemper.engine.guards.run_guards import RunGuards
@@ -83,10 +82,11 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
     from retemper.engine.optim import build_optimizer
     from retemper.engine.parallel.build import build_model
     from retemper.engine.parallel.mesh import build_mesh
-    from retemper.engine.precision import with_precision
+    from retemper.engine.parallel.precision import with_precision
     from retemper.engine.run_folder import require_room, run_store
     from retemper.engine.run_state import Run
     from retemper.engine.start import choose, find_start, open_data, open_start
+    from retemper.engine.weights.checkpoint.saver import Saver
 
     validate(config)
     stop, say = stop or StopRequest(ranks), main_printer(ranks.is_main)
@@ -129,11 +129,11 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
 
 def train(run: Run, console: Console | None = None) -> None:
     """Train until the token budget is used up or the run is asked to stop. All ranks must call this."""
-    from retemper.engine.conversion.export_run import export_run
     from retemper.engine.guards.rollback import roll_back
     from retemper.engine.observe.closing import describe_end
     from retemper.engine.observe.summary import describe_start
     from retemper.engine.run_folder import open_run_folder
+    from retemper.engine.weights.conversion.export_run import export_run
 
     with open_run_folder(run, console):
         run.say(*describe_start(run))
@@ -148,9 +148,9 @@ def train(run: Run, console: Console | None = None) -> None:
 
 def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
     """Make all steps that are left, ``after`` going back, or those up to a loss spike before which to go back."""
-    from retemper.engine.checkpoint.tensors import training_tensors
     from retemper.engine.data.loader import Prefetcher
     from retemper.engine.guards.rollback import plan_rollback
+    from retemper.engine.weights.checkpoint.tensors import training_tensors
 
     if run.owes_evaluation:
         evaluate(run)

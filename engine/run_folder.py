@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
-from .budget import BatchPlan
-from .checkpoint.destination import require_destination
-from .checkpoint.manifest import Manifest
-from .checkpoint.run_record import CONFIG_FILE, note_start
-from .checkpoint.store import CheckpointStore
-from .checkpoint.tensors import training_tensors
-from .config import RunConfig, to_dict, to_yaml
-from .conversion.export_run import export_folder, prepare_export
+from .config.settings import RunConfig, to_dict, to_yaml
 from .model.architecture import Architecture
 from .observe.console import Console
 from .parallel.process_group import Ranks
 from .run_state import Progress, Run
+from .schedule import BatchPlan
+from .weights.checkpoint.destination import require_destination
+from .weights.checkpoint.manifest import Manifest
+from .weights.checkpoint.run_record import CONFIG_FILE, note_start
+from .weights.checkpoint.store import CheckpointStore
+from .weights.checkpoint.tensors import training_tensors
+from .weights.conversion.export_run import export_folder, prepare_export
 
 
 def run_store(config: RunConfig, ranks: Ranks) -> CheckpointStore:

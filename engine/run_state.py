@@ -10,11 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..kernels.attention import Choice as AttentionChoice
-    from .budget import BatchPlan
-    from .checkpoint.manifest import Manifest
-    from .checkpoint.saver import Saver
-    from .checkpoint.store import CheckpointStore
-    from .config import RunConfig
+    from .config.settings import RunConfig
     from .data.catalog import Catalog
     from .data.loader import TrainingData
     from .data.sample_order import SampleOrder
@@ -23,11 +19,15 @@ if TYPE_CHECKING:
     from .guards.stop_request import StopRequest
     from .observe.reporter import Reporter
     from .parallel.build import Choices
+    from .parallel.forward_backward import ModelParts, Passes
     from .parallel.mesh import Mesh
-    from .parallel.passes import ModelParts, Passes
+    from .parallel.precision import Precision
     from .parallel.process_group import Ranks
-    from .precision import Precision
+    from .schedule import BatchPlan
     from .start import Start
+    from .weights.checkpoint.manifest import Manifest
+    from .weights.checkpoint.saver import Saver
+    from .weights.checkpoint.store import CheckpointStore
 
 
 @dataclass(frozen=True)

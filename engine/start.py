@@ -9,13 +9,29 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import Choice as AttentionChoice
-from .attention_choice import choose_attention
-from .budget import BatchPlan
-from .checkpoint.assets import ASSET_FOLDER, HfAssets, complete_assets
-from .checkpoint.changes import require_allowed
-from .checkpoint.manifest import Manifest
-from .checkpoint.store import CheckpointStore
-from .checkpoint.tensors import (
+from .config.settings import DATA_FILES, RunConfig, to_dict
+from .data.catalog import Catalog, open_catalog
+from .data.renamed_sources import keep_names
+from .data.sample_order import SampleOrder
+from .errors import UserError
+from .model.architecture import CONFIG_FILE, INLINE, Architecture, hf_config_of, parse_architecture
+from .model.attention_choice import choose_attention
+from .model.decoder import meta_decoder
+from .optim import allocate_states
+from .parallel import compile as block_compile
+from .parallel import fsdp, trainable
+from .parallel.build import Choices
+from .parallel.build import check as check_model
+from .parallel.forward_backward import ModelParts
+from .parallel.memory_check import require_memory
+from .parallel.process_group import Ranks
+from .run_state import Progress
+from .schedule import BatchPlan
+from .weights.checkpoint.assets import ASSET_FOLDER, HfAssets, complete_assets
+from .weights.checkpoint.manifest import Manifest
+from .weights.checkpoint.resume_changes import require_allowed
+from .weights.checkpoint.store import CheckpointStore
+from .weights.checkpoint.tensors import (
     describe_casts,
     load_tensors,
     model_tensors,
@@ -23,26 +39,10 @@ from .checkpoint.tensors import (
     require_model_tensors,
     training_tensors,
 )
-from .config import DATA_FILES, RunConfig, to_dict
-from .data.catalog import Catalog, open_catalog
-from .data.renamed import keep_names
-from .data.sample_order import SampleOrder
-from .errors import UserError
-from .hugging_face.model import HfModel
-from .hugging_face.slices import load_hf_tensors
-from .hugging_face.start import KEY, local_weights, open_weights
-from .hugging_face.weight_dtypes import declared_dtype, declaring
-from .memory_bound import require_memory
-from .model.architecture import CONFIG_FILE, INLINE, Architecture, hf_config_of, parse_architecture
-from .model.decoder import meta_decoder
-from .optim import allocate_states
-from .parallel import compile as block_compile
-from .parallel import fsdp, trainable
-from .parallel.build import Choices
-from .parallel.build import check as check_model
-from .parallel.passes import ModelParts
-from .parallel.process_group import Ranks
-from .run_state import Progress
+from .weights.hugging_face.initial import KEY, local_weights, open_weights
+from .weights.hugging_face.model import HfModel
+from .weights.hugging_face.slices import load_hf_tensors
+from .weights.hugging_face.weight_dtypes import declared_dtype, declaring
 from .weights.parts import TensorParts
 
 

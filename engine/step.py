@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .data.packing import MicroBatch
 from .optim import allocate_states, clip_grad_norm, set_learning_rate, step_unless
-from .parallel.passes import ModelParts, Passes
+from .parallel.forward_backward import ModelParts, Passes
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ read_arguments() {
   "$PYTHON" - "$@" <<'END'
 import os
 
-from retemper.engine.data.dataset_files import refuse_existing_outputs
+from retemper.tools.preprocessing.dataset_files import refuse_existing_outputs
 from retemper.engine.errors import UserError, run_command
-from retemper.tools.ingest.output_check import output_prefixes, require_free_shards
+from retemper.tools.preprocessing.output_check import output_prefixes, require_free_shards
 from retemper.tools.preprocess import parse_arguments
 
 

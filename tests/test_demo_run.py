@@ -15,7 +15,7 @@ from retemper.tools.demo.run import Command, Demo
 
 TRAINER = """
 import json, pathlib, time
-from retemper.engine.checkpoint.manifest import Manifest, write_manifest
+from retemper.engine.weights.checkpoint.manifest import Manifest, write_manifest
 
 run = pathlib.Path("runs/domain")
 (run / "checkpoints").mkdir(parents=True)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from retemper.engine.config import CheckpointConfig, DataConfig, RunConfig, TrainingConfig
+from retemper.engine.config.settings import CheckpointConfig, DataConfig, RunConfig, TrainingConfig
 from retemper.engine.errors import UserError, report_user_error, run_command
 from retemper.engine.observe import waiting
 from retemper.engine.observe.closing import Totals, next_command
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 )
 def test_the_limit_of_open_files_is_raised_or_refused(soft, hard, expected):
     program = (
-        "import resource; from retemper.engine.open_files import raise_open_files_limit; "
+        "import resource; from retemper.engine.files.open_limit import raise_open_files_limit; "
         "from retemper.engine.errors import run_command; "
         "run_command(lambda: (raise_open_files_limit(), print(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))[1])"
     )

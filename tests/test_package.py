@@ -13,7 +13,7 @@ import pytest
 import retemper
 
 ROOT = Path(retemper.__file__).parent
-SCRIPT_FOLDERS = ("engine", "tools", "checkpoint_convert", "tools/demo")
+SCRIPT_FOLDERS = ("engine", "tools", "checkpoint_convert", "tools/demo", "benchmarks")
 
 
 def run_elsewhere(code: str, folder: Path) -> str:
@@ -34,7 +34,7 @@ def test_bare_names_are_not_ours(tmp_path, name):
 
 
 def test_the_package_is_found_from_anywhere(tmp_path):
-    code = "import retemper, retemper.engine.config, retemper.kernels.rope as r; print(retemper.__file__, r.__file__)"
+    code = "import retemper, retemper.engine.errors, retemper.kernels.rope as r; print(retemper.__file__, r.__file__)"
     assert run_elsewhere(code, tmp_path).split() == [str(ROOT / "__init__.py"), str(ROOT / "kernels" / "rope.py")]
 
 
@@ -73,7 +73,7 @@ def test_every_folder_with_a_script_has_the_module_that_finds_the_clone():
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     scripts = [ROOT / name for name in listed.stdout.split()]
     folders = {path.parent for path in scripts if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")}
-    folders -= {ROOT / "tools" / "ingest_benchmark"}  # run as modules of the package, with python -m
+    folders -= {ROOT / "benchmarks" / "preprocess"}  # run as modules of the package, with python -m
     for folder in sorted({*folders, ROOT / "tests"}):
         assert (folder / "retemper.py").resolve() == ROOT / "engine" / "retemper.py", folder
 

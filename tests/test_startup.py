@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import retemper
-from retemper.engine.checkpoint.manifest import Manifest, write_manifest
-from retemper.engine.garbage import uncollected
+from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.weights.checkpoint.manifest import Manifest, write_manifest
 
 ROOT = Path(retemper.__file__).parent
 COMMANDS = sorted(

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 tools/benchmark.py --config megatron_configs/qwen2.5_7b.yaml --steps 30
     python tools/benchmark.py --config run.yaml --sweep micro_batch_size=1,2,4 recompute=none,full
 
-This file is the command line of retemper.tools.step_benchmark.
+This file is the command line of retemper.benchmarks.step.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.config import RunConfig, to_dict
-from retemper.engine.config_parser import parse_config
+from retemper.benchmarks.step.options import BenchmarkOptions
+from retemper.benchmarks.step.sweep import format_sweep, parse_sweep, run_sweep
+from retemper.engine.config.parser import parse_config
+from retemper.engine.config.settings import RunConfig, to_dict
 from retemper.engine.errors import CommandParser, UserError, run_command
-from retemper.engine.garbage import uncollected
-from retemper.engine.outputs import Use, require_report, write_json_report
+from retemper.engine.files.outputs import Use, require_report, write_json_report
+from retemper.engine.guards.garbage_collection import uncollected
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout
-from retemper.tools.step_benchmark.options import BenchmarkOptions
-from retemper.tools.step_benchmark.sweep import format_sweep, parse_sweep, run_sweep
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -108,10 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measure(config: RunConfig, path: Path | None, settings: BenchmarkOptions, record: dict[str, Any]) -> None:
     # Everything that needs PyTorch is imported before any rank waits for another.
     with uncollected():
+        from retemper.benchmarks.step.machine import step_machine_facts
+        from retemper.benchmarks.step.measure import measure_step
+        from retemper.benchmarks.step.report import format_report, to_record
         from retemper.engine.parallel.process_group import process_group
-        from retemper.tools.step_benchmark.machine import step_machine_facts
-        from retemper.tools.step_benchmark.measure import measure_step
-        from retemper.tools.step_benchmark.report import format_report, to_record
 
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
         ranks.everywhere(lambda: check_layout(config, ranks.world_size))

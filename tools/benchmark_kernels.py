@@ -3,7 +3,7 @@
     python tools/benchmark_kernels.py --sizes small --json kernels.json --plot kernels.png
     python tools/benchmark_kernels.py --sizes issue --kernels linear_cross_entropy,attention
 
-This file is the command line of retemper.tools.kernel_benchmark.
+This file is the command line of retemper.benchmarks.kernel.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from retemper.benchmarks.kernel.names import KERNELS
 from retemper.engine.errors import CommandParser, UserError, run_command
-from retemper.engine.garbage import uncollected
-from retemper.engine.outputs import require_report
-from retemper.tools.kernel_benchmark.names import KERNELS
+from retemper.engine.files.outputs import require_report
+from retemper.engine.guards.garbage_collection import uncollected
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--kernels {','.join(unknown)}: there are {', '.join(KERNELS)}")
     command = shlex.join(["python", "tools/benchmark_kernels.py", *(sys.argv[1:] if arguments is None else arguments)])
     with uncollected():
-        from retemper.tools.kernel_benchmark.command import benchmark
+        from retemper.benchmarks.kernel.command import benchmark
 
     benchmark(options, command)
 

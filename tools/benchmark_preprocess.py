@@ -3,7 +3,7 @@
     python tools/benchmark_preprocess.py --input corpus.jsonl --tokenizer models/qwen3 --repeat 6
     python tools/benchmark_preprocess.py --input corpus.jsonl --tokenizer models/qwen3 --megatron --memory-check
 
-This file is the command line of retemper.tools.ingest_benchmark. Linux only.
+This file is the command line of retemper.benchmarks.preprocess. Linux only.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from retemper.benchmarks.preprocess.benchmark import BenchmarkOptions, run_benchmark
+from retemper.benchmarks.preprocess.machine import machine_facts
+from retemper.benchmarks.preprocess.report import format_report, to_record
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.outputs import Use, require_report, write_json_report
-from retemper.tools.ingest_benchmark.benchmark import BenchmarkOptions, run_benchmark
-from retemper.tools.ingest_benchmark.machine import machine_facts
-from retemper.tools.ingest_benchmark.report import format_report, to_record
+from retemper.engine.files.outputs import Use, require_report, write_json_report
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.garbage import uncollected
+from retemper.engine.guards.garbage_collection import uncollected
 from retemper.tools.checkpoint_report.listing import format_listing, list_checkpoints
 from retemper.tools.checkpoint_report.verification import verify
 

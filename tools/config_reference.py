@@ -2,8 +2,9 @@
 
     make docs
 
-Everything comes from :mod:`retemper.engine.config` and the table of ranges in :mod:`retemper.engine.config_checks`, so
-that the page cannot contradict the program. A test compares the page with what this file renders.
+Everything comes from :mod:`retemper.engine.config.settings` and the table of ranges in
+:mod:`retemper.engine.config.checks`, so that the page cannot contradict the program. A test compares the page with what
+this file renders.
 """
 
 from __future__ import annotations
@@ -18,9 +19,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.config import RunConfig
-from retemper.engine.config_checks import RANGES
-from retemper.engine.config_types import bare, hints_of, is_path, is_section, item_hint, show, switch_of, type_in_words
+from retemper.engine.config.checks import RANGES
+from retemper.engine.config.settings import RunConfig
+from retemper.engine.config.types_check import (
+    bare,
+    hints_of,
+    is_path,
+    is_section,
+    item_hint,
+    show,
+    switch_of,
+    type_in_words,
+)
 from retemper.engine.errors import CommandParser, run_command
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration_reference.md"
@@ -28,9 +38,9 @@ WIDTH = 120
 _BEGINNING = """\
 # Configuration reference
 
-This page is generated from `engine/config.py` by `make docs`. [configuration.md](configuration.md) explains how files
-and options are read. `training.precision` below is the key `precision` in the section `training` of a YAML file, and
-the option `--training.precision`.
+This page is generated from `engine/config/settings.py` by `make docs`.
+[configuration.md](configuration.md) explains how files and options are read. `training.precision`
+below is the key `precision` in the section `training` of a YAML file, and the option `--training.precision`.
 """
 
 

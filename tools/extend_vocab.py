@@ -12,8 +12,8 @@ import signal
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.garbage import uncollected
-from retemper.engine.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE
+from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.weights.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE
 from retemper.tools.vocabulary.options import ExtendOptions
 
 

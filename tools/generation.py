@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.checkpoint.assets import ASSET_FOLDER
-from ..engine.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from ..engine.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
-from ..engine.checkpoint.untrusted import METADATA_FILE, TABLE_FILE
-from ..engine.checkpoint.verify import require_undamaged
-from ..engine.data.document_frame import DocumentFrame, ids_of
-from ..engine.data.tokenizer import TokenizerHandle, load_prompt_tokenizer
 from ..engine.errors import UserError
-from ..engine.hugging_face.model import meta_decoder, open_hf_model
-from ..engine.hugging_face.weight_dtypes import declared_dtype, dtype_named
 from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
 from ..engine.model.decoder import Decoder
 from ..engine.model.packing import plan_packing
+from ..engine.tokenizer.document_frame import DocumentFrame, ids_of
+from ..engine.tokenizer.tokenizer import TokenizerHandle, load_prompt_tokenizer
+from ..engine.weights.checkpoint.assets import ASSET_FOLDER
+from ..engine.weights.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from ..engine.weights.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
+from ..engine.weights.checkpoint.verify import require_undamaged
+from ..engine.weights.hugging_face.model import meta_decoder, open_hf_model
+from ..engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_named
+from ..engine.weights.untrusted import METADATA_FILE, TABLE_FILE
 from ..kernels.attention import choose_attention_backend
 from .sampling import Sampling
 

@@ -3,7 +3,7 @@
     python tools/plan.py --config megatron_configs/qwen2_72b.yaml --nodes 4 --gpus-per-node 8 --gpu a100-80gb
     python tools/plan.py --config run.yaml --nodes 2 --gpus-per-node 8 --gpu h100-80gb --search --json plan.json
 
-This file is the command line of retemper.tools.rehearsal.
+This file is the command line of retemper.tools.planning.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retemper.engine.config_parser import parse_config
+from retemper.engine.config.parser import parse_config
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.garbage import uncollected
-from retemper.engine.outputs import Use, require_report, write_json_report
-from retemper.tools.rehearsal.gpus import GPUS
-from retemper.tools.rehearsal.request import EFFICIENCY, RESERVE, Request, read_architecture
+from retemper.engine.files.outputs import Use, require_report, write_json_report
+from retemper.engine.guards.garbage_collection import uncollected
+from retemper.tools.planning.gpus import GPUS
+from retemper.tools.planning.request import EFFICIENCY, RESERVE, Request, read_architecture
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     setting = request.setting(read_architecture(config.model))
     with uncollected():
-        from retemper.tools.rehearsal.command import rehearse
+        from retemper.tools.planning.command import rehearse
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -16,12 +16,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from retemper.engine.data.dataset_files import existing_outputs
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
-from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import CommandParser, UserError, run_command
-from retemper.engine.outputs import Use, require_report
+from retemper.engine.files.outputs import Use, require_report
+from retemper.engine.tokenizer.tokenizer import load_tokenizer
+from retemper.tools.preprocessing.dataset_files import existing_outputs
 from retemper.tools.reports.dataset.decoding import decode_document
 from retemper.tools.reports.dataset.page import write_page
 from retemper.tools.reports.dataset.report import InspectOptions, inspect_dataset

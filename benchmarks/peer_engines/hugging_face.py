@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers import Trainer as HuggingFaceTrainer
 
-from retemper.tools.kernel_benchmark.chunked_loss import chunked_cross_entropy, sum_of_losses
+from retemper.benchmarks.kernel.chunked_loss import chunked_cross_entropy, sum_of_losses
 
 from .job import Clock, Job, draw
 

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from retemper.engine.config import RunConfig
-from retemper.engine.config_parser import parse_config
+from retemper.engine.config.parser import parse_config
+from retemper.engine.config.settings import RunConfig
 from retemper.engine.data.loader import Prefetcher
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.parallel.process_group import process_group

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from ..budget import BatchPlan
-from ..config import DataConfig, SourceConfig, StageConfig
+from ..config.settings import DataConfig, SourceConfig, StageConfig
 from ..errors import UserError
+from ..schedule import BatchPlan
+from .curriculum import Schedule, Share, Stage
 from .indexed_dataset import IndexedDataset
 from .sample_order import OrderedSource, SampleOrder
 from .samples import NamedDataset, check_windows, equal_datasets
-from .schedule import Schedule, Share, Stage
 from .sidecar import Sidecar, hash_file, require_same_dataset
 from .source import Source, split_source
 from .tokenizer_identity import TokenizerIdentity

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ..outputs import open_new
+from ..files.outputs import open_new
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

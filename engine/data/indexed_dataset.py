@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from ..regular_files import open_regular
+from ..files.regular import open_regular
 from .file_entries import AscendingEntries, FileEntries
 from .index_check import DAMAGED, IndexEntries, count_displaced, document_problem, require_token_size
 from .index_format import DTYPES, HEADER, MAGIC, VERSION, dataset_prefix

@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from ..budget import BatchPlan
+from ..schedule import BatchPlan
 from .packing import MicroBatch, pack
 from .sample_order import SampleOrder
 from .source import Source, Window

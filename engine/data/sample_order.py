@@ -4,7 +4,7 @@ Sample ``i`` of the run is looked up in O(1) from its number alone: no index fil
 Therefore the order does not depend on the number of ranks, the micro-batch, worker threads or the length of the run. A
 resume needs only one number.
 
-Two techniques make this possible. A *schedule* of blends (schedule.py, blend.py) gives the source of a sample, and the
+Two techniques make this possible. A schedule of mixtures (curriculum.py, mixture.py) gives the source of a sample; the
 number of samples that the source has given before. A *Feistel network* permutes the order of a source's windows in
 every epoch (Black and Rogaway, 2002, "Ciphers with Arbitrary Finite Domains").
 """
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .schedule import Schedule
+from .curriculum import Schedule
 
 _FEISTEL_ROUNDS = 6
 _MASK_64 = 2**64 - 1

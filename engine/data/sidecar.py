@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 import xxhash
 
 from ..errors import UserError
-from ..regular_files import open_regular, read_regular
+from ..files.regular import open_regular, read_regular
 
 if TYPE_CHECKING:
     from .indexed_dataset import IndexedDataset

@@ -3,7 +3,7 @@
 Window ``w`` covers the tokens ``[w * S, w * S + S)`` of its part, and the next token of each as its target. Documents
 follow each other without padding, so only the tokens of the last partial window are lost. With a
 :class:`DocumentLayout` the windows hold the same tokens in total, but the documents of each group of windows are
-rearranged (layout.py).
+rearranged (document_packing.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from .document_packing import DocumentLayout, Group, Pieces, in_windows, pieces_between
 from .indexed_dataset import IndexedDataset
-from .layout import DocumentLayout, Group, Pieces, in_windows, pieces_between
 
 
 class Window(NamedTuple):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..tokenizer.fingerprint import same_tokenizer
+from ..tokenizer.tokenizer import load_tokenizer
 from .sidecar import Sidecar
-from .tokenizer import load_tokenizer
-from .tokenizer_fingerprint import same_tokenizer
 
 
 @dataclass(frozen=True)

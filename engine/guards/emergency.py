@@ -3,7 +3,7 @@
 It is possible while weights and states are whole (the failed step has not begun to change them), their values are
 finite, and all ranks have failed in the same step: they agree on that in the launcher's store, since a rank that has
 not failed waits in a collective, and cannot be called to another one. Where the exception is one rank's alone, nothing
-is saved. Messages go over the process group of the :class:`~retemper.engine.checkpoint.saver.Saver`, in which nothing
+is saved. Messages go over the process group of the :class:`~..weights.checkpoint.saver.Saver`, in which nothing
 is left of the failed step. If a rank hangs meanwhile, the watch over the ranks ends all of them.
 """
 
@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.assets import HfAssets
-from ..checkpoint.manifest import Manifest
-from ..checkpoint.saver import Saver
-from ..checkpoint.tensors import training_tensors
 from ..errors import UserError
 from ..optim.local import local_part
 from ..parallel.process_group import Ranks
+from ..weights.checkpoint.assets import HfAssets
+from ..weights.checkpoint.manifest import Manifest
+from ..weights.checkpoint.saver import Saver
+from ..weights.checkpoint.tensors import training_tensors
 from .liveness import is_lost_contact
 
 _OTHERS_SECONDS = 10.0

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import RunConfig, to_dict
+from ..config.settings import RunConfig, to_dict
 from ..errors import UserError
 
 if TYPE_CHECKING:

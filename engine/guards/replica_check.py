@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..checkpoint.tensors import OPTIMIZER_PREFIX, ParameterOwner, training_tensors
 from ..errors import UserError
 from ..optim.local import local_part
 from ..parallel.process_group import Ranks
+from ..weights.checkpoint.tensors import OPTIMIZER_PREFIX, ParameterOwner, training_tensors
 
 _CHUNK = 2**22
 """Elements hashed at a time: temporaries take some 32 bytes for each, 128 MiB."""

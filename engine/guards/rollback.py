@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..budget import BatchPlan
-from ..checkpoint.changes import require_allowed
-from ..checkpoint.manifest import Manifest, read_manifest
-from ..config import RunConfig, to_dict
+from ..config.settings import RunConfig, to_dict
 from ..data.sample_order import SampleOrder
 from ..errors import UserError
 from ..run_state import Progress, Run
+from ..schedule import BatchPlan
+from ..weights.checkpoint.manifest import Manifest, read_manifest
+from ..weights.checkpoint.resume_changes import require_allowed
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-from ..checkpoint.manifest import Manifest
-from ..checkpoint.saver import Saver
-from ..checkpoint.store import CheckpointStore
-from ..config import RunConfig
+from ..config.settings import RunConfig
 from ..errors import UserError
-from ..garbage import GarbageSchedule
-from ..parallel.passes import ModelParts
+from ..parallel.forward_backward import ModelParts
 from ..parallel.process_group import Ranks
 from ..run_folder import manifest_of
 from ..run_state import Run
 from ..step import StepResult
+from ..weights.checkpoint.manifest import Manifest
+from ..weights.checkpoint.saver import Saver
+from ..weights.checkpoint.store import CheckpointStore
 from .emergency import EmergencySave
+from .garbage_collection import GarbageSchedule
 from .replica_check import ReplicaCheck
 from .step_guard import StepGuard
 from .watchdog import Watchdog

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import TrainingConfig
+from ..config.settings import TrainingConfig
 from ..errors import UserError
 from ..parallel import fsdp
 from ..parallel.process_group import Ranks

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..regular_files import read_regular
+from ..files.regular import read_regular
 from .config_keys import account_for_keys, require_known_keys
 from .config_reader import ConfigReader, shown
 from .rope_settings import RopeScaling, read_rope

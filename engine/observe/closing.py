@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 
-from ..checkpoint.names import step_of
-from ..config import RunConfig
-from ..conversion.export_run import export_folder
+from ..config.settings import RunConfig
 from ..parallel.process_group import Ranks
 from ..run_state import Progress, Run
+from ..weights.checkpoint.names import step_of
+from ..weights.conversion.export_run import export_folder
 from .progress import duration, human, peak_memory_bytes
 
 

@@ -10,8 +10,8 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..checkpoint.run_record import CONFIG_FILE
 from ..run_state import Progress
+from ..weights.checkpoint.run_record import CONFIG_FILE
 from .curves import METRICS_FILE, continue_curve, start_over
 
 if TYPE_CHECKING:

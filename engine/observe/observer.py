@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..config import RunConfig
+from ..config.settings import RunConfig
 from ..run_state import Progress
 from .metrics_file import MetricsFile
 from .progress import step_line

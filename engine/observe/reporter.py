@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..budget import BatchPlan
-from ..config import RunConfig
+from ..config.settings import RunConfig
 from ..model.architecture import Architecture
 from ..parallel.process_group import Ranks
 from ..run_state import Progress
+from ..schedule import BatchPlan
 from ..step import StepResult
 from .closing import Totals
 from .flops import flops_per_token

@@ -8,23 +8,23 @@ from collections.abc import Iterable
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoint.assets import HfAssets
-from ..checkpoint.changes import describe_changes
-from ..checkpoint.retention import describe_rule
-from ..config import DataConfig, RunConfig
-from ..config_effect import Situation, without_effect
+from ..config.effects import Situation, without_effect
+from ..config.settings import DataConfig, RunConfig
 from ..data.catalog import Catalog
-from ..data.cuts import count_cuts
-from ..data.document_frame import frame_of_files
-from ..data.layout import GROUP_WINDOWS
+from ..data.document_packing import GROUP_WINDOWS
 from ..data.sample_order import SampleOrder
 from ..data.source import Source
-from ..dtypes import DTYPES
+from ..data.truncation import count_cuts
 from ..model.config_keys import describe_unread
+from ..model.dtypes import DTYPES
 from ..optim.local import local_part
 from ..parallel import trainable
 from ..parallel.launcher import launcher_notes
 from ..run_state import Run
+from ..tokenizer.document_frame import frame_of_files
+from ..weights.checkpoint.assets import HfAssets
+from ..weights.checkpoint.resume_changes import describe_changes
+from ..weights.checkpoint.retention import describe_rule
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
 from .tokenizer_notes import tokenizer_notes

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..config import OptimizerConfig
-from ..dtypes import DTYPES
+from ..config.settings import OptimizerConfig
+from ..model.dtypes import DTYPES
 from .adamw import CompactAdamW
 from .clipping import clip_grad_norm
 

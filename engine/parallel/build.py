@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import RunConfig
-from ..dtypes import DTYPES
+from ..config.settings import RunConfig
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import Decoder, LayerRange
+from ..model.dtypes import DTYPES
 from . import compile as block_compile
 from . import context, float8, fsdp, pipeline, recompute, tensor, trainable
+from .forward_backward import Feed, ModelParts, Passes, Sequential
 from .mesh import Mesh
-from .passes import Feed, ModelParts, Passes, Sequential
 from .process_group import Ranks
 
 
@@ -23,7 +23,7 @@ class Choices:
     """Decisions about a run that are made after its configuration was read."""
 
     attention_backend: str
-    """See :func:`retemper.engine.attention_choice.choose_attention`."""
+    """See :func:`retemper.engine.model.attention_choice.choose_attention`."""
     compiled: bool
     """True if blocks are compiled; see :func:`retemper.engine.parallel.compile.wanted`."""
     num_micro_batches: int

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...kernels.attention import PER_DOCUMENT
-from ..config import RunConfig
+from ..config.settings import RunConfig
 from ..errors import UserError
 from ..model.decoder import Decoder
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from ..config import ParallelConfig
+from ..config.settings import ParallelConfig
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import Decoder

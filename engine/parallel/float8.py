@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import nn
 
-from ..config import TrainingConfig
+from ..config.settings import TrainingConfig
 from ..errors import UserError
 from ..model.decoder import Decoder
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ..budget import plan_batches
-from ..config import ParallelConfig, RunConfig
+from ..config.settings import ParallelConfig, RunConfig
 from ..errors import UserError
+from ..schedule import plan_batches
 
 
 class Layout(NamedTuple):

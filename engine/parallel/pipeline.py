@@ -23,13 +23,13 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.tensor import DTensor
 
-from ..config import ParallelConfig, RunConfig
+from ..config.settings import ParallelConfig, RunConfig
 from ..data.packing import MicroBatch
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import Decoder, LayerRange
 from . import fsdp
-from .passes import Feed, counted_once
+from .forward_backward import Feed, counted_once
 
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
@@ -143,7 +143,7 @@ def cut_layers(architecture: Architecture, num_stages: int) -> list[LayerRange]:
 
 
 class Pipelined:
-    """The passes of a rank that holds some layers only; see :class:`retemper.engine.parallel.passes.Passes`.
+    """The passes of a rank that holds some layers only; see :class:`retemper.engine.parallel.forward_backward.Passes`.
 
     Args:
         decoders: this rank's stages, in their order.
@@ -195,7 +195,7 @@ class Pipelined:
         )
 
     def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
-        """Train, see :class:`~retemper.engine.parallel.passes.Passes`.
+        """Train, see :class:`~retemper.engine.parallel.forward_backward.Passes`.
 
         Forward and backward passes alternate: all of them are the phase "forward"."""
         on_phase("forward")
@@ -206,7 +206,7 @@ class Pipelined:
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> Tensor:
-        """Evaluate, see :class:`~retemper.engine.parallel.passes.Passes`."""
+        """Evaluate, see :class:`~retemper.engine.parallel.forward_backward.Passes`."""
         total = torch.zeros((), dtype=torch.float64, device=self._feed.device)
         count = self._num_micro_batches
         for first in range(0, len(batches), count):

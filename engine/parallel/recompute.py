@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ..config import ParallelConfig
+from ..config.settings import ParallelConfig
 from ..model.decoder import Decoder
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ...kernels.linear_cross_entropy import linear_cross_entropy
-from ..config import RunConfig
+from ..config.settings import RunConfig
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import Decoder

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig, TrainingConfig
+from ..config.settings import RunConfig, TrainingConfig
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import Decoder

@@ -2,7 +2,7 @@
 
 A part is a box of a tensor whose values are in one file. Parts come from a checkpoint's table (:mod:`.table`), from a
 Hugging Face folder, whose tensors are stored whole, or from a folder of PyTorch's distributed checkpoint
-(:mod:`retemper.engine.conversion.dcp_files`).
+(:mod:`retemper.engine.weights.conversion.dcp_files`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ..checkpoint.tiling import Box, tiling_problem
-from ..checkpoint.untrusted import DamagedCheckpoint
 from ..errors import UserError
 from ..optim.local import local_part
 from ..parallel.process_group import Ranks
-from ..streaming.raw_bytes import opened_for_reading, read_box
-from ..streaming.tensor_source import ReadRows, StoredTensor, rows_of
+from .coverage import Box, tiling_problem
+from .raw_bytes import opened_for_reading, read_box
+from .tensor_source import ReadRows, StoredTensor, rows_of
+from .untrusted import DamagedCheckpoint
 
 BLOCK_BYTES = 64 << 20
 """Bytes read at a time if they are converted to another dtype, device or layout."""
@@ -86,7 +86,7 @@ class TensorParts:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """Read rows, see :class:`~retemper.engine.streaming.tensor_source.TensorSource`. Files are opened when needed:
+        """Read rows, see :class:`~retemper.engine.weights.tensor_source.TensorSource`. Files are opened when needed:
         there may be thousands.
         """
         reader, rest = _Reader(self, name), (0,) * (len(self.tensors[name].shape) - 1)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.untrusted import DamagedCheckpoint
-from ..streaming.tensor_source import StoredTensor
+from .tensor_source import StoredTensor
+from .untrusted import DamagedCheckpoint
 
 SUFFIX = ".safetensors"
 DTYPES = {

@@ -17,17 +17,17 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from ..checkpoint.hashing import BLOCK_BYTES, FileRecord
-from ..checkpoint.tiling import Box, tiling_problem
-from ..checkpoint.untrusted import TABLE_FILE
 from ..errors import UserError
+from ..files.hashing import BLOCK_BYTES, FileRecord
 from ..optim.local import local_part
 from ..parallel.process_group import Ranks
-from ..streaming.raw_bytes import bytes_of
-from ..streaming.tensor_source import StoredTensor
+from .coverage import Box, tiling_problem
 from .parts import box_of
+from .raw_bytes import bytes_of
 from .safetensors_format import CODES, SUFFIX, in_file_order, make_header
 from .table import TableEntry, write_table
+from .tensor_source import StoredTensor
+from .untrusted import TABLE_FILE
 
 Held = tuple[tuple[int, ...], torch.dtype, Box]
 """Shape and dtype of a tensor, and the box of it that a rank holds."""

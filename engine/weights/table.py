@@ -19,14 +19,14 @@ from typing import Any
 
 import xxhash
 
-from ..checkpoint.hashing import FileRecord
-from ..checkpoint.tiling import Box
-from ..checkpoint.untrusted import TABLE_FILE, DamagedCheckpoint, file_inside, shown
 from ..errors import UserError
-from ..regular_files import read_regular
-from ..streaming.tensor_source import StoredTensor, rows_of
+from ..files.hashing import FileRecord
+from ..files.regular import read_regular
+from .coverage import Box
 from .parts import Part, TensorParts
 from .safetensors_format import CODES, DTYPES, HeaderEntry, is_shape, read_header
+from .tensor_source import StoredTensor, rows_of
+from .untrusted import TABLE_FILE, DamagedCheckpoint, file_inside, shown
 
 _MOST_TABLE_BYTES = 1 << 30
 """About 10 million parts; the table of a 72B model with AdamW on 64 ranks has 0.2 million."""

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from retemper.benchmarks.kernel.names import KERNELS
 from retemper.engine.errors import UserError
 from retemper.tools import benchmark_kernels
-from retemper.tools.kernel_benchmark.names import KERNELS
 
 ROOT = Path(__file__).parents[2]
 STEPS = ["step: qwen2.5-0.5b", "step: qwen2.5-7b", "step: qwen2.5-0.5b-again"]

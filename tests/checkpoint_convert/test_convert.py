@@ -28,18 +28,13 @@ from transformers import AutoModelForCausalLM
 
 import retemper
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
-from retemper.engine.checkpoint.assets import HfAssets
-from retemper.engine.checkpoint.manifest import Manifest, read_manifest
-from retemper.engine.checkpoint.store import CheckpointStore
-from retemper.engine.checkpoint.tensors import (
-    load_tensors,
-    model_tensors,
-    optimizer_tensors,
-    stored_tensors,
-)
 from retemper.engine.model.architecture import parse_architecture, read_hf_config
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.parallel.process_group import Ranks
+from retemper.engine.weights.checkpoint.assets import HfAssets
+from retemper.engine.weights.checkpoint.manifest import Manifest, read_manifest
+from retemper.engine.weights.checkpoint.store import CheckpointStore
+from retemper.engine.weights.checkpoint.tensors import load_tensors, model_tensors, optimizer_tensors, stored_tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The round trip

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from tiny_models import assert_refused, edit_json
 
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
-from retemper.engine.checkpoint.assets import HfAssets, is_hf_folder
 from retemper.engine.errors import UserError
-from retemper.engine.hugging_face.start import open_weights
+from retemper.engine.weights.checkpoint.assets import HfAssets, is_hf_folder
+from retemper.engine.weights.hugging_face.initial import open_weights
 
 
 def wrong_shape(folder: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_full_disk_takes_a_line(saved_models: dict[str, Path], tmp_path: Path,
     # so that both commands run in one of their own.
     script = f"""
 import resource, sys
-from retemper.engine.conversion import dcp_to_hf, hf_to_dcp
+from retemper.engine.weights.conversion import dcp_to_hf, hf_to_dcp
 from retemper.engine.errors import UserError
 hf_to_dcp.convert({str(saved_models["llama"])!r}, "checkpoint")
 resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))

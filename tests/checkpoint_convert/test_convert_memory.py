@@ -9,15 +9,15 @@ import pytest
 import torch
 from converting import Start
 
-from retemper.engine.hugging_face.shards import ShardPlan
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import meta_decoder
-from retemper.engine.streaming.tensor_source import StoredTensor
+from retemper.engine.weights.hugging_face.shards import ShardPlan
+from retemper.engine.weights.tensor_source import StoredTensor
 
 # Prints resident bytes after the imports, and the most of them until the end of each direction.
 SCRIPT = """
 import json
-from retemper.engine.conversion import dcp_to_hf, hf_to_dcp
+from retemper.engine.weights.conversion import dcp_to_hf, hf_to_dcp
 
 def resident(key):
     [line] = [line for line in open("/proc/self/status") if line.startswith(key + ":")]

@@ -20,16 +20,16 @@ from tiny_models import FAMILIES, TOKENIZER, assert_refused, edit_json, read_fol
 
 import retemper
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
-from retemper.engine.checkpoint.assets import TOKENIZER_FILES
-from retemper.engine.checkpoint.manifest import read_manifest, write_manifest
-from retemper.engine.checkpoint.verify import find_damage
-from retemper.engine.conversion import logits
-from retemper.engine.conversion.record import CONVERSION_FILE
 from retemper.engine.errors import UserError
-from retemper.engine.hugging_face.model import HfModel
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.model.decoder import Decoder, meta_decoder
-from retemper.engine.streaming import block_copy
+from retemper.engine.weights import block_copy
+from retemper.engine.weights.checkpoint.assets import TOKENIZER_FILES
+from retemper.engine.weights.checkpoint.manifest import read_manifest, write_manifest
+from retemper.engine.weights.checkpoint.verify import find_damage
+from retemper.engine.weights.conversion import logits
+from retemper.engine.weights.conversion.provenance import CONVERSION_FILE
+from retemper.engine.weights.hugging_face.model import HfModel
 from retemper.engine.weights.parts import TensorParts
 
 

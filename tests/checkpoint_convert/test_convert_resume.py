@@ -16,13 +16,13 @@ from forked import Program
 from tiny_models import assert_refused, read_folder
 
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
-from retemper.engine.checkpoint.manifest import read_manifest
-from retemper.engine.conversion import logits
 from retemper.engine.errors import UserError
-from retemper.engine.hugging_face.model import HfModel
-from retemper.engine.streaming import partial_folder
-from retemper.engine.streaming.tensor_source import ReadRows
+from retemper.engine.weights import partial_folder
+from retemper.engine.weights.checkpoint.manifest import read_manifest
+from retemper.engine.weights.conversion import logits
+from retemper.engine.weights.hugging_face.model import HfModel
 from retemper.engine.weights.parts import TensorParts
+from retemper.engine.weights.tensor_source import ReadRows
 
 Source = type[HfModel] | type[TensorParts]
 # A process of its own: the real command, in which reading the ninth tensor ends it.
@@ -30,7 +30,7 @@ KILLED = """
 import os, signal, sys, time
 from retemper.checkpoint_convert import {module}
 from retemper.engine.errors import run_command
-from retemper.engine.hugging_face.model import HfModel
+from retemper.engine.weights.hugging_face.model import HfModel
 from retemper.engine.weights.parts import TensorParts
 
 calls, rows = [], {source}.rows

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
-from retemper.engine.checkpoint.manifest import read_manifest
+from retemper.engine.weights.checkpoint.manifest import read_manifest
 
 
 def config_of(folder: Path) -> dict:

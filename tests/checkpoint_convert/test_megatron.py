@@ -25,12 +25,12 @@ from retemper.checkpoint_convert import from_megatron, to_megatron
 from retemper.checkpoint_convert.megatron_layout import Vocabulary
 from retemper.checkpoint_convert.megatron_reading import MegatronModel
 from retemper.checkpoint_convert.megatron_writing import Layout, MegatronPieces
-from retemper.engine.checkpoint.manifest import read_manifest
-from retemper.engine.checkpoint.verify import find_damage
-from retemper.engine.conversion.dcp_files import read_dcp_parts
-from retemper.engine.hugging_face.model import open_hf_model
 from retemper.engine.model.architecture import parse_architecture
-from retemper.engine.streaming import block_copy, raw_bytes
+from retemper.engine.weights import block_copy, raw_bytes
+from retemper.engine.weights.checkpoint.manifest import read_manifest
+from retemper.engine.weights.checkpoint.verify import find_damage
+from retemper.engine.weights.conversion.dcp_files import read_dcp_parts
+from retemper.engine.weights.hugging_face.model import open_hf_model
 
 Run = Callable[..., Command]
 

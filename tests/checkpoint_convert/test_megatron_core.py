@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from retemper.checkpoint_convert import megatron_config, megatron_export, megatron_import
-from retemper.engine.checkpoint.verify import find_damage
 from retemper.engine.errors import UserError
+from retemper.engine.weights.checkpoint.verify import find_damage
 
 pytest.importorskip("megatron.core", reason="needs megatron-core, which `make setup` installs where there is a wheel")
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retemper.engine.budget import BatchPlan
-from retemper.engine.config import DataConfig, SourceConfig, StageConfig
+from retemper.engine.config.settings import DataConfig, SourceConfig, StageConfig
 from retemper.engine.data.catalog import Catalog, open_catalog
-from retemper.engine.data.dataset_writer import IndexedDatasetWriter
+from retemper.engine.data.curriculum import Share, Stage
 from retemper.engine.data.loader import TrainingData
 from retemper.engine.data.packing import MicroBatch
 from retemper.engine.data.sample_order import Permutation
-from retemper.engine.data.schedule import Share, Stage
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
+from retemper.engine.schedule import BatchPlan
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
+from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
 VOCAB = 50_000
 LENGTH = 10

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.megatron_index import read_megatron, write_megatron
 
-from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.data.index_format import dataset_prefix
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.errors import UserError
+from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
 SEQUENCES = st.lists(st.integers(0, 127), min_size=1, max_size=6)
 DOCUMENTS = st.lists(st.lists(SEQUENCES, max_size=3), max_size=7)

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retemper.engine.data.dataset_writer import FileRange, IndexedDatasetWriter, best_dtype
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
-from retemper.tools.ingest.merging import MergeOptions, merge
+from retemper.tools.preprocessing.dataset_writer import FileRange, IndexedDatasetWriter, best_dtype
+from retemper.tools.preprocessing.merging import MergeOptions, merge
 
 try:
     with warnings.catch_warnings():

@@ -13,20 +13,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retemper.engine.budget import BatchPlan
-from retemper.engine.config import DataConfig, SourceConfig
+from retemper.engine.config.settings import DataConfig, SourceConfig
 from retemper.engine.data.catalog import Catalog, open_catalog
-from retemper.engine.data.dataset_writer import IndexedDatasetWriter
+from retemper.engine.data.curriculum import Share, Stage
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.loader import Prefetcher, TrainingData, validation_batches
 from retemper.engine.data.packing import MicroBatch, pack
 from retemper.engine.data.sample_order import OrderedSource
-from retemper.engine.data.schedule import Share, Stage
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.source import Source, Window, split_source
 from retemper.engine.data.tokenizer_identity import TokenizerIdentity
 from retemper.engine.errors import UserError
+from retemper.engine.schedule import BatchPlan
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
+from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
 VOCAB = 1000
 SIDECAR = Sidecar("tok", "a" * 64, VOCAB, True, "<eod>", 0, (), {})

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retemper.engine.budget import BatchPlan
-from retemper.engine.data import blend as blend_module
-from retemper.engine.data.blend import BLEND_RESOLUTION, Blend
+from retemper.engine.data import mixture as blend_module
+from retemper.engine.data.curriculum import Schedule, Share, Stage
+from retemper.engine.data.mixture import BLEND_RESOLUTION, Blend
 from retemper.engine.data.sample_order import OrderedSource, Permutation, Sample, SampleOrder
-from retemper.engine.data.schedule import Schedule, Share, Stage
+from retemper.engine.schedule import BatchPlan
 
 WeightedSource = tuple[str, int, float]
 """Name, windows, weight."""

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retemper.engine.budget import BatchPlan
-from retemper.engine.config import DataConfig, SourceConfig
+from retemper.engine.config.settings import DataConfig, SourceConfig
 from retemper.engine.data.catalog import Catalog, open_catalog
-from retemper.engine.data.dataset_writer import IndexedDatasetWriter
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
 from retemper.engine.observe.summary import data_notes
-from retemper.tools.ingest.merging import MergeOptions, merge
+from retemper.engine.schedule import BatchPlan
+from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
+from retemper.tools.preprocessing.merging import MergeOptions, merge
 
 PLAN = BatchPlan(sequence_length=8, global_batch_size=4, micro_batch_size=1, data_parallel_size=1)
 SIDECAR = Sidecar("tok", "a" * 64, 100, True, "<eod>", 0, (), {})

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from retemper.engine.conversion.logits import TOLERANCE
-from retemper.engine.streaming.block_copy import BLOCK_BYTES
-from retemper.engine.streaming.workers import MAX_WORKERS
+from retemper.engine.weights.block_copy import BLOCK_BYTES
+from retemper.engine.weights.conversion.logits import TOLERANCE
+from retemper.engine.weights.workers import MAX_WORKERS
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")

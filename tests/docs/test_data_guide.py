@@ -14,7 +14,7 @@ import pytest
 import yaml
 from oracles.tiny_tokenizer import train_tiny_tokenizer
 
-from retemper.engine.config_parser import parse_config
+from retemper.engine.config.parser import parse_config
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

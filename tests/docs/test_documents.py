@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from retemper.engine.budget import learning_rate, plan_batches
-from retemper.engine.config_parser import parse_config
+from retemper.engine.config.parser import parse_config
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.parallel.layout import plan_layout
+from retemper.engine.schedule import learning_rate, plan_batches
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "megatron_configs").glob("*.yaml"))

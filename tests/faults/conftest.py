@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
 import fault_judge as judge
+import pytest
 import tiny_run
 from fault_setup import SAMPLES_PER_STEP, write_run_file
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from retemper.engine.checkpoint.hashing import record_file
-from retemper.engine.checkpoint.manifest import sealed
+from retemper.engine.files.hashing import record_file
+from retemper.engine.weights.checkpoint.manifest import sealed
 
 FILES = ("rank-00000.safetensors", "rank-00001.safetensors", "tensors.json", "hf/config.json", "manifest.json")
 """Every file of a checkpoint of two ranks whose model has no tokenizer."""

@@ -10,9 +10,9 @@ from random import Random
 import torch
 from fault_damage import FILES, FORMS, checkpoints, damage_file
 
-from retemper.engine.checkpoint.store import CheckpointStore
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
+from retemper.engine.weights.checkpoint.store import CheckpointStore
 
 _PLACES = {"flip": 40, "truncate": 10, "zero": 10}
 

@@ -16,8 +16,8 @@ from fault_cases import KINDS, catalogue, draw
 from fault_damage import FILES, checkpoints, seal
 from fault_judge import Rest
 
-from retemper.engine.checkpoint.manifest import sealed
-from retemper.engine.checkpoint.tensors import save_tensors
+from retemper.engine.weights.checkpoint.manifest import sealed
+from retemper.engine.weights.checkpoint.tensors import save_tensors
 
 
 @pytest.fixture

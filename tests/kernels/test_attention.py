@@ -256,7 +256,7 @@ def test_compiled_flex_attention_reads_the_blocks():
 def test_every_backend_has_a_description():
     from typing import get_args, get_type_hints
 
-    from retemper.engine.config import TrainingConfig
+    from retemper.engine.config.settings import TrainingConfig
 
     choices = get_args(get_type_hints(TrainingConfig)["attention_backend"])
     assert choices == ("auto", *package.BACKENDS)

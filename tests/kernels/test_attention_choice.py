@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retemper.engine.attention_choice import choose_attention
-from retemper.engine.config import DataConfig, RunConfig, SourceConfig, TrainingConfig
+from retemper.engine.config.settings import DataConfig, RunConfig, SourceConfig, TrainingConfig
 from retemper.engine.errors import UserError
 from retemper.engine.model.architecture import parse_architecture
+from retemper.engine.model.attention_choice import choose_attention
 from retemper.kernels.attention import UnusableBackend, choice, choose_attention_backend, flash
 
 PACKAGES = {

@@ -7,11 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
 import tiny_run
+import yaml
 from launch_runs import NUM_STEPS, PRETRAIN
 
 

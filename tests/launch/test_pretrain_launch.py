@@ -13,7 +13,7 @@ import yaml
 from launch_runs import PRETRAIN, ROOT
 from torch.distributed.run import get_args_parser
 
-from retemper.engine.config_parser import build_parser
+from retemper.engine.config.parser import build_parser
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))

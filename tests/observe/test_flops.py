@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from retemper.engine.config import TrainingConfig
+from retemper.engine.config.settings import TrainingConfig
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder, Packing
 from retemper.engine.observe.flops import flops_per_token, peak_flops

@@ -8,8 +8,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from retemper.engine.data.sidecar import Sidecar
-from retemper.tools.ingest.options import PreprocessOptions
-from retemper.tools.ingest.pipeline import PreprocessReport, preprocess
+from retemper.tools.preprocessing.options import PreprocessOptions
+from retemper.tools.preprocessing.pipeline import PreprocessReport, preprocess
 
 GOOD = b'{"text": "fine"}\n'
 

@@ -10,13 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from retemper.tools.ingest.faults import MalformedError, Where
-from retemper.tools.ingest.formats import FORMATS
-from retemper.tools.ingest.inputs import InputOptions, expand_inputs
-from retemper.tools.ingest.long_text import LongText
-from retemper.tools.ingest.records import ReadContext, ReadOptions, readable_part
-from retemper.tools.ingest.tasks import Span
-from retemper.tools.ingest.texts import TextChoice
+from retemper.tools.preprocessing.faults import MalformedError, Where
+from retemper.tools.preprocessing.formats import FORMATS
+from retemper.tools.preprocessing.inputs import InputOptions, expand_inputs
+from retemper.tools.preprocessing.long_text import LongText
+from retemper.tools.preprocessing.records import ReadContext, ReadOptions, readable_part
+from retemper.tools.preprocessing.tasks import Span
+from retemper.tools.preprocessing.texts import TextChoice
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from packed_model import gradients, packed, tiny_decoder
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from retemper.engine.config import DataConfig, ParallelConfig, RunConfig, TrainingConfig
+from retemper.engine.config.settings import DataConfig, ParallelConfig, RunConfig, TrainingConfig
 from retemper.engine.errors import UserError
 from retemper.engine.model import decoder as decoder_module
 from retemper.engine.parallel import compile as block_compile

@@ -9,7 +9,7 @@ import torch
 from packed_model import gradients, packed, tiny_decoder
 from torch import nn
 
-from retemper.engine.config import TrainingConfig
+from retemper.engine.config.settings import TrainingConfig
 from retemper.engine.errors import UserError
 from retemper.engine.parallel import float8
 

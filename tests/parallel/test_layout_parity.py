@@ -1,6 +1,6 @@
 """Every layout computes the numbers of one process: losses, every gradient, every parameter after five steps.
 
-The single process is itself compared with transformers in tests/training/test_layouts.py and tests/model.
+The single process is itself compared with transformers in tests/system/test_whole_runs.py and tests/model.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retemper.engine.config import ParallelConfig
+from retemper.engine.config.settings import ParallelConfig
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.layout import AXES, Layout, plan_layout
 from retemper.engine.parallel.mesh import build_mesh

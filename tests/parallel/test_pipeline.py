@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from retemper.engine.config_parser import parse_config
+from retemper.engine.config.parser import parse_config
 from retemper.engine.model.architecture import Architecture, parse_architecture
 from retemper.engine.model.decoder import LayerRange, meta_decoder
 from retemper.engine.parallel.pipeline import cut_layers, stage_numbers

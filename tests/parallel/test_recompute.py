@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retemper.engine.config import ParallelConfig
+from retemper.engine.config.settings import ParallelConfig
 from retemper.engine.parallel import compile as block_compile
 from retemper.engine.parallel import recompute
 from retemper.kernels.attention import plan_attention

@@ -6,7 +6,7 @@ import parity_run
 import pytest
 
 from retemper.engine import pretrain
-from retemper.engine.config_parser import parse_config
+from retemper.engine.config.parser import parse_config
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import retemper
-from retemper.engine.config import DataConfig, RunConfig, SourceConfig, StageConfig, TrainingConfig
-from retemper.engine.config_checks import RANGES, problems
-from retemper.engine.config_names import known_keys
-from retemper.engine.config_types import accepts, hints_of
+from retemper.engine.config.checks import RANGES, problems
+from retemper.engine.config.settings import DataConfig, RunConfig, SourceConfig, StageConfig, TrainingConfig
+from retemper.engine.config.spelling import known_keys
+from retemper.engine.config.types_check import accepts, hints_of
 from retemper.tools import config_reference
 
 ROOT = Path(retemper.__file__).parent

@@ -25,11 +25,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from retemper.engine.checkpoint.manifest import Manifest
-from retemper.engine.conversion import hf_to_dcp
-from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.model import packing
+from retemper.engine.tokenizer.tokenizer import load_tokenizer
+from retemper.engine.weights.checkpoint.manifest import Manifest
+from retemper.engine.weights.conversion import hf_to_dcp
 from retemper.kernels import attention
 from retemper.kernels.attention import PER_DOCUMENT, plan_attention
 from retemper.tools import generate, generation

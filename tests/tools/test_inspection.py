@@ -14,8 +14,8 @@ from oracles.tiny_tokenizer import sample_text, train_tiny_sentencepiece, write_
 from tokenizers import Tokenizer, models
 
 from retemper.engine.data.indexed_dataset import IndexedDataset
-from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import UserError
+from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools.reports.dataset import lengths as lengths_module
 from retemper.tools.reports.dataset import token_counts
 from retemper.tools.reports.dataset.decoding import decode_document, measure_text, pieces

@@ -17,9 +17,9 @@ import pytest
 import yaml
 from oracles.html_page import Page
 
-from retemper.engine.checkpoint import manifest as manifests
-from retemper.engine.checkpoint.manifest import Manifest
 from retemper.engine.errors import run_command
+from retemper.engine.weights.checkpoint import manifest as manifests
+from retemper.engine.weights.checkpoint.manifest import Manifest
 from retemper.tools import report
 from retemper.tools.reports import charts
 from retemper.tools.reports.run import read_run

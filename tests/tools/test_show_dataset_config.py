@@ -15,10 +15,10 @@ from oracles.megatron_index import write_megatron
 from oracles.preprocessing import jsonl, run
 from oracles.tiny_tokenizer import sample_text, train_tiny_tokenizer
 
-from retemper.engine.budget import plan_batches
-from retemper.engine.config_parser import parse_config
+from retemper.engine.config.parser import parse_config
 from retemper.engine.data.catalog import open_catalog
 from retemper.engine.errors import UserError
+from retemper.engine.schedule import plan_batches
 from retemper.tools import show_dataset
 from retemper.tools.reports.dataset import training_plan
 from retemper.tools.reports.dataset.training_plan import plan_training

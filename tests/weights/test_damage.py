@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retemper.engine.checkpoint.hashing import record_file
-from retemper.engine.checkpoint.manifest import Manifest, write_manifest
-from retemper.engine.checkpoint.tensors import load_tensors, stored_tensors
-from retemper.engine.checkpoint.untrusted import DamagedCheckpoint
-from retemper.engine.checkpoint.verify import find_damage
 from retemper.engine.errors import UserError
+from retemper.engine.files.hashing import record_file
+from retemper.engine.weights.checkpoint.manifest import Manifest, write_manifest
+from retemper.engine.weights.checkpoint.tensors import load_tensors, stored_tensors
+from retemper.engine.weights.checkpoint.verify import find_damage
+from retemper.engine.weights.untrusted import DamagedCheckpoint
 
 FIRST, SECOND = "rank-00000.safetensors", "rank-00001.safetensors"
 

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from retemper.engine.checkpoint.tensors import load_tensors, open_tensors, save_tensors
 from retemper.engine.errors import UserError
+from retemper.engine.weights.checkpoint.tensors import load_tensors, open_tensors, save_tensors
 
 RANKS = {name: torch.Size(shape).numel() for name, (shape, _) in shard_cases.LAYOUTS.items()}
 
@@ -104,7 +104,7 @@ def test_a_stale_file_is_never_opened(tmp_path):
 
 
 def test_only_the_part_of_a_rank_is_read(tmp_path, monkeypatch):
-    from retemper.engine.streaming import raw_bytes
+    from retemper.engine.weights import raw_bytes
 
     sizes, read = [], raw_bytes.read_into
     monkeypatch.setattr(raw_bytes, "read_into", lambda *a: (sizes.append(len(a[2])), read(*a)))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...engine.checkpoint.manifest import Manifest, read_manifest
-from ...engine.checkpoint.tensors import load_tensors, stored_tensors
 from ...engine.guards.rank_consistency import flatten
-from ...engine.streaming.tensor_source import StoredTensor
+from ...engine.weights.checkpoint.manifest import Manifest, read_manifest
+from ...engine.weights.checkpoint.tensors import load_tensors, stored_tensors
+from ...engine.weights.tensor_source import StoredTensor
 
 _GROUP_BYTES = 1 << 30
 """Bytes of values that are in memory at a time, of each checkpoint. Every group reads the metadata once."""

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...engine.checkpoint.disk_space import format_bytes
-from ...engine.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
-from ...engine.checkpoint.names import DAMAGED, REWOUND, is_checkpoint_name, step_of
-from ...engine.checkpoint.retention import reasons_to_keep
-from ...engine.checkpoint.verify import wrong_sizes
 from ...engine.errors import UserError
+from ...engine.files.disk_space import format_bytes
 from ...engine.observe.curves import METRICS_FILE
+from ...engine.weights.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
+from ...engine.weights.checkpoint.names import DAMAGED, REWOUND, is_checkpoint_name, step_of
+from ...engine.weights.checkpoint.retention import reasons_to_keep
+from ...engine.weights.checkpoint.verify import wrong_sizes
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Row:
     """Total size of the existing files."""
     age_seconds: float
     kept: list[str]
-    """Reasons of :func:`~retemper.engine.checkpoint.retention.reasons_to_keep`."""
+    """Reasons of :func:`~retemper.engine.weights.checkpoint.retention.reasons_to_keep`."""
     state: str
     """complete, unverifiable (format 1, without hashes), set aside, rewound, or the problem."""
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from ...engine.checkpoint.lock import run_folder_lock
-from ...engine.checkpoint.retention import reasons_when_pruning, whole_checkpoints
-from ...engine.checkpoint.store import CheckpointStore
 from ...engine.errors import UserError
+from ...engine.files.lock import run_folder_lock
 from ...engine.parallel.process_group import Ranks
+from ...engine.weights.checkpoint.retention import reasons_when_pruning, whole_checkpoints
+from ...engine.weights.checkpoint.store import CheckpointStore
 from .listing import checkpoint_folder
 
 

@@ -13,19 +13,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from ...engine.checkpoint.disk_space import require_space
-from ...engine.checkpoint.lock import run_folder_lock
-from ...engine.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from ...engine.checkpoint.removal import remove_tree
-from ...engine.checkpoint.tensors import open_tensors
-from ...engine.checkpoint.untrusted import METADATA_FILE
-from ...engine.checkpoint.verify import require_undamaged
-from ...engine.conversion.checkpoint_model import CheckpointPlan
-from ...engine.conversion.run import progress
 from ...engine.errors import UserError
-from ...engine.outputs import sync_path, sync_tree
-from ...engine.streaming.block_copy import copy_files
-from ...engine.streaming.workers import default_workers
+from ...engine.files.disk_space import require_space
+from ...engine.files.lock import run_folder_lock
+from ...engine.files.outputs import sync_path, sync_tree
+from ...engine.files.removal import remove_tree
+from ...engine.weights.block_copy import copy_files
+from ...engine.weights.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from ...engine.weights.checkpoint.tensors import open_tensors
+from ...engine.weights.checkpoint.verify import require_undamaged
+from ...engine.weights.conversion.checkpoint_model import CheckpointPlan
+from ...engine.weights.conversion.writing import progress
+from ...engine.weights.untrusted import METADATA_FILE
+from ...engine.weights.workers import default_workers
 from .verification import checkpoints_of
 
 OLD = ".old-format"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ...engine.checkpoint.disk_space import format_bytes
-from ...engine.checkpoint.manifest import MANIFEST_FILE
-from ...engine.checkpoint.names import named_checkpoints
-from ...engine.checkpoint.verify import find_damage
 from ...engine.errors import UserError
+from ...engine.files.disk_space import format_bytes
+from ...engine.weights.checkpoint.manifest import MANIFEST_FILE
+from ...engine.weights.checkpoint.names import named_checkpoints
+from ...engine.weights.checkpoint.verify import find_damage
 
 
 def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:

@@ -23,11 +23,11 @@ from typing import Any
 
 import psutil
 
-from retemper.engine.checkpoint.manifest import read_manifest
-from retemper.engine.config_yaml import load_yaml
+from retemper.engine.config.yaml_loader import load_yaml
 from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.files.outputs import write_report
 from retemper.engine.observe.curves import METRICS_FILE
-from retemper.engine.outputs import write_report
+from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.tools.demo.bpe import train_tokenizer
 from retemper.tools.demo.corpora import build_corpora
 from retemper.tools.reports.metrics import read_curves

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from ...engine.errors import UserError
-from ...engine.regular_files import open_regular
+from ...engine.files.regular import open_regular
 
 COLUMNS = (
     *("loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "mfu"),

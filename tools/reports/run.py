@@ -17,15 +17,15 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from ...engine.checkpoint.manifest import MANIFEST_FILE, Manifest
-from ...engine.checkpoint.run_record import CONFIG_FILE
-from ...engine.config_files import read_config
-from ...engine.data.schedule import Schedule
+from ...engine.config.files import read_config
+from ...engine.data.curriculum import Schedule
 from ...engine.errors import UserError
+from ...engine.files.regular import open_regular, read_regular
 from ...engine.guards.rank_consistency import flatten
 from ...engine.observe.console import LOG_FILE
 from ...engine.observe.curves import METRICS_FILE
-from ...engine.regular_files import open_regular, read_regular
+from ...engine.weights.checkpoint.manifest import MANIFEST_FILE, Manifest
+from ...engine.weights.checkpoint.run_record import CONFIG_FILE
 from ..checkpoint_report.listing import Row, list_checkpoints
 from .metrics import Curves, read_curves
 

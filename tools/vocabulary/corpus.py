@@ -9,12 +9,12 @@ from pathlib import Path
 import xxhash
 
 from ...engine.errors import UserError
-from ..ingest.faults import MalformedError, Where
-from ..ingest.formats import FORMATS
-from ..ingest.inputs import STDIN, InputOptions, expand_inputs
-from ..ingest.records import ReadContext
-from ..ingest.tasks import Span
-from ..ingest.texts import TextChoice
+from ..preprocessing.faults import MalformedError, Where
+from ..preprocessing.formats import FORMATS
+from ..preprocessing.inputs import STDIN, InputOptions, expand_inputs
+from ..preprocessing.records import ReadContext
+from ..preprocessing.tasks import Span
+from ..preprocessing.texts import TextChoice
 
 HELD_OUT = 10
 """One of this many documents is held out."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...engine.errors import UserError
-from ...engine.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE, parse_shard_size
+from ...engine.weights.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE, parse_shard_size
 
 _COUNTS = ("num_tokens", "min_count", "max_characters", "max_documents", "max_bytes", "pad_vocab_to_multiple_of")
 

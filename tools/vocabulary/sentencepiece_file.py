@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE
 from ...engine.errors import UserError
+from ...engine.tokenizer.files import SENTENCEPIECE_FILE
 from .vocabulary import WORD_START, NewToken
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5

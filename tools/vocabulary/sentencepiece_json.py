@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...engine.data.tokenizer_files import ADDED_TOKENS_FILE, CONFIG_FILES, SENTENCEPIECE_FILE
-from ...engine.data.tokenizer_json import parse_tokenizer
-from ...engine.data.tokenizer_probes import PROBES
 from ...engine.errors import UserError
+from ...engine.tokenizer.files import ADDED_TOKENS_FILE, CONFIG_FILES, SENTENCEPIECE_FILE
+from ...engine.tokenizer.json_file import parse_tokenizer
+from ...engine.tokenizer.probes import PROBES
 from .sentencepiece_file import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, loaded, parse_model
 from .serving import STRIP_STEPS
 from .vocabulary import WORD_START, dump_json, read_object

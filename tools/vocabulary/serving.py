@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...engine.data.tokenizer import TokenizerHandle, load_tokenizer
-from ...engine.data.tokenizer_classes import auto_tokenizer, auto_tokenizer_name
-from ...engine.data.tokenizer_files import ADDED_TOKENS_FILE, CONFIG_FILES, TOKENIZER_FILE, read_config
 from ...engine.errors import UserError
+from ...engine.tokenizer.classes import auto_tokenizer, auto_tokenizer_name
+from ...engine.tokenizer.files import ADDED_TOKENS_FILE, CONFIG_FILES, TOKENIZER_FILE, read_config
+from ...engine.tokenizer.tokenizer import TokenizerHandle, load_tokenizer
 from .vocabulary import WORD_START, NewToken, dump_json, read_object
 
 _CONFIG_FILE = CONFIG_FILES[0]

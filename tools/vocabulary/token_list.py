@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engine.errors import UserError
-from ...engine.regular_files import read_regular
+from ...engine.files.regular import read_regular
 
 _MOST_BYTES = 1 << 30
 _KEYS = ("text", "piece", "token", "content")

@@ -14,9 +14,9 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE
-from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.errors import UserError
+from ...engine.tokenizer.files import SENTENCEPIECE_FILE, TOKENIZER_FILE
+from ...engine.tokenizer.json_file import parse_tokenizer
 from . import sentencepiece_file
 from .bpe import learn_bpe
 from .serving import with_added_tokens

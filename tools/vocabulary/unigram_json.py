@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...engine.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE
-from ...engine.data.tokenizer_json import parse_tokenizer
 from ...engine.errors import UserError
+from ...engine.tokenizer.files import SENTENCEPIECE_FILE, TOKENIZER_FILE
+from ...engine.tokenizer.json_file import parse_tokenizer
 from . import sentencepiece_file
 from .serving import with_added_tokens
 from .splitting import WordSplitter, may_be_piece, split_words

@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...engine.checkpoint.assets import ASSET_FOLDER, HfAssets
-from ...engine.checkpoint.manifest import MANIFEST_FILE
-from ...engine.conversion.checkpoint_model import CheckpointPlan, open_checkpoint_model
-from ...engine.conversion.run import progress
 from ...engine.errors import UserError
-from ...engine.hugging_face.hub_download import find_model_folder
-from ...engine.hugging_face.model import EMBEDDING, HEAD, open_hf_model
-from ...engine.hugging_face.shards import ShardPlan
 from ...engine.model.architecture import CONFIG_FILE, Architecture
-from ...engine.streaming.block_copy import BLOCK_BYTES, WrittenFile, copy_files
-from ...engine.streaming.tensor_source import ReadRows, StoredTensor, TensorSource
-from ...engine.streaming.workers import default_workers
+from ...engine.weights.block_copy import BLOCK_BYTES, WrittenFile, copy_files
+from ...engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets
+from ...engine.weights.checkpoint.manifest import MANIFEST_FILE
+from ...engine.weights.conversion.checkpoint_model import CheckpointPlan, open_checkpoint_model
+from ...engine.weights.conversion.writing import progress
+from ...engine.weights.hugging_face.hub_download import find_model_folder
+from ...engine.weights.hugging_face.model import EMBEDDING, HEAD, open_hf_model
+from ...engine.weights.hugging_face.shards import ShardPlan
+from ...engine.weights.tensor_source import ReadRows, StoredTensor, TensorSource
+from ...engine.weights.workers import default_workers
 from .vocabulary import NewToken
 
 _LARGEST_MULTIPLE = 128
@@ -124,7 +124,7 @@ class ExtendedVocabulary:
 
     @contextmanager
     def rows(self, name: str) -> Iterator[ReadRows]:
-        """Read rows, see :class:`~retemper.engine.streaming.tensor_source.TensorSource`."""
+        """Read rows, see :class:`~retemper.engine.weights.tensor_source.TensorSource`."""
         with self._source.rows(name) as read:
             if name not in self._extended:
                 yield read

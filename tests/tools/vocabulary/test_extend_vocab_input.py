@@ -16,8 +16,8 @@ import xxhash
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from retemper.engine.data.tokenizer import load_tokenizer
 from retemper.engine.errors import run_command
+from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools import extend_vocab as command
 from retemper.tools.vocabulary import command as steps
 from retemper.tools.vocabulary.corpus import Sample

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ....engine.checkpoint.disk_space import format_bytes
+from ....engine.files.disk_space import format_bytes
 from .decoding import TextFacts
 from .duplicates import DuplicateFacts
 from .lengths import LengthFacts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ....engine.outputs import write_report
+from ....engine.files.outputs import write_report
 from ..page import bullets, definitions, escape, header, note, page, preformatted, section, table
 from .decoding import DecodedDocument
 from .facts import RUN_HEAD, SOURCE_HEAD, dataset_facts, run_facts, run_rows, source_rows, stage_table

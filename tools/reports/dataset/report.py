@@ -7,11 +7,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ....engine.data.dataset_files import existing_outputs
 from ....engine.data.indexed_dataset import IndexedDataset
 from ....engine.data.sidecar import InputSource, Sidecar, require_same_dataset
-from ....engine.data.tokenizer import TokenizerHandle
 from ....engine.errors import UserError
+from ....engine.tokenizer.tokenizer import TokenizerHandle
+from ...preprocessing.dataset_files import existing_outputs
 from .decoding import DecodedDocument, TextFacts, choose_documents, decode_document, measure_text
 from .findings import find_missing, find_warnings
 from .lengths import LengthFacts, count_lengths, sample_lengths

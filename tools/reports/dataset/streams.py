@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ....engine.data.dataset_writer import FileArray
 from ....engine.data.index_format import HEADER
 from ....engine.data.indexed_dataset import IndexedDataset
 from ....engine.errors import UserError
+from ...preprocessing.dataset_writer import FileArray
 
 BLOCK_TOKENS = 4 << 20
 """Tokens that are held at once: 32 MB, and some copies."""

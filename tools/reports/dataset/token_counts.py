@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ....engine.data.indexed_dataset import IndexedDataset
-from ...ingest.progress import ProgressReport
+from ...preprocessing.progress import ProgressReport
 from .duplicates import CAPACITY, DistinctDocuments, DuplicateFacts
 from .streams import BLOCK_TOKENS, Block, DatasetStream
 

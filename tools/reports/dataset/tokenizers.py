@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass
 
 from ....engine.data.sidecar import Sidecar
-from ....engine.data.tokenizer import TokenizerHandle, load_tokenizer
 from ....engine.data.tokenizer_identity import TokenizerIdentity
 from ....engine.errors import UserError
+from ....engine.tokenizer.tokenizer import TokenizerHandle, load_tokenizer
 
 
 @dataclass(frozen=True)

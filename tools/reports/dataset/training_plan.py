@@ -8,19 +8,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from ....engine.budget import BatchPlan, plan_batches
-from ....engine.checkpoint.assets import find_assets
-from ....engine.config import RunConfig, SourceConfig
-from ....engine.config_parser import parse_config
+from ....engine.config.parser import parse_config
+from ....engine.config.settings import RunConfig, SourceConfig
 from ....engine.data.catalog import Catalog, open_catalog
-from ....engine.data.cuts import count_cuts
+from ....engine.data.document_packing import GROUP_WINDOWS
 from ....engine.data.index_format import dataset_prefix
-from ....engine.data.layout import GROUP_WINDOWS
 from ....engine.data.sample_order import SampleOrder
 from ....engine.data.source import Source
 from ....engine.data.tokenizer_identity import TokenizerIdentity
+from ....engine.data.truncation import count_cuts
 from ....engine.model.architecture import parse_architecture
 from ....engine.observe.summary import describe_data
+from ....engine.schedule import BatchPlan, plan_batches
+from ....engine.weights.checkpoint.assets import find_assets
 
 _ANY_VOCABULARY = 1 << 31
 _GROUPS_COUNTED = 256

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ....engine.data.dataset_writer import METADATA
 from ....engine.data.indexed_dataset import IndexedDataset
 from ....engine.data.sidecar import Sidecar, hash_file, require_same_dataset
-from ....engine.data.tokenizer import TokenizerHandle
 from ....engine.errors import UserError
-from ...ingest.progress import ProgressReport
+from ....engine.tokenizer.tokenizer import TokenizerHandle
+from ...preprocessing.dataset_writer import METADATA
+from ...preprocessing.progress import ProgressReport
 from .streams import BLOCK_TOKENS
 
 _REMEDY = "the files were changed after they were written; build or copy all of them again"

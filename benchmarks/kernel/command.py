@@ -1,0 +1,110 @@
+"""Run the kernel benchmark with the command's options, and print its tables."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from ...engine.errors import UserError
+from ...engine.files.outputs import write_json_report
+from ...engine.model.dtypes import DTYPES
+from .cases import cases
+from .measure import Result, Settings, measure_case
+from .report import format_results, plot_results
+
+LIBRARIES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "numpy")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return a description of the machine."""
+    versions: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def run(
+    options: argparse.Namespace, keep: Callable[[list[Result], list[str]], None] = lambda *_: None
+) -> tuple[list[Result], list[str]]:
+    """Measure the selected cases; also return the names of cases for which no time was left.
+
+    ``keep`` is called with both after every case, so that a run that is ended early keeps its results.
+
+    Raises:
+        UserError: a GPU is requested but there is none.
+    """
+    kernels = options.kernels.split(",")
+    settings = Settings(options.device, options.dtype, options.seconds)
+    torch.manual_seed(options.seed)
+    started, results, left_out = time.monotonic(), [], []
+    for case in cases(options.sizes):
+        if case.kernel not in kernels:
+            continue
+        if options.time_limit is not None and time.monotonic() - started > options.time_limit:
+            left_out.append(f"{case.kernel}: {case.name}")
+            continue
+        results += measure_case(case, settings, say=_say, compiled=not options.no_compile)
+        keep(results, left_out)
+    return results, left_out
+
+
+def _say(result: Result) -> None:
+    time_taken = "" if result.milliseconds is None else f"{result.milliseconds:.3f} ms"
+    problem = result.problem or ""
+    print(f"{result.kernel} {result.case}: {result.provider}: {time_taken} {problem}", file=sys.stderr, flush=True)
+
+
+def benchmark(options: argparse.Namespace, command: str) -> None:
+    """Measure, print and write the results selected by ``options`` of ``command``.
+
+    Raises:
+        UserError: a GPU is requested but there is none, or one of our kernels is outside its bounds.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU on this machine; use --device cpu")
+    name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = torch.device(name)
+    if options.dtype == "auto":
+        options.dtype = "bf16" if name == "cuda" else "fp32"
+    dtype_name, options.dtype = options.dtype, DTYPES[options.dtype]
+    if options.sizes == "auto":
+        options.sizes = "issue" if name == "cuda" else "small"
+    facts = machine(options.device)
+
+    def keep(results: list[Result], left_out: list[str]) -> None:
+        if options.json:
+            record = {"command": command, "machine": facts, "dtype": dtype_name, "left_out": left_out}
+            record["results"] = [result.to_dict() for result in results]
+            write_json_report("--json", options.json, record)
+
+    results, left_out = run(options, keep)
+    keep(results, left_out)
+    print(format_results(results))
+    for case in left_out:
+        print(f"not measured, no time left: {case}")
+    if options.plot:
+        try:
+            plot_results(results, options.plot, f"{dtype_name}, {facts['device']}")
+        except ImportError as error:
+            raise UserError(f"--plot {options.plot}: {error}; pip install matplotlib") from None
+    wrong = [f"{result.kernel} {result.case} {result.provider}" for result in results if result.wrong]
+    if wrong:
+        raise UserError(f"outside the bounds of correctness: {'; '.join(wrong)}")

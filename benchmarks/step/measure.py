@@ -1,0 +1,311 @@
+"""Time the steps of a run: its batches and :func:`train_step`, on random weights, without reports or checkpoints.
+
+Nothing is written except a temporary dataset of random data. Nothing is read except the model's config (and
+the datasets with ``--real-data``): no weights, and no run folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...engine.config.settings import DataConfig, RunConfig, SourceConfig
+from ...engine.data.loader import Prefetcher
+from ...engine.errors import UserError
+from ...engine.guards.run_guards import RunGuards
+from ...engine.model.architecture import Architecture, architecture_of
+from ...engine.model.dtypes import DTYPES
+from ...engine.observe.flops import Trainable, named_peak, training_flops
+from ...engine.observe.summary import describe_start
+from ...engine.parallel.process_group import Ranks
+from ...engine.pretrain import build, next_batches
+from ...engine.run_state import Run
+from ...engine.schedule import learning_rate
+from ...engine.step import Unguarded, train_step
+from ...engine.weights.hugging_face.config_source import architecture_source
+from .matmul import MatmulRate, matmul_rates
+from .options import BenchmarkOptions
+from .phases import PhaseClock, StepTime
+from .synthetic import DocumentLengths, write_random_dataset
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The results. Times are the main rank's; ranks step together."""
+
+    plan: list[str]
+    """What a run logs about itself at its start."""
+    ranks: int
+    device: str
+    precision: str
+    parameters: int
+    tokens_per_step: int
+    """Number of tokens, over all ranks."""
+    documents_per_step: float
+    """Number of documents, or pieces of them, that attend only to themselves; mean over the timed steps, over all
+    ranks."""
+    flops_per_step: dict[str, float]
+    """FLOPs of all ranks, by convention: all pairs of positions in a sample, causal pairs, and causal pairs in
+    documents."""
+    flops_formula: str
+    steps: list[StepTime]
+    """The timed steps."""
+    warmup_seconds: float
+    """Host time from the first step's beginning to the first timed step's; it includes compilation."""
+    memory: dict[str, int]
+    """Bytes of the rank with the most. On a GPU: the peaks ``allocated`` and ``reserved``, and the total memory. On a
+    CPU: the resident set's peak, and its peak before the model was built. For the whole run, warm-up included."""
+    matmul: list[MatmulRate] = field(default_factory=list)
+    datasheet: tuple[str, float] | None = None
+    """Name and dense bf16 peak in FLOP/s of the GPU."""
+
+
+def measure_step(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> Measurement:
+    """Time the steps of the run described by ``config``; all ranks call this.
+
+    Raises:
+        UserError: training with the configuration is impossible, or memory runs out.
+    """
+    before = _memory(ranks.device)
+    with tempfile.TemporaryDirectory(prefix="retemper-benchmark-") as name, _out_of_memory_is_a_user_error():
+        folder = Path(name)
+        timed = time_steps(ranks.everywhere(lambda: prepare_config(config, options, folder)), options, ranks)
+        found = _describe(timed, before)
+        # Last, so that it does not count as the training's memory, and on a machine as warm as after the training.
+        del timed
+        gc.collect()
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        ranks.sum(0.0)  # together, as in a step: cores, power and heat are shared
+        rates = matmul_rates(ranks.device, DTYPES, options.matmul_seconds) if options.matmul_seconds else []
+    return replace(found, matmul=rates)
+
+
+def prepare_config(config: RunConfig, options: BenchmarkOptions, folder: Path) -> RunConfig:
+    """Return ``config`` with a budget of the requested steps, random weights and, without ``real_data``, random data.
+
+    The data is written to ``folder``.
+
+    Raises:
+        UserError: the model has no config.
+    """
+    source = architecture_source(config.model)
+    architecture = architecture_of(source)
+    training, data = config.training, config.data
+    num_steps = options.warmup_steps + options.steps
+    samples = num_steps * training.global_batch_size
+    if not options.real_data:
+        prefix = folder / "random"
+        lengths = DocumentLengths.parse(options.documents)
+        write_random_dataset(
+            prefix,
+            lengths,
+            architecture.vocab_size,
+            training.sequence_length,
+            samples,
+            training.global_batch_size,
+            config.seed,
+        )
+        data = _only_random(data, prefix)
+    return replace(
+        config,
+        # Empty, so that the run does not resume.
+        run_folder=str(folder / "run"),
+        resume="auto",
+        model=replace(
+            config.model,
+            initialize_from=None,
+            architecture=source,
+            tokenizer=config.model.tokenizer if options.real_data else None,
+        ),
+        data=replace(data, validation={}, validation_fraction=0.0),
+        training=replace(
+            training, train_tokens=samples * training.sequence_length, warmup_tokens=0, eval_at_start=False
+        ),
+        optimizer=replace(config.optimizer, schedule="constant", decay_tokens=None, schedule_start_tokens=0),
+        checkpoint=replace(config.checkpoint, asynchronous=False, export_hf=False, push_to_hub=None),
+        logging=replace(config.logging, tensorboard=False),
+    )
+
+
+def _only_random(data: DataConfig, prefix: Path) -> DataConfig:
+    return replace(data, train=[SourceConfig(path=str(prefix))], stages=[], weights="tokens")
+
+
+class TimedGuards(Unguarded):
+    """The guards of a run, and a clock of the step's phases.
+
+    Args:
+        guards: of the run.
+        clock: is notified when a phase begins.
+    """
+
+    def __init__(self, guards: RunGuards, clock: PhaseClock):
+        self._guards, self._clock = guards, clock
+
+    def begin(self, phase: str) -> None:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        self._guards.begin(phase)
+        self._clock.mark(phase)
+
+    def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        return self._guards.should_skip(loss, grad_norm)
+
+    def without_targets(self) -> None:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        self._guards.without_targets()
+
+
+@dataclass
+class Timed:
+    """What was measured of the steps of ``run``."""
+
+    run: Run
+    plan: list[str]
+    """What the run logs about itself at its start."""
+    steps: list[StepTime]
+    """The timed steps."""
+    warmup_seconds: float
+    boundaries: list[Tensor]
+    """``cu_seqlens`` of this rank's micro-batches in the timed steps, on the host."""
+
+
+def time_steps(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> Timed:
+    """Build a run and make its steps; what is due between them (reports, evaluations, checkpoints) is left out.
+
+    Raises:
+        UserError: the configuration cannot be trained with.
+        KeyboardInterrupt: the run was asked to stop.
+    """
+    run, clock = build(config, ranks, saves=False), PhaseClock(ranks.device)
+    plan, training, optimizer = run.plan, config.training, config.optimizer
+    guards, described = TimedGuards(run.guards, clock), describe_start(run)
+    boundaries: list[Tensor] = []
+    warm_at = began_at = time.perf_counter()
+    first_samples = range(0, run.last_sample, plan.global_batch_size)
+    prefetcher = Prefetcher(run.data.micro_batches, first_samples, config.data.prefetch_steps)
+    with run.stop, run.guards, prefetcher:
+        for number in range(len(first_samples)):
+            if number == options.warmup_steps:
+                warm_at = time.perf_counter()
+            clock.mark("data")
+            batches, num_targets = next_batches(run, prefetcher)
+            rate = learning_rate(run.progress.tokens + plan.tokens_per_step, training, optimizer)
+            clip = optimizer.clip_grad_norm
+            train_step(run.model, run.passes, run.optimizer, batches, num_targets, rate, clip, guards)
+            run.advance()
+            run.guards.step_done()
+            if number >= options.warmup_steps:
+                boundaries += [batch.cu_seqlens for batch in batches]
+            if run.stop.agreed():
+                raise KeyboardInterrupt
+        clock.close()
+    return Timed(run, described, clock.steps()[options.warmup_steps :], warm_at - began_at, boundaries)
+
+
+def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
+    run, steps = timed.run, timed.steps
+    config, ranks, architecture, plan = run.config, run.ranks, run.start.architecture, run.plan
+    memory = _memory(ranks.device)
+    if ranks.device.type == "cpu":
+        memory["resident_before"] = before["resident"]
+    lengths = [boundaries.diff() for boundaries in timed.boundaries]
+    # Boundaries may be padded to a fixed number by documents without tokens.
+    documents = ranks.sum(sum(int((length > 0).sum()) for length in lengths)) / len(steps)
+    pairs = ranks.sum(sum(int((length.long() ** 2).sum()) for length in lengths)) / len(steps)
+    tokens = plan.tokens_per_step
+    all_pairs, trainable = tokens * plan.sequence_length, config.training.trainable
+    return Measurement(
+        # Notes about the random dataset are irrelevant.
+        plan=[line for line in timed.plan if str(Path(config.run_folder).parent) not in line],
+        ranks=ranks.world_size,
+        device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
+        precision=config.training.precision,
+        parameters=architecture.num_parameters,
+        tokens_per_step=tokens,
+        documents_per_step=documents,
+        flops_per_step={
+            name: training_flops(architecture, tokens, counted, trainable)
+            for name, counted in (
+                ("all pairs of positions", all_pairs),
+                ("causal pairs (halved)", all_pairs / 2),
+                ("causal pairs within documents", pairs / 2),
+            )
+        },
+        flops_formula=formula(architecture, plan.sequence_length, trainable),
+        steps=steps,
+        warmup_seconds=timed.warmup_seconds,
+        memory=_largest(memory, ranks),
+        datasheet=named_peak(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None,
+    )
+
+
+def formula(architecture: Architecture, sequence_length: int, trainable: Trainable = "all") -> str:
+    """Return the formula of :func:`training_flops` per token, in symbols and with this model's numbers."""
+    a, d = architecture, architecture.head_dim
+    q, kv = a.num_attention_heads * d, a.num_key_value_heads * d
+    block = "L (h (q + 2 kv) + q h + 3 h f)"
+    weights = f"6 ({block} + h v)" if trainable == "all" else f"4 {block} (frozen) + 6 h v"
+    return (
+        f"FLOPs per token = {weights} + 12 L q s, the last term halved where causal pairs count; layers L "
+        f"{a.num_layers}, hidden h {a.hidden_size}, heads x size q {q}, kv {kv}, feed-forward f "
+        f"{a.intermediate_size}, vocabulary v {a.vocab_size}, s {sequence_length} (within documents: the mean of "
+        "length^2 over the mean length)"
+    )
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    if device.type == "cuda":
+        return {
+            "allocated": torch.cuda.max_memory_allocated(device),
+            "reserved": torch.cuda.max_memory_reserved(device),
+            "total": torch.cuda.get_device_properties(device).total_memory,
+        }
+    return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def _largest(memory: dict[str, int], ranks: Ranks) -> dict[str, int]:
+    """Return the largest of each number over the ranks."""
+    everybody: list[Any] = [memory] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(everybody, memory)
+    return {name: max(one[name] for one in everybody) for name in memory}
+
+
+@contextmanager
+def _out_of_memory_is_a_user_error() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"out of memory: {first}; lower training.micro_batch_size, set parallel.recompute, or use more ranks"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory has run out, on the GPU or the host; libraries report it in several ways."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -1,0 +1,246 @@
+"""Refuse values that no machine could run, in one line that names key, value and remedy."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from .effects import refused
+from .settings import (
+    ALLOWABLE_CHANGES,
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    TrainingConfig,
+    to_dict,
+)
+from .types_check import Problems, check
+
+_LARGEST = 10**15
+"""Upper limit of all numbers: larger values are typing errors, and would overflow later with a less clear message."""
+
+
+class Range(NamedTuple):
+    """The numbers that a setting may have; null is checked by its type."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+_FROM_0 = Range(f"at least 0 and at most {_LARGEST:.0e}", lambda value: 0 <= value <= _LARGEST)
+_FROM_1 = Range(f"at least 1 and at most {_LARGEST:.0e}", lambda value: 1 <= value <= _LARGEST)
+_POSITIVE = Range("positive and finite", lambda value: 0 < value < math.inf)
+_POSITIVE_OR_NULL = Range(f"{_POSITIVE.words}, or null", _POSITIVE.holds)
+_SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
+RANGES = {
+    "data.train[].weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
+    "data.train[].max_epochs": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
+    "data.prefetch_steps": _FROM_1,
+    "data.validation_fraction": _SHARE,
+    "training.train_tokens": _FROM_1,
+    "training.warmup_tokens": _FROM_0,
+    "training.sequence_length": _FROM_1,
+    "training.global_batch_size": _FROM_1,
+    "training.micro_batch_size": _FROM_1,
+    "training.gc_interval": _FROM_0,
+    "training.max_skipped_steps": _FROM_0,
+    "training.loss_spike_zscore": _POSITIVE_OR_NULL,
+    "training.rewind_steps": _FROM_1,
+    "training.max_rewinds": _FROM_0,
+    "training.check_replicas_interval": _FROM_0,
+    "training.stop_after_minutes": _POSITIVE_OR_NULL,
+    "training.eval_interval": _FROM_0,
+    "training.eval_tokens": _FROM_1,
+    "optimizer.learning_rate": _FROM_0,
+    "optimizer.min_learning_rate": _FROM_0,
+    "optimizer.weight_decay": _FROM_0,
+    "optimizer.beta1": _SHARE,
+    "optimizer.beta2": _SHARE,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.clip_grad_norm": _FROM_0,
+    "parallel.pipeline": _FROM_1,
+    "parallel.replicate": _FROM_1,
+    "parallel.context": _FROM_1,
+    "parallel.tensor": _FROM_1,
+    "parallel.pipeline_stages_per_rank": _FROM_1,
+    "parallel.prefetch_blocks": _FROM_0,
+    "parallel.recompute_every": _FROM_1,
+    "parallel.timeout_seconds": _FROM_1,
+    "checkpoint.save_interval": _FROM_1,
+    "checkpoint.max_failed_saves": _FROM_0,
+    "checkpoint.keep_last": _FROM_1,
+    "checkpoint.keep_every": _FROM_0,
+    "logging.log_interval": _FROM_1,
+    "seed": Range("in [0, 2^63)", lambda value: 0 <= value < 2**63),
+}
+"""The range of every number that has one of its own; ``[]`` is an entry of a list."""
+
+
+def validate(config: RunConfig) -> None:
+    """Refuse values of the wrong type, and those that no machine could run.
+
+    A configuration that was built in Python gets the same lines as one from YAML.
+
+    Raises:
+        UserError: names the key, its value and the remedy; one line for each problem.
+    """
+    found = Problems()
+    check(to_dict(config), RunConfig, "", found)
+    found.raise_if_any()  # values of another type cannot be compared
+    found.add_consequences(problems(config))
+    found.raise_if_any()
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Return the problems in the values of ``config``, one line for each.
+
+    If a value is out of its range, its consequences for other values are not reported.
+    """
+    found = Problems()
+    for message in _ranges(config):
+        found.add(message, message.split(" ")[0])
+    found.add_consequences(_combinations(config))
+    yield from found.messages
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    if not config.run_folder.strip() or "\0" in config.run_folder:
+        yield f"run_folder is {config.run_folder!r}; name the folder that the run writes to"
+    for key, allowed in RANGES.items():
+        value = None if "[]" in key else operator.attrgetter(key)(config)
+        if value is not None and not allowed.holds(value):
+            yield f"{key} is {value}; it must be {allowed.words}"
+    yield from _upload_name(config.checkpoint)
+    parallel = config.parallel
+    if isinstance(parallel.shard, int) and parallel.shard < 1:
+        yield f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1"
+    for change in config.allow_changes:
+        if change not in ALLOWABLE_CHANGES:
+            yield (
+                f"allow_changes has the unknown entry {change!r}; allowed: {', '.join(ALLOWABLE_CHANGES)}; other "
+                "settings may change without being listed"
+            )
+
+
+def _combinations(config: RunConfig) -> Iterator[str]:
+    training = config.training
+    yield from refused(config)
+    yield from _pipeline(config.parallel)
+    yield from _schedule(training, config.optimizer)
+    yield from _data(config.data, training)
+    if config.model.initialize_from is None and config.model.architecture is None:
+        yield (
+            "model.initialize_from and model.architecture are both null: name a checkpoint to start from, or describe "
+            "the architecture to start from random weights"
+        )
+
+
+def _upload_name(checkpoint: CheckpointConfig) -> Iterator[str]:
+    name = checkpoint.push_to_hub
+    if name is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
+        yield f"checkpoint.push_to_hub is {name!r}; name a repository on the Hub, such as my-organization/my-model"
+
+
+def _schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> Iterator[str]:
+    start = optimizer.schedule_start_tokens
+    if not 0 <= start < training.train_tokens:
+        yield (
+            f"optimizer.schedule_start_tokens is {start:,}; it must be at least 0 and less than training.train_tokens "
+            f"{training.train_tokens:,}"
+        )
+    behind = f" - optimizer.schedule_start_tokens {start:,}" if start else ""
+    if training.warmup_tokens > training.train_tokens - start:
+        yield (
+            f"training.warmup_tokens {training.warmup_tokens:,} is more than training.train_tokens "
+            f"{training.train_tokens:,}{behind}; warm up over a part of the run"
+        )
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        yield (
+            f"optimizer.min_learning_rate {optimizer.min_learning_rate:g} is above optimizer.learning_rate "
+            f"{optimizer.learning_rate:g}; lower the minimum"
+        )
+    if optimizer.decay_tokens is not None and optimizer.schedule == "wsd":
+        room = training.train_tokens - start - training.warmup_tokens
+        if not 0 < optimizer.decay_tokens <= room:
+            yield (
+                f"optimizer.decay_tokens is {optimizer.decay_tokens:,}; it must be between 1 and train_tokens - "
+                f"warmup_tokens{behind} = {room:,}"
+            )
+
+
+def _pipeline(parallel: ParallelConfig) -> Iterator[str]:
+    schedule, stages = parallel.pipeline_schedule, parallel.pipeline_stages_per_rank
+    if parallel.pipeline == 1:
+        return
+    fitting = {"1f1b": stages == 1, "zbv_zero_bubble": stages == 2}.get(schedule, stages >= 2)
+    if not fitting:
+        wanted = {"1f1b": "1", "zbv_zero_bubble": "2"}.get(schedule, "2 or more")
+        yield (
+            f"parallel.pipeline_stages_per_rank is {stages}, but parallel.pipeline_schedule {schedule} needs {wanted}"
+        )
+
+
+def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
+    if data.train and data.stages:
+        yield ("data.train and data.stages are both set; put the blend of data.train into a stage, or remove one")
+    if not data.train and not data.stages:
+        yield "data.train is empty; name at least one dataset there, or data.stages"
+    of_stages = list(_stages(data.stages, training.sequence_length))
+    yield from of_stages
+    total = sum(stage.train_tokens or 0 for stage in data.stages)
+    if data.stages and not of_stages and data.stages[-1].train_tokens is not None and total < training.train_tokens:
+        yield (
+            f"training.train_tokens is {training.train_tokens:,}, but the train_tokens of data.stages sum to "
+            f"{total:,}; leave out those of the last stage, which then lasts until the end, or make the two agree"
+        )
+    yield from _blend(data.train, "data.train", training.sequence_length)
+    if data.validation_fraction > 0 and "held_out" in data.validation:
+        yield "data.validation names a set 'held_out', which data.validation_fraction makes; rename it"
+
+
+def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
+    paths: dict[str, str] = {}
+    for number, stage in enumerate(stages):
+        where = f"data.stages[{number}]"
+        if not stage.train:
+            yield f"{where}.train is empty; name at least one dataset"
+        last = number == len(stages) - 1
+        if stage.train_tokens is None and not last:
+            yield f"{where}.train_tokens is null; only the last stage may leave it out"
+        if stage.train_tokens is not None and not sequence_length <= stage.train_tokens <= _LARGEST:
+            yield (
+                f"{where}.train_tokens is {stage.train_tokens}; it must be at least one sample of "
+                f"training.sequence_length {sequence_length:,} and at most {_LARGEST:.0e}"
+            )
+        yield from _blend(stage.train, f"{where}.train", sequence_length)
+        for source in stage.train:
+            if paths.setdefault(source.identity, source.path) != source.path:
+                yield (
+                    f"{where}.train names {source.path} '{source.identity}', but an earlier stage uses this name for "
+                    f"{paths[source.identity]}; give one of the two another 'name'"
+                )
+
+
+def _blend(sources: list[SourceConfig], where: str, sequence_length: int) -> Iterator[str]:
+    names = Counter(source.identity for source in sources)
+    for position, source in enumerate(sources):
+        if names[source.identity] > 1:
+            yield f"{where} has two sources named '{source.identity}'; give each its own 'name'"
+        for key in ("weight", "max_epochs"):
+            value, allowed = getattr(source, key), RANGES[f"data.train[].{key}"]
+            if value is not None and not allowed.holds(value):
+                yield f"{where}[{position}].{key} is {value}; it must be {allowed.words}"
+        if source.max_tokens is not None and not sequence_length <= source.max_tokens <= _LARGEST:
+            yield (
+                f"{where}[{position}].max_tokens is {source.max_tokens}; it must be at least one sample of "
+                f"training.sequence_length {sequence_length:,} and at most {_LARGEST:.0e}; to leave the source out, "
+                "remove it"
+            )

@@ -1,0 +1,294 @@
+"""Find settings without effect, because of other settings or of the machine; they are refused, or reported at the
+start.
+
+One table defines when the value of each setting matters. A value that is not the default and does not matter is
+reported. Every new setting needs an entry, which a test checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .settings import CheckpointConfig, RunConfig, SourceConfig
+
+
+@dataclass(frozen=True)
+class Situation:
+    """The facts that decide whether a setting matters."""
+
+    config: RunConfig
+    same_weights: bool = False
+    """True if several ranks hold the same parameters."""
+    reduces: bool = False
+    """True if gradients are summed over ranks."""
+    num_micro_batches: int = 1
+    """Micro-batches in a step of one rank."""
+    device: str = "cpu"
+    resumed: Mapping[str, Any] | None = None
+    """Configuration of the checkpoint that the run continues from."""
+    source_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Tokens in one epoch of each source."""
+
+    @property
+    def steps(self) -> int:
+        """Return the number of steps of the whole run."""
+        training = self.config.training
+        return math.ceil(training.train_tokens / (training.global_batch_size * training.sequence_length))
+
+    @property
+    def evaluates(self) -> bool:
+        """Return whether there is a validation set."""
+        return bool(self.config.data.validation) or self.config.data.validation_fraction > 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The condition under which some settings have an effect."""
+
+    keys: tuple[str, ...]
+    matters: Callable[[Situation], bool]
+    because: str
+    """Reason why they have no effect otherwise; for refused settings, with the remedy."""
+    refused: bool = False
+
+
+def _fits(key: str) -> Callable[[Situation], bool]:
+    """Return a condition: the run has enough steps to reach the interval ``training.key``."""
+    return lambda now: getattr(now.config.training, key) <= now.steps
+
+
+RULES = (
+    Rule(
+        ("optimizer.decay_tokens",),
+        lambda now: now.config.optimizer.schedule == "wsd",
+        "only optimizer.schedule wsd uses it; remove it or set optimizer.schedule to wsd",
+        refused=True,
+    ),
+    Rule(
+        ("training.loss_spike_action",),
+        lambda now: now.config.training.loss_spike_zscore is not None,
+        "training.loss_spike_zscore is null, so no step counts as a spike; set it to a number such as 10, or remove "
+        "loss_spike_action",
+        refused=True,
+    ),
+    Rule(
+        ("checkpoint.push_to_hub",),
+        lambda now: now.config.checkpoint.export_hf,
+        "checkpoint.export_hf is false, so there is no export to upload; set it to true, or remove "
+        "checkpoint.push_to_hub",
+        refused=True,
+    ),
+    Rule(
+        ("parallel.pipeline_schedule", "parallel.pipeline_stages_per_rank"),
+        lambda now: now.config.parallel.pipeline > 1,
+        "parallel.pipeline is 1; set it to 2 or more, or remove it",
+        refused=True,
+    ),
+    Rule(
+        ("training.rewind_steps", "training.max_rewinds"),
+        lambda now: now.config.training.loss_spike_action == "rewind",
+        "training.loss_spike_action is skip",
+    ),
+    Rule(
+        ("training.eval_interval", "training.eval_tokens", "training.eval_at_start", "checkpoint.keep_best"),
+        lambda now: now.evaluates,
+        "there is no validation set; set data.validation or data.validation_fraction",
+    ),
+    Rule(("training.eval_interval",), _fits("eval_interval"), "the run has fewer steps; it evaluates only at the end"),
+    Rule(("training.check_replicas_interval",), _fits("check_replicas_interval"), "the run has fewer steps"),
+    Rule(
+        ("checkpoint.save_interval",),
+        lambda now: now.config.checkpoint.save_interval <= now.steps,
+        "the run has fewer steps; it saves only at the end",
+    ),
+    Rule(
+        ("checkpoint.keep_every",),
+        lambda now: _saves_a_multiple(now.config.checkpoint, now.steps),
+        "no step of the run is a multiple of both it and checkpoint.save_interval",
+    ),
+    Rule(
+        ("training.warmup_tokens",),
+        lambda now: now.config.training.warmup_tokens > _tokens_per_step(now),
+        "the first step is at least as long and ends the warm-up",
+    ),
+    Rule(
+        ("optimizer.min_learning_rate",),
+        lambda now: now.config.optimizer.schedule != "constant" or now.config.optimizer.schedule_start_tokens > 0,
+        "optimizer.schedule constant stays at the peak",
+    ),
+    Rule(
+        ("optimizer.schedule", "optimizer.min_learning_rate"),
+        lambda now: _decays(now) or now.config.optimizer.schedule == "constant",
+        "training.warmup_tokens fills the whole schedule; there is no decay",
+    ),
+    Rule(
+        ("optimizer.schedule_start_tokens",),
+        lambda now: now.config.optimizer.schedule != "constant" or now.config.training.warmup_tokens > 0,
+        "optimizer.schedule constant without training.warmup_tokens has the same rate everywhere",
+    ),
+    Rule(
+        ("parallel.recompute_every",),
+        lambda now: now.config.parallel.recompute != "none",
+        "parallel.recompute is none",
+    ),
+    Rule(
+        ("data.weights", "data.train[].weight"),
+        lambda now: any(len(blend) > 1 for blend in _blends(now.config)),
+        "no blend has more than one source",
+    ),
+    # The conditions below are known only when the run starts.
+    Rule(
+        ("parallel.reduce_gradients",),
+        lambda now: now.reduces and now.num_micro_batches > 1 and now.config.parallel.pipeline == 1,
+        "it matters only with several ranks, several micro-batches in a step and no pipeline",
+    ),
+    Rule(
+        ("training.check_replicas_interval",),
+        lambda now: now.same_weights,
+        "no two ranks hold the same weights",
+    ),
+    Rule(
+        ("parallel.cpu_offload",),
+        lambda now: now.device != "cpu",
+        "the run computes on the CPU, where everything is in host memory",
+    ),
+    Rule(
+        ("allow_changes",),
+        lambda now: now.resumed is not None,
+        "the run starts fresh, not from a checkpoint",
+    ),
+    Rule(
+        ("model.initialize_from",),
+        lambda now: now.resumed is None or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now),
+        "the run continues from its checkpoint; to start from other weights use another run_folder",
+    ),
+)
+
+ALWAYS = {
+    *("run_folder", "seed", "resume", "device", "model.architecture", "model.tokenizer"),
+    *("data.train", "data.stages", "data.shuffle", "data.packing", "data.validation", "data.validation_fraction"),
+    *("data.attend_across_documents", "data.prefetch_steps", "data.train[].path", "data.train[].name"),
+    *("data.stages[].train", "data.stages[].train_tokens"),
+    *("training.train_tokens", "training.sequence_length", "training.global_batch_size", "training.micro_batch_size"),
+    *("training.trainable", "training.precision", "training.weight_dtype", "training.gc_interval"),
+    *("training.max_skipped_steps", "training.loss_spike_zscore", "training.stop_after_minutes"),
+    *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
+    *("optimizer.state_dtype", "optimizer.clip_grad_norm"),
+    *("parallel.pipeline", "parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor"),
+    *("parallel.reshard_after_forward", "parallel.prefetch_blocks", "parallel.recompute", "parallel.timeout_seconds"),
+    *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),
+    *("logging.log_interval", "logging.stragglers", "logging.tensorboard"),
+}
+"""Settings that matter in every run; ``[]`` stands for an item of a list."""
+ELSEWHERE = {
+    "data.train[].max_epochs": "engine/config/effects.py: _caps of a source",
+    "data.train[].max_tokens": "engine/config/effects.py: _caps of a source",
+    "training.attention_backend": "engine/model/attention_choice.py: choose_attention refuses what cannot run",
+    "training.compile": "engine/parallel/compile.py: wanted refuses what cannot be compiled",
+    "training.float8": "engine/parallel/float8.py: wanted refuses a device without it",
+    "parallel.async_tensor": "engine/parallel/build.py: check refuses it without tensor parallelism",
+}
+"""Settings that are refused or reported elsewhere, where the necessary facts are known."""
+
+
+def refused(config: RunConfig) -> Iterator[str]:
+    """Return one line for each value that has no effect and must be a mistake."""
+    for rule, key, value in _without_effect(Situation(config), lambda rule: rule.refused):
+        yield f"{key} is {_shown(value)}, but {rule.because}"
+
+
+def without_effect(now: Situation) -> list[str]:
+    """Return one line for each reason why values that are not at their defaults have no effect in this run."""
+    by_reason: dict[str, list[str]] = {}
+    for rule, key, value in _without_effect(now, lambda rule: not rule.refused):
+        by_reason.setdefault(rule.because, []).append(f"{key} {_shown(value)}")
+    lines = [
+        f"{', '.join(settings)} {'has' if len(settings) == 1 else 'have'} no effect: {reason}"
+        for reason, settings in by_reason.items()
+    ]
+    return [*lines, *_caps(now)]
+
+
+def _without_effect(now: Situation, chosen: Callable[[Rule], bool]) -> Iterator[tuple[Rule, str, Any]]:
+    reported = set()
+    for rule in filter(chosen, RULES):
+        if rule.matters(now):
+            continue
+        for key in rule.keys:
+            for name, value, default in _values(now.config, key):
+                if name not in reported and value != default:
+                    reported.add(name)
+                    yield rule, name, value
+
+
+def _values(config: RunConfig, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (name, value, default) of ``key``; for a key of the items of ``data.train``, of each item."""
+    if key.startswith("data.train[]."):
+        leaf = key.rpartition(".")[2]
+        for where, sources in _named_blends(config):
+            for place, source in enumerate(sources):
+                yield f"{where}[{place}].{leaf}", getattr(source, leaf), _default(SourceConfig, leaf)
+        return
+    section: Any = config
+    *sections, leaf = key.split(".")
+    for name in sections:
+        section = getattr(section, name)
+    yield key, getattr(section, leaf), _default(type(section), leaf)
+
+
+def _default(kind: type, name: str) -> Any:
+    [item] = [item for item in dataclasses.fields(kind) if item.name == name]
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _named_blends(config: RunConfig) -> list[tuple[str, list[SourceConfig]]]:
+    stages = [(f"data.stages[{number}].train", stage.train) for number, stage in enumerate(config.data.stages)]
+    return stages or [("data.train", config.data.train)]
+
+
+def _blends(config: RunConfig) -> list[list[SourceConfig]]:
+    return [sources for _, sources in _named_blends(config)]
+
+
+def _tokens_per_step(now: Situation) -> int:
+    return now.config.training.global_batch_size * now.config.training.sequence_length
+
+
+def _decays(now: Situation) -> bool:
+    training = now.config.training
+    return training.warmup_tokens < training.train_tokens - now.config.optimizer.schedule_start_tokens
+
+
+def _saves_a_multiple(checkpoint: CheckpointConfig, steps: int) -> bool:
+    return math.lcm(max(1, checkpoint.keep_every), checkpoint.save_interval) <= steps
+
+
+def _same_start(now: Situation) -> tuple[Any, ...]:
+    """Return the values of ``model.initialize_from`` in a checkpoint that mean the same start: absent (old
+    checkpoints), or equal.
+    """
+    return ("", now.config.model.initialize_from)
+
+
+def _caps(now: Situation) -> Iterator[str]:
+    """Yield a line for each source with ``max_epochs`` and ``max_tokens``, where only the smaller one applies."""
+    for where, sources in _named_blends(now.config):
+        for place, source in enumerate(sources):
+            tokens = now.source_tokens.get(source.identity)
+            if tokens is None or source.max_epochs is None or source.max_tokens is None:
+                continue
+            of_epochs = int(source.max_epochs * tokens)
+            idle, other = (
+                (f"max_tokens {source.max_tokens:,}", f"max_epochs {source.max_epochs:g}")
+                if of_epochs <= source.max_tokens
+                else (f"max_epochs {source.max_epochs:g}", f"max_tokens {source.max_tokens:,}")
+            )
+            yield f"{where}[{place}].{idle} has no effect: {other} is the smaller limit ({tokens:,} tokens an epoch)"

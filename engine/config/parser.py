@@ -1,0 +1,107 @@
+"""Make a :class:`RunConfig` from the command line and its YAML files, or report all problems at once.
+
+:mod:`~.options` merges files and options, :mod:`~.types_check` checks them against the declared types. ``jsonargparse``
+is used only for the help.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .checks import problems
+from .options import Settings
+from .settings import RunConfig, to_yaml
+from .types_check import build
+
+if TYPE_CHECKING:
+    import jsonargparse
+
+HELP_OPTIONS = {
+    **{option: option for option in ("-h", "--help", "--data.train.help", "--data.stages.help")},
+    "--data.stages.train.help": "--data.train.help",
+}
+"""Options that print help, mapped to the option whose help they print. Those of lists explain the entries, which
+``--help`` does not; the list ``train`` of a stage has the same entries as ``data.train``."""
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """Return the parser that prints the help of ``engine/pretrain.py``: one option for every field of
+    :class:`RunConfig`."""
+    import jsonargparse  # importing and building takes a second, and only the help needs it
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="pretrain.py",
+        description="Continue the pretraining of a language model. Describe the run in a YAML file; override on the "
+        "command line: --section.key VALUE, --data.train.0.weight 2 for a place in a list, --data.train+ '{path: x}' "
+        "to append. --data.train.help and --data.stages.help explain the entries of these lists.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file that describes the run, or the name of a file in megatron_configs"
+    )
+    parser.add_argument("--print_config", action="store_true", help="print all settings of the run, and exit")
+    parser.add_class_arguments(RunConfig)
+    for action in parser._actions:
+        if action.metavar == "CONFIG":  # a section; jsonargparse would take the path of a file there
+            action.metavar, action.help = "YAML", "All keys of this section in one option: '{key: value, ...}'."
+    return parser
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
+    """Read a run's configuration from the command line (default ``sys.argv[1:]``) and the YAML files that it names.
+
+    Raises:
+        UserError: unknown or duplicate keys, wrong types, missing values or impossible arithmetic; all problems, one
+            line for each.
+    """
+    waiting = list(reversed(sys.argv[1:] if arguments is None else arguments))
+    for asked, option in HELP_OPTIONS.items():
+        if asked in waiting:
+            build_parser().parse_args([option])
+    settings, prints = Settings(), False
+    while waiting:
+        argument = waiting.pop()
+        option, equals, value = argument.removeprefix("--").partition("=")
+        if argument == "--print_config":
+            prints = True
+        elif not argument.startswith("--") or not option:
+            settings.found.add(f"unexpected argument '{argument}'; every value follows its option, as in --seed 1")
+        elif not equals and (not waiting or waiting[-1].startswith("--")):
+            settings.found.add(_without_value(option), option)
+        else:
+            value = value if equals else waiting.pop()
+            settings.add_file(value) if option == "config" else settings.add_option(option, value)
+    settings.check_entries()
+    run = _built(settings)
+    if os.environ.get("RANK", "0") == "0":
+        for note in settings.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+    if prints:
+        print(to_yaml(run), end="")
+        raise SystemExit(0)
+    return run
+
+
+def _built(settings: Settings) -> RunConfig:
+    missing: list[str] = []
+    found = settings.found
+    if settings.unreadable:
+        found.raise_if_any()
+    run = build(settings.tree, RunConfig, "", found, missing)
+    if missing:
+        found.add(f"missing: {', '.join(missing)}; set it in the file given with --config or as --{missing[0]}")
+    found.add_consequences(problems(run))
+    found.raise_if_any()
+    return run
+
+
+def _without_value(option: str) -> str:
+    settings = Settings()
+    settings.add_option(option, "")
+    unknown = [message for message in settings.found.messages if message.startswith("unknown option")]
+    write = f"write --{option} VALUE, or --{option}=VALUE for one that begins with --"
+    return unknown[0] if unknown else f"--{option}: its value is missing; {write}"

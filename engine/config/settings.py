@@ -1,0 +1,383 @@
+"""The settings of a run, each defined once: typed, documented, and checked.
+
+One YAML file describes a run; its keys are the fields below. The command line can override every key
+(``--optimizer.learning_rate 3e-5``). :mod:`retemper.engine.config.parser` reads files and options.
+:mod:`retemper.engine.config.checks` refuses values that no machine could run. :mod:`retemper.engine.schedule` and
+:mod:`retemper.engine.parallel.mesh` check what depends on the number of ranks. :mod:`retemper.engine.config.effects`
+finds values without effect; every new setting needs an entry there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from .yaml_loader import dump_yaml
+
+PATH_MARK = "a path: ~ and $VARIABLE are expanded when the configuration is read"
+FilePath = Annotated[str, PATH_MARK]
+"""Type of every setting that is the name of a file or folder, or can be one."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """The values that ``true`` (``yes``, ``on``) and ``false`` (``no``, ``off``) select in a setting with more than two
+    values.
+    """
+
+    true: str
+    false: str
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One training dataset of the blend."""
+
+    path: FilePath
+    """Prefix of the dataset: ``{path}.bin`` and ``{path}.idx``, as written by tools/preprocess.py or Megatron-LM."""
+    weight: float = 1.0
+    """Share of the training tokens (or documents, see ``data.weights``) that come from this source, relative to the sum
+    of all weights."""
+    name: str | None = None
+    """Name in logs, and the identity that keeps the source's place when the blend or the stage changes. Default: the
+    prefix's last component."""
+    max_epochs: float | None = None
+    """Maximum number of epochs over this source, counted from the start of the run across all stages, and rounded down
+    to whole samples. When it is reached, the share of this source goes to the other sources in proportion. Null: no
+    limit."""
+    max_tokens: int | None = None
+    """The same limit in tokens. If both are set, the smaller one applies."""
+
+    @property
+    def identity(self) -> str:
+        """Name of this source in logs and checkpoints, and key of its sample order."""
+        return self.name if self.name is not None else Path(self.path).name
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A part of the run with its own blend."""
+
+    train: list[SourceConfig]
+    """Weighted datasets of the stage. A source that an earlier stage also has (by name) continues from its place
+    there."""
+    train_tokens: int | None = None
+    """Length of the stage in tokens, counted as in ``training.train_tokens``. Stages change between samples: a stage
+    ends with the sample that reaches the sum of its tokens and those of all earlier stages. Null, allowed in the last
+    stage only: the rest of the run. The last stage also fills the run's last step, which is always a whole one."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data of the run, and the order in which it is read."""
+
+    train: list[SourceConfig] = field(default_factory=list)
+    """Weighted datasets to train on. Required unless ``stages`` is set."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """A curriculum: blends used one after another, each for a number of tokens. Replaces ``train``."""
+    weights: Literal["tokens", "documents"] = "tokens"
+    """Unit of the weights. tokens: shares of the tokens. documents: shares of the documents; a source's share of the
+    tokens is its weight times the mean length of its documents."""
+    shuffle: Literal["windows", "documents"] = "windows"
+    """Unit of shuffling in every epoch of a source. windows: all windows of sequence_length tokens, each read as it is
+    in the file. documents: additionally, the documents within every group of 128 consecutive windows, before they are
+    cut into windows."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """Arrangement of documents in windows. concat: documents follow each other and are cut every sequence_length
+    tokens. best_fit: the documents of 128 consecutive windows are arranged so that nearly all documents that fit in a
+    window stay whole. Both use every token and add no padding. Validation sets always use concat in file order."""
+    validation: dict[str, FilePath] = field(default_factory=dict)
+    """Named validation datasets: name -> prefix."""
+    validation_fraction: float = 0.0
+    """Fraction of each training source's documents, taken from its end, that is held out and evaluated as the set
+    ``held_out``."""
+    attend_across_documents: bool = False
+    """Let packed documents attend to each other, and predict a document's first token from the document before it.
+    False: attention and positions restart at every document, and targets across a document boundary are masked."""
+    prefetch_steps: int = 2
+    """Number of global batches that a background thread prepares ahead of the step."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model of the run, and its initial weights."""
+
+    initialize_from: FilePath | None = None
+    """Initial weights: a checkpoint folder (from checkpoint_convert/hf_to_dcp.py or an earlier run), a run folder (its
+    newest checkpoint), a Hugging Face folder, or a model name on the Hub (namespace/name), which is downloaded. Null:
+    random initialization from ``architecture``."""
+    architecture: dict | FilePath | None = None
+    """Hugging Face ``config.json``: its keys written here, or the path of the file or of its folder. Null: the one in
+    ``initialize_from``."""
+    tokenizer: FilePath | None = None
+    """Hugging Face folder with the tokenizer. The datasets must have been made with it, and exports contain it. Null:
+    the tokenizer in ``initialize_from``, if it has one."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The token budget and the shape of a step. Progress is measured in tokens; the number of steps is derived."""
+
+    train_tokens: int
+    """Total number of tokens to train on. The last step is always a whole one."""
+    warmup_tokens: int = 0
+    """Number of tokens over which the learning rate rises linearly from zero to its peak."""
+    sequence_length: int = 1024
+    """Number of tokens in one sample."""
+    global_batch_size: int = 32
+    """Number of samples in one optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: int = 1
+    """Number of samples in one forward and backward pass of a rank. It changes memory and speed; results change only by
+    rounding."""
+    trainable: Literal["all", "embeddings"] = "all"
+    """Trainable parameters. embeddings: only those of the tokens (``model.embed_tokens`` and ``lm_head``), as a first
+    phase after tools/extend_vocab.py. All other parameters have no gradients and no optimizer states, and stay bitwise
+    the same; see docs/vocabulary.md."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute dtype. auto: bf16 where the hardware supports it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
+    or Arm BF16), else fp32; the start summary shows the choice and its reason. Gradients are reduced over ranks in
+    fp32."""
+    weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the weights between steps. fp32: exact master weights. bf16: no fp32 copy exists. Each update is
+    computed in fp32 and written back with stochastic rounding, so that small updates are kept on average.
+
+    Bytes per parameter over all ranks that share a copy, as weight + both moments + gradient. With precision bf16, each
+    rank needs 2 more for gathered parameters:
+
+    - weight_dtype fp32, optimizer.state_dtype fp32: 4 + 8 + 4 = 16 (7.6 billion parameters: 122 GB)
+    - weight_dtype fp32, optimizer.state_dtype bf16: 4 + 4 + 4 = 12 (91 GB)
+    - weight_dtype bf16, optimizer.state_dtype fp32: 2 + 8 + 2 = 12 (91 GB); 14 with several micro-batches in a step
+    - weight_dtype bf16, optimizer.state_dtype bf16: 2 + 4 + 2 = 8 (61 GB); 10 with several micro-batches in a step
+
+    Several micro-batches are accumulated in an fp32 gradient. A run can resume with wider dtypes than those of its
+    checkpoint, never with narrower ones."""
+    attention_backend: Literal["auto", "fa4", "fa3", "sdpa", "flash_attn", "varlen", "flex", "per_document"] = "auto"
+    """Attention implementation. auto: the fastest that works here; the start summary shows the choice and its reason.
+    fa4, fa3: FlashAttention-4 or -3 through PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with
+    ``data.attend_across_documents``. flash_attn: the flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex:
+    FlexAttention. per_document: PyTorch's SDPA for one document at a time, works everywhere."""
+    compile: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
+    """Compile every block with torch.compile. Steps are faster after about a minute of compilation, and results differ
+    by rounding. auto: on for a GPU if the attention kernel can be part of a compiled block."""
+    float8: bool = False
+    """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head stays in
+    ``precision``. Weights and optimizer states are stored as without float8."""
+    gc_interval: int = 50
+    """Number of steps between collections by Python's garbage collector, which is off during training otherwise.
+    Collections at different times on different ranks would make all ranks wait for each of them. 0: leave it to
+    Python."""
+    max_skipped_steps: int = 10
+    """A step with a non-finite loss or gradient changes no weights on any rank; its samples and tokens count as used.
+    If there are more than this many such steps in a row, the run ends and names its newest checkpoint. 0: the first one
+    ends the run."""
+    loss_spike_zscore: float | None = None
+    """Also skip steps whose loss is more than this many (robust) standard deviations above the median of the 64 losses
+    before it, such as 10. They count towards ``max_skipped_steps``. Every step then waits for its loss before its
+    update, which costs some time on a GPU. Null: no check."""
+    loss_spike_action: Literal["skip", "rewind"] = "skip"
+    """Reaction to a loss spike. skip: skip the step and continue. rewind: return to the newest undamaged checkpoint
+    that is at least ``rewind_steps`` older, and train from there without the samples up to the spike. If no such
+    checkpoint exists, the step is skipped."""
+    rewind_steps: int = 100
+    """Minimum number of steps to rewind after a loss spike. The actual number depends on the checkpoints that are kept:
+    about twice as many if ``checkpoint.keep_last`` keeps none that old, else up to ``checkpoint.save_interval``
+    more."""
+    max_rewinds: int = 3
+    """Maximum number of rewinds. The next loss spike ends the run."""
+    check_replicas_interval: int = 0
+    """Number of steps between checks that ranks with the same weights and optimizer states hold them bit for bit. A
+    difference ends the run with the names of ranks and tensor. 0: never."""
+    stop_after_minutes: float | None = None
+    """Save and end with status 0 at the first step after this many minutes since the start of the command, as a signal
+    would. For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the
+    run. Null: no limit."""
+    eval_interval: int = 0
+    """Number of steps between evaluations of the validation sets. 0: only at the end."""
+    eval_tokens: int = 1_000_000
+    """Maximum number of tokens evaluated of each validation set: windows spread evenly, the same ones each time. They
+    are read once and kept in memory (24 bytes a token over all ranks)."""
+    eval_at_start: bool = False
+    """Evaluate once before the first step of a fresh run, and when a run is started whose token budget is already used
+    up."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 5e-5
+    """Peak learning rate."""
+    min_learning_rate: float = 5e-6
+    """Learning rate at the end of the decay."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after the warm-up. cosine, linear: fall to the minimum at ``train_tokens``. wsd: stay at the peak and fall
+    linearly over the last ``decay_tokens``. constant: stay at the peak."""
+    decay_tokens: int | None = None
+    """Length of the wsd schedule's decay. Null: a tenth of the schedule."""
+    schedule_start_tokens: int = 0
+    """Token count, on the scale of ``training.train_tokens``, at which the schedule begins. To warm up once more after
+    the budget was used up and raised, set it to the old budget. That warm-up begins at the minimum instead of zero. It
+    reaches the peak ``training.warmup_tokens`` later, and the decay lasts until ``train_tokens``."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices. Norms and biases are not decayed."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.95
+    """Decay of AdamW's second moment."""
+    eps: float = 1e-8
+    """AdamW's denominator term."""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of AdamW's two moments: 8 or 4 bytes per parameter, see ``training.weight_dtype``. bf16: updates are
+    computed in fp32 and stored with stochastic rounding."""
+    clip_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down. 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Layout of the ranks: pipeline x replicate x shard x context x tensor = number of ranks
+
+    Every layout computes the same numbers, up to the order of sums.
+    """
+
+    pipeline: int = 1
+    """Groups of ranks that hold consecutive layers and pass hidden states on. Needs at least as many micro-batches in a
+    step, to keep all groups busy."""
+    replicate: int = 1
+    """Copies of the sharded model (hybrid sharding when > 1). With ``shard`` 1: plain data parallelism."""
+    shard: int | Literal["auto"] = "auto"
+    """Ranks over which parameters, gradients and optimizer states are sharded (FSDP2). auto: all ranks that the other
+    axes leave."""
+    context: int = 1
+    """Ranks that share the tokens of the same samples, for long sequences. Attention exchanges heads for tokens."""
+    tensor: int = 1
+    """Ranks that share every matrix and, outside of the matrices, the tokens (tensor and sequence parallelism). They
+    exchange activations in every block: keep them within one node."""
+    pipeline_schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"] = "1f1b"
+    """Order of the micro-batches' forward and backward passes. 1f1b: one group of layers on each rank. The others:
+    several groups on each rank, for less idle time and more communication."""
+    pipeline_stages_per_rank: int = 1
+    """Groups of layers on each rank: 1 with 1f1b, 2 with zbv_zero_bubble, at least 2 with the interleaved schedules."""
+    async_tensor: bool = False
+    """Exchange the activations of tensor parallelism in pieces, while other pieces are multiplied. For GPUs with NVLink
+    and compiled blocks."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer states in host memory, and run the optimizer there. For models that fit
+    in no other layout. Slow."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered parameters after its forward pass (ZeRO-3): less memory, one more all-gather in the
+    backward pass. False: shard gradients and states only (ZeRO-2)."""
+    reduce_gradients: Literal["micro_batch", "step"] = "micro_batch"
+    """Time at which ranks sum their gradients. step: once, after the last micro-batch. This needs less communication,
+    but until then every rank holds the full gradients of its layers in fp32. Pipelines always use step."""
+    prefetch_blocks: int = 1
+    """Number of blocks whose parameters are gathered ahead, while the block before them computes, forward and backward.
+    Each costs the memory of one gathered block. 0: leave the order to PyTorch. It changes speed, never the result."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass of a block recomputes instead of storing them. selective: norms, rotations and
+    activation functions; outputs of matrix products and attention are stored. full: everything except the block's
+    input. Results are the same."""
+    recompute_every: int = 1
+    """Recompute only every n-th block; the others store everything."""
+    timeout_seconds: int = 600
+    """Timeout in seconds. The run ends when a collective waits longer, a rank is silent for longer, or a step makes no
+    progress for longer; see docs/cluster.md."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, and which are kept."""
+
+    save_interval: int = 1000
+    """Number of steps between checkpoints. One is always written at the end."""
+    asynchronous: bool = True
+    """Continue training while a checkpoint is written. This rank's part of weights and states is first copied to host
+    memory. That memory stays reserved: 12 bytes per parameter for each copy of the model, with fp32 weights and states.
+    The next update waits for the copies, nothing waits for the disk. False: training waits, and needs no such
+    memory."""
+    max_failed_saves: int = 2
+    """A checkpoint that cannot be written, for example because the disk is full, leaves no files behind, and training
+    continues to the next one. More than this many failures in a row end the run. The checkpoint at which a run stops
+    must succeed."""
+    keep_last: int = 3
+    """Number of newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep checkpoints whose step is a multiple of this. 0: no such rule."""
+    keep_best: bool | Literal["improved"] = True
+    """With validation sets: also keep the checkpoint with the lowest loss on the first set. true: the best among the
+    checkpoints that are saved at a step with an evaluation; choose ``save_interval`` as a multiple of
+    ``training.eval_interval``. improved: also save after every evaluation that is the best so far; early in a run this
+    can be each of them. false: keep no checkpoint for its loss."""
+    export_hf: bool = False
+    """When the token budget is used up, also write the final checkpoint as a Hugging Face folder,
+    ``{run_folder}/hf/step-...``, as checkpoint_convert/dcp_to_hf.py does."""
+    push_to_hub: str | None = None
+    """Upload that folder to this model repository (namespace/name). If the repository does not exist, it is created at
+    the start, as a private one. The token comes from HF_TOKEN or `hf auth login`; see docs/hugging_face.md."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Reports of the run."""
+
+    log_interval: int = 1
+    """Number of steps between console lines and metric records."""
+    stragglers: bool = True
+    """With several ranks: record the slowest rank's times for data, blocks and waiting, and report ranks that delay the
+    others."""
+    tensorboard: bool = True
+    """Write TensorBoard events under ``{run_folder}/tensorboard``."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    run_folder: FilePath
+    """Folder of the run's checkpoints, metrics, TensorBoard events, log and resolved configuration."""
+    data: DataConfig
+    training: TrainingConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    seed: int = 1234
+    """Seed of the sample order and of random initialization."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Settings that may differ from the checkpoint that the run continues from: seed, training.sequence_length,
+    data.validation_fraction, data.shuffle, data.packing, and data_files (other tokens or masks in a dataset of the same
+    name). Such changes are refused unless listed here. Each source continues from its number of used samples, so some
+    samples may repeat before others are seen. All other changes are allowed, and listed at the start."""
+    resume: Annotated[FilePath, Switch("auto", "none")] = "auto"
+    """auto (or true, yes, on): continue from the newest undamaged checkpoint in ``run_folder``, or start fresh if there
+    never was one. none (or false, no, off): start fresh; refused if checkpoints exist. Any other value: path of the
+    checkpoint to continue from. If that run is interrupted, the same command continues from the newest checkpoint
+    written since."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Compute device. auto: CUDA if there is a GPU, else the CPU."""
+
+
+ORDER_KEYS = {
+    "seed": None,
+    "training.sequence_length": None,
+    "data.validation_fraction": None,
+    "data.shuffle": "windows",
+    "data.packing": "concat",
+}
+"""Settings that determine the n-th sample of a source, and the behaviour of runs from before each setting existed."""
+DATA_FILES = "data_files"
+"""Name of the change that a dataset has other tokens or masks under the same name."""
+ALLOWABLE_CHANGES = (*ORDER_KEYS, DATA_FILES)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as nested plain dictionaries, for YAML, JSON and manifests."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML text that ``--config`` reads back unchanged."""
+    return dump_yaml(to_dict(config))

@@ -1,0 +1,62 @@
+"""Compare the minimum memory of a run's weights, gradients and optimizer states with the available memory.
+
+A run is refused only if arithmetic alone excludes it, before anything is allocated: a machine that runs out of memory
+kills
+processes, often others than the run. Activations and buffers are not included; ``tools/plan.py`` estimates those.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..config.settings import RunConfig
+from ..errors import UserError
+from ..model.architecture import Architecture
+from ..model.dtypes import DTYPES
+from .layout import plan_layout
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def require_memory(config: RunConfig, architecture: Architecture, device: torch.device, world_size: int) -> None:
+    """Refuse a model whose weights, gradients and optimizer states are larger than the memory of its ranks.
+
+    Raises:
+        UserError: with both sides of the arithmetic.
+    """
+    layout = plan_layout(config.parallel, world_size)
+    sharing = layout.world_size // layout.replicate
+    weight_bytes = DTYPES[config.training.weight_dtype].itemsize
+    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
+    per_parameter = weight_bytes
+    if config.training.trainable == "all":
+        per_parameter += weight_bytes + 2 * state_bytes  # gradient and both moments
+    needed = architecture.num_parameters * per_parameter // sharing
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1
+    available = device_memory(device) // ranks_here
+    if needed > available:
+        raise UserError(
+            f"model: {architecture.num_parameters:,} parameters x {per_parameter} bytes (weights, gradients, optimizer "
+            f"states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each rank, which has "
+            f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"
+        )
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of memory of ``device``: of the GPU, or of the host within the limit of this process's control
+    group.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CGROUP_LIMITS:
+        try:
+            text = Path(path).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdecimal():  # else "max"
+            limits.append(int(text))
+    return min(limits)

@@ -1,0 +1,92 @@
+"""Token arithmetic: batches, steps and the learning rate are functions of tokens, the clock of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .config.settings import OptimizerConfig, TrainingConfig
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is dealt to ranks and micro-batches."""
+
+    sequence_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    data_parallel_size: int
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that each rank accumulates in one step."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one step consumes over all ranks."""
+        return self.global_batch_size * self.sequence_length
+
+    def steps_for(self, tokens: int) -> int:
+        """Steps that consume at least ``tokens``."""
+        return -(-tokens // self.tokens_per_step)
+
+    def steps_left(self, train_tokens: int, tokens: int) -> int:
+        """Return the steps until ``train_tokens`` are consumed, if ``tokens`` are consumed already."""
+        return self.steps_for(max(0, train_tokens - tokens))
+
+    def sample_offsets(self, data_rank: int) -> list[range]:
+        """For each of this rank's micro-batches, its samples as offsets into the global batch."""
+        width = self.micro_batch_size * self.data_parallel_size
+        first = data_rank * self.micro_batch_size
+        return [
+            range(start + first, start + first + self.micro_batch_size)
+            for start in range(0, self.global_batch_size, width)
+        ]
+
+
+def plan_batches(training: TrainingConfig, data_parallel_size: int) -> BatchPlan:
+    """Divide the global batch over ``data_parallel_size`` ranks.
+
+    Raises:
+        UserError: it does not divide.
+    """
+    width = training.micro_batch_size * data_parallel_size
+    if training.global_batch_size % width:
+        lower = training.global_batch_size // width * width
+        choices = f"{lower} or {lower + width}" if lower else str(width)
+        raise UserError(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
+            f"{training.micro_batch_size} x data-parallel ranks {data_parallel_size} = {width}; use {choices}"
+        )
+    return BatchPlan(
+        training.sequence_length, training.global_batch_size, training.micro_batch_size, data_parallel_size
+    )
+
+
+def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerConfig) -> float:
+    """Learning rate of the step after which ``tokens`` tokens have been consumed.
+
+    Linear warm-up from zero to the peak, which the step that ends at ``warmup_tokens`` uses; the step that ends at
+    ``train_tokens`` uses the minimum (cosine, linear, wsd). Where the schedule starts later, at
+    ``schedule_start_tokens``, all of this is counted from there, and the warm-up begins at the minimum, with which a
+    former schedule has ended: re-warming, Ibrahim et al., 2024, https://arxiv.org/abs/2403.08763. Cosine:
+    Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983; wsd: Hu et al., 2024, https://arxiv.org/abs/2404.06395.
+    """
+    peak, minimum, start = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.schedule_start_tokens
+    tokens, train_tokens = max(0, tokens - start), training.train_tokens - start
+    if tokens < training.warmup_tokens:
+        lowest = minimum if start else 0.0
+        return lowest + (peak - lowest) * tokens / training.warmup_tokens
+    decay_start = training.warmup_tokens
+    if optimizer.schedule == "constant":
+        return peak
+    if optimizer.schedule == "wsd":
+        decay_tokens = optimizer.decay_tokens or max(1, train_tokens // 10)
+        decay_start = max(decay_start, train_tokens - decay_tokens)
+    span = max(1, train_tokens - decay_start)
+    progress = min(1.0, max(0.0, (tokens - decay_start) / span))
+    if optimizer.schedule == "cosine":
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
+    return peak + (minimum - peak) * progress

@@ -1,0 +1,301 @@
+"""``manifest.json``: what a checkpoint is, in plain JSON. Written last, so a folder that has one is complete.
+
+It holds size and hash of every other file, and a hash of itself. Manifests of format 1 had neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import platform
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from ...errors import UserError
+from ...files.hashing import FileRecord, record_file
+from ...files.regular import read_regular
+from ...guards.rank_consistency import PACKAGE, code_files, digest
+from ..untrusted import DamagedCheckpoint
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 3
+WITH_DCP, WITHOUT_HASHES = 2, 1
+"""Formats that are still read: of checkpoints whose tensors PyTorch's distributed checkpoint (DCP) wrote; of such whose
+manifest lists no files."""
+_SEAL = "manifest_xxh3_128"
+_OPTIONAL = {"emergency"}
+"""Fields that are left out where they are empty: manifests written before there were any are read alike."""
+
+
+@functools.cache
+def code_versions() -> dict[str, str]:
+    """What writes the checkpoint: a hash of the package's Python files, and the versions of PyTorch and Python.
+
+    The first call counts, which whatever writes makes at its start: files may be edited while it runs.
+    """
+    import torch  # only what writes checkpoints needs it, not what reads manifests
+
+    return {"code": digest(code_files(PACKAGE)), "torch": torch.__version__, "python": platform.python_version()}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint in a few lines."""
+
+    kind: Literal["training", "converted"]
+    """training: weights, optimizer states and the place in the data; converted: weights of a Hugging Face folder."""
+    step: int = 0
+    """Optimizer steps made."""
+    consumed_samples: int = 0
+    """Samples of the run's order that have been trained on, or passed over by a rewind: the place in the data."""
+    consumed_tokens: int = 0
+    """The clock."""
+    final: bool = False
+    """Whether the run's token budget was used up."""
+    sample_order: dict[str, Any] = field(default_factory=dict)
+    """See :meth:`retemper.engine.data.curriculum.Schedule.state`."""
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Fingerprint of every training source: see :class:`retemper.engine.data.catalog.Catalog`."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """Validation losses measured at this very step."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """Best evaluation so far: ``{"step", "name", "loss"}``."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """See :meth:`retemper.engine.guards.step_guard.StepGuard.state`."""
+    emergency: str = ""
+    """What failed in the step after this one, where the checkpoint was written because of it. Left out where empty."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved configuration of the run, its seed included."""
+    world_size: int = 1
+    layout: dict[str, int] = field(default_factory=dict)
+    """Ranks along every axis of the mesh."""
+    retemper_version: str = ""
+    versions: dict[str, str] = field(default_factory=code_versions)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """``{"bytes", "xxh3_128"}`` of every file but this one, by its path in the folder. Empty in format 1."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def records(self) -> dict[str, FileRecord]:
+        """:attr:`files`, typed."""
+        return {name: FileRecord(**record) for name, record in self.files.items()}
+
+
+def write_manifest(folder: Path, manifest: Manifest, hashed: Mapping[str, FileRecord] | None = None) -> None:
+    """Write ``manifest`` into ``folder``, with the records of all files there.
+
+    Args:
+        folder: of a checkpoint that is complete but for this.
+        manifest: what the checkpoint is.
+        hashed: files that have been hashed while they were written. Others are read now.
+
+    Raises:
+        UserError: a file is missing, or of another size than what was written.
+    """
+    records = dict(hashed or {})
+    present = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    for name, record in records.items():
+        size = present[name].stat().st_size if name in present else None
+        if size != record.bytes:
+            raise UserError(
+                f"{folder / name}: {'missing' if size is None else f'{size:,} bytes'} after {record.bytes:,} bytes "
+                "were written; put run_folder on a file system that all nodes share, with space left"
+            )
+    records |= {name: record_file(path) for name, path in present.items() if name not in records}
+    records.pop(MANIFEST_FILE, None)
+    files = {name: dataclasses.asdict(records[name]) for name in sorted(records)}
+    content = dataclasses.asdict(dataclasses.replace(manifest, files=files))
+    content = {key: value for key, value in content.items() if value or key not in _OPTIONAL}
+    (folder / MANIFEST_FILE).write_text(sealed(content), encoding="utf-8")
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """The text of a manifest that says ``content``, and a hash of that."""
+    bare = json.dumps(content, indent=2, allow_nan=False)
+    whole = {**content, _SEAL: xxhash.xxh3_128_hexdigest(bare.encode())}
+    return json.dumps(whole, indent=2, allow_nan=False) + "\n"
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read the manifest of the checkpoint ``folder``.
+
+    Raises:
+        DamagedCheckpoint: it is missing, or not as it was written.
+        UserError: there is no such folder, or it is of another format.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such checkpoint folder")
+    try:
+        text = read_regular(path).decode("utf-8")
+        content = json.loads(text)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(
+            f"{folder}: not a complete checkpoint, {MANIFEST_FILE} is missing; {_what_to_name(Path(folder))}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read as JSON: {error}") from None
+    return _checked(content, text, path)
+
+
+def _checked(content: Any, text: str, path: Path) -> Manifest:
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if type(version) is not int or version < 1:
+        raise DamagedCheckpoint(f"{path}: damaged, format_version is {version!r}")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version is {version}, this program reads {WITHOUT_HASHES} to {FORMAT_VERSION}; use the "
+            "release that wrote it, or a newer one"
+        )
+    if version == WITHOUT_HASHES:
+        # A manifest of format 2 must not pass for one by a digit.
+        unexpected = content.keys() - _names(_EMPTY) | content.keys() & {"files", "versions"}
+        content = {"versions": {}, **content}
+    else:
+        if not _is_sealed(content, text):
+            raise DamagedCheckpoint(f"{path}: damaged, {_SEAL} is not that of the rest; use another checkpoint")
+        del content[_SEAL]
+        unexpected = content.keys() ^ _names(_EMPTY) - (_OPTIONAL - content.keys())
+    if unexpected or "kind" not in content:
+        raise DamagedCheckpoint(f"{path}: damaged, unexpected or missing keys {sorted(unexpected)}")
+    for key, value in content.items():
+        kind = type(getattr(_EMPTY, key))
+        fits = type(value) is kind and (kind is not int or _is_count(value))
+        if not fits or not _NESTED.get(key, _anything)(value):
+            raise DamagedCheckpoint(f"{path}: damaged, {key} is {_short(value)}; use another checkpoint")
+    return Manifest(**content)
+
+
+def _is_sealed(content: dict[str, Any], text: str) -> bool:
+    try:
+        return text == sealed({key: value for key, value in content.items() if key != _SEAL})
+    except (ValueError, RecursionError):  # NaN, which is never written
+        return False
+
+
+def _names(manifest: Manifest) -> set[str]:
+    return {item.name for item in dataclasses.fields(manifest)}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def _what_to_name(folder: Path) -> str:
+    """The remedy for a folder that is something else than a checkpoint."""
+    if (folder / "config.json").is_file():
+        return f"it is a Hugging Face folder: convert it with checkpoint_convert/hf_to_dcp.py --hf {folder}"
+    below = sorted([*folder.glob("step-*/"), *folder.glob("checkpoints/step-*/")])
+    if below:
+        return f"name one of the checkpoints in it, such as {below[-1]}"
+    return "name a folder that the trainer (step-...) or checkpoint_convert/hf_to_dcp.py has written"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the parts of a manifest may be. Whoever reads them relies on it.
+
+Check = Callable[[Any], bool]
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and (abs(value) < 2**63 or math.isinf(value))
+
+
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 2**63
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _table(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(check(item) for item in value.values())
+
+
+def _list(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(check(item) for item in value)
+
+
+def _record(required: dict[str, Check], optional: dict[str, Check] | None = None) -> Check:
+    checks = {**required, **(optional or {})}
+
+    def check(value: Any) -> bool:
+        return (
+            isinstance(value, dict)
+            and required.keys() <= value.keys()
+            and all(checks.get(key, _anything)(item) for key, item in value.items())
+        )
+
+    return check
+
+
+def _nothing_or(check: Check) -> Check:
+    return lambda value: value == {} or check(value)
+
+
+_SHARE = _record({"name": _is_text}, {"weight": _is_weight, "max_samples": _optional(_is_count)})
+_STAGE = _record({"stop": _optional(_is_count), "shares": _list(lambda value: _SHARE(value) and len(value) <= 3)})
+_PLACE: dict[str, Check] = {"start": _is_count, "cursors": _table(_is_count)}
+
+
+def _is_sample_order(value: Any) -> bool:
+    # Before there were stages, it held the weights of the only one.
+    parts: dict[str, Check] = {"weights": _table(_is_weight)} if "weights" in value else {"stages": _list(_STAGE)}
+    return _record({**_PLACE, **parts})(value)
+
+
+_NESTED: dict[str, Check] = {
+    "kind": lambda value: value in ("training", "converted"),
+    "sample_order": _nothing_or(_is_sample_order),
+    "datasets": _table(
+        _record(
+            {"tokens": _is_count, "hash": _optional(_is_text)},
+            {"mask": _optional(_is_text), "bos": _optional(_list(_is_count))},
+        ),
+    ),
+    "config": _record({}, {"training": _record({}, {"sequence_length": lambda value: _is_count(value) and value > 0})}),
+    "evaluation": _table(_is_number),
+    "best": _nothing_or(_record({"step": _is_count, "name": _is_text, "loss": _is_number})),
+    "health": _record(
+        {},
+        {
+            "skipped_steps": _is_count,
+            "in_a_row": _is_count,
+            "losses": _list(_is_number),
+            "rewinds": _list(_record({"step": _is_count, "to_step": _is_count, "samples": _is_count})),
+        },
+    ),
+    "layout": _table(_is_count),
+    "versions": _table(_is_text),
+    "files": _table(
+        lambda value: (
+            _record({"bytes": _is_count, "xxh3_128": _is_text})(value)
+            and re.fullmatch("[0-9a-f]{32}", value["xxh3_128"]) is not None
+            and len(value) == 2
+        )
+    ),
+}
+_EMPTY = Manifest(kind="training", versions={})

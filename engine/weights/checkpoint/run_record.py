@@ -1,0 +1,184 @@
+"""``run.json`` and what else a run folder tells of an earlier run.
+
+Checkpoints may lie on a disk of their own, behind a link. When that disk is missing, their folder looks as if there had
+never been any. ``run.json`` therefore says, next to the curve, whether the run has written checkpoints, and from which
+checkpoint it began. A run folder with such a history is never treated as a new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ...config.yaml_loader import load_yaml
+from ...errors import UserError
+from ...files.outputs import open_new
+from ...observe.curves import METRICS_FILE, last_record
+from .manifest import MANIFEST_FILE
+
+RECORD_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that ``resume: PATH`` named when the run began from it."""
+
+    path: str
+    """Real path."""
+    step: int
+    manifest: str
+    """Hash of its manifest, which identifies the checkpoint under any path."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of ``run.json``."""
+
+    began_at: Origin | None = None
+    newest_step: int | None = None
+    """Step of the last checkpoint that the run has written; None before the first."""
+    checkpoints: str = ""
+    """Real path of the folder that it was written to."""
+
+    def write(self, run_folder: Path) -> None:
+        """Replace the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        temporary = run_folder / f".{RECORD_FILE}.tmp"
+        with open_new(temporary) as file:
+            file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
+        os.replace(temporary, run_folder / RECORD_FILE)
+
+    @classmethod
+    def read(cls, run_folder: Path) -> RunRecord | None:
+        """The record of the run in ``run_folder``; None if it is missing or cannot be read."""
+        try:
+            content: Any = json.loads((run_folder / RECORD_FILE).read_text(encoding="utf-8"))
+            origin = content["began_at"]
+            record = cls(origin and Origin(**origin), content["newest_step"], str(content["checkpoints"]))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        steps = [record.newest_step, record.began_at.step if record.began_at else None]
+        return record if all(step is None or type(step) is int for step in steps) else None
+
+
+def note_checkpoint(run_folder: Path, step: int) -> None:
+    """Record that the checkpoint of ``step`` is complete. A disk that is full does not make the checkpoint invalid."""
+    with suppress(OSError):
+        record = RunRecord.read(run_folder) or RunRecord()
+        replace(record, newest_step=step, checkpoints=_checkpoint_folder(run_folder)).write(run_folder)
+
+
+def note_start(run_folder: Path, fresh: bool, origin: Origin | None) -> None:
+    """Record how the run that now begins to write has started.
+
+    Args:
+        run_folder: exists.
+        fresh: whether it begins at step 0: then nothing of a former record is kept.
+        origin: what ``resume: PATH`` named, where the run continues from that very checkpoint.
+    """
+    record = (None if fresh else RunRecord.read(run_folder)) or RunRecord(checkpoints=_checkpoint_folder(run_folder))
+    (replace(record, began_at=origin) if origin else record).write(run_folder)
+
+
+def origin_of(checkpoint: Path, step: int) -> Origin:
+    """What identifies the complete ``checkpoint``."""
+    return Origin(os.path.realpath(checkpoint), step, _manifest_hash(checkpoint))
+
+
+def began_at(run_folder: Path, own: list[Path], named: str) -> int | None:
+    """The step at which the run in ``run_folder``, which has written the checkpoints ``own``, began, if that was at the
+    checkpoint ``named``; else None.
+
+    The same checkpoint under another path counts, and so does the same path when the checkpoint is there no more. Run
+    folders without a record keep the setting ``resume`` in the manifests of their checkpoints.
+    """
+    record = RunRecord.read(run_folder)
+    if record is None:
+        same = any(_same_path(setting, named) for setting in map(_resume_setting, own) if setting)
+        return _step_in_name(named) if same else None
+    origin = record.began_at
+    if origin is None:
+        return None
+    same = _same_path(origin.path, named) or _manifest_hash(Path(named)) == origin.manifest != ""
+    return origin.step if same else None
+
+
+def require_no_lost_checkpoints(run_folder: Path, resume: str) -> None:
+    """Refuse to begin in a run folder without checkpoints where the run has written some.
+
+    Raises:
+        UserError: naming what was found, and the remedy.
+    """
+    found = [name for name in (RECORD_FILE, METRICS_FILE, CONFIG_FILE) if (run_folder / name).is_file()]
+    record = RunRecord.read(run_folder)
+    if record is not None:
+        lost = record.newest_step is not None
+        what = f"the run has written checkpoints up to step {record.newest_step} in {record.checkpoints}"
+    else:
+        last = last_record(run_folder)
+        lost = last is not None and _has_saved(run_folder, last)
+        what = f"its recorded curve reaches step {last['step'] if last else 0}"
+    if lost:
+        over = "or, to start over, resume: none" if resume == "auto" else "or start over with resume: none"
+        raise UserError(
+            f"run_folder {run_folder}: {what} ({', '.join(found)}), but {_what_is_there(run_folder)}; mount the disk "
+            f"or put the checkpoints back, or choose another run_folder, {over} (the old curve is kept)"
+        )
+
+
+def _what_is_there(run_folder: Path) -> str:
+    folder = run_folder / "checkpoints"
+    if folder.is_symlink() and not folder.exists():
+        return f"{folder} is a link to {os.readlink(folder)}, which is not there"
+    return f"{folder} {'holds none of them' if folder.is_dir() else 'does not exist'}"
+
+
+def _has_saved(run_folder: Path, last: Mapping[str, Any]) -> bool:
+    """Whether a run without a record must have written a checkpoint by the ``last`` record of its curve."""
+    try:
+        content: Any = load_yaml((run_folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        interval, budget = content["checkpoint"]["save_interval"], content["training"]["train_tokens"]
+        return bool(last["step"] >= interval or last["tokens"] >= budget)
+    except Exception:  # whatever is wrong with it, or missing: some run has recorded that curve
+        return True
+
+
+def _checkpoint_folder(run_folder: Path) -> str:
+    return os.path.realpath(run_folder / "checkpoints")
+
+
+def _manifest_hash(checkpoint: Path) -> str:
+    """Hash of the manifest's bytes; empty where it cannot be read."""
+    try:
+        return xxhash.xxh3_128_hexdigest((checkpoint / MANIFEST_FILE).read_bytes())
+    except OSError:
+        return ""
+
+
+def _resume_setting(checkpoint: Path) -> str | None:
+    try:
+        setting = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["config"]["resume"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return setting if isinstance(setting, str) and setting not in ("auto", "none") else None
+
+
+def _same_path(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _step_in_name(checkpoint: str) -> int:
+    digits = re.search(r"(\d+)/*$", checkpoint)
+    return int(digits[1]) if digits else 0

@@ -1,0 +1,92 @@
+"""A rank's part of every tensor, copied to host memory: what a checkpoint is written from while training goes on.
+
+Weights and optimizer states change in one place of a step, the update. So the copies are made behind the next step's
+forward and backward passes, and only its update waits for them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...optim.local import local_part
+
+
+class Staging:
+    """Buffers in host memory, pinned where tensors are on a GPU; made once and kept for the next checkpoint.
+
+    After :meth:`begin`, the thread that writes calls :meth:`copy`, and who is to change the tensors
+    :meth:`hold_update`.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._on_host: dict[str, Tensor] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._copied: list[torch.cuda.Event] = []
+        self._host_copied = threading.Event()
+        self._host_copied.set()
+
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the memory for copies of ``tensors``, where it has not been taken yet.
+
+        Raises:
+            UserError: there is too little.
+        """
+        try:
+            for name, tensor in tensors.items():
+                held, buffer = local_part(tensor), self._buffers.get(name)
+                if buffer is None or (buffer.shape, buffer.dtype) != (held.shape, held.dtype):
+                    self._buffers[name] = torch.zeros(held.shape, dtype=held.dtype, pin_memory=held.is_cuda)
+        except (RuntimeError, MemoryError) as error:
+            raise UserError(
+                f"checkpoint.asynchronous: no host memory for copies of weights and states ({error}); set it to false, "
+                "or use more nodes"
+            ) from None
+
+    @torch.no_grad()
+    def begin(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take note of the values that this rank holds of each tensor now, by name. Copies from a GPU are begun."""
+        self.reserve(tensors)
+        self._on_host, self._copied = {}, []
+        self._host_copied.clear()
+        on_devices: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for name, tensor in tensors.items():
+            held = local_part(tensor)
+            if held.is_cuda:
+                on_devices.setdefault(held.device, []).append((self._buffers[name], held))
+            else:
+                self._on_host[name] = held
+        for device, pairs in on_devices.items():
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            stream = self._streams[device]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for buffer, held in pairs:
+                    buffer.copy_(held, non_blocking=True)
+            self._copied.append(stream.record_event())
+
+    @torch.no_grad()
+    def copy(self) -> Mapping[str, Tensor]:
+        """The values as they were, by name, on the CPU; until the next :meth:`begin`. Waits for the copies."""
+        try:
+            for name, held in self._on_host.items():
+                self._buffers[name].copy_(held)
+        finally:
+            self._on_host = {}
+            self._host_copied.set()
+        for event in self._copied:
+            event.synchronize()
+        return self._buffers
+
+    def hold_update(self) -> None:
+        """Let what comes now change the tensors only after they have been copied. Does not wait for a GPU."""
+        self._host_copied.wait()
+        for event in self._copied:
+            event.wait()
+        self._copied = []

@@ -1,0 +1,418 @@
+"""The checkpoints of a run: written under a temporary name, renamed when complete, found again, thinned out.
+
+``{run_folder}/checkpoints/step-00001000/`` exists only when complete and is never written again. Before one is used,
+all of its files are read and compared with the hashes in its manifest; a damaged one is set aside under another name.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ...errors import UserError
+from ...files.disk_space import describe_pruning, describe_space, free_bytes, is_about_space
+from ...files.hashing import FileRecord
+from ...files.lock import run_folder_lock
+from ...files.outputs import sync_path, sync_tree
+from ...files.removal import remove_tree
+from ...parallel.process_group import Ranks
+from .assets import ASSET_FOLDER, HfAssets
+from .destination import require_record_files
+from .manifest import MANIFEST_FILE, Manifest, code_versions, read_manifest, write_manifest
+from .names import (
+    DAMAGED,
+    REWOUND,
+    checkpoint_name,
+    complete_checkpoints,
+    is_checkpoint_name,
+    named_checkpoints,
+    step_of,
+)
+from .retention import reasons_to_keep, reasons_when_pruning, whole_checkpoints
+from .run_record import Origin, RunRecord, began_at, note_checkpoint, origin_of, require_no_lost_checkpoints
+from .tensors import save_tensors
+from .verify import Damage, find_damage
+
+_TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")
+
+
+class CheckpointStore:
+    """The folder ``{run_folder}/checkpoints``."""
+
+    def __init__(
+        self,
+        run_folder: str | Path,
+        ranks: Ranks,
+        keep_last: int,
+        keep_best: bool,
+        keep_every: int = 0,
+        rewind_steps: int = 0,
+    ):
+        self.folder = Path(run_folder) / "checkpoints"
+        self.ranks = ranks
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.keep_every = keep_every
+        self.rewind_steps = rewind_steps
+        self.expected_bytes = 0
+        """Estimated size of a checkpoint; 0 where it is not known."""
+        self.origin: Origin | None = None
+        """The checkpoint that ``resume: PATH`` named, where :meth:`resolve` chose it."""
+        self.resolved: Manifest | None = None
+        """Of the checkpoint that :meth:`resolve` chose."""
+        self._remarks: list[str] = []
+        """For the log: what is worth knowing of the checkpoint in use."""
+        self._found: list[Path] = []
+        """What :meth:`resolve` chose from."""
+        self._damaged: list[tuple[Path, str]] = []
+        """What :meth:`set_aside` is to rename, and what is wrong with each."""
+        code_versions()
+
+    def of(self, ranks: Ranks) -> CheckpointStore:
+        """This store, whose ranks exchange messages as ``ranks`` do."""
+        store = copy.copy(self)
+        store.ranks = ranks
+        return store
+
+    @contextmanager
+    def locked(self) -> Iterator[list[str]]:
+        """Be the only writer to the run folder, on all ranks; see :func:`run_folder_lock`.
+
+        Raises:
+            UserError: on every rank, when another process is, or has been since :meth:`resolve`.
+        """
+        with ExitStack() as stack:
+            remarks = self.ranks.on_main(lambda: stack.enter_context(run_folder_lock(self.folder.parent))) or []
+            self.ranks.on_main(self._require_as_found)
+            yield remarks
+
+    def _require_as_found(self) -> None:
+        """A run that was chosen to go on from a checkpoint before it had the lock may have been overtaken."""
+        changed = sorted({*self._found} ^ {*self._candidates()})
+        if changed:
+            raise UserError(
+                f"{changed[-1]}: written or removed by another run while this one was starting; start again to go on "
+                "from the newest checkpoint"
+            )
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return complete_checkpoints(self.folder)
+
+    def _candidates(self) -> list[Path]:
+        """Every folder with the name of a checkpoint, oldest first."""
+        return named_checkpoints(self.folder)
+
+    def resolve(self, resume: str) -> Path | None:
+        """The checkpoint that ``resume`` (auto, none or a path) means, verified by all ranks; None to start fresh.
+
+        Nothing is written: of what is damaged a note is taken, for :meth:`set_aside`.
+
+        Raises:
+            UserError: a named checkpoint is missing or damaged, none is left that is not, or the run would mix with
+                another one in this folder.
+        """
+        self.ranks.on_main(lambda: require_record_files(self.folder.parent))
+        # The main rank's answer counts: shared file systems may show a new folder to some nodes later than others.
+        self._found = self.ranks.share(self.ranks.on_main(self._candidates))
+        if resume == "auto":
+            newest = self._newest_sound(self._found)
+            if newest is None:
+                self._require_nothing_lost(resume)
+            return newest
+        complete = self.ranks.share(self.ranks.on_main(self.complete))
+        if resume == "none":
+            if complete:
+                raise UserError(
+                    f"resume is none, but {self.folder} holds checkpoints; choose another run_folder or resume: auto"
+                )
+            return None
+        began = self.ranks.share(self.ranks.on_main(lambda: began_at(self.folder.parent, complete, resume)))
+        own = [path for path in self._found if began is not None and step_of(path) > began]
+        if own:
+            self._remarks.append(f"resume      the run began at {resume}, and continues from its own newest checkpoint")
+            return self._newest_sound(own)
+        manifest = self.require_sound(resume, "resume")
+        if manifest.kind != "training":
+            raise UserError(f"resume {resume}: it holds weights only; start from it with model.initialize_from")
+        for newer in (path for path in complete if step_of(path) > manifest.step):
+            raise UserError(
+                f"resume {resume} is at step {manifest.step}, but {newer} is newer: to go on from there set resume to "
+                "auto, to go back choose another run_folder or move the newer checkpoints away"
+            )
+        if not self._found:
+            self._require_nothing_lost(resume)
+        self.origin, self.resolved = origin_of(Path(resume), manifest.step), manifest
+        return Path(resume)
+
+    def _require_nothing_lost(self, resume: str) -> None:
+        self.ranks.on_main(lambda: require_no_lost_checkpoints(self.folder.parent, resume))
+
+    def require_sound(self, folder: str, key: str) -> Manifest:
+        """The manifest of a checkpoint that the setting ``key`` names, verified by all ranks. It is never renamed.
+
+        Raises:
+            UserError: on every rank, when it is missing or damaged.
+        """
+        self.ranks.everywhere(lambda: read_manifest(folder))
+        manifest, problem = self._examine(Path(folder))
+        if manifest is None or problem:
+            raise UserError(f"{problem}; name another checkpoint in {key}")
+        return manifest
+
+    def _newest_sound(self, candidates: list[Path]) -> Path | None:
+        for folder in reversed(candidates):
+            manifest, problem = self._examine(folder)
+            if manifest is not None and manifest.step != step_of(folder):
+                problem = f"{folder}: its manifest is of step {manifest.step}"
+            if manifest is not None and problem is None:
+                self.ranks.on_main(partial(self._require_no_broken_link, manifest.step + 1))
+                self._remarks += self.ranks.on_main(partial(self._newer_ones_lost, manifest.step)) or []
+                self.resolved = manifest
+                return folder
+            self._damaged.append((folder, problem or ""))
+        self.ranks.on_main(self._require_no_broken_link)
+        former = self._damaged[0][1] if self._damaged else next(map(str, sorted(self.folder.glob("step-*"))), None)
+        if self.ranks.share(former):
+            raise UserError(
+                f"{self.ranks.share(former)}, and {self.folder} holds no other checkpoint that can be resumed; put one "
+                "back, or move these away to start from the beginning, or choose another run_folder"
+            )
+        return None
+
+    def _require_no_broken_link(self, least_step: int = 0) -> None:
+        """Refuse to leave out a checkpoint of at least ``least_step`` steps that a link names but does not lead to.
+
+        Raises:
+            UserError: naming the link and where it leads.
+        """
+        links = sorted(
+            (path for path in self.folder.glob("step-*") if is_checkpoint_name(path.name) and not path.exists()),
+            key=step_of,
+        )
+        if links and step_of(links[-1]) >= least_step:
+            raise UserError(
+                f"{links[-1]}: a link to {os.readlink(links[-1])}, which is not there; mount the disk or put the "
+                "checkpoint back, or remove the link to continue without it"
+            )
+
+    def _newer_ones_lost(self, step: int) -> list[str]:
+        """A line where checkpoints of later steps than ``step`` have been moved away, and not by this program."""
+        record = RunRecord.read(self.folder.parent)
+        newest = record.newest_step if record else None
+        if newest is None or newest <= step or any(self.folder.glob(f"{checkpoint_name(newest)}*")):
+            return []
+        return [
+            f"note: the run has written a checkpoint of step {newest:,}, which is not in {self.folder} any more; it "
+            f"continues from step {step:,}"
+        ]
+
+    def _examine(self, folder: Path) -> tuple[Manifest | None, str | None]:
+        """The manifest of ``folder``, and what is wrong with it; every rank reads a share of the files."""
+        share = (self.ranks.rank, self.ranks.world_size)
+        description, silent = f"verifying {folder.name}", None if self.ranks.is_main else True
+        with tqdm(desc=description, unit="B", unit_scale=True, disable=silent, leave=False, delay=2) as bar:
+            manifest, mine = self.ranks.everywhere(lambda: find_damage(folder, share, on_bytes=bar.update))
+        reports = self.ranks.gather(mine)
+        damage = reports[0] or self._seen_by_main(folder, reports)
+        if manifest is not None and not manifest.files:
+            self._remarks.append(f"{folder} is not verified: it was written before manifests had hashes")
+        return manifest, damage[0].what if damage else None
+
+    def _seen_by_main(self, folder: Path, reports: list[list[Damage]]) -> list[Damage]:
+        """What the main rank says of files that others find damaged: a node with a stale view costs no checkpoint."""
+        suspects = [(rank, damage) for rank, found in enumerate(reports) for damage in found]
+        if not suspects:
+            return []
+        files = {damage.file for _, damage in suspects}
+        found: list[Damage] = self.ranks.share(self.ranks.on_main(lambda: find_damage(folder, only=files)[1]))
+        if not found:
+            rank, damage = suspects[0]
+            raise UserError(
+                f"rank {rank}: {damage.what}, but rank 0 finds it as it was written; see that all nodes show "
+                "run_folder alike"
+            )
+        return found
+
+    def set_aside(self) -> list[str]:
+        """Rename what :meth:`resolve` found damaged; returns lines for the log, on the main rank."""
+        return (self.ranks.on_main(self._set_aside) or []) + self._remarks
+
+    def _set_aside(self) -> list[str]:
+        lines = []
+        for folder, problem in self._damaged:
+            lines.append(f"set aside   {problem}; renamed to {_renamed(folder, DAMAGED)}")
+        self._damaged.clear()
+        return lines
+
+    def newest_until(self, step: int) -> Path | None:
+        """The newest checkpoint of at most ``step`` steps that is undamaged, verified by all ranks."""
+        for folder in reversed(self.ranks.share(self.ranks.on_main(self._candidates))):
+            if step_of(folder) <= step:
+                manifest, problem = self._examine(folder)
+                if manifest is not None and problem is None:
+                    return folder
+        return None
+
+    def abandon_after(self, step: int) -> list[str]:
+        """Rename all checkpoints of more than ``step`` steps, which a run that goes back will reach again.
+
+        Returns:
+            lines for the log, on the main rank.
+        """
+        return self.ranks.on_main(lambda: self._abandon_after(step)) or []
+
+    def _abandon_after(self, step: int) -> list[str]:
+        # The newest first: killed half-way, this leaves all that are older. From the newest of these the run comes to
+        # the spike again, and goes back again.
+        newer = [folder for folder in reversed(self._candidates()) if step_of(folder) > step]
+        note_checkpoint(self.folder.parent, step)
+        return [f"  {folder} renamed to {_renamed(folder, REWOUND)}: the run goes back behind it" for folder in newer]
+
+    def save(
+        self,
+        tensors: Mapping[str, Tensor],
+        assets: HfAssets,
+        manifest: Manifest,
+        staged: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Write one checkpoint with all ranks and make it visible when every byte is on disk.
+
+        Args:
+            tensors: every tensor by name.
+            assets: Hugging Face files that travel with it.
+            manifest: what it is.
+            staged: see :func:`save_tensors`.
+
+        Raises:
+            UserError: on every rank, when any of them cannot write. Nothing is left behind.
+        """
+        final = self.folder / checkpoint_name(manifest.step)
+        temporary = self.ranks.share(self._temporary_name(final))
+        self.ranks.on_main(lambda: self._begin(temporary, final))
+        try:
+            self.ranks.everywhere(lambda: self._require_visible(temporary))
+            records = self.ranks.gather(save_tensors(temporary, tensors, staged, self.ranks.group))
+            hashed = {name: record for of_rank in records for name, record in of_rank.items()}
+            self.ranks.on_main(lambda: self._publish(temporary, final, assets, manifest, hashed))
+        except BaseException as error:
+            if self.ranks.is_main:
+                remove_tree(temporary)
+            if isinstance(error, UserError) and is_about_space(str(error)):
+                raise UserError(f"{error}; {self._describe_full_disk()}") from None
+            raise
+        return final
+
+    def _describe_full_disk(self) -> str:
+        try:
+            said = describe_space(self.expected_bytes, free_bytes(self.folder), "a checkpoint")
+            return f"{said}; {self.describe_pruning()}"
+        except OSError:  # a disk that is not only full
+            return "no space left for a checkpoint"
+
+    def describe_pruning(self) -> str:
+        """What makes space on the disk of the checkpoints."""
+        whole = whole_checkpoints(self.complete())
+        reasons = reasons_when_pruning(whole, 1, self.keep_every)
+        removable = [folder for folder, why in reasons.items() if not why]
+        return describe_pruning(self.folder.parent, removable, self.keep_every)
+
+    def _temporary_name(self, checkpoint: Path) -> Path:
+        return self.folder / f".{checkpoint.name}.{uuid.uuid4().hex}.tmp"
+
+    def _begin(self, temporary: Path, final: Path) -> None:
+        if final.exists():
+            raise UserError(f"{final}: exists already, and checkpoints are never overwritten; move it away")
+        temporary.mkdir(parents=True)
+
+    def _require_visible(self, temporary: Path) -> None:
+        if not temporary.is_dir():
+            raise UserError(
+                f"{temporary}: made by rank 0 but not seen here; put run_folder on a file system that all nodes share"
+            )
+
+    def _publish(
+        self, temporary: Path, final: Path, assets: HfAssets, manifest: Manifest, hashed: dict[str, FileRecord]
+    ) -> None:
+        assets.write(temporary / ASSET_FOLDER)
+        sync_tree(temporary)
+        write_manifest(temporary, manifest, hashed)
+        sync_path(temporary / MANIFEST_FILE)
+        sync_path(temporary)
+        temporary.rename(final)
+        note_checkpoint(self.folder.parent, manifest.step)
+        sync_path(self.folder)
+        sync_path(self.folder.parent)  # in which the first checkpoint's folder is new
+
+    def thin_out(self, best_step: int | None) -> list[str]:
+        """Remove the checkpoints that nothing of :func:`reasons_to_keep` holds for; damaged ones stay as they are.
+
+        Returns:
+            lines about those that could not be removed, on the main rank.
+        """
+        return self.ranks.on_main(lambda: self._thin_out(best_step)) or []
+
+    def _thin_out(self, best_step: int | None) -> list[str]:
+        whole = whole_checkpoints(self.complete())
+        best_step = best_step if self.keep_best else None
+        reasons = reasons_to_keep(whole, self.keep_last, self.keep_every, best_step, self.rewind_steps)
+        problems = [problem for folder, why in reasons.items() if not why for problem in self.remove(folder)]
+        return [_not_removed("an older checkpoint", problems)] if problems else []
+
+    def remove(self, checkpoint: Path) -> list[str]:
+        """Remove one checkpoint. Of a link, what it leads to stays.
+
+        Returns:
+            what could not be removed, and why, with full paths.
+        """
+        if checkpoint.is_symlink():
+            return remove_tree(checkpoint)
+        # Renamed first: killed half-way, this leaves a leftover and not half a checkpoint.
+        try:
+            trash = checkpoint.rename(self._temporary_name(checkpoint))
+        except OSError as error:
+            return [f"{checkpoint.absolute()}: {error.strerror or error}"]
+        return remove_tree(trash)
+
+    def remove_leftovers(self) -> list[str]:
+        """Remove what killed runs left half-written or half-removed. What cannot be removed is passed over.
+
+        Returns:
+            lines for the log, on the main rank.
+        """
+        return self.ranks.on_main(self._remove_leftovers) or []
+
+    def _remove_leftovers(self) -> list[str]:
+        if not self.folder.is_dir():
+            return []
+        lines = []
+        for entry in sorted(self.folder.iterdir()):
+            if _TEMPORARY.match(entry.name) and (entry.is_symlink() or entry.is_dir()):
+                problems = remove_tree(entry)
+                said = f"removed {entry}, which a killed run had left incomplete"
+                lines.append(_not_removed("a leftover of a killed run", problems) if problems else said)
+        return lines
+
+
+def _not_removed(what: str, problems: list[str]) -> str:
+    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return f"note: {what} could not be removed: {problems[0]}{more}; remove it yourself, nothing reads it"
+
+
+def _renamed(folder: Path, ending: str) -> Path:
+    """The new name of ``folder``, which nothing takes for a checkpoint of the run any more."""
+    target, number = folder.with_name(f"{folder.name}{ending}"), 1
+    while os.path.lexists(target):
+        number += 1
+        target = folder.with_name(f"{folder.name}{ending}.{number}")
+    folder.rename(target)
+    return target

@@ -1,0 +1,188 @@
+"""Tensors to and from a checkpoint folder.
+
+Model tensors are stored under their Hugging Face names, optimizer states as ``optimizer.{state}.{parameter}``. Every
+rank writes its shards; a reader with any other layout gets its own slices.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...errors import UserError
+from ...files.hashing import FileRecord
+from ..parts import TensorParts, all_ranks, load_parts
+from ..saving import save_parts
+from ..table import read_table
+from ..tensor_source import StoredTensor
+from ..untrusted import METADATA_FILE, TABLE_FILE
+
+OPTIMIZER_PREFIX = "optimizer."
+
+
+class ParameterOwner(Protocol):
+    """A module, or the parts of one that this rank has."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by name."""
+
+
+def model_tensors(model: ParameterOwner) -> dict[str, Tensor]:
+    """The parameters of ``model`` by name, each once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state tensors of ``optimizer``, named by state and parameter; frozen parameters have none."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        # FSDP shows gathered copies under a parameter's name while its group is gathered; those have no state.
+        assert parameter in optimizer.state, f"{name} is not a parameter that the optimizer steps"
+        for state, value in optimizer.state[parameter].items():
+            tensors[f"{OPTIMIZER_PREFIX}{state}.{name}"] = value
+    return tensors
+
+
+def training_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a training checkpoint holds, by name; the optimizer has its states after the first step."""
+    return {**model_tensors(model), **optimizer_tensors(model, optimizer)}
+
+
+def open_tensors(folder: str | Path) -> TensorParts:
+    """Return the tensors of the checkpoint ``folder``, readable in any parts.
+
+    Raises:
+        DamagedCheckpoint: their description is missing or damaged.
+        UserError: it cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / METADATA_FILE).exists() and not (folder / TABLE_FILE).exists():
+        from ..conversion.dcp_files import read_dcp_parts  # of manifest formats 1 and 2
+
+        return read_dcp_parts(folder)
+    return read_table(folder)
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Names, shapes and dtypes of the tensors in ``folder``, without reading them.
+
+    Raises:
+        UserError: what describes them cannot be read.
+    """
+    return dict(open_tensors(folder).tensors)
+
+
+def save_tensors(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    staged: Mapping[str, Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
+    distributed: bool = True,
+) -> dict[str, FileRecord]:
+    """Write ``tensors`` into ``folder``; with ``distributed`` every rank calls this and writes its shards.
+
+    Args:
+        folder: where to.
+        tensors: by name; each may be sharded in any way.
+        staged: this rank's part of each, where it has been copied; ``tensors`` then only say how they are laid out.
+        group: of the ranks, for their messages; None: the default one.
+        distributed: whether there are other ranks.
+
+    Returns:
+        the files that this rank has written, hashed on their way to the disk.
+
+    Raises:
+        UserError: on every rank, when any of them cannot write.
+    """
+    return save_parts(folder, tensors, staged, all_ranks(group, distributed))
+
+
+def load_tensors(
+    folder: str | Path, tensors: Mapping[str, Tensor], distributed: bool = True, opened: TensorParts | None = None
+) -> None:
+    """Read into ``tensors`` in place, casting to their dtypes; each may be sharded in any way.
+
+    Args:
+        folder: of the checkpoint.
+        tensors: by name.
+        distributed: whether there are other ranks, which then call this as well.
+        opened: what :func:`open_tensors` returned for ``folder``, if it has been called already on every rank.
+
+    Raises:
+        UserError: on every rank, when on any of them a tensor is missing, has another shape, or cannot be read.
+    """
+    ranks = all_ranks(None, distributed)
+    parts = ranks.everywhere(lambda: open_tensors(folder)) if opened is None else opened
+    load_parts(parts, tensors, folder, ranks)
+
+
+def describe_casts(
+    folder: str | Path, stored: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor], resuming: bool
+) -> list[str]:
+    """Lines about the casts of :func:`load_tensors`: values widened to go on with a run (``resuming``), or rounded to
+    begin one. Values widened to begin one are the usual case and not spoken of.
+
+    Raises:
+        UserError: the run would not go on as it was: values of the checkpoint would be rounded.
+    """
+    pairs = {name: (stored[name].dtype, tensor.dtype) for name, tensor in tensors.items() if name in stored}
+    lines = []
+    for (there, here), count in Counter(pairs.values()).items():
+        exact = torch.promote_types(there, here) == here
+        names, cast = (str(dtype).removeprefix("torch.") for dtype in (there, here))
+        if resuming and not exact:
+            name = next(name for name, pair in pairs.items() if pair == (there, here))
+            key = "optimizer.state_dtype" if name.startswith(OPTIMIZER_PREFIX) else "training.weight_dtype"
+            raise UserError(
+                f"{key} asks for {cast}, but {folder} holds {name} in {names}, which would be rounded; set {key} back, "
+                "or start a new run_folder with model.initialize_from"
+            )
+        if there != here and exact == resuming:
+            lines.append(f"dtypes      {count} tensors of {folder} cast from {names} to {cast}")
+    return lines
+
+
+def check_model_tensors(folder: str | Path, model: ParameterOwner) -> None:
+    """Refuse a checkpoint whose model tensors are not exactly those of ``model``; see :func:`require_model_tensors`."""
+    require_model_tensors(folder, stored_tensors(folder), model)
+
+
+def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor], model: ParameterOwner) -> None:
+    """Refuse a checkpoint of ``stored`` whose model tensors are not exactly those of ``model``, and name some.
+
+    Raises:
+        UserError: missing, unexpected or differently shaped tensors.
+    """
+    weights = {name: tensor for name, tensor in stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
+    difference = describe_difference(weights, model)
+    if difference:
+        raise UserError(f"{folder}: the checkpoint is of another model: {difference}")
+
+
+def describe_difference(stored: Mapping[str, StoredTensor], model: ParameterOwner) -> str:
+    """How names and shapes of ``stored`` differ from the parameters of ``model``, in a line; empty when they do not.
+
+    It names some of what is missing, of what is there instead, and of what has another shape.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    missing = [name for name in wanted if name not in stored]
+    unexpected = [name for name in stored if name not in wanted]
+    shapes = [
+        f"{name} is {list(stored[name].shape)}, the model needs {list(shape)}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    groups = (("missing ", missing), ("unexpected ", unexpected), ("", shapes))
+    return "; ".join(prefix + _some_of(problems) for prefix, problems in groups if problems)
+
+
+def _some_of(problems: list[str]) -> str:
+    return ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")

@@ -1,0 +1,226 @@
+"""Write the Hugging Face folder at the end of a run: ``checkpoint.export_hf``.
+
+All ranks write it together, from the checkpoint on the disk and not from memory. The files are those that
+checkpoint_convert/dcp_to_hf.py makes of that checkpoint. If a run could not finish the export, the same command does it
+when started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from ...config.settings import CheckpointConfig
+from ...errors import UserError
+from ...guards.background import run_in_background
+from ...parallel.process_group import Ranks
+from ...run_state import Run
+from ..block_copy import OutputFile, WrittenFile, copy_files
+from ..checkpoint.manifest import MANIFEST_FILE
+from ..checkpoint.store import CheckpointStore, step_of
+from ..finite import OPTION
+from ..hugging_face.upload import open_repository, upload_folder
+from ..hugging_face.weight_dtypes import describe_casts
+from ..partial_folder import partial_folder
+from ..workers import default_workers
+from .dcp_to_hf import Export, plan_export
+from .provenance import CONVERSION_FILE, file_hash
+from .writing import size_of
+
+FOLDER = "hf"
+"""Folder of the exports in a run folder; they have the names of their checkpoints."""
+KEY_OF_UPLOAD = "checkpoint.push_to_hub"
+
+
+def export_folder(run_folder: Path, step: int) -> Path:
+    """Return the folder to which the checkpoint of ``step`` is exported."""
+    return run_folder / FOLDER / f"step-{step:08d}"
+
+
+def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list[str]:
+    """Check before the training that the export after it will be possible. All ranks call this.
+
+    Args:
+        config: of the run.
+        ranks: of the run.
+        output: :func:`export_folder` of its last step.
+
+    Returns:
+        Lines for the log, on the main rank.
+
+    Raises:
+        UserError: on every rank, if it is not possible.
+    """
+    if config.export_hf:
+        ranks.on_main(lambda: _require_own(output))
+    repository = config.push_to_hub
+    if repository is None:
+        return []
+    place = ranks.on_main(lambda: open_repository(repository, KEY_OF_UPLOAD))
+    return [f"upload      at the end, to {place}"]
+
+
+def _require_own(output: Path) -> None:
+    if os.path.lexists(output) and not (output / CONVERSION_FILE).is_file():
+        raise UserError(
+            f"{output}: this name is needed for the export of checkpoint.export_hf at the end, but it exists and is "
+            f"not an export: it has no {CONVERSION_FILE}; move it away"
+        )
+
+
+def export_run(run: Run) -> None:
+    """Make, and upload, the exports in the run's configuration. All ranks call this.
+
+    If the run had no steps left and continued from a checkpoint in another folder, that checkpoint is exported.
+
+    Raises:
+        UserError: on every rank, if the export cannot be made or uploaded. The checkpoint is unchanged.
+    """
+    config, store, step, say = run.config.checkpoint, run.store, run.progress.step, run.say
+    if not config.export_hf:
+        return
+    ranks = store.ranks
+    complete = ranks.share(ranks.on_main(store.complete))
+    checkpoint = next((folder for folder in complete if step_of(folder) == step), None)
+    if checkpoint is None:
+        checkpoint = Path(str(run.start.folder))
+    output = export_folder(store.folder.parent, step)
+    try:
+        if ranks.share(ranks.on_main(lambda: _is_there(output, checkpoint))):
+            say(f"exported    {output} already exists")
+        else:
+            _require_sound(store, checkpoint)
+            _write(ranks, checkpoint, output, run.stop.agreed, say)
+    except _Stopped:
+        say(f"stopped the export to {output} as requested; the same command completes it")
+        return
+    except _Damaged:
+        raise
+    except UserError as error:
+        raise UserError(
+            f"checkpoint.export_hf: {error}; {checkpoint} itself is complete: start the same command again, or export "
+            f"it with checkpoint_convert/dcp_to_hf.py --checkpoint {checkpoint}"
+        ) from None
+    repository = config.push_to_hub
+    if repository is not None:
+        say(f"uploading   {output} to {repository}")
+        upload = lambda: upload_folder(output, repository, KEY_OF_UPLOAD, [CONVERSION_FILE])  # noqa: E731
+        say(f"uploaded    {run_in_background(ranks, upload if ranks.is_main else None)}")
+
+
+class _Stopped(Exception):
+    """All ranks have been asked to stop."""
+
+
+class _BrokenOff(Exception):
+    """The remaining work is useless."""
+
+
+class _Damaged(UserError):
+    """The checkpoint differs from what was written."""
+
+
+def _require_sound(store: CheckpointStore, checkpoint: Path) -> None:
+    try:
+        store.require_sound(str(checkpoint), "checkpoint.export_hf")
+    except UserError as error:
+        problem = str(error).partition("; name another checkpoint")[0]
+        raise _Damaged(
+            f"checkpoint.export_hf: {problem}; start the same command again: it continues from the newest undamaged one"
+        ) from None
+
+
+def _is_there(output: Path, checkpoint: Path) -> bool:
+    """Return whether ``output`` has been made from ``checkpoint``.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not os.path.lexists(output):
+        return False
+    try:
+        content = json.loads((output / CONVERSION_FILE).read_text(encoding="utf-8"))
+        made_of = content["source"]["manifest_xxh3_128"]
+    except (OSError, ValueError, KeyError, TypeError):
+        made_of = None
+    if made_of != file_hash(checkpoint / MANIFEST_FILE):
+        raise UserError(f"{output}: exists already, and {CONVERSION_FILE} there names another checkpoint; move it away")
+    return True
+
+
+def _write(
+    ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool], say: Callable[[str], None]
+) -> None:
+    export = ranks.everywhere(lambda: plan_export(checkpoint))
+    for line in describe_casts(export.model.stored.tensors, export.tensors):
+        say(f"export      {line}")
+    with ExitStack() as stack:
+        identity = export.record.identity
+        # Files of a killed run are not reused: they are written again.
+        partial = ranks.on_main(lambda: stack.enter_context(partial_folder(output, identity, say, take_up=False)))
+        content: Path = ranks.share(partial and partial.content)
+        ranks.everywhere(lambda: _require_visible(content))
+        mine = _deal(export.plan.files, ranks)
+        stopping = False
+
+        def broken_off() -> bool:
+            nonlocal stopping
+            stopping = stop_agreed()
+            return stopping
+
+        copying = _Copying(export, content, mine)
+        done = run_in_background(ranks, copying, broken_off, copying.stop)
+        if stopping:
+            raise _Stopped
+        written = [file for of_rank in ranks.gather(done) for file in of_rank or ()]
+        ranks.on_main(lambda: _complete(export, content, written, stack))
+    say(f"exported    {output}: {len(export.tensors)} tensors, {size_of(written)}")
+
+
+def _require_visible(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: created by rank 0 but not visible here; put run_folder on a file system that all nodes share"
+        )
+
+
+def _deal(files: list[OutputFile], ranks: Ranks) -> list[OutputFile]:
+    """Return this rank's share of the files, distributed in turns, the largest first."""
+    by_size = sorted(files, key=lambda file: -sum(tensor.num_bytes for tensor in file.tensors.values()))
+    return by_size[ranks.rank :: ranks.world_size]
+
+
+class _Copying:
+    """This rank's files, written in a thread that another thread can stop."""
+
+    def __init__(self, export: Export, folder: Path, files: list[OutputFile]):
+        self._export, self._folder, self._files = export, folder, files
+        self._broken_off = False
+
+    def stop(self) -> None:
+        self._broken_off = True
+
+    def __call__(self) -> list[WrittenFile]:
+        source = self._export.source
+        workers = max(1, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        try:
+            rows = source.hashed_rows
+            remedy = f"go back to an earlier checkpoint, or give dcp_to_hf.py {OPTION}"
+            done = copy_files(self._folder, self._files, source, workers, rows, self._on_bytes, nonfinite_remedy=remedy)
+        except _BrokenOff:
+            return []
+        return list(done.values())
+
+    def _on_bytes(self, count: int) -> None:
+        if self._broken_off:
+            raise _BrokenOff
+
+
+def _complete(export: Export, folder: Path, written: list[WrittenFile], stack: ExitStack) -> None:
+    export.model.require_unchanged()
+    export.write_assets(folder)
+    export.write_record(folder, written)
+    stack.close()

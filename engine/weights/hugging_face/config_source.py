@@ -1,0 +1,31 @@
+"""Find the ``config.json`` of a run's model, for commands that need the model's shape without its weights."""
+
+from __future__ import annotations
+
+from ...config.settings import ModelConfig
+from ...errors import UserError
+from ...model.architecture import CONFIG_FILE
+from ..checkpoint.assets import asset_folder
+from .hub_download import find_model_folder, is_on_hub
+
+
+def architecture_source(model: ModelConfig) -> dict | str:
+    """Return ``model.architecture``, or else the folder that holds the ``config.json`` of ``model.initialize_from``.
+
+    For a model on the Hub, only ``config.json`` is downloaded.
+
+    Raises:
+        UserError: there is no such folder, or the Hub has no such model or cannot be reached.
+    """
+    if model.architecture is not None:
+        return model.architecture
+    name = model.initialize_from or ""
+    if is_on_hub(name):
+        return str(find_model_folder(name, "model.initialize_from", wanted=[CONFIG_FILE]))
+    folder = asset_folder(name)
+    if not folder.is_dir():
+        raise UserError(
+            f"model.initialize_from {name}: {folder} does not exist; name a checkpoint, a Hugging Face folder or a "
+            "model on the Hub, or set model.architecture to a config.json: weights are not needed here"
+        )
+    return str(folder)

@@ -1,0 +1,236 @@
+"""Read the weights of a Hugging Face folder: names of tensors, and their values, whole or in parts.
+
+Opening a folder of any size is cheap. :meth:`HfWeights.read` maps a tensor, which takes memory only while it is in use;
+:meth:`HfWeights.rows` reads rows into memory of the caller, without mapping. Pickled weights (``pytorch_model.bin``)
+are never opened, because loading them can run code.
+
+:mod:`model` matches the tensors to a decoder; :mod:`shards` writes files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...errors import UserError
+from ...files.regular import open_regular, read_regular
+from ...model.architecture import ADAPTER_FILE, ADAPTER_REMEDY
+from ..raw_bytes import opened_for_reading, read_exactly
+from ..safetensors_format import read_header
+from ..tensor_source import ReadRows, StoredTensor
+from .names import parameter_names
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.bin.index.json")
+_OTHER_FORMATS = {
+    "*.gguf": "the llama.cpp format: get the model as safetensors",
+    "model-*.safetensors": f"shards without their {INDEX_FILE}: fetch the folder again",
+    "consolidated*.safetensors": "the publisher's own layout: get the model as saved by transformers",
+    "*.safetensors": f"a file of another name: name a folder that holds {WEIGHTS_FILE}",
+    "*.h5": "TensorFlow weights: save them as safetensors with transformers",
+    "*.msgpack": "Flax weights: save them as safetensors with transformers",
+}
+_MOST_INDEX_BYTES = 256 << 20
+
+
+class HfWeights:
+    """The tensors of a Hugging Face folder, under the names that parameters have in transformers.
+
+    Files are chosen as in transformers: ``model.safetensors``, else the files in the index. A folder with both is
+    refused unless they are the same, because other programs prefer the index. Other safetensors files, left by an
+    earlier save, are not opened.
+
+    Raises:
+        UserError: there are no safetensors weights, or two sets of them; the index is wrong, or a file is missing or
+            damaged; two tensors have the same name.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"{folder}: no such folder; name a Hugging Face folder (config.json, {WEIGHTS_FILE})")
+        self._refuse_adapter()
+        index = self.folder / INDEX_FILE
+        if index.is_file():
+            listed = _read_index(index)
+            self._require_one_set(listed)
+            self._files = {file: self._open(file, f"{INDEX_FILE} lists it") for file in dict.fromkeys(listed.values())}
+            self._require_listed(listed)
+        else:
+            self._require_safetensors()
+            self._files = {WEIGHTS_FILE: self._open(WEIGHTS_FILE, "it holds the weights")}
+        self._file_of = self._file_of_each_tensor()
+        self._offsets = {file: _tensor_offsets(self.folder / file) for file in self._files}
+        self.stored_names = parameter_names(self._file_of, self.folder)
+        """Name of each tensor in the files."""
+        self.tensors = {name: self._describe(stored) for name, stored in self.stored_names.items()}
+        """Names, shapes and dtypes."""
+        patterns = ("*.safetensors", *_PICKLED)
+        present = {entry.name for pattern in patterns for entry in self.folder.glob(pattern)}
+        self.ignored_files = sorted(name for name in present - self._files.keys() if _holds_weights(name))
+        """Weight files that are not read, neither here nor in transformers."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Return the files that determine the tensors: the safetensors files of the model, and the index."""
+        index = self.folder / INDEX_FILE
+        return [*(self.folder / file for file in self._files), *([index] if index.is_file() else [])]
+
+    def read(self, name: str) -> Tensor:
+        """Return the CPU tensor ``name``, mapped from its file: treat it as read-only; it is paged in when used."""
+        return self._read_stored(self.stored_names[name])
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """Return the file of the tensor ``name``, and the offset of its values there, in bytes."""
+        stored = self.stored_names[name]
+        path = self.folder / self._file_of[stored]
+        return path, self._offsets[path.name][stored]
+
+    @contextmanager
+    def rows(self, name: str) -> Iterator[ReadRows]:
+        """Read rows, see :class:`~retemper.engine.weights.tensor_source.TensorSource`."""
+        (path, start), tensor = self.place(name), self.tensors[name]
+        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        with opened_for_reading(path) as descriptor:
+            yield lambda first, rows: read_exactly(descriptor, start + first * row_bytes, rows, path)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Rename the tensor ``name`` to ``new_name``, in the same place of the order."""
+        change = lambda key: new_name if key == name else key  # noqa: E731
+        self.stored_names = {change(key): stored for key, stored in self.stored_names.items()}
+        self.tensors = {change(key): tensor for key, tensor in self.tensors.items()}
+
+    def _read_stored(self, stored: str) -> Tensor:
+        return self._files[self._file_of[stored]].get_tensor(stored)
+
+    def _describe(self, name: str) -> StoredTensor:
+        try:
+            tensor = self._read_stored(name)
+        except Exception as error:  # the library has no narrower class for dtypes that PyTorch lacks
+            path, stored = self.folder / self._file_of[name], self._files[self._file_of[name]].get_slice(name)
+            raise UserError(
+                f"{path}: {name} is {stored.get_dtype()} {stored.get_shape()}, which cannot be read "
+                f"({str(error).partition(chr(10))[0]}); quantized weights must be dequantized first"
+            ) from None
+        return StoredTensor(tuple(tensor.shape), tensor.dtype)
+
+    def _refuse_adapter(self) -> None:
+        """Refuse a folder with an adapter and weights: transformers loads the adapter's base model instead of the
+        weights.
+        """
+        if not (self.folder / ADAPTER_FILE).exists():
+            return
+        weights = next((name for name in (WEIGHTS_FILE, INDEX_FILE) if (self.folder / name).exists()), None)
+        if weights is None:
+            raise UserError(f"{self.folder}: {ADAPTER_REMEDY}")
+        raise UserError(
+            f"{self.folder}: holds {ADAPTER_FILE} next to {weights}: transformers loads the base model of the adapter "
+            f"instead of {weights}; move the adapter away, or merge it and name the result"
+        )
+
+    def _require_one_set(self, listed: Mapping[str, str]) -> None:
+        others = [file for file in listed.values() if file != WEIGHTS_FILE]
+        if others and (self.folder / WEIGHTS_FILE).exists():
+            raise UserError(
+                f"{self.folder}: holds two sets of weights, {WEIGHTS_FILE} and those of {INDEX_FILE} ({others[0]}): "
+                "transformers uses the first, other programs the second; remove one of them"
+            )
+
+    def _open(self, file: str, why: str) -> Any:
+        path = self.folder / file
+        try:
+            with open_regular(path):  # safe_open reports every unreadable file as missing
+                pass
+            # It refuses headers of more than 100 MB, and places of tensors that overlap or are outside the file.
+            return safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing, though {why}; fetch the folder again") from None
+        except SafetensorError as error:
+            if "unknown variant" in str(error):  # its only list of variants is that of dtypes
+                known = f"safetensors {safetensors.__version__}"
+                raise UserError(
+                    f"{path}: has a dtype that {known} does not know ({error}); dequantize the weights first"
+                ) from None
+            raise UserError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
+
+    def _require_listed(self, listed: Mapping[str, str]) -> None:
+        """Check that every tensor of the index is in the file that the index names."""
+        names = {file: set(opened.keys()) for file, opened in self._files.items()}
+        for name, file in listed.items():
+            if name not in names[file]:
+                raise UserError(
+                    f"{self.folder / file}: holds no {name}, although {INDEX_FILE} lists it there; fetch the folder "
+                    "again"
+                )
+
+    def _file_of_each_tensor(self) -> dict[str, str]:
+        """Return the file of each tensor; like transformers, use all tensors in the files, even if the index lacks
+        them.
+        """
+        found: dict[str, str] = {}
+        for file, opened in self._files.items():
+            for name in list(opened.keys()):  # it is not iterable
+                if name in found:
+                    raise UserError(f"{self.folder}: {found[name]} and {file} both hold {name}; fetch the folder again")
+                found[name] = file
+        return found
+
+    def _require_safetensors(self) -> None:
+        if (self.folder / WEIGHTS_FILE).exists():
+            return
+        pickled = sorted(path.name for pattern in _PICKLED for path in self.folder.glob(pattern))
+        if pickled:
+            raise UserError(
+                f"{self.folder}: only pickled weights ({pickled[0]}), which can run code when loaded; save them as "
+                "safetensors with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other)"
+            )
+        problem = f"{self.folder}: holds neither {INDEX_FILE} nor {WEIGHTS_FILE}"
+        for pattern, remedy in _OTHER_FORMATS.items():
+            found = sorted(path.name for path in self.folder.glob(pattern))
+            if found:
+                raise UserError(f"{problem}, but {found[0]}, {remedy}")
+        raise UserError(f"{problem}; name a Hugging Face folder")
+
+
+def _holds_weights(name: str) -> bool:
+    """Return whether a file with such an ending may hold a model's weights; training_args.bin and the like do not."""
+    return name.endswith(".safetensors") or name.startswith(("pytorch_model", "consolidated", "model"))
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return tensor name -> file name, both checked.
+
+    File names are untrusted: one that leaves the folder is refused.
+    """
+    remedy = "fetch the folder again"
+    try:
+        content = json.loads(read_regular(path, _MOST_INDEX_BYTES))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}; {remedy}") from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: has no weight_map of tensor names to files; {remedy}")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or file in (".", "..") or re.search(r"[/\\\0]", file):
+            raise UserError(f"{path}: {name} is in {file!r}, which is not the name of a file next to it; {remedy}")
+    return weight_map
+
+
+def _tensor_offsets(path: Path) -> dict[str, int]:
+    """Return the offset of every tensor's values in the file, in bytes. ``safe_open`` has checked it."""
+    with open_regular(path) as file:
+        return {name: entry.start for name, entry in read_header(path, file.fileno()).items()}

@@ -1,0 +1,82 @@
+"""Find a model by its folder, or by its name on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...errors import UserError
+from ..checkpoint.assets import TOKENIZER_FILES
+from .hub_errors import asking_hub
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_WANTED = ["*.safetensors", "*.json", *TOKENIZER_FILES]
+# Repositories hold further copies of the weights: consolidated.safetensors in Mistral's, original/ in Llama's.
+_UNWANTED = ["*/*", "consolidated*"]
+
+
+def could_be_hub_name(name: str) -> bool:
+    """Return whether ``name``, which does not exist on this machine, may be looked up on the Hub.
+
+    Not if its first part is an existing folder: then it is probably a misspelt path, which must not download a model of
+    that name.
+    """
+    folder, slash, _ = name.partition("/")
+    return _HUB_NAME.fullmatch(name) is not None and not (slash and os.path.isdir(folder))
+
+
+def is_on_hub(name: str) -> bool:
+    """Return whether ``name``, of a folder, a checkpoint or a repository, is to be looked up on the Hub."""
+    return "/" in name and not os.path.lexists(name) and could_be_hub_name(name)
+
+
+def find_model_folder(
+    name: str, key: str = "--hf", revision: str | None = None, wanted: Sequence[str] = _WANTED
+) -> Path:
+    """Return the folder ``name``, or the local copy of the Hub repository ``name``, downloaded if necessary.
+
+    Args:
+        name: of a folder, or on the Hub.
+        key: the option or setting that gives the name, for errors.
+        revision: commit of the repository; None: its newest.
+        wanted: patterns of the files to download.
+
+    Raises:
+        UserError: there is no such folder, and the Hub has no such model or cannot be reached.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.lexists(name) or not could_be_hub_name(name):
+        raise UserError(f"{key} {name}: no such folder; name a Hugging Face folder or a Hub name such as Qwen/Qwen2-7B")
+    return _fetch(name, f"{key} {name}", revision, wanted)
+
+
+def _fetch(name: str, said: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    def download() -> Path:
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=_UNWANTED))
+        except GatedRepoError:
+            raise UserError(f"{said}: the Hub requires you to accept a licence first (`hf auth login`)") from None
+        except RepositoryNotFoundError:
+            raise UserError(f"{said}: no such folder, and no such model on the Hub; check the name") from None
+        except LocalEntryNotFoundError as error:
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise  # the Hub was reached, and its answer gives the reason
+            raise UserError(
+                f"{said}: no folder of that name, not in the Hugging Face cache, and the Hub cannot be reached; name a "
+                "folder that holds config.json and model.safetensors, or connect once to fill the cache"
+            ) from None
+
+    remedy = "; start again, which fetches only what is missing, or name a folder"
+    forbidden = "the token may not read it (403); use one with access"
+    return asking_hub(download, f"{said}: not downloaded", remedy, forbidden)

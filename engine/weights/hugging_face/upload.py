@@ -1,0 +1,128 @@
+"""Upload a Hugging Face folder to a model repository on the Hub.
+
+The token is that of ``HF_TOKEN`` or ``hf auth login``: it is in no configuration, command line, log or file of ours.
+The settings of huggingface_hub (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, proxies) apply.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ...errors import UserError
+from .folder import INDEX_FILE, WEIGHTS_FILE
+from .hub_errors import asking_hub
+
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_DIGITS = "[0-9]" * 5
+# No asterisk: in patterns of the Hub it also matches slashes, and files in subfolders must not be deleted.
+_WEIGHTS = (WEIGHTS_FILE, INDEX_FILE, f"model-{_DIGITS}-of-{_DIGITS}.safetensors")
+"""Patterns of the names of weight files, here and in transformers."""
+_FORBIDDEN = "the token may not write there (403); use one with write access, or another repository"
+
+
+def require_repository_name(name: str, key: str) -> None:
+    """Refuse an invalid name of a repository.
+
+    Raises:
+        UserError: names the option or setting ``key``.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{key} {name!r}: expected a repository on the Hub, such as my-organization/my-model")
+
+
+def open_repository(name: str, key: str) -> str:
+    """Check that the repository ``name`` exists and can be written to, before long work is done for it.
+
+    If it does not exist, it is created as a private repository.
+
+    Args:
+        name: of a model repository.
+        key: the option or setting that gives the name, for errors.
+
+    Returns:
+        Its address, its visibility, and the user whose token is used.
+
+    Raises:
+        UserError: there is no token, it may not write there, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    def open_() -> str:
+        api = HfApi()
+        user = api.whoami()
+        # A private repository can be made public later, but a publication cannot be undone.
+        url = api.create_repo(name, exist_ok=True, private=True)
+        # Creating an existing repository again needs no permission to write. Older versions cannot check it.
+        if "write" in inspect.signature(api.auth_check).parameters:
+            api.auth_check(name, write=True)
+        visible = "private" if api.model_info(name).private else "public"
+        return f"{url} ({visible}), as {user.get('name')}"
+
+    require_repository_name(name, key)
+    return asking_hub(open_, f"{key} {name}", "", _FORBIDDEN)
+
+
+def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = ()) -> str:
+    """Upload the files in ``folder`` in one commit; files that are already there are not sent again.
+
+    The same commit deletes weights in the repository that ``folder`` does not have, such as shards replaced by one
+    file: some readers prefer the old ones. All other files in the repository are kept.
+
+    Args:
+        folder: a Hugging Face folder.
+        name: of an existing repository.
+        key: the option or setting that gives the name, for errors.
+        leave_out: names of files that are not uploaded.
+
+    Returns:
+        The address of the commit, and the number of files that it has deleted, if any.
+
+    Raises:
+        UserError: it failed. The folder and the repository are unchanged.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+    def upload() -> str:
+        api = HfApi()
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = {file: path for file, path in files.items() if file not in leave_out}
+        stale = sorted(file for file in api.list_repo_files(name) if _is_weights(file) and file not in files)
+        # HfApi.upload_folder may use several commits, and the first of them would leave the model incomplete.
+        commit = api.create_commit(
+            name,
+            [
+                *(CommitOperationDelete(file, is_folder=False) for file in stale),
+                *(CommitOperationAdd(file, path) for file, path in files.items()),
+            ],
+            commit_message=f"Upload {folder.name}",
+        )
+        return f"{commit.commit_url}{_describe_deleted(stale)}"
+
+    command = ["hf", "upload", name, str(folder), "."]
+    for file in leave_out:
+        command += ["--exclude", file]
+    for pattern in _WEIGHTS:
+        command += ["--delete", pattern]
+    remedy = f"; {folder} is complete, upload it with: {shlex.join(command)}"
+    return asking_hub(upload, f"{key} {name}", remedy, _FORBIDDEN)
+
+
+def _is_weights(file: str) -> bool:
+    return any(fnmatchcase(file, pattern) for pattern in _WEIGHTS)
+
+
+def _describe_deleted(files: Sequence[str]) -> str:
+    if not files:
+        return ""
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f", and deleted the weights that were there before ({files[0]}{more})"

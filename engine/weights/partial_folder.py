@@ -1,0 +1,181 @@
+"""Write a large output folder that appears when complete, and keeps finished files after an interruption.
+
+``.{name}.{key}.partial/`` is next to the output. Its key is a hash of everything that determines the content, so that
+other commands do not use it. It holds ``content/``, which becomes the output by one rename; ``journal.jsonl``, a line
+for every finished file with its hash; and a lock, so that the same command does not run twice at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..errors import UserError
+from ..files.hashing import FileRecord, record_file
+from ..files.new_folder import require_absent
+from ..files.outputs import open_lock, require_own_folder, sync_path, sync_tree
+from .block_copy import Hashes, WrittenFile
+
+_CONTENT, _JOURNAL, _LOCK = "content", "journal.jsonl", ".lock"
+_SUFFIX = ".partial"
+
+
+class Worthless(UserError):
+    """An error that makes all written files useless, so that none is kept."""
+
+
+class PartialFolder:
+    """The folder that is being written."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.content = folder / _CONTENT
+        """The folder that becomes the output."""
+        if self.content.is_symlink():
+            self.content.unlink()
+        self.content.mkdir(exist_ok=True)
+        self.noted = self._read_journal()
+        """Files that an earlier run has finished, by name. :meth:`finished` verifies them."""
+
+    def clear(self, take_up: bool) -> None:
+        """Remove files that no earlier run has finished, such as its copies of small files, or all of them."""
+        if not take_up:
+            (self._folder / _JOURNAL).unlink(missing_ok=True)
+            self.noted = {}
+        for path in sorted(self.content.rglob("*"), reverse=True):  # the content of a folder before the folder
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.content).as_posix() not in self.noted:
+                path.unlink()
+
+    def note(self, file: WrittenFile) -> None:
+        """Record that ``file`` is complete and on the disk."""
+        with open(self._folder / _JOURNAL, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(asdict(file)) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+        self.noted[file.name] = file
+
+    def finished(self, name: str, on_bytes: Callable[[int], object] = lambda count: None) -> WrittenFile | None:
+        """Read the noted file ``name`` back and return it; None if it has to be written."""
+        file, path = self.noted.get(name), self.content / name
+        if file is None or not path.is_file() or path.stat().st_size != file.record.bytes:
+            return None
+        return file if record_file(path, on_bytes) == file.record else None
+
+    def _read_journal(self) -> dict[str, WrittenFile]:
+        path = self._folder / _JOURNAL
+        noted = {}
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            try:
+                entry = json.loads(line)
+                tensors = {name: Hashes(**hashes) for name, hashes in entry["tensors"].items()}
+                noted[entry["name"]] = WrittenFile(entry["name"], FileRecord(**entry["record"]), tensors)
+            except (ValueError, KeyError, TypeError):  # a line that a killed run did not finish
+                continue
+        return noted
+
+
+@contextmanager
+def partial_folder(
+    output: Path, identity: Mapping[str, Any], say: Callable[[str], None] = print, take_up: bool = True
+) -> Iterator[PartialFolder]:
+    """Yield a folder to write ``output`` in; it is flushed to disk and renamed at the end.
+
+    After Ctrl-C, a full disk, or an unreadable source, finished files are kept, and the same command can continue from
+    them; a message reports this. After :class:`Worthless` and internal errors everything is removed.
+
+    Args:
+        output: the folder to make.
+        identity: everything that determines its content, for JSON.
+        say: receives the lines about reused and kept files.
+        take_up: whether to use files that an earlier run has finished.
+
+    Raises:
+        UserError: ``output`` exists, cannot be written, or is being written by the same command.
+    """
+    require_absent(output)
+    key = xxhash.xxh3_64_hexdigest(json.dumps(identity, sort_keys=True).encode())
+    folder = output.parent / f".{output.name}.{key}{_SUFFIX}"
+    renamed, kept = False, ""
+    try:
+        require_own_folder(folder, _LOCK, f"--output {output}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, output):
+            try:
+                partial = PartialFolder(folder)
+                partial.clear(take_up)
+                _say_what_is_there(output, partial, folder, say)
+                yield partial
+                sync_tree(partial.content)
+                require_absent(output)
+                partial.content.rename(output)
+                renamed = True
+                sync_path(output.parent)
+            except Worthless:
+                raise
+            except (OSError, UserError, KeyboardInterrupt) as error:
+                kept = "" if renamed else _what_is_kept(folder)
+                if isinstance(error, KeyboardInterrupt):
+                    if kept:
+                        say(kept)
+                    raise
+                reason = _describe(error, output, renamed) if isinstance(error, OSError) else str(error)
+                raise UserError(f"{reason}; {kept}" if kept else reason) from error
+            finally:
+                if not kept:
+                    shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise UserError(_describe(error, output)) from error
+
+
+def _describe(error: OSError, output: Path, renamed: bool = False) -> str:
+    what = "is complete, but its name could not be flushed to the disk" if renamed else "cannot be written"
+    return f"--output {output}: {what}: {error.strerror or error}"
+
+
+def _what_is_kept(folder: Path) -> str:
+    """Return a message about the finished files in ``folder``; empty if there are none."""
+    noted = PartialFolder(folder).noted if folder.is_dir() else {}
+    if not noted:
+        return ""
+    return f"{len(noted)} finished files are kept in {folder}: the same command continues from them; or remove it"
+
+
+def _say_what_is_there(output: Path, partial: PartialFolder, folder: Path, say: Callable[[str], None]) -> None:
+    if partial.noted:
+        say(f"continuing from {len(partial.noted)} finished files in {folder}")
+    for other in sorted(output.parent.iterdir()):
+        if other != folder and other.name.startswith(f".{output.name}.") and other.name.endswith(_SUFFIX):
+            say(f"{other} is the unfinished output of another command, input or version; it is not used, remove it")
+
+
+@contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    path = folder / _LOCK
+    descriptor = open_lock(path)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output {output}: another process is writing it with the same command (it holds {path}); wait for it"
+            ) from None
+        except OSError:
+            pass  # A file system without locks: two processes at once would still verify all that they have written.
+        # The previous holder of the lock may have finished and removed the folder.
+        if os.fstat(descriptor).st_nlink == 0:
+            raise UserError(f"--output {output}: another process has just finished it; look there, or start again")
+        yield
+    finally:
+        os.close(descriptor)

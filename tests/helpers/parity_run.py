@@ -1,0 +1,167 @@
+"""A tiny run for comparing layouts: five steps, every gradient of the first, every parameter after the last."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from retemper.engine import pretrain
+from retemper.engine.config.parser import parse_config
+from retemper.engine.evaluation import count_targets
+from retemper.engine.parallel.process_group import Ranks
+from retemper.engine.weights.checkpoint.tensors import load_tensors, stored_tensors
+from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
+
+VOCAB_SIZE = 96
+STEPS = 5
+GLOBAL_BATCH = 8
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_SHAPE},
+    "qwen2": {"model_type": "qwen2", **_SHAPE},
+    "qwen3": {"model_type": "qwen3", "head_dim": 8, **_SHAPE},
+}
+
+
+class Model(NamedTuple):
+    """What is trained: which family, whether its embedding is its head, whether documents are kept apart."""
+
+    family: str
+    tied: bool
+    packed: bool
+
+    def __str__(self) -> str:
+        return f"{self.family} {'tied' if self.tied else 'untied'} {'packed' if self.packed else 'whole'}"
+
+
+class Outcome(NamedTuple):
+    """What one rank has to show."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    gradients: dict[str, Tensor]
+    """After the first step's passes, before clipping."""
+    parameters: dict[str, Tensor]
+    """After the last step."""
+
+
+def write_run(folder: Path, model: Model) -> Path:
+    """The YAML file of a run, and its dataset of documents of 1 to 70 tokens."""
+    generator = np.random.default_rng(7)
+    with IndexedDatasetWriter(str(folder / "data"), np.uint16) as writer:
+        for _ in range(80):
+            length = int(generator.integers(1, 70))
+            writer.add_document(generator.zipf(1.3, size=length).clip(0, VOCAB_SIZE - 1))
+    config = {
+        "run_folder": str(folder / "run"),
+        "model": {"architecture": {**FAMILIES[model.family], "tie_word_embeddings": model.tied}},
+        "data": {"train": [{"path": str(folder / "data")}], "attend_across_documents": not model.packed},
+        "training": {
+            "train_tokens": STEPS * GLOBAL_BATCH * 32,
+            "warmup_tokens": 2 * GLOBAL_BATCH * 32,
+            "sequence_length": 32,
+            "global_batch_size": GLOBAL_BATCH,
+            "micro_batch_size": 1,
+            "precision": "fp32",
+        },
+        "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4},
+        "checkpoint": {"save_interval": 3},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def five_steps(ranks: Ranks, path: Path, overrides: list[str]) -> Outcome:
+    """Train on this rank with the others."""
+    run = pretrain.build(parse_config(["--config", str(path), *overrides]), ranks)
+    gradients: dict[str, Tensor] = {}
+    passes_train = run.passes.train
+
+    def train(*arguments: Any) -> Tensor:
+        loss = passes_train(*arguments)
+        if not gradients:
+            gradients.update(_whole({name: p.grad for name, p in run.model.named_parameters()}))
+        return loss
+
+    run.passes.train = train  # type: ignore[method-assign]
+    losses, norms = [], []
+    for step in range(STEPS):
+        batches = run.data.micro_batches(step * GLOBAL_BATCH)
+        num_targets = ranks.sum(count_targets(batches, run.mesh))
+        result = pretrain.one_step(run, batches, num_targets)
+        losses.append(ranks.sum(result.loss.item()))
+        norms.append(result.grad_norm.item())
+    return Outcome(losses, norms, gradients, _whole(dict(run.model.named_parameters())))
+
+
+def run_until(ranks: Ranks, path: Path, overrides: list[str], last_step: int) -> None:
+    """The run, evaluations and checkpoints and all; left without ceremony when it begins a step after ``last_step``."""
+    run = pretrain.build(parse_config(["--config", str(path), *overrides]), ranks)
+
+    passes_train = run.passes.train
+
+    class Left(BaseException):
+        pass
+
+    def train(*arguments: Any) -> Tensor:
+        if run.progress.step == last_step:
+            run.saver.wait()
+            raise Left
+        return passes_train(*arguments)
+
+    run.passes.train = train  # type: ignore[method-assign]
+    with contextlib.suppress(Left):
+        pretrain.train(run)
+
+
+def checkpoint(run_folder: Path, step: int) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole."""
+    folder = run_folder / "checkpoints" / f"step-{step:08}"
+    tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored_tensors(folder).items()}
+    load_tensors(folder, tensors, distributed=False)
+    return tensors
+
+
+def records(run_folder: Path) -> list[dict[str, Any]]:
+    """The metric records of a run."""
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _whole(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        assert tensor is not None, f"{name} has no gradient"
+        found[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return found
+
+
+def joined(outcomes: list[Outcome]) -> Outcome:
+    """What all ranks have to show together. What several hold, they must hold alike, bit for bit."""
+    first = outcomes[0]
+    together = Outcome(first.losses, first.grad_norms, {}, {})
+    for outcome in outcomes:
+        assert outcome.losses == first.losses and outcome.grad_norms == first.grad_norms
+        for field in ("gradients", "parameters"):
+            known = getattr(together, field)
+            for name, tensor in getattr(outcome, field).items():
+                assert torch.equal(known.setdefault(name, tensor), tensor), f"{field} of {name} differ between ranks"
+    return together

@@ -1,0 +1,83 @@
+"""A model beyond the memory of its ranks is refused before anything is allocated."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from retemper.engine.config.settings import (
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from retemper.engine.errors import UserError
+from retemper.engine.model.architecture import parse_architecture
+from retemper.engine.parallel import memory_check as memory_bound
+from retemper.engine.parallel.memory_check import device_memory, require_memory
+
+CPU = torch.device("cpu")
+SMALL = parse_architecture(
+    {
+        "model_type": "llama",
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+)
+
+
+def a_run(**training: object) -> RunConfig:
+    return RunConfig(
+        run_folder="run",
+        data=DataConfig(train=[SourceConfig("x")]),
+        training=TrainingConfig(train_tokens=64, sequence_length=64, **training),
+    )
+
+
+def refused(config: RunConfig, memory: int, monkeypatch: pytest.MonkeyPatch, world_size: int = 1) -> bool:
+    monkeypatch.setattr(memory_bound, "device_memory", lambda device: memory)
+    try:
+        require_memory(config, SMALL, CPU, world_size)
+    except UserError as error:
+        assert "\n" not in str(error) and f"{SMALL.num_parameters:,} parameters" in str(error)
+        return True
+    return False
+
+
+def test_counts_what_training_keeps_for_each_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes that the documentation of training.weight_dtype adds up."""
+    number = SMALL.num_parameters
+    for config, each in (
+        (a_run(), 16),
+        (a_run(weight_dtype="bf16"), 12),
+        (replace(a_run(), optimizer=OptimizerConfig(state_dtype="bf16")), 12),
+        (a_run(trainable="embeddings"), 4),
+    ):
+        assert not refused(config, each * number, monkeypatch)
+        assert refused(config, each * number - 1, monkeypatch)
+
+
+def test_ranks_share_what_is_sharded_and_the_memory_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    total = 16 * SMALL.num_parameters
+    assert not refused(a_run(), total // 4 * 2, monkeypatch, world_size=4)
+    assert refused(a_run(), total // 4 * 2 - 2, monkeypatch, world_size=4)
+    copies = replace(a_run(), parallel=ParallelConfig(replicate=4, shard=1))
+    assert not refused(copies, total * 2, monkeypatch, world_size=4)
+    assert refused(copies, total * 2 - 2, monkeypatch, world_size=4)
+
+
+def test_the_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    monkeypatch.setattr(memory_bound, "_CGROUP_LIMITS", (str(tmp_path / "absent"),))
+    assert device_memory(CPU) == int(line.split()[1]) * 1024
+    for text, expected in (("12345\n", 12345), ("max\n", int(line.split()[1]) * 1024)):
+        (tmp_path / "memory.max").write_text(text)
+        monkeypatch.setattr(memory_bound, "_CGROUP_LIMITS", (str(tmp_path / "memory.max"),))
+        assert device_memory(CPU) == expected

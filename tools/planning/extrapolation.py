@@ -1,0 +1,128 @@
+"""Extrapolate a whole model's rehearsal from those of a few blocks and micro-batches.
+
+Blocks are equal, so memory at a given moment of a step, operations and traffic are linear in their number. Operations
+and traffic are also linear in the number of micro-batches. Memory no longer grows once there are enough of
+them to fill the pipeline and to accumulate gradients. Therefore rehearsals of few blocks give those of all, exactly
+except for rounding of sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from ...engine.config.settings import RunConfig
+from ...engine.parallel.layout import Layout
+from ...engine.parallel.pipeline import cut_layers, stage_numbers
+from ...engine.schedule import plan_batches
+from .rank import Part, RankRehearsal
+from .work import Sent
+
+Rehearse = Callable[[list[Part]], list[RankRehearsal]]
+"""Rehearses several parts, possibly concurrently."""
+
+
+def places(layout: Layout) -> range:
+    """Return the places in the pipeline, whose ranks do different work."""
+    return range(layout.pipeline)
+
+
+def short_parts(part: Part) -> list[Part]:
+    """Return the rehearsals needed for ``part``: a few blocks, some more blocks, and a few with more micro-batches.
+
+    The last is needed only if the run has more. A model of such a small size is rehearsed itself."""
+    config, layout = part.config, part.layout
+    parallel = config.parallel
+    # At the beginning, in the middle and at the end of a pass, blocks that are gathered ahead differ from others.
+    blocks, step = parallel.prefetch_blocks + 4, parallel.recompute_every
+    own = num_blocks(part)
+    if own <= blocks + step:
+        return [replace(part, whole_steps=False)]
+    blocks += (own - blocks) % step
+    few, more = _few_micro_batches(config, layout)
+    short = replace(part, config=few, blocks_per_stage=blocks, whole_steps=False)
+    parts = [short, replace(short, blocks_per_stage=blocks + step)]
+    if config.training.global_batch_size != few.training.global_batch_size:
+        parts.append(replace(short, config=more))
+    return parts
+
+
+def extrapolate(part: Part, rehearsed: list[RankRehearsal]) -> RankRehearsal:
+    """Return the rehearsal of ``part``, from the rehearsals of :func:`short_parts`."""
+    if len(rehearsed) == 1:
+        return rehearsed[0]
+    first, second, *more = rehearsed
+    own = num_blocks(part)
+    weight = (own - first.blocks) / (second.blocks - first.blocks)
+
+    def line(a: float, b: float) -> float:
+        return a + weight * (b - a)
+
+    def scaled(value: float, some: float, others: float) -> float:
+        """Extrapolate ``value`` to the number of micro-batches of the run."""
+        if not more or not some:
+            return value
+        return value * (some + steps * (others - some)) / some
+
+    few, many = _few_micro_batches(part.config, part.layout)
+    counts = [_num_micro_batches(config, part.layout) for config in (part.config, few, many)]
+    steps = (counts[0] - counts[1]) / (counts[2] - counts[1])
+    collectives = {}
+    for key, sent in first.collectives.items():
+        there = second.collectives.get(key, Sent())
+        with_more = more[0].collectives.get(key, Sent()) if more else Sent()
+        collectives[key] = Sent(
+            round(scaled(line(sent.count, there.count), sent.count, with_more.count)),
+            scaled(line(sent.size, there.size), sent.size, with_more.size),
+            scaled(line(sent.sent, there.sent), sent.sent, with_more.sent),
+        )
+    return RankRehearsal(
+        part.place,
+        own,
+        line(first.parameters, second.parameters),
+        _mixed(first.kept, second.kept, line),
+        {name: _mixed(first.peaks[name], second.peaks[name], line) for name in first.peaks},
+        _mixed(first.most, second.most, line),
+        scaled(line(first.flops, second.flops), first.flops, more[0].flops if more else 0.0),
+        collectives,
+    )
+
+
+def num_blocks(part: Part) -> int:
+    """Return the number of the whole model's blocks on the rank at this place."""
+    parallel, layout = part.config.parallel, part.layout
+    stages = cut_layers(part.architecture, layout.pipeline * parallel.pipeline_stages_per_rank)
+    numbers = stage_numbers(parallel.pipeline_schedule, part.place, layout.pipeline, parallel.pipeline_stages_per_rank)
+    return sum(stages[number].stop - stages[number].start for number in numbers)
+
+
+def _few_micro_batches(config: RunConfig, layout: Layout) -> tuple[RunConfig, RunConfig]:
+    """Return the run with the fewest micro-batches that need the memory of all, and with some more."""
+    count = _num_micro_batches(config, layout)
+    # One more than the pipeline holds: the peak is in a forward pass after the first gradients.
+    few = layout.pipeline + 1
+    if config.parallel.pipeline_schedule != "1f1b":  # equally many for each turn of the ranks
+        few = 2 * layout.pipeline * config.parallel.pipeline_stages_per_rank
+    few = min(count, few)
+    more = few + (1 if config.parallel.pipeline_schedule == "1f1b" else layout.pipeline)
+    width = config.training.micro_batch_size * layout.data_parallel
+    few_config, more_config = (
+        replace(config, training=replace(config.training, global_batch_size=number * width)) for number in (few, more)
+    )
+    return few_config, more_config
+
+
+def _num_micro_batches(config: RunConfig, layout: Layout) -> int:
+    return plan_batches(config.training, layout.data_parallel).num_micro_batches
+
+
+def _mixed(one: dict[str, float], other: dict[str, float], mix: Callable[[float, float], float]) -> dict[str, float]:
+    return {kind: max(0.0, mix(value, other[kind])) for kind, value in one.items()}
+
+
+def rehearse_short(parts: Iterable[Part], rehearse: Rehearse) -> list[RankRehearsal]:
+    """Return the rehearsals of ``parts``, by extrapolation."""
+    parts = list(parts)
+    short = [short_parts(part) for part in parts]
+    done = iter(rehearse([one for group in short for one in group]))
+    return [extrapolate(part, [next(done) for _ in group]) for part, group in zip(parts, short, strict=True)]

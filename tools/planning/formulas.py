@@ -1,0 +1,123 @@
+"""Estimate the cost of a layout by closed formulas, in microseconds, to choose the layouts to rehearse.
+
+Ranks of a pipeline are treated as equal. Activations per token and block are not derived but rehearsed once for each
+kind
+of recomputation (:class:`Calibration`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...engine.config.settings import RunConfig
+from ...engine.model.architecture import Architecture
+from ...engine.observe.flops import flops_per_token
+from ...engine.parallel.layout import Layout
+from ...engine.schedule import plan_batches
+from .prediction import Prediction, bytes_of, gradient_bytes, predict
+from .request import Setting
+from .work import Collective, Sent, sent_bytes
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Bytes of activations that a block stores for its backward pass, per token, by ``parallel.recompute``.
+
+    For a rank that shares neither matrices nor tokens."""
+
+    kept: dict[str, float]
+
+
+def rough_prediction(config: RunConfig, layout: Layout, setting: Setting) -> Prediction:
+    """Return the estimated time of a step."""
+    architecture = setting.architecture
+    count = plan_batches(config.training, layout.data_parallel).num_micro_batches
+    return predict(
+        config,
+        layout,
+        setting.gpu,
+        setting.assumptions,
+        count,
+        _flops(config, layout, architecture) * count,
+        _collectives(config, layout, setting, count),
+        architecture.num_parameters / (layout.pipeline * layout.tensor * layout.shard * layout.context),
+    )
+
+
+def rough_memory(config: RunConfig, layout: Layout, setting: Setting, calibration: Calibration) -> float:
+    """Return the estimated peak in bytes, a lower estimate: states, gradients, stored activations, parameters always
+    gathered.
+    """
+    architecture, parallel = setting.architecture, config.parallel
+    count = plan_batches(config.training, layout.data_parallel).num_micro_batches
+    mine = architecture.num_parameters / (layout.pipeline * layout.tensor)
+    sharded = mine / (layout.shard * layout.context)
+    states = sharded * (bytes_of(config.training.weight_dtype) + 2 * bytes_of(config.optimizer.state_dtype))
+    once = parallel.reduce_gradients == "step" and count > 1
+    gradients = 4 * mine if once or layout.pipeline > 1 else sharded * gradient_bytes(config, count)
+    tokens = _tokens(config, layout)
+    blocks = architecture.num_layers / layout.pipeline
+    recomputed = blocks / parallel.recompute_every
+    in_flight = min(count, layout.pipeline)
+    kept = recomputed * calibration.kept[parallel.recompute] + (blocks - recomputed) * calibration.kept["none"]
+    gathered = 0.0 if parallel.reshard_after_forward else 2 * mine
+    on_gpu = 0.0 if parallel.cpu_offload else states + gradients
+    return on_gpu + gathered + in_flight * tokens * kept
+
+
+def _tokens(config: RunConfig, layout: Layout) -> float:
+    """Return the tokens of a micro-batch on each rank that shares it."""
+    training = config.training
+    return training.micro_batch_size * training.sequence_length / (layout.context * layout.tensor)
+
+
+def _flops(config: RunConfig, layout: Layout, architecture: Architecture) -> float:
+    """Return the FLOPs of a micro-batch on one rank; a forward pass is a third of them if all parameters are
+    trained.
+    """
+    length, trainable = config.training.sequence_length, config.training.trainable
+    both = flops_per_token(architecture, length, causal_halved=True, trainable=trainable)
+    forward = flops_per_token(architecture, length, causal_halved=True) / 3
+    again = {"none": 0.0, "selective": 0.06, "full": 1.0}[config.parallel.recompute] / config.parallel.recompute_every
+    return (both + again * forward) * _tokens(config, layout) / layout.pipeline
+
+
+def _collectives(config: RunConfig, layout: Layout, setting: Setting, count: int) -> dict[Collective, Sent]:
+    architecture, parallel = setting.architecture, config.parallel
+    found: dict[Collective, Sent] = {}
+
+    def add(kind: str, axes: tuple[str, ...], size: float, times: float) -> None:
+        ranks, per_node = _group(layout, axes, setting.assumptions.gpus_per_node)
+        if ranks > 1 and times > 0:
+            entry = found.setdefault(Collective(kind, axes, ranks, per_node), Sent())
+            entry.count += round(times)
+            entry.size += size * times
+            entry.sent += sent_bytes(kind, size, ranks) * times
+
+    mine = architecture.num_parameters / (layout.pipeline * layout.tensor)
+    reductions = 1 if parallel.reduce_gradients == "step" or layout.pipeline > 1 else count
+    sharding = ("shard", "context") if layout.context > 1 else ("shard",)
+    add("all-gather", sharding, 2 * mine, count * (2 if parallel.reshard_after_forward else 1))
+    add("reduce-scatter", sharding, 4 * mine, reductions)
+    add("all-reduce", ("replicate",), 4 * mine / (layout.shard * layout.context), reductions)
+    blocks = count * architecture.num_layers / layout.pipeline
+    again = 1 / parallel.recompute_every if parallel.recompute == "full" else 0.0
+    # Both halves of a block gather their input's tokens and scatter their output's sums, forward and backward.
+    hidden = 2 * architecture.hidden_size * _tokens(config, layout)
+    add("all-gather", ("tensor",), hidden * layout.tensor, blocks * (4 + 2 * again))
+    add("reduce-scatter", ("tensor",), hidden * layout.tensor, blocks * (4 + again))
+    heads = 2 * (architecture.num_attention_heads + architecture.num_key_value_heads) * architecture.head_dim
+    add("all-to-all", ("context",), 2 * heads * _tokens(config, layout), blocks * (2 + again))
+    add("send", ("pipeline",), hidden, 2 * count)
+    return found
+
+
+def _group(layout: Layout, axes: tuple[str, ...], gpus_per_node: int) -> tuple[int, int]:
+    """Return (total ranks, ranks in one node) of a group along neighbouring axes."""
+    ranks = 1
+    for axis in axes:
+        ranks *= getattr(layout, axis)
+    stride, names = 1, list(layout._fields)
+    for axis in names[names.index(axes[-1]) + 1 :]:
+        stride *= getattr(layout, axis)
+    return ranks, max(1, min(ranks, gpus_per_node // stride))

@@ -1,0 +1,156 @@
+"""Judge a layout: memory and work of its ranks, whether it fits, and how long a step takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ...engine.config.settings import RunConfig
+from ...engine.model.architecture import Architecture
+from ...engine.observe.flops import flops_per_token
+from ...engine.parallel.layout import Layout
+from ...engine.schedule import BatchPlan, plan_batches
+from .gpus import GiB
+from .memory import KINDS
+from .prediction import Prediction, bytes_of, predict
+from .rank import RankRehearsal
+from .request import Setting
+
+_ON_HOST = ("parameters", "gradients", "optimizer states")
+"""Kinds of memory on the host with ``parallel.cpu_offload``."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result for one layout."""
+
+    config: RunConfig
+    layout: Layout
+    setting: Setting
+    ranks: list[RankRehearsal]
+    """One rank of each place in the pipeline."""
+    extrapolated: bool
+    """True if only a few blocks were rehearsed."""
+
+    @property
+    def plan(self) -> BatchPlan:
+        """Return the batches of a step."""
+        return plan_batches(self.config.training, self.layout.data_parallel)
+
+    @property
+    def fullest(self) -> RankRehearsal:
+        """Return the rank with the highest peak memory."""
+        return max(self.ranks, key=lambda rank: sum(self.peak_of(rank).values()))
+
+    def peak_of(self, rank: RankRehearsal) -> dict[str, float]:
+        """Return the bytes on the GPU by kind at the peak."""
+        left_out = _ON_HOST if self.config.parallel.cpu_offload else ()
+        on_gpu = [{k: v for k, v in kinds.items() if k not in left_out} for kinds in rank.peaks.values()]
+        fullest = max(on_gpu, key=lambda kinds: sum(kinds.values()))
+        return {kind: fullest.get(kind, 0.0) for kind in KINDS}
+
+    @property
+    def peak_bytes(self) -> float:
+        """Return the peak bytes on the GPU of the fullest rank."""
+        return sum(self.peak_of(self.fullest).values())
+
+    @property
+    def headroom(self) -> float:
+        """Return the bytes left on the fullest GPU, after the reserve."""
+        return self.setting.gpu.memory - self.setting.reserve - self.peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Return whether there is headroom."""
+        return self.headroom >= 0
+
+    def prediction_of(self, rank: RankRehearsal) -> Prediction:
+        """Return the predicted step of a rank."""
+        return predict(
+            self.config,
+            self.layout,
+            self.setting.gpu,
+            self.setting.assumptions,
+            self.plan.num_micro_batches,
+            rank.flops,
+            rank.collectives,
+            rank.parameters,
+        )
+
+    @property
+    def slowest(self) -> RankRehearsal:
+        """Return the rank that all others wait for."""
+        return max(self.ranks, key=lambda rank: self.prediction_of(rank).step)
+
+    @property
+    def prediction(self) -> Prediction:
+        """Return the predicted step of the slowest rank."""
+        return self.prediction_of(self.slowest)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the tokens per second of one GPU."""
+        return self.plan.tokens_per_step / (self.prediction.step * self.layout.world_size)
+
+    def mfu(self, causal_halved: bool) -> float:
+        """Return the model FLOPs over the GPUs' peak; recomputation does not count.
+
+        Args:
+            causal_halved: count the pairs of positions that causal attention computes, as the prediction does; the
+                result is then at most the assumed efficiency. False: all pairs, as in the trainer's log.
+        """
+        trainable = self.config.training.trainable
+        per_token = flops_per_token(self.setting.architecture, self.plan.sequence_length, causal_halved, trainable)
+        return self.tokens_per_second * per_token / self.setting.gpu.flops
+
+    @property
+    def hours(self) -> float:
+        """Return the hours for ``training.train_tokens``, without evaluations, checkpoints and restarts."""
+        return self.plan.steps_for(self.config.training.train_tokens) * self.prediction.step / 3600
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Return the bytes of one checkpoint: weights, both moments, and a step count for each parameter."""
+        per_parameter = bytes_of(self.config.training.weight_dtype) + 2 * bytes_of(self.config.optimizer.state_dtype)
+        return checkpoint_bytes(self.setting.architecture, per_parameter)
+
+
+def checkpoint_bytes(architecture: Architecture, bytes_per_parameter: int) -> float:
+    """Return the bytes of a checkpoint's tensors; its index and its manifest are not included."""
+    return architecture.num_parameters * bytes_per_parameter
+
+
+def shown_layout(config: RunConfig, layout: Layout) -> str:
+    """Describe a layout in a few words."""
+    parallel = config.parallel
+    parts = [f"{axis} {size}" for axis, size in layout._asdict().items() if size > 1] or ["one rank"]
+    parts.append(f"micro batch {config.training.micro_batch_size}")
+    every = f" every {parallel.recompute_every}" if parallel.recompute_every > 1 else ""
+    parts.append(f"recompute {parallel.recompute}{every}")
+    if layout.pipeline > 1 and parallel.pipeline_schedule != "1f1b":
+        parts.append(parallel.pipeline_schedule)
+    if not parallel.reshard_after_forward:
+        parts.append("parameters kept gathered")
+    if parallel.reduce_gradients == "step" and layout.pipeline == 1:
+        parts.append("gradients reduced once")
+    if parallel.cpu_offload:
+        parts.append("offload")
+    return ", ".join(parts)
+
+
+def dtypes(config: RunConfig) -> str:
+    """Describe the dtypes of weights and optimizer states."""
+    weights, states = config.training.weight_dtype, config.optimizer.state_dtype
+    return f"{weights} weights and states" if weights == states else f"{weights} weights and {states} states"
+
+
+def gib(size: float) -> str:
+    """Format bytes as GiB."""
+    return f"{size / GiB:.2f}" if abs(size) < 100 * GiB else f"{size / GiB:,.0f}"
+
+
+def digits(value: float) -> str:
+    """Format three or four digits, with thousands separated."""
+    if value == 0 or not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,114 @@
+"""Predict the time of a step from the work of its ranks: a roofline of stated assumptions, not a measurement.
+
+The time of a rank for its micro-batches has two parts. One is its floating-point operations over the achievable part of
+the GPU's peak. The other is exchanges that computing waits for: activations between tensor, context and pipeline ranks.
+Gathering parameters and
+reducing gradients run concurrently, and count only as far as they take longer. A pipeline's idle time and the
+optimizer,
+which is bound by memory, are added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...engine.config.settings import RunConfig
+from ...engine.parallel.layout import Layout
+from .gpus import Gpu
+from .request import Assumptions
+from .work import Collective, Sent
+
+_WAITED_FOR = ("tensor", "pipeline")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a step by purpose."""
+
+    computing: float
+    waiting: float
+    """Waiting for activations of other ranks."""
+    weights: float
+    """Gathering parameters and reducing gradients, concurrent with computing."""
+    idle: float
+    """Idle time in the pipeline."""
+    optimizer: float
+
+    @property
+    def exposed(self) -> float:
+        """The part of ``weights`` that is not hidden by computing."""
+        return max(0.0, self.weights - self.computing - self.waiting - self.idle)
+
+    @property
+    def step(self) -> float:
+        """The whole step."""
+        return self.computing + self.waiting + self.idle + self.exposed + self.optimizer
+
+
+def predict(
+    config: RunConfig,
+    layout: Layout,
+    gpu: Gpu,
+    assumptions: Assumptions,
+    num_micro_batches: int,
+    flops: float,
+    collectives: dict[Collective, Sent],
+    parameters: float,
+) -> Prediction:
+    """Predict the step of the rank with ``flops``, ``collectives`` and ``parameters``."""
+    computing = flops / (gpu.flops * assumptions.efficiency)
+    waiting = weights = 0.0
+    for collective, sent in collectives.items():
+        seconds = sent.sent / (bandwidth(collective, gpu) * assumptions.link_efficiency)
+        if collective.kind == "all-to-all" or set(collective.axes) & set(_WAITED_FOR):
+            waiting += seconds
+        else:
+            weights += seconds
+    return Prediction(
+        computing,
+        waiting,
+        weights,
+        (computing + waiting) * idle_share(config, layout, num_micro_batches),
+        parameters * optimizer_bytes(config, num_micro_batches) / (gpu.memory_bandwidth * assumptions.link_efficiency),
+    )
+
+
+def bandwidth(collective: Collective, gpu: Gpu) -> float:
+    """Return the bytes per second that each rank of a ring can send.
+
+    Between nodes, rings use the network cards of all the group's ranks in a node, and each carries its part of the
+    traffic."""
+    if collective.per_node == collective.ranks:
+        return gpu.intra_node
+    between = gpu.inter_node * collective.per_node
+    return between if collective.per_node == 1 else min(gpu.intra_node, between)
+
+
+def idle_share(config: RunConfig, layout: Layout, num_micro_batches: int) -> float:
+    """Return a pipeline's idle time over its busy time.
+
+    Filling and draining takes as long as ``pipeline - 1`` micro-batches (Narayanan et al., 2021), over the number of
+    stages on a rank if these alternate. Zero-bubble schedules leave a third of that (Qi et al., 2023,
+    https://arxiv.org/abs/2401.10241)."""
+    parallel = config.parallel
+    share = (layout.pipeline - 1) / (num_micro_batches * parallel.pipeline_stages_per_rank)
+    return share / 3 if "zero_bubble" in parallel.pipeline_schedule else share
+
+
+def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
+    """Return the bytes read and written for each parameter.
+
+    Clipping reads the gradient twice and writes it. AdamW reads it, and reads and writes the weight and both
+    moments."""
+    weight, state = bytes_of(config.training.weight_dtype), bytes_of(config.optimizer.state_dtype)
+    return 4 * gradient_bytes(config, num_micro_batches) + 2 * (weight + 2 * state)
+
+
+def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:
+    """Bytes of a parameter's reduced gradient, see ``training.weight_dtype``."""
+    return 4 if num_micro_batches > 1 else bytes_of(config.training.weight_dtype)
+
+
+def bytes_of(dtype: str) -> int:
+    """Bytes of a number: fp32 or bf16."""
+    return {"fp32": 4, "bf16": 2}[dtype]

@@ -1,0 +1,250 @@
+"""Search for the fastest layout that fits: formulas choose what to rehearse, rehearsals decide."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ...engine.config.checks import validate
+from ...engine.config.settings import RunConfig
+from ...engine.errors import UserError
+from ...engine.parallel.build import Choices, check
+from ...engine.parallel.layout import Layout, plan_layout
+from ...engine.schedule import plan_batches
+from .cluster import CPU
+from .extrapolation import places, rehearse_short
+from .formulas import Calibration, rough_memory, rough_prediction
+from .outcome import Outcome, shown_layout
+from .pool import Pool
+from .rank import Part, RankRehearsal, attention_backend
+from .request import Setting
+
+_LEAST_TOKENS = 4096
+"""Minimum tokens of a sample on each of the ranks that share it: layouts with fewer are not tried."""
+_LONGEST_PIPELINE = 8
+"""Longest pipeline to try: longer ones are seldom better with fast sharding, and take long to rehearse."""
+_AT_ONCE = 2
+"""Layouts rehearsed between two checks of the time."""
+_Recompute = Literal["none", "selective", "full"]
+_LESS_RECOMPUTATION: dict[_Recompute, tuple[_Recompute, ...]] = {
+    "none": (),
+    "selective": ("none",),
+    "full": ("none", "selective"),
+}
+"""Alternatives with less recomputation, the fastest first."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A possible layout."""
+
+    config: RunConfig
+    layout: Layout
+    rough_rate: float
+    """Tokens per second of all GPUs, by formulas."""
+    rough_bytes: float
+    """Peak bytes, by formulas."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a search."""
+
+    outcomes: list[Outcome]
+    """Rehearsed layouts: those that fit, the fastest first; then the others, the smallest first."""
+    num_possible: int
+    num_too_large: int
+    """Number of layouts that are too large by formulas alone."""
+    num_left: int
+    """Number of other layouts: slower by formulas than the rehearsed ones."""
+
+
+def search(
+    config: RunConfig,
+    setting: Setting,
+    pool: Pool,
+    say: Callable[[str], None],
+    calibration: Calibration | None = None,
+    seconds: float = 120.0,
+    wanted: int = 6,
+) -> Found:
+    """Rehearse layouts of the run, the fastest by formulas first, until ``wanted`` fit or time is up.
+
+    Args:
+        config: of the run; its dtypes are those of all layouts.
+        setting: the cluster.
+        pool: processes that rehearse.
+        say: receives progress lines.
+        calibration: of the model, if known; it does not depend on the dtypes of weights and states.
+        seconds: time after which no more layouts are rehearsed.
+        wanted: number of layouts that fit.
+    """
+    start = time.monotonic()
+    calibration = calibration or calibrate(config, setting, pool)
+    all_candidates = candidates(config, setting, calibration)
+    room = setting.gpu.memory - setting.reserve
+    hopeful = sorted((c for c in all_candidates if c.rough_bytes <= room), key=lambda c: -c.rough_rate)
+    too_large = len(all_candidates) - len(hopeful)
+    say(f"{len(all_candidates)} layouts are possible, {too_large} of them too large by formulas")
+    outcomes: list[Outcome] = []
+    position = 0
+    while position < len(hopeful) and sum(o.fits for o in outcomes) < wanted and time.monotonic() - start < seconds:
+        batch = hopeful[position : position + _AT_ONCE]
+        position += len(batch)
+        outcomes += judge_short([(one.config, one.layout) for one in batch], setting, pool)
+        say(f"{position} layouts rehearsed with a few blocks, {sum(o.fits for o in outcomes)} fit")
+    outcomes.sort(key=lambda o: (not o.fits, -o.tokens_per_second if o.fits else o.peak_bytes))
+    return Found(outcomes, len(all_candidates), too_large, len(hopeful) - position)
+
+
+def narrower(config: RunConfig) -> list[RunConfig]:
+    """Return the run with bf16 optimizer states, and with bf16 weights too, if it does not have these already."""
+    found = []
+    if config.optimizer.state_dtype != "bf16":
+        config = replace(config, optimizer=replace(config.optimizer, state_dtype="bf16"))
+        found.append(config)
+    if config.training.weight_dtype != "bf16":
+        found.append(replace(config, training=replace(config.training, weight_dtype="bf16")))
+    return found
+
+
+def without_recomputation(outcome: Outcome, pool: Pool) -> Outcome | None:
+    """Return the fastest layout with less recomputation that fits and is faster, if any.
+
+    Args:
+        outcome: of a layout that fits.
+        pool: processes that rehearse.
+    """
+    for mode in _LESS_RECOMPUTATION[outcome.config.parallel.recompute]:
+        parallel = replace(outcome.config.parallel, recompute=mode, recompute_every=1)
+        config = replace(outcome.config, parallel=parallel)
+        try:
+            validate(config)
+            require_possible(config, outcome.setting)
+        except UserError:
+            continue
+        (other,) = judge_short([(config, outcome.layout)], outcome.setting, pool)
+        if other.fits and other.tokens_per_second > outcome.tokens_per_second:
+            return other
+    return None
+
+
+def judge_short(layouts: list[tuple[RunConfig, Layout]], setting: Setting, pool: Pool) -> list[Outcome]:
+    """Return the outcomes of layouts, rehearsed with a few blocks.
+
+    For a pipeline these are its first rank, which holds the most micro-batches, and its last, which has the loss."""
+    groups = [[one for one in parts_of(*each, setting) if one.place in _ends(each[1])] for each in layouts]
+    done = iter(rehearse_short(itertools.chain(*groups), pool.rehearse))
+    return [
+        Outcome(config, layout, setting, [next(done) for _ in group], extrapolated=True)
+        for (config, layout), group in zip(layouts, groups, strict=True)
+    ]
+
+
+def _ends(layout: Layout) -> set[int]:
+    return {0, layout.pipeline - 1}
+
+
+def judge(
+    config: RunConfig, layout: Layout, setting: Setting, pool: Pool, report: Callable[[int, int], None]
+) -> Outcome:
+    """Return the outcome of a layout, rehearsed in full."""
+    ranks: list[RankRehearsal] = pool.rehearse(parts_of(config, layout, setting), report)
+    return Outcome(config, layout, setting, ranks, extrapolated=False)
+
+
+def parts_of(config: RunConfig, layout: Layout, setting: Setting) -> list[Part]:
+    """Return one rank of each place in the pipeline."""
+    return [
+        Part(
+            config,
+            setting.architecture,
+            layout,
+            setting.assumptions.gpus_per_node,
+            setting.gpu.capability,
+            place,
+        )
+        for place in places(layout)
+    ]
+
+
+def require_possible(config: RunConfig, setting: Setting) -> Layout:
+    """Return the layout of the run.
+
+    Raises:
+        UserError: it is impossible, with both sides of the arithmetic.
+    """
+    layout = plan_layout(config.parallel, setting.world_size)
+    plan = plan_batches(config.training, layout.data_parallel)
+    choices = Choices(attention_backend(config, setting.architecture), False, plan.num_micro_batches)
+    check(config, setting.architecture, choices, CPU)
+    return layout
+
+
+def calibrate(config: RunConfig, setting: Setting, pool: Pool) -> Calibration:
+    """Measure what a block stores, with two short rehearsals of each kind of recomputation."""
+    modes = ("none", "selective", "full")
+    training = replace(config.training, micro_batch_size=1, global_batch_size=1)
+    parts = []
+    for mode in modes:
+        parallel = _plain(config, pipeline=1, replicate=1, shard=1, context=1, tensor=1, recompute=mode)
+        one = replace(config, training=training, parallel=parallel)
+        part = Part(one, setting.architecture, Layout(), 1, setting.gpu.capability, whole_steps=False)
+        parts += [replace(part, blocks_per_stage=blocks) for blocks in (1, 2)]
+    rehearsed = pool.rehearse(parts)
+    kept = {}
+    for number, mode in enumerate(modes):
+        first, second = (one.peaks["backward"]["activations"] for one in rehearsed[2 * number : 2 * number + 2])
+        kept[mode] = (second - first) / training.sequence_length
+    return Calibration(kept)
+
+
+def candidates(config: RunConfig, setting: Setting, calibration: Calibration) -> list[Candidate]:
+    """Return all possible layouts of the run among those that are tried."""
+    found = []
+    for changed, micro_batch in _layouts(config, setting):
+        other = replace(config, parallel=changed, training=replace(config.training, micro_batch_size=micro_batch))
+        try:
+            validate(other)
+            layout = require_possible(other, setting)
+        except UserError:
+            continue
+        seconds = rough_prediction(other, layout, setting).step
+        tokens = other.training.global_batch_size * other.training.sequence_length
+        memory = rough_memory(other, layout, setting, calibration)
+        found.append(Candidate(other, layout, tokens / seconds, memory))
+    return found
+
+
+def _layouts(config: RunConfig, setting: Setting) -> Iterator[tuple[Any, int]]:
+    """Yield (parallel settings, micro batch) in all combinations, most of which are impossible."""
+    world, per_node = setting.world_size, setting.assumptions.gpus_per_node
+    length = config.training.sequence_length
+    contexts = [n for n in _powers(per_node) if n == 1 or length // n >= _LEAST_TOKENS]
+    micro_batches = [n for n in _powers(config.training.global_batch_size) if n <= 64]
+    for tensor, pipeline, context, replicate, recompute, micro_batch in itertools.product(
+        _powers(per_node),
+        _powers(min(world, _LONGEST_PIPELINE)),
+        sorted({*contexts, config.parallel.context}),
+        sorted({1, setting.nodes}),
+        ("none", "selective", "full"),
+        micro_batches,
+    ):
+        axes = {"tensor": tensor, "pipeline": pipeline, "context": context, "replicate": replicate}
+        yield _plain(config, shard="auto", recompute=recompute, **axes), micro_batch
+
+
+def _plain(config: RunConfig, **changes: Any) -> Any:
+    return replace(config.parallel, pipeline_schedule="1f1b", pipeline_stages_per_rank=1, async_tensor=False, **changes)
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << n for n in range(most.bit_length()) if 1 << n <= most]
+
+
+def describe(outcome: Outcome) -> str:
+    """Describe the layout for messages."""
+    return shown_layout(outcome.config, outcome.layout)

@@ -1,0 +1,142 @@
+"""Count the work of a rank in a step: floating-point operations, and bytes sent, by kind and axis."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ...engine.parallel.layout import AXES, Layout
+
+_KINDS = {
+    "all-gather": ("allgather", "all_gather"),
+    "reduce-scatter": ("reduce_scatter",),
+    "all-reduce": ("allreduce", "all_reduce"),
+    "all-to-all": ("alltoall", "all_to_all"),
+    "broadcast": ("broadcast",),
+    "send": ("send",),
+}
+"""Collectives by parts of their operators' names. Receives are not counted, because another rank counts them as
+sent."""
+_NAMESPACES = ("c10d", "c10d_functional", "_c10d_functional", "_dtensor")
+
+
+class Collective(NamedTuple):
+    """The key of one kind of collective."""
+
+    kind: str
+    axes: tuple[str, ...]
+    """The axes of the mesh along which the ranks of the group differ."""
+    ranks: int
+    per_node: int
+    """Number of the group's ranks in one node."""
+
+
+@dataclass
+class Sent:
+    """All collectives of one kind."""
+
+    count: int = 0
+    size: float = 0.0
+    """Bytes of the whole tensors."""
+    sent: float = 0.0
+    """Bytes that this rank sends, by a ring."""
+
+
+@dataclass
+class Work:
+    """Counts the operators of one rank; pass it to :class:`~retemper.tools.planning.memory.MemoryCounter`.
+
+    Args:
+        layout: of the ranks.
+        gpus_per_node: consecutive ranks are in one node.
+        document_length: tokens of each document, for the operations of attention.
+    """
+
+    layout: Layout
+    gpus_per_node: int
+    document_length: int
+    flops: float = 0.0
+    collectives: dict[Collective, Sent] = field(default_factory=dict)
+
+    def add_flops(self, count: float) -> None:
+        """Count floating-point operations that no operator shows."""
+        self.flops += count
+
+    def see(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Count an operator."""
+        packet = getattr(operator, "_overloadpacket", None)
+        if operator.namespace == "torch_attn":
+            self._see_attention(operator, args)
+        elif packet in flop_registry:
+            # PyTorch counts all pairs of positions; attention is causal, and its kernels skip half of them.
+            share = 0.5 if "attention" in operator._schema.name else 1
+            self.flops += share * flop_registry[packet](*args, **kwargs, out_val=result)
+        elif operator.namespace in _NAMESPACES:
+            self._see_collective(operator, args, kwargs, result)
+
+    def _see_attention(self, operator: Any, args: Any) -> None:
+        # q @ k and p @ v forward; backward these again and four more products, less one (Dao, 2023,
+        # https://arxiv.org/abs/2307.08691): half of all pairs, as attention is causal.
+        backward = "backward" in operator._schema.name
+        query = args[1] if backward else args[0]
+        tokens, heads, head_dim = query.shape
+        products = 5 if backward else 2
+        self.flops += products * 2 * heads * head_dim * tokens * self.document_length / 2
+
+    def _see_collective(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
+        name = operator._schema.name.partition("::")[2]
+        kind = next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), None)
+        if kind is None:
+            return
+        group = _group_of((*args, *kwargs.values()))
+        size = max(_bytes(value) for value in (*args, result))
+        ranks = dist.get_process_group_ranks(group)
+        nodes = Counter(rank // self.gpus_per_node for rank in ranks)
+        key = Collective(kind, self._axes(ranks), len(ranks), max(nodes.values()))
+        entry = self.collectives.setdefault(key, Sent())
+        entry.count += 1
+        entry.size += size
+        entry.sent += sent_bytes(kind, size, len(ranks))
+
+    def _axes(self, ranks: Iterable[int]) -> tuple[str, ...]:
+        places = []
+        for rank in ranks:
+            place = []
+            for size in reversed(self.layout):
+                rank, index = divmod(rank, size)
+                place.append(index)
+            places.append(place[::-1])
+        return tuple(
+            axis for axis, indices in zip(AXES, zip(*places, strict=True), strict=True) if len(set(indices)) > 1
+        )
+
+
+def sent_bytes(kind: str, size: float, ranks: int) -> float:
+    """Return the bytes that each rank sends for a tensor of ``size`` bytes by a ring, which is the minimum.
+
+    See Patarasuk and Yuan, 2009, https://doi.org/10.1016/j.jpdc.2008.09.002."""
+    if kind in ("send", "broadcast"):
+        return size if ranks > 1 else 0.0
+    return size * (ranks - 1) / ranks * (2 if kind == "all-reduce" else 1)
+
+
+def _bytes(value: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _group_of(values: Iterable[Any]) -> dist.ProcessGroup:
+    for value in values:
+        if isinstance(value, dist.ProcessGroup):
+            return value
+        if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
+            return dist.ProcessGroup.unbox(value)
+    name = [value for value in values if isinstance(value, str)][-1]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]

@@ -1,0 +1,127 @@
+"""Text files -> indexed datasets: find out, plan, tokenize in parallel, decide, publish.
+
+    options.py     what was asked            run_setup.py            which files, which tokenizer
+    run_plan.py    cut into tasks            readers/, texts.py      records, and their texts
+    pool.py        worker processes          worker.py, cleaning.py  task -> shard
+    workspace.py   restart after a kill      publishing.py           shards -> datasets, sidecars
+
+The datasets' bytes depend on the input, the tokenizer and the options that concern documents, and not on the number of
+workers or the size of tasks. Nothing stands under a final name before all of it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ...engine.data.index_format import dataset_prefix
+from ...engine.errors import UserError
+from ...engine.tokenizer.document_frame import describe_tokens
+from .options import PreprocessOptions
+from .pool import run_here, run_tasks, shared_counters, usable_cores
+from .progress import ProgressReport
+from .publishing import PreprocessReport, publish
+from .run_plan import RunPlan
+from .run_setup import RunSetup
+from .shards import TaskResult
+from .worker import FastPathError
+from .workspace import finished_results, open_workspace, remove_workspace
+
+__all__ = ["PreprocessReport", "preprocess"]
+
+
+def preprocess(options: PreprocessOptions) -> PreprocessReport:
+    """Tokenize a corpus to ``{output_prefix}.bin``, ``.idx`` and ``.json``, and what else was asked for.
+
+    Raises:
+        UserError: wrong options, input or tokenizer, no token in the input, the output exists or cannot be written, a
+            worker was killed. Nothing stands under a final name, and an existing dataset is as it was; finished parts
+            are kept in a hidden folder, where the same command finds them.
+    """
+    started = time.monotonic()
+    options.check()
+    prefix = _checked_prefix(options)
+    try:
+        setup = RunSetup(options, prefix)
+        setup.compare_with_serving()
+        with open_workspace(prefix) as work:
+            plan, results = _tokenize_exactly(setup, work)
+            report = publish(plan, results)
+            remove_workspace(work)
+    except OSError as error:
+        raise UserError(f"{error.filename or prefix}: {error.strerror or error}; no dataset was written") from error
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def _tokenize_exactly(setup: RunSetup, work: Path) -> tuple[RunPlan, list[TaskResult]]:
+    """Make all shards, by the reference tokenizer where the fast one turns out to differ from it."""
+    plan = RunPlan(setup, work)
+    try:
+        return plan, tokenize(plan)
+    except FastPathError as difference:
+        print(f"{difference}; going on with the reference tokenizer", file=sys.stderr)
+        plan = RunPlan(RunSetup(replace(setup.options, encoder="reference"), setup.prefix), work)
+        return plan, tokenize(plan)
+
+
+def tokenize(plan: RunPlan) -> list[TaskResult]:
+    """Make the shards that are not there yet; return the results of all, in the order of the tasks."""
+    works_here = plan.setup.works_here
+    results = finished_results(plan.work, plan.tasks, plan.refused)
+    todo = [(task, key) for key, task in plan.tasks.items() if key not in results]
+    workers = min(plan.options.workers or usable_cores(), max(len(todo), 1))
+    _print_start(plan, workers, len(todo))
+    # One counter set for each task of the corpus, since a task's index names its own.
+    num_counters = 3 * (1 + max((task.index for task in plan.tasks.values()), default=0))
+    counters = np.zeros(num_counters, np.int64) if works_here else shared_counters(num_counters)
+    seen = np.frombuffer(counters, dtype=np.int64).reshape(-1, 3)
+    total = sum(task.num_bytes for task in plan.tasks.values())
+    before = total - sum(task.num_bytes for task, _ in todo)
+    with ProgressReport("tokenizing", total, before) as progress:
+
+        def show() -> None:
+            done, tokens, bad = seen.sum(axis=0).tolist()
+            progress.show(before + done, tokens, bad)
+
+        if todo:
+            run = (
+                run_here(todo, plan.setup.tokenizer, plan.settings, counters, show)
+                if works_here
+                else run_tasks(todo, workers, plan.settings, counters, show)
+            )
+            with closing(run):
+                results.update((result.key, result) for result in run)
+    return [results[key] for key in plan.tasks]
+
+
+def _print_start(plan: RunPlan, workers: int, num_todo: int) -> None:
+    setup = plan.setup
+    begin = f"documents begin with {describe_tokens(setup.begin)}" if setup.begin else "documents begin without a BOS"
+    end = f"end with {describe_tokens(setup.end)}" if setup.end else "end with no token"
+    again = len(plan.tasks) - num_todo
+    for note in setup.tokenizer.notes:
+        print(note, file=sys.stderr)
+    print(
+        f"{len(plan.files)} input files, {sum(file.size for file in plan.files) / 1e6:,.1f} MB; tokenizer "
+        f"{setup.tokenizer.name} ({setup.tokenizer.vocab_size:,} ids); {begin} and {end}; {workers} "
+        "workers" + (f"; {again} of {len(plan.tasks)} parts are there from a run before" if again else ""),
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _checked_prefix(options: PreprocessOptions) -> str:
+    prefix = dataset_prefix(options.output_prefix)
+    if not os.path.basename(prefix):
+        raise UserError(
+            f"--output-prefix {options.output_prefix}: names a folder; add a file name, such as {prefix}dataset"
+        )
+    if options.shard_place is not None:
+        prefix += ".shard-{}-of-{}".format(*options.shard_place)
+    return prefix
