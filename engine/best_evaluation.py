@@ -72,4 +72,4 @@ def fingerprint(batches: Iterable[MicroBatch], counted: bool, sequence_length: i
             mixed ^= mixed >> np.uint64(31)
         # A sum does not depend on the order of the samples.
         total += int(mixed.sum(dtype=np.uint64))
-    return f"{sequence_length}:{sum(ranks.gather(total)) % 2**64:016x}"
+    return f"{sequence_length}:{sum(ranks.all_gather(total)) % 2**64:016x}"

@@ -17,7 +17,7 @@ _RECOMPILE_LIMIT = 64
 evaluation, and first or later number of documents."""
 
 
-def wanted(config: RunConfig, device: torch.device, attention_backend: str) -> bool:
+def enabled(config: RunConfig, device: torch.device, attention_backend: str) -> bool:
     """Return whether the blocks of this run are compiled.
 
     Raises:

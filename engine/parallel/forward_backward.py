@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
     """[T] int64."""
 
 
-class Feed:
+class BatchPreparer:
     """Micro-batches on their way to the model: to the device, and each rank's tokens of them.
 
     Args:
@@ -53,7 +53,7 @@ class Feed:
 
     def _mine(self, num_tokens: int) -> slice:
         count = num_tokens // self.mesh.layout.context
-        return slice(self.mesh.place.context * count, (self.mesh.place.context + 1) * count)
+        return slice(self.mesh.coordinate.context * count, (self.mesh.coordinate.context + 1) * count)
 
 
 class ModelParts:
@@ -75,14 +75,14 @@ class ModelParts:
         """The transformer blocks of this rank."""
         return (block for decoder in self.decoders for block in decoder.model.blocks)
 
-    def own_parameters(self) -> Iterator[nn.Parameter]:
+    def unique_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of which no former stage has a copy: an embedding that is also the head lies at both ends."""
         for decoder in self.decoders:
             copied = decoder.is_last and not decoder.is_first and decoder.architecture.tie_word_embeddings
             yield from (p for p in decoder.parameters() if not (copied and p is decoder.head_weight))
 
 
-class Passes(Protocol):
+class ForwardBackward(Protocol):
     """How a rank computes a step. Losses are [] on the device and this rank's part: their sum over all ranks counts."""
 
     def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
@@ -96,15 +96,15 @@ class Passes(Protocol):
         """Sum of losses, fp64, without gradients."""
 
 
-class Sequential:
+class NonPipelined:
     """Micro-batches one after the other: this rank has all layers."""
 
-    def __init__(self, model: Decoder, feed: Feed, reduce_every_micro_batch: bool):
-        self._model, self._feed, self._reduce_every = model, feed, reduce_every_micro_batch
+    def __init__(self, model: Decoder, prepare: BatchPreparer, reduce_every_micro_batch: bool):
+        self._model, self._prepare, self._reduce_every = model, prepare, reduce_every_micro_batch
 
     def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
-        """See :class:`Passes`."""
-        loss = torch.zeros((), device=self._feed.device)
+        """See :class:`ForwardBackward`."""
+        loss = torch.zeros((), device=self._prepare.device)
         for number, batch in enumerate(batches, 1):
             fsdp.reduce_gradients(self._model, self._reduce_every or number == len(batches))
             on_phase("forward")
@@ -112,23 +112,23 @@ class Sequential:
             on_phase("backward")
             part.backward()
             loss += part.detach()
-        return counted_once(loss, self._feed.mesh)
+        return counted_once(loss, self._prepare.mesh)
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> Tensor:
-        """See :class:`Passes`."""
-        total = torch.zeros((), dtype=torch.float64, device=self._feed.device)
+        """See :class:`ForwardBackward`."""
+        total = torch.zeros((), dtype=torch.float64, device=self._prepare.device)
         for batch in batches:
             total += self.loss_sum(batch)
         fsdp.reshard(self._model)
-        return counted_once(total, self._feed.mesh)
+        return counted_once(total, self._prepare.mesh)
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
         """[] fp32, the losses of this rank's tokens."""
-        tokens, packing, targets = self._feed(batch)
+        tokens, packing, targets = self._prepare(batch)
         return self._model(tokens, packing, targets)
 
 
 def counted_once(loss: Tensor, mesh: Mesh) -> Tensor:
     """``loss`` on one of the ranks that share matrices, which all know it; zero on the others."""
-    return loss if mesh.place.tensor == 0 else torch.zeros_like(loss)
+    return loss if mesh.coordinate.tensor == 0 else torch.zeros_like(loss)

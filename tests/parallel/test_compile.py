@@ -124,12 +124,12 @@ def test_attention_per_document_stays_outside_of_the_graphs():
     ],
 )
 def test_who_compiles(choice, device, backend, mode, expected):
-    assert block_compile.wanted(run_config(choice, mode), device, backend) is expected
+    assert block_compile.enabled(run_config(choice, mode), device, backend) is expected
 
 
 def test_a_recomputed_block_that_cannot_be_compiled_is_refused():
     with pytest.raises(UserError, match=r"training.compile is on with parallel.recompute full.*set") as caught:
-        block_compile.wanted(run_config("on", "full"), CPU, PER_DOCUMENT)
+        block_compile.enabled(run_config("on", "full"), CPU, PER_DOCUMENT)
     assert "\n" not in str(caught.value)
 
 
