@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .batch import Batch
 from .best_evaluation import Measure, fingerprint
 from .config.settings import RunConfig
 from .data.catalog import Catalog
 from .data.loader import describe_evaluated, validation_batches
-from .data.packing import MicroBatch
 from .errors import UserError
 from .observe.waiting import ProgressBar, Say
 from .parallel.forward_backward import ForwardBackward
@@ -19,7 +19,7 @@ from .run_state import Progress
 from .schedule import BatchPlan
 
 
-def count_targets(batches: Iterable[MicroBatch], mesh: Mesh) -> int:
+def count_targets(batches: Iterable[Batch], mesh: Mesh) -> int:
     """Targets of this rank's samples; of ranks that read the same ones, one counts them."""
     return sum(batch.num_targets for batch in batches) if mesh.counts_samples else 0
 

@@ -25,8 +25,8 @@ from retemper.engine.parallel.layout import check_layout, plan_layout
 from retemper.engine.schedule import learning_rate, plan_batches
 
 if TYPE_CHECKING:
+    from retemper.engine.batch import Batch
     from retemper.engine.data.loader import Prefetcher
-    from retemper.engine.data.packing import MicroBatch
     from retemper.engine.guards.rollback import Rollback
     from retemper.engine.parallel.process_group import Ranks
     from retemper.engine.run_state import Run
@@ -187,7 +187,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
     return None
 
 
-def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[MicroBatch], float]:
+def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[Batch], float]:
     """Return this rank's micro-batches, and the number of targets in the global batch, which may be 0."""
     from retemper.engine.evaluation import count_targets
 
@@ -201,7 +201,7 @@ def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[MicroBatch], fl
     return batches, run.guards.sum_targets(count_targets(batches, run.mesh), problem)
 
 
-def one_step(run: Run, batches: list[MicroBatch], num_targets: float) -> StepResult:
+def one_step(run: Run, batches: list[Batch], num_targets: float) -> StepResult:
     """Make one optimizer step on this rank's ``batches``, and advance the clock."""
     from retemper.engine.step import train_step
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .data.packing import MicroBatch
+from .batch import Batch
 from .optim import allocate_states, clip_grad_norm, set_learning_rate, step_unless
 from .parallel.forward_backward import ForwardBackward, ModelParts
 
@@ -73,7 +73,7 @@ def train_step(
     model: ModelParts,
     forward_backward: ForwardBackward,
     optimizer: torch.optim.Optimizer,
-    micro_batches: list[MicroBatch],
+    micro_batches: list[Batch],
     num_targets: float,
     learning_rate: float,
     clip: float,

@@ -23,8 +23,8 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.tensor import DTensor
 
+from ..batch import Batch
 from ..config.settings import ParallelConfig, RunConfig
-from ..data.packing import MicroBatch
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import Decoder, LayerRange
@@ -166,7 +166,7 @@ class Pipelined:
         compute_dtype: torch.dtype,
     ):
         self._decoders, self._prepare, self._num_micro_batches = decoders, prepare, num_micro_batches
-        self._batches: list[MicroBatch] = []
+        self._batches: list[Batch] = []
         self._num_targets = 1.0
         self._losses: list[Tensor] = []
         layout = prepare.mesh.layout
@@ -196,7 +196,7 @@ class Pipelined:
             scale_grads=False,
         )
 
-    def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+    def train(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """Train, see :class:`~retemper.engine.parallel.forward_backward.ForwardBackward`.
 
         Forward and backward passes alternate: all of them are the phase "forward"."""
@@ -207,7 +207,7 @@ class Pipelined:
         return self._loss(torch.float32) / num_targets
 
     @torch.no_grad()
-    def evaluate(self, batches: list[MicroBatch]) -> Tensor:
+    def evaluate(self, batches: list[Batch]) -> Tensor:
         """Evaluate, see :class:`~retemper.engine.parallel.forward_backward.ForwardBackward`."""
         total = torch.zeros((), dtype=torch.float64, device=self._prepare.device)
         count = self._num_micro_batches
@@ -221,7 +221,7 @@ class Pipelined:
             fsdp.reshard(decoder)
         return total
 
-    def _run(self, run: Callable[..., Any], batches: list[MicroBatch]) -> None:
+    def _run(self, run: Callable[..., Any], batches: list[Batch]) -> None:
         self._batches, self._losses = batches, []
         # Stages look up their micro-batch by its number: documents differ in number, so one tensor cannot hold them
         # all.
@@ -234,9 +234,8 @@ class Pipelined:
 
     def _fill_in(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         """Convert the schedule's arguments for a stage to those of a decoder."""
-        tokens, packing, targets = self._prepare(self._batches[int(named["number"])])
-        inputs = tokens if module.is_first else arguments[0]
-        return (inputs, packing, targets), {}
+        batch = self._prepare(self._batches[int(named["number"])])
+        return (batch, None if module.is_first else arguments[0]), {}
 
     def _scaled_loss(self, loss_sum: Tensor, _: Tensor) -> Tensor:
         self._losses.append(loss_sum.detach())

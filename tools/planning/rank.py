@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ...engine import batch
+from ...engine.batch import Batch
 from ...engine.config.settings import RunConfig
-from ...engine.data.packing import MicroBatch
-from ...engine.model import packing
 from ...engine.model.architecture import Architecture
 from ...engine.model.decoder import LayerRange
 from ...engine.optim import allocate_states, build_optimizer
@@ -134,12 +134,12 @@ class RehearsedRank:
         values = (value for state in self.optimizer.state.values() for value in state.values())
         self.counter.declare("optimizer states", (value for value in values if isinstance(value, Tensor)))
 
-    def _batch(self) -> MicroBatch:
+    def _batch(self) -> Batch:
         length, samples = self.plan.sequence_length, self.plan.micro_batch_size
         with self.counter.making("temporaries"):
             numbers = torch.zeros(samples * length, dtype=torch.int64)
             offsets = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
-            return MicroBatch(numbers, numbers.clone(), numbers.clone(), offsets, length, samples * length)
+            return Batch(numbers, numbers.clone(), numbers.clone(), offsets, length, samples * length)
 
 
 def attention_backend(config: RunConfig, architecture: Architecture) -> str:
@@ -222,7 +222,7 @@ def _offsets_with_values(config: RunConfig) -> Any:
         with unset_fake_temporarily():
             return plan_attention(backend, offsets, *rest)
 
-    return mock.patch.object(packing, "plan_attention", plan)
+    return mock.patch.object(batch, "plan_attention", plan)
 
 
 def _local(tensor: Tensor) -> Tensor:
