@@ -13,7 +13,7 @@ from retemper.engine.config.settings import DataConfig, SourceConfig
 from retemper.engine.data.catalog import Catalog, open_catalog
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
-from retemper.engine.observe.summary import data_notes
+from retemper.engine.observe.start_summary import data_notes
 from retemper.engine.schedule import BatchPlan
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 from retemper.tools.preprocessing.merging import MergeOptions, merge
