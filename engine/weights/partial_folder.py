@@ -29,7 +29,7 @@ _CONTENT, _JOURNAL, _LOCK = "content", "journal.jsonl", ".lock"
 _SUFFIX = ".partial"
 
 
-class Worthless(UserError):
+class DiscardOutput(UserError):
     """An error that makes all written files useless, so that none is kept."""
 
 
@@ -93,7 +93,7 @@ def partial_folder(
     """Yield a folder to write ``output`` in; it is flushed to disk and renamed at the end.
 
     After Ctrl-C, a full disk, or an unreadable source, finished files are kept, and the same command can continue from
-    them; a message reports this. After :class:`Worthless` and internal errors everything is removed.
+    them; a message reports this. After :class:`DiscardOutput` and internal errors everything is removed.
 
     Args:
         output: the folder to make.
@@ -122,7 +122,7 @@ def partial_folder(
                 partial.content.rename(output)
                 renamed = True
                 sync_path(output.parent)
-            except Worthless:
+            except DiscardOutput:
                 raise
             except (OSError, UserError, KeyboardInterrupt) as error:
                 kept = "" if renamed else _what_is_kept(folder)

@@ -24,7 +24,7 @@ from ...engine.weights.checkpoint.tensors import open_tensors
 from ...engine.weights.checkpoint.verify import require_undamaged
 from ...engine.weights.conversion.checkpoint_model import CheckpointPlan
 from ...engine.weights.conversion.writing import progress
-from ...engine.weights.untrusted import METADATA_FILE
+from ...engine.weights.damage import METADATA_FILE
 from ...engine.weights.workers import default_workers
 from .verification import checkpoints_of
 
@@ -92,7 +92,7 @@ def _rewrite(folder: Path, manifest: Manifest, target: Path) -> None:
     """Write the checkpoint ``folder`` into ``target`` in the present format; both are verified."""
     workers = default_workers()
     stored = open_tensors(folder)
-    stored.require_whole()
+    stored.require_full_coverage()
     plan, num_bytes = CheckpointPlan(stored.tensors), sum(tensor.num_bytes for tensor in stored.tensors.values())
     # What was stored is read once more to verify it, and what is written is read back and verified.
     with progress(f"upgrading {folder.name}", 4 * num_bytes) as advance:

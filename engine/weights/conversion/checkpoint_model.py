@@ -50,7 +50,7 @@ class CheckpointModel:
         """Refuse a checkpoint whose files have changed since it was opened: the tensors read would be a mixture.
 
         Raises:
-            Worthless: names the folder.
+            DiscardOutput: names the folder.
         """
         require_same_source(self.folder, self.files, lambda: _files_of(self.stored))
 
@@ -104,7 +104,7 @@ def open_checkpoint_model(folder: Path) -> CheckpointModel:
         UserError: it is incomplete, has no config, or holds another model.
     """
     manifest, stored = read_manifest(folder), open_tensors(folder)
-    stored.require_whole()
+    stored.require_full_coverage()
     files = _files_of(stored)
     where = folder / ASSET_FOLDER / CONFIG_FILE
     config = read_hf_config(where)
@@ -151,7 +151,7 @@ class CheckpointPlan:
         )
 
 
-def seal(folder: Path, done: Iterable[WrittenFile]) -> None:
+def write_converted_manifest(folder: Path, done: Iterable[WrittenFile]) -> None:
     """Write the manifest, which completes a checkpoint of the files ``done`` and all other files in ``folder``.
 
     Raises:

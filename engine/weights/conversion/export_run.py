@@ -92,7 +92,7 @@ def export_run(run: Run) -> None:
         if ranks.share(ranks.on_main(lambda: _is_there(output, checkpoint))):
             say(f"exported    {output} already exists")
         else:
-            _require_sound(store, checkpoint)
+            _require_valid(store, checkpoint)
             _write(ranks, checkpoint, output, run.stop.agreed, say)
     except _Stopped:
         say(f"stopped the export to {output} as requested; the same command completes it")
@@ -123,9 +123,9 @@ class _Damaged(UserError):
     """The checkpoint differs from what was written."""
 
 
-def _require_sound(store: CheckpointStore, checkpoint: Path) -> None:
+def _require_valid(store: CheckpointStore, checkpoint: Path) -> None:
     try:
-        store.require_sound(str(checkpoint), "checkpoint.export_hf")
+        store.require_valid(str(checkpoint), "checkpoint.export_hf")
     except UserError as error:
         problem = str(error).partition("; name another checkpoint")[0]
         raise _Damaged(

@@ -68,6 +68,6 @@ def add_allow_nonfinite(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def end_like_ctrl_c() -> None:
+def interrupt_on_sigterm() -> None:
     """Make a scheduler's SIGTERM end this process as Ctrl-C does: finished files are kept, and a message reports it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
