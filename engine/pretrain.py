@@ -59,6 +59,7 @@ def prepare(world_size: int) -> RunConfig:
         from retemper.engine import evaluation, run_folder, start  # noqa: F401
         from retemper.engine.guards import rollback, run_guards  # noqa: F401
         from retemper.engine.observe import reporter, summary  # noqa: F401
+        from retemper.engine.parallel import precision  # noqa: F401
     return config
 
 

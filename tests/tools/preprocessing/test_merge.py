@@ -410,7 +410,7 @@ def test_an_existing_dataset_stays_until_the_new_one_is_complete(tmp_path, refus
 SLOW = """
 import os, sys, time
 from retemper.engine.errors import run_command
-from retemper.engine.data import dataset_writer
+from retemper.tools.preprocessing import dataset_writer
 from retemper.tools import merge
 original = dataset_writer._copy_range
 def slow(*arguments):
