@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from retemper.engine.errors import UserError
-from retemper.engine.files.new_folder import require_absent
+from retemper.engine.files.atomic import require_absent
+from retemper.engine.files.hashing import hash_file
 from retemper.engine.files.outputs import Use, require_separate
 from retemper.engine.files.regular import read_regular
 from retemper.engine.model.architecture import CONFIG_FILE, read_hf_config
@@ -18,7 +19,6 @@ from retemper.engine.weights.conversion.logits import compare_logits, describe_l
 from retemper.engine.weights.conversion.options import CHECKPOINT, HF
 from retemper.engine.weights.conversion.provenance import (
     ConversionRecord,
-    file_hash,
     file_identity,
     require_same_source,
 )
@@ -145,6 +145,6 @@ def _identify(model: MegatronModel) -> dict[str, Any]:
     first, *others = model.files
     return {
         "folder": str(model.folder.resolve()),
-        f"{first.name}_xxh3_128": file_hash(first),
+        f"{first.name}_xxh3_128": hash_file(first),
         "files": {path.name: file_identity(path) for path in others},
     }

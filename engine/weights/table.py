@@ -10,7 +10,6 @@ files, and the manifest has its hash. The table may come from anyone, so all of 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +40,7 @@ class TableEntry:
 
 
 def write_table(folder: Path, entries: Mapping[str, TableEntry]) -> FileRecord:
-    """Write the table into ``folder``, flushed to disk; returns its size and hash.
+    """Write the table into ``folder``; return its size and hash.
 
     Raises:
         OSError: it cannot be written.
@@ -56,10 +55,7 @@ def write_table(folder: Path, entries: Mapping[str, TableEntry]) -> FileRecord:
         for name, entry in entries.items()
     }
     data = json.dumps({"files": list(numbers), "tensors": tensors}, separators=(",", ":")).encode()
-    with open(folder / TABLE_FILE, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    (folder / TABLE_FILE).write_bytes(data)
     return FileRecord(len(data), xxhash.xxh3_128_hexdigest(data))
 
 

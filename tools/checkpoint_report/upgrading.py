@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ...engine.errors import UserError
+from ...engine.files.atomic import sync_path, sync_tree, temporary_path
 from ...engine.files.disk_space import require_space
 from ...engine.files.lock import run_folder_lock
-from ...engine.files.outputs import sync_path, sync_tree
 from ...engine.files.removal import remove_tree
 from ...engine.weights.block_copy import copy_files
 from ...engine.weights.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, read_manifest, write_manifest
@@ -75,7 +74,7 @@ def _upgrade(folder: Path) -> str:
         raise UserError(f"{folder}: a link; name the folder that it leads to, {folder.resolve()}")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     require_space(folder.parent, size, "the new checkpoint", lambda: "make space: the old one goes when it is replaced")
-    temporary, old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp"), folder.with_name(folder.name + OLD)
+    temporary, old = temporary_path(folder), folder.with_name(folder.name + OLD)
     try:
         temporary.mkdir()
         _rewrite(folder, manifest, temporary)

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ...engine.errors import UserError
-from ...engine.files.new_folder import new_folder, require_absent
+from ...engine.files.atomic import new_folder, require_absent
 from ...engine.files.outputs import Use, require_separate
 from ...engine.tokenizer.files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
 from ...engine.tokenizer.json_file import parse_tokenizer

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import UserError
+from ...files.atomic import sync_path, sync_tree, temporary_path
 from ...files.disk_space import describe_pruning, describe_space, free_bytes, is_about_space
 from ...files.hashing import FileRecord
 from ...files.lock import run_folder_lock
-from ...files.outputs import sync_path, sync_tree
 from ...files.removal import remove_tree
 from ...parallel.process_group import Ranks
 from .assets import ASSET_FOLDER, HfAssets
@@ -297,7 +296,7 @@ class CheckpointStore:
             UserError: on every rank, when any of them cannot write. Nothing is left behind.
         """
         final = self.folder / checkpoint_name(manifest.step)
-        temporary = self.ranks.share(self._temporary_name(final))
+        temporary = self.ranks.share(temporary_path(final))
         self.ranks.on_main(lambda: self._begin(temporary, final))
         try:
             self.ranks.everywhere(lambda: self._require_visible(temporary))
@@ -325,9 +324,6 @@ class CheckpointStore:
         reasons = reasons_when_pruning(whole, 1, self.keep_every)
         removable = [folder for folder, why in reasons.items() if not why]
         return describe_pruning(self.folder.parent, removable, self.keep_every)
-
-    def _temporary_name(self, checkpoint: Path) -> Path:
-        return self.folder / f".{checkpoint.name}.{uuid.uuid4().hex}.tmp"
 
     def _begin(self, temporary: Path, final: Path) -> None:
         if final.exists():
@@ -378,7 +374,7 @@ class CheckpointStore:
             return remove_tree(checkpoint)
         # Renamed first: killed half-way, this leaves a leftover and not half a checkpoint.
         try:
-            trash = checkpoint.rename(self._temporary_name(checkpoint))
+            trash = checkpoint.rename(temporary_path(checkpoint))
         except OSError as error:
             return [f"{checkpoint.absolute()}: {error.strerror or error}"]
         return remove_tree(trash)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .... import __version__
+from ...files.hashing import hash_file
 from ...model.architecture import Architecture, parse_architecture, read_hf_config
 from ...model.decoder import meta_decoder
 from ..block_copy import WrittenFile
@@ -23,7 +24,7 @@ from ..parts import TensorParts
 from ..safetensors_format import SUFFIX
 from ..table import TableEntry, write_table
 from ..tensor_source import StoredTensor
-from .provenance import file_hash, file_identity, require_same_source
+from .provenance import file_identity, require_same_source
 from .writing import progress
 
 
@@ -59,7 +60,7 @@ class CheckpointModel:
         """Identity of the checkpoint: the manifest has the hash of every file."""
         return {
             "folder": str(self.folder.resolve()),
-            "manifest_xxh3_128": file_hash(self.folder / MANIFEST_FILE),
+            "manifest_xxh3_128": hash_file(self.folder / MANIFEST_FILE),
             "kind": self.manifest.kind,
             "step": self.manifest.step,
             "consumed_tokens": self.manifest.consumed_tokens,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...files.new_folder import require_absent
+from ...files.atomic import require_absent
 from ...files.outputs import Use, require_separate
 from ..block_copy import WrittenFile
 from ..checkpoint.assets import HfAssets

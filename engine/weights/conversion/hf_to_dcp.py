@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...files.new_folder import require_absent
+from ...files.atomic import require_absent
+from ...files.hashing import hash_file
 from ...files.outputs import Use, require_separate
 from ...model.architecture import CONFIG_FILE, parse_architecture
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
@@ -20,7 +21,7 @@ from ..partial_folder import partial_folder
 from ..workers import parse_workers
 from .checkpoint_model import CheckpointPlan, write_converted_manifest
 from .logits import compare_logits, describe_logits
-from .provenance import ConversionRecord, file_hash, file_identity, require_same_source
+from .provenance import ConversionRecord, file_identity, require_same_source
 from .vocabulary import ResizedVocabulary, resized_vocabulary
 from .writing import nonfinite_option, size_of, write_tensors
 
@@ -110,7 +111,7 @@ def identify(hf: str, folder: Path, model: HfModel) -> dict[str, Any]:
     return {
         "name": hf,
         "folder": str(folder.resolve()),
-        "config_xxh3_128": file_hash(folder / CONFIG_FILE),
-        "index_xxh3_128": file_hash(index) if index.is_file() else None,
+        "config_xxh3_128": hash_file(folder / CONFIG_FILE),
+        "index_xxh3_128": hash_file(index) if index.is_file() else None,
         "files": {path.name: file_identity(path) for path in model.weights.files},
     }

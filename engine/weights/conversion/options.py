@@ -6,7 +6,7 @@ import argparse
 import signal
 from collections.abc import Sequence
 
-from ...files.new_folder import require_absent
+from ...files.atomic import require_absent
 from ..hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, DTYPE_CHOICES, parse_shard_size
 from ..workers import parse_workers
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from .... import __version__
-from ...files.hashing import record_file
 from ..block_copy import WrittenFile
 from ..checkpoint.manifest import code_versions
 from ..hugging_face.weight_dtypes import dtype_name
@@ -122,8 +121,3 @@ def file_identity(path: Path) -> dict[str, Any]:
     """Return size and modification time of a large file, which identify it without reading it."""
     status = path.stat()
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def file_hash(path: Path) -> str:
-    """Return the xxh3_128 of a small file."""
-    return record_file(path).xxh3_128
