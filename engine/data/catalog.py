@@ -12,12 +12,13 @@ from typing import Any
 
 from ..config.settings import DataConfig, SourceConfig, StageConfig
 from ..errors import UserError
+from ..files.hashing import hash_file
 from ..schedule import BatchPlan
 from .curriculum import Schedule, Share, Stage
 from .indexed_dataset import IndexedDataset
 from .sample_order import OrderedSource, SampleOrder
 from .samples import NamedDataset, check_windows, equal_datasets
-from .sidecar import Sidecar, hash_file, require_same_dataset
+from .sidecar import Sidecar, require_same_dataset
 from .source import Source, split_source
 from .tokenizer_identity import TokenizerIdentity
 

@@ -21,8 +21,9 @@ import xxhash
 
 from ...engine.data.index_format import HEADER, dataset_prefix
 from ...engine.data.indexed_dataset import IndexedDataset
-from ...engine.data.sidecar import InputSource, Sidecar, hash_file, require_same_dataset
+from ...engine.data.sidecar import InputSource, Sidecar, require_same_dataset
 from ...engine.errors import UserError
+from ...engine.files.hashing import hash_file
 from ...engine.files.outputs import Use
 from ...engine.tokenizer.fingerprint import same_tokenizer
 from .dataset_files import BIN, IDX, JSON, MASK, METADATA, existing_outputs

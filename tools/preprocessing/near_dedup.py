@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.data.splitmix import GOLDEN, mix64
 from ...engine.errors import UserError
-from .hashing import GOLDEN, mix64
 from .key_groups import GrowingArray, KeyGroups, Pairs
 from .shingles import BLOCK, VERSION, LongUnits, Units, units_of
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .hashing import GOLDEN, mix64
+from ...engine.data.splitmix import GOLDEN, mix64
 from .normalization import PieceNormalizer
 
 WORD = 4

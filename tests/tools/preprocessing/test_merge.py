@@ -26,8 +26,9 @@ from oracles.tiny_tokenizer import sample_text
 import retemper
 from retemper.engine.data import index_format
 from retemper.engine.data.indexed_dataset import IndexedDataset
-from retemper.engine.data.sidecar import InputSource, Sidecar, hash_file
+from retemper.engine.data.sidecar import InputSource, Sidecar
 from retemper.engine.errors import run_command
+from retemper.engine.files.hashing import hash_file
 from retemper.tools import merge as command
 from retemper.tools.preprocessing import dataset_writer
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from oracles.word_ngrams import kind_of, ngrams_of, shingles_of
 
+from retemper.engine.data.splitmix import mix64, mix64_of
 from retemper.tools.preprocessing import decontamination, near_dedup, shingles
-from retemper.tools.preprocessing.hashing import mix64, mix64_of
 from retemper.tools.preprocessing.shingles import LongUnits, Units, units_of
 
 ALPHABETS = {
