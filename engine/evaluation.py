@@ -1,4 +1,4 @@
-"""The validation sets of a run: read once, evaluated again and again on the same windows."""
+"""The validation sets of a run: read once, evaluated again and again on the same chunks."""
 
 from __future__ import annotations
 

@@ -96,8 +96,8 @@ def _obstacle(
         require_allowed(manifest, to_dict(config), (), target)
     except UserError:
         return f"{target} is from before the order of the data changed"
-    # A blend that was changed takes over at a sample; one that was not keeps the place where it took over.
-    if order.schedule.start > manifest.consumed_samples:
+    # A mixture that has changed starts at a sample of its own; an unchanged one keeps its earlier start.
+    if order.curriculum.start > manifest.consumed_samples:
         return f"{target} is from before the order of the data changed"
     start = config.optimizer.schedule_start_tokens
     if manifest.consumed_tokens < start:

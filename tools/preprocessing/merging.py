@@ -315,7 +315,7 @@ def _without_mask(parts: Sequence[Part], fill: bool) -> int:
     if not fill:
         raise UserError(
             f"{plain[0].prefix}: has no loss mask, but {masked[0].prefix} has one; if all tokens of those without are "
-            "to be predicted, pass --fill-mask; or leave them apart and blend them in training"
+            "to be predicted, pass --fill-mask; or keep them apart and mix them in training"
         )
     return len(plain)
 

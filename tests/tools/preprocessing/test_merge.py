@@ -121,7 +121,7 @@ def test_any_cut_joined_is_the_whole(tmp_path_factory, documents, cuts, dtype, c
     for number, (first, last) in enumerate(itertools.pairwise(edges)):
         write(folder / f"part{number}", documents[first:last], sidecar() if sidecars else None, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_format, "CHUNK", chunk)
+        patch.setattr(index_format, "ENTRIES_AT_ONCE", chunk)
         patch.setattr(dataset_writer, "_BLOCK_BYTES", block)
         join(folder / "out", *(folder / f"part{number}" for number in range(len(edges) - 1)))
     assert files(folder / "out") == files(folder / "whole")
