@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.tokenizer.document_frame import BOS_CHOICES
-from retemper.tools.preprocessing.expansion import DEFAULT_EXPANSION
 from retemper.tools.preprocessing.formats import FORMATS
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.pipeline import preprocess
+from retemper.tools.preprocessing.readers.expansion_limit import DEFAULT_EXPANSION
 from retemper.tools.preprocessing.report import format_report
 from retemper.tools.preprocessing.tokenizer_choice import DEFAULT_TOKENIZER
 
