@@ -4,7 +4,7 @@
     python tools/preprocess.py --input books/ 'web/*.jsonl.zst' --tokenizer models/qwen3 --output-prefix data/mix
     python tools/preprocess.py --input web.parquet --dedup exact --split train=0.98,valid=0.02 --shuffle
 
-The work is done by retemper.tools.preprocessing; this file is the command line. docs/data.md tells more.
+The work is done by retemper.tools.preprocessing; this file is the command line. docs/preprocessing.md tells more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/data.md runs as it stands: every ``bash`` block in order, in an empty folder, and prints what it says."""
+"""docs/preprocessing.md runs as it stands: every ``bash`` block in order, in an empty folder, and prints what it says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from oracles.tiny_tokenizer import train_tiny_tokenizer
 from retemper.engine.config.parser import parse_config
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "preprocessing.md").read_text(encoding="utf-8")
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -72,11 +72,11 @@ def test_the_guide_runs_as_it_stands(folder, environment):
         command = ["bash", "-eu", "-o", "pipefail", "-c", block.content]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         fails = any(line.startswith("error:") for line in expected)
-        assert done.returncode == int(fails), f"docs/data.md:{block.line}\n{done.stderr}"
+        assert done.returncode == int(fails), f"docs/preprocessing.md:{block.line}\n{done.stderr}"
         printed = squeezed(done.stdout + done.stderr)
         for line in expected:
             before, found, printed = printed.partition(squeezed(line))
-            assert found, f"docs/data.md:{block.line}: not printed: {line}\n{before}"
+            assert found, f"docs/preprocessing.md:{block.line}: not printed: {line}\n{before}"
         ran += 1
     assert ran >= 12
 
