@@ -32,7 +32,7 @@ from retemper.engine.files.hashing import hash_file
 from retemper.tools import merge as command
 from retemper.tools.preprocessing import dataset_writer
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
-from retemper.tools.preprocessing.merging import MergeOptions, merge
+from retemper.tools.preprocessing.merging.merge import MergeOptions, merge
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.pipeline import preprocess
 
