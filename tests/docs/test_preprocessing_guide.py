@@ -1,4 +1,4 @@
-"""docs/preprocessing.md runs as it stands: every ``bash`` block in order, in an empty folder, and prints what it says."""
+"""Run every ``bash`` block of docs/preprocessing.md in order, in an empty folder, and compare what it prints."""
 
 from __future__ import annotations
 
