@@ -113,15 +113,15 @@ def open_retemper(prefix: Path, name: str) -> Opened:
     plan = BatchPlan(SEQUENCE_LENGTH, BATCH, 1, 1)
     catalog = open_catalog(config, plan, VOCAB_SIZE, None, SEED)
     order = catalog.sample_order(SEED)
-    count = sum(source.num_windows for source in catalog.train)
+    count = sum(source.num_chunks for source in catalog.train)
     order.require(count)
     describe_data(config, catalog, order, count)
     data = TrainingData(catalog.train, order, plan, 0, VOCAB_SIZE, attend_across_documents=False)
 
     def sample(index: int) -> Any:
         place = data.order.sample(index)
-        window = data.sources[place.source].window(place.window, VOCAB_SIZE, place.epoch)
-        return pack([window], SEQUENCE_LENGTH, attend_across_documents=False)
+        chunk = data.sources[place.source].chunk(place.chunk, VOCAB_SIZE, place.epoch)
+        return pack([chunk], SEQUENCE_LENGTH, attend_across_documents=False)
 
     return sample, count
 
@@ -141,7 +141,7 @@ def open_megatron(prefix: Path, tokens: int, cache: Path) -> Opened:
     config = GPTDatasetConfig(
         random_seed=SEED,
         sequence_length=SEQUENCE_LENGTH,
-        blend=([str(prefix)], None),
+        mixture=([str(prefix)], None),
         split="100,0,0",
         path_to_cache=str(cache),
         tokenizer=Tokenizer(),  # type: ignore[arg-type]

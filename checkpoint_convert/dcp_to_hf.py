@@ -25,7 +25,7 @@ from retemper.engine.weights.conversion.options import (
     add_dtype,
     add_output,
     add_shard_size,
-    end_like_ctrl_c,
+    interrupt_on_sigterm,
     parse,
 )
 
@@ -61,7 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
-    end_like_ctrl_c()
+    interrupt_on_sigterm()
     options = vars(parse_arguments())
     repository = options.pop("push_to_hub")
     if repository is not None:

@@ -23,7 +23,7 @@ from retemper.engine.weights.conversion.options import (
     add_dtype,
     add_output,
     add_shard_size,
-    end_like_ctrl_c,
+    interrupt_on_sigterm,
     parse,
 )
 
@@ -61,7 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
-    end_like_ctrl_c()
+    interrupt_on_sigterm()
     options = parse_arguments()
     with without_gc():
         from retemper.checkpoint_convert.megatron_import import convert

@@ -1,4 +1,4 @@
-"""Evaluate the validation sets, on the same windows each time, and record the best evaluation.
+"""Evaluate the validation sets, on the same chunks each time, and record the best evaluation.
 
 Losses on other texts, on more of them, or with shorter windows cannot be compared. The record of the best evaluation
 therefore has a fingerprint of the evaluated data, and starts over when that changes.

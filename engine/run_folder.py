@@ -70,7 +70,7 @@ def open_run_folder(run: Run, console: Console | None) -> Iterator[None]:
     """
     with run.store.locked() as remarks:
         run.ranks.run_on_rank0(lambda: _open(run, console))
-        run.say(*remarks, *run.store.set_aside(), *run.store.remove_leftovers())
+        run.say(*remarks, *run.store.quarantine(), *run.store.remove_leftovers())
         yield
 
 

@@ -41,7 +41,7 @@ from .weights.checkpoint.tensors import (
 from .weights.hugging_face.initial import KEY, local_weights, open_weights
 from .weights.hugging_face.model import HfModel
 from .weights.hugging_face.slices import load_hf_tensors
-from .weights.hugging_face.weight_dtypes import declared_dtype, declaring
+from .weights.hugging_face.weight_dtypes import declared_dtype, with_dtype
 from .weights.parts import TensorParts
 
 
@@ -160,7 +160,7 @@ def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple
     if config.model.initialize_from is None:
         return config, StartFolder()
     kind, folder = local_weights(config.model.initialize_from, ranks)
-    return config, StartFolder(folder, store.require_sound(folder, KEY) if kind == "checkpoint" else None)
+    return config, StartFolder(folder, store.require_valid(folder, KEY) if kind == "checkpoint" else None)
 
 
 def open_start(config: RunConfig, found: StartFolder) -> Start:
@@ -180,7 +180,7 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
         read, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
     assets = complete_assets(model, read, folder, found.resumed)
     if weights is not None:  # as checkpoint_convert/hf_to_dcp.py keeps them
-        assets = declaring(assets, (tensor.dtype for tensor in weights.tensors.values()))
+        assets = with_dtype(assets, (tensor.dtype for tensor in weights.tensors.values()))
     assert assets.config is not None
     if config.checkpoint.export_hf:
         declared_dtype(assets.config, where)  # in which the end of the run exports the weights

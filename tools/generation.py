@@ -25,9 +25,9 @@ from ..engine.weights.checkpoint.assets import ASSET_FOLDER
 from ..engine.weights.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.weights.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
 from ..engine.weights.checkpoint.verify import require_undamaged
+from ..engine.weights.damage import METADATA_FILE, TABLE_FILE
 from ..engine.weights.hugging_face.model import meta_decoder, open_hf_model
 from ..engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_named
-from ..engine.weights.untrusted import METADATA_FILE, TABLE_FILE
 from ..kernels.attention import choose_attention_backend
 from .sampling import Sampling
 

@@ -12,7 +12,7 @@ from ..batch import Batch
 from ..schedule import BatchPlan
 from .packing import pack
 from .sample_order import SampleOrder
-from .source import Source, Window
+from .source import Chunk, Source
 
 
 class TrainingData:
@@ -50,7 +50,7 @@ class TrainingData:
         """Return this rank's part of the global batch that begins with sample ``first_sample``."""
         batches = [
             pack(
-                [self._window(first_sample + offset) for offset in offsets],
+                [self._chunk(first_sample + offset) for offset in offsets],
                 self.plan.sequence_length,
                 self.attend_across_documents,
             )
@@ -58,9 +58,9 @@ class TrainingData:
         ]
         return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
-    def _window(self, index: int) -> Window:
+    def _chunk(self, index: int) -> Chunk:
         sample = self.order.sample(index)
-        return self.sources[sample.source].window(sample.window, self.vocab_size, sample.epoch)
+        return self.sources[sample.source].chunk(sample.chunk, self.vocab_size, sample.epoch)
 
 
 def validation_batches(
@@ -73,44 +73,44 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches of a validation set, the same ones each time.
 
-    They hold all targets of the set, with a shorter last window of each source; or ``max_tokens`` tokens in whole
-    windows, spread evenly over all sources. Every rank gets the same number of micro-batches, since they compute
-    together: places beyond the last window are filled with masked tokens.
+    They hold all targets of the set, with a shorter last chunk of each source; or ``max_tokens`` tokens in whole
+    chunks, spread evenly over all sources. Every rank gets the same number of micro-batches, since they compute
+    together: places beyond the last chunk are filled with masked tokens.
     """
-    ends, count = _windows_evaluated(sources, plan.sequence_length, max_tokens)
+    ends, count = _chunks_evaluated(sources, plan.sequence_length, max_tokens)
 
-    def window(place: int) -> Window | None:
+    def chunk(place: int) -> Chunk | None:
         if place >= count:
             return None
         number = place * ends[-1] // count
         position = bisect.bisect_right(ends, number)
         first = ends[position - 1] if position else 0
-        return sources[position].window(number - first, vocab_size)
+        return sources[position].chunk(number - first, vocab_size)
 
     width = plan.micro_batch_size * plan.data_parallel_size
     for first in range(0, count, width):
         mine = first + data_rank * plan.micro_batch_size
-        windows = [window(place) for place in range(mine, mine + plan.micro_batch_size)]
-        yield pack(windows, plan.sequence_length, attend_across_documents)
+        chunks = [chunk(place) for place in range(mine, mine + plan.micro_batch_size)]
+        yield pack(chunks, plan.sequence_length, attend_across_documents)
 
 
-def _windows_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
-    """Return (running sum of the windows of each source, number of evaluated windows)."""
-    ends = list(itertools.accumulate(source.num_windows_with_tail for source in sources))
+def _chunks_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
+    """Return (running sum of the chunks of each source, number of evaluated chunks)."""
+    ends = list(itertools.accumulate(source.num_chunks_with_tail for source in sources))
     if sum(source.num_targets for source in sources) <= max_tokens:
         return ends, ends[-1]
-    whole = list(itertools.accumulate(source.num_windows for source in sources))
+    whole = list(itertools.accumulate(source.num_chunks for source in sources))
     ends = whole if whole[-1] else ends
     return ends, min(ends[-1], max(1, max_tokens // sequence_length))
 
 
 def describe_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> str:
     """Describe which part of a validation set is evaluated."""
-    _, count = _windows_evaluated(sources, sequence_length, max_tokens)
-    total = sum(source.num_windows_with_tail for source in sources)
+    _, count = _chunks_evaluated(sources, sequence_length, max_tokens)
+    total = sum(source.num_chunks_with_tail for source in sources)
     if count == total:
-        return f"all windows ({total:,}), none left out"
-    return f"{count:,} of {total:,} windows, spread evenly; training.eval_tokens {max_tokens:,} leaves out the others"
+        return f"all chunks ({total:,}), none left out"
+    return f"{count:,} of {total:,} chunks, spread evenly; training.eval_tokens {max_tokens:,} leaves out the others"
 
 
 class Prefetcher:

@@ -158,7 +158,7 @@ def _hash(tensor: Tensor, weights: Tensor) -> Tensor:
 
 
 def odd_numbers(count: int, device: torch.device) -> Tensor:
-    """[count] int64, odd and pseudo-random: the finalizer of splitmix64 (Steele, Lea and Flood, 2014) of 0, 1, ..."""
+    """[count] int64, odd and pseudo-random: ``splitmix.mix64`` of 0, 1, ..., in PyTorch, for the device."""
     bits = torch.arange(count, dtype=torch.int64, device=device) * _GOLDEN
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
         bits = (bits ^ _shifted(bits, shift)) * factor

@@ -55,7 +55,7 @@ def plan_rollback(run: Run) -> Rollback | None:
     run.guards.pause_watchdog()
     run.saver.wait()  # what is being written may be what to go back to
     guard.require_rewinds_left(progress.step)
-    target = run.store.newest_until(progress.step - training.rewind_steps)
+    target = run.store.latest_valid_until(progress.step - training.rewind_steps)
     if target is None:
         steps = training.rewind_steps
         run.say(f"  not rewound, only skipped: no checkpoint is training.rewind_steps {steps} steps older")
@@ -78,7 +78,7 @@ def plan_rollback(run: Run) -> Rollback | None:
 
 def roll_back(run: Run, rollback: Rollback) -> None:
     """Restore everything from the checkpoint of ``rewind`` except the place in the data. All ranks must call this."""
-    run.say(*run.store.abandon_after(rollback.progress.step), rollback.line)
+    run.say(*run.store.discard_after(rollback.progress.step), rollback.line)
     start = run.start
     checkpoint, manifest = rollback.checkpoint, rollback.manifest
     run.ranks.run_on_all(lambda: start.moved_to(checkpoint, manifest).load_into(run.model, run.optimizer))
@@ -96,8 +96,8 @@ def _obstacle(
         require_allowed(manifest, to_dict(config), (), target)
     except UserError:
         return f"{target} is from before the order of the data changed"
-    # A blend that was changed takes over at a sample; one that was not keeps the place where it took over.
-    if order.schedule.start > manifest.consumed_samples:
+    # A mixture that has changed starts at a sample of its own; an unchanged one keeps its earlier start.
+    if order.curriculum.start > manifest.consumed_samples:
         return f"{target} is from before the order of the data changed"
     start = config.optimizer.schedule_start_tokens
     if manifest.consumed_tokens < start:

@@ -98,8 +98,8 @@ class StepGuard:
         if not math.isfinite(loss):
             return False
         score = robust_zscore(loss, self._losses) if len(self._losses) >= _FEWEST else 0.0
-        # Spikes are kept as well: where losses stay high, as after a change of the blend, half a window of them is the
-        # new normal.
+        # Spikes are kept as well: where losses stay high, as after a change of the mixture, half a window of them is
+        # the new normal.
         self._losses.append(loss)
         bound = self._config.loss_spike_zscore
         assert bound is not None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files.outputs import open_new
+from ..files.atomic import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -65,11 +65,9 @@ def truncate_metrics(run_folder: Path, step: int, evaluates_again: bool) -> list
     lines = []
     if others:
         target = _free_name(run_folder, _named("metrics", last, ".jsonl"))
-        _write(target, others)
+        replace_file(target, others)
         lines.append(f"records     {len(others):,} of metrics.jsonl after step {step:,} moved to {target}")
-    temporary = path.with_suffix(".tmp")
-    _write(temporary, kept)
-    os.replace(temporary, path)
+    replace_file(path, kept)
     return lines
 
 
@@ -120,10 +118,3 @@ def _free_name(folder: Path, name: Callable[[int], str]) -> Path:
     while os.path.lexists(folder / name(number)):
         number += 1
     return folder / name(number)
-
-
-def _write(path: Path, lines: list[bytes]) -> None:
-    with open_new(path) as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())

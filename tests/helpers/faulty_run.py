@@ -116,7 +116,7 @@ def train_on_bad_samples(
         killed_in: what the run dies of: ``rewind``, before weights are read; a number: so many steps after a rewind.
     """
     run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
-    forward_backward_train, abandon_after = run.forward_backward.train, run.store.abandon_after
+    forward_backward_train, discard_after = run.forward_backward.train, run.store.discard_after
     left = math.inf
 
     def train(*arguments):
@@ -129,7 +129,7 @@ def train_on_bad_samples(
 
     def abandoning(step):
         nonlocal left
-        lines = abandon_after(step)
+        lines = discard_after(step)
         if killed_in == "rewind":
             raise Killed
         left = killed_in or math.inf
@@ -142,7 +142,7 @@ def train_on_bad_samples(
             raise Killed
         left -= 1
 
-    run.forward_backward.train, run.store.abandon_after = train, abandoning
+    run.forward_backward.train, run.store.discard_after = train, abandoning
     tiny_run.before_step(run, count_down)
     try:
         pretrain.train(run)

@@ -20,7 +20,7 @@ from retemper.engine.errors import UserError
 from retemper.engine.evaluation import count_targets
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.run import Run
-from retemper.engine.weights.checkpoint.manifest import sealed
+from retemper.engine.weights.checkpoint.manifest import with_checksum
 from retemper.engine.weights.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
@@ -176,4 +176,4 @@ def rewrite_manifest(path: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text())
     del content["manifest_xxh3_128"]
     change(content)
-    path.write_text(sealed(content))
+    path.write_text(with_checksum(content))

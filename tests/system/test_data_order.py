@@ -61,7 +61,7 @@ def test_stages_and_caps_are_said_and_drawn(one_rank, run_file, staged, tmp_path
     said = capsys.readouterr().out
     assert "stage 1     from 0 to 1,408 tokens: first 1\n" in said
     assert "stage 2     from 1,408 to the end: second 1, first 1\n" in said
-    assert "caps        from 2,432 tokens on first has given all it may; going on with second\n" in said
+    assert "caps        from 2,432 tokens on first reached the cap; continuing with second\n" in said
 
 
 @pytest.mark.parametrize(("packing", "shuffle"), [("concat", "windows"), ("best_fit", "documents")])

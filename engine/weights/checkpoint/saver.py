@@ -82,7 +82,7 @@ class Saver:
             tensors: every tensor by name; they may change after :meth:`hold_update`.
             assets: Hugging Face files that travel with it.
             manifest: what the checkpoint is.
-            best_step: step of the best evaluation so far; see :meth:`CheckpointStore.thin_out`.
+            best_step: step of the best evaluation so far; see :meth:`CheckpointStore.prune`.
 
         Raises:
             UserError: more checkpoints in a row have failed than is allowed.
@@ -96,7 +96,7 @@ class Saver:
             staged = staging.copy() if staging else None
             lines = [f"  saved {self._store.save(tensors, assets, manifest, staged)}"]
             try:
-                lines += [f"  {line}" for line in self._store.thin_out(best_step)]
+                lines += [f"  {line}" for line in self._store.prune(best_step)]
             except UserError as error:  # the next one tries again
                 lines.append(f"  older checkpoints could not be removed: {error}")
             return lines

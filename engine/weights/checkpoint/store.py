@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import UserError
+from ...files.atomic import sync_path, sync_tree, temporary_path
 from ...files.disk_space import describe_pruning, describe_space, free_bytes, is_about_space
 from ...files.hashing import FileRecord
 from ...files.lock import run_folder_lock
-from ...files.outputs import sync_path, sync_tree
 from ...files.removal import remove_tree
 from ...parallel.process_group import Ranks
 from .assets import ASSET_FOLDER, HfAssets
@@ -37,7 +36,7 @@ from .names import (
     named_checkpoints,
     step_of,
 )
-from .retention import reasons_to_keep, reasons_when_pruning, whole_checkpoints
+from .retention import intact_checkpoints, reasons_to_keep, reasons_when_pruning
 from .run_record import Origin, RunRecord, began_at, note_checkpoint, origin_of, require_no_lost_checkpoints
 from .tensors import save_tensors
 from .verify import Damage, find_damage
@@ -74,7 +73,7 @@ class CheckpointStore:
         self._found: list[Path] = []
         """What :meth:`resolve` chose from."""
         self._damaged: list[tuple[Path, str]] = []
-        """What :meth:`set_aside` is to rename, and what is wrong with each."""
+        """What :meth:`quarantine` is to rename, and what is wrong with each."""
         code_versions()
 
     def of(self, ranks: Ranks) -> CheckpointStore:
@@ -115,7 +114,7 @@ class CheckpointStore:
     def resolve(self, resume: str) -> Path | None:
         """The checkpoint that ``resume`` (auto, none or a path) means, verified by all ranks; None to start fresh.
 
-        Nothing is written: of what is damaged a note is taken, for :meth:`set_aside`.
+        Nothing is written: of what is damaged a note is taken, for :meth:`quarantine`.
 
         Raises:
             UserError: a named checkpoint is missing or damaged, none is left that is not, or the run would mix with
@@ -125,7 +124,7 @@ class CheckpointStore:
         # The main rank's answer counts: shared file systems may show a new folder to some nodes later than others.
         self._found = self.ranks.broadcast(self.ranks.run_on_rank0(self._candidates))
         if resume == "auto":
-            newest = self._newest_sound(self._found)
+            newest = self._latest_valid(self._found)
             if newest is None:
                 self._require_nothing_lost(resume)
             return newest
@@ -140,8 +139,8 @@ class CheckpointStore:
         own = [path for path in self._found if began is not None and step_of(path) > began]
         if own:
             self._remarks.append(f"resume      the run began at {resume}, and continues from its own newest checkpoint")
-            return self._newest_sound(own)
-        manifest = self.require_sound(resume, "resume")
+            return self._latest_valid(own)
+        manifest = self.require_valid(resume, "resume")
         if manifest.kind != "training":
             raise UserError(f"resume {resume}: it holds weights only; start from it with model.initialize_from")
         for newer in (path for path in complete if step_of(path) > manifest.step):
@@ -157,7 +156,7 @@ class CheckpointStore:
     def _require_nothing_lost(self, resume: str) -> None:
         self.ranks.run_on_rank0(lambda: require_no_lost_checkpoints(self.folder.parent, resume))
 
-    def require_sound(self, folder: str, key: str) -> Manifest:
+    def require_valid(self, folder: str, key: str) -> Manifest:
         """The manifest of a checkpoint that the setting ``key`` names, verified by all ranks. It is never renamed.
 
         Raises:
@@ -169,7 +168,7 @@ class CheckpointStore:
             raise UserError(f"{problem}; name another checkpoint in {key}")
         return manifest
 
-    def _newest_sound(self, candidates: list[Path]) -> Path | None:
+    def _latest_valid(self, candidates: list[Path]) -> Path | None:
         for folder in reversed(candidates):
             manifest, problem = self._examine(folder)
             if manifest is not None and manifest.step != step_of(folder):
@@ -243,18 +242,18 @@ class CheckpointStore:
             )
         return found
 
-    def set_aside(self) -> list[str]:
+    def quarantine(self) -> list[str]:
         """Rename what :meth:`resolve` found damaged; returns lines for the log, on the main rank."""
-        return (self.ranks.run_on_rank0(self._set_aside) or []) + self._remarks
+        return (self.ranks.run_on_rank0(self._quarantine) or []) + self._remarks
 
-    def _set_aside(self) -> list[str]:
+    def _quarantine(self) -> list[str]:
         lines = []
         for folder, problem in self._damaged:
-            lines.append(f"set aside   {problem}; renamed to {_renamed(folder, DAMAGED)}")
+            lines.append(f"quarantined {problem}; renamed to {_renamed(folder, DAMAGED)}")
         self._damaged.clear()
         return lines
 
-    def newest_until(self, step: int) -> Path | None:
+    def latest_valid_until(self, step: int) -> Path | None:
         """The newest checkpoint of at most ``step`` steps that is undamaged, verified by all ranks."""
         for folder in reversed(self.ranks.broadcast(self.ranks.run_on_rank0(self._candidates))):
             if step_of(folder) <= step:
@@ -263,15 +262,15 @@ class CheckpointStore:
                     return folder
         return None
 
-    def abandon_after(self, step: int) -> list[str]:
+    def discard_after(self, step: int) -> list[str]:
         """Rename all checkpoints of more than ``step`` steps, which a run that goes back will reach again.
 
         Returns:
             lines for the log, on the main rank.
         """
-        return self.ranks.run_on_rank0(lambda: self._abandon_after(step)) or []
+        return self.ranks.run_on_rank0(lambda: self._discard_after(step)) or []
 
-    def _abandon_after(self, step: int) -> list[str]:
+    def _discard_after(self, step: int) -> list[str]:
         # The newest first: killed half-way, this leaves all that are older. From the newest of these the run comes to
         # the spike again, and goes back again.
         newer = [folder for folder in reversed(self._candidates()) if step_of(folder) > step]
@@ -297,7 +296,7 @@ class CheckpointStore:
             UserError: on every rank, when any of them cannot write. Nothing is left behind.
         """
         final = self.folder / checkpoint_name(manifest.step)
-        temporary = self.ranks.broadcast(self._temporary_name(final))
+        temporary = self.ranks.broadcast(temporary_path(final))
         self.ranks.run_on_rank0(lambda: self._begin(temporary, final))
         try:
             self.ranks.run_on_all(lambda: self._require_visible(temporary))
@@ -321,13 +320,10 @@ class CheckpointStore:
 
     def describe_pruning(self) -> str:
         """What makes space on the disk of the checkpoints."""
-        whole = whole_checkpoints(self.complete())
+        whole = intact_checkpoints(self.complete())
         reasons = reasons_when_pruning(whole, 1, self.keep_every)
         removable = [folder for folder, why in reasons.items() if not why]
         return describe_pruning(self.folder.parent, removable, self.keep_every)
-
-    def _temporary_name(self, checkpoint: Path) -> Path:
-        return self.folder / f".{checkpoint.name}.{uuid.uuid4().hex}.tmp"
 
     def _begin(self, temporary: Path, final: Path) -> None:
         if final.exists():
@@ -353,16 +349,16 @@ class CheckpointStore:
         sync_path(self.folder)
         sync_path(self.folder.parent)  # in which the first checkpoint's folder is new
 
-    def thin_out(self, best_step: int | None) -> list[str]:
+    def prune(self, best_step: int | None) -> list[str]:
         """Remove the checkpoints that nothing of :func:`reasons_to_keep` holds for; damaged ones stay as they are.
 
         Returns:
             lines about those that could not be removed, on the main rank.
         """
-        return self.ranks.run_on_rank0(lambda: self._thin_out(best_step)) or []
+        return self.ranks.run_on_rank0(lambda: self._prune(best_step)) or []
 
-    def _thin_out(self, best_step: int | None) -> list[str]:
-        whole = whole_checkpoints(self.complete())
+    def _prune(self, best_step: int | None) -> list[str]:
+        whole = intact_checkpoints(self.complete())
         best_step = best_step if self.keep_best else None
         reasons = reasons_to_keep(whole, self.keep_last, self.keep_every, best_step, self.rewind_steps)
         problems = [problem for folder, why in reasons.items() if not why for problem in self.remove(folder)]
@@ -378,7 +374,7 @@ class CheckpointStore:
             return remove_tree(checkpoint)
         # Renamed first: killed half-way, this leaves a leftover and not half a checkpoint.
         try:
-            trash = checkpoint.rename(self._temporary_name(checkpoint))
+            trash = checkpoint.rename(temporary_path(checkpoint))
         except OSError as error:
             return [f"{checkpoint.absolute()}: {error.strerror or error}"]
         return remove_tree(trash)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...files.hashing import FileRecord
+from ..damage import METADATA_FILE, TABLE_FILE
 from ..parts import TensorParts, all_ranks, load_parts
 from ..saving import save_parts
 from ..table import read_table
 from ..tensor_source import StoredTensor
-from ..untrusted import METADATA_FILE, TABLE_FILE
 
 OPTIMIZER_PREFIX = "optimizer."
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ...config.settings import CheckpointConfig
 from ...errors import UserError
+from ...files.hashing import hash_file
 from ...guards.background import run_in_background
 from ...parallel.process_group import Ranks
 from ...run import Run
@@ -27,7 +28,7 @@ from ..hugging_face.weight_dtypes import describe_casts
 from ..partial_folder import partial_folder
 from ..workers import default_workers
 from .dcp_to_hf import Export, plan_export
-from .provenance import CONVERSION_FILE, file_hash
+from .provenance import CONVERSION_FILE
 from .writing import size_of
 
 FOLDER = "hf"
@@ -92,7 +93,7 @@ def export_run(run: Run) -> None:
         if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint))):
             say(f"exported    {output} already exists")
         else:
-            _require_sound(store, checkpoint)
+            _require_valid(store, checkpoint)
             _write(ranks, checkpoint, output, run.stop.agreed, say)
     except _Stopped:
         say(f"stopped the export to {output} as requested; the same command completes it")
@@ -123,9 +124,9 @@ class _Damaged(UserError):
     """The checkpoint differs from what was written."""
 
 
-def _require_sound(store: CheckpointStore, checkpoint: Path) -> None:
+def _require_valid(store: CheckpointStore, checkpoint: Path) -> None:
     try:
-        store.require_sound(str(checkpoint), "checkpoint.export_hf")
+        store.require_valid(str(checkpoint), "checkpoint.export_hf")
     except UserError as error:
         problem = str(error).partition("; name another checkpoint")[0]
         raise _Damaged(
@@ -146,7 +147,7 @@ def _is_there(output: Path, checkpoint: Path) -> bool:
         made_of = content["source"]["manifest_xxh3_128"]
     except (OSError, ValueError, KeyError, TypeError):
         made_of = None
-    if made_of != file_hash(checkpoint / MANIFEST_FILE):
+    if made_of != hash_file(checkpoint / MANIFEST_FILE):
         raise UserError(f"{output}: exists already, and {CONVERSION_FILE} there names another checkpoint; move it away")
     return True
 
