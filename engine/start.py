@@ -1,4 +1,4 @@
-"""What a run starts from: random weights, a Hugging Face folder or a checkpoint, opened once."""
+"""Find and open the start of a run: random weights, a Hugging Face folder or a checkpoint."""
 
 from __future__ import annotations
 
@@ -47,40 +47,40 @@ from .weights.parts import TensorParts
 
 @dataclass(frozen=True)
 class StartFolder:
-    """Where a run starts, found and not yet opened."""
+    """The start of a run, found and not yet opened."""
 
     folder: str | None = None
     """A checkpoint or a Hugging Face folder; None: random weights."""
     manifest: Manifest | None = None
     """Of the checkpoint."""
     resumed: bool = False
-    """Whether it is a checkpoint that the run continues from, optimizer states, progress and all."""
+    """True if the run continues from the checkpoint, with its optimizer states and progress."""
     remarks: tuple[str, ...] = ()
     """Lines for the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Random weights; what other starts have in common."""
+    """A start from random weights; the base of the other starts."""
 
     assets: HfAssets
     architecture: Architecture
     seed: int
     """Of random weights."""
     folder: str | None = None
-    """That the weights are from."""
+    """Folder of the weights."""
     resumed: Manifest | None = None
-    """Of the checkpoint that the run continues from; None for a new run."""
+    """Manifest of the checkpoint from which the run continues; None for a new run."""
 
     def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
-        """Give ``model``, this rank's part without values, its weights. All ranks must call this.
+        """Load the weights into ``model``, this rank's part without values. All ranks must call this.
 
         Args:
-            model: is changed.
-            optimizer: of its parameters; gets the states of a checkpoint that the run continues from.
+            model: changed in place.
+            optimizer: of its parameters; also loaded if the run continues from a checkpoint.
 
         Returns:
-            lines about what was cast.
+            lines about casts.
 
         Raises:
             UserError: the weights cannot be read.
@@ -103,7 +103,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceStart(Start):
-    """The weights of a Hugging Face folder."""
+    """A start from the weights of a Hugging Face folder."""
 
     weights: HfModel
 
@@ -120,10 +120,10 @@ class HuggingFaceStart(Start):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointStart(Start):
-    """A checkpoint: its weights, and where the run continues also its optimizer states."""
+    """A start from a checkpoint: its weights, and if the run continues also its optimizer states."""
 
     parts: TensorParts
-    """The tensors that it holds, readable in any parts."""
+    """The tensors of the checkpoint."""
 
     def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
         """See :class:`Start`."""
@@ -139,19 +139,18 @@ class CheckpointStart(Start):
 
 
 def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple[RunConfig, StartFolder]:
-    """Find, download and verify what a run starts from. All ranks must call this.
+    """Find, download and verify the start of a run. All ranks must call this.
 
     Args:
         config: of the run.
-        ranks: that train together.
+        ranks: all ranks.
         store: of the run's checkpoints.
 
     Returns:
-        the configuration, in which training sources have the names by which the checkpoint that the run continues from
-        knows them; and where the run starts.
+        the configuration, in which training sources have their names in the resumed checkpoint; and the start.
 
     Raises:
-        UserError: on every rank, where it is missing or damaged.
+        UserError: on every rank, if the start is missing or damaged.
     """
     resume_from, manifest = store.resolve(config.resume), store.resolved
     if resume_from is not None and manifest is not None:
@@ -164,10 +163,10 @@ def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple
 
 
 def open_start(config: RunConfig, found: StartFolder) -> Start:
-    """Open what was found: the files that travel with the model, its architecture, and the table of its tensors.
+    """Open the start: the files of the model, its architecture, and the table of its tensors.
 
     Raises:
-        UserError: they cannot be used, or do not fit each other or ``config``.
+        UserError: they are unusable, or contradict each other or ``config``.
     """
     model, folder, weights = config.model, found.folder, None
     if folder is None:
@@ -221,10 +220,10 @@ def choose(config: RunConfig, architecture: Architecture, plan: BatchPlan, ranks
 
 
 def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog, SampleOrder, Progress]:
-    """Open the datasets of a run, and find the place in their order where it begins.
+    """Open the datasets of a run, and return its place in their order.
 
     Raises:
-        UserError: they cannot be used, or do not fit the model or the checkpoint.
+        UserError: the datasets are unusable, or do not fit the model or the checkpoint.
     """
     catalog = open_catalog(config.data, plan, start.architecture.vocab_size, start.assets.tokenizer, config.seed)
     order, progress, was = catalog.sample_order(config.seed), Progress(), start.resumed

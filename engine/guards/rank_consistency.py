@@ -18,19 +18,22 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parents[2]
 _CODE = ("engine", "kernels", "checkpoint_convert", "tools")
 _UNREADABLE_CONFIG_SECONDS = 30
-"""How long a rank whose configuration cannot be read waits for the others, to tell them."""
+"""How long a rank with an unreadable configuration waits for the others, to send them the error."""
 _MOST_SHOWN = 3
 
 
 def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunConfig, Rendezvous | None]:
-    """What ``read`` returns, where it is the same on every rank, and so are our code and PyTorch's version.
+    """Return the result of ``read``, if configuration, code and PyTorch version are the same on all ranks.
 
     Args:
         read: parses the configuration.
-        several: whether a launcher has started more than this rank.
+        several: True if a launcher has started more than one rank.
+
+    Returns:
+        the configuration, and the rendezvous of several ranks.
 
     Raises:
-        UserError: on every rank, naming the ranks that differ and in what, or whose configuration is wrong.
+        UserError: on every rank, naming the ranks that differ, or whose configuration is wrong.
     """
     if not several:
         return read(), None
@@ -65,13 +68,13 @@ def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunCo
 
 
 def _of_all(rendezvous: Rendezvous, error: UserError) -> UserError:
-    """``error``, which every rank raises, and the first one prints."""
+    """Return ``error``, which every rank raises and rank 0 prints."""
     error.printed_elsewhere = rendezvous.rank > 0
     return error
 
 
 def flatten(value: Any, name: str = "") -> dict[str, str]:
-    """A nested configuration as ``{"training.seed": "1", "data.train[0].path": '"a"'}``; values in JSON."""
+    """Return a nested configuration as ``{"training.seed": "1", "data.train[0].path": '"a"'}``; values in JSON."""
     if isinstance(value, dict) and value:
         items = [(f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
     elif isinstance(value, list) and value:
@@ -82,22 +85,22 @@ def flatten(value: Any, name: str = "") -> dict[str, str]:
 
 
 def code_files(package: Path) -> dict[str, str]:
-    """Hash of every Python file of the package ``retemper``, by path in it."""
+    """Return the hash of every Python file of the package ``retemper``, by its path in the package."""
     paths = [package / "__init__.py", *(path for room in _CODE for path in sorted((package / room).rglob("*.py")))]
     return {path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
 
 
 def digest(facts: dict[str, str]) -> str:
-    """One hash for all of ``facts``."""
+    """Return one hash of all ``facts``."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def compare(rendezvous: Rendezvous, mine: dict[str, dict[str, str]]) -> list[str]:
-    """What differs between ranks, a clause for each kind; the same text on every rank.
+    """Return the differences between ranks, a clause for each kind; the same text on every rank.
 
     Args:
-        rendezvous: its notes hold the digests ``config`` and ``code``, and ``torch``.
-        mine: what the digests are of. Travels only where they differ.
+        rendezvous: its notes have the digests ``config`` and ``code``, and ``torch``.
+        mine: the content of the digests, sent only if they differ.
     """
     clauses = []
     for kind, title in (("config", "the configuration"), ("code", "the code")):
@@ -123,7 +126,7 @@ def compare(rendezvous: Rendezvous, mine: dict[str, dict[str, str]]) -> list[str
 
 
 def _odd_ones(rendezvous: Rendezvous, kind: str) -> tuple[list[int], int]:
-    """The ranks that differ from most (of two that are as frequent, from the first), and one of those that do not."""
+    """Return the ranks that differ from the most frequent value (of two, the first), and a rank that has it."""
     values = [note[kind] for note in rendezvous.notes]
     [(usual, _)] = Counter(values).most_common(1)
     return [rank for rank, value in enumerate(values) if value != usual], values.index(usual)
