@@ -111,7 +111,9 @@ def watched(monkeypatch):
     def watch(blocks, others):
         monkeypatch.setattr(stragglers, "_of_all", lambda ranks, mine: [mine, *(Times(*times) for times in others)])
         size = 1 + len(others)
-        ranks = SimpleNamespace(rank=0, world_size=size, device=torch.device("cpu"), gather=lambda name: [name] * size)
+        ranks = SimpleNamespace(
+            rank=0, world_size=size, device=torch.device("cpu"), all_gather=lambda name: [name] * size
+        )
         return Stragglers(ranks, blocks, True)
 
     return watch
