@@ -245,7 +245,7 @@ def _hf_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, de
     model = open_hf_model(folder)
     decoder = _empty_decoder(architecture, dtype, device)
     for name, parameter in model_tensors(decoder).items():
-        parameter.copy_(model.read(name))
+        model.parameters.load(name, parameter)
     return decoder
 
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from forked import LIMIT_SECONDS, Program, fork_server
 
 from retemper.engine.guards import liveness
-from retemper.engine.guards.rank_consistency import PACKAGE, code_files, flatten
+from retemper.engine.files.code import PACKAGE, code_files
+from retemper.engine.guards.rank_consistency import flatten
 from retemper.engine.guards.rendezvous import Rendezvous, _join
 
 TIMEOUT_SECONDS = 4

@@ -21,7 +21,7 @@ from ...engine.weights.block_copy import copy_files
 from ...engine.weights.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from ...engine.weights.checkpoint.tensors import open_tensors
 from ...engine.weights.checkpoint.verify import require_undamaged
-from ...engine.weights.conversion.checkpoint_model import CheckpointPlan
+from ...engine.weights.conversion.checkpoint_files import CheckpointPlan
 from ...engine.weights.conversion.writing import progress
 from ...engine.weights.damage import METADATA_FILE
 from ...engine.weights.workers import default_workers

@@ -14,11 +14,6 @@ from ..partial_folder import DiscardOutput, PartialFolder
 from ..tensor_source import TensorSource
 
 
-def nonfinite_option(allow_nonfinite: bool) -> dict[str, bool]:
-    """Return the option for ``conversion.json``: files copied with it are not reused without it."""
-    return {"allow_nonfinite": True} if allow_nonfinite else {}
-
-
 @contextmanager
 def progress(description: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
     """Show a progress bar on a terminal; yield a function to call with the bytes of every block, from any thread."""
