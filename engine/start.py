@@ -155,7 +155,7 @@ def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple
     """
     resume_from, manifest = store.resolve(config.resume), store.resolved
     if resume_from is not None and manifest is not None:
-        data, lines = ranks.everywhere(lambda: keep_names(config.data, manifest.datasets))
+        data, lines = ranks.run_on_all(lambda: keep_names(config.data, manifest.datasets))
         return replace(config, data=data), StartFolder(str(resume_from), manifest, True, tuple(lines))
     if config.model.initialize_from is None:
         return config, StartFolder()
@@ -207,7 +207,7 @@ def choose(
         UserError: with both sides of the arithmetic.
     """
     attention = choose_attention(config, architecture, ranks.device)
-    compiled = block_compile.wanted(config, ranks.device, attention.backend)
+    compiled = block_compile.enabled(config, ranks.device, attention.backend)
     choices = Choices(attention.backend, compiled, plan.num_micro_batches)
     check_model(config, architecture, choices, ranks.device)
     require_memory(config, architecture, ranks.device, ranks.world_size)

@@ -75,13 +75,13 @@ class ReplicaCheck:
             if len(owners[name]) > 1:
                 mine.setdefault(owners[name], []).append(name)
         # One hash for all that the same ranks share; what they are made of travels only where they differ.
-        notes = self._ranks.gather(
+        notes = self._ranks.all_gather(
             {group: digest({name: hashes[name] for name in names}) for group, names in mine.items()}
         )
         odd = {group for note in notes for group in note if len({notes[rank].get(group) for rank in group}) > 1}
         if odd:
             here = {group: {name: hashes[name] for name in mine[group]} for group in odd & mine.keys()}
-            details = self._ranks.gather((socket.gethostname(), here))
+            details = self._ranks.all_gather((socket.gethostname(), here))
             raise UserError(self._line(step, min(odd), details))
         self._passed = step
 

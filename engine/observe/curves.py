@@ -37,7 +37,7 @@ def last_record(run_folder: Path) -> dict[str, Any] | None:
     return next((record for record in map(_record, reversed(lines)) if record is not None), None)
 
 
-def continue_curve(run_folder: Path, step: int, evaluates_again: bool) -> list[str]:
+def truncate_metrics(run_folder: Path, step: int, evaluates_again: bool) -> list[str]:
     """Leave the records up to ``step`` in ``metrics.jsonl``, and move those of later steps to another file.
 
     Args:
@@ -71,7 +71,7 @@ def continue_curve(run_folder: Path, step: int, evaluates_again: bool) -> list[s
     return lines
 
 
-def start_over(run_folder: Path, names: tuple[str, ...] = ()) -> list[str]:
+def archive_metrics(run_folder: Path, names: tuple[str, ...] = ()) -> list[str]:
     """Rename what an earlier run in the same folder has recorded.
 
     Args:

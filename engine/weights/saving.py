@@ -52,7 +52,7 @@ def save_parts(
     """
     held: dict[str, Held] = {name: (tuple(t.shape), t.dtype, box_of(t)) for name, t in tensors.items()}
     gathered = _gather_on_main(held, ranks)
-    plan = ranks.on_main(lambda: _assign(cast(Sequence[Mapping[str, Held]], gathered)))
+    plan = ranks.run_on_rank0(lambda: _assign(cast(Sequence[Mapping[str, Held]], gathered)))
     table, shares = plan or ({}, None)
     mine = _scatter_from_main(shares, ranks)
 
@@ -69,7 +69,7 @@ def save_parts(
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
         return records
 
-    return ranks.everywhere(write)
+    return ranks.run_on_all(write)
 
 
 def _file_of(rank: int) -> str:

@@ -60,7 +60,7 @@ class Manifest:
     final: bool = False
     """Whether the run's token budget was used up."""
     sample_order: dict[str, Any] = field(default_factory=dict)
-    """See :meth:`retemper.engine.data.curriculum.Schedule.state`."""
+    """See :meth:`retemper.engine.data.curriculum.Curriculum.state`."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Fingerprint of every training source: see :class:`retemper.engine.data.catalog.Catalog`."""
     evaluation: dict[str, float] = field(default_factory=dict)

@@ -98,8 +98,8 @@ class CheckpointStore:
             UserError: on every rank, if another process writes to it, or has done so since :meth:`resolve`.
         """
         with ExitStack() as stack:
-            remarks = self.ranks.on_main(lambda: stack.enter_context(run_folder_lock(self.folder.parent))) or []
-            self.ranks.on_main(self._require_as_found)
+            remarks = self.ranks.run_on_rank0(lambda: stack.enter_context(run_folder_lock(self.folder.parent))) or []
+            self.ranks.run_on_rank0(self._require_as_found)
             yield remarks
 
     def _require_as_found(self) -> None:
@@ -128,22 +128,22 @@ class CheckpointStore:
             UserError: a named checkpoint is missing or damaged, all are damaged, or the run would mix with another one
                 in this folder.
         """
-        self.ranks.on_main(lambda: require_record_files(self.folder.parent))
+        self.ranks.run_on_rank0(lambda: require_record_files(self.folder.parent))
         # The main rank decides: shared file systems may show a new folder to some nodes later than to others.
-        self._found = self.ranks.share(self.ranks.on_main(self._candidates))
+        self._found = self.ranks.broadcast(self.ranks.run_on_rank0(self._candidates))
         if resume == "auto":
             newest = self._latest_valid(self._found)
             if newest is None:
                 self._require_nothing_lost(resume)
             return newest
-        complete = self.ranks.share(self.ranks.on_main(self.complete))
+        complete = self.ranks.broadcast(self.ranks.run_on_rank0(self.complete))
         if resume == "none":
             if complete:
                 raise UserError(
                     f"resume is none, but {self.folder} holds checkpoints; choose another run_folder or resume: auto"
                 )
             return None
-        began = self.ranks.share(self.ranks.on_main(lambda: began_at(self.folder.parent, complete, resume)))
+        began = self.ranks.broadcast(self.ranks.run_on_rank0(lambda: began_at(self.folder.parent, complete, resume)))
         own = [path for path in self._found if began is not None and step_of(path) > began]
         if own:
             self._remarks.append(f"resume      the run began at {resume}, and continues from its own newest checkpoint")
@@ -162,7 +162,7 @@ class CheckpointStore:
         return Path(resume)
 
     def _require_nothing_lost(self, resume: str) -> None:
-        self.ranks.on_main(lambda: require_no_lost_checkpoints(self.folder.parent, resume))
+        self.ranks.run_on_rank0(lambda: require_no_lost_checkpoints(self.folder.parent, resume))
 
     def require_valid(self, folder: str, key: str) -> Manifest:
         """Return the manifest of a checkpoint that the setting ``key`` names, verified by all ranks. It is not renamed.
@@ -170,7 +170,7 @@ class CheckpointStore:
         Raises:
             UserError: on every rank, if it is missing or damaged.
         """
-        self.ranks.everywhere(lambda: read_manifest(folder))
+        self.ranks.run_on_all(lambda: read_manifest(folder))
         manifest, problem = self._examine(Path(folder))
         if manifest is None or problem:
             raise UserError(f"{problem}; name another checkpoint in {key}")
@@ -182,16 +182,16 @@ class CheckpointStore:
             if manifest is not None and manifest.step != step_of(folder):
                 problem = f"{folder}: its manifest is of step {manifest.step}"
             if manifest is not None and problem is None:
-                self.ranks.on_main(partial(self._require_no_broken_link, manifest.step + 1))
-                self._remarks += self.ranks.on_main(partial(self._newer_ones_lost, manifest.step)) or []
+                self.ranks.run_on_rank0(partial(self._require_no_broken_link, manifest.step + 1))
+                self._remarks += self.ranks.run_on_rank0(partial(self._newer_ones_lost, manifest.step)) or []
                 self.resolved = manifest
                 return folder
             self._damaged.append((folder, problem or ""))
-        self.ranks.on_main(self._require_no_broken_link)
+        self.ranks.run_on_rank0(self._require_no_broken_link)
         former = self._damaged[0][1] if self._damaged else next(map(str, sorted(self.folder.glob("step-*"))), None)
-        if self.ranks.share(former):
+        if former := self.ranks.broadcast(former):
             raise UserError(
-                f"{self.ranks.share(former)}, and {self.folder} holds no other checkpoint that can be resumed; put one "
+                f"{former}, and {self.folder} holds no other checkpoint that can be resumed; put one "
                 "back, or move these away to start from the beginning, or choose another run_folder"
             )
         return None
@@ -228,8 +228,8 @@ class CheckpointStore:
         share = (self.ranks.rank, self.ranks.world_size)
         description, silent = f"verifying {folder.name}", None if self.ranks.is_main else True
         with tqdm(desc=description, unit="B", unit_scale=True, disable=silent, leave=False, delay=2) as bar:
-            manifest, mine = self.ranks.everywhere(lambda: find_damage(folder, share, on_bytes=bar.update))
-        reports = self.ranks.gather(mine)
+            manifest, mine = self.ranks.run_on_all(lambda: find_damage(folder, share, on_bytes=bar.update))
+        reports = self.ranks.all_gather(mine)
         damage = reports[0] or self._seen_by_main(folder, reports)
         if manifest is not None and not manifest.files:
             self._remarks.append(f"{folder} is not verified: it was written before manifests had hashes")
@@ -241,7 +241,7 @@ class CheckpointStore:
         if not suspects:
             return []
         files = {damage.file for _, damage in suspects}
-        found: list[Damage] = self.ranks.share(self.ranks.on_main(lambda: find_damage(folder, only=files)[1]))
+        found: list[Damage] = self.ranks.broadcast(self.ranks.run_on_rank0(lambda: find_damage(folder, only=files)[1]))
         if not found:
             rank, damage = suspects[0]
             raise UserError(
@@ -252,7 +252,7 @@ class CheckpointStore:
 
     def quarantine(self) -> list[str]:
         """Rename the checkpoints that :meth:`resolve` found damaged; return lines for the log, on the main rank."""
-        return (self.ranks.on_main(self._quarantine) or []) + self._remarks
+        return (self.ranks.run_on_rank0(self._quarantine) or []) + self._remarks
 
     def _quarantine(self) -> list[str]:
         lines = []
@@ -263,7 +263,7 @@ class CheckpointStore:
 
     def latest_valid_until(self, step: int) -> Path | None:
         """Return the newest undamaged checkpoint of at most ``step`` steps, verified by all ranks."""
-        for folder in reversed(self.ranks.share(self.ranks.on_main(self._candidates))):
+        for folder in reversed(self.ranks.broadcast(self.ranks.run_on_rank0(self._candidates))):
             if step_of(folder) <= step:
                 manifest, problem = self._examine(folder)
                 if manifest is not None and problem is None:
@@ -276,7 +276,7 @@ class CheckpointStore:
         Returns:
             Lines for the log, on the main rank.
         """
-        return self.ranks.on_main(lambda: self._discard_after(step)) or []
+        return self.ranks.run_on_rank0(lambda: self._discard_after(step)) or []
 
     def _discard_after(self, step: int) -> list[str]:
         # The newest first: if the run is killed now, it continues from the newest that is left, comes to the spike
@@ -304,13 +304,13 @@ class CheckpointStore:
             UserError: on every rank, if any of them cannot write. Nothing is left behind.
         """
         final = self.folder / checkpoint_name(manifest.step)
-        temporary = self.ranks.share(temporary_path(final))
-        self.ranks.on_main(lambda: self._begin(temporary, final))
+        temporary = self.ranks.broadcast(temporary_path(final))
+        self.ranks.run_on_rank0(lambda: self._begin(temporary, final))
         try:
-            self.ranks.everywhere(lambda: self._require_visible(temporary))
-            records = self.ranks.gather(save_tensors(temporary, tensors, staged, self.ranks.group))
+            self.ranks.run_on_all(lambda: self._require_visible(temporary))
+            records = self.ranks.all_gather(save_tensors(temporary, tensors, staged, self.ranks.group))
             hashed = {name: record for of_rank in records for name, record in of_rank.items()}
-            self.ranks.on_main(lambda: self._publish(temporary, final, assets, manifest, hashed))
+            self.ranks.run_on_rank0(lambda: self._publish(temporary, final, assets, manifest, hashed))
         except BaseException as error:
             if self.ranks.is_main:
                 remove_tree(temporary)
@@ -364,7 +364,7 @@ class CheckpointStore:
         Returns:
             Lines about files that could not be removed, on the main rank.
         """
-        return self.ranks.on_main(lambda: self._prune(best_step)) or []
+        return self.ranks.run_on_rank0(lambda: self._prune(best_step)) or []
 
     def _prune(self, best_step: int | None) -> list[str]:
         whole = intact_checkpoints(self.complete())
@@ -394,7 +394,7 @@ class CheckpointStore:
         Returns:
             Lines for the log, on the main rank.
         """
-        return self.ranks.on_main(self._remove_leftovers) or []
+        return self.ranks.run_on_rank0(self._remove_leftovers) or []
 
     def _remove_leftovers(self) -> list[str]:
         if not self.folder.is_dir():

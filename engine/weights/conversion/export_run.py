@@ -55,11 +55,11 @@ def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list
         UserError: on every rank, if it is not possible.
     """
     if config.export_hf:
-        ranks.on_main(lambda: _require_own(output))
+        ranks.run_on_rank0(lambda: _require_own(output))
     repository = config.push_to_hub
     if repository is None:
         return []
-    place = ranks.on_main(lambda: open_repository(repository, KEY_OF_UPLOAD))
+    place = ranks.run_on_rank0(lambda: open_repository(repository, KEY_OF_UPLOAD))
     return [f"upload      at the end, to {place}"]
 
 
@@ -95,13 +95,13 @@ def export_run(
     if not config.export_hf:
         return
     ranks = store.ranks
-    complete = ranks.share(ranks.on_main(store.complete))
+    complete = ranks.broadcast(ranks.run_on_rank0(store.complete))
     checkpoint = next((folder for folder in complete if step_of(folder) == step), None)
     if checkpoint is None:
         checkpoint = Path(str(start))
     output = export_folder(store.folder.parent, step)
     try:
-        if ranks.share(ranks.on_main(lambda: _is_there(output, checkpoint))):
+        if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint))):
             say(f"exported    {output} already exists")
         else:
             _require_valid(store, checkpoint)
@@ -166,15 +166,15 @@ def _is_there(output: Path, checkpoint: Path) -> bool:
 def _write(
     ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool], say: Callable[[str], None]
 ) -> None:
-    export = ranks.everywhere(lambda: plan_export(checkpoint))
+    export = ranks.run_on_all(lambda: plan_export(checkpoint))
     for line in export.casts:
         say(f"export      {line}")
     with ExitStack() as stack:
         identity = export.record.identity
         # Files of a killed run are not reused: they are written again.
-        partial = ranks.on_main(lambda: stack.enter_context(partial_folder(output, identity, say, take_up=False)))
-        content: Path = ranks.share(partial and partial.content)
-        ranks.everywhere(lambda: _require_visible(content))
+        partial = ranks.run_on_rank0(lambda: stack.enter_context(partial_folder(output, identity, say, take_up=False)))
+        content: Path = ranks.broadcast(partial and partial.content)
+        ranks.run_on_all(lambda: _require_visible(content))
         mine = _deal(export.target.files, ranks)
         stopping = False
 
@@ -187,13 +187,13 @@ def _write(
         done = run_in_background(ranks, copying, broken_off, copying.stop)
         if stopping:
             raise _Stopped
-        written = [file for of_rank in ranks.gather(done) for file in of_rank or ()]
+        written = [file for of_rank in ranks.all_gather(done) for file in of_rank or ()]
 
         def complete() -> None:
             export.complete(content, {file.name: file for file in written}, say)
             stack.close()
 
-        ranks.on_main(complete)
+        ranks.run_on_rank0(complete)
     say(f"exported    {output}: {len(export.tensors)} tensors, {size_of(written)}")
 
 

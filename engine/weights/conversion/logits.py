@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ....kernels.attention import choose_attention_backend
+from ...batch import Batch
 from ...errors import UserError
 from ...model.architecture import Architecture
 from ...model.decoder import meta_decoder
-from ...model.packing import plan_packing
 from ..checkpoint.tensors import model_tensors
 from ..hugging_face.model import EMBEDDING, HEAD
 from ..partial_folder import DiscardOutput
@@ -172,9 +172,6 @@ def _ours(
     ).backend
     results = []
     for tokens_T in sequences:
-        num_tokens = tokens_T.numel()
-        offsets = torch.tensor([0, num_tokens], dtype=torch.int32)
-        positions_T = torch.arange(num_tokens)
-        packing = plan_packing(positions_T, offsets, num_tokens, backend, architecture.sliding_windows, offsets)
-        results.append(decoder.model(tokens_T, packing) @ decoder.head_weight.T)
+        batch = Batch.of_documents(tokens_T, [len(tokens_T)])
+        results.append(decoder.logits(batch.prepare(device, backend, architecture.sliding_windows)))
     return results

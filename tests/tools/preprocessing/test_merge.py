@@ -32,7 +32,7 @@ from retemper.engine.files.hashing import hash_file
 from retemper.tools import merge as command
 from retemper.tools.preprocessing import dataset_writer
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
-from retemper.tools.preprocessing.merging import MergeOptions, merge
+from retemper.tools.preprocessing.merging.merge import MergeOptions, merge
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.pipeline import preprocess
 
@@ -121,7 +121,7 @@ def test_any_cut_joined_is_the_whole(tmp_path_factory, documents, cuts, dtype, c
     for number, (first, last) in enumerate(itertools.pairwise(edges)):
         write(folder / f"part{number}", documents[first:last], sidecar() if sidecars else None, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_format, "CHUNK", chunk)
+        patch.setattr(index_format, "ENTRIES_AT_ONCE", chunk)
         patch.setattr(dataset_writer, "_BLOCK_BYTES", block)
         join(folder / "out", *(folder / f"part{number}" for number in range(len(edges) - 1)))
     assert files(folder / "out") == files(folder / "whole")

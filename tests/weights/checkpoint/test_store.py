@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from retemper.engine.config.settings import DataConfig, RunConfig, SourceConfig, TrainingConfig
 from retemper.engine.data.catalog import Catalog
-from retemper.engine.data.curriculum import Schedule, Share, Stage
+from retemper.engine.data.curriculum import Curriculum, CurriculumStage, SourceWeight
 from retemper.engine.errors import UserError
 from retemper.engine.weights.checkpoint.manifest import Manifest, read_manifest
 from retemper.engine.weights.checkpoint.resume_changes import describe_changes, require_allowed
@@ -314,7 +314,9 @@ def _use(folder, place, value, version):
         describe_changes(manifest, _RUN, {"shard": 2}, fingerprints)
         Catalog([], [], {}, fingerprints).require_unchanged(manifest.datasets, "x")
         if manifest.sample_order:
-            Schedule([Stage((Share("books"),))]).resumed(manifest.sample_order, manifest.consumed_samples)
+            Curriculum([CurriculumStage((SourceWeight("books"),))]).resumed(
+                manifest.sample_order, manifest.consumed_samples
+            )
         assert all(isinstance(step, int) for step in [manifest.best.get("step", 0), *manifest.layout.values()])
         assert all(len(record.xxh3_128) == 32 for record in manifest.records.values())
         return True
