@@ -101,7 +101,10 @@ class TensorParts:
     def load(self, name: str, tensor: Tensor, check: CheckValues | None = None) -> None:
         """Read this rank's part of ``tensor``, a parameter that is sharded in any way, in place, cast to its dtype."""
         offsets, _ = box_of(tensor)
-        into = local_part(tensor).detach()
+        self.read_box(name, offsets, local_part(tensor).detach(), check)
+
+    def read_box(self, name: str, offsets: Sequence[int], into: Tensor, check: CheckValues | None = None) -> None:
+        """Fill ``into``, of any dtype and device, with the box of the tensor ``name`` at ``offsets``."""
         _Reader(self, name, check).read(offsets or (0,), into if offsets else into.reshape(1))
 
 

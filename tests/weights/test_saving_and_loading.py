@@ -39,6 +39,11 @@ def test_any_layout_is_loaded_into_any_other(layout, into, saved, run):
     assert run(shard_cases.load, saved[layout], into) == [[]] * RANKS[into]
 
 
+@pytest.mark.parametrize(("layout", "into"), [("whole", "2 x 2"), ("2 x 2", "whole"), ("strided", "columns of 2")])
+def test_dcp_loads_any_layout_into_any_other(layout, into, saved, run):
+    assert run(shard_cases.load_with_dcp, saved[layout], into) == [[]] * RANKS[into]
+
+
 @pytest.mark.parametrize("layout", shard_cases.LAYOUTS)
 def test_converters_read_the_same_row_by_row(layout, saved):
     source = open_tensors(saved[layout])
