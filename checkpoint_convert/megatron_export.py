@@ -41,18 +41,8 @@ def convert(
 ) -> None:
     """Write a Megatron checkpoint into ``output``.
 
-    Args:
-        output: the folder to write; it must not exist.
-        hf: a Hugging Face folder, or a name on the Hub; or
-        checkpoint: a folder written by the trainer or by hf_to_dcp.
-        dtype: ``auto`` keeps each tensor's own; for a training checkpoint it is the dtype of its config, else float32.
-        tensor_parallel: tensor-parallel size of the Megatron run, for the padding of the vocabulary.
-        make_vocab_size_divisible_by: Megatron's option of that name. 1, on one rank, adds no padding.
-        per_layer: separate keys for each layer's tensors instead of stacked ones.
-        workers: threads that copy tensors; by default one for each CPU, up to 8.
-        allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
-        verify: compare logits with transformers, for ``hf`` only. Needs 4 bytes of memory per parameter.
-        say: receives the lines about casts, omitted tensors and written files.
+    The arguments are the options of checkpoint_convert/to_megatron.py, which
+    documents them. ``say`` receives its output, line by line.
 
     Raises:
         UserError: the model cannot be used, Megatron does not support it, or ``output`` exists or cannot be written. No

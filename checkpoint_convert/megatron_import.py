@@ -40,19 +40,8 @@ def convert(
 ) -> None:
     """Write ``output`` from the Megatron checkpoint ``megatron``.
 
-    Args:
-        megatron: the folder of a checkpoint, or the one above it with ``latest_checkpointed_iteration.txt``.
-        output: the folder to write; it must not exist.
-        format: ``hf`` for a Hugging Face folder, ``checkpoint`` for a checkpoint that the trainer can start from.
-        config: the model's config.json, or a folder that holds it and perhaps a tokenizer; None: derived from
-            Megatron's stored settings.
-        tokenizer: a folder, which replaces that of ``config``.
-        dtype: ``auto`` keeps each tensor's own; else bfloat16, float16 or float32.
-        max_shard_size: largest safetensors file, such as ``5GB``.
-        workers: threads that copy tensors; by default one for each CPU, up to 8.
-        allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
-        verify: compare logits with transformers, for ``hf`` only. Needs 4 bytes of memory per parameter.
-        say: receives the lines about casts, omitted tensors and written files.
+    The arguments are the options of checkpoint_convert/from_megatron.py, which
+    documents them. ``say`` receives its output, line by line.
 
     Raises:
         UserError: the checkpoint cannot be used, or ``output`` exists or cannot be written. No files are left, except

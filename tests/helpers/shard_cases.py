@@ -13,8 +13,9 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.weights.checkpoint.tensors import load_tensors, save_tensors
+from retemper.engine.weights.checkpoint.tensors import load_tensors
 from retemper.engine.weights.conversion.dcp_reader import CheckpointReader
+from retemper.engine.weights.saving import save_tensors
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
     "whole": ((1,), (Replicate(),)),

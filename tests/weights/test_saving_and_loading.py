@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from retemper.engine.errors import UserError
-from retemper.engine.weights.checkpoint.tensors import load_tensors, open_tensors, save_tensors
+from retemper.engine.weights.checkpoint.tensors import load_tensors, open_tensors
+from retemper.engine.weights.saving import save_tensors
 
 RANKS = {name: torch.Size(shape).numel() for name, (shape, _) in shard_cases.LAYOUTS.items()}
 

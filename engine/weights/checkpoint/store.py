@@ -25,6 +25,7 @@ from ...files.hashing import FileRecord
 from ...files.lock import run_folder_lock
 from ...files.removal import remove_tree
 from ...parallel.process_group import Ranks
+from ..saving import save_tensors
 from .assets import ASSET_FOLDER, HfAssets
 from .manifest import MANIFEST_FILE, Manifest, code_versions, read_manifest, write_manifest
 from .names import (
@@ -46,7 +47,6 @@ from .run_record import (
     require_no_lost_checkpoints,
     require_record_files,
 )
-from .tensors import save_tensors
 from .verify import Damage, find_damage
 
 _TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")

@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import UserError
-from ...files.hashing import FileRecord
 from ..damage import METADATA_FILE, TABLE_FILE
 from ..parts import TensorParts, all_ranks, load_parts
-from ..saving import save_parts
 from ..table import read_table
 from ..tensor_source import StoredTensor
 
@@ -80,31 +77,6 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     return dict(open_tensors(folder).tensors)
 
 
-def save_tensors(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    staged: Mapping[str, Tensor] | None = None,
-    group: dist.ProcessGroup | None = None,
-    distributed: bool = True,
-) -> dict[str, FileRecord]:
-    """Write ``tensors`` into ``folder``; with ``distributed`` every rank calls this and writes its shards.
-
-    Args:
-        folder: to write to.
-        tensors: by name; each may be sharded in any way.
-        staged: copies of this rank's parts, if there are any. Then ``tensors`` only give the layout.
-        group: process group of the ranks; None: the default one.
-        distributed: whether there are other ranks.
-
-    Returns:
-        The files that this rank has written, hashed while they were written.
-
-    Raises:
-        UserError: on every rank, if any of them cannot write.
-    """
-    return save_parts(folder, tensors, staged, all_ranks(group, distributed))
-
-
 def load_tensors(
     folder: str | Path, tensors: Mapping[str, Tensor], distributed: bool = True, opened: TensorParts | None = None
 ) -> None:
@@ -150,11 +122,6 @@ def describe_casts(
         if there != here and exact == resuming:
             lines.append(f"dtypes      {count} tensors of {folder} cast from {names} to {cast}")
     return lines
-
-
-def check_model_tensors(folder: str | Path, model: ParameterOwner) -> None:
-    """Refuse a checkpoint whose model tensors are not exactly those of ``model``; see :func:`require_model_tensors`."""
-    require_model_tensors(folder, stored_tensors(folder), model)
 
 
 def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor], model: ParameterOwner) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-import heapq
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,6 +13,7 @@ from pathlib import Path
 from ...errors import UserError
 from ...files.hashing import FileRecord, record_file
 from ..damage import METADATA_FILE, TABLE_FILE, DamagedCheckpoint, file_inside
+from ..workers import share_by_size
 from .assets import ASSET_FOLDER
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
 
@@ -63,7 +63,8 @@ def find_damage(
         records = manifest.records
         if not records:
             _require_long_enough(folder)
-        for name in only if only is not None else _deal(records, *share):
+        sizes = {name: record.bytes for name, record in records.items()}
+        for name in only if only is not None else share_by_size(sizes, *share):
             if name in records:
                 damage += _damage_of_file(folder, name, records[name], on_bytes)
         return manifest, damage
@@ -101,17 +102,6 @@ def require_undamaged(folder: Path, on_bytes: Callable[[int], object] = lambda c
 
 class _Stopped(Exception):
     """Another thread has failed."""
-
-
-def _deal(records: Mapping[str, FileRecord], rank: int, num_ranks: int) -> list[str]:
-    """Return the files of ``rank``. The largest come first, each for the rank with the fewest bytes."""
-    bytes_of = [(0, number) for number in range(num_ranks)]
-    mine = []
-    for name in sorted(records, key=lambda name: (-records[name].bytes, name)):
-        size, number = heapq.heappop(bytes_of)
-        heapq.heappush(bytes_of, (size + records[name].bytes, number))
-        mine += [name] if number == rank else []
-    return mine
 
 
 def _damage_of_file(folder: Path, name: str, record: FileRecord, on_bytes: Callable[[int], object]) -> list[Damage]:

@@ -66,17 +66,8 @@ def convert(
 ) -> None:
     """Write the Hugging Face folder ``output`` from ``checkpoint``.
 
-    Args:
-        checkpoint: a folder written by the trainer or by hf_to_dcp.
-        output: the Hugging Face folder; it must not exist.
-        dtype: ``auto`` keeps the dtypes of a converted checkpoint, and writes a training checkpoint in the dtype of its
-            config, else float32.
-        max_shard_size: largest safetensors file, such as ``5GB``.
-        vocab_size: number of rows of embedding and head; by default unchanged.
-        workers: threads that copy tensors; by default one for each CPU, up to 8.
-        allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
-        verify: compare logits with transformers. Needs 4 bytes of memory per parameter.
-        say: receives the lines about casts and written files.
+    The arguments are the options of checkpoint_convert/dcp_to_hf.py, which
+    documents them. ``say`` receives its output, line by line.
 
     Raises:
         UserError: the checkpoint is incomplete or damaged, or ``output`` exists or cannot be written. No files are

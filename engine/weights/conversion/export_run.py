@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ..checkpoint.store import CheckpointStore, step_of
 from ..finite import OPTION
 from ..hugging_face.upload import open_repository, upload_folder
 from ..partial_folder import partial_folder
-from ..workers import default_workers
+from ..workers import default_workers, share_by_size
 from .dcp_to_hf import plan_export
 from .pipeline import Conversion
 from .provenance import CONVERSION_FILE
@@ -175,7 +175,9 @@ def _write(
         partial = ranks.run_on_rank0(lambda: stack.enter_context(partial_folder(output, identity, say, take_up=False)))
         content: Path = ranks.broadcast(partial and partial.content)
         ranks.run_on_all(lambda: _require_visible(content))
-        mine = _deal(export.target.files, ranks)
+        sizes = {file.name: file.num_bytes for file in export.target.files}
+        names = share_by_size(sizes, ranks.rank, ranks.world_size)
+        mine = [file for file in export.target.files if file.name in names]
         stopping = False
 
         def broken_off() -> bool:
@@ -202,12 +204,6 @@ def _require_visible(folder: Path) -> None:
         raise UserError(
             f"{folder}: created by rank 0 but not visible here; put run_folder on a file system that all nodes share"
         )
-
-
-def _deal(files: Sequence[OutputFile], ranks: Ranks) -> list[OutputFile]:
-    """Return this rank's share of the files, distributed in turns, the largest first."""
-    by_size = sorted(files, key=lambda file: -sum(tensor.num_bytes for tensor in file.tensors.values()))
-    return by_size[ranks.rank :: ranks.world_size]
 
 
 class _Copying:

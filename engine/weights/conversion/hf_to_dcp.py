@@ -35,16 +35,8 @@ def convert(
 ) -> None:
     """Write the checkpoint ``output`` from the Hugging Face model ``hf``.
 
-    Args:
-        hf: a folder, or a name on the Hub.
-        output: the checkpoint folder; it must not exist.
-        dtype: ``auto`` keeps each tensor's own; else bfloat16, float16 or float32.
-        vocab_size: number of rows of embedding and head; by default unchanged.
-        pad_vocab_to_multiple_of: alternatively, round the number of rows up to a multiple of this number.
-        workers: threads that copy tensors; by default one for each CPU, up to 8.
-        allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
-        verify: compare logits with transformers. Needs 4 bytes of memory per parameter.
-        say: receives the lines about casts, omitted tensors and written files.
+    The arguments are the options of checkpoint_convert/hf_to_dcp.py, which
+    documents them. ``say`` receives its output, line by line.
 
     Raises:
         UserError: the model cannot be used, or ``output`` exists or cannot be written. No files are left, except

@@ -43,7 +43,7 @@ def write_tensors(
     Raises:
         UserError, OSError: see :func:`~retemper.engine.weights.block_copy.copy_files`.
     """
-    num_bytes = sum(tensor.num_bytes for file in files for tensor in file.tensors.values())
+    num_bytes = sum(file.num_bytes for file in files)
     # Every byte is written, or read from an existing file, and then read back.
     with progress("converting", 2 * num_bytes) as advance:
         done: dict[str, WrittenFile] = {}
