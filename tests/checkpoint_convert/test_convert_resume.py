@@ -327,7 +327,7 @@ def test_one_at_a_time(saved_models: dict[str, Path], tmp_path: Path, run: Run, 
     arguments, output = command_for("there", saved_models, tmp_path)
     program = start(script, *arguments)
     until_something_is_finished(program, tmp_path)
-    assert_refused(run(hf_to_dcp, *arguments), f"--output {output}", "another process is writing it")
+    assert_refused(run(hf_to_dcp, *arguments), f"--output {output}", "is writing it with the same command")
     assert len(hidden(tmp_path)) == 1
     go_on.touch()
     assert program.wait() == 0, program.err
