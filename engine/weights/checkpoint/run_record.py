@@ -156,7 +156,7 @@ def require_no_lost_checkpoints(run_folder: Path, resume: str) -> None:
 def _what_is_there(run_folder: Path) -> str:
     folder = run_folder / "checkpoints"
     if folder.is_symlink() and not folder.exists():
-        return f"{folder} is a link to {os.readlink(folder)}, which is not there"
+        return f"{folder} is a link to {os.readlink(folder)}, which does not exist"
     return f"{folder} {'holds none of them' if folder.is_dir() else 'does not exist'}"
 
 
