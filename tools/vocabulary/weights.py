@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ...engine.errors import UserError
 from ...engine.model.architecture import CONFIG_FILE
-from ...engine.weights.block_copy import BLOCK_BYTES, WrittenFile, copy_files
+from ...engine.weights.block_copy import WrittenFile, copy_files
 from ...engine.weights.checkpoint.manifest import MANIFEST_FILE
 from ...engine.weights.conversion.checkpoint_files import CheckpointPlan
 from ...engine.weights.conversion.stored_model import StoredModel, open_checkpoint, open_hf
+from ...engine.weights.conversion.vocabulary import mean_row
 from ...engine.weights.conversion.writing import progress
 from ...engine.weights.hugging_face.hub_download import find_model_folder
 from ...engine.weights.hugging_face.model import EMBEDDING, HEAD
@@ -102,7 +103,7 @@ class ExtendedVocabulary:
                 yield read
                 return
             stored = self._source.tensors[name]
-            mean = self._mean(read, stored)
+            mean = mean_row(read, stored, self._num_used)
             new = self._new_rows(read, stored, mean)
             num_stored, first_new, stop_new = stored.shape[0], self._num_used, self._num_used + len(new)
 
@@ -118,17 +119,6 @@ class ExtendedVocabulary:
                     rows[start - first :] = mean
 
             yield read_extended
-
-    def _mean(self, read: ReadRows, stored: StoredTensor) -> Tensor:
-        """Return the [hidden] mean of the rows of all old tokens, summed in float64, in the stored dtype."""
-        hidden = stored.shape[1]
-        block = torch.empty((max(1, BLOCK_BYTES // (hidden * 8)), hidden), dtype=stored.dtype)
-        total = torch.zeros(hidden, dtype=torch.float64)
-        for first in range(0, self._num_used, block.shape[0]):
-            rows = block[: min(block.shape[0], self._num_used - first)]
-            read(first, rows)
-            total += rows.double().sum(0)
-        return (total / self._num_used).to(stored.dtype)
 
     def _new_rows(self, read: ReadRows, stored: StoredTensor, mean: Tensor) -> Tensor:
         """Return [new tokens, hidden] in the stored dtype; ``mean`` for a token without parts."""

@@ -172,7 +172,7 @@ def _write(
     with ExitStack() as stack:
         identity = export.record.identity
         # Files of a killed run are not reused: they are written again.
-        partial = ranks.run_on_rank0(lambda: stack.enter_context(partial_folder(output, identity, say, take_up=False)))
+        partial = ranks.run_on_rank0(lambda: stack.enter_context(partial_folder(output, identity, say, reuse=False)))
         content: Path = ranks.broadcast(partial and partial.content)
         ranks.run_on_all(lambda: _require_visible(content))
         sizes = {file.name: file.num_bytes for file in export.target.files}

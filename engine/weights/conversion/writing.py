@@ -48,14 +48,14 @@ def write_tensors(
     with progress("converting", 2 * num_bytes) as advance:
         done: dict[str, WrittenFile] = {}
         for file in files:
-            before = partial.finished(file.name, lambda count: advance(2 * count))
+            before = partial.verified(file.name, lambda count: advance(2 * count))
             # Another version of the library that distributes tensors may use the name for other tensors.
             if before is not None and before.tensors.keys() == file.tensors.keys():
                 done[file.name] = before
         rest = [file for file in files if file.name not in done]
         remedy = None if allow_nonfinite else REMEDY
         try:
-            done |= copy_files(partial.content, rest, source, workers, hashed_rows, advance, partial.note, remedy)
+            done |= copy_files(partial.content, rest, source, workers, hashed_rows, advance, partial.record, remedy)
         except NotFinite as error:  # other weights are another source, and the option makes another output
             raise DiscardOutput(str(error)) from None
     return {file.name: done[file.name] for file in files}
