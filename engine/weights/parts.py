@@ -2,7 +2,7 @@
 
 A part is a box of a tensor whose values are in one file. Parts come from a checkpoint's table (:mod:`.table`), from a
 Hugging Face folder, whose tensors are stored whole (:mod:`.hugging_face.folder`), or from a folder of PyTorch's
-distributed checkpoint (:mod:`.conversion.dcp_files`).
+distributed checkpoint (:mod:`.dcp_files`).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.weights import block_copy, raw_bytes
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.checkpoint.verify import find_damage
-from retemper.engine.weights.conversion.dcp_files import read_dcp_parts
+from retemper.engine.weights.dcp_files import read_dcp_parts
 from retemper.engine.weights.hugging_face.model import open_hf_model
 
 Run = Callable[..., Command]

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from retemper.engine.errors import UserError
 from retemper.engine.weights.checkpoint.tensors import load_tensors, open_tensors
-from retemper.engine.weights.conversion.dcp_metadata import read_metadata
 from retemper.engine.weights.coverage import Box, coverage_problem
 from retemper.engine.weights.damage import DamagedCheckpoint
+from retemper.engine.weights.dcp_metadata import read_metadata
 from retemper.engine.weights.saving import save_tensors
 
 

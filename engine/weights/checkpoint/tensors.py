@@ -62,7 +62,7 @@ def open_tensors(folder: str | Path) -> TensorParts:
     """
     folder = Path(folder)
     if (folder / METADATA_FILE).exists() and not (folder / TABLE_FILE).exists():
-        from ..conversion.dcp_files import read_dcp_parts  # of manifest formats 1 and 2
+        from ..dcp_files import read_dcp_parts  # of manifest formats 1 and 2
 
         return read_dcp_parts(folder)
     return read_table(folder)

@@ -163,7 +163,7 @@ def unlisted(folder: Path, manifest: Manifest) -> list[Damage]:
 
 
 def _require_long_enough(folder: Path) -> None:
-    from ..conversion.dcp_metadata import read_metadata  # of format 1 only
+    from ..dcp_metadata import read_metadata  # of format 1 only
 
     ends: dict[str, int] = {}
     for place in read_metadata(folder).storage_data.values():
