@@ -139,7 +139,9 @@ def train(run: Run, console: Console | None = None) -> None:
             while rollback := make_steps(run, rollback):
                 roll_back(run, rollback)
             if run.remaining_steps == 0:
-                export_run(run)
+                export_run(
+                    run.config.checkpoint, run.store, run.progress.step, run.start.folder, run.stop.agreed, run.say
+                )
         run.say(*describe_end(run))
 
 

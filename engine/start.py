@@ -38,9 +38,8 @@ from .weights.checkpoint.tensors import (
     require_model_tensors,
     training_tensors,
 )
-from .weights.hugging_face.initial import KEY, local_weights, open_weights
+from .weights.hugging_face.initial import KEY, load_hf_tensors, local_weights, open_weights
 from .weights.hugging_face.model import HfModel
-from .weights.hugging_face.slices import load_hf_tensors
 from .weights.hugging_face.weight_dtypes import declared_dtype, with_dtype
 from .weights.parts import TensorParts
 
@@ -113,7 +112,7 @@ class HuggingFaceStart(Start):
         tensors = model_tensors(model)
         where = f"weights     {self.folder}: "
         lines = [line if line.startswith("note: ") else where + line for line in self.weights.notes]
-        lines += describe_casts(self.folder, self.weights.tensors, tensors, resuming=False)
+        lines += describe_casts(self.folder, self.weights.parameters.tensors, tensors, resuming=False)
         load_hf_tensors(self.weights, tensors)
         return lines
 
@@ -180,7 +179,7 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
         read, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
     assets = complete_assets(model, read, folder, found.resumed)
     if weights is not None:  # as checkpoint_convert/hf_to_dcp.py keeps them
-        assets = with_dtype(assets, (tensor.dtype for tensor in weights.tensors.values()))
+        assets = with_dtype(assets, (tensor.dtype for tensor in weights.parameters.tensors.values()))
     assert assets.config is not None
     if config.checkpoint.export_hf:
         declared_dtype(assets.config, where)  # in which the end of the run exports the weights

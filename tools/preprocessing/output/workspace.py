@@ -32,11 +32,12 @@ def open_workspace(prefix: str) -> Iterator[Path]:
     """
     work = workspace_folder(prefix)
     folder, stack = work.parent, ExitStack()
-    busy = "is writing this dataset; wait for it, or choose another --output-prefix"
+    remedy = "wait for it, or choose another --output-prefix"
+    busy = lambda holder: f"{prefix}: another run is writing this dataset ({holder}); {remedy}"  # noqa: E731
     try:
         require_own_folder(work, _LOCK, f"--output-prefix {prefix}")
         work.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(exclusive_lock(work / _LOCK, lambda holder: f"{prefix}: {holder} {busy}"))
+        stack.enter_context(exclusive_lock(work / _LOCK, busy))
     except OSError as error:
         raise UserError(f"{folder}: cannot write there: {error.strerror}; name another --output-prefix") from error
     with stack:
