@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from retemper.engine.errors import CommandParser, UserError, report_user_error, run_command
 from retemper.engine.guards.garbage_collection import uncollected
-from retemper.engine.tokenizer.document_frame import BOS_CHOICES
+from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.engine.weights.hugging_face.weight_options import DTYPE_CHOICES
 from retemper.tools.sampling import Sampling
 

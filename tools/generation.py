@@ -19,8 +19,7 @@ from ..engine.errors import UserError
 from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
 from ..engine.model.decoder import Decoder
 from ..engine.model.packing import plan_packing
-from ..engine.tokenizer.document_frame import DocumentFrame, ids_of
-from ..engine.tokenizer.tokenizer import TokenizerHandle, load_prompt_tokenizer
+from ..engine.tokenizer.frame import ids_of
 from ..engine.weights.checkpoint.assets import ASSET_FOLDER
 from ..engine.weights.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.weights.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
@@ -30,6 +29,8 @@ from ..engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_na
 from ..engine.weights.untrusted import METADATA_FILE, TABLE_FILE
 from ..kernels.attention import choose_attention_backend
 from .sampling import Sampling
+from .tokenizer.document_frame import DocumentFrame
+from .tokenizer.handle import TokenizerHandle, load_prompt_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
 

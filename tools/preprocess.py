@@ -14,7 +14,7 @@ import signal
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.tokenizer.document_frame import BOS_CHOICES
+from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.tools.preprocessing.expansion import DEFAULT_EXPANSION
 from retemper.tools.preprocessing.formats import FORMATS
 from retemper.tools.preprocessing.options import PreprocessOptions

@@ -20,7 +20,6 @@ from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.files.outputs import Use, require_report
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools.preprocessing.dataset_files import existing_outputs
 from retemper.tools.reports.dataset.decoding import decode_document
 from retemper.tools.reports.dataset.page import write_page
@@ -28,6 +27,7 @@ from retemper.tools.reports.dataset.report import InspectOptions, inspect_datase
 from retemper.tools.reports.dataset.text import format_document, format_report
 from retemper.tools.reports.dataset.tokenizers import choose_tokenizer, find_eod_id
 from retemper.tools.reports.dataset.verification import verify_dataset
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

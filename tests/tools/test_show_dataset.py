@@ -18,9 +18,9 @@ from oracles.tiny_tokenizer import train_tiny_tokenizer
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError, run_command
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools import show_dataset
 from retemper.tools.reports.dataset.verification import verify_dataset
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 HOSTILE = "<script>alert('&')</script> \x1b[31m\x00 </pre>"
 TEXTS = ["the cat", "sat 🙂 on a mat " * 3, "rain", HOSTILE]

@@ -30,10 +30,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...engine.errors import UserError
-from ...engine.tokenizer.classes import auto_tokenizer
-from ...engine.tokenizer.document_frame import DocumentFrame
 from ...engine.tokenizer.files import TOKENIZER_FILE, read_config, tokenizer_kind
 from ...engine.tokenizer.json_file import parse_tokenizer
+from ..tokenizer.document_frame import DocumentFrame
+from ..tokenizer.serving_check import auto_tokenizer
 from .chat_bos import ChatBos
 from .chat_conversation import Conversation, EncodedChat, all_strings
 from .chat_limits import memory_limit

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ...engine.tokenizer.document_frame import DocumentFrame
+from ..tokenizer.document_frame import DocumentFrame
 from .chat_conversation import EncodedChat
 from .near_dedup import MinHasher
 

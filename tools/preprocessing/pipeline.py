@@ -22,7 +22,7 @@ import numpy as np
 
 from ...engine.data.index_format import dataset_prefix
 from ...engine.errors import UserError
-from ...engine.tokenizer.document_frame import describe_tokens
+from ...engine.tokenizer.frame import describe_tokens
 from .options import PreprocessOptions
 from .pool import run_here, run_tasks, shared_counters, usable_cores
 from .progress import ProgressReport

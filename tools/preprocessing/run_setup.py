@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ...engine.errors import UserError
-from ...engine.tokenizer.document_frame import DocumentFrame, Token, TokenizerFrame, ids_of
-from ...engine.tokenizer.files import find_tokenizer_file
-from ...engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
+from ...engine.tokenizer.frame import Token, TokenizerFrame, ids_of
+from ..tokenizer.document_frame import DocumentFrame
+from ..tokenizer.finding import find_tokenizer_file
+from ..tokenizer.handle import TokenizerHandle, TokenizerSpec
 from .dataset_writer import best_dtype
 from .held_out import held_out_files
 from .inputs import expand_inputs

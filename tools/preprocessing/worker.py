@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from ...engine.errors import UserError
-from ...engine.tokenizer.document_frame import DocumentFrame
-from ...engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
+from ..tokenizer.document_frame import DocumentFrame
+from ..tokenizer.handle import TokenizerHandle, TokenizerSpec
 from .chat_bos import ChatBos
 from .chat_conversation import EncodedChat
 from .cleaning import Cleaner

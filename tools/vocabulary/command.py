@@ -15,10 +15,10 @@ from ...engine.files.new_folder import new_folder, require_absent
 from ...engine.files.outputs import Use, require_separate
 from ...engine.tokenizer.files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
 from ...engine.tokenizer.json_file import parse_tokenizer
-from ...engine.tokenizer.tokenizer import TokenizerHandle, load_tokenizer
 from ...engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets
 from ...engine.weights.conversion.checkpoint_model import seal
 from ...engine.weights.hugging_face.weight_options import parse_shard_size
+from ..tokenizer.handle import TokenizerHandle, load_tokenizer
 from .corpus import Sample, is_held_out, read_documents
 from .options import ExtendOptions
 from .report import REPORT_FILE, Gain, Measure, format_gain, format_tokens, write_page, write_report

@@ -17,8 +17,8 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from retemper.engine.errors import run_command
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools import extend_vocab as command
+from retemper.tools.tokenizer.handle import load_tokenizer
 from retemper.tools.vocabulary import command as steps
 from retemper.tools.vocabulary.corpus import Sample
 from retemper.tools.vocabulary.options import ExtendOptions

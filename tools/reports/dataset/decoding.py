@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from ....engine.data.indexed_dataset import IndexedDataset
-from ....engine.tokenizer.tokenizer import TokenizerHandle
+from ...tokenizer.handle import TokenizerHandle
 from .streams import document_edges
 
 REPLACEMENT = "\ufffd"

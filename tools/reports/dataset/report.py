@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ....engine.data.indexed_dataset import IndexedDataset
 from ....engine.data.sidecar import InputSource, Sidecar, require_same_dataset
 from ....engine.errors import UserError
-from ....engine.tokenizer.tokenizer import TokenizerHandle
 from ...preprocessing.dataset_files import existing_outputs
+from ...tokenizer.handle import TokenizerHandle
 from .decoding import DecodedDocument, TextFacts, choose_documents, decode_document, measure_text
 from .findings import find_missing, find_warnings
 from .lengths import LengthFacts, count_lengths, sample_lengths

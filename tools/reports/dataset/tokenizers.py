@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ....engine.data.sidecar import Sidecar
 from ....engine.data.tokenizer_identity import TokenizerIdentity
 from ....engine.errors import UserError
-from ....engine.tokenizer.tokenizer import TokenizerHandle, load_tokenizer
+from ...tokenizer.handle import TokenizerHandle, load_tokenizer
 
 
 @dataclass(frozen=True)

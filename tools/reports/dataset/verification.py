@@ -5,9 +5,9 @@ from __future__ import annotations
 from ....engine.data.indexed_dataset import IndexedDataset
 from ....engine.data.sidecar import Sidecar, hash_file, require_same_dataset
 from ....engine.errors import UserError
-from ....engine.tokenizer.tokenizer import TokenizerHandle
 from ...preprocessing.dataset_writer import METADATA
 from ...preprocessing.progress import ProgressReport
+from ...tokenizer.handle import TokenizerHandle
 from .streams import BLOCK_TOKENS
 
 _REMEDY = "the files were changed after they were written; build or copy all of them again"
