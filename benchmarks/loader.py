@@ -43,7 +43,7 @@ from retemper.engine.data.packing import pack
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.files.outputs import require_report, write_json_report
-from retemper.engine.observe.summary import describe_data
+from retemper.engine.observe.start_summary import describe_data
 from retemper.engine.schedule import BatchPlan
 
 SEQUENCE_LENGTH = 4096

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ... import __version__
-from ...tools.preprocessing.pool import usable_cores
+from ...tools.preprocessing.workers.pool import usable_cores
 
 _PACKAGES = ("fastokens", "tokenizers", "orjson", "numpy", "xxhash", "megatron-core")
 _ROOT = Path(__file__).parents[2]

@@ -12,11 +12,12 @@ from typing import Any
 
 from ..config.settings import DataConfig, SourceConfig, StageConfig
 from ..errors import UserError
+from ..files.hashing import hash_file
 from ..schedule import BatchPlan
 from .curriculum import Curriculum, CurriculumStage, SourceWeight
 from .indexed_dataset import IndexedDataset
 from .sample_order import SampleOrder, SourceSize
-from .sidecar import Sidecar, hash_file, require_same_dataset
+from .sidecar import Sidecar, require_same_dataset
 from .source import Source, split_source
 from .spot_checks import NamedDataset, check_chunks, equal_datasets
 from .tokenizer_identity import TokenizerIdentity

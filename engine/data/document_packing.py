@@ -24,13 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .indexed_dataset import IndexedDataset
+from .splitmix import GOLDEN, mix64
 
 CHUNKS_PER_GROUP = 128
 """Chunks in a group. More chunks cut fewer documents at edges and holes (at 4,096 tokens a chunk and 900 a document:
 2.2 % with 64, 1.7 % with 128, 1.1 % with 256). They also make every chunk of an uncached group more expensive."""
 _GROUPS_CACHED = 32
-
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
 class Spans(NamedTuple):
@@ -145,15 +144,9 @@ def split_into_chunks(spans: Spans, count: int, sequence_length: int) -> ChunkGr
 
 
 def random_values(key: str, count: int) -> npt.NDArray[np.uint64]:
-    """Return [``count``] 64-bit numbers: splitmix64 (Steele, Lea and Flood, 2014) from a hash of ``key``.
-
-    Implemented here because NumPy does not promise that its generators give the same numbers in later releases.
-    """
+    """Return [``count``] 64-bit numbers: splitmix64 from a hash of ``key``."""
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-    values = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN_GAMMA) + np.uint64(seed)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return mix64(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(seed))
 
 
 def _cut(spans: Spans, edges: npt.NDArray[np.int64]) -> tuple[Spans, npt.NDArray[np.int64]]:

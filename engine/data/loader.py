@@ -8,8 +8,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from ..batch import Batch
 from ..schedule import BatchPlan
-from .packing import MicroBatch, pack
+from .packing import pack
 from .sample_order import SampleOrder
 from .source import Chunk, Source
 
@@ -45,7 +46,7 @@ class TrainingData:
         self.attend_across_documents = attend_across_documents
         self.pin_memory = pin_memory
 
-    def micro_batches(self, first_sample: int) -> list[MicroBatch]:
+    def micro_batches(self, first_sample: int) -> list[Batch]:
         """Return this rank's part of the global batch that begins with sample ``first_sample``."""
         batches = [
             pack(
@@ -69,7 +70,7 @@ def validation_batches(
     vocab_size: int,
     attend_across_documents: bool,
     max_tokens: int,
-) -> Iterator[MicroBatch]:
+) -> Iterator[Batch]:
     """Yield this rank's micro-batches of a validation set, the same ones each time.
 
     They hold all targets of the set, with a shorter last chunk of each source; or ``max_tokens`` tokens in whole
@@ -118,8 +119,8 @@ class Prefetcher:
     An exception in ``make`` is raised by the :meth:`get` that would have returned its result. Use as a context manager.
     """
 
-    def __init__(self, make: Callable[[int], list[MicroBatch]], first_samples: Sequence[int], depth: int):
-        self._results: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=depth)
+    def __init__(self, make: Callable[[int], list[Batch]], first_samples: Sequence[int], depth: int):
+        self._results: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=depth)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(make, first_samples), name="data-prefetch", daemon=True)
 
@@ -131,17 +132,17 @@ class Prefetcher:
         self._stopping.set()
         self._thread.join()
 
-    def get(self) -> list[MicroBatch]:
+    def get(self) -> list[Batch]:
         """Return the next global batch's micro-batches, after waiting for them if necessary."""
         result = self._results.get()
         if isinstance(result, BaseException):
             raise result
         return result
 
-    def _run(self, make: Callable[[int], list[MicroBatch]], first_samples: Sequence[int]) -> None:
+    def _run(self, make: Callable[[int], list[Batch]], first_samples: Sequence[int]) -> None:
         for first_sample in first_samples:
             try:
-                result: list[MicroBatch] | BaseException = make(first_sample)
+                result: list[Batch] | BaseException = make(first_sample)
             except BaseException as error:
                 result = error
             while not self._stopping.is_set():

@@ -3,49 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from ...kernels.linear_cross_entropy import IGNORE_INDEX
+from ..batch import Batch
 from .source import Chunk
 
 
-class MicroBatch(NamedTuple):
-    """B chunks of S tokens, concatenated: T = B * S tokens, without padding."""
-
-    tokens: Tensor
-    """[T] int64 token ids."""
-    targets: Tensor
-    """[T] int64: the next token, or ``IGNORE_INDEX``."""
-    position_ids: Tensor
-    """[T] int64 positions, from zero in every document."""
-    cu_seqlens: Tensor
-    """[documents + 1] int32, first 0, last T."""
-    max_seqlen: int
-    """Length of the longest document."""
-    num_targets: int
-    """Number of targets that are not masked."""
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """Return the same micro-batch on ``device``; copies from pinned memory are asynchronous."""
-        if device.type == "cpu":
-            return self
-        return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]})
-
-    def without_targets(self) -> MicroBatch:
-        """Return the same micro-batch with a count of zero targets."""
-        return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX), num_targets=0)
-
-    def pin_memory(self) -> MicroBatch:
-        """Return the same micro-batch in page-locked memory."""
-        return self._replace(**{name: getattr(self, name).pin_memory() for name in self._fields[:4]})
-
-
-def pack(chunks: Sequence[Chunk | None], sequence_length: int, attend_across_documents: bool) -> MicroBatch:
+def pack(chunks: Sequence[Chunk | None], sequence_length: int, attend_across_documents: bool) -> Batch:
     """Concatenate chunks into a micro-batch.
 
     A None in place of a chunk fills a place that must not count: all its targets are masked. The same applies to the
@@ -81,7 +49,7 @@ def pack(chunks: Sequence[Chunk | None], sequence_length: int, attend_across_doc
     cu_seqlens = np.concatenate((*starts, [num_tokens]))
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     position_ids = np.arange(num_tokens) - np.repeat(cu_seqlens[:-1], lengths)
-    return MicroBatch(
+    return Batch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         position_ids=torch.from_numpy(position_ids),

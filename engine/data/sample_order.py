@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .curriculum import Curriculum
+from .splitmix import mix64_of
 
 _FEISTEL_ROUNDS = 6
-_MASK_64 = 2**64 - 1
 
 
 class Permutation:
@@ -48,15 +48,8 @@ class Permutation:
     def _encrypt(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._half_mask
         for key in self._round_keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._half_mask)
+            left, right = right, left ^ (mix64_of(right ^ key) & self._half_mask)
         return left << self._half_bits | right
-
-
-def _mix(value: int) -> int:
-    """Mix all bits of ``value`` with the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK_64
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK_64
-    return value ^ (value >> 31)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retemper.engine.batch import Batch
 from retemper.engine.config.settings import DataConfig, SourceConfig, StageConfig
 from retemper.engine.data.catalog import Catalog, open_catalog
 from retemper.engine.data.curriculum import CurriculumStage, SourceWeight
 from retemper.engine.data.loader import TrainingData
-from retemper.engine.data.packing import MicroBatch
 from retemper.engine.data.sample_order import Permutation
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
@@ -128,7 +128,7 @@ def one_round(weights: dict[str, int]) -> list[str]:
     return slots
 
 
-def rows(batches: list[MicroBatch]) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+def rows(batches: list[Batch]) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     """The chunks of micro-batches: (tokens, targets, positions)."""
     cut = [zip(*(values.view(-1, LENGTH).tolist() for values in batch[:3]), strict=True) for batch in batches]
     return [tuple(tuple(values) for values in row) for batch in cut for row in batch]  # type: ignore[misc]

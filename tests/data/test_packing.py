@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retemper.engine.batch import Batch
 from retemper.engine.config.settings import DataConfig, SourceConfig
 from retemper.engine.data.catalog import Catalog, open_catalog
 from retemper.engine.data.curriculum import CurriculumStage, SourceWeight
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.loader import Prefetcher, TrainingData, validation_batches
-from retemper.engine.data.packing import MicroBatch, pack
+from retemper.engine.data.packing import pack
 from retemper.engine.data.sample_order import SourceSize
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.source import Chunk, Source, split_source
@@ -126,7 +127,7 @@ def test_an_example_by_hand():
 def test_to_cpu_changes_nothing():
     batch = pack([None], 4, False)
     assert batch.to(torch.device("cpu")) is batch
-    assert isinstance(batch.to(torch.device("meta")), MicroBatch)
+    assert isinstance(batch.to(torch.device("meta")), Batch)
     assert batch.to(torch.device("meta")).targets.device.type == "meta"
 
 
@@ -149,7 +150,7 @@ def test_held_out_documents_are_whole_and_last(tmp_path_factory, lengths, held_o
 LAYOUTS = [(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (12, 1)]
 
 
-def cut(batches: list[MicroBatch], length: int) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+def cut(batches: list[Batch], length: int) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     """The chunks of micro-batches, one by one: (tokens, targets, positions)."""
     parts = []
     for batch in batches:

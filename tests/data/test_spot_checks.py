@@ -13,10 +13,10 @@ from retemper.engine.config.settings import DataConfig, SourceConfig
 from retemper.engine.data.catalog import Catalog, open_catalog
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
-from retemper.engine.observe.summary import data_notes
+from retemper.engine.observe.start_summary import data_notes
 from retemper.engine.schedule import BatchPlan
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
-from retemper.tools.preprocessing.merging import MergeOptions, merge
+from retemper.tools.preprocessing.merging.merge import MergeOptions, merge
 
 PLAN = BatchPlan(sequence_length=8, global_batch_size=4, micro_batch_size=1, data_parallel_size=1)
 SIDECAR = Sidecar("tok", "a" * 64, 100, True, "<eod>", 0, (), {})

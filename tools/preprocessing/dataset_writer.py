@@ -25,6 +25,7 @@ import xxhash
 from ...engine.data.index_format import INT64, MAX_LENGTH, best_dtype, dataset_prefix, slices, sync, write_index
 from ...engine.data.sidecar import Sidecar
 from ...engine.errors import UserError
+from ...engine.files.atomic import sync_path
 from ...engine.files.outputs import open_new
 from .dataset_files import BIN, IDX, JSON, MASK, METADATA, refuse_existing_outputs
 
@@ -439,7 +440,7 @@ class IndexedDatasetWriter:
             Path(f"{self.prefix}{end}").unlink(missing_ok=True)
         for temporary, final in self._renames:
             os.replace(temporary, final)
-        _sync_folder(os.path.dirname(os.path.abspath(self.prefix)))
+        sync_path(Path(os.path.abspath(self.prefix)).parent)
 
 
 def _append(file: _HashedFile, content: memoryview | bytes | FileRange) -> None:
@@ -453,13 +454,3 @@ def _check_size(part: FileRange, expected: int) -> None:
     size = min(part.stop, os.path.getsize(part.path)) - part.start
     if size != expected:
         raise ValueError(f"{os.fspath(part.path)}: {size} bytes, but its documents' lengths sum to {expected} bytes")
-
-
-def _sync_folder(folder: str) -> None:
-    """Make renames in ``folder`` survive a power failure, if the platform can open folders."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

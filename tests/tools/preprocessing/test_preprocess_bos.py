@@ -26,12 +26,13 @@ from retemper.engine.schedule import BatchPlan
 from retemper.engine.tokenizer.frame import TokenizerFrame, read_tokenizer_frame
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 from retemper.tools import preprocess as command
-from retemper.tools.preprocessing import long_text, pipeline, run_setup
+from retemper.tools.preprocessing import pipeline, run_setup
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
-from retemper.tools.preprocessing.merging import MergeOptions, merge
+from retemper.tools.preprocessing.merging.merge import MergeOptions, merge
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.readers import lines
-from retemper.tools.preprocessing.worker import TaskRunner
+from retemper.tools.preprocessing.records import long_text
+from retemper.tools.preprocessing.workers.worker import TaskRunner
 from retemper.tools.reports.dataset.facts import dataset_facts
 from retemper.tools.reports.dataset.report import InspectOptions, inspect_dataset
 
