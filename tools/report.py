@@ -21,7 +21,7 @@ from typing import Any
 
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.files.outputs import Use, require_report, write_report
-from retemper.tools.reports.run import Run, differences, read_run
+from retemper.tools.reports.run import RecordedRun, differences, read_run
 from retemper.tools.reports.run_page import format_run, run_page
 from retemper.tools.reports.text import visible
 
@@ -61,7 +61,7 @@ def _require_free(output: Path, overwrite: bool, *folders: Path) -> None:
         raise UserError(f"--output {output}: already there; pass --overwrite to replace it, or name another file")
 
 
-def _record(run: Run, other: Run | None) -> dict[str, Any]:
+def _record(run: RecordedRun, other: RecordedRun | None) -> dict[str, Any]:
     compared = {} if other is None else {"compared": other.to_dict(), "differences": differences(run, other)}
     return _finite(run.to_dict() | compared)
 

@@ -56,7 +56,7 @@ DEPENDENCY_FOLDERS = ("numpy", "torch/nn", "torch/optim")
 
 
 @dataclass(frozen=True)
-class Split:
+class CorpusPart:
     """One JSONL file, each line ``{"text": ..., "source": ...}``."""
 
     path: Path
@@ -93,7 +93,7 @@ class _Collector:
             self.num_bytes += size
 
 
-def build_corpora(folder: Path, max_bytes: int = MAX_CORPUS_BYTES) -> dict[str, Split]:
+def build_corpora(folder: Path, max_bytes: int = MAX_CORPUS_BYTES) -> dict[str, CorpusPart]:
     """Write ``{general,domain}.{train,validation}.jsonl`` into ``folder``; return what is in each, by its name.
 
     ``max_bytes`` caps the text of each corpus. Files already there are replaced by the same bytes. A source is
@@ -239,12 +239,12 @@ def _package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0], part)
 
 
-def _write_split(path: Path, documents: dict[str, str]) -> Split:
+def _write_split(path: Path, documents: dict[str, str]) -> CorpusPart:
     # A lone surrogate, which a docstring may spell as an escape, has no UTF-8: it becomes "?".
     with path.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
         for text, source in documents.items():
             file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")
-    return Split(path, len(documents), sum(len(text.encode("utf-8", "replace")) for text in documents))
+    return CorpusPart(path, len(documents), sum(len(text.encode("utf-8", "replace")) for text in documents))
 
 
 def _digest(text: str) -> str:

@@ -50,7 +50,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """A curve. Points whose value is NaN are left out."""
 
     label: str
@@ -142,14 +142,14 @@ class _Drawing:
 
 def line_chart(
     title: str,
-    lines: Sequence[Line],
+    lines: Sequence[ChartLine],
     x: Axis | None = None,
     y: Axis | None = None,
     marks: Sequence[Mark] = (),
     size: tuple[int, int] = WIDE,
 ) -> str:
     """Draw ``lines`` over common axes; empty where no line has a point."""
-    lines = [Line(line.label, _finite(line.points), line.color, line.dashed, line.dots) for line in lines]
+    lines = [ChartLine(line.label, _finite(line.points), line.color, line.dashed, line.dots) for line in lines]
     points = [point for line in lines for point in line.points]
     if not points:
         return ""
@@ -229,7 +229,7 @@ def _frame(
     return across, up
 
 
-def _draw_line(drawing: _Drawing, line: Line, across: _Scale, up: _Scale) -> None:
+def _draw_line(drawing: _Drawing, line: ChartLine, across: _Scale, up: _Scale) -> None:
     curve, band = thinned(line.points)
     color = f"var(--{line.color})"
     if band:

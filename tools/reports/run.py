@@ -74,7 +74,7 @@ class DataSource:
 
 
 @dataclass(frozen=True)
-class Sample:
+class GeneratedSample:
     """A prompt, and how the model continued it before and after the run; continuations do not repeat the prompt."""
 
     prompt: str
@@ -83,7 +83,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """All that a run folder says."""
 
     folder: str
@@ -104,7 +104,7 @@ class Run:
     """Datasets by the names of the validation sets."""
     environment: dict[str, str] = field(default_factory=dict)
     """Versions and layout of the newest checkpoint."""
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[GeneratedSample] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     """What a reader should know: records cut off, steps skipped, files that are missing or damaged."""
 
@@ -166,7 +166,7 @@ class Run:
         }  # fmt: skip
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RecordedRun:
     """Read the run folder ``folder``.
 
     Raises:
@@ -186,7 +186,7 @@ def read_run(folder: Path) -> Run:
     log = _read_log(folder / LOG_FILE)
     checkpoints, newest = _read_checkpoints(folder, curves, remarks)
     written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
-    return Run(
+    return RecordedRun(
         folder=str(folder),
         curves=curves,
         last_record=f"{written:%Y-%m-%d %H:%M:%S} UTC",
@@ -204,10 +204,10 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def differences(one: Run, other: Run) -> dict[str, tuple[str, str]]:
+def differences(one: RecordedRun, other: RecordedRun) -> dict[str, tuple[str, str]]:
     """What two runs do not have in common, by key, in JSON: settings, contents of the data, versions."""
 
-    def facts(run: Run) -> dict[str, str]:
+    def facts(run: RecordedRun) -> dict[str, str]:
         hashes = {f"content of {source.name}": source.fingerprint for source in run.sources if source.fingerprint}
         return flatten({**run.config, "run_folder": None, **hashes, **run.environment})
 
@@ -351,11 +351,11 @@ def _environment(manifest: Manifest | None) -> dict[str, str]:
     return {"ranks": ranks, "retemper": manifest.retemper_version, **manifest.versions}
 
 
-def _samples(path: Path, remarks: list[str]) -> list[Sample]:
+def _samples(path: Path, remarks: list[str]) -> list[GeneratedSample]:
     """The texts of ``samples.jsonl``, if there is one."""
     try:
         records = [json.loads(line) for line in read_regular(path).splitlines()]
-        return [Sample(*(str(record[name]) for name in ("prompt", "before", "after"))) for record in records]
+        return [GeneratedSample(*(str(record[name]) for name in ("prompt", "before", "after"))) for record in records]
     except FileNotFoundError:
         return []
     except _BROKEN as error:

@@ -7,10 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from ..checkpoint_report.listing import COLUMNS, listing_cells
-from .charts import COLORS, SMALL, Axis, Line, Mark, compact, line_chart, percent
+from .charts import COLORS, SMALL, Axis, ChartLine, Mark, compact, line_chart, percent
 from .metrics import UNCHANGED, LossChange
 from .page import bullets, definitions, escape, header, note, page, preformatted, section, table
-from .run import Restart, Run, Sample, differences
+from .run import GeneratedSample, RecordedRun, Restart, differences
 from .text import fact_lines, table_lines, visible
 
 Table = tuple[Sequence[str], Sequence[tuple[str, ...]]]
@@ -23,7 +23,7 @@ _MOST_CHECKPOINTS = 12
 """Shown in the terminal."""
 
 
-def format_run(run: Run, other: Run | None = None) -> str:
+def format_run(run: RecordedRun, other: RecordedRun | None = None) -> str:
     """The summary for the terminal, in sections."""
     checkpoints = checkpoint_table(run)
     left_out = len(checkpoints[1]) - _MOST_CHECKPOINTS
@@ -41,7 +41,7 @@ def format_run(run: Run, other: Run | None = None) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
-def run_page(run: Run, other: Run | None = None, title: str = "", more: Iterable[str] = ()) -> str:
+def run_page(run: RecordedRun, other: RecordedRun | None = None, title: str = "", more: Iterable[str] = ()) -> str:
     """The page of a run.
 
     Args:
@@ -70,7 +70,7 @@ def run_page(run: Run, other: Run | None = None, title: str = "", more: Iterable
 # What is said, on the page and in the terminal
 
 
-def run_facts(run: Run) -> dict[str, str]:
+def run_facts(run: RecordedRun) -> dict[str, str]:
     """How far the run has come, how fast it was, and what it trains."""
     budget = run.train_tokens
     share = "" if budget is None else f" of {budget:,} ({run.tokens / budget:.1%})"
@@ -93,7 +93,7 @@ def run_facts(run: Run) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def loss_table(run: Run) -> Table:
+def loss_table(run: RecordedRun) -> Table:
     """Each validation set at its first and at its last evaluation, and at its lowest loss."""
     changes = run.curves.changes()
     rows = []
@@ -109,7 +109,7 @@ def loss_table(run: Run) -> Table:
     return _LOSS_HEAD, rows
 
 
-def verdicts(run: Run) -> list[str]:
+def verdicts(run: RecordedRun) -> list[str]:
     """A sentence on each validation set that was evaluated twice: what was learned, and what was forgotten."""
     first = next(iter(run.curves.evaluations), None)
     return [_verdict(name, loss, is_domain=name == first) for name, loss in run.curves.changes().items()]
@@ -125,7 +125,7 @@ def _verdict(name: str, loss: LossChange, is_domain: bool) -> str:
     return f"{name} loss {verb} by {abs(loss.change):.3f} nats ({loss.percent:+.1f} %): {meaning}"
 
 
-def restart_table(run: Run) -> Table:
+def restart_table(run: RecordedRun) -> Table:
     """Where steps were made a second time."""
     rows = [
         (one.kind, f"{one.step:,}", f"{one.lost_step:,}", f"{one.lost_step - one.step:,}", one.file)
@@ -134,7 +134,7 @@ def restart_table(run: Run) -> Table:
     return ("restart", "continued from step", "had reached step", "steps made again", "their former records"), rows
 
 
-def data_table(run: Run) -> Table:
+def data_table(run: RecordedRun) -> Table:
     """The training sources, with what they gave until the newest checkpoint."""
     totals = [
         sum(filter(None, weights)) or 1.0 for weights in zip(*(source.weights for source in run.sources), strict=True)
@@ -151,12 +151,12 @@ def data_table(run: Run) -> Table:
     return ("training source", "weight", "tokens", "trained on", "epochs", "content hash", "path"), rows
 
 
-def checkpoint_table(run: Run) -> Table:
+def checkpoint_table(run: RecordedRun) -> Table:
     """All checkpoints, by step, and why each is kept."""
     return COLUMNS, [listing_cells(row) for row in run.checkpoints]
 
 
-def comparison_table(run: Run, other: Run) -> Table:
+def comparison_table(run: RecordedRun, other: RecordedRun) -> Table:
     """What came out of two runs."""
     sides = (run, other)
     columns = [run_facts(one) for one in sides]
@@ -169,16 +169,16 @@ def comparison_table(run: Run, other: Run) -> Table:
     return ("", *_names(run, other)), rows
 
 
-def difference_table(run: Run, other: Run) -> Table:
+def difference_table(run: RecordedRun, other: RecordedRun) -> Table:
     """The settings, data and versions that two runs do not share."""
     return ("differs", *_names(run, other)), [(key, *values) for key, values in differences(run, other).items()]
 
 
-def _name(run: Run) -> str:
+def _name(run: RecordedRun) -> str:
     return Path(run.folder).absolute().name
 
 
-def _names(run: Run, other: Run | None) -> tuple[str, str]:
+def _names(run: RecordedRun, other: RecordedRun | None) -> tuple[str, str]:
     if other is None or _name(run) != _name(other):
         return _name(run), _name(other or run)
     return run.folder, other.folder
@@ -196,7 +196,7 @@ def _lines(content: Table) -> list[str]:
 # The page
 
 
-def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
+def _cards(run: RecordedRun) -> Iterator[tuple[str, str, str]]:
     changes = run.curves.changes()
     for color, loss, sentence in zip(COLORS, changes.values(), verdicts(run), strict=False):
         yield color, f"{loss.before.loss:.3f} → {loss.after.loss:.3f}", sentence
@@ -208,7 +208,7 @@ def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
         yield "grey", f"{speed:,.0f} tokens/s", f"MFU {facts['MFU']}" if "MFU" in facts else "median of all records"
 
 
-def _validation(run: Run) -> str:
+def _validation(run: RecordedRun) -> str:
     found = run.curves.evaluations
     if not found:
         return note(
@@ -221,7 +221,7 @@ def _validation(run: Run) -> str:
             f" A lower loss of {first}, the first set, is learned; a higher one of {', '.join(others)} is forgotten."
         )
     lines = [
-        Line(name, [(one.tokens, one.loss - change.before.loss) for one in found[name]], color, dots=True)
+        ChartLine(name, [(one.tokens, one.loss - change.before.loss) for one in found[name]], color, dots=True)
         for color, (name, change) in zip(_colors(run), run.curves.changes().items(), strict=False)
     ]
     axes = Axis("tokens consumed"), Axis()
@@ -234,20 +234,20 @@ def _side(is_other: int) -> str:
     return "red" if is_other else "grey"
 
 
-def _colors(run: Run) -> Iterator[str]:
+def _colors(run: RecordedRun) -> Iterator[str]:
     return (COLORS[number % len(COLORS)] for number in range(len(run.curves.evaluations)))
 
 
-def _curves(run: Run, other: Run | None) -> str:
+def _curves(run: RecordedRun, other: RecordedRun | None) -> str:
     sides = [run] if other is None else [run, other]
     lines = []
     for one, name in zip(sides, _names(run, other), strict=False):
         of = f", {name}" if other is not None else ""
         dashed = one is not run
-        lines.append(Line(f"training{of}", one.curves.points("loss"), _side(dashed), dashed))
+        lines.append(ChartLine(f"training{of}", one.curves.points("loss"), _side(dashed), dashed))
         for color, (label, found) in zip(_colors(one), one.curves.evaluations.items(), strict=True):
             points = [(evaluation.tokens, evaluation.loss) for evaluation in found]
-            lines.append(Line(f"{label}{of}", points, color, dashed, dots=True))
+            lines.append(ChartLine(f"{label}{of}", points, color, dashed, dots=True))
     marks = [_mark(restart) for restart in run.restarts]
     loss = line_chart("Loss, in nats per token", lines, Axis("tokens consumed"), marks=marks)
     unlabelled = [Mark(mark.at, since=mark.since) for mark in marks]
@@ -263,9 +263,9 @@ _SMALL_CHARTS = {
 }
 
 
-def _small_chart(sides: Sequence[Run], column: str, title: str, marks: Sequence[Mark]) -> str:
+def _small_chart(sides: Sequence[RecordedRun], column: str, title: str, marks: Sequence[Mark]) -> str:
     lines = [
-        Line("", one.curves.points(column), _side(number), dashed=bool(number)) for number, one in enumerate(sides)
+        ChartLine("", one.curves.points(column), _side(number), dashed=bool(number)) for number, one in enumerate(sides)
     ]
     values = sorted(value for line in lines for _, value in line.points)
     # Before clipping, one spike would press all other norms to the ground.
@@ -279,12 +279,12 @@ def _mark(restart: Restart) -> Mark:
     return Mark(restart.lost_tokens, f"{restart.kind} {again:,} tokens earlier", restart.tokens)
 
 
-def _comparison(run: Run, other: Run) -> str:
+def _comparison(run: RecordedRun, other: RecordedRun) -> str:
     different = table(*difference_table(run, other), kind="wrapped")
     return table(*comparison_table(run, other), kind="wrapped") + (different or note("All settings are the same."))
 
 
-def _data(run: Run) -> str:
+def _data(run: RecordedRun) -> str:
     remark = (
         "Weights are shares of the samples in each stage; what was trained on is counted until the newest checkpoint."
     )
@@ -294,7 +294,7 @@ def _data(run: Run) -> str:
     )
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: GeneratedSample) -> str:
     def column(label: str, continuation: str) -> str:
         text = f"<mark>{escape(sample.prompt)}</mark>{escape(continuation)}"
         return f"<figure><figcaption>{label}</figcaption><pre>{text}</pre></figure>"

@@ -52,7 +52,7 @@ class TextFacts:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenText:
     """The text of one token, or of several that share a character."""
 
     tokens: tuple[int, ...]
@@ -71,7 +71,7 @@ class DecodedDocument:
     """Parts that the index knows it by; the trainer takes each for a document of its own."""
     shown: int
     """Tokens that ``pieces`` are of."""
-    pieces: list[Piece]
+    pieces: list[TokenText]
     ends_with_eod: bool | None
     """Whether its last token is the one that ends documents; None where that is not known, or without any token."""
     problem: str = ""
@@ -115,13 +115,13 @@ def decode_document(
     )
 
 
-def _marked(tokenizer: TokenizerHandle, ids: list[int], mask: list[bool] | None, is_cut: bool) -> list[Piece]:
+def _marked(tokenizer: TokenizerHandle, ids: list[int], mask: list[bool] | None, is_cut: bool) -> list[TokenText]:
     """The pieces of a document, with what ``mask`` says of them."""
     found = pieces(tokenizer, ids)
     if "".join(piece.text for piece in found) != tokenizer.decode(ids):
         # Some tokenizer whose text is not made of its tokens' texts: whole runs are at least right in themselves.
         edges = [0, *(i for i in range(1, len(ids)) if mask is not None and mask[i] != mask[i - 1]), len(ids)]
-        found = [Piece(tuple(ids[i:j]), tokenizer.decode(ids[i:j])) for i, j in pairwise(edges)]
+        found = [TokenText(tuple(ids[i:j]), tokenizer.decode(ids[i:j])) for i, j in pairwise(edges)]
     if is_cut and found:  # not a broken character, but one that goes on behind the cut
         found[-1] = replace(found[-1], text=found[-1].text.rstrip(REPLACEMENT))
     if mask is not None:
@@ -133,13 +133,13 @@ def _marked(tokenizer: TokenizerHandle, ids: list[int], mask: list[bool] | None,
     return found
 
 
-def pieces(tokenizer: TokenizerHandle, tokens: Sequence[int]) -> list[Piece]:
+def pieces(tokenizer: TokenizerHandle, tokens: Sequence[int]) -> list[TokenText]:
     """The text that each of ``tokens`` adds to those before it.
 
     Tokens that are parts of one character are one piece. What a token adds is found by decoding it with those of the
     piece before, which costs the same for every token.
     """
-    found: list[Piece] = []
+    found: list[TokenText] = []
     before: Sequence[int] = ()
     first = 0
     for stop in range(1, len(tokens) + 1):
@@ -147,7 +147,7 @@ def pieces(tokenizer: TokenizerHandle, tokens: Sequence[int]) -> list[Piece]:
         text = tokenizer.decode([*before, *tokens[first:stop]])
         if text.endswith(REPLACEMENT) and stop < len(tokens):
             continue
-        found.append(Piece(tuple(tokens[first:stop]), text[len(known) :]))
+        found.append(TokenText(tuple(tokens[first:stop]), text[len(known) :]))
         before, first = tokens[first:stop], stop
     return found
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from .streams import Block
+from .streams import TokenBlock
 
 CAPACITY = 1 << 22
 """Different documents whose hashes are kept: 32 bytes each, and some copies of that. Two of them have the same 64 bits
@@ -79,7 +79,7 @@ class DistinctDocuments:
         self._open = xxhash.xxh3_64()
         self._open_tokens = 0
 
-    def add(self, block: Block) -> None:
+    def add(self, block: TokenBlock) -> None:
         """See the next documents, or the next part of one."""
         view = memoryview(np.ascontiguousarray(block.tokens).view(np.uint8).data)
         self._tokens += len(block.tokens)

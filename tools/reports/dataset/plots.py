@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..charts import COLORS, Axis, Line, Mark, Point, bar_chart, line_chart, percent
+from ..charts import COLORS, Axis, ChartLine, Mark, Point, bar_chart, line_chart, percent
 from .lengths import LengthFacts
 from .token_counts import TokenFacts
 
@@ -33,7 +33,7 @@ def draw_lengths(lengths: LengthFacts, sequence_length: int | None) -> str:
     median = max(1.0, lengths.percentiles[50])
     marks = [Mark(median, f"median document {median:,.0f}")]
     marks += [] if sequence_length is None else [Mark(sequence_length, f"sequence_length {sequence_length:,}")]
-    curve = Line("", _stairs([(max(1, length), share) for length, share in lengths.curve]), "orange")
+    curve = ChartLine("", _stairs([(max(1, length), share) for length, share in lengths.curve]), "orange")
     axes = Axis("tokens in a document", log=2, write=lambda value: short(round(value))), Axis(start=0, write=percent)
     rising = line_chart("Tokens in documents up to this length", [curve], *axes, marks, _HALF)
     return f'<div class="charts">{histogram}{rising}</div>'
@@ -43,7 +43,7 @@ def draw_frequencies(tokens: TokenFacts) -> str:
     """How often the id of each rank occurs: Zipf's plot."""
     points = [(rank, count / tokens.tokens) for rank, count in tokens.curve]
     across = Axis("rank of the token", log=10, write=lambda value: short(round(value)))
-    return line_chart("Share of the tokens", [Line("", points)], across, Axis(log=10, write=percent), size=_LOW)
+    return line_chart("Share of the tokens", [ChartLine("", points)], across, Axis(log=10, write=percent), size=_LOW)
 
 
 def draw_epochs(plan: TrainingPlan) -> str:
@@ -51,7 +51,7 @@ def draw_epochs(plan: TrainingPlan) -> str:
     # This dataset first, so that it has its color whatever its place.
     order = sorted(range(len(plan.sources)), key=lambda place: not plan.sources[place].is_this)[:_SOURCES]
     lines = [
-        Line(
+        ChartLine(
             plan.sources[place].name,
             [(at, epochs[place]) for at, epochs in plan.curve],
             COLORS[number % len(COLORS)],

@@ -22,7 +22,7 @@ _DOCUMENTS_AT_ONCE = 1 << 16
 _SEQUENCES_AT_ONCE = 4 << 20
 
 
-class Block(NamedTuple):
+class TokenBlock(NamedTuple):
     """Whole documents that lie behind one another, or a part of one that is longer than a block."""
 
     document: int
@@ -65,7 +65,7 @@ class DatasetStream:
         for first in range(0, self.dataset.num_documents, _DOCUMENTS_AT_ONCE):
             yield first, self.edges(first, min(first + _DOCUMENTS_AT_ONCE, self.dataset.num_documents))
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[TokenBlock]:
         """All documents with their tokens, in order."""
         for first, edges in self.all_edges():
             at = 0
@@ -78,15 +78,15 @@ class DatasetStream:
                     yield from self._parts(first + at, int(edges[at]), int(edges[at + 1]))
                     at += 1
 
-    def _parts(self, document: int, start: int, stop: int) -> Iterator[Block]:
+    def _parts(self, document: int, start: int, stop: int) -> Iterator[TokenBlock]:
         for low in range(start, stop, self._block_tokens):
             high = min(low + self._block_tokens, stop)
             yield self._block(document, np.array([low, high]), low == start, high == stop)
 
-    def _block(self, document: int, edges: npt.NDArray[np.int64], begins: bool, ends: bool) -> Block:
+    def _block(self, document: int, edges: npt.NDArray[np.int64], begins: bool, ends: bool) -> TokenBlock:
         start, stop = int(edges[0]), int(edges[-1])
         tokens, mask = self.dataset.stored_tokens(start, stop), self.dataset.stored_mask(start, stop)
-        return Block(document, edges, tokens, mask, begins, ends)
+        return TokenBlock(document, edges, tokens, mask, begins, ends)
 
 
 def document_edges(dataset: IndexedDataset, index: int) -> tuple[int, int]:

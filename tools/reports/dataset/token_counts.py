@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ....engine.data.indexed_dataset import IndexedDataset
 from ...preprocessing.progress import ProgressReport
 from .duplicates import CAPACITY, DistinctDocuments, DuplicateFacts
-from .streams import BLOCK_TOKENS, Block, DatasetStream
+from .streams import BLOCK_TOKENS, DatasetStream, TokenBlock
 
 SAMPLE_RUNS, SAMPLE_RUN = 256, 1 << 16
 """Runs of a sample, and the tokens of each: 67 MB in all with four bytes each."""
@@ -142,7 +142,7 @@ class MaskCounts:
         self._tokens = self._predicted = self._silent = 0
         self._open = 0
 
-    def add(self, block: Block) -> None:
+    def add(self, block: TokenBlock) -> None:
         """See the next documents, or the next part of one."""
         assert block.mask is not None
         ends = np.concatenate([[0], np.cumsum(block.mask != 0, dtype=np.int64)])
@@ -167,7 +167,7 @@ class EndCounts:
         self._eod_id = eod_id
         self._all = self._ended = 0
 
-    def add(self, block: Block) -> None:
+    def add(self, block: TokenBlock) -> None:
         """See the next documents, or the next part of one."""
         is_end = block.tokens == self._eod_id
         self._all += int(is_end.sum())
