@@ -136,8 +136,8 @@ def test_masked_text_is_marked(made, capsys, tmp_path, tiny_tokenizer):
     (tmp_path / "x.mask.bin").write_bytes(mask)
     tokenizer = ("--tokenizer", tiny_tokenizer)
     out = show(capsys, tmp_path / "x", *tokenizer, "--documents", "2", "--seed", "4", "--max-tokens", "50")
-    assert rows(out)["loss mask"] == f"lets {sum(mask)} tokens ({sum(mask) / len(mask):.2%}) be predicted"
-    assert "1 documents have no token that the loss mask lets be predicted" in out
+    assert rows(out)["loss mask"] == f"{sum(mask)} tokens ({sum(mask) / len(mask):.2%}) are targets"
+    assert "1 documents have no target" in out
     assert "\n⟦the cat<|endoftext|>⟧\n" in show(capsys, tmp_path / "x", *tokenizer, "--index", "0")
     assert "\nrain<|endoftext|>\n" in show(capsys, tmp_path / "x", *tokenizer, "--index", "2")
 
