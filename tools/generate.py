@@ -5,8 +5,7 @@
     python tools/generate.py --model ckpt/base                                          # asks for prompts
 
 Prompts and their continuations are written to stdout, everything else to stderr. There is no key/value cache: the time
-per
-token grows with the length. This file is the command line of retemper.tools.generation.
+per token grows with the length. This file is the command line of retemper.tools.generation.
 """
 
 from __future__ import annotations

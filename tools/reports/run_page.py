@@ -1,4 +1,4 @@
-"""A run in words, tables and curves: the summary for the terminal, and the page."""
+"""Format a run as a summary for the terminal and as a page with tables and curves."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .run import GeneratedSample, RecordedRun, Restart, differences
 from .text import fact_lines, table_lines, visible
 
 Table = tuple[Sequence[str], Sequence[tuple[str, ...]]]
-"""Headlines, and rows of as many cells."""
+"""Header, and rows with as many cells."""
 _LOSS_HEAD = (
     *("validation set", "steps", "loss before", "after", "change", "%"),
     *("perplexity before", "after", "%", "lowest"),
 )
 _MOST_CHECKPOINTS = 12
-"""Shown in the terminal."""
+"""Maximum number of checkpoints shown in the terminal."""
 
 
 def format_run(run: RecordedRun, other: RecordedRun | None = None) -> str:
-    """The summary for the terminal, in sections."""
+    """Return the summary for the terminal."""
     checkpoints = checkpoint_table(run)
     left_out = len(checkpoints[1]) - _MOST_CHECKPOINTS
     tables = [restart_table(run), data_table(run), (checkpoints[0], checkpoints[1][-_MOST_CHECKPOINTS:])]
@@ -42,16 +42,16 @@ def format_run(run: RecordedRun, other: RecordedRun | None = None) -> str:
 
 
 def run_page(run: RecordedRun, other: RecordedRun | None = None, title: str = "", more: Iterable[str] = ()) -> str:
-    """The page of a run.
+    """Return the page of a run.
 
     Args:
-        other: a run to compare with: its curves are dashed.
-        title: empty: the name of the run folder.
-        more: further sections, before the configuration.
+        other: a run to compare with, drawn with dashed curves.
+        title: of the page. Empty: the name of the run folder.
+        more: further sections, placed before the configuration.
     """
     sections = [
         header(title or f"Run {_name(run)}", _cards(run)),
-        section("To know", bullets(run.remarks), kind="warnings"),
+        section("Remarks", bullets(run.remarks), kind="warnings"),
         section("Validation loss and perplexity", _validation(run)),
         section("Curves", _curves(run, other)),
         section("The run", definitions(run_facts(run)) + table(*restart_table(run)), kind="facts"),
@@ -67,11 +67,11 @@ def run_page(run: RecordedRun, other: RecordedRun | None = None, title: str = ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is said, on the page and in the terminal
+# Facts and tables for the page and the terminal
 
 
 def run_facts(run: RecordedRun) -> dict[str, str]:
-    """How far the run has come, how fast it was, and what it trains."""
+    """Return progress, speed and model of the run."""
     budget = run.train_tokens
     share = "" if budget is None else f" of {budget:,} ({run.tokens / budget:.1%})"
     losses = run.curves.points("loss")
@@ -81,7 +81,7 @@ def run_facts(run: RecordedRun) -> dict[str, str]:
     facts = {
         "state": "finished" if run.is_finished else f"not finished; the last record was written at {run.last_record}",
         "tokens": f"{run.tokens:,}{share}",
-        "steps": f"{run.step:,}" + (f"; {again:,} were made again after a restart" if again else ""),
+        "steps": f"{run.step:,}" + (f"; {again:,} repeated after restarts" if again else ""),
         "starts": "" if run.starts is None else f"{run.starts:,}",
         "time in steps": str(timedelta(seconds=round(run.seconds_in_steps))),
         "training loss": f"{losses[0][1]:.4f} at first, {run.final_loss:.4f} in the last records" if losses else "",
@@ -94,7 +94,7 @@ def run_facts(run: RecordedRun) -> dict[str, str]:
 
 
 def loss_table(run: RecordedRun) -> Table:
-    """Each validation set at its first and at its last evaluation, and at its lowest loss."""
+    """Return first, last and lowest loss of each validation set."""
     changes = run.curves.changes()
     rows = []
     for name, found in run.curves.evaluations.items():
@@ -110,7 +110,7 @@ def loss_table(run: RecordedRun) -> Table:
 
 
 def verdicts(run: RecordedRun) -> list[str]:
-    """A sentence on each validation set that was evaluated twice: what was learned, and what was forgotten."""
+    """Return a sentence for each validation set with several evaluations: learned or forgotten."""
     first = next(iter(run.curves.evaluations), None)
     return [_verdict(name, loss, is_domain=name == first) for name, loss in run.curves.changes().items()]
 
@@ -126,16 +126,16 @@ def _verdict(name: str, loss: LossChange, is_domain: bool) -> str:
 
 
 def restart_table(run: RecordedRun) -> Table:
-    """Where steps were made a second time."""
+    """Return the restarts, after which some steps were repeated."""
     rows = [
         (one.kind, f"{one.step:,}", f"{one.lost_step:,}", f"{one.lost_step - one.step:,}", one.file)
         for one in run.restarts
     ]
-    return ("restart", "continued from step", "had reached step", "steps made again", "their former records"), rows
+    return ("restart", "continued from step", "after reaching step", "steps repeated", "former records"), rows
 
 
 def data_table(run: RecordedRun) -> Table:
-    """The training sources, with what they gave until the newest checkpoint."""
+    """Return the training sources and the tokens used up to the newest checkpoint."""
     totals = [
         sum(filter(None, weights)) or 1.0 for weights in zip(*(source.weights for source in run.sources), strict=True)
     ]
@@ -152,12 +152,12 @@ def data_table(run: RecordedRun) -> Table:
 
 
 def checkpoint_table(run: RecordedRun) -> Table:
-    """All checkpoints, by step, and why each is kept."""
+    """Return all checkpoints by step, and why each is kept."""
     return COLUMNS, [listing_cells(row) for row in run.checkpoints]
 
 
 def comparison_table(run: RecordedRun, other: RecordedRun) -> Table:
-    """What came out of two runs."""
+    """Return the results of two runs side by side."""
     sides = (run, other)
     columns = [run_facts(one) for one in sides]
     names = ("state", "tokens", "training loss", "time in steps", "tokens per second", "MFU", "peak memory")
@@ -170,7 +170,7 @@ def comparison_table(run: RecordedRun, other: RecordedRun) -> Table:
 
 
 def difference_table(run: RecordedRun, other: RecordedRun) -> Table:
-    """The settings, data and versions that two runs do not share."""
+    """Return the settings, data and versions that differ between two runs."""
     return ("differs", *_names(run, other)), [(key, *values) for key, values in differences(run, other).items()]
 
 
@@ -212,14 +212,12 @@ def _validation(run: RecordedRun) -> str:
     found = run.curves.evaluations
     if not found:
         return note(
-            "No evaluation is recorded: data.validation or data.validation_fraction give the run something to evaluate."
+            "No evaluation is recorded; set data.validation or data.validation_fraction to evaluate during a run."
         )
     words = "Loss in nats per token on held-out documents; perplexity is its exponential."
     if len(found) > 1:
         first, *others = found
-        words += (
-            f" A lower loss of {first}, the first set, is learned; a higher one of {', '.join(others)} is forgotten."
-        )
+        words += f" Learned: a lower loss on {first}, the first set. Forgotten: a higher loss on {', '.join(others)}."
     lines = [
         ChartLine(name, [(one.tokens, one.loss - change.before.loss) for one in found[name]], color, dots=True)
         for color, (name, change) in zip(_colors(run), run.curves.changes().items(), strict=False)
@@ -230,7 +228,7 @@ def _validation(run: RecordedRun) -> str:
 
 
 def _side(is_other: int) -> str:
-    """Color of a run's training curves."""
+    """Return the color of a run's training curves."""
     return "red" if is_other else "grey"
 
 
@@ -268,7 +266,7 @@ def _small_chart(sides: Sequence[RecordedRun], column: str, title: str, marks: S
         ChartLine("", one.curves.points(column), _side(number), dashed=bool(number)) for number, one in enumerate(sides)
     ]
     values = sorted(value for line in lines for _, value in line.points)
-    # Before clipping, one spike would press all other norms to the ground.
+    # Norms are recorded before clipping: on a linear axis a spike would flatten all others.
     wide = column == "grad_norm" and bool(values) and values[0] > 0 and values[-1] > 20 * values[len(values) // 2]
     up = Axis(log=10) if wide else Axis(start=0, write=percent if column == "mfu" else compact)
     return line_chart(title, lines, Axis(), up, marks, SMALL)
@@ -286,7 +284,7 @@ def _comparison(run: RecordedRun, other: RecordedRun) -> str:
 
 def _data(run: RecordedRun) -> str:
     remark = (
-        "Weights are shares of the samples in each stage; what was trained on is counted until the newest checkpoint."
+        "Weights are shares of the samples in each stage. Tokens trained on are counted up to the newest checkpoint."
     )
     sets = (("validation set", "path"), list(run.validation.items()))
     return (
