@@ -29,7 +29,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PART_SECONDS = 570.0

@@ -35,13 +35,14 @@ from typing import Any
 
 import numpy as np
 
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.settings import DataConfig, SourceConfig
 from retemper.engine.data.catalog import open_catalog
 from retemper.engine.data.index_format import write_index
 from retemper.engine.data.loader import TrainingData
 from retemper.engine.data.packing import pack
 from retemper.engine.data.sidecar import Sidecar
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import require_report, write_json_report
 from retemper.engine.observe.start_summary import describe_data
 from retemper.engine.schedule import BatchPlan

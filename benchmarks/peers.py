@@ -34,7 +34,8 @@ import numpy as np
 import torch
 from peer_engines.job import BATCHES_FILE, DATASET, Job
 
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import require_report, write_json_report
 
 OURS = "retemper"

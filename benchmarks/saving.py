@@ -20,8 +20,9 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.settings import CheckpointConfig
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.parallel.process_group import process_group
 from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.engine.weights.checkpoint.manifest import Manifest

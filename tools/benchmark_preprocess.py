@@ -16,7 +16,8 @@ from pathlib import Path
 from retemper.benchmarks.preprocess.benchmark import BenchmarkOptions, run_benchmark
 from retemper.benchmarks.preprocess.machine import machine_facts
 from retemper.benchmarks.preprocess.report import format_report, to_record
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report
 
 

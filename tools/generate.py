@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from retemper.engine.errors import CommandParser, UserError, report_user_error, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import UserError, report_user_error, run_command
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.engine.weights.hugging_face.weight_options import DTYPE_CHOICES

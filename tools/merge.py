@@ -11,7 +11,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.tools.preprocessing.merging.merge import MergeOptions, format_report, merge
 
 

@@ -13,7 +13,8 @@ import argparse
 import signal
 from collections.abc import Sequence
 
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.tools.preprocessing.formats import FORMATS
 from retemper.tools.preprocessing.options import PreprocessOptions

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import Use, require_report, write_report
 from retemper.tools.reports.run import RecordedRun, differences, read_run
 from retemper.tools.reports.run_page import format_run, run_page

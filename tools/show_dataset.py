@@ -16,9 +16,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import Use, require_report
 from retemper.tools.preprocessing.dataset_files import existing_outputs
 from retemper.tools.reports.dataset.decoding import decode_document

@@ -30,7 +30,7 @@ from ...engine.observe.flops import Trainable, named_peak, training_flops
 from ...engine.observe.start_summary import describe_start
 from ...engine.parallel.process_group import Ranks
 from ...engine.pretrain import build, next_batches
-from ...engine.run_state import Run
+from ...engine.run import Run
 from ...engine.schedule import learning_rate
 from ...engine.step import Unguarded, train_step
 from ...engine.weights.hugging_face.config_source import architecture_source
@@ -212,7 +212,7 @@ def time_steps(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> Ti
             rate = learning_rate(run.progress.tokens + plan.tokens_per_step, training, optimizer)
             clip = optimizer.clip_grad_norm
             train_step(run.model, run.forward_backward, run.optimizer, batches, num_targets, rate, clip, guards)
-            run.advance()
+            run.progress = run.progress.after_step(plan)
             run.guards.step_done()
             if number >= options.warmup_steps:
                 boundaries += [batch.cu_seqlens for batch in batches]

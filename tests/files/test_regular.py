@@ -147,7 +147,8 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path, tokenizer_folder, monkey
 
 
 ECHO = """
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 
 def main():
     parser = CommandParser()

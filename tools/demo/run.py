@@ -24,8 +24,9 @@ from typing import Any
 
 import psutil
 
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.yaml_loader import load_yaml
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import write_report
 from retemper.engine.observe.curves import METRICS_FILE
 from retemper.engine.weights.checkpoint.manifest import read_manifest

@@ -18,7 +18,7 @@ from ...errors import UserError
 from ...files.hashing import hash_file
 from ...guards.background import run_in_background
 from ...parallel.process_group import Ranks
-from ...run_state import Run
+from ...run import Run
 from ..block_copy import OutputFile, WrittenFile, copy_files
 from ..checkpoint.manifest import MANIFEST_FILE
 from ..checkpoint.store import CheckpointStore, step_of
