@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import run_command
-from retemper.engine.tokenizer.document_frame import BOS_CHOICES
+from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.tools.preprocessing.formats import FORMATS
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.pipeline import preprocess

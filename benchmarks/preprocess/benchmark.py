@@ -19,8 +19,8 @@ import numpy as np
 from ...engine.data.indexed_dataset import IndexedDataset
 from ...engine.data.sidecar import Sidecar
 from ...engine.errors import UserError
-from ...engine.tokenizer.tokenizer import TokenizerHandle, load_tokenizer
 from ...tools.preprocessing.workers.pool import usable_cores
+from ...tools.tokenizer.handle import TokenizerHandle, load_tokenizer
 from . import limit as limit_program
 from . import peer as peer_program
 from .corpora import Corpus, beginning, describe, repeated

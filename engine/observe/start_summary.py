@@ -21,7 +21,7 @@ from ..optim.local import local_part
 from ..parallel import trainable
 from ..parallel.launcher import launcher_notes
 from ..run import Run
-from ..tokenizer.document_frame import frame_of_files
+from ..tokenizer.frame import frame_of_files
 from ..weights.checkpoint.assets import HfAssets
 from ..weights.checkpoint.resume_changes import describe_changes
 from ..weights.checkpoint.retention import describe_rule

@@ -22,7 +22,7 @@ import numpy as np
 
 from ...engine.data.index_format import dataset_prefix
 from ...engine.errors import UserError
-from ...engine.tokenizer.document_frame import describe_tokens
+from ...engine.tokenizer.frame import describe_tokens
 from .options import PreprocessOptions
 from .output.publishing import PreprocessReport, publish
 from .output.workspace import finished_results, open_workspace, remove_workspace

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 
 from ... import __version__
-from ...engine.tokenizer.document_frame import ids_of
+from ...engine.tokenizer.frame import ids_of
 from .chat.bos import ChatBos
 from .cleaning.cleaner import Cleaner
 from .cleaning.held_out import read_held_out

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import UserError
-from ...engine.tokenizer.document_frame import Token, TokenizerFrame, describe_tokens
 from ...engine.tokenizer.files import MODEL_CONFIG, read_config
-from ...engine.tokenizer.tokenizer import TokenizerHandle
+from ...engine.tokenizer.frame import Token, TokenizerFrame, describe_tokens
+from ..tokenizer.handle import TokenizerHandle
 from .options import PreprocessOptions
 
 DEFAULT_TOKENIZER = "Qwen/Qwen2-72B"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ....engine.data.index_format import dataset_prefix
 from ....engine.files.outputs import Use, require_separate
-from ....engine.tokenizer.files import companions, find_tokenizer_file
+from ...tokenizer.finding import companions, find_tokenizer_file
 from ..cleaning.held_out import held_out_files
 from ..dataset_files import REJECTS, dataset_files, refuse_existing_outputs
 from ..inputs.files import STDIN, InputFile, expand_inputs

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ....engine.data.sidecar import InputSource, Sidecar
 from ....engine.errors import UserError
-from ....engine.tokenizer.document_frame import ids_of, name_of
+from ....engine.tokenizer.frame import ids_of, name_of
 from ..dataset_writer import IndexedDatasetWriter
 from ..progress import ProgressReport
 from ..run_plan import RunPlan

@@ -12,7 +12,7 @@ from multiprocessing import forkserver
 from typing import Any
 
 from ....engine.errors import UserError
-from ....engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
+from ...tokenizer.handle import TokenizerHandle, TokenizerSpec
 from . import shared_tokenizer
 from .task_output import TaskResult
 from .tasks import Task

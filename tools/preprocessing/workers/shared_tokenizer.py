@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ....engine.errors import UserError
-from ....engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
+from ...tokenizer.handle import TokenizerHandle, TokenizerSpec
 
 _VARIABLE = "RETEMPER_PRELOADED_TOKENIZER"
 _loaded: tuple[TokenizerSpec, TokenizerHandle] | None = None

@@ -18,9 +18,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retemper.engine.errors import UserError
-from retemper.engine.tokenizer.document_frame import DocumentFrame
-from retemper.engine.tokenizer.fast import why_not_exact
-from retemper.engine.tokenizer.tokenizer import TokenizerHandle, load_tokenizer
+from retemper.tools.tokenizer.document_frame import DocumentFrame
+from retemper.tools.tokenizer.fast import why_not_exact
+from retemper.tools.tokenizer.handle import TokenizerHandle, load_tokenizer
 
 pytest.importorskip("fastokens", reason="the fast path is an optional package: pip install fastokens")
 

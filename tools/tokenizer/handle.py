@@ -17,36 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UserError
-from ..files.regular import read_regular
-from .backends import (
-    DOCUMENT_END,
-    MAX_ID,
-    FlatIds,
-    Reference,
-    SentencePieceReference,
-    TokenizersReference,
-    is_panic,
-    one_line,
-)
-from .classes import serving_note
-from .document_frame import DocumentFrame, TokenizerFrame, read_tokenizer_frame
+from ...engine.errors import UserError
+from ...engine.tokenizer.added_tokens import unlisted
+from ...engine.tokenizer.backends import FlatIds, TokenizersReference, is_panic, one_line
+from ...engine.tokenizer.files import tokenizer_kind
+from ...engine.tokenizer.frame import TokenizerFrame, read_tokenizer_frame
+from ...engine.tokenizer.reference import open_reference
+from ...engine.tokenizer.tiktoken_reference import TiktokenReference
+from .document_frame import DocumentFrame
 from .fast import FastEncoder, NotFast
-from .files import CONFIG_FILES, TOKENIZER_FILE, find_tokenizer_file, tokenizer_kind, tokenizer_sha256
-from .neighbours import require_agreement, unlisted
-from .tiktoken_reference import TiktokenReference
-
-__all__ = [
-    "BACKENDS",
-    "CONFIG_FILES",
-    "DOCUMENT_END",
-    "TOKENIZER_FILE",
-    "TokenizerHandle",
-    "TokenizerSpec",
-    "load_prompt_tokenizer",
-    "load_reference",
-    "load_tokenizer",
-]
+from .finding import find_tokenizer_file
+from .serving_check import serving_note
 
 BACKENDS = ("auto", "reference")
 """``auto``: the fast path if an exact one exists; ``reference``: always the library of the format."""
@@ -101,25 +82,11 @@ class TokenizerHandle:
         self.name = name
         self.file = file
         self.kind = tokenizer_kind(file)
-        try:
-            content = read_regular(file)
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-        description = self._description()
-        self.sha256 = tokenizer_sha256(content, description)
-        """SHA-256 in hexadecimal of the file, and for a .tiktoken also of the JSON file that describes it."""
         self._allow_special_tokens = allow_special_tokens
         self._backend = backend
-        self._reference = load_reference(name, file, content, description, allow_special_tokens)
-        if isinstance(self._reference, TokenizersReference):
-            require_agreement(file, self._reference.id_of)
+        self._reference, self.sha256 = open_reference(name, file, allow_special_tokens)
         self.vocab_size = self._reference.vocab_size
         """Upper bound of the ids (exclusive), including those of added tokens and those after gaps in the numbering."""
-        if self.vocab_size > MAX_ID + 1:
-            raise UserError(
-                f"{file}: has a token of id {self.vocab_size - 1:,}, but datasets hold ids up to {MAX_ID:,}; renumber "
-                "its tokens, or use another tokenizer"
-            )
         self.fast_path_failures = 0
         """Number of batches on which the fast path failed. The reference encoded them instead: slower, with the same
         ids."""
@@ -143,7 +110,7 @@ class TokenizerHandle:
 
     @property
     def fingerprint(self) -> str:
-        """Return a fingerprint that is independent of the file's bytes; see :mod:`tokenizer_fingerprint`.
+        """Return a fingerprint that does not depend on the file's bytes (engine/tokenizer/fingerprint.py).
 
         Takes a tenth of a second for a vocabulary of 150,000."""
         return self._reference.fingerprint()
@@ -171,7 +138,7 @@ class TokenizerHandle:
     def serving_note(self) -> str | None:
         """Return how the ids of transformers differ from ours when the model is served; None if they do not.
 
-        Takes seconds unless the files show that they are the same; see :mod:`~.classes`."""
+        Takes seconds unless the files show that they are the same; see :mod:`~.serving_check`."""
         if self.kind == "tiktoken":  # transformers does not read such files
             return None
         library = self._reference.library_tokenizer if isinstance(self._reference, TokenizersReference) else None
@@ -313,14 +280,6 @@ class TokenizerHandle:
         special_tokens = self._reference.special_tokens if isinstance(self._reference, TiktokenReference) else None
         return read_tokenizer_frame(self.file, special_tokens, model_config)
 
-    def _description(self) -> bytes | None:
-        """Return the content of the JSON file next to a .tiktoken, if there is one."""
-        beside = self.file.with_suffix(".json")
-        try:
-            return read_regular(beside) if self.kind == "tiktoken" and beside.exists() else None
-        except OSError as error:
-            raise UserError(f"{beside}: cannot be read: {error.strerror}") from error
-
     def _fast_path(self) -> FastEncoder | None:
         """Return the fast encoder, loaded at the first call; None if the reference is used."""
         if not self._fast_is_settled:
@@ -366,34 +325,6 @@ def load_tokenizer(
     """
     text = os.fspath(name)
     return TokenizerHandle(text, find_tokenizer_file(text), allow_special_tokens=allow_special_tokens, backend=backend)
-
-
-def load_reference(
-    name: str, file: Path, content: bytes, description: bytes | None, allow_special_tokens: bool = False
-) -> Reference:
-    """Load the tokenizer with the library of the format of ``file``.
-
-    Args:
-        name: for messages.
-        file: its suffix determines the format; files next to it may be read.
-        content: of ``file``.
-        description: content of the JSON file next to a .tiktoken, if there is one.
-        allow_special_tokens: see :class:`TokenizerHandle`.
-
-    Raises:
-        UserError: as :class:`TokenizerHandle`.
-    """
-    kind = tokenizer_kind(file)
-    if kind == "tiktoken":
-        return TiktokenReference(name, file, content, description, allow_special_tokens)
-    if kind == "tokenizer.json":
-        return TokenizersReference(name, file, content, allow_special_tokens)
-    if allow_special_tokens:
-        raise UserError(
-            f"{name}: --allow-special-tokens does not apply to a sentencepiece model, which never makes control pieces "
-            "from text; leave it out, or use the model's tokenizer.json"
-        )
-    return SentencePieceReference(name, file, content)
 
 
 def load_prompt_tokenizer(name: str | os.PathLike[str]) -> TokenizerHandle:

@@ -24,9 +24,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retemper.engine.data.index_format import best_dtype
 from retemper.engine.errors import UserError
-from retemper.engine.tokenizer.document_frame import DocumentFrame
-from retemper.engine.tokenizer.tokenizer import TokenizerHandle, load_tokenizer
 from retemper.engine.weights.checkpoint.assets import HfAssets
+from retemper.tools.tokenizer.document_frame import DocumentFrame
+from retemper.tools.tokenizer.handle import TokenizerHandle, load_tokenizer
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="an optional package: pip install sentencepiece")
 tiktoken = pytest.importorskip("tiktoken", reason="an optional package: pip install tiktoken")

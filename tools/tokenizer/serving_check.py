@@ -17,11 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .backends import one_line
+from ...engine.tokenizer.auto_class import declared_class, loaded_class
+from ...engine.tokenizer.backends import one_line
+from ...engine.tokenizer.files import CONFIG_FILES, MODEL_CONFIG, SENTENCEPIECE_FILE, TOKENIZER_FILE, read_config
+from ...engine.tokenizer.json_file import deterministic
+from ...engine.tokenizer.probes import EDGES, PROBES
 from .fast import EXACT, rule_steps
-from .files import CONFIG_FILES, MODEL_CONFIG, SENTENCEPIECE_FILE, TOKENIZER_FILE, read_config
-from .json_file import deterministic
-from .probes import EDGES, PROBES
 
 _SHOWN_IDS = 6
 _WORD_START = "\u2581"
@@ -104,29 +105,8 @@ def built_alike(folder: Path, tokenizer: Any) -> bool:
     if "fast_tokenizer_files" in config or (folder / "tekken.json").exists():
         return False  # transformers may use another file than tokenizer.json
     # The declared class too: older versions of transformers use it for every model type.
-    names = {loaded_class(config, model_config), _declared_class(config, model_config)}
+    names = {loaded_class(config, model_config), declared_class(config, model_config)}
     return all(_builds(name, config, tokenizer) for name in names)
-
-
-def loaded_class(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str:
-    """Return the name of the class that ``AutoTokenizer`` chooses, without the suffix ``Fast``.
-
-    It is the declared class, except for some model types.
-
-    Args:
-        config: content of tokenizer_config.json, empty where there is none.
-        model_config: content of config.json, likewise.
-    """
-    model_type = str(model_config.get("model_type"))
-    return _OF_MODEL_TYPE[model_type] if model_type in _FIXED_CLASS else _declared_class(config, model_config)
-
-
-def _declared_class(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str:
-    """Return the class that a folder declares, or the default of its model type."""
-    model_type = str(model_config.get("model_type") or "")
-    declared = config.get("tokenizer_class") or model_config.get("tokenizer_class")
-    name = declared or _OF_MODEL_TYPE.get(model_type, model_type and "unknown") or "TokenizersBackend"
-    return str(name).removesuffix("Fast")
 
 
 def _builds(name: str, config: Mapping[str, Any], tokenizer: Any) -> bool:
@@ -199,20 +179,6 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Rules]] = {
     "GemmaTokenizer": _gemma,
 }
 """Rules that classes build from tokenizer_config.json. Tests compare each with the class of transformers."""
-_ALWAYS_PLAIN = ("mistral", "mixtral", "granite", "olmo2", "olmo3", "glm4", "glm4_moe")
-_OF_MODEL_TYPE = {
-    **dict.fromkeys(("llama", *_ALWAYS_PLAIN), "TokenizersBackend"),
-    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next"), "Qwen2Tokenizer"),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"), "Qwen3_5Tokenizer"),
-    **dict.fromkeys(("gpt2", "phi", "opt", "gptj", "starcoder2", "hyperclovax_vision_v2"), "GPT2Tokenizer"),
-    **dict.fromkeys(("gpt_neox", "olmo", "olmoe", "mamba"), "GPTNeoXTokenizer"),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
-}
-"""The class of a folder that declares none, by model type."""
-_FIXED_CLASS = frozenset(
-    {*_ALWAYS_PLAIN, "qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "hyperclovax_vision_v2"}
-)
-"""Model types for which transformers uses the class above, whatever the folder declares."""
 
 
 def _difference(file: Path, text: str, ours: list[int], theirs: list[int], tokenizer: Any) -> str:

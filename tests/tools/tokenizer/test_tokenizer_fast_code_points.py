@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from retemper.engine.tokenizer.fast import EXACT
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
+from retemper.tools.tokenizer.fast import EXACT
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 pytest.importorskip("fastokens", reason="the fast path is an optional package: pip install fastokens")
 

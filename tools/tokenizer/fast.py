@@ -2,7 +2,7 @@
 
 It is an optional package (``pip install fastokens``), and used only for the configurations in :data:`EXACT`. These were
 compared with ``tokenizers`` over every code point, alone and next to letters, digits, spaces and punctuation, and
-fuzzed. tests/tokenizer/test_tokenizer_fast_code_points.py repeats the comparison. fastokens also accepts other
+fuzzed. tests/tools/tokenizer/test_tokenizer_fast_code_points.py repeats the comparison. fastokens also accepts other
 configurations, but gives other ids for some: ``add_prefix_space``, word classes in regular expressions, or
 sentencepiece models, where a literal ``<s>`` becomes the control token. A sample of text need not reveal this, so
 configurations not listed are encoded by the reference.
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .backends import FlatIds, is_panic, one_line
+from ...engine.tokenizer.backends import FlatIds, is_panic, one_line
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]

@@ -1,18 +1,14 @@
-"""Determine the tokens around a document's text: the BOS before it, and the tokens that end it.
+"""Determine the tokens that a tokenizer adds to a text: the BOS before it, and the tokens after it.
 
-``tokenizer_frame`` reads from a tokenizer's files which tokens it adds to a text. The rules are those of transformers
-5,
-``tokenizer(text)``:
+The rules are those of ``tokenizer(text)`` in transformers 5:
 
 - tokenizer.json: its post-processor decides; add_bos_token and add_eos_token of tokenizer_config.json are ignored. Two
   tokenizer classes of transformers replace the post-processor (``_OWN_RULES``); for the class in use see
-  :func:`~.classes.loaded_class`.
+  :func:`~.auto_class.loaded_class`.
 - a sentencepiece model: add_bos_token and add_eos_token of tokenizer_config.json decide; without them nothing is added.
 - tiktoken files: nothing is added.
 
-``DocumentFrame`` applies this to a dataset. preprocess adds the frame to ids that were encoded without special tokens.
-So the fast and the reference encoder, long texts in pieces and batches all give the same result. Chat templates are not
-handled here.
+Chat templates are not handled here.
 """
 
 from __future__ import annotations
@@ -25,14 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import orjson
 
 from ..errors import UserError
 from ..files.regular import read_regular
-from .backends import FlatIds
-from .classes import loaded_class
+from .auto_class import loaded_class
 from .files import (
     CONFIG_FILES,
     MODEL_CONFIG,
@@ -54,8 +47,6 @@ _OWN_RULES = ("GPTNeoXTokenizer", "CodeLlamaTokenizer")
 """Classes of transformers 5.23 that ignore the post-processor of tokenizer.json: GPT-NeoX adds nothing, CodeLlama the
 BOS. tests/tokenizer/test_document_frame.py compares every class with transformers."""
 _PART_BYTES = 1 << 20
-_LONG_DOCUMENT = 500
-"""Mean number of ids from which copying documents one by one is faster than using a mask."""
 
 
 @dataclass(frozen=True)
@@ -85,76 +76,6 @@ class TokenizerFrame:
                 "bos_token_id in config.json); add one of these to the tokenizer's folder, or use --bos no"
             )
         return (self.bos,)
-
-
-@dataclass(frozen=True)
-class DocumentFrame:
-    """Ids before and after every document. Small and picklable."""
-
-    prefix: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
-
-    def missing_prefix(self, first_ids: npt.NDArray[np.integer]) -> tuple[int, ...]:
-        """Return the ids to put in front of a document that begins with ``first_ids``: none if it already has the
-        prefix.
-        """
-        size = len(self.prefix)
-        return () if tuple(first_ids[:size].tolist()) == self.prefix else self.prefix
-
-    def missing_suffix(self, last_ids: npt.NDArray[np.integer]) -> tuple[int, ...]:
-        """Return the ids to put behind a document that ends with ``last_ids``."""
-        size = len(self.suffix)
-        return () if size == 0 or tuple(last_ids[-size:].tolist()) == self.suffix else self.suffix
-
-    def around(self, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> FlatIds:
-        """Return the documents ``ids`` [T] of ``lengths`` [documents] with the frame around each, writable.
-
-        A document whose text already begins with the prefix, or ends with the suffix, does not get it twice. A document
-        without ids stays empty: length 0. Costs 1 to 4 % of the time that encoding the documents took.
-        """
-        if not len(ids) or not (self.prefix or self.suffix):
-            return np.require(ids, requirements="W"), lengths
-        filled = lengths > 0
-        sizes = lengths[filled]
-        ends = np.cumsum(sizes)
-        starts = ends - sizes
-        front = len(self.prefix) * ~_holds(ids, starts, sizes, self.prefix)
-        behind = len(self.suffix) * ~_holds(ids, ends - len(self.suffix), sizes, self.suffix)
-        added = front + behind
-        shifts = np.cumsum(added) - behind
-        bodies = starts + shifts  # beginnings of the documents' own ids
-        out = np.empty(len(ids) + int(added.sum()), np.int32)
-        own = np.ones(len(out), np.bool_)
-        for tokens, first in (
-            (self.prefix, bodies[front > 0] - len(self.prefix)),
-            (self.suffix, (bodies + sizes)[behind > 0]),
-        ):
-            for index, token in enumerate(tokens):
-                out[first + index] = token
-                own[first + index] = False
-        if len(ids) < _LONG_DOCUMENT * len(ends):
-            out[own] = ids
-        else:
-            for start, size, body in zip(starts.tolist(), sizes.tolist(), bodies.tolist(), strict=True):
-                out[body : body + size] = ids[start : start + size]
-        lengths = lengths.copy()
-        lengths[filled] += added
-        return out, lengths
-
-
-def _holds(
-    ids: npt.NDArray[np.int32],
-    places: npt.NDArray[np.int64],
-    sizes: npt.NDArray[np.int64],
-    tokens: tuple[int, ...],
-) -> npt.NDArray[np.bool_]:
-    """Return whether ``tokens`` are at ``places`` [documents] of ``ids``, within documents of ``sizes``."""
-    if len(tokens) == 1:  # no document is shorter
-        return ids[places] == tokens[0]
-    found = sizes >= len(tokens)
-    for index, token in enumerate(tokens):
-        found &= ids[np.where(found, places + index, 0)] == token
-    return found
 
 
 def ids_of(tokens: tuple[Token, ...]) -> tuple[int, ...]:

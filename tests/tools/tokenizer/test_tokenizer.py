@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from retemper.engine.errors import UserError
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 TEXTS = [sample_text(seed, 20) for seed in range(5)] + ["", "a<|endoftext|>b<|im_end|>", "naïve\u2028🙂\0"]
 
@@ -144,7 +144,7 @@ def test_a_download_that_breaks_off_is_a_line(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("Data processing error: incomplete message")  # as of Xet's storage
 
-    monkeypatch.setattr("retemper.engine.tokenizer.files._require_hub", lambda name: None)
+    monkeypatch.setattr("retemper.tools.tokenizer.finding._require_hub", lambda name: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(UserError, match=r"^acme/other: the Hub gave no tokenizer: .*incomplete message; name a folder"):
         load_tokenizer("acme/other")

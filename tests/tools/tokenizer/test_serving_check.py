@@ -12,10 +12,10 @@ import pytest
 from oracles.tiny_tokenizer import sample_text, train_tiny_sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from retemper.engine.tokenizer import classes as tokenizer_classes
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.pipeline import preprocess
+from retemper.tools.tokenizer import serving_check
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 TEXTS = [
@@ -160,7 +160,7 @@ def test_ordinary_tokenizers_do_not_import_transformers(case, trained, tmp_path,
     kind, normalizer, pre_tokenizer, config, model_config = ALIKE[case]
     folder = write(tmp_path / "tk", trained[kind], normalizer, pre_tokenizer, config, **model_config)
     assert served_alike(folder)
-    monkeypatch.setattr(tokenizer_classes, "auto_tokenizer", lambda folder: pytest.fail("loaded"))
+    monkeypatch.setattr(serving_check, "auto_tokenizer", lambda folder: pytest.fail("loaded"))
     assert load_tokenizer(folder).serving_note() is None
 
 
@@ -173,7 +173,7 @@ def test_rules_of_the_model_that_a_class_replaces_are_compared(key, value, train
     content["model"][key] = value
     folder = write(tmp_path / "tk", json.dumps(content), NFC, split(QWEN2), QWEN)
     asked = []
-    monkeypatch.setattr(tokenizer_classes, "auto_tokenizer", lambda folder: asked.append(folder) or "not here")
+    monkeypatch.setattr(serving_check, "auto_tokenizer", lambda folder: asked.append(folder) or "not here")
     assert load_tokenizer(folder).serving_note() is None and asked == [folder]
 
 
@@ -223,7 +223,7 @@ def test_preprocess_says_it_once(trained, tmp_path, capsys):
 def test_transformers_is_not_imported(trained, tmp_path):
     folder = write(tmp_path / "tk", trained["bytes"], NFC, split(QWEN2), QWEN, model_type="qwen2")
     code = (
-        "import sys; from retemper.engine.tokenizer.tokenizer import load_tokenizer\n"
+        "import sys; from retemper.tools.tokenizer.handle import load_tokenizer\n"
         f"assert load_tokenizer({str(folder)!r}).serving_note() is None\n"
         "assert not {'transformers', 'torch'} & set(sys.modules)"
     )
