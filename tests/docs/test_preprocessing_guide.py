@@ -1,4 +1,4 @@
-"""docs/preprocessing.md runs as it stands: every ``bash`` block in order, in an empty folder, and prints what it says."""
+"""Every ``bash`` block of docs/preprocessing.md runs, in order, in an empty folder, and prints what the page shows."""
 
 from __future__ import annotations
 

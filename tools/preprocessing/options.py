@@ -198,7 +198,7 @@ _NOT_CONTENTS = frozenset(
 
 
 def task_key(span_facts: Sequence[Mapping[str, Any]], contents: Mapping[str, Any]) -> str:
-    """The name of a task's shard: a hash of what decides its contents.
+    """The name of a task's output: a hash of what decides its contents.
 
     Args:
         span_facts: path, size, time and range of each span.
@@ -209,7 +209,7 @@ def task_key(span_facts: Sequence[Mapping[str, Any]], contents: Mapping[str, Any
 
 
 def contents_of(options: PreprocessOptions, **others: str | int | None) -> dict[str, Any]:
-    """Everything besides the input that decides what the shards of a run hold; what is decided later is left out, and
+    """Everything besides the input that decides what the outputs of a run hold; what is decided later is left out, and
     what only decides whether a fault ends the run.
 
     Args:

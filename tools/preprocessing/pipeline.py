@@ -2,8 +2,8 @@
 
     options.py     what was asked            run_setup.py            which files, which tokenizer
     run_plan.py    cut into tasks            readers/, texts.py      records, and their texts
-    pool.py        worker processes          worker.py, cleaning.py  task -> shard
-    workspace.py   restart after a kill      publishing.py           shards -> datasets, sidecars
+    pool.py        worker processes          worker.py, cleaning.py  task -> output
+    workspace.py   restart after a kill      publishing.py           outputs -> datasets, sidecars
 
 The datasets' bytes depend on the input, the tokenizer and the options that concern documents, and not on the number of
 workers or the size of tasks. Nothing stands under a final name before all of it is complete.
@@ -23,9 +23,9 @@ import numpy as np
 from ...engine.data.index_format import dataset_prefix
 from ...engine.errors import UserError
 from ...engine.tokenizer.document_frame import describe_tokens
+from .dataset.publishing import PreprocessReport, publish
+from .dataset.workspace import finished_results, open_workspace, remove_workspace
 from .options import PreprocessOptions
-from .output.publishing import PreprocessReport, publish
-from .output.workspace import finished_results, open_workspace, remove_workspace
 from .progress import ProgressReport
 from .run_plan import RunPlan
 from .run_setup import RunSetup
@@ -60,7 +60,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
 
 
 def _tokenize_exactly(setup: RunSetup, work: Path) -> tuple[RunPlan, list[TaskResult]]:
-    """Make all shards, by the reference tokenizer where the fast one turns out to differ from it."""
+    """Make all outputs, by the reference tokenizer where the fast one turns out to differ from it."""
     plan = RunPlan(setup, work)
     try:
         return plan, tokenize(plan)
@@ -71,7 +71,7 @@ def _tokenize_exactly(setup: RunSetup, work: Path) -> tuple[RunPlan, list[TaskRe
 
 
 def tokenize(plan: RunPlan) -> list[TaskResult]:
-    """Make the shards that are not there yet; return the results of all, in the order of the tasks."""
+    """Make the outputs that are not there yet; return the results of all, in the order of the tasks."""
     works_here = plan.setup.works_here
     results = finished_results(plan.work, plan.tasks, plan.refused)
     todo = [(task, key) for key, task in plan.tasks.items() if key not in results]

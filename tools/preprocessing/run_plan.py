@@ -1,4 +1,4 @@
-"""A run cut into tasks, each with the name of its shard, and what the workers need to know."""
+"""A run cut into tasks, each with the name of its output, and what the workers need to know."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...engine.tokenizer.document_frame import ids_of
 from .chat.bos import ChatBos
 from .cleaning.cleaner import Cleaner
 from .cleaning.held_out import read_held_out
-from .dedup.near import MinHasher
+from .dedup.minhash import MinHasher
 from .inputs.files import with_stdin_copied
 from .options import PreprocessOptions, contents_of, task_key
 from .records.errors import UNREADABLE
@@ -26,7 +26,7 @@ class RunPlan:
 
     Args:
         setup: of conversations, it is told here what they begin with.
-        work: folder of shards and temporary files.
+        work: folder of outputs and temporary files.
     """
 
     def __init__(self, setup: RunSetup, work: Path) -> None:
@@ -53,7 +53,7 @@ class RunPlan:
             minhash=_minhash_fingerprint(self.options),
         )
         self.tasks = {task_key([_facts(span) for span in task.spans], contents): task for task in tasks}
-        """By key of their shards."""
+        """By key of their outputs."""
 
     @property
     def settings(self) -> WorkerSettings:

@@ -11,10 +11,10 @@ from ...engine.tokenizer.document_frame import DocumentFrame, Token, TokenizerFr
 from ...engine.tokenizer.files import find_tokenizer_file
 from ...engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
 from .cleaning.held_out import held_out_files
+from .dataset.checks import output_prefixes, require_free, what_is_read
 from .dataset_writer import best_dtype
 from .inputs.files import expand_inputs
 from .options import PreprocessOptions
-from .output.checks import output_prefixes, require_free, what_is_read
 from .tokenizer_choice import check_vocabulary, choose_tokenizer, read_frame
 from .workers.pool import start_early
 from .workers.shared_tokenizer import use_one_thread

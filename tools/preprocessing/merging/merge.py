@@ -25,10 +25,10 @@ from ....engine.data.sidecar import InputSource, Sidecar, hash_file, require_sam
 from ....engine.errors import UserError
 from ....engine.files.outputs import Use
 from ....engine.tokenizer.fingerprint import same_tokenizer
+from ..dataset.checks import require_free
+from ..dataset.workspace import open_workspace
 from ..dataset_files import BIN, IDX, JSON, MASK, METADATA, existing_outputs
 from ..dataset_writer import FileArray, FileRange, IndexedDatasetWriter
-from ..output.checks import require_free
-from ..output.workspace import open_workspace
 from ..progress import ProgressReport
 
 _WITHIN_A_SHARD = ("dedup", "max_documents", "shuffle")

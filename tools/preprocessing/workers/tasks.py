@@ -17,7 +17,7 @@ from ..inputs.files import STDIN, InputFile
 _MAX_TASK_BYTES = 64 << 20
 _MIN_TASK_BYTES = 4 << 20
 _NUM_TASKS = 64
-"""Tasks of a middling corpus: the same for any number of workers, so that a restart with another finds its shards."""
+"""Tasks of a middling corpus: the same for any number of workers, so that a restart with another finds its outputs."""
 
 _MIN_TASKS_IN_SHARD = 4
 _REPAID_SHARE = 0.35

@@ -1,4 +1,4 @@
-"""From finished shards to datasets with their sidecars, published together, and the report of the run."""
+"""From finished outputs to datasets with their sidecars, published together, and the report of the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..dataset_writer import IndexedDatasetWriter
 from ..progress import ProgressReport
 from ..run_plan import RunPlan
 from ..run_setup import print_notes
-from ..workers.task_output import Shard, TaskResult
+from ..workers.task_output import TaskOutput, TaskResult
 from .assembly import Assembly, SourceTotals
 from .rejected_records import write_rejects
 from .workspace import remove_workspace
@@ -39,15 +39,15 @@ class PreprocessReport:
 
 
 def publish(plan: RunPlan, results: Sequence[TaskResult]) -> PreprocessReport:
-    """Make the datasets from the shards of ``results``, in the order of the plan's tasks.
+    """Make the datasets from the outputs of ``results``, in the order of the plan's tasks.
 
     Raises:
         UserError: there is no document. Of one shard of many that may be the truth.
     """
     _print_notes_of_readers([note for result in results for note in result.notes])
     prefix, options = plan.setup.prefix, plan.options
-    shards = [Shard(plan.work, key) for key in plan.tasks]
-    assembly = Assembly(shards, options, plan.work, len(options.input))
+    outputs = [TaskOutput(plan.work, key) for key in plan.tasks]
+    assembly = Assembly(outputs, options, plan.work, len(options.input))
     if options.shard_place is None and not any(result.documents for result in results):
         remove_workspace(plan.work)  # nothing in it to go on with
         raise UserError(_nothing_found(plan, results))
@@ -55,7 +55,7 @@ def publish(plan: RunPlan, results: Sequence[TaskResult]) -> PreprocessReport:
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(_writer(plan, each)) for each in prefixes]
         _write(plan, assembly, writers, results)
-        rejects = write_rejects(shards, prefix, plan.work)
+        rejects = write_rejects(outputs, prefix, plan.work)
     files = [f"{each}{end}" for each in prefixes for end in (".bin", ".idx", ".json", ".mask.bin", ".metadata.jsonl")]
     sidecars = {each: Sidecar.read(each) for each in prefixes}
     return PreprocessReport(
@@ -82,7 +82,7 @@ def _write(
     plan: RunPlan, assembly: Assembly, writers: Sequence[IndexedDatasetWriter], results: Sequence[TaskResult]
 ) -> None:
     """Fill the datasets, and prepare them for publication."""
-    size = sum(shard.tokens.stat().st_size for shard in assembly.shards)
+    size = sum(output.tokens.stat().st_size for output in assembly.outputs)
     with ProgressReport("writing", size) as progress:
         done = 0
 

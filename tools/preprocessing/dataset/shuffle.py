@@ -32,8 +32,6 @@ class ShuffledDocuments:
     """For each column int64[documents], bytes."""
     data: dict[str, memoryview]
     """For each column the documents' bytes end to end. Valid until the next documents are asked for."""
-    payload: npt.NDArray | None
-    """[documents], what was given to :meth:`ExternalShuffle.add`."""
 
 
 class ExternalShuffle:
@@ -66,7 +64,7 @@ class ExternalShuffle:
         self._bits = min(max(total_bytes // self._batch_bytes, 0).bit_length(), _MAX_BUCKET_BITS)
         self._key = mix64_of(seed + GOLDEN)
         self._num_documents = 0
-        self._record: np.dtype | None = None
+        self._record = np.dtype([("key", "<u8"), ("lengths", "<i8", (len(self._columns),))])
         self._waiting: list[tuple[np.ndarray, dict[str, npt.NDArray[np.uint8]]]] = []
         self._waiting_bytes = 0
 
@@ -83,7 +81,6 @@ class ExternalShuffle:
         lengths: Mapping[str, npt.NDArray[np.int64]],
         data: Mapping[str, FileRange | Buffer],
         keep: npt.NDArray[np.bool_] | None = None,
-        payload: npt.NDArray | None = None,
     ) -> None:
         """Take the next documents.
 
@@ -91,7 +88,6 @@ class ExternalShuffle:
             lengths: for each column int64[documents], bytes.
             data: for each column the bytes of all documents end to end; free to change afterwards.
             keep: bool[documents], those that are shuffled; None: all.
-            payload: [documents] of any dtype without objects, the same in each call: given back with the documents.
 
         Raises:
             ValueError: a column's data are not as long as its lengths say.
@@ -105,11 +101,9 @@ class ExternalShuffle:
         keys = self._keys(len(kept))
         order = np.argsort(self._bucket_of(keys), kind="stable")
         kept = kept[order]
-        records = np.empty(len(kept), self._record_type(payload))
+        records = np.empty(len(kept), self._record)
         records["key"] = keys[order]
         records["lengths"] = np.stack([lengths[name][kept] for name in self._columns], axis=1)
-        if payload is not None:
-            records["payload"] = payload[kept]
         starts = {name: (np.cumsum(lengths[name]) - lengths[name])[kept] for name in self._columns}
         for first, last, size in _batches(records, self._batch_bytes):
             # A document that is larger than memory stays a view of its file, and is written at once.
@@ -131,7 +125,6 @@ class ExternalShuffle:
             path = self._path(bucket, "records")
             if not path.exists():
                 continue
-            assert self._record is not None
             records = np.fromfile(path, self._record)
             order = np.argsort(records["key"])
             starts = (np.cumsum(records["lengths"], axis=0) - records["lengths"])[order]
@@ -145,8 +138,7 @@ class ExternalShuffle:
                     name: gather(views[i], starts[first:last, i], lengths[name], size <= self._batch_bytes).data
                     for i, name in enumerate(self._columns)
                 }
-                payload = rows["payload"].copy() if "payload" in (records.dtype.names or ()) else None
-                yield ShuffledDocuments(lengths, data, payload)
+                yield ShuffledDocuments(lengths, data)
                 del data
             del views
             for used in (path, *parts):
@@ -161,16 +153,6 @@ class ExternalShuffle:
     def _bucket_of(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         # In two steps, because one of 64 bits is none.
         return (keys >> np.uint64(1)) >> np.uint64(63 - self._bits)
-
-    def _record_type(self, payload: npt.NDArray | None) -> np.dtype:
-        """What is kept of a document beside its bytes."""
-        fields: list[tuple] = [("key", "<u8"), ("lengths", "<i8", (len(self._columns),))]
-        if payload is not None:
-            fields.append(("payload", payload.dtype, payload.shape[1:]))
-        record = np.dtype(fields)
-        assert self._record is None or record == self._record, "payloads of one dtype, in all calls or in none"
-        self._record = record
-        return record
 
     def _path(self, bucket: int, column: str) -> Path:
         return self._folder / f"{bucket:05d}.{column}"

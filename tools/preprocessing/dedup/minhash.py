@@ -1,17 +1,14 @@
-"""Near-duplicates: documents that share most of their word n-grams, found by MinHash and locality-sensitive hashing.
+"""MinHash signatures of texts, cut into bands that near-duplicates share.
 
-A document's signature estimates the Jaccard similarity of its set of n-grams (shingles.py) to others' (Broder, "On the
-Resemblance and Containment of Documents", 1997). It is cut into bands of some rows; documents that agree in a band are
-taken for near-duplicates (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", 3.4), without a second look,
-and so are documents that are linked by others. Of each such cluster the first document in input order is kept.
+A signature estimates the Jaccard similarity of two documents' sets of word n-grams (ngrams.py; Broder, "On the
+Resemblance and Containment of Documents", 1997). It is cut into bands of some rows; two documents are near-duplicates
+if they agree in a whole band (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", 3.4).
 """
 
 from __future__ import annotations
 
 import itertools
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +17,7 @@ import numpy.typing as npt
 from ....engine.errors import UserError
 from ..hashing import GOLDEN, mix64
 from ..ngrams import BLOCK, VERSION, LongUnits, Units, units_of
-from .key_groups import GrowingArray, KeyGroups, Pairs
 
-MAX_DOCUMENTS = 2**32
 _RENSA_ALGORITHM = 2
 _STEPS = 1000
 
@@ -128,85 +123,6 @@ def choose_bands(threshold: float, num_permutations: int) -> tuple[int, int]:
             if (error := (false_positive + false_negative) / 2) < best:
                 best, choice = error, (bands, rows)
     return choice
-
-
-def near_duplicates(
-    bands: Iterable[npt.NDArray[np.uint64]], folder: Path, memory_bytes: int = 256 << 20
-) -> Iterator[npt.NDArray[np.bool_]]:
-    """Say which documents are the first ones of their clusters.
-
-    Documents that share a band are in one cluster, and so are all that are linked in this way. All bands are read
-    before the first answer comes. Memory is bounded by about ``memory_bytes``, one array and 4 bytes for each document
-    in a mapped file; the disk takes another 16 bytes for each band of each document when they do not fit.
-
-    Comes before filters that drop documents by count: where the first of a cluster is dropped all of it is gone.
-
-    Args:
-        bands: arrays uint64[n, bands], in input order; zeros agree with nothing.
-        folder: where a folder for temporary files is made, which is removed at the end of the iteration.
-        memory_bytes: bound of what is sorted at once; it makes no difference to the result.
-
-    Yields:
-        For each array of ``bands`` bool[n].
-
-    Raises:
-        UserError: there are more than 2^32 documents.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="near-dedup.", dir=folder) as scratch:
-        parents = GrowingArray(Path(scratch) / "parents", np.uint32)
-        groups = KeyGroups(Path(scratch) / "keys", 1, memory_bytes)
-
-        def link(pairs: Iterator[Pairs]) -> None:
-            for earlier, later in pairs:
-                if len(later):
-                    unite(parents.map(), earlier, later)
-
-        sizes = []
-        total = 0
-        for part in bands:
-            stop = total + len(part)
-            if stop > MAX_DOCUMENTS:
-                raise UserError(f"--dedup minhash: more than {MAX_DOCUMENTS:,} documents; preprocess them in parts")
-            parents.append(np.arange(total, stop, dtype=np.uint32))
-            for number in range(part.shape[1]):
-                rows = np.flatnonzero(part[:, number])
-                # A band agrees with the same band of others only.
-                keys = mix64(part[rows, number] + np.uint64(number * GOLDEN % 2**64))
-                link(groups.add(keys[:, None], total + rows))
-            sizes.append(len(part))
-            total = stop
-        link(groups.end())
-        answers = parents.map()
-        total = 0
-        for size in sizes:
-            yield answers[total : total + size] == np.arange(total, total + size)
-            total += size
-
-
-def unite(parents: npt.NDArray[np.uint32], earlier: npt.NDArray[np.int64], later: npt.NDArray[np.int64]) -> None:
-    """Join sets of documents pair by pair, all pairs at once, so that the root of each set is its smallest document.
-
-    ``parents`` [documents] is a forest in which each document's parent is itself, a root, or a smaller one. In each
-    round the greater root of a pair is hung below the smallest root that it is paired with; it ends when each pair has
-    one root (as in Shiloach and Vishkin, "An O(log n) Parallel Connectivity Algorithm", 1982).
-    """
-    ends = np.stack([earlier, later])
-    while ends.size:
-        roots = _find_roots(parents, ends)
-        differ = roots[0] != roots[1]
-        ends = np.sort(roots[:, differ], axis=0)
-        np.minimum.at(parents, ends[1], ends[0].astype(np.uint32))
-
-
-def _find_roots(parents: npt.NDArray[np.uint32], documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Roots of ``documents``, of any shape, which are hung directly below them."""
-    while True:
-        roots = parents[parents[documents]]
-        if np.array_equal(roots, parents[documents]):
-            return roots.astype(np.int64)
-        # What hangs below these is brought nearer too, so that a path halves in each round.
-        parents[documents] = roots
 
 
 def _load_rensa() -> Any:
