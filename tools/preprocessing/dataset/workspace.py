@@ -1,4 +1,4 @@
-"""The hidden work folder of a run, next to its dataset: outputs of finished tasks, for a restart, and temporary files."""
+"""The hidden work folder of a run, next to its dataset: finished outputs, for a restart, and temporary files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def workspace_folder(prefix: str) -> Path:
 
 @contextmanager
 def open_workspace(prefix: str) -> Iterator[Path]:
-    """Create and lock the work folder of the dataset ``prefix``; remove it at the end unless a finished output is in it.
+    """Create and lock the work folder of the dataset ``prefix``; remove it at the end if no finished output is in it.
 
     Raises:
         UserError: it cannot be written, or another run uses it.
