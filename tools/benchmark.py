@@ -24,7 +24,7 @@ from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RunConfig, to_dict
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report
-from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout
 
@@ -107,20 +107,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measure(config: RunConfig, path: Path | None, settings: BenchmarkOptions, record: dict[str, Any]) -> None:
     # Everything that needs PyTorch is imported before any rank waits for another.
-    with uncollected():
+    with without_gc():
         from retemper.benchmarks.step.machine import step_machine_facts
         from retemper.benchmarks.step.measure import measure_step
         from retemper.benchmarks.step.report import format_report, to_record
         from retemper.engine.parallel.process_group import process_group
 
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
-        ranks.everywhere(lambda: check_layout(config, ranks.world_size))
+        ranks.run_on_all(lambda: check_layout(config, ranks.world_size))
         machine = step_machine_facts()  # before this command puts load on the machine
         found = measure_step(config, settings, ranks)
         if ranks.is_main:
             print(format_report(found, machine))
         record |= {"machine": machine, "config": to_dict(config), "result": to_record(found)}
-        ranks.on_main(lambda: _write(path, record))
+        ranks.run_on_rank0(lambda: _write(path, record))
 
 
 def _sweep(
@@ -130,7 +130,7 @@ def _sweep(
     run_arguments: list[str],
     record: dict[str, Any],
 ) -> None:
-    if read_launcher().announced:
+    if read_launcher().launched:
         raise UserError("--sweep: starts processes itself; leave out torchrun and name it with --launch 'torchrun ...'")
     combinations = parse_sweep(options.sweep, config)
     command = [*(shlex.split(options.launch) or [sys.executable]), str(Path(__file__).resolve()), *run_arguments]

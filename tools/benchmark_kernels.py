@@ -17,7 +17,7 @@ from pathlib import Path
 from retemper.benchmarks.kernel.names import KERNELS
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.files.outputs import require_report
-from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.guards.garbage_collection import without_gc
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         raise UserError(f"--kernels {','.join(unknown)}: there are {', '.join(KERNELS)}")
     command = shlex.join(["python", "tools/benchmark_kernels.py", *(sys.argv[1:] if arguments is None else arguments)])
-    with uncollected():
+    with without_gc():
         from retemper.benchmarks.kernel.command import benchmark
 
     benchmark(options, command)

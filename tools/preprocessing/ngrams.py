@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.data.splitmix import GOLDEN, mix64
 from .cleaning.normalization import PieceNormalizer
-from .hashing import GOLDEN, mix64
 
 WORD = 4
 """Weight of a word; that of a Han or kana character is 2, that of a Thai character 1."""

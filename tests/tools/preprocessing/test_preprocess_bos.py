@@ -290,9 +290,9 @@ class TestTraining:
             config = DataConfig([SourceConfig(str(tmp_path / name))], packing=packing, shuffle=shuffle)
             (source,) = open_catalog(config, self.PLAN, 100, None, 7).train
             source = replace(source, name="same", layout=source.layout)
-            windows = [source.window(index, 100) for index in range(source.num_windows)]
+            chunks = [source.chunk(index, 100) for index in range(source.num_chunks)]
             for across in (False, True):
-                batch = pack(windows, 16, across)
+                batch = pack(chunks, 16, across)
                 pairs[name, across] = [
                     (a, b)
                     for a, b in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True)

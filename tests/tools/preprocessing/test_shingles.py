@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from oracles.word_ngrams import kind_of, ngrams_of, shingles_of
 
+from retemper.engine.data.splitmix import mix64, mix64_of
 from retemper.tools.preprocessing import ngrams
 from retemper.tools.preprocessing.cleaning import decontamination
 from retemper.tools.preprocessing.dedup import minhash
-from retemper.tools.preprocessing.hashing import mix64, mix64_of
 from retemper.tools.preprocessing.ngrams import LongUnits, Units, units_of
 
 ALPHABETS = {

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ....engine.data.splitmix import GOLDEN, mix64, mix64_of
 from ..dataset_writer import FileRange
-from ..hashing import GOLDEN, mix64, mix64_of
 
 Buffer = bytes | memoryview | npt.NDArray
 

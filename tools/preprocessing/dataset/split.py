@@ -15,8 +15,8 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
+from ....engine.data.splitmix import mix64
 from ....engine.errors import UserError
-from ..hashing import mix64
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _MAX_NAMES = 127  # sides are int8

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Set
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ....engine.data.sidecar import hash_file
 from ....engine.errors import UserError
-from ....engine.files.outputs import open_lock, require_own_folder
+from ....engine.files.hashing import hash_file
+from ....engine.files.lock import exclusive_lock
+from ....engine.files.outputs import require_own_folder
 from ..workers.task_output import TaskOutput, TaskResult
 
 _LOCK = "lock"
@@ -31,22 +31,15 @@ def open_workspace(prefix: str) -> Iterator[Path]:
         UserError: it cannot be written, or another run uses it.
     """
     work = workspace_folder(prefix)
-    folder = work.parent
+    folder, stack = work.parent, ExitStack()
+    busy = "is writing this dataset; wait for it, or choose another --output-prefix"
     try:
         require_own_folder(work, _LOCK, f"--output-prefix {prefix}")
         work.mkdir(parents=True, exist_ok=True)
-        lock = os.fdopen(open_lock(work / _LOCK), "r+")
+        stack.enter_context(exclusive_lock(work / _LOCK, lambda holder: f"{prefix}: {holder} {busy}"))
     except OSError as error:
         raise UserError(f"{folder}: cannot write there: {error.strerror}; name another --output-prefix") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{prefix}: another run is writing this dataset; wait for it, or choose another --output-prefix"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+    with stack:
         _clear_temporaries(work)
         try:
             yield work

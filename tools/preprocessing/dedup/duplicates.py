@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ....engine.data.splitmix import GOLDEN, mix64
 from ....engine.errors import UserError
-from ..hashing import GOLDEN, mix64
 from .key_groups import GrowingArray, KeyGroups
 
 MAX_DOCUMENTS = 2**32

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ....engine.data.splitmix import GOLDEN, mix64
 from ....engine.errors import UserError
-from ..hashing import GOLDEN, mix64
 from ..ngrams import BLOCK, VERSION, LongUnits, Units, units_of
 
 _RENSA_ALGORITHM = 2

@@ -1,7 +1,7 @@
 """Which files a corpus is: ``--input FILE|DIR|GLOB|- ...`` expanded to a checked, ordered list.
 
 The order of documents in the dataset is the order of this list: the arguments in the order given, and within a folder
-or a pattern by path. A file that is named twice is refused, since repeating data is a decision for the blend.
+or a pattern by path. A file that is named twice is refused, since repeating data is a decision for the mixture.
 """
 
 from __future__ import annotations

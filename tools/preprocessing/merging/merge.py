@@ -21,8 +21,9 @@ import xxhash
 
 from ....engine.data.index_format import HEADER, dataset_prefix
 from ....engine.data.indexed_dataset import IndexedDataset
-from ....engine.data.sidecar import InputSource, Sidecar, hash_file, require_same_dataset
+from ....engine.data.sidecar import InputSource, Sidecar, require_same_dataset
 from ....engine.errors import UserError
+from ....engine.files.hashing import hash_file
 from ....engine.files.outputs import Use
 from ....engine.tokenizer.fingerprint import same_tokenizer
 from ..dataset.checks import require_free
@@ -314,7 +315,7 @@ def _without_mask(parts: Sequence[Part], fill: bool) -> int:
     if not fill:
         raise UserError(
             f"{plain[0].prefix}: has no loss mask, but {masked[0].prefix} has one; if all tokens of those without are "
-            "to be predicted, pass --fill-mask; or leave them apart and blend them in training"
+            "to be predicted, pass --fill-mask; or keep them apart and mix them in training"
         )
     return len(plain)
 

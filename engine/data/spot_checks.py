@@ -1,4 +1,4 @@
-"""Inspect some windows and tokens of a dataset, without reading all of it, at the start of a run.
+"""Inspect some chunks and tokens of a dataset, without reading all of it, at the start of a run.
 
 The samples are the same on every rank, so that all ranks come to the same result. Errors outside the samples are found
 when the data is read (token ids), or by the count of steps without targets.
@@ -21,8 +21,8 @@ from .packing import pack
 from .sidecar import Sidecar
 from .source import Source
 
-WINDOWS_SAMPLED = 256
-"""Windows sampled from a source, evenly spread; takes some 10 ms if the file is cached. If one window in 70 has a
+CHUNKS_SAMPLED = 256
+"""Chunks sampled from a source, evenly spread; takes some 10 ms if the file is cached. If one chunk in 70 has a
 target, or an id outside the vocabulary, 256 samples miss all of them with a probability of 2.5 %."""
 _TOKENS_SAMPLED = 4 << 20
 _READERS = 16
@@ -30,24 +30,24 @@ _READERS = 16
 _RUNS_COMPARED, _RUN = 64, 64
 
 
-def check_windows(source: Source, vocab_size: int, attend_across_documents: bool, all_ids: bool) -> None:
-    """Refuse a source whose sampled windows have no targets, or that holds unknown token ids.
+def check_chunks(source: Source, vocab_size: int, attend_across_documents: bool, all_ids: bool) -> None:
+    """Refuse a source whose sampled chunks have no targets, or that holds unknown token ids.
 
     Args:
         source: as in training, without a layout: another order of documents has the same tokens.
         vocab_size: of the model.
         attend_across_documents: as in training.
-        all_ids: read the whole sample for token ids, even if the first window has targets.
+        all_ids: read the whole sample for token ids, even if the first chunk has targets.
 
     Raises:
         UserError: names the dataset and the problem.
     """
-    plain = dataclasses.replace(source, layout=None)
+    plain = dataclasses.replace(source, packer=None)
 
     def count_targets(number: int) -> int:
-        return pack([plain.window(number, vocab_size)], plain.sequence_length, attend_across_documents).num_targets
+        return pack([plain.chunk(number, vocab_size)], plain.sequence_length, attend_across_documents).num_targets
 
-    numbers = _spread(source.num_windows, min(WINDOWS_SAMPLED, max(2, _TOKENS_SAMPLED // source.sequence_length)))
+    numbers = _spread(source.num_chunks, min(CHUNKS_SAMPLED, max(2, _TOKENS_SAMPLED // source.sequence_length)))
     if not all_ids and count_targets(numbers[0]):
         return
     with ThreadPoolExecutor(_READERS) as pool:
@@ -58,7 +58,7 @@ def check_windows(source: Source, vocab_size: int, attend_across_documents: bool
         reasons = " or ".join(filter(None, (mask, single)))
         raise UserError(
             f"{source.dataset.prefix}: training source '{source.name}' has no target in any of {len(numbers):,} "
-            f"windows, spread evenly over its {source.num_windows:,}: {reasons}; build it again with targets, or "
+            f"chunks, spread evenly over its {source.num_chunks:,}: {reasons}; build it again with targets, or "
             "remove it"
         )
 

@@ -63,7 +63,7 @@ class Totals:
 
     def table(self, end: Progress, tokens_per_step: int, ranks: Ranks) -> list[str]:
         """The lines. All ranks must call this."""
-        memory = max(ranks.gather(peak_memory_bytes(ranks.device)))
+        memory = max(ranks.all_gather(peak_memory_bytes(ranks.device)))
         seconds = time.perf_counter() - self.began
         speed = self.steps * tokens_per_step / self.step_seconds if self.step_seconds else 0.0
         tokens = max(0, end.tokens - self.start.tokens)  # it may have gone back to a step before its start

@@ -11,10 +11,10 @@ from tqdm import tqdm
 from ..config.effects import Situation, without_effect
 from ..config.settings import DataConfig, RunConfig
 from ..data.catalog import Catalog
-from ..data.document_packing import GROUP_WINDOWS
+from ..data.document_packing import CHUNKS_PER_GROUP
 from ..data.sample_order import SampleOrder
 from ..data.source import Source
-from ..data.truncation import count_cuts
+from ..data.truncation import count_truncated
 from ..model.config_keys import describe_unread
 from ..model.dtypes import DTYPES
 from ..optim.local import local_part
@@ -150,31 +150,31 @@ def _size(num_bytes: int) -> str:
 
 def describe_data(data: DataConfig, catalog: Catalog, order: SampleOrder, last_sample: int) -> list[str]:
     """Lines about the sources, stages, caps and packing of a run that ends after ``last_sample`` samples."""
-    length, schedule = order.sequence_length, order.schedule
+    length, curriculum = order.sequence_length, order.curriculum
     given = order.cursors(last_sample)
     sources = ", ".join(
         f"{source.name} ({human(source.stop - source.start)} tokens, "
-        f"{given[source.name] / source.num_windows:.3g} epochs)"
+        f"{given[source.name] / source.num_chunks:.3g} epochs)"
         for source in catalog.train
     )
     lines = [f"data        {sources} until the end; validation: {', '.join(catalog.validation) or 'none'}"]
     begin = 0
-    for number, stage in enumerate(schedule.stages, 1):
-        blend = ", ".join(f"{share.name} {share.weight:g}" for share in stage.shares)
+    for number, stage in enumerate(curriculum.stages, 1):
+        mixture = ", ".join(f"{source.name} {source.weight:g}" for source in stage.sources)
         until = "the end" if stage.stop is None else f"{stage.stop * length:,} tokens"
         reached = "" if begin < last_sample else " (not reached)"
-        if len(schedule.stages) == 1 and stage.stop is None:
-            lines.append(f"blend       {blend}")
+        if len(curriculum.stages) == 1 and stage.stop is None:
+            lines.append(f"mixture     {mixture}")
         else:
-            lines.append(f"stage {number:<5} from {begin * length:,} to {until}{reached}: {blend}")
+            lines.append(f"stage {number:<5} from {begin * length:,} to {until}{reached}: {mixture}")
         begin = stage.stop or 0
-    for phase in schedule.phases:
-        gone = [share.name for share in schedule.stages[phase.stage].shares if share not in phase.shares]
+    for phase in curriculum.phases:
+        gone = [source.name for source in curriculum.stages[phase.stage].sources if source not in phase.sources]
         if gone and phase.start < last_sample:
-            left = ", ".join(share.name for share in phase.shares)
+            left = ", ".join(source.name for source in phase.sources)
             lines.append(
-                f"caps        from {phase.start * length:,} tokens on {', '.join(gone)} has given all it may; "
-                f"going on with {left}"
+                f"caps        from {phase.start * length:,} tokens on {', '.join(gone)} reached the cap; "
+                f"continuing with {left}"
             )
     return [*lines, _describe_packing(data, catalog)]
 
@@ -182,20 +182,20 @@ def describe_data(data: DataConfig, catalog: Catalog, order: SampleOrder, last_s
 def _describe_packing(data: DataConfig, catalog: Catalog) -> str:
     # A group costs about a millisecond; all of them would be a pass over the whole index. Sources are seldom alike from
     # end to end, so groups are taken from all of it.
-    counts = [count_cuts(source, groups=_spread_groups(source)) for source in catalog.train]
+    counts = [count_truncated(source, groups=_spread_groups(source)) for source in catalog.train]
     fitting = sum(count.documents - count.longer for count in counts)
-    cut = sum(count.cut for count in counts) / max(1, fitting)
-    lost = sum(count.tokens_lost for count in counts)
+    cut = sum(count.truncated for count in counts) / max(1, fitting)
+    lost = sum(count.tokens_dropped for count in counts)
     return (
-        f"packing     {data.packing}, {data.shuffle} shuffled: cuts {cut:.1%} of the documents that fit in a window "
-        f"(estimated from up to {_GROUPS_COUNTED * GROUP_WINDOWS:,} windows of each source); leaves out the "
-        f"{lost:,} tokens behind the sources' last windows"
+        f"packing     {data.packing}, {data.shuffle} shuffled: cuts {cut:.1%} of the documents that fit in a chunk "
+        f"(estimated from up to {_GROUPS_COUNTED * CHUNKS_PER_GROUP:,} chunks of each source); leaves out the "
+        f"{lost:,} tokens behind the sources' last chunks"
     )
 
 
 def _spread_groups(source: Source) -> list[int]:
-    """Numbers of some groups of windows, evenly spread over ``source``."""
-    groups = -(-source.num_windows // GROUP_WINDOWS)
+    """Numbers of some groups of chunks, evenly spread over ``source``."""
+    groups = -(-source.num_chunks // CHUNKS_PER_GROUP)
     count = min(groups, _GROUPS_COUNTED)
     return [number * groups // count for number in range(count)]
 
@@ -223,7 +223,7 @@ def data_notes(catalog: Catalog, order: SampleOrder, last_sample: int) -> list[s
     """What a user may not have meant by the datasets of a run that ends after ``last_sample`` samples."""
     lines, given = [f"note: {remark}" for remark in catalog.remarks], order.cursors(last_sample)
     for source in catalog.train:
-        epochs = given[source.name] / source.num_windows
+        epochs = given[source.name] / source.num_chunks
         if epochs > _MANY_EPOCHS:
             lines.append(
                 f"note: training source '{source.name}' is read {epochs:.1f} times until the end of the run; from "

@@ -13,7 +13,7 @@ import time
 LONGEST_GAP = 5.0  # seconds: a busy machine may well leave a thread waiting for some
 
 
-class AwakeClock:
+class SuspendAwareClock:
     """Seconds in which this process could run.
 
     Args:
@@ -28,7 +28,7 @@ class AwakeClock:
         self._stopped = 0.0
 
     @classmethod
-    def read_every(cls, interval: float, limit: float) -> AwakeClock:
+    def read_every(cls, interval: float, limit: float) -> SuspendAwareClock:
         """A clock that a thread reads every ``interval`` seconds to compare times with ``limit``."""
         return cls(max(2 * interval, min(LONGEST_GAP, limit / 2)))
 

@@ -19,7 +19,7 @@ class DamagedCheckpoint(UserError):
     """A file of the checkpoint is not what was written: another one is needed."""
 
 
-def shown(value: Any) -> str:
+def brief(value: Any) -> str:
     """A stranger's ``value`` for an error: short, whatever it is. Lists within lists can take any length to write."""
     if isinstance(value, str | bytes):
         return repr(value[:200]) + ("..." if len(value) > 200 else "")
@@ -36,11 +36,11 @@ def file_inside(folder: str | Path, name: Any) -> Path:
         DamagedCheckpoint: it is absolute, has a part ``..``, or leads out of ``folder`` by a symbolic link.
     """
     if not isinstance(name, str) or not name or re.search(r"[\0\\\ud800-\udfff]", name):
-        raise DamagedCheckpoint(f"{folder}: names a file {shown(name)}, which is no path; use another checkpoint")
+        raise DamagedCheckpoint(f"{folder}: names a file {brief(name)}, which is no path; use another checkpoint")
     relative = PurePosixPath(name)
     real, root = os.path.realpath(Path(folder) / name), os.path.realpath(folder)
     if relative.is_absolute() or ".." in relative.parts or not real.startswith(os.path.join(root, "")):
-        raise DamagedCheckpoint(f"{folder}: names a file {shown(name)}, which is not inside it; use another checkpoint")
+        raise DamagedCheckpoint(f"{folder}: names a file {brief(name)}, which is not inside it; use another checkpoint")
     if os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real):
         raise DamagedCheckpoint(f"{Path(folder) / name}: not a regular file; use another checkpoint")
     return Path(folder) / name

@@ -6,16 +6,16 @@ import os
 import signal
 import time
 
-from retemper.engine.guards import awake
-from retemper.engine.guards.awake import AwakeClock
+from retemper.engine.guards import clock as clock_module
+from retemper.engine.guards.clock import SuspendAwareClock
 from retemper.engine.guards.watchdog import Watchdog
 from retemper.engine.parallel.process_group import Ranks
 
 
 def test_a_long_gap_between_two_readings_does_not_pass(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(awake.time, "monotonic", lambda: now)
-    clock = AwakeClock(longest_gap=5.0)
+    monkeypatch.setattr(clock_module.time, "monotonic", lambda: now)
+    clock = SuspendAwareClock(longest_gap=5.0)
     began, passed = clock.now(), []
     for gap in (4.0, 5.0, 3600.0, 1.0, 5.1, 2.0):
         now += gap

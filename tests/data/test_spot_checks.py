@@ -1,4 +1,4 @@
-"""What is refused or noted at the start of a run, from the windows and tokens that are sampled there."""
+"""What is refused or noted at the start of a run, from the chunks and tokens that are sampled there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retemper.engine.config.settings import DataConfig, SourceConfig
 from retemper.engine.data.catalog import Catalog, open_catalog
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
-from retemper.engine.observe.summary import data_notes
+from retemper.engine.observe.start_summary import data_notes
 from retemper.engine.schedule import BatchPlan
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 from retemper.tools.preprocessing.merging.merge import MergeOptions, merge
@@ -50,7 +50,7 @@ def notes(catalog: Catalog, samples: int = 4) -> list[str]:
     ("lengths", "masked", "reason"),
     [
         ([20] * 30, [0] * 600, "its loss mask leaves out every token or every document has one token"),
-        ([1] * 5000, None, "windows, spread evenly over its 624: every document has one token"),
+        ([1] * 5000, None, "chunks, spread evenly over its 624: every document has one token"),
         # A target is the token that follows another in its document: the first of a document is none.
         ([3] * 200, [1, 0, 0] * 200, "its loss mask leaves out every token"),
         ([40, 1] * 15, [0] * 615, "its loss mask leaves out"),
@@ -62,9 +62,9 @@ def test_a_source_with_nothing_to_predict_is_refused(tmp_path, lengths, masked, 
         opened(path, packing=packing)
 
 
-def test_one_window_with_a_target_in_the_sample_is_enough(tmp_path):
+def test_one_chunk_with_a_target_in_the_sample_is_enough(tmp_path):
     mask = np.zeros(600)
-    mask[592] = 1  # the last target of the last window
+    mask[592] = 1  # the last target of the last chunk
     opened(write(tmp_path / "x", [20] * 30, mask))
     mask = np.zeros(600)
     mask[2] = 1
@@ -76,7 +76,7 @@ def test_one_window_with_a_target_in_the_sample_is_enough(tmp_path):
 def test_a_held_out_part_is_not_looked_at_for_training(tmp_path):
     """The targets of the first half are what is trained on; those of the other half would not help."""
     path = write(tmp_path / "x", [20] * 30, [0] * 300 + [1] * 300)
-    with pytest.raises(UserError, match="'s0' has no target in any of 37 windows"):
+    with pytest.raises(UserError, match="'s0' has no target in any of 37 chunks"):
         opened(path, validation_fraction=0.5)
 
 
@@ -95,7 +95,7 @@ def test_ids_outside_the_vocabulary_are_refused_at_the_start(tmp_path, place, ba
     tokens.tofile(f"{path}.bin")
     source = DataConfig(train=[SourceConfig(path)])
     last_read = (6000 - 1) // 32 * 32
-    if place > last_read:  # behind the last whole window
+    if place > last_read:  # behind the last whole chunk
         open_catalog(source, plan, 100, None, 7)
         return
     with pytest.raises(UserError, match=f"x.bin: token id {bad} at token {place:,} is outside .* vocabulary of 100"):
@@ -165,7 +165,7 @@ def test_two_indexes_over_one_file_are_two_datasets(tmp_path):
 
 
 def test_many_epochs_are_noted(tmp_path):
-    """75 windows are read 4 times by 300 samples, and more than that by 301."""
+    """75 chunks are read 4 times by 300 samples, and more than that by 301."""
     catalog = opened(write(tmp_path / "x", [601]))
     assert not notes(catalog, 300)
     [line] = notes(catalog, 380)
@@ -177,7 +177,7 @@ def test_many_epochs_are_noted(tmp_path):
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_windows_of_an_index_out_of_order_are_those_of_the_dataset_in_order(tmp_path, packing):
+def test_chunks_of_an_index_out_of_order_are_those_of_the_dataset_in_order(tmp_path, packing):
     """Whatever is made of them: layouts, masks, a held-out part. In order it is written by merge.py."""
     generator = np.random.default_rng(2)
     lengths = generator.integers(1, 30, 60).tolist()
@@ -199,9 +199,9 @@ def test_windows_of_an_index_out_of_order_are_those_of_the_dataset_in_order(tmp_
         for prefix in (path, str(tmp_path / "ordered"))
     ]
     for one, other in zip(*([*c.train, *c.validation["held_out"]] for c in catalogs), strict=True):
-        assert one.num_windows == other.num_windows > 3 and (one.start, one.stop) == (other.start, other.stop)
-        for number in range(one.num_windows):
-            pairs = zip(one.window(number, 100), other.window(number, 100), strict=True)
+        assert one.num_chunks == other.num_chunks > 3 and (one.start, one.stop) == (other.start, other.stop)
+        for number in range(one.num_chunks):
+            pairs = zip(one.chunk(number, 100), other.chunk(number, 100), strict=True)
             assert all(np.array_equal(mine, theirs) for mine, theirs in pairs)  # or both None
 
 
