@@ -24,8 +24,7 @@ import numpy as np
 from ....engine.errors import UserError
 from ....engine.tokenizer.document_frame import DocumentFrame
 from ....engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
-from ..chat.bos import ChatBos
-from ..chat.conversation import EncodedChat
+from ..chat.conversation import ChatBos, EncodedChat
 from ..cleaning.cleaner import Cleaner
 from ..formats import FORMATS
 from ..options import PreprocessOptions
