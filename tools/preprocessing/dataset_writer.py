@@ -1,7 +1,6 @@
-"""Write an indexed dataset: tokens, index, and optionally a loss mask and a side table, published together.
+"""Writes an indexed dataset: tokens, index, and optionally a loss mask and metadata, published together.
 
-Tokens come from arrays, or from ranges of other files without passing through this process's memory. The file format is
-defined in index_format.py. The caller decides which documents are written, and in which order.
+Tokens come from arrays, or from ranges of other files, which the kernel copies. index_format.py defines the format.
 """
 
 from __future__ import annotations
@@ -31,11 +30,10 @@ __all__ = ["FileArray", "FileRange", "IndexedDatasetWriter", "best_dtype"]
 
 
 class IndexedDatasetWriter:
-    """Writes an indexed dataset that appears under its final names only when it is complete.
+    """Writes an indexed dataset whose files get their final names only when it is complete.
 
-    A context manager: everything is written to a hidden folder next to the output. If the block ends without an
-    exception, the files are flushed to disk and renamed. The hidden folder is removed in any case. An existing dataset
-    stays intact until the renames.
+    A context manager: files are written to a hidden folder next to the output. If the block ends without an exception,
+    they are flushed to disk and renamed. The hidden folder is always removed. An existing dataset stays until then.
 
     Args:
         prefix: path without suffix; its folder is created if missing.

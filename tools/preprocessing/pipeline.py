@@ -1,7 +1,7 @@
 """Files -> indexed datasets. :func:`preprocess` is the recipe; this is the order of the modules:
 
     options.py               the options
-    run_setup.py             input files (inputs/), the tokenizer (tokenizer_choice.py), output paths (dataset/checks.py)
+    run_setup.py             input files (inputs/), tokenizer (tokenizer_choice.py), output paths (dataset/checks.py)
     run_plan.py              tasks (workers/tasks.py), chat template (chat/), held-out n-grams (cleaning/)
     dataset/workspace.py     the work folder, in which a restart finds finished tasks
     workers/pool.py          processes; each runs workers/worker.py: readers/ -> records/ -> chat/ or cleaning/ ->

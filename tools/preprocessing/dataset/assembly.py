@@ -1,7 +1,7 @@
-"""From finished outputs to datasets: which documents are kept, on which side of a split, in which order.
+"""Assembles datasets from the outputs of all tasks: duplicates, limits of sources, split and shuffle.
 
-What only the whole corpus can tell is decided here, over the outputs in input order and in bounded memory: duplicates,
-limits of sources, the shuffle. Then the kept documents' tokens are copied from the outputs into the datasets.
+These need the whole corpus. They run over the outputs in input order, in bounded memory; then the tokens of the kept
+documents are copied.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ..workers.task_output import TaskOutput
 from .shuffle import ExternalShuffle
 from .split import Split, within_limit
 
-_SHORT_RUN = 256 << 10  # bytes: shorter runs of kept documents are gathered in memory rather than copied one by one
+_SHORT_RUN = 256 << 10  # bytes: shorter runs of kept documents are gathered in memory, not copied one by one
 
 _SHUFFLE_BYTES = 256 << 20  # memory of all shuffles together
 
 
 @dataclass
 class SourceTotals:
-    """What of each source went into one dataset: int64 [sources]."""
+    """What each source contributed to a dataset: int64 [sources]."""
 
     documents: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]
@@ -42,23 +42,23 @@ class SourceTotals:
         return SourceTotals(*(np.zeros(num_sources, np.int64) for _ in range(4)))
 
     def add(self, table: np.ndarray) -> None:
-        """Count the documents of ``table``."""
+        """Add the documents of ``table``."""
         size = len(self.documents)
         self.documents += np.bincount(table["source"], minlength=size)
         for name in ("tokens", "characters", "text_bytes"):
-            # In floating point each sum is exact up to 2^53.
+            # Floating point is exact up to 2^53.
             sums = np.bincount(table["source"], weights=table[name], minlength=size)
             getattr(self, name)[:] += sums.astype(np.int64)
 
 
 @dataclass
 class Assembly:
-    """One run's outputs, and what becomes of them.
+    """Makes the datasets of a run.
 
     Args:
         outputs: in input order.
         folder: for temporary files.
-        num_sources: ``--input`` arguments.
+        num_sources: number of ``--input`` arguments.
     """
 
     outputs: Sequence[TaskOutput]
@@ -66,7 +66,7 @@ class Assembly:
     folder: Path
     num_sources: int
     left_out: list[Counter[str]] = field(init=False)
-    """By source: documents that were left out here, by reason."""
+    """Documents left out here, by source and reason."""
 
     def __post_init__(self) -> None:
         self.left_out = [Counter() for _ in range(self.num_sources)]
@@ -74,15 +74,11 @@ class Assembly:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """Names of the datasets that are made; one without a name when nothing is split."""
+        """Names of the datasets; an empty name without ``--split``."""
         return ("",) if self.split is None else self.split.names
 
     def write(self, writers: Sequence[IndexedDatasetWriter], on_bytes: Callable[[int], None]) -> list[SourceTotals]:
-        """Write all datasets, one writer for each of ``sides``.
-
-        Args:
-            on_bytes: told how many bytes of tokens have been written since the last time.
-        """
+        """Write all datasets, with a writer for each of ``sides``; report the bytes of tokens to ``on_bytes``."""
         totals = [SourceTotals.zeros(self.num_sources) for _ in self.sides]
         copy = self._shuffled if self.options.shuffle else self._in_order
         copy(writers, totals, on_bytes)
@@ -137,7 +133,7 @@ class Assembly:
                     on_bytes(tokens.nbytes)
 
     def _decided(self) -> Iterator[tuple[TaskOutput, np.ndarray, npt.NDArray[np.int8]]]:
-        """Each output with its table and the side of each document, -1 for those that are left out."""
+        """Yield each output with its table and the side of each document, -1 if it is left out."""
         kept_before = np.zeros(self.num_sources, np.int64)
         for output, unique in zip(self.outputs, self._unique(), strict=True):
             table = np.load(output.documents)
@@ -168,12 +164,12 @@ class Assembly:
 
 
 def _column_bytes(table: np.ndarray, itemsize: int) -> dict[str, npt.NDArray[np.int64]]:
-    """Bytes of each document in each file of its output."""
+    """Return the bytes of each document in each file of its output."""
     return {"tokens": table["tokens"] * itemsize, "mask": table["tokens"], "metadata": table["metadata_bytes"]}
 
 
 def _copy(output: TaskOutput, table: np.ndarray, chosen: npt.NDArray[np.bool_], writer: IndexedDatasetWriter) -> None:
-    """Append the ``chosen`` documents of ``output``: run by run, or where runs are short gathered in memory."""
+    """Append the ``chosen`` documents of ``output``: run by run, or gathered in memory if the runs are short."""
     if not chosen.any():
         return
     edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False)).reshape(-1, 2)

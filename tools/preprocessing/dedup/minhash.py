@@ -26,14 +26,14 @@ class MinHasher:
     """Computes the bands of texts.
 
     Args:
-        threshold: Jaccard similarity above which documents shall be found, 0 < threshold < 1. Number and size of the
-            bands are chosen by it; see :meth:`probability`.
+        threshold: Jaccard similarity above which documents should be found, 0 < threshold < 1. It determines the number
+            and size of bands; see :meth:`probability`.
         num_permutations: values in a signature, of which bands x rows are used.
         ngram: words in an n-gram; a shorter text is one n-gram.
         seed: of the hash functions.
 
     Raises:
-        UserError: the library rensa is not there, or computes other signatures than this module expects.
+        UserError: the library rensa is missing, or has another algorithm.
     """
 
     def __init__(self, threshold: float = 0.8, num_permutations: int = 128, ngram: int = 5, seed: int = 1) -> None:
@@ -44,26 +44,23 @@ class MinHasher:
 
     @property
     def fingerprint(self) -> str:
-        """Names everything that decides the bands; those of different fingerprints are not to be compared."""
+        """Identifies everything that decides the bands; only bands with equal fingerprints are comparable."""
         return (
             f"rensa {_RENSA_ALGORITHM}, {self._num_permutations} permutations, {self.num_bands} x {self.num_rows}, "
             f"{self._ngram}-grams {VERSION}, seed {self._seed}"
         )
 
     def probability(self, similarity: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Probability that two documents of this Jaccard similarity agree in a band: 1 - (1 - s^rows)^bands."""
+        """Return the probability that two documents of this similarity share a band: 1 - (1 - s^rows)^bands."""
         return 1 - (1 - np.asarray(similarity, np.float64) ** self.num_rows) ** self.num_bands
 
     def bands(self, text: str) -> npt.NDArray[np.uint64]:
-        """uint64[num_bands] of one text. A batch costs less: :meth:`bands_batch`."""
+        """Return uint64[num_bands] of one text. :meth:`bands_batch` is faster."""
         return self.bands_batch([text])[0]
 
     def bands_batch(self, texts: Sequence[str]) -> npt.NDArray[np.uint64]:
-        """Bands of many texts.
-
-        Returns:
-            uint64[texts, num_bands]: a hash of each band; zero, which agrees with nothing, for texts without words.
-        """
+        """Return uint64[texts, num_bands]: a hash of each band; zero, which matches nothing, for texts without
+        words."""
         result = np.zeros((len(texts), self.num_bands), np.uint64)
         for first, stop, units in units_of(texts):
             result[first:stop] = self._hash_bands(self._signatures(units, whole=True))
@@ -73,7 +70,7 @@ class MinHasher:
         return result
 
     def bands_of_pieces(self, pieces: Iterable[str]) -> npt.NDArray[np.uint64]:
-        """uint64[num_bands] of one long text that comes in pieces, cut anywhere; memory is bounded by some pieces."""
+        """Return uint64[num_bands] of one long text in pieces, cut anywhere, in memory of a few pieces."""
         long = LongUnits(self._ngram)
         signature = self._signatures(long.carried, whole=True)
         for units in itertools.chain.from_iterable(itertools.chain(map(long.add, pieces), [long.end()])):
@@ -84,7 +81,7 @@ class MinHasher:
         return self._hash_bands(signature)[0]
 
     def _signatures(self, units: Units, whole: bool) -> npt.NDArray[np.uint32]:
-        """uint32[texts, permutations]."""
+        """Return uint32[texts, permutations]."""
         starts, stops, offsets = units.ngrams(self._ngram, whole)
         matrix = self._signature(
             units.spans(starts, stops), offsets.astype(np.uint64), self._num_permutations, self._seed
@@ -108,10 +105,10 @@ _NOTHING = np.uint32(2**32 - 1)  # all values of the signature of an empty set
 
 
 def choose_bands(threshold: float, num_permutations: int) -> tuple[int, int]:
-    """Number of bands and rows that err least at ``threshold``.
+    """Return the number of bands and rows with the least error at ``threshold``.
 
-    The error is the probability integrated over similarities below the threshold of agreeing in a band, plus over those
-    above it of agreeing in none, as in datasketch's MinHashLSH with equal weights.
+    The error is the probability of sharing a band integrated over similarities below the threshold, plus that of
+    sharing none integrated over those above it, as in datasketch's MinHashLSH with equal weights.
     """
     best, choice = np.inf, (1, 1)
     below = (np.arange(_STEPS) + 0.5) * (threshold / _STEPS)

@@ -1,7 +1,7 @@
-"""Joining indexed datasets: their documents one after another, copied by the kernel, checked while they are copied.
+"""Joins indexed datasets: their documents one after another, copied by the kernel and checked while they are copied.
 
-The shards of one run (``--shard I/N`` of the preprocess command) give the dataset that one machine would have made,
-unless the run shuffled, deduplicated or limited its documents, which each shard did for itself.
+The shards of a run (``--shard I/N`` of the preprocess command) give the dataset that one machine would have made,
+unless the run shuffled, deduplicated or limited its documents, which each shard does on its own.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was done."""
+    """Results of a merge."""
 
     inputs: int
     documents: int
     tokens: int
     dtype: str
     bytes: int
-    """Copied: tokens, masks and metadata."""
+    """Copied bytes of tokens, masks and metadata."""
     no_sidecar: str | None
-    """The first input without a sidecar, for whose sake the output has none."""
+    """The first input without a sidecar; because of it the output has none."""
     masks_filled: int
     """Inputs that had no loss mask and got one of ones."""
     seconds: float
@@ -64,7 +64,7 @@ def merge(options: MergeOptions) -> MergeReport:
 
     Raises:
         UserError: an input is missing, damaged or does not fit the others, or the output exists or cannot be written.
-            Nothing stands under a final name, and an existing dataset is as it was.
+            An existing dataset is then unchanged.
     """
     started = time.monotonic()
     prefix = dataset_prefix(options.output_prefix)
@@ -118,7 +118,7 @@ def merge(options: MergeOptions) -> MergeReport:
 
 
 def format_report(report: MergeReport) -> str:
-    """The short table that the command prints at the end."""
+    """Return the table that the command prints at the end."""
     rows = {
         "datasets joined": f"{report.inputs:,}",
         "documents": f"{report.documents:,}",
@@ -134,11 +134,7 @@ def format_report(report: MergeReport) -> str:
 
 
 def _append(part: Part, writer: IndexedDatasetWriter, on_bytes: Callable[[int], None], work: Path) -> None:
-    """Check the index of ``part``, copy the rest of it in the index's order, and check what was copied.
-
-    Raises:
-        UserError: the index is damaged, or a file is not what its sidecar says.
-    """
+    """Copy ``part`` in the order of its index. Raise UserError if the index or a file's hash is wrong."""
     dataset = IndexedDataset(part.prefix, check_whole=True)
     if part.sidecar is not None:
         _check_hash(part, IDX, hash_file(dataset.idx_path), part.sidecar.idx_xxh3_128)
@@ -171,7 +167,7 @@ def _append(part: Part, writer: IndexedDatasetWriter, on_bytes: Callable[[int], 
 
 
 def _put_in_order(dataset: IndexedDataset, work: Path) -> dict[str, str]:
-    """Write tokens and mask of ``dataset`` to temporary files, in the order of its index; their paths by suffix."""
+    """Write tokens and mask of ``dataset`` to temporary files in the order of its index; return paths by suffix."""
     paths = {BIN: str(work / "in_order.bin")}
     if dataset.has_loss_mask:
         paths[MASK] = str(work / "in_order.mask.bin")

@@ -25,7 +25,7 @@ _SHARD_NAME = re.compile(r"(?P<stem>.*)\.shard-(?P<index>\d+)-of-(?P<count>\d+)(
 
 @dataclass(frozen=True)
 class Shard:
-    """Place of a dataset in a run that was divided."""
+    """A dataset's place in a run with ``--shard``."""
 
     run: str
     """``STEM.shard-*``, and of a split ``STEM.shard-*.SIDE``."""
@@ -35,7 +35,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Part:
-    """One dataset to be joined; only facts, so that thousands of them need no open files."""
+    """A dataset to join, without open files, so that there can be thousands."""
 
     prefix: str
     shard: Shard | None
@@ -45,16 +45,16 @@ class Part:
     num_documents: int
     num_tokens: int
     sizes: dict[str, int]
-    """Bytes of those of its .bin, mask and metadata that it has, by suffix."""
+    """Bytes of its .bin, mask and metadata, if they exist, by suffix."""
 
 
 def expand_prefixes(arguments: Iterable[str]) -> list[str]:
-    """The prefixes that ``arguments`` name: prefixes themselves in the order given, and patterns of them.
+    """Return the prefixes that ``arguments`` (prefixes and patterns of them) name.
 
-    What a pattern matches is ordered by path, and shards of one run by their number.
+    The matches of a pattern are ordered by path, shards of a run by their number.
 
     Raises:
-        UserError: a pattern matches nothing, or of a run not each shard is there once and in order.
+        UserError: a pattern matches nothing, or a run does not have each shard once and in order.
     """
     prefixes: list[str] = []
     for argument in arguments:
@@ -71,7 +71,7 @@ def expand_prefixes(arguments: Iterable[str]) -> list[str]:
 
 
 def shard_of_name(prefix: str) -> Shard | None:
-    """What the name ``STEM.shard-I-of-N``, or ``STEM.shard-I-of-N.SIDE`` of a split, says."""
+    """Parse the name ``STEM.shard-I-of-N``, or ``STEM.shard-I-of-N.SIDE`` of a split."""
     match = _SHARD_NAME.fullmatch(prefix)
     return match and Shard(f"{match['stem']}.shard-*{match['side']}", int(match["index"]), int(match["count"]))
 
@@ -82,7 +82,7 @@ def _order(prefix: str) -> tuple[str, int]:
 
 
 def _check_runs(prefixes: Iterable[str]) -> None:
-    """Require of each run all shards, once, in order: of all others the result would be no dataset of a run."""
+    """Require all shards of each run, once and in order."""
     runs: dict[str, list[Shard]] = {}
     for shard in map(shard_of_name, prefixes):
         if shard is not None:
@@ -111,7 +111,7 @@ def _check_runs(prefixes: Iterable[str]) -> None:
 
 
 def open_part(prefix: str) -> Part:
-    """Open a dataset, and check what costs nothing: sizes, and its sidecar against its index."""
+    """Open a dataset, and check what is cheap: sizes, and its sidecar against its index."""
     dataset = IndexedDataset(prefix)
     if dataset.has_modes:
         raise UserError(
@@ -136,7 +136,7 @@ def open_part(prefix: str) -> Part:
 
 
 def _check_sidecar(part: Part, sidecar: Sidecar) -> None:
-    """What only joining needs to fit."""
+    """Check what only merging requires."""
     facts: list[tuple[str, object, object]] = [
         ("metadata", sidecar.metadata_xxh3_128 != "", METADATA in part.sizes),
     ]
@@ -152,7 +152,7 @@ def _check_sidecar(part: Part, sidecar: Sidecar) -> None:
 
 
 def check_paths(parts: Sequence[Part], output: str, overwrite: bool) -> None:
-    """Refuse a dataset that is named twice, and an output that is an input or is not to be replaced."""
+    """Refuse a dataset that is named twice, and an output that is an input or may not be replaced."""
     seen: dict[str, str] = {}
     for part in parts:
         identity = os.path.realpath(f"{part.prefix}{BIN}")
@@ -167,7 +167,7 @@ def check_paths(parts: Sequence[Part], output: str, overwrite: bool) -> None:
 
 
 def check_alike(parts: Sequence[Part]) -> None:
-    """Refuse datasets whose tokens mean different things, as far as their sidecars tell."""
+    """Refuse datasets whose tokens have different meanings, according to their sidecars."""
     _check_equal("dtype", [(part.prefix, part.dtype.name) for part in parts], "the same tokenizer")
     known = [(part.prefix, part.sidecar) for part in parts if part.sidecar is not None]
     for name in ("tokenizer_sha256", "append_eod", "eod_id"):
@@ -176,19 +176,19 @@ def check_alike(parts: Sequence[Part]) -> None:
             values = [(prefix, _tokenizer_of(sidecar, known[0][1])) for prefix, sidecar in known]
         _check_equal(name, values, "the same tokenizer, --eod-token and --append-eod")
     for name in ("bos_ids", "eos_ids"):
-        # Datasets made before these were recorded have neither.
+        # Old datasets have not recorded them.
         framed = [(prefix, list(getattr(sidecar, name) or ())) for prefix, sidecar in known]
         _check_equal(name, framed, "the same tokenizer and --bos")
 
 
 def _tokenizer_of(sidecar: Sidecar, first: Sidecar) -> str:
-    """The tokenizer's hash; that of ``first`` where it is the same tokenizer, saved in another way."""
+    """Return the tokenizer's hash; that of ``first`` if it is the same tokenizer, saved differently."""
     same = same_tokenizer(sidecar.tokenizer_fingerprint, first.tokenizer_fingerprint)
     return first.tokenizer_sha256 if same else sidecar.tokenizer_sha256
 
 
 def count_without_mask(parts: Sequence[Part], fill: bool) -> int:
-    """How many parts need a loss mask because others have one; refused unless ``fill``."""
+    """Count the parts that need a loss mask because others have one; refuse them without ``fill``."""
     masked = [part for part in parts if MASK in part.sizes]
     plain = [part for part in parts if MASK not in part.sizes]
     if not masked or not plain:

@@ -13,11 +13,11 @@ from ..dataset_files import JSON
 from .parts import Part
 
 _WITHIN_A_SHARD = ("dedup", "max_documents", "shuffle")
-"""Options of a run that saw one shard at a time: the shards joined are not what one machine would have made."""
+"""Options that work within a shard: the joined dataset is not what one machine would have made."""
 
 
 def merged_sidecar(parts: Sequence[Part]) -> Sidecar | None:
-    """The sidecar of the datasets joined, but for what the writer fills in; None when one of them has none.
+    """Return the sidecar of the joined datasets, for the writer to complete; None if one of them has none.
 
     Raises:
         UserError: the shards of a run were made from different inputs or with different options.
@@ -42,10 +42,10 @@ def merged_sidecar(parts: Sequence[Part]) -> Sidecar | None:
 
 
 def _sources_of_run(members: Sequence[tuple[Part, Sidecar]]) -> list[InputSource]:
-    """The sources of one dataset, or of a run's shards: each names all inputs of the run, and counts its own documents.
+    """Return the sources of a dataset, or of a run's shards, each of which lists all inputs and counts its documents.
 
     Raises:
-        UserError: the inputs, or their files or bytes, were others for another shard.
+        UserError: the shards have different inputs.
     """
     first, merged = members[0][0], list(members[0][1].sources)
     for part, sidecar in members[1:]:
@@ -60,7 +60,7 @@ def _sources_of_run(members: Sequence[tuple[Part, Sidecar]]) -> list[InputSource
 
 
 def _joined(before: InputSource, source: InputSource, part: Part) -> InputSource:
-    """The counts of ``source`` in the shard ``part`` added to those of the shards before it."""
+    """Add the counts of ``source`` in the shard ``part`` to those of the shards before it."""
     if (before.files, before.bytes) != (source.files, source.bytes):
         raise UserError(
             f"{part.prefix}{JSON}: {source.name} was {source.files} files of {source.bytes} bytes, but for the "
@@ -78,11 +78,10 @@ def _joined(before: InputSource, source: InputSource, part: Part) -> InputSource
 
 
 def _options_of_run(members: Sequence[tuple[Part, Sidecar]]) -> dict[str, Any]:
-    """The options of one dataset, or those that a run's shards share: with the number of shards where that decides
-    what is there.
+    """Return the options of a dataset, or of a run's shards, with the number of shards if the contents depend on it.
 
     Raises:
-        UserError: they differ.
+        UserError: the shards have different options.
     """
     first = members[0][1].options
     if members[0][0].shard is None:
