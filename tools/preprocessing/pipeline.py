@@ -68,7 +68,7 @@ def _tokenize_exactly(setup: RunSetup, work: Path) -> tuple[RunPlan, list[TaskRe
     try:
         return plan, tokenize(plan)
     except FastPathError as difference:
-        print(f"{difference}; going on with the reference tokenizer", file=sys.stderr)
+        print(f"{difference}; continuing with the reference tokenizer", file=sys.stderr)
         plan = RunPlan(RunSetup(replace(setup.options, encoder="reference"), setup.prefix), work)
         return plan, tokenize(plan)
 
@@ -113,7 +113,7 @@ def _print_start(plan: RunPlan, workers: int, num_todo: int) -> None:
     print(
         f"{len(plan.files)} input files, {sum(file.size for file in plan.files) / 1e6:,.1f} MB; tokenizer "
         f"{setup.tokenizer.name} ({setup.tokenizer.vocab_size:,} ids); {begin} and {end}; {workers} "
-        "workers" + (f"; {again} of {len(plan.tasks)} parts are there from a run before" if again else ""),
+        "workers" + (f"; {again} of {len(plan.tasks)} parts are finished already" if again else ""),
         file=sys.stderr,
         flush=True,
     )

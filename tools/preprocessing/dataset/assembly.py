@@ -21,7 +21,7 @@ from ..dedup.duplicates import first_occurrences, near_duplicates
 from ..options import PreprocessOptions
 from ..workers.task_output import TaskOutput
 from .shuffle import ExternalShuffle
-from .split import Split, within_limit
+from .split import DocumentSplit, within_limit
 
 _SHORT_RUN = 256 << 10  # bytes: shorter runs of kept documents are gathered in memory, not copied one by one
 
@@ -70,7 +70,7 @@ class Assembly:
 
     def __post_init__(self) -> None:
         self.left_out = [Counter() for _ in range(self.num_sources)]
-        self.split = None if self.options.split is None else Split.parse(self.options.split)
+        self.split = None if self.options.split is None else DocumentSplit.parse(self.options.split)
 
     @property
     def sides(self) -> tuple[str, ...]:

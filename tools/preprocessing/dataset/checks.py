@@ -13,13 +13,13 @@ from ..dataset_files import REJECTS, dataset_files, refuse_existing_outputs
 from ..inputs.files import STDIN, InputFile, expand_inputs
 from ..options import PreprocessOptions
 from ..tokenizer_choice import choose_tokenizer
-from .split import Split
+from .split import DocumentSplit
 from .workspace import workspace_folder
 
 
 def output_prefixes(options: PreprocessOptions, prefix: str) -> list[str]:
     """Return the prefixes of the datasets that a run writes: one, or one for each side of ``--split``."""
-    return [f"{prefix}.{side}" for side in Split.parse(options.split).names] if options.split else [prefix]
+    return [f"{prefix}.{side}" for side in DocumentSplit.parse(options.split).names] if options.split else [prefix]
 
 
 def what_is_read(

@@ -25,7 +25,7 @@ _EXAMPLE = "give names and shares that sum to 1, such as train=0.98,valid=0.02"
 
 
 @dataclass(frozen=True)
-class Split:
+class DocumentSplit:
     """The parsed ``--split train=0.98,valid=0.02``."""
 
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class Split:
     """The largest 64-bit word of each name; its range begins after that of the name before."""
 
     @staticmethod
-    def parse(argument: str) -> Split:
+    def parse(argument: str) -> DocumentSplit:
         """Parse names and shares. A bound depends only on the shares up to it.
 
         Raises:
@@ -45,7 +45,7 @@ class Split:
             if not equals:
                 raise UserError(f"--split: {part.strip()!r} in {argument!r} is not name=share; {_EXAMPLE}")
             if not _NAME.fullmatch(name):
-                raise UserError(f"--split: {name!r} in {argument!r} is no name; use letters, digits, - and _")
+                raise UserError(f"--split: {name!r} in {argument!r} is not a name; use letters, digits, - and _")
             if name in shares:
                 raise UserError(f"--split: {argument!r} names {name!r} twice; give each name one share")
             shares[name] = _share(share, name, argument)
@@ -61,7 +61,7 @@ class Split:
             bounds.append(min(math.ceil(below * 2**64), 2**64) - 1)
         # Rounded shares may sum to a little less than 1.
         bounds[-1] = 2**64 - 1
-        return Split(tuple(shares), tuple(bounds))
+        return DocumentSplit(tuple(shares), tuple(bounds))
 
     def side(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int8]:
         """Return int8[documents], indices into ``names``, for hashes of texts uint64[documents, 2]."""

@@ -23,7 +23,7 @@ from ..dataset.workspace import open_workspace
 from ..dataset_files import BIN, IDX, JSON, MASK, METADATA, existing_outputs
 from ..dataset_writer import FileArray, FileRange, IndexedDatasetWriter
 from ..progress import ProgressReport
-from .parts import Part, check_alike, check_paths, count_without_mask, expand_prefixes, open_part
+from .inputs import MergeInput, check_alike, check_paths, count_without_mask, expand_prefixes, open_input
 from .sidecar import merged_sidecar
 
 _TOKENS_AT_ONCE = 1 << 22
@@ -72,7 +72,7 @@ def merge(options: MergeOptions) -> MergeReport:
         raise UserError(
             f"--output-prefix {options.output_prefix}: names a folder; add a file name, such as {prefix}dataset"
         )
-    parts = [open_part(name) for name in expand_prefixes(options.inputs)]
+    parts = [open_input(name) for name in expand_prefixes(options.inputs)]
     check_paths(parts, prefix, options.overwrite)
     check_alike(parts)
     without_mask = count_without_mask(parts, options.fill_mask)
@@ -133,7 +133,7 @@ def format_report(report: MergeReport) -> str:
     return "\n".join(f"{name:<25} {value}" for name, value in rows.items())
 
 
-def _append(part: Part, writer: IndexedDatasetWriter, on_bytes: Callable[[int], None], work: Path) -> None:
+def _append(part: MergeInput, writer: IndexedDatasetWriter, on_bytes: Callable[[int], None], work: Path) -> None:
     """Copy ``part`` in the order of its index. Raise UserError if the index or a file's hash is wrong."""
     dataset = IndexedDataset(part.prefix, check_whole=True)
     if part.sidecar is not None:
@@ -181,7 +181,7 @@ def _put_in_order(dataset: IndexedDataset, work: Path) -> dict[str, str]:
     return paths
 
 
-def _check_hash(part: Part, suffix: str, found: str, recorded: str) -> None:
+def _check_hash(part: MergeInput, suffix: str, found: str, recorded: str) -> None:
     if found != recorded:
         raise UserError(
             f"{part.prefix}{suffix}: its hash is {found}, but {part.prefix}{JSON} says {recorded}: it was changed or "

@@ -10,19 +10,19 @@ from typing import Any
 from ....engine.data.sidecar import InputSource, Sidecar
 from ....engine.errors import UserError
 from ..dataset_files import JSON
-from .parts import Part
+from .inputs import MergeInput
 
 _WITHIN_A_SHARD = ("dedup", "max_documents", "shuffle")
 """Options that work within a shard: the joined dataset is not what one machine would have made."""
 
 
-def merged_sidecar(parts: Sequence[Part]) -> Sidecar | None:
+def merged_sidecar(parts: Sequence[MergeInput]) -> Sidecar | None:
     """Return the sidecar of the joined datasets, for the writer to complete; None if one of them has none.
 
     Raises:
         UserError: the shards of a run were made from different inputs or with different options.
     """
-    groups: dict[str, list[tuple[Part, Sidecar]]] = {}
+    groups: dict[str, list[tuple[MergeInput, Sidecar]]] = {}
     for part in parts:
         if part.sidecar is None:
             return None
@@ -41,7 +41,7 @@ def merged_sidecar(parts: Sequence[Part]) -> Sidecar | None:
     )
 
 
-def _sources_of_run(members: Sequence[tuple[Part, Sidecar]]) -> list[InputSource]:
+def _sources_of_run(members: Sequence[tuple[MergeInput, Sidecar]]) -> list[InputSource]:
     """Return the sources of a dataset, or of a run's shards, each of which lists all inputs and counts its documents.
 
     Raises:
@@ -59,7 +59,7 @@ def _sources_of_run(members: Sequence[tuple[Part, Sidecar]]) -> list[InputSource
     return merged
 
 
-def _joined(before: InputSource, source: InputSource, part: Part) -> InputSource:
+def _joined(before: InputSource, source: InputSource, part: MergeInput) -> InputSource:
     """Add the counts of ``source`` in the shard ``part`` to those of the shards before it."""
     if (before.files, before.bytes) != (source.files, source.bytes):
         raise UserError(
@@ -77,7 +77,7 @@ def _joined(before: InputSource, source: InputSource, part: Part) -> InputSource
     )
 
 
-def _options_of_run(members: Sequence[tuple[Part, Sidecar]]) -> dict[str, Any]:
+def _options_of_run(members: Sequence[tuple[MergeInput, Sidecar]]) -> dict[str, Any]:
     """Return the options of a dataset, or of a run's shards, with the number of shards if the contents depend on it.
 
     Raises:

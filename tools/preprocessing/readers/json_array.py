@@ -22,7 +22,7 @@ from ..records.long_text import LONG_BYTES, LongText
 from ..records.reading import ReadContext, Record
 from ..records.text_choice import json_type
 from ..workers.tasks import Span
-from .lines import MAX_RECORD_BYTES, Line, parse_value
+from .lines import MAX_RECORD_BYTES, RawRecord, parse_value
 from .streams import open_stream, skip_bom
 
 _READ_BYTES = 1 << 20
@@ -64,7 +64,7 @@ def _elements(values: _Values, path: str, keys: WantedKeys, context: ReadContext
                     f"{where.describe()}: the JSON array {wrong}, or a quote or bracket is missing before"
                 )
             values.skip_byte()
-            yield from _parsed(Line(where, content, long), keys, context)
+            yield from _parsed(RawRecord(where, content, long), keys, context)
     if number == 0:
         values.skip_byte()
     if values.next_byte():
@@ -80,12 +80,12 @@ def _objects(values: _Values, path: str, keys: WantedKeys, context: ReadContext)
         number += 1
         with values.value(closed=True) as (content, long):
             where = Where(path) if number == 1 and not values.next_byte() else Where(path, "object", number)
-            yield from _parsed(Line(where, content, long), keys, context)
+            yield from _parsed(RawRecord(where, content, long), keys, context)
     if first:
         raise DamagedError(f"{path}: has more after the end of JSON object {number}, which is not another one")
 
 
-def _parsed(element: Line, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
+def _parsed(element: RawRecord, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
     value: dict[str, Any] | str | LongText
     try:
         value = parse_value(element, keys)

@@ -26,7 +26,7 @@ MAX_RECORD_BYTES = 2 << 30
 _TAIL_BYTES = 4096
 
 
-class Line(NamedTuple):
+class RawRecord(NamedTuple):
     """A line, or another part of a file that is a record."""
 
     where: Where
@@ -50,7 +50,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
             yield Record(value, line.where, line.content)
 
 
-def parse_line(line: Line, keys: WantedKeys) -> dict[str, Any]:
+def parse_line(line: RawRecord, keys: WantedKeys) -> dict[str, Any]:
     """Return the JSON object in ``line``. Raise MalformedError if it is not one, or has one of ``keys`` twice."""
     value = parse_value(line, keys)
     if type(value) is not dict:
@@ -58,12 +58,12 @@ def parse_line(line: Line, keys: WantedKeys) -> dict[str, Any]:
     return value
 
 
-def parse_value(line: Line, keys: WantedKeys) -> Any:
+def parse_value(line: RawRecord, keys: WantedKeys) -> Any:
     """Return the JSON value in ``line``. Raise MalformedError if invalid, or an object with one of ``keys`` twice."""
     return parse_json(line.content, keys) if line.long is None else read_long_json(line.long, keys, line.where)
 
 
-def _text(line: Line) -> str | LongText:
+def _text(line: RawRecord) -> str | LongText:
     if line.long is not None:
         return LongText(str(line.long), 0, line.long.stat().st_size, False, line.where).check()
     try:
@@ -72,7 +72,7 @@ def _text(line: Line) -> str | LongText:
         raise invalid_utf8(line.content, error) from None
 
 
-def _lines(span: Span, context: ReadContext) -> Generator[Line, None, None]:
+def _lines(span: Span, context: ReadContext) -> Generator[RawRecord, None, None]:
     """Yield each line whose first byte is in the span, except blank lines."""
     path, plain = span.file.path, not span.file.compression
     with open_stream(span.file, context) as file:
@@ -99,9 +99,9 @@ def _lines(span: Span, context: ReadContext) -> Generator[Line, None, None]:
                     offset += rest
                     if plain:
                         context.consumed = min(offset, span.stop) - span.start
-                    yield Line(where, content[:_SHOWN_BYTES], copy)
+                    yield RawRecord(where, content[:_SHOWN_BYTES], copy)
             elif not content.isspace():
-                yield Line(where, content, None)
+                yield RawRecord(where, content, None)
 
 
 def _skip_line(file: BinaryIO, limit: int) -> int:

@@ -34,7 +34,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Part:
+class MergeInput:
     """A dataset to join, without open files, so that there can be thousands."""
 
     prefix: str
@@ -110,7 +110,7 @@ def _check_runs(prefixes: Iterable[str]) -> None:
             )
 
 
-def open_part(prefix: str) -> Part:
+def open_input(prefix: str) -> MergeInput:
     """Open a dataset, and check what is cheap: sizes, and its sidecar against its index."""
     dataset = IndexedDataset(prefix)
     if dataset.has_modes:
@@ -119,7 +119,7 @@ def open_part(prefix: str) -> Part:
             "Megatron-LM's tools/merge_datasets.py"
         )
     paths = {suffix: f"{dataset.prefix}{suffix}" for suffix in (BIN, MASK, METADATA)}
-    part = Part(
+    part = MergeInput(
         prefix=dataset.prefix,
         shard=shard_of_name(dataset.prefix),
         sidecar=Sidecar.read(dataset.prefix),
@@ -135,7 +135,7 @@ def open_part(prefix: str) -> Part:
     return part
 
 
-def _check_sidecar(part: Part, sidecar: Sidecar) -> None:
+def _check_sidecar(part: MergeInput, sidecar: Sidecar) -> None:
     """Check what only merging requires."""
     facts: list[tuple[str, object, object]] = [
         ("metadata", sidecar.metadata_xxh3_128 != "", METADATA in part.sizes),
@@ -151,7 +151,7 @@ def _check_sidecar(part: Part, sidecar: Sidecar) -> None:
             )
 
 
-def check_paths(parts: Sequence[Part], output: str, overwrite: bool) -> None:
+def check_paths(parts: Sequence[MergeInput], output: str, overwrite: bool) -> None:
     """Refuse a dataset that is named twice, and an output that is an input or may not be replaced."""
     seen: dict[str, str] = {}
     for part in parts:
@@ -166,7 +166,7 @@ def check_paths(parts: Sequence[Part], output: str, overwrite: bool) -> None:
     require_free({output: [output]}, reads, overwrite)
 
 
-def check_alike(parts: Sequence[Part]) -> None:
+def check_alike(parts: Sequence[MergeInput]) -> None:
     """Refuse datasets whose tokens have different meanings, according to their sidecars."""
     _check_equal("dtype", [(part.prefix, part.dtype.name) for part in parts], "the same tokenizer")
     known = [(part.prefix, part.sidecar) for part in parts if part.sidecar is not None]
@@ -187,7 +187,7 @@ def _tokenizer_of(sidecar: Sidecar, first: Sidecar) -> str:
     return first.tokenizer_sha256 if same else sidecar.tokenizer_sha256
 
 
-def count_without_mask(parts: Sequence[Part], fill: bool) -> int:
+def count_without_mask(parts: Sequence[MergeInput], fill: bool) -> int:
     """Count the parts that need a loss mask because others have one; refuse them without ``fill``."""
     masked = [part for part in parts if MASK in part.sizes]
     plain = [part for part in parts if MASK not in part.sizes]
