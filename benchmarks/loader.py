@@ -44,7 +44,7 @@ from retemper.engine.data.packing import pack
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.files.outputs import require_report
-from retemper.engine.observe.summary import describe_data
+from retemper.engine.observe.start_summary import describe_data
 from retemper.engine.schedule import BatchPlan
 
 SEQUENCE_LENGTH = 4096
@@ -108,15 +108,15 @@ def open_retemper(prefix: Path, name: str) -> Opened:
     plan = BatchPlan(SEQUENCE_LENGTH, BATCH, 1, 1)
     catalog = open_catalog(config, plan, VOCAB_SIZE, None, SEED)
     order = catalog.sample_order(SEED)
-    count = sum(source.num_windows for source in catalog.train)
+    count = sum(source.num_chunks for source in catalog.train)
     order.require(count)
     describe_data(config, catalog, order, count)
     data = TrainingData(catalog.train, order, plan, 0, VOCAB_SIZE, attend_across_documents=False)
 
     def sample(index: int) -> Any:
         place = data.order.sample(index)
-        window = data.sources[place.source].window(place.window, VOCAB_SIZE, place.epoch)
-        return pack([window], SEQUENCE_LENGTH, attend_across_documents=False)
+        chunk = data.sources[place.source].chunk(place.chunk, VOCAB_SIZE, place.epoch)
+        return pack([chunk], SEQUENCE_LENGTH, attend_across_documents=False)
 
     return sample, count
 

@@ -18,13 +18,13 @@ from typing import Any
 
 from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.files.outputs import Use, require_separate
-from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.weights.conversion.options import (
     add_copying,
     add_dtype,
     add_output,
     add_shard_size,
-    end_like_ctrl_c,
+    interrupt_on_sigterm,
     parse,
 )
 
@@ -60,20 +60,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
-    end_like_ctrl_c()
+    interrupt_on_sigterm()
     options = vars(parse_arguments())
     repository = options.pop("push_to_hub")
     if repository is not None:
         _convert_and_upload(options, repository)
         return
-    with uncollected():
+    with without_gc():
         from retemper.engine.weights.conversion.dcp_to_hf import convert
 
     convert(**options)
 
 
 def _convert_and_upload(options: dict[str, Any], repository: str) -> None:
-    with uncollected():
+    with without_gc():
         from retemper.engine.weights.conversion.dcp_to_hf import convert, plan_export
         from retemper.engine.weights.conversion.provenance import CONVERSION_FILE
         from retemper.engine.weights.hugging_face.upload import open_repository, upload_folder

@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, UserError, run_command
-from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.weights.conversion.options import (
     HF,
     TARGET_FORMATS,
@@ -22,7 +22,7 @@ from retemper.engine.weights.conversion.options import (
     add_dtype,
     add_output,
     add_shard_size,
-    end_like_ctrl_c,
+    interrupt_on_sigterm,
     parse,
 )
 
@@ -60,9 +60,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
-    end_like_ctrl_c()
+    interrupt_on_sigterm()
     options = parse_arguments()
-    with uncollected():
+    with without_gc():
         from retemper.checkpoint_convert.megatron_import import convert
 
     convert(**vars(options))

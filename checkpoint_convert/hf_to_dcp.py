@@ -14,8 +14,8 @@ import argparse
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.guards.garbage_collection import uncollected
-from retemper.engine.weights.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c, parse
+from retemper.engine.guards.garbage_collection import without_gc
+from retemper.engine.weights.conversion.options import add_copying, add_dtype, add_output, interrupt_on_sigterm, parse
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,9 +40,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
-    end_like_ctrl_c()
+    interrupt_on_sigterm()
     options = parse_arguments()
-    with uncollected():
+    with without_gc():
         from retemper.engine.weights.conversion.hf_to_dcp import convert
 
     convert(**vars(options))

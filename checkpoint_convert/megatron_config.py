@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from retemper.engine.errors import UserError
 from retemper.engine.model.architecture import Architecture, RopeScaling
-from retemper.engine.weights.conversion.dcp_metadata import inert_class, require_modest
-from retemper.engine.weights.untrusted import file_inside, shown
+from retemper.engine.weights.conversion.dcp_metadata import check_pickle_size, placeholder_class
+from retemper.engine.weights.damage import brief, file_inside
 
 from .megatron_layout import Vocabulary
 
@@ -84,7 +84,7 @@ _MOST_LAYERS = 10_000
 class _InertUnpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes]):
         super().__init__(file)
-        self._inert = inert_class()
+        self._inert = placeholder_class()
 
     def find_class(self, module: str, name: str) -> Any:
         return self._inert
@@ -136,7 +136,7 @@ def _unpickle(saved: bytes) -> Any:
         if member.file_size > _MAX_PICKLE_BYTES or member.compress_type != zipfile.ZIP_STORED:
             raise pickle.UnpicklingError
         pickled = archive.read(member)
-    require_modest(pickled)
+    check_pickle_size(pickled)
     return _InertUnpickler(BytesIO(pickled)).load()
 
 
@@ -395,5 +395,5 @@ def _difference(name: str, here: Any, there: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = shown(value)
+    text = brief(value)
     return text if len(text) <= 80 else text[:80] + "..."

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from retemper.engine.files.new_folder import require_absent
+from retemper.engine.files.atomic import require_absent
 from retemper.engine.files.outputs import Use, require_separate
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets

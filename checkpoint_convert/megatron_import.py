@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from retemper.engine.errors import UserError
-from retemper.engine.files.new_folder import require_absent
+from retemper.engine.files.atomic import require_absent
+from retemper.engine.files.hashing import hash_file
 from retemper.engine.files.outputs import Use, require_separate
 from retemper.engine.files.regular import read_regular
 from retemper.engine.model.architecture import CONFIG_FILE, read_hf_config
 from retemper.engine.weights.block_copy import WrittenFile
 from retemper.engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.weights.conversion.checkpoint_model import CheckpointPlan, seal
+from retemper.engine.weights.conversion.checkpoint_model import CheckpointPlan, write_converted_manifest
 from retemper.engine.weights.conversion.logits import compare_logits, describe_logits
 from retemper.engine.weights.conversion.options import CHECKPOINT, HF
 from retemper.engine.weights.conversion.provenance import (
     ConversionRecord,
-    file_hash,
     file_identity,
     require_same_source,
 )
 from retemper.engine.weights.conversion.writing import nonfinite_option, size_of, write_tensors
 from retemper.engine.weights.hugging_face.shards import ShardPlan
-from retemper.engine.weights.hugging_face.weight_dtypes import cast_to, declaring, describe_casts, dtype_named
+from retemper.engine.weights.hugging_face.weight_dtypes import cast_to, describe_casts, dtype_named, with_dtype
 from retemper.engine.weights.hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
 from retemper.engine.weights.partial_folder import PartialFolder, partial_folder
 from retemper.engine.weights.tensor_source import StoredTensor
@@ -75,7 +75,7 @@ def convert(
     given, where = (None, "") if config is None else (read_hf_config(config), str(_config_file(Path(config))))
     model = MegatronModel(megatron, given, where)
     tensors = cast_to(model.tensors, target)
-    assets = declaring(_assets(config, tokenizer, model), (tensor.dtype for tensor in tensors.values()))
+    assets = with_dtype(_assets(config, tokenizer, model), (tensor.dtype for tensor in tensors.values()))
     for line in [*model.notes, *describe_casts(model.tensors, tensors)]:
         say(line)
     if assets.tokenizer_sha256 is None:
@@ -94,7 +94,7 @@ def convert(
             say(describe_logits(record.logits))
         record.write(partial.content, {**model.tensors, **model.left_out}, tensors, done.values())
         if format == CHECKPOINT:
-            seal(partial.content, done.values())
+            write_converted_manifest(partial.content, done.values())
     say(f"wrote {output}: {len(tensors)} tensors, {size_of(done.values())}")
 
 
@@ -145,6 +145,6 @@ def _identify(model: MegatronModel) -> dict[str, Any]:
     first, *others = model.files
     return {
         "folder": str(model.folder.resolve()),
-        f"{first.name}_xxh3_128": file_hash(first),
+        f"{first.name}_xxh3_128": hash_file(first),
         "files": {path.name: file_identity(path) for path in others},
     }

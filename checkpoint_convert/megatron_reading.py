@@ -24,10 +24,10 @@ from retemper.engine.model.architecture import Architecture, parse_architecture
 from retemper.engine.model.decoder import meta_decoder
 from retemper.engine.weights.conversion.dcp_files import read_dcp_parts
 from retemper.engine.weights.conversion.dcp_metadata import read_metadata
+from retemper.engine.weights.damage import METADATA_FILE, DamagedCheckpoint
 from retemper.engine.weights.hugging_face.weight_dtypes import DTYPES, dtype_name
 from retemper.engine.weights.parts import Part, TensorParts
 from retemper.engine.weights.tensor_source import ReadRows, StoredTensor
-from retemper.engine.weights.untrusted import METADATA_FILE, DamagedCheckpoint
 
 from .megatron_config import args_place, config_from_args, describe_disagreement, read_args, require_our_decoder
 from .megatron_layout import EMBEDDING_KEY, FusedTensor, Run, fused_tensors
@@ -112,7 +112,7 @@ class MegatronModel:
             self.notes.append(f"cut {padding} rows of padding from the vocabulary of {embedding[0]}")
         stacked = {place.name for place in self._places.values() if place.layer is not None}
         parts = read_dcp_parts(self.folder, weights.keys())
-        parts.require_whole()
+        parts.require_full_coverage()
         self._rows = _flattened(parts, stacked)
         for path in sorted(self._rows.paths):
             if not path.is_file():

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from retemper.checkpoint_convert.megatron_layout import Vocabulary
 from retemper.engine.errors import CommandParser, UserError, run_command
-from retemper.engine.guards.garbage_collection import uncollected
-from retemper.engine.weights.conversion.options import add_copying, add_dtype, add_output, end_like_ctrl_c, parse
+from retemper.engine.guards.garbage_collection import without_gc
+from retemper.engine.weights.conversion.options import add_copying, add_dtype, add_output, interrupt_on_sigterm, parse
 
 _MAX_MULTIPLE = 2**20
 
@@ -67,9 +67,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
-    end_like_ctrl_c()
+    interrupt_on_sigterm()
     options = parse_arguments()
-    with uncollected():
+    with without_gc():
         from retemper.checkpoint_convert.megatron_export import convert
 
     convert(**vars(options))

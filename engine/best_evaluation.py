@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels.linear_cross_entropy import IGNORE_INDEX
-from .data.packing import MicroBatch
+from .batch import Batch
 from .parallel.process_group import Ranks
 
 _MIX = tuple(np.uint64(odd) for odd in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -53,7 +53,7 @@ class Measure:
         ]
 
 
-def fingerprint(batches: Iterable[MicroBatch], counted: bool, sequence_length: int, ranks: Ranks) -> str:
+def fingerprint(batches: Iterable[Batch], counted: bool, sequence_length: int, ranks: Ranks) -> str:
     """Return a hash of the evaluated data, which depends neither on the number of ranks nor on the micro-batch.
 
     Args:
@@ -72,4 +72,4 @@ def fingerprint(batches: Iterable[MicroBatch], counted: bool, sequence_length: i
             mixed ^= mixed >> np.uint64(31)
         # A sum does not depend on the order of the samples.
         total += int(mixed.sum(dtype=np.uint64))
-    return f"{sequence_length}:{sum(ranks.gather(total)) % 2**64:016x}"
+    return f"{sequence_length}:{sum(ranks.all_gather(total)) % 2**64:016x}"

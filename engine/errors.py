@@ -32,7 +32,7 @@ class UserError(ValueError):
         problems: usually one. Several independent ones, such as all of a configuration, are printed on a line each.
     """
 
-    said = False
+    printed_elsewhere = False
     """True if another rank, which has the same error, prints it."""
 
     def __init__(self, *problems: object) -> None:
@@ -89,16 +89,16 @@ def report_user_error(error: UserError) -> None:
     lines = [*error.problems[:_MOST_PROBLEMS], *([f"and {more} more problems"] if more > 0 else [])]
     # A path may contain bytes that are not text.
     messages = [" ".join(line.split()).encode("utf-8", "backslashreplace").decode() for line in lines]
-    if not error.said:
+    if not error.printed_elsewhere:
         # In one write, because ranks share the stream, and lines of others must not come between a line and its end.
         with contextlib.suppress(OSError):  # the reader has gone
             sys.stderr.write("".join(f"{rank}error: {message}\n" for message in messages))
             sys.stderr.flush()
-    if not error.said or os.environ.get("LOCAL_RANK", "0") == "0":
-        tell_torchrun(" | ".join(messages))
+    if not error.printed_elsewhere or os.environ.get("LOCAL_RANK", "0") == "0":
+        write_torchrun_error(" | ".join(messages))
 
 
-def tell_torchrun(message: str) -> None:
+def write_torchrun_error(message: str) -> None:
     """Leave ``message`` for torchrun's report, which would otherwise have none. The first one counts.
 
     The format is that of ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``.
@@ -133,7 +133,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             report_user_error(UserError(message))
             _discard_output()
             sys.exit(1)
-        tell_torchrun(" ".join(f"{type(error).__name__}: {error}".split())[:1000])
+        write_torchrun_error(" ".join(f"{type(error).__name__}: {error}".split())[:1000])
         raise
     sys.exit(status or 0)
 

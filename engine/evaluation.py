@@ -1,27 +1,27 @@
-"""The validation sets of a run: read once, evaluated again and again on the same windows."""
+"""The validation sets of a run: read once, evaluated again and again on the same chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .batch import Batch
 from .best_evaluation import Measure, fingerprint
 from .config.settings import RunConfig
 from .data.catalog import Catalog
 from .data.loader import describe_evaluated, validation_batches
-from .data.packing import MicroBatch
 from .errors import UserError
-from .observe.waiting import Counted, Say
-from .parallel.forward_backward import Passes
+from .observe.waiting import ProgressBar, Say
+from .parallel.forward_backward import ForwardBackward
 from .parallel.mesh import Mesh
 from .parallel.process_group import Ranks
 from .run_state import Progress
 from .schedule import BatchPlan
 
 
-def count_targets(batches: Iterable[MicroBatch], mesh: Mesh) -> int:
+def count_targets(batches: Iterable[Batch], mesh: Mesh) -> int:
     """Targets of this rank's samples; of ranks that read the same ones, one counts them."""
-    return sum(batch.num_targets for batch in batches) if mesh.speaks_for_samples else 0
+    return sum(batch.num_targets for batch in batches) if mesh.counts_samples else 0
 
 
 class Validation:
@@ -36,7 +36,7 @@ class Validation:
         self._ranks = ranks
         self._at_a_time = plan.num_micro_batches * max(1, 16 // plan.num_micro_batches)
         """Micro-batches between two looks at whether to stop: whole steps of a pipeline."""
-        self._batches = ranks.everywhere(
+        self._batches = ranks.run_on_all(
             lambda: {
                 name: list(
                     validation_batches(sources, plan, mesh.data_rank, vocab_size, data.attend_across_documents, tokens)
@@ -44,7 +44,9 @@ class Validation:
                 for name, sources in catalog.validation.items()
             }
         )
-        self._targets = {name: ranks.sum(count_targets(batches, mesh)) for name, batches in self._batches.items()}
+        self._targets = {
+            name: ranks.all_reduce(count_targets(batches, mesh)) for name, batches in self._batches.items()
+        }
         for name, count in self._targets.items():
             if not count:
                 raise UserError(
@@ -65,7 +67,7 @@ class Validation:
 
     def _measure(self, mesh: Mesh, sequence_length: int) -> Measure | None:
         for name, batches in self._batches.items():
-            return Measure(name, fingerprint(batches, mesh.speaks_for_samples, sequence_length, self._ranks))
+            return Measure(name, fingerprint(batches, mesh.counts_samples, sequence_length, self._ranks))
         return None
 
     def __bool__(self) -> bool:
@@ -76,11 +78,13 @@ class Validation:
         """This rank's micro-batches of all sets."""
         return sum(map(len, self._batches.values()))
 
-    def evaluate(self, passes: Passes, step: int, stopping: Callable[[], bool], say: Say) -> dict[str, float]:
+    def evaluate(
+        self, forward_backward: ForwardBackward, step: int, stopping: Callable[[], bool], say: Say
+    ) -> dict[str, float]:
         """Return :meth:`losses` after ``step``, and show the progress; empty where all ranks are to stop."""
         what = f"evaluation at step {step}, micro-batches"
-        with Counted(what, self.num_batches, say, self._ranks.is_main) as counted:
-            losses = self.losses(passes, stopping, counted.update)
+        with ProgressBar(what, self.num_batches, say, self._ranks.is_main) as counted:
+            losses = self.losses(forward_backward, stopping, counted.update)
         if self and not losses:
             say("  evaluation broken off: asked to stop; the run that resumes makes it")
         return losses
@@ -94,12 +98,15 @@ class Validation:
         return self.measure.record(progress.step, loss) if self.measure.improves(progress.best, loss) else None
 
     def losses(
-        self, passes: Passes, stopping: Callable[[], bool], on_batches: Callable[[int], object] = lambda count: None
+        self,
+        forward_backward: ForwardBackward,
+        stopping: Callable[[], bool],
+        on_batches: Callable[[int], object] = lambda count: None,
     ) -> dict[str, float]:
         """Mean loss per target of every set, in nats; empty when ``stopping``, the same on all ranks, says so.
 
         Args:
-            passes: compute losses.
+            forward_backward: compute losses.
             stopping: asked now and then.
             on_batches: told how many micro-batches more are done.
         """
@@ -110,7 +117,7 @@ class Validation:
                 if stopping():
                     return {}
                 some = batches[first : first + self._at_a_time]
-                loss_sum += passes.evaluate(some).item()
+                loss_sum += forward_backward.evaluate(some).item()
                 on_batches(len(some))
-            losses[name] = self._ranks.sum(loss_sum) / self._targets[name]
+            losses[name] = self._ranks.all_reduce(loss_sum) / self._targets[name]
         return losses

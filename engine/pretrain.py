@@ -16,7 +16,7 @@ from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RunConfig
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.open_limit import raise_open_files_limit
-from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.guards.rank_consistency import agree_on_config
 from retemper.engine.guards.stop_request import StoppedBeforeTraining, StopRequest
 from retemper.engine.observe.console import Console
@@ -25,8 +25,8 @@ from retemper.engine.parallel.layout import check_layout, plan_layout
 from retemper.engine.schedule import learning_rate, plan_batches
 
 if TYPE_CHECKING:
+    from retemper.engine.batch import Batch
     from retemper.engine.data.loader import Prefetcher
-    from retemper.engine.data.packing import MicroBatch
     from retemper.engine.guards.rollback import Rollback
     from retemper.engine.parallel.process_group import Ranks
     from retemper.engine.run_state import Run
@@ -41,9 +41,9 @@ def main(console: Console | None = None) -> None:
         config, rendezvous = agree_on_config(lambda: prepare(launcher.world_size), several=launcher.world_size > 1)
         from retemper.engine.parallel.process_group import process_group
 
-        stop.hold()
+        stop.defer()
         with process_group(config.device, config.parallel.timeout_seconds, rendezvous) as ranks:
-            stop.hold(ranks)
+            stop.defer(ranks)
             with suppress(StoppedBeforeTraining):  # leaves the group as all ranks do
                 train(build(config, ranks, stop), console)
 
@@ -55,10 +55,11 @@ def prepare(world_size: int) -> RunConfig:
     """
     config = parse_config()
     check_layout(config, world_size)
-    with uncollected():
+    with without_gc():
         from retemper.engine import evaluation, run_folder, start  # noqa: F401
         from retemper.engine.guards import rollback, run_guards  # noqa: F401
-        from retemper.engine.observe import reporter, summary  # noqa: F401
+        from retemper.engine.observe import reporter, start_summary  # noqa: F401
+        from retemper.engine.parallel import precision  # noqa: F401
     return config
 
 
@@ -78,7 +79,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
     from retemper.engine.evaluation import Validation
     from retemper.engine.guards.run_guards import RunGuards
     from retemper.engine.observe.reporter import Reporter
-    from retemper.engine.observe.waiting import main_printer, reported_if_slow
+    from retemper.engine.observe.waiting import rank0_printer, report_if_slow
     from retemper.engine.optim import build_optimizer
     from retemper.engine.parallel.build import build_model
     from retemper.engine.parallel.mesh import build_mesh
@@ -89,49 +90,49 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
     from retemper.engine.weights.checkpoint.saver import Saver
 
     validate(config)
-    stop, say = stop or StopRequest(ranks), main_printer(ranks.is_main)
+    stop, say = stop or StopRequest(ranks), rank0_printer(ranks.is_main)
     stop.stop_after(config.training.stop_after_minutes)
     layout = plan_layout(config.parallel, ranks.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
     config, precision = with_precision(config, ranks)
 
     store = run_store(config, ranks)
-    with reported_if_slow("looking for a checkpoint and verifying it", say, ranks.is_main):
+    with report_if_slow("looking for a checkpoint and verifying it", say, ranks.is_main):
         config, found = find_start(config, ranks, store)
-    with reported_if_slow("opening the data", say, ranks.is_main):
-        start = ranks.everywhere(lambda: open_start(config, found))
+    with report_if_slow("opening the data", say, ranks.is_main):
+        start = ranks.run_on_all(lambda: open_start(config, found))
         architecture = start.architecture
-        attention, choices = ranks.everywhere(lambda: choose(config, architecture, plan, ranks))
-        catalog, order, progress = ranks.everywhere(lambda: open_data(config, plan, start))
+        attention, choices = ranks.run_on_all(lambda: choose(config, architecture, plan, ranks))
+        catalog, order, progress = ranks.run_on_all(lambda: open_data(config, plan, start))
     room = require_room(config, store, architecture, plan, progress) if saves else []
 
     mesh = build_mesh(layout, ranks.device.type)
-    with reported_if_slow("building the model", say, ranks.is_main):
-        model, passes = build_model(config, architecture, ranks, mesh, choices)
+    with report_if_slow("building the model", say, ranks.is_main):
+        model, forward_backward = build_model(config, architecture, ranks, mesh, choices)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed)
-    stop.leave_if_agreed()
-    with reported_if_slow("loading the weights", say, ranks.is_main):
-        casts = ranks.everywhere(lambda: start.load_into(model, optimizer))
+    stop.exit_if_agreed()
+    with report_if_slow("loading the weights", say, ranks.is_main):
+        casts = ranks.run_on_all(lambda: start.load_into(model, optimizer))
 
     across, pinned = config.data.attend_across_documents, ranks.device.type == "cuda"
     data = TrainingData(catalog.train, order, plan, mesh.data_rank, architecture.vocab_size, across, pinned)
-    with reported_if_slow("reading the validation sets", say, ranks.is_main):
+    with report_if_slow("reading the validation sets", say, ranks.is_main):
         validation = Validation(config, catalog, plan, architecture.vocab_size, mesh, ranks)
-    ranks.everywhere(catalog.finish_checks)
+    ranks.run_on_all(catalog.finish_checks)
     saver = Saver(store, ranks, config.checkpoint, say)
     guards = RunGuards(config, ranks, store, saver, model, say, start.resumed)
     report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say)
     return Run(
         config, ranks, stop, say, plan, mesh, precision, attention, choices, start, catalog, order, data, validation,
-        model, passes, optimizer, store, saver, guards, report, [*casts, *found.remarks, *room], progress,
+        model, forward_backward, optimizer, store, saver, guards, report, [*casts, *found.remarks, *room], progress,
     )  # fmt: skip
 
 
 def train(run: Run, console: Console | None = None) -> None:
     """Train until the token budget is used up or the run is asked to stop. All ranks must call this."""
     from retemper.engine.guards.rollback import roll_back
-    from retemper.engine.observe.closing import describe_end
-    from retemper.engine.observe.summary import describe_start
+    from retemper.engine.observe.end_summary import describe_end
+    from retemper.engine.observe.start_summary import describe_start
     from retemper.engine.run_folder import open_run_folder
     from retemper.engine.weights.conversion.export_run import export_run
 
@@ -152,10 +153,10 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
     from retemper.engine.guards.rollback import plan_rollback
     from retemper.engine.weights.checkpoint.tensors import training_tensors
 
-    if run.owes_evaluation:
+    if run.evaluation_pending:
         evaluate(run)
     if after is None:
-        run.stop.leave_if_agreed()
+        run.stop.exit_if_agreed()
     elif run.stop.agreed():
         run.say(f"stopped at step {run.progress.step} as asked, gone back to before a spike; resume: auto continues")
         return None
@@ -175,7 +176,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
             if first or last or stopping or run.progress.step % run.config.logging.log_interval == 0:
                 numbers = run.report.step(run.progress, run.remaining_steps, result, run.guards.counts())
                 run.guards.check(run.progress.step, numbers)
-            run.guards.pause()
+            run.guards.pause_watchdog()
             with run.report.stopwatch.paused():
                 stopping = evaluate_and_save(run, result, last, stopping)
             if stopping and not last:
@@ -187,7 +188,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
     return None
 
 
-def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[MicroBatch], float]:
+def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[Batch], float]:
     """Return this rank's micro-batches, and the number of targets in the global batch, which may be 0."""
     from retemper.engine.evaluation import count_targets
 
@@ -201,13 +202,13 @@ def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[MicroBatch], fl
     return batches, run.guards.sum_targets(count_targets(batches, run.mesh), problem)
 
 
-def one_step(run: Run, batches: list[MicroBatch], num_targets: float) -> StepResult:
+def one_step(run: Run, batches: list[Batch], num_targets: float) -> StepResult:
     """Make one optimizer step on this rank's ``batches``, and advance the clock."""
     from retemper.engine.step import train_step
 
     rate = learning_rate(run.progress.tokens + run.plan.tokens_per_step, run.config.training, run.config.optimizer)
     clip = run.config.optimizer.clip_grad_norm
-    result = train_step(run.model, run.passes, run.optimizer, batches, num_targets, rate, clip, run.guards)
+    result = train_step(run.model, run.forward_backward, run.optimizer, batches, num_targets, rate, clip, run.guards)
     run.advance()
     run.guards.step_done()
     return result
@@ -235,7 +236,7 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
 
 def evaluate(run: Run, counts: bool = True) -> tuple[dict[str, float], bool]:
     """Return the losses of the validation sets, and whether they are the best so far, where this one ``counts``."""
-    losses = run.validation.evaluate(run.passes, run.progress.step, run.stop.agreed, run.say)
+    losses = run.validation.evaluate(run.forward_backward, run.progress.step, run.stop.agreed, run.say)
     run.report.evaluation(run.progress, losses)
     run.guards.step_guard.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})
     best = run.validation.best(losses, run.progress) if counts else None

@@ -50,8 +50,8 @@ def require_room(
     """
     steps = plan.steps_left(config.training.train_tokens, progress.tokens)
     ranks, output = store.ranks, export_folder(store.folder.parent, progress.step + steps)
-    lines = ranks.on_main(lambda: require_destination(config, store, architecture, steps, output.parent)) or []
-    store.expected_bytes = ranks.share(store.expected_bytes)
+    lines = ranks.run_on_rank0(lambda: require_destination(config, store, architecture, steps, output.parent)) or []
+    store.expected_bytes = ranks.broadcast(store.expected_bytes)
     return lines + prepare_export(config.checkpoint, ranks, output)
 
 
@@ -67,15 +67,15 @@ def open_run_folder(run: Run, console: Console | None) -> Iterator[None]:
         UserError: on every rank, when another process writes to the folder, or it cannot be written.
     """
     with run.store.locked() as remarks:
-        run.ranks.on_main(lambda: _open(run, console))
-        run.say(*remarks, *run.store.set_aside(), *run.store.remove_leftovers())
+        run.ranks.run_on_rank0(lambda: _open(run, console))
+        run.say(*remarks, *run.store.quarantine(), *run.store.remove_leftovers())
         yield
 
 
 def _open(run: Run, console: Console | None) -> None:
     folder, resumed = Path(run.config.run_folder), run.start.resumed
     # A fresh run also renames the records of one that was killed before its first checkpoint.
-    run.report.start(run.progress.step if resumed else None, run.owes_evaluation)
+    run.report.start(run.progress.step if resumed else None, run.evaluation_pending)
     if console is not None:
         console.open(folder)
     (folder / CONFIG_FILE).write_text(to_yaml(run.config), encoding="utf-8")
@@ -108,7 +108,7 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
         datasets=run.catalog.fingerprints,
         evaluation=evaluation,
         best=run.progress.best,
-        health=run.guards.step_guard.state(),
+        health=run.guards.step_guard.state_dict(),
         emergency=emergency,
         config=to_dict(run.config),
         world_size=run.ranks.world_size,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .guards.stop_request import StopRequest
     from .observe.reporter import Reporter
     from .parallel.build import Choices
-    from .parallel.forward_backward import ModelParts, Passes
+    from .parallel.forward_backward import ForwardBackward, ModelParts
     from .parallel.mesh import Mesh
     from .parallel.precision import Precision
     from .parallel.process_group import Ranks
@@ -66,7 +66,7 @@ class Run:
     data: TrainingData
     validation: Validation
     model: ModelParts
-    passes: Passes
+    forward_backward: ForwardBackward
     optimizer: torch.optim.Optimizer
     store: CheckpointStore
     saver: Saver
@@ -75,13 +75,13 @@ class Run:
     remarks: list[str]
     """Lines for the log."""
     progress: Progress
-    owes_evaluation: bool = field(init=False)
+    evaluation_pending: bool = field(init=False)
     """Whether it evaluates before its next step."""
 
     def __post_init__(self) -> None:
         resumed = self.start.resumed
         asked = self.config.training.eval_at_start
-        self.owes_evaluation = asked if resumed is None else self.must_evaluate_at(resumed)
+        self.evaluation_pending = asked if resumed is None else self.must_evaluate_at(resumed)
 
     @property
     def remaining_steps(self) -> int:

@@ -42,7 +42,7 @@ from .weights.checkpoint.tensors import (
 from .weights.hugging_face.initial import KEY, local_weights, open_weights
 from .weights.hugging_face.model import HfModel
 from .weights.hugging_face.slices import load_hf_tensors
-from .weights.hugging_face.weight_dtypes import declared_dtype, declaring
+from .weights.hugging_face.weight_dtypes import declared_dtype, with_dtype
 from .weights.parts import TensorParts
 
 
@@ -156,12 +156,12 @@ def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple
     """
     resume_from, manifest = store.resolve(config.resume), store.resolved
     if resume_from is not None and manifest is not None:
-        data, lines = ranks.everywhere(lambda: keep_names(config.data, manifest.datasets))
+        data, lines = ranks.run_on_all(lambda: keep_names(config.data, manifest.datasets))
         return replace(config, data=data), StartFolder(str(resume_from), manifest, True, tuple(lines))
     if config.model.initialize_from is None:
         return config, StartFolder()
     kind, folder = local_weights(config.model.initialize_from, ranks)
-    return config, StartFolder(folder, store.require_sound(folder, KEY) if kind == "checkpoint" else None)
+    return config, StartFolder(folder, store.require_valid(folder, KEY) if kind == "checkpoint" else None)
 
 
 def open_start(config: RunConfig, found: StartFolder) -> Start:
@@ -181,7 +181,7 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
         read, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
     assets = complete_assets(model, read, folder, found.resumed)
     if weights is not None:  # as checkpoint_convert/hf_to_dcp.py keeps them
-        assets = declaring(assets, (tensor.dtype for tensor in weights.tensors.values()))
+        assets = with_dtype(assets, (tensor.dtype for tensor in weights.tensors.values()))
     assert assets.config is not None
     if config.checkpoint.export_hf:
         declared_dtype(assets.config, where)  # in which the end of the run exports the weights
@@ -208,7 +208,7 @@ def choose(
         UserError: with both sides of the arithmetic.
     """
     attention = choose_attention(config, architecture, ranks.device)
-    compiled = block_compile.wanted(config, ranks.device, attention.backend)
+    compiled = block_compile.enabled(config, ranks.device, attention.backend)
     choices = Choices(attention.backend, compiled, plan.num_micro_batches)
     check_model(config, architecture, choices, ranks.device)
     require_memory(config, architecture, ranks.device, ranks.world_size)

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .data.packing import MicroBatch
+from .batch import Batch
 from .optim import allocate_states, clip_grad_norm, set_learning_rate, step_unless
-from .parallel.forward_backward import ModelParts, Passes
+from .parallel.forward_backward import ForwardBackward, ModelParts
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StepResult:
 class StepGuards(Protocol):
     """What a step tells and asks those that watch it. Every rank calls the same methods in the same order."""
 
-    def begin(self, phase: str) -> None:
+    def begin_phase(self, phase: str) -> None:
         """A part of the step begins: data, forward, backward, optimizer or other."""
 
     def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class StepGuards(Protocol):
 class Unguarded:
     """Skips updates that are not finite, and watches nothing else."""
 
-    def begin(self, phase: str) -> None:
+    def begin_phase(self, phase: str) -> None:
         """See :class:`StepGuards`."""
 
     def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -71,9 +71,9 @@ class Unguarded:
 
 def train_step(
     model: ModelParts,
-    passes: Passes,
+    forward_backward: ForwardBackward,
     optimizer: torch.optim.Optimizer,
-    micro_batches: list[MicroBatch],
+    micro_batches: list[Batch],
     num_targets: float,
     learning_rate: float,
     clip: float,
@@ -85,7 +85,7 @@ def train_step(
 
     Args:
         model: this rank's part of it.
-        passes: computes losses and gradients of ``model``.
+        forward_backward: computes losses and gradients of ``model``.
         optimizer: of the parameters of ``model``.
         micro_batches: of this rank.
         num_targets: targets of the global batch, over all ranks.
@@ -94,9 +94,9 @@ def train_step(
         guards: watch the step, and decide whether its update is skipped.
     """
     if num_targets > 0:
-        loss = passes.train(micro_batches, num_targets, guards.begin)
-        guards.begin("optimizer")
-        grad_norm = clip_grad_norm(model.parameters(), clip, model.own_parameters(), loss)
+        loss = forward_backward.train(micro_batches, num_targets, guards.begin_phase)
+        guards.begin_phase("optimizer")
+        grad_norm = clip_grad_norm(model.parameters(), clip, model.unique_parameters(), loss)
         set_learning_rate(optimizer, learning_rate)
         guards.before_update()
         step_unless(optimizer, guards.should_skip(loss, grad_norm))
@@ -105,5 +105,5 @@ def train_step(
         loss = grad_norm = torch.full((), math.nan)
         guards.without_targets()
         allocate_states(optimizer)  # a checkpoint has them before the first update too
-    guards.begin("other")
+    guards.begin_phase("other")
     return StepResult(loss, grad_norm, learning_rate, num_targets > 0)

@@ -22,7 +22,7 @@ from typing import Any
 
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.tools import preprocess
-from retemper.tools.ingest.output_check import require_free_shards
+from retemper.tools.preprocessing.output_check import require_free_shards
 
 try:
     from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor

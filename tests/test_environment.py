@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from retemper.engine.config.settings import CheckpointConfig, DataConfig, RunConfig, TrainingConfig
 from retemper.engine.errors import UserError, report_user_error, run_command
 from retemper.engine.observe import waiting
-from retemper.engine.observe.closing import Totals, next_command
+from retemper.engine.observe.end_summary import Totals, next_command
 from retemper.engine.run_state import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def test_an_error_is_left_where_torchrun_reads_it(said, local_rank, left, monkey
     for name, value in {"TORCHELASTIC_ERROR_FILE": str(path), "LOCAL_RANK": local_rank}.items():
         monkeypatch.setenv(name, value)
     error = UserError("run.yaml: unknown key x")
-    error.said = said
+    error.printed_elsewhere = said
     report_user_error(error)
     report_user_error(UserError("what follows from it"))
     assert ("unknown key" in capsys.readouterr().err) != said
@@ -114,13 +114,13 @@ def test_slow_work_says_so_and_quick_work_does_not(monkeypatch):
     monkeypatch.setattr(waiting, "FIRST_SECONDS", 0.05)
     monkeypatch.setattr(waiting, "LINE_SECONDS", 0.1)
     said = []
-    with waiting.reported_if_slow("loading the weights", said.append):
+    with waiting.report_if_slow("loading the weights", said.append):
         time.sleep(0.01)
     assert said == []
-    with waiting.reported_if_slow("loading the weights", said.append):
+    with waiting.report_if_slow("loading the weights", said.append):
         time.sleep(0.22)
     assert len(said) == 2 and all(line.startswith("  loading the weights: 0:00:0") for line in said)
-    with waiting.Counted("evaluation", 4, said.append) as counted:
+    with waiting.ProgressBar("evaluation", 4, said.append) as counted:
         for _ in range(4):
             time.sleep(0.06)
             counted.update(1)

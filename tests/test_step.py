@@ -14,7 +14,7 @@ import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.engine import pretrain
-from retemper.engine.guards.garbage_collection import GarbageSchedule
+from retemper.engine.guards.garbage_collection import GarbageCollection
 from retemper.engine.optim.adamw import CompactAdamW
 from retemper.engine.parallel.process_group import process_group
 
@@ -158,7 +158,7 @@ def _garbage() -> weakref.ref:
 
 
 def test_garbage_is_collected_at_its_steps_only():
-    with GarbageSchedule(3) as schedule:
+    with GarbageCollection(3) as schedule:
         assert not gc.isenabled()
         found = []
         for step in range(1, 7):
@@ -170,14 +170,14 @@ def test_garbage_is_collected_at_its_steps_only():
 
 
 def test_the_collector_is_restored_after_an_error_and_left_as_it_was():
-    with pytest.raises(RuntimeError), GarbageSchedule(1):
+    with pytest.raises(RuntimeError), GarbageCollection(1):
         raise RuntimeError
     assert gc.isenabled()
-    with GarbageSchedule(0):
+    with GarbageCollection(0):
         assert gc.isenabled()
     gc.disable()
     try:
-        with GarbageSchedule(1):
+        with GarbageCollection(1):
             pass
         assert not gc.isenabled()
     finally:
@@ -186,7 +186,7 @@ def test_the_collector_is_restored_after_an_error_and_left_as_it_was():
 
 def test_a_run_collects_as_configured(one_rank, run_file, tmp_path, monkeypatch):
     collected, enabled = [], []
-    monkeypatch.setattr(GarbageSchedule, "step_done", lambda self, number: collected.append(number))
+    monkeypatch.setattr(GarbageCollection, "step_done", lambda self, number: collected.append(number))
     config = tiny_run.configure(run_file, "--run_folder", str(tmp_path), "--training.train_tokens", "1024")
     run = pretrain.build(config, one_rank)
     tiny_run.before_step(run, lambda: enabled.append(gc.isenabled()))

@@ -24,7 +24,7 @@ from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RunConfig, to_dict
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.files.outputs import Use, require_report
-from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout
 
@@ -107,18 +107,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measure(config: RunConfig, path: Path | None, settings: StepBenchmarkOptions, command: str) -> None:
     # Everything that needs PyTorch is imported before any rank waits for another.
-    with uncollected():
+    with without_gc():
         from retemper.benchmarks.step.measure import measure_step
         from retemper.benchmarks.step.report import format_report, to_report
         from retemper.engine.parallel.process_group import process_group
 
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
-        ranks.everywhere(lambda: check_layout(config, ranks.world_size))
+        ranks.run_on_all(lambda: check_layout(config, ranks.world_size))
         machine = describe_torch()  # before this command puts load on the machine
         found = measure_step(config, settings, ranks)
         if ranks.is_main:
             print(format_report(found, machine))
-        ranks.on_main(lambda: to_report(found, config, settings, command, machine).write(path))
+        ranks.run_on_rank0(lambda: to_report(found, config, settings, command, machine).write(path))
 
 
 def _sweep(
@@ -128,7 +128,7 @@ def _sweep(
     run_arguments: list[str],
     command: str,
 ) -> None:
-    if read_launcher().announced:
+    if read_launcher().launched:
         raise UserError("--sweep: starts processes itself; leave out torchrun and name it with --launch 'torchrun ...'")
     combinations = parse_sweep(options.sweep, config)
     report = BenchmarkReport(command, describe_machine(), {"config": to_dict(config), "sweep": options.sweep})

@@ -17,7 +17,7 @@ from retemper.benchmarks.kernel.names import KERNELS
 from retemper.benchmarks.report import command_line
 from retemper.engine.errors import CommandParser, UserError, run_command
 from retemper.engine.files.outputs import require_report
-from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.guards.garbage_collection import without_gc
 
 
 def _current_name(sizes: str) -> str:
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         raise UserError(f"--kernels {','.join(unknown)}: there are {', '.join(KERNELS)}")
     command = command_line("tools/benchmark_kernels.py", arguments)
-    with uncollected():
+    with without_gc():
         from retemper.benchmarks.kernel.command import benchmark
 
     benchmark(options, command)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.guards.garbage_collection import without_gc
 from retemper.tools.checkpoint_report.listing import format_listing, list_checkpoints
 from retemper.tools.checkpoint_report.verification import verify
 
@@ -67,17 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "verify":
         return 0 if verify(options.paths) else 1
     if options.command == "diff":
-        with uncollected():
+        with without_gc():
             from retemper.tools.checkpoint_report.comparison import compare
 
         return 1 if compare(options.first, options.second) else 0
     if options.command == "upgrade":
-        with uncollected():
+        with without_gc():
             from retemper.tools.checkpoint_report.upgrading import upgrade
 
         upgrade(options.path)
         return 0
-    with uncollected():
+    with without_gc():
         from retemper.tools.checkpoint_report.pruning import prune
 
     prune(options.run_folder, options.keep_last, options.keep_every, options.dry_run)

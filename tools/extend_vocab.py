@@ -12,7 +12,7 @@ import signal
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.weights.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE
 from retemper.tools.vocabulary.options import ExtendOptions
 
@@ -91,7 +91,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    with uncollected():
+    with without_gc():
         from retemper.tools.vocabulary.command import extend
 
     extend(options)

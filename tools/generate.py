@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from retemper.engine.errors import CommandParser, UserError, report_user_error, run_command
-from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.tokenizer.document_frame import BOS_CHOICES
 from retemper.engine.weights.hugging_face.weight_options import DTYPE_CHOICES
 from retemper.tools.sampling import Sampling
@@ -117,7 +117,7 @@ def main() -> None:
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
     interactive = options.prompt is None and sys.stdin.isatty()
     prompts = options.prompt if options.prompt is not None else [] if interactive else piped_prompts()
-    with uncollected():
+    with without_gc():
         from retemper.tools.generation import TextGenerator
 
     model = TextGenerator(options.model, options.tokenizer, options.dtype, options.device, options.bos)

@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.batch import Batch
 from ..engine.errors import UserError
 from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
 from ..engine.model.decoder import Decoder
-from ..engine.model.packing import plan_packing
 from ..engine.tokenizer.document_frame import DocumentFrame, ids_of
 from ..engine.tokenizer.tokenizer import TokenizerHandle, load_prompt_tokenizer
 from ..engine.weights.checkpoint.assets import ASSET_FOLDER
 from ..engine.weights.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.weights.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
 from ..engine.weights.checkpoint.verify import require_undamaged
+from ..engine.weights.damage import METADATA_FILE, TABLE_FILE
 from ..engine.weights.hugging_face.model import meta_decoder, open_hf_model
 from ..engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_named
-from ..engine.weights.untrusted import METADATA_FILE, TABLE_FILE
 from ..kernels.attention import choose_attention_backend
 from .sampling import Sampling
 
@@ -156,18 +156,10 @@ class TextGenerator:
 
     def next_logits(self, ids: list[int]) -> Tensor:
         """Return the [V] fp32 logits of the token that follows ``ids``."""
-        tokens_T = torch.tensor(ids, device=self.device)
-        cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
-        packing = plan_packing(
-            torch.arange(len(ids), device=self.device),
-            cu_seqlens.to(self.device),
-            len(ids),
-            self.attention_backend,
-            self.decoder.architecture.sliding_windows,
-            cu_seqlens,
-        )
+        batch = Batch.of_documents(torch.tensor(ids), [len(ids)])
+        batch = batch.prepare(self.device, self.attention_backend, self.decoder.architecture.sliding_windows)
         # The head runs only on the last position: logits of all positions would need T times the memory.
-        last_H = self.decoder.model(tokens_T, packing)[-1]
+        last_H = self.decoder.model(batch)[-1]
         return (self.decoder.head_weight @ last_H).float()
 
     def _continuation(self, prompt_ids: list[int], new_ids: list[int]) -> str:

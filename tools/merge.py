@@ -3,7 +3,7 @@
     python tools/merge.py --inputs 'dataset.shard-*-of-8' --output-prefix dataset
     python tools/merge.py --inputs books web/part-* --output-prefix mix
 
-This file is the command line of retemper.tools.preprocessing.merging.
+This file is the command line of retemper.tools.preprocessing.merging.merge.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
-from retemper.tools.preprocessing.merging import MergeOptions, format_report, merge
+from retemper.tools.preprocessing.merging.merge import MergeOptions, format_report, merge
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> MergeOptions:

@@ -17,7 +17,7 @@ from pathlib import Path
 from retemper.engine.config.parser import parse_config
 from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report
-from retemper.engine.guards.garbage_collection import uncollected
+from retemper.engine.guards.garbage_collection import without_gc
 from retemper.tools.planning.gpus import GPUS
 from retemper.tools.planning.request import EFFICIENCY, RESERVE, Request, read_architecture
 
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.gpu_link,
     )
     setting = request.setting(read_architecture(config.model))
-    with uncollected():
+    with without_gc():
         from retemper.tools.planning.command import rehearse
 
     def say(line: str) -> None:

@@ -4,7 +4,7 @@
     python tools/preprocess.py --input books/ 'web/*.jsonl.zst' --tokenizer models/qwen3 --output-prefix data/mix
     python tools/preprocess.py --input web.parquet --dedup exact --split train=0.98,valid=0.02 --shuffle
 
-The work is done by retemper.tools.preprocessing; this file is the command line. docs/data.md tells more.
+The work is done by retemper.tools.preprocessing; this file is the command line. docs/preprocessing.md tells more.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from retemper.engine.errors import CommandParser, run_command
 from retemper.engine.tokenizer.document_frame import BOS_CHOICES
-from retemper.tools.preprocessing.expansion import DEFAULT_EXPANSION
 from retemper.tools.preprocessing.formats import FORMATS
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.pipeline import preprocess
+from retemper.tools.preprocessing.readers.expansion_limit import DEFAULT_EXPANSION
 from retemper.tools.preprocessing.report import format_report
 from retemper.tools.preprocessing.tokenizer_choice import DEFAULT_TOKENIZER
 

@@ -26,7 +26,7 @@ from ...engine.guards.run_guards import RunGuards
 from ...engine.model.architecture import Architecture, architecture_of
 from ...engine.model.dtypes import DTYPES
 from ...engine.observe.flops import Trainable, named_peak, training_flops
-from ...engine.observe.summary import describe_start
+from ...engine.observe.start_summary import describe_start
 from ...engine.parallel.process_group import Ranks
 from ...engine.pretrain import build, next_batches, one_step
 from ...engine.run_state import Run
@@ -85,14 +85,14 @@ def measure_step(config: RunConfig, options: StepBenchmarkOptions, ranks: Ranks)
     before = _memory(ranks.device)
     with tempfile.TemporaryDirectory(prefix="retemper-benchmark-") as name, _out_of_memory_is_a_user_error():
         folder = Path(name)
-        timed = time_steps(ranks.everywhere(lambda: prepare_config(config, options, folder)), options, ranks)
+        timed = time_steps(ranks.run_on_all(lambda: prepare_config(config, options, folder)), options, ranks)
         found = _describe(timed, before)
         # Last, so that it does not count as the training's memory, and on a machine as warm as after the training.
         del timed
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
-        ranks.sum(0.0)  # together, as in a step: cores, power and heat are shared
+        ranks.all_reduce(0.0)  # together, as in a step: cores, power and heat are shared
         rates = matmul_rates(ranks.device, DTYPES, options.matmul_seconds) if options.matmul_seconds else []
     return replace(found, matmul=rates)
 
@@ -154,9 +154,9 @@ class TimedGuards:
     def __init__(self, guards: RunGuards, clock: PhaseClock):
         self._guards, self._clock = guards, clock
 
-    def begin(self, phase: str) -> None:
+    def begin_phase(self, phase: str) -> None:
         """See :class:`~retemper.engine.step.StepGuards`."""
-        self._guards.begin(phase)
+        self._guards.begin_phase(phase)
         self._clock.mark(phase)
 
     def __getattr__(self, name: str) -> Any:
@@ -214,8 +214,8 @@ def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
         memory["resident_before"] = before["resident"]
     lengths = [boundaries.diff() for boundaries in timed.boundaries]
     # Boundaries may be padded to a fixed number by documents without tokens.
-    documents = ranks.sum(sum(int((length > 0).sum()) for length in lengths)) / len(steps)
-    pairs = ranks.sum(sum(int((length.long() ** 2).sum()) for length in lengths)) / len(steps)
+    documents = ranks.all_reduce(sum(int((length > 0).sum()) for length in lengths)) / len(steps)
+    pairs = ranks.all_reduce(sum(int((length.long() ** 2).sum()) for length in lengths)) / len(steps)
     tokens = plan.tokens_per_step
     all_pairs, trainable = tokens * plan.sequence_length, config.training.trainable
     return Measurement(

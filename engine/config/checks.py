@@ -190,7 +190,7 @@ def _pipeline(parallel: ParallelConfig) -> Iterator[str]:
 
 def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
     if data.train and data.stages:
-        yield ("data.train and data.stages are both set; put the blend of data.train into a stage, or remove one")
+        yield ("data.train and data.stages are both set; put the mixture of data.train into a stage, or remove one")
     if not data.train and not data.stages:
         yield "data.train is empty; name at least one dataset there, or data.stages"
     of_stages = list(_stages(data.stages, training.sequence_length))
@@ -201,7 +201,7 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
             f"training.train_tokens is {training.train_tokens:,}, but the train_tokens of data.stages sum to "
             f"{total:,}; leave out those of the last stage, which then lasts until the end, or make the two agree"
         )
-    yield from _blend(data.train, "data.train", training.sequence_length)
+    yield from _mixture(data.train, "data.train", training.sequence_length)
     if data.validation_fraction > 0 and "held_out" in data.validation:
         yield "data.validation names a set 'held_out', which data.validation_fraction makes; rename it"
 
@@ -220,7 +220,7 @@ def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
                 f"{where}.train_tokens is {stage.train_tokens}; it must be at least one sample of "
                 f"training.sequence_length {sequence_length:,} and at most {_LARGEST:.0e}"
             )
-        yield from _blend(stage.train, f"{where}.train", sequence_length)
+        yield from _mixture(stage.train, f"{where}.train", sequence_length)
         for source in stage.train:
             if paths.setdefault(source.identity, source.path) != source.path:
                 yield (
@@ -229,7 +229,7 @@ def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
                 )
 
 
-def _blend(sources: list[SourceConfig], where: str, sequence_length: int) -> Iterator[str]:
+def _mixture(sources: list[SourceConfig], where: str, sequence_length: int) -> Iterator[str]:
     names = Counter(source.identity for source in sources)
     for position, source in enumerate(sources):
         if names[source.identity] > 1:

@@ -137,8 +137,8 @@ RULES = (
     ),
     Rule(
         ("data.weights", "data.train[].weight"),
-        lambda now: any(len(blend) > 1 for blend in _blends(now.config)),
-        "no blend has more than one source",
+        lambda now: any(len(mixture) > 1 for mixture in _mixtures(now.config)),
+        "no mixture has more than one source",
     ),
     # The conditions below are known only when the run starts.
     Rule(
@@ -229,7 +229,7 @@ def _values(config: RunConfig, key: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield (name, value, default) of ``key``; for a key of the items of ``data.train``, of each item."""
     if key.startswith("data.train[]."):
         leaf = key.rpartition(".")[2]
-        for where, sources in _named_blends(config):
+        for where, sources in _named_mixtures(config):
             for place, source in enumerate(sources):
                 yield f"{where}[{place}].{leaf}", getattr(source, leaf), _default(SourceConfig, leaf)
         return
@@ -249,13 +249,13 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _named_blends(config: RunConfig) -> list[tuple[str, list[SourceConfig]]]:
+def _named_mixtures(config: RunConfig) -> list[tuple[str, list[SourceConfig]]]:
     stages = [(f"data.stages[{number}].train", stage.train) for number, stage in enumerate(config.data.stages)]
     return stages or [("data.train", config.data.train)]
 
 
-def _blends(config: RunConfig) -> list[list[SourceConfig]]:
-    return [sources for _, sources in _named_blends(config)]
+def _mixtures(config: RunConfig) -> list[list[SourceConfig]]:
+    return [sources for _, sources in _named_mixtures(config)]
 
 
 def _tokens_per_step(now: Situation) -> int:
@@ -280,7 +280,7 @@ def _same_start(now: Situation) -> tuple[Any, ...]:
 
 def _caps(now: Situation) -> Iterator[str]:
     """Yield a line for each source with ``max_epochs`` and ``max_tokens``, where only the smaller one applies."""
-    for where, sources in _named_blends(now.config):
+    for where, sources in _named_mixtures(now.config):
         for place, source in enumerate(sources):
             tokens = now.source_tokens.get(source.identity)
             if tokens is None or source.max_epochs is None or source.max_tokens is None:

@@ -33,7 +33,7 @@ class Switch:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One training dataset of the blend."""
+    """One training dataset of the mixture."""
 
     path: FilePath
     """Prefix of the dataset: ``{path}.bin`` and ``{path}.idx``, as written by tools/preprocess.py or Megatron-LM."""
@@ -41,7 +41,7 @@ class SourceConfig:
     """Share of the training tokens (or documents, see ``data.weights``) that come from this source, relative to the sum
     of all weights."""
     name: str | None = None
-    """Name in logs, and the identity that keeps the source's place when the blend or the stage changes. Default: the
+    """Name in logs, and the identity that keeps the source's place when the mixture or the stage changes. Default: the
     prefix's last component."""
     max_epochs: float | None = None
     """Maximum number of epochs over this source, counted from the start of the run across all stages, and rounded down
@@ -58,7 +58,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A part of the run with its own blend."""
+    """A part of the run with its own mixture."""
 
     train: list[SourceConfig]
     """Weighted datasets of the stage. A source that an earlier stage also has (by name) continues from its place
@@ -76,18 +76,18 @@ class DataConfig:
     train: list[SourceConfig] = field(default_factory=list)
     """Weighted datasets to train on. Required unless ``stages`` is set."""
     stages: list[StageConfig] = field(default_factory=list)
-    """A curriculum: blends used one after another, each for a number of tokens. Replaces ``train``."""
+    """A curriculum: mixtures used one after another, each for a number of tokens. Replaces ``train``."""
     weights: Literal["tokens", "documents"] = "tokens"
     """Unit of the weights. tokens: shares of the tokens. documents: shares of the documents; a source's share of the
     tokens is its weight times the mean length of its documents."""
     shuffle: Literal["windows", "documents"] = "windows"
-    """Unit of shuffling in every epoch of a source. windows: all windows of sequence_length tokens, each read as it is
-    in the file. documents: additionally, the documents within every group of 128 consecutive windows, before they are
-    cut into windows."""
+    """Unit of shuffling in every epoch of a source. windows: all chunks of sequence_length tokens, as they are in the
+    file. documents: additionally, the documents within every group of 128 consecutive chunks, before they are cut into
+    chunks."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """Arrangement of documents in windows. concat: documents follow each other and are cut every sequence_length
-    tokens. best_fit: the documents of 128 consecutive windows are arranged so that nearly all documents that fit in a
-    window stay whole. Both use every token and add no padding. Validation sets always use concat in file order."""
+    """Arrangement of documents in chunks. concat: documents follow each other and are cut every sequence_length
+    tokens. best_fit: the documents of 128 consecutive chunks are arranged so that nearly all documents that fit in a
+    chunk stay whole. Both use every token and add no padding. Validation sets always use concat in file order."""
     validation: dict[str, FilePath] = field(default_factory=dict)
     """Named validation datasets: name -> prefix."""
     validation_fraction: float = 0.0
@@ -196,7 +196,7 @@ class TrainingConfig:
     eval_interval: int = 0
     """Number of steps between evaluations of the validation sets. 0: only at the end."""
     eval_tokens: int = 1_000_000
-    """Maximum number of tokens evaluated of each validation set: windows spread evenly, the same ones each time. They
+    """Maximum number of tokens evaluated of each validation set: chunks spread evenly, the same ones each time. They
     are read once and kept in memory (24 bytes a token over all ranks)."""
     eval_at_start: bool = False
     """Evaluate once before the first step of a fresh run, and when a run is started whose token budget is already used

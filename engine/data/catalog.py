@@ -12,13 +12,14 @@ from typing import Any
 
 from ..config.settings import DataConfig, SourceConfig, StageConfig
 from ..errors import UserError
+from ..files.hashing import hash_file
 from ..schedule import BatchPlan
-from .curriculum import Schedule, Share, Stage
+from .curriculum import Curriculum, CurriculumStage, SourceWeight
 from .indexed_dataset import IndexedDataset
-from .sample_order import OrderedSource, SampleOrder
-from .samples import NamedDataset, check_windows, equal_datasets
-from .sidecar import Sidecar, hash_file, require_same_dataset
+from .sample_order import SampleOrder, SourceSize
+from .sidecar import Sidecar, require_same_dataset
 from .source import Source, split_source
+from .spot_checks import NamedDataset, check_chunks, equal_datasets
 from .tokenizer_identity import TokenizerIdentity
 
 _INDEX_BYTES_CHECKED = 64 * 1024**2
@@ -35,7 +36,7 @@ class Catalog:
 
     train: list[Source]
     """All sources of all stages, each once."""
-    stages: list[Stage]
+    stages: list[CurriculumStage]
     """The stages of the run; without ``data.stages`` there is a single one."""
     validation: dict[str, list[Source]]
     fingerprints: dict[str, dict[str, Any]]
@@ -58,8 +59,8 @@ class Catalog:
 
     def sample_order(self, seed: int) -> SampleOrder:
         """Return the sample order of a fresh run."""
-        sources = [OrderedSource(source.name, source.num_windows) for source in self.train]
-        return SampleOrder(sources, Schedule(self.stages), seed, self.train[0].sequence_length)
+        sources = [SourceSize(source.name, source.num_chunks) for source in self.train]
+        return SampleOrder(sources, Curriculum(self.stages), seed, self.train[0].sequence_length)
 
     def require_unchanged(self, fingerprints: dict[str, dict[str, Any]], checkpoint: str) -> None:
         """Refuse to continue with sources whose tokens differ from those that ``checkpoint`` was trained on.
@@ -92,7 +93,7 @@ def open_catalog(
     """Open every dataset that ``config`` names.
 
     Args:
-        config: names of the datasets, and how windows are made from them.
+        config: names of the datasets, and how chunks are made from them.
         plan: sequence length and global batch.
         vocab_size: of the model.
         tokenizer: of the run; None skips the comparison of tokenizers.
@@ -104,16 +105,16 @@ def open_catalog(
     train: dict[str, Source] = {}
     held_out, fingerprints, unchecked = [], {}, []
     opened: list[NamedDataset] = []
-    blends = [stage.train for stage in config.stages] or [config.train]
-    for settings in {settings.identity: settings for blend in blends for settings in blend}.values():
+    mixtures = [stage.train for stage in config.stages] or [config.train]
+    for settings in {settings.identity: settings for mixture in mixtures for settings in mixture}.values():
         dataset, sidecar = _open(settings.path, vocab_size, tokenizer)
         kept, left = split_source(settings.identity, dataset, plan.sequence_length, config.validation_fraction)
         kept, left = (replace(part, bos_id=_bos_id(sidecar)) for part in (kept, left))
         unchecked += [] if sidecar else [settings.path]
         opened.append(NamedDataset(f"training source '{settings.identity}'", settings.path, dataset, sidecar))
-        _require_windows(kept, "train on")
-        check_windows(kept, vocab_size, config.attend_across_documents, all_ids=sidecar is None)
-        train[kept.name] = kept.laid_out(config.packing, config.shuffle, seed)
+        _require_chunks(kept, "train on")
+        check_chunks(kept, vocab_size, config.attend_across_documents, all_ids=sidecar is None)
+        train[kept.name] = kept.with_packing(config.packing, config.shuffle, seed)
         if config.validation_fraction > 0:
             _require_targets(left, f"data.validation_fraction {config.validation_fraction:g} holds out")
             held_out.append(left)
@@ -124,11 +125,11 @@ def open_catalog(
             "mask": (sidecar.mask_xxh3_128 if sidecar else "") if dataset.has_loss_mask else None,
             "bos": None if sidecar is None or sidecar.bos_ids is None else list(sidecar.bos_ids),
         }
-    windows = sum(source.num_windows for source in train.values())
-    if windows < plan.global_batch_size:
+    chunks = sum(source.num_chunks for source in train.values())
+    if chunks < plan.global_batch_size:
         where = "data.stages" if config.stages else "data.train"
         raise UserError(
-            f"{where} holds {windows:,} windows of {plan.sequence_length:,} tokens, fewer than one global batch of "
+            f"{where} holds {chunks:,} chunks of {plan.sequence_length:,} tokens, fewer than one global batch of "
             f"{plan.global_batch_size:,}; add data or lower training.global_batch_size or training.sequence_length"
         )
     validation = {HELD_OUT: held_out} if held_out else {}
@@ -143,42 +144,42 @@ def open_catalog(
     return Catalog(list(train.values()), _stages(config, train), validation, fingerprints, unchecked, remarks)
 
 
-def _stages(config: DataConfig, sources: Mapping[str, Source]) -> list[Stage]:
+def _stages(config: DataConfig, sources: Mapping[str, Source]) -> list[CurriculumStage]:
     """Return the stages with token budgets, weights and caps converted to numbers of samples."""
     sequence_length = next(iter(sources.values())).sequence_length
     stages, tokens = [], 0
-    blends = config.stages or [StageConfig(config.train)]
-    for number, stage in enumerate(blends, 1):
+    mixtures = config.stages or [StageConfig(config.train)]
+    for number, stage in enumerate(mixtures, 1):
         shares = tuple(_share(settings, sources[settings.identity], config.weights) for settings in stage.train)
         stop = None
         # The last stage has no end here. The last step of a run is a whole one, so it may need more samples than the
         # budget. The run may also be extended later. The configuration checks that the budgets suffice.
-        if number < len(blends):
+        if number < len(mixtures):
             assert stage.train_tokens is not None
             # Rounded once, from the start of the run, so that rounding errors of many stages do not add up.
             tokens += stage.train_tokens
             stop = -(-tokens // sequence_length)
-        stages.append(Stage(shares, stop))
+        stages.append(CurriculumStage(shares, stop))
     return stages
 
 
-def _share(settings: SourceConfig, source: Source, weights: str) -> Share:
+def _share(settings: SourceConfig, source: Source, weights: str) -> SourceWeight:
     weight = settings.weight
     if weights == "documents":
         weight *= source.dataset.num_tokens / source.dataset.num_documents
     caps = []
     if settings.max_epochs is not None:
-        # Computed as the decimal number in the file: 0.29 x 100 windows are 29, but not in binary fractions.
-        caps.append(math.floor(Fraction(str(settings.max_epochs)) * source.num_windows))
+        # Computed as the decimal number in the file: 0.29 x 100 chunks are 29, but not in binary fractions.
+        caps.append(math.floor(Fraction(str(settings.max_epochs)) * source.num_chunks))
     if settings.max_tokens is not None:
         caps.append(settings.max_tokens // source.sequence_length)
     if caps and min(caps) < 1:
         raise UserError(
             f"max_epochs {settings.max_epochs:g} of data source '{source.name}' is less than one sample, since it has "
-            f"{source.num_windows:,} windows of {source.sequence_length:,} tokens; raise it to at least "
-            f"{1 / source.num_windows:.3g}, or remove the source"
+            f"{source.num_chunks:,} chunks of {source.sequence_length:,} tokens; raise it to at least "
+            f"{1 / source.num_chunks:.3g}, or remove the source"
         )
-    return Share(source.name, weight, min(caps, default=None))
+    return SourceWeight(source.name, weight, min(caps, default=None))
 
 
 def _open(path: str, vocab_size: int, tokenizer: TokenizerIdentity | None) -> tuple[IndexedDataset, Sidecar | None]:
@@ -208,10 +209,10 @@ def _bos_id(sidecar: Sidecar | None) -> int | None:
     return sidecar.bos_ids[0] if sidecar is not None and sidecar.bos_ids else None
 
 
-def _require_windows(source: Source, purpose: str) -> None:
-    if source.num_windows < 1:
+def _require_chunks(source: Source, purpose: str) -> None:
+    if source.num_chunks < 1:
         raise UserError(
-            f"{source.dataset.prefix}: {source.stop - source.start:,} tokens are too few to {purpose}: one window "
+            f"{source.dataset.prefix}: {source.stop - source.start:,} tokens are too few to {purpose}: one chunk "
             f"needs {source.sequence_length + 1:,}; add data or lower training.sequence_length"
         )
 

@@ -1,15 +1,15 @@
-"""Rearrange the documents of a source in its windows, for shuffled documents and best-fit packing.
+"""Rearrange the documents of a source in its chunks, for shuffled documents and best-fit packing.
 
-Nothing is stored, and nothing is built at the start. A *group* is ``GROUP_WINDOWS`` consecutive windows of the source
+Nothing is stored, and nothing is built at the start. A *group* is ``CHUNKS_PER_GROUP`` consecutive chunks of the source
 (the last group may be smaller). Its documents, cut at the edges of the group, are arranged in the same number of new
-windows. This needs only a key and the index entries of the group, so any window costs the layout of one group. A group
-of G windows of S tokens holds exactly G * S tokens; so no token is lost or repeated, and there is no padding:
+chunks. This needs only a key and the index entries of the group, so any chunk costs the layout of one group. A group
+of G chunks of S tokens holds exactly G * S tokens; so no token is lost or repeated, and there is no padding:
 
 - *concat* concatenates the documents in the order of a keyed permutation, and cuts the result every S tokens;
-- *best_fit* puts each document, longest first, into the window where it leaves the least space (best-fit decreasing;
+- *best_fit* puts each document, longest first, into the chunk where it leaves the least space (best-fit decreasing;
   Ding et al., 2024, "Fewer Truncations Improve Language Modeling", https://arxiv.org/abs/2404.10830). Documents of more
-  than S tokens first fill whole windows. Their remainders, and the documents cut at the group's edges, are placed after
-  all complete documents. What does not fit is cut to fill the remaining holes; the paper would open another window and
+  than S tokens first fill whole chunks. Their remainders, and the documents cut at the group's edges, are placed after
+  all complete documents. What does not fit is cut to fill the remaining holes; the paper would open another chunk and
   pad it.
 """
 
@@ -24,16 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .indexed_dataset import IndexedDataset
+from .splitmix import GOLDEN, mix64
 
-GROUP_WINDOWS = 128
-"""Windows in a group. More windows cut fewer documents at edges and holes (at 4,096 tokens a window and 900 a document:
-2.2 % with 64, 1.7 % with 128, 1.1 % with 256). They also make every window of an uncached group more expensive."""
+CHUNKS_PER_GROUP = 128
+"""Chunks in a group. More chunks cut fewer documents at edges and holes (at 4,096 tokens a chunk and 900 a document:
+2.2 % with 64, 1.7 % with 128, 1.1 % with 256). They also make every chunk of an uncached group more expensive."""
 _GROUPS_CACHED = 32
 
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
-
-class Pieces(NamedTuple):
+class Spans(NamedTuple):
     """Runs of consecutive tokens, each of one document, in layout order."""
 
     starts: npt.NDArray[np.int64]
@@ -41,87 +40,87 @@ class Pieces(NamedTuple):
     lengths: npt.NDArray[np.int64]
     """[P] number of tokens, at least one."""
     begins: npt.NDArray[np.bool_]
-    """[P] True if the piece contains the beginning of its document."""
+    """[P] True if the span contains the beginning of its document."""
     ends: npt.NDArray[np.bool_]
-    """[P] True if the piece contains the end of its document."""
+    """[P] True if the span contains the end of its document."""
 
     @property
     def num_whole(self) -> int:
-        """Return the number of pieces that are whole documents."""
+        """Return the number of spans that are whole documents."""
         return int(np.count_nonzero(self.begins & self.ends))
 
-    def take(self, where: npt.NDArray[np.integer] | npt.NDArray[np.bool_] | slice) -> Pieces:
-        """Return some of the pieces, or all of them in another order."""
-        return Pieces(self.starts[where], self.lengths[where], self.begins[where], self.ends[where])
+    def take(self, where: npt.NDArray[np.integer] | npt.NDArray[np.bool_] | slice) -> Spans:
+        """Return some of the spans, or all of them in another order."""
+        return Spans(self.starts[where], self.lengths[where], self.begins[where], self.ends[where])
 
 
-class Group(NamedTuple):
+class ChunkGroup(NamedTuple):
     """The layout of one group in one epoch."""
 
-    pieces: Pieces
-    """The pieces of all windows, in order."""
+    spans: Spans
+    """The spans of all chunks, in order."""
     first: npt.NDArray[np.int64]
-    """[windows + 1] number of the first piece of each window."""
+    """[chunks + 1] number of the first span of each chunk."""
 
 
-class DocumentLayout:
-    """The windows of a source after its documents have been rearranged. Safe to use from several threads.
+class DocumentPacker:
+    """The chunks of a source after its documents have been rearranged. Safe to use from several threads.
 
     Args:
         dataset: the source's dataset.
         start: position in the dataset of the source's first token.
-        num_windows: of the source.
-        sequence_length: S, tokens in a window.
+        num_chunks: of the source.
+        sequence_length: S, tokens in a chunk.
         key: of all random choices; made from seed, sequence length and source.
         packing: see the module's docstring.
         every_epoch: whether each epoch has its own layout.
-        group_windows: windows of a group.
+        chunks_per_group: chunks of a group.
     """
 
     def __init__(
         self,
         dataset: IndexedDataset,
         start: int,
-        num_windows: int,
+        num_chunks: int,
         sequence_length: int,
         key: str,
         packing: Literal["concat", "best_fit"],
         every_epoch: bool,
-        group_windows: int = GROUP_WINDOWS,
+        chunks_per_group: int = CHUNKS_PER_GROUP,
     ):
         self.dataset = dataset
         self.start = start
-        self.num_windows = num_windows
+        self.num_chunks = num_chunks
         self.sequence_length = sequence_length
         self.key = key
         self.packing = packing
         self.every_epoch = every_epoch
-        self.group_windows = group_windows
+        self.chunks_per_group = chunks_per_group
         self._cached_group = functools.lru_cache(maxsize=_GROUPS_CACHED)(self._make_group)
 
-    def window(self, index: int, epoch: int) -> Pieces:
-        """Return the pieces of window ``index``: S tokens."""
-        number, place = divmod(index, self.group_windows)
-        pieces, first = self.group(number, epoch)
-        return pieces.take(slice(int(first[place]), int(first[place + 1])))
+    def chunk(self, index: int, epoch: int) -> Spans:
+        """Return the spans of chunk ``index``: S tokens."""
+        number, place = divmod(index, self.chunks_per_group)
+        spans, first = self.group(number, epoch)
+        return spans.take(slice(int(first[place]), int(first[place + 1])))
 
-    def group(self, number: int, epoch: int) -> Group:
-        """Return the layout of the windows ``[number * group_windows, ...)``."""
+    def group(self, number: int, epoch: int) -> ChunkGroup:
+        """Return the layout of the chunks ``[number * chunks_per_group, ...)``."""
         return self._cached_group(number, epoch if self.every_epoch else 0)
 
-    def _make_group(self, number: int, epoch: int) -> Group:
-        first = number * self.group_windows
-        count = min(self.group_windows, self.num_windows - first)
+    def _make_group(self, number: int, epoch: int) -> ChunkGroup:
+        first = number * self.chunks_per_group
+        count = min(self.chunks_per_group, self.num_chunks - first)
         start = self.start + first * self.sequence_length
-        documents = pieces_between(self.dataset, start, start + count * self.sequence_length)
+        documents = spans_between(self.dataset, start, start + count * self.sequence_length)
         key = f"{self.key}/{epoch}/{number}"
         if self.packing == "best_fit":
             return best_fit(documents, count, self.sequence_length, key)
         order = np.argsort(random_values(f"{key}/documents", len(documents.starts)), kind="stable")
-        return in_windows(documents.take(order), count, self.sequence_length)
+        return split_into_chunks(documents.take(order), count, self.sequence_length)
 
 
-def pieces_between(dataset: IndexedDataset, start: int, stop: int) -> Pieces:
+def spans_between(dataset: IndexedDataset, start: int, stop: int) -> Spans:
     """Return the documents in the tokens [``start``, ``stop``); the first and the last may be cut.
 
     At least one token must follow ``stop``.
@@ -134,47 +133,41 @@ def pieces_between(dataset: IndexedDataset, start: int, stop: int) -> Pieces:
     starts = np.concatenate((edges[:1], boundaries[first : last - ends_whole]))
     begins, ends = (np.ones(len(starts), dtype=np.bool_) for _ in range(2))
     begins[0], ends[-1] = begins_whole, ends_whole
-    return Pieces(starts, np.diff(starts, append=stop), begins, ends)
+    return Spans(starts, np.diff(starts, append=stop), begins, ends)
 
 
-def in_windows(pieces: Pieces, count: int, sequence_length: int) -> Group:
-    """Concatenate ``pieces`` and cut them into ``count`` windows that they fill exactly."""
+def split_into_chunks(spans: Spans, count: int, sequence_length: int) -> ChunkGroup:
+    """Concatenate ``spans`` and cut them into ``count`` chunks that they fill exactly."""
     edges = np.arange(count + 1) * sequence_length
-    cut, places = _cut(pieces, edges[1:-1])
-    return Group(cut, np.searchsorted(places, edges))
+    cut, places = _cut(spans, edges[1:-1])
+    return ChunkGroup(cut, np.searchsorted(places, edges))
 
 
 def random_values(key: str, count: int) -> npt.NDArray[np.uint64]:
-    """Return [``count``] 64-bit numbers: splitmix64 (Steele, Lea and Flood, 2014) from a hash of ``key``.
-
-    Implemented here because NumPy does not promise that its generators give the same numbers in later releases.
-    """
+    """Return [``count``] 64-bit numbers: splitmix64 from a hash of ``key``."""
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-    values = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN_GAMMA) + np.uint64(seed)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return mix64(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(seed))
 
 
-def _cut(pieces: Pieces, edges: npt.NDArray[np.int64]) -> tuple[Pieces, npt.NDArray[np.int64]]:
-    """Concatenate ``pieces`` and cut them at the ascending places ``edges``; return the results and their
+def _cut(spans: Spans, edges: npt.NDArray[np.int64]) -> tuple[Spans, npt.NDArray[np.int64]]:
+    """Concatenate ``spans`` and cut them at the ascending places ``edges``; return the results and their
     beginnings.
     """
-    last = np.cumsum(pieces.lengths)
-    first = last - pieces.lengths
+    last = np.cumsum(spans.lengths)
+    first = last - spans.lengths
     places = np.sort(np.concatenate((first, edges)), kind="stable")  # two ascending runs: merged in linear time
     places = places[np.diff(places, prepend=-1) > 0]
     owner = np.searchsorted(first, places, side="right") - 1
     stops = np.append(places[1:], last[-1:])
     offset = places - first[owner]
-    begins, ends = pieces.begins[owner] & (offset == 0), pieces.ends[owner] & (stops == last[owner])
-    return Pieces(pieces.starts[owner] + offset, stops - places, begins, ends), places
+    begins, ends = spans.begins[owner] & (offset == 0), spans.ends[owner] & (stops == last[owner])
+    return Spans(spans.starts[owner] + offset, stops - places, begins, ends), places
 
 
-def best_fit(documents: Pieces, count: int, sequence_length: int, key: str) -> Group:
-    """Arrange ``documents`` in ``count`` windows that they fill exactly, with few cuts, by best-fit decreasing.
+def best_fit(documents: Spans, count: int, sequence_length: int, key: str) -> ChunkGroup:
+    """Arrange ``documents`` in ``count`` chunks that they fill exactly, with few cuts, by best-fit decreasing.
 
-    Never cuts more documents than concatenation would. Windows, documents within them, and documents of equal length
+    Never cuts more documents than concatenation would. Chunks, documents within them, and documents of equal length
     are ordered randomly by ``key``.
     """
     full, rest = _split_long(documents, sequence_length)
@@ -185,38 +178,39 @@ def best_fit(documents: Pieces, count: int, sequence_length: int, key: str) -> G
     num_open = count - len(full.starts)
     bins, holes = _fit(rest.lengths, num_open, sequence_length)
     fits = bins >= 0
-    # Pieces that did not fit fill the remaining holes, the largest hole first, so that they are cut as little as
+    # Spans that did not fit fill the remaining holes, the largest hole first, so that they are cut as little as
     # possible.
     holes = holes[::-1]
     filling, hole = _cut_into_holes(rest.take(~fits), holes[:, 0])
-    pieces = Pieces(*(np.concatenate(parts) for parts in zip(full, rest.take(fits), filling, strict=True)))
-    window = np.concatenate((np.arange(num_open, count), bins[fits], holes[hole, 1]))
-    if pieces.num_whole < full.num_whole + rest.num_whole:
+    spans = Spans(*(np.concatenate(parts) for parts in zip(full, rest.take(fits), filling, strict=True)))
+    chunk = np.concatenate((np.arange(num_open, count), bins[fits], holes[hole, 1]))
+    if spans.num_whole < full.num_whole + rest.num_whole:
         # Decreasing lengths are a heuristic: about one tiny group in a thousand is better off in its original order.
-        plain = in_windows(documents, count, sequence_length)
-        if plain.pieces.num_whole > pieces.num_whole:
+        plain = split_into_chunks(documents, count, sequence_length)
+        if plain.spans.num_whole > spans.num_whole:
             return plain
     rank = np.empty(count, dtype=np.int64)
+    # The key keeps the former name of chunks: another key would change the order of every run.
     rank[np.argsort(random_values(f"{key}/windows", count), kind="stable")] = np.arange(count)
-    window = rank[window]
-    order = np.lexsort((random_values(f"{key}/places", len(window)), window))
-    return Group(pieces.take(order), np.searchsorted(window[order], np.arange(count + 1)))
+    chunk = rank[chunk]
+    order = np.lexsort((random_values(f"{key}/places", len(chunk)), chunk))
+    return ChunkGroup(spans.take(order), np.searchsorted(chunk[order], np.arange(count + 1)))
 
 
-def _split_long(documents: Pieces, sequence_length: int) -> tuple[Pieces, Pieces]:
-    """Return the whole windows filled by documents of at least ``sequence_length`` tokens, and the remainders of all
+def _split_long(documents: Spans, sequence_length: int) -> tuple[Spans, Spans]:
+    """Return the whole chunks filled by documents of at least ``sequence_length`` tokens, and the remainders of all
     documents.
     """
     whole, rest = np.divmod(documents.lengths, sequence_length)
     owner = np.repeat(np.arange(len(whole)), whole)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(whole) - whole, whole)  # of the window within its document
-    full = Pieces(
+    number = np.arange(len(owner)) - np.repeat(np.cumsum(whole) - whole, whole)  # of the chunk within its document
+    full = Spans(
         documents.starts[owner] + number * sequence_length,
         np.full(len(owner), sequence_length),
         documents.begins[owner] & (number == 0),
         documents.ends[owner] & (number == whole[owner] - 1) & (rest[owner] == 0),
     )
-    left = Pieces(documents.starts + whole * sequence_length, rest, documents.begins & (whole == 0), documents.ends)
+    left = Spans(documents.starts + whole * sequence_length, rest, documents.begins & (whole == 0), documents.ends)
     return full, left.take(rest > 0)
 
 
@@ -249,12 +243,12 @@ def _fit(
     return np.where(taken < 0, -1, taken % bins), np.stack((holes // bins, holes % bins), axis=1)
 
 
-def _cut_into_holes(pieces: Pieces, holes: npt.NDArray[np.int64]) -> tuple[Pieces, npt.NDArray[np.int64]]:
-    """Concatenate ``pieces`` and cut them into ``holes`` that they fill exactly; also return the number of each piece's
+def _cut_into_holes(spans: Spans, holes: npt.NDArray[np.int64]) -> tuple[Spans, npt.NDArray[np.int64]]:
+    """Concatenate ``spans`` and cut them into ``holes`` that they fill exactly; also return the number of each span's
     hole.
     """
-    if not len(pieces.starts):
-        return pieces, np.empty(0, dtype=np.int64)
+    if not len(spans.starts):
+        return spans, np.empty(0, dtype=np.int64)
     ends = np.cumsum(holes)
-    cut, places = _cut(pieces, ends[:-1])
+    cut, places = _cut(spans, ends[:-1])
     return cut, np.searchsorted(ends, places, side="right")

@@ -45,7 +45,7 @@ DTYPES: dict[int, np.dtype] = {
 
 MAX_LENGTH = 2**31 - 1
 """Maximum length of a sequence, in tokens: lengths are int32."""
-CHUNK = 1 << 20
+ENTRIES_AT_ONCE = 1 << 20
 """Index entries processed at once: bounds memory to some tens of MB, whatever N."""
 
 
@@ -84,24 +84,24 @@ def write_index(
     with open_new(path) as file:
         header = HEADER.pack(MAGIC, VERSION, code, count, num_indices)
         write_hashed(file, digest, header)
-        for chunk in chunks(count):
-            write_hashed(file, digest, lengths[chunk].astype("<i4").tobytes())
+        for part in slices(count):
+            write_hashed(file, digest, lengths[part].astype("<i4").tobytes())
         end = 0
-        for chunk in chunks(count):
-            sizes = lengths[chunk].astype(np.int64) * dtype.itemsize
+        for part in slices(count):
+            sizes = lengths[part].astype(np.int64) * dtype.itemsize
             ends = end + np.cumsum(sizes)
             write_hashed(file, digest, (ends - sizes).astype("<i8").tobytes())
             end = int(ends[-1])
-        for chunk in chunks(num_indices):
-            indices = np.arange(chunk.start, chunk.stop) if document_indices is None else document_indices[chunk]
+        for part in slices(num_indices):
+            indices = np.arange(part.start, part.stop) if document_indices is None else document_indices[part]
             write_hashed(file, digest, indices.astype("<i8").tobytes())
         sync(file)
     return digest.hexdigest()
 
 
-def chunks(count: int) -> Iterator[slice]:
-    """Yield slices of at most ``CHUNK`` entries that cover [0, ``count``)."""
-    return (slice(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK))
+def slices(count: int) -> Iterator[slice]:
+    """Yield slices of at most ``ENTRIES_AT_ONCE`` entries that cover [0, ``count``)."""
+    return (slice(first, min(first + ENTRIES_AT_ONCE, count)) for first in range(0, count, ENTRIES_AT_ONCE))
 
 
 def write_hashed(file: IO[bytes], digest: xxhash.xxh3_128, block: bytes) -> None:

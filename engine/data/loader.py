@@ -8,10 +8,11 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from ..batch import Batch
 from ..schedule import BatchPlan
-from .packing import MicroBatch, pack
+from .packing import pack
 from .sample_order import SampleOrder
-from .source import Source, Window
+from .source import Chunk, Source
 
 
 class TrainingData:
@@ -45,11 +46,11 @@ class TrainingData:
         self.attend_across_documents = attend_across_documents
         self.pin_memory = pin_memory
 
-    def micro_batches(self, first_sample: int) -> list[MicroBatch]:
+    def micro_batches(self, first_sample: int) -> list[Batch]:
         """Return this rank's part of the global batch that begins with sample ``first_sample``."""
         batches = [
             pack(
-                [self._window(first_sample + offset) for offset in offsets],
+                [self._chunk(first_sample + offset) for offset in offsets],
                 self.plan.sequence_length,
                 self.attend_across_documents,
             )
@@ -57,9 +58,9 @@ class TrainingData:
         ]
         return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
-    def _window(self, index: int) -> Window:
+    def _chunk(self, index: int) -> Chunk:
         sample = self.order.sample(index)
-        return self.sources[sample.source].window(sample.window, self.vocab_size, sample.epoch)
+        return self.sources[sample.source].chunk(sample.chunk, self.vocab_size, sample.epoch)
 
 
 def validation_batches(
@@ -69,47 +70,47 @@ def validation_batches(
     vocab_size: int,
     attend_across_documents: bool,
     max_tokens: int,
-) -> Iterator[MicroBatch]:
+) -> Iterator[Batch]:
     """Yield this rank's micro-batches of a validation set, the same ones each time.
 
-    They hold all targets of the set, with a shorter last window of each source; or ``max_tokens`` tokens in whole
-    windows, spread evenly over all sources. Every rank gets the same number of micro-batches, since they compute
-    together: places beyond the last window are filled with masked tokens.
+    They hold all targets of the set, with a shorter last chunk of each source; or ``max_tokens`` tokens in whole
+    chunks, spread evenly over all sources. Every rank gets the same number of micro-batches, since they compute
+    together: places beyond the last chunk are filled with masked tokens.
     """
-    ends, count = _windows_evaluated(sources, plan.sequence_length, max_tokens)
+    ends, count = _chunks_evaluated(sources, plan.sequence_length, max_tokens)
 
-    def window(place: int) -> Window | None:
+    def chunk(place: int) -> Chunk | None:
         if place >= count:
             return None
         number = place * ends[-1] // count
         position = bisect.bisect_right(ends, number)
         first = ends[position - 1] if position else 0
-        return sources[position].window(number - first, vocab_size)
+        return sources[position].chunk(number - first, vocab_size)
 
     width = plan.micro_batch_size * plan.data_parallel_size
     for first in range(0, count, width):
         mine = first + data_rank * plan.micro_batch_size
-        windows = [window(place) for place in range(mine, mine + plan.micro_batch_size)]
-        yield pack(windows, plan.sequence_length, attend_across_documents)
+        chunks = [chunk(place) for place in range(mine, mine + plan.micro_batch_size)]
+        yield pack(chunks, plan.sequence_length, attend_across_documents)
 
 
-def _windows_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
-    """Return (running sum of the windows of each source, number of evaluated windows)."""
-    ends = list(itertools.accumulate(source.num_windows_with_tail for source in sources))
+def _chunks_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
+    """Return (running sum of the chunks of each source, number of evaluated chunks)."""
+    ends = list(itertools.accumulate(source.num_chunks_with_tail for source in sources))
     if sum(source.num_targets for source in sources) <= max_tokens:
         return ends, ends[-1]
-    whole = list(itertools.accumulate(source.num_windows for source in sources))
+    whole = list(itertools.accumulate(source.num_chunks for source in sources))
     ends = whole if whole[-1] else ends
     return ends, min(ends[-1], max(1, max_tokens // sequence_length))
 
 
 def describe_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> str:
     """Describe which part of a validation set is evaluated."""
-    _, count = _windows_evaluated(sources, sequence_length, max_tokens)
-    total = sum(source.num_windows_with_tail for source in sources)
+    _, count = _chunks_evaluated(sources, sequence_length, max_tokens)
+    total = sum(source.num_chunks_with_tail for source in sources)
     if count == total:
-        return f"all windows ({total:,}), none left out"
-    return f"{count:,} of {total:,} windows, spread evenly; training.eval_tokens {max_tokens:,} leaves out the others"
+        return f"all chunks ({total:,}), none left out"
+    return f"{count:,} of {total:,} chunks, spread evenly; training.eval_tokens {max_tokens:,} leaves out the others"
 
 
 class Prefetcher:
@@ -118,8 +119,8 @@ class Prefetcher:
     An exception in ``make`` is raised by the :meth:`get` that would have returned its result. Use as a context manager.
     """
 
-    def __init__(self, make: Callable[[int], list[MicroBatch]], first_samples: Sequence[int], depth: int):
-        self._results: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=depth)
+    def __init__(self, make: Callable[[int], list[Batch]], first_samples: Sequence[int], depth: int):
+        self._results: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=depth)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(make, first_samples), name="data-prefetch", daemon=True)
 
@@ -131,17 +132,17 @@ class Prefetcher:
         self._stopping.set()
         self._thread.join()
 
-    def get(self) -> list[MicroBatch]:
+    def get(self) -> list[Batch]:
         """Return the next global batch's micro-batches, after waiting for them if necessary."""
         result = self._results.get()
         if isinstance(result, BaseException):
             raise result
         return result
 
-    def _run(self, make: Callable[[int], list[MicroBatch]], first_samples: Sequence[int]) -> None:
+    def _run(self, make: Callable[[int], list[Batch]], first_samples: Sequence[int]) -> None:
         for first_sample in first_samples:
             try:
-                result: list[MicroBatch] | BaseException = make(first_sample)
+                result: list[Batch] | BaseException = make(first_sample)
             except BaseException as error:
                 result = error
             while not self._stopping.is_set():

@@ -1,7 +1,7 @@
 """Map sample numbers to sources by a periodic table of slots with exact proportions.
 
 Prefix counts over the table give the number of samples that each source has given before any slot. So any sample is
-looked up in O(1), without replaying the earlier ones. The window of a sample and changes of the blend are handled
+looked up in O(1), without replaying the earlier ones. The chunk of a sample and changes of the mixture are handled
 elsewhere (sample_order.py, curriculum.py).
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-BLEND_RESOLUTION = 10_000
-"""Slots in the longest blend period: weights are exact to 1 / BLEND_RESOLUTION."""
+MIXTURE_RESOLUTION = 10_000
+"""Slots in the longest mixture period: weights are exact to 1 / MIXTURE_RESOLUTION."""
 
 
-class Blend:
+class Mixture:
     """An endless sequence of samples from weighted sources, with exact counts in every period.
 
     Args:
@@ -26,14 +26,14 @@ class Blend:
     """
 
     def __init__(self, weights: Sequence[float]):
-        self._quotas, self._slots, self._counts_before = _table(tuple(weights), BLEND_RESOLUTION)
+        self._quotas, self._slots, self._counts_before = _table(tuple(weights), MIXTURE_RESOLUTION)
         self.period = len(self._slots)
 
     def source(self, index: int) -> int:
         """Return the position of the source of sample ``index``."""
         return int(self._slots[index % self.period])
 
-    def locate(self, index: int) -> tuple[int, int]:
+    def lookup(self, index: int) -> tuple[int, int]:
         """Return the source of sample ``index``, and the number of samples that it has given before."""
         whole, slot = divmod(index, self.period)
         source = int(self._slots[slot])
@@ -58,7 +58,7 @@ def _table(
     """Return the slots of each source in a period, the source of each slot, and the number of earlier slots of that
     source.
 
-    Cached, because consecutive stages often share a blend, and a table takes up to 20 ms.
+    Cached, because consecutive stages often share a mixture, and a table takes up to 20 ms.
     """
     quotas = _quotas(weights, resolution)
     slots = _spread(quotas)

@@ -1,87 +1,55 @@
-"""Pack windows into micro-batches: document boundaries, the target of each token, and masked targets."""
+"""Pack chunks into micro-batches: document boundaries, the target of each token, and masked targets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from ...kernels.linear_cross_entropy import IGNORE_INDEX
-from .source import Window
+from ..batch import Batch
+from .source import Chunk
 
 
-class MicroBatch(NamedTuple):
-    """B windows of S tokens, concatenated: T = B * S tokens, without padding."""
+def pack(chunks: Sequence[Chunk | None], sequence_length: int, attend_across_documents: bool) -> Batch:
+    """Concatenate chunks into a micro-batch.
 
-    tokens: Tensor
-    """[T] int64 token ids."""
-    targets: Tensor
-    """[T] int64: the next token, or ``IGNORE_INDEX``."""
-    position_ids: Tensor
-    """[T] int64 positions, from zero in every document."""
-    cu_seqlens: Tensor
-    """[documents + 1] int32, first 0, last T."""
-    max_seqlen: int
-    """Length of the longest document."""
-    num_targets: int
-    """Number of targets that are not masked."""
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """Return the same micro-batch on ``device``; copies from pinned memory are asynchronous."""
-        if device.type == "cpu":
-            return self
-        return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]})
-
-    def without_targets(self) -> MicroBatch:
-        """Return the same micro-batch with a count of zero targets."""
-        return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX), num_targets=0)
-
-    def pin_memory(self) -> MicroBatch:
-        """Return the same micro-batch in page-locked memory."""
-        return self._replace(**{name: getattr(self, name).pin_memory() for name in self._fields[:4]})
-
-
-def pack(windows: Sequence[Window | None], sequence_length: int, attend_across_documents: bool) -> MicroBatch:
-    """Concatenate windows into a micro-batch.
-
-    A None in place of a window fills a place that must not count: all its targets are masked. The same applies to the
-    rest of a place after a shorter window, which is a document of its own. With ``attend_across_documents`` a window is
-    one document. Without, attention and positions restart at every document or piece of one. The target of a document's
+    A None in place of a chunk fills a place that must not count: all its targets are masked. The same applies to the
+    rest of a place after a shorter chunk, which is a document of its own. With ``attend_across_documents`` a chunk is
+    one document. Without, attention and positions restart at every document or span of one. The target of a document's
     last token, which belongs to another document, is then masked. Tokens excluded by a dataset's loss mask are masked
     in both cases, and so is the BOS of the next document.
     """
-    num_tokens = len(windows) * sequence_length
+    num_tokens = len(chunks) * sequence_length
     tokens = np.zeros(num_tokens, dtype=np.int64)
     targets = np.full(num_tokens, IGNORE_INDEX, dtype=np.int64)
     starts: list[Sequence[int] | npt.NDArray[np.int64]] = []
-    for index, window in enumerate(windows):
+    for index, chunk in enumerate(chunks):
         offset = index * sequence_length
         starts.append([offset])
-        if window is None:
+        if chunk is None:
             continue
-        part = slice(offset, offset + len(window.tokens))
-        tokens[part] = window.tokens
-        targets[part] = window.targets
-        if window.predicted is not None:
-            targets[part][~window.predicted] = IGNORE_INDEX
+        part = slice(offset, offset + len(chunk.tokens))
+        tokens[part] = chunk.tokens
+        targets[part] = chunk.targets
+        if chunk.predicted is not None:
+            targets[part][~chunk.predicted] = IGNORE_INDEX
         if not attend_across_documents:
-            targets[offset + window.ends] = IGNORE_INDEX
-            starts.append(offset + window.starts)
-        elif window.bos_id is not None:
+            targets[offset + chunk.ends] = IGNORE_INDEX
+            starts.append(offset + chunk.starts)
+        elif chunk.bos_id is not None:
             # The beginning of a text cannot be predicted: its loss would lower the mean with every document in a
-            # window.
-            ends = offset + window.ends
-            targets[ends[targets[ends] == window.bos_id]] = IGNORE_INDEX
-        if len(window.tokens) < sequence_length:
+            # chunk.
+            ends = offset + chunk.ends
+            targets[ends[targets[ends] == chunk.bos_id]] = IGNORE_INDEX
+        if len(chunk.tokens) < sequence_length:
             starts.append([part.stop])
     cu_seqlens = np.concatenate((*starts, [num_tokens]))
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     position_ids = np.arange(num_tokens) - np.repeat(cu_seqlens[:-1], lengths)
-    return MicroBatch(
+    return Batch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         position_ids=torch.from_numpy(position_ids),

@@ -28,8 +28,8 @@ def keep_names(config: DataConfig, datasets: Mapping[str, Mapping[str, Any]]) ->
     Raises:
         UserError: the sidecar of a source cannot be read.
     """
-    blends = [stage.train for stage in config.stages] or [config.train]
-    sources = {source.identity: source for blend in blends for source in blend}
+    mixtures = [stage.train for stage in config.stages] or [config.train]
+    sources = {source.identity: source for mixture in mixtures for source in mixture}
     gone = {name: record for name, record in datasets.items() if name not in sources}
     former: dict[str, str] = {}
     lines = []
@@ -46,8 +46,8 @@ def keep_names(config: DataConfig, datasets: Mapping[str, Mapping[str, Any]]) ->
                 "its first sample; to continue one of them, give the source its name"
             )
 
-    def named(blend: list[SourceConfig]) -> list[SourceConfig]:
-        return [replace(source, name=former.get(source.identity, source.name)) for source in blend]
+    def named(mixture: list[SourceConfig]) -> list[SourceConfig]:
+        return [replace(source, name=former.get(source.identity, source.name)) for source in mixture]
 
     if not former:
         return config, lines

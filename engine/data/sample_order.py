@@ -4,8 +4,8 @@ Sample ``i`` of the run is looked up in O(1) from its number alone: no index fil
 Therefore the order does not depend on the number of ranks, the micro-batch, worker threads or the length of the run. A
 resume needs only one number.
 
-Two techniques make this possible. A schedule of mixtures (curriculum.py, mixture.py) gives the source of a sample; the
-number of samples that the source has given before. A *Feistel network* permutes the order of a source's windows in
+Two techniques make this possible. The curriculum (curriculum.py, mixture.py) gives the source of a sample, and the
+number of samples that the source has given before. A *Feistel network* permutes the order of a source's chunks in
 every epoch (Black and Rogaway, 2002, "Ciphers with Arbitrary Finite Domains").
 """
 
@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .curriculum import Schedule
+from .curriculum import Curriculum
+from .splitmix import mix64_of
 
 _FEISTEL_ROUNDS = 6
-_MASK_64 = 2**64 - 1
 
 
 class Permutation:
@@ -48,23 +48,16 @@ class Permutation:
     def _encrypt(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._half_mask
         for key in self._round_keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._half_mask)
+            left, right = right, left ^ (mix64_of(right ^ key) & self._half_mask)
         return left << self._half_bits | right
 
 
-def _mix(value: int) -> int:
-    """Mix all bits of ``value`` with the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK_64
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK_64
-    return value ^ (value >> 31)
-
-
 @dataclass(frozen=True)
-class OrderedSource:
+class SourceSize:
     """The properties of a source that its order depends on."""
 
     name: str
-    num_windows: int
+    num_chunks: int
 
 
 @dataclass(frozen=True)
@@ -75,40 +68,40 @@ class Sample:
     """Position of the source in the list of sources."""
     epoch: int
     """Number of completed passes over the source."""
-    window: int
-    """Number of the window in the source."""
+    chunk: int
+    """Number of the chunk in the source."""
 
 
 class SampleOrder:
     """The sequence of samples of a run.
 
     Args:
-        sources: all sources of the schedule.
-        schedule: gives the source of each sample.
+        sources: all sources of the curriculum.
+        curriculum: gives the source of each sample.
         seed: of the permutations.
-        sequence_length: part of the permutations' key, since windows depend on it.
+        sequence_length: part of the permutations' key, since chunks depend on it.
     """
 
-    def __init__(self, sources: Sequence[OrderedSource], schedule: Schedule, seed: int, sequence_length: int):
+    def __init__(self, sources: Sequence[SourceSize], curriculum: Curriculum, seed: int, sequence_length: int):
         self.sources = list(sources)
-        self.schedule = schedule
+        self.curriculum = curriculum
         self.seed = seed
         self.sequence_length = sequence_length
         self._positions = {source.name: position for position, source in enumerate(self.sources)}
         self._permutation = functools.lru_cache(maxsize=2 * len(self.sources))(self._make_permutation)
 
     def sample(self, index: int) -> Sample:
-        """Return the ``index``-th sample of the run, from the schedule's ``start`` to its ``end``."""
-        name, given = self.schedule.at(index)
+        """Return the ``index``-th sample of the run, from the curriculum's ``start`` to its ``end``."""
+        name, given = self.curriculum.lookup(index)
         position = self._positions[name]
-        epoch, place = divmod(given, self.sources[position].num_windows)
+        epoch, place = divmod(given, self.sources[position].num_chunks)
         return Sample(position, epoch, self._permutation(position, epoch)(place))
 
     def cursors(self, index: int) -> dict[str, int]:
         """Return the samples that each source has given among the first ``index`` of the run, earlier sources
         included.
         """
-        return self.schedule.cursors(index)
+        return self.curriculum.cursors(index)
 
     def require(self, samples: int) -> None:
         """Refuse a run of more ``samples`` than stages and caps allow.
@@ -116,14 +109,14 @@ class SampleOrder:
         Raises:
             UserError: with both sides of the arithmetic.
         """
-        self.schedule.require(samples, self.sequence_length)
+        self.curriculum.require(samples, self.sequence_length)
 
     def state(self) -> dict[str, Any]:
         """Return the state that a checkpoint stores, apart from the number of consumed samples."""
-        return self.schedule.state()
+        return self.curriculum.state()
 
     def resumed(self, state: Mapping[str, Any], consumed_samples: int, former_length: int | None = None) -> SampleOrder:
-        """Return this order continued from a checkpoint; see :meth:`Schedule.resumed`.
+        """Return this order continued from a checkpoint; see :meth:`Curriculum.resumed`.
 
         Args:
             state: see :meth:`state`.
@@ -132,9 +125,9 @@ class SampleOrder:
                 same number of tokens, in whole samples of the new length.
         """
         length = former_length or self.sequence_length
-        schedule = self.schedule.resumed(state, consumed_samples, length, self.sequence_length)
-        return SampleOrder(self.sources, schedule, self.seed, self.sequence_length)
+        curriculum = self.curriculum.resumed(state, consumed_samples, length, self.sequence_length)
+        return SampleOrder(self.sources, curriculum, self.seed, self.sequence_length)
 
     def _make_permutation(self, position: int, epoch: int) -> Permutation:
         source = self.sources[position]
-        return Permutation(source.num_windows, f"{self.seed}/{self.sequence_length}/{source.name}/{epoch}")
+        return Permutation(source.num_chunks, f"{self.seed}/{self.sequence_length}/{source.name}/{epoch}")

@@ -1,7 +1,7 @@
 """Present sequences that are not in file order as one stream, in the order of the index.
 
 An index may list any sequences of .bin in any order: filtered, permuted, or repeated. Megatron-LM reads each by its
-pointer and length. Here they form one stream of tokens, as for an index in file order, so that windows, layouts and
+pointer and length. Here they form one stream of tokens, as for an index in file order, so that chunks, layouts and
 masks work alike. Memory: 8 bytes for every 1,024 sequences.
 """
 

@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
-import xxhash
-
 from ..errors import UserError
-from ..files.regular import open_regular, read_regular
+from ..files.regular import read_regular
 
 if TYPE_CHECKING:
     from .indexed_dataset import IndexedDataset
@@ -177,15 +175,6 @@ def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
 _ADDED_LATER: dict[str, Any] = {"tokenizer_fingerprint": "", "bos_token": None, "bos_ids": None, "eos_ids": None}
 """Fields that sidecars of this format version may lack, and their default values."""
 _REMEDY = "build the dataset again, or remove this file to skip the checks that need it"
-
-
-def hash_file(path: str | os.PathLike[str]) -> str:
-    """Return the xxh3-128 of a file's bytes, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with open_regular(path) as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _from_record(kind: type[_Record], record: Any, path: Path) -> _Record:

@@ -1,8 +1,8 @@
-"""Divide a dataset, or a part of one, into numbered windows of equal length.
+"""Divide a dataset, or a part of one, into numbered chunks of equal length.
 
-Window ``w`` covers the tokens ``[w * S, w * S + S)`` of its part, and the next token of each as its target. Documents
-follow each other without padding, so only the tokens of the last partial window are lost. With a
-:class:`DocumentLayout` the windows hold the same tokens in total, but the documents of each group of windows are
+Chunk ``w`` covers the tokens ``[w * S, w * S + S)`` of its part, and the next token of each as its target. Documents
+follow each other without padding, so only the tokens of the last partial chunk are lost. With a
+:class:`DocumentPacker` the chunks hold the same tokens in total, but the documents of each group of chunks are
 rearranged (document_packing.py).
 """
 
@@ -17,20 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from .document_packing import DocumentLayout, Group, Pieces, in_windows, pieces_between
+from .document_packing import ChunkGroup, DocumentPacker, Spans, spans_between, split_into_chunks
 from .indexed_dataset import IndexedDataset
 
 
-class Window(NamedTuple):
-    """One sample before packing. S is the sequence length, or less in the last window of a validation set."""
+class Chunk(NamedTuple):
+    """One sample before packing. S is the sequence length, or less in the last chunk of a validation set."""
 
     tokens: npt.NDArray[np.int64]
     """[S] token ids."""
     targets: npt.NDArray[np.int64]
-    """[S] token ids: the next token in the document, even across the edge of the window. After a document's last token,
+    """[S] token ids: the next token in the document, even across the edge of the chunk. After a document's last token,
     the next token in the layout."""
     starts: npt.NDArray[np.int64]
-    """Positions in 1..S-1 at which another document, or a piece of one, begins."""
+    """Positions in 1..S-1 at which another document, or a span of one, begins."""
     ends: npt.NDArray[np.int64]
     """Positions in 0..S-1 of documents' last tokens."""
     predicted: npt.NDArray[np.bool_] | None = None
@@ -42,21 +42,21 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """The tokens ``[start, stop)`` of a dataset, in windows of ``sequence_length``."""
+    """The tokens ``[start, stop)`` of a dataset, in chunks of ``sequence_length``."""
 
     name: str
     dataset: IndexedDataset
     sequence_length: int
     start: int
     stop: int
-    layout: DocumentLayout | None = None
-    """Arrangement of the documents. None: windows are read in file order, the same in all epochs."""
+    packer: DocumentPacker | None = None
+    """Arrangement of the documents. None: chunks are read in file order, the same in all epochs."""
     bos_id: int | None = None
-    """See :attr:`Window.bos_id`."""
+    """See :attr:`Chunk.bos_id`."""
 
     @property
-    def num_windows(self) -> int:
-        """Number of whole windows in this part, as used in training."""
+    def num_chunks(self) -> int:
+        """Number of whole chunks in this part, as used in training."""
         return self.num_targets // self.sequence_length
 
     @property
@@ -65,57 +65,57 @@ class Source:
         return max(0, self.stop - self.start - 1)
 
     @property
-    def num_windows_with_tail(self) -> int:
-        """Number of windows in this part, including a shorter last one, as used in evaluation."""
+    def num_chunks_with_tail(self) -> int:
+        """Number of chunks in this part, including a shorter last one, as used in evaluation."""
         return -(-self.num_targets // self.sequence_length)
 
-    def laid_out(
+    def with_packing(
         self, packing: Literal["concat", "best_fit"], shuffle: Literal["windows", "documents"], seed: int
     ) -> Source:
-        """Return this source with windows made according to ``data.packing`` and ``data.shuffle``."""
+        """Return this source with chunks made according to ``data.packing`` and ``data.shuffle``."""
         if (packing, shuffle) == ("concat", "windows"):
             return self
-        layout = DocumentLayout(
+        packer = DocumentPacker(
             self.dataset,
             self.start,
-            self.num_windows,
+            self.num_chunks,
             self.sequence_length,
             f"{seed}/{self.sequence_length}/{self.name}/layout",
             packing,
             every_epoch=shuffle == "documents",
         )
-        return dataclasses.replace(self, layout=layout)
+        return dataclasses.replace(self, packer=packer)
 
-    def group(self, number: int, epoch: int, group_windows: int) -> Group:
-        """Return the pieces of documents in the windows ``[number * group_windows, ...)`` of ``epoch``, for
+    def group(self, number: int, epoch: int, chunks_per_group: int) -> ChunkGroup:
+        """Return the spans of documents in the chunks ``[number * chunks_per_group, ...)`` of ``epoch``, for
         counting.
         """
-        if self.layout is not None:
-            assert group_windows == self.layout.group_windows
-            return self.layout.group(number, epoch)
-        first = number * group_windows
-        count = min(group_windows, self.num_windows - first)
+        if self.packer is not None:
+            assert chunks_per_group == self.packer.chunks_per_group
+            return self.packer.group(number, epoch)
+        first = number * chunks_per_group
+        count = min(chunks_per_group, self.num_chunks - first)
         start = self.start + first * self.sequence_length
-        documents = pieces_between(self.dataset, start, start + count * self.sequence_length)
-        return in_windows(documents, count, self.sequence_length)
+        documents = spans_between(self.dataset, start, start + count * self.sequence_length)
+        return split_into_chunks(documents, count, self.sequence_length)
 
-    def window(self, index: int, vocab_size: int, epoch: int = 0) -> Window:
-        """Read window ``index`` as in ``epoch``; without a layout the last window may be shorter.
+    def chunk(self, index: int, vocab_size: int, epoch: int = 0) -> Chunk:
+        """Read chunk ``index`` as in ``epoch``; without a layout the last chunk may be shorter.
 
         Raises:
             UserError: a token id is outside ``[0, vocab_size)``.
         """
-        if self.layout is not None:
-            assert 0 <= index < self.num_windows
-            return self._read_pieces(self.layout.window(index, epoch), vocab_size)
-        assert 0 <= index < self.num_windows_with_tail
+        if self.packer is not None:
+            assert 0 <= index < self.num_chunks
+            return self._read_spans(self.packer.chunk(index, epoch), vocab_size)
+        assert 0 <= index < self.num_chunks_with_tail
         start = self.start + index * self.sequence_length
         stop = min(start + self.sequence_length + 1, self.stop)
         ids = self.dataset.tokens(start, stop)
         self._check(ids, vocab_size, lambda place: start + place)
         boundaries = self.dataset.boundaries(start, stop) - start
         mask = self.dataset.loss_mask(start, stop)
-        return Window(
+        return Chunk(
             ids[:-1],
             ids[1:],
             boundaries[boundaries < len(ids) - 1],
@@ -124,11 +124,11 @@ class Source:
             self.bos_id,
         )
 
-    def _read_pieces(self, pieces: Pieces, vocab_size: int) -> Window:
+    def _read_spans(self, spans: Spans, vocab_size: int) -> Chunk:
         tokens, targets = (np.empty(self.sequence_length, dtype=np.int64) for _ in range(2))
         may_count, counts = (np.ones(self.sequence_length, dtype=np.bool_) for _ in range(2))
         at = 0
-        for start, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
+        for start, length in zip(spans.starts.tolist(), spans.lengths.tolist(), strict=True):
             here = slice(at, at + length)
             ids = self.dataset.tokens(start, start + length + 1)
             tokens[here], targets[here] = ids[:-1], ids[1:]
@@ -137,20 +137,20 @@ class Source:
                 assert mask is not None
                 may_count[here], counts[here] = mask[:-1], mask[1:]
             at += length
-        stops = np.cumsum(pieces.lengths)
+        stops = np.cumsum(spans.lengths)
 
         def position(place: int) -> int:
-            piece = int(np.searchsorted(stops, place, side="right"))
-            return int(pieces.starts[piece] + place - (stops[piece] - pieces.lengths[piece]))
+            span = int(np.searchsorted(stops, place, side="right"))
+            return int(spans.starts[span] + place - (stops[span] - spans.lengths[span]))
 
         self._check(tokens, vocab_size, position)
         self._check(targets, vocab_size, lambda place: position(place) + 1)
-        ends = stops[pieces.ends] - 1
-        # The next token in the layout after a document's last token; at the end of the window there is none.
+        ends = stops[spans.ends] - 1
+        # The next token in the layout after a document's last token; at the end of the chunk there is none.
         inner = ends[ends < self.sequence_length - 1]
         targets[inner], counts[inner] = tokens[inner + 1], may_count[inner + 1]
         counts[ends[len(inner) :]] = False
-        return Window(tokens, targets, stops[:-1], ends, counts, self.bos_id)
+        return Chunk(tokens, targets, stops[:-1], ends, counts, self.bos_id)
 
     def _check(self, ids: npt.NDArray[np.int64], vocab_size: int, position: Callable[[int], int]) -> None:
         """Refuse token ``ids`` outside the vocabulary; ``position`` gives the place of the n-th of them in the

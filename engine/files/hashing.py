@@ -1,10 +1,10 @@
-"""What is on disk and what it should be: sizes and hashes of a checkpoint's files."""
+"""Hash files."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import xxhash
 
@@ -19,11 +19,15 @@ class FileRecord:
 
     bytes: int
     xxh3_128: str
-    """In hexadecimal, as of ``engine.data.sidecar.hash_file``."""
+    """In hexadecimal."""
 
 
-def record_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> FileRecord:
-    """Read ``path`` for its record; ``on_bytes`` hears how many bytes each block had."""
+def record_file(path: str | os.PathLike[str], on_bytes: Callable[[int], object] = lambda count: None) -> FileRecord:
+    """Return size and hash of the file ``path``; ``on_bytes`` is called with the number of bytes of each block.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     digest, size = xxhash.xxh3_128(), 0
     with open_regular(path) as file:
         while block := file.read(BLOCK_BYTES):
@@ -31,3 +35,8 @@ def record_file(path: Path, on_bytes: Callable[[int], object] = lambda count: No
             size += len(block)
             on_bytes(len(block))
     return FileRecord(size, digest.hexdigest())
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """Return the xxh3_128 of the file ``path``, in hexadecimal."""
+    return record_file(path).xxh3_128

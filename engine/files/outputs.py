@@ -11,12 +11,12 @@ import json
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import UserError
+from .atomic import replace_file
 
 GENERATOR = "retemper-report"
 """Mark in a report, by which a later run of the command recognises it as its own."""
@@ -99,11 +99,6 @@ def open_new(path: str | os.PathLike[str]) -> BinaryIO:
     return open(path, "xb")
 
 
-def open_lock(path: str | os.PathLike[str]) -> int:
-    """Open a lock file, created if it is absent. A link is never followed, and nothing is truncated."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-
-
 def require_own_folder(folder: Path, lock: str, option: str) -> None:
     """Refuse a work folder, which is going to be emptied, that does not belong to the program.
 
@@ -163,17 +158,7 @@ def write_report(option: str, path: str | os.PathLike[str], content: str | bytes
             with open(path, "wb") as file:
                 file.write(data)
             return
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.absolute().parent)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(data)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)  # mkstemp permits only the owner to read
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        replace_file(path, [data])
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
 
@@ -205,20 +190,3 @@ def _is_own_report(path: Path) -> bool:
     except OSError:
         return False
     return size == 0 or bool(_MARK.search(head)) or bool(head.startswith(b"%PDF") and _MARK.search(tail))
-
-
-def sync_tree(folder: Path) -> None:
-    """Flush every file and directory below ``folder`` to disk."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            sync_path(Path(root) / name)
-        sync_path(Path(root))
-
-
-def sync_path(path: Path) -> None:
-    """Flush one file, or the names in one directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,16 +20,16 @@ _SECONDS = 1.0
 def run_in_background(
     ranks: Ranks,
     work: Callable[[], Result] | None,
-    broken_off: Callable[[], bool] = lambda: False,
-    stop: Callable[[], object] = lambda: None,
+    should_abort: Callable[[], bool] = lambda: False,
+    abort: Callable[[], object] = lambda: None,
 ) -> Result | None:
     """Run ``work`` on every rank that has some. All ranks must call this.
 
     Args:
         ranks: those that wait for one another.
         work: what this rank does, in a thread; None: nothing.
-        broken_off: asked now and then by all ranks together, to give the same answer on all: whether to give up.
-        stop: called when there is no use in going on: makes ``work`` raise soon.
+        should_abort: asked now and then by all ranks together, to give the same answer on all: whether to give up.
+        abort: called when there is no use in going on: makes ``work`` raise soon.
 
     Returns:
         what ``work`` returned; None where this rank had none.
@@ -40,15 +40,15 @@ def run_in_background(
     with ThreadPoolExecutor(1, "apart") as pool:
         future: Future[Result | None] = pool.submit(work) if work is not None else _done()
         try:
-            while ranks.sum(not future.done()):
+            while ranks.all_reduce(not future.done()):
                 wait_for([future], timeout=_SECONDS)
                 failed = future.done() and future.exception() is not None
-                if broken_off() or ranks.sum(failed):
-                    stop()
+                if should_abort() or ranks.all_reduce(failed):
+                    abort()
         except BaseException:
-            stop()
+            abort()
             raise
-        return cast("Result | None", ranks.everywhere(future.result))
+        return cast("Result | None", ranks.run_on_all(future.result))
 
 
 def _done() -> Future[Result | None]:

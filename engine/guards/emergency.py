@@ -23,7 +23,7 @@ from ..weights.checkpoint.assets import HfAssets
 from ..weights.checkpoint.manifest import Manifest
 from ..weights.checkpoint.saver import Saver
 from ..weights.checkpoint.tensors import training_tensors
-from .liveness import is_lost_contact
+from .liveness import is_connection_error
 
 _OTHERS_SECONDS = 10.0
 """How long a rank waits for the others to fail as well."""
@@ -54,7 +54,7 @@ class EmergencySave:
         self._patience = min(_OTHERS_SECONDS, timeout_seconds / 2)
         self._first_here = 0
         """The first of the ranks that have failed, which prints."""
-        self.whole = True
+        self.state_consistent = True
         """Whether weights and states are those between two steps. False while a step changes them."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -78,7 +78,7 @@ class EmergencySave:
             assets: see :meth:`CheckpointStore.save`.
             manifest: of the state before the step, with what failed.
         """
-        if self._ranks.world_size > 1 and is_lost_contact(error):
+        if self._ranks.world_size > 1 and is_connection_error(error):
             return  # a rank has died: the others say which
         kind = UserError if isinstance(error, UserError) else type(error)
         what = " ".join(f"{kind.__name__}: {error}".split())[:300]
@@ -101,7 +101,7 @@ class EmergencySave:
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
         tensors = training_tensors(self, optimizer)
-        if self._saver.ranks.sum(not all(map(_is_finite, tensors.values()))):
+        if self._saver.ranks.all_reduce(not all(map(_is_finite, tensors.values()))):
             raise UserError("weights or optimizer states are not finite")
         folder: Path = self._saver.save_now(tensors, assets, manifest)
         return f"saved {folder}; resume: auto continues from there"
@@ -110,11 +110,11 @@ class EmergencySave:
         """Raises UserError unless all ranks are here, after the same step, with whole weights."""
         store, world_size = self._ranks.store, self._ranks.world_size
         if world_size == 1:
-            here = {0: self.whole}
+            here = {0: self.state_consistent}
         elif store is None:
             raise UserError("these ranks have no common store in which to agree")
         else:
-            store.set(f"emergency/{step}/{self._ranks.rank}", str(int(self.whole)))
+            store.set(f"emergency/{step}/{self._ranks.rank}", str(int(self.state_consistent)))
             keys = [f"emergency/{step}/{rank}" for rank in range(world_size)]
             until = time.monotonic() + self._patience
             while not (complete := store.check(keys)) and time.monotonic() < until:

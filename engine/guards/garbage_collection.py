@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def without_gc() -> Iterator[None]:
     """Import large libraries without collecting garbage, and leave what they are made of out of all later collections.
 
     The collector would look at hundreds of thousands of objects, which all stay, again and again: a third of the time
@@ -27,7 +27,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-class GarbageSchedule:
+class GarbageCollection:
     """While entered, garbage is collected every ``interval`` steps, by all ranks at the same step, and never between.
 
     A collection takes tens of milliseconds in a large program, and every rank waits for the slowest: at moments of
@@ -39,7 +39,7 @@ class GarbageSchedule:
         self._interval = interval
         self._was_enabled = False
 
-    def __enter__(self) -> GarbageSchedule:
+    def __enter__(self) -> GarbageCollection:
         self._was_enabled = gc.isenabled()
         if self._interval:
             gc.collect()

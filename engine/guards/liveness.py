@@ -25,7 +25,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from ..errors import UserError, report_user_error
-from .awake import AwakeClock
+from .clock import SuspendAwareClock
 from .rendezvous import Rendezvous
 from .stacks import dump_stacks
 
@@ -33,7 +33,7 @@ _LOST_CONTACT = re.compile(r"gloo|nccl|tcpstore|connection (closed|reset|refused
 _SETTLING_SECONDS = 3.0
 """Ranks that fail together each say so by themselves: only after this is the first one's failure said by the others."""
 _LONGEST_LINE = 500
-APART = "apart"
+BACKGROUND_GROUP = "apart"
 """Description of groups for work behind the training, in which ranks may wait for one another for long."""
 _OWN_ERROR = "has ended with an error of its own"
 """A verdict that needs no stacks: that rank has said where it stood."""
@@ -51,7 +51,7 @@ class Liveness:
         # All ranks read what all have written: where there are many, more rarely.
         self.interval = max(0.2, min(2.5, timeout_seconds / 10)) * max(1.0, rendezvous.world_size / 128)
         self.grace_seconds = 3 * self.interval
-        self._clock = AwakeClock.read_every(self.interval, timeout_seconds)
+        self._clock = SuspendAwareClock.read_every(self.interval, timeout_seconds)
         self._store: Any = rendezvous.store.clone()  # type: ignore[attr-defined]  # a connection of its own
         now = self._clock.now()
         self._signs: list[dict[str, Any]] = [{} for _ in rendezvous.notes]
@@ -73,7 +73,7 @@ class Liveness:
         if error is not None:
             # Launchers end the neighbours of a rank that has died. Some seconds are needed to say why.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if error is not None and is_lost_contact(error):
+        if error is not None and is_connection_error(error):
             self._failed = self._clock.now()
             time.sleep(3 * self.grace_seconds)  # by then this process has ended, if there is a culprit
         if error is None:
@@ -83,7 +83,7 @@ class Liveness:
         text = " ".join(f"{kind.__name__ if kind else ''}: {error}".split())
         self._leave("failed", text)
         if isinstance(error, UserError):
-            error.said = self._main_says(text)
+            error.printed_elsewhere = self._main_says(text)
         # The line or traceback comes first; then, while the launcher sees this process alive, all can learn of it.
         atexit.register(self._linger)
 
@@ -231,7 +231,7 @@ class Liveness:
         )
 
 
-def is_lost_contact(error: BaseException) -> bool:
+def is_connection_error(error: BaseException) -> bool:
     """Whether ``error`` was caused by the end of another rank."""
     return not isinstance(error, UserError) and _LOST_CONTACT.search(str(error)) is not None
 
@@ -247,7 +247,7 @@ def _collectives_begun() -> dict[str, int]:
     for group in list(distributed_c10d._world.pg_map):
         ranks = distributed_c10d._world.pg_group_ranks.get(group)
         # Where it is None, the main thread is making the group or taking it down.
-        if ranks is None or group.group_desc == APART:
+        if ranks is None or group.group_desc == BACKGROUND_GROUP:
             continue
         name = hashlib.sha256(json.dumps(list(ranks)).encode()).hexdigest()[:8]
         for device in group._device_types:

@@ -66,7 +66,7 @@ def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunCo
 
 def _of_all(rendezvous: Rendezvous, error: UserError) -> UserError:
     """``error``, which every rank raises, and the first one prints."""
-    error.said = rendezvous.rank > 0
+    error.printed_elsewhere = rendezvous.rank > 0
     return error
 
 

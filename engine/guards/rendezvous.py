@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from ..errors import UserError
 from ..parallel.launcher import read_launcher
-from .awake import AwakeClock
+from .clock import SuspendAwareClock
 
 _PAUSE = 0.05  # seconds between two looks, for up to 32 ranks
 _PARTING_SECONDS = 5
@@ -102,7 +102,7 @@ def _join(
     }
     hellos = [f"hello/{other}" for other in range(world_size)]
     store.set(hellos[rank], json.dumps({"name": mine, **here, **note}))
-    clock = AwakeClock()
+    clock = SuspendAwareClock()
     deadline = clock.now() + timeout_seconds
     pause = _PAUSE * max(1, world_size // 32)
     while clock.now() < deadline:

@@ -75,13 +75,13 @@ class ReplicaCheck:
             if len(owners[name]) > 1:
                 mine.setdefault(owners[name], []).append(name)
         # One hash for all that the same ranks share; what they are made of travels only where they differ.
-        notes = self._ranks.gather(
+        notes = self._ranks.all_gather(
             {group: digest({name: hashes[name] for name in names}) for group, names in mine.items()}
         )
         odd = {group for note in notes for group in note if len({notes[rank].get(group) for rank in group}) > 1}
         if odd:
             here = {group: {name: hashes[name] for name in mine[group]} for group in odd & mine.keys()}
-            details = self._ranks.gather((socket.gethostname(), here))
+            details = self._ranks.all_gather((socket.gethostname(), here))
             raise UserError(self._line(step, min(odd), details))
         self._passed = step
 
@@ -158,7 +158,7 @@ def _hash(tensor: Tensor, weights: Tensor) -> Tensor:
 
 
 def odd_numbers(count: int, device: torch.device) -> Tensor:
-    """[count] int64, odd and pseudo-random: the finalizer of splitmix64 (Steele, Lea and Flood, 2014) of 0, 1, ..."""
+    """[count] int64, odd and pseudo-random: ``splitmix.mix64`` of 0, 1, ..., in PyTorch, for the device."""
     bits = torch.arange(count, dtype=torch.int64, device=device) * _GOLDEN
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
         bits = (bits ^ _shifted(bits, shift)) * factor

@@ -20,7 +20,7 @@ from ..weights.checkpoint.manifest import Manifest
 from ..weights.checkpoint.saver import Saver
 from ..weights.checkpoint.store import CheckpointStore
 from .emergency import EmergencySave
-from .garbage_collection import GarbageSchedule
+from .garbage_collection import GarbageCollection
 from .replica_check import ReplicaCheck
 from .step_guard import StepGuard
 from .watchdog import Watchdog
@@ -60,11 +60,11 @@ class RunGuards:
         seconds = config.parallel.timeout_seconds
         self.step_guard = StepGuard(config.training, ranks, self._newest_checkpoint, say)
         if resumed is not None:
-            self.step_guard.restore(resumed.health)
+            self.step_guard.load_state_dict(resumed.health)
         self.replica_check = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest_checkpoint)
         self.watchdog = Watchdog(seconds, ranks)
         self.emergency = EmergencySave(ranks, dict(model.named_parameters()), saver, say, seconds)
-        self._garbage = GarbageSchedule(config.training.gc_interval)
+        self._garbage = GarbageCollection(config.training.gc_interval)
         self._step = 0
 
     def __enter__(self) -> RunGuards:
@@ -81,9 +81,9 @@ class RunGuards:
     def begin_step(self, step: int) -> None:
         """The step of this number begins with its data."""
         self._step = step
-        self.begin("data")
+        self.begin_phase("data")
 
-    def begin(self, phase: str) -> None:
+    def begin_phase(self, phase: str) -> None:
         """See :class:`~retemper.engine.step.StepGuards`."""
         self.watchdog.beat(f"step {self._step}, {phase}")
 
@@ -94,7 +94,7 @@ class RunGuards:
     def before_update(self) -> None:
         """Wait until a checkpoint that is being written has copies of what is about to change."""
         self._saver.hold_update()
-        self.emergency.whole = False
+        self.emergency.state_consistent = False
 
     def without_targets(self) -> None:
         """See :class:`~retemper.engine.step.StepGuards`."""
@@ -102,7 +102,7 @@ class RunGuards:
 
     def step_done(self) -> None:
         """The step has been counted: weights and optimizer states are again those between two steps."""
-        self.emergency.whole = True
+        self.emergency.state_consistent = True
         self._garbage.step_done(self._step)
 
     def sum_targets(self, count: int, problem: str | None) -> float:
@@ -116,19 +116,19 @@ class RunGuards:
             UnreadableData: on all ranks where any has a problem, naming the rank's own or else the first.
         """
         # One sum serves both ends: a rank without data makes it not a number.
-        total = self._ranks.sum(math.nan if problem else count)
+        total = self._ranks.all_reduce(math.nan if problem else count)
         if math.isnan(total):
             try:
-                self._ranks.raise_together(problem)
+                self._ranks.raise_on_all(problem)
             except UserError as error:
                 raise UnreadableData(*error.problems) from None
         return total
 
     # Between steps
 
-    def pause(self) -> None:
+    def pause_watchdog(self) -> None:
         """Until the next step begins, anything may take any time."""
-        self.watchdog.sleep()
+        self.watchdog.pause()
 
     def counts(self) -> dict[str, int]:
         """Return how many steps were skipped, for records. Waits for the device."""
@@ -146,7 +146,7 @@ class RunGuards:
 
     def require_savable(self, step: int, result: StepResult) -> None:
         """Refuse to save what is not finite, after ``step`` with ``result``. All ranks must call this."""
-        self.check(step, {"loss": self._ranks.sum(result.loss.item()), "gradient norm": result.grad_norm.item()})
+        self.check(step, {"loss": self._ranks.all_reduce(result.loss.item()), "gradient norm": result.grad_norm.item()})
         self.step_guard.require_finite_weights(step, self._model.parameters())
 
     @contextmanager
@@ -163,7 +163,7 @@ class RunGuards:
             raise
 
     def _save_in_emergency(self, run: Run, error: Exception) -> None:
-        self.pause()
+        self.pause_watchdog()
         step = run.progress.step
         if step > run.report.totals.start.step:
             run.report.save()
@@ -171,7 +171,7 @@ class RunGuards:
             self.emergency(error, step, run.optimizer, run.start.assets, manifest)
 
     def _newest_checkpoint(self) -> str:
-        self.pause()
+        self.pause_watchdog()
         with suppress(UserError):
             self._saver.wait()  # what is being written is completed before the run ends
         complete = self._store.complete()

@@ -70,7 +70,7 @@ class StepGuard:
         self._without_targets_in_a_row = 0
         skip = (~grad_norm.isfinite()).to(self._counts)
         if self._config.loss_spike_zscore is not None:
-            self.spiked = self._is_spike(step, self._ranks.sum(loss.item()))
+            self.spiked = self._is_spike(step, self._ranks.all_reduce(loss.item()))
             skip = torch.ones_like(skip) if self.spiked else skip
         total, in_a_row, most = self._counts.unbind()
         in_a_row = (in_a_row + skip) * skip
@@ -98,8 +98,8 @@ class StepGuard:
         if not math.isfinite(loss):
             return False
         score = robust_zscore(loss, self._losses) if len(self._losses) >= _FEWEST else 0.0
-        # Spikes are kept as well: where losses stay high, as after a change of the blend, half a window of them is the
-        # new normal.
+        # Spikes are kept as well: where losses stay high, as after a change of the mixture, half a window of them is
+        # the new normal.
         self._losses.append(loss)
         bound = self._config.loss_spike_zscore
         assert bound is not None
@@ -155,10 +155,10 @@ class StepGuard:
             UserError: on all ranks, where a weight of any is not finite. All ranks must call this.
         """
         finite = torch.stack([fsdp.local_shard(weight).isfinite().all() for weight in parameters])
-        if self._ranks.sum(not finite.all().item()):
+        if self._ranks.all_reduce(not finite.all().item()):
             raise self._error(step, "the update made weights that are not finite")
 
-    def require_rewind(self, step: int) -> None:
+    def require_rewinds_left(self, step: int) -> None:
         """Raises UserError where the run, with a spike in ``step``, has gone back as often as it may."""
         if len(self.rewinds) >= self._config.max_rewinds:
             steps = ", ".join(str(rewind["step"]) for rewind in self.rewinds) or "none"
@@ -171,7 +171,7 @@ class StepGuard:
     def _error(self, step: int, what: str) -> UserError:
         return UserError(f"step {step}: {what}; {self._newest()}, lower optimizer.learning_rate or inspect the data")
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to skip the same steps, in JSON's types. Waits for the device."""
         total, in_a_row, _ = (int(count) for count in self._counts.tolist())
         state: dict[str, Any] = {"skipped_steps": total, "in_a_row": in_a_row, "losses": list(self._losses)}
@@ -179,8 +179,8 @@ class StepGuard:
             state["without_targets"] = [self.steps_without_targets, self._without_targets_in_a_row]
         return state | ({"rewinds": self.rewinds} if self.rewinds else {})
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`; an empty one is that of a run which has skipped nothing."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; an empty one is that of a run which has skipped nothing."""
         total, in_a_row = state.get("skipped_steps", 0), state.get("in_a_row", 0)
         self._skipped = total
         self._counts = torch.tensor([total, in_a_row, in_a_row], dtype=torch.float32, device=self._ranks.device)

@@ -46,7 +46,7 @@ class StopRequest:
     """While entered, signals are remembered instead of ending the process. It may be entered again inside.
 
     Args:
-        ranks: those that stop together. None until :meth:`hold` names them; before that, the first signal ends the
+        ranks: those that stop together. None until :meth:`defer` names them; before that, the first signal ends the
             process at once, since no other rank depends on it yet.
     """
 
@@ -90,7 +90,7 @@ class StopRequest:
         self._thread.join()
         self._numbers.close()
 
-    def hold(self, ranks: Ranks | None = None) -> None:
+    def defer(self, ranks: Ranks | None = None) -> None:
         """From now on signals are only remembered, until ``ranks``, once they are known, have agreed to stop."""
         self._ranks, self._holding = ranks, True
 
@@ -102,9 +102,9 @@ class StopRequest:
         """Whether any rank has been asked to stop; the same answer on every rank. All ranks must call this."""
         assert self._ranks is not None
         late = self._deadline is not None and time.monotonic() >= self._deadline
-        return self._ranks.sum(late or self._first is not None) > 0
+        return self._ranks.all_reduce(late or self._first is not None) > 0
 
-    def leave_if_agreed(self) -> None:
+    def exit_if_agreed(self) -> None:
         """Before the first step. All ranks must call this.
 
         Raises:

@@ -8,7 +8,7 @@ import threading
 
 from ..errors import UserError, report_user_error
 from ..parallel.process_group import Ranks
-from .awake import AwakeClock
+from .clock import SuspendAwareClock
 from .stacks import dump_stacks
 
 
@@ -27,7 +27,7 @@ class Watchdog:
     def __init__(self, seconds: float, ranks: Ranks):
         self.seconds = seconds if ranks.world_size == 1 else 1.25 * seconds + 5
         self._interval = min(1.0, self.seconds / 10)
-        self._clock = AwakeClock.read_every(self._interval, self.seconds)
+        self._clock = SuspendAwareClock.read_every(self._interval, self.seconds)
         self._beat: tuple[float, str] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -44,7 +44,7 @@ class Watchdog:
         """Something begins: ``what``, for the message."""
         self._beat = self._clock.now(), what
 
-    def sleep(self) -> None:
+    def pause(self) -> None:
         """Until the next beat anything may take as long as it likes."""
         self._beat = None
 

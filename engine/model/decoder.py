@@ -25,8 +25,8 @@ from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ...kernels.swiglu import swiglu
+from ..batch import Batch
 from .architecture import Architecture, inverse_frequencies
-from .packing import Packing
 
 
 class LayerRange(NamedTuple):
@@ -37,7 +37,7 @@ class LayerRange(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """The language model. With targets it returns the summed loss and never forms all logits; without, the logits.
+    """The language model. It returns the summed loss of a batch and never forms all logits.
 
     Args:
         architecture: of the whole model.
@@ -65,24 +65,22 @@ class Decoder(nn.Module):
         assert self.model.embed_tokens is not None
         return self.model.embed_tokens.weight
 
-    def forward(self, inputs: Tensor, packing: Packing, targets_T: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, hidden_TH: Tensor | None = None) -> Tensor:
         """Run the model.
 
         Args:
-            inputs: [T] int64 token ids; [T, H] hidden states for a decoder without the first block.
-            packing: the documents in the tokens.
-            targets_T: [T] int64, the next token of each token, ``IGNORE_INDEX`` for tokens without a target.
+            batch: packed documents.
+            hidden_TH: [T, H] hidden states of the preceding block, for a decoder without the first block.
 
         Returns:
-            [] fp32 sum of the losses if targets are given, else [T, V] logits; [T, H] hidden states of a decoder
-            without the last block.
+            [] fp32 sum of the losses; [T, H] hidden states of a decoder without the last block.
         """
-        hidden_TH = self.model(inputs, packing)
-        if not self.is_last:
-            return hidden_TH
-        if targets_T is None:
-            return hidden_TH @ self.head_weight.t()
-        return self.loss(hidden_TH, self.head_weight, targets_T)
+        hidden_TH = self.model(batch, hidden_TH)
+        return self.loss(hidden_TH, self.head_weight, batch.targets) if self.is_last else hidden_TH
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the [T, V] logits of a whole decoder."""
+        return self.model(batch) @ self.head_weight.t()
 
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
@@ -138,13 +136,18 @@ class Backbone(nn.Module):
         """Return the blocks in their order."""
         return cast("list[Block]", list(self.layers.values()))
 
-    def forward(self, inputs: Tensor, packing: Packing) -> Tensor:
-        """Map [T] token ids or [T, H] hidden states to [T, H] hidden states, normalized after the last block."""
-        frequencies = _frequencies_on(packing.position_ids.device, self.architecture)
-        rope = rope_cos_sin(packing.position_ids, frequencies)
-        hidden_TH = self.embed_tokens(inputs) if self.embeds and self.embed_tokens is not None else inputs
+    def forward(self, batch: Batch, hidden_TH: Tensor | None = None) -> Tensor:
+        """Map the tokens of ``batch``, or [T, H] hidden states, to [T, H] hidden states.
+
+        The result is normalized after the last block.
+        """
+        rope = rope_cos_sin(batch.position_ids, _frequencies_on(batch.position_ids.device, self.architecture))
+        if self.embeds:
+            assert self.embed_tokens is not None
+            hidden_TH = self.embed_tokens(batch.tokens)
+        assert hidden_TH is not None
         for block in self.blocks:
-            hidden_TH = block(hidden_TH, rope, packing)
+            hidden_TH = block(hidden_TH, rope, batch)
         return hidden_TH if self.norm is None else self.norm(hidden_TH)
 
 
@@ -158,9 +161,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
         self.mlp = FeedForward(architecture)
 
-    def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
+    def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         """Map [T, H] to [T, H]."""
-        mixed_TH = self.self_attn(self.input_layernorm(hidden_TH), rope, packing)
+        mixed_TH = self.self_attn(self.input_layernorm(hidden_TH), rope, batch)
         normalized_TH, hidden_TH = self.post_attention_layernorm(mixed_TH, hidden_TH)
         return hidden_TH + self.mlp(normalized_TH)
 
@@ -185,7 +188,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norm(), norm()
         self.attend: Callable[..., Tensor] = attention
 
-    def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
+    def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         """Map [T, H] to [T, H]."""
         q_TND, k_TKD, v_TKD = (
             projection(hidden_TH).unflatten(-1, (-1, self.head_dim))
@@ -196,10 +199,10 @@ class Attention(nn.Module):
             q_TND,
             k_TKD,
             v_TKD,
-            packing.cu_seqlens,
-            packing.max_seqlen,
+            batch.cu_seqlens,
+            batch.max_seqlen,
             window=self.window,
-            plan=packing.attention,
+            plan=batch.attention,
         )
         return self.o_proj(mixed_TND.flatten(-2))
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files.outputs import open_new
+from ..files.atomic import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -37,7 +37,7 @@ def last_record(run_folder: Path) -> dict[str, Any] | None:
     return next((record for record in map(_record, reversed(lines)) if record is not None), None)
 
 
-def continue_curve(run_folder: Path, step: int, evaluates_again: bool) -> list[str]:
+def truncate_metrics(run_folder: Path, step: int, evaluates_again: bool) -> list[str]:
     """Leave the records up to ``step`` in ``metrics.jsonl``, and move those of later steps to another file.
 
     Args:
@@ -65,15 +65,13 @@ def continue_curve(run_folder: Path, step: int, evaluates_again: bool) -> list[s
     lines = []
     if others:
         target = _free_name(run_folder, _named("metrics", last, ".jsonl"))
-        _write(target, others)
+        replace_file(target, others)
         lines.append(f"records     {len(others):,} of metrics.jsonl after step {step:,} moved to {target}")
-    temporary = path.with_suffix(".tmp")
-    _write(temporary, kept)
-    os.replace(temporary, path)
+    replace_file(path, kept)
     return lines
 
 
-def start_over(run_folder: Path, names: tuple[str, ...] = ()) -> list[str]:
+def archive_metrics(run_folder: Path, names: tuple[str, ...] = ()) -> list[str]:
     """Rename what an earlier run in the same folder has recorded.
 
     Args:
@@ -120,10 +118,3 @@ def _free_name(folder: Path, name: Callable[[int], str]) -> Path:
     while os.path.lexists(folder / name(number)):
         number += 1
     return folder / name(number)
-
-
-def _write(path: Path, lines: list[bytes]) -> None:
-    with open_new(path) as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..run_state import Progress
 from ..weights.checkpoint.run_record import CONFIG_FILE
-from .curves import METRICS_FILE, continue_curve, start_over
+from .curves import METRICS_FILE, archive_metrics, truncate_metrics
 
 if TYPE_CHECKING:
     from .observer import StepRecord
@@ -39,9 +39,9 @@ class MetricsFile:
         self.end()
         self._folder.mkdir(parents=True, exist_ok=True)
         if after_step is None:
-            lines = start_over(self._folder, (CONFIG_FILE,))
+            lines = archive_metrics(self._folder, (CONFIG_FILE,))
         else:
-            lines = continue_curve(self._folder, after_step, evaluates_again)
+            lines = truncate_metrics(self._folder, after_step, evaluates_again)
         for line in lines:
             self._say(line)
         self._file = (self._folder / METRICS_FILE).open("ab", buffering=0)

@@ -14,7 +14,7 @@ from ..parallel.process_group import Ranks
 from ..run_state import Progress
 from ..schedule import BatchPlan
 from ..step import StepResult
-from .closing import Totals
+from .end_summary import Totals
 from .flops import flops_per_token
 from .observer import Say, StepRecord, create_observers
 from .progress import Stopwatch, speed
@@ -76,7 +76,7 @@ class Reporter:
         Returns:
             loss of all ranks, and gradient norm, by name.
         """
-        loss, grad_norm = self._ranks.sum(result.loss.item()), result.grad_norm.item()
+        loss, grad_norm = self._ranks.all_reduce(result.loss.item()), result.grad_norm.item()
         stragglers = self.stragglers.report()
         seconds, steps = self.stopwatch.lap()
         self.totals.add_steps(seconds, steps)

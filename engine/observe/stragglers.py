@@ -76,7 +76,7 @@ class Stragglers:
         self._suspect: int | None = None
         if not self._active:
             return
-        self._hosts = ranks.gather(socket.gethostname())
+        self._hosts = ranks.all_gather(socket.gethostname())
         for block in blocks:
             _BlockTimer(self._clock, self._keeps_time, self._marks).attach(block)
 

@@ -17,7 +17,7 @@ LINE_SECONDS = 30.0
 Say = Callable[[str], None]
 
 
-def main_printer(active: bool) -> Callable[..., None]:
+def rank0_printer(active: bool) -> Callable[..., None]:
     """Return what prints lines for people; nothing where this rank is not ``active``."""
 
     def say(*lines: str) -> None:
@@ -28,7 +28,7 @@ def main_printer(active: bool) -> Callable[..., None]:
 
 
 @contextmanager
-def reported_if_slow(what: str, say: Say, active: bool = True) -> Iterator[None]:
+def report_if_slow(what: str, say: Say, active: bool = True) -> Iterator[None]:
     """While the body runs for long, ``say`` so: after 10 seconds, and then every 30.
 
     Args:
@@ -56,7 +56,7 @@ def reported_if_slow(what: str, say: Say, active: bool = True) -> Iterator[None]
         thread.join()
 
 
-class Counted:
+class ProgressBar:
     """Progress of work whose amount is known.
 
     Args:
@@ -73,7 +73,7 @@ class Counted:
         in_terminal = active and sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=f"  {what}", leave=False, delay=2) if in_terminal else None
 
-    def __enter__(self) -> Counted:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -13,7 +13,7 @@ from ..model.decoder import Decoder, LayerRange
 from ..model.dtypes import DTYPES
 from . import compile as block_compile
 from . import context, float8, fsdp, pipeline, recompute, tensor, trainable
-from .forward_backward import Feed, ModelParts, Passes, Sequential
+from .forward_backward import BatchPreparer, ForwardBackward, ModelParts, NonPipelined
 from .mesh import Mesh
 from .process_group import Ranks
 
@@ -25,7 +25,7 @@ class Choices:
     attention_backend: str
     """See :func:`retemper.engine.model.attention_choice.choose_attention`."""
     compiled: bool
-    """True if blocks are compiled; see :func:`retemper.engine.parallel.compile.wanted`."""
+    """True if blocks are compiled; see :func:`retemper.engine.parallel.compile.enabled`."""
     num_micro_batches: int
     """Number of micro-batches in a step on this rank."""
 
@@ -37,7 +37,7 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
         UserError: with both sides of the arithmetic.
     """
     parallel, training = config.parallel, config.training
-    float8.wanted(training, device)
+    float8.enabled(training, device)
     tensor.check(architecture, config)
     context.check(architecture, parallel)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
@@ -58,7 +58,7 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
 
 def build_model(
     config: RunConfig, architecture: Architecture, ranks: Ranks, mesh: Mesh, choices: Choices
-) -> tuple[ModelParts, Passes]:
+) -> tuple[ModelParts, ForwardBackward]:
     """Build the model: meta device -> tensor -> context -> float8 -> recompute -> compile -> freeze -> shard ->
     materialize.
 
@@ -70,7 +70,7 @@ def build_model(
     training, parallel = config.training, config.parallel
     compute_dtype = DTYPES[training.precision]
     numbers = pipeline.stage_numbers(
-        parallel.pipeline_schedule, mesh.place.pipeline, parallel.pipeline, parallel.pipeline_stages_per_rank
+        parallel.pipeline_schedule, mesh.coordinate.pipeline, parallel.pipeline, parallel.pipeline_stages_per_rank
     )
     stages = pipeline.cut_layers(architecture, parallel.pipeline * parallel.pipeline_stages_per_rank)
 
@@ -92,8 +92,8 @@ def build_model(
         return model
 
     decoders = [build_stage(stages[number]) for number in numbers]
-    feed = Feed(mesh, ranks.device, choices.attention_backend, architecture.sliding_windows)
+    prepare = BatchPreparer(mesh, ranks.device, choices.attention_backend, architecture.sliding_windows)
     parts = ModelParts(decoders)
     if parallel.pipeline > 1:
-        return parts, pipeline.Pipelined(decoders, numbers, config, feed, choices.num_micro_batches, compute_dtype)
-    return parts, Sequential(decoders[0], feed, parallel.reduce_gradients == "micro_batch")
+        return parts, pipeline.Pipelined(decoders, numbers, config, prepare, choices.num_micro_batches, compute_dtype)
+    return parts, NonPipelined(decoders[0], prepare, parallel.reduce_gradients == "micro_batch")

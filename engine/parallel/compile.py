@@ -17,7 +17,7 @@ _RECOMPILE_LIMIT = 64
 evaluation, and first or later number of documents."""
 
 
-def wanted(config: RunConfig, device: torch.device, attention_backend: str) -> bool:
+def enabled(config: RunConfig, device: torch.device, attention_backend: str) -> bool:
     """Return whether the blocks of this run are compiled.
 
     Raises:
@@ -50,4 +50,4 @@ def apply(model: Decoder, backend: Any = "inductor") -> None:
 
 def _take_any_document_count(backbone: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Prevent compiled blocks from making a graph for each length of ``cu_seqlens``."""
-    torch._dynamo.maybe_mark_dynamic(inputs[1].cu_seqlens, 0)
+    torch._dynamo.maybe_mark_dynamic(inputs[0].cu_seqlens, 0)

@@ -22,7 +22,7 @@ _MULTIPLE = 16
 """Both widths of a float8 product must be multiples of this."""
 
 
-def wanted(config: TrainingConfig, device: torch.device) -> bool:
+def enabled(config: TrainingConfig, device: torch.device) -> bool:
     """Return whether the run computes in float8.
 
     Raises:
@@ -48,7 +48,7 @@ def wanted(config: TrainingConfig, device: torch.device) -> bool:
 
 def apply(model: Decoder, config: TrainingConfig, device: torch.device) -> None:
     """Give the blocks of ``model`` (on the meta device) float8 linear layers if configured; call before sharding."""
-    if wanted(config, device):
+    if enabled(config, device):
         convert(model)
 
 

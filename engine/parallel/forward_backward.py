@@ -3,57 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..data.packing import MicroBatch
+from ..batch import Batch
 from ..model.decoder import Decoder
-from ..model.packing import Packing, plan_packing
 from . import fsdp
 from .mesh import Mesh
 
 
-class Inputs(NamedTuple):
-    """What a decoder is called with."""
-
-    tokens: Tensor
-    """[T] int64, this rank's."""
-    packing: Packing
-    """The documents of all ranks that share the samples; the positions of this rank's tokens."""
-    targets: Tensor
-    """[T] int64."""
-
-
-class Feed:
-    """Micro-batches on their way to the model: to the device, and each rank's tokens of them.
+class BatchPreparer:
+    """Moves batches to the device, plans their attention, and takes this rank's tokens.
 
     Args:
         mesh: this rank's place.
-        device: where the model computes.
-        attention_backend: what ``choose_attention`` gave.
-        windows: the windows of the model's layers.
+        device: of the model.
+        attention_backend: result of ``choose_attention``.
+        windows: attention windows of the model's layers.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device, attention_backend: str, windows: Iterable[int | None]):
         self.mesh, self.device = mesh, device
         self._backend, self._windows = attention_backend, tuple(windows)
 
-    def __call__(self, batch: MicroBatch) -> Inputs:
-        """The micro-batch as the model takes it. Waits for nothing."""
-        on_host, batch = batch.cu_seqlens, batch.to(self.device)
-        packing = plan_packing(
-            batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self._backend, self._windows, on_host
+    def __call__(self, batch: Batch) -> Batch:
+        """Return ``batch`` as the model takes it. Does not wait for the device."""
+        batch = batch.prepare(self.device, self._backend, self._windows)
+        count = len(batch.tokens) // self.mesh.layout.context
+        mine = slice(self.mesh.coordinate.context * count, (self.mesh.coordinate.context + 1) * count)
+        return batch._replace(
+            tokens=batch.tokens[mine], targets=batch.targets[mine], position_ids=batch.position_ids[mine]
         )
-        mine = self._mine(batch.tokens.shape[0])
-        return Inputs(
-            batch.tokens[mine], packing._replace(position_ids=packing.position_ids[mine]), batch.targets[mine]
-        )
-
-    def _mine(self, num_tokens: int) -> slice:
-        count = num_tokens // self.mesh.layout.context
-        return slice(self.mesh.place.context * count, (self.mesh.place.context + 1) * count)
 
 
 class ModelParts:
@@ -75,36 +57,36 @@ class ModelParts:
         """The transformer blocks of this rank."""
         return (block for decoder in self.decoders for block in decoder.model.blocks)
 
-    def own_parameters(self) -> Iterator[nn.Parameter]:
+    def unique_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of which no former stage has a copy: an embedding that is also the head lies at both ends."""
         for decoder in self.decoders:
             copied = decoder.is_last and not decoder.is_first and decoder.architecture.tie_word_embeddings
             yield from (p for p in decoder.parameters() if not (copied and p is decoder.head_weight))
 
 
-class Passes(Protocol):
+class ForwardBackward(Protocol):
     """How a rank computes a step. Losses are [] on the device and this rank's part: their sum over all ranks counts."""
 
-    def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+    def train(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """Gradients of the sum of losses over ``num_targets``, added up over micro-batches and ranks; that loss, fp32.
 
         Dividing by the targets of the *global* batch makes every token count the same, however unevenly documents,
         ranks and micro-batches share them.
         """
 
-    def evaluate(self, batches: list[MicroBatch]) -> Tensor:
+    def evaluate(self, batches: list[Batch]) -> Tensor:
         """Sum of losses, fp64, without gradients."""
 
 
-class Sequential:
+class NonPipelined:
     """Micro-batches one after the other: this rank has all layers."""
 
-    def __init__(self, model: Decoder, feed: Feed, reduce_every_micro_batch: bool):
-        self._model, self._feed, self._reduce_every = model, feed, reduce_every_micro_batch
+    def __init__(self, model: Decoder, prepare: BatchPreparer, reduce_every_micro_batch: bool):
+        self._model, self._prepare, self._reduce_every = model, prepare, reduce_every_micro_batch
 
-    def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
-        """See :class:`Passes`."""
-        loss = torch.zeros((), device=self._feed.device)
+    def train(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+        """See :class:`ForwardBackward`."""
+        loss = torch.zeros((), device=self._prepare.device)
         for number, batch in enumerate(batches, 1):
             fsdp.reduce_gradients(self._model, self._reduce_every or number == len(batches))
             on_phase("forward")
@@ -112,23 +94,22 @@ class Sequential:
             on_phase("backward")
             part.backward()
             loss += part.detach()
-        return counted_once(loss, self._feed.mesh)
+        return counted_once(loss, self._prepare.mesh)
 
     @torch.no_grad()
-    def evaluate(self, batches: list[MicroBatch]) -> Tensor:
-        """See :class:`Passes`."""
-        total = torch.zeros((), dtype=torch.float64, device=self._feed.device)
+    def evaluate(self, batches: list[Batch]) -> Tensor:
+        """See :class:`ForwardBackward`."""
+        total = torch.zeros((), dtype=torch.float64, device=self._prepare.device)
         for batch in batches:
             total += self.loss_sum(batch)
         fsdp.reshard(self._model)
-        return counted_once(total, self._feed.mesh)
+        return counted_once(total, self._prepare.mesh)
 
-    def loss_sum(self, batch: MicroBatch) -> Tensor:
+    def loss_sum(self, batch: Batch) -> Tensor:
         """[] fp32, the losses of this rank's tokens."""
-        tokens, packing, targets = self._feed(batch)
-        return self._model(tokens, packing, targets)
+        return self._model(self._prepare(batch))
 
 
 def counted_once(loss: Tensor, mesh: Mesh) -> Tensor:
     """``loss`` on one of the ranks that share matrices, which all know it; zero on the others."""
-    return loss if mesh.place.tensor == 0 else torch.zeros_like(loss)
+    return loss if mesh.coordinate.tensor == 0 else torch.zeros_like(loss)

@@ -39,7 +39,7 @@ class Launcher:
     local_rank: int = 0
     node: int | None = None
     """Number of the torchrun agent that has started this process; None without torchrun."""
-    announced: bool = False
+    launched: bool = False
     """True if a launcher has set the variables."""
 
 
@@ -81,7 +81,7 @@ def read_launcher(environment: Mapping[str, str] | None = None) -> Launcher:
             f"{local_size}; {_REMEDY}, which sets both"
         )
     node = _number(env, "GROUP_RANK", 0) if env.get("GROUP_RANK") else None
-    return Launcher(rank, world_size, local_rank, node, announced=True)
+    return Launcher(rank, world_size, local_rank, node, launched=True)
 
 
 def _number(env: Mapping[str, str], name: str, default: int, least: int = 0) -> int:

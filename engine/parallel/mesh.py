@@ -17,14 +17,14 @@ class Mesh:
     """This rank's place in the mesh, and the process groups of the axes."""
 
     layout: Layout
-    place: Layout
+    coordinate: Layout
     """This rank's index on each axis."""
     devices: DeviceMesh
     """Axes ``pipeline``, ``replicate``, ``shard`` and ``tensor``. Here ``shard`` is shard x context: ranks with
     different tokens of one sample share parameters like ranks with different samples."""
     context_group: dist.ProcessGroup | None
     """The ranks with the other tokens of the same samples; None if each rank holds all tokens."""
-    ends_group: dist.ProcessGroup | None
+    embedding_group: dist.ProcessGroup | None
     """This rank and its counterpart, if one holds the first layers of the pipeline and the other the last."""
 
     @property
@@ -35,12 +35,12 @@ class Mesh:
     @property
     def data_rank(self) -> int:
         """This rank's number among those that read different samples."""
-        return self.place.replicate * self.layout.shard + self.place.shard
+        return self.coordinate.replicate * self.layout.shard + self.coordinate.shard
 
     @property
-    def speaks_for_samples(self) -> bool:
+    def counts_samples(self) -> bool:
         """True on one of the ranks that read the same samples, so that counts include each sample once."""
-        return self.place.pipeline == self.place.context == self.place.tensor == 0
+        return self.coordinate.pipeline == self.coordinate.context == self.coordinate.tensor == 0
 
 
 def build_mesh(layout: Layout, device_type: str) -> Mesh:

@@ -23,13 +23,13 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.tensor import DTensor
 
+from ..batch import Batch
 from ..config.settings import ParallelConfig, RunConfig
-from ..data.packing import MicroBatch
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import Decoder, LayerRange
 from . import fsdp
-from .forward_backward import Feed, counted_once
+from .forward_backward import BatchPreparer, counted_once
 
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
@@ -143,13 +143,15 @@ def cut_layers(architecture: Architecture, num_stages: int) -> list[LayerRange]:
 
 
 class Pipelined:
-    """The passes of a rank that holds some layers only; see :class:`retemper.engine.parallel.forward_backward.Passes`.
+    """Run the passes of a rank that holds some layers only.
+
+    See :class:`~retemper.engine.parallel.forward_backward.ForwardBackward`.
 
     Args:
         decoders: this rank's stages, in their order.
         numbers: their numbers, see :func:`stage_numbers`.
         config: of the run.
-        feed: prepares micro-batches for the model.
+        prepare: prepares micro-batches for the model.
         num_micro_batches: of a step on this rank.
         compute_dtype: of tensors exchanged between stages.
     """
@@ -159,15 +161,15 @@ class Pipelined:
         decoders: list[Decoder],
         numbers: list[int],
         config: RunConfig,
-        feed: Feed,
+        prepare: BatchPreparer,
         num_micro_batches: int,
         compute_dtype: torch.dtype,
     ):
-        self._decoders, self._feed, self._num_micro_batches = decoders, feed, num_micro_batches
-        self._batches: list[MicroBatch] = []
+        self._decoders, self._prepare, self._num_micro_batches = decoders, prepare, num_micro_batches
+        self._batches: list[Batch] = []
         self._num_targets = 1.0
         self._losses: list[Tensor] = []
-        layout = feed.mesh.layout
+        layout = prepare.mesh.layout
         tokens = config.training.micro_batch_size * config.training.sequence_length // (layout.context * layout.tensor)
         width = decoders[0].architecture.hidden_size
         hidden = torch.empty(tokens, width, dtype=compute_dtype, device="meta", requires_grad=True)
@@ -180,10 +182,10 @@ class Pipelined:
                     decoder,
                     number,
                     layout.pipeline * len(numbers),
-                    feed.device,
+                    prepare.device,
                     input_args=index if decoder.is_first else hidden,
                     output_args=loss if decoder.is_last else hidden,
-                    group=feed.mesh.devices["pipeline"].get_group(),
+                    group=prepare.mesh.devices["pipeline"].get_group(),
                 )
             )
         schedule = SCHEDULES[config.parallel.pipeline_schedule]
@@ -194,8 +196,8 @@ class Pipelined:
             scale_grads=False,
         )
 
-    def train(self, batches: list[MicroBatch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
-        """Train, see :class:`~retemper.engine.parallel.forward_backward.Passes`.
+    def train(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+        """Train, see :class:`~retemper.engine.parallel.forward_backward.ForwardBackward`.
 
         Forward and backward passes alternate: all of them are the phase "forward"."""
         on_phase("forward")
@@ -205,9 +207,9 @@ class Pipelined:
         return self._loss(torch.float32) / num_targets
 
     @torch.no_grad()
-    def evaluate(self, batches: list[MicroBatch]) -> Tensor:
-        """Evaluate, see :class:`~retemper.engine.parallel.forward_backward.Passes`."""
-        total = torch.zeros((), dtype=torch.float64, device=self._feed.device)
+    def evaluate(self, batches: list[Batch]) -> Tensor:
+        """Evaluate, see :class:`~retemper.engine.parallel.forward_backward.ForwardBackward`."""
+        total = torch.zeros((), dtype=torch.float64, device=self._prepare.device)
         count = self._num_micro_batches
         for first in range(0, len(batches), count):
             some = batches[first : first + count]
@@ -219,7 +221,7 @@ class Pipelined:
             fsdp.reshard(decoder)
         return total
 
-    def _run(self, run: Callable[..., Any], batches: list[MicroBatch]) -> None:
+    def _run(self, run: Callable[..., Any], batches: list[Batch]) -> None:
         self._batches, self._losses = batches, []
         # Stages look up their micro-batch by its number: documents differ in number, so one tensor cannot hold them
         # all.
@@ -232,9 +234,8 @@ class Pipelined:
 
     def _fill_in(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         """Convert the schedule's arguments for a stage to those of a decoder."""
-        tokens, packing, targets = self._feed(self._batches[int(named["number"])])
-        inputs = tokens if module.is_first else arguments[0]
-        return (inputs, packing, targets), {}
+        batch = self._prepare(self._batches[int(named["number"])])
+        return (batch, None if module.is_first else arguments[0]), {}
 
     def _scaled_loss(self, loss_sum: Tensor, _: Tensor) -> Tensor:
         self._losses.append(loss_sum.detach())
@@ -242,14 +243,14 @@ class Pipelined:
 
     def _loss(self, dtype: torch.dtype) -> Tensor:
         """Return the sum of the losses of all micro-batches on the rank with the last stage, zero elsewhere."""
-        total = torch.zeros((), dtype=dtype, device=self._feed.device)
+        total = torch.zeros((), dtype=dtype, device=self._prepare.device)
         for loss in self._losses:
             total += loss
-        return counted_once(total, self._feed.mesh)
+        return counted_once(total, self._prepare.mesh)
 
     def _join_tied_embedding(self) -> None:
         """Sum the gradients of an embedding that is also the head: each end of the pipeline has one of them."""
-        architecture, group = self._decoders[0].architecture, self._feed.mesh.ends_group
+        architecture, group = self._decoders[0].architecture, self._prepare.mesh.embedding_group
         if not architecture.tie_word_embeddings or not (self._decoders[0].is_first or self._decoders[-1].is_last):
             return
         end = self._decoders[0] if self._decoders[0].is_first else self._decoders[-1]

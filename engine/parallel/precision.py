@@ -33,7 +33,7 @@ def choose_precision(asked: str, ranks: Ranks) -> Precision:
     if asked != "auto":
         slow = asked == "bf16" and native is None
         return Precision(asked, "as set" + (f", but {_without(ranks.device)} computes it slowly" if slow else ""))
-    lacking = [rank for rank, name in enumerate(ranks.gather(native)) if name is None]
+    lacking = [rank for rank, name in enumerate(ranks.all_gather(native)) if name is None]
     if not lacking:
         return Precision("bf16", f"auto: {native}")
     which = "" if len(lacking) == ranks.world_size else f" of rank {lacking[0]}"

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
-from ..guards.liveness import APART, Liveness
+from ..guards.liveness import BACKGROUND_GROUP, Liveness
 from ..guards.rendezvous import Rendezvous, join
 from .launcher import read_launcher
 
@@ -46,56 +46,58 @@ class Ranks:
         """True on the rank that writes console output, metrics and manifests."""
         return self.rank == 0
 
-    def apart(self) -> Ranks:
+    def with_own_group(self) -> Ranks:
         """Return the same ranks with a process group of their own, for messages of another thread that may take long.
 
         All ranks must call this, and check in another way that all are alive."""
-        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(days=1), group_desc=APART))
+        return replace(
+            self, group=dist.new_group(backend="gloo", timeout=timedelta(days=1), group_desc=BACKGROUND_GROUP)
+        )
 
-    def sum(self, value: float) -> float:
+    def all_reduce(self, value: float) -> float:
         """Return the sum of a host number over all ranks, without using the GPU."""
         total = torch.tensor(value, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(total, group=self.group)
         return total.item()
 
-    def share(self, value):
+    def broadcast(self, value):
         """Return the main rank's ``value`` (any picklable object) on every rank."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
         return box[0]
 
-    def gather(self, value: Result) -> list[Result]:
+    def all_gather(self, value: Result) -> list[Result]:
         """Return every rank's ``value`` (any picklable object), by rank, on every rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def everywhere(self, action: Callable[[], Result]) -> Result:
+    def run_on_all(self, action: Callable[[], Result]) -> Result:
         """Run ``action`` on every rank. If it fails on some, all raise, so that no rank waits for another forever.
 
         Raises:
             UserError: this rank's own problem, or else that of the first rank that has one.
         """
         problem, result = _attempt(action)
-        self.raise_together(problem)
+        self.raise_on_all(problem)
         return cast(Result, result)
 
-    def on_main(self, action: Callable[[], Result]) -> Result | None:
+    def run_on_rank0(self, action: Callable[[], Result]) -> Result | None:
         """Run ``action`` on the main rank while the others wait; its exceptions are raised on all.
 
         Returns:
             The result of ``action`` on the main rank, None on others.
         """
         problem, result = _attempt(action) if self.is_main else (None, None)
-        self.raise_together(problem)
+        self.raise_on_all(problem)
         return result
 
-    def raise_together(self, problem: str | None) -> None:
+    def raise_on_all(self, problem: str | None) -> None:
         """Raise if any rank has a problem. All ranks must call this."""
-        problems = self.gather(problem)
+        problems = self.all_gather(problem)
         found = problem or next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), None)
         if found:
             raise UserError(found)
@@ -123,7 +125,7 @@ def process_group(device_name: str, timeout_seconds: int, rendezvous: Rendezvous
         timeout_seconds: how long ranks wait for one that is silent, or does not join a collective.
         rendezvous: of the ranks, if they have joined it already.
     """
-    if not read_launcher().announced:
+    if not read_launcher().launched:
         with _joined(device_name, timeout_seconds, dist.HashStore(), 0, 1) as ranks:
             yield ranks
         return

@@ -16,7 +16,7 @@ _MOST_AXES = 8
 """Along which a tensor may be cut: each doubles the corners of a shard. Device meshes have no more."""
 
 
-def tiling_problem(shape: tuple[int, ...], shards: Sequence[Box]) -> str | None:
+def coverage_problem(shape: tuple[int, ...], shards: Sequence[Box]) -> str | None:
     """What keeps ``shards`` from being a tensor of ``shape``, cut in whatever way; None when they are.
 
     Shards without elements may lie anywhere: nobody reads them. Time and memory grow with the number of shards only.

@@ -7,10 +7,8 @@ for every finished file with its hash; and a lock, so that the same command does
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,16 +18,18 @@ from typing import Any
 import xxhash
 
 from ..errors import UserError
+from ..files.atomic import require_absent, sync_path, sync_tree
 from ..files.hashing import FileRecord, record_file
-from ..files.new_folder import require_absent
-from ..files.outputs import open_lock, require_own_folder, sync_path, sync_tree
+from ..files.lock import exclusive_lock
+from ..files.outputs import require_own_folder
+from ..files.removal import remove_tree
 from .block_copy import Hashes, WrittenFile
 
 _CONTENT, _JOURNAL, _LOCK = "content", "journal.jsonl", ".lock"
 _SUFFIX = ".partial"
 
 
-class Worthless(UserError):
+class DiscardOutput(UserError):
     """An error that makes all written files useless, so that none is kept."""
 
 
@@ -93,7 +93,7 @@ def partial_folder(
     """Yield a folder to write ``output`` in; it is flushed to disk and renamed at the end.
 
     After Ctrl-C, a full disk, or an unreadable source, finished files are kept, and the same command can continue from
-    them; a message reports this. After :class:`Worthless` and internal errors everything is removed.
+    them; a message reports this. After :class:`DiscardOutput` and internal errors everything is removed.
 
     Args:
         output: the folder to make.
@@ -108,10 +108,14 @@ def partial_folder(
     key = xxhash.xxh3_64_hexdigest(json.dumps(identity, sort_keys=True).encode())
     folder = output.parent / f".{output.name}.{key}{_SUFFIX}"
     renamed, kept = False, ""
+
+    def held_by(holder: str) -> str:
+        return f"--output {output}: {holder} is writing it with the same command (it holds {folder}); wait for it"
+
     try:
         require_own_folder(folder, _LOCK, f"--output {output}")
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, output):
+        with exclusive_lock(folder / _LOCK, held_by):
             try:
                 partial = PartialFolder(folder)
                 partial.clear(take_up)
@@ -122,7 +126,7 @@ def partial_folder(
                 partial.content.rename(output)
                 renamed = True
                 sync_path(output.parent)
-            except Worthless:
+            except DiscardOutput:
                 raise
             except (OSError, UserError, KeyboardInterrupt) as error:
                 kept = "" if renamed else _what_is_kept(folder)
@@ -134,7 +138,7 @@ def partial_folder(
                 raise UserError(f"{reason}; {kept}" if kept else reason) from error
             finally:
                 if not kept:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove_tree(folder)
     except OSError as error:
         raise UserError(_describe(error, output)) from error
 
@@ -158,24 +162,3 @@ def _say_what_is_there(output: Path, partial: PartialFolder, folder: Path, say: 
     for other in sorted(output.parent.iterdir()):
         if other != folder and other.name.startswith(f".{output.name}.") and other.name.endswith(_SUFFIX):
             say(f"{other} is the unfinished output of another command, input or version; it is not used, remove it")
-
-
-@contextmanager
-def _locked(folder: Path, output: Path) -> Iterator[None]:
-    path = folder / _LOCK
-    descriptor = open_lock(path)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--output {output}: another process is writing it with the same command (it holds {path}); wait for it"
-            ) from None
-        except OSError:
-            pass  # A file system without locks: two processes at once would still verify all that they have written.
-        # The previous holder of the lock may have finished and removed the folder.
-        if os.fstat(descriptor).st_nlink == 0:
-            raise UserError(f"--output {output}: another process has just finished it; look there, or start again")
-        yield
-    finally:
-        os.close(descriptor)

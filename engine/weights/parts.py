@@ -23,10 +23,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ..errors import UserError
 from ..optim.local import local_part
 from ..parallel.process_group import Ranks
-from .coverage import Box, tiling_problem
+from .coverage import Box, coverage_problem
+from .damage import DamagedCheckpoint
 from .raw_bytes import opened_for_reading, read_box
 from .tensor_source import ReadRows, StoredTensor, rows_of
-from .untrusted import DamagedCheckpoint
 
 BLOCK_BYTES = 64 << 20
 """Bytes read at a time if they are converted to another dtype, device or layout."""
@@ -72,7 +72,7 @@ class TensorParts:
         some.tensors = {name: self.tensors[name] for name in names}
         return some
 
-    def require_whole(self, names: Collection[str] | None = None) -> None:
+    def require_full_coverage(self, names: Collection[str] | None = None) -> None:
         """Refuse tensors (by default all) whose parts do not cover them exactly.
 
         Raises:
@@ -80,7 +80,7 @@ class TensorParts:
         """
         for name in self.tensors if names is None else names:
             boxes = [(part.offsets, part.sizes) for part in self.parts[name]]
-            problem = tiling_problem(rows_of(self.tensors[name].shape), boxes)
+            problem = coverage_problem(rows_of(self.tensors[name].shape), boxes)
             if problem:
                 raise DamagedCheckpoint(f"{self.where}: {name} {problem}; use another checkpoint")
 
@@ -190,11 +190,11 @@ def load_parts(
                     f"{folder}: {name} has shape {list(source.tensors[name].shape)}, the model needs "
                     f"{list(tensor.shape)}"
                 )
-        source.require_whole(tensors)
+        source.require_full_coverage(tensors)
         for name in sorted(tensors, key=lambda name: min((part.path for part in source.parts[name]), default=Path())):
             source.load(name, tensors[name], check)
 
-    ranks.everywhere(load)
+    ranks.run_on_all(load)
 
 
 def all_ranks(group: dist.ProcessGroup | None, distributed: bool) -> Ranks:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from .damage import DamagedCheckpoint
 from .tensor_source import StoredTensor
-from .untrusted import DamagedCheckpoint
 
 SUFFIX = ".safetensors"
 DTYPES = {

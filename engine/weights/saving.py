@@ -21,13 +21,13 @@ from ..errors import UserError
 from ..files.hashing import BLOCK_BYTES, FileRecord
 from ..optim.local import local_part
 from ..parallel.process_group import Ranks
-from .coverage import Box, tiling_problem
+from .coverage import Box, coverage_problem
+from .damage import TABLE_FILE
 from .parts import box_of
 from .raw_bytes import bytes_of
 from .safetensors_format import CODES, SUFFIX, in_file_order, make_header
 from .table import TableEntry, write_table
 from .tensor_source import StoredTensor
-from .untrusted import TABLE_FILE
 
 Held = tuple[tuple[int, ...], torch.dtype, Box]
 """Shape and dtype of a tensor, and the box of it that a rank holds."""
@@ -52,7 +52,7 @@ def save_parts(
     """
     held: dict[str, Held] = {name: (tuple(t.shape), t.dtype, box_of(t)) for name, t in tensors.items()}
     gathered = _gather_on_main(held, ranks)
-    plan = ranks.on_main(lambda: _assign(cast(Sequence[Mapping[str, Held]], gathered)))
+    plan = ranks.run_on_rank0(lambda: _assign(cast(Sequence[Mapping[str, Held]], gathered)))
     table, shares = plan or ({}, None)
     mine = _scatter_from_main(shares, ranks)
 
@@ -69,7 +69,7 @@ def save_parts(
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
         return records
 
-    return ranks.everywhere(write)
+    return ranks.run_on_all(write)
 
 
 def _file_of(rank: int) -> str:
@@ -119,7 +119,7 @@ def _assign(held: Sequence[Mapping[str, Held]]) -> tuple[dict[str, TableEntry], 
         shares[rank].append(name)
         table[name].parts.append((_file_of(rank), box))
     for name, entry in table.items():
-        problem = tiling_problem(entry.tensor.shape, [box for _, box in entry.parts])
+        problem = coverage_problem(entry.tensor.shape, [box for _, box in entry.parts])
         if problem:
             raise UserError(f"{name} {problem}: the ranks together do not hold it once, and it cannot be saved")
     return table, shares

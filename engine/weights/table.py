@@ -10,7 +10,6 @@ files, and the manifest has its hash. The table may come from anyone, so all of 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +22,10 @@ from ..errors import UserError
 from ..files.hashing import FileRecord
 from ..files.regular import read_regular
 from .coverage import Box
+from .damage import TABLE_FILE, DamagedCheckpoint, brief, file_inside
 from .parts import Part, TensorParts
 from .safetensors_format import CODES, DTYPES, HeaderEntry, is_shape, read_header
 from .tensor_source import StoredTensor, rows_of
-from .untrusted import TABLE_FILE, DamagedCheckpoint, file_inside, shown
 
 _MOST_TABLE_BYTES = 1 << 30
 """About 10 million parts; the table of a 72B model with AdamW on 64 ranks has 0.2 million."""
@@ -41,7 +40,7 @@ class TableEntry:
 
 
 def write_table(folder: Path, entries: Mapping[str, TableEntry]) -> FileRecord:
-    """Write the table into ``folder``, flushed to disk; returns its size and hash.
+    """Write the table into ``folder``; return its size and hash.
 
     Raises:
         OSError: it cannot be written.
@@ -56,10 +55,7 @@ def write_table(folder: Path, entries: Mapping[str, TableEntry]) -> FileRecord:
         for name, entry in entries.items()
     }
     data = json.dumps({"files": list(numbers), "tensors": tensors}, separators=(",", ":")).encode()
-    with open(folder / TABLE_FILE, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    (folder / TABLE_FILE).write_bytes(data)
     return FileRecord(len(data), xxhash.xxh3_128_hexdigest(data))
 
 
@@ -92,9 +88,9 @@ def _parse(content: Any, folder: Path, path: Path) -> TensorParts:
     stored, parts = {}, {}
     for name, item in tensors.items():
         if not isinstance(item, dict) or item.keys() != {"shape", "dtype", "parts"}:
-            raise ValueError(f"{shown(name)} is not described by shape, dtype and parts")
+            raise ValueError(f"{brief(name)} is not described by shape, dtype and parts")
         if not is_shape(item["shape"]) or not isinstance(item["dtype"], str) or item["dtype"] not in DTYPES:
-            raise ValueError(f"{shown(name)} has shape {shown(item['shape'])}, dtype {shown(item['dtype'])}")
+            raise ValueError(f"{brief(name)} has shape {brief(item['shape'])}, dtype {brief(item['dtype'])}")
         stored[name] = StoredTensor(tuple(item["shape"]), DTYPES[item["dtype"]])
         parts[name] = [_part(part, name, stored[name], opened) for part in _list(item["parts"])]
     return TensorParts(path, stored, parts)
@@ -102,18 +98,18 @@ def _parse(content: Any, folder: Path, path: Path) -> TensorParts:
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{shown(value)} is not a list of parts")
+        raise ValueError(f"{brief(value)} is not a list of parts")
     return value
 
 
 def _part(value: Any, name: str, stored: StoredTensor, files: Sequence[_SafetensorsFile]) -> Part:
     if not isinstance(value, list) or len(value) != 3:
-        raise ValueError(f"{shown(name)} has a part {shown(value)}")
+        raise ValueError(f"{brief(name)} has a part {brief(value)}")
     number, offsets, sizes = value
     if type(number) is not int or not 0 <= number < len(files) or not is_shape(offsets) or not is_shape(sizes):
-        raise ValueError(f"{shown(name)} has a part in file {shown(number)} at {shown(offsets)} of {shown(sizes)}")
+        raise ValueError(f"{brief(name)} has a part in file {brief(number)} at {brief(offsets)} of {brief(sizes)}")
     if not len(offsets) == len(sizes) == len(stored.shape):
-        raise ValueError(f"{shown(name)} is {list(stored.shape)}, a part {shown(sizes)} at {shown(offsets)}")
+        raise ValueError(f"{brief(name)} is {list(stored.shape)}, a part {brief(sizes)} at {brief(offsets)}")
     file, box = files[number], StoredTensor(tuple(sizes), stored.dtype)
     return Part(tuple(offsets) or (0,), rows_of(box.shape), file.path, partial(file.find, name, box))
 

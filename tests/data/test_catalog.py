@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retemper.engine.batch import Batch
 from retemper.engine.config.settings import DataConfig, SourceConfig, StageConfig
 from retemper.engine.data.catalog import Catalog, open_catalog
-from retemper.engine.data.curriculum import Share, Stage
+from retemper.engine.data.curriculum import CurriculumStage, SourceWeight
 from retemper.engine.data.loader import TrainingData
-from retemper.engine.data.packing import MicroBatch
 from retemper.engine.data.sample_order import Permutation
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
@@ -51,7 +51,7 @@ def refusal(config: DataConfig) -> str:
 
 
 def test_budgets_and_caps_become_samples(tmp_path):
-    """1001 tokens are 100 windows. Caps are rounded down, of two the smaller counts; stages end with the sample that
+    """1001 tokens are 100 chunks. Caps are rounded down, of two the smaller counts; stages end with the sample that
     reaches their sum, the last one never."""
     a, b = (write(tmp_path / name, [13] * 77) for name in "ab")
     stages = [
@@ -61,14 +61,14 @@ def test_budgets_and_caps_become_samples(tmp_path):
     ]
     catalog = catalog_of(DataConfig(stages=stages))
     assert catalog.stages == [
-        Stage((Share("a", 1.0, 29), Share("b", 2.0)), 3),
-        Stage((Share("b", 1.0, 5),), 4),
-        Stage((Share("a", 1.0, 250), Share("b", 1.0, 100)), None),
+        CurriculumStage((SourceWeight("a", 1.0, 29), SourceWeight("b", 2.0)), 3),
+        CurriculumStage((SourceWeight("b", 1.0, 5),), 4),
+        CurriculumStage((SourceWeight("a", 1.0, 250), SourceWeight("b", 1.0, 100)), None),
     ]
     assert [source.name for source in catalog.train] == ["a", "b"]
     assert list(catalog.fingerprints) == ["a", "b"]
     plain = catalog_of(DataConfig(train=[SourceConfig(a)]))
-    assert plain.stages == [Stage((Share("a"),), None)]
+    assert plain.stages == [CurriculumStage((SourceWeight("a"),), None)]
 
 
 def test_a_cap_of_less_than_a_sample_is_refused(tmp_path):
@@ -93,9 +93,9 @@ def test_weights_by_documents_draw_as_many_documents(tmp_path):
 
 
 def drawn_one_by_one(catalog: Catalog, stops: list[int], limit: int) -> list[tuple[str, int, int]]:
-    """(source, epoch, window) of the samples, each source being a shuffled pile of windows that is refilled when it is
-    empty, and each blend a list of names gone through again and again."""
-    sizes = {source.name: source.num_windows for source in catalog.train}
+    """(source, epoch, chunk) of the samples, each source being a shuffled pile of chunks that is refilled when it is
+    empty, and each mixture a list of names gone through again and again."""
+    sizes = {source.name: source.num_chunks for source in catalog.train}
     piles: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
     epochs, given = Counter[str](), Counter[str]()
     result: list[tuple[str, int, int]] = []
@@ -103,7 +103,7 @@ def drawn_one_by_one(catalog: Catalog, stops: list[int], limit: int) -> list[tup
         names: list[str] = []
         queue: list[str] = []
         while len(result) < stop:
-            left = [s for s in stage.shares if s.max_samples is None or given[s.name] < s.max_samples]
+            left = [s for s in stage.sources if s.max_samples is None or given[s.name] < s.max_samples]
             if names != [share.name for share in left]:
                 names, queue = [share.name for share in left], []
             # Weights here are whole numbers, so the greedy rule can be told in fractions of one short round.
@@ -128,8 +128,8 @@ def one_round(weights: dict[str, int]) -> list[str]:
     return slots
 
 
-def rows(batches: list[MicroBatch]) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """The windows of micro-batches: (tokens, targets, positions)."""
+def rows(batches: list[Batch]) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """The chunks of micro-batches: (tokens, targets, positions)."""
     cut = [zip(*(values.view(-1, LENGTH).tolist() for values in batch[:3]), strict=True) for batch in batches]
     return [tuple(tuple(values) for values in row) for batch in cut for row in batch]  # type: ignore[misc]
 
@@ -160,7 +160,7 @@ def test_stages_caps_and_epochs_on_any_ranks_are_the_piles_drawn_one_by_one(tmp_
     assert last_epochs["a"] >= 2 and last_epochs["c"] >= 1
     order = catalog.sample_order(7)
     samples = [order.sample(index) for index in range(steps * 12)]
-    assert [(catalog.train[s.source].name, s.epoch, s.window) for s in samples] == expected
+    assert [(catalog.train[s.source].name, s.epoch, s.chunk) for s in samples] == expected
 
     sources = {source.name: source for source in catalog.train}
     whole = TrainingData(catalog.train, order, PLAN, 0, VOCAB, False)
@@ -171,8 +171,8 @@ def test_stages_caps_and_epochs_on_any_ranks_are_the_piles_drawn_one_by_one(tmp_
         layouts.append([TrainingData(again.train, again.sample_order(7), plan, r, VOCAB, False) for r in range(ranks)])
     for step in range(steps):
         expected_rows = rows(whole.micro_batches(step * 12))
-        windows = [sources[name].window(window, VOCAB, epoch) for name, epoch, window in expected[step * 12 :][:12]]
-        assert [row[0] for row in expected_rows] == [tuple(window.tokens.tolist()) for window in windows]
+        chunks = [sources[name].chunk(chunk, VOCAB, epoch) for name, epoch, chunk in expected[step * 12 :][:12]]
+        assert [row[0] for row in expected_rows] == [tuple(chunk.tokens.tolist()) for chunk in chunks]
         for data in layouts:
             assert Counter(row for d in data for row in rows(d.micro_batches(step * 12))) == Counter(expected_rows)
 

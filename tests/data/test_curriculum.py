@@ -1,4 +1,4 @@
-"""Stages, caps and blends: against a reference that counts sample by sample, and through changes of a run's mind."""
+"""Stages, caps and mixtures: against a reference that counts sample by sample, and through changes of a run's mind."""
 
 from __future__ import annotations
 
@@ -12,54 +12,56 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retemper.engine.data import mixture as blend_module
-from retemper.engine.data.curriculum import Schedule, Share, Stage
-from retemper.engine.data.mixture import Blend
+from retemper.engine.data import mixture as mixture_module
+from retemper.engine.data.curriculum import Curriculum, CurriculumStage, SourceWeight
+from retemper.engine.data.mixture import Mixture
 from retemper.engine.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_blends() -> Iterator[None]:
-    """Blends of at most 60 slots, which are quick to build and whose periods end often."""
+    """Mixtures of at most 60 slots, which are quick to build and whose periods end often."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blend_module, "BLEND_RESOLUTION", 60)
+        patch.setattr(mixture_module, "MIXTURE_RESOLUTION", 60)
         yield
 
 
 SHARES = st.builds(
-    Share,
+    SourceWeight,
     st.sampled_from(["web", "code", "books", "news"]),
     st.sampled_from([0.5, 1.0, 2.0, 3.0, 0.7]),
     st.none() | st.integers(1, 60),
 )
-BLENDS = st.lists(SHARES, min_size=1, max_size=4, unique_by=lambda share: share.name).map(tuple)
+MIXTURES = st.lists(SHARES, min_size=1, max_size=4, unique_by=lambda share: share.name).map(tuple)
 
 
 @st.composite
-def stage_lists(draw) -> list[Stage]:
-    blends = draw(st.lists(BLENDS, min_size=1, max_size=3))
+def stage_lists(draw) -> list[CurriculumStage]:
+    mixtures = draw(st.lists(MIXTURES, min_size=1, max_size=3))
     stops: list[int | None] = list(draw(st.lists(st.integers(1, 150), min_size=3, max_size=3).map(sorted)))
-    stops[len(blends) - 1] = draw(st.sampled_from([None, stops[len(blends) - 1]]))
-    return [Stage(blend, stop) for blend, stop in zip(blends, stops, strict=False)]
+    stops[len(mixtures) - 1] = draw(st.sampled_from([None, stops[len(mixtures) - 1]]))
+    return [CurriculumStage(mixture, stop) for mixture, stop in zip(mixtures, stops, strict=False)]
 
 
-def slow_run(stages: list[Stage], limit: int, start: int = 0, cursors: dict | None = None) -> list[tuple[str, int]]:
+def slow_run(
+    stages: list[CurriculumStage], limit: int, start: int = 0, cursors: dict | None = None
+) -> list[tuple[str, int]]:
     """(source, samples given before) of the samples from ``start``, until the data ends or ``limit``: one sample at a
-    time, by counting. Whenever the list of sources changes, and at every stage, a new blend begins."""
+    time, by counting. Whenever the list of sources changes, and at every stage, a new mixture begins."""
     given = Counter(cursors or {})
     drawn: list[tuple[str, int]] = []
-    blend, active, began, current = None, None, 0, None
+    mixture, active, began, current = None, None, 0, None
     for index in range(start, limit):
         inside = [number for number, stage in enumerate(stages) if stage.stop is None or index < stage.stop]
         if not inside:
             break
-        shares = stages[inside[0]].shares
+        shares = stages[inside[0]].sources
         left = [share for share in shares if share.max_samples is None or given[share.name] < share.max_samples]
         if not left:
             break
         if (inside[0], left) != (current, active):
-            blend, active, began, current = Blend([share.weight for share in left]), left, index, inside[0]
-        name = active[blend.source(index - began)].name
+            mixture, active, began, current = Mixture([share.weight for share in left]), left, index, inside[0]
+        name = active[mixture.source(index - began)].name
         drawn.append((name, given[name]))
         given[name] += 1
     return drawn
@@ -68,15 +70,15 @@ def slow_run(stages: list[Stage], limit: int, start: int = 0, cursors: dict | No
 LIMIT = 300
 
 
-def run_of(schedule: Schedule, start: int, limit: int = LIMIT) -> list[tuple[str, int]]:
+def run_of(schedule: Curriculum, start: int, limit: int = LIMIT) -> list[tuple[str, int]]:
     stop = limit if schedule.end is None else min(limit, schedule.end)
-    return [schedule.at(index) for index in range(start, stop)]
+    return [schedule.lookup(index) for index in range(start, stop)]
 
 
 @settings(deadline=None, max_examples=300)
 @given(stages=stage_lists())
 def test_a_schedule_equals_counting_sample_by_sample(stages):
-    schedule, expected = Schedule(stages), slow_run(stages, LIMIT)
+    schedule, expected = Curriculum(stages), slow_run(stages, LIMIT)
     assert run_of(schedule, 0) == expected
     assert schedule.end is None or min(schedule.end, LIMIT) == len(expected)
     assert schedule.end is not None or len(expected) == LIMIT
@@ -86,10 +88,10 @@ def test_a_schedule_equals_counting_sample_by_sample(stages):
 
 
 @settings(deadline=None, max_examples=100)
-@given(blend=BLENDS)
-def test_no_source_gives_more_than_its_cap_and_all_give_all_of_it(blend):
-    schedule = Schedule([Stage(blend)])
-    caps = {share.name: share.max_samples for share in blend}
+@given(mixture=MIXTURES)
+def test_no_source_gives_more_than_its_cap_and_all_give_all_of_it(mixture):
+    schedule = Curriculum([CurriculumStage(mixture)])
+    caps = {share.name: share.max_samples for share in mixture}
     if None in caps.values():
         given_then = schedule.cursors(10**6)
         assert schedule.end is None
@@ -103,8 +105,8 @@ def test_no_source_gives_more_than_its_cap_and_all_give_all_of_it(blend):
 @given(weights=st.lists(st.integers(1, 6), min_size=2, max_size=4), cap=st.integers(1, 500))
 def test_the_share_of_a_source_that_is_done_goes_to_the_others_in_proportion(weights, cap):
     """In the 60 x n samples that follow, each of the others has its exact part of what is left (to a slot in 60)."""
-    shares = (Share("capped", weights[0], cap), *(Share(f"s{i}", w) for i, w in enumerate(weights[1:])))
-    schedule = Schedule([Stage(shares)])
+    shares = (SourceWeight("capped", weights[0], cap), *(SourceWeight(f"s{i}", w) for i, w in enumerate(weights[1:])))
+    schedule = Curriculum([CurriculumStage(shares)])
     [_, second] = schedule.phases
     before, after = schedule.cursors(second.start), schedule.cursors(second.start + 6000)
     assert before["capped"] == after["capped"] == cap
@@ -116,9 +118,12 @@ def test_the_share_of_a_source_that_is_done_goes_to_the_others_in_proportion(wei
 
 def test_an_example_by_hand():
     """Two of a and one of b, until a has given 5: then b alone, until the stage ends at 12. Then a may give 6."""
-    stages = [Stage((Share("a", 2.0, 5), Share("b")), 12), Stage((Share("a", 1.0, 6), Share("b"), Share("c")))]
-    schedule = Schedule(stages)
-    names = "".join(schedule.at(index)[0] for index in range(22))
+    stages = [
+        CurriculumStage((SourceWeight("a", 2.0, 5), SourceWeight("b")), 12),
+        CurriculumStage((SourceWeight("a", 1.0, 6), SourceWeight("b"), SourceWeight("c"))),
+    ]
+    schedule = Curriculum(stages)
+    names = "".join(schedule.lookup(index)[0] for index in range(22))
     assert names == "abaabaabbbbbabcbcbcbcb"[:7] + names[7:]
     assert names[7:12] == "bbbbb"
     assert [phase.start for phase in schedule.phases] == [0, 7, 12, 13]
@@ -128,11 +133,14 @@ def test_an_example_by_hand():
 
 def test_huge_caps_and_stages_need_no_counting():
     """Phases of 10^13 samples: found at once, or this test would not end."""
-    stages = [Stage((Share("a", 0.7, 10**13), Share("b", 0.3)), 2 * 10**13), Stage((Share("a", 1.0, 2 * 10**13),))]
-    schedule = Schedule(stages)
+    stages = [
+        CurriculumStage((SourceWeight("a", 0.7, 10**13), SourceWeight("b", 0.3)), 2 * 10**13),
+        CurriculumStage((SourceWeight("a", 1.0, 2 * 10**13),)),
+    ]
+    schedule = Curriculum(stages)
     assert schedule.end == 3 * 10**13
     assert schedule.cursors(schedule.end) == {"a": 2 * 10**13, "b": 10**13}
-    assert schedule.at(2 * 10**13) == ("a", 10**13)
+    assert schedule.lookup(2 * 10**13) == ("a", 10**13)
 
 
 def slow_spread(quotas: list[int]) -> list[int]:
@@ -151,23 +159,23 @@ def slow_spread(quotas: list[int]) -> list[int]:
 @settings(deadline=None, max_examples=100)
 @given(quotas=st.lists(st.integers(1, 80), min_size=1, max_size=8))
 def test_slots_are_spread_by_the_greedy_rule(quotas):
-    assert blend_module._spread(quotas).tolist() == slow_spread(quotas)
+    assert mixture_module._spread(quotas).tolist() == slow_spread(quotas)
 
 
 @settings(deadline=None, max_examples=100)
 @given(weights=st.lists(st.integers(1, 12), min_size=1, max_size=5), data=st.data())
 def test_a_blend_finds_the_sample_at_which_a_source_has_given_so_many(weights, data):
-    blend = Blend(weights)
+    mixture = Mixture(weights)
     source, count = data.draw(st.integers(0, len(weights) - 1)), data.draw(st.integers(1, 200))
-    seen = np.cumsum([blend.source(index) == source for index in range(count * blend.period)])
-    assert blend.samples_until(source, count) == int(np.argmax(seen == count)) + 1
+    seen = np.cumsum([mixture.source(index) == source for index in range(count * mixture.period)])
+    assert mixture.samples_until(source, count) == int(np.argmax(seen == count)) + 1
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Resuming
 
 
-def stored(schedule: Schedule) -> dict:
+def stored(schedule: Curriculum) -> dict:
     """The state as a checkpoint keeps it."""
     return json.loads(json.dumps(schedule.state()))
 
@@ -175,10 +183,10 @@ def stored(schedule: Schedule) -> dict:
 @settings(deadline=None, max_examples=100)
 @given(stages=stage_lists(), cuts=st.lists(st.integers(0, LIMIT), min_size=1, max_size=3).map(sorted))
 def test_a_resumed_schedule_is_the_uninterrupted_one(stages, cuts):
-    whole = schedule = Schedule(stages)
+    whole = schedule = Curriculum(stages)
     for cut in cuts:
         cut = cut if whole.end is None else min(cut, whole.end)
-        schedule = Schedule(stages).resumed(stored(schedule), cut)
+        schedule = Curriculum(stages).resumed(stored(schedule), cut)
         assert run_of(schedule, cut) == run_of(whole, cut)
         assert schedule.end == whole.end
     assert schedule.state() == whole.state()
@@ -189,9 +197,9 @@ def test_a_resumed_schedule_is_the_uninterrupted_one(stages, cuts):
 def test_changed_stages_keep_every_sources_cursor(former, other, data):
     """Whatever changes, each source goes on from the count of what it has given; and the run is that of the new stages
     counted sample by sample, from the start where that makes no difference so far, else from the change."""
-    before = Schedule(former)
+    before = Curriculum(former)
     cut = data.draw(st.integers(0, LIMIT if before.end is None else min(LIMIT, before.end)))
-    resumed = Schedule(other).resumed(stored(before), cut)
+    resumed = Curriculum(other).resumed(stored(before), cut)
     taken = run_of(before, 0)[:cut]
     given_before = Counter(name for name, _ in taken)
     counts = Counter(given_before)
@@ -208,53 +216,64 @@ def test_changed_stages_keep_every_sources_cursor(former, other, data):
 
 
 @settings(deadline=None, max_examples=100)
-@given(stages=stage_lists(), later=BLENDS, data=st.data())
+@given(stages=stage_lists(), later=MIXTURES, data=st.data())
 def test_what_lies_ahead_may_change_without_a_trace(stages, later, data):
     """Until the end of the first stage, the stages behind it may become any others, and it may become longer."""
     if stages[0].stop is None:
         return
-    before = Schedule(stages)
+    before = Curriculum(stages)
     cut = data.draw(st.integers(0, stages[0].stop if before.end is None else min(before.end, stages[0].stop)))
     for stop in (stages[0].stop, stages[0].stop + 10):
-        changed = [Stage(stages[0].shares, stop), Stage(later)]
-        resumed = Schedule(changed).resumed(stored(before), cut)
+        changed = [CurriculumStage(stages[0].sources, stop), CurriculumStage(later)]
+        resumed = Curriculum(changed).resumed(stored(before), cut)
         assert resumed.start == 0
         assert run_of(resumed, 0) == slow_run(changed, LIMIT)
 
 
 def test_a_cap_may_be_raised_before_and_after_it_was_reached():
-    capped, raised = Stage((Share("a", 1.0, 5), Share("b"))), Stage((Share("a", 1.0, 20), Share("b")))
-    before = Schedule([capped])
+    capped, raised = (
+        CurriculumStage((SourceWeight("a", 1.0, 5), SourceWeight("b"))),
+        CurriculumStage((SourceWeight("a", 1.0, 20), SourceWeight("b"))),
+    )
+    before = Curriculum([capped])
     assert before.phases[1].start == 9
-    early = Schedule([raised]).resumed(stored(before), 8)
-    assert (early.start, run_of(early, 0, 40)) == (0, run_of(Schedule([raised]), 0, 40))
-    late = Schedule([raised]).resumed(stored(before), 30)
+    early = Curriculum([raised]).resumed(stored(before), 8)
+    assert (early.start, run_of(early, 0, 40)) == (0, run_of(Curriculum([raised]), 0, 40))
+    late = Curriculum([raised]).resumed(stored(before), 30)
     assert (late.start, late.cursors(30)) == (30, {"a": 5, "b": 25})
-    assert [late.at(index) for index in range(30, 34)] == [("a", 5), ("b", 25), ("a", 6), ("b", 26)]
+    assert [late.lookup(index) for index in range(30, 34)] == [("a", 5), ("b", 25), ("a", 6), ("b", 26)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # What does not suffice
 
 
-def refusal(stages: list[Stage], samples: int) -> str:
+def refusal(stages: list[CurriculumStage], samples: int) -> str:
     with pytest.raises(UserError) as caught:
-        Schedule(stages).require(samples, 100)
+        Curriculum(stages).require(samples, 100)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_run_longer_than_its_data_is_refused_with_the_arithmetic():
-    capped = (Share("a", 1.0, 30), Share("b", 2.0, 10))
-    Schedule([Stage(capped)]).require(40, 100)
-    message = refusal([Stage(capped)], 41)
+    capped = (SourceWeight("a", 1.0, 30), SourceWeight("b", 2.0, 10))
+    Curriculum([CurriculumStage(capped)]).require(40, 100)
+    message = refusal([CurriculumStage(capped)], 41)
     assert "needs 41 samples x 100 = 4,100 tokens" in message
     assert "ends after 40 samples = 4,000 tokens" in message
     assert "(a 30 samples, b 10 samples)" in message
     assert "raise max_epochs or max_tokens" in message
-    assert "data.stages ends" in refusal([Stage(capped[:1], 20), Stage((Share("c"),), 50)], 51)
+    assert "data.stages ends" in refusal(
+        [CurriculumStage(capped[:1], 20), CurriculumStage((SourceWeight("c"),), 50)], 51
+    )
     # A later stage whose sources the first has used up, and a stage in the middle that runs dry.
-    assert "ends after 20 samples" in refusal([Stage((Share("a"),), 20), Stage((Share("a", 1.0, 20),))], 21)
-    middle = [Stage((Share("a"),), 20), Stage((Share("b", 1.0, 5),), 40), Stage((Share("a"),))]
+    assert "ends after 20 samples" in refusal(
+        [CurriculumStage((SourceWeight("a"),), 20), CurriculumStage((SourceWeight("a", 1.0, 20),))], 21
+    )
+    middle = [
+        CurriculumStage((SourceWeight("a"),), 20),
+        CurriculumStage((SourceWeight("b", 1.0, 5),), 40),
+        CurriculumStage((SourceWeight("a"),)),
+    ]
     assert "ends after 25 samples = 2,500 tokens, where all its sources" in refusal(middle, 26)
-    Schedule([Stage((Share("a"), Share("b", 1.0, 1)))]).require(10**15, 100)
+    Curriculum([CurriculumStage((SourceWeight("a"), SourceWeight("b", 1.0, 1)))]).require(10**15, 100)

@@ -1,4 +1,4 @@
-"""Documents laid out anew: every window against a reference of lists and loops, and what must hold of any layout."""
+"""Documents laid out anew: every chunk against a reference of lists and loops, and what must hold of any layout."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retemper.engine.data.curriculum import Schedule, Share, Stage
-from retemper.engine.data.document_packing import GROUP_WINDOWS, DocumentLayout
+from retemper.engine.data.curriculum import Curriculum, CurriculumStage, SourceWeight
+from retemper.engine.data.document_packing import CHUNKS_PER_GROUP, DocumentPacker
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.packing import pack
-from retemper.engine.data.sample_order import OrderedSource, SampleOrder
+from retemper.engine.data.sample_order import SampleOrder, SourceSize
 from retemper.engine.data.source import Source, split_source
-from retemper.engine.data.truncation import count_cuts
+from retemper.engine.data.truncation import count_truncated
 from retemper.engine.errors import UserError
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
@@ -30,7 +30,7 @@ VOCAB = 10**6
 
 
 def make_source(folder: Path, lengths: list[int], length: int, mask: list[bool] | None = None) -> Source:
-    """A source whose token at position p of the dataset is p: a window shows where it was read."""
+    """A source whose token at position p of the dataset is p: a chunk shows where it was read."""
     prefix = folder / "numbered"
     with IndexedDatasetWriter(prefix, np.int32, overwrite=True, mask=mask is not None) as writer:
         writer.add_documents(np.arange(sum(lengths)), lengths, mask=mask)
@@ -38,48 +38,48 @@ def make_source(folder: Path, lengths: list[int], length: int, mask: list[bool] 
     return Source("s", dataset, length, 0, dataset.num_tokens)
 
 
-def laid_out(source: Source, mode: tuple[str, str], seed: int = 1, group_windows: int = 4) -> Source:
-    """``source`` in groups of so few windows that small datasets have several."""
-    layout = source.laid_out(*mode, seed).layout
-    small = DocumentLayout(
+def with_packing(source: Source, mode: tuple[str, str], seed: int = 1, chunks_per_group: int = 4) -> Source:
+    """``source`` in groups of so few chunks that small datasets have several."""
+    layout = source.with_packing(*mode, seed).packer
+    small = DocumentPacker(
         layout.dataset,
         layout.start,
-        layout.num_windows,
+        layout.num_chunks,
         layout.sequence_length,
         layout.key,
         layout.packing,
         layout.every_epoch,
-        group_windows,
+        chunks_per_group,
     )
-    return dataclasses.replace(source, layout=small)
+    return dataclasses.replace(source, packer=small)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The reference: a piece is a list of positions, a window a list of pieces
+# The reference: a span is a list of positions, a chunk a list of spans
 
-Piece = list[int]
+Span = list[int]
 
 
-class SlowLayout:
-    """All windows of an epoch, made token by token."""
+class SlowPacker:
+    """All chunks of an epoch, made token by token."""
 
-    def __init__(self, lengths: list[int], start: int, length: int, num_windows: int, group_windows: int):
+    def __init__(self, lengths: list[int], start: int, length: int, num_chunks: int, chunks_per_group: int):
         self.document = [number for number, size in enumerate(lengths) for _ in range(size)]
-        self.start, self.length, self.num_windows, self.group_windows = start, length, num_windows, group_windows
+        self.start, self.length, self.num_chunks, self.chunks_per_group = start, length, num_chunks, chunks_per_group
 
-    def is_whole(self, piece: Piece) -> bool:
-        number = self.document[piece[0]]
-        return [p for p, owner in enumerate(self.document) if owner == number] == piece
+    def is_whole(self, span: Span) -> bool:
+        number = self.document[span[0]]
+        return [p for p, owner in enumerate(self.document) if owner == number] == span
 
-    def num_whole(self, windows: list[list[Piece]]) -> int:
-        return sum(self.is_whole(piece) for window in windows for piece in window)
+    def num_whole(self, chunks: list[list[Span]]) -> int:
+        return sum(self.is_whole(span) for chunk in chunks for span in chunk)
 
-    def windows(self, packing: str, key: str, epoch: int) -> list[list[Piece]]:
+    def chunks(self, packing: str, key: str, epoch: int) -> list[list[Span]]:
         result = []
-        for number, first in enumerate(range(0, self.num_windows, self.group_windows)):
-            count = min(self.group_windows, self.num_windows - first)
+        for number, first in enumerate(range(0, self.num_chunks, self.chunks_per_group)):
+            count = min(self.chunks_per_group, self.num_chunks - first)
             start = self.start + first * self.length
-            documents = self.pieces(list(range(start, start + count * self.length)))
+            documents = self.spans(list(range(start, start + count * self.length)))
             group_key = f"{key}/{epoch}/{number}"
             if packing == "best_fit":
                 result += self.best_fit(documents, count, group_key)
@@ -89,19 +89,19 @@ class SlowLayout:
                 result += self.cut([documents[i] for i in order], [self.length] * count)
         return result
 
-    def pieces(self, positions: list[int]) -> list[Piece]:
-        pieces: list[Piece] = []
+    def spans(self, positions: list[int]) -> list[Span]:
+        spans: list[Span] = []
         for p in positions:
-            if pieces and self.document[p] == self.document[pieces[-1][-1]]:
-                pieces[-1].append(p)
+            if spans and self.document[p] == self.document[spans[-1][-1]]:
+                spans[-1].append(p)
             else:
-                pieces.append([p])
-        return pieces
+                spans.append([p])
+        return spans
 
-    def cut(self, pieces: list[Piece], rooms: list[int]) -> list[list[Piece]]:
-        """Pieces end to end, through bins with so much room."""
-        waiting = [list(piece) for piece in pieces]
-        bins: list[list[Piece]] = []
+    def cut(self, spans: list[Span], rooms: list[int]) -> list[list[Span]]:
+        """Spans end to end, through bins with so much room."""
+        waiting = [list(span) for span in spans]
+        bins: list[list[Span]] = []
         for room in rooms:
             bins.append([])
             while room:
@@ -113,42 +113,42 @@ class SlowLayout:
         assert not waiting
         return bins
 
-    def best_fit(self, documents: list[Piece], count: int, key: str) -> list[list[Piece]]:
+    def best_fit(self, documents: list[Span], count: int, key: str) -> list[list[Span]]:
         full, rest = [], []
-        for piece in documents:
-            while len(piece) >= self.length:
-                full.append(piece[: self.length])
-                piece = piece[self.length :]
-            if piece:
-                rest.append(piece)
+        for span in documents:
+            while len(span) >= self.length:
+                full.append(span[: self.length])
+                span = span[self.length :]
+            if span:
+                rest.append(span)
         values = slow_random(f"{key}/documents", len(rest))
         order = sorted(range(len(rest)), key=lambda i: (not self.is_whole(rest[i]), -len(rest[i]), values[i]))
         num_open = count - len(full)
         room = [self.length] * num_open
         fitted, unplaced = [], []
-        for piece in (rest[i] for i in order):
-            able = [b for b in range(num_open) if room[b] >= len(piece)]
+        for span in (rest[i] for i in order):
+            able = [b for b in range(num_open) if room[b] >= len(span)]
             if not able:
-                unplaced.append(piece)
+                unplaced.append(span)
                 continue
             best = min(able, key=lambda b: (room[b], b))
-            room[best] -= len(piece)
-            fitted.append((best, piece))
+            room[best] -= len(span)
+            fitted.append((best, span))
         holes = sorted((b for b in range(num_open) if room[b]), key=lambda b: (room[b], b), reverse=True)
         filling = self.cut(unplaced, [room[b] for b in holes])
-        placed = [(num_open + i, piece) for i, piece in enumerate(full)]
+        placed = [(num_open + i, span) for i, span in enumerate(full)]
         placed += fitted
-        placed += [(b, piece) for b, pieces in zip(holes, filling, strict=True) for piece in pieces]
+        placed += [(b, span) for b, spans in zip(holes, filling, strict=True) for span in spans]
         plain = self.cut(documents, [self.length] * count)
-        if self.num_whole([[piece for _, piece in placed]]) < self.num_whole(plain):
+        if self.num_whole([[span for _, span in placed]]) < self.num_whole(plain):
             return plain
-        window_values = slow_random(f"{key}/windows", count)
+        chunk_values = slow_random(f"{key}/windows", count)
         place_values = slow_random(f"{key}/places", len(placed))
-        windows = []
-        for b in sorted(range(count), key=window_values.__getitem__):
+        chunks = []
+        for b in sorted(range(count), key=chunk_values.__getitem__):
             mine = [i for i in range(len(placed)) if placed[i][0] == b]
-            windows.append([placed[i][1] for i in sorted(mine, key=place_values.__getitem__)])
-        return windows
+            chunks.append([placed[i][1] for i in sorted(mine, key=place_values.__getitem__)])
+        return chunks
 
 
 def slow_random(key: str, count: int) -> list[int]:
@@ -165,14 +165,12 @@ def slow_random(key: str, count: int) -> list[int]:
     return values
 
 
-def slow_batch(
-    windows: list[list[Piece]], reference: SlowLayout, mask: list[bool], across: bool
-) -> dict[str, list[int]]:
-    """What :func:`pack` must make of windows, token by token."""
+def slow_batch(chunks: list[list[Span]], reference: SlowPacker, mask: list[bool], across: bool) -> dict[str, list[int]]:
+    """What :func:`pack` must make of chunks, token by token."""
     tokens, targets, positions, starts = [], [], [], []
-    for window in windows:
-        stream = [p for piece in window for p in piece]
-        begins = {piece[0] for piece in window} if not across else {stream[0]}
+    for chunk in chunks:
+        stream = [p for span in chunk for p in span]
+        begins = {span[0] for span in chunk} if not across else {stream[0]}
         for place, p in enumerate(stream):
             if p in begins:
                 starts.append(len(tokens))
@@ -190,30 +188,30 @@ def slow_batch(
     }
 
 
-# Documents of one to some tokens, some of them longer than a window or than a group.
+# Documents of one to some tokens, some of them longer than a chunk or than a group.
 CORPORA = st.lists(st.integers(1, 9) | st.sampled_from([1, 1, 8, 16, 17, 40]), min_size=4, max_size=40)
 
 
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
 @settings(deadline=None, max_examples=60)
 @given(lengths=CORPORA, length=st.sampled_from([1, 2, 5, 8, 16]), width=st.integers(1, 6), data=st.data())
-def test_every_window_equals_the_reference(tmp_path_factory, mode, lengths, length, width, data):
-    """Tokens, targets, positions and document boundaries of all windows of an epoch, of the whole dataset or a part of
+def test_every_chunk_equals_the_reference(tmp_path_factory, mode, lengths, length, width, data):
+    """Tokens, targets, positions and document boundaries of all chunks of an epoch, of the whole dataset or a part of
     it, with and without a loss mask, in both conventions."""
     folder = tmp_path_factory.getbasetemp()
     mask = data.draw(st.none() | st.lists(st.booleans(), min_size=sum(lengths), max_size=sum(lengths)), label="mask")
     whole = make_source(folder, lengths, length, mask)
     source = data.draw(st.sampled_from([whole, *split_source("s", whole.dataset, length, 0.4)]), label="part")
     epoch, across = data.draw(st.integers(0, 2), label="epoch"), data.draw(st.booleans(), label="across")
-    if not source.num_windows:
+    if not source.num_chunks:
         return
-    source = laid_out(source, mode, group_windows=width)
-    reference = SlowLayout(lengths, source.start, length, source.num_windows, width)
+    source = with_packing(source, mode, chunks_per_group=width)
+    reference = SlowPacker(lengths, source.start, length, source.num_chunks, width)
     drawn = epoch if mode[1] == "documents" else 0
-    windows = reference.windows(mode[0], f"1/{length}/s/layout", drawn)
-    read = [source.window(index, VOCAB, epoch) for index in range(source.num_windows)]
+    chunks = reference.chunks(mode[0], f"1/{length}/s/layout", drawn)
+    read = [source.chunk(index, VOCAB, epoch) for index in range(source.num_chunks)]
     batch = pack(read, length, across)
-    for name, values in slow_batch(windows, reference, mask or [True] * sum(lengths), across).items():
+    for name, values in slow_batch(chunks, reference, mask or [True] * sum(lengths), across).items():
         assert getattr(batch, name).tolist() == values, name
     assert batch.num_targets == int((batch.targets != IGNORE_INDEX).sum())
 
@@ -223,11 +221,11 @@ def test_every_window_equals_the_reference(tmp_path_factory, mode, lengths, leng
 
 
 def whole_documents(source: Source, epoch: int, lengths: list[int]) -> set[int]:
-    """Documents all of whose tokens stand one behind the other in one window."""
+    """Documents all of whose tokens stand one behind the other in one chunk."""
     begins = dict(zip(np.cumsum([0, *lengths]).tolist(), lengths, strict=False))
     whole = set()
-    for index in range(source.num_windows):
-        tokens = source.window(index, VOCAB, epoch).tokens.tolist()
+    for index in range(source.num_chunks):
+        tokens = source.chunk(index, VOCAB, epoch).tokens.tolist()
         for place, p in enumerate(tokens):
             if p in begins and tokens[place : place + begins[p]] == list(range(p, p + begins[p])):
                 whole.add(p)
@@ -238,18 +236,18 @@ def whole_documents(source: Source, epoch: int, lengths: list[int]) -> set[int]:
 @settings(deadline=None, max_examples=60)
 @given(lengths=CORPORA, length=st.integers(1, 16), width=st.integers(1, 6), epoch=st.integers(0, 3))
 def test_every_token_once_in_an_epoch(tmp_path_factory, mode, lengths, length, width, epoch):
-    """Through the sample order: what it draws in one epoch is every token of the whole windows, once, as an input, and
+    """Through the sample order: what it draws in one epoch is every token of the whole chunks, once, as an input, and
     as its target the token that follows in the dataset, or none where that is of another document."""
     plain = make_source(tmp_path_factory.getbasetemp(), lengths, length)
-    count = plain.num_windows
+    count = plain.num_chunks
     if not count:
         return
-    source = laid_out(plain, mode, group_windows=width)
-    order = SampleOrder([OrderedSource("s", count)], Schedule([Stage((Share("s"),))]), 1, length)
+    source = with_packing(plain, mode, chunks_per_group=width)
+    order = SampleOrder([SourceSize("s", count)], Curriculum([CurriculumStage((SourceWeight("s"),))]), 1, length)
     seen: Counter[tuple[int, int]] = Counter()
     for index in range(epoch * count, (epoch + 1) * count):
         sample = order.sample(index)
-        batch = pack([source.window(sample.window, VOCAB, sample.epoch)], length, False)
+        batch = pack([source.chunk(sample.chunk, VOCAB, sample.epoch)], length, False)
         seen.update(zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True))
     ends = set((np.cumsum(lengths) - 1).tolist())
     assert seen == Counter((p, IGNORE_INDEX if p in ends else p + 1) for p in range(count * length))
@@ -262,7 +260,7 @@ def test_best_fit_never_keeps_fewer_documents_whole_than_concat(
     tmp_path_factory, shuffle, lengths, length, width, epoch
 ):
     plain = make_source(tmp_path_factory.getbasetemp(), lengths, length)
-    best = laid_out(plain, ("best_fit", shuffle), group_windows=width)
+    best = with_packing(plain, ("best_fit", shuffle), chunks_per_group=width)
     # Documents of one length are counted, since layouts may keep others of them.
     assert len(whole_documents(best, epoch, lengths)) >= len(whole_documents(plain, epoch, lengths))
 
@@ -271,13 +269,13 @@ def test_best_fit_keeps_nearly_all_that_fit_whole(tmp_path):
     """Lengths as of web pages, groups as large as they are: what is cut are the documents at the groups' edges."""
     lengths = np.random.default_rng(0).lognormal(4.0, 1.0, size=12_000).astype(int).clip(1).tolist()
     plain = make_source(tmp_path, lengths, 512)
-    best, shuffled = plain.laid_out("best_fit", "documents", 1), plain.laid_out("concat", "documents", 1)
-    groups = -(-plain.num_windows // GROUP_WINDOWS)
+    best, shuffled = plain.with_packing("best_fit", "documents", 1), plain.with_packing("concat", "documents", 1)
+    groups = -(-plain.num_chunks // CHUNKS_PER_GROUP)
     assert groups > 10
-    assert count_cuts(plain).cut > 1_500
-    assert count_cuts(shuffled).cut > 1_500
+    assert count_truncated(plain).truncated > 1_500
+    assert count_truncated(shuffled).truncated > 1_500
     for epoch in (0, 1):
-        assert count_cuts(best, epoch).cut <= 2 * groups
+        assert count_truncated(best, epoch).truncated <= 2 * groups
 
 
 @pytest.mark.parametrize("mode", [("concat", "windows"), *MODES], ids="-".join)
@@ -286,42 +284,44 @@ def test_best_fit_keeps_nearly_all_that_fit_whole(tmp_path):
 def test_counted_cuts_are_the_cuts(tmp_path_factory, mode, lengths, length, width, held_out):
     dataset = make_source(tmp_path_factory.getbasetemp(), lengths, length).dataset
     part, _ = split_source("s", dataset, length, held_out)
-    if not part.num_windows:
+    if not part.num_chunks:
         return
-    source = part if mode == ("concat", "windows") else laid_out(part, mode, group_windows=width)
-    counted = count_cuts(source, epoch=1)
-    covered = part.num_windows * length
+    source = part if mode == ("concat", "windows") else with_packing(part, mode, chunks_per_group=width)
+    counted = count_truncated(source, epoch=1)
+    covered = part.num_chunks * length
     starts = np.cumsum([0, *lengths[:-1]])
     begun = [size for first, size in zip(starts, lengths, strict=True) if first < covered]
     assert (counted.documents, counted.longer) == (len(begun), sum(size > length for size in begun))
-    assert counted.cut == len(begun) - counted.longer - len(whole_pieces(source, 1))
-    assert counted.tokens_lost == part.stop - covered
-    groups = range(-(-part.num_windows // (width if source.layout else GROUP_WINDOWS)))
-    parts = [count_cuts(source, epoch=1, groups=[group]) for group in groups]
-    assert [sum(values) for values in zip(*(part[:3] for part in parts), strict=True)] == list(counted[:3])
+    assert counted.truncated == len(begun) - counted.longer - len(whole_pieces(source, 1))
+    assert counted.tokens_dropped == part.stop - covered
+    groups = range(-(-part.num_chunks // (width if source.packer else CHUNKS_PER_GROUP)))
+    parts = [count_truncated(source, epoch=1, groups=[group]) for group in groups]
+    for name in ("documents", "longer", "truncated"):
+        assert sum(getattr(part, name) for part in parts) == getattr(counted, name)
+    assert counted.exact and all(part.exact == (len(groups) == 1) for part in parts)
 
 
 def whole_pieces(source: Source, epoch: int) -> list[int]:
-    """Documents that lie whole in a window, by what the windows say of starts and ends."""
+    """Documents that lie whole in a chunk, by what the chunks say of starts and ends."""
     starts = set(source.dataset.boundaries(0, source.dataset.num_tokens).tolist()) | {0}
     found = []
-    for index in range(source.num_windows):
-        window = source.window(index, VOCAB, epoch)
-        begins = {0, *window.starts.tolist()}
-        for end in window.ends.tolist():
+    for index in range(source.num_chunks):
+        chunk = source.chunk(index, VOCAB, epoch)
+        begins = {0, *chunk.starts.tolist()}
+        for end in chunk.ends.tolist():
             begin = max(place for place in begins if place <= end)
-            if int(window.tokens[begin]) in starts:
-                found.append(int(window.tokens[begin]))
+            if int(chunk.tokens[begin]) in starts:
+                found.append(int(chunk.tokens[begin]))
     assert len(set(found)) == len(found)
     return found
 
 
 def test_a_part_of_a_document_comes_with_its_true_next_token(tmp_path):
-    """One document of 100 tokens: every piece of it ends with the token that follows in the document."""
-    source = laid_out(make_source(tmp_path, [100, 5], 8), ("best_fit", "documents"), group_windows=3)
+    """One document of 100 tokens: every span of it ends with the token that follows in the document."""
+    source = with_packing(make_source(tmp_path, [100, 5], 8), ("best_fit", "documents"), chunks_per_group=3)
     for index in range(11):
-        window = source.window(index, VOCAB)
-        assert window.targets.tolist() == (window.tokens + 1).tolist()
+        chunk = source.chunk(index, VOCAB)
+        assert chunk.targets.tolist() == (chunk.tokens + 1).tolist()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -330,18 +330,18 @@ def test_a_part_of_a_document_comes_with_its_true_next_token(tmp_path):
 LENGTHS = np.random.default_rng(3).integers(1, 30, size=400).tolist()
 
 
-def all_windows(source: Source, epoch: int) -> list[list[int]]:
-    return [source.window(index, VOCAB, epoch).tokens.tolist() for index in range(source.num_windows)]
+def all_chunks(source: Source, epoch: int) -> list[list[int]]:
+    return [source.chunk(index, VOCAB, epoch).tokens.tolist() for index in range(source.num_chunks)]
 
 
 def test_epochs_seeds_and_names_have_layouts_of_their_own(tmp_path):
     plain = make_source(tmp_path, LENGTHS, 32)
     for mode in MODES:
         layouts = [
-            all_windows(laid_out(plain, mode), 0),
-            all_windows(laid_out(plain, mode), 1),
-            all_windows(laid_out(plain, mode, seed=2), 0),
-            all_windows(laid_out(dataclasses.replace(plain, name="t"), mode), 0),
+            all_chunks(with_packing(plain, mode), 0),
+            all_chunks(with_packing(plain, mode), 1),
+            all_chunks(with_packing(plain, mode, seed=2), 0),
+            all_chunks(with_packing(dataclasses.replace(plain, name="t"), mode), 0),
         ]
         if mode[1] == "windows":
             assert layouts[0] == layouts.pop(1)
@@ -349,13 +349,13 @@ def test_epochs_seeds_and_names_have_layouts_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
-def test_windows_may_be_asked_for_in_any_order_from_any_thread(tmp_path, mode):
+def test_chunks_may_be_asked_for_in_any_order_from_any_thread(tmp_path, mode):
     plain = make_source(tmp_path, LENGTHS[:150], 16)
-    expected = [all_windows(laid_out(plain, mode, group_windows=2), epoch) for epoch in range(3)]
-    shared = laid_out(plain, mode, group_windows=2)  # more groups than it remembers
-    asked = [(epoch, index) for index in reversed(range(plain.num_windows)) for epoch in range(3)] * 3
+    expected = [all_chunks(with_packing(plain, mode, chunks_per_group=2), epoch) for epoch in range(3)]
+    shared = with_packing(plain, mode, chunks_per_group=2)  # more groups than it remembers
+    asked = [(epoch, index) for index in reversed(range(plain.num_chunks)) for epoch in range(3)] * 3
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda item: shared.window(item[1], VOCAB, item[0]).tokens.tolist(), asked))
+        found = list(pool.map(lambda item: shared.chunk(item[1], VOCAB, item[0]).tokens.tolist(), asked))
     assert found == [expected[epoch][index] for epoch, index in asked]
 
 
@@ -367,17 +367,17 @@ GOLDEN = {
 
 
 def test_layouts_are_those_of_former_releases(tmp_path):
-    """A run that is resumed after an update must go on in the same windows."""
+    """A run that is resumed after an update must go on in the same chunks."""
     plain = make_source(tmp_path, LENGTHS, 32)
     digests = {}
     for mode in MODES:
-        windows = all_windows(plain.laid_out(*mode, 1234), 2)
-        digests["-".join(mode)] = hashlib.sha256(json.dumps(windows).encode()).hexdigest()[:16]
+        chunks = all_chunks(plain.with_packing(*mode, 1234), 2)
+        digests["-".join(mode)] = hashlib.sha256(json.dumps(chunks).encode()).hexdigest()[:16]
     assert digests == GOLDEN
 
 
 def test_a_bad_token_is_named_with_its_place(tmp_path):
-    source = laid_out(make_source(tmp_path, [7] * 20, 8), ("concat", "documents"))
+    source = with_packing(make_source(tmp_path, [7] * 20, 8), ("concat", "documents"))
     with pytest.raises(UserError, match=r"numbered\.bin: token id (\d+) at token \1 is outside .* vocabulary of 100;"):
-        for index in range(source.num_windows):
-            source.window(index, 100)
+        for index in range(source.num_chunks):
+            source.chunk(index, 100)

@@ -16,7 +16,7 @@ from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
 from retemper.tools.preprocessing.dataset_writer import FileRange, IndexedDatasetWriter, best_dtype
-from retemper.tools.preprocessing.merging import MergeOptions, merge
+from retemper.tools.preprocessing.merging.merge import MergeOptions, merge
 
 try:
     with warnings.catch_warnings():

@@ -13,15 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retemper.engine.batch import Batch
 from retemper.engine.config.settings import DataConfig, SourceConfig
 from retemper.engine.data.catalog import Catalog, open_catalog
-from retemper.engine.data.curriculum import Share, Stage
+from retemper.engine.data.curriculum import CurriculumStage, SourceWeight
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.loader import Prefetcher, TrainingData, validation_batches
-from retemper.engine.data.packing import MicroBatch, pack
-from retemper.engine.data.sample_order import OrderedSource
+from retemper.engine.data.packing import pack
+from retemper.engine.data.sample_order import SourceSize
 from retemper.engine.data.sidecar import Sidecar
-from retemper.engine.data.source import Source, Window, split_source
+from retemper.engine.data.source import Chunk, Source, split_source
 from retemper.engine.data.tokenizer_identity import TokenizerIdentity
 from retemper.engine.errors import UserError
 from retemper.engine.schedule import BatchPlan
@@ -55,18 +56,18 @@ def make_source(prefix: Path, lengths: list[int], sequence_length: int, name: st
 # Packing
 
 
-def slow_pack(documents: list[list[int]], windows: list[int | None], length: int, across: bool) -> dict[str, list[int]]:
-    """Token by token: every token of the stream knows its document; a window's token begins a new piece when its
-    document is not that of the token before it in the same window."""
+def slow_pack(documents: list[list[int]], chunks: list[int | None], length: int, across: bool) -> dict[str, list[int]]:
+    """Token by token: every token of the stream knows its document; a chunk's token begins a new piece when its
+    document is not that of the token before it in the same chunk."""
     stream = [(token, number) for number, document in enumerate(documents) for token in document]
     tokens, targets, positions, offsets = [], [], [], []
-    for window in windows:
+    for chunk in chunks:
         for place in range(length):
-            if window is None:
+            if chunk is None:
                 begins = place == 0
                 token, target = 0, IGNORE_INDEX
             else:
-                at = window * length + place
+                at = chunk * length + place
                 token, document = stream[at]
                 begins = place == 0 or (not across and stream[at - 1][1] != document)
                 target = stream[at + 1][0] if across or stream[at + 1][1] == document else IGNORE_INDEX
@@ -92,11 +93,11 @@ def slow_pack(documents: list[list[int]], windows: list[int | None], length: int
 )
 def test_packing_equals_a_reference_that_goes_token_by_token(tmp_path_factory, lengths, sequence_length, across, data):
     source = make_source(tmp_path_factory.getbasetemp() / "packing", lengths, sequence_length)
-    assert source.num_windows == max(0, (sum(lengths) - 1) // sequence_length)
-    choices = st.none() if source.num_windows == 0 else st.none() | st.integers(0, source.num_windows - 1)
+    assert source.num_chunks == max(0, (sum(lengths) - 1) // sequence_length)
+    choices = st.none() if source.num_chunks == 0 else st.none() | st.integers(0, source.num_chunks - 1)
     chosen = data.draw(st.lists(choices, min_size=1, max_size=5))
-    windows = [None if index is None else source.window(index, VOCAB) for index in chosen]
-    batch = pack(windows, sequence_length, across)
+    chunks = [None if index is None else source.chunk(index, VOCAB) for index in chosen]
+    batch = pack(chunks, sequence_length, across)
     expected = slow_pack(documents_of(lengths), chosen, sequence_length, across)
     for name, values in expected.items():
         assert getattr(batch, name).tolist() == values, name
@@ -107,10 +108,10 @@ def test_packing_equals_a_reference_that_goes_token_by_token(tmp_path_factory, l
 
 
 def test_an_example_by_hand():
-    """Documents [1 2 3] [4] [5 6 7 8] in windows of 4: the boundaries after 3 and 4 mask their targets, the one between
-    the windows does not touch the first window's last target."""
-    first = Window(np.array([1, 2, 3, 4]), np.array([2, 3, 4, 5]), np.array([3]), np.array([2, 3]))
-    second = Window(np.array([5, 6, 7, 8]), np.array([6, 7, 8, 9]), np.array([], int), np.array([3]))
+    """Documents [1 2 3] [4] [5 6 7 8] in chunks of 4: the boundaries after 3 and 4 mask their targets, the one between
+    the chunks does not touch the first chunk's last target."""
+    first = Chunk(np.array([1, 2, 3, 4]), np.array([2, 3, 4, 5]), np.array([3]), np.array([2, 3]))
+    second = Chunk(np.array([5, 6, 7, 8]), np.array([6, 7, 8, 9]), np.array([], int), np.array([3]))
     ignored = IGNORE_INDEX
     batch = pack([first, second, None], 4, False)
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0]
@@ -126,7 +127,7 @@ def test_an_example_by_hand():
 def test_to_cpu_changes_nothing():
     batch = pack([None], 4, False)
     assert batch.to(torch.device("cpu")) is batch
-    assert isinstance(batch.to(torch.device("meta")), MicroBatch)
+    assert isinstance(batch.to(torch.device("meta")), Batch)
     assert batch.to(torch.device("meta")).targets.device.type == "meta"
 
 
@@ -149,8 +150,8 @@ def test_held_out_documents_are_whole_and_last(tmp_path_factory, lengths, held_o
 LAYOUTS = [(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (12, 1)]
 
 
-def cut(batches: list[MicroBatch], length: int) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """The windows of micro-batches, one by one: (tokens, targets, positions)."""
+def cut(batches: list[Batch], length: int) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """The chunks of micro-batches, one by one: (tokens, targets, positions)."""
     parts = []
     for batch in batches:
         rows = zip(*(x.view(-1, length).tolist() for x in batch[:3]), strict=True)
@@ -165,7 +166,7 @@ def test_all_ranks_together_read_the_global_batch(tmp_path, ranks, micro):
         make_source(tmp_path / "a", [5] * 40, length, "a"),
         make_source(tmp_path / "b", [30, 1, 70], length, "b"),
     ]
-    catalog = Catalog(sources, [Stage((Share("a", 2.0), Share("b")))], {}, {})
+    catalog = Catalog(sources, [CurriculumStage((SourceWeight("a", 2.0), SourceWeight("b")))], {}, {})
     order = catalog.sample_order(7)
     plan = BatchPlan(length, 12, micro, ranks)
     stride = 12
@@ -179,13 +180,13 @@ def test_all_ranks_together_read_the_global_batch(tmp_path, ranks, micro):
         expected = []
         for index in range(first, first + stride):
             sample = order.sample(index)
-            expected += cut([pack([sources[sample.source].window(sample.window, VOCAB)], length, False)], length)
+            expected += cut([pack([sources[sample.source].chunk(sample.chunk, VOCAB)], length, False)], length)
         assert Counter(dealt) == Counter(expected)
 
 
 @pytest.mark.parametrize(("ranks", "micro"), LAYOUTS)
 @pytest.mark.parametrize("max_tokens", [1, 80, 100, 10**6])
-def test_validation_covers_each_window_once_and_ranks_stay_in_step(tmp_path, ranks, micro, max_tokens):
+def test_validation_covers_each_chunk_once_and_ranks_stay_in_step(tmp_path, ranks, micro, max_tokens):
     length = 8
     sources = [
         make_source(tmp_path / "a", [5] * 20, length, "a"),
@@ -194,24 +195,24 @@ def test_validation_covers_each_window_once_and_ranks_stay_in_step(tmp_path, ran
     plan = BatchPlan(length, 12, micro, ranks)
     per_rank = [list(validation_batches(sources, plan, rank, VOCAB, False, max_tokens)) for rank in range(ranks)]
     assert len({len(batches) for batches in per_rank}) == 1
-    # Of a set that fits, the shorter last window of each source as well.
+    # Of a set that fits, the shorter last chunk of each source as well.
     with_tails = max_tokens >= sum(source.num_targets for source in sources)
-    numbers = [source.num_windows_with_tail if with_tails else source.num_windows for source in sources]
-    windows = [
-        pack([source.window(i, VOCAB)], length, False)
+    numbers = [source.num_chunks_with_tail if with_tails else source.num_chunks for source in sources]
+    chunks = [
+        pack([source.chunk(i, VOCAB)], length, False)
         for source, count in zip(sources, numbers, strict=True)
         for i in range(count)
     ]
-    count = min(len(windows), max(1, max_tokens // length))
-    # Spread evenly: the i-th of count windows is at i / count of the way, over all sources.
-    windows = [windows[int(Fraction(i * len(windows), count))] for i in range(count)]
+    count = min(len(chunks), max(1, max_tokens // length))
+    # Spread evenly: the i-th of count chunks is at i / count of the way, over all sources.
+    chunks = [chunks[int(Fraction(i * len(chunks), count))] for i in range(count)]
     seen = Counter(part for batches in per_rank for part in cut(batches, length))
     for part in list(seen):
         if set(part[1]) == {IGNORE_INDEX}:  # a filled place: must not count
             del seen[part]
-    assert seen == Counter(part for window in windows for part in cut([window], length))
+    assert seen == Counter(part for chunk in chunks for part in cut([chunk], length))
     targets = sum(batch.num_targets for batches in per_rank for batch in batches)
-    assert targets == sum(window.num_targets for window in windows)
+    assert targets == sum(chunk.num_targets for chunk in chunks)
     if with_tails:  # every token but the first of its document
         assert targets == (200 - 40 - 20) - 60 + (101 - 3)
 
@@ -300,8 +301,8 @@ def test_an_open_catalog(tmp_path):
     news = write(tmp_path / "other", documents_of([40]))
     catalog = catalog_of(path, tokenizer="a" * 64, validation={"news": news}, validation_fraction=0.25)
     assert [source.name for source in catalog.train] == ["web"]
-    assert catalog.sample_order(7).sources == [OrderedSource("web", (150 - 1) // 8)]
-    assert {name: sum(s.num_windows for s in sets) for name, sets in catalog.validation.items()} == {
+    assert catalog.sample_order(7).sources == [SourceSize("web", (150 - 1) // 8)]
+    assert {name: sum(s.num_chunks for s in sets) for name, sets in catalog.validation.items()} == {
         "held_out": (50 - 1) // 8,
         "news": (40 - 1) // 8,
     }
@@ -317,21 +318,21 @@ def test_missing_dataset(tmp_path):
 
 
 def test_token_ids_outside_the_vocabulary(tmp_path):
-    """With a sidecar by that; without one in a sample of windows, or when a window is read: naming the place."""
+    """With a sidecar by that; without one in a sample of chunks, or when a chunk is read: naming the place."""
     documents = [[1] * 30, [1, 2, 999, 3] + [1] * 30]
     path = write(tmp_path / "known", documents, SIDECAR)
     message = refusal(path, 999)
     assert path in message
     assert "token id 999" in message
     assert "vocabulary of 999" in message
-    assert catalog_of(path, 1000).train[0].num_windows == 7
+    assert catalog_of(path, 1000).train[0].num_chunks == 7
 
     path = write(tmp_path / "unknown", documents)
     assert "unknown.bin: token id 999 at token 32 is outside the model's vocabulary of 999" in refusal(path, 999)
     source = catalog_of(path, 1000).train[0]
-    source.window(0, 999)
+    source.chunk(0, 999)
     with pytest.raises(UserError, match=r"token id 999 at token 32 is outside the model's vocabulary of 999") as caught:
-        source.window(4, 999)
+        source.chunk(4, 999)
     assert f"{path}.bin" in str(caught.value)
 
 
@@ -349,8 +350,8 @@ def test_wrong_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("lengths", "changes", "expected"),
     [
-        ([8], {}, "8 tokens are too few to train on: one window needs 9"),
-        ([32], {}, "data.train holds 3 windows of 8 tokens, fewer than one global batch of 4"),
+        ([8], {}, "8 tokens are too few to train on: one chunk needs 9"),
+        ([32], {}, "data.train holds 3 chunks of 8 tokens, fewer than one global batch of 4"),
         (
             [100, 1],
             {"validation_fraction": 0.01},
@@ -359,21 +360,21 @@ def test_wrong_tokenizer(tmp_path):
         ([100], {"validation_fraction": 0.5}, "data.validation_fraction 0.5 holds out 0 tokens"),
     ],
 )
-def test_too_few_windows(tmp_path, lengths, changes, expected):
+def test_too_few_chunks(tmp_path, lengths, changes, expected):
     assert expected in refusal(write(tmp_path / "web", documents_of(lengths)), **changes)
 
 
 def test_the_smallest_dataset_that_will_do(tmp_path):
-    assert catalog_of(write(tmp_path / "web", documents_of([33]))).train[0].num_windows == 4
+    assert catalog_of(write(tmp_path / "web", documents_of([33]))).train[0].num_chunks == 4
 
 
 def test_too_small_a_validation_set(tmp_path):
     path = write(tmp_path / "web", documents_of([100]))
     small = write(tmp_path / "small", documents_of([1]))
     assert "small: the set has 1 tokens, but an evaluation needs" in refusal(path, validation={"small": small})
-    shorter_than_a_window = write(tmp_path / "short", documents_of([3]))
-    [source] = catalog_of(path, validation={"short": shorter_than_a_window}).validation["short"]
-    assert source.window(0, VOCAB).targets.tolist() == source.dataset.tokens(1, 3).tolist()
+    shorter_than_a_chunk = write(tmp_path / "short", documents_of([3]))
+    [source] = catalog_of(path, validation={"short": shorter_than_a_chunk}).validation["short"]
+    assert source.chunk(0, VOCAB).targets.tolist() == source.dataset.tokens(1, 3).tolist()
 
 
 def test_changed_data_is_refused_on_resume(tmp_path):

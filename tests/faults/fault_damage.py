@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from retemper.engine.files.hashing import record_file
-from retemper.engine.weights.checkpoint.manifest import sealed
+from retemper.engine.weights.checkpoint.manifest import with_checksum
 
 FILES = ("rank-00000.safetensors", "rank-00001.safetensors", "tensors.json", "hf/config.json", "manifest.json")
 """Every file of a checkpoint of two ranks whose model has no tokenizer."""
@@ -132,7 +132,7 @@ def seal(checkpoint: Path) -> None:
     content = json.loads(path.read_text())
     content.pop("manifest_xxh3_128")
     content["files"] = {name: dataclasses.asdict(record_file(checkpoint / name)) for name in content["files"]}
-    path.write_text(sealed(content))
+    path.write_text(with_checksum(content))
 
 
 def stray(run_folder: Path, what: str, seed: int, **_: Any) -> Done:

@@ -360,7 +360,7 @@ class Lineage:
         folder = self.run_folder / "checkpoints"
         if this.rest.named:
             checkpoint, _, file = this.rest.named.partition("/")
-            said = [line for line in this.text.splitlines() if "set aside" in line and checkpoint in line]
+            said = [line for line in this.text.splitlines() if "quarantined" in line and checkpoint in line]
             if not any(file in line or "manifest.json" in line for line in said):
                 this.problems.append(f"undetected: no line names {this.rest.named} as set aside")
             for name in this.rest.touched:

@@ -16,7 +16,7 @@ from fault_cases import KINDS, catalogue, draw
 from fault_damage import FILES, checkpoints, seal
 from fault_judge import Rest
 
-from retemper.engine.weights.checkpoint.manifest import sealed
+from retemper.engine.weights.checkpoint.manifest import with_checksum
 from retemper.engine.weights.checkpoint.tensors import save_tensors
 
 
@@ -39,7 +39,7 @@ def _records(folder, change):
 def _manifest(checkpoint, **changes):
     content = json.loads((checkpoint / "manifest.json").read_text()) | changes
     content.pop("manifest_xxh3_128")
-    (checkpoint / "manifest.json").write_text(sealed(content))
+    (checkpoint / "manifest.json").write_text(with_checksum(content))
 
 
 def _flip_a_bit(checkpoint, name):

@@ -10,7 +10,8 @@ import pytest
 
 from retemper.engine.errors import UserError
 from retemper.engine.files import outputs
-from retemper.engine.files.outputs import Use, open_lock, open_new, require_own_folder, require_report, require_separate
+from retemper.engine.files.lock import exclusive_lock
+from retemper.engine.files.outputs import Use, open_new, require_own_folder, require_report, require_separate
 
 
 def test_a_file_is_found_under_every_name(tmp_path):
@@ -48,8 +49,8 @@ def test_temporary_files_never_follow_links(tmp_path):
         (tmp_path / name).symlink_to(tmp_path / "mine")
     with open_new(tmp_path / "a") as file:
         file.write(b"x")
-    with pytest.raises(OSError):
-        open_lock(tmp_path / "b")
+    with pytest.raises(OSError), exclusive_lock(tmp_path / "b", str):
+        pass
     assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "a").is_symlink()
 
 

@@ -23,7 +23,7 @@ from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.conversion.dcp_metadata import read_metadata
 from retemper.engine.weights.hugging_face.folder import HfWeights
-from retemper.tools.preprocessing.chat_template_files import load_template
+from retemper.tools.preprocessing.chat.template_files import load_template
 from retemper.tools.vocabulary.token_list import read_list
 
 SECONDS = 20

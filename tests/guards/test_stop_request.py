@@ -178,7 +178,7 @@ def test_a_step_that_hangs_ends_with_the_stacks_of_all_threads(processes, run_fi
 def test_handlers_are_restored_and_those_set_inside_are_kept():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with StopRequest() as stop:
-        stop.hold()
+        stop.defer()
         with stop:
             pass
         assert signal.getsignal(signal.SIGTERM) not in before

@@ -24,13 +24,13 @@ def train(ranks: Ranks, path: Path, overrides: list[str], faults: dict[int, str]
     ``spike``, loss and gradients 50 times as large (on all ranks); ``weight``, a NaN in a weight.
     """
     run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
-    passes_train = run.passes.train
+    forward_backward_train = run.forward_backward.train
 
     def faulty(*arguments):
         fault = faults.get(run.progress.step + 1)
         if fault == "weight":
             _break(next(iter(run.model.parameters())))
-        loss = passes_train(*arguments)
+        loss = forward_backward_train(*arguments)
         if fault == "spike":
             for parameter in run.model.parameters():
                 parameter.grad.mul_(50)
@@ -41,7 +41,7 @@ def train(ranks: Ranks, path: Path, overrides: list[str], faults: dict[int, str]
             _break(next(iter(run.model.parameters())).grad)
         return loss * float("inf") if fault == "loss" else loss
 
-    run.passes.train = faulty
+    run.forward_backward.train = faulty
     try:
         pretrain.train(run)
     except UserError as error:
@@ -116,11 +116,11 @@ def train_on_bad_samples(
         killed_in: what the run dies of: ``rewind``, before weights are read; a number: so many steps after a rewind.
     """
     run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
-    passes_train, abandon_after = run.passes.train, run.store.abandon_after
+    forward_backward_train, discard_after = run.forward_backward.train, run.store.discard_after
     left = math.inf
 
     def train(*arguments):
-        loss = passes_train(*arguments)
+        loss = forward_backward_train(*arguments)
         if run.progress.samples not in bad:
             return loss
         for parameter in run.model.parameters():
@@ -129,7 +129,7 @@ def train_on_bad_samples(
 
     def abandoning(step):
         nonlocal left
-        lines = abandon_after(step)
+        lines = discard_after(step)
         if killed_in == "rewind":
             raise Killed
         left = killed_in or math.inf
@@ -142,7 +142,7 @@ def train_on_bad_samples(
             raise Killed
         left -= 1
 
-    run.passes.train, run.store.abandon_after = train, abandoning
+    run.forward_backward.train, run.store.discard_after = train, abandoning
     tiny_run.before_step(run, count_down)
     try:
         pretrain.train(run)

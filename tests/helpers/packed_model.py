@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import torch
 from torch import Tensor
 
+from retemper.engine.batch import Batch
 from retemper.engine.model.architecture import parse_architecture
-from retemper.engine.model.decoder import Decoder, Packing
-from retemper.kernels.attention import per_document_attention, plan_attention  # noqa: F401
+from retemper.engine.model.decoder import Decoder
+from retemper.kernels.attention import per_document_attention
+from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 
 VOCAB_SIZE = 61
 NUM_TOKENS = 96
@@ -40,20 +43,19 @@ def tiny_decoder(num_layers: int = 3, device: str = "cpu", **changes) -> Decoder
     return model
 
 
-def packed(*starts: int, num_tokens: int = NUM_TOKENS, seed: int = 0) -> tuple[Tensor, Packing, Tensor]:
-    """Random tokens and targets of documents that begin at 0 and at ``starts``."""
-    cu_seqlens = torch.tensor([0, *starts, num_tokens], dtype=torch.int32)
-    lengths = cu_seqlens.diff()
-    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+def packed(*starts: int, num_tokens: int = NUM_TOKENS, seed: int = 0) -> Batch:
+    """Random tokens and targets of documents that begin at 0 and at ``starts``; the number of targets varies."""
+    lengths = [stop - start for start, stop in itertools.pairwise((0, *starts, num_tokens))]
     generator = torch.Generator().manual_seed(seed)
     tokens, targets = torch.randint(0, VOCAB_SIZE, (2, num_tokens), generator=generator)
-    return tokens, Packing(positions, cu_seqlens, int(lengths.max())), targets
+    targets[: len(starts)] = IGNORE_INDEX
+    return Batch.of_documents(tokens, lengths, targets)
 
 
-def gradients(model: Decoder, batch: tuple[Tensor, Packing, Tensor]) -> dict[str, Tensor]:
+def gradients(model: Decoder, batch: Batch) -> dict[str, Tensor]:
     """The loss (as "loss") and the gradient of every parameter."""
     model.zero_grad()
-    loss = model(*batch)
+    loss = model(batch)
     loss.backward()
     return {"loss": loss.detach()} | {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 

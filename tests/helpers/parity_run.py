@@ -94,21 +94,21 @@ def five_steps(ranks: Ranks, path: Path, overrides: list[str]) -> Outcome:
     """Train on this rank with the others."""
     run = pretrain.build(parse_config(["--config", str(path), *overrides]), ranks)
     gradients: dict[str, Tensor] = {}
-    passes_train = run.passes.train
+    forward_backward_train = run.forward_backward.train
 
     def train(*arguments: Any) -> Tensor:
-        loss = passes_train(*arguments)
+        loss = forward_backward_train(*arguments)
         if not gradients:
             gradients.update(_whole({name: p.grad for name, p in run.model.named_parameters()}))
         return loss
 
-    run.passes.train = train  # type: ignore[method-assign]
+    run.forward_backward.train = train  # type: ignore[method-assign]
     losses, norms = [], []
     for step in range(STEPS):
         batches = run.data.micro_batches(step * GLOBAL_BATCH)
-        num_targets = ranks.sum(count_targets(batches, run.mesh))
+        num_targets = ranks.all_reduce(count_targets(batches, run.mesh))
         result = pretrain.one_step(run, batches, num_targets)
-        losses.append(ranks.sum(result.loss.item()))
+        losses.append(ranks.all_reduce(result.loss.item()))
         norms.append(result.grad_norm.item())
     return Outcome(losses, norms, gradients, _whole(dict(run.model.named_parameters())))
 
@@ -117,7 +117,7 @@ def run_until(ranks: Ranks, path: Path, overrides: list[str], last_step: int) ->
     """The run, evaluations and checkpoints and all; left without ceremony when it begins a step after ``last_step``."""
     run = pretrain.build(parse_config(["--config", str(path), *overrides]), ranks)
 
-    passes_train = run.passes.train
+    forward_backward_train = run.forward_backward.train
 
     class Left(BaseException):
         pass
@@ -126,9 +126,9 @@ def run_until(ranks: Ranks, path: Path, overrides: list[str], last_step: int) ->
         if run.progress.step == last_step:
             run.saver.wait()
             raise Left
-        return passes_train(*arguments)
+        return forward_backward_train(*arguments)
 
-    run.passes.train = train  # type: ignore[method-assign]
+    run.forward_backward.train = train  # type: ignore[method-assign]
     with contextlib.suppress(Left):
         pretrain.train(run)
 

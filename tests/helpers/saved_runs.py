@@ -19,7 +19,7 @@ from retemper.engine.weights.checkpoint.manifest import Manifest
 from retemper.engine.weights.checkpoint.store import CheckpointStore
 from retemper.engine.weights.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.weights.checkpoint.verify import Damage
-from retemper.engine.weights.untrusted import TABLE_FILE
+from retemper.engine.weights.damage import TABLE_FILE
 
 ASSETS = HfAssets({"config.json": b'{"model_type": "llama"}\n', "tokenizer.json": b'{"version": "1.0"}\n' * 50})
 SAMPLE_ORDER = {
@@ -73,7 +73,7 @@ def resolve(ranks: Ranks, run_folder: Path, resume: str = "auto") -> tuple[str, 
         found = store.resolve(resume)
     except UserError as error:
         return str(error), []
-    return found.name if found else "fresh", store.set_aside()
+    return found.name if found else "fresh", store.quarantine()
 
 
 def resolve_where_rank_1_sees_damage(ranks: Ranks, run_folder: Path) -> tuple[str, list[str]]:
@@ -110,7 +110,7 @@ def rewrite_manifest(folder: Path, change, version: int = manifests.FORMAT_VERSI
             content.pop(key, None)
         content["format_version"] = 1
     change(content)
-    path.write_text(json.dumps(content, indent=2) if version == 1 else manifests.sealed(content))
+    path.write_text(json.dumps(content, indent=2) if version == 1 else manifests.with_checksum(content))
 
 
 def copy_of(run_folder: Path, target: Path) -> Path:

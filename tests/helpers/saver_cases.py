@@ -104,7 +104,7 @@ def training_goes_on_meanwhile(ranks: Ranks, run_folder: Path) -> tuple[int, lis
     with writing_with(slow_on_rank_1), saver(ranks, run_folder, lines) as entered:
         save(entered, tensors, 1)
         while not lines:
-            assert ranks.sum(1) == ranks.world_size
+            assert ranks.all_reduce(1) == ranks.world_size
             steps += 1
             entered.poll()
     return steps, lines

@@ -103,7 +103,7 @@ def refusals(ranks: Ranks, folder: Path, failing: int) -> list[str]:
             action()
         except UserError as error:
             lines.append(str(error))
-    assert ranks.sum(1) == ranks.world_size
+    assert ranks.all_reduce(1) == ranks.world_size
     return lines
 
 

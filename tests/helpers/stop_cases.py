@@ -15,8 +15,8 @@ import torch.distributed as dist
 from retemper.engine import pretrain, step
 from retemper.engine.errors import run_command
 from retemper.engine.guards import stop_request
-from retemper.engine.observe import summary
-from retemper.engine.parallel.forward_backward import Sequential
+from retemper.engine.observe import start_summary
+from retemper.engine.parallel.forward_backward import NonPipelined
 from retemper.engine.start import Start
 from retemper.engine.weights.checkpoint import store
 
@@ -35,10 +35,10 @@ def command(arguments: list[str], phase: str, pipe: Connection, output: Path) ->
     owner, name, due = {
         "reading": (pretrain, "parse_config", lambda *_: True),
         "loading": (Start, "load_into", lambda *_: True),
-        "first report": (summary, "describe_start", lambda *_: True),
+        "first report": (start_summary, "describe_start", lambda *_: True),
         "step": (step, "train_step", _after_steps()),
         "deaf step": (step, "train_step", _after_steps()),
-        "evaluation": (Sequential, "evaluate", lambda *_: True),
+        "evaluation": (NonPipelined, "evaluate", lambda *_: True),
         "save": (store, "save_tensors", lambda *_: True),
     }[phase]
     _wait_before(owner, name, due, pipe, deaf=phase == "deaf step")

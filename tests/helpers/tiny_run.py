@@ -20,7 +20,7 @@ from retemper.engine.errors import UserError
 from retemper.engine.evaluation import count_targets
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.run_state import Run
-from retemper.engine.weights.checkpoint.manifest import sealed
+from retemper.engine.weights.checkpoint.manifest import with_checksum
 from retemper.engine.weights.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
@@ -110,13 +110,13 @@ def train_until(ranks: Ranks, path: Path, overrides: list[str], step: int) -> No
 
 def before_step(run: Run, action: Callable[[], object]) -> None:
     """Call ``action`` in every step of ``run`` between its data and its passes."""
-    passes_train = run.passes.train
+    forward_backward_train = run.forward_backward.train
 
     def train_after(*arguments):
         action()
-        return passes_train(*arguments)
+        return forward_backward_train(*arguments)
 
-    run.passes.train = train_after
+    run.forward_backward.train = train_after
 
 
 def refusal(ranks: Ranks, path: Path, overrides: list[str]) -> str:
@@ -132,8 +132,8 @@ def first_gradients(ranks: Ranks, path: Path, overrides: list[str]) -> dict[str,
     """Full gradients of the first global batch, before clipping, by parameter name."""
     run = pretrain.build(configure(path, *overrides), ranks)
     batches = run.data.micro_batches(0)
-    num_targets = ranks.sum(count_targets(batches, run.mesh))
-    run.passes.train(batches, num_targets, lambda phase: None)
+    num_targets = ranks.all_reduce(count_targets(batches, run.mesh))
+    run.forward_backward.train(batches, num_targets, lambda phase: None)
     return gradients(run)
 
 
@@ -176,4 +176,4 @@ def rewrite_manifest(path: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text())
     del content["manifest_xxh3_128"]
     change(content)
-    path.write_text(sealed(content))
+    path.write_text(with_checksum(content))

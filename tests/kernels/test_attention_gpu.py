@@ -1,11 +1,9 @@
 """Every attention backend that this GPU and its packages have, against the float64 reference, forward and backward."""
 
-import itertools
-
 import pytest
 import torch
 
-from retemper.engine.model.packing import plan_packing
+from retemper.engine.batch import Batch
 from retemper.kernels.attention import BACKENDS, UnusableBackend, attention, choose_attention_backend
 from retemper.kernels.attention.per_document import per_document_attention
 
@@ -21,9 +19,8 @@ WINDOWS = [None, 1, 100, 256, 5000]
 
 
 def plan(lengths, backend, windows):
-    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    positions = torch.cat([torch.arange(length) for length in lengths]).cuda()
-    return plan_packing(positions, cu.to(positions.device), max(lengths), backend, windows, cu)
+    tokens = torch.zeros(sum(lengths), dtype=torch.int64)
+    return Batch.of_documents(tokens, lengths).prepare(torch.device("cuda"), backend, windows)
 
 
 def choose(backend, lengths, dtype, head_dim):
@@ -75,11 +72,9 @@ def test_nothing_waits_for_the_device(backend):
     backend = choose(backend, first, torch.bfloat16, 64)
     *tensors, upstream = inputs(512, 4, 2, 64, torch.bfloat16)
     tensors = [x.requires_grad_() for x in tensors]
-    positions = torch.zeros(512, dtype=torch.int64, device="cuda")
 
     def layer(lengths):
-        cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        packing = plan_packing(positions, cu.to(positions.device), max(lengths), backend, [None], cu)
+        packing = plan(lengths, backend, [None])
         output = attention(*tensors, packing.cu_seqlens, packing.max_seqlen, plan=packing.attention)
         output.backward(upstream)
 

@@ -15,10 +15,11 @@ import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from retemper.engine.batch import Batch
 from retemper.engine.errors import UserError
 from retemper.engine.model.architecture import MODEL_TYPES, inverse_frequencies, parse_architecture, read_hf_config
 from retemper.engine.model.config_keys import describe_unread, unread_keys
-from retemper.engine.model.decoder import Decoder, Packing
+from retemper.engine.model.decoder import Decoder
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -60,7 +61,7 @@ def check_same_logits(config: dict[str, Any]) -> None:
     tokens = torch.arange(40) * 7 % 61
     with torch.no_grad():
         expected = model(tokens[None]).logits[0]
-        actual = decoder(tokens, Packing(torch.arange(40), torch.tensor([0, 40], dtype=torch.int32), 40))
+        actual = decoder.logits(Batch.of_documents(tokens, [40]))
     assert (actual - expected).norm() <= 1e-5 * expected.norm()
 
 

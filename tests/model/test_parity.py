@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from retemper.engine.batch import Batch
 from retemper.engine.errors import UserError
 from retemper.engine.model.architecture import inverse_frequencies, parse_architecture, read_hf_config
-from retemper.engine.model.decoder import Decoder, Packing
+from retemper.engine.model.decoder import Decoder
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 
 VOCAB = 211
@@ -75,12 +76,6 @@ def our_model(hf: torch.nn.Module) -> Decoder:
     return model
 
 
-def packing(lengths: list[int]) -> Packing:
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return Packing(positions, cu_seqlens, max(lengths))
-
-
 def sample(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, targets); no target crosses a document's end."""
     tokens = torch.randint(0, VOCAB, (sum(lengths),), generator=torch.Generator().manual_seed(1))
@@ -114,13 +109,13 @@ def test_logits_and_gradients_equal_transformers(family):
     tokens, targets = sample(LENGTHS)
     expected = torch.cat([hf(part[None]).logits[0] for part in tokens.split(LENGTHS)])
     with torch.no_grad():
-        logits = model(tokens, packing(LENGTHS))
+        logits = model.logits(Batch.of_documents(tokens, LENGTHS))
     assert logits.shape == (sum(LENGTHS), VOCAB)
     for ours, theirs in zip(logits.split(LENGTHS), expected.split(LENGTHS), strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
     expected_loss = F.cross_entropy(expected, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    loss = model(tokens, packing(LENGTHS), targets)
+    loss = model(Batch.of_documents(tokens, LENGTHS, targets))
     assert abs(loss / expected_loss - 1) <= 1e-5
     loss.backward()
     expected_loss.backward()
@@ -132,15 +127,15 @@ def test_packed_documents_equal_the_same_documents_alone(family):
     model = our_model(hf_model(CONFIGS[family]()))
     tokens, targets = sample(LENGTHS)
     with torch.no_grad():
-        together = model(tokens, packing(LENGTHS))
-        alone = torch.cat([model(part, packing([len(part)])) for part in tokens.split(LENGTHS)])
+        together = model.logits(Batch.of_documents(tokens, LENGTHS))
+        alone = torch.cat([model.logits(Batch.of_documents(part, [len(part)])) for part in tokens.split(LENGTHS)])
     assert (together - alone).norm() <= 1e-5 * alone.norm()
 
-    model(tokens, packing(LENGTHS), targets).backward()
+    model(Batch.of_documents(tokens, LENGTHS, targets)).backward()
     actual = {name: gradient.clone() for name, gradient in gradients(model).items()}
     model.zero_grad()
     for part, part_targets in zip(tokens.split(LENGTHS), targets.split(LENGTHS), strict=True):
-        model(part, packing([len(part)]), part_targets).backward()
+        model(Batch.of_documents(part, [len(part)], part_targets)).backward()
     check_gradients(actual, gradients(model))
 
 

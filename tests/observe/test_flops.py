@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from retemper.engine.batch import Batch
 from retemper.engine.config.settings import TrainingConfig
 from retemper.engine.model.architecture import parse_architecture
-from retemper.engine.model.decoder import Decoder, Packing
+from retemper.engine.model.decoder import Decoder
 from retemper.engine.observe.flops import flops_per_token, peak_flops
 from retemper.engine.parallel import trainable
 
@@ -57,9 +58,8 @@ def test_torch_counts_the_same(tied, hidden, heads, kv_heads, head_dim, learning
     model = Decoder(shape)
     trainable.apply(model, TrainingConfig(train_tokens=1, trainable=learning))
     tokens = torch.randint(0, 101, (length,))
-    packing = Packing(torch.arange(length), torch.tensor([0, length], dtype=torch.int32), length)
     with FlopCounterMode(display=False) as counter:
-        model(tokens, packing, tokens).backward()
+        model(Batch.of_documents(tokens, [length], tokens)).backward()
     counts = counter.get_flop_counts()["Global"]
     matrices = sum(count for operator, count in counts.items() if "attention" not in str(operator))
     attention = layers * 12 * heads * head_dim * length * length

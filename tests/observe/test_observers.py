@@ -13,7 +13,7 @@ from retemper.engine.observe.curves import _TAIL_BYTES, last_record
 from retemper.engine.observe.metrics_file import METRICS_FILE, MetricsFile
 from retemper.engine.observe.observer import Observer, StepRecord
 from retemper.engine.observe.tensorboard import TensorBoard
-from retemper.engine.observe.waiting import main_printer
+from retemper.engine.observe.waiting import rank0_printer
 from retemper.engine.run_state import Progress
 
 
@@ -133,8 +133,8 @@ def test_records_are_on_disk_at_once(tmp_path):
 
 
 def test_only_the_main_rank_prints(capsys):
-    main_printer(False)("hello from another rank")
-    main_printer(True)("hello")
+    rank0_printer(False)("hello from another rank")
+    rank0_printer(True)("hello")
     assert capsys.readouterr().out == "hello\n"
 
 

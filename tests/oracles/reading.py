@@ -10,13 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from retemper.tools.preprocessing.faults import MalformedError, Where
 from retemper.tools.preprocessing.formats import FORMATS
-from retemper.tools.preprocessing.inputs import InputOptions, expand_inputs
-from retemper.tools.preprocessing.long_text import LongText
-from retemper.tools.preprocessing.records import ReadContext, ReadOptions, readable_part
-from retemper.tools.preprocessing.tasks import Span
-from retemper.tools.preprocessing.texts import TextChoice
+from retemper.tools.preprocessing.inputs.files import InputOptions, expand_inputs
+from retemper.tools.preprocessing.records.errors import MalformedError, Where
+from retemper.tools.preprocessing.records.long_text import LongText
+from retemper.tools.preprocessing.records.reading import ReadContext, ReadOptions, readable_part
+from retemper.tools.preprocessing.records.text_choice import TextChoice
+from retemper.tools.preprocessing.workers.tasks import Span
 
 
 @dataclass

@@ -88,7 +88,7 @@ def test_windows_and_evaluation_stay_within_the_limit(kernel_attention):
     for batch in (packed(9), packed(30, 50), packed(5, 6, 7)):
         assert_close(gradients(model, batch), gradients(plain, batch), 2e-6)
         with torch.no_grad():
-            assert model(*batch).item() == pytest.approx(plain(*batch).item(), rel=2e-6)
+            assert model(batch).item() == pytest.approx(plain(batch).item(), rel=2e-6)
     assert counter.frame_count <= 8
 
 
@@ -98,9 +98,7 @@ def test_attention_per_document_stays_outside_of_the_graphs():
     model, plain = compiled(counter), tiny_decoder()
 
     def batch(*starts):
-        tokens, packing, targets = packed(*starts)
-        plan = packed_model.plan_attention(PER_DOCUMENT, packing.cu_seqlens, (None,), CPU)
-        return tokens, packing._replace(attention=plan), targets
+        return packed(*starts).prepare(CPU, PER_DOCUMENT, (None,))
 
     for starts in ((9,), (9, 50)):
         assert_close(gradients(model, batch(*starts)), gradients(plain, batch(*starts)), 2e-6)
@@ -124,12 +122,12 @@ def test_attention_per_document_stays_outside_of_the_graphs():
     ],
 )
 def test_who_compiles(choice, device, backend, mode, expected):
-    assert block_compile.wanted(run_config(choice, mode), device, backend) is expected
+    assert block_compile.enabled(run_config(choice, mode), device, backend) is expected
 
 
 def test_a_recomputed_block_that_cannot_be_compiled_is_refused():
     with pytest.raises(UserError, match=r"training.compile is on with parallel.recompute full.*set") as caught:
-        block_compile.wanted(run_config("on", "full"), CPU, PER_DOCUMENT)
+        block_compile.enabled(run_config("on", "full"), CPU, PER_DOCUMENT)
     assert "\n" not in str(caught.value)
 
 

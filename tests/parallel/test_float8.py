@@ -19,7 +19,7 @@ needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, 
 
 def refusal(device: torch.device) -> str:
     with pytest.raises(UserError) as caught:
-        float8.wanted(TrainingConfig(1, float8=True), device)
+        float8.enabled(TrainingConfig(1, float8=True), device)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -30,7 +30,7 @@ def installed(monkeypatch, there: bool):
 
 def test_off_asks_for_nothing(monkeypatch):
     installed(monkeypatch, False)
-    assert not float8.wanted(TrainingConfig(1), torch.device("cpu"))
+    assert not float8.enabled(TrainingConfig(1), torch.device("cpu"))
 
 
 def test_a_missing_torchao_is_said_with_its_installation(monkeypatch):
@@ -45,7 +45,7 @@ def test_a_device_without_float8_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     assert "NVIDIA A100 has compute capability 8.0, and float8 needs 8.9" in refusal(CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert float8.wanted(TrainingConfig(1, float8=True), CUDA)
+    assert float8.enabled(TrainingConfig(1, float8=True), CUDA)
 
 
 @needs_torchao
@@ -87,6 +87,4 @@ def test_emulated_losses_and_gradients_are_near():
 def test_losses_and_gradients_on_a_gpu_are_near():
     model, plain = (tiny_decoder().to(CUDA, torch.bfloat16) for _ in range(2))
     float8.convert(model)
-    tokens, packing, targets = packed(10, 50)
-    packing = packing._replace(position_ids=packing.position_ids.cuda(), cu_seqlens=packing.cu_seqlens.cuda())
-    assert_near(model, plain, (tokens.cuda(), packing, targets.cuda()))
+    assert_near(model, plain, packed(10, 50).to(CUDA))

@@ -82,10 +82,10 @@ def test_a_layout_covers_all_ranks_or_is_refused(sizes, shard, world_size):
 
 def places(ranks, layout):
     mesh = build_mesh(Layout(*layout), "cpu")
-    group = {"context": mesh.context_group, "ends": mesh.ends_group}
+    group = {"context": mesh.context_group, "ends": mesh.embedding_group}
     members = {name: found and dist.get_process_group_ranks(found) for name, found in group.items()}
     axes = {axis: mesh.devices[axis].mesh.tolist() for axis in ("pipeline", "shard", "tensor")}
-    return mesh.place, mesh.data_rank, mesh.speaks_for_samples, members, axes
+    return mesh.coordinate, mesh.data_rank, mesh.counts_samples, members, axes
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ class OtherRanks(Ranks):
 
     others: tuple = ()
 
-    def gather(self, value):
+    def all_gather(self, value):
         return [value, *self.others]
 
 

@@ -197,7 +197,7 @@ def main():
                 {event}
             if ranks.rank > 0:
                 dist.all_reduce(torch.ones(1), group=pair)
-            ranks.sum(1)
+            ranks.all_reduce(1)
             time.sleep(0.005)
         print("finished", flush=True)
 
@@ -254,12 +254,14 @@ def test_the_rank_that_is_the_cause_is_named_by_all_others(launch, event, reason
 def test_an_error_that_all_share_is_printed_once(launch):
     together = """
             try:
-                ranks.raise_together('bad' if step == 20 and ranks.rank == 1 else None)
+                ranks.raise_on_all('bad' if step == 20 and ranks.rank == 1 else None)
             except UserError:
                 time.sleep(ranks.rank / 2)  # not all are as quick to say so
                 raise
 """
-    run = launch(*[program.replace("ranks.sum(1)", together) for program in working("pass", timeout=LIMIT_SECONDS)])
+    run = launch(
+        *[program.replace("ranks.all_reduce(1)", together) for program in working("pass", timeout=LIMIT_SECONDS)]
+    )
     assert run.wait() == [1, 1, 1]
     assert [run.errors(rank) for rank in range(3)] == [["rank 1: bad"], [], []]
 

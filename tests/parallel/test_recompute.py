@@ -56,7 +56,7 @@ def kept_and_repeated(mode: str, every: int = 1) -> tuple[int, Counter]:
     """Bytes that are alive between forward and backward pass, and how often the backward pass ran each operator."""
     model = decoder(mode, every)
     with Watch() as forward:
-        loss = model(*BATCH)
+        loss = model(BATCH)
         kept = forward.bytes_alive()
     with Watch() as backward:
         loss.backward()
@@ -79,7 +79,7 @@ def test_a_block_can_run_twice_before_its_backward_pass():
     for mode in ("selective", "full"):
         model, plain = decoder(mode), decoder("none")
         for each in (model, plain):
-            first, second = each(*BATCH), each(*other)
+            first, second = each(BATCH), each(other)
             (first + second).backward()
         for (name, one), two in zip(model.named_parameters(), plain.parameters(), strict=True):
             assert torch.equal(one.grad, two.grad), name
@@ -97,7 +97,7 @@ def test_the_last_product_of_a_block_is_not_kept(monkeypatch):
     policy = recompute._keep_products
     monkeypatch.setattr(recompute, "_keep_products", lambda num_linear: policy(num_linear + 1))
     with_last, _ = kept_and_repeated("selective")
-    tokens, hidden, fp32, blocks = len(BATCH[0]), 32, 4, 4
+    tokens, hidden, fp32, blocks = len(BATCH.tokens), 32, 4, 4
     assert with_last - kept == blocks * tokens * hidden * fp32
 
 
@@ -121,7 +121,7 @@ def test_every_second_block_repeats_half():
 
 def test_evaluation_is_the_same():
     with torch.no_grad():
-        losses = [decoder(mode)(*BATCH) for mode in ("none", "selective", "full")]
+        losses = [decoder(mode)(BATCH) for mode in ("none", "selective", "full")]
     assert losses[0] == losses[1] == losses[2]
 
 
@@ -138,15 +138,14 @@ def flex_operator(q, k, v, *, block_mask, scale, enable_gqa):
 
 @pytest.fixture(scope="module")
 def flex_batch():
-    tokens, packing, targets = BATCH
-    plan = plan_attention("flex", packing.cu_seqlens, (None,), tokens.device)
-    return tokens, packing._replace(attention=replace(plan, function=flex_operator)), targets
+    plan = plan_attention("flex", BATCH.cu_seqlens, (None,), BATCH.tokens.device)
+    return BATCH._replace(attention=replace(plan, function=flex_operator))
 
 
 @pytest.mark.parametrize(("mode", "repeats"), [("none", 0), ("selective", 0), ("full", 4)])
 def test_selective_keeps_what_flex_attention_gives(mode, repeats, flex_batch):
     model = decoder(mode)
-    loss = model(*flex_batch)
+    loss = model(flex_batch)
     with Watch() as backward:
         loss.backward()
     assert backward.counts[FLEX] == repeats

@@ -15,7 +15,7 @@ from retemper.benchmarks.step.options import StepBenchmarkOptions
 from retemper.engine import pretrain
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.observe import progress
-from retemper.engine.observe.summary import describe_run
+from retemper.engine.observe.start_summary import describe_run
 from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.weights.checkpoint.tensors import stored_tensors
 from retemper.tools.plan import main as plan
@@ -54,8 +54,8 @@ def present_gradients(ranks, path: Path, overrides: list[str]) -> dict[str, torc
     """Full gradients of the first global batch; None for parameters without."""
     run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
     batches = run.data.micro_batches(0)
-    num_targets = ranks.sum(tiny_run.count_targets(batches, run.mesh))
-    run.passes.train(batches, num_targets, lambda phase: None)
+    num_targets = ranks.all_reduce(tiny_run.count_targets(batches, run.mesh))
+    run.forward_backward.train(batches, num_targets, lambda phase: None)
     return {name: None if p.grad is None else p.grad.full_tensor().clone() for name, p in run.model.named_parameters()}
 
 

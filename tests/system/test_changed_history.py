@@ -15,8 +15,9 @@ import yaml
 from retemper.engine import pretrain
 from retemper.engine.best_evaluation import Measure, fingerprint
 from retemper.engine.data.indexed_dataset import IndexedDataset
-from retemper.engine.data.sidecar import Sidecar, hash_file
+from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
+from retemper.engine.files.hashing import hash_file
 from retemper.engine.weights.checkpoint import destination
 from retemper.engine.weights.checkpoint.destination import checkpoint_bytes
 

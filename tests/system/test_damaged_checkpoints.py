@@ -41,7 +41,7 @@ def test_the_run_goes_on_from_the_one_before(one_rank, run_file, reference, dama
     assert sorted(path.name for path in (damaged / "checkpoints").iterdir()) == before
     pretrain.train(run)
     said = capsys.readouterr().out
-    [line] = [line for line in said.splitlines() if "set aside" in line]
+    [line] = [line for line in said.splitlines() if "quarantined" in line]
     assert "step-00000008/rank-00000.safetensors: damaged" in line and line.endswith("step-00000008.damaged")
     assert "step-00000004 at step 4" in said
     assert tiny_run.curve(damaged) == tiny_run.curve(reference)

@@ -44,7 +44,7 @@ def train_on_failing_disk(ranks, path, overrides, rank, file, after):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("name", "after", "began"), [("first.bin", 165, True), ("validation.bin", 3, False)])
 def test_a_disk_that_fails_one_rank(name, after, began, rank, two_ranks, run_file, tmp_path):
-    """Training data is read by a thread during the run, after a sample of 150 windows; a validation set before."""
+    """Training data is read by a thread during the run, after a sample of 150 chunks; a validation set before."""
     file = run_file.parent / name
     options = [*OPTIONS, "--run_folder", str(tmp_path)]
     said = two_ranks.run(train_on_failing_disk, run_file, options, rank, file, after)

@@ -61,7 +61,7 @@ def test_stages_and_caps_are_said_and_drawn(one_rank, run_file, staged, tmp_path
     said = capsys.readouterr().out
     assert "stage 1     from 0 to 1,408 tokens: first 1\n" in said
     assert "stage 2     from 1,408 to the end: second 1, first 1\n" in said
-    assert "caps        from 2,432 tokens on first has given all it may; going on with second\n" in said
+    assert "caps        from 2,432 tokens on first reached the cap; continuing with second\n" in said
 
 
 @pytest.mark.parametrize(("packing", "shuffle"), [("concat", "windows"), ("best_fit", "documents")])
@@ -171,7 +171,7 @@ def test_gradients_of_a_mask_are_those_of_targets_masked_by_hand(one_rank, two_r
     num_targets = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
     unmasked = sum(batch.num_targets for batch in run.data.micro_batches(0))
     assert 0.3 * unmasked < num_targets < 0.7 * unmasked
-    run.passes.train(batches, num_targets, lambda phase: None)
+    run.forward_backward.train(batches, num_targets, lambda phase: None)
     by_hand = {name: parameter.grad.full_tensor() for name, parameter in run.model.named_parameters()}
     assert ours.keys() == by_hand.keys()
     assert all(torch.equal(ours[name], gradient) for name, gradient in by_hand.items())

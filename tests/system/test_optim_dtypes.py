@@ -111,12 +111,12 @@ def accumulated(ranks, run_file, overrides):
     parameters = dict(run.model.named_parameters())
     sums = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
     for batch in batches:
-        run.passes.loss_sum(batch).backward()
+        run.forward_backward.loss_sum(batch).backward()
         for name, parameter in parameters.items():
             sums[name] += parameter.grad.full_tensor().double()
             parameter.grad = None
     for batch in batches:
-        run.passes.loss_sum(batch).backward()
+        run.forward_backward.loss_sum(batch).backward()
     return {
         name: (parameter.grad.dtype, parameter.grad.full_tensor(), sums[name]) for name, parameter in parameters.items()
     }

@@ -36,7 +36,7 @@ def tensors_after(ranks, path, overrides, plan):
         batches = run.data.micro_batches(8 * (number or 0))
         if number is None:
             batches = [batch.without_targets() for batch in batches]
-        pretrain.one_step(run, batches, ranks.sum(tiny_run.count_targets(batches, run.mesh)))
+        pretrain.one_step(run, batches, ranks.all_reduce(tiny_run.count_targets(batches, run.mesh)))
     tensors = training_tensors(run.model, run.optimizer)
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 
@@ -70,8 +70,8 @@ def gradients_where_one_rank_has_none(ranks, path, overrides):
     run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
     batches = run.data.micro_batches(0)
     mine = batches if ranks.is_main else [batch.without_targets() for batch in batches]
-    count = ranks.sum(tiny_run.count_targets(mine, run.mesh))
-    run.passes.train(mine, count, lambda phase: None)
+    count = ranks.all_reduce(tiny_run.count_targets(mine, run.mesh))
+    run.forward_backward.train(mine, count, lambda phase: None)
     return tiny_run.gradients(run), batches, count
 
 
@@ -79,7 +79,7 @@ def test_a_rank_without_targets_adds_nothing(two_ranks, one_rank, run_file, tmp_
     overrides = ["--run_folder", str(tmp_path)]
     (shared, batches, count), _ = two_ranks.run(gradients_where_one_rank_has_none, run_file, overrides)
     alone = pretrain.build(tiny_run.configure(run_file, *overrides), one_rank)
-    alone.passes.train(batches, count, lambda phase: None)
+    alone.forward_backward.train(batches, count, lambda phase: None)
     expected = tiny_run.gradients(alone)
     assert count == sum(batch.num_targets for batch in batches) and shared.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -127,7 +127,7 @@ def test_what_a_run_says_and_saves(sparse, one_rank, run_file, tmp_path, capfd):
     saved = [tiny_run.tensors_of(checkpoint) for checkpoint in checkpoints]
     for before, after, count in zip(saved[:-1], saved[1:], counts[1:], strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before) == (count == 0)
-    assert len(run.guards.step_guard.state()["losses"]) == STEPS - counts.count(0)
+    assert len(run.guards.step_guard.state_dict()["losses"]) == STEPS - counts.count(0)
 
     shutil.copytree(tmp_path / "run", tmp_path / "resumed")
     for checkpoint in checkpoints[1:]:
@@ -156,7 +156,7 @@ def test_too_many_in_a_row_end_the_run():
     for step in range(60):
         guard.count_without_targets(step)
     resumed = step_guard()
-    resumed.restore(guard.state())
+    resumed.load_state_dict(guard.state_dict())
     for step in range(60, 99):
         resumed.count_without_targets(step)
     with pytest.raises(UserError, match=r"^step 1100: 100 steps in a row had no target: .* no checkpoint has been"):
@@ -169,10 +169,10 @@ def test_neither_spikes_nor_skipped_steps_take_notice_of_it():
     for step in range(40):
         guard.should_skip(step, torch.tensor(2.0 + step % 3), norm)
     assert guard.should_skip(40, torch.tensor(1e3), norm) == 1 and guard.spiked
-    before = guard.state()
+    before = guard.state_dict()
     guard.count_without_targets(41)
     assert not guard.spiked  # or the run would go back a second time
-    assert guard.state() == {**before, "without_targets": [1, 1]}
+    assert guard.state_dict() == {**before, "without_targets": [1, 1]}
     assert guard.skipped_steps() == 1
 
 

@@ -42,7 +42,7 @@ def test_ls(run, run_folder):
     assert status == 0 and " ".join(head.split()) == "checkpoint step tokens loss evaluation size age kept state"
     assert [line.split()[0] for line in lines] == [
         "step-00000002.damaged", "step-00000004", "step-00000008", "step-00000012"]  # fmt: skip
-    assert lines[0].endswith("set aside")
+    assert lines[0].endswith("quarantined")
     assert lines[1].split()[-3:] == ["last,", "best", "complete"]
     size = sum(path.stat().st_size for path in folder_of(run_folder, 8).rglob("*") if path.is_file())
     assert lines[2].split()[1:7] == ["8", "2,048", "5.5000", "4.9200", f"{size / 1000:.3g}", "kB"]

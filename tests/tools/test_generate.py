@@ -25,8 +25,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from retemper.engine import batch as batch_module
 from retemper.engine.errors import UserError, run_command
-from retemper.engine.model import packing
 from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.engine.weights.checkpoint.manifest import Manifest
 from retemper.engine.weights.conversion import hf_to_dcp
@@ -179,7 +179,9 @@ def test_bpe_dropout_is_off(folders: dict[str, Path], tmp_path: Path) -> None:
 def test_attention_is_planned_once_for_all_layers(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a layer makes its own plan, it reads the offsets back from the device."""
     plans = []
-    monkeypatch.setattr(packing, "plan_attention", lambda *values: plans.append(plan_attention(*values)) or plans[-1])
+    monkeypatch.setattr(
+        batch_module, "plan_attention", lambda *values: plans.append(plan_attention(*values)) or plans[-1]
+    )
     monkeypatch.setattr(attention, "_plan_now", lambda *_: pytest.fail("a layer plans for itself"))
     TextGenerator(folders["qwen2"], device="cpu").generate(PROMPT, Sampling(max_new_tokens=3))
     assert [plan.backend for plan in plans] == [PER_DOCUMENT] * 3

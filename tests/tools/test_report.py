@@ -258,7 +258,7 @@ def test_a_run_that_is_training_or_was_killed(run: Path, capsys: pytest.CaptureF
     assert re.search(r"^state +not finished; the last record was written at 20\d\d-\d\d", out, re.MULTILINE)
     assert table_row(out, "step-00000030")[-1] == "damaged: manifest.json is missing"
     assert "manifest.json: cannot be read as JSON" in table_row(out, "step-00000020")[-1]
-    assert table_row(out, "step-00000005.damaged")[-1] == "set aside"
+    assert table_row(out, "step-00000005.damaged")[-1] == "quarantined"
     assert table_row(out, "a")[3] == f"{8 * 10 * 32 * 3 // 4:,}"  # as of the checkpoint before
     assert "config.yaml: No such file or directory" in out and ".tmp" not in out
     page = Page((run / "report.html").read_text("utf-8"))

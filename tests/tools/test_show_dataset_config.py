@@ -57,7 +57,7 @@ def configure(folder: Path, data: dict[str, Any], **changes: Any) -> str:
 
 
 def walk(file: str) -> tuple[list[str], dict[str, int]]:
-    """The source of each sample of the run, one after the other, and the windows of each source."""
+    """The source of each sample of the run, one after the other, and the chunks of each source."""
     config = parse_config(["--config", file])
     plan = plan_batches(config.training, 1)
     catalog = open_catalog(config.data, plan, 512, None, config.seed)
@@ -65,18 +65,18 @@ def walk(file: str) -> tuple[list[str], dict[str, int]]:
     names = [source.name for source in order.sources]
     count = plan.steps_for(config.training.train_tokens) * config.training.global_batch_size
     return [names[order.sample(index).source] for index in range(count)], {
-        source.name: source.num_windows for source in order.sources
+        source.name: source.num_chunks for source in order.sources
     }
 
 
 def test_one_source_by_hand(datasets):
     plan = plan_training(configure(datasets, {"train": [{"path": str(datasets / "a")}]}), str(datasets / "a"))
     tokens = 3 * sum(LENGTHS)
-    windows = (tokens - 1) // 16
+    chunks = (tokens - 1) // 16
     assert (plan.role, plan.steps, plan.tokens) == ("train", 40, 40 * 8 * 16)  # 5,000 / 128, rounded up
     [source] = plan.sources
-    assert (source.is_this, source.tokens, source.windows, source.samples) == (True, tokens, windows, 320)
-    assert source.epochs == 320 / windows and source.capped_at_tokens is None
+    assert (source.is_this, source.tokens, source.chunks, source.samples) == (True, tokens, chunks, 320)
+    assert source.epochs == 320 / chunks and source.capped_at_tokens is None
     assert plan.curve[0] == (0, [0.0]) and plan.curve[-1] == (plan.tokens, [source.epochs])
     assert any(f"{source.epochs:.3g} epochs" in line for line in plan.summary)
 
@@ -89,26 +89,26 @@ def test_stages_and_caps_are_those_of_a_walk_through_the_run(datasets):
     ]
     file = configure(datasets, {"stages": stages})
     plan = plan_training(file, f"{datasets / 'b'}.idx")
-    walked, windows = walk(file)
+    walked, chunks = walk(file)
     first = walked[: plan.stage_stops[0] // 16]
     assert plan.stage_stops == [2_000, len(walked) * 16]
     for source in plan.sources:
         assert source.samples_by_stage == [first.count(source.name), walked[len(first) :].count(source.name)]
-        assert (source.samples, source.windows) == (walked.count(source.name), windows[source.name])
+        assert (source.samples, source.chunks) == (walked.count(source.name), chunks[source.name])
     assert [source.is_this for source in plan.sources] == [False, True]
     given = Counter()
     for at, name in enumerate(walked):  # the cap of the first stage, reached before that ends
         given[name] += 1
-        if given["b"] == int(0.8 * windows["b"]):
+        if given["b"] == int(0.8 * chunks["b"]):
             assert plan.sources[1].capped_at_tokens == 16 * (at + 1)
             break
     for tokens, epochs in plan.curve:
         counts = Counter(walked[: tokens // 16])
-        assert epochs == [counts[source.name] / source.windows for source in plan.sources]
+        assert epochs == [counts[source.name] / source.chunks for source in plan.sources]
 
 
 def cut_by_hand(lengths: list[int], width: int) -> tuple[int, int, int]:
-    """(documents, longer than a window, others that a window's edge cuts) when they lie one behind the other."""
+    """(documents, longer than a chunk, others that a chunk's edge cuts) when they lie one behind the other."""
     edges = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
     stop = (edges[-1] - 1) // width * width
     begun = [(start, end) for start, end in pairwise(edges) if start < stop]
@@ -119,22 +119,22 @@ def cut_by_hand(lengths: list[int], width: int) -> tuple[int, int, int]:
 
 def test_documents_cut(datasets, monkeypatch):
     file = configure(datasets, {"train": [{"path": str(datasets / "a")}]})
-    cuts = plan_training(file, str(datasets / "a")).cuts
+    cuts = plan_training(file, str(datasets / "a")).truncation
     assert cuts is not None and cuts.exact
-    assert (cuts.documents, cuts.longer, cuts.cut) == cut_by_hand(LENGTHS * 3, 16)
-    assert cuts.tokens_lost == 3 * sum(LENGTHS) - (3 * sum(LENGTHS) - 1) // 16 * 16
-    write_megatron(datasets / "a", [[[7] * length] for length in LENGTHS * 40], 4)  # 5 groups of 128 windows and more
+    assert (cuts.documents, cuts.longer, cuts.truncated) == cut_by_hand(LENGTHS * 3, 16)
+    assert cuts.tokens_dropped == 3 * sum(LENGTHS) - (3 * sum(LENGTHS) - 1) // 16 * 16
+    write_megatron(datasets / "a", [[[7] * length] for length in LENGTHS * 40], 4)  # 5 groups of 128 chunks and more
     monkeypatch.setattr(training_plan, "_GROUPS_COUNTED", 2)
-    cuts = plan_training(file, str(datasets / "a")).cuts
+    cuts = plan_training(file, str(datasets / "a")).truncation
     documents, _, cut = cut_by_hand(LENGTHS * 40, 16)
     assert cuts is not None and not cuts.exact and cuts.documents < documents
-    assert cuts.cut / cuts.documents == pytest.approx(cut / documents, abs=0.1)
+    assert cuts.truncated / cuts.documents == pytest.approx(cut / documents, abs=0.1)
 
 
 def test_the_part_that_the_dataset_plays(datasets):
     a, b = str(datasets / "a"), str(datasets / "b")
     file = configure(datasets, {"train": [{"path": a}], "validation": {"set": b}})
-    assert plan_training(file, b).role == "validation" and plan_training(file, b).cuts is None
+    assert plan_training(file, b).role == "validation" and plan_training(file, b).truncation is None
     file = configure(datasets, {"stages": [{"train": [{"path": a}], "train_tokens": 100}, {"train": [{"path": a}]}]})
     plan = plan_training(file, b)
     assert (plan.role, [source.name for source in plan.sources]) == ("assumed", ["b"])
@@ -181,7 +181,7 @@ def test_the_run_stands_in_the_text_the_json_and_the_page(datasets, capsys):
     for source in plan["sources"]:
         line = next(line for line in out.splitlines() if line.startswith(source["name"]))
         assert line.split()[-4:] == [
-            *(f"{source[key]:,}" for key in ("tokens", "windows", "samples")),
+            *(f"{source[key]:,}" for key in ("tokens", "chunks", "samples")),
             f"{source['epochs']:.3g}",
         ]
     page = Page((datasets / "page.html").read_text("utf-8"))

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from retemper.engine.errors import UserError
 from retemper.engine.weights.checkpoint.tensors import load_tensors, open_tensors, save_tensors
 from retemper.engine.weights.conversion.dcp_metadata import read_metadata
-from retemper.engine.weights.coverage import Box, tiling_problem
-from retemper.engine.weights.untrusted import DamagedCheckpoint
+from retemper.engine.weights.coverage import Box, coverage_problem
+from retemper.engine.weights.damage import DamagedCheckpoint
 
 
 def cut_at_random(rng: random.Random, box: Box) -> list[Box]:
@@ -61,7 +61,7 @@ def test_it_agrees_with_counting_the_elements() -> None:
             shards.append(((9,) * len(shape), (0, *shape[1:])))
         rng.shuffle(shards)
         whole = holds_each_element_once(shape, shards)
-        assert (tiling_problem(shape, shards) is None) == whole, (shape, shards)
+        assert (coverage_problem(shape, shards) is None) == whole, (shape, shards)
         verdicts[whole] += 1
     assert min(verdicts[True], verdicts[False]) > 1000
 
@@ -69,9 +69,9 @@ def test_it_agrees_with_counting_the_elements() -> None:
 def test_many_shards() -> None:
     """Tens of thousands along two axes: comparing each with each would take minutes."""
     shards = [((2 * row, 3 * column), (2, 3)) for row in range(200) for column in range(200)]
-    assert tiling_problem((400, 600), shards) is None
+    assert coverage_problem((400, 600), shards) is None
     shards[777] = shards[778]
-    assert tiling_problem((400, 600), shards) == (
+    assert coverage_problem((400, 600), shards) == (
         "has 240,000 elements, of which its shards hold some twice and others not at all"
     )
 
@@ -105,7 +105,7 @@ def test_a_checkpoint_whose_shards_do_not_make_it_up(tmp_path: Path, shards: lis
     with pytest.raises(UserError, match=rf"^{tmp_path}/tensors\.json: .*{problem}[^\n]*; use another") as error:
         load_tensors(tmp_path, {"bad": torch.ones(4, 6)}, distributed=False)
     with pytest.raises(DamagedCheckpoint, match="use another"):
-        open_tensors(tmp_path).require_whole()
+        open_tensors(tmp_path).require_full_coverage()
     if "tensors.json: bad" in str(error.value):  # and not that the table is none
         load_tensors(tmp_path, {"good": torch.zeros(2)}, distributed=False)
 

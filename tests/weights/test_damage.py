@@ -18,7 +18,7 @@ from retemper.engine.files.hashing import record_file
 from retemper.engine.weights.checkpoint.manifest import Manifest, write_manifest
 from retemper.engine.weights.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.weights.checkpoint.verify import find_damage
-from retemper.engine.weights.untrusted import DamagedCheckpoint
+from retemper.engine.weights.damage import DamagedCheckpoint
 
 FIRST, SECOND = "rank-00000.safetensors", "rank-00001.safetensors"
 

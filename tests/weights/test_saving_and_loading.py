@@ -42,7 +42,7 @@ def test_any_layout_is_loaded_into_any_other(layout, into, saved, run):
 @pytest.mark.parametrize("layout", shard_cases.LAYOUTS)
 def test_converters_read_the_same_row_by_row(layout, saved):
     source = open_tensors(saved[layout])
-    source.require_whole()
+    source.require_full_coverage()
     for name, tensor in shard_cases.whole_tensors().items():
         rows = torch.empty(tensor.shape or (1,), dtype=tensor.dtype)
         with source.rows(name) as read:

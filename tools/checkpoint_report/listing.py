@@ -32,7 +32,7 @@ class Row:
     kept: list[str]
     """Reasons of :func:`~retemper.engine.weights.checkpoint.retention.reasons_to_keep`."""
     state: str
-    """complete, unverifiable (format 1, without hashes), set aside, rewound, or the problem."""
+    """complete, unverifiable (format 1, without hashes), quarantined, rewound, or the problem."""
 
 
 def checkpoint_folder(run_folder: Path) -> Path:
@@ -48,7 +48,7 @@ def checkpoint_folder(run_folder: Path) -> Path:
 
 
 def list_checkpoints(run_folder: Path, losses: Mapping[int, float] | None = None) -> list[Row]:
-    """Return every checkpoint of the run, by step, including those that are damaged, set aside or rewound.
+    """Return every checkpoint of the run, by step, including those that are damaged, quarantined or rewound.
 
     Args:
         losses: training loss by step; None: they are read from the run's records.
@@ -92,7 +92,7 @@ def _state(folder: Path) -> tuple[Manifest | None, str]:
         state = f"damaged: {error}"
     suffix = folder.name.removeprefix(_original_name(folder))
     if suffix:
-        state = "rewound" if suffix.startswith(REWOUND) else "set aside"
+        state = "rewound" if suffix.startswith(REWOUND) else "quarantined"
     return manifest, state
 
 

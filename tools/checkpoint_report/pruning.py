@@ -10,7 +10,7 @@ import torch
 from ...engine.errors import UserError
 from ...engine.files.lock import run_folder_lock
 from ...engine.parallel.process_group import Ranks
-from ...engine.weights.checkpoint.retention import reasons_when_pruning, whole_checkpoints
+from ...engine.weights.checkpoint.retention import intact_checkpoints, reasons_when_pruning
 from ...engine.weights.checkpoint.store import CheckpointStore
 from .listing import checkpoint_folder
 
@@ -41,7 +41,7 @@ def prune(
 
 def _prune(store: CheckpointStore, keep_last: int, keep_every: int, say: Callable[[str], None], remove: bool) -> None:
     complete = store.complete()
-    whole = whole_checkpoints(complete)
+    whole = intact_checkpoints(complete)
     problems: list[str] = []
     for folder, reasons in reasons_when_pruning(whole, keep_last, keep_every).items():
         if reasons:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ...engine.errors import UserError
+from ...engine.files.atomic import sync_path, sync_tree, temporary_path
 from ...engine.files.disk_space import require_space
 from ...engine.files.lock import run_folder_lock
-from ...engine.files.outputs import sync_path, sync_tree
 from ...engine.files.removal import remove_tree
 from ...engine.weights.block_copy import copy_files
 from ...engine.weights.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, read_manifest, write_manifest
@@ -24,7 +23,7 @@ from ...engine.weights.checkpoint.tensors import open_tensors
 from ...engine.weights.checkpoint.verify import require_undamaged
 from ...engine.weights.conversion.checkpoint_model import CheckpointPlan
 from ...engine.weights.conversion.writing import progress
-from ...engine.weights.untrusted import METADATA_FILE
+from ...engine.weights.damage import METADATA_FILE
 from ...engine.weights.workers import default_workers
 from .verification import checkpoints_of
 
@@ -75,7 +74,7 @@ def _upgrade(folder: Path) -> str:
         raise UserError(f"{folder}: a link; name the folder that it leads to, {folder.resolve()}")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     require_space(folder.parent, size, "the new checkpoint", lambda: "make space: the old one goes when it is replaced")
-    temporary, old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp"), folder.with_name(folder.name + OLD)
+    temporary, old = temporary_path(folder), folder.with_name(folder.name + OLD)
     try:
         temporary.mkdir()
         _rewrite(folder, manifest, temporary)
@@ -92,7 +91,7 @@ def _rewrite(folder: Path, manifest: Manifest, target: Path) -> None:
     """Write the checkpoint ``folder`` into ``target`` in the present format; both are verified."""
     workers = default_workers()
     stored = open_tensors(folder)
-    stored.require_whole()
+    stored.require_full_coverage()
     plan, num_bytes = CheckpointPlan(stored.tensors), sum(tensor.num_bytes for tensor in stored.tensors.values())
     # What was stored is read once more to verify it, and what is written is read back and verified.
     with progress(f"upgrading {folder.name}", 4 * num_bytes) as advance:

@@ -22,19 +22,19 @@ CPU = torch.device("cpu")
 class OneOfMany(Ranks):
     """A rank whose peers would all return the same values as this rank."""
 
-    def sum(self, value: float) -> float:
+    def all_reduce(self, value: float) -> float:
         """See :class:`~retemper.engine.parallel.process_group.Ranks`."""
         return value * self.world_size
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """See :class:`~retemper.engine.parallel.process_group.Ranks`."""
         return value
 
-    def everywhere(self, action: Callable[[], Result]) -> Result:
+    def run_on_all(self, action: Callable[[], Result]) -> Result:
         """See :class:`~retemper.engine.parallel.process_group.Ranks`."""
         return action()
 
-    def raise_together(self, problem: str | None) -> None:
+    def raise_on_all(self, problem: str | None) -> None:
         """See :class:`~retemper.engine.parallel.process_group.Ranks`."""
         assert problem is None
 

@@ -201,5 +201,4 @@ def _agree_on_static_shapes(_: Any, stages: list[Any], has_backward: bool, *__: 
 
 
 def _fill_in_first(self: Pipelined, module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-    tokens, packing, targets = self._feed(self._batches[0])
-    return (tokens if module.is_first else arguments[0], packing, targets), {}
+    return (self._prepare(self._batches[0]), None if module.is_first else arguments[0]), {}

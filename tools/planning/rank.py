@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ...engine import batch
+from ...engine.batch import Batch
 from ...engine.config.settings import RunConfig
-from ...engine.data.packing import MicroBatch
-from ...engine.model import packing
 from ...engine.model.architecture import Architecture
 from ...engine.model.decoder import LayerRange
 from ...engine.optim import allocate_states, build_optimizer
@@ -88,7 +88,7 @@ class PhaseCounter(Unguarded):
         self._num_groups, self._num_reduced = sum(isinstance(module, FSDPModule) for module in modules), 0
         counter.on_reduced = self._note_reduced
 
-    def begin(self, phase: str) -> None:
+    def begin_phase(self, phase: str) -> None:
         """See :class:`~retemper.engine.step.StepGuards`."""
         self._counter.begin("activations" if phase in ("forward", "backward") else "temporaries")
         self._counter.enter(phase)
@@ -113,20 +113,20 @@ class RehearsedRank:
         counter.begin("parameters")
         with without_values_from_materializing_on():
             mesh = build_mesh(part.layout, ranks.device.type)
-            self.model, self.passes = build_model(config, architecture, ranks, mesh, choices)
+            self.model, self.forward_backward = build_model(config, architecture, ranks, mesh, choices)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed)
         counter.declare("parameters", self.model.parameters())
         for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))
         self._guards = PhaseCounter(counter, self.model)
-        self._guards.begin("other")
+        self._guards.begin_phase("other")
 
     def one_step(self) -> None:
         """One optimizer step on samples that are one document each."""
         batches = [self._batch() for _ in range(self.plan.num_micro_batches)]
         settings, targets = self.config.optimizer, float(self.plan.tokens_per_step)
         rate, clip = settings.learning_rate, settings.clip_grad_norm
-        train_step(self.model, self.passes, self.optimizer, batches, targets, rate, clip, self._guards)
+        train_step(self.model, self.forward_backward, self.optimizer, batches, targets, rate, clip, self._guards)
         self.declare_states()
 
     def declare_states(self) -> None:
@@ -134,12 +134,12 @@ class RehearsedRank:
         values = (value for state in self.optimizer.state.values() for value in state.values())
         self.counter.declare("optimizer states", (value for value in values if isinstance(value, Tensor)))
 
-    def _batch(self) -> MicroBatch:
+    def _batch(self) -> Batch:
         length, samples = self.plan.sequence_length, self.plan.micro_batch_size
         with self.counter.making("temporaries"):
             numbers = torch.zeros(samples * length, dtype=torch.int64)
             offsets = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
-            return MicroBatch(numbers, numbers.clone(), numbers.clone(), offsets, length, samples * length)
+            return Batch(numbers, numbers.clone(), numbers.clone(), offsets, length, samples * length)
 
 
 def attention_backend(config: RunConfig, architecture: Architecture) -> str:
@@ -222,7 +222,7 @@ def _offsets_with_values(config: RunConfig) -> Any:
         with unset_fake_temporarily():
             return plan_attention(backend, offsets, *rest)
 
-    return mock.patch.object(packing, "plan_attention", plan)
+    return mock.patch.object(batch, "plan_attention", plan)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ...engine.data.index_format import INT64, MAX_LENGTH, best_dtype, chunks, dataset_prefix, sync, write_index
+from ...engine.data.index_format import INT64, MAX_LENGTH, best_dtype, dataset_prefix, slices, sync, write_index
 from ...engine.data.sidecar import Sidecar
 from ...engine.errors import UserError
+from ...engine.files.atomic import sync_path
 from ...engine.files.outputs import open_new
 from .dataset_files import BIN, IDX, JSON, MASK, METADATA, refuse_existing_outputs
 
@@ -321,7 +322,7 @@ class IndexedDatasetWriter:
         Raises:
             ValueError: the size of a range does not match ``lengths``, or ``ends`` do not match them.
         """
-        num_tokens = sum(int(lengths[part].sum(dtype=np.int64)) for part in chunks(len(lengths)))
+        num_tokens = sum(int(lengths[part].sum(dtype=np.int64)) for part in slices(len(lengths)))
         _check_size(tokens, num_tokens * self.dtype.itemsize)
         if mask is not None:
             _check_size(mask, num_tokens)
@@ -369,13 +370,13 @@ class IndexedDatasetWriter:
 
     def _add_single_sequences(self, lengths: IntegerSlices) -> None:
         """Append documents with one sequence each, or none if it has no tokens, to the index."""
-        for part in chunks(len(lengths)):
+        for part in slices(len(lengths)):
             here = lengths[part]
             self._add_index(here[here > 0], np.cumsum(here > 0))
 
     def _add_index(self, lengths: IntegerSlices, ends: IntegerSlices) -> None:
         """Append sequences, and documents that end after ``ends`` of these, to the index."""
-        for part in chunks(len(lengths)):
+        for part in slices(len(lengths)):
             here = lengths[part]
             if here.max() > MAX_LENGTH:
                 raise UserError(
@@ -383,7 +384,7 @@ class IndexedDatasetWriter:
                     "document"
                 )
             self._lengths.write(here.astype("<i4").tobytes())
-        for part in chunks(len(ends)):
+        for part in slices(len(ends)):
             self._indices.write((self.num_sequences + ends[part].astype("<i8")).tobytes())
         self.num_sequences += len(lengths)
         self.num_documents += len(ends)
@@ -439,7 +440,7 @@ class IndexedDatasetWriter:
             Path(f"{self.prefix}{end}").unlink(missing_ok=True)
         for temporary, final in self._renames:
             os.replace(temporary, final)
-        _sync_folder(os.path.dirname(os.path.abspath(self.prefix)))
+        sync_path(Path(os.path.abspath(self.prefix)).parent)
 
 
 def _append(file: _HashedFile, content: memoryview | bytes | FileRange) -> None:
@@ -453,13 +454,3 @@ def _check_size(part: FileRange, expected: int) -> None:
     size = min(part.stop, os.path.getsize(part.path)) - part.start
     if size != expected:
         raise ValueError(f"{os.fspath(part.path)}: {size} bytes, but its documents' lengths sum to {expected} bytes")
-
-
-def _sync_folder(folder: str) -> None:
-    """Make renames in ``folder`` survive a power failure, if the platform can open folders."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

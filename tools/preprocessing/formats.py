@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Literal
 
 from ...engine.errors import UserError
-from .records import Reader
+from .records.reading import Reader
 
 COMPRESSIONS = {".gz": ".gz", ".gzip": ".gz", ".zst": ".zst", ".zstd": ".zst", ".bz2": ".bz2", ".xz": ".xz"}
 """Suffixes of compressed files, and the kind of compression, named by its usual suffix."""

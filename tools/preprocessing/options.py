@@ -10,11 +10,11 @@ from datetime import date
 from typing import Any
 
 from ...engine.errors import UserError
-from .expansion import DEFAULT_EXPANSION
 from .formats import FORMATS
-from .inputs import InputOptions
-from .records import ReadOptions
-from .texts import TextChoice
+from .inputs.files import InputOptions
+from .readers.expansion_limit import DEFAULT_EXPANSION
+from .records.reading import ReadOptions
+from .records.text_choice import TextChoice
 
 BATCH_CHARACTERS = 512 << 10
 """Text encoded at once: enough to cost nothing between batches, and little enough to stay in cache with its ids."""

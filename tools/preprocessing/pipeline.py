@@ -24,14 +24,14 @@ from ...engine.data.index_format import dataset_prefix
 from ...engine.errors import UserError
 from ...engine.tokenizer.document_frame import describe_tokens
 from .options import PreprocessOptions
-from .pool import run_here, run_tasks, shared_counters, usable_cores
+from .output.publishing import PreprocessReport, publish
+from .output.workspace import finished_results, open_workspace, remove_workspace
 from .progress import ProgressReport
-from .publishing import PreprocessReport, publish
 from .run_plan import RunPlan
 from .run_setup import RunSetup
-from .shards import TaskResult
-from .worker import FastPathError
-from .workspace import finished_results, open_workspace, remove_workspace
+from .workers.pool import run_here, run_tasks, shared_counters, usable_cores
+from .workers.task_output import TaskResult
+from .workers.worker import FastPathError
 
 __all__ = ["PreprocessReport", "preprocess"]
 

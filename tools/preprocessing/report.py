@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from .pipeline import PreprocessReport
-from .shards import DROPPED_TURNS, KEPT_NOTE
+from .workers.task_output import DROPPED_TURNS, KEPT_NOTE
 
 
 def format_report(report: PreprocessReport) -> str:

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from ... import __version__
 from ...engine.tokenizer.document_frame import ids_of
-from .chat_bos import ChatBos
-from .cleaning import Cleaner
-from .faults import UNREADABLE
-from .held_out import read_held_out
-from .inputs import with_stdin_copied
-from .near_dedup import MinHasher
+from .chat.bos import ChatBos
+from .cleaning.cleaner import Cleaner
+from .cleaning.held_out import read_held_out
+from .dedup.near import MinHasher
+from .inputs.files import with_stdin_copied
 from .options import PreprocessOptions, contents_of, task_key
+from .records.errors import UNREADABLE
 from .run_setup import RunSetup
-from .tasks import Span, choose_task_bytes, plan_tasks, shard_of_tasks
-from .worker import WorkerSettings
+from .workers.tasks import Span, choose_task_bytes, plan_tasks, shard_of_tasks
+from .workers.worker import WorkerSettings
 
 
 class RunPlan:
@@ -81,7 +81,7 @@ class RunPlan:
         """Check that conversations can be encoded, and as transformers does; what stands for how they are."""
         if not self.options.chat:
             return None
-        from .chat import chat_encoder
+        from .chat.encoder import chat_encoder
 
         encoder = chat_encoder(self._dated_options, self.setup.tokenizer.file, self.setup.frame, self._chat_bos)
         encoder.check_against_transformers()

@@ -10,15 +10,15 @@ from ...engine.errors import UserError
 from ...engine.tokenizer.document_frame import DocumentFrame, Token, TokenizerFrame, ids_of
 from ...engine.tokenizer.files import find_tokenizer_file
 from ...engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
+from .cleaning.held_out import held_out_files
 from .dataset_writer import best_dtype
-from .held_out import held_out_files
-from .inputs import expand_inputs
+from .inputs.files import expand_inputs
 from .options import PreprocessOptions
-from .output_check import output_prefixes, require_free, what_is_read
-from .pool import start_early
-from .preload import use_one_thread
-from .tasks import are_small
+from .output.checks import output_prefixes, require_free, what_is_read
 from .tokenizer_choice import check_vocabulary, choose_tokenizer, read_frame
+from .workers.pool import start_early
+from .workers.shared_tokenizer import use_one_thread
+from .workers.tasks import are_small
 
 
 class RunSetup:

@@ -18,7 +18,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ...engine.config.files import read_config
-from ...engine.data.curriculum import Schedule
+from ...engine.data.curriculum import Curriculum
 from ...engine.errors import UserError
 from ...engine.files.regular import open_regular, read_regular
 from ...engine.guards.rank_consistency import flatten
@@ -328,18 +328,18 @@ def _sources(manifest: Manifest | None, config: dict[str, Any], remarks: list[st
 
 def _configured_sources(data: dict[str, Any]) -> Iterator[DataSource]:
     stages = [stage["train"] for stage in data.get("stages") or []] or [data.get("train") or []]
-    blends = [{str(one.get("name") or one["path"]): one for one in blend} for blend in stages]
-    for name, one in {name: one for blend in blends for name, one in blend.items()}.items():
-        weights = [float(blend[name].get("weight", 1.0)) if name in blend else None for blend in blends]
+    mixtures = [{str(one.get("name") or one["path"]): one for one in mixture} for mixture in stages]
+    for name, one in {name: one for mixture in mixtures for name, one in mixture.items()}.items():
+        weights = [float(mixture[name].get("weight", 1.0)) if name in mixture else None for mixture in mixtures]
         yield DataSource(name, str(one["path"]), weights)
 
 
 def _trained_sources(manifest: Manifest) -> Iterator[DataSource]:
-    schedule = Schedule.from_state(manifest.sample_order)
-    given, length = schedule.cursors(manifest.consumed_samples), manifest.config["training"]["sequence_length"]
-    blends = [{share.name: share.weight for share in stage.shares} for stage in schedule.stages]
+    curriculum = Curriculum.from_state(manifest.sample_order)
+    given, length = curriculum.cursors(manifest.consumed_samples), manifest.config["training"]["sequence_length"]
+    mixtures = [{source.name: source.weight for source in stage.sources} for stage in curriculum.stages]
     for name, facts in manifest.datasets.items():
-        weights, trained = [blend.get(name) for blend in blends], given.get(name, 0) * length
+        weights, trained = [mixture.get(name) for mixture in mixtures], given.get(name, 0) * length
         yield DataSource(name, str(facts["path"]), weights, facts["tokens"], trained, facts["hash"] or "")
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ...engine.errors import UserError
-from ...engine.files.new_folder import new_folder, require_absent
+from ...engine.files.atomic import new_folder, require_absent
 from ...engine.files.outputs import Use, require_separate
 from ...engine.tokenizer.files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
 from ...engine.tokenizer.json_file import parse_tokenizer
 from ...engine.tokenizer.tokenizer import TokenizerHandle, load_tokenizer
 from ...engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets
-from ...engine.weights.conversion.checkpoint_model import seal
+from ...engine.weights.conversion.checkpoint_model import write_converted_manifest
 from ...engine.weights.hugging_face.weight_options import parse_shard_size
 from .corpus import Sample, is_held_out, read_documents
 from .options import ExtendOptions
@@ -123,7 +123,7 @@ def _write(
     if gain is not None and len(extension.curve) > 1:
         write_page(folder, f"New tokens for {Path(options.model).name}", gain, extension.curve, extension.tokens)
     if model.is_checkpoint:
-        seal(folder, done.values())
+        write_converted_manifest(folder, done.values())
     return gain
 
 

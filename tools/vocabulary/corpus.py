@@ -9,12 +9,12 @@ from pathlib import Path
 import xxhash
 
 from ...engine.errors import UserError
-from ..preprocessing.faults import MalformedError, Where
 from ..preprocessing.formats import FORMATS
-from ..preprocessing.inputs import STDIN, InputOptions, expand_inputs
-from ..preprocessing.records import ReadContext
-from ..preprocessing.tasks import Span
-from ..preprocessing.texts import TextChoice
+from ..preprocessing.inputs.files import STDIN, InputOptions, expand_inputs
+from ..preprocessing.records.errors import MalformedError, Where
+from ..preprocessing.records.reading import ReadContext
+from ..preprocessing.records.text_choice import TextChoice
+from ..preprocessing.workers.tasks import Span
 
 HELD_OUT = 10
 """One of this many documents is held out."""

@@ -26,7 +26,7 @@ from ...tokenizer.files import (
     tokenizer_sha256,
 )
 from ...tokenizer.tokenizer import load_reference
-from ..untrusted import file_inside
+from ..damage import file_inside
 from .manifest import MANIFEST_FILE, read_manifest
 from .names import complete_checkpoints
 

@@ -22,14 +22,14 @@ from ...errors import UserError
 from ...files.hashing import FileRecord, record_file
 from ...files.regular import read_regular
 from ...guards.rank_consistency import PACKAGE, code_files, digest
-from ..untrusted import DamagedCheckpoint
+from ..damage import DamagedCheckpoint
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 3
 WITH_DCP, WITHOUT_HASHES = 2, 1
 """Formats that are still read: of checkpoints whose tensors PyTorch's distributed checkpoint (DCP) wrote; of such whose
 manifest lists no files."""
-_SEAL = "manifest_xxh3_128"
+_CHECKSUM = "manifest_xxh3_128"
 _OPTIONAL = {"emergency"}
 """Fields that are left out where they are empty: manifests written before there were any are read alike."""
 
@@ -60,7 +60,7 @@ class Manifest:
     final: bool = False
     """Whether the run's token budget was used up."""
     sample_order: dict[str, Any] = field(default_factory=dict)
-    """See :meth:`retemper.engine.data.curriculum.Schedule.state`."""
+    """See :meth:`retemper.engine.data.curriculum.Curriculum.state`."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Fingerprint of every training source: see :class:`retemper.engine.data.catalog.Catalog`."""
     evaluation: dict[str, float] = field(default_factory=dict)
@@ -113,13 +113,13 @@ def write_manifest(folder: Path, manifest: Manifest, hashed: Mapping[str, FileRe
     files = {name: dataclasses.asdict(records[name]) for name in sorted(records)}
     content = dataclasses.asdict(dataclasses.replace(manifest, files=files))
     content = {key: value for key, value in content.items() if value or key not in _OPTIONAL}
-    (folder / MANIFEST_FILE).write_text(sealed(content), encoding="utf-8")
+    (folder / MANIFEST_FILE).write_text(with_checksum(content), encoding="utf-8")
 
 
-def sealed(content: dict[str, Any]) -> str:
+def with_checksum(content: dict[str, Any]) -> str:
     """The text of a manifest that says ``content``, and a hash of that."""
     bare = json.dumps(content, indent=2, allow_nan=False)
-    whole = {**content, _SEAL: xxhash.xxh3_128_hexdigest(bare.encode())}
+    whole = {**content, _CHECKSUM: xxhash.xxh3_128_hexdigest(bare.encode())}
     return json.dumps(whole, indent=2, allow_nan=False) + "\n"
 
 
@@ -161,9 +161,9 @@ def _checked(content: Any, text: str, path: Path) -> Manifest:
         unexpected = content.keys() - _names(_EMPTY) | content.keys() & {"files", "versions"}
         content = {"versions": {}, **content}
     else:
-        if not _is_sealed(content, text):
-            raise DamagedCheckpoint(f"{path}: damaged, {_SEAL} is not that of the rest; use another checkpoint")
-        del content[_SEAL]
+        if not _checksum_fits(content, text):
+            raise DamagedCheckpoint(f"{path}: damaged, {_CHECKSUM} is not that of the rest; use another checkpoint")
+        del content[_CHECKSUM]
         unexpected = content.keys() ^ _names(_EMPTY) - (_OPTIONAL - content.keys())
     if unexpected or "kind" not in content:
         raise DamagedCheckpoint(f"{path}: damaged, unexpected or missing keys {sorted(unexpected)}")
@@ -175,9 +175,9 @@ def _checked(content: Any, text: str, path: Path) -> Manifest:
     return Manifest(**content)
 
 
-def _is_sealed(content: dict[str, Any], text: str) -> bool:
+def _checksum_fits(content: dict[str, Any], text: str) -> bool:
     try:
-        return text == sealed({key: value for key, value in content.items() if key != _SEAL})
+        return text == with_checksum({key: value for key, value in content.items() if key != _CHECKSUM})
     except (ValueError, RecursionError):  # NaN, which is never written
         return False
 

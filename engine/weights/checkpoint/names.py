@@ -8,7 +8,7 @@ from pathlib import Path
 from .manifest import MANIFEST_FILE
 
 DAMAGED = ".damaged"
-"""Ending of the name of a checkpoint that was set aside."""
+"""Ending of the name of a checkpoint that was quarantined."""
 REWOUND = ".rewound"
 """The same, of one that the run has gone back behind."""
 _COMPLETE = re.compile(r"^step-(\d{8,})$")

@@ -12,7 +12,7 @@ from .manifest import Manifest, read_manifest
 from .verify import wrong_sizes
 
 
-def whole_checkpoints(folders: list[Path]) -> dict[Path, Manifest]:
+def intact_checkpoints(folders: list[Path]) -> dict[Path, Manifest]:
     """Those of ``folders`` whose manifest can be read and whose files have their sizes, with their manifests."""
     whole = {}
     for folder in folders:

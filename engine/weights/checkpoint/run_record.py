@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from ...config.yaml_loader import load_yaml
 from ...errors import UserError
-from ...files.outputs import open_new
+from ...files.atomic import replace_file
+from ...files.hashing import hash_file
 from ...observe.curves import METRICS_FILE, last_record
 from .manifest import MANIFEST_FILE
 
@@ -55,10 +54,7 @@ class RunRecord:
         Raises:
             OSError: it cannot be written.
         """
-        temporary = run_folder / f".{RECORD_FILE}.tmp"
-        with open_new(temporary) as file:
-            file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
-        os.replace(temporary, run_folder / RECORD_FILE)
+        replace_file(run_folder / RECORD_FILE, [(json.dumps(asdict(self), indent=2) + "\n").encode()])
 
     @classmethod
     def read(cls, run_folder: Path) -> RunRecord | None:
@@ -162,7 +158,7 @@ def _checkpoint_folder(run_folder: Path) -> str:
 def _manifest_hash(checkpoint: Path) -> str:
     """Hash of the manifest's bytes; empty where it cannot be read."""
     try:
-        return xxhash.xxh3_128_hexdigest((checkpoint / MANIFEST_FILE).read_bytes())
+        return hash_file(checkpoint / MANIFEST_FILE)
     except OSError:
         return ""
 

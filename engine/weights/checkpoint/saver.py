@@ -51,7 +51,7 @@ class Saver:
         self._task: Future[list[str]] | None = None
 
     def __enter__(self) -> Saver:
-        self._store = self._store.of(self._ranks.apart())
+        self._store = self._store.of(self._ranks.with_own_group())
         return self
 
     def __exit__(
@@ -73,7 +73,7 @@ class Saver:
         """
         if self._staging is not None:
             staging = self._staging
-            self._ranks.everywhere(lambda: staging.reserve(tensors))
+            self._ranks.run_on_all(lambda: staging.reserve(tensors))
 
     def save(self, tensors: Mapping[str, Tensor], assets: HfAssets, manifest: Manifest, best_step: int | None) -> None:
         """Begin to write a checkpoint, after the one before it is complete; then remove those that nothing keeps.
@@ -82,7 +82,7 @@ class Saver:
             tensors: every tensor by name; they may change after :meth:`hold_update`.
             assets: Hugging Face files that travel with it.
             manifest: what the checkpoint is.
-            best_step: step of the best evaluation so far; see :meth:`CheckpointStore.thin_out`.
+            best_step: step of the best evaluation so far; see :meth:`CheckpointStore.prune`.
 
         Raises:
             UserError: more checkpoints in a row have failed than is allowed.
@@ -96,7 +96,7 @@ class Saver:
             staged = staging.copy() if staging else None
             lines = [f"  saved {self._store.save(tensors, assets, manifest, staged)}"]
             try:
-                lines += [f"  {line}" for line in self._store.thin_out(best_step)]
+                lines += [f"  {line}" for line in self._store.prune(best_step)]
             except UserError as error:  # the next one tries again
                 lines.append(f"  older checkpoints could not be removed: {error}")
             return lines
@@ -122,7 +122,7 @@ class Saver:
 
     def at_step(self, step: int) -> Path | None:
         """The complete checkpoint of ``step``, if there is one. All ranks must call this after :meth:`settle`."""
-        complete = self.ranks.share(self._store.complete() if self._ranks.is_main else None)
+        complete = self.ranks.broadcast(self._store.complete() if self._ranks.is_main else None)
         return next((folder for folder in complete if step_of(folder) == step), None)
 
     def save_now(self, tensors: Mapping[str, Tensor], assets: HfAssets, manifest: Manifest) -> Path:
@@ -147,7 +147,7 @@ class Saver:
         if self._task is None:
             return
         self._raise_fault(self._task)
-        if self._ranks.sum(not self._task.done()) == 0:
+        if self._ranks.all_reduce(not self._task.done()) == 0:
             self.wait()
 
     def wait(self, required: bool = False) -> None:
@@ -170,7 +170,7 @@ class Saver:
         task, self._task = self._task, None
         assert task is not None
         # All meet every second instead of waiting in one collective: who is silent or has ended is then found out.
-        while self._ranks.sum(not task.done()):
+        while self._ranks.all_reduce(not task.done()):
             wait_for([task], timeout=1.0)
             self._raise_fault(task)
         try:

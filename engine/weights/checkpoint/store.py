@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import UserError
+from ...files.atomic import sync_path, sync_tree, temporary_path
 from ...files.disk_space import describe_pruning, describe_space, free_bytes, is_about_space
 from ...files.hashing import FileRecord
 from ...files.lock import run_folder_lock
-from ...files.outputs import sync_path, sync_tree
 from ...files.removal import remove_tree
 from ...parallel.process_group import Ranks
 from .assets import ASSET_FOLDER, HfAssets
@@ -37,7 +36,7 @@ from .names import (
     named_checkpoints,
     step_of,
 )
-from .retention import reasons_to_keep, reasons_when_pruning, whole_checkpoints
+from .retention import intact_checkpoints, reasons_to_keep, reasons_when_pruning
 from .run_record import Origin, RunRecord, began_at, note_checkpoint, origin_of, require_no_lost_checkpoints
 from .tensors import save_tensors
 from .verify import Damage, find_damage
@@ -74,7 +73,7 @@ class CheckpointStore:
         self._found: list[Path] = []
         """What :meth:`resolve` chose from."""
         self._damaged: list[tuple[Path, str]] = []
-        """What :meth:`set_aside` is to rename, and what is wrong with each."""
+        """What :meth:`quarantine` is to rename, and what is wrong with each."""
         code_versions()
 
     def of(self, ranks: Ranks) -> CheckpointStore:
@@ -91,8 +90,8 @@ class CheckpointStore:
             UserError: on every rank, when another process is, or has been since :meth:`resolve`.
         """
         with ExitStack() as stack:
-            remarks = self.ranks.on_main(lambda: stack.enter_context(run_folder_lock(self.folder.parent))) or []
-            self.ranks.on_main(self._require_as_found)
+            remarks = self.ranks.run_on_rank0(lambda: stack.enter_context(run_folder_lock(self.folder.parent))) or []
+            self.ranks.run_on_rank0(self._require_as_found)
             yield remarks
 
     def _require_as_found(self) -> None:
@@ -115,33 +114,33 @@ class CheckpointStore:
     def resolve(self, resume: str) -> Path | None:
         """The checkpoint that ``resume`` (auto, none or a path) means, verified by all ranks; None to start fresh.
 
-        Nothing is written: of what is damaged a note is taken, for :meth:`set_aside`.
+        Nothing is written: of what is damaged a note is taken, for :meth:`quarantine`.
 
         Raises:
             UserError: a named checkpoint is missing or damaged, none is left that is not, or the run would mix with
                 another one in this folder.
         """
-        self.ranks.on_main(lambda: require_record_files(self.folder.parent))
+        self.ranks.run_on_rank0(lambda: require_record_files(self.folder.parent))
         # The main rank's answer counts: shared file systems may show a new folder to some nodes later than others.
-        self._found = self.ranks.share(self.ranks.on_main(self._candidates))
+        self._found = self.ranks.broadcast(self.ranks.run_on_rank0(self._candidates))
         if resume == "auto":
-            newest = self._newest_sound(self._found)
+            newest = self._latest_valid(self._found)
             if newest is None:
                 self._require_nothing_lost(resume)
             return newest
-        complete = self.ranks.share(self.ranks.on_main(self.complete))
+        complete = self.ranks.broadcast(self.ranks.run_on_rank0(self.complete))
         if resume == "none":
             if complete:
                 raise UserError(
                     f"resume is none, but {self.folder} holds checkpoints; choose another run_folder or resume: auto"
                 )
             return None
-        began = self.ranks.share(self.ranks.on_main(lambda: began_at(self.folder.parent, complete, resume)))
+        began = self.ranks.broadcast(self.ranks.run_on_rank0(lambda: began_at(self.folder.parent, complete, resume)))
         own = [path for path in self._found if began is not None and step_of(path) > began]
         if own:
             self._remarks.append(f"resume      the run began at {resume}, and continues from its own newest checkpoint")
-            return self._newest_sound(own)
-        manifest = self.require_sound(resume, "resume")
+            return self._latest_valid(own)
+        manifest = self.require_valid(resume, "resume")
         if manifest.kind != "training":
             raise UserError(f"resume {resume}: it holds weights only; start from it with model.initialize_from")
         for newer in (path for path in complete if step_of(path) > manifest.step):
@@ -155,36 +154,36 @@ class CheckpointStore:
         return Path(resume)
 
     def _require_nothing_lost(self, resume: str) -> None:
-        self.ranks.on_main(lambda: require_no_lost_checkpoints(self.folder.parent, resume))
+        self.ranks.run_on_rank0(lambda: require_no_lost_checkpoints(self.folder.parent, resume))
 
-    def require_sound(self, folder: str, key: str) -> Manifest:
+    def require_valid(self, folder: str, key: str) -> Manifest:
         """The manifest of a checkpoint that the setting ``key`` names, verified by all ranks. It is never renamed.
 
         Raises:
             UserError: on every rank, when it is missing or damaged.
         """
-        self.ranks.everywhere(lambda: read_manifest(folder))
+        self.ranks.run_on_all(lambda: read_manifest(folder))
         manifest, problem = self._examine(Path(folder))
         if manifest is None or problem:
             raise UserError(f"{problem}; name another checkpoint in {key}")
         return manifest
 
-    def _newest_sound(self, candidates: list[Path]) -> Path | None:
+    def _latest_valid(self, candidates: list[Path]) -> Path | None:
         for folder in reversed(candidates):
             manifest, problem = self._examine(folder)
             if manifest is not None and manifest.step != step_of(folder):
                 problem = f"{folder}: its manifest is of step {manifest.step}"
             if manifest is not None and problem is None:
-                self.ranks.on_main(partial(self._require_no_broken_link, manifest.step + 1))
-                self._remarks += self.ranks.on_main(partial(self._newer_ones_lost, manifest.step)) or []
+                self.ranks.run_on_rank0(partial(self._require_no_broken_link, manifest.step + 1))
+                self._remarks += self.ranks.run_on_rank0(partial(self._newer_ones_lost, manifest.step)) or []
                 self.resolved = manifest
                 return folder
             self._damaged.append((folder, problem or ""))
-        self.ranks.on_main(self._require_no_broken_link)
+        self.ranks.run_on_rank0(self._require_no_broken_link)
         former = self._damaged[0][1] if self._damaged else next(map(str, sorted(self.folder.glob("step-*"))), None)
-        if self.ranks.share(former):
+        if former := self.ranks.broadcast(former):
             raise UserError(
-                f"{self.ranks.share(former)}, and {self.folder} holds no other checkpoint that can be resumed; put one "
+                f"{former}, and {self.folder} holds no other checkpoint that can be resumed; put one "
                 "back, or move these away to start from the beginning, or choose another run_folder"
             )
         return None
@@ -221,8 +220,8 @@ class CheckpointStore:
         share = (self.ranks.rank, self.ranks.world_size)
         description, silent = f"verifying {folder.name}", None if self.ranks.is_main else True
         with tqdm(desc=description, unit="B", unit_scale=True, disable=silent, leave=False, delay=2) as bar:
-            manifest, mine = self.ranks.everywhere(lambda: find_damage(folder, share, on_bytes=bar.update))
-        reports = self.ranks.gather(mine)
+            manifest, mine = self.ranks.run_on_all(lambda: find_damage(folder, share, on_bytes=bar.update))
+        reports = self.ranks.all_gather(mine)
         damage = reports[0] or self._seen_by_main(folder, reports)
         if manifest is not None and not manifest.files:
             self._remarks.append(f"{folder} is not verified: it was written before manifests had hashes")
@@ -234,7 +233,7 @@ class CheckpointStore:
         if not suspects:
             return []
         files = {damage.file for _, damage in suspects}
-        found: list[Damage] = self.ranks.share(self.ranks.on_main(lambda: find_damage(folder, only=files)[1]))
+        found: list[Damage] = self.ranks.broadcast(self.ranks.run_on_rank0(lambda: find_damage(folder, only=files)[1]))
         if not found:
             rank, damage = suspects[0]
             raise UserError(
@@ -243,35 +242,35 @@ class CheckpointStore:
             )
         return found
 
-    def set_aside(self) -> list[str]:
+    def quarantine(self) -> list[str]:
         """Rename what :meth:`resolve` found damaged; returns lines for the log, on the main rank."""
-        return (self.ranks.on_main(self._set_aside) or []) + self._remarks
+        return (self.ranks.run_on_rank0(self._quarantine) or []) + self._remarks
 
-    def _set_aside(self) -> list[str]:
+    def _quarantine(self) -> list[str]:
         lines = []
         for folder, problem in self._damaged:
-            lines.append(f"set aside   {problem}; renamed to {_renamed(folder, DAMAGED)}")
+            lines.append(f"quarantined {problem}; renamed to {_renamed(folder, DAMAGED)}")
         self._damaged.clear()
         return lines
 
-    def newest_until(self, step: int) -> Path | None:
+    def latest_valid_until(self, step: int) -> Path | None:
         """The newest checkpoint of at most ``step`` steps that is undamaged, verified by all ranks."""
-        for folder in reversed(self.ranks.share(self.ranks.on_main(self._candidates))):
+        for folder in reversed(self.ranks.broadcast(self.ranks.run_on_rank0(self._candidates))):
             if step_of(folder) <= step:
                 manifest, problem = self._examine(folder)
                 if manifest is not None and problem is None:
                     return folder
         return None
 
-    def abandon_after(self, step: int) -> list[str]:
+    def discard_after(self, step: int) -> list[str]:
         """Rename all checkpoints of more than ``step`` steps, which a run that goes back will reach again.
 
         Returns:
             lines for the log, on the main rank.
         """
-        return self.ranks.on_main(lambda: self._abandon_after(step)) or []
+        return self.ranks.run_on_rank0(lambda: self._discard_after(step)) or []
 
-    def _abandon_after(self, step: int) -> list[str]:
+    def _discard_after(self, step: int) -> list[str]:
         # The newest first: killed half-way, this leaves all that are older. From the newest of these the run comes to
         # the spike again, and goes back again.
         newer = [folder for folder in reversed(self._candidates()) if step_of(folder) > step]
@@ -297,13 +296,13 @@ class CheckpointStore:
             UserError: on every rank, when any of them cannot write. Nothing is left behind.
         """
         final = self.folder / checkpoint_name(manifest.step)
-        temporary = self.ranks.share(self._temporary_name(final))
-        self.ranks.on_main(lambda: self._begin(temporary, final))
+        temporary = self.ranks.broadcast(temporary_path(final))
+        self.ranks.run_on_rank0(lambda: self._begin(temporary, final))
         try:
-            self.ranks.everywhere(lambda: self._require_visible(temporary))
-            records = self.ranks.gather(save_tensors(temporary, tensors, staged, self.ranks.group))
+            self.ranks.run_on_all(lambda: self._require_visible(temporary))
+            records = self.ranks.all_gather(save_tensors(temporary, tensors, staged, self.ranks.group))
             hashed = {name: record for of_rank in records for name, record in of_rank.items()}
-            self.ranks.on_main(lambda: self._publish(temporary, final, assets, manifest, hashed))
+            self.ranks.run_on_rank0(lambda: self._publish(temporary, final, assets, manifest, hashed))
         except BaseException as error:
             if self.ranks.is_main:
                 remove_tree(temporary)
@@ -321,13 +320,10 @@ class CheckpointStore:
 
     def describe_pruning(self) -> str:
         """What makes space on the disk of the checkpoints."""
-        whole = whole_checkpoints(self.complete())
+        whole = intact_checkpoints(self.complete())
         reasons = reasons_when_pruning(whole, 1, self.keep_every)
         removable = [folder for folder, why in reasons.items() if not why]
         return describe_pruning(self.folder.parent, removable, self.keep_every)
-
-    def _temporary_name(self, checkpoint: Path) -> Path:
-        return self.folder / f".{checkpoint.name}.{uuid.uuid4().hex}.tmp"
 
     def _begin(self, temporary: Path, final: Path) -> None:
         if final.exists():
@@ -353,16 +349,16 @@ class CheckpointStore:
         sync_path(self.folder)
         sync_path(self.folder.parent)  # in which the first checkpoint's folder is new
 
-    def thin_out(self, best_step: int | None) -> list[str]:
+    def prune(self, best_step: int | None) -> list[str]:
         """Remove the checkpoints that nothing of :func:`reasons_to_keep` holds for; damaged ones stay as they are.
 
         Returns:
             lines about those that could not be removed, on the main rank.
         """
-        return self.ranks.on_main(lambda: self._thin_out(best_step)) or []
+        return self.ranks.run_on_rank0(lambda: self._prune(best_step)) or []
 
-    def _thin_out(self, best_step: int | None) -> list[str]:
-        whole = whole_checkpoints(self.complete())
+    def _prune(self, best_step: int | None) -> list[str]:
+        whole = intact_checkpoints(self.complete())
         best_step = best_step if self.keep_best else None
         reasons = reasons_to_keep(whole, self.keep_last, self.keep_every, best_step, self.rewind_steps)
         problems = [problem for folder, why in reasons.items() if not why for problem in self.remove(folder)]
@@ -378,7 +374,7 @@ class CheckpointStore:
             return remove_tree(checkpoint)
         # Renamed first: killed half-way, this leaves a leftover and not half a checkpoint.
         try:
-            trash = checkpoint.rename(self._temporary_name(checkpoint))
+            trash = checkpoint.rename(temporary_path(checkpoint))
         except OSError as error:
             return [f"{checkpoint.absolute()}: {error.strerror or error}"]
         return remove_tree(trash)
@@ -389,7 +385,7 @@ class CheckpointStore:
         Returns:
             lines for the log, on the main rank.
         """
-        return self.ranks.on_main(self._remove_leftovers) or []
+        return self.ranks.run_on_rank0(self._remove_leftovers) or []
 
     def _remove_leftovers(self) -> list[str]:
         if not self.folder.is_dir():

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...files.hashing import FileRecord
+from ..damage import METADATA_FILE, TABLE_FILE
 from ..parts import TensorParts, all_ranks, load_parts
 from ..saving import save_parts
 from ..table import read_table
 from ..tensor_source import StoredTensor
-from ..untrusted import METADATA_FILE, TABLE_FILE
 
 OPTIMIZER_PREFIX = "optimizer."
 
@@ -120,7 +120,7 @@ def load_tensors(
         UserError: on every rank, when on any of them a tensor is missing, has another shape, or cannot be read.
     """
     ranks = all_ranks(None, distributed)
-    parts = ranks.everywhere(lambda: open_tensors(folder)) if opened is None else opened
+    parts = ranks.run_on_all(lambda: open_tensors(folder)) if opened is None else opened
     load_parts(parts, tensors, folder, ranks)
 
 

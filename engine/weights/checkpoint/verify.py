@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...files.hashing import FileRecord, record_file
-from ..untrusted import METADATA_FILE, TABLE_FILE, DamagedCheckpoint, file_inside
+from ..damage import METADATA_FILE, TABLE_FILE, DamagedCheckpoint, file_inside
 from .assets import ASSET_FOLDER
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .... import __version__
+from ...files.hashing import hash_file
 from ...model.architecture import Architecture, parse_architecture, read_hf_config
 from ...model.decoder import meta_decoder
 from ..block_copy import WrittenFile
@@ -23,7 +24,7 @@ from ..parts import TensorParts
 from ..safetensors_format import SUFFIX
 from ..table import TableEntry, write_table
 from ..tensor_source import StoredTensor
-from .provenance import file_hash, file_identity, require_same_source
+from .provenance import file_identity, require_same_source
 from .writing import progress
 
 
@@ -50,7 +51,7 @@ class CheckpointModel:
         """Refuse a checkpoint whose files have changed since it was opened: the tensors read would be a mixture.
 
         Raises:
-            Worthless: names the folder.
+            DiscardOutput: names the folder.
         """
         require_same_source(self.folder, self.files, lambda: _files_of(self.stored))
 
@@ -59,7 +60,7 @@ class CheckpointModel:
         """Identity of the checkpoint: the manifest has the hash of every file."""
         return {
             "folder": str(self.folder.resolve()),
-            "manifest_xxh3_128": file_hash(self.folder / MANIFEST_FILE),
+            "manifest_xxh3_128": hash_file(self.folder / MANIFEST_FILE),
             "kind": self.manifest.kind,
             "step": self.manifest.step,
             "consumed_tokens": self.manifest.consumed_tokens,
@@ -104,7 +105,7 @@ def open_checkpoint_model(folder: Path) -> CheckpointModel:
         UserError: it is incomplete, has no config, or holds another model.
     """
     manifest, stored = read_manifest(folder), open_tensors(folder)
-    stored.require_whole()
+    stored.require_full_coverage()
     files = _files_of(stored)
     where = folder / ASSET_FOLDER / CONFIG_FILE
     config = read_hf_config(where)
@@ -151,7 +152,7 @@ class CheckpointPlan:
         )
 
 
-def seal(folder: Path, done: Iterable[WrittenFile]) -> None:
+def write_converted_manifest(folder: Path, done: Iterable[WrittenFile]) -> None:
     """Write the manifest, which completes a checkpoint of the files ``done`` and all other files in ``folder``.
 
     Raises:

@@ -2,7 +2,7 @@
 
 Megatron's checkpoints have such a ``.metadata``, and ours had one up to manifest format 2. A pickle could call any
 function. Only this module reads it, with an unpickler that knows just the classes of such metadata. Before that,
-:func:`require_modest` checks that it needs no more memory than its length explains.
+:func:`check_pickle_size` checks that it needs no more memory than its length explains.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from ...errors import UserError
 from ...files.regular import open_regular
-from ..untrusted import METADATA_FILE, DamagedCheckpoint, file_inside, shown
+from ..damage import METADATA_FILE, DamagedCheckpoint, brief, file_inside
 
 _MAX_METADATA_BYTES = 1 << 30
 """About 5 million pieces of tensors; the table for a 72B model with AdamW on 64 ranks has 0.2 million."""
@@ -77,7 +77,7 @@ class Refused(Exception):
     """The metadata is not what DCP writes."""
 
 
-def inert_class() -> type:
+def placeholder_class() -> type:
     """Return a class for objects of unknown classes in a pickle: they keep their attributes, and do nothing.
 
     Every pickle needs a new one, because it can set attributes of the class.
@@ -102,7 +102,7 @@ def inert_class() -> type:
     return Inert
 
 
-def require_modest(pickled: bytes) -> None:
+def check_pickle_size(pickled: bytes) -> None:
     """Refuse a pickle that needs more memory than its length explains, before anything is unpickled.
 
     Python's unpickler reserves 16 bytes for every number below the one under which a value is remembered: 9 bytes can
@@ -153,7 +153,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file)
-        self._inert = inert_class()
+        self._inert = placeholder_class()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _UNREAD:
@@ -168,7 +168,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if found is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             found = getattr(torch, name)
         if found is None:
-            raise Refused(f"it asks for {shown(f'{module}.{name}')}, which is not part of a checkpoint's metadata")
+            raise Refused(f"it asks for {brief(f'{module}.{name}')}, which is not part of a checkpoint's metadata")
         return found
 
 
@@ -176,7 +176,7 @@ def _layout_reader() -> Callable[[str], torch.layout]:
     # A new function for each load, because a pickle can set its attributes.
     def layout(name: str) -> torch.layout:
         if name != "torch.strided":
-            raise Refused(f"a tensor's layout is {shown(name)}")
+            raise Refused(f"a tensor's layout is {brief(name)}")
         return torch.strided
 
     return layout
@@ -212,7 +212,7 @@ def unpickle_metadata(file: IO[bytes]) -> Metadata:
     pickled = file.read(_MAX_METADATA_BYTES + 1)
     if len(pickled) > _MAX_METADATA_BYTES:
         raise Refused(f"it is larger than {_MAX_METADATA_BYTES:,} bytes")
-    require_modest(pickled)
+    check_pickle_size(pickled)
     before = [dict(vars(item)) for item in _CLASSES]
     collecting = gc.isenabled()
     gc.disable()  # It would scan all new objects repeatedly, which takes longer than creating them.
@@ -251,7 +251,7 @@ def read_metadata(folder: str | Path) -> Metadata:
     try:
         with open_regular(file_inside(folder, METADATA_FILE)) as file:
             loaded = unpickle_metadata(file)
-        _require_sound(loaded, Path(folder))
+        _check_types(loaded, Path(folder))
     except UserError:
         raise
     except FileNotFoundError:
@@ -266,28 +266,28 @@ def read_metadata(folder: str | Path) -> Metadata:
     return loaded
 
 
-def _require_sound(loaded: Metadata, folder: Path) -> None:
+def _check_types(loaded: Metadata, folder: Path) -> None:
     """Check that every part has the type that DCP relies on."""
     tensors, places = loaded.state_dict_metadata, loaded.storage_data
     if not isinstance(tensors, dict) or not isinstance(places, dict):
         raise Refused("it has no tables of tensors and files")
     for name, item in tensors.items():
         if type(name) is not str or not isinstance(item, TensorStorageMetadata | BytesStorageMetadata):
-            raise Refused(f"{shown(name)} is a {type(item).__name__}")
+            raise Refused(f"{brief(name)} is a {type(item).__name__}")
         if isinstance(item, TensorStorageMetadata):
             sizes = [item.size, *(part for chunk in item.chunks for part in (chunk.offsets, chunk.sizes))]
             if not all(isinstance(size, torch.Size) for size in sizes):
-                raise Refused(f"{shown(name)}: invalid shape")
+                raise Refused(f"{brief(name)}: invalid shape")
             if not isinstance(item.properties.dtype, torch.dtype):
-                raise Refused(f"{shown(name)} has no dtype")
+                raise Refused(f"{brief(name)} has no dtype")
     checked: set[str] = set()
     for index, info in places.items():
         if not isinstance(index, MetadataIndex) or not isinstance(info, _INFO):
             raise Refused("its table of files holds something else")
         if type(info.offset) is not int or type(info.length) is not int or min(info.offset, info.length) < 0:
-            raise Refused(f"{shown(index.fqn)} is at {shown(info.offset)}, {shown(info.length)} bytes")
+            raise Refused(f"{brief(index.fqn)} is at {brief(info.offset)}, {brief(info.length)} bytes")
         if info.transform_descriptors:
-            raise Refused(f"{shown(index.fqn)} is transformed by {shown(info.transform_descriptors)}")
+            raise Refused(f"{brief(index.fqn)} is transformed by {brief(info.transform_descriptors)}")
         if info.relative_path not in checked:
             file_inside(folder, info.relative_path)
             checked.add(info.relative_path)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...files.new_folder import require_absent
+from ...files.atomic import require_absent
 from ...files.outputs import Use, require_separate
 from ..block_copy import WrittenFile
 from ..checkpoint.assets import HfAssets
 from ..hugging_face.shards import ShardPlan
-from ..hugging_face.weight_dtypes import cast_to, declaring, describe_casts, dtype_name, dtype_named
+from ..hugging_face.weight_dtypes import cast_to, describe_casts, dtype_name, dtype_named, with_dtype
 from ..hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
 from ..partial_folder import partial_folder
 from ..tensor_source import StoredTensor
@@ -72,7 +72,7 @@ def plan_export(
         model=model,
         source=source,
         tensors=tensors,
-        assets=declaring(assets, (tensor.dtype for tensor in tensors.values())),
+        assets=with_dtype(assets, (tensor.dtype for tensor in tensors.values())),
         plan=ShardPlan(tensors, shard_bytes),
         record=ConversionRecord("dcp_to_hf", model.identity, options, source.record, model.left_out),
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ...config.settings import CheckpointConfig
 from ...errors import UserError
+from ...files.hashing import hash_file
 from ...guards.background import run_in_background
 from ...parallel.process_group import Ranks
 from ...run_state import Run
@@ -27,7 +28,7 @@ from ..hugging_face.weight_dtypes import describe_casts
 from ..partial_folder import partial_folder
 from ..workers import default_workers
 from .dcp_to_hf import Export, plan_export
-from .provenance import CONVERSION_FILE, file_hash
+from .provenance import CONVERSION_FILE
 from .writing import size_of
 
 FOLDER = "hf"
@@ -55,11 +56,11 @@ def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list
         UserError: on every rank, if it is not possible.
     """
     if config.export_hf:
-        ranks.on_main(lambda: _require_own(output))
+        ranks.run_on_rank0(lambda: _require_own(output))
     repository = config.push_to_hub
     if repository is None:
         return []
-    place = ranks.on_main(lambda: open_repository(repository, KEY_OF_UPLOAD))
+    place = ranks.run_on_rank0(lambda: open_repository(repository, KEY_OF_UPLOAD))
     return [f"upload      at the end, to {place}"]
 
 
@@ -83,16 +84,16 @@ def export_run(run: Run) -> None:
     if not config.export_hf:
         return
     ranks = store.ranks
-    complete = ranks.share(ranks.on_main(store.complete))
+    complete = ranks.broadcast(ranks.run_on_rank0(store.complete))
     checkpoint = next((folder for folder in complete if step_of(folder) == step), None)
     if checkpoint is None:
         checkpoint = Path(str(run.start.folder))
     output = export_folder(store.folder.parent, step)
     try:
-        if ranks.share(ranks.on_main(lambda: _is_there(output, checkpoint))):
+        if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint))):
             say(f"exported    {output} already exists")
         else:
-            _require_sound(store, checkpoint)
+            _require_valid(store, checkpoint)
             _write(ranks, checkpoint, output, run.stop.agreed, say)
     except _Stopped:
         say(f"stopped the export to {output} as requested; the same command completes it")
@@ -123,9 +124,9 @@ class _Damaged(UserError):
     """The checkpoint differs from what was written."""
 
 
-def _require_sound(store: CheckpointStore, checkpoint: Path) -> None:
+def _require_valid(store: CheckpointStore, checkpoint: Path) -> None:
     try:
-        store.require_sound(str(checkpoint), "checkpoint.export_hf")
+        store.require_valid(str(checkpoint), "checkpoint.export_hf")
     except UserError as error:
         problem = str(error).partition("; name another checkpoint")[0]
         raise _Damaged(
@@ -146,7 +147,7 @@ def _is_there(output: Path, checkpoint: Path) -> bool:
         made_of = content["source"]["manifest_xxh3_128"]
     except (OSError, ValueError, KeyError, TypeError):
         made_of = None
-    if made_of != file_hash(checkpoint / MANIFEST_FILE):
+    if made_of != hash_file(checkpoint / MANIFEST_FILE):
         raise UserError(f"{output}: exists already, and {CONVERSION_FILE} there names another checkpoint; move it away")
     return True
 
@@ -154,15 +155,15 @@ def _is_there(output: Path, checkpoint: Path) -> bool:
 def _write(
     ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool], say: Callable[[str], None]
 ) -> None:
-    export = ranks.everywhere(lambda: plan_export(checkpoint))
+    export = ranks.run_on_all(lambda: plan_export(checkpoint))
     for line in describe_casts(export.model.stored.tensors, export.tensors):
         say(f"export      {line}")
     with ExitStack() as stack:
         identity = export.record.identity
         # Files of a killed run are not reused: they are written again.
-        partial = ranks.on_main(lambda: stack.enter_context(partial_folder(output, identity, say, take_up=False)))
-        content: Path = ranks.share(partial and partial.content)
-        ranks.everywhere(lambda: _require_visible(content))
+        partial = ranks.run_on_rank0(lambda: stack.enter_context(partial_folder(output, identity, say, take_up=False)))
+        content: Path = ranks.broadcast(partial and partial.content)
+        ranks.run_on_all(lambda: _require_visible(content))
         mine = _deal(export.plan.files, ranks)
         stopping = False
 
@@ -175,8 +176,8 @@ def _write(
         done = run_in_background(ranks, copying, broken_off, copying.stop)
         if stopping:
             raise _Stopped
-        written = [file for of_rank in ranks.gather(done) for file in of_rank or ()]
-        ranks.on_main(lambda: _complete(export, content, written, stack))
+        written = [file for of_rank in ranks.all_gather(done) for file in of_rank or ()]
+        ranks.run_on_rank0(lambda: _complete(export, content, written, stack))
     say(f"exported    {output}: {len(export.tensors)} tensors, {size_of(written)}")
 
 

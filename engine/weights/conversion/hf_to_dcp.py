@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...files.new_folder import require_absent
+from ...files.atomic import require_absent
+from ...files.hashing import hash_file
 from ...files.outputs import Use, require_separate
 from ...model.architecture import CONFIG_FILE, parse_architecture
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
@@ -14,13 +15,13 @@ from ..checkpoint.tensors import open_tensors
 from ..hugging_face.folder import INDEX_FILE
 from ..hugging_face.hub_download import find_model_folder
 from ..hugging_face.model import HfModel, open_hf_model
-from ..hugging_face.weight_dtypes import cast_to, declaring, describe_casts, dtype_named
+from ..hugging_face.weight_dtypes import cast_to, describe_casts, dtype_named, with_dtype
 from ..hugging_face.weight_options import AUTO
 from ..partial_folder import partial_folder
 from ..workers import parse_workers
-from .checkpoint_model import CheckpointPlan, seal
+from .checkpoint_model import CheckpointPlan, write_converted_manifest
 from .logits import compare_logits, describe_logits
-from .provenance import ConversionRecord, file_hash, file_identity, require_same_source
+from .provenance import ConversionRecord, file_identity, require_same_source
 from .vocabulary import ResizedVocabulary, resized_vocabulary
 from .writing import nonfinite_option, size_of, write_tensors
 
@@ -61,7 +62,7 @@ def convert(
     rows = model.architecture.vocab_size
     source = resized_vocabulary(model, rows, vocab_size, pad_vocab_to_multiple_of, assets)
     tensors = cast_to(source.tensors, target)
-    assets = declaring(_with_vocabulary(assets, source), (tensor.dtype for tensor in tensors.values()))
+    assets = with_dtype(_with_vocabulary(assets, source), (tensor.dtype for tensor in tensors.values()))
     config = assets.config or {}
     for line in [*model.notes, *describe_casts(model.tensors, tensors), *source.describe(), *_missing(assets, folder)]:
         say(line)
@@ -85,7 +86,7 @@ def convert(
             )
             say(describe_logits(record.logits))
         record.write(partial.content, model.weights.tensors, tensors, done.values())
-        seal(partial.content, done.values())
+        write_converted_manifest(partial.content, done.values())
     say(f"wrote {output}: {len(tensors)} tensors, {size_of(done.values())}")
 
 
@@ -110,7 +111,7 @@ def identify(hf: str, folder: Path, model: HfModel) -> dict[str, Any]:
     return {
         "name": hf,
         "folder": str(folder.resolve()),
-        "config_xxh3_128": file_hash(folder / CONFIG_FILE),
-        "index_xxh3_128": file_hash(index) if index.is_file() else None,
+        "config_xxh3_128": hash_file(folder / CONFIG_FILE),
+        "index_xxh3_128": hash_file(index) if index.is_file() else None,
         "files": {path.name: file_identity(path) for path in model.weights.files},
     }

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ....kernels.attention import choose_attention_backend
+from ...batch import Batch
 from ...errors import UserError
 from ...model.architecture import Architecture
 from ...model.decoder import meta_decoder
-from ...model.packing import plan_packing
 from ..checkpoint.tensors import model_tensors
 from ..hugging_face.model import EMBEDDING, HEAD
-from ..partial_folder import Worthless
+from ..partial_folder import DiscardOutput
 from ..tensor_source import StoredTensor, TensorSource, rows_of
 
 TOLERANCE = 1e-3
@@ -67,7 +67,7 @@ def compare_logits(
     for who, logits in (("transformers", theirs), ("this program", ours)):
         wrong = [length for length, part in zip(lengths, logits, strict=True) if not part.isfinite().all()]
         if wrong:
-            raise Worthless(
+            raise DiscardOutput(
                 f"--verify: logits of {who} are not finite for sequences of {', '.join(map(str, wrong))} tokens, so "
                 f"{folder} cannot be verified; look for weights that are not finite"
             )
@@ -75,7 +75,7 @@ def compare_logits(
     largest = max(float(logits.abs().max()) for logits in theirs)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(ours, theirs, strict=True))
     if difference > TOLERANCE * largest:
-        raise Worthless(
+        raise DiscardOutput(
             f"--verify: logits of transformers and of this program differ by {difference:.3g} (allowed: "
             f"{TOLERANCE * largest:.3g}, the largest logit is {largest:.3g}), so {folder} is not the same model in "
             "both; please report it with its config.json"
@@ -145,7 +145,7 @@ def _theirs(folder: Path, sequences: list[Tensor], rounded_to: Mapping[str, Stor
         raise UserError(f"--verify: transformers cannot load {folder}: {' '.join(str(error).split())}") from error
     model, loading = loaded
     if loading["missing_keys"]:  # it uses random values for them
-        raise Worthless(
+        raise DiscardOutput(
             f"--verify: transformers does not find {sorted(loading['missing_keys'])[0]} in {folder}, because of the "
             "names of its tensors, so the logits cannot be compared; convert it without --verify"
         )
@@ -172,9 +172,6 @@ def _ours(
     ).backend
     results = []
     for tokens_T in sequences:
-        num_tokens = tokens_T.numel()
-        offsets = torch.tensor([0, num_tokens], dtype=torch.int32)
-        positions_T = torch.arange(num_tokens)
-        packing = plan_packing(positions_T, offsets, num_tokens, backend, architecture.sliding_windows, offsets)
-        results.append(decoder.model(tokens_T, packing) @ decoder.head_weight.T)
+        batch = Batch.of_documents(tokens_T, [len(tokens_T)])
+        results.append(decoder.logits(batch.prepare(device, backend, architecture.sliding_windows)))
     return results

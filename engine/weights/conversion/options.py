@@ -6,7 +6,7 @@ import argparse
 import signal
 from collections.abc import Sequence
 
-from ...files.new_folder import require_absent
+from ...files.atomic import require_absent
 from ..hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, DTYPE_CHOICES, parse_shard_size
 from ..workers import parse_workers
 
@@ -68,6 +68,6 @@ def add_allow_nonfinite(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def end_like_ctrl_c() -> None:
+def interrupt_on_sigterm() -> None:
     """Make a scheduler's SIGTERM end this process as Ctrl-C does: finished files are kept, and a message reports it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from .... import __version__
-from ...files.hashing import record_file
 from ..block_copy import WrittenFile
 from ..checkpoint.manifest import code_versions
 from ..hugging_face.weight_dtypes import dtype_name
-from ..partial_folder import Worthless
+from ..partial_folder import DiscardOutput
 from ..tensor_source import StoredTensor
 
 CONVERSION_FILE = "conversion.json"
@@ -108,22 +107,17 @@ def require_same_source(what: str | Path, before: dict[str, Any], identify: Call
         identify: returns its identity now.
 
     Raises:
-        Worthless: it has changed or is gone.
+        DiscardOutput: it has changed or is gone.
     """
     try:
         same = identify() == before
     except OSError:
         same = False
     if not same:
-        raise Worthless(f"{what}: was changed during the conversion; do not change it, and start again")
+        raise DiscardOutput(f"{what}: was changed during the conversion; do not change it, and start again")
 
 
 def file_identity(path: Path) -> dict[str, Any]:
     """Return size and modification time of a large file, which identify it without reading it."""
     status = path.stat()
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def file_hash(path: Path) -> str:
-    """Return the xxh3_128 of a small file."""
-    return record_file(path).xxh3_128

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..block_copy import OutputFile, WrittenFile, copy_files
 from ..finite import REMEDY, NotFinite
-from ..partial_folder import PartialFolder, Worthless
+from ..partial_folder import DiscardOutput, PartialFolder
 from ..tensor_source import TensorSource
 
 
@@ -62,7 +62,7 @@ def write_tensors(
         try:
             done |= copy_files(partial.content, rest, source, workers, hashed_rows, advance, partial.note, remedy)
         except NotFinite as error:  # other weights are another source, and the option makes another output
-            raise Worthless(str(error)) from None
+            raise DiscardOutput(str(error)) from None
     return {file.name: done[file.name] for file in files}
 
 

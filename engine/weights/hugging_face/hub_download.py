@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..checkpoint.assets import TOKENIZER_FILES
-from .hub_errors import asking_hub
+from .hub_errors import call_hub
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _WANTED = ["*.safetensors", "*.json", *TOKENIZER_FILES]
@@ -79,4 +79,4 @@ def _fetch(name: str, said: str, revision: str | None, wanted: Sequence[str]) ->
 
     remedy = "; start again, which fetches only what is missing, or name a folder"
     forbidden = "the token may not read it (403); use one with access"
-    return asking_hub(download, f"{said}: not downloaded", remedy, forbidden)
+    return call_hub(download, f"{said}: not downloaded", remedy, forbidden)

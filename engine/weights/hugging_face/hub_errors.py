@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-def asking_hub(action: Callable[[], Result], what: str, remedy: str, forbidden: str) -> Result:
+def call_hub(action: Callable[[], Result], what: str, remedy: str, forbidden: str) -> Result:
     """Run ``action``, which uses the Hub through huggingface_hub.
 
     Args:

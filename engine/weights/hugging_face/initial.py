@@ -30,7 +30,7 @@ def local_weights(name: str, ranks: Ranks) -> tuple[Literal["folder", "checkpoin
         UserError: on every rank, where there are no such weights.
     """
     # The main rank's view counts: ranks must not go different ways.
-    kind, folder = ranks.share(ranks.on_main(lambda: _kind(name)))
+    kind, folder = ranks.broadcast(ranks.run_on_rank0(lambda: _kind(name)))
     if kind == "repository":
         return "folder", str(_download(name, ranks))
     return kind, folder
@@ -65,7 +65,7 @@ def _download(name: str, ranks: Ranks) -> Path:
     """The local copy of a repository, of one commit on all ranks. Each node fetches it once, the main one first."""
     fetch = lambda revision: str(find_model_folder(name, KEY, revision))  # noqa: E731
     found = run_in_background(ranks, (lambda: fetch(None)) if ranks.is_main else None)
-    revision = ranks.share(found and Path(found).name)
+    revision = ranks.broadcast(found and Path(found).name)
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0" and not ranks.is_main
     run_in_background(ranks, (lambda: fetch(revision)) if first_of_node else None)
-    return Path(ranks.everywhere(lambda: fetch(revision)))
+    return Path(ranks.run_on_all(lambda: fetch(revision)))

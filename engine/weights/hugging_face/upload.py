@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from .folder import INDEX_FILE, WEIGHTS_FILE
-from .hub_errors import asking_hub
+from .hub_errors import call_hub
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _DIGITS = "[0-9]" * 5
@@ -65,7 +65,7 @@ def open_repository(name: str, key: str) -> str:
         return f"{url} ({visible}), as {user.get('name')}"
 
     require_repository_name(name, key)
-    return asking_hub(open_, f"{key} {name}", "", _FORBIDDEN)
+    return call_hub(open_, f"{key} {name}", "", _FORBIDDEN)
 
 
 def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = ()) -> str:
@@ -114,7 +114,7 @@ def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = 
     for pattern in _WEIGHTS:
         command += ["--delete", pattern]
     remedy = f"; {folder} is complete, upload it with: {shlex.join(command)}"
-    return asking_hub(upload, f"{key} {name}", remedy, _FORBIDDEN)
+    return call_hub(upload, f"{key} {name}", remedy, _FORBIDDEN)
 
 
 def _is_weights(file: str) -> bool:

@@ -51,7 +51,7 @@ def declared_dtype(config: Mapping[str, Any], where: str) -> torch.dtype | None:
     return dtype
 
 
-def declaring(assets: HfAssets, dtypes: Iterable[torch.dtype]) -> HfAssets:
+def with_dtype(assets: HfAssets, dtypes: Iterable[torch.dtype]) -> HfAssets:
     """Return ``assets`` whose config declares the common dtype of ``dtypes``; unchanged if it already does.
 
     A model with several dtypes has no single dtype to declare: its config stays unchanged.

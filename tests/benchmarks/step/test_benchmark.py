@@ -28,7 +28,7 @@ from retemper.engine import step as step_module
 from retemper.engine.config.parser import parse_config
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.errors import UserError
-from retemper.engine.parallel.forward_backward import Sequential
+from retemper.engine.parallel.forward_backward import NonPipelined
 from retemper.engine.parallel.process_group import Ranks
 from retemper.tools import benchmark as command
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
@@ -93,7 +93,7 @@ def measured_on_real_data(ranks: Ranks, path: Path) -> Measurement:
 def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
     """In every micro-batch 0.02 s are slept in the forward pass and 0.01 s in the backward pass; 0.03 s in each step's
     clipping."""
-    loss_sum, clip = Sequential.loss_sum, step_module.clip_grad_norm
+    loss_sum, clip = NonPipelined.loss_sum, step_module.clip_grad_norm
 
     def slow_loss_sum(self, batch):
         time.sleep(0.02)
@@ -106,7 +106,7 @@ def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
         return clip(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sequential, "loss_sum", slow_loss_sum)
+        patch.setattr(NonPipelined, "loss_sum", slow_loss_sum)
         patch.setattr(step_module, "clip_grad_norm", slow_clip)
         return measured(ranks, path)
 

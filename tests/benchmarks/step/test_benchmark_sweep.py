@@ -25,11 +25,11 @@ from retemper.engine import step as module
 
 step, calls = module.train_step, []
 
-def limited(model, passes, optimizer, batches, *rest):
+def limited(model, forward_backward, optimizer, batches, *rest):
     calls.append(1)
     if len(batches[0].tokens) == 4 * 16 and len(calls) == 2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    return step(model, passes, optimizer, batches, *rest)
+    return step(model, forward_backward, optimizer, batches, *rest)
 
 module.train_step = limited
 run_command(benchmark.main)

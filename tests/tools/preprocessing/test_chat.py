@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing.chat import ChatEncoder, EncodedChat
+from retemper.tools.preprocessing.chat.encoder import ChatEncoder, EncodedChat
 
 # In the sources below, [[ and ]] are the {% generation %} blocks of the twin.
 SOURCES = {

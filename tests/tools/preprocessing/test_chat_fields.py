@@ -14,9 +14,9 @@ from oracles.tiny_tokenizer import shared_data
 from test_chat_input import ANSWER, CHATML, USER, encode, save, tokenizer
 from transformers import AutoTokenizer
 
-from retemper.tools.preprocessing.chat import ChatEncoder, EncodedChat
-from retemper.tools.preprocessing.chat_messages import read_conversation
-from retemper.tools.preprocessing.faults import LeftOutError, MalformedError
+from retemper.tools.preprocessing.chat.encoder import ChatEncoder, EncodedChat
+from retemper.tools.preprocessing.chat.messages import read_conversation
+from retemper.tools.preprocessing.records.errors import LeftOutError, MalformedError
 
 FIVE, FOUR = {"role": "assistant", "content": "Five."}, {"role": "assistant", "content": "Four."}
 TOOLS_TEMPLATE = """{%- for tool in tools or [] %}{{- tool | tojson }}{%- endfor %}

@@ -15,9 +15,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing.chat import ChatEncoder, EncodedChat
-from retemper.tools.preprocessing.chat_messages import read_conversation
-from retemper.tools.preprocessing.faults import MalformedError
+from retemper.tools.preprocessing.chat.encoder import ChatEncoder, EncodedChat
+from retemper.tools.preprocessing.chat.messages import read_conversation
+from retemper.tools.preprocessing.records.errors import MalformedError
 
 CHATML = """{%- for message in messages %}
     {%- if message.role in ['system', 'user', 'assistant', 'tool'] %}

@@ -13,8 +13,8 @@ from forked import LIMIT_SECONDS
 from test_chat_input import ANSWER, CHATML, USER, encode, save
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing.chat import ChatEncoder
-from retemper.tools.preprocessing.faults import MalformedError
+from retemper.tools.preprocessing.chat.encoder import ChatEncoder
+from retemper.tools.preprocessing.records.errors import MalformedError
 
 MEMORY = {
     "repeat": "{{ 'a' * 10000000000 }}",
@@ -92,8 +92,8 @@ def test_time(tmp_path):
     good = str(save(tmp_path / "good"))
     code = (
         "import sys, json; from pathlib import Path\n"
-        "from retemper.tools.preprocessing import chat, chat_limits\n"
-        "chat_limits.MAX_SECONDS = 0.2\n"
+        "from retemper.tools.preprocessing.chat import encoder as chat, render_limits\n"
+        "render_limits.MAX_SECONDS = 0.2\n"
         f"for folder in {folders}:\n"
         "    try: chat.ChatEncoder(Path(folder), None, None, False)\n"
         "    except chat.UserError as error: print(error)\n"

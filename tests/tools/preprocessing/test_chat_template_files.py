@@ -10,7 +10,7 @@ from oracles.tiny_tokenizer import train_tiny_tokenizer
 from transformers import AutoTokenizer
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing.chat import ChatEncoder
+from retemper.tools.preprocessing.chat.encoder import ChatEncoder
 
 MESSAGES = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object"}}}]

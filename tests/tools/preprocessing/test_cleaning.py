@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from retemper.tools.preprocessing import shingles
-from retemper.tools.preprocessing.cleaning import Cleaner, strip_control
-from retemper.tools.preprocessing.decontamination import NgramFilter
-from retemper.tools.preprocessing.normalization import _BOUNDARY, PieceNormalizer
+from retemper.tools.preprocessing import ngrams
+from retemper.tools.preprocessing.cleaning.cleaner import Cleaner, strip_control
+from retemper.tools.preprocessing.cleaning.decontamination import NgramFilter
+from retemper.tools.preprocessing.cleaning.normalization import _BOUNDARY, PieceNormalizer
 from retemper.tools.preprocessing.options import PreprocessOptions
 
 ALPHABETS = {
@@ -153,7 +153,7 @@ def test_pieces_have_the_reason_of_the_whole(held_out, monkeypatch, min_chars):
         seen.add(reason)
         with monkeypatch.context() as patch:
             # So that pieces are looked at as they come, not all in the end.
-            patch.setattr(shingles, "BLOCK", 40)
+            patch.setattr(ngrams, "BLOCK", 40)
             got, why = joined(cleaner, cut(draw, text, draw.randrange(8)))
         assert why == reason
         # What is left out is not read to its end.

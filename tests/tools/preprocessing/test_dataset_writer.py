@@ -46,7 +46,7 @@ def contents(prefix: Path, *ends: str) -> list[bytes]:
 
 
 def test_documents_at_once_and_ranges_equal_documents_one_by_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_format, "CHUNK", 2)
+    monkeypatch.setattr(index_format, "ENTRIES_AT_ONCE", 2)
     documents = [[5, 6], [], [7], [8, 9, 300], []]
     lengths = np.array([len(document) for document in documents])
     tokens = np.array(flat(documents))
@@ -73,7 +73,7 @@ def test_ranges_with_ends_are_taken_as_they_are(tmp_path_factory, parts, code, c
     """Documents of several sequences, of none, and sequences of no token, read from files a chunk at a time."""
     folder = tmp_path_factory.mktemp("d")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_format, "CHUNK", chunk)
+        patch.setattr(index_format, "ENTRIES_AT_ONCE", chunk)
         patch.setattr(dataset_writer, "_BLOCK_BYTES", block)
         with IndexedDatasetWriter(folder / "all", index_format.DTYPES[code]) as writer:
             for number, documents in enumerate(parts):
@@ -115,7 +115,7 @@ def test_ranges_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_mask_and_metadata_stand_beside_the_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_format, "CHUNK", 2)
+    monkeypatch.setattr(index_format, "ENTRIES_AT_ONCE", 2)
     part = file_range(tmp_path / "tokens", np.array([4, 5, 6], "<i4").tobytes())
     mask = file_range(tmp_path / "mask", b"\1\0\0", b"xx", b"y")
     metadata = file_range(tmp_path / "metadata", b'{"n":6}\n{"n":7}\n', b"[]\n", b"rest")

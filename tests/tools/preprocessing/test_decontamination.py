@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from oracles.word_ngrams import ngrams_of, shares_ngram
 
-from retemper.tools.preprocessing import decontamination, near_dedup, shingles
-from retemper.tools.preprocessing.decontamination import HashSet, NgramFilter
+from retemper.tools.preprocessing import ngrams
+from retemper.tools.preprocessing.cleaning import decontamination
+from retemper.tools.preprocessing.cleaning.decontamination import HashSet, NgramFilter
+from retemper.tools.preprocessing.dedup import near
 
 WORDS = ("a", "b", "c", "d", "é", "É", "ß", "SS", "don't", "x-y", "3.14", "天", "地玄", "かな", "กา", "\u0e49ข")
 """Few, so that n-grams meet by chance; some are several words or parts of words."""
@@ -20,7 +22,7 @@ POEM = "床前明月光。疑是地上霜。举头望明月。低头思故乡。
 @pytest.fixture(params=[60, 1 << 17])
 def block(request, monkeypatch) -> int:
     """Characters hashed at once: texts are longer than some of these, or not."""
-    for module in (shingles, near_dedup, decontamination):
+    for module in (ngrams, near, decontamination):
         monkeypatch.setattr(module, "BLOCK", request.param)
     return request.param
 

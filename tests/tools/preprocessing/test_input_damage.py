@@ -22,9 +22,8 @@ from oracles.preprocessing import report, run
 from oracles.reading import read_file, read_texts
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing import expansion
-from retemper.tools.preprocessing.faults import UNREADABLE
-from retemper.tools.preprocessing.readers import json_array, lines, streams
+from retemper.tools.preprocessing.readers import expansion_limit, json_array, lines, streams
+from retemper.tools.preprocessing.records.errors import UNREADABLE
 
 NUM_ROWS = 4000
 TEXTS = [f"{number} {'word ' * (number * 7919 % 23)}" for number in range(NUM_ROWS)]
@@ -184,8 +183,8 @@ def test_a_run_counts_and_names_what_could_not_be_read(tmp_path, tiny_tokenizer,
 
 @pytest.fixture
 def small_bounds(monkeypatch):
-    monkeypatch.setattr(expansion, "LEAST_BYTES", 1 << 16)
-    monkeypatch.setattr(expansion, "LEAST_ROWS", 1 << 10)
+    monkeypatch.setattr(expansion_limit, "LEAST_BYTES", 1 << 16)
+    monkeypatch.setattr(expansion_limit, "LEAST_ROWS", 1 << 10)
 
 
 ROW = b'{"text": "a"}\n'
@@ -217,8 +216,8 @@ def read_texts_without_bound(path: Path) -> list[bytes]:
 
 
 def test_a_bomb_behind_ordinary_data_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(expansion, "_WINDOW_BYTES", 1 << 20)
-    for module in (expansion, streams):
+    monkeypatch.setattr(expansion_limit, "_WINDOW_BYTES", 1 << 20)
+    for module in (expansion_limit, streams):
         monkeypatch.setattr(module, "READ_AHEAD_BYTES", 1 << 9)
     noise = b'{"text": "%s"}\n' % random.Random(0).randbytes(50_000).hex().encode()
     content = zstandard.compress(noise) + zstandard.compress(b'{"text": "' + b"a" * (3 << 20) + b'"}\n')

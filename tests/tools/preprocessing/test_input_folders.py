@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing.inputs import InputOptions, expand_inputs
+from retemper.tools.preprocessing.inputs.files import InputOptions, expand_inputs
 
 RECORD = b'{"text": "one"}\n'
 PARQUET = b"PAR1"  # of which nothing is read in a folder but its name

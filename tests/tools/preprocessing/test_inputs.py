@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing import inputs
-from retemper.tools.preprocessing.inputs import InputOptions, expand_inputs, with_stdin_copied
+from retemper.tools.preprocessing.inputs import files
+from retemper.tools.preprocessing.inputs.files import InputOptions, expand_inputs, with_stdin_copied
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_special_files_and_broken_links_are_refused(corpus):
 
 
 def test_what_cannot_be_read_is_refused(corpus, monkeypatch):
-    monkeypatch.setattr(inputs.os, "access", lambda path, mode: "a.txt" not in str(path))
+    monkeypatch.setattr(files.os, "access", lambda path, mode: "a.txt" not in str(path))
     with pytest.raises(UserError, match=r"data/a.txt: no permission to read it"):
         names("data")
     monkeypatch.undo()
@@ -208,7 +208,7 @@ def test_what_cannot_be_read_is_refused(corpus, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return scan(path)
 
-    monkeypatch.setattr(inputs.os, "scandir", scandir)
+    monkeypatch.setattr(files.os, "scandir", scandir)
     with pytest.raises(UserError, match=r"data/b/deep: cannot be read \(Permission denied\)"):
         names("data")
 

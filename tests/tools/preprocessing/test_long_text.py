@@ -12,10 +12,10 @@ import sentencepiece
 from oracles.tiny_tokenizer import sample_text, train_tiny_tokenizer
 from tokenizers import Tokenizer
 
-from retemper.tools.preprocessing import long_text
-from retemper.tools.preprocessing.faults import MalformedError, Where
-from retemper.tools.preprocessing.json_records import WantedKeys
-from retemper.tools.preprocessing.long_text import LongText, encode_in_pieces, read_long_json
+from retemper.tools.preprocessing.records import long_text
+from retemper.tools.preprocessing.records.errors import MalformedError, Where
+from retemper.tools.preprocessing.records.json_values import WantedKeys
+from retemper.tools.preprocessing.records.long_text import LongText, encode_in_pieces, read_long_json
 
 WHERE = Where("a.jsonl", "line", 1)
 ALPHABETS = ["\\", '\\"\n', "🙂", "天é", '\\"\né天🙂a \x00', "a b\n"]

@@ -18,8 +18,8 @@ from oracles.tiny_tokenizer import sample_text, shared_data, train_tiny_tokenize
 
 from retemper.engine.data.sidecar import Sidecar
 from retemper.tools import preprocess as command
-from retemper.tools.preprocessing.inputs import InputOptions, expand_inputs
-from retemper.tools.preprocessing.tasks import plan_tasks
+from retemper.tools.preprocessing.inputs.files import InputOptions, expand_inputs
+from retemper.tools.preprocessing.workers.tasks import plan_tasks
 
 TEXTS = [*(sample_text(seed, 5 + seed) for seed in range(30)), "a<|endoftext|>b", "\x00\u2028 two\r\nlines 🙂", "cat"]
 OUTPUTS = ["out.bin", "out.idx", "out.json"]

@@ -26,12 +26,13 @@ from retemper.engine.schedule import BatchPlan
 from retemper.engine.tokenizer.document_frame import TokenizerFrame, read_tokenizer_frame
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 from retemper.tools import preprocess as command
-from retemper.tools.preprocessing import long_text, pipeline, run_setup
+from retemper.tools.preprocessing import pipeline, run_setup
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
-from retemper.tools.preprocessing.merging import MergeOptions, merge
+from retemper.tools.preprocessing.merging.merge import MergeOptions, merge
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.readers import lines
-from retemper.tools.preprocessing.worker import TaskRunner
+from retemper.tools.preprocessing.records import long_text
+from retemper.tools.preprocessing.workers.worker import TaskRunner
 from retemper.tools.reports.dataset.facts import dataset_facts
 from retemper.tools.reports.dataset.report import InspectOptions, inspect_dataset
 
@@ -289,9 +290,9 @@ class TestTraining:
             config = DataConfig([SourceConfig(str(tmp_path / name))], packing=packing, shuffle=shuffle)
             (source,) = open_catalog(config, self.PLAN, 100, None, 7).train
             source = replace(source, name="same", layout=source.layout)
-            windows = [source.window(index, 100) for index in range(source.num_windows)]
+            chunks = [source.chunk(index, 100) for index in range(source.num_chunks)]
             for across in (False, True):
-                batch = pack(windows, 16, across)
+                batch = pack(chunks, 16, across)
                 pairs[name, across] = [
                     (a, b)
                     for a, b in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True)

@@ -23,7 +23,7 @@ from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.tools import preprocess as command
 from retemper.tools.preprocessing import pipeline
 from retemper.tools.preprocessing.report import format_report
-from retemper.tools.preprocessing.worker import FastPathError
+from retemper.tools.preprocessing.workers.worker import FastPathError
 
 TEXTS = [sample_text(seed, 6).replace("\n", " ") for seed in range(20)]
 

@@ -19,7 +19,7 @@ from oracles.tiny_tokenizer import sample_text
 
 from retemper.engine.data.sidecar import Sidecar
 from retemper.tools import preprocess as command
-from retemper.tools.preprocessing.merging import MergeOptions, merge
+from retemper.tools.preprocessing.merging.merge import MergeOptions, merge
 
 OUTPUTS = ["out.bin", "out.idx", "out.json"]
 SCRIPT = Path(command.__file__)

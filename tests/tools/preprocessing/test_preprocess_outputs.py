@@ -11,9 +11,9 @@ from oracles.preprocessing import jsonl, run
 
 from retemper.engine.errors import UserError
 from retemper.tools.preprocessing.dataset_files import is_of_dataset
-from retemper.tools.preprocessing.merging import MergeOptions, merge
+from retemper.tools.preprocessing.merging.merge import MergeOptions, merge
 from retemper.tools.preprocessing.options import PreprocessOptions
-from retemper.tools.preprocessing.output_check import require_free_shards
+from retemper.tools.preprocessing.output.checks import require_free_shards
 from retemper.tools.preprocessing.pipeline import preprocess
 
 RECORDS = jsonl(["one two", "three"])

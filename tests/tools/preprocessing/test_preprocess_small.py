@@ -19,9 +19,10 @@ from retemper.engine.errors import UserError
 from retemper.engine.tokenizer.backends import TokenizersReference
 from retemper.engine.tokenizer.fast import FastEncoder
 from retemper.engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
-from retemper.tools.preprocessing import pipeline, preload, run_setup
-from retemper.tools.preprocessing.inputs import InputOptions, expand_inputs
-from retemper.tools.preprocessing.tasks import are_small
+from retemper.tools.preprocessing import pipeline, run_setup
+from retemper.tools.preprocessing.inputs.files import InputOptions, expand_inputs
+from retemper.tools.preprocessing.workers import shared_tokenizer
+from retemper.tools.preprocessing.workers.tasks import are_small
 
 TEXTS = [
     *(sample_text(seed, 5 + seed % 7) for seed in range(12)),
@@ -127,15 +128,15 @@ def test_workers_load_the_fast_tokenizer_once_for_any_document_end(tmp_path, mon
     load = FastEncoder.__init__
     monkeypatch.setattr(FastEncoder, "__init__", lambda self, *given: loads.append(load(self, *given)))
     spec = TokenizerSpec(str(folder), file, eod_token="<end>")
-    preload.announce(spec)
+    shared_tokenizer.announce(spec)
     try:
-        inherited = importlib.reload(preload).load_tokenizer_once(spec, spec.load().sha256)
+        inherited = importlib.reload(shared_tokenizer).load_tokenizer_once(spec, spec.load().sha256)
         assert inherited.encoder.startswith("fastokens ") and len(loads) == 1
         assert inherited.eod("<end>")[1] not in inherited.encode_flat(["a<end>b"])[0]
         assert len(loads) == 1
     finally:
         monkeypatch.delenv("RETEMPER_PRELOADED_TOKENIZER")
-        importlib.reload(preload)
+        importlib.reload(shared_tokenizer)
 
 
 def test_workers_inherit_the_tokenizer_where_the_package_is_not_installed(tmp_path):
@@ -144,11 +145,12 @@ def test_workers_inherit_the_tokenizer_where_the_package_is_not_installed(tmp_pa
     code = (
         "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
         "from pathlib import Path; from concurrent.futures import ProcessPoolExecutor\n"
-        "from retemper.engine.tokenizer.tokenizer import TokenizerSpec; from retemper.tools.preprocessing import pool\n"
+        "from retemper.engine.tokenizer.tokenizer import TokenizerSpec\n"
+        "from retemper.tools.preprocessing.workers import pool\n"
         f"pool.start_early(TokenizerSpec('tk', Path({str(file)!r})))\n"
         "with ProcessPoolExecutor(1, pool.worker_context()) as workers:\n"
-        "    probe = \"__import__('sys').modules['retemper.tools.preprocessing.preload']._loaded is not None\"\n"
-        "    assert workers.submit(eval, probe).result()\n"
+        "    module = \"__import__('sys').modules['retemper.tools.preprocessing.workers.shared_tokenizer']\"\n"
+        "    assert workers.submit(eval, f'{module}._loaded is not None').result()\n"
     )
     script = [sys.executable, "-S", "-c", code, json.dumps(sys.path)]
     subprocess.run(script, check=True, cwd=tmp_path, env={})

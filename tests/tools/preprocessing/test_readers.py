@@ -14,14 +14,14 @@ import zstandard
 from oracles.reading import read_file, read_texts
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing import long_text
-from retemper.tools.preprocessing.cleaning import Cleaner
-from retemper.tools.preprocessing.decontamination import NgramFilter
-from retemper.tools.preprocessing.held_out import held_out_files, read_held_out
+from retemper.tools.preprocessing.cleaning.cleaner import Cleaner
+from retemper.tools.preprocessing.cleaning.decontamination import NgramFilter
+from retemper.tools.preprocessing.cleaning.held_out import held_out_files, read_held_out
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.readers import json_array, lines, streams, text
-from retemper.tools.preprocessing.records import ReadOptions
-from retemper.tools.preprocessing.texts import TextChoice
+from retemper.tools.preprocessing.records import long_text
+from retemper.tools.preprocessing.records.reading import ReadOptions
+from retemper.tools.preprocessing.records.text_choice import TextChoice
 
 BOM = b"\xef\xbb\xbf"
 DEEP = 1100  # beyond what parsers take

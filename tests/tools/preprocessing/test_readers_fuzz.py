@@ -21,8 +21,8 @@ from oracles.reading import Reading, read_file, read_texts
 from oracles.tiny_pdf import tiny_pdf
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing import long_text
 from retemper.tools.preprocessing.readers import delimited, json_array, lines
+from retemper.tools.preprocessing.records import long_text
 
 fuzz = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 

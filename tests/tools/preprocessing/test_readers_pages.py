@@ -14,9 +14,9 @@ from oracles.reading import read_file
 from oracles.tiny_pdf import tiny_pdf
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing.faults import MalformedError
 from retemper.tools.preprocessing.readers import markup
 from retemper.tools.preprocessing.readers.markup import decode_html, visible_text
+from retemper.tools.preprocessing.records.errors import MalformedError
 
 PAGES = [["The first line,", "a (second) line \\ of it."], [], ["On page three."]]
 

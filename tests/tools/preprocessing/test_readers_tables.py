@@ -18,7 +18,7 @@ from oracles.reading import read_file
 
 from retemper.engine.errors import UserError
 from retemper.tools.preprocessing import formats
-from retemper.tools.preprocessing.inputs import InputOptions, expand_inputs
+from retemper.tools.preprocessing.inputs.files import InputOptions, expand_inputs
 from retemper.tools.preprocessing.readers import delimited, parquet
 
 ROWS = [

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from oracles.word_ngrams import kind_of, ngrams_of, shingles_of
 
-from retemper.tools.preprocessing import decontamination, near_dedup, shingles
-from retemper.tools.preprocessing.hashing import mix64, mix64_of
-from retemper.tools.preprocessing.shingles import LongUnits, Units, units_of
+from retemper.engine.data.splitmix import mix64, mix64_of
+from retemper.tools.preprocessing import ngrams
+from retemper.tools.preprocessing.cleaning import decontamination
+from retemper.tools.preprocessing.dedup import near
+from retemper.tools.preprocessing.ngrams import LongUnits, Units, units_of
 
 ALPHABETS = {
     "latin": "ab B.\n",
@@ -45,19 +47,19 @@ def small_blocks(monkeypatch):
     """Blocks of some characters, so that short texts are long."""
 
     def set_block(size: int) -> None:
-        for module in (shingles, near_dedup, decontamination):
+        for module in (ngrams, near, decontamination):
             monkeypatch.setattr(module, "BLOCK", size)
 
     return set_block
 
 
 def test_each_character_is_what_the_name_of_its_folded_form_says():
-    weights = shingles._tables()[1]
+    weights = ngrams._tables()[1]
     wrong = []
     for code in range(0x110000):
         if unicodedata.category(chr(code)) not in ("Cn", "Co", "Cs"):
             folded = chr(code).casefold()
-            expected = NAMES[kind_of(folded)] if len(folded) == 1 else shingles._EXPANDED
+            expected = NAMES[kind_of(folded)] if len(folded) == 1 else ngrams._EXPANDED
             if weights[code] != expected:
                 wrong.append(hex(code))
     assert not wrong
@@ -68,7 +70,7 @@ def test_all_characters_are_folded_as_python_folds_them():
     text = "".join(f"x{character}y." for character in every)
     folded = unicodedata.normalize("NFC", text).casefold()
     found = [
-        shingles._hash_codes(shingles._codes(part), np.array([len(part)])).hashes.tolist()
+        ngrams._hash_codes(ngrams._codes(part), np.array([len(part)])).hashes.tolist()
         for part in (unicodedata.normalize("NFC", text), folded)
     ]
     assert found[0] == found[1]

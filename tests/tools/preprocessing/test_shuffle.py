@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from retemper.tools.preprocessing.dataset_writer import FileRange
-from retemper.tools.preprocessing.shuffle import ExternalShuffle, ShuffledDocuments
+from retemper.tools.preprocessing.output.shuffle import ExternalShuffle, ShuffledDocuments
 
 COLUMNS = ("tokens", "metadata")
 

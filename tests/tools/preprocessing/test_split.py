@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing.split import Split, within_limit
+from retemper.tools.preprocessing.output.split import Split, within_limit
 
 
 def digests_of(texts: list[str]) -> np.ndarray:

@@ -247,7 +247,7 @@ def test_a_checkpoint_in_the_runs_own_folder(one_rank, run_folder, tmp_path):
     assert saved_runs.resolve(one_rank, run_folder, str(named))[0] == "step-00000008"
 
 
-def test_a_damaged_newest_one_of_a_run_that_began_at_a_path_is_set_aside(one_rank, begun):
+def test_a_damaged_newest_one_of_a_run_that_began_at_a_path_is_quarantined(one_rank, begun):
     folder, base = begun
     (folder / "checkpoints" / "step-00000010" / "rank-00000.safetensors").write_bytes(b"")
     assert saved_runs.resolve(one_rank, folder, str(base))[0] == "step-00000006"
@@ -283,7 +283,7 @@ def test_links_to_archived_checkpoints_are_unlinked(one_rank, run_folder, tmp_pa
     leftover = run_folder / "checkpoints" / f".step-00000002.{'0' * 32}.tmp"
     leftover.symlink_to(archive)
     store, kept = CheckpointStore(run_folder, one_rank, 1, False), tree(archive)
-    assert store.thin_out(None) == []
+    assert store.prune(None) == []
     [line] = store.remove_leftovers()
     assert str(leftover) in line and "could not" not in line
     assert sorted(path.name for path in (run_folder / "checkpoints").iterdir()) == ["step-00000012"]
@@ -311,7 +311,7 @@ def immutable(monkeypatch):
 def test_what_cannot_be_removed_is_named_with_its_full_path_and_passed_over(one_rank, run_folder, immutable):
     immutable("rank-00000.safetensors", "step-00000008")
     store = CheckpointStore(run_folder, one_rank, 1, False)
-    [line] = store.thin_out(None)
+    [line] = store.prune(None)
     assert line.startswith("note: ") and "Operation not permitted and 1 more" in line
     folder = run_folder / "checkpoints"
     [leftover] = folder.glob(".step-*.tmp")

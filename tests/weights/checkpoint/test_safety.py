@@ -26,13 +26,13 @@ from retemper.engine.weights.checkpoint.tensors import load_tensors, stored_tens
 from retemper.engine.weights.checkpoint.verify import find_damage
 from retemper.engine.weights.conversion.dcp_metadata import (
     Refused,
-    inert_class,
+    check_pickle_size,
+    placeholder_class,
     read_metadata,
-    require_modest,
     unpickle_metadata,
 )
 from retemper.engine.weights.conversion.dcp_to_hf import convert
-from retemper.engine.weights.untrusted import file_inside, shown
+from retemper.engine.weights.damage import brief, file_inside
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -242,12 +242,12 @@ def test_every_pickle_of_python_is_modest(protocol):
         bytearray(b"r\xff\xff\xff\xff" * 60),
     ]
     saved = pickle.dumps(content, protocol)
-    require_modest(saved)
-    require_modest(saved + b"\xff\xff")  # What follows is not read.
-    require_modest(pickletools.optimize(saved[:0] + pickle.dumps(content[:300], protocol)))
+    check_pickle_size(saved)
+    check_pickle_size(saved + b"\xff\xff")  # What follows is not read.
+    check_pickle_size(pickletools.optimize(saved[:0] + pickle.dumps(content[:300], protocol)))
     for stop in (0, 1, 2, 11, len(saved) // 2, len(saved) - 1):
         with pytest.raises(Refused, match="does not end"):
-            require_modest(saved[:stop])
+            check_pickle_size(saved[:stop])
 
 
 @pytest.mark.parametrize("code", [b"\x8d", b"\x8e", b"\x96", b"X", b"T", b"B", b"\x8b"])
@@ -270,7 +270,7 @@ def test_paths_and_shapes_that_grow_are_refused():
 
 
 def test_one_state_for_many_objects_is_not_copied():
-    inert, state = inert_class(), {"x": 1}
+    inert, state = placeholder_class(), {"x": 1}
     objects = [inert(), inert()]
     for item in objects:
         item.__setstate__(state)
@@ -282,7 +282,7 @@ def test_errors_are_short_whatever_they_are_about(folder):
     for _ in range(18):
         nested = [nested, nested]
     for value in (nested, "x" * 10**6, 10**5000, {1: nested}, [nested], ("a",) * 1000):
-        assert len(shown(value)) < 250
+        assert len(brief(value)) < 250
     with pytest.raises(UserError) as error:
         file_inside(folder, nested)
     assert len(str(error.value)) < 1000

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ....engine.errors import UserError
-from ..expansion import ExpansionLimit
-from ..faults import DamagedError, Where
 from ..formats import require_library
-from ..records import ReadContext, Record
-from ..tasks import Span
+from ..records.errors import DamagedError, Where
+from ..records.reading import ReadContext, Record
+from ..workers.tasks import Span
 from .arrow_rows import batch_records, decoded_bytes, longest_entry
 from .columns import usable_columns
+from .expansion_limit import ExpansionLimit
 from .streams import check_unchanged, damage_is_user_error, iterate_checked
 
 _FILE_MAGIC = b"ARROW1"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..faults import MalformedError, Where
 from ..formats import require_library
-from ..records import ReadContext, Record
+from ..records.errors import MalformedError, Where
+from ..records.reading import ReadContext, Record
 
 _VIEW_BYTES = 16
 _NOT_IN_PYTHON = (ValueError, ArithmeticError, TypeError, NotImplementedError)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from ..faults import Where
-from ..records import ReadContext
-from ..texts import suggested_key
+from ..records.errors import Where
+from ..records.reading import ReadContext
+from ..records.text_choice import suggested_key
 
 _SHOWN = 8
 

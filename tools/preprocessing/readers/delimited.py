@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from ....engine.errors import UserError
-from ..faults import DamagedError, MalformedError, Where
-from ..json_records import invalid_utf8
-from ..records import ReadContext, Record
-from ..tasks import Span
+from ..records.errors import DamagedError, MalformedError, Where
+from ..records.json_values import invalid_utf8
+from ..records.reading import ReadContext, Record
+from ..workers.tasks import Span
 from .columns import usable_columns
 from .streams import open_stream, skip_bom
 

@@ -16,12 +16,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..faults import DamagedError, MalformedError, Where
-from ..json_records import WantedKeys
-from ..long_text import LONG_BYTES, LongText
-from ..records import ReadContext, Record
-from ..tasks import Span
-from ..texts import json_type
+from ..records.errors import DamagedError, MalformedError, Where
+from ..records.json_values import WantedKeys
+from ..records.long_text import LONG_BYTES, LongText
+from ..records.reading import ReadContext, Record
+from ..records.text_choice import json_type
+from ..workers.tasks import Span
 from .lines import MAX_RECORD_BYTES, Line, parse_value
 from .streams import open_stream, skip_bom
 

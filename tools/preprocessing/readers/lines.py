@@ -12,12 +12,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
-from ..faults import DamagedError, MalformedError, Where
-from ..json_records import WantedKeys, invalid_utf8, parse_json
-from ..long_text import LONG_BYTES, LongText, read_long_json
-from ..records import ReadContext, Record
-from ..tasks import Span
-from ..texts import json_type
+from ..records.errors import DamagedError, MalformedError, Where
+from ..records.json_values import WantedKeys, invalid_utf8, parse_json
+from ..records.long_text import LONG_BYTES, LongText, read_long_json
+from ..records.reading import ReadContext, Record
+from ..records.text_choice import json_type
+from ..workers.tasks import Span
 from .streams import open_stream, skip_bom
 
 _COPY_BYTES = 1 << 20

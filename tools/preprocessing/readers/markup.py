@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterator
 
 from ....engine.errors import UserError
-from ..faults import MalformedError, Where
 from ..formats import require_library
-from ..records import ReadContext, Record
-from ..tasks import Span
-from . import text as text_files
+from ..readers import text as text_files
+from ..records.errors import MalformedError, Where
+from ..records.reading import ReadContext, Record
+from ..workers.tasks import Span
 from .streams import open_stream
 
 _MAX_BYTES = 1 << 26

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ....engine.errors import UserError
-from ..expansion import ExpansionLimit
-from ..faults import UNREADABLE, DamagedError, Where
 from ..formats import require_library
-from ..records import ReadContext, Record
-from ..tasks import Span
+from ..records.errors import UNREADABLE, DamagedError, Where
+from ..records.reading import ReadContext, Record
+from ..workers.tasks import Span
 from .arrow_rows import batch_records, decoded_bytes
 from .columns import usable_columns
+from .expansion_limit import ExpansionLimit
 from .streams import damage_is_user_error, iterate_checked, open_stream
 
 _BATCH_BYTES = 4 << 20

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from ....engine.errors import UserError
-from ..faults import MalformedError, Where
 from ..formats import require_library
-from ..records import ReadContext, Record
-from ..tasks import Span
+from ..records.errors import MalformedError, Where
+from ..records.reading import ReadContext, Record
+from ..workers.tasks import Span
 from .streams import open_stream, short_reason
 
 _BETWEEN_PAGES = "\n\n"

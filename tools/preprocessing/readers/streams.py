@@ -20,10 +20,10 @@ from typing import IO, Any, TypeVar, cast
 import zstandard
 
 from ....engine.errors import UserError
-from ..expansion import READ_AHEAD_BYTES, ExpansionLimit
-from ..faults import DamagedError
-from ..inputs import InputFile
-from ..records import ReadContext
+from ..inputs.files import InputFile
+from ..records.errors import DamagedError
+from ..records.reading import ReadContext
+from .expansion_limit import READ_AHEAD_BYTES, ExpansionLimit
 
 _GzipFile: Any = gzip.GzipFile
 _DAMAGED: tuple[Any, ...] = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, zlib.error)

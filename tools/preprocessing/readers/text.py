@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 
-from ..faults import MalformedError, Where
-from ..json_records import invalid_utf8
-from ..long_text import LONG_BYTES, LongText
-from ..records import ReadContext, Record
-from ..tasks import Span
+from ..records.errors import MalformedError, Where
+from ..records.json_values import invalid_utf8
+from ..records.long_text import LONG_BYTES, LongText
+from ..records.reading import ReadContext, Record
+from ..workers.tasks import Span
 from .streams import open_stream, skip_bom
 
 _COPY_BYTES = 1 << 20

@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from ....engine.errors import UserError
-from ..expansion import ExpansionLimit
-from ..faults import DamagedError, Where
 from ..formats import require_library
-from ..records import ReadContext, Record, readable_part
-from ..tasks import Span
+from ..records.errors import DamagedError, Where
+from ..records.reading import ReadContext, Record, readable_part
+from ..workers.tasks import Span
 from .columns import usable_columns
+from .expansion_limit import ExpansionLimit
 from .streams import damage_is_user_error, iterate_checked, open_stream
 
 _MAX_ROWS = 1 << 20  # of Excel itself

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .training_plan import TrainingPlan
 
 SOURCE_HEAD = ("source", "files", "documents", "tokens", "share", "bytes per token", "left out")
-RUN_HEAD = ("source", "tokens", "windows", "samples", "epochs", "cap reached after")
+RUN_HEAD = ("source", "tokens", "chunks", "samples", "epochs", "cap reached after")
 _REPEATED = 3
 
 
@@ -112,7 +112,7 @@ def source_rows(report: DatasetReport) -> list[tuple[str, ...]]:
 
 
 def run_facts(plan: TrainingPlan) -> dict[str, str]:
-    """Steps of a run, and what its windows do to the documents."""
+    """Steps of a run, and what its chunks do to the documents."""
     role = {
         "train": "trains on this dataset",
         "validation": "evaluates on this dataset",
@@ -123,14 +123,14 @@ def run_facts(plan: TrainingPlan) -> dict[str, str]:
         "steps": f"{plan.steps:,} of {plan.global_batch_size:,} samples x {plan.sequence_length:,} tokens = "
         f"{plan.tokens:,} tokens",
     }
-    if plan.cuts is not None:
-        fitting = plan.cuts.documents - plan.cuts.longer
-        about = "" if plan.cuts.exact else f" (estimated from {plan.cuts.documents:,} documents)"
+    if plan.truncation is not None:
+        fitting = plan.truncation.documents - plan.truncation.longer
+        about = "" if plan.truncation.exact else f" (estimated from {plan.truncation.documents:,} documents)"
         facts["documents cut"] = (
-            f"{_share(plan.cuts.cut, fitting)} of those that fit in a window; "
-            f"{_share(plan.cuts.longer, plan.cuts.documents)} are longer than one{about}"
+            f"{_share(plan.truncation.truncated, fitting)} of those that fit in a chunk; "
+            f"{_share(plan.truncation.longer, plan.truncation.documents)} are longer than one{about}"
         )
-        facts["tokens left out"] = f"{plan.cuts.tokens_lost:,} behind the last whole window"
+        facts["tokens left out"] = f"{plan.truncation.tokens_dropped:,} behind the last whole chunk"
     if not plan.checked_model:
         facts["model"] = "not found here: vocabulary and tokenizer were not compared with the datasets'"
     return facts
@@ -142,7 +142,7 @@ def run_rows(plan: TrainingPlan) -> list[tuple[str, ...]]:
         (
             f"{source.name} (this dataset)" if source.is_this and len(plan.sources) > 1 else source.name,
             f"{source.tokens:,}",
-            f"{source.windows:,}",
+            f"{source.chunks:,}",
             f"{source.samples:,}",
             f"{source.epochs:.3g}",
             "" if source.capped_at_tokens is None else f"{source.capped_at_tokens:,} tokens",

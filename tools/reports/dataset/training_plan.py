@@ -11,20 +11,20 @@ from dataclasses import dataclass, replace
 from ....engine.config.parser import parse_config
 from ....engine.config.settings import RunConfig, SourceConfig
 from ....engine.data.catalog import Catalog, open_catalog
-from ....engine.data.document_packing import GROUP_WINDOWS
+from ....engine.data.document_packing import CHUNKS_PER_GROUP
 from ....engine.data.index_format import dataset_prefix
 from ....engine.data.sample_order import SampleOrder
 from ....engine.data.source import Source
 from ....engine.data.tokenizer_identity import TokenizerIdentity
-from ....engine.data.truncation import count_cuts
+from ....engine.data.truncation import TruncationCount, count_truncated
 from ....engine.model.architecture import parse_architecture
-from ....engine.observe.summary import describe_data
+from ....engine.observe.start_summary import describe_data
 from ....engine.schedule import BatchPlan, plan_batches
 from ....engine.weights.checkpoint.assets import find_assets
 
 _ANY_VOCABULARY = 1 << 31
 _GROUPS_COUNTED = 256
-"""Groups of windows in which cut documents are counted: all of a source of 134 million tokens in windows of 4,096."""
+"""Groups of chunks in which cut documents are counted: all of a source of 134 million tokens in chunks of 4,096."""
 _CURVE_POINTS = 120
 
 
@@ -38,32 +38,16 @@ class SourcePlan:
     """Whether it is the dataset that is shown."""
     tokens: int
     """Of the part that is trained on."""
-    windows: int
+    chunks: int
     """Samples in one epoch."""
     samples: int
     """Samples drawn until the end of the run."""
     samples_by_stage: list[int]
     epochs: float
-    """samples / windows."""
+    """samples / chunks."""
     capped_at_tokens: int | None
     """Tokens of the run from which on others take its place, since it has given all that its caps allow; None where
     that is never in this run."""
-
-
-@dataclass(frozen=True)
-class CutPlan:
-    """Documents of the dataset that the edges of windows cut."""
-
-    documents: int
-    """That were looked at."""
-    longer: int
-    """Of those, longer than a window: they are cut however they are packed."""
-    cut: int
-    """Of the others, cut."""
-    tokens_lost: int
-    """Tokens behind the last whole window, which are never trained on."""
-    exact: bool
-    """Whether these are all documents, not those in 256 groups of windows that are spread evenly."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +68,7 @@ class TrainingPlan:
     stage_stops: list[int]
     """Tokens after which each stage ends."""
     sources: list[SourcePlan]
-    cuts: CutPlan | None
+    truncation: TruncationCount | None
     """None where the dataset is not trained on."""
     summary: list[str]
     """What the trainer will say at its start about the data."""
@@ -118,7 +102,9 @@ def plan_training(config_file: str, prefix: str) -> TrainingPlan:
         tokens=steps * plan.tokens_per_step,
         stage_stops=[stop * plan.sequence_length for stop in stops],
         sources=[_plan_source(source, catalog, order, stops, prefix) for source in catalog.train],
-        cuts=next((_count_cuts(source) for source in catalog.train if _same(source.dataset.prefix, prefix)), None),
+        truncation=next(
+            (_count_truncated(source) for source in catalog.train if _same(source.dataset.prefix, prefix)), None
+        ),
         summary=describe_data(config.data, catalog, order, last_sample),
         curve=_curve(catalog, order, last_sample, plan),
     )
@@ -126,8 +112,8 @@ def plan_training(config_file: str, prefix: str) -> TrainingPlan:
 
 def _with_dataset(config: RunConfig, prefix: str) -> tuple[RunConfig, str]:
     """The configuration with the dataset in it, and the part that it plays."""
-    blends = [stage.train for stage in config.data.stages] or [config.data.train]
-    if any(_same(source.path, prefix) for blend in blends for source in blend):
+    mixtures = [stage.train for stage in config.data.stages] or [config.data.train]
+    if any(_same(source.path, prefix) for mixture in mixtures for source in mixture):
         return config, "train"
     if any(_same(path, prefix) for path in config.data.validation.values()):
         return config, "validation"
@@ -155,34 +141,35 @@ def _plan_source(source: Source, catalog: Catalog, order: SampleOrder, stops: li
         path=str(catalog.fingerprints[source.name]["path"]),
         is_this=_same(source.dataset.prefix, prefix),
         tokens=source.stop - source.start,
-        windows=source.num_windows,
+        chunks=source.num_chunks,
         samples=given[-1],
         samples_by_stage=[now - before for now, before in zip(given, [0, *given[:-1]], strict=True)],
-        epochs=given[-1] / source.num_windows,
+        epochs=given[-1] / source.num_chunks,
         capped_at_tokens=_capped_at(source.name, order, stops[-1]),
     )
 
 
 def _capped_at(name: str, order: SampleOrder, last_sample: int) -> int | None:
     """Tokens of the run from which on the source's stage goes on without it."""
-    for phase in order.schedule.phases:
-        wanted = [share.name for share in order.schedule.stages[phase.stage].shares]
-        if phase.start < last_sample and name in wanted and name not in [share.name for share in phase.shares]:
+    for phase in order.curriculum.phases:
+        wanted = [source.name for source in order.curriculum.stages[phase.stage].sources]
+        if phase.start < last_sample and name in wanted and name not in [source.name for source in phase.sources]:
             return phase.start * order.sequence_length
     return None
 
 
-def _count_cuts(source: Source) -> CutPlan:
-    groups = -(-source.num_windows // (GROUP_WINDOWS if source.layout is None else source.layout.group_windows))
+def _count_truncated(source: Source | None) -> TruncationCount | None:
+    if source is None:
+        return None
+    groups = -(-source.num_chunks // (CHUNKS_PER_GROUP if source.packer is None else source.packer.chunks_per_group))
     counted = sorted({groups * i // _GROUPS_COUNTED for i in range(_GROUPS_COUNTED)})
-    count = count_cuts(source, groups=counted)
-    return CutPlan(count.documents, count.longer, count.cut, count.tokens_lost, len(counted) == groups)
+    return count_truncated(source, groups=counted)
 
 
 def _curve(catalog: Catalog, order: SampleOrder, last_sample: int, plan: BatchPlan) -> list[tuple[int, list[float]]]:
     samples = sorted({last_sample * i // _CURVE_POINTS for i in range(_CURVE_POINTS + 1)})
     given = [order.cursors(sample) for sample in samples]
     return [
-        (sample * plan.sequence_length, [count[source.name] / source.num_windows for source in catalog.train])
+        (sample * plan.sequence_length, [count[source.name] / source.num_chunks for source in catalog.train])
         for sample, count in zip(samples, given, strict=True)
     ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ....engine.data.indexed_dataset import IndexedDataset
-from ....engine.data.sidecar import Sidecar, hash_file, require_same_dataset
+from ....engine.data.sidecar import Sidecar, require_same_dataset
 from ....engine.errors import UserError
+from ....engine.files.hashing import hash_file
 from ....engine.tokenizer.tokenizer import TokenizerHandle
 from ...preprocessing.dataset_writer import METADATA
 from ...preprocessing.progress import ProgressReport

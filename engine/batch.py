@@ -1,0 +1,73 @@
+"""The packed batch that the data loader makes and the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.attention import VARIABLE_LENGTH, AttentionPlan, pad_offsets, plan_attention
+from ..kernels.linear_cross_entropy import IGNORE_INDEX
+
+
+class Batch(NamedTuple):
+    """Documents laid end to end: T tokens without padding.
+
+    With context parallelism a rank has only its own tokens, targets and positions; the offsets are those of all ranks.
+    """
+
+    tokens: Tensor
+    """[T] int64 token ids."""
+    targets: Tensor
+    """[T] int64: the next token, or ``IGNORE_INDEX``."""
+    position_ids: Tensor
+    """[T] int64 positions, from zero in every document."""
+    cu_seqlens: Tensor
+    """[documents + 1] int32, first 0, last T. Documents without tokens may follow the others."""
+    max_seqlen: int
+    """Length of the longest document."""
+    num_targets: int
+    """Number of targets that are not masked."""
+    attention: AttentionPlan | None = None
+    """The backend and its data; None for the backend that ``auto`` selects for the tensors' device."""
+
+    @classmethod
+    def of_documents(cls, tokens: Tensor, lengths: Sequence[int], targets: Tensor | None = None) -> Batch:
+        """Return a batch of documents of these ``lengths``; without ``targets`` all are masked."""
+        targets = torch.full_like(tokens, IGNORE_INDEX) if targets is None else targets
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(tokens.device)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        num_targets = int((targets != IGNORE_INDEX).sum())
+        return cls(tokens, targets, positions, cu_seqlens, max(lengths), num_targets)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the same batch on ``device``; copies from pinned memory are asynchronous."""
+        if device.type == "cpu":
+            return self
+        return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]})
+
+    def pin_memory(self) -> Batch:
+        """Return the same batch in page-locked memory."""
+        return self._replace(**{name: getattr(self, name).pin_memory() for name in self._fields[:4]})
+
+    def without_targets(self) -> Batch:
+        """Return the same batch with all targets masked."""
+        return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX), num_targets=0)
+
+    def prepare(self, device: torch.device, attention_backend: str, windows: Iterable[int | None]) -> Batch:
+        """Return this batch, whose offsets are in host memory, on ``device`` with its attention planned.
+
+        Neither this nor the attention waits for the device.
+
+        Args:
+            device: of the model.
+            attention_backend: result of ``choose_attention``.
+            windows: attention windows of the model's layers.
+        """
+        plan = plan_attention(attention_backend, self.cu_seqlens, windows, device)
+        batch = self.to(device)
+        # Padding needs only the shape, which the host knows.
+        offsets = pad_offsets(batch.cu_seqlens) if attention_backend in VARIABLE_LENGTH else batch.cu_seqlens
+        return batch._replace(cu_seqlens=offsets, attention=plan)

@@ -1,0 +1,233 @@
+"""The start-up summary: every derived quantity that a user would otherwise work out by hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config.effects import Situation, without_effect
+from ..config.settings import DataConfig, RunConfig
+from ..data.catalog import Catalog
+from ..data.document_packing import CHUNKS_PER_GROUP
+from ..data.sample_order import SampleOrder
+from ..data.source import Source
+from ..data.truncation import count_truncated
+from ..model.config_keys import describe_unread
+from ..model.dtypes import DTYPES
+from ..optim.local import local_part
+from ..parallel import trainable
+from ..parallel.launcher import launcher_notes
+from ..run_state import Run
+from ..tokenizer.document_frame import frame_of_files
+from ..weights.checkpoint.assets import HfAssets
+from ..weights.checkpoint.resume_changes import describe_changes
+from ..weights.checkpoint.retention import describe_rule
+from .flops import device_peak_flops, flops_per_token
+from .progress import duration, human
+from .tokenizer_notes import tokenizer_notes
+
+_MANY_EPOCHS = 4
+_GROUPS_COUNTED = 8  # of each source, to estimate how many documents are cut
+
+
+def describe_start(run: Run) -> list[str]:
+    """Return everything that is logged about ``run`` before its first step."""
+    config, start, catalog, last_sample = run.config, run.start, run.catalog, run.last_sample
+    assert start.assets.config is not None
+    was, layout, given = start.resumed, run.mesh.layout._asdict(), config.model.architecture
+    validation = next(iter(catalog.validation), None)
+    return [
+        *(describe_changes(was, config, layout, catalog.fingerprints) if was else []),
+        *(describe_unread(start.assets.config, given) if isinstance(given, str) else []),
+        *notes(config, catalog, start.assets),
+        *data_notes(catalog, run.order, last_sample),
+        *(f"note: {line}" for line in [*_budget_used(run), *without_effect(_situation(run))]),
+        *describe_run(run),
+        describe_saving(config, run.model.parameters()),
+        describe_rule(config.checkpoint, config.training.eval_interval, validation, run.store.rewind_steps),
+        *describe_data(config.data, catalog, run.order, last_sample),
+        *run.validation.describe(),
+        *run.remarks,
+        *(run.validation.measure.note_on(run.progress.best) if run.validation.measure is not None else []),
+    ]
+
+
+def _budget_used(run: Run) -> list[str]:
+    """A line where the run has trained on more tokens than it is asked for now."""
+    budget, tokens = run.config.training.train_tokens, run.progress.tokens
+    if tokens - budget < run.plan.tokens_per_step:  # the last step is a whole one
+        return []
+    return [
+        f"training.train_tokens {budget:,} is less than the {tokens:,} tokens that this run has trained on: "
+        "no step is left; raise it to train on"
+    ]
+
+
+def _situation(run: Run) -> Situation:
+    layout, resumed = run.mesh.layout, run.start.resumed
+    return Situation(
+        run.config,
+        same_weights=layout.replicate > 1 or layout.tensor > 1,
+        reduces=layout.data_parallel * layout.context > 1,
+        num_micro_batches=run.plan.num_micro_batches,
+        device=run.ranks.device.type,
+        resumed=resumed.config if resumed else None,
+        source_tokens={source.name: source.stop - source.start for source in run.catalog.train},
+    )
+
+
+def _describe_weights(run: Run) -> str:
+    """Where the weights come from."""
+    folder, name = run.start.folder, run.config.model.initialize_from
+    if run.start.resumed:
+        return f"resumed from {folder} at step {run.progress.step:,}"
+    return f"weights of {name or 'a random initialization'}" + (f": {folder}" if folder != name else "")
+
+
+def describe_run(run: Run) -> list[str]:
+    """Lines about model, ranks, step and budget."""
+    config, plan, ranks, precision = run.config, run.plan, run.ranks, run.precision
+    remaining_steps = run.remaining_steps
+    training, architecture, attention = config.training, run.start.architecture, run.attention
+    compiled = "compiled" if run.choices.compiled else "not compiled"
+    all_pairs, causal_pairs = (
+        flops_per_token(architecture, plan.sequence_length, halved, training.trainable) for halved in (False, True)
+    )
+    # What arithmetic alone allows. The time that is really left is measured, and stands on the line of every step.
+    peak = device_peak_flops(ranks.device)
+    seconds = remaining_steps * plan.tokens_per_step * causal_pairs / ((peak or 1.0) * ranks.world_size)
+    shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
+    return [
+        f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
+        f"{human(trainable.count(architecture, training))} of them trainable, {_describe_weights(run)}",
+        f"ranks       {ranks.world_size} ({ranks.device.type}): {run.mesh.layout}, compute in {precision.name} "
+        f"({precision.reason})",
+        f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
+        f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
+        f"optimizer states in {config.optimizer.state_dtype}",
+        f"attention   {attention.backend}: {attention.reason}",
+        f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = {plan.tokens_per_step:,} "
+        f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
+        f"budget      {training.train_tokens:,} tokens = {plan.steps_for(training.train_tokens):,} steps, warm-up "
+        f"{training.warmup_tokens:,} tokens; {remaining_steps:,} steps to go{shortest}",
+        f"FLOPs/token {all_pairs:.4g} (all pairs of positions), {causal_pairs:.4g} (causal pairs)",
+    ]
+
+
+def _describe_recompute(config: RunConfig) -> str:
+    every = config.parallel.recompute_every
+    return config.parallel.recompute + (f" in every {every}th block" if every > 1 else "")
+
+
+def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
+    """When checkpoints are written, and the host memory that this takes.
+
+    Args:
+        config: of the run.
+        parameters: of this rank.
+    """
+    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
+    sizes, pinned = [], 0
+    for held, learns in ((local_part(parameter), parameter.requires_grad) for parameter in parameters):
+        of_held = [held.numel() * size for size in (held.dtype.itemsize, *2 * learns * (state_bytes,))]
+        sizes += of_held
+        # PyTorch rounds what it pins beside a GPU up to powers of two.
+        pinned += sum(1 << (size - 1).bit_length() if held.is_cuda and size else size for size in of_held)
+    how = "training waits for each"
+    if config.checkpoint.asynchronous:
+        on_node = pinned * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        how = f"copied to {_size(on_node)} of host memory on this node, where {_size(free)} are unused now"
+    return f"checkpoints every {config.checkpoint.save_interval:,} steps, {_size(sum(sizes))} of this rank; {how}"
+
+
+def _size(num_bytes: int) -> str:
+    return tqdm.format_sizeof(num_bytes, "B")
+
+
+def describe_data(data: DataConfig, catalog: Catalog, order: SampleOrder, last_sample: int) -> list[str]:
+    """Lines about the sources, stages, caps and packing of a run that ends after ``last_sample`` samples."""
+    length, curriculum = order.sequence_length, order.curriculum
+    given = order.cursors(last_sample)
+    sources = ", ".join(
+        f"{source.name} ({human(source.stop - source.start)} tokens, "
+        f"{given[source.name] / source.num_chunks:.3g} epochs)"
+        for source in catalog.train
+    )
+    lines = [f"data        {sources} until the end; validation: {', '.join(catalog.validation) or 'none'}"]
+    begin = 0
+    for number, stage in enumerate(curriculum.stages, 1):
+        mixture = ", ".join(f"{source.name} {source.weight:g}" for source in stage.sources)
+        until = "the end" if stage.stop is None else f"{stage.stop * length:,} tokens"
+        reached = "" if begin < last_sample else " (not reached)"
+        if len(curriculum.stages) == 1 and stage.stop is None:
+            lines.append(f"mixture     {mixture}")
+        else:
+            lines.append(f"stage {number:<5} from {begin * length:,} to {until}{reached}: {mixture}")
+        begin = stage.stop or 0
+    for phase in curriculum.phases:
+        gone = [source.name for source in curriculum.stages[phase.stage].sources if source not in phase.sources]
+        if gone and phase.start < last_sample:
+            left = ", ".join(source.name for source in phase.sources)
+            lines.append(
+                f"caps        from {phase.start * length:,} tokens on {', '.join(gone)} reached the cap; "
+                f"continuing with {left}"
+            )
+    return [*lines, _describe_packing(data, catalog)]
+
+
+def _describe_packing(data: DataConfig, catalog: Catalog) -> str:
+    # A group costs about a millisecond; all of them would be a pass over the whole index. Sources are seldom alike from
+    # end to end, so groups are taken from all of it.
+    counts = [count_truncated(source, groups=_spread_groups(source)) for source in catalog.train]
+    fitting = sum(count.documents - count.longer for count in counts)
+    cut = sum(count.truncated for count in counts) / max(1, fitting)
+    lost = sum(count.tokens_dropped for count in counts)
+    return (
+        f"packing     {data.packing}, {data.shuffle} shuffled: cuts {cut:.1%} of the documents that fit in a chunk "
+        f"(estimated from up to {_GROUPS_COUNTED * CHUNKS_PER_GROUP:,} chunks of each source); leaves out the "
+        f"{lost:,} tokens behind the sources' last chunks"
+    )
+
+
+def _spread_groups(source: Source) -> list[int]:
+    """Numbers of some groups of chunks, evenly spread over ``source``."""
+    groups = -(-source.num_chunks // CHUNKS_PER_GROUP)
+    count = min(groups, _GROUPS_COUNTED)
+    return [number * groups // count for number in range(count)]
+
+
+def notes(config: RunConfig, catalog: Catalog, assets: HfAssets) -> list[str]:
+    """What a user may not have meant."""
+    training, lines = config.training, launcher_notes()
+    assert assets.config is not None
+    max_positions: int | None = assets.config.get("max_position_embeddings")
+    if catalog.unchecked:
+        lines.append(
+            f"note: no sidecar next to {', '.join(dict.fromkeys(catalog.unchecked))}: which tokenizer made it is not "
+            "checked, and of the token ids at the start only a sample (tools/show_dataset.py --verify checks all)"
+        )
+    lines += tokenizer_notes(catalog, frame_of_files(assets.files), assets.tokenizer_sha256 is not None)
+    if max_positions is not None and training.sequence_length > max_positions:
+        lines.append(
+            f"note: training.sequence_length {training.sequence_length:,} is beyond the model's "
+            f"max_position_embeddings {max_positions:,}; the exported config.json keeps saying {max_positions:,}"
+        )
+    return lines
+
+
+def data_notes(catalog: Catalog, order: SampleOrder, last_sample: int) -> list[str]:
+    """What a user may not have meant by the datasets of a run that ends after ``last_sample`` samples."""
+    lines, given = [f"note: {remark}" for remark in catalog.remarks], order.cursors(last_sample)
+    for source in catalog.train:
+        epochs = given[source.name] / source.num_chunks
+        if epochs > _MANY_EPOCHS:
+            lines.append(
+                f"note: training source '{source.name}' is read {epochs:.1f} times until the end of the run; from "
+                f"about {_MANY_EPOCHS} epochs on, repeated data teaches ever less (Muennighoff et al., 2023, "
+                "https://arxiv.org/abs/2305.16264): add data, lower its weight, or cap it with max_epochs"
+            )
+    return lines

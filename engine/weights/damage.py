@@ -1,0 +1,46 @@
+"""Names and values that a checkpoint gives, which may come from anyone: checked before they are used or printed."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import UserError
+
+TABLE_FILE = "tensors.json"
+"""Where a checkpoint says which of its files holds which part of which tensor."""
+METADATA_FILE = ".metadata"
+"""The same, where PyTorch's distributed checkpoint (DCP) wrote it."""
+
+
+class DamagedCheckpoint(UserError):
+    """A file of the checkpoint is not what was written: another one is needed."""
+
+
+def brief(value: Any) -> str:
+    """A stranger's ``value`` for an error: short, whatever it is. Lists within lists can take any length to write."""
+    if isinstance(value, str | bytes):
+        return repr(value[:200]) + ("..." if len(value) > 200 else "")
+    items = value if type(value) in (list, tuple) and len(value) <= 20 else [value]
+    if all(item is None or type(item) in (int, float, bool) for item in items):
+        return repr(value) if all(type(item) is not int or item.bit_length() <= 64 for item in items) else "a number"
+    return f"a {type(value).__name__}"
+
+
+def file_inside(folder: str | Path, name: Any) -> Path:
+    """The path of the file ``name`` of a checkpoint, where ``name`` is what the checkpoint itself says.
+
+    Raises:
+        DamagedCheckpoint: it is absolute, has a part ``..``, or leads out of ``folder`` by a symbolic link.
+    """
+    if not isinstance(name, str) or not name or re.search(r"[\0\\\ud800-\udfff]", name):
+        raise DamagedCheckpoint(f"{folder}: names a file {brief(name)}, which is no path; use another checkpoint")
+    relative = PurePosixPath(name)
+    real, root = os.path.realpath(Path(folder) / name), os.path.realpath(folder)
+    if relative.is_absolute() or ".." in relative.parts or not real.startswith(os.path.join(root, "")):
+        raise DamagedCheckpoint(f"{folder}: names a file {brief(name)}, which is not inside it; use another checkpoint")
+    if os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real):
+        raise DamagedCheckpoint(f"{Path(folder) / name}: not a regular file; use another checkpoint")
+    return Path(folder) / name

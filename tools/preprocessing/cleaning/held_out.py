@@ -1,0 +1,84 @@
+"""The texts that ``--held-out`` keeps out of the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ....engine.errors import UserError
+from ..formats import FORMATS
+from ..inputs.files import STDIN, InputFile, InputOptions, expand_inputs
+from ..records.errors import MalformedError, Where
+from ..records.long_text import LongText
+from ..records.reading import ReadContext, ReadOptions
+from ..records.text_choice import TextChoice
+from ..workers.tasks import Span
+from .cleaner import Cleaner
+from .decontamination import NgramFilter
+
+
+def read_held_out(
+    files: Sequence[InputFile],
+    choice: TextChoice,
+    cleaner: Cleaner,
+    folder: Path,
+    reading: ReadOptions,
+) -> NgramFilter:
+    """The n-grams of the texts in ``files``; ``folder`` is for temporary files.
+
+    Records are read as those of the corpus are, cleaned by ``cleaner``; of those without the corpus's text key, all
+    strings are taken, nested ones too: test sets call their texts by many names. Of ``reading``, the sheets are those
+    of the corpus alone, and damage is always an error.
+
+    Raises:
+        UserError: a file cannot be read, or there is no text in any.
+    """
+    reading = replace(reading, sheets=(), skip_damage=False)
+    ngrams = NgramFilter.build(_texts(files, choice, cleaner, folder, reading))
+    if ngrams.num_ngrams == 0:
+        names = " ".join(file.path for file in files)
+        raise UserError(f"--held-out {names}: no text in it; name files with the texts to keep out")
+    return ngrams
+
+
+def held_out_files(paths: Sequence[str], choice: TextChoice) -> list[InputFile]:
+    """The files that ``--held-out`` names.
+
+    Raises:
+        UserError: there is no such file, or it is of no known format.
+    """
+    if STDIN in paths:
+        raise UserError("--held-out -: standard input is for the corpus; name a file")
+    return expand_inputs(paths, InputOptions(keys=choice.roots), "--held-out")
+
+
+def _texts(
+    files: Sequence[InputFile], choice: TextChoice, cleaner: Cleaner, folder: Path, reading: ReadOptions
+) -> Iterator[str]:
+    for file in files:
+        context = ReadContext(_refuse, folder, options=reading)
+        stop = file.units if FORMATS[file.format].split == "units" else file.size
+        for record in FORMATS[file.format].read(Span(file, 0, stop), context):
+            try:
+                texts = [choice.text(record.value)]
+            except MalformedError:
+                texts = list(_strings(record.value))
+            for text in texts:
+                yield cleaner.clean(text if isinstance(text, str) else "".join(text.pieces()))[0]
+
+
+def _strings(value: Any) -> Iterator[str | LongText]:
+    """All strings in a record, at any depth."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (str, LongText)):
+            yield value
+        elif isinstance(value, (dict, list)):
+            waiting.extend(reversed(list(value.values()) if isinstance(value, dict) else value))
+
+
+def _refuse(where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:
+    raise UserError(f"--held-out {where.describe()}: {reason}; fix it")

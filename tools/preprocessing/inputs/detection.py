@@ -1,0 +1,141 @@
+"""What a file holds, by its first bytes: the one place that decides where a file's name is ambiguous or says nothing.
+
+``.json`` may be an array, one object, or an object on each line; ``.jsonl`` and ``.txt`` hold JSON of another shape
+now and then; part files of Spark have no suffix at all. At most a few MB of a file are read. Leaves out encodings, and
+tables: no first line tells whether a comma separates cells.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import io
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import orjson
+import zstandard
+
+from ....engine.errors import UserError
+from ..formats import split_compression
+
+_HEAD_BYTES = 64 << 10
+_LONG_HEAD_BYTES = 4 << 20
+"""Read when the first ``_HEAD_BYTES`` do not hold a whole line, or nothing of a compressed file."""
+_MAX_WINDOW = 1 << 27
+_LINES = 8
+_MAGIC = {b"\x1f\x8b\x08": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz"}
+_TABLES = {b"PAR1": "parquet", b"ARROW1\0\0": "arrow", b"\xff\xff\xff\xff": "arrow", b"%PDF-": "pdf"}
+_ARRAY_OF_JSON = re.compile(rb"\[\s*(?:\{\s*[\"}]|\[?\])")
+AMBIGUOUS = ("jsonl", "json", "txt", "txt-lines")
+"""Formats whose suffix is used for others too."""
+
+
+class Detected(NamedTuple):
+    """What a file holds."""
+
+    format: str | None
+    """Key of ``FORMATS``; None when the content does not tell."""
+    compression: str
+    """A value of ``COMPRESSIONS``, or ""."""
+
+
+def detect(
+    path: str, named: str | None, compression: str, force: bool = False, keys: Sequence[str] | None = None
+) -> Detected:
+    """Return the format and the compression of a file.
+
+    Args:
+        named: the format that its name stands for; None when its name says nothing.
+        compression: the compression that its name stands for, or "". Only without one is the content asked.
+        force: ``named`` is what the user asked for; find only the compression.
+        keys: of the texts, by which lines of JSON in a .txt file are told from text that looks like JSON; None: any.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not force and named is not None and named not in AMBIGUOUS:
+        return Detected(named, compression)
+    head = _first_bytes(path, _HEAD_BYTES)
+    if not compression:
+        compression = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+    if force:
+        return Detected(named, compression)
+    content = _decompressed(head, compression)
+    if len(head) == _HEAD_BYTES and (b"\n" not in content) and (not content or content.lstrip()[:1] in (b"{", b"[")):
+        content = _decompressed(_first_bytes(path, _LONG_HEAD_BYTES), compression)
+    if table := next((name for magic, name in _TABLES.items() if content.startswith(magic)), None):
+        return Detected(table, compression)
+    return Detected(_json_shape(content, named, keys) or named, compression)
+
+
+def _json_shape(content: bytes, named: str | None, keys: Sequence[str] | None) -> str | None:
+    """ "jsonl" or "json" where the text is clearly that, else None."""
+    content = content.removeprefix(codecs.BOM_UTF8).lstrip()
+    is_text = named is not None and named.startswith("txt")
+    first, _, rest = content.partition(b"\n")
+    if content.startswith(b"{"):
+        if named == "json":
+            # One whole line is enough if all begin as objects: a bad line, even the first, must not hide the others.
+            begun = [line.lstrip() for line in content.split(b"\n")[:_LINES] if line.strip()]
+            if not _is_json(first, dict):
+                is_lines = all(line.startswith(b"{") for line in begun) and any(_is_json(line, dict) for line in begun)
+            else:
+                is_lines = rest.lstrip().startswith(b"{")
+            return "jsonl" if is_lines and len(begun) > 1 else None
+        if first.strip() == b"{" and not is_text:
+            return "json"
+        lines = [line for line in content.splitlines(keepends=True)[:_LINES] if line.strip()]
+        if len(lines) > 1 and not lines[-1].endswith(b"\n"):
+            lines.pop()  # cut off, perhaps
+        return "jsonl" if all(_is_json(line, dict, keys if is_text else None) for line in lines) else None
+    if named != "json" and _ARRAY_OF_JSON.match(content):
+        if is_text and keys is not None and not any(f'"{key}"'.encode() in content for key in keys):
+            return None
+        return None if _is_json(first, list) and rest.strip() else "json"
+    return None
+
+
+def _is_json(line: bytes, kind: type, keys: Sequence[str] | None = None) -> bool:
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(value, kind) and (keys is None or any(f'"{key}"'.encode() in line for key in keys))
+
+
+def _first_bytes(path: str, size: int) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(size) or b""
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); check the file and its permissions"
+        ) from error
+
+
+def _decompressed(head: bytes, compression: str) -> bytes:
+    """The beginning of what ``head`` decompresses to; empty when it is damaged, which its reader reports."""
+    try:
+        if compression == ".gz":
+            return zlib.decompressobj(wbits=31).decompress(head, _LONG_HEAD_BYTES)
+        if compression == ".bz2":
+            return bz2.BZ2Decompressor().decompress(head, _LONG_HEAD_BYTES)
+        if compression == ".xz":
+            return lzma.LZMADecompressor().decompress(head, _LONG_HEAD_BYTES)
+        if compression == ".zst":
+            decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+            with decompressor.stream_reader(io.BytesIO(head), read_across_frames=True) as stream:
+                return stream.read(_LONG_HEAD_BYTES)
+    except (zlib.error, EOFError, OSError, lzma.LZMAError, zstandard.ZstdError):
+        return b""
+    return head
+
+
+def has_no_suffix(path: str) -> bool:
+    """Whether a file's name says nothing about its format, such as ``part-00000`` and ``part-00000.gz``."""
+    return "." not in split_compression(os.path.basename(path).lower())[0]

@@ -1,0 +1,302 @@
+"""Which files a corpus is: ``--input FILE|DIR|GLOB|- ...`` expanded to a checked, ordered list.
+
+The order of documents in the dataset is the order of this list: the arguments in the order given, and within a folder
+or a pattern by path. A file that is named twice is refused, since repeating data is a decision for the mixture.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import sys
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NoReturn
+
+from ....engine.errors import UserError
+from ....engine.files.outputs import open_new
+from ..formats import FORMATS, format_of, known_formats, split_compression
+from ..records.errors import DamagedError
+from .detection import detect
+from .folders import choose_files, hub_snapshot
+from .unsupported import remedy
+
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of the corpus."""
+
+    path: str
+    source: int
+    """Index of the ``--input`` argument that named it."""
+    format: str
+    """Key of ``FORMATS``."""
+    compression: str
+    """A value of ``COMPRESSIONS``, or ""."""
+    size: int
+    """Bytes on disk."""
+    modified: int
+    """Time of the last change, in nanoseconds."""
+    units: int = 1
+    """For formats that are cut between units: how many."""
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """How inputs are understood."""
+
+    txt_mode: str = "file"
+    """"file": a text file is a document; "line": each of its lines is."""
+    stdin_format: str = "jsonl"
+    """Format of what comes through standard input (``-``)."""
+    input_format: str | None = None
+    """Format of all files, whatever their names; None: by name and content."""
+    keys: tuple[str, ...] | None = None
+    """Keys of the text, by which lines of JSON in a .txt file are told from text; None: any."""
+    skip_damage: bool = False
+    """Leave it to the reader to report files that are damaged."""
+
+
+def expand_inputs(arguments: Sequence[str], options: InputOptions, flag: str = "--input") -> list[InputFile]:
+    """The files that ``arguments`` of the option ``flag`` name, in the order of their documents.
+
+    A folder stands for its documents at any depth, which ``folders.py`` tells from everything else; what is left out
+    is printed. Symbolic links are followed; what is reached twice within a folder counts once. A pattern (``*``,
+    ``?``, ``[...]``, ``**``) stands for the files and folders that it matches; one that ends in ``*`` or ``**`` is
+    treated like a folder. ``-`` is standard input, which :func:`with_stdin_copied` makes a file.
+
+    Raises:
+        UserError: an argument names nothing, a file of unknown format, one that cannot be read, or one named before.
+    """
+    files: list[InputFile] = []
+    seen: dict[str, str] = {}
+    for source, argument in enumerate(arguments):
+        name = f"{flag} {argument}"
+        for path in [argument] if argument == STDIN else _expand(argument, name, options):
+            identity = STDIN if path == STDIN else os.path.realpath(path)
+            if identity in seen:
+                raise UserError(
+                    f"{name}: {path} is already an input, as {seen[identity]}; name each file once (to repeat data, "
+                    "give its dataset a larger weight in training)"
+                )
+            seen[identity] = path
+            if path == STDIN:
+                files.append(InputFile(STDIN, source, _in_mode(options.stdin_format, options), "", 0, 0))
+            else:
+                files.append(_input_file(path, source, options, flag))
+    _print_notes(files, options)
+    return files
+
+
+def with_stdin_copied(files: Sequence[InputFile], copy: Path) -> list[InputFile]:
+    """``files``, standard input being the file ``copy`` of what it gives: several workers can read that.
+
+    Raises:
+        UserError: standard input is a terminal.
+    """
+    if not any(file.path == STDIN for file in files):
+        return list(files)
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UserError("--input -: standard input is a terminal; pipe the corpus into it")
+    if not copy.exists():  # else this run has read it already
+        with open_new(copy) as target:
+            shutil.copyfileobj(sys.stdin.buffer, target, 8 << 20)
+    status = copy.stat()
+    return [
+        replace(
+            file, path=str(copy), size=status.st_size, modified=status.st_mtime_ns, units=_units(file.format, str(copy))
+        )
+        if file.path == STDIN
+        else file
+        for file in files
+    ]
+
+
+def _expand(argument: str, name: str, options: InputOptions) -> list[str]:
+    """The files that one argument stands for, by path."""
+    if os.path.isdir(argument):
+        return _chosen(name, _files_below(argument), options)
+    if os.path.exists(argument):
+        return [argument]
+    if not glob.has_magic(argument):
+        raise UserError(f"{name}: no such file or folder")
+    anything = Path(argument).name in ("*", "**", "*.*")
+    if "**" in Path(argument).parts:
+        named, below = _match_at_any_depth(argument)
+    else:
+        named, below = [], []
+        for match in glob.glob(argument):
+            if os.path.isdir(match):
+                found = _files_below(match)
+                below += found if anything else _chosen(match, found, options)
+            else:
+                named.append(match)
+    if anything and (named or below):
+        return _chosen(name, sorted({*named, *below}), options)
+    if below and "**" in Path(argument).parts:
+        below = _chosen(name, sorted(set(below)), options)
+    if not named and not below:
+        raise UserError(f"{name}: no file matches this pattern")
+    return sorted({*named, *below})
+
+
+def _chosen(name: str, paths: list[str], options: InputOptions) -> list[str]:
+    return choose_files(name, paths, options.keys, any_name=options.input_format is not None)
+
+
+def _match_at_any_depth(pattern: str) -> tuple[list[str], list[str]]:
+    """What a pattern with ``**`` stands for: files that match it, and files in folders that match it.
+
+    The glob module would follow symbolic links round and round.
+    """
+    parts = Path(pattern).parts
+    depth = parts.index("**")
+    rest = parts[depth:]
+    named: list[str] = []
+    below: list[str] = []
+    for root in filter(os.path.isdir, glob.glob(os.path.join(*parts[:depth])) if depth else ["."]):
+        for path in _walk(root)[0]:
+            names = Path(path).relative_to(root).parts
+            if rest[-1] != "**" and _matches(names, rest):
+                named.append(path)
+            elif any(_matches(names[:count], rest) for count in range(1, len(names) + 1)):
+                below.append(path)
+    return named, below
+
+
+def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the path of ``names`` matches ``pattern``, in which ``**`` stands for any number of folders."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return any(_matches(names[skipped:], pattern[1:]) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def _files_below(folder: str) -> list[str]:
+    """All files below ``folder``, by path, hidden ones left out."""
+    files, again = _walk(folder)
+    if again:
+        print(
+            f"note: {folder}: left out {len(again)} links to what is there already, {again[0]} first", file=sys.stderr
+        )
+    return files
+
+
+def _walk(folder: str) -> tuple[list[str], list[str]]:
+    """The files below ``folder``, by path, and links to what is there without them.
+
+    Hidden files and folders are left out. Links are followed after everything else, and not to folders around them.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    files: dict[str, str] = {}
+    visited: set[str] = set()
+    file_links: list[str] = []
+    again: list[str] = []
+    roots = deque([folder])
+    while roots:
+        root = roots.popleft()
+        for here, folders, names in os.walk(root, onerror=_refuse_unreadable):
+            real = os.path.realpath(here)
+            if real in visited:
+                again.append(here)
+                folders.clear()
+                continue
+            visited.add(real)
+            if snapshot := hub_snapshot(here, folders):
+                folders.clear()
+                roots.append(snapshot)
+                continue
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            for name in [name for name in folders if os.path.islink(os.path.join(here, name))]:
+                link = os.path.join(here, name)
+                is_loop = Path(real).is_relative_to(os.path.realpath(link))
+                (again if is_loop else roots).append(link)
+            for name in names:
+                if name[0] != ".":
+                    path = os.path.join(here, name)
+                    if os.path.islink(path):
+                        file_links.append(path)
+                    else:
+                        files[os.path.join(real, name)] = path
+    for link in sorted(file_links):
+        if files.setdefault(os.path.realpath(link), link) != link:
+            again.append(link)
+    return sorted(files.values()), sorted(again)
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _input_file(path: str, source: int, options: InputOptions, flag: str) -> InputFile:
+    name = f"{flag} {path}"
+    found = format_of(path)
+    if options.input_format is None and found is None and (known := remedy(path)):
+        raise UserError(f"{name}: {known}")
+    if not os.path.exists(path):
+        raise UserError(f"{name}: a symbolic link to nothing")
+    if not os.path.isfile(path):
+        raise UserError(f"{name}: no regular file; write the text to a file first, or pipe it to --input -")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{name}: no permission to read it")
+    named = found[0].name if found else None
+    compression = found[1] if found else split_compression(path.lower())[1]
+    detected = detect(path, options.input_format or named, compression, options.input_format is not None, options.keys)
+    if detected.format is None:
+        raise UserError(
+            f"{name}: unknown format; known are {known_formats()}, and most of them as .gz, .zst, .bz2 and .xz; "
+            "--input-format says what a file of another name is"
+        )
+    if detected.compression and not FORMATS[detected.format].compressible:
+        raise UserError(f"{name}: {detected.format} in {detected.compression} compression; decompress it first")
+    form = _in_mode(detected.format, options)
+    status = os.stat(path)
+    units = _units(form, path, options.skip_damage)
+    return InputFile(path, source, form, detected.compression, status.st_size, status.st_mtime_ns, units)
+
+
+def _print_notes(files: Sequence[InputFile], options: InputOptions) -> None:
+    """Print which files are read as another format than their name says, and mixtures of records and plain texts."""
+    if options.input_format is not None:
+        return
+    by_content: dict[tuple[str, str], list[str]] = {}
+    for file in files:
+        found = None if file.path == STDIN else format_of(file.path)
+        if found and file.format not in (found[0].name, _in_mode(found[0].name, options)):
+            by_content.setdefault((found[0].name, file.format), []).append(file.path)
+    for (named, read_as), paths in by_content.items():
+        if not (named == "json" and read_as == "jsonl"):
+            more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+            print(
+                f"note: {paths[0]}{more}: named {named}, and read as {read_as}, which the content is "
+                f"(--input-format {named} reads it as named)",
+                file=sys.stderr,
+            )
+    counts = Counter(file.format for file in files)
+    kinds = {FORMATS[name].has_records for name in counts}
+    if len(kinds) > 1:
+        mixture = ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
+        print(f"note: the input mixes files of records and files that are one text each: {mixture}", file=sys.stderr)
+
+
+def _in_mode(format_name: str, options: InputOptions) -> str:
+    return "txt-lines" if format_name == "txt" and options.txt_mode == "line" else format_name
+
+
+def _units(format_name: str, path: str, skip_damage: bool = False) -> int:
+    form = FORMATS[format_name]
+    try:
+        return form.count_units(path) if form.split == "units" else 1
+    except DamagedError:
+        if not skip_damage:
+            raise
+        return 1  # which its reader finds to be damaged

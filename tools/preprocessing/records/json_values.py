@@ -1,0 +1,145 @@
+"""One record of JSON: parsing it, and saying what is wrong with one that is none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import orjson
+
+from .errors import MalformedError
+
+_LARGE = 2.0**63
+_NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
+
+
+class WantedKeys:
+    """Keys that may stand once in an object: of one that stands twice, parsers take the one or the other.
+
+    A key written twice is noticed if it is written in the same way, with or without escapes.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        names = dict.fromkeys(name for key in keys for name in (key, *key.split(".")))
+        self._spellings = {name: tuple({orjson.dumps(name), json.dumps(name).encode("ascii")}) for name in names}
+
+    def values(self, record: dict[str, Any]) -> Iterable[Any]:
+        """Those of the wanted keys that ``record`` has; without wanted keys, all."""
+        return [record[name] for name in self._spellings if name in record] if self._spellings else record.values()
+
+    def are_plain(self, record: Any, content: bytes) -> bool:
+        """Whether ``record``, parsed from ``content``, surely needs no further check: an object whose wanted keys are
+        there once and are strings, as in most corpora."""
+        if type(record) is not dict or not self._spellings:
+            return False
+        for name, (spelling, *others) in self._spellings.items():
+            if others or type(record.get(name)) is not str or content.count(spelling) != 1:
+                return False
+        return True
+
+    def check(self, record: dict[str, Any], content: bytes) -> None:
+        """Raise MalformedError when an object in ``content``, which is ``record``, has one of the keys twice."""
+        for name, spellings in self._spellings.items():
+            count = sum(map(content.count, spellings))
+            # A key that is there but not found is written with other escapes.
+            if count > 1 or (count == 0 and name in record):
+                _refuse_repeated(self._spellings, content)
+                return
+
+
+def parse_json(content: bytes, keys: WantedKeys, whole: bool = True) -> Any:
+    """The JSON value that ``content`` is. ``whole``: it is all of a line, so that places in it can be named.
+
+    Raises:
+        MalformedError: it is none, or an object that has one of ``keys`` twice.
+    """
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        if "infinity" in error.msg:
+            return _parse_exactly(content, keys)
+        place = f" at character {error.pos + 1} of the line" if whole else ""
+        if error.doc.startswith(_NO_NUMBERS, error.pos):
+            raise MalformedError(f"NaN or Infinity{place}, which JSON does not have: write null") from None
+        raise_bad_json(content, error, place)
+    if not keys.are_plain(value, content) and type(value) is dict:
+        keys.check(value, content)
+        if _holds_large_number(keys.values(value)):
+            return _parse_exactly(content, keys)
+    return value
+
+
+def _holds_large_number(values: Iterable[Any]) -> bool:
+    """Whether a float may be an integer beyond 64 bits, which orjson rounds to a float."""
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)
+        if kind is float:
+            if abs(value) >= _LARGE:
+                return True
+        elif kind is dict:
+            waiting.extend(value.values())
+        elif kind is list:
+            waiting.extend(value)
+    return False
+
+
+def _parse_exactly(content: bytes, keys: WantedKeys) -> Any:
+    """The JSON value with its integers exact, whatever their size; several times slower than orjson."""
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise MalformedError("nested too deeply to read an integer beyond 64 bits") from None
+    except ValueError as error:
+        # Not JSON, or an integer of more digits than Python converts (4,300).
+        reason = "an integer of too many digits" if "limit" in str(error) else f"not valid JSON: {error}"
+        raise MalformedError(reason) from None
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, float) and not math.isfinite(item):
+            raise MalformedError("not valid JSON: a number beyond the range of floating point")
+        if isinstance(item, (dict, list)):
+            waiting.extend(item.values() if isinstance(item, dict) else item)
+    if type(value) is dict:
+        keys.check(value, content)
+    return value
+
+
+def raise_bad_json(content: bytes, error: orjson.JSONDecodeError, place: str, offset: int = 0) -> NoReturn:
+    """Say why ``content``, ``offset`` bytes into its line, is not JSON; in our words where the parser's are obscure."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as wrong:
+        raise invalid_utf8(content, wrong, offset) from None
+    if "surrogate" in error.msg:
+        raise MalformedError(f"an escaped lone surrogate, half a character, which is not text{place}") from None
+    raise MalformedError(f"not valid JSON: {error.msg}{place}") from None
+
+
+def invalid_utf8(content: bytes, error: UnicodeDecodeError, offset: int = 0) -> MalformedError:
+    """Names the first byte of ``content``, ``offset`` bytes into its line, that is not UTF-8."""
+    line_start = content.rfind(b"\n", 0, error.start) + 1
+    place = error.start + 1 - (line_start or -offset)
+    return MalformedError(
+        f"not valid UTF-8: byte 0x{content[error.start]:02x} at byte {place:,} of the line", "invalid UTF-8"
+    )
+
+
+def _refuse_repeated(names: Iterable[str], content: bytes) -> None:
+    wanted = frozenset(names)
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in wanted and name in seen:
+                raise MalformedError(f"the key {name!r} twice in one object")
+            seen.add(name)
+
+    try:
+        json.loads(content, object_pairs_hook=check)
+    except RecursionError:
+        raise MalformedError("nested too deeply to look for keys that stand twice") from None

@@ -1,0 +1,127 @@
+"""Encoded documents on their way into a shard: a batch of texts, a conversation, or a text too long to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ....engine.tokenizer.document_frame import DocumentFrame
+from ..chat.conversation import EncodedChat
+from ..dedup.near import MinHasher
+
+
+class Documents:
+    """A batch of texts of one source.
+
+    Args:
+        ids: of all, end to end, [T].
+        lengths: tokens of each, [documents].
+        metadata: a line for each, where any is kept.
+    """
+
+    mask: npt.NDArray[np.uint8] | None = None
+    """[T]: 1 on the tokens to be predicted; None: all are."""
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        ids: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int64],
+        metadata: Sequence[bytes],
+    ) -> None:
+        self._texts, self.ids, self.lengths, self.metadata = texts, ids, lengths, metadata
+
+    def only(self, keep: npt.NDArray[np.bool_]) -> Documents:
+        """Return those of ``keep`` [documents]."""
+        places = np.flatnonzero(keep).tolist()
+        return Documents(
+            [self._texts[place] for place in places],
+            self.ids[np.repeat(keep, self.lengths)],
+            self.lengths[keep],
+            [self.metadata[place] for place in places] if self.metadata else (),
+        )
+
+    def sizes(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the characters of each, and its bytes in UTF-8."""
+        texts = self._texts
+        return list(map(len, texts)), [len(text) if text.isascii() else len(text.encode()) for text in texts]
+
+    def digests(self) -> bytes:
+        """Return the xxh3-128 of the content of each, end to end."""
+        return b"".join(xxhash.xxh3_128_digest(text.encode()) for text in self._texts)
+
+    def bands(self, hasher: MinHasher) -> npt.NDArray[np.uint64]:
+        """Return the MinHash bands of each, [documents, bands]."""
+        return hasher.bands_batch(self._texts)
+
+
+class ChatDocument(Documents):
+    """A conversation. Its content is its ids."""
+
+    def __init__(self, encoded: EncodedChat, metadata: Sequence[bytes]) -> None:
+        super().__init__((), encoded.ids, np.array([len(encoded.ids)]), metadata)
+        self.mask = encoded.mask
+        self._sizes = (encoded.characters,), (encoded.text_bytes,)
+
+    def sizes(self) -> tuple[Sequence[int], Sequence[int]]:
+        """See :class:`Documents`."""
+        return self._sizes
+
+    def digests(self) -> bytes:
+        """See :class:`Documents`."""
+        return xxhash.xxh3_128_digest(self.ids.astype("<i4").tobytes())
+
+    def bands(self, hasher: MinHasher) -> npt.NDArray[np.uint64]:
+        """See :class:`Documents`."""
+        return hasher.bands_batch([" ".join(map(str, self.ids.tolist()))])
+
+
+class LongDocument(Documents):
+    """A text that comes in pieces. Its ids are written as they come; ``ids`` stays empty.
+
+    Args:
+        frame: to put around it.
+        pieces: gives the text once more, for what has to see all of it.
+    """
+
+    def __init__(self, frame: DocumentFrame, metadata: Sequence[bytes], pieces: Callable[[], Iterable[str]]) -> None:
+        super().__init__((), np.empty(0, np.int32), np.zeros(1, np.int64), metadata)
+        self._frame, self._pieces = frame, pieces
+        self._characters = self._text_bytes = 0
+        self._last_ids = self.ids
+        self._digest = xxhash.xxh3_128()
+
+    def extend(self, text: str, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Take the next piece of the text; return the ids to write."""
+        content = text.encode()
+        self._digest.update(content)
+        self._characters += len(text)
+        self._text_bytes += len(content)
+        if not len(ids):
+            return ids
+        self._last_ids = ids
+        front = () if self.lengths[0] else self._frame.missing_prefix(ids)
+        return self._counted(np.concatenate([np.array(front, np.int32), ids]))
+
+    def end(self) -> npt.NDArray[np.int32]:
+        """Return the ids behind the text."""
+        return self._counted(np.array(self._frame.missing_suffix(self._last_ids) if self.lengths[0] else (), np.int32))
+
+    def _counted(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        self.lengths += len(ids)
+        return ids
+
+    def sizes(self) -> tuple[Sequence[int], Sequence[int]]:
+        """See :class:`Documents`."""
+        return (self._characters,), (self._text_bytes,)
+
+    def digests(self) -> bytes:
+        """See :class:`Documents`."""
+        return self._digest.digest()
+
+    def bands(self, hasher: MinHasher) -> npt.NDArray[np.uint64]:
+        """See :class:`Documents`."""
+        return hasher.bands_of_pieces(self._pieces())[None]

@@ -1,0 +1,124 @@
+"""Running tasks in worker processes, and an end in every case: error, Ctrl-C, killed worker."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
+from typing import Any
+
+from ....engine.errors import UserError
+from ....engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
+from . import shared_tokenizer
+from .task_output import TaskResult
+from .tasks import Task
+from .worker import TaskRunner, WorkerSettings, run_task, start_worker
+
+_TICK_SECONDS = 0.2
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_context() -> Any:
+    """How workers are started: never by a plain fork, which would copy the parent's threads' locks.
+
+    The fork server imports the libraries and loads the tokenizer once for all workers; where there is none, each worker
+    is a fresh process.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([shared_tokenizer.__name__, run_task.__module__])
+    return context
+
+
+def shared_counters(number: int) -> Any:
+    """``number`` int64 zeros, which workers change."""
+    return worker_context().RawArray("q", number)
+
+
+def start_early(tokenizer: TokenizerSpec) -> None:
+    """Have the libraries and the tokenizer loaded for the workers while this process does other things.
+
+    Args:
+        tokenizer: with the end-of-document token that the user named; None: the tokenizer's own.
+    """
+    shared_tokenizer.announce(tokenizer)
+    if worker_context().get_start_method() == "forkserver":
+        # Python 3.11 gives the fork server no sys.path: it would preload another, installed copy of this package.
+        path = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+        before = {name: os.environ.get(name) for name in path}
+        os.environ.update(path)
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.environ.update({name: value for name, value in before.items() if value is not None})
+            for name in [name for name, value in before.items() if value is None]:
+                del os.environ[name]
+
+
+def run_here(
+    tasks: Sequence[tuple[Task, str]],
+    tokenizer: TokenizerHandle,
+    settings: WorkerSettings,
+    progress: Any,
+    on_tick: Callable[[], None],
+) -> Generator[TaskResult, None, None]:
+    """The results of ``tasks`` as :func:`run_tasks` gives them, computed in this process, which has the tokenizer."""
+    runner = TaskRunner(settings, progress, tokenizer)
+    for task, key in tasks:
+        yield runner.run(task, key)
+        on_tick()
+
+
+def run_tasks(
+    tasks: Sequence[tuple[Task, str]],
+    workers: int,
+    settings: WorkerSettings,
+    progress: Any,
+    on_tick: Callable[[], None],
+) -> Generator[TaskResult, None, None]:
+    """The results of ``tasks``, each with its shard's key, computed by ``workers`` processes, in any order.
+
+    Close the generator (``contextlib.closing``) when leaving it early: that ends the workers.
+
+    Args:
+        progress: see :class:`retemper.tools.preprocessing.workers.worker.TaskRunner`.
+        on_tick: called some times a second while waiting.
+
+    Raises:
+        UserError: of the first task to fail, at once; or a worker was killed.
+        FastPathError: see there.
+    """
+    bystanders = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, worker_context(), start_worker, (settings, progress))
+    try:
+        waiting = iter(tasks)
+        running: set[Future[TaskResult]] = set()
+        while True:
+            # Two tasks for each worker keep all busy, and bound what is lost when the run is stopped.
+            while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
+                running.add(pool.submit(run_task, *task))
+            if not running:
+                return
+            done, running = wait(running, _TICK_SECONDS, FIRST_COMPLETED)
+            on_tick()
+            for future in done:
+                yield future.result()
+    except BaseException as error:
+        for worker in set(multiprocessing.active_children()) - bystanders:
+            worker.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(
+                "a worker process was killed, most often because memory ran out; try fewer --workers"
+            ) from error
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,137 @@
+"""Writing one shard: tokens, the table of documents, and where asked masks, metadata, MinHash bands and rejects."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ....engine.files.outputs import open_new
+from ..dedup.near import MinHasher
+from ..options import PreprocessOptions
+from ..records.errors import Where
+from .encoded import Documents
+from .task_output import DOCUMENT, Shard, TaskResult
+
+
+class ShardWriter:
+    """Writes the files of ``shard``; a context manager. Without :meth:`finish` the shard is not a finished one.
+
+    Args:
+        dtype: of the dataset.
+        result: told what is written and what is not.
+    """
+
+    def __init__(self, shard: Shard, options: PreprocessOptions, dtype: str, result: TaskResult) -> None:
+        self._shard, self._options, self._result = shard, options, result
+        self._dtype = np.dtype(dtype)
+        self._digest = xxhash.xxh3_128()
+        self._tables: list[np.ndarray] = []
+        self._bands: list[np.ndarray] = []
+        threshold = options.minhash_threshold
+        self._hasher = None if threshold is None else MinHasher(threshold)
+
+    def __enter__(self) -> ShardWriter:
+        self._tokens: BinaryIO = open_new(self._shard.tokens)
+        self._mask: BinaryIO | None = open_new(self._shard.mask) if self._options.chat else None
+        self._metadata: BinaryIO | None = open_new(self._shard.metadata) if self._options.metadata else None
+        self._rejects: BinaryIO | None = None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._tokens, self._mask, self._metadata, self._rejects):
+            if file is not None:
+                file.close()
+
+    def add(self, source: int, documents: Documents) -> None:
+        """Write those of ``documents`` that have as many tokens as is wanted; count the others."""
+        keep = self._wanted(source, documents.lengths)
+        if not keep.any():
+            return
+        if not keep.all():
+            documents = documents.only(keep)
+        table = np.zeros(len(documents.lengths), DOCUMENT)
+        table["source"], table["tokens"] = source, documents.lengths
+        table["characters"], table["text_bytes"] = documents.sizes()
+        if self._options.needs_digests:
+            table["digest"] = np.frombuffer(documents.digests(), dtype=">u8").reshape(-1, 2)
+        if self._hasher is not None:
+            self._bands.append(documents.bands(self._hasher))
+        if self._metadata is not None:
+            table["metadata_bytes"] = list(map(len, documents.metadata))
+            self._metadata.write(b"".join(documents.metadata))
+        if self._mask is not None:
+            assert documents.mask is not None
+            self._mask.write(documents.mask.tobytes())
+        self.write_tokens(documents.ids)
+        self._tables.append(table)
+        self._result.documents += len(table)
+
+    @contextmanager
+    def taken_back_unless_added(self) -> Iterator[None]:
+        """Take back the tokens that are written in this context, unless their document is added in it."""
+        start, digest, tokens = self._tokens.tell(), self._digest.copy(), self._result.tokens
+        documents = self._result.documents
+        try:
+            yield
+        finally:
+            if self._result.documents == documents:
+                self._tokens.seek(start)
+                self._tokens.truncate()
+                self._digest, self._result.tokens = digest, tokens
+
+    def write_tokens(self, ids: npt.NDArray[np.integer]) -> None:
+        """Write ids of a document that is added later."""
+        content = np.ascontiguousarray(ids, dtype=self._dtype).data
+        self._tokens.write(content)
+        self._digest.update(content)
+        self._result.tokens += len(ids)
+
+    def _wanted(self, source: int, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which documents are kept by their number of tokens; the others are counted."""
+        options = self._options
+        empty, short = lengths == 0, lengths < options.min_tokens
+        long = lengths > (options.max_tokens if options.max_tokens is not None else np.iinfo(np.int64).max)
+        for reason, where in (
+            ("empty", empty),
+            ("below --min-tokens", short & ~empty),
+            ("above --max-tokens", long & ~empty),
+        ):
+            if count := int(where.sum()):
+                self._result.count(source, reason, count)
+        return ~(empty | short | long)
+
+    def reject(self, where: Where, reason: str, raw: bytes | str | None) -> None:
+        """Write down a record that was skipped."""
+        if self._rejects is None:
+            self._rejects = open_new(self._shard.rejects)
+        text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
+        record = {"where": where._asdict(), "reason": reason, "record": text}
+        self._rejects.write(json.dumps(record).encode() + b"\n")
+
+    def finish(self) -> None:
+        """Close all files and write the result, which makes the shard a finished one."""
+        with open_new(self._shard.documents) as table:
+            np.save(table, np.concatenate([np.empty(0, DOCUMENT), *self._tables]))
+        if self._hasher is not None:
+            empty = np.empty((0, self._hasher.num_bands), np.uint64)
+            with open_new(self._shard.bands) as table:
+                np.save(table, np.concatenate([empty, *self._bands]))
+        for file in (self._tokens, self._mask, self._metadata, self._rejects):
+            if file is not None:
+                file.flush()
+        self._result.tokens_xxh3_128 = self._digest.hexdigest()
+        self._result.sizes = self._shard.sizes()
+        temporary = self._shard.result.with_suffix(".unfinished")
+        with open_new(temporary) as record:
+            record.write(self._result.to_json().encode())
+        os.replace(temporary, self._shard.result)

@@ -1,0 +1,309 @@
+"""What a worker process does: one task -> one shard (shards.py).
+
+Readers give records, texts.py their text, cleaning.py decides and cleans, the tokenizer gives ids, and the shard is
+written as they come: memory is bounded by a batch, whatever the size of a task or of a document.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ....engine.errors import UserError
+from ....engine.tokenizer.document_frame import DocumentFrame
+from ....engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
+from ..chat.bos import ChatBos
+from ..chat.conversation import EncodedChat
+from ..cleaning.cleaner import Cleaner
+from ..formats import FORMATS
+from ..options import PreprocessOptions
+from ..records.errors import UNREADABLE, DamagedError, LeftOutError, MalformedError, Where
+from ..records.long_text import LongText, encode_in_pieces
+from ..records.reading import ReadContext, Record, readable_part
+from ..records.text_choice import metadata_line
+from .encoded import ChatDocument, Documents, LongDocument
+from .shared_tokenizer import load_tokenizer_once
+from .task_output import DROPPED_TURNS, Shard, TaskResult
+from .task_writer import ShardWriter
+from .tasks import Span, Task
+
+_CHECKED_AT_START = 32_000
+_SHOWN_CHARACTERS = 1000  # of a refused text
+_LEAST_CHECKED = 100
+_CHECKED_SHARE = 1 << 15
+"""Characters that the reference tokenizer encodes too: at the start of a run, at least in each task, and as a share of
+a task's bytes. It is some hundred times slower."""
+
+
+class FastPathError(Exception):
+    """The fast tokenizer gave other ids than the reference."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """All that a worker needs to know about the run: what was asked for, and what was found out from it."""
+
+    options: PreprocessOptions
+    """With the day of the run as ``chat_date``, the same for all workers."""
+    tokenizer: TokenizerSpec
+    """With the document end, which is ordinary text in text."""
+    tokenizer_sha256: str
+    dtype: str
+    folder: Path
+    """Where shards and temporary files are written."""
+    frame: DocumentFrame
+    """Ids in front of each document and behind it; where an end-of-document token is appended, it is the last one."""
+    chat_bos: ChatBos
+    held_out: Path | None
+    """The n-grams of held-out texts; see :class:`retemper.tools.preprocessing.cleaning.cleaner.NgramFilter`."""
+
+
+@dataclass
+class _Batch:
+    texts: list[str] = field(default_factory=list)
+    metadata: list[bytes] = field(default_factory=list)
+    characters: int = 0
+
+
+class TaskRunner:
+    """Runs tasks in this process.
+
+    Args:
+        progress: int64 [3 x tasks], shared: input bytes read, tokens written and bad records of each task. Only the
+            worker that runs a task writes its entries, so no lock is held that a killed worker could leave locked.
+        tokenizer: that of ``settings``.
+    """
+
+    def __init__(self, settings: WorkerSettings, progress: Any, tokenizer: TokenizerHandle) -> None:
+        self._settings, self._options = settings, settings.options
+        self._progress = progress
+        self._tokenizer = tokenizer
+        self._cleaner = Cleaner(self._options, settings.held_out)
+        self._choose: Callable[[Any], str | LongText | EncodedChat] = self._options.text_choice.text
+        if self._options.chat:
+            from ..chat.encoder import chat_encoder
+
+            self._chat = chat_encoder(self._options, tokenizer.file, settings.frame, settings.chat_bos)
+            self._choose = self._encode_chat
+
+    def run(self, task: Task, key: str) -> TaskResult:
+        """Tokenize ``task`` to the shard ``key``.
+
+        Raises:
+            UserError: from reading its files, or a record is no document and that was not allowed.
+            FastPathError: see there.
+        """
+        reason = self._tokenizer.fallback_reason
+        self._result = TaskResult(key, encoder=self._tokenizer.encoder + (f" ({reason})" if reason else ""))
+        failures = self._tokenizer.fast_path_failures
+        self._task = task
+        self._unchecked = (
+            _CHECKED_AT_START if task.index == 0 else max(_LEAST_CHECKED, task.num_bytes // _CHECKED_SHARE)
+        )
+        folder = self._settings.folder
+        done = 0
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix=f"{key}.") as scratch,
+            ShardWriter(Shard(folder, key), self._options, self._settings.dtype, self._result) as self._shard,
+        ):
+            for span in task.spans:
+                context = ReadContext(
+                    self._refuse,
+                    Path(scratch),
+                    columns=self._columns(),
+                    options=self._options.reading,
+                    note=self._result.notes.append,
+                )
+                self._path, self._source = span.file.path, span.file.source
+                try:
+                    for _ in self._run_span(span, context):
+                        self._show(done + context.consumed)
+                except DamagedError as error:
+                    raise UserError(f"{error}; or keep what comes before with --skip-bad-lines") from error
+                done += span.num_bytes
+            self._result.fast_path_failures = self._tokenizer.fast_path_failures - failures
+            self._shard.finish()
+        self._show(task.num_bytes)
+        return self._result
+
+    def _show(self, consumed: int) -> None:
+        start = 3 * self._task.index
+        self._progress[start : start + 3] = [consumed, self._result.tokens, self._result.bad]
+
+    def _columns(self) -> tuple[str, ...] | None:
+        if self._options.chat:
+            return None
+        roots = (name for key in self._options.metadata for name in (key, key.partition(".")[0]))
+        return tuple(dict.fromkeys((*self._options.text_choice.roots, *roots)))
+
+    def _run_span(self, span: Span, context: ReadContext) -> Iterator[None]:
+        """Write the documents of ``span``; comes back after each batch."""
+        batch = _Batch()
+        choose, limit, keys = self._choose, self._options.batch_characters, self._options.metadata
+        with closing(_records(span, context)) as records:
+            for value, where, raw in records:
+                try:
+                    line = [metadata_line(value, keys)] if keys else []
+                    content = choose(value)
+                except MalformedError as error:
+                    context.refuse(where, str(error), error.kind, raw)
+                    continue
+                except LeftOutError as left_out:
+                    self._result.count(self._source, str(left_out))
+                    continue
+                if type(content) is str:
+                    batch.texts.append(content)
+                    batch.metadata += line
+                    batch.characters += len(content) + 1  # + 1: empty texts fill a batch too
+                    if batch.characters <= limit:
+                        continue
+                self._write(batch)
+                batch = _Batch()
+                if isinstance(content, LongText):
+                    self._write_long(content, line)
+                elif isinstance(content, EncodedChat):
+                    self._shard.add(self._source, ChatDocument(content, line))
+                yield
+        self._write(batch)
+        yield
+
+    def _encode_chat(self, value: Any) -> EncodedChat:
+        """The conversation in a record."""
+        if not isinstance(value, dict):
+            raise MalformedError("a text, not a record with a conversation")
+        encoded = self._chat.encode(value)
+        if encoded is None:
+            raise LeftOutError("no whole turn fits --max-tokens")
+        if encoded.turns_dropped:
+            self._result.count(self._source, DROPPED_TURNS, encoded.turns_dropped)
+        for note, number in encoded.notes.items():
+            self._result.count_note(self._source, note, number)
+        return encoded
+
+    def _refuse(self, where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:
+        """Count a record that is no document, or end the run."""
+        options = self._options
+        if not (options.skip_bad_lines or (kind == "invalid UTF-8" and options.drop_invalid_utf8)):
+            raise UserError(
+                f"{where.describe()}: {reason}; fix it, or leave such records out with --skip-bad-lines"
+                + (" or --drop-invalid-utf8" if kind == "invalid UTF-8" else "")
+            )
+        if self._result.first_bad is None:
+            self._result.first_bad = f"{where.describe()}: {reason}"
+        if kind == UNREADABLE:
+            self._result.notes.append(f"{where.describe()}: left out its unreadable rest: {reason}")
+        self._result.count(self._source, kind)
+        self._shard.reject(where, reason, raw)
+
+    def _write(self, batch: _Batch) -> None:
+        """Clean, encode and write a batch."""
+        texts, metadata = batch.texts, batch.metadata
+        if self._cleaner.active:
+            cleaned = self._cleaner.clean_batch(texts)
+            for _, reason in cleaned:
+                if reason is not None:
+                    self._result.count(self._source, reason)
+            metadata = list(itertools.compress(metadata, [reason is None for _, reason in cleaned]))
+            texts = [text for text, reason in cleaned if reason is None]
+        if texts:
+            self._encode(texts, metadata)
+
+    def _encode(self, texts: list[str], metadata: list[bytes]) -> None:
+        try:
+            self._compare(texts)
+            ids, lengths = self._tokenizer.encode_documents(texts, self._settings.frame)
+        except UserError as error:
+            # The tokenizer's library gives up on one or more of them: which ones shows one by one.
+            if len(texts) == 1:
+                self._refuse(Where(self._path), str(error), "malformed", texts[0][:_SHOWN_CHARACTERS])
+                return
+            for number, text in enumerate(texts):
+                self._encode([text], metadata[number : number + 1])
+            return
+        self._shard.add(self._source, Documents(texts, ids, lengths, metadata))
+
+    def _compare(self, texts: list[str]) -> None:
+        """Have the reference tokenizer encode a sample too."""
+        if self._unchecked <= 0:
+            return
+        sample = []
+        for text in texts:
+            sample.append(text[: self._unchecked])
+            self._unchecked -= len(text) + 1
+            if self._unchecked <= 0:
+                break
+        if difference := self._tokenizer.check_fast_path(sample):
+            raise FastPathError(difference)
+
+    def _write_long(self, text: LongText, metadata: list[bytes]) -> None:
+        """Clean, encode and write one document in pieces."""
+
+        def cleaned() -> Iterator[str]:
+            for piece, reason in self._cleaner.clean_pieces(text.pieces()):
+                if reason is not None:
+                    raise LeftOutError(reason)
+                yield piece
+
+        def encode(piece: str) -> np.ndarray:
+            return self._tokenizer.encode_flat([piece])[0]
+
+        document = LongDocument(self._settings.frame, metadata, cleaned)
+        try:
+            with self._shard.taken_back_unless_added():
+                for piece, ids in encode_in_pieces(cleaned(), encode):
+                    self._shard.write_tokens(document.extend(piece, ids))
+                self._shard.write_tokens(document.end())
+                self._shard.add(self._source, document)
+        except MalformedError as error:
+            self._refuse(text.where, str(error), error.kind, None)
+        except LeftOutError as left_out:
+            self._result.count(self._source, str(left_out))
+
+
+def _records(span: Span, context: ReadContext) -> Generator[Record, None, None]:
+    """The records of ``span``, up to where its file is damaged."""
+    yield from readable_part(FORMATS[span.file.format].read(span, context), span.file.path, context)
+
+
+_make_runner: Callable[[], TaskRunner]
+
+
+def start_worker(settings: WorkerSettings, progress: Any) -> None:
+    """Make this process a worker."""
+    # Ctrl-C reaches the whole process group; the parent decides, and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    global _make_runner
+    # With its first task, since what it raises then reaches the parent, as what is raised here would not.
+    _make_runner = functools.cache(
+        lambda: TaskRunner(
+            settings,
+            np.frombuffer(progress, dtype=np.int64),
+            load_tokenizer_once(settings.tokenizer, settings.tokenizer_sha256),
+        )
+    )
+
+
+def run_task(task: Task, key: str) -> TaskResult:
+    """Run ``task`` in a process that :func:`start_worker` has prepared."""
+    return _make_runner().run(task, key)
+
+
+def _exit_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next task for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
