@@ -52,8 +52,8 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="key or column of the text (default: text; a.b: key b within a); several are joined by blank lines, or by a "
-        "template such as '{title}: {body}'",
+        help="key or column of the text (default: text; a.b: key b within a); several are joined by blank lines, or by "
+        "a template such as '{title}: {body}'",
     )
     group.add_argument(
         "--metadata",
@@ -66,7 +66,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--txt-mode",
         choices=("file", "line"),
         default="file",
-        help="in .txt, a document is the file (the default) or a line",
+        help="a document of .txt is the file (the default) or a line",
     )
     group.add_argument(
         "--stdin-format", default="jsonl", metavar="FORMAT", help="format of standard input (default: %(default)s)"
@@ -74,15 +74,15 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--input-format",
         metavar="FORMAT",
-        help="format of all files of --input (default: by name, and by content if the name is ambiguous): "
+        help="format of all files of --input (default: by name, and by content if that is ambiguous): "
         + ", ".join(FORMATS),
     )
     group.add_argument(
         "--quoting",
         choices=("auto", "standard", "none"),
         default="auto",
-        help="quotation marks in CSV and TSV. standard: RFC 4180; none: they are text; auto (the default): standard for "
-        "CSV, none for TSV",
+        help="quotation marks in CSV and TSV. standard: RFC 4180; none: they are text; auto (the default): standard "
+        "for CSV, none for TSV",
     )
     group.add_argument(
         "--sheet",
@@ -154,17 +154,15 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
         "--encoder",
         choices=("auto", "fast", "reference"),
         default="auto",
-        help="reference: tokenizers, sentencepiece or tiktoken; fast: a fast library, for rules that were compared with "
-        "the reference, and checked on samples; auto (the default): fast, unless loading it takes longer than encoding "
-        "the input",
+        help="reference: tokenizers, sentencepiece or tiktoken; fast: a fast library, for rules that were compared "
+        "with the reference, and checked on samples; auto (the default): fast, unless loading it takes longer than "
+        "encoding the input",
     )
 
 
 def _add_cleaning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--normalize", choices=("none", "nfc"), default="none", help="Unicode form of the text")
-    group.add_argument(
-        "--strip-control", action="store_true", help="remove control characters except tab and line ends"
-    )
+    group.add_argument("--strip-control", action="store_true", help="remove control characters, not tab and line ends")
     group.add_argument("--drop-invalid-utf8", action="store_true", help="leave out documents that are not valid UTF-8")
     group.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
     group.add_argument(
@@ -201,9 +199,7 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-prefix", default="dataset", metavar="PATH", help="default: %(default)s")
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace an existing dataset when the new one is complete"
-    )
+    group.add_argument("--overwrite", action="store_true", help="replace an existing dataset when the new is complete")
     group.add_argument("--shuffle", action="store_true", help="shuffle the documents; see --seed")
     group.add_argument("--seed", type=int, default=0, help="of the shuffle (default: %(default)s)")
     group.add_argument(
@@ -217,9 +213,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help="process part I (from 0) of N, as {prefix}.shard-I-of-N; tools/merge.py joins them. Limits, deduplication "
         "and the shuffle then work within a part",
     )
-    group.add_argument(
-        "--workers", type=int, metavar="N", help="number of processes (default: the cores of this machine)"
-    )
+    group.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores of this machine)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

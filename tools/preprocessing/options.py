@@ -138,9 +138,9 @@ class PreprocessOptions:
         )
         threshold = self.dedup_threshold
         yield not 0 < threshold < 1, f"--dedup-threshold {threshold}: must be between 0 and 1"
-        for name, given in (("template", self.chat_template), ("date", self.chat_date)):
+        for name, value in (("template", self.chat_template), ("date", self.chat_date)):
             yield (
-                given is not None and not self.chat,
+                value is not None and not self.chat,
                 f"--chat-{name} is for --chat; add it, or leave the {name} out",
             )
         day = self.chat_date
