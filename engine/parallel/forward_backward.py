@@ -70,7 +70,7 @@ class ForwardBackward(Protocol):
     Losses are [] on the device and only this rank's part: the loss is their sum over all ranks.
     """
 
-    def train(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+    def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """Accumulate gradients over micro-batches and ranks, and return the loss in fp32.
 
         The loss is divided by ``num_targets`` of the *global* batch, so that every token counts the same, however
@@ -88,7 +88,7 @@ class NonPipelined:
     def __init__(self, model: Decoder, prepare: BatchPreparer, reduce_every_micro_batch: bool):
         self._model, self._prepare, self._reduce_every = model, prepare, reduce_every_micro_batch
 
-    def train(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+    def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """See :class:`ForwardBackward`."""
         loss = torch.zeros((), device=self._prepare.device)
         for number, batch in enumerate(batches, 1):

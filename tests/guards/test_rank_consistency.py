@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from launched_ranks import AGREE, agreeing
 
-from retemper.engine.guards.rank_consistency import PACKAGE, code_files, flatten
+from retemper.engine.files.code import PACKAGE, code_files
+from retemper.engine.guards.rank_consistency import flatten
 
 
 def test_ranks_that_run_the_same_agree(launch):

@@ -304,4 +304,4 @@ def test_new_sources_join_a_run_and_old_ones_go_on_from_their_place(one_rank, ru
     assert order.cursors(consumed) == {**former.cursors(consumed), "third": 0}
     first_again = next(s for s in (order.sample(i) for i in range(consumed, consumed + 8)) if s.source == 1)
     former_next = [s for s in (former.sample(i) for i in range(200)) if s.source == 0][given]
-    assert first_again.window == former_next.window
+    assert first_again.chunk == former_next.chunk
