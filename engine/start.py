@@ -1,4 +1,4 @@
-"""What a run starts from: random weights, a Hugging Face folder or a checkpoint, opened once."""
+"""Find and open the start of a run: random weights, a Hugging Face folder or a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from .model.architecture import CONFIG_FILE, INLINE, Architecture, hf_config_of,
 from .model.attention_choice import choose_attention
 from .model.decoder import meta_decoder
 from .optim import allocate_states
+from .parallel import build, fsdp, trainable
 from .parallel import compile as block_compile
-from .parallel import fsdp, trainable
-from .parallel.build import Choices
-from .parallel.build import check as check_model
 from .parallel.forward_backward import ModelParts
 from .parallel.memory_check import require_memory
 from .parallel.precision import with_precision
@@ -47,14 +45,14 @@ from .weights.parts import TensorParts
 
 @dataclass(frozen=True)
 class StartFolder:
-    """Where a run starts, found and not yet opened."""
+    """The start of a run, found and not yet opened."""
 
     folder: str | None = None
     """A checkpoint or a Hugging Face folder; None: random weights."""
     manifest: Manifest | None = None
     """Of the checkpoint."""
     resumes: bool = False
-    """Whether it is a checkpoint that the run continues from, optimizer states, progress and all."""
+    """True if the run continues from the checkpoint, with its optimizer states and progress."""
     remarks: tuple[str, ...] = ()
     """Lines for the log."""
 
@@ -68,18 +66,15 @@ class Start(ABC):
     folder: str | None = None
     """Folder of the weights. None: they are random."""
     resumed_from: Manifest | None = None
-    """Of the checkpoint that the run continues from; None for a new run."""
+    """Manifest of the checkpoint from which the run continues; None for a new run."""
 
     @abstractmethod
     def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
-        """Give ``model``, this rank's part without values, its weights. All ranks must call this.
+        """Load the weights into ``model``, and return lines about casts. All ranks must call this.
 
         Args:
-            model: is changed.
-            optimizer: of its parameters; gets the states of a checkpoint that the run continues from.
-
-        Returns:
-            lines about what was cast.
+            model: this rank's part, without values.
+            optimizer: of its parameters; also loaded if the run continues from a checkpoint.
 
         Raises:
             UserError: the weights cannot be read.
@@ -107,7 +102,7 @@ class RandomStart(Start):
 
 @dataclass(frozen=True)
 class HuggingFaceStart(Start):
-    """The weights of a Hugging Face folder."""
+    """A start from the weights of a Hugging Face folder."""
 
     _: KW_ONLY
     weights: HfModel
@@ -129,7 +124,7 @@ class CheckpointStart(Start):
 
     _: KW_ONLY
     parts: TensorParts
-    """The tensors that it holds, readable in any parts."""
+    """The tensors of the checkpoint."""
 
     def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
         """See :class:`Start`."""
@@ -145,19 +140,18 @@ class CheckpointStart(Start):
 
 
 def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple[RunConfig, StartFolder]:
-    """Find, download and verify what a run starts from. All ranks must call this.
+    """Find, download and verify the start of a run. All ranks must call this.
 
     Args:
         config: of the run.
-        ranks: that train together.
+        ranks: all ranks.
         store: of the run's checkpoints.
 
     Returns:
-        the configuration, in which training sources have the names by which the checkpoint that the run continues from
-        knows them; and where the run starts.
+        the configuration, in which training sources have their names in the resumed checkpoint; and the start.
 
     Raises:
-        UserError: on every rank, where it is missing or damaged.
+        UserError: on every rank, if the start is missing or damaged.
     """
     resume_from = store.resolve(config.resume)
     if resume_from is not None:
@@ -171,10 +165,10 @@ def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple
 
 
 def open_start(config: RunConfig, found: StartFolder) -> Start:
-    """Open what was found: the files that travel with the model, its architecture, and the table of its tensors.
+    """Open the start: the files of the model, its architecture, and the table of its tensors.
 
     Raises:
-        UserError: they cannot be used, or do not fit each other or ``config``.
+        UserError: they are unusable, or contradict each other or ``config``.
     """
     model, folder, weights = config.model, found.folder, None
     if folder is None:
@@ -202,7 +196,7 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
 
 def choose_implementation(
     config: RunConfig, architecture: Architecture, plan: BatchPlan, ranks: Ranks
-) -> tuple[RunConfig, Choices]:
+) -> tuple[RunConfig, build.Choices]:
     """Decide what the configuration leaves open; refuse what the model makes impossible. All ranks must call this.
 
     Returns:
@@ -213,11 +207,11 @@ def choose_implementation(
     """
     config, precision = with_precision(config, ranks)
 
-    def decide() -> Choices:
+    def decide() -> build.Choices:
         attention = choose_attention(config, architecture, ranks.device)
         compiled = block_compile.enabled(config, ranks.device, attention.backend)
-        choices = Choices(attention, compiled, plan.num_micro_batches, precision.reason)
-        check_model(config, architecture, choices, ranks.device)
+        choices = build.Choices(attention, compiled, plan.num_micro_batches, precision.reason)
+        build.check(config, architecture, choices, ranks.device)
         require_memory(config, architecture, ranks.device, ranks.world_size)
         return choices
 
@@ -225,10 +219,10 @@ def choose_implementation(
 
 
 def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog, SampleOrder, Progress]:
-    """Open the datasets of a run, and find the place in their order where it begins.
+    """Open the datasets of a run, and return its place in their order.
 
     Raises:
-        UserError: they cannot be used, or do not fit the model or the checkpoint.
+        UserError: the datasets are unusable, or do not fit the model or the checkpoint.
     """
     catalog = open_catalog(config.data, plan, start.architecture.vocab_size, start.assets.tokenizer, config.seed)
     order, progress, manifest = catalog.sample_order(config.seed), Progress(), start.resumed_from

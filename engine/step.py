@@ -20,7 +20,7 @@ from .parallel.forward_backward import ForwardBackward, ModelParts
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves on the device; reading it waits for the device."""
+    """The result of a step on the device; reading it waits for the device."""
 
     loss: Tensor
     """[] fp32, this rank's part of the mean loss over the global batch. Without targets it is NaN, on the CPU."""
@@ -81,17 +81,17 @@ def train_step(
 ) -> StepResult:
     """Make one optimizer step. All ranks must call this.
 
-    Without a target on any rank there is nothing to compute: weights and optimizer states stay as they are.
+    Without a target on any rank nothing is computed, and weights and optimizer states do not change.
 
     Args:
-        model: this rank's part of it.
+        model: this rank's part.
         forward_backward: computes losses and gradients of ``model``.
         optimizer: of the parameters of ``model``.
         micro_batches: of this rank.
-        num_targets: targets of the global batch, over all ranks.
+        num_targets: number of targets in the global batch, over all ranks.
         learning_rate: of this step.
         clip: global gradient norm above which gradients are scaled down; 0 turns clipping off.
-        guards: watch the step, and decide whether its update is skipped.
+        guards: watch the step, and decide whether to skip its update.
     """
     if num_targets > 0:
         loss = forward_backward.accumulate_gradients(micro_batches, num_targets, guards.begin_phase)
@@ -104,6 +104,6 @@ def train_step(
     else:
         loss = grad_norm = torch.full((), math.nan)
         guards.without_targets()
-        allocate_states(optimizer)  # a checkpoint has them before the first update too
+        allocate_states(optimizer)  # a checkpoint needs them even before the first update
     guards.begin_phase("other")
     return StepResult(loss, grad_norm, learning_rate, num_targets > 0)
