@@ -123,7 +123,7 @@ def _describe_recompute(config: RunConfig) -> str:
 
 
 def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
-    """When checkpoints are written, and the host memory that this takes.
+    """Return when checkpoints are written, and the host memory that this takes.
 
     Args:
         config: of the run.
@@ -149,7 +149,7 @@ def _size(num_bytes: int) -> str:
 
 
 def describe_data(data: DataConfig, catalog: Catalog, order: SampleOrder, last_sample: int) -> list[str]:
-    """Lines about the sources, stages, caps and packing of a run that ends after ``last_sample`` samples."""
+    """Return lines about sources, stages, caps and packing of a run that ends after ``last_sample`` samples."""
     length, curriculum = order.sequence_length, order.curriculum
     given = order.cursors(last_sample)
     sources = ", ".join(
