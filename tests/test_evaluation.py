@@ -64,7 +64,7 @@ def test_all_targets_are_evaluated(lengths, one_rank, run_file, tmp_path):
     losses, [said], weights = evaluated(one_rank, run_file, overrides)
     expected, count = float64_loss(weights, documents)
     assert losses["v"] == pytest.approx(expected, rel=2e-6)
-    assert said == f"validation  v: {count} targets in all windows ({-(-(sum(lengths) - 1) // LENGTH)}), none left out"
+    assert said == f"validation  v: {count} targets in all chunks ({-(-(sum(lengths) - 1) // LENGTH)}), none left out"
 
 
 def test_all_targets_of_a_held_out_part_on_two_ranks(two_ranks, run_file, tmp_path):
@@ -83,5 +83,5 @@ def test_the_log_says_which_part_of_a_set_is_evaluated(one_rank, run_file, tmp_p
     overrides = ["--data.validation", f"{{v: {tmp_path / 'v'}}}", "--training.eval_tokens", "100"]
     _, [said], _ = evaluated(one_rank, run_file, [*overrides, "--run_folder", str(tmp_path / "run")])
     assert said == (
-        "validation  v: 96 targets in 3 of 16 windows, spread evenly; training.eval_tokens 100 leaves out the others"
+        "validation  v: 96 targets in 3 of 16 chunks, spread evenly; training.eval_tokens 100 leaves out the others"
     )
