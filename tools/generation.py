@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizer.document_frame import DocumentFrame
 from torch import Tensor
 
 from ..engine.batch import Batch
 from ..engine.errors import UserError
 from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
 from ..engine.model.decoder import Decoder
-from ..engine.tokenizer.document_frame import DocumentFrame, ids_of
-from ..engine.tokenizer.tokenizer import TokenizerHandle, load_prompt_tokenizer
+from ..engine.tokenizer.frame import ids_of
 from ..engine.weights.checkpoint.assets import ASSET_FOLDER
 from ..engine.weights.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.weights.checkpoint.tensors import load_tensors, model_tensors, require_model_tensors, stored_tensors
@@ -30,6 +30,7 @@ from ..engine.weights.hugging_face.model import meta_decoder, open_hf_model
 from ..engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_named
 from ..kernels.attention import choose_attention_backend
 from .sampling import Sampling
+from .tokenizer.handle import TokenizerHandle, load_prompt_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
 

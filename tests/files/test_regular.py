@@ -18,12 +18,12 @@ from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
 from retemper.engine.files.regular import IrregularFile, open_regular, read_regular
 from retemper.engine.model.architecture import read_hf_config
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.dcp_metadata import read_metadata
 from retemper.engine.weights.hugging_face.folder import HfWeights
 from retemper.tools.preprocessing.chat.template_files import load_template
+from retemper.tools.tokenizer.handle import load_tokenizer
 from retemper.tools.vocabulary.token_list import read_list
 
 SECONDS = 20
@@ -147,7 +147,8 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path, tokenizer_folder, monkey
 
 
 ECHO = """
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 
 def main():
     parser = CommandParser()

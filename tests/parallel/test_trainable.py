@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from retemper.benchmarks.step.measure import measure_step
-from retemper.benchmarks.step.options import BenchmarkOptions
+from retemper.benchmarks.step.options import StepBenchmarkOptions
 from retemper.engine import pretrain
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.observe import progress
@@ -179,7 +179,7 @@ def test_speed_counts_no_gradients_of_frozen_weights(one_rank, untied_file, tmp_
 
 def test_benchmark_counts_no_gradients_of_frozen_weights(one_rank, untied_file):
     config = tiny_run.configure(untied_file, *ONLY)
-    found = measure_step(config, BenchmarkOptions(steps=1, warmup_steps=0, matmul_seconds=0.0), one_rank)
+    found = measure_step(config, StepBenchmarkOptions(steps=1, warmup_steps=0, matmul_seconds=0.0), one_rank)
     assert found.flops_per_step["all pairs of positions"] == found.tokens_per_step * flops_of_embeddings(pair=6)
     assert found.flops_formula.startswith("FLOPs per token = 4 L (h (q + 2 kv) + q h + 3 h f) (frozen) + 6 h v + 12 L")
 

@@ -27,7 +27,7 @@ from ...engine.parallel.mesh import build_mesh
 from ...engine.parallel.process_group import Ranks
 from ...engine.schedule import plan_batches
 from ...engine.step import Unguarded, train_step
-from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, plan_attention
+from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, Choice, plan_attention
 from .cluster import absent_cluster, without_values_from_materializing_on
 from .gpu_code import as_on_a_gpu, fresh_constants, labelled, nothing_read
 from .memory import MemoryCounter
@@ -109,7 +109,7 @@ class RehearsedRank:
         self.config, self.counter = config, counter
         self.plan = plan_batches(config.training, part.layout.data_parallel)
         backend = PER_DOCUMENT if part.capability is None else attention_backend(config, architecture)
-        choices = Choices(backend, False, self.plan.num_micro_batches)
+        choices = Choices(Choice(backend, "planned"), False, self.plan.num_micro_batches)
         counter.begin("parameters")
         with without_values_from_materializing_on():
             mesh = build_mesh(part.layout, ranks.device.type)

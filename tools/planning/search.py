@@ -14,6 +14,7 @@ from ...engine.errors import UserError
 from ...engine.parallel.build import Choices, check
 from ...engine.parallel.layout import Layout, plan_layout
 from ...engine.schedule import plan_batches
+from ...kernels.attention import Choice
 from .cluster import CPU
 from .extrapolation import places, rehearse_short
 from .formulas import Calibration, rough_memory, rough_prediction
@@ -179,7 +180,7 @@ def require_possible(config: RunConfig, setting: Setting) -> Layout:
     """
     layout = plan_layout(config.parallel, setting.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
-    choices = Choices(attention_backend(config, setting.architecture), False, plan.num_micro_batches)
+    choices = Choices(Choice(attention_backend(config, setting.architecture), "planned"), False, plan.num_micro_batches)
     check(config, setting.architecture, choices, CPU)
     return layout
 

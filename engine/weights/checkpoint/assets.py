@@ -25,7 +25,7 @@ from ...tokenizer.files import (
     tokenizer_file_name,
     tokenizer_sha256,
 )
-from ...tokenizer.tokenizer import load_reference
+from ...tokenizer.reference import load_reference
 from ..damage import file_inside
 from .manifest import MANIFEST_FILE, read_manifest
 from .names import complete_checkpoints

@@ -9,8 +9,8 @@ import pytest
 from oracles.tiny_tokenizer import train_tiny_sentencepiece, train_tiny_tokenizer, write_tiny_tiktoken
 
 from retemper.engine.errors import UserError
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.engine.weights.checkpoint.assets import HfAssets
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 
 def fill(folder: Path, kind: str) -> Path:
