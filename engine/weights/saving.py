@@ -75,7 +75,7 @@ def save_tensors(
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
         return records
 
-    return ranks.run_on_all(write)
+    return ranks.fail_together(write)
 
 
 def _file_of(rank: int) -> str:

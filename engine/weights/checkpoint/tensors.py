@@ -92,7 +92,7 @@ def load_tensors(
         UserError: on every rank, if on any of them a tensor is missing, has another shape, or cannot be read.
     """
     ranks = all_ranks(None, distributed)
-    parts = ranks.run_on_all(lambda: open_tensors(folder)) if opened is None else opened
+    parts = ranks.fail_together(lambda: open_tensors(folder)) if opened is None else opened
     load_parts(parts, tensors, folder, ranks)
 
 

@@ -166,7 +166,7 @@ def _is_there(output: Path, checkpoint: Path) -> bool:
 def _write(
     ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool], say: Callable[[str], None]
 ) -> None:
-    export = ranks.run_on_all(lambda: plan_export(checkpoint))
+    export = ranks.fail_together(lambda: plan_export(checkpoint))
     for line in export.casts:
         say(f"export      {line}")
     with ExitStack() as stack:
@@ -174,7 +174,7 @@ def _write(
         # Files of a killed run are not reused: they are written again.
         partial = ranks.run_on_rank0(lambda: stack.enter_context(partial_folder(output, identity, say, reuse=False)))
         content: Path = ranks.broadcast(partial and partial.content)
-        ranks.run_on_all(lambda: require_visible(content))
+        ranks.fail_together(lambda: require_visible(content))
         sizes = {file.name: file.num_bytes for file in export.target.files}
         names = share_by_size(sizes, ranks.rank, ranks.world_size)
         mine = [file for file in export.target.files if file.name in names]
