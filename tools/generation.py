@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizer.document_frame import DocumentFrame
 from torch import Tensor
 
 from ..engine.batch import Batch
@@ -30,6 +29,7 @@ from ..engine.weights.hugging_face.model import meta_decoder, open_hf_model
 from ..engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_named
 from ..kernels.attention import choose_attention_backend
 from .sampling import Sampling
+from .tokenizer.document_frame import DocumentFrame
 from .tokenizer.handle import TokenizerHandle, load_prompt_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"

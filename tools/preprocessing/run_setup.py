@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from ...engine.errors import UserError
 from ...engine.tokenizer.frame import Token, TokenizerFrame, ids_of
+from ..tokenizer.document_frame import DocumentFrame
 from ..tokenizer.finding import find_tokenizer_file
 from ..tokenizer.handle import TokenizerHandle, TokenizerSpec
 from .cleaning.held_out import held_out_files
@@ -15,7 +16,6 @@ from .dataset_writer import best_dtype
 from .inputs.files import expand_inputs
 from .options import PreprocessOptions
 from .output.checks import output_prefixes, require_free, what_is_read
-from .tokenizer.document_frame import DocumentFrame
 from .tokenizer_choice import check_vocabulary, choose_tokenizer, read_frame
 from .workers.pool import start_early
 from .workers.shared_tokenizer import use_one_thread

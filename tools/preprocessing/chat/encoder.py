@@ -32,10 +32,10 @@ import numpy.typing as npt
 from ....engine.errors import UserError
 from ....engine.tokenizer.files import TOKENIZER_FILE, read_config, tokenizer_kind
 from ....engine.tokenizer.json_file import parse_tokenizer
+from ...tokenizer.document_frame import DocumentFrame
 from ...tokenizer.serving_check import auto_tokenizer
 from ..options import PreprocessOptions
 from ..records.errors import LeftOutError, MalformedError
-from ..tokenizer.document_frame import DocumentFrame
 from .bos import ChatBos
 from .conversation import Conversation, EncodedChat, all_strings
 from .dropped_content import count_dropped, refuse_dropped_calls, refuse_dropped_messages

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ...tokenizer.document_frame import DocumentFrame
 from ..chat.conversation import EncodedChat
 from ..dedup.near import MinHasher
-from ..tokenizer.document_frame import DocumentFrame
 
 
 class Documents:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ....engine.errors import UserError
+from ...tokenizer.document_frame import DocumentFrame
 from ...tokenizer.handle import TokenizerHandle, TokenizerSpec
 from ..chat.bos import ChatBos
 from ..chat.conversation import EncodedChat
@@ -32,7 +33,6 @@ from ..records.errors import UNREADABLE, DamagedError, LeftOutError, MalformedEr
 from ..records.long_text import LongText, encode_in_pieces
 from ..records.reading import ReadContext, Record, readable_part
 from ..records.text_choice import metadata_line
-from ..tokenizer.document_frame import DocumentFrame
 from .encoded import ChatDocument, Documents, LongDocument
 from .shared_tokenizer import load_tokenizer_once
 from .task_output import DROPPED_TURNS, Shard, TaskResult
