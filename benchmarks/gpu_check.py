@@ -1,7 +1,7 @@
 """Run all checks that need a GPU, in two runs of at most ten minutes: ``make gpu-check PART=1``, then ``PART=2``.
 
     pip install --no-deps --no-build-isolation -e .
-    pip install --no-deps jsonargparse docstring-parser typeshed-client zstandard xxhash
+    pip install --no-deps jsonargparse docstring-parser typeshed-client zstandard xxhash orjson
     python benchmarks/gpu_check.py --part 1 --output gpu_check
     python benchmarks/gpu_check.py --part 2 --output gpu_check
 
@@ -25,10 +25,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from retemper.benchmarks.machine import describe_machine
+from retemper.benchmarks.report import BenchmarkReport, command_line, table
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import UserError, run_command
 
@@ -42,7 +43,7 @@ RECENT = 4000
 
 
 @dataclass(frozen=True)
-class Stage:
+class CheckStage:
     """A command with its time limit."""
 
     name: str
@@ -54,7 +55,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageResult:
     """The result of a stage."""
 
     name: str
@@ -69,25 +70,29 @@ class Outcome:
     """The end of its output."""
 
 
-def stages(part: int, output: Path, dry_run: bool) -> list[Stage]:
+def stages(part: int, output: Path, dry_run: bool) -> list[CheckStage]:
     """Return the stages of a part, the most important first."""
     python = sys.executable
-    size = "tiny" if dry_run else "issue"
+    size = "tiny" if dry_run else "qwen2.5"
     device = "cpu" if dry_run else "cuda"
+    limits = [python, "benchmarks/hardware_limits.py", "--device", device, "--seconds", "0.01" if dry_run else "2"]
+    machine = CheckStage("machine", [*limits, "--json", str(output / f"machine_part{part}.json")], 60, False)
 
-    def kernels(name: str, limit: float, *options: str) -> Stage:
+    def kernels(name: str, limit: float, *options: str) -> CheckStage:
         command = [python, "tools/benchmark_kernels.py", "--sizes", size, "--device", device, "--kernels", name]
         stem = output / f"kernels_{name.replace(',', '-')}"
         files = ["--json", f"{stem}.json", "--plot", f"{stem}.png"]
         command += ["--time-limit", str(limit * 0.7), *files, *options]
-        return Stage(f"kernels: {name}", command + (["--no-compile", "--seconds", "0"] if dry_run else []), limit, True)
+        return CheckStage(
+            f"kernels: {name}", command + (["--no-compile", "--seconds", "0"] if dry_run else []), limit, True
+        )
 
-    def step(name: str, limit: float, *options: str) -> Stage:
+    def step(name: str, limit: float, *options: str) -> CheckStage:
         command = [python, "benchmarks/peers.py", "--device", device, "--json", str(output / f"step_{name}.json")]
         tiny = ["--layers=2", "--hidden=64", "--vocab=300", "--batch=2", "--sequence=32", "--warmup=1", "--steps=2"]
         tiny += ["--threads=1", "--engines=retemper,trainer"]
         # A failing peer is not our failure: the result file shows whether our engine succeeded.
-        return Stage(
+        return CheckStage(
             f"step: {name}",
             command + [f"--total-time={limit - 10:g}"] + (tiny if dry_run else list(options)),
             limit,
@@ -100,9 +105,9 @@ def stages(part: int, output: Path, dry_run: bool) -> list[Stage]:
         names = sorted(str(path.relative_to(ROOT)) for path in files)
         tests = [python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *names]
         # 5: no test has this mark, or none was left after deselection.
-        check = Stage("tests", tests, 200, True, benign_codes=(0, 5) if dry_run else (0,))
+        check = CheckStage("tests", tests, 180, True, benign_codes=(0, 5) if dry_run else (0,))
         return [
-            Stage("machine", [python, "-c", MACHINE], 60, False),
+            machine,
             check,
             kernels("linear_cross_entropy", 190),
             kernels("attention", 120),
@@ -115,47 +120,20 @@ def stages(part: int, output: Path, dry_run: bool) -> list[Stage]:
     large += ["--warmup", "3", "--steps", "8", "--time-limit", "100"]
     peers = ["litgpt+compile", "trainer+compile", "trainer+liger", "trainer"]
     return [
-        Stage("machine", [python, "-c", MACHINE], 45, False),
+        machine,
         step("qwen2.5-0.5b", 230, *small, "--engines", ",".join(["retemper", *peers[:3], "trainer+compile+chunked"])),
-        step("qwen2.5-7b", 250, *large, "--engines", ",".join(["retemper", *peers])),
+        step("qwen2.5-7b", 235, *large, "--engines", ",".join(["retemper", *peers])),
         # The first measurement again: shows the drift of the machine.
         step("qwen2.5-0.5b-again", 45, *small, "--engines", "retemper"),
     ]
 
 
-MACHINE = """
-import platform, subprocess, torch
-print(platform.platform(), 'python', platform.python_version(), 'torch', torch.__version__)
-if torch.cuda.is_available():
-    print(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0))
-    a, b = (torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16) for _ in range(2))
-    x = torch.randn(2**30, device='cuda')
-    y = torch.empty_like(x)
-    def milliseconds(call, repeats):
-        for _ in range(3): call()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats): call()
-        end.record(); torch.cuda.synchronize()
-        return start.elapsed_time(end) / repeats
-    t = milliseconds(lambda: a @ b, 20)
-    print(f'bf16 matrix product 8192^3, random: {2 * 8192**3 / t / 1e9:.0f} TFLOP/s')
-    t = milliseconds(lambda: y.copy_(x), 20)
-    print(f'copy, read + written: {8 * 2**30 / t / 1e9:.2f} TB/s')
-    t = milliseconds(lambda: a @ b, 2000)
-    print(f'bf16 matrix product, sustained: {2 * 8192**3 / t / 1e9:.0f} TFLOP/s')
-    query = 'clocks.sm,clocks.mem,power.draw,temperature.gpu'
-    print(subprocess.run(['nvidia-smi', '--query-gpu=' + query, '--format=csv'], capture_output=True, text=True).stdout)
-"""
-"""Reads clocks and power, and two practical limits: a large product and a large copy. Changes no setting."""
-
-
-def run_stage(stage: Stage, output: Path, seconds_left: float) -> Outcome:
+def run_stage(stage: CheckStage, output: Path, seconds_left: float) -> StageResult:
     """Run a stage in its own process group and save its output in a file."""
     command = shlex.join(stage.command)
     limit = min(stage.limit_seconds, seconds_left)
     if limit < LEAST_SECONDS:
-        return Outcome(stage.name, command, 0.0, None, "no time left", stage.checks, "")
+        return StageResult(stage.name, command, 0.0, None, "no time left", stage.checks, "")
     log = output / (stage.name.replace(": ", "_").replace(",", "-") + ".log")
     started = time.monotonic()
     with log.open("wb") as file:
@@ -171,7 +149,7 @@ def run_stage(stage: Stage, output: Path, seconds_left: float) -> Outcome:
             _end_group(process)
     text = log.read_text(encoding="utf-8", errors="replace")
     state = "timed out" if code is None else "ok" if code in stage.benign_codes else "failed"
-    return Outcome(stage.name, command, time.monotonic() - started, code, state, stage.checks, text[-RECENT:])
+    return StageResult(stage.name, command, time.monotonic() - started, code, state, stage.checks, text[-RECENT:])
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -190,15 +168,15 @@ def our_step_problem(stage_name: str, output: Path) -> str | None:
     return None if ours and "rate" in ours[0] else f"retemper: {ours[0].get('problem') if ours else 'not run'}"
 
 
-def summary(part: int, outcomes: Sequence[Outcome], problems: Sequence[str]) -> str:
+def summary(part: int, results: Sequence[StageResult], problems: Sequence[str]) -> str:
     """Return a Markdown summary: passed and failed stages, and the end of each stage's output."""
-    lines = [f"# GPU check, part {part}", "", "| stage | state | seconds |", "| --- | --- | ---: |"]
-    lines += [f"| {outcome.name} | {outcome.state} | {outcome.seconds:.0f} |" for outcome in outcomes]
+    rows = [[result.name, result.state, f"{result.seconds:.0f}"] for result in results]
+    lines = [f"# GPU check, part {part}", "", *table(["stage", "state", "seconds"], rows)]
     lines += ["", *(f"- FAILED: {problem}" for problem in problems)]
     if not problems:
         lines.append("All checks of correctness passed.")
-    for outcome in outcomes:
-        lines += ["", f"## {outcome.name}", "", f"`{outcome.command}`", "", "```", outcome.tail.strip(), "```"]
+    for result in results:
+        lines += ["", f"## {result.name}", "", f"`{result.command}`", "", "```", result.tail.strip(), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -228,25 +206,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output.resolve()
     require_own_results(output)
     output.mkdir(parents=True, exist_ok=True)
-    started, outcomes, problems = time.monotonic(), [], []
+    started, results, problems = time.monotonic(), [], []
+    name = f"summary_part{options.part}"
+    report = BenchmarkReport(command_line("benchmarks/gpu_check.py", arguments), describe_machine(), vars(options))
+    report.settings["output"] = None
     for stage in stages(options.part, output, options.dry_run):
         if stage.name.startswith("step: "):
             # An old result must not count for a run that wrote none.
             (output / f"step_{stage.name.removeprefix('step: ')}.json").unlink(missing_ok=True)
-        outcome = run_stage(stage, output, options.seconds - (time.monotonic() - started))
-        outcomes.append(outcome)
-        print(f"{outcome.name}: {outcome.state}, {outcome.seconds:.0f} s", flush=True)
-        if stage.checks and outcome.state != "ok":
-            problems.append(f"{stage.name}: {outcome.state}")
+        result = run_stage(stage, output, options.seconds - (time.monotonic() - started))
+        results.append(result)
+        print(f"{result.name}: {result.state}, {result.seconds:.0f} s", flush=True)
+        if stage.checks and result.state != "ok":
+            problems.append(f"{stage.name}: {result.state}")
         if stage.name.startswith("step: ") and (problem := our_step_problem(stage.name, output)):
             problems.append(f"{stage.name}: {problem}")
         # Written after every stage, so that results survive the loss of the machine.
-        record = {"part": options.part, "date": datetime.now(timezone.utc).isoformat(), "problems": problems}
-        record["stages"] = [asdict(outcome) for outcome in outcomes]
-        name = f"summary_part{options.part}"
-        (output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (output / f"{name}.md").write_text(summary(options.part, outcomes, problems), encoding="utf-8")
-    print((output / f"summary_part{options.part}.md").read_text(encoding="utf-8")[-6000:])
+        report.rows, report.summary = [asdict(one) for one in results], {"problems": problems}
+        report.write(output / f"{name}.json", "--output")
+        (output / f"{name}.md").write_text(summary(options.part, results, problems), encoding="utf-8")
+    print((output / f"{name}.md").read_text(encoding="utf-8")[-6000:])
     return 1 if problems else 0
 
 

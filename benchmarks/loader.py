@@ -6,20 +6,19 @@
 The indexes are real. Their token files are sparse, to save 1.6 TB, so times on them do not include a disk. The cost of
 a disk is measured on a smaller corpus whose tokens are written out and evicted from the page cache.
 Every measurement is made several times, each in a process of its own after its imports, and the median is used.
-Writes benchmarks/results/loader.json and prints the tables of docs/performance.md, "Loading". Needs about 12 GB of disk
+Writes benchmarks/results/loader.json and prints the tables of docs/benchmarks.md, "Loading". Needs about 12 GB of disk
 (in ``TMPDIR``) and, for Megatron at 100 million documents, 8 GB of memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
-import platform
 import random
 import resource
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -27,23 +26,25 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from retemper.benchmarks.machine import describe_machine
+from retemper.benchmarks.report import BenchmarkReport, command_line, table
+from retemper.benchmarks.timing import held_bytes, peak_bytes, reset_peak, time_calls
+from retemper.benchmarks.token_files import write_dataset
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.settings import DataConfig, SourceConfig
 from retemper.engine.data.catalog import open_catalog
-from retemper.engine.data.index_format import write_index
 from retemper.engine.data.loader import TrainingData
 from retemper.engine.data.packing import pack
 from retemper.engine.data.sidecar import Sidecar
-from retemper.engine.errors import run_command
-from retemper.engine.files.outputs import require_report, write_json_report
+from retemper.engine.errors import UserError, run_command
+from retemper.engine.files.outputs import require_report
 from retemper.engine.observe.start_summary import describe_data
 from retemper.engine.schedule import BatchPlan
 
@@ -74,15 +75,10 @@ def make_corpus(prefix: Path, documents: int, sparse: bool) -> int:
         part = lengths[first : first + (1 << 20)]
         part[:] = generator.lognormal(math.log(MEAN_TOKENS) - 0.72, 1.2, len(part)).clip(1, 1 << 20)
     tokens = int(lengths.sum(dtype=np.int64))
-    index_hash = write_index(f"{prefix}.idx", np.int32, lengths)
-    with open(f"{prefix}.bin", "wb") as file:
-        if sparse:
-            file.truncate(4 * tokens)
-        else:
-            for first in range(0, tokens, 1 << 24):
-                file.write((np.arange(first, min(tokens, first + (1 << 24))) % VOCAB_SIZE).astype("<i4").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+    blocks = (
+        () if sparse else (np.arange(n, min(tokens, n + (1 << 24))) % VOCAB_SIZE for n in range(0, tokens, 1 << 24))
+    )
+    index_hash = write_dataset(prefix, np.int32, lengths, blocks)
     sidecar = Sidecar(
         "none", "0" * 64, VOCAB_SIZE, False, None, None, (), {}, "int32", documents, tokens, VOCAB_SIZE - 1, "0" * 32
     )
@@ -141,10 +137,10 @@ def open_megatron(prefix: Path, tokens: int, cache: Path) -> Opened:
     config = GPTDatasetConfig(
         random_seed=SEED,
         sequence_length=SEQUENCE_LENGTH,
-        mixture=([str(prefix)], None),
+        blend=([str(prefix)], None),
         split="100,0,0",
         path_to_cache=str(cache),
-        tokenizer=Tokenizer(),  # type: ignore[arg-type]
+        tokenizer=Tokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -158,10 +154,7 @@ def open_megatron(prefix: Path, tokens: int, cache: Path) -> Opened:
 # One measurement, in a process of its own
 
 
-def memory() -> dict[str, int]:
-    """Return the bytes of this process in RAM now, and at most since the last reset; mapped file pages count."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: 1024 * int(lines[key].split()[0]) for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
+CPU = torch.device("cpu")
 
 
 def disk_bytes() -> int:
@@ -170,40 +163,35 @@ def disk_bytes() -> int:
     return int(lines["read_bytes"])
 
 
+def sample_seconds(sample: Callable[[int], Any], indices: Sequence[int]) -> list[float]:
+    """Return the seconds that each sample takes."""
+    remaining = iter(indices)
+    return time_calls(lambda: sample(next(remaining)), len(indices), CPU)
+
+
 def measure(name: str, prefix: Path, tokens: int, cache: Path, samples: int) -> dict[str, float]:
     """Measure start, first batch and random samples of the loader ``name``."""
     if name == MEGATRON:
         import megatron.core.datasets.gpt_dataset  # noqa: F401
     evict(prefix)
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = memory()["now"]
+    if not reset_peak(CPU):
+        raise UserError("/proc/self/clear_refs cannot be written, so the peak of the start is unknown")
+    before = held_bytes(CPU)
     clock = time.perf_counter()
     sample, count = open_megatron(prefix, tokens, cache) if name == MEGATRON else open_retemper(prefix, name)
-    result = {"start_seconds": time.perf_counter() - clock, "start_peak_bytes": memory()["peak"] - before}
+    result = {"start_seconds": time.perf_counter() - clock, "start_peak_bytes": peak_bytes(CPU) - before}
 
-    clock = time.perf_counter()
-    for index in range(BATCH):
-        sample(index)
-    result["first_batch_seconds"] = time.perf_counter() - clock
+    result["first_batch_seconds"] = sum(sample_seconds(sample, range(BATCH)))
 
     chosen = random.Random(SEED).sample(range(BATCH, count), samples)
     usage, read = resource.getrusage(resource.RUSAGE_SELF), disk_bytes()
-    times = []
-    for index in chosen:
-        clock = time.perf_counter()
-        sample(index)
-        times.append(time.perf_counter() - clock)
+    times = sample_seconds(sample, chosen)
     result["first_visit_us"] = 1e6 * statistics.fmean(times)  # the mean: some visits wait for the disk
     result["first_visit_disk_bytes"] = (disk_bytes() - read) / samples
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - usage.ru_majflt
     result["first_visit_major_faults"] = faults / samples
-    times = []
-    for index in chosen:
-        clock = time.perf_counter()
-        sample(index)
-        times.append(time.perf_counter() - clock)
-    result["again_us"] = 1e6 * statistics.median(times)
-    result["end_bytes"] = memory()["now"] - before
+    result["again_us"] = 1e6 * statistics.median(sample_seconds(sample, chosen))
+    result["end_bytes"] = held_bytes(CPU) - before
     result["cache_bytes"] = sum(file.stat().st_size for file in cache.rglob("*")) if cache.exists() else 0
     return result
 
@@ -226,89 +214,61 @@ def measured(name: str, prefix: Path, tokens: int, samples: int, repeats: int) -
 # The whole
 
 
-def benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def benchmark(options: argparse.Namespace, folder: Path) -> BenchmarkReport:
     """Measure all corpora and loaders, one after another."""
-    corpora = []
+    settings = {"sequence_length": SEQUENCE_LENGTH, "samples": options.samples, "repeats": options.repeats}
+    machine = {**describe_machine(), "read_ahead_kib": read_ahead(folder)}
+    report = BenchmarkReport(command_line("benchmarks/loader.py"), machine, settings)
     plans = [(count, True) for count in options.documents] + [(options.disk_documents, False)]
     for documents, sparse in plans:
         prefix = folder / "corpus"
         tokens = make_corpus(prefix, documents, sparse)
         print(f"{documents:,} documents, {tokens:,} tokens{'' if sparse else ', on disk'}", file=sys.stderr)
         names = [*MODES, MEGATRON] if documents <= options.megatron_up_to else [*MODES]
-        rows = [measured(name, prefix, tokens, options.samples, options.repeats) for name in names]
-        sizes = {suffix: os.path.getsize(f"{prefix}.{suffix}") for suffix in ("bin", "idx")}
-        corpora.append({"documents": documents, "tokens": tokens, "sparse": sparse, "bytes": sizes, "loaders": rows})
+        corpus = {"documents": documents, "tokens": tokens, "sparse": sparse}
+        corpus |= {f"{suffix}_bytes": os.path.getsize(f"{prefix}.{suffix}") for suffix in ("bin", "idx")}
+        report.rows += [corpus | measured(name, prefix, tokens, options.samples, options.repeats) for name in names]
         for file in folder.glob("corpus.*"):
             file.unlink()
-    return {
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/loader.py", *sys.argv[1:]]),
-        "machine": machine(folder),
-        "versions": versions(),
-        "sequence_length": SEQUENCE_LENGTH,
-        "samples": options.samples,
-        "repeats": options.repeats,
-        "corpora": corpora,
-    }
+    return report
 
 
-def machine(folder: Path) -> dict[str, Any]:
-    """Return the facts that results depend on; the disk's read-ahead determines the cost of a page fault."""
+def read_ahead(folder: Path) -> int | None:
+    """Return the KiB that Linux reads from the folder's disk at a page fault, which determine its cost."""
     device = os.stat(folder).st_dev
     block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
     queues = [path for path in (block / "queue", block.resolve().parent / "queue") if path.is_dir()]
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "cpu": next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine()),
-        "cores": os.cpu_count(),
-        "kernel": platform.release().split("-")[0],
-        "read_ahead_kib": int((queues[0] / "read_ahead_kb").read_text()) if queues else None,
-    }
+    return int((queues[0] / "read_ahead_kb").read_text()) if queues else None
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("retemper", "numpy", "torch", MEGATRON):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def tables(result: dict[str, Any]) -> str:
-    """Return the tables of docs/performance.md."""
-    sparse, written = [], []
-    for corpus in result["corpora"]:
-        for row in corpus["loaders"]:
-            if corpus["sparse"]:
-                cells = {
-                    "Documents": f"{corpus['documents'] / 1e6:g}M",
-                    "Tokens": f"{corpus['tokens'] / 1e9:.1f}B",
-                    "Loader": row["loader"],
-                    "Start": f"{row['start_seconds']:.3f} s",
-                    "Memory, start": f"{row['start_peak_bytes'] / 1e6:,.0f} MB",
-                    f"First {BATCH} samples": f"{1e3 * row['first_batch_seconds']:,.0f} ms",
-                    "One sample": f"{row['again_us']:,.0f} us",
-                    "Memory, end": f"{row['end_bytes'] / 1e6:,.0f} MB",
-                    "Cache files": f"{row['cache_bytes'] / 1e6:,.0f} MB",
-                }
-                sparse.append(cells)
-            else:
-                cells = {
-                    "Loader": row["loader"],
-                    "Sample not in the page cache": f"{row['first_visit_us']:,.0f} us",
-                    "Read from disk for it": f"{row['first_visit_disk_bytes'] / 1e3:,.0f} kB",
-                    "Faults that wait for the disk": f"{row['first_visit_major_faults']:.2f}",
-                    "Once cached": f"{row['again_us']:,.0f} us",
-                }
-                written.append(cells)
-    return "\n\n".join(markdown(rows) for rows in (sparse, written) if rows)
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Return the tables of docs/benchmarks.md: of sparse corpora, and of the one on disk."""
+    sparse, on_disk = [], []
+    for row in rows:
+        if row["sparse"]:
+            cells = {
+                "Documents": f"{row['documents'] / 1e6:g}M",
+                "Tokens": f"{row['tokens'] / 1e9:.1f}B",
+                "Loader": row["loader"],
+                "Start": f"{row['start_seconds']:.3f} s",
+                "Memory, start": f"{row['start_peak_bytes'] / 1e6:,.0f} MB",
+                f"First {BATCH} samples": f"{1e3 * row['first_batch_seconds']:,.0f} ms",
+                "One sample": f"{row['again_us']:,.0f} us",
+                "Memory, end": f"{row['end_bytes'] / 1e6:,.0f} MB",
+                "Cache files": f"{row['cache_bytes'] / 1e6:,.0f} MB",
+            }
+            sparse.append(cells)
+        else:
+            cells = {
+                "Loader": row["loader"],
+                "Sample not in the page cache": f"{row['first_visit_us']:,.0f} us",
+                "Read from disk for it": f"{row['first_visit_disk_bytes'] / 1e3:,.0f} kB",
+                "Faults that wait for the disk": f"{row['first_visit_major_faults']:.2f}",
+                "Once cached": f"{row['again_us']:,.0f} us",
+            }
+            on_disk.append(cells)
+    found = [table([*some[0]], [[*cells.values()] for cells in some]) for some in (sparse, on_disk) if some]
+    return "\n\n".join("\n".join(lines) for lines in found)
 
 
 def main() -> None:
@@ -330,14 +290,14 @@ def main() -> None:
         name, prefix, tokens, cache, samples = options.measure
         print(json.dumps(measure(name, Path(prefix), int(tokens), Path(cache), int(samples))))
         return
-    if options.megatron_up_to and versions()[MEGATRON] == "not installed":
+    if options.megatron_up_to and importlib.util.find_spec("megatron") is None:
         sys.exit("megatron-core is not installed: pip install --no-deps megatron-core==0.16.1, or --megatron-up-to 0")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     require_report("--output", options.output)
     with tempfile.TemporaryDirectory() as folder:
-        result = benchmark(options, Path(folder))
-    write_json_report("--output", options.output, result)
-    print(tables(result))
+        report = benchmark(options, Path(folder))
+    report.write(options.output, "--output")
+    print(tables(report.rows))
 
 
 if __name__ == "__main__":

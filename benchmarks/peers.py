@@ -17,26 +17,25 @@ import importlib.util
 import json
 import math
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peer_engines.job import BATCHES_FILE, DATASET, Job
 
+from retemper.benchmarks.machine import describe_torch
+from retemper.benchmarks.peer_engines.job import BATCHES_FILE, DATASET, Job
+from retemper.benchmarks.report import BenchmarkReport, command_line, table
+from retemper.benchmarks.token_files import write_dataset
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import run_command
-from retemper.engine.files.outputs import require_report, write_json_report
+from retemper.engine.files.outputs import require_report
 
 OURS = "retemper"
 NEEDS = {
@@ -181,20 +180,17 @@ def make_data(job: Job) -> None:
     """Write random tokens of Zipf's law as a dataset, and the same tokens in the order in which our sampler reads
     them.
     """
-    from peer_engines.ours import configure
-
+    from retemper.benchmarks.peer_engines.ours import configure
     from retemper.engine.data.catalog import open_catalog
     from retemper.engine.data.loader import TrainingData
     from retemper.engine.schedule import plan_batches
-    from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
     vocab_size = job.architecture["vocab_size"]
     generator = np.random.default_rng(job.seed)
-    prefix = str(Path(job.folder) / DATASET)
-    with IndexedDatasetWriter(prefix, np.int32) as writer:
-        # One sample more than is read, since a window's targets extend one token beyond it.
-        for _ in range(job.total_steps * job.batch_size + 1):
-            writer.add_document(generator.zipf(1.2, job.sequence_length).clip(1, vocab_size) - 1)
+    # One sample more than is read, since a window's targets extend one token beyond it.
+    lengths = np.full(job.total_steps * job.batch_size + 1, job.sequence_length)
+    documents = (generator.zipf(1.2, length).clip(1, vocab_size) - 1 for length in lengths)
+    write_dataset(Path(job.folder) / DATASET, np.int32, lengths, documents)
     config = configure(job)
     plan = plan_batches(config.training, 1)
     catalog = open_catalog(config.data, plan, vocab_size, None, config.seed)
@@ -226,11 +222,11 @@ def run_engine(engine: str, job_path: Path, time_limit: float, threads: int | No
 def run_here(engine: str, job: Job) -> None:
     """Run one engine in this process and write its record next to the job."""
     if engine == OURS:
-        from peer_engines.ours import run
+        from retemper.benchmarks.peer_engines.ours import run
     elif engine.startswith("litgpt"):
-        from peer_engines.litgpt_step import run
+        from retemper.benchmarks.peer_engines.litgpt_step import run
     else:
-        from peer_engines.hugging_face import run
+        from retemper.benchmarks.peer_engines.hugging_face import run
     record = run(job, engine)
     (Path(job.folder) / "result.json").write_text(json.dumps(record), encoding="utf-8")
 
@@ -282,46 +278,30 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def table(rows: list[dict[str, Any]], missing: dict[str, str]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = [
-        "| engine | tokens/s | spread over rounds | tokens per CPU-s | peak memory | first loss "
-        "| ours: times as fast | ours: share of memory |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+def format_rows(rows: list[dict[str, Any]], missing: dict[str, str]) -> str:
+    """Return the rows as a Markdown table, and then the engines that did not run, with the reason."""
+    header = ["engine", "tokens/s", "spread over rounds", "tokens per CPU-s", "peak memory", "first loss"]
+    header += ["ours: times as fast", "ours: share of memory"]
+    cells, reasons = [], {}
     for row in rows:
         if "rate" not in row:
-            lines.append(f"| {row['engine']} | {row['problem']} | | | | | | |")
+            reasons[row["engine"]] = row["problem"]
             continue
+        ratios = (row.get(name) for name in ("ours_times_as_fast", "ours_memory_share"))
         low, high = row["spread"]
-        ratio, share = row.get("ours_times_as_fast"), row.get("ours_memory_share")
-        lines.append(
-            f"| {row['engine']} | {row['rate']:,.0f} | {low:,.0f} .. {high:,.0f} "
-            f"| {row['tokens_per_cpu_second']:,.0f} | {row['peak_bytes'] / 2**20:,.0f} MiB | {row['loss']:.4f} "
-            f"| {'' if ratio is None else f'{ratio:.2f}'} | {'' if share is None else f'{share:.2f}'} |"
+        cells.append(
+            [
+                row["engine"],
+                f"{row['rate']:,.0f}",
+                f"{low:,.0f} .. {high:,.0f}",
+                f"{row['tokens_per_cpu_second']:,.0f}",
+                f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+                f"{row['loss']:.4f}",
+                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            ]
         )
-    lines += [f"| {engine} | not run: {reason} | | | | | | |" for engine, reason in missing.items()]
-    return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
-    """Return a description of the machine."""
-    versions: dict[str, str | None] = {}
-    for name in ("torch", "triton", "transformers", "accelerate", "litgpt", "lightning", "liger-kernel", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return {
-        "date": date.today().isoformat(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+    reasons |= {engine: f"not run: {reason}" for engine, reason in missing.items()}
+    return "\n".join([*table(header, cells), *(f"{engine}: {reason}" for engine, reason in reasons.items())])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -341,16 +321,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = {engine: reason for engine in asked if (reason := why_not(engine, device))}
     engines = [engine for engine in asked if engine not in missing]
     runs: list[dict[str, Any]] = []
-    command = shlex.join(["python", "benchmarks/peers.py", *(arguments or sys.argv[1:])])
-    record: dict[str, Any] = {"command": command, "machine": machine(), "missing": missing}
+    report = BenchmarkReport(command_line("benchmarks/peers.py", arguments), describe_torch(), {"missing": missing})
 
-    def report() -> list[dict[str, Any]]:
-        """Return the results so far; written after every engine, so that an interrupted run keeps its results."""
+    def write() -> None:
+        """Write the results so far, after every engine, so that an interrupted run keeps them."""
         refuse_different(runs, options.precision)
-        rows = summarize(runs)
-        if options.json:
-            write_json_report("--json", options.json, {**record, "rows": rows})
-        return rows
+        report.rows = summarize(runs)
+        report.write(options.json)
 
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         job = Job(
@@ -368,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job_path = Path(folder) / "job.json"
         job.write(job_path)
         make_data(job)
-        record |= {"job": {**vars(job), "folder": None}, "threads": options.threads or torch.get_num_threads()}
+        threads = options.threads or torch.get_num_threads()
+        report.settings |= {"job": {**vars(job), "folder": None}, "threads": threads}
         for round_number in range(options.rounds):
             for engine in engines:
                 left = math.inf if options.total_time is None else options.total_time - (time.monotonic() - started)
@@ -381,10 +359,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 last = runs[-1]
                 rate = last.get("problem") or f"{last['tokens_per_second']:,.0f} tokens/s"
                 print(f"{engine}: {rate}", file=sys.stderr, flush=True)
-                report()
-    rows = report()
-    print(table(rows, missing))
-    return 1 if any("rate" not in row for row in rows) else 0
+                write()
+    write()
+    print(format_rows(report.rows, missing))
+    return 1 if any("rate" not in row for row in report.rows) else 0
 
 
 if __name__ == "__main__":

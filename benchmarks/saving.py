@@ -2,27 +2,31 @@
 
     python benchmarks/saving.py --gigabytes 4 --saves 50 --folder /tmp/saving
 
-One process, one rank, tensors on the GPU if there is one. A step is a given duration of
-matrix products, followed by an update. The stall is the time that a step waits for the checkpoint begun before it: in
-``Saver.save`` and before its update. For comparison, a copy of the same bytes is timed in the same run.
+One process, one rank, tensors on the GPU if there is one. A step is a given duration of matrix products, followed by
+an update; no model is involved, so that any size of checkpoint can be measured with any duration of a step. The stall
+is the time that a step waits for the checkpoint begun before it: in ``Saver.save`` and before its update. For
+comparison, a copy of the same bytes is timed in the same run.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 
+from retemper.benchmarks.machine import describe_torch
+from retemper.benchmarks.report import BenchmarkReport, command_line, table
+from retemper.benchmarks.timing import held_bytes, time_calls
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.settings import CheckpointConfig
 from retemper.engine.errors import UserError, run_command
+from retemper.engine.files.outputs import require_report
 from retemper.engine.parallel.process_group import process_group
 from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.engine.weights.checkpoint.manifest import Manifest
@@ -30,49 +34,58 @@ from retemper.engine.weights.checkpoint.saver import Saver
 from retemper.engine.weights.checkpoint.staging import Staging
 from retemper.engine.weights.checkpoint.store import CheckpointStore
 
+CPU = torch.device("cpu")
 
-def measure(gigabytes: float, saves: int, folder: Path, asynchronous: bool, step_seconds: float) -> dict[str, object]:
-    """Save ``gigabytes`` GB of tensors ``saves`` times into ``folder``, which is removed afterwards."""
+
+def measure(report: BenchmarkReport, folder: Path) -> None:
+    """Save the tensors of ``report.settings`` into ``folder``, which is removed afterwards; fill in the report."""
+    settings = report.settings
     with process_group("auto", 600) as ranks:
-        count = max(1, round(gigabytes * 1e9 / (4 * 1024 * 16384)))
+        count = max(1, round(settings["gigabytes"] * 1e9 / (4 * 1024 * 16384)))
         tensors = {f"weight.{n}": torch.randn(1024, 16384, device=ranks.device) for n in range(count)}
         size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-        process, stalls, memory, seconds = psutil.Process(), [], [], []
         store = CheckpointStore(folder, ranks, keep_last=1, keep_best=False)
-        with Saver(store, ranks, CheckpointConfig(asynchronous=asynchronous), lambda line: None) as saver:
-            for step in tqdm(range(1, saves + 1), desc="saves", disable=None):
-                began = time.perf_counter()
-                saver.save(tensors, HfAssets({}), Manifest(kind="training", step=step), None)
-                stall = time.perf_counter() - began
-                _compute(ranks.device, step_seconds)
-                before = time.perf_counter()
-                saver.hold_update()
-                if ranks.device.type == "cuda":
-                    torch.cuda.synchronize()
-                stalls.append(stall + time.perf_counter() - before)
-                saver.wait(required=True)
-                seconds.append(time.perf_counter() - began)
-                memory.append(process.memory_info().rss)
-        staging, copies = Staging(), []
-        for _ in range(4):
-            began = time.perf_counter()
+        checkpoint = CheckpointConfig(asynchronous=settings["asynchronous"])
+        with Saver(store, ranks, checkpoint, lambda line: None) as saver:
+            for step in tqdm(range(1, settings["saves"] + 1), desc="saves", disable=None):
+                report.rows.append(_save(saver, tensors, step, settings["step_seconds"], ranks.device))
+        staging = Staging()
+
+        def stage() -> None:
             staging.begin(tensors)
             staging.copy()
-            copies.append(time.perf_counter() - began)
+
+        stage()  # allocates
+        copies = time_calls(stage, 3, CPU)
         shutil.rmtree(folder)
-        return {
-            "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "asynchronous": asynchronous,
-            "gigabytes": round(size, 3),
-            "saves": saves,
-            "step_seconds": step_seconds,
-            "stall_seconds_per_gb_first": round(stalls[0] / size, 4),
-            "stall_seconds_per_gb_median_later": round(statistics.median(stalls[1:] or stalls) / size, 4),
-            "copy_seconds_per_gb": round(min(copies[1:]) / size, 4),
-            "whole_save_gb_per_second": round(size / statistics.median(seconds), 3),
-            "resident_gb_after_save": {n: round(memory[n - 1] / 1e9, 3) for n in (1, 2, saves // 2, saves) if n},
-        }
+    stalls = [row["stall_seconds"] for row in report.rows]
+    resident = [row["resident_bytes"] / 1e9 for row in report.rows]
+    report.summary = {
+        "gigabytes": round(size, 3),
+        "stall_seconds_per_gb_first": round(stalls[0] / size, 4),
+        "stall_seconds_per_gb_median_later": round(statistics.median(stalls[1:] or stalls) / size, 4),
+        "copy_seconds_per_gb": round(min(copies) / size, 4),
+        "whole_save_gb_per_second": round(size / statistics.median(row["seconds"] for row in report.rows), 3),
+        "resident_gb_after_first_save": round(resident[0], 3),
+        "resident_gb_after_last_save": round(resident[-1], 3),
+    }
+
+
+def _save(
+    saver: Saver, tensors: dict[str, torch.Tensor], step: int, step_seconds: float, device: torch.device
+) -> dict[str, Any]:
+    """Save once behind one step."""
+    began = time.perf_counter()
+    saver.save(tensors, HfAssets({}), Manifest(kind="training", step=step), None)
+    stall = time.perf_counter() - began
+    _compute(device, step_seconds)
+    before = time.perf_counter()
+    saver.hold_update()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    stall += time.perf_counter() - before
+    saver.wait(required=True)
+    return {"stall_seconds": stall, "seconds": time.perf_counter() - began, "resident_bytes": held_bytes(CPU)}
 
 
 def _compute(device: torch.device, seconds: float) -> None:
@@ -91,12 +104,18 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=1.0, help="duration of a step (default: %(default)s)")
     parser.add_argument("--folder", type=Path, required=True, help="folder to write to; it must not exist")
     parser.add_argument("--synchronous", action="store_true", help="for comparison: wait for the disk")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     options = parser.parse_args()
     if os.path.lexists(options.folder):
         raise UserError(f"--folder {options.folder}: exists already; choose another")
-    asynchronous = not options.synchronous
-    result = measure(options.gigabytes, options.saves, options.folder, asynchronous, options.step_seconds)
-    print(json.dumps(result, indent=2))
+    if options.json is not None:
+        require_report("--json", options.json)
+    settings = {name: getattr(options, name) for name in ("gigabytes", "saves", "step_seconds")}
+    settings["asynchronous"] = not options.synchronous
+    report = BenchmarkReport(command_line("benchmarks/saving.py"), describe_torch(), settings)
+    measure(report, options.folder)
+    print("\n".join(table(["", "found"], [[name, f"{value}"] for name, value in report.summary.items()])))
+    report.write(options.json)
 
 
 if __name__ == "__main__":

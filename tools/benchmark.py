@@ -14,17 +14,17 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
-from typing import Any
 
-from retemper.benchmarks.step.options import BenchmarkOptions
+from retemper.benchmarks.machine import describe_machine, describe_torch
+from retemper.benchmarks.report import BenchmarkReport, command_line
+from retemper.benchmarks.step.options import StepBenchmarkOptions
 from retemper.benchmarks.step.sweep import format_sweep, parse_sweep, run_sweep
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RunConfig, to_dict
 from retemper.engine.errors import UserError, run_command
-from retemper.engine.files.outputs import Use, require_report, write_json_report
+from retemper.engine.files.outputs import Use, require_report
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout
@@ -91,64 +91,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options, run_arguments = parse_arguments(arguments)
     config = parse_config(run_arguments)
-    settings = BenchmarkOptions(
+    settings = StepBenchmarkOptions(
         options.steps, options.warmup_steps, options.real_data, options.documents, options.matmul_seconds
     )
     settings.check()
     if options.json is not None:
         require_report("--json", options.json, [Use("--config", path) for path in options.config])
-    record = {"command": shlex.join(["tools/benchmark.py", *arguments]), "date": date.today().isoformat()}
+    command = command_line("tools/benchmark.py", arguments)
     if options.sweep:
-        _sweep(config, options, settings, run_arguments, record)
+        _sweep(config, options, settings, run_arguments, command)
     elif options.launch:
         raise UserError(f"--launch {options.launch}: is only for --sweep; otherwise start this command with it")
     else:
-        _measure(config, options.json, settings, record)
+        _measure(config, options.json, settings, command)
 
 
-def _measure(config: RunConfig, path: Path | None, settings: BenchmarkOptions, record: dict[str, Any]) -> None:
+def _measure(config: RunConfig, path: Path | None, settings: StepBenchmarkOptions, command: str) -> None:
     # Everything that needs PyTorch is imported before any rank waits for another.
     with without_gc():
-        from retemper.benchmarks.step.machine import step_machine_facts
         from retemper.benchmarks.step.measure import measure_step
-        from retemper.benchmarks.step.report import format_report, to_record
+        from retemper.benchmarks.step.report import format_report, to_report
         from retemper.engine.parallel.process_group import process_group
 
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
-        ranks.run_on_all(lambda: check_layout(config, ranks.world_size))
-        machine = step_machine_facts()  # before this command puts load on the machine
+        ranks.fail_together(lambda: check_layout(config, ranks.world_size))
+        machine = describe_torch()  # before this command puts load on the machine
         found = measure_step(config, settings, ranks)
         if ranks.is_main:
             print(format_report(found, machine))
-        record |= {"machine": machine, "config": to_dict(config), "result": to_record(found)}
-        ranks.run_on_rank0(lambda: _write(path, record))
+        ranks.run_on_rank0(lambda: to_report(found, config, settings, command, machine).write(path))
 
 
 def _sweep(
     config: RunConfig,
     options: argparse.Namespace,
-    settings: BenchmarkOptions,
+    settings: StepBenchmarkOptions,
     run_arguments: list[str],
-    record: dict[str, Any],
+    command: str,
 ) -> None:
     if read_launcher().launched:
         raise UserError("--sweep: starts processes itself; leave out torchrun and name it with --launch 'torchrun ...'")
     combinations = parse_sweep(options.sweep, config)
-    command = [*(shlex.split(options.launch) or [sys.executable]), str(Path(__file__).resolve()), *run_arguments]
-    command += ["--steps", str(settings.steps), "--warmup-steps", str(settings.warmup_steps)]
-    command += ["--documents", settings.documents, "--matmul-seconds", str(settings.matmul_seconds)]
-    command += ["--real-data"] if settings.real_data else []
-    rows = run_sweep(combinations, command, lambda line: print(line, file=sys.stderr, flush=True))
+    report = BenchmarkReport(command, describe_machine(), {"config": to_dict(config), "sweep": options.sweep})
+    program = [*(shlex.split(options.launch) or [sys.executable]), str(Path(__file__).resolve()), *run_arguments]
+    program += ["--steps", str(settings.steps), "--warmup-steps", str(settings.warmup_steps)]
+    program += ["--documents", settings.documents, "--matmul-seconds", str(settings.matmul_seconds)]
+    program += ["--real-data"] if settings.real_data else []
+    rows = run_sweep(combinations, program, lambda line: print(line, file=sys.stderr, flush=True))
     print(format_sweep(rows))
-    record["sweep"] = [{"settings": row.settings, "outcome": row.outcome, **(row.record or {})} for row in rows]
-    _write(options.json, record)
+    report.rows = [{"sweep": row.settings, "outcome": row.outcome, **(row.record or {})} for row in rows]
+    report.write(options.json)
     if not any(row.record for row in rows):
         raise UserError(f"--sweep {' '.join(options.sweep)}: no setting succeeded; the table shows why")
-
-
-def _write(path: Path | None, record: dict[str, Any]) -> None:
-    if path is not None:
-        write_json_report("--json", path, record)
 
 
 if __name__ == "__main__":

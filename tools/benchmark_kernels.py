@@ -1,7 +1,7 @@
 """Time each kernel and its installed peers, with errors against float64 and memory.
 
     python tools/benchmark_kernels.py --sizes small --json kernels.json --plot kernels.png
-    python tools/benchmark_kernels.py --sizes issue --kernels linear_cross_entropy,attention
+    python tools/benchmark_kernels.py --sizes qwen2.5 --kernels linear_cross_entropy,attention
 
 This file is the command line of retemper.benchmarks.kernel.
 """
@@ -9,16 +9,24 @@ This file is the command line of retemper.benchmarks.kernel.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.benchmarks.kernel.names import KERNELS
+from retemper.benchmarks.report import command_line
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import require_report
 from retemper.engine.guards.garbage_collection import without_gc
+
+
+def _current_name(sizes: str) -> str:
+    """Accept the name that ``qwen2.5`` had in 0.1."""
+    if sizes == "issue":
+        print("--sizes issue: is called --sizes qwen2.5 now; the old name will be refused later", file=sys.stderr)
+        return "qwen2.5"
+    return sizes
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,9 +39,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--kernels", default=",".join(KERNELS), metavar="NAMES", help="default: %(default)s")
     parser.add_argument(
         "--sizes",
-        choices=["auto", "tiny", "small", "issue"],
+        type=_current_name,
+        choices=["auto", "tiny", "small", "qwen2.5"],
         default="auto",
-        help="issue: the sizes of Qwen2.5 0.5B and 7B; auto: these on a GPU, small ones on a CPU (default)",
+        help="qwen2.5: the sizes of Qwen2.5 0.5B and 7B; auto: these on a GPU, small ones on a CPU (default)",
     )
     parser.add_argument(
         "--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU, else fp32"
@@ -60,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = sorted({*options.kernels.split(",")} - {*KERNELS})
     if unknown:
         raise UserError(f"--kernels {','.join(unknown)}: there are {', '.join(KERNELS)}")
-    command = shlex.join(["python", "tools/benchmark_kernels.py", *(sys.argv[1:] if arguments is None else arguments)])
+    command = command_line("tools/benchmark_kernels.py", arguments)
     with without_gc():
         from retemper.benchmarks.kernel.command import benchmark
 

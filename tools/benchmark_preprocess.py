@@ -13,12 +13,13 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from retemper.benchmarks.preprocess.benchmark import BenchmarkOptions, run_benchmark
-from retemper.benchmarks.preprocess.machine import machine_facts
-from retemper.benchmarks.preprocess.report import format_report, to_record
+from retemper.benchmarks.machine import describe_machine
+from retemper.benchmarks.preprocess.benchmark import PreprocessBenchmarkOptions, run_benchmark
+from retemper.benchmarks.preprocess.report import format_report, to_report
+from retemper.benchmarks.report import command_line
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import run_command
-from retemper.engine.files.outputs import Use, require_report, write_json_report
+from retemper.engine.files.outputs import Use, require_report
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -85,11 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = settings.pop("json")
     if path is not None:
         require_report("--json", path, [Use("--input", settings["input"])])
-    machine = machine_facts()  # before this command puts load on the machine
-    results = run_benchmark(BenchmarkOptions(**settings))
+    machine = describe_machine()  # before this command puts load on the machine
+    options = PreprocessBenchmarkOptions(**settings)
+    results = run_benchmark(options)
     print(format_report(results, machine))
-    if path is not None:
-        write_json_report("--json", path, to_record(results, machine))
+    to_report(results, options, command_line("tools/benchmark_preprocess.py", arguments), machine).write(path)
 
 
 if __name__ == "__main__":

@@ -167,8 +167,8 @@ def swiglu(tokens: int, inner: int) -> Case:
 
 
 def cases(sizes: str) -> list[Case]:
-    """Return the cases: ``tiny`` for tests, ``small`` for seconds on a CPU, ``issue`` with the sizes of Qwen2.5 0.5B
-    and 7B.
+    """Return the cases: ``tiny`` for tests, ``small`` for seconds on a CPU, ``qwen2.5`` with
+    those of Qwen2.5 0.5B and 7B.
     """
     if sizes == "tiny":
         return [

@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from dataclasses import asdict
 
 import torch
 
 from ...engine.errors import UserError
-from ...engine.files.outputs import write_json_report
 from ...engine.model.dtypes import DTYPES
+from ..machine import describe_torch
+from ..report import BenchmarkReport
 from .cases import cases
-from .measure import Result, Settings, measure_case
+from .measure import KernelBenchmarkOptions, KernelResult, measure_case
 from .report import format_results, plot_results
-
-LIBRARIES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "numpy")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return a description of the machine."""
-    versions: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
 
 
 def run(
-    options: argparse.Namespace, keep: Callable[[list[Result], list[str]], None] = lambda *_: None
-) -> tuple[list[Result], list[str]]:
+    options: argparse.Namespace, keep: Callable[[list[KernelResult], list[str]], None] = lambda *_: None
+) -> tuple[list[KernelResult], list[str]]:
     """Measure the selected cases; also return the names of cases for which no time was left.
 
     ``keep`` is called with both after every case, so that a run that is ended early keeps its results.
@@ -52,7 +30,7 @@ def run(
         UserError: a GPU is requested but there is none.
     """
     kernels = options.kernels.split(",")
-    settings = Settings(options.device, options.dtype, options.seconds)
+    settings = KernelBenchmarkOptions(options.device, options.dtype, options.seconds)
     torch.manual_seed(options.seed)
     started, results, left_out = time.monotonic(), [], []
     for case in cases(options.sizes):
@@ -66,7 +44,7 @@ def run(
     return results, left_out
 
 
-def _say(result: Result) -> None:
+def _say(result: KernelResult) -> None:
     time_taken = "" if result.milliseconds is None else f"{result.milliseconds:.3f} ms"
     problem = result.problem or ""
     print(f"{result.kernel} {result.case}: {result.provider}: {time_taken} {problem}", file=sys.stderr, flush=True)
@@ -86,14 +64,12 @@ def benchmark(options: argparse.Namespace, command: str) -> None:
         options.dtype = "bf16" if name == "cuda" else "fp32"
     dtype_name, options.dtype = options.dtype, DTYPES[options.dtype]
     if options.sizes == "auto":
-        options.sizes = "issue" if name == "cuda" else "small"
-    facts = machine(options.device)
+        options.sizes = "qwen2.5" if name == "cuda" else "small"
+    report = BenchmarkReport(command, describe_torch(), {"dtype": dtype_name, "sizes": options.sizes})
 
-    def keep(results: list[Result], left_out: list[str]) -> None:
-        if options.json:
-            record = {"command": command, "machine": facts, "dtype": dtype_name, "left_out": left_out}
-            record["results"] = [result.to_dict() for result in results]
-            write_json_report("--json", options.json, record)
+    def keep(results: list[KernelResult], left_out: list[str]) -> None:
+        report.rows, report.summary = [asdict(result) for result in results], {"left_out": left_out}
+        report.write(options.json)
 
     results, left_out = run(options, keep)
     keep(results, left_out)
@@ -102,7 +78,9 @@ def benchmark(options: argparse.Namespace, command: str) -> None:
         print(f"not measured, no time left: {case}")
     if options.plot:
         try:
-            plot_results(results, options.plot, f"{dtype_name}, {facts['device']}")
+            plot_results(
+                results, options.plot, f"{dtype_name}, {report.machine.get('gpu', report.machine['processor'])}"
+            )
         except ImportError as error:
             raise UserError(f"--plot {options.plot}: {error}; pip install matplotlib") from None
     wrong = [f"{result.kernel} {result.case} {result.provider}" for result in results if result.wrong]

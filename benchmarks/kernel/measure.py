@@ -5,15 +5,14 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..timing import held_bytes, peak_bytes, reset_peak, time_for
 from .cases import Case, Tensors
 from .providers import Function, Provider
 
@@ -23,7 +22,7 @@ FLUSH_BYTES = 256 * 1024**2
 
 
 @dataclass
-class Result:
+class KernelResult:
     """The measurements. ``problem`` gives the reason for missing or wrong results."""
 
     kernel: str
@@ -49,13 +48,9 @@ class Result:
     wrong: bool = False
     """True if ours is outside its bounds, so that the benchmark fails."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the values for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Settings:
+class KernelBenchmarkOptions:
     """The place and duration of the measurement."""
 
     device: torch.device
@@ -67,8 +62,11 @@ class Settings:
 
 
 def measure_case(
-    case: Case, settings: Settings, say: Callable[[Result], None] = lambda _: None, compiled: bool = True
-) -> list[Result]:
+    case: Case,
+    settings: KernelBenchmarkOptions,
+    say: Callable[[KernelResult], None] = lambda _: None,
+    compiled: bool = True,
+) -> list[KernelResult]:
     """Measure all providers of a case on the same inputs, and the first one again at the end.
 
     ``compiled`` False leaves out providers that use torch.compile.
@@ -78,9 +76,9 @@ def measure_case(
     reference = case.reference(inputs, gradients)
     kept = {name: x.clone() for name, x in inputs.items()}
     results = []
-    first: tuple[Result, Provider] | None = None
+    first: tuple[KernelResult, Provider] | None = None
     for name, provider in case.providers.items():
-        result = Result(case.kernel, case.name, name, provider.is_ours)
+        result = KernelResult(case.kernel, case.name, name, provider.is_ours)
         if provider.is_compiled and not compiled:
             continue
         results.append(result)
@@ -105,7 +103,7 @@ def measure_case(
     if first and len(results) > 1:
         # Built again, because others may have changed process-wide settings, as attention backends do.
         again = _Call(first[1].build(inputs), inputs, gradients, case.leaves, kept)
-        first[0].again_milliseconds = statistics.median(_timings(again, settings))
+        first[0].again_milliseconds = statistics.median(_milliseconds(again, settings))
     return results
 
 
@@ -165,15 +163,16 @@ class _Call:
         return (*outputs, *gradients)
 
 
-def _check(case: Case, call: _Call, reference: Tensors, settings: Settings, result: Result) -> None:
+def _check(case: Case, call: _Call, reference: Tensors, settings: KernelBenchmarkOptions, result: KernelResult) -> None:
     """Measure errors and memory, and check that results repeat, in calls whose fresh memory held NaN."""
     call()  # compiles
     call.prepare()
-    with _Peak(settings.device) as peak:
+    if reset_peak(settings.device):
+        before = held_bytes(settings.device)
         call()
-    result.peak_bytes = peak.bytes
+        result.peak_bytes = max(0, peak_bytes(settings.device) - before)
     call.prepare()
-    with _Poisoned(settings.device, peak.bytes or 0):
+    with _Poisoned(settings.device, result.peak_bytes or 0):
         found = call()
     changed = call.changed()
     names = [*case.outputs, *(f"d{leaf}" for leaf in case.leaves)]
@@ -199,79 +198,25 @@ def _check(case: Case, call: _Call, reference: Tensors, settings: Settings, resu
         result.problem = result.problem or f"outside its bounds: {worst}"
 
 
-def _time(case: Case, call: _Call, settings: Settings, result: Result) -> None:
-    times = _timings(call, settings)
+def _time(case: Case, call: _Call, settings: KernelBenchmarkOptions, result: KernelResult) -> None:
+    times = _milliseconds(call, settings)
     result.milliseconds = statistics.median(times)
     result.spread = (min(times), max(times))
     if case.flops:
         result.teraflops = case.flops / result.milliseconds / 1e9
 
 
-def _timings(call: _Call, settings: Settings) -> list[float]:
-    """Return the milliseconds of each timed call: by events on a GPU, where the host runs ahead, by the clock on a
-    CPU.
-    """
+def _milliseconds(call: _Call, settings: KernelBenchmarkOptions) -> list[float]:
+    """Return the time of each timed call. Before it the inputs are restored, and on a GPU the L2 is overwritten."""
     cuda = settings.device.type == "cuda"
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=settings.device) if cuda else None
+    flush = torch.empty(FLUSH_BYTES if cuda else 0, dtype=torch.int8, device=settings.device)
 
-    def timed() -> Callable[[], float]:
+    def prepare() -> None:
         call.prepare()
-        if flush is None:
-            started = time.perf_counter()
-            call()
-            elapsed = (time.perf_counter() - started) * 1e3
-            return lambda: elapsed
         flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        return lambda: start.elapsed_time(end)
 
-    def all_of(calls: int) -> list[float]:
-        readers = [timed() for _ in range(calls)]
-        if cuda:
-            torch.cuda.synchronize()
-        return [read() for read in readers]
-
-    one = statistics.median(all_of(2))
-    calls = int(settings.seconds * 1e3 / max(one, 1e-3))
-    return all_of(min(settings.most_calls, max(settings.least_calls, calls)))
-
-
-class _Peak:
-    """Peak memory above the level at the start. ``bytes`` is None if the system does not report it."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.bytes: int | None = None
-
-    def __enter__(self) -> _Peak:
-        gc.collect()
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before: int | None = torch.cuda.memory_allocated()
-            return self
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = _status_bytes("VmRSS")
-        except OSError:
-            self.before = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is None:
-            return
-        peak = torch.cuda.max_memory_allocated() if self.cuda else _status_bytes("VmHWM")
-        self.bytes = max(0, peak - self.before)
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
+    calls = settings.least_calls, settings.most_calls
+    return [1e3 * seconds for seconds in time_for(call, settings.device, settings.seconds, *calls, prepare)]
 
 
 class _Poisoned:

@@ -8,25 +8,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...engine.files.outputs import GENERATOR, write_report
-from .measure import Result
+from ..report import table
+from .measure import KernelResult
 
 
-def format_results(results: Iterable[Result]) -> str:
+def format_results(results: Iterable[KernelResult]) -> str:
     """Return one table for each case."""
     parts = []
     for (kernel, case), group in itertools.groupby(results, key=lambda result: (result.kernel, result.case)):
-        lines = [
-            f"{kernel}: {case}",
-            "",
-            "| | ms | fastest .. slowest | TFLOP/s | MiB | largest error | same bits | |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
-        ]
-        lines += [_row(result) for result in group]
-        parts.append("\n".join(lines))
+        header = ["", "ms", "fastest .. slowest", "TFLOP/s", "MiB", "largest error", "same bits", ""]
+        parts.append("\n".join([f"{kernel}: {case}", "", *table(header, [_cells(result) for result in group])]))
     return "\n\n".join(parts)
 
 
-def _row(result: Result) -> str:
+def _cells(result: KernelResult) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
@@ -38,13 +33,11 @@ def _row(result: Result) -> str:
     megabytes = None if result.peak_bytes is None else result.peak_bytes / 2**20
     bits = {None: "", True: "yes", False: "no"}[result.same_bits]
     note = ("WRONG: " if result.wrong else "") + (result.problem or result.detail or "")
-    return (
-        f"| {result.provider} | {number(result.milliseconds, '.3f')} | {spread} | {number(result.teraflops, '.2f')} "
-        f"| {number(megabytes, ',.0f')} | {worst} | {bits} | {note} |"
-    )
+    times = [number(result.milliseconds, ".3f"), spread, number(result.teraflops, ".2f")]
+    return [result.provider, *times, number(megabytes, ",.0f"), worst, bits, note]
 
 
-def plot_results(results: Iterable[Result], path: Path, title: str) -> None:
+def plot_results(results: Iterable[KernelResult], path: Path, title: str) -> None:
     """Plot bars of milliseconds, one panel for each case.
 
     Raises:

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers import Trainer as HuggingFaceTrainer
 
-from retemper.benchmarks.kernel.chunked_loss import chunked_cross_entropy, sum_of_losses
-
+from ..kernel.chunked_loss import chunked_cross_entropy, sum_of_losses
 from .job import Clock, Job, draw
 
 
-class TimedTrainer(HuggingFaceTrainer):
+class OrderedTrainer(HuggingFaceTrainer):
     """The Trainer, reading its samples in order and reporting its losses."""
 
     loss: Tensor
+    train_dataset: Any
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -31,7 +31,7 @@ class TimedTrainer(HuggingFaceTrainer):
 
 
 class _Timer(TrainerCallback):
-    def __init__(self, trainer: TimedTrainer, clock: Clock):
+    def __init__(self, trainer: OrderedTrainer, clock: Clock):
         self.trainer, self.clock = trainer, clock
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -43,6 +43,8 @@ class _Timer(TrainerCallback):
 
 class ChunkedLossModel(nn.Module):
     """The model with its head and loss computed in chunks of the sequence, as in torchtitan."""
+
+    decoder: Any
 
     def __init__(self, model: Any, compiled: bool):
         super().__init__()
@@ -110,7 +112,7 @@ def run(job: Job, engine: str) -> dict[str, Any]:
     # Each sample is a document: the model shifts the labels, so the last token of each has no target, as in ours.
     dataset = [{"input_ids": row, "labels": row} for row in rows]
     clock = Clock(job)
-    trainer = TimedTrainer(model=model, args=arguments, train_dataset=dataset)
+    trainer = OrderedTrainer(model=model, args=arguments, train_dataset=dataset)
     trainer.add_callback(_Timer(trainer, clock))
     trainer.train()
     return clock.record()

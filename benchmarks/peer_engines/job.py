@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ..timing import peak_bytes, reset_peak
+
 BATCHES_FILE = "batches.npy"
 """[steps, B, S] int64 token ids, in the order in which every engine reads them."""
 DATASET = "tokens"
@@ -91,7 +93,7 @@ class Clock:
 
     def ready(self) -> None:
         """Start: model and data are built, and the first step follows."""
-        self._memory_resets = _reset_peak(self.job.device)
+        self._memory_resets = reset_peak(torch.device(self.job.device))
         self._built = time.perf_counter()
 
     def step_done(self, loss: Tensor | float) -> None:
@@ -106,7 +108,7 @@ class Clock:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         self._cpu.append(usage.ru_utime + usage.ru_stime)
         if done == self.job.total_steps:
-            self._peak = _peak_bytes(self.job.device)
+            self._peak = peak_bytes(torch.device(self.job.device))
 
     def record(self) -> dict[str, Any]:
         """Return the measurements."""
@@ -128,28 +130,6 @@ class Clock:
             record["step_seconds"] = laps.tolist()
             record["tokens_per_second_median"] = self.job.tokens_per_step / float(np.median(laps))
         return record
-
-
-def _reset_peak(device: str) -> bool:
-    """Reset the peak; return False if the kernel does not allow it, so that the peak covers the whole process."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def draw(name: str, shape: torch.Size, job: Job) -> Tensor:

@@ -19,12 +19,12 @@ import numpy as np
 from ...engine.data.indexed_dataset import IndexedDataset
 from ...engine.data.sidecar import Sidecar
 from ...engine.errors import UserError
-from ...tools.preprocessing.workers.pool import usable_cores
 from ...tools.tokenizer.handle import TokenizerHandle, load_tokenizer
+from ..machine import usable_cores
+from ..process_tree import Cost, measure
 from . import limit as limit_program
 from . import peer as peer_program
 from .corpora import Corpus, beginning, describe, repeated
-from .measure import Cost, measure
 from .memory import MemoryUse, check_memory
 
 COMMAND = Path(__file__).parents[2] / "tools" / "preprocess.py"
@@ -33,7 +33,7 @@ _STEP = 1 << 24  # tokens compared at once
 
 
 @dataclass(frozen=True)
-class BenchmarkOptions:
+class PreprocessBenchmarkOptions:
     """Settings of the measurement. The fields are the command's flags, under the same names."""
 
     input: Path
@@ -94,7 +94,7 @@ class Results:
     """Descriptions of successful comparisons."""
 
 
-def run_benchmark(options: BenchmarkOptions) -> Results:
+def run_benchmark(options: PreprocessBenchmarkOptions) -> Results:
     """Measure, and compare the outputs.
 
     Raises:
@@ -138,7 +138,7 @@ def _say(text: str) -> None:
 class Bench:
     """Runs the compared commands with the same options."""
 
-    def __init__(self, options: BenchmarkOptions, results: Results) -> None:
+    def __init__(self, options: PreprocessBenchmarkOptions, results: Results) -> None:
         self._common = ["--tokenizer", options.tokenizer, "--json-key", options.json_key]
         self._repeat = options.repeat
         self._workers = results.workers

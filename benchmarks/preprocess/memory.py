@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..process_tree import Cost
 from .corpora import Corpus, write_documents, write_long_document
-from .measure import Cost
 
 FIXED_MB = 1000
 MB_A_WORKER = 300

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from .benchmark import Results
+from ..machine import one_line
+from ..report import BenchmarkReport, table
+from .benchmark import PreprocessBenchmarkOptions, Results
 
 WANTED_OF_LIMIT = 0.8
 WANTED_OF_MEGATRON = 12.0
@@ -51,21 +53,37 @@ def summarize(results: Results) -> dict[str, float]:
     return found
 
 
-def to_record(results: Results, machine: dict[str, object]) -> dict[str, Any]:
-    """Return all results, for a JSON file. Names the corpus, and no folder."""
-    record = asdict(results)
+def to_report(
+    results: Results, options: PreprocessBenchmarkOptions, command: str, machine: dict[str, Any]
+) -> BenchmarkReport:
+    """Return all results, with one row for each process that was measured. Names the corpus, and no folder."""
     corpus = results.corpus
-    record["corpus"] = {"name": corpus.path.name, "documents": corpus.documents, "text_bytes": corpus.text_bytes}
-    return {"machine": machine, "summary": summarize(results), **record}
+    settings = {
+        "corpus": {"name": corpus.path.name, "documents": corpus.documents, "text_bytes": corpus.text_bytes},
+        "megatron_text_bytes": results.megatron_text_bytes,
+        **{name: getattr(options, name) for name in ("json_key", "repeat", "runs")},
+        "workers": results.workers,
+    }
+    costs = {
+        "preprocess": results.ours,
+        "preprocess, one line": results.ours_start,
+        "Megatron-LM's loop": [results.megatron] if results.megatron else [],
+        "Megatron-LM's loop, one line": [results.megatron_start] if results.megatron_start else [],
+    }
+    rows = [{"program": "bare tokenizer", **one} for one in results.limit]
+    rows += [{"program": program, **asdict(cost)} for program, some in costs.items() for cost in some]
+    rows += [{"program": "preprocess, memory check", **asdict(use)} for use in results.memory]
+    summary = {**summarize(results), "checks": results.checks}
+    return BenchmarkReport(command, machine, settings, rows, summary)
 
 
-def format_report(results: Results, machine: dict[str, object]) -> str:
+def format_report(results: Results, machine: dict[str, Any]) -> str:
     """Return tables of speed and of memory, with a description of the machine."""
     found = summarize(results)
     corpus = results.corpus
     lines = [
         f"{corpus.path.name}: {corpus.documents:,} documents, {corpus.text_bytes / 1e6:,.1f} MB of text; "
-        f"{results.workers} workers; " + ", ".join(f"{name} {value}" for name, value in machine.items()),
+        f"{results.workers} workers; {one_line(machine)}",
         "",
         *table(["", "MB/CPU-s", "MB/s", "peak memory"], _speed_rows(results, found)),
         "",
@@ -118,15 +136,3 @@ def _ratio_rows(found: dict[str, float]) -> list[list[str]]:
 
 def _number(found: dict[str, float], name: str, digits: int) -> str:
     return f"{found[name]:.{digits}f}" if name in found else "corpus too small"
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Return a Markdown table, with the columns after the first aligned to the right."""
-    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    return [line(header), rule, *map(line, rows)]

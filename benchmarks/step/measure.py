@@ -1,4 +1,4 @@
-"""Time the steps of a run: its batches and :func:`train_step`, on random weights, without reports or checkpoints.
+"""Time the steps of a run on random weights: its batches and its training step, without reports or checkpoints.
 
 Nothing is written except a temporary dataset of random data. Nothing is read except the model's config (and
 the datasets with ``--real-data``): no weights, and no run folder.
@@ -7,14 +7,13 @@ the datasets with ``--real-data``): no weights, and no run folder.
 from __future__ import annotations
 
 import gc
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,13 +28,12 @@ from ...engine.model.dtypes import DTYPES
 from ...engine.observe.flops import Trainable, named_peak, training_flops
 from ...engine.observe.start_summary import describe_start
 from ...engine.parallel.process_group import Ranks
-from ...engine.pretrain import build, next_batches
+from ...engine.pretrain import build, next_batches, one_step
 from ...engine.run import Run
-from ...engine.schedule import learning_rate
-from ...engine.step import Unguarded, train_step
 from ...engine.weights.hugging_face.config_source import architecture_source
-from .matmul import MatmulRate, matmul_rates
-from .options import BenchmarkOptions
+from ..hardware_limits import MatmulRate, matmul_rates
+from ..timing import peak_bytes
+from .options import StepBenchmarkOptions
 from .phases import PhaseClock, StepTime
 from .synthetic import DocumentLengths, write_random_dataset
 
@@ -78,7 +76,7 @@ class Measurement:
     """Name and dense bf16 peak in FLOP/s of the GPU."""
 
 
-def measure_step(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> Measurement:
+def measure_step(config: RunConfig, options: StepBenchmarkOptions, ranks: Ranks) -> Measurement:
     """Time the steps of the run described by ``config``; all ranks call this.
 
     Raises:
@@ -87,7 +85,7 @@ def measure_step(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> 
     before = _memory(ranks.device)
     with tempfile.TemporaryDirectory(prefix="retemper-benchmark-") as name, _out_of_memory_is_a_user_error():
         folder = Path(name)
-        timed = time_steps(ranks.run_on_all(lambda: prepare_config(config, options, folder)), options, ranks)
+        timed = time_steps(ranks.fail_together(lambda: prepare_config(config, options, folder)), options, ranks)
         found = _describe(timed, before)
         # Last, so that it does not count as the training's memory, and on a machine as warm as after the training.
         del timed
@@ -99,7 +97,7 @@ def measure_step(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> 
     return replace(found, matmul=rates)
 
 
-def prepare_config(config: RunConfig, options: BenchmarkOptions, folder: Path) -> RunConfig:
+def prepare_config(config: RunConfig, options: StepBenchmarkOptions, folder: Path) -> RunConfig:
     """Return ``config`` with a budget of the requested steps, random weights and, without ``real_data``, random data.
 
     The data is written to ``folder``.
@@ -150,13 +148,8 @@ def _only_random(data: DataConfig, prefix: Path) -> DataConfig:
     return replace(data, train=[SourceConfig(path=str(prefix))], stages=[], weights="tokens")
 
 
-class TimedGuards(Unguarded):
-    """The guards of a run, and a clock of the step's phases.
-
-    Args:
-        guards: of the run.
-        clock: is notified when a phase begins.
-    """
+class TimedGuards:
+    """The guards of a run, which also tell a clock when a phase of the step begins."""
 
     def __init__(self, guards: RunGuards, clock: PhaseClock):
         self._guards, self._clock = guards, clock
@@ -166,13 +159,8 @@ class TimedGuards(Unguarded):
         self._guards.begin_phase(phase)
         self._clock.mark(phase)
 
-    def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """See :class:`~retemper.engine.step.StepGuards`."""
-        return self._guards.should_skip(loss, grad_norm)
-
-    def without_targets(self) -> None:
-        """See :class:`~retemper.engine.step.StepGuards`."""
-        self._guards.without_targets()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._guards, name)
 
 
 @dataclass
@@ -189,31 +177,27 @@ class Timed:
     """``cu_seqlens`` of this rank's micro-batches in the timed steps, on the host."""
 
 
-def time_steps(config: RunConfig, options: BenchmarkOptions, ranks: Ranks) -> Timed:
+def time_steps(config: RunConfig, options: StepBenchmarkOptions, ranks: Ranks) -> Timed:
     """Build a run and make its steps; what is due between them (reports, evaluations, checkpoints) is left out.
 
     Raises:
         UserError: the configuration cannot be trained with.
         KeyboardInterrupt: the run was asked to stop.
     """
-    run, clock = build(config, ranks, saves=False), PhaseClock(ranks.device)
-    plan, training, optimizer = run.plan, config.training, config.optimizer
-    guards, described = TimedGuards(run.guards, clock), describe_start(run)
+    run, clock = build(config, ranks, check_room=False), PhaseClock(ranks.device)
+    described, guards = describe_start(run), run.guards
+    run.guards = cast(RunGuards, TimedGuards(guards, clock))
     boundaries: list[Tensor] = []
     warm_at = began_at = time.perf_counter()
-    first_samples = range(0, run.last_sample, plan.global_batch_size)
+    first_samples = range(0, run.end_sample, run.plan.global_batch_size)
     prefetcher = Prefetcher(run.data.micro_batches, first_samples, config.data.prefetch_steps)
-    with run.stop, run.guards, prefetcher:
+    with run.stop, guards, prefetcher:
         for number in range(len(first_samples)):
             if number == options.warmup_steps:
                 warm_at = time.perf_counter()
             clock.mark("data")
             batches, num_targets = next_batches(run, prefetcher)
-            rate = learning_rate(run.progress.tokens + plan.tokens_per_step, training, optimizer)
-            clip = optimizer.clip_grad_norm
-            train_step(run.model, run.forward_backward, run.optimizer, batches, num_targets, rate, clip, guards)
-            run.progress = run.progress.after_step(plan)
-            run.guards.step_done()
+            one_step(run, batches, num_targets)
             if number >= options.warmup_steps:
                 boundaries += [batch.cu_seqlens for batch in batches]
             if run.stop.agreed():
@@ -280,7 +264,7 @@ def _memory(device: torch.device) -> dict[str, int]:
             "reserved": torch.cuda.max_memory_reserved(device),
             "total": torch.cuda.get_device_properties(device).total_memory,
         }
-    return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"resident": peak_bytes(device)}
 
 
 def _largest(memory: dict[str, int], ranks: Ranks) -> dict[str, int]:

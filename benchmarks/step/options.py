@@ -9,7 +9,7 @@ from .synthetic import DocumentLengths
 
 
 @dataclass(frozen=True)
-class BenchmarkOptions:
+class StepBenchmarkOptions:
     """Settings of the measurement, in addition to the run's configuration. The fields are the command's flags."""
 
     steps: int = 20

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ..timing import now, seconds_between
 
 PHASES = ("data", "forward", "backward", "optimizer", "other")
 """Names in the order of a step; forward and backward alternate over the micro-batches. Clipping belongs to the
@@ -37,7 +38,7 @@ class PhaseClock:
 
     def mark(self, phase: str) -> None:
         """Begin the phase ``phase``, and end the one before."""
-        self._marks.append((phase, self._now()))
+        self._marks.append((phase, now(self._device)))
 
     def close(self) -> None:
         """End the last phase."""
@@ -57,12 +58,4 @@ class PhaseClock:
         return StepTime(self._between(first, last), phases)
 
     def _between(self, first: int, last: int) -> float:
-        begin, end = self._marks[first][1], self._marks[last][1]
-        return begin.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - begin
-
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return seconds_between(self._marks[first][1], self._marks[last][1])

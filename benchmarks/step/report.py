@@ -6,8 +6,11 @@ import statistics
 from dataclasses import asdict
 from typing import Any
 
-from ..preprocess.report import table
+from ...engine.config.settings import RunConfig, to_dict
+from ..machine import one_line
+from ..report import BenchmarkReport, table
 from .measure import Measurement
+from .options import StepBenchmarkOptions
 from .phases import PHASES
 
 _GIB = 2**30
@@ -49,16 +52,20 @@ def summarize(found: Measurement) -> dict[str, Any]:
     }
 
 
-def to_record(found: Measurement) -> dict[str, Any]:
-    """Return all results, for a JSON file."""
-    return {"summary": summarize(found), **asdict(found)}
+def to_report(
+    found: Measurement, config: RunConfig, options: StepBenchmarkOptions, command: str, machine: dict[str, Any]
+) -> BenchmarkReport:
+    """Return all results, with one row for each step."""
+    record = asdict(found)
+    settings = {"config": to_dict(config), **asdict(options)}
+    return BenchmarkReport(command, machine, settings, record.pop("steps"), {**summarize(found), **record})
 
 
-def format_report(found: Measurement, machine: dict[str, object]) -> str:
+def format_report(found: Measurement, machine: dict[str, Any]) -> str:
     """Return tables of speed, of the time of each part and of memory, with a description of the machine."""
     summary = summarize(found)
     lines = [
-        ", ".join(f"{name} {value}" for name, value in machine.items()),
+        one_line(machine),
         "",
         *found.plan,
         "",

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...engine.config.settings import RunConfig, to_dict
 from ...engine.errors import UserError
-from ..preprocess.report import table
+from ..report import table
 
 _GIB = 2**30
 _PATIENCE_SECONDS = 30.0
@@ -23,7 +23,7 @@ _PATIENCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """One combination of settings."""
 
     settings: dict[str, str]
@@ -36,7 +36,7 @@ class Row:
     @property
     def tokens_per_second(self) -> float:
         """Zero without a measurement."""
-        return self.record["result"]["summary"]["tokens_per_second"] if self.record else 0.0
+        return self.record["summary"]["tokens_per_second"] if self.record else 0.0
 
 
 def parse_sweep(items: Sequence[str], config: RunConfig) -> list[dict[str, str]]:
@@ -73,7 +73,7 @@ def _leaves(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def run_sweep(
     combinations: Sequence[dict[str, str]], command: Sequence[str], say: Callable[[str], None] = lambda line: None
-) -> list[Row]:
+) -> list[SweepRow]:
     """Measure each combination.
 
     Args:
@@ -90,15 +90,15 @@ def run_sweep(
     return rows
 
 
-def _measure(settings: dict[str, str], command: Sequence[str]) -> Row:
+def _measure(settings: dict[str, str], command: Sequence[str]) -> SweepRow:
     with tempfile.TemporaryDirectory(prefix="retemper-benchmark-") as folder:
         path = Path(folder) / "result.json"
         status, errors = _run([*command, "--json", str(path)])
         if status == 0:
             record = json.loads(path.read_bytes())
-            del record["command"]  # names a temporary file; the settings contain the information
-            return Row(settings, "ok", record)
-    return Row(settings, _explain(status, errors))
+            del record["command"], record["generator"]  # the command names a temporary file
+            return SweepRow(settings, "ok", record)
+    return SweepRow(settings, _explain(status, errors))
 
 
 def _run(command: Sequence[str]) -> tuple[int, str]:
@@ -135,7 +135,7 @@ def _explain(status: int, errors: str) -> str:
     return ours[0].partition("error: ")[2] if ours else (lines or [f"exit status {status}"])[-1]
 
 
-def format_sweep(rows: Sequence[Row]) -> str:
+def format_sweep(rows: Sequence[SweepRow]) -> str:
     """Return a table of all rows, and the fastest one."""
     keys = list(rows[0].settings)
     header = [" ".join(key.rpartition(".")[2] for key in keys), "tokens/s", "per rank", "MFU, causal", "step", "memory"]
@@ -147,11 +147,11 @@ def format_sweep(rows: Sequence[Row]) -> str:
     return f"{text}\n\nbest that fits: {words}: {best.tokens_per_second:,.0f} tokens/s"
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: SweepRow) -> list[str]:
     name = " ".join(row.settings.values())
     if row.record is None:
         return [name, "", "", "", "", ""]
-    found = row.record["result"]["summary"]
+    found = row.record["summary"]
     shares = found["mfu"]["causal pairs (halved)"]
     share = next(iter(shares.items()), None)
     return [

@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.data.index_format import best_dtype
 from ...engine.errors import UserError
-from ...tools.preprocessing.dataset_writer import IndexedDatasetWriter, best_dtype
+from ..token_files import write_dataset
 
 _FORMS = "use whole, fixed:TOKENS, uniform:LEAST:MOST or lognormal:MEAN[:SIGMA], lengths from 1"
 _MOST_TOKENS = 1 << 22
@@ -90,6 +91,5 @@ def write_random_dataset(
     num_tokens = windows * sequence_length + 1  # target of the last window's last token
     generator = np.random.default_rng(seed)
     dtype = best_dtype(vocab_size)
-    with IndexedDatasetWriter(prefix, dtype) as writer:
-        tokens = generator.integers(0, vocab_size, size=num_tokens, dtype=dtype)
-        writer.add_documents(tokens, lengths.draw(num_tokens, generator))
+    tokens = generator.integers(0, vocab_size, size=num_tokens, dtype=dtype)
+    write_dataset(prefix, dtype, lengths.draw(num_tokens, generator), [tokens])

@@ -48,7 +48,7 @@ def run_in_background(
         except BaseException:
             abort()
             raise
-        return cast("Result | None", ranks.run_on_all(future.result))
+        return cast("Result | None", ranks.fail_together(future.result))
 
 
 def _done() -> Future[Result | None]:

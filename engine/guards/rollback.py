@@ -40,7 +40,7 @@ class Rollback:
     """For the log."""
 
 
-def plan_rollback(run: Run) -> Rollback | None:
+def rollback_if_spiking(run: Run) -> Rollback | None:
     """Find the checkpoint to go back to, where the last step was a loss spike. All ranks must call this.
 
     Returns:
@@ -60,7 +60,7 @@ def plan_rollback(run: Run) -> Rollback | None:
         steps = training.rewind_steps
         run.say(f"  not rewound, only skipped: no checkpoint is training.rewind_steps {steps} steps older")
         return None
-    manifest = run.ranks.run_on_all(lambda: read_manifest(target))
+    manifest = run.ranks.fail_together(lambda: read_manifest(target))
     if obstacle := _obstacle(manifest, target, run.config, progress, run.order, run.plan):
         run.say(f"  not rewound, only skipped: {obstacle}")
         return None
@@ -81,7 +81,7 @@ def roll_back(run: Run, rollback: Rollback) -> None:
     run.say(*run.store.discard_after(rollback.progress.step), rollback.line)
     start = run.start
     checkpoint, manifest = rollback.checkpoint, rollback.manifest
-    run.ranks.run_on_all(lambda: start.moved_to(checkpoint, manifest).load_into(run.model, run.optimizer))
+    run.ranks.fail_together(lambda: start.at_checkpoint(checkpoint, manifest).load_into(run.model, run.optimizer))
     run.progress = rollback.progress
     run.guards.step_guard.load_state_dict(rollback.health)
     run.evaluation_pending = run.must_evaluate_at(rollback.manifest)

@@ -133,7 +133,11 @@ class RunGuards:
         guard = self.step_guard
         return {"skipped_steps": guard.skipped_steps(), "steps_without_targets": guard.steps_without_targets}
 
-    def check(self, step: int, numbers: dict[str, float]) -> None:
+    def require_finite(self, step: int, numbers: dict[str, float]) -> None:
+        """See :meth:`StepGuard.require_finite`."""
+        self.step_guard.require_finite(step, numbers)
+
+    def check_skipped(self, step: int, numbers: dict[str, float]) -> None:
         """Refuse to continue after too many skipped steps; see :meth:`StepGuard.check`."""
         self.step_guard.check(step, numbers, self._model.parameters())
 
@@ -144,7 +148,9 @@ class RunGuards:
 
     def require_savable(self, step: int, result: StepResult) -> None:
         """Refuse to save what is not finite, after ``step`` with ``result``. All ranks must call this."""
-        self.check(step, {"loss": self._ranks.all_reduce(result.loss.item()), "gradient norm": result.grad_norm.item()})
+        self.check_skipped(
+            step, {"loss": self._ranks.all_reduce(result.loss.item()), "gradient norm": result.grad_norm.item()}
+        )
         self.step_guard.require_finite_weights(step, self._model.parameters())
 
     def _newest_checkpoint(self) -> str:

@@ -35,9 +35,9 @@ _GROUPS_COUNTED = 8  # of each source, to estimate how many documents are cut
 
 def describe_start(run: Run) -> list[str]:
     """Return everything that is logged about ``run`` before its first step."""
-    config, start, catalog, last_sample = run.config, run.start, run.catalog, run.last_sample
+    config, start, catalog, last_sample = run.config, run.start, run.catalog, run.end_sample
     assert start.assets.config is not None
-    was, layout, given = start.resumed, run.mesh.layout._asdict(), config.model.architecture
+    was, layout, given = start.resumed_from, run.mesh.layout._asdict(), config.model.architecture
     validation = next(iter(catalog.validation), None)
     return [
         *(describe_changes(was, config, layout, catalog.fingerprints) if was else []),
@@ -67,7 +67,7 @@ def _budget_used(run: Run) -> list[str]:
 
 
 def _situation(run: Run) -> Situation:
-    layout, resumed = run.mesh.layout, run.start.resumed
+    layout, resumed = run.mesh.layout, run.start.resumed_from
     return Situation(
         run.config,
         same_weights=layout.replicate > 1 or layout.tensor > 1,
@@ -82,7 +82,7 @@ def _situation(run: Run) -> Situation:
 def _describe_weights(run: Run) -> str:
     """Where the weights come from."""
     folder, name = run.start.folder, run.config.model.initialize_from
-    if run.start.resumed:
+    if run.start.resumed_from:
         return f"resumed from {folder} at step {run.progress.step:,}"
     return f"weights of {name or 'a random initialization'}" + (f": {folder}" if folder != name else "")
 

@@ -67,7 +67,7 @@ class ModelParts:
 class ForwardBackward(Protocol):
     """How a rank computes a step. Losses are [] on the device and this rank's part: their sum over all ranks counts."""
 
-    def train(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+    def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """Gradients of the sum of losses over ``num_targets``, added up over micro-batches and ranks; that loss, fp32.
 
         Dividing by the targets of the *global* batch makes every token count the same, however unevenly documents,
@@ -84,7 +84,7 @@ class NonPipelined:
     def __init__(self, model: Decoder, prepare: BatchPreparer, reduce_every_micro_batch: bool):
         self._model, self._prepare, self._reduce_every = model, prepare, reduce_every_micro_batch
 
-    def train(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+    def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """See :class:`ForwardBackward`."""
         loss = torch.zeros((), device=self._prepare.device)
         for number, batch in enumerate(batches, 1):

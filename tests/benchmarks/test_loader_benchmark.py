@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loader.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_loader", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from retemper.benchmarks import loader as benchmark
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-def test_every_mode_is_measured(benchmark, tmp_path, sparse):
+def test_every_mode_is_measured(tmp_path, sparse):
     prefix = tmp_path / "corpus"
     tokens = benchmark.make_corpus(prefix, 600, sparse)
     rows = [
@@ -28,6 +16,6 @@ def test_every_mode_is_measured(benchmark, tmp_path, sparse):
     ]
     assert all(row["start_seconds"] > 0 and row["again_us"] > 0 and row["cache_bytes"] == 0 for row in rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.bin", "corpus.idx", "corpus.json"]
-    tables = benchmark.tables({"corpora": [{"documents": 600, "tokens": tokens, "sparse": sparse, "loaders": rows}]})
+    tables = benchmark.tables([{"documents": 600, "tokens": tokens, "sparse": sparse, **row} for row in rows])
     lines = tables.splitlines()
     assert len(lines) == 5 and all(name in line for name, line in zip(benchmark.MODES, lines[2:], strict=True))

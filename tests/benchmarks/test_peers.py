@@ -4,32 +4,20 @@ work that the records are compared by. Engines are scripts of a few lines here; 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import sys
 import types
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from retemper.benchmarks import peers
+from retemper.benchmarks.peer_engines import ours
+
 TINY = ["--layers=2", "--hidden=64", "--vocab=300", "--batch=2", "--sequence=16", "--warmup=1", "--steps=2"]
 TINY += ["--device=cpu", "--threads=1"]
-
-
-@pytest.fixture(scope="module")
-def peers():
-    sys.path.insert(0, str(FOLDER))
-    spec = importlib.util.spec_from_file_location("benchmark_peers", FOLDER / "peers.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(FOLDER))
 
 
 def record(engine, rate=100.0, peak=1000, losses=(5.0, 4.0), **more):
@@ -65,7 +53,7 @@ def record(engine, rate=100.0, peak=1000, losses=(5.0, 4.0), **more):
         ("bf16", (5.0, float("nan")), False),
     ],
 )
-def test_an_engine_with_other_losses_is_refused(peers, precision, losses, accepted):
+def test_an_engine_with_other_losses_is_refused(precision, losses, accepted):
     runs = [record("trainer", 900.0, losses=losses), record(peers.OURS)]
     peers.refuse_different(runs, precision)
     rows = {row["engine"]: row for row in peers.summarize(runs)}
@@ -74,24 +62,24 @@ def test_an_engine_with_other_losses_is_refused(peers, precision, losses, accept
     if not accepted:
         assert "ours_times_as_fast" not in rows["trainer"]
         assert rows["trainer"]["problem"].startswith("rejected: losses ")
-        printed = peers.table(list(rows.values()), {})
-        assert "| trainer | rejected: losses " in printed and "900" not in printed
+        printed = peers.format_rows(list(rows.values()), {})
+        assert "trainer: rejected: losses " in printed and "900" not in printed
 
 
-def test_one_round_with_other_losses_refuses_the_engine(peers):
+def test_one_round_with_other_losses_refuses_the_engine():
     runs = [record(peers.OURS), record("trainer"), record(peers.OURS), record("trainer", losses=(5.0, 3.0))]
     peers.refuse_different(runs, "fp32")
-    ours, trainer = peers.summarize(runs)
-    assert "rate" in ours and "rate" not in trainer
+    own, trainer = peers.summarize(runs)
+    assert "rate" in own and "rate" not in trainer
 
 
-def test_our_own_rounds_must_agree(peers):
+def test_our_own_rounds_must_agree():
     runs = [record(peers.OURS), record(peers.OURS, losses=(6.0, 4.0))]
     peers.refuse_different(runs, "bf16")
     assert "rejected" in peers.summarize(runs)[0]["problem"]
 
 
-def test_without_ours_nothing_is_compared(peers):
+def test_without_ours_nothing_is_compared():
     runs = [{"engine": peers.OURS, "problem": "out of memory"}, record("trainer"), record("litgpt", losses=(9.0, 9.0))]
     peers.refuse_different(runs, "fp32")
     rows = peers.summarize(runs)
@@ -103,25 +91,26 @@ def test_without_ours_nothing_is_compared(peers):
 # The table
 
 
-def test_ratios_are_of_medians_over_rounds(peers):
+def test_ratios_are_of_medians_over_rounds():
     runs = [record(peers.OURS, rate, peak) for rate, peak in ((300.0, 10), (100.0, 30), (200.0, 20))]
     runs += [record("trainer", rate, 40) for rate in (50.0, 500.0, 80.0)]
     # The median step counts where it is known, not the mean that other work on the machine has slowed.
     runs += [record("litgpt", 1.0, 16, tokens_per_second_median=400.0)]
-    ours, trainer, litgpt = peers.summarize(copy.deepcopy(runs))
-    assert (ours["rate"], ours["spread"], ours["peak_bytes"]) == (200.0, [100.0, 300.0], 20)
+    own, trainer, litgpt = peers.summarize(copy.deepcopy(runs))
+    assert (own["rate"], own["spread"], own["peak_bytes"]) == (200.0, [100.0, 300.0], 20)
     assert (trainer["ours_times_as_fast"], trainer["ours_memory_share"]) == (200 / 80, 20 / 40)
     assert (litgpt["ours_times_as_fast"], litgpt["ours_memory_share"]) == (200 / 400, 20 / 16)
-    lines = peers.table([ours, trainer, litgpt], {"trainer+liger": "liger_kernel is not installed"}).splitlines()
-    assert lines[2] == "| retemper | 200 | 100 .. 300 | 100 | 0 MiB | 5.0000 | 1.00 | 1.00 |"
-    assert lines[3].endswith("| 2.50 | 0.50 |") and lines[4].endswith("| 0.50 | 1.25 |")
-    assert lines[5].startswith("| trainer+liger | not run: liger_kernel is not installed |")
+    lines = peers.format_rows([own, trainer, litgpt], {"trainer+liger": "liger_kernel is not installed"}).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:5]]
+    assert cells[0] == ["retemper", "200", "100 .. 300", "100", "0 MiB", "5.0000", "1.00", "1.00"]
+    assert cells[1][-2:] == ["2.50", "0.50"] and cells[2][-2:] == ["0.50", "1.25"]
+    assert lines[5] == "trainer+liger: not run: liger_kernel is not installed"
 
 
-def test_a_run_that_failed_is_a_row_with_its_reason(peers):
+def test_a_run_that_failed_is_a_row_with_its_reason():
     runs = [record(peers.OURS), {"engine": "trainer", "problem": "not finished after 5 s"}]
     rows = peers.summarize(runs)
-    assert "| trainer | not finished after 5 s | | | | | | |" in peers.table(rows, {})
+    assert "trainer: not finished after 5 s" in peers.format_rows(rows, {}).splitlines()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -146,7 +135,7 @@ job.with_name("result.json").write_text(json.dumps(record))
 
 
 @pytest.fixture
-def stub(peers, monkeypatch, tmp_path):
+def stub(monkeypatch, tmp_path):
     """Every engine is a script that takes no time; ``started.txt`` has the names in the order of their start."""
     script = tmp_path / "stub.py"
     script.write_text(STUB)
@@ -165,27 +154,27 @@ def stub(peers, monkeypatch, tmp_path):
         ("litgpt+compile", 30.0, "exit code 0"),
     ],
 )
-def test_an_engine_that_leaves_no_record_says_why(peers, stub, engine, limit, said):
+def test_an_engine_that_leaves_no_record_says_why(stub, engine, limit, said):
     (stub / "job").mkdir()
     result = peers.run_engine(engine, stub / "job" / "job.json", limit, 1)
     assert result["engine"] == engine and result["problem"] == said
 
 
-def test_a_record_is_not_taken_for_the_next_engine(peers, stub):
+def test_a_record_is_not_taken_for_the_next_engine(stub):
     (stub / "job").mkdir()
     job = stub / "job" / "job.json"
     assert peers.run_engine(peers.OURS, job, 30.0, 1)["losses"] == [5.0, 4.0]
     assert "losses" not in peers.run_engine("litgpt+compile", job, 30.0, 1)
 
 
-def test_command(peers, stub, capsys):
+def test_command(stub, capsys):
     path = stub / "out" / "peers.json"
     arguments = [*TINY, "--engines", "retemper,trainer+compile,trainer,litgpt", "--json", str(path)]
     assert peers.main(arguments) == 1
     assert (stub / "started.txt").read_text().split() == ["retemper", "trainer+compile", "trainer", "litgpt"]
     printed = capsys.readouterr().out
-    assert "| trainer | rejected: losses 9.00000 .. 4.00000, ours 5.00000 .. 4.00000 |" in printed
-    assert "| litgpt | ValueError: out of memory |" in printed
+    assert "trainer: rejected: losses 9.00000 .. 4.00000, ours 5.00000 .. 4.00000\n" in printed
+    assert "litgpt: ValueError: out of memory\n" in printed
     written = json.loads(path.read_text())
     assert {row["engine"]: "rate" in row for row in written["rows"]} == {
         "retemper": True,
@@ -194,24 +183,24 @@ def test_command(peers, stub, capsys):
         "litgpt": False,
     }
     assert written["command"].startswith("python benchmarks/peers.py --layers=2")
-    assert written["job"]["precision"] == "fp32" and written["machine"]["versions"]["torch"]
+    assert written["settings"]["job"]["precision"] == "fp32" and written["machine"]["versions"]["torch"]
 
 
-def test_command_succeeds_where_all_agree(peers, stub):
+def test_command_succeeds_where_all_agree(stub):
     assert peers.main([*TINY, "--engines", "retemper,trainer+compile"]) == 0
 
 
-def test_engines_without_time_are_named(peers, stub, monkeypatch, capsys):
+def test_engines_without_time_are_named(stub, monkeypatch, capsys):
     monkeypatch.setattr(peers, "LEAST_SECONDS", 0.5)
     engines = "retemper,trainer+liger,trainer+compile"
     assert peers.main([*TINY, "--engines", engines, "--rounds", "2", "--total-time", "2"]) == 1
     assert (stub / "started.txt").read_text().split() == ["retemper", "trainer+liger"]
     printed = capsys.readouterr().out
-    assert "| trainer+liger | not finished after " in printed
-    assert "| trainer+compile | not run: no time left |" in printed
+    assert "trainer+liger: not finished after " in printed
+    assert "trainer+compile: not run: no time left\n" in printed
 
 
-def test_compile_compiles_every_engine(peers, stub):
+def test_compile_compiles_every_engine(stub):
     options = peers.parse_arguments([*TINY, "--compile"])
     assert peers.asked_engines(options) == [
         "trainer+compile",
@@ -230,12 +219,12 @@ def test_compile_compiles_every_engine(peers, stub):
     ("options", "said"),
     [(["--engines", "retemper,nanotron"], "--engines nanotron: there are"), (["--warmup", "0"], "at least 1")],
 )
-def test_refusals(peers, options, said):
+def test_refusals(options, said):
     with pytest.raises(SystemExit, match=said):
         peers.main([*TINY, *options])
 
 
-def test_a_peer_that_is_not_installed_is_named(peers, monkeypatch):
+def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     def find_spec(name):
         return None if name == "accelerate" else types.SimpleNamespace(name=name)
 
@@ -249,7 +238,7 @@ def test_a_peer_that_is_not_installed_is_named(peers, monkeypatch):
 # Our engine
 
 
-def job_of(peers, folder, *options):
+def job_of(folder, *options):
     """The job and the data of a tiny model."""
     options = peers.parse_arguments([*TINY, *options])
     job = peers.Job(
@@ -267,14 +256,13 @@ def job_of(peers, folder, *options):
     return job
 
 
-def test_our_engine_does_the_work_that_is_described(peers, one_rank, tmp_path, monkeypatch):
+def test_our_engine_does_the_work_that_is_described(one_rank, tmp_path, monkeypatch):
     """Its first loss is that of transformers' model with the same weights on the batch that all engines read."""
-    from peer_engines import ours
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from retemper.engine.model.decoder import Decoder
 
-    job = job_of(peers, tmp_path)
+    job = job_of(tmp_path)
     batches = job.batches()
     assert batches.shape == (3, 2, 16) and batches.dtype == np.int64
     assert batches.min() >= 0 and batches.max() < 300 and len(np.unique(batches, axis=0)) == 3
@@ -296,11 +284,9 @@ def test_our_engine_does_the_work_that_is_described(peers, one_rank, tmp_path, m
     assert len({round(loss, 3) for loss in found["losses"]}) == 3
 
 
-def test_our_engine_gets_the_settings_of_the_job(peers, tmp_path):
-    from peer_engines.ours import configure
-
-    job = job_of(peers, tmp_path, "--compile", "--precision", "bf16-states", "--ours", 'optimizer.state_dtype="fp32"')
-    config = configure(job)
+def test_our_engine_gets_the_settings_of_the_job(tmp_path):
+    job = job_of(tmp_path, "--compile", "--precision", "bf16-states", "--ours", 'optimizer.state_dtype="fp32"')
+    config = ours.configure(job)
     assert config.training.compile == "on" and config.training.weight_dtype == "bf16"
     assert config.optimizer.state_dtype == "fp32" and config.training.precision == "bf16"
     assert (config.training.global_batch_size, config.training.sequence_length) == (2, 16)

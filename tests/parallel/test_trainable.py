@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from retemper.benchmarks.step.measure import measure_step
-from retemper.benchmarks.step.options import BenchmarkOptions
+from retemper.benchmarks.step.options import StepBenchmarkOptions
 from retemper.engine import pretrain
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.observe import progress
@@ -55,7 +55,7 @@ def present_gradients(ranks, path: Path, overrides: list[str]) -> dict[str, torc
     run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
     batches = run.data.micro_batches(0)
     num_targets = ranks.all_reduce(tiny_run.count_targets(batches, run.mesh))
-    run.forward_backward.train(batches, num_targets, lambda phase: None)
+    run.forward_backward.accumulate_gradients(batches, num_targets, lambda phase: None)
     return {name: None if p.grad is None else p.grad.full_tensor().clone() for name, p in run.model.named_parameters()}
 
 
@@ -179,7 +179,7 @@ def test_speed_counts_no_gradients_of_frozen_weights(one_rank, untied_file, tmp_
 
 def test_benchmark_counts_no_gradients_of_frozen_weights(one_rank, untied_file):
     config = tiny_run.configure(untied_file, *ONLY)
-    found = measure_step(config, BenchmarkOptions(steps=1, warmup_steps=0, matmul_seconds=0.0), one_rank)
+    found = measure_step(config, StepBenchmarkOptions(steps=1, warmup_steps=0, matmul_seconds=0.0), one_rank)
     assert found.flops_per_step["all pairs of positions"] == found.tokens_per_step * flops_of_embeddings(pair=6)
     assert found.flops_formula.startswith("FLOPs per token = 4 L (h (q + 2 kv) + q h + 3 h f) (frozen) + 6 h v + 12 L")
 

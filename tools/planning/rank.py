@@ -26,7 +26,7 @@ from ...engine.parallel.layout import Layout
 from ...engine.parallel.mesh import build_mesh
 from ...engine.parallel.process_group import Ranks
 from ...engine.schedule import plan_batches
-from ...engine.step import Unguarded, train_step
+from ...engine.step import SkipNonFinite, train_step
 from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, Choice, plan_attention
 from .cluster import absent_cluster, without_values_from_materializing_on
 from .gpu_code import as_on_a_gpu, fresh_constants, labelled, nothing_read
@@ -74,7 +74,7 @@ class Part:
     """Make the optimizer's states by a step, as a run does. False: by an empty one, in half the time."""
 
 
-class PhaseCounter(Unguarded):
+class PhaseCounter(SkipNonFinite):
     """Tells ``counter`` what memory is for in each part of a step.
 
     Args:

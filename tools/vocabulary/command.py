@@ -16,7 +16,8 @@ from ...engine.files.outputs import Use, require_separate
 from ...engine.tokenizer.files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
 from ...engine.tokenizer.json_file import parse_tokenizer
 from ...engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets
-from ...engine.weights.conversion.checkpoint_model import write_converted_manifest
+from ...engine.weights.conversion.checkpoint_files import write_converted_manifest
+from ...engine.weights.conversion.stored_model import StoredModel
 from ...engine.weights.hugging_face.weight_options import parse_shard_size
 from ..tokenizer.handle import TokenizerHandle, load_tokenizer
 from .corpus import CorpusSample, is_held_out, read_documents
@@ -29,7 +30,7 @@ from .token_list import read_list, texts_of
 from .tokenizer_json import BpeJson
 from .unigram_json import UnigramJson
 from .vocabulary import ExtensibleTokenizer, Extension, NewToken, Wanted
-from .weights import ExtendedVocabulary, StoredModel, choose_rows, open_model, write_weights
+from .weights import ExtendedVocabulary, choose_rows, open_model, write_weights
 
 _BATCH = 256
 _MEASURED_CHARACTERS = 1 << 26
@@ -109,7 +110,7 @@ def _write(
     new = load_tokenizer(beside)
     gain = None if corpus is None else _measure(corpus, old, new)
     first_id = extension.tokens[0].id
-    source = ExtendedVocabulary(model.source, vocab_size, first_id, extension.tokens)
+    source = ExtendedVocabulary(model.parameters, vocab_size, first_id, extension.tokens)
     done = write_weights(folder, model.is_checkpoint, source, parse_shard_size(options.max_shard_size))
     facts = {
         "model": options.model,

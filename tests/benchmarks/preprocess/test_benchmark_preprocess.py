@@ -17,7 +17,13 @@ from oracles.tiny_tokenizer import sample_text
 from tokenizers import Tokenizer
 
 from retemper.benchmarks.preprocess import benchmark
-from retemper.benchmarks.preprocess.benchmark import Bench, BenchmarkOptions, Results, check_tokens, compare_datasets
+from retemper.benchmarks.preprocess.benchmark import (
+    Bench,
+    PreprocessBenchmarkOptions,
+    Results,
+    check_tokens,
+    compare_datasets,
+)
 from retemper.benchmarks.preprocess.corpora import (
     Corpus,
     beginning,
@@ -28,9 +34,9 @@ from retemper.benchmarks.preprocess.corpora import (
     write_long_document,
 )
 from retemper.benchmarks.preprocess.limit import batches_of
-from retemper.benchmarks.preprocess.measure import Cost, measure
 from retemper.benchmarks.preprocess.memory import MemoryUse, check_memory
 from retemper.benchmarks.preprocess.report import format_report, summarize
+from retemper.benchmarks.process_tree import Cost, measure
 from retemper.engine.errors import UserError
 from retemper.tools import benchmark_preprocess as command
 from retemper.tools.tokenizer.handle import load_tokenizer
@@ -150,7 +156,7 @@ time.sleep(60)
 """
     code = (
         "import signal, sys; signal.signal(signal.SIGTERM, signal.default_int_handler); "
-        f"from retemper.benchmarks.preprocess.measure import measure; measure([sys.executable, '-c', {child!r}])"
+        f"from retemper.benchmarks.process_tree import measure; measure([sys.executable, '-c', {child!r}])"
     )
     with subprocess.Popen(python(code), stderr=subprocess.DEVNULL) as running:
         until = time.monotonic() + LIMIT_SECONDS
@@ -341,10 +347,11 @@ def test_the_benchmark(tmp_path, corpus, tiny_tokenizer, capsys, monkeypatch):
     record = json.loads((tmp_path / "results.json").read_text())
     tokens = 2 * sum(map(len, plain_ids(tiny_tokenizer)))
     size = 2 * sum(len(text.encode()) for text in TEXTS)
-    assert [one["tokens"] for one in record["limit"]] == [tokens]
-    assert record["limit"][0]["text_bytes"] == record["corpus"]["text_bytes"] == size
+    rows = {row["program"]: row for row in record["rows"]}
+    assert rows["bare tokenizer"]["tokens"] == tokens
+    assert rows["bare tokenizer"]["text_bytes"] == record["settings"]["corpus"]["text_bytes"] == size
     assert f"checked: as many tokens as the bare tokenizer, {tokens:,}," in shown
-    [ours] = record["ours"]
+    ours = rows["preprocess"]
     assert record["summary"]["ours_mb_per_cpu_second"] == pytest.approx(size / 1e6 / ours["cpu_seconds"])
     assert ours["processes"] == 1  # a small input is tokenized in the command's own process
     assert str(tmp_path) not in shown + json.dumps(record)
@@ -354,7 +361,7 @@ def test_the_benchmark(tmp_path, corpus, tiny_tokenizer, capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("megatron") is None, reason="pip install --no-deps megatron-core==0.16.1")
 def test_the_loop_of_megatron_lm(tmp_path, corpus, tiny_tokenizer):
-    options = BenchmarkOptions(corpus, str(tiny_tokenizer), workers=1)
+    options = PreprocessBenchmarkOptions(corpus, str(tiny_tokenizer), workers=1)
     bench = Bench(options, Results(describe(corpus, "text"), workers=1))
     bench.run_peer(load_tokenizer(tiny_tokenizer), describe(corpus, "text"), tmp_path / "theirs")
     assert read_megatron(tmp_path / "theirs").documents == [[[*ids, 0]] for ids in plain_ids(tiny_tokenizer)]

@@ -16,10 +16,11 @@ import pytest
 import torch
 import yaml
 
-from retemper.benchmarks.step import matmul, measure, phases
-from retemper.benchmarks.step.matmul import MatmulRate
+from retemper.benchmarks import hardware_limits, timing
+from retemper.benchmarks.hardware_limits import MatmulRate
+from retemper.benchmarks.step import measure
 from retemper.benchmarks.step.measure import Measurement, is_out_of_memory, measure_step
-from retemper.benchmarks.step.options import BenchmarkOptions
+from retemper.benchmarks.step.options import StepBenchmarkOptions
 from retemper.benchmarks.step.phases import PHASES, PhaseClock, StepTime
 from retemper.benchmarks.step.report import format_report, summarize
 from retemper.benchmarks.step.synthetic import DocumentLengths, write_random_dataset
@@ -81,7 +82,7 @@ def run_file(tmp_path_factory) -> Path:
 
 def measured(ranks: Ranks, path: Path, **options: object) -> Measurement:
     """On ranks that are there already."""
-    settings = BenchmarkOptions(**{"steps": 2, "warmup_steps": 1, "matmul_seconds": 0.0, **options})
+    settings = StepBenchmarkOptions(**{"steps": 2, "warmup_steps": 1, "matmul_seconds": 0.0, **options})
     return measure_step(parse_config(["--config", str(path)]), settings, ranks)
 
 
@@ -123,11 +124,10 @@ def test_the_command(run_file, tmp_path):
     ran = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr
     record = json.loads((tmp_path / "found.json").read_text())
-    result = record["result"]
-    summary = result["summary"]
+    summary = record["summary"]
 
-    assert result["tokens_per_step"] == 8 * 32
-    assert result["documents_per_step"] == 8 * 32 / 8
+    assert summary["tokens_per_step"] == 8 * 32
+    assert summary["documents_per_step"] == 8 * 32 / 8
     per_token = summary["flops_per_token"]
     assert per_token == {
         "all pairs of positions": MATRICES + 32 * PAIR,
@@ -136,25 +136,25 @@ def test_the_command(run_file, tmp_path):
     }
     assert MATRICES + 32 * PAIR == 135_360
 
-    assert len(result["steps"]) == 4
-    for step in result["steps"]:
+    assert len(record["rows"]) == 4
+    for step in record["rows"]:
         assert sum(step["phases"].values()) == pytest.approx(step["seconds"], rel=1e-6)
         assert all(step["phases"][name] > 0 for name in PHASES)
-    times = [step["seconds"] for step in result["steps"]]
+    times = [step["seconds"] for step in record["rows"]]
     assert summary["tokens_per_second"] == pytest.approx(256 / np.median(times))
     assert sum(summary["breakdown_seconds"].values()) == pytest.approx(np.mean(times))
-    peak = max(one["flops_per_second"] for one in result["matmul"] if one["dtype"] == "fp32")
+    peak = max(one["flops_per_second"] for one in summary["matmul"] if one["dtype"] == "fp32")
     for name, flops in per_token.items():
         assert summary["mfu"][name] == {"matmul": pytest.approx(flops * 256 / np.median(times) / peak)}
 
-    assert "--documents fixed:8" in record["command"] and record["machine"]["torch"] == torch.__version__
-    assert record["config"]["training"]["global_batch_size"] == 8
+    assert "--documents fixed:8" in record["command"] and record["machine"]["versions"]["torch"] == torch.__version__
+    assert record["settings"]["config"]["training"]["global_batch_size"] == 8
     assert "| tokens/s " in ran.stdout and "FLOPs per token = 6 (L" in ran.stdout
     # Nothing is left behind, and the run folder was not touched.
     assert not run_file.with_name("run").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "temporary"]
     assert not list((tmp_path / "temporary").glob("retemper*"))
-    assert "temporary" not in json.dumps(result["plan"]) and any("model" in line for line in result["plan"])
+    assert "temporary" not in json.dumps(summary["plan"]) and any("model" in line for line in summary["plan"])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_wrong_options_are_one_line(run_file, arguments, message):
 def test_without_any_config_of_the_model_it_says_what_to_name(run_file, tmp_path):
     config = parse_config(["--config", str(run_file), "--model.architecture", "null"])
     with pytest.raises(UserError, match=r"nothing: .*hf does not exist; .* set model.architecture"):
-        measure.prepare_config(config, BenchmarkOptions(), tmp_path)
+        measure.prepare_config(config, StepBenchmarkOptions(), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,9 +225,9 @@ def test_the_clock(monkeypatch):
     moments = {"data": 1, "forward": 3, "backward": 4, "forward ": 8, "backward ": 9, "optimizer": 12, "other": 13}
     for start in (0.0, 20.0):
         for phase, moment in moments.items():
-            monkeypatch.setattr(phases.time, "perf_counter", lambda now=start + moment: now)
+            monkeypatch.setattr(timing.time, "perf_counter", lambda now=start + moment: now)
             clock.mark(phase.strip())
-    monkeypatch.setattr(phases.time, "perf_counter", lambda: 34.0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 34.0)
     clock.close()
     first, second = clock.steps()
     assert first.phases == {"data": 2, "forward": 2, "backward": 7, "optimizer": 1, "other": 8}
@@ -299,11 +299,11 @@ def test_shares_of_the_peaks():
 
 
 def test_matrix_products(monkeypatch):
-    rates = matmul.matmul_rates(CPU, {"fp32": torch.float32, "bf16": torch.bfloat16}, 1e-3, sizes=(16, 32))
+    rates = hardware_limits.matmul_rates(CPU, {"fp32": torch.float32, "bf16": torch.bfloat16}, 1e-3, sizes=(16, 32))
     assert [(rate.dtype, rate.size) for rate in rates] == list(itertools.product(["fp32", "bf16"], [16, 32]))
     assert all(rate.flops_per_second > 0 for rate in rates)
-    monkeypatch.setattr(matmul, "_time", lambda run, count, device: [0.25, 0.5, 4.0])
-    [rate] = matmul.matmul_rates(CPU, {"fp32": torch.float32}, 1.0, sizes=(100,))
+    monkeypatch.setattr(hardware_limits, "time_for", lambda *_, **__: [0.25, 0.5, 4.0])
+    [rate] = hardware_limits.matmul_rates(CPU, {"fp32": torch.float32}, 1.0, sizes=(100,))
     assert rate.flops_per_second == 2 * 100**3 / 0.5
 
 

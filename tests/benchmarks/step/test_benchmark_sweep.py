@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from retemper.benchmarks.step.sweep import Row, format_sweep, parse_sweep, run_sweep
+from retemper.benchmarks.step.sweep import SweepRow, format_sweep, parse_sweep, run_sweep
 from retemper.engine.config.parser import parse_config
 from retemper.engine.errors import UserError
 from retemper.tools import benchmark as command
@@ -21,9 +21,9 @@ import sys
 import torch
 from retemper.engine.errors import run_command
 from retemper.tools import benchmark
-from retemper.benchmarks.step import measure
+from retemper.engine import step as module
 
-step, calls = measure.train_step, []
+step, calls = module.train_step, []
 
 def limited(model, forward_backward, optimizer, batches, *rest):
     calls.append(1)
@@ -31,7 +31,7 @@ def limited(model, forward_backward, optimizer, batches, *rest):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     return step(model, forward_backward, optimizer, batches, *rest)
 
-measure.train_step = limited
+module.train_step = limited
 run_command(benchmark.main)
 """
 
@@ -63,9 +63,9 @@ def test_out_of_memory_is_a_row(run_file, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr()
     record = json.loads((tmp_path / "found.json").read_text())
     failed, good = record["sweep"]
-    assert failed == {"settings": {"training.micro_batch_size": "4"}, "outcome": "out of memory"}
-    assert good["outcome"] == "ok" and good["config"]["training"]["micro_batch_size"] == 2
-    assert len(good["result"]["steps"]) == 2
+    assert failed == {"sweep": {"training.micro_batch_size": "4"}, "outcome": "out of memory"}
+    assert good["outcome"] == "ok" and good["settings"]["config"]["training"]["micro_batch_size"] == 2
+    assert len(good["rows"]) == 2
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.out.splitlines() if line.startswith("|")]
     assert rows[2] == ["4", "", "", "", "", "", "out of memory"]
     assert rows[3][0] == "2" and rows[3][-1] == "ok"
@@ -108,7 +108,7 @@ def test_combinations(run_file):
 )
 def test_what_a_failure_is_called(program, outcome):
     [row] = run_sweep([{"seed": "1"}], [sys.executable, "-S", "-c", program])
-    assert row == Row({"seed": "1"}, outcome)
+    assert row == SweepRow({"seed": "1"}, outcome)
 
 
 def test_a_launcher_that_is_not_there():
@@ -125,7 +125,7 @@ def test_under_torchrun_it_is_refused(run_file, monkeypatch):
 
 
 def test_the_fastest_is_named():
-    def row(size: str, rate: float) -> Row:
+    def row(size: str, rate: float) -> SweepRow:
         summary = {
             "tokens_per_second": rate,
             "tokens_per_second_per_rank": rate / 2,
@@ -133,9 +133,11 @@ def test_the_fastest_is_named():
             "step_seconds": {"median": 0.25},
             "peak_memory_bytes": 3 * 2**30,
         }
-        return Row({"training.micro_batch_size": size}, "ok", {"result": {"summary": summary}})
+        return SweepRow({"training.micro_batch_size": size}, "ok", {"summary": summary})
 
-    text = format_sweep([row("1", 1000.0), row("2", 3000.0), Row({"training.micro_batch_size": "4"}, "out of memory")])
+    text = format_sweep(
+        [row("1", 1000.0), row("2", 3000.0), SweepRow({"training.micro_batch_size": "4"}, "out of memory")]
+    )
     assert text.endswith("best that fits: --training.micro_batch_size=2: 3,000 tokens/s")
     cells = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
     assert cells == ["1", "1,000", "500", "50.0% of datasheet", "250.0 ms", "3.00 GiB", "ok"]

@@ -1,8 +1,8 @@
-"""A shuffle of documents in bounded memory, whose order depends on the seed and on nothing else.
+"""Shuffles documents in bounded memory. The order depends only on the seed.
 
-The i-th document (of those that are shuffled, in input order) has the key mix(i + c(seed)), a keyed bijection of 64-bit
-words, and the order is that of the keys. Documents go to one of 2^b buckets on disk by the first b bits of their keys,
-so that the buckets one after another, each sorted in memory, are the order for any b.
+The i-th kept document, in input order, has the key mix(i + c(seed)), a keyed bijection of 64-bit words, and documents
+are sorted by key. They go to 2^b buckets on disk by the first b bits of their keys; the buckets in order, each sorted
+in memory, give the same order for any b.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..dataset_writer import FileRange
 Buffer = bytes | memoryview | npt.NDArray
 
 _MAX_BUCKET_BITS = 14
-_JOINED = 4096  # documents: as many slices exist at once, each of which takes 200 bytes
+_JOINED = 4096  # documents whose slices, of 200 bytes each, exist at once
 
 
 @dataclass(frozen=True)
@@ -29,27 +29,24 @@ class ShuffledDocuments:
     """Consecutive documents of the final order."""
 
     lengths: dict[str, npt.NDArray[np.int64]]
-    """For each column int64[documents], bytes."""
+    """int64[documents] for each column: bytes."""
     data: dict[str, memoryview]
-    """For each column the documents' bytes end to end. Valid until the next documents are asked for."""
-    payload: npt.NDArray | None
-    """[documents], what was given to :meth:`ExternalShuffle.add`."""
+    """The documents' bytes end to end for each column. Valid until the next iteration."""
 
 
 class ExternalShuffle:
-    """Takes documents in input order and gives them back in the order of their keys.
+    """Takes documents in input order and returns them in the order of their keys.
 
-    A context manager; ``folder`` must not exist before, and is removed afterwards. The disk takes as much as the
-    documents and 16 to 32 bytes for each; each bucket's part is given back as soon as it has been read. Memory is
-    bounded by ``memory_bytes``, 100 bytes for each document of one call or one bucket and, besides, mapped files, of
-    which one document may be as large as it likes. One file is open at a time.
+    A context manager; it creates ``folder`` and removes it. The disk takes the size of the documents and 16 to 32 bytes
+    per document; a bucket is deleted when it has been read. Memory is bounded by ``memory_bytes``, 100 bytes per
+    document of a call or bucket, and mapped files. A document may have any size. One file is open at a time.
 
     Args:
         folder: for the buckets.
         seed: any integer; its lowest 64 bits count.
-        total_bytes: of all columns of all documents, about; a wrong number costs time or memory, nothing else.
-        columns: names of the parts of a document that are kept apart.
-        memory_bytes: what is held at once, about.
+        total_bytes: estimate for all documents; a wrong one costs only time or memory.
+        columns: the parts of a document.
+        memory_bytes: about what is held at once.
     """
 
     def __init__(
@@ -66,7 +63,7 @@ class ExternalShuffle:
         self._bits = min(max(total_bytes // self._batch_bytes, 0).bit_length(), _MAX_BUCKET_BITS)
         self._key = mix64_of(seed + GOLDEN)
         self._num_documents = 0
-        self._record: np.dtype | None = None
+        self._record = np.dtype([("key", "<u8"), ("lengths", "<i8", (len(self._columns),))])
         self._waiting: list[tuple[np.ndarray, dict[str, npt.NDArray[np.uint8]]]] = []
         self._waiting_bytes = 0
 
@@ -83,18 +80,16 @@ class ExternalShuffle:
         lengths: Mapping[str, npt.NDArray[np.int64]],
         data: Mapping[str, FileRange | Buffer],
         keep: npt.NDArray[np.bool_] | None = None,
-        payload: npt.NDArray | None = None,
     ) -> None:
-        """Take the next documents.
+        """Add the next documents.
 
         Args:
-            lengths: for each column int64[documents], bytes.
-            data: for each column the bytes of all documents end to end; free to change afterwards.
-            keep: bool[documents], those that are shuffled; None: all.
-            payload: [documents] of any dtype without objects, the same in each call: given back with the documents.
+            lengths: int64[documents] for each column: bytes.
+            data: the bytes of all documents end to end for each column; may change afterwards.
+            keep: bool[documents], those to shuffle; None: all.
 
         Raises:
-            ValueError: a column's data are not as long as its lengths say.
+            ValueError: a column's data do not have the size of its lengths.
         """
         views = {name: _view(data[name]) for name in self._columns}
         for name, view in views.items():
@@ -105,14 +100,12 @@ class ExternalShuffle:
         keys = self._keys(len(kept))
         order = np.argsort(self._bucket_of(keys), kind="stable")
         kept = kept[order]
-        records = np.empty(len(kept), self._record_type(payload))
+        records = np.empty(len(kept), self._record)
         records["key"] = keys[order]
         records["lengths"] = np.stack([lengths[name][kept] for name in self._columns], axis=1)
-        if payload is not None:
-            records["payload"] = payload[kept]
         starts = {name: (np.cumsum(lengths[name]) - lengths[name])[kept] for name in self._columns}
         for first, last, size in _batches(records, self._batch_bytes):
-            # A document that is larger than memory stays a view of its file, and is written at once.
+            # A document larger than memory stays a view of its file, and is written at once.
             pieces = {
                 name: gather(
                     views[name], starts[name][first:last], lengths[name][kept[first:last]], size <= self._batch_bytes
@@ -125,13 +118,12 @@ class ExternalShuffle:
                 self._flush()
 
     def drain(self) -> Iterator[ShuffledDocuments]:
-        """All documents in order, a fourth of ``memory_bytes`` or one document at a time. Nothing may be added then."""
+        """Yield all documents in order, a fourth of ``memory_bytes`` or one document at a time. Ends adding."""
         self._flush()
         for bucket in range(1 << self._bits):
             path = self._path(bucket, "records")
             if not path.exists():
                 continue
-            assert self._record is not None
             records = np.fromfile(path, self._record)
             order = np.argsort(records["key"])
             starts = (np.cumsum(records["lengths"], axis=0) - records["lengths"])[order]
@@ -145,38 +137,27 @@ class ExternalShuffle:
                     name: gather(views[i], starts[first:last, i], lengths[name], size <= self._batch_bytes).data
                     for i, name in enumerate(self._columns)
                 }
-                payload = rows["payload"].copy() if "payload" in (records.dtype.names or ()) else None
-                yield ShuffledDocuments(lengths, data, payload)
+                yield ShuffledDocuments(lengths, data)
                 del data
             del views
             for used in (path, *parts):
                 used.unlink()
 
     def _keys(self, count: int) -> npt.NDArray[np.uint64]:
-        """uint64[count] of the next documents."""
+        """Return the keys uint64[count] of the next documents."""
         numbers = np.arange(self._num_documents, self._num_documents + count, dtype=np.uint64)
         self._num_documents += count
         return mix64(numbers + np.uint64(self._key))
 
     def _bucket_of(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        # In two steps, because one of 64 bits is none.
+        # Two shifts, because a shift by 64 bits is undefined.
         return (keys >> np.uint64(1)) >> np.uint64(63 - self._bits)
-
-    def _record_type(self, payload: npt.NDArray | None) -> np.dtype:
-        """What is kept of a document beside its bytes."""
-        fields: list[tuple] = [("key", "<u8"), ("lengths", "<i8", (len(self._columns),))]
-        if payload is not None:
-            fields.append(("payload", payload.dtype, payload.shape[1:]))
-        record = np.dtype(fields)
-        assert self._record is None or record == self._record, "payloads of one dtype, in all calls or in none"
-        self._record = record
-        return record
 
     def _path(self, bucket: int, column: str) -> Path:
         return self._folder / f"{bucket:05d}.{column}"
 
     def _flush(self) -> None:
-        """Append what waits to its buckets."""
+        """Append the waiting documents to their buckets."""
         runs: dict[int, list[tuple[int, int, int]]] = {}
         ends = []
         for number, (records, _) in enumerate(self._waiting):
@@ -201,13 +182,13 @@ class ExternalShuffle:
 def gather(
     view: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], copy: bool = True
 ) -> npt.NDArray[np.uint8]:
-    """The bytes of documents, end to end.
+    """Return the bytes of documents end to end.
 
     Args:
-        view: uint8[bytes], where they lie.
+        view: uint8[bytes] that contains them.
         starts: int64[documents], offsets in ``view``.
         lengths: int64[documents], bytes.
-        copy: if not, there is one document, and what is returned is a part of ``view``.
+        copy: if False, there is one document, and a part of ``view`` is returned.
     """
     stops = starts + lengths
     if not copy:
@@ -225,7 +206,7 @@ def gather(
 
 
 def _batches(records: np.ndarray, limit: int) -> Iterator[tuple[int, int, int]]:
-    """Runs [first, last) of documents, and their bytes with their records': one, or as many as fit ``limit``."""
+    """Yield runs [first, last) of documents, as many as fit ``limit`` but at least one, and their bytes."""
     ends = np.concatenate([[0], np.cumsum(records["lengths"].sum(axis=1) + records.dtype.itemsize)])
     first = 0
     while first < len(records):
@@ -235,7 +216,7 @@ def _batches(records: np.ndarray, limit: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _view(data: FileRange | Buffer) -> npt.NDArray[np.uint8]:
-    """uint8[bytes]; of a file mapped, until nothing refers to it any more."""
+    """Return uint8[bytes]; a file is mapped while something refers to it."""
     if not isinstance(data, FileRange):
         return np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)
     size = data.stop - data.start

@@ -12,7 +12,7 @@ from oracles.word_ngrams import kind_of, ngrams_of, shingles_of
 from retemper.engine.data.splitmix import mix64, mix64_of
 from retemper.tools.preprocessing import ngrams
 from retemper.tools.preprocessing.cleaning import decontamination
-from retemper.tools.preprocessing.dedup import near
+from retemper.tools.preprocessing.dedup import minhash
 from retemper.tools.preprocessing.ngrams import LongUnits, Units, units_of
 
 ALPHABETS = {
@@ -47,7 +47,7 @@ def small_blocks(monkeypatch):
     """Blocks of some characters, so that short texts are long."""
 
     def set_block(size: int) -> None:
-        for module in (ngrams, near, decontamination):
+        for module in (ngrams, minhash, decontamination):
             monkeypatch.setattr(module, "BLOCK", size)
 
     return set_block

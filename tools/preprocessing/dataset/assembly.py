@@ -1,7 +1,7 @@
-"""From finished shards to datasets: which documents are kept, on which side of a split, in which order.
+"""Assembles datasets from the outputs of all tasks: duplicates, limits of sources, split and shuffle.
 
-What only the whole corpus can tell is decided here, over the shards in input order and in bounded memory: duplicates,
-limits of sources, the shuffle. Then the kept documents' tokens are copied from the shards into the datasets.
+These need the whole corpus. They run over the outputs in input order, in bounded memory; then the tokens of the kept
+documents are copied.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dataset_writer import FileRange, IndexedDatasetWriter
-from ..dedup.exact import first_occurrences
-from ..dedup.near import near_duplicates
+from ..dedup.duplicates import first_occurrences, near_duplicates
 from ..options import PreprocessOptions
-from ..workers.task_output import Shard
+from ..workers.task_output import TaskOutput
 from .shuffle import ExternalShuffle
-from .split import Split, within_limit
+from .split import DocumentSplit, within_limit
 
-_SHORT_RUN = 256 << 10  # bytes: shorter runs of kept documents are gathered in memory rather than copied one by one
+_SHORT_RUN = 256 << 10  # bytes: shorter runs of kept documents are gathered in memory, not copied one by one
 
 _SHUFFLE_BYTES = 256 << 20  # memory of all shuffles together
 
 
 @dataclass
 class SourceTotals:
-    """What of each source went into one dataset: int64 [sources]."""
+    """What each source contributed to a dataset: int64 [sources]."""
 
     documents: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]
@@ -43,47 +42,43 @@ class SourceTotals:
         return SourceTotals(*(np.zeros(num_sources, np.int64) for _ in range(4)))
 
     def add(self, table: np.ndarray) -> None:
-        """Count the documents of ``table``."""
+        """Add the documents of ``table``."""
         size = len(self.documents)
         self.documents += np.bincount(table["source"], minlength=size)
         for name in ("tokens", "characters", "text_bytes"):
-            # In floating point each sum is exact up to 2^53.
+            # Floating point is exact up to 2^53.
             sums = np.bincount(table["source"], weights=table[name], minlength=size)
             getattr(self, name)[:] += sums.astype(np.int64)
 
 
 @dataclass
 class Assembly:
-    """One run's shards, and what becomes of them.
+    """Makes the datasets of a run.
 
     Args:
-        shards: in input order.
+        outputs: in input order.
         folder: for temporary files.
-        num_sources: ``--input`` arguments.
+        num_sources: number of ``--input`` arguments.
     """
 
-    shards: Sequence[Shard]
+    outputs: Sequence[TaskOutput]
     options: PreprocessOptions
     folder: Path
     num_sources: int
     left_out: list[Counter[str]] = field(init=False)
-    """By source: documents that were left out here, by reason."""
+    """Documents left out here, by source and reason."""
 
     def __post_init__(self) -> None:
         self.left_out = [Counter() for _ in range(self.num_sources)]
-        self.split = None if self.options.split is None else Split.parse(self.options.split)
+        self.split = None if self.options.split is None else DocumentSplit.parse(self.options.split)
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """Names of the datasets that are made; one without a name when nothing is split."""
+        """Names of the datasets; an empty name without ``--split``."""
         return ("",) if self.split is None else self.split.names
 
     def write(self, writers: Sequence[IndexedDatasetWriter], on_bytes: Callable[[int], None]) -> list[SourceTotals]:
-        """Write all datasets, one writer for each of ``sides``.
-
-        Args:
-            on_bytes: told how many bytes of tokens have been written since the last time.
-        """
+        """Write all datasets, with a writer for each of ``sides``; report the bytes of tokens to ``on_bytes``."""
         totals = [SourceTotals.zeros(self.num_sources) for _ in self.sides]
         copy = self._shuffled if self.options.shuffle else self._in_order
         copy(writers, totals, on_bytes)
@@ -92,18 +87,18 @@ class Assembly:
     def _in_order(
         self, writers: Sequence[IndexedDatasetWriter], totals: Sequence[SourceTotals], on_bytes: Callable[[int], None]
     ) -> None:
-        for shard, table, side in self._decided():
+        for output, table, side in self._decided():
             for number, writer in enumerate(writers):
                 chosen = side == number
                 totals[number].add(table[chosen])
-                _copy(shard, table, chosen, writer)
-            on_bytes(shard.tokens.stat().st_size)
+                _copy(output, table, chosen, writer)
+            on_bytes(output.tokens.stat().st_size)
 
     def _shuffled(
         self, writers: Sequence[IndexedDatasetWriter], totals: Sequence[SourceTotals], on_bytes: Callable[[int], None]
     ) -> None:
-        columns = tuple(name for name in ("tokens", "mask", "metadata") if getattr(self.shards[0], name).exists())
-        size = sum(getattr(shard, name).stat().st_size for shard in self.shards for name in columns)
+        columns = tuple(name for name in ("tokens", "mask", "metadata") if getattr(self.outputs[0], name).exists())
+        size = sum(getattr(output, name).stat().st_size for output in self.outputs for name in columns)
         with contextlib.ExitStack() as stack:
             shuffles = [
                 stack.enter_context(
@@ -117,10 +112,10 @@ class Assembly:
                 )
                 for number in range(len(writers))
             ]
-            for shard, table, side in self._decided():
+            for output, table, side in self._decided():
                 lengths = _column_bytes(table, writers[0].dtype.itemsize)
                 data = {
-                    name: FileRange(getattr(shard, name), 0, getattr(shard, name).stat().st_size) for name in columns
+                    name: FileRange(getattr(output, name), 0, getattr(output, name).stat().st_size) for name in columns
                 }
                 for number, shuffle in enumerate(shuffles):
                     chosen = side == number
@@ -137,11 +132,11 @@ class Assembly:
                     )
                     on_bytes(tokens.nbytes)
 
-    def _decided(self) -> Iterator[tuple[Shard, np.ndarray, npt.NDArray[np.int8]]]:
-        """Each shard with its table and the side of each document, -1 for those that are left out."""
+    def _decided(self) -> Iterator[tuple[TaskOutput, np.ndarray, npt.NDArray[np.int8]]]:
+        """Yield each output with its table and the side of each document, -1 if it is left out."""
         kept_before = np.zeros(self.num_sources, np.int64)
-        for shard, unique in zip(self.shards, self._unique(), strict=True):
-            table = np.load(shard.documents)
+        for output, unique in zip(self.outputs, self._unique(), strict=True):
+            table = np.load(output.documents)
             keep = np.ones(len(table), np.bool_) if unique is None else unique
             self._note(table, ~keep, "duplicate" if self.options.dedup == "exact" else "near-duplicate")
             if self.options.max_documents is not None:
@@ -150,17 +145,17 @@ class Assembly:
                 keep = within
             side = np.zeros(len(table), np.int8) if self.split is None else self.split.side(table["digest"])
             side[~keep] = -1
-            yield shard, table, side
+            yield output, table, side
 
     def _unique(self) -> Iterator[npt.NDArray[np.bool_] | None]:
         if self.options.dedup == "exact":
-            digests = (np.load(shard.documents)["digest"] for shard in self.shards)
+            digests = (np.load(output.documents)["digest"] for output in self.outputs)
             yield from first_occurrences(digests, self.folder)
         elif self.options.dedup == "minhash":
-            bands = (np.load(shard.bands, mmap_mode="r") for shard in self.shards)
+            bands = (np.load(output.bands, mmap_mode="r") for output in self.outputs)
             yield from near_duplicates(bands, self.folder)
         else:
-            yield from (None for _ in self.shards)
+            yield from (None for _ in self.outputs)
 
     def _note(self, table: np.ndarray, out: npt.NDArray[np.bool_], reason: str) -> None:
         for source, count in enumerate(np.bincount(table["source"][out], minlength=self.num_sources).tolist()):
@@ -169,12 +164,12 @@ class Assembly:
 
 
 def _column_bytes(table: np.ndarray, itemsize: int) -> dict[str, npt.NDArray[np.int64]]:
-    """Bytes of each document in each file of its shard."""
+    """Return the bytes of each document in each file of its output."""
     return {"tokens": table["tokens"] * itemsize, "mask": table["tokens"], "metadata": table["metadata_bytes"]}
 
 
-def _copy(shard: Shard, table: np.ndarray, chosen: npt.NDArray[np.bool_], writer: IndexedDatasetWriter) -> None:
-    """Append the ``chosen`` documents of ``shard``: run by run, or where runs are short gathered in memory."""
+def _copy(output: TaskOutput, table: np.ndarray, chosen: npt.NDArray[np.bool_], writer: IndexedDatasetWriter) -> None:
+    """Append the ``chosen`` documents of ``output``: run by run, or gathered in memory if the runs are short."""
     if not chosen.any():
         return
     edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False)).reshape(-1, 2)
@@ -182,7 +177,7 @@ def _copy(shard: Shard, table: np.ndarray, chosen: npt.NDArray[np.bool_], writer
         name: np.concatenate([[0], np.cumsum(sizes)])
         for name, sizes in _column_bytes(table, writer.dtype.itemsize).items()
     }
-    files = {name: getattr(shard, name) for name in ends if getattr(shard, name).exists()}
+    files = {name: getattr(output, name) for name in ends if getattr(output, name).exists()}
     if len(edges) == 1 or ends["tokens"][-1] > len(edges) * _SHORT_RUN:
         for first, last in edges.tolist():
             ranges: dict[str, Any] = {

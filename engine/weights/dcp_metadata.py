@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ...errors import UserError
-from ...files.regular import open_regular
-from ..damage import METADATA_FILE, DamagedCheckpoint, brief, file_inside
+from ..errors import UserError
+from ..files.regular import open_regular
+from .damage import METADATA_FILE, DamagedCheckpoint, brief, file_inside
 
 _MAX_METADATA_BYTES = 1 << 30
 """About 5 million pieces of tensors; the table for a 72B model with AdamW on 64 ranks has 0.2 million."""

@@ -1,8 +1,8 @@
-"""Which documents go where: the sides of ``--split``, and ``--max-documents``.
+"""``--split`` and ``--max-documents``.
 
-A document's side depends on its text and on the shares, and on nothing else. So a document stays on its side when the
-corpus grows, is cut or ordered differently, or is read again in another format; and equal texts are on one side, so
-that no text of the validation set is among the training set too. Shares are met as probabilities are by many draws.
+The side of a document depends only on its text and the shares. It stays the same when the corpus grows, is reordered or
+is stored in another format, and copies of a text are on the same side: no text is both in training and validation data.
+Shares are probabilities.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _EXAMPLE = "give names and shares that sum to 1, such as train=0.98,valid=0.02"
 
 
 @dataclass(frozen=True)
-class Split:
-    """What ``--split train=0.98,valid=0.02`` says."""
+class DocumentSplit:
+    """The parsed ``--split train=0.98,valid=0.02``."""
 
     names: tuple[str, ...]
     bounds: tuple[int, ...]
-    """For each name the largest 64-bit word that falls to it; what is above the one before."""
+    """The largest 64-bit word of each name; its range begins after that of the name before."""
 
     @staticmethod
-    def parse(argument: str) -> Split:
-        """Read names and shares. Each bound follows from the shares up to it, whatever the later ones are.
+    def parse(argument: str) -> DocumentSplit:
+        """Parse names and shares. A bound depends only on the shares up to it.
 
         Raises:
             UserError: a wrong name or share, a name twice, fewer than two, or shares that do not sum to 1 within 1e-9.
@@ -45,7 +45,7 @@ class Split:
             if not equals:
                 raise UserError(f"--split: {part.strip()!r} in {argument!r} is not name=share; {_EXAMPLE}")
             if not _NAME.fullmatch(name):
-                raise UserError(f"--split: {name!r} in {argument!r} is no name; use letters, digits, - and _")
+                raise UserError(f"--split: {name!r} in {argument!r} is not a name; use letters, digits, - and _")
             if name in shares:
                 raise UserError(f"--split: {argument!r} names {name!r} twice; give each name one share")
             shares[name] = _share(share, name, argument)
@@ -61,19 +61,12 @@ class Split:
             bounds.append(min(math.ceil(below * 2**64), 2**64) - 1)
         # Rounded shares may sum to a little less than 1.
         bounds[-1] = 2**64 - 1
-        return Split(tuple(shares), tuple(bounds))
+        return DocumentSplit(tuple(shares), tuple(bounds))
 
     def side(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int8]:
-        """The side of each document.
-
-        Args:
-            digests: uint64[documents, 2], hashes of the texts.
-
-        Returns:
-            int8[documents], indices into ``names``.
-        """
-        # Exact deduplication sorts by the first word. The second is, for most texts, their 64-bit XXH3, by which a
-        # corpus may have been sampled before: mixed, it says nothing about that.
+        """Return int8[documents], indices into ``names``, for hashes of texts uint64[documents, 2]."""
+        # Exact deduplication uses the first word. The second one is, for most texts, their 64-bit XXH3, by which a
+        # corpus may have been sampled before: mixing makes it independent of that.
         words = mix64(digests[:, 1])
         return np.searchsorted(np.array(self.bounds, dtype=np.uint64), words, side="left").astype(np.int8)
 
@@ -91,19 +84,15 @@ def _share(text: str, name: str, argument: str) -> Fraction:
 def within_limit(
     sources: npt.NDArray[np.integer], keep: npt.NDArray[np.bool_], limit: int, counts: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Keep the first ``limit`` kept documents of each source, in input order.
+    """Return which documents are the first ``limit`` kept ones of their source, in input order.
 
-    Called for one array of documents after another, with the same ``counts``; the result does not depend on where the
-    corpus is cut into arrays. Comes after every other filter: a document that another filter drops takes no place.
+    Call it for consecutive arrays of documents with the same ``counts``, after all other filters.
 
     Args:
-        sources: int[documents], the source of each, an index into ``counts``.
+        sources: int[documents], indices into ``counts``.
         keep: bool[documents], what earlier filters keep.
         limit: documents of each source.
-        counts: int64[sources], documents taken so far; updated in place.
-
-    Returns:
-        bool[documents], True for a part of those that ``keep`` has.
+        counts: int64[sources], documents so far; updated in place.
     """
     kept = np.flatnonzero(keep)
     order = np.argsort(sources[kept], kind="stable")

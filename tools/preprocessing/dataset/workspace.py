@@ -1,4 +1,4 @@
-"""The hidden folder of a run beside its output: finished shards that a restart finds again, and temporary files."""
+"""The hidden work folder of a run, next to its dataset: finished outputs, for a restart, and temporary files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ....engine.errors import UserError
 from ....engine.files.hashing import hash_file
 from ....engine.files.lock import exclusive_lock
 from ....engine.files.outputs import require_own_folder
-from ..workers.task_output import Shard, TaskResult
+from ..workers.task_output import TaskOutput, TaskResult
 
 _LOCK = "lock"
 
@@ -25,18 +25,19 @@ def workspace_folder(prefix: str) -> Path:
 
 @contextmanager
 def open_workspace(prefix: str) -> Iterator[Path]:
-    """The work folder of the dataset ``prefix``, ours alone. Afterwards it is removed unless a shard in it is finished.
+    """Create and lock the work folder of the dataset ``prefix``; remove it at the end if no finished output is in it.
 
     Raises:
-        UserError: it cannot be written, or another run is at work there.
+        UserError: it cannot be written, or another run uses it.
     """
     work = workspace_folder(prefix)
     folder, stack = work.parent, ExitStack()
-    busy = "is writing this dataset; wait for it, or choose another --output-prefix"
+    remedy = "wait for it, or choose another --output-prefix"
+    busy = lambda holder: f"{prefix}: another run is writing this dataset ({holder}); {remedy}"  # noqa: E731
     try:
         require_own_folder(work, _LOCK, f"--output-prefix {prefix}")
         work.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(exclusive_lock(work / _LOCK, lambda holder: f"{prefix}: {holder} {busy}"))
+        stack.enter_context(exclusive_lock(work / _LOCK, busy))
     except OSError as error:
         raise UserError(f"{folder}: cannot write there: {error.strerror}; name another --output-prefix") from error
     with stack:
@@ -49,12 +50,12 @@ def open_workspace(prefix: str) -> Iterator[Path]:
 
 
 def remove_workspace(work: Path) -> None:
-    """Remove all of it: the dataset is complete."""
+    """Remove the work folder: the dataset is complete."""
     shutil.rmtree(work, ignore_errors=True)
 
 
 def _clear_temporaries(work: Path) -> None:
-    """Remove what a killed run left besides finished shards."""
+    """Remove everything but finished outputs: what a killed run left."""
     finished = {path.name.partition(".")[0] for path in work.glob("*.json")}
     for path in work.iterdir():
         is_folder = path.is_dir() and not path.is_symlink()
@@ -63,21 +64,21 @@ def _clear_temporaries(work: Path) -> None:
 
 
 def finished_results(work: Path, keys: Iterable[str], refused: Set[str]) -> dict[str, TaskResult]:
-    """Results of those of ``keys`` whose shards are finished and whole; others are removed.
+    """Return the results of those of ``keys`` whose outputs are finished and undamaged; remove the other outputs.
 
     Args:
-        refused: reasons for which nothing may have been left out. A run that allowed it may have made the shard.
+        refused: reasons for which no record may be left out; the run that made an output may have allowed them.
     """
     results: dict[str, TaskResult] = {}
     for key in keys:
-        shard = Shard(work, key)
-        if not shard.result.exists():
+        output = TaskOutput(work, key)
+        if not output.result.exists():
             continue
         with suppress(UserError, OSError):
-            result = TaskResult.read(shard.result)
+            result = TaskResult.read(output.result)
             allowed = all(refused.isdisjoint(reasons) for reasons in result.left_out.values())
-            if allowed and shard.sizes() == result.sizes and hash_file(shard.tokens) == result.tokens_xxh3_128:
+            if allowed and output.sizes() == result.sizes and hash_file(output.tokens) == result.tokens_xxh3_128:
                 results[key] = result
         if key not in results:
-            shard.remove()
+            output.remove()
     return results

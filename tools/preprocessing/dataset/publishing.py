@@ -1,4 +1,4 @@
-"""From finished shards to datasets with their sidecars, published together, and the report of the run."""
+"""Makes datasets and sidecars from the outputs of a run, publishes them together, and reports the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..dataset_writer import IndexedDatasetWriter
 from ..progress import ProgressReport
 from ..run_plan import RunPlan
 from ..run_setup import print_notes
-from ..workers.task_output import Shard, TaskResult
+from ..workers.task_output import TaskOutput, TaskResult
 from .assembly import Assembly, SourceTotals
 from .rejected_records import write_rejects
 from .workspace import remove_workspace
@@ -25,37 +25,37 @@ _SHOWN_NOTES = 20
 
 @dataclass(frozen=True)
 class PreprocessReport:
-    """What was done."""
+    """Results of a run."""
 
     sidecars: dict[str, Sidecar]
     """By prefix."""
     first_bad: str | None
     """``file:line: reason`` of the first record that was skipped."""
     encoder: str
-    """The library that encoded, and what else is to be said of it."""
+    """The library that encoded, with remarks."""
     seconds: float
     files: tuple[str, ...]
     """The files written."""
 
 
 def publish(plan: RunPlan, results: Sequence[TaskResult]) -> PreprocessReport:
-    """Make the datasets from the shards of ``results``, in the order of the plan's tasks.
+    """Make the datasets from the outputs of ``results``, in the order of the plan's tasks.
 
     Raises:
-        UserError: there is no document. Of one shard of many that may be the truth.
+        UserError: there is no document. (A shard of a run may be empty.)
     """
     _print_notes_of_readers([note for result in results for note in result.notes])
     prefix, options = plan.setup.prefix, plan.options
-    shards = [Shard(plan.work, key) for key in plan.tasks]
-    assembly = Assembly(shards, options, plan.work, len(options.input))
+    outputs = [TaskOutput(plan.work, key) for key in plan.tasks]
+    assembly = Assembly(outputs, options, plan.work, len(options.input))
     if options.shard_place is None and not any(result.documents for result in results):
-        remove_workspace(plan.work)  # nothing in it to go on with
+        remove_workspace(plan.work)  # a restart cannot use it
         raise UserError(_nothing_found(plan, results))
     prefixes = [f"{prefix}.{side}" if side else prefix for side in assembly.sides]
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(_writer(plan, each)) for each in prefixes]
         _write(plan, assembly, writers, results)
-        rejects = write_rejects(shards, prefix, plan.work)
+        rejects = write_rejects(outputs, prefix, plan.work)
     files = [f"{each}{end}" for each in prefixes for end in (".bin", ".idx", ".json", ".mask.bin", ".metadata.jsonl")]
     sidecars = {each: Sidecar.read(each) for each in prefixes}
     return PreprocessReport(
@@ -81,8 +81,8 @@ def _writer(plan: RunPlan, prefix: str) -> IndexedDatasetWriter:
 def _write(
     plan: RunPlan, assembly: Assembly, writers: Sequence[IndexedDatasetWriter], results: Sequence[TaskResult]
 ) -> None:
-    """Fill the datasets, and prepare them for publication."""
-    size = sum(shard.tokens.stat().st_size for shard in assembly.shards)
+    """Write the datasets, up to the renames."""
+    size = sum(output.tokens.stat().st_size for output in assembly.outputs)
     with ProgressReport("writing", size) as progress:
         done = 0
 
@@ -106,7 +106,7 @@ def _write(
 
 
 def _left_out(results: Sequence[TaskResult], assembly: Assembly) -> list[Counter[str]]:
-    """By source: what workers and assembly left out, by reason."""
+    """Return what workers and assembly left out, by source and reason."""
     total = [Counter(counter) for counter in assembly.left_out]
     for result in results:
         for source, reasons in result.left_out.items():
@@ -170,7 +170,7 @@ def _nothing_found(plan: RunPlan, results: Sequence[TaskResult]) -> str:
 
 
 def _print_notes_of_readers(notes: Sequence[str]) -> None:
-    """Print what readers found worth knowing about the files."""
+    """Print the readers' remarks about files."""
     print_notes(notes[:_SHOWN_NOTES])
     if len(notes) > _SHOWN_NOTES:
         print_notes([f"{len(notes) - _SHOWN_NOTES:,} more such notes about files"])

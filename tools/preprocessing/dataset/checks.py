@@ -1,4 +1,4 @@
-"""That a dataset to be written replaces neither what the command reads nor files that are no dataset's."""
+"""Checks that the output replaces neither files that the command reads nor files that are not a dataset's."""
 
 from __future__ import annotations
 
@@ -13,25 +13,19 @@ from ..dataset_files import REJECTS, dataset_files, refuse_existing_outputs
 from ..inputs.files import STDIN, InputFile, expand_inputs
 from ..options import PreprocessOptions
 from ..tokenizer_choice import choose_tokenizer
-from .split import Split
+from .split import DocumentSplit
 from .workspace import workspace_folder
 
 
 def output_prefixes(options: PreprocessOptions, prefix: str) -> list[str]:
-    """Prefixes of the datasets that a run writes: one, or one for each side of ``--split``."""
-    return [f"{prefix}.{side}" for side in Split.parse(options.split).names] if options.split else [prefix]
+    """Return the prefixes of the datasets that a run writes: one, or one for each side of ``--split``."""
+    return [f"{prefix}.{side}" for side in DocumentSplit.parse(options.split).names] if options.split else [prefix]
 
 
 def what_is_read(
     options: PreprocessOptions, files: Sequence[InputFile], held_out: Sequence[InputFile], tokenizer_file: Path
 ) -> list[Use]:
-    """All files that the preprocess command reads.
-
-    Args:
-        files: what ``--input`` stands for.
-        held_out: what ``--held-out`` stands for.
-        tokenizer_file: what ``--tokenizer`` or ``--model`` stands for.
-    """
+    """Return all files that the preprocess command reads, from its expanded options."""
     tokenizer = "--model" if options.model is not None else "--tokenizer"
     uses = [Use("--input", file.path) for file in files if file.path != STDIN]
     uses += [Use(tokenizer, path) for path in (tokenizer_file, *companions(tokenizer_file))]
@@ -44,16 +38,13 @@ def what_is_read(
 def require_free(
     runs: Mapping[str, Sequence[str]], reads: Iterable[Use], overwrite: bool, rejects: bool = False
 ) -> None:
-    """Refuse to write datasets where one would replace a file that is read, or is not a dataset's.
+    """Raise UserError if a dataset would replace a file that is read, or one that is not a dataset's.
 
     Args:
-        runs: prefixes of the datasets that a run writes, by the prefix that its work folder and rejects are named by.
-        reads: all that the command reads.
-        overwrite: files of an existing dataset may be replaced.
+        runs: prefixes of the datasets that a run writes, by the prefix of its work folder and rejects.
+        reads: all files that the command reads.
+        overwrite: an existing dataset may be replaced.
         rejects: whether rejects are written.
-
-    Raises:
-        UserError: nothing has been created.
     """
     files, folders = [], []
     for run, prefixes in runs.items():
@@ -68,11 +59,11 @@ def require_free(
 
 
 def require_free_shards(options: PreprocessOptions, num_shards: int) -> None:
-    """Refuse a run in ``num_shards`` parts, which are joined, as each of them would refuse it when it starts."""
+    """Make the checks of all shards of a run, and of the merge, before the first one starts."""
     files = expand_inputs(options.input, options.inputs)
     held_out = held_out_files(options.held_out, options.text_choice) if options.held_out else []
     reads = what_is_read(options, files, held_out, find_tokenizer_file(choose_tokenizer(options).name))
     prefix = dataset_prefix(options.output_prefix)
     names = [prefix, *(f"{prefix}.shard-{index}-of-{num_shards}" for index in range(num_shards))]
-    # Parts that are there are what a former run has finished.
+    # Existing shards are from an earlier run.
     require_free({name: output_prefixes(options, name) for name in names}, reads, overwrite=True, rejects=True)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import pytest
 
-from retemper.benchmarks.step.communication import (
-    Layout,
+from retemper.benchmarks.scaling import (
+    QWEN2_72B,
     Links,
     compute_seconds,
+    format_table,
     memory_bytes,
     ring_bytes,
     step_traffic,
     tokens_to_hide,
 )
-
-SCALING = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "scaling.py"))
-QWEN2_72B = SCALING["QWEN2_72B"]
+from retemper.engine.parallel.layout import Layout
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -41,7 +39,7 @@ def test_a_ring_that_is_played_through_sends_as_much(ranks):
 def test_one_gpu_sends_nothing():
     traffic = step_traffic(QWEN2_72B, Layout(tensor=1, shard=1), 4096, 1)
     assert traffic.gather_bytes == traffic.reduce_bytes == traffic.tensor_bytes == 0
-    assert tokens_to_hide(QWEN2_72B, Layout(1, 1), 4096, 1e15) == 0
+    assert tokens_to_hide(QWEN2_72B, Layout(), 4096, 1e15) == 0
 
 
 def test_weights_of_qwen2_72b_over_32_gpus():
@@ -72,9 +70,9 @@ def test_links_are_of_the_widest_span():
 
 
 def test_accumulation_and_resharding():
-    once = step_traffic(QWEN2_72B, Layout(1, 32), 4096, 1)
-    four = step_traffic(QWEN2_72B, Layout(1, 32), 4096, 4)
-    kept = step_traffic(QWEN2_72B, Layout(1, 32, reshard_after_forward=False), 4096, 1)
+    once = step_traffic(QWEN2_72B, Layout(shard=32), 4096, 1)
+    four = step_traffic(QWEN2_72B, Layout(shard=32), 4096, 4)
+    kept = step_traffic(QWEN2_72B, Layout(shard=32), 4096, 1, reshard_after_forward=False)
     assert four.gather_bytes == 4 * once.gather_bytes and four.reduce_bytes == 4 * once.reduce_bytes
     assert kept.gather_bytes == once.gather_bytes / 2 and kept.reduce_bytes == once.reduce_bytes
 
@@ -104,10 +102,9 @@ def test_at_the_tokens_to_hide_both_take_as_long():
 
 def test_memory_is_of_weights_gradients_and_two_moments():
     assert memory_bytes(QWEN2_72B, Layout(tensor=8, shard=4)) == pytest.approx(16 * 72.7e9 / 32, rel=2e-3)
-    assert memory_bytes(QWEN2_72B, Layout(1, 8, replicate=4)) == pytest.approx(16 * 72.7e9 / 8, rel=2e-3)
+    assert memory_bytes(QWEN2_72B, Layout(shard=8, replicate=4)) == pytest.approx(16 * 72.7e9 / 8, rel=2e-3)
 
 
 def test_the_documented_table_is_the_computed_one():
-    root = Path(__file__).parents[3]
-    computed = SCALING["table"]()
-    assert computed in (root / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+    assert format_table() in page.read_text(encoding="utf-8")

@@ -26,7 +26,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...engine.errors import UserError
+import psutil
+
+from retemper.engine.errors import UserError
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SAMPLE_SECONDS = 0.1
@@ -62,7 +64,7 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
         raise UserError(f"measuring a process tree needs Linux; this is {sys.platform}")
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "cost.json"
-        keeper = [sys.executable, "-m", __name__, str(result), *command]
+        keeper = [sys.executable, __file__, str(result), *command]
         running = subprocess.Popen(
             keeper,
             stdout=subprocess.PIPE,
@@ -128,7 +130,7 @@ class _Sampler(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.wait(_SAMPLE_SECONDS):
-            pids = descendants(os.getpid())
+            pids = [process.pid for process in psutil.Process().children(recursive=True)]
             samples = [_proportional_bytes(pid) for pid in pids]
             self.peak = max(self.peak, sum(own for own, _ in samples))
             self.peak_with_files = max(self.peak_with_files, sum(own + mapped for own, mapped in samples))
@@ -141,25 +143,6 @@ class _Sampler(threading.Thread):
         """End the thread."""
         self._stopped.set()
         self.join()
-
-
-def descendants(root: int) -> list[int]:
-    """Return the process ids below ``root``."""
-    children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with suppress(OSError):
-                # The command's name, in parentheses, may contain any characters; the parent is the second field after
-                # it.
-                fields = Path("/proc", name, "stat").read_bytes().rpartition(b")")[2].split()
-                children.setdefault(int(fields[1]), []).append(int(name))
-    found: list[int] = []
-    frontier = [root]
-    while frontier:
-        below = children.get(frontier.pop(), [])
-        found += below
-        frontier += below
-    return found
 
 
 def _proportional_bytes(pid: int) -> tuple[int, int]:
@@ -177,7 +160,7 @@ def _proportional_bytes(pid: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Run the keeper: ``python -m retemper.benchmarks.preprocess.measure RESULT COMMAND...``."""
+    """Run the keeper: ``python benchmarks/process_tree.py RESULT COMMAND...``."""
     status, cost = keep(sys.argv[2:])
     Path(sys.argv[1]).write_text(json.dumps(asdict(cost)), encoding="utf-8")
     sys.exit(status)

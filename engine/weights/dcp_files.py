@@ -24,11 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ..damage import METADATA_FILE, DamagedCheckpoint
-from ..parts import Part, TensorParts
-from ..raw_bytes import opened_for_reading
-from ..tensor_source import StoredTensor, rows_of
+from .damage import METADATA_FILE, DamagedCheckpoint
 from .dcp_metadata import read_metadata
+from .parts import Part, TensorParts
+from .raw_bytes import opened_for_reading
+from .tensor_source import StoredTensor, rows_of
 
 
 class _Values(NamedTuple):
