@@ -59,6 +59,7 @@ class Batch(NamedTuple):
     def prepare(self, device: torch.device, attention_backend: str, windows: Iterable[int | None]) -> Batch:
         """Return this batch, whose offsets are in host memory, on ``device`` with its attention planned.
 
+        A batch that has a plan already keeps it.
         Neither this nor the attention waits for the device.
 
         Args:
@@ -66,7 +67,7 @@ class Batch(NamedTuple):
             attention_backend: result of ``choose_attention``.
             windows: attention windows of the model's layers.
         """
-        plan = plan_attention(attention_backend, self.cu_seqlens, windows, device)
+        plan = self.attention or plan_attention(attention_backend, self.cu_seqlens, windows, device)
         batch = self.to(device)
         # Padding needs only the shape, which the host knows.
         offsets = pad_offsets(batch.cu_seqlens) if attention_backend in VARIABLE_LENGTH else batch.cu_seqlens

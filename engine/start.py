@@ -30,7 +30,7 @@ from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.resume_changes import require_allowed
 from .weights.checkpoint.store import CheckpointStore
 from .weights.checkpoint.tensors import (
-    describe_casts,
+    check_casts,
     load_tensors,
     model_tensors,
     open_tensors,
@@ -113,7 +113,7 @@ class HuggingFaceStart(Start):
         tensors = model_tensors(model)
         where = f"weights     {self.folder}: "
         lines = [line if line.startswith("note: ") else where + line for line in self.weights.notes]
-        lines += describe_casts(self.folder, self.weights.parameters.tensors, tensors, resuming=False)
+        lines += check_casts(self.folder, self.weights.parameters.tensors, tensors, resuming=False)
         load_hf_tensors(self.weights, tensors)
         return lines
 
@@ -134,7 +134,7 @@ class CheckpointStart(Start):
         if self.resumed_from:
             allocate_states(optimizer)
             wanted = training_tensors(model, optimizer)
-        casts = describe_casts(self.folder, self.parts.tensors, wanted, resuming=self.resumed_from is not None)
+        casts = check_casts(self.folder, self.parts.tensors, wanted, resuming=self.resumed_from is not None)
         load_tensors(self.folder, wanted, opened=self.parts)
         return casts
 

@@ -1,4 +1,4 @@
-"""Rehearse a cluster on a laptop: memory, traffic and time of a run's layout, without GPUs and without weights.
+"""Plan a run on a laptop: memory, traffic and time of its layout, without GPUs and without weights.
 
     python tools/plan.py --config megatron_configs/qwen2_72b.yaml --nodes 4 --gpus-per-node 8 --gpu a100-80gb
     python tools/plan.py --config run.yaml --nodes 2 --gpus-per-node 8 --gpu h100-80gb --search --json plan.json
@@ -20,7 +20,7 @@ from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.tools.planning.gpus import GPUS
-from retemper.tools.planning.request import EFFICIENCY, RESERVE, Request, read_architecture
+from retemper.tools.planning.options import EFFICIENCY, RESERVE, PlanOptions, read_architecture
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -56,10 +56,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
         help="bandwidth to the server's other GPUs, one direction (default: PCIe 4, 32)",
     )
     parser.add_argument(
-        "--search", action="store_true", help="try layouts, rank those that fit, and rehearse the fastest in full"
+        "--search", action="store_true", help="try layouts, rank those that fit, and dry run the fastest in full"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="rehearse a few blocks and extrapolate, instead of all of them"
+        "--quick", action="store_true", help="dry run a few blocks and extrapolate, instead of all of them"
     )
     parser.add_argument(
         "--efficiency",
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse_config(run_arguments)
     if options.json is not None:
         require_report("--json", options.json, [Use("--config", path) for path in options.config])
-    request = Request(
+    plan_options = PlanOptions(
         options.nodes,
         options.gpus_per_node,
         options.gpu,
@@ -103,14 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.gpu_bandwidth,
         options.gpu_link,
     )
-    setting = request.setting(read_architecture(config.model))
+    cluster = plan_options.cluster(read_architecture(config.model))
     with without_gc():
-        from retemper.tools.planning.command import rehearse
+        from retemper.tools.planning.command import make_plan
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    text, record = rehearse(config, setting, options.search, options.quick, say)
+    text, record = make_plan(config, cluster, options.search, options.quick, say)
     print(text)
     if options.json is not None:
         write_json_report("--json", options.json, record)

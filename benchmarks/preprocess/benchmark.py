@@ -24,7 +24,7 @@ from ..machine import usable_cores
 from ..process_tree import Cost, measure
 from . import limit as limit_program
 from . import peer as peer_program
-from .corpora import Corpus, beginning, describe, repeated
+from .corpora import BenchmarkCorpus, beginning, describe, repeated
 from .memory import MemoryUse, check_memory
 
 COMMAND = Path(__file__).parents[2] / "tools" / "preprocess.py"
@@ -75,7 +75,7 @@ class PreprocessBenchmarkOptions:
 class Results:
     """The measurements."""
 
-    corpus: Corpus
+    corpus: BenchmarkCorpus
     """The corpus, repeated as requested."""
     workers: int
     limit: list[dict[str, Any]] = field(default_factory=list)
@@ -143,7 +143,7 @@ class Bench:
         self._repeat = options.repeat
         self._workers = results.workers
 
-    def measure_limit(self, original: Corpus) -> list[dict[str, Any]]:
+    def measure_limit(self, original: BenchmarkCorpus) -> list[dict[str, Any]]:
         """Measure the bare tokenizer with one thread per core and with one thread, in batches of several sizes."""
         measured = []
         for threads in sorted({1, self._workers}):
@@ -153,13 +153,13 @@ class Bench:
                 measured.append(json.loads(measure(command, limit_program.environment(threads))[1]))
         return measured
 
-    def preprocess(self, corpus: Corpus, prefix: Path) -> Cost:
+    def preprocess(self, corpus: BenchmarkCorpus, prefix: Path) -> Cost:
         """Run the preprocess command."""
         # Neither the bare tokenizer nor Megatron-LM's loop writes a BOS.
         command = [sys.executable, str(COMMAND), "--input", str(corpus.path), *self._common, "--bos", "no"]
         return measure([*command, "--workers", str(self._workers), "--output-prefix", str(prefix)])[0]
 
-    def run_peer(self, tokenizer: TokenizerHandle, corpus: Corpus, prefix: Path) -> Cost:
+    def run_peer(self, tokenizer: TokenizerHandle, corpus: BenchmarkCorpus, prefix: Path) -> Cost:
         """Run Megatron-LM's loop."""
         if tokenizer.kind != "tokenizer.json":
             raise UserError(

@@ -16,7 +16,7 @@ import orjson
 from ...engine.errors import UserError
 
 
-class Corpus(NamedTuple):
+class BenchmarkCorpus(NamedTuple):
     """A JSONL file and its size."""
 
     path: Path
@@ -47,7 +47,7 @@ def read_texts(path: Path, key: str) -> Iterator[str]:
         raise UserError(f"--input {path}: {error.strerror}; name one plain .jsonl file") from error
 
 
-def describe(path: Path, key: str) -> Corpus:
+def describe(path: Path, key: str) -> BenchmarkCorpus:
     """Count documents and bytes of text.
 
     Raises:
@@ -59,10 +59,10 @@ def describe(path: Path, key: str) -> Corpus:
         size += len(text.encode())
     if size == 0:
         raise UserError(f"--input {path}: no text; name a file that has some")
-    return Corpus(path, documents, size)
+    return BenchmarkCorpus(path, documents, size)
 
 
-def repeated(corpus: Corpus, times: int, folder: Path) -> Corpus:
+def repeated(corpus: BenchmarkCorpus, times: int, folder: Path) -> BenchmarkCorpus:
     """Return ``corpus`` written ``times`` times in a row; ``corpus`` itself for once."""
     if times == 1:
         return corpus
@@ -73,7 +73,7 @@ def repeated(corpus: Corpus, times: int, folder: Path) -> Corpus:
                 shutil.copyfileobj(file, copy, 8 << 20)
             if not _ends_with_newline(corpus.path):
                 copy.write(b"\n")
-    return Corpus(path, times * corpus.documents, times * corpus.text_bytes)
+    return BenchmarkCorpus(path, times * corpus.documents, times * corpus.text_bytes)
 
 
 def _ends_with_newline(path: Path) -> bool:
@@ -82,7 +82,7 @@ def _ends_with_newline(path: Path) -> bool:
         return file.read() == b"\n"
 
 
-def beginning(corpus: Corpus, key: str, text_bytes: float, folder: Path) -> Corpus:
+def beginning(corpus: BenchmarkCorpus, key: str, text_bytes: float, folder: Path) -> BenchmarkCorpus:
     """Return the first documents of ``corpus``, up to the one that reaches ``text_bytes``; itself if that is all of
     it.
     """
@@ -99,10 +99,10 @@ def beginning(corpus: Corpus, key: str, text_bytes: float, folder: Path) -> Corp
             size += len(orjson.loads(line)[key].encode())
             if size >= text_bytes:
                 break
-    return Corpus(path, documents, size)
+    return BenchmarkCorpus(path, documents, size)
 
 
-def write_long_document(path: Path, key: str, size: int) -> Corpus:
+def write_long_document(path: Path, key: str, size: int) -> BenchmarkCorpus:
     """Write one line with a text of about ``size`` bytes: with escapes, CJK and emoji, spaces and line ends."""
     draw = random.Random(0)
     blocks = [_block(draw) for _ in range(8)]
@@ -114,7 +114,7 @@ def write_long_document(path: Path, key: str, size: int) -> Corpus:
             file.write(block)
             text_bytes += block_bytes
         file.write(b'", "end": true}\n')
-    return Corpus(path, 1, text_bytes)
+    return BenchmarkCorpus(path, 1, text_bytes)
 
 
 _SENTENCE = "rain fell over old stone roofs and nobody saw naïve Straße éa 天色如洗 万里无云 🙂 👩\u200d👩\u200d👧"
@@ -133,7 +133,7 @@ def _block(draw: random.Random) -> tuple[int, bytes]:
     return 2 * len(text.encode()), (plain + escaped).encode()
 
 
-def write_documents(path: Path, key: str, size: int) -> Corpus:
+def write_documents(path: Path, key: str, size: int) -> BenchmarkCorpus:
     """Write documents of mixed lengths, 1 to some 10,000 words, until there are about ``size`` bytes of them."""
     draw = random.Random(1)
     texts = [" ".join(draw.choices(_WORDS, k=int(draw.lognormvariate(5, 1.5)) + 1)) for _ in range(500)]
@@ -142,4 +142,4 @@ def write_documents(path: Path, key: str, size: int) -> Corpus:
     with open(path, "wb") as file:
         for _ in range(times):
             file.write(content)
-    return Corpus(path, times * len(texts), times * sum(len(text.encode()) for text in texts))
+    return BenchmarkCorpus(path, times * len(texts), times * sum(len(text.encode()) for text in texts))

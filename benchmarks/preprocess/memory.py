@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..process_tree import Cost
-from .corpora import Corpus, write_documents, write_long_document
+from .corpora import BenchmarkCorpus, write_documents, write_long_document
 
 FIXED_MB = 1000
 MB_A_WORKER = 300
@@ -28,7 +28,7 @@ class MemoryUse:
 
 
 def check_memory(
-    run: Callable[[Corpus, Path], Cost], key: str, megabytes: tuple[float, float], workers: int, folder: Path
+    run: Callable[[BenchmarkCorpus, Path], Cost], key: str, megabytes: tuple[float, float], workers: int, folder: Path
 ) -> list[MemoryUse]:
     """Run the command on synthetic text.
 

@@ -16,7 +16,10 @@ __all__ = ["allocate_states", "build_optimizer", "clip_grad_norm", "set_learning
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, seed: int = 0
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    seed: int = 0,
+    compact: type[CompactAdamW] = CompactAdamW,
 ) -> torch.optim.Optimizer:
     """Return AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101); vectors (norms, biases) do not
     decay.
@@ -25,6 +28,7 @@ def build_optimizer(
         named_parameters: of fp32 or bf16; their names determine their random streams.
         config: rates and decays.
         seed: of the stochastic rounding, if weights or states are bf16.
+        compact: class of the optimizer for these.
     """
     parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     groups = [
@@ -36,7 +40,7 @@ def build_optimizer(
     rate, betas = config.learning_rate, (config.beta1, config.beta2)
     if {DTYPES[config.state_dtype], *(parameter.dtype for _, parameter in parameters)} == {torch.float32}:
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.eps, fused=True)
-    return CompactAdamW(groups, DTYPES[config.state_dtype], seed, lr=rate, betas=betas, eps=config.eps)
+    return compact(groups, DTYPES[config.state_dtype], seed, lr=rate, betas=betas, eps=config.eps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

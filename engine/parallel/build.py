@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,13 +60,33 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
         )
 
 
+def materialize_empty(model: Decoder, device: torch.device) -> None:
+    """Allocate the tensors of a model that is on the meta device; they are not initialized."""
+    model.to_empty(device=device)
+
+
 def build_model(
-    config: RunConfig, architecture: Architecture, ranks: Ranks, mesh: Mesh, choices: Choices
+    config: RunConfig,
+    architecture: Architecture,
+    ranks: Ranks,
+    mesh: Mesh,
+    choices: Choices,
+    stages: list[LayerRange] | None = None,
+    materialize: Callable[[Decoder, torch.device], object] = materialize_empty,
 ) -> tuple[ModelParts, ForwardBackward]:
     """Build the model: meta device -> tensor -> context -> float8 -> recompute -> compile -> freeze -> shard ->
     materialize.
 
     Weights are loaded afterwards.
+
+    Args:
+        config: of the run.
+        architecture: the model.
+        ranks: all ranks.
+        mesh: this rank's place among them.
+        choices: decisions that the configuration leaves open.
+        stages: the layers of each stage of the pipeline; None: balanced.
+        materialize: allocates the tensors of a model on the meta device.
 
     Raises:
         UserError: a requested implementation cannot run here.
@@ -75,7 +96,7 @@ def build_model(
     numbers = pipeline.stage_numbers(
         parallel.pipeline_schedule, mesh.coordinate.pipeline, parallel.pipeline, parallel.pipeline_stages_per_rank
     )
-    stages = pipeline.cut_layers(architecture, parallel.pipeline * parallel.pipeline_stages_per_rank)
+    stages = stages or pipeline.cut_layers(architecture, parallel.pipeline * parallel.pipeline_stages_per_rank)
 
     def build_stage(layers: LayerRange) -> Decoder:
         with torch.device("meta"):
@@ -89,7 +110,7 @@ def build_model(
             block_compile.apply(model)
         trainable.apply(model, training)
         fsdp.apply(model, mesh.fsdp, parallel, compute_dtype)
-        model.to_empty(device="cpu" if parallel.cpu_offload else ranks.device)
+        materialize(model, torch.device("cpu") if parallel.cpu_offload else ranks.device)
         if training.weight_dtype != "fp32" and choices.num_micro_batches > 1:
             fsdp.accumulate_in_fp32(model)
         return model

@@ -234,8 +234,12 @@ class Pipelined:
 
     def _fill_in(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         """Convert the schedule's arguments for a stage to those of a decoder."""
-        batch = self._prepare(self._batches[int(named["number"])])
+        batch = self._prepare(self.batch_of(named["number"]))
         return (batch, None if module.is_first else arguments[0]), {}
+
+    def batch_of(self, number: Tensor) -> Batch:
+        """Return the micro-batch with this number, [1] int64 on the host."""
+        return self._batches[int(number)]
 
     def _scaled_loss(self, loss_sum: Tensor, _: Tensor) -> Tensor:
         self._losses.append(loss_sum.detach())

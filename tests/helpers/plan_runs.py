@@ -15,8 +15,8 @@ from retemper.engine.config.settings import RunConfig
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.parallel.process_group import Ranks
+from retemper.tools.planning.dry_run import RankSpec, RankUsage, SimulatedRank, count_step, fresh_constants
 from retemper.tools.planning.memory import MemoryCounter
-from retemper.tools.planning.rank import Part, RankRehearsal, RehearsedRank, count_step, fresh_constants
 
 CPU = torch.device("cpu")
 ARCHITECTURE = {
@@ -36,7 +36,7 @@ ARCHITECTURE = {
 
 
 def write_config(folder: Path, **architecture: object) -> Path:
-    """The run's YAML file. Its data do not exist: a rehearsal reads none."""
+    """The run's YAML file. Its data do not exist: a dry run reads none."""
     config = {
         "run_folder": str(folder / "run"),
         "model": {"architecture": {**ARCHITECTURE, **architecture}},
@@ -59,19 +59,19 @@ def configure(path: Path, overrides: str = "") -> RunConfig:
     return parse_config(["--config", str(path), *overrides.split()])
 
 
-def part_of(
+def spec_of(
     config: RunConfig, world_size: int, capability: tuple[int, int] | None = None, gpus_per_node: int = 8
-) -> Part:
-    """What is rehearsed of a run on ``world_size`` ranks; on CPUs unless there is a ``capability``."""
+) -> RankSpec:
+    """The rank to dry run of a run on ``world_size`` ranks; on CPUs unless there is a ``capability``."""
     architecture = parse_architecture(config.model.architecture)
-    return Part(config, architecture, plan_layout(config.parallel, world_size), gpus_per_node, capability)
+    return RankSpec(config, architecture, plan_layout(config.parallel, world_size), gpus_per_node, capability)
 
 
-def allocated(ranks: Ranks, part: Part) -> tuple[int, int]:
+def allocated(ranks: Ranks, spec: RankSpec) -> tuple[int, int]:
     """Bytes that PyTorch's CPU allocator has given out: before a second step, and most during it. Real tensors and real
-    collectives; nothing of the rehearsal counts."""
+    collectives; nothing of the dry run counts."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, fresh_constants():
-        run = RehearsedRank(part, ranks, MemoryCounter())  # a counter that is never active
+        run = SimulatedRank(spec, ranks, MemoryCounter())  # a counter that is never active
         run.one_step()
         gc.collect()
         with record_function("second step"):
@@ -90,23 +90,23 @@ def allocated(ranks: Ranks, part: Part) -> tuple[int, int]:
     return before, peak
 
 
-def allocated_alone(part: Part) -> tuple[int, int]:
+def allocated_alone(spec: RankSpec) -> tuple[int, int]:
     """:func:`allocated` in a process group of one, made for it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        return allocated(Ranks(0, 1, CPU), part)
+        return allocated(Ranks(0, 1, CPU), spec)
     finally:
         gc.collect()
         dist.destroy_process_group()
 
 
-def allocated_on_a_gpu(part: Part) -> tuple[int, int]:
+def allocated_on_a_gpu(spec: RankSpec) -> tuple[int, int]:
     """Bytes that PyTorch's CUDA allocator has given out: before a second step, and most during it."""
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with fresh_constants():
-            run = RehearsedRank(part, Ranks(0, 1, torch.device("cuda", 0)), MemoryCounter())
+            run = SimulatedRank(spec, Ranks(0, 1, torch.device("cuda", 0)), MemoryCounter())
             run.one_step()
             gc.collect()
             before = torch.cuda.memory_allocated()
@@ -117,8 +117,8 @@ def allocated_on_a_gpu(part: Part) -> tuple[int, int]:
         dist.destroy_process_group()
 
 
-def counted(ranks: Ranks, part: Part) -> RankRehearsal:
-    """A step with values, counted as a rehearsal is."""
-    result = count_step(part, ranks)
+def counted(ranks: Ranks, spec: RankSpec) -> RankUsage:
+    """A step with values, counted as a dry run is."""
+    result = count_step(spec, ranks)
     gc.collect()
     return result

@@ -21,7 +21,7 @@ from retemper.engine.weights.checkpoint.tensors import stored_tensors
 from retemper.tools.plan import main as plan
 from retemper.tools.planning.formulas import rough_prediction
 from retemper.tools.planning.gpus import GPUS
-from retemper.tools.planning.request import Assumptions, Setting
+from retemper.tools.planning.options import Assumptions, ClusterSpec
 
 EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
 ONLY = ["--training.trainable", "embeddings"]
@@ -186,8 +186,8 @@ def test_benchmark_counts_no_gradients_of_frozen_weights(one_rank, untied_file):
 
 @pytest.mark.parametrize("recompute", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_plan_counts_no_gradients_of_frozen_weights(untied_file, tmp_path, recompute):
-    """Operators that a rehearsal sees, whose attention is 7 products of causal pairs, the formula of its MFU, and the
-    closed formula that chooses what to rehearse."""
+    """Operators that a dry run sees, whose attention is 7 products of causal pairs, the formula of its MFU, and the
+    closed formula that chooses what to dry run."""
     path = tmp_path / "plan.json"
     overrides = ["--training.precision", "bf16", "--parallel.recompute", recompute, *ONLY]
     plan(["--config", str(untied_file), "--gpus-per-node", "1", "--gpu", "h100-80gb", "--json", str(path), *overrides])
@@ -199,8 +199,8 @@ def test_plan_counts_no_gradients_of_frozen_weights(untied_file, tmp_path, recom
     rate = record["tokens_per_second_per_gpu"]
     assert record["mfu"] == pytest.approx(rate * flops_of_embeddings(pair=6) / record["gpu"]["flops"])
     config = tiny_run.configure(untied_file, *overrides)
-    setting = Setting(parse_architecture(config.model.architecture), GPUS["h100-80gb"], 1, Assumptions(1))
-    rough = rough_prediction(config, plan_layout(config.parallel, 1), setting)
+    cluster = ClusterSpec(parse_architecture(config.model.architecture), GPUS["h100-80gb"], 1, Assumptions(1))
+    rough = rough_prediction(config, plan_layout(config.parallel, 1), cluster)
     assert rough.computing == pytest.approx(record["step_seconds"]["computing"], rel=0.1)
 
 

@@ -10,76 +10,85 @@ from ...engine.config.settings import RunConfig, to_dict
 from ...engine.errors import UserError
 from ...engine.parallel.precision import with_named_precision
 from .gpus import GiB
-from .outcome import Outcome, dtypes
-from .pool import Pool
-from .report import format_found, format_needless_recomputation, format_outcome, to_record
-from .request import Setting
-from .search import calibrate, describe, judge, judge_short, narrower, require_possible, search, without_recomputation
+from .layout_plan import LayoutPlan, dtypes
+from .options import ClusterSpec
+from .pool import DryRunPool
+from .report import format_found, format_needless_recomputation, format_plan, to_record
+from .search import (
+    calibrate,
+    describe,
+    narrower,
+    plan_briefly,
+    plan_in_full,
+    require_possible,
+    search,
+    without_recomputation,
+)
 
 
-def rehearse(
-    config: RunConfig, setting: Setting, wants_search: bool, quick: bool, say: Callable[[str], None]
+def make_plan(
+    config: RunConfig, cluster: ClusterSpec, wants_search: bool, quick: bool, say: Callable[[str], None]
 ) -> tuple[str, dict[str, Any]]:
     """Return the plan of ``config`` on a cluster, as a text and as a record.
 
     Args:
         config: of the run.
-        setting: the cluster.
+        cluster: the cluster.
         wants_search: try layouts, instead of the configured one.
-        quick: rehearse a few blocks only.
+        quick: dry run a few blocks only.
         say: receives progress lines.
 
     Raises:
         UserError: the layout is impossible, or no layout fits.
     """
     record: dict[str, Any] = {"config": to_dict(config)}
-    config, left_out = rehearsable(config)
+    config, left_out = without_gpu_features(config)
     if left_out:
-        say(f"rehearsed without {', '.join(left_out)}, which need a GPU")
+        say(f"dry run without {', '.join(left_out)}, which need a GPU")
     if not wants_search:
-        require_possible(config, setting)
-    with Pool() as pool:
+        require_possible(config, cluster)
+    with DryRunPool() as pool:
         if wants_search:
-            text, best, outcomes = _search(config, setting, pool, quick, say)
-            record["search"] = [to_record(outcome) for outcome in outcomes]
+            text, best, plans = _search(config, cluster, pool, quick, say)
+            record["search"] = [to_record(plan) for plan in plans]
             return text, record | to_record(best)
-        outcome = _one(config, setting, pool, quick, say)
-        text = format_outcome(outcome)
-        if outcome.fits and (faster := without_recomputation(outcome, pool)):
-            text += "\n\n" + format_needless_recomputation(outcome, faster)
-        return text, record | to_record(outcome)
+        plan = _one(config, cluster, pool, quick, say)
+        text = format_plan(plan)
+        if plan.fits and (faster := without_recomputation(plan, pool)):
+            text += "\n\n" + format_needless_recomputation(plan, faster)
+        return text, record | to_record(plan)
 
 
 def _search(
-    config: RunConfig, setting: Setting, pool: Pool, quick: bool, say: Callable[[str], None]
-) -> tuple[str, Outcome, list[Outcome]]:
-    """Return (text, the layout to use, all rehearsed layouts).
+    config: RunConfig, cluster: ClusterSpec, pool: DryRunPool, quick: bool, say: Callable[[str], None]
+) -> tuple[str, LayoutPlan, list[LayoutPlan]]:
+    """Return (text, the layout to use, the plans of all layouts that were dry run).
 
     Raises:
         UserError: no layout fits.
     """
-    calibration = calibrate(config, setting, pool)
-    found = search(config, setting, pool, say, calibration)
-    outcomes, parts = list(found.outcomes), [format_found(found)]
+    calibration = calibrate(config, cluster, pool)
+    found = search(config, cluster, pool, say, calibration)
+    plans, parts = list(found.plans), [format_found(found)]
     for other in narrower(config):
-        if any(one.fits for one in outcomes) and other.training.weight_dtype != config.training.weight_dtype:
+        if any(one.fits for one in plans) and other.training.weight_dtype != config.training.weight_dtype:
             continue  # not requested, and not needed
         say(f"with {dtypes(other)}")
-        found = search(other, setting, pool, say, calibration, seconds=40.0, wanted=2)
-        outcomes += found.outcomes
+        found = search(other, cluster, pool, say, calibration, seconds=40.0, wanted=2)
+        plans += found.plans
         parts += [f"With {dtypes(other)}, which is another run than the configured one:", format_found(found)]
-    best = next((one for one in outcomes if one.fits), None)  # of the configured run, if one of its layouts fits
+    best = next((one for one in plans if one.fits), None)  # of the configured run, if one of its layouts fits
     if best is None:
-        raise UserError(_nothing_fits(outcomes, setting))
+        raise UserError(_nothing_fits(plans, cluster))
     if not quick:
         kind = "of the configured run" if dtypes(best.config) == dtypes(config) else f"with {dtypes(best.config)}"
-        best = _one(best.config, setting, pool, False, say)
-        parts += [f"The fastest {kind}, rehearsed in full:", format_outcome(best)]
+        best = _one(best.config, cluster, pool, False, say)
+        parts += [f"The fastest {kind}, dry run in full:", format_plan(best)]
     parts += ["To use it:", _settings(best, config)]
-    return "\n\n".join(parts), best, outcomes
+    return "\n\n".join(parts), best, plans
 
 
-def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
+def without_gpu_features(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """Return the run without settings that need a GPU, and the keys of these. None of them takes more memory."""
     config = with_named_precision(config, "bf16")  # the meaning of auto on every GPU in the table
     training, parallel = config.training, config.parallel
@@ -97,36 +106,38 @@ def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     return plain, left_out
 
 
-def _one(config: RunConfig, setting: Setting, pool: Pool, quick: bool, say: Callable[[str], None]) -> Outcome:
-    layout = require_possible(config, setting)
+def _one(
+    config: RunConfig, cluster: ClusterSpec, pool: DryRunPool, quick: bool, say: Callable[[str], None]
+) -> LayoutPlan:
+    layout = require_possible(config, cluster)
     if quick:
-        say(f"rehearsing a few blocks: {layout}")
-        return judge_short([(config, layout)], setting, pool)[0]
+        say(f"dry run of a few blocks: {layout}")
+        return plan_briefly([(config, layout)], cluster, pool)[0]
     places = f", {layout.pipeline} places of the pipeline" if layout.pipeline > 1 else ""
-    say(f"rehearsing all {setting.architecture.num_layers} blocks on rank 0 of {layout.world_size}: {layout}{places}")
+    say(f"dry run of all {cluster.architecture.num_layers} blocks on rank 0 of {layout.world_size}: {layout}{places}")
 
     def report(done: int, total: int) -> None:
         if total > 1:
-            say(f"{done} of {total} places rehearsed")
+            say(f"{done} of {total} places done")
 
-    return judge(config, layout, setting, pool, report)
+    return plan_in_full(config, layout, cluster, pool, report)
 
 
-def _nothing_fits(outcomes: list[Outcome], setting: Setting) -> str:
-    room = f"{setting.gpu.name} on {setting.nodes} x {setting.assumptions.gpus_per_node} GPUs"
-    if not outcomes:
+def _nothing_fits(plans: list[LayoutPlan], cluster: ClusterSpec) -> str:
+    room = f"{cluster.gpu.name} on {cluster.nodes} x {cluster.assumptions.gpus_per_node} GPUs"
+    if not plans:
         return f"--gpu {room}: no layout fits by formulas; use more or larger GPUs, or parallel.cpu_offload true"
-    smallest = min(outcomes, key=lambda one: one.peak_bytes)
+    smallest = min(plans, key=lambda one: one.peak_bytes)
     return (
-        f"--gpu {room}: no layout fits; the smallest one rehearsed ({describe(smallest)}, with "
+        f"--gpu {room}: no layout fits; the smallest one ({describe(smallest)}, with "
         f"{dtypes(smallest.config)}) needs {-smallest.headroom / GiB:.1f} GiB more on each GPU; use more or larger "
         "GPUs, or parallel.cpu_offload true"
     )
 
 
-def _settings(outcome: Outcome, configured: RunConfig) -> str:
+def _settings(plan: LayoutPlan, configured: RunConfig) -> str:
     """Return the keys of the configuration that define the layout."""
-    config, layout = outcome.config, outcome.layout
+    config, layout = plan.config, plan.layout
     parallel, training, optimizer = config.parallel, config.training, config.optimizer
     lines = ["    training:", f"      micro_batch_size: {training.micro_batch_size}"]
     if training.weight_dtype != configured.training.weight_dtype:

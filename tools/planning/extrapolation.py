@@ -1,8 +1,8 @@
-"""Extrapolate a whole model's rehearsal from those of a few blocks and micro-batches.
+"""Extrapolate the dry run of a whole model from those of a few blocks and micro-batches.
 
 Blocks are equal, so memory at a given moment of a step, operations and traffic are linear in their number. Operations
 and traffic are also linear in the number of micro-batches. Memory no longer grows once there are enough of
-them to fill the pipeline and to accumulate gradients. Therefore rehearsals of few blocks give those of all, exactly
+them to fill the pipeline and to accumulate gradients. Therefore dry runs of few blocks give that of all, exactly
 except for rounding of sizes.
 """
 
@@ -15,11 +15,11 @@ from ...engine.config.settings import RunConfig
 from ...engine.parallel.layout import Layout
 from ...engine.parallel.pipeline import cut_layers, stage_numbers
 from ...engine.schedule import plan_batches
-from .rank import Part, RankRehearsal
-from .work import Sent
+from .dry_run import RankSpec, RankUsage
+from .work import CollectiveTotal
 
-Rehearse = Callable[[list[Part]], list[RankRehearsal]]
-"""Rehearses several parts, possibly concurrently."""
+RunAll = Callable[[list[RankSpec]], list[RankUsage]]
+"""Dry runs several ranks, possibly concurrently."""
 
 
 def places(layout: Layout) -> range:
@@ -27,32 +27,32 @@ def places(layout: Layout) -> range:
     return range(layout.pipeline)
 
 
-def short_parts(part: Part) -> list[Part]:
-    """Return the rehearsals needed for ``part``: a few blocks, some more blocks, and a few with more micro-batches.
+def short_specs(spec: RankSpec) -> list[RankSpec]:
+    """Return the dry runs needed for ``spec``: a few blocks, some more blocks, and a few with more micro-batches.
 
-    The last is needed only if the run has more. A model of such a small size is rehearsed itself."""
-    config, layout = part.config, part.layout
+    The last is needed only if the run has more. A model that is so small itself is dry run as it is."""
+    config, layout = spec.config, spec.layout
     parallel = config.parallel
     # At the beginning, in the middle and at the end of a pass, blocks that are gathered ahead differ from others.
     blocks, step = parallel.prefetch_blocks + 4, parallel.recompute_every
-    own = num_blocks(part)
+    own = num_blocks(spec)
     if own <= blocks + step:
-        return [replace(part, whole_steps=False)]
+        return [replace(spec, whole_steps=False)]
     blocks += (own - blocks) % step
     few, more = _few_micro_batches(config, layout)
-    short = replace(part, config=few, blocks_per_stage=blocks, whole_steps=False)
-    parts = [short, replace(short, blocks_per_stage=blocks + step)]
+    short = replace(spec, config=few, blocks_per_stage=blocks, whole_steps=False)
+    specs = [short, replace(short, blocks_per_stage=blocks + step)]
     if config.training.global_batch_size != few.training.global_batch_size:
-        parts.append(replace(short, config=more))
-    return parts
+        specs.append(replace(short, config=more))
+    return specs
 
 
-def extrapolate(part: Part, rehearsed: list[RankRehearsal]) -> RankRehearsal:
-    """Return the rehearsal of ``part``, from the rehearsals of :func:`short_parts`."""
-    if len(rehearsed) == 1:
-        return rehearsed[0]
-    first, second, *more = rehearsed
-    own = num_blocks(part)
+def extrapolate(spec: RankSpec, usages: list[RankUsage]) -> RankUsage:
+    """Return what the rank of ``spec`` holds and does, from the results of :func:`short_specs`."""
+    if len(usages) == 1:
+        return usages[0]
+    first, second, *more = usages
+    own = num_blocks(spec)
     weight = (own - first.blocks) / (second.blocks - first.blocks)
 
     def line(a: float, b: float) -> float:
@@ -64,20 +64,20 @@ def extrapolate(part: Part, rehearsed: list[RankRehearsal]) -> RankRehearsal:
             return value
         return value * (some + steps * (others - some)) / some
 
-    few, many = _few_micro_batches(part.config, part.layout)
-    counts = [_num_micro_batches(config, part.layout) for config in (part.config, few, many)]
+    few, many = _few_micro_batches(spec.config, spec.layout)
+    counts = [_num_micro_batches(config, spec.layout) for config in (spec.config, few, many)]
     steps = (counts[0] - counts[1]) / (counts[2] - counts[1])
     collectives = {}
     for key, sent in first.collectives.items():
-        there = second.collectives.get(key, Sent())
-        with_more = more[0].collectives.get(key, Sent()) if more else Sent()
-        collectives[key] = Sent(
+        there = second.collectives.get(key, CollectiveTotal())
+        with_more = more[0].collectives.get(key, CollectiveTotal()) if more else CollectiveTotal()
+        collectives[key] = CollectiveTotal(
             round(scaled(line(sent.count, there.count), sent.count, with_more.count)),
             scaled(line(sent.size, there.size), sent.size, with_more.size),
             scaled(line(sent.sent, there.sent), sent.sent, with_more.sent),
         )
-    return RankRehearsal(
-        part.place,
+    return RankUsage(
+        spec.place,
         own,
         line(first.parameters, second.parameters),
         _mixed(first.kept, second.kept, line),
@@ -88,11 +88,11 @@ def extrapolate(part: Part, rehearsed: list[RankRehearsal]) -> RankRehearsal:
     )
 
 
-def num_blocks(part: Part) -> int:
+def num_blocks(spec: RankSpec) -> int:
     """Return the number of the whole model's blocks on the rank at this place."""
-    parallel, layout = part.config.parallel, part.layout
-    stages = cut_layers(part.architecture, layout.pipeline * parallel.pipeline_stages_per_rank)
-    numbers = stage_numbers(parallel.pipeline_schedule, part.place, layout.pipeline, parallel.pipeline_stages_per_rank)
+    parallel, layout = spec.config.parallel, spec.layout
+    stages = cut_layers(spec.architecture, layout.pipeline * parallel.pipeline_stages_per_rank)
+    numbers = stage_numbers(parallel.pipeline_schedule, spec.place, layout.pipeline, parallel.pipeline_stages_per_rank)
     return sum(stages[number].stop - stages[number].start for number in numbers)
 
 
@@ -120,9 +120,9 @@ def _mixed(one: dict[str, float], other: dict[str, float], mix: Callable[[float,
     return {kind: max(0.0, mix(value, other[kind])) for kind, value in one.items()}
 
 
-def rehearse_short(parts: Iterable[Part], rehearse: Rehearse) -> list[RankRehearsal]:
-    """Return the rehearsals of ``parts``, by extrapolation."""
-    parts = list(parts)
-    short = [short_parts(part) for part in parts]
-    done = iter(rehearse([one for group in short for one in group]))
-    return [extrapolate(part, [next(done) for _ in group]) for part, group in zip(parts, short, strict=True)]
+def dry_run_short(specs: Iterable[RankSpec], run_all: RunAll) -> list[RankUsage]:
+    """Return the results of ``specs``, by extrapolation."""
+    specs = list(specs)
+    short = [short_specs(spec) for spec in specs]
+    done = iter(run_all([one for group in short for one in group]))
+    return [extrapolate(spec, [next(done) for _ in group]) for spec, group in zip(specs, short, strict=True)]

@@ -1,8 +1,7 @@
-"""Estimate the cost of a layout by closed formulas, in microseconds, to choose the layouts to rehearse.
+"""Estimate the cost of a layout by closed formulas, in microseconds, to choose the layouts to dry run.
 
-Ranks of a pipeline are treated as equal. Activations per token and block are not derived but rehearsed once for each
-kind
-of recomputation (:class:`Calibration`).
+Ranks of a pipeline are treated as equal. Activations per token and block are not derived, but measured by a dry run for
+each kind of recomputation (:class:`Calibration`).
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
 from ...engine.parallel.layout import Layout
 from ...engine.schedule import plan_batches
-from .prediction import Prediction, bytes_of, gradient_bytes, predict
-from .request import Setting
-from .work import Collective, Sent, sent_bytes
+from .options import ClusterSpec
+from .prediction import StepPrediction, bytes_of, gradient_bytes, predict
+from .work import Collective, CollectiveTotal, sent_bytes
 
 
 @dataclass(frozen=True)
@@ -28,27 +27,27 @@ class Calibration:
     kept: dict[str, float]
 
 
-def rough_prediction(config: RunConfig, layout: Layout, setting: Setting) -> Prediction:
+def rough_prediction(config: RunConfig, layout: Layout, cluster: ClusterSpec) -> StepPrediction:
     """Return the estimated time of a step."""
-    architecture = setting.architecture
+    architecture = cluster.architecture
     count = plan_batches(config.training, layout.data_parallel).num_micro_batches
     return predict(
         config,
         layout,
-        setting.gpu,
-        setting.assumptions,
+        cluster.gpu,
+        cluster.assumptions,
         count,
         _flops(config, layout, architecture) * count,
-        _collectives(config, layout, setting, count),
+        _collectives(config, layout, cluster, count),
         architecture.num_parameters / (layout.pipeline * layout.tensor * layout.shard * layout.context),
     )
 
 
-def rough_memory(config: RunConfig, layout: Layout, setting: Setting, calibration: Calibration) -> float:
+def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibration: Calibration) -> float:
     """Return the estimated peak in bytes, a lower estimate: states, gradients, stored activations, parameters always
     gathered.
     """
-    architecture, parallel = setting.architecture, config.parallel
+    architecture, parallel = cluster.architecture, config.parallel
     count = plan_batches(config.training, layout.data_parallel).num_micro_batches
     mine = architecture.num_parameters / (layout.pipeline * layout.tensor)
     sharded = mine / (layout.shard * layout.context)
@@ -82,14 +81,16 @@ def _flops(config: RunConfig, layout: Layout, architecture: Architecture) -> flo
     return (both + again * forward) * _tokens(config, layout) / layout.pipeline
 
 
-def _collectives(config: RunConfig, layout: Layout, setting: Setting, count: int) -> dict[Collective, Sent]:
-    architecture, parallel = setting.architecture, config.parallel
-    found: dict[Collective, Sent] = {}
+def _collectives(
+    config: RunConfig, layout: Layout, cluster: ClusterSpec, count: int
+) -> dict[Collective, CollectiveTotal]:
+    architecture, parallel = cluster.architecture, config.parallel
+    found: dict[Collective, CollectiveTotal] = {}
 
     def add(kind: str, axes: tuple[str, ...], size: float, times: float) -> None:
-        ranks, per_node = _group(layout, axes, setting.assumptions.gpus_per_node)
+        ranks, per_node = _group(layout, axes, cluster.assumptions.gpus_per_node)
         if ranks > 1 and times > 0:
-            entry = found.setdefault(Collective(kind, axes, ranks, per_node), Sent())
+            entry = found.setdefault(Collective(kind, axes, ranks, per_node), CollectiveTotal())
             entry.count += round(times)
             entry.size += size * times
             entry.sent += sent_bytes(kind, size, ranks) * times

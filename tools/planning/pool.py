@@ -1,4 +1,4 @@
-"""Run rehearsals in separate processes: a process can have only one process group, and two cores do twice the work."""
+"""Dry run ranks in separate processes: a process can have only one process group, and two cores do twice the work."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 from ...engine.errors import UserError
-from .rank import Part, RankRehearsal, rehearse_rank
+from .dry_run import RankSpec, RankUsage, dry_run
 
 Report = Callable[[int, int], None]
-"""Called with (finished rehearsals, total rehearsals)."""
+"""Called with (finished dry runs, total dry runs)."""
 
 
-class Pool:
-    """Processes that rehearse; a context manager."""
+class DryRunPool:
+    """Processes that dry run ranks; a context manager."""
 
     def __init__(self, num_processes: int | None = None):
         self._count = num_processes or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> DryRunPool:
         # Not forked: PyTorch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self._executor = ProcessPoolExecutor(self._count, context, initializer=_start)
@@ -31,29 +31,29 @@ class Pool:
     def __exit__(self, *exception: object) -> None:
         self._executor.shutdown(wait=exception[0] is None, cancel_futures=True)
 
-    def rehearse(self, parts: list[Part], report: Report = lambda done, total: None) -> list[RankRehearsal]:
-        """Rehearse all ``parts``, the longest first.
+    def run(self, specs: list[RankSpec], report: Report = lambda done, total: None) -> list[RankUsage]:
+        """Dry run all ``specs``, the longest first.
 
         Raises:
             UserError: a layout is impossible.
         """
-        # By duration: an expensive part at the end would leave the other processes idle.
-        order = sorted(range(len(parts)), key=lambda index: -_cost(parts[index]))
-        futures = {index: self._executor.submit(_rehearse, parts[index]) for index in order}
+        # By duration: an expensive spec at the end would leave the other processes idle.
+        order = sorted(range(len(specs)), key=lambda index: -_cost(specs[index]))
+        futures = {index: self._executor.submit(_dry_run, specs[index]) for index in order}
         results = {}
         for done, index in enumerate(order, 1):
             result = futures[index].result()
             if isinstance(result, str):
                 raise UserError(result)
             results[index] = result
-            report(done, len(parts))
-        return [results[index] for index in range(len(parts))]
+            report(done, len(specs))
+        return [results[index] for index in range(len(specs))]
 
 
-def _cost(part: Part) -> float:
-    blocks = part.blocks_per_stage or part.architecture.num_layers
-    width = part.config.training.micro_batch_size * part.layout.data_parallel
-    return blocks * part.config.training.global_batch_size / width * (3 if part.layout.tensor > 1 else 1)
+def _cost(spec: RankSpec) -> float:
+    blocks = spec.blocks_per_stage or spec.architecture.num_layers
+    width = spec.config.training.micro_batch_size * spec.layout.data_parallel
+    return blocks * spec.config.training.global_batch_size / width * (3 if spec.layout.tensor > 1 else 1)
 
 
 def _start() -> None:
@@ -65,9 +65,9 @@ def _start() -> None:
     logging.disable(logging.WARNING)
 
 
-def _rehearse(part: Part) -> RankRehearsal | str:
-    """Rehearse ``part``; return a message for an impossible layout, since some exceptions cannot be pickled."""
+def _dry_run(spec: RankSpec) -> RankUsage | str:
+    """Dry run ``spec``; return a message for an impossible layout, since some exceptions cannot be pickled."""
     try:
-        return rehearse_rank(part)
+        return dry_run(spec)
     except UserError as error:
         return str(error)

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from ...engine.config.settings import RunConfig
 from ...engine.parallel.layout import Layout
 from .gpus import Gpu
-from .request import Assumptions
-from .work import Collective, Sent
+from .options import Assumptions
+from .work import Collective, CollectiveTotal
 
 _WAITED_FOR = ("tensor", "pipeline")
 
 
 @dataclass(frozen=True)
-class Prediction:
+class StepPrediction:
     """Seconds of a step by purpose."""
 
     computing: float
@@ -52,9 +52,9 @@ def predict(
     assumptions: Assumptions,
     num_micro_batches: int,
     flops: float,
-    collectives: dict[Collective, Sent],
+    collectives: dict[Collective, CollectiveTotal],
     parameters: float,
-) -> Prediction:
+) -> StepPrediction:
     """Predict the step of the rank with ``flops``, ``collectives`` and ``parameters``."""
     computing = flops / (gpu.flops * assumptions.efficiency)
     waiting = weights = 0.0
@@ -64,7 +64,7 @@ def predict(
             waiting += seconds
         else:
             weights += seconds
-    return Prediction(
+    return StepPrediction(
         computing,
         waiting,
         weights,

@@ -1,4 +1,4 @@
-"""Search for the fastest layout that fits: formulas choose what to rehearse, rehearsals decide."""
+"""Search for the fastest layout that fits: formulas choose what to dry run, dry runs decide."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ...engine.parallel.build import Choices, check
 from ...engine.parallel.layout import Layout, plan_layout
 from ...engine.schedule import plan_batches
 from ...kernels.attention import Choice
-from .cluster import CPU
-from .extrapolation import places, rehearse_short
+from .dry_run import RankSpec, RankUsage, attention_backend
+from .extrapolation import dry_run_short, places
 from .formulas import Calibration, rough_memory, rough_prediction
-from .outcome import Outcome, shown_layout
-from .pool import Pool
-from .rank import Part, RankRehearsal, attention_backend
-from .request import Setting
+from .layout_plan import LayoutPlan, shown_layout
+from .options import ClusterSpec
+from .pool import DryRunPool
+from .simulated_cluster import CPU
 
 _LEAST_TOKENS = 4096
 """Minimum tokens of a sample on each of the ranks that share it: layouts with fewer are not tried."""
 _LONGEST_PIPELINE = 8
-"""Longest pipeline to try: longer ones are seldom better with fast sharding, and take long to rehearse."""
+"""Longest pipeline to try: longer ones are seldom better with fast sharding, and take long to dry run."""
 _AT_ONCE = 2
-"""Layouts rehearsed between two checks of the time."""
+"""Layouts dry run between two checks of the time."""
 _Recompute = Literal["none", "selective", "full"]
 _LESS_RECOMPUTATION: dict[_Recompute, tuple[_Recompute, ...]] = {
     "none": (),
@@ -51,54 +51,54 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The result of a search."""
 
-    outcomes: list[Outcome]
-    """Rehearsed layouts: those that fit, the fastest first; then the others, the smallest first."""
+    plans: list[LayoutPlan]
+    """Layouts of which a rank was dry run: those that fit, the fastest first; then the others, the smallest first."""
     num_possible: int
     num_too_large: int
     """Number of layouts that are too large by formulas alone."""
     num_left: int
-    """Number of other layouts: slower by formulas than the rehearsed ones."""
+    """Number of other layouts: slower by formulas than those."""
 
 
 def search(
     config: RunConfig,
-    setting: Setting,
-    pool: Pool,
+    cluster: ClusterSpec,
+    pool: DryRunPool,
     say: Callable[[str], None],
     calibration: Calibration | None = None,
     seconds: float = 120.0,
     wanted: int = 6,
-) -> Found:
-    """Rehearse layouts of the run, the fastest by formulas first, until ``wanted`` fit or time is up.
+) -> SearchResult:
+    """Dry run layouts of the run, the fastest by formulas first, until ``wanted`` fit or time is up.
 
     Args:
         config: of the run; its dtypes are those of all layouts.
-        setting: the cluster.
-        pool: processes that rehearse.
+        cluster: the cluster.
+        pool: processes for dry runs.
         say: receives progress lines.
         calibration: of the model, if known; it does not depend on the dtypes of weights and states.
-        seconds: time after which no more layouts are rehearsed.
+        seconds: time after which no more layouts are tried.
         wanted: number of layouts that fit.
     """
     start = time.monotonic()
-    calibration = calibration or calibrate(config, setting, pool)
-    all_candidates = candidates(config, setting, calibration)
-    room = setting.gpu.memory - setting.reserve
+    calibration = calibration or calibrate(config, cluster, pool)
+    all_candidates = candidates(config, cluster, calibration)
+    room = cluster.gpu.memory - cluster.reserve
     hopeful = sorted((c for c in all_candidates if c.rough_bytes <= room), key=lambda c: -c.rough_rate)
     too_large = len(all_candidates) - len(hopeful)
     say(f"{len(all_candidates)} layouts are possible, {too_large} of them too large by formulas")
-    outcomes: list[Outcome] = []
+    plans: list[LayoutPlan] = []
     position = 0
-    while position < len(hopeful) and sum(o.fits for o in outcomes) < wanted and time.monotonic() - start < seconds:
+    while position < len(hopeful) and sum(o.fits for o in plans) < wanted and time.monotonic() - start < seconds:
         batch = hopeful[position : position + _AT_ONCE]
         position += len(batch)
-        outcomes += judge_short([(one.config, one.layout) for one in batch], setting, pool)
-        say(f"{position} layouts rehearsed with a few blocks, {sum(o.fits for o in outcomes)} fit")
-    outcomes.sort(key=lambda o: (not o.fits, -o.tokens_per_second if o.fits else o.peak_bytes))
-    return Found(outcomes, len(all_candidates), too_large, len(hopeful) - position)
+        plans += plan_briefly([(one.config, one.layout) for one in batch], cluster, pool)
+        say(f"{position} layouts tried with a few blocks, {sum(o.fits for o in plans)} fit")
+    plans.sort(key=lambda o: (not o.fits, -o.tokens_per_second if o.fits else o.peak_bytes))
+    return SearchResult(plans, len(all_candidates), too_large, len(hopeful) - position)
 
 
 def narrower(config: RunConfig) -> list[RunConfig]:
@@ -112,35 +112,35 @@ def narrower(config: RunConfig) -> list[RunConfig]:
     return found
 
 
-def without_recomputation(outcome: Outcome, pool: Pool) -> Outcome | None:
+def without_recomputation(plan: LayoutPlan, pool: DryRunPool) -> LayoutPlan | None:
     """Return the fastest layout with less recomputation that fits and is faster, if any.
 
     Args:
-        outcome: of a layout that fits.
-        pool: processes that rehearse.
+        plan: of a layout that fits.
+        pool: processes for dry runs.
     """
-    for mode in _LESS_RECOMPUTATION[outcome.config.parallel.recompute]:
-        parallel = replace(outcome.config.parallel, recompute=mode, recompute_every=1)
-        config = replace(outcome.config, parallel=parallel)
+    for mode in _LESS_RECOMPUTATION[plan.config.parallel.recompute]:
+        parallel = replace(plan.config.parallel, recompute=mode, recompute_every=1)
+        config = replace(plan.config, parallel=parallel)
         try:
             validate(config)
-            require_possible(config, outcome.setting)
+            require_possible(config, plan.cluster)
         except UserError:
             continue
-        (other,) = judge_short([(config, outcome.layout)], outcome.setting, pool)
-        if other.fits and other.tokens_per_second > outcome.tokens_per_second:
+        (other,) = plan_briefly([(config, plan.layout)], plan.cluster, pool)
+        if other.fits and other.tokens_per_second > plan.tokens_per_second:
             return other
     return None
 
 
-def judge_short(layouts: list[tuple[RunConfig, Layout]], setting: Setting, pool: Pool) -> list[Outcome]:
-    """Return the outcomes of layouts, rehearsed with a few blocks.
+def plan_briefly(layouts: list[tuple[RunConfig, Layout]], cluster: ClusterSpec, pool: DryRunPool) -> list[LayoutPlan]:
+    """Return the plans of layouts, by dry runs of a few blocks.
 
     For a pipeline these are its first rank, which holds the most micro-batches, and its last, which has the loss."""
-    groups = [[one for one in parts_of(*each, setting) if one.place in _ends(each[1])] for each in layouts]
-    done = iter(rehearse_short(itertools.chain(*groups), pool.rehearse))
+    groups = [[one for one in specs_of(*each, cluster) if one.place in _ends(each[1])] for each in layouts]
+    done = iter(dry_run_short(itertools.chain(*groups), pool.run))
     return [
-        Outcome(config, layout, setting, [next(done) for _ in group], extrapolated=True)
+        LayoutPlan(config, layout, cluster, [next(done) for _ in group], extrapolated=True)
         for (config, layout), group in zip(layouts, groups, strict=True)
     ]
 
@@ -149,80 +149,81 @@ def _ends(layout: Layout) -> set[int]:
     return {0, layout.pipeline - 1}
 
 
-def judge(
-    config: RunConfig, layout: Layout, setting: Setting, pool: Pool, report: Callable[[int, int], None]
-) -> Outcome:
-    """Return the outcome of a layout, rehearsed in full."""
-    ranks: list[RankRehearsal] = pool.rehearse(parts_of(config, layout, setting), report)
-    return Outcome(config, layout, setting, ranks, extrapolated=False)
+def plan_in_full(
+    config: RunConfig, layout: Layout, cluster: ClusterSpec, pool: DryRunPool, report: Callable[[int, int], None]
+) -> LayoutPlan:
+    """Return the plan of a layout, by a dry run of all blocks."""
+    ranks: list[RankUsage] = pool.run(specs_of(config, layout, cluster), report)
+    return LayoutPlan(config, layout, cluster, ranks, extrapolated=False)
 
 
-def parts_of(config: RunConfig, layout: Layout, setting: Setting) -> list[Part]:
+def specs_of(config: RunConfig, layout: Layout, cluster: ClusterSpec) -> list[RankSpec]:
     """Return one rank of each place in the pipeline."""
     return [
-        Part(
+        RankSpec(
             config,
-            setting.architecture,
+            cluster.architecture,
             layout,
-            setting.assumptions.gpus_per_node,
-            setting.gpu.capability,
+            cluster.assumptions.gpus_per_node,
+            cluster.gpu.capability,
             place,
         )
         for place in places(layout)
     ]
 
 
-def require_possible(config: RunConfig, setting: Setting) -> Layout:
+def require_possible(config: RunConfig, cluster: ClusterSpec) -> Layout:
     """Return the layout of the run.
 
     Raises:
         UserError: it is impossible, with both sides of the arithmetic.
     """
-    layout = plan_layout(config.parallel, setting.world_size)
+    layout = plan_layout(config.parallel, cluster.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
-    choices = Choices(Choice(attention_backend(config, setting.architecture), "planned"), False, plan.num_micro_batches)
-    check(config, setting.architecture, choices, CPU)
+    attention = Choice(attention_backend(config, cluster.architecture), "planned")
+    choices = Choices(attention, False, plan.num_micro_batches)
+    check(config, cluster.architecture, choices, CPU)
     return layout
 
 
-def calibrate(config: RunConfig, setting: Setting, pool: Pool) -> Calibration:
-    """Measure what a block stores, with two short rehearsals of each kind of recomputation."""
+def calibrate(config: RunConfig, cluster: ClusterSpec, pool: DryRunPool) -> Calibration:
+    """Measure what a block stores, with two short dry runs of each kind of recomputation."""
     modes = ("none", "selective", "full")
     training = replace(config.training, micro_batch_size=1, global_batch_size=1)
-    parts = []
+    specs = []
     for mode in modes:
         parallel = _plain(config, pipeline=1, replicate=1, shard=1, context=1, tensor=1, recompute=mode)
         one = replace(config, training=training, parallel=parallel)
-        part = Part(one, setting.architecture, Layout(), 1, setting.gpu.capability, whole_steps=False)
-        parts += [replace(part, blocks_per_stage=blocks) for blocks in (1, 2)]
-    rehearsed = pool.rehearse(parts)
+        spec = RankSpec(one, cluster.architecture, Layout(), 1, cluster.gpu.capability, whole_steps=False)
+        specs += [replace(spec, blocks_per_stage=blocks) for blocks in (1, 2)]
+    usages = pool.run(specs)
     kept = {}
     for number, mode in enumerate(modes):
-        first, second = (one.peaks["backward"]["activations"] for one in rehearsed[2 * number : 2 * number + 2])
+        first, second = (one.peaks["backward"]["activations"] for one in usages[2 * number : 2 * number + 2])
         kept[mode] = (second - first) / training.sequence_length
     return Calibration(kept)
 
 
-def candidates(config: RunConfig, setting: Setting, calibration: Calibration) -> list[Candidate]:
+def candidates(config: RunConfig, cluster: ClusterSpec, calibration: Calibration) -> list[Candidate]:
     """Return all possible layouts of the run among those that are tried."""
     found = []
-    for changed, micro_batch in _layouts(config, setting):
+    for changed, micro_batch in _layouts(config, cluster):
         other = replace(config, parallel=changed, training=replace(config.training, micro_batch_size=micro_batch))
         try:
             validate(other)
-            layout = require_possible(other, setting)
+            layout = require_possible(other, cluster)
         except UserError:
             continue
-        seconds = rough_prediction(other, layout, setting).step
+        seconds = rough_prediction(other, layout, cluster).step
         tokens = other.training.global_batch_size * other.training.sequence_length
-        memory = rough_memory(other, layout, setting, calibration)
+        memory = rough_memory(other, layout, cluster, calibration)
         found.append(Candidate(other, layout, tokens / seconds, memory))
     return found
 
 
-def _layouts(config: RunConfig, setting: Setting) -> Iterator[tuple[Any, int]]:
+def _layouts(config: RunConfig, cluster: ClusterSpec) -> Iterator[tuple[Any, int]]:
     """Yield (parallel settings, micro batch) in all combinations, most of which are impossible."""
-    world, per_node = setting.world_size, setting.assumptions.gpus_per_node
+    world, per_node = cluster.world_size, cluster.assumptions.gpus_per_node
     length = config.training.sequence_length
     contexts = [n for n in _powers(per_node) if n == 1 or length // n >= _LEAST_TOKENS]
     micro_batches = [n for n in _powers(config.training.global_batch_size) if n <= 64]
@@ -230,7 +231,7 @@ def _layouts(config: RunConfig, setting: Setting) -> Iterator[tuple[Any, int]]:
         _powers(per_node),
         _powers(min(world, _LONGEST_PIPELINE)),
         sorted({*contexts, config.parallel.context}),
-        sorted({1, setting.nodes}),
+        sorted({1, cluster.nodes}),
         ("none", "selective", "full"),
         micro_batches,
     ):
@@ -246,6 +247,6 @@ def _powers(most: int) -> list[int]:
     return [1 << n for n in range(most.bit_length()) if 1 << n <= most]
 
 
-def describe(outcome: Outcome) -> str:
+def describe(plan: LayoutPlan) -> str:
     """Describe the layout for messages."""
-    return shown_layout(outcome.config, outcome.layout)
+    return shown_layout(plan.config, plan.layout)

@@ -40,7 +40,7 @@ class Collective(NamedTuple):
 
 
 @dataclass
-class Sent:
+class CollectiveTotal:
     """All collectives of one kind."""
 
     count: int = 0
@@ -51,7 +51,7 @@ class Sent:
 
 
 @dataclass
-class Work:
+class WorkCounter:
     """Counts the operators of one rank; pass it to :class:`~retemper.tools.planning.memory.MemoryCounter`.
 
     Args:
@@ -64,25 +64,25 @@ class Work:
     gpus_per_node: int
     document_length: int
     flops: float = 0.0
-    collectives: dict[Collective, Sent] = field(default_factory=dict)
+    collectives: dict[Collective, CollectiveTotal] = field(default_factory=dict)
 
     def add_flops(self, count: float) -> None:
         """Count floating-point operations that no operator shows."""
         self.flops += count
 
-    def see(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def count_operator(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Count an operator."""
         packet = getattr(operator, "_overloadpacket", None)
         if operator.namespace == "torch_attn":
-            self._see_attention(operator, args)
+            self._count_attention(operator, args)
         elif packet in flop_registry:
             # PyTorch counts all pairs of positions; attention is causal, and its kernels skip half of them.
             share = 0.5 if "attention" in operator._schema.name else 1
             self.flops += share * flop_registry[packet](*args, **kwargs, out_val=result)
         elif operator.namespace in _NAMESPACES:
-            self._see_collective(operator, args, kwargs, result)
+            self._count_collective(operator, args, kwargs, result)
 
-    def _see_attention(self, operator: Any, args: Any) -> None:
+    def _count_attention(self, operator: Any, args: Any) -> None:
         # q @ k and p @ v forward; backward these again and four more products, less one (Dao, 2023,
         # https://arxiv.org/abs/2307.08691): half of all pairs, as attention is causal.
         backward = "backward" in operator._schema.name
@@ -91,7 +91,7 @@ class Work:
         products = 5 if backward else 2
         self.flops += products * 2 * heads * head_dim * tokens * self.document_length / 2
 
-    def _see_collective(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _count_collective(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = operator._schema.name.partition("::")[2]
         kind = next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), None)
         if kind is None:
@@ -101,7 +101,7 @@ class Work:
         ranks = dist.get_process_group_ranks(group)
         nodes = Counter(rank // self.gpus_per_node for rank in ranks)
         key = Collective(kind, self._axes(ranks), len(ranks), max(nodes.values()))
-        entry = self.collectives.setdefault(key, Sent())
+        entry = self.collectives.setdefault(key, CollectiveTotal())
         entry.count += 1
         entry.size += size
         entry.sent += sent_bytes(kind, size, len(ranks))

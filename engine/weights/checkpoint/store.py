@@ -305,7 +305,7 @@ class CheckpointStore:
         temporary = self.ranks.broadcast(temporary_path(final))
         self.ranks.run_on_rank0(lambda: self._begin(temporary, final))
         try:
-            self.ranks.fail_together(lambda: self._require_visible(temporary))
+            self.ranks.fail_together(lambda: require_visible(temporary))
             records = self.ranks.all_gather(save_tensors(temporary, tensors, staged, self.ranks.group))
             hashed = {name: record for of_rank in records for name, record in of_rank.items()}
             self.ranks.run_on_rank0(lambda: self._publish(temporary, final, assets, manifest, hashed))
@@ -335,13 +335,6 @@ class CheckpointStore:
         if final.exists():
             raise UserError(f"{final}: exists already, and checkpoints are never overwritten; move it away")
         temporary.mkdir(parents=True)
-
-    def _require_visible(self, temporary: Path) -> None:
-        if not temporary.is_dir():
-            raise UserError(
-                f"{temporary}: created by rank 0 but not visible here; put run_folder on a file system that all "
-                "nodes share"
-            )
 
     def _publish(
         self, temporary: Path, final: Path, assets: HfAssets, manifest: Manifest, hashed: dict[str, FileRecord]
@@ -404,6 +397,18 @@ class CheckpointStore:
                 said = f"removed {entry}, an incomplete checkpoint of a killed run"
                 lines.append(_not_removed("a leftover of a killed run", problems) if problems else said)
         return lines
+
+
+def require_visible(folder: Path) -> None:
+    """Refuse a ``folder`` that rank 0 has created and this rank does not see.
+
+    Raises:
+        UserError: names it.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: created by rank 0 but not visible here; put run_folder on a file system that all nodes share"
+        )
 
 
 def _not_removed(what: str, problems: list[str]) -> str:

@@ -96,10 +96,10 @@ def load_tensors(
     load_parts(parts, tensors, folder, ranks)
 
 
-def describe_casts(
+def check_casts(
     folder: str | Path, stored: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor], resuming: bool
 ) -> list[str]:
-    """Return lines about the casts of :func:`load_tensors`.
+    """Check the casts of :func:`load_tensors`, and return lines about them.
 
     A resumed run reports exact casts, and refuses others. A new run reports only casts that round: exact ones are the
     usual case.

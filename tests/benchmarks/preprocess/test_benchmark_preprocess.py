@@ -25,7 +25,7 @@ from retemper.benchmarks.preprocess.benchmark import (
     compare_datasets,
 )
 from retemper.benchmarks.preprocess.corpora import (
-    Corpus,
+    BenchmarkCorpus,
     beginning,
     describe,
     read_texts,
@@ -175,7 +175,7 @@ time.sleep(60)
 def test_corpora_hold_what_they_say(corpus, tmp_path):
     size = sum(len(text.encode()) for text in TEXTS)
     original = describe(corpus, "text")
-    assert original == Corpus(corpus, len(TEXTS), size)
+    assert original == BenchmarkCorpus(corpus, len(TEXTS), size)
     assert repeated(original, 1, tmp_path) is original
     assert beginning(original, "text", size, tmp_path) is original
     thrice = repeated(original, 3, tmp_path)
@@ -237,7 +237,7 @@ def results(**changes: object) -> Results:
         for c in (2.5, 2.0)
     ]
     found = Results(
-        Corpus(Path("somewhere/corpus.jsonl"), 7, 100_000_000),
+        BenchmarkCorpus(Path("somewhere/corpus.jsonl"), 7, 100_000_000),
         workers=2,
         limit=[{**one, "wall_seconds": one["cpu_seconds"] / 2, "tokens": 3} for one in limit],
         ours=[cost(4.5, 2.5, 700), cost(3.5, 3.0, 500)],
@@ -267,7 +267,7 @@ def test_figures_are_those_of_the_best_rounds():
 def test_memory_is_measured_on_one_document_and_on_many(tmp_path):
     seen = []
 
-    def run(corpus: Corpus, prefix: Path) -> Cost:
+    def run(corpus: BenchmarkCorpus, prefix: Path) -> Cost:
         seen.append(describe(corpus.path, "words")[1:])
         prefix.with_suffix(".bin").write_bytes(b"output")
         return cost(1.0, 2.0, 123.0)

@@ -23,24 +23,24 @@ from retemper.engine.parallel.layout import Layout
 from retemper.engine.weights.checkpoint.tensors import model_tensors, optimizer_tensors
 from retemper.engine.weights.saving import save_tensors
 from retemper.tools import plan as command
-from retemper.tools.planning import command as rehearsal_command
-from retemper.tools.planning.extrapolation import places, rehearse_short
+from retemper.tools.planning import command as planning_command
+from retemper.tools.planning.extrapolation import dry_run_short, places
 from retemper.tools.planning.gpus import GPUS, GiB, find_gpu
-from retemper.tools.planning.outcome import Outcome, checkpoint_bytes
-from retemper.tools.planning.pool import Pool
+from retemper.tools.planning.layout_plan import LayoutPlan, checkpoint_bytes
+from retemper.tools.planning.options import Assumptions, PlanOptions, read_architecture
+from retemper.tools.planning.pool import DryRunPool
 from retemper.tools.planning.prediction import bandwidth, idle_share, predict
 from retemper.tools.planning.report import format_needless_recomputation
-from retemper.tools.planning.request import Assumptions, Request, read_architecture
 from retemper.tools.planning.search import (
     describe,
-    judge,
-    judge_short,
     narrower,
+    plan_briefly,
+    plan_in_full,
     require_possible,
     search,
     without_recomputation,
 )
-from retemper.tools.planning.work import Collective, Sent
+from retemper.tools.planning.work import Collective, CollectiveTotal
 
 ROOT = Path(__file__).parents[3]
 QWEN2_72B = ROOT / "megatron_configs" / "qwen2_72b.yaml"
@@ -55,8 +55,8 @@ MACHINES = {
 
 @pytest.fixture(scope="module")
 def pool():
-    """Two processes that rehearse."""
-    with Pool(2) as processes:
+    """Two processes for dry runs."""
+    with DryRunPool(2) as processes:
         yield processes
 
 
@@ -74,9 +74,9 @@ def run_file(tmp_path):
     return plan_runs.write_config(tmp_path)
 
 
-def peak(rehearsal) -> float:
+def peak(usage) -> float:
     """Bytes at the highest moment."""
-    return max(sum(kinds.values()) for kinds in rehearsal.peaks.values())
+    return max(sum(kinds.values()) for kinds in usage.peaks.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,11 +93,11 @@ def peak(rehearsal) -> float:
     ],
 )
 def test_memory_of_one_rank_is_what_the_allocator_gives(overrides, run_file, pool):
-    part = plan_runs.part_of(plan_runs.configure(run_file, overrides), 1)
-    (rehearsed,) = pool.rehearse([part])
-    before, most = pool._executor.submit(plan_runs.allocated_alone, part).result()
-    assert sum(rehearsed.kept.values()) == pytest.approx(before, rel=0.02)
-    assert peak(rehearsed) == pytest.approx(most, rel=0.02)
+    spec = plan_runs.spec_of(plan_runs.configure(run_file, overrides), 1)
+    (usage,) = pool.run([spec])
+    before, most = pool._executor.submit(plan_runs.allocated_alone, spec).result()
+    assert sum(usage.kept.values()) == pytest.approx(before, rel=0.02)
+    assert peak(usage) == pytest.approx(most, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_memory_of_one_rank_is_what_the_allocator_gives(overrides, run_file, poo
 def test_memory_of_two_ranks_is_what_real_tensors_take(overrides, run_file, pool, fresh_ranks):
     """Real ranks and real collectives. Counted by the life of storages, as the test above holds to be the allocator's:
     its own record misses what gloo's threads give back."""
-    part = plan_runs.part_of(plan_runs.configure(run_file, overrides), 2)
-    ranks = places(part.layout)
-    real = [fresh_ranks.run(plan_runs.counted, replace(part, place=place))[place] for place in ranks]
-    for one, rehearsed in zip(real, pool.rehearse([replace(part, place=place) for place in ranks]), strict=True):
-        assert sum(rehearsed.kept.values()) == pytest.approx(sum(one.kept.values()), rel=0.02)
-        assert peak(rehearsed) == pytest.approx(peak(one), rel=0.05)
+    spec = plan_runs.spec_of(plan_runs.configure(run_file, overrides), 2)
+    ranks = places(spec.layout)
+    real = [fresh_ranks.run(plan_runs.counted, replace(spec, place=place))[place] for place in ranks]
+    for one, usage in zip(real, pool.run([replace(spec, place=place) for place in ranks]), strict=True):
+        assert sum(usage.kept.values()) == pytest.approx(sum(one.kept.values()), rel=0.02)
+        assert peak(usage) == pytest.approx(peak(one), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_memory_of_two_ranks_is_what_real_tensors_take(overrides, run_file, pool
     ],
 )
 def test_ranks_that_are_there_send_and_compute_the_same(overrides, run_file, pool, fresh_ranks):
-    part = plan_runs.part_of(plan_runs.configure(run_file, overrides), 2)
-    real = fresh_ranks.run(plan_runs.counted, part)[0]
-    (rehearsed,) = pool.rehearse([part])
-    assert rehearsed.flops == real.flops > 0
-    assert rehearsed.collectives == real.collectives
-    assert rehearsed.collectives
+    spec = plan_runs.spec_of(plan_runs.configure(run_file, overrides), 2)
+    real = fresh_ranks.run(plan_runs.counted, spec)[0]
+    (usage,) = pool.run([spec])
+    assert usage.flops == real.flops > 0
+    assert usage.collectives == real.collectives
+    assert usage.collectives
 
 
 @pytest.mark.gpu
@@ -145,19 +145,19 @@ def test_memory_of_a_gpu_is_what_the_allocator_gives(overrides, tmp_path, pool):
     shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "vocab_size": 32000}
     path = plan_runs.write_config(tmp_path, **shape, num_attention_heads=16, num_key_value_heads=4, head_dim=64)
     config = plan_runs.configure(path, f"--training.sequence_length 4096 {overrides}")
-    part = plan_runs.part_of(config, 1, capability=torch.cuda.get_device_capability())
-    (rehearsed,) = pool.rehearse([part])
-    before, most = pool._executor.submit(plan_runs.allocated_on_a_gpu, part).result()
-    assert sum(rehearsed.kept.values()) == pytest.approx(before, rel=0.1)
-    assert peak(rehearsed) == pytest.approx(most, rel=0.1)
+    spec = plan_runs.spec_of(config, 1, capability=torch.cuda.get_device_capability())
+    (usage,) = pool.run([spec])
+    before, most = pool._executor.submit(plan_runs.allocated_on_a_gpu, spec).result()
+    assert sum(usage.kept.values()) == pytest.approx(before, rel=0.1)
+    assert peak(usage) == pytest.approx(most, rel=0.1)
 
 
 def test_host_memory_is_not_the_gpus(run_file, pool):
-    setting = request(GPUS["a100-80gb"].name, 1, 2).setting(read_architecture(plan_runs.configure(run_file).model))
+    cluster = request(GPUS["a100-80gb"].name, 1, 2).cluster(read_architecture(plan_runs.configure(run_file).model))
     held = {}
     for offload in ("true", "false"):
         config = plan_runs.configure(run_file, f"--parallel.cpu_offload {offload}")
-        (held[offload],) = judge_short([(config, require_possible(config, setting))], setting, pool)
+        (held[offload],) = plan_briefly([(config, require_possible(config, cluster))], cluster, pool)
     states = sum(held["false"].fullest.kept[kind] for kind in ("parameters", "optimizer states"))
     assert held["true"].peak_bytes < held["false"].peak_bytes - states + 1
 
@@ -169,25 +169,25 @@ def test_host_memory_is_not_the_gpus(run_file, pool):
 def test_states_traffic_and_operations_are_those_of_the_formulas(run_file, pool):
     """Shapes that divide evenly: 8 ranks, fp32 weights and states, nothing recomputed, one micro-batch."""
     config = plan_runs.configure(run_file, "--training.global_batch_size 16")
-    part = plan_runs.part_of(config, 8, capability=(9, 0))
-    (rehearsed,) = pool.rehearse([part])
-    a, tokens = part.architecture, 2 * 256
+    spec = plan_runs.spec_of(config, 8, capability=(9, 0))
+    (usage,) = pool.run([spec])
+    a, tokens = spec.architecture, 2 * 256
     hidden, inner, layers, vocabulary = 128, 384, 4, 4096
     q, kv = 4 * 32, 2 * 32
     products = layers * (hidden * (q + 2 * kv) + q * hidden + 3 * hidden * inner)
-    assert rehearsed.parameters == a.num_parameters / 8
-    assert rehearsed.kept["parameters"] == pytest.approx(4 * a.num_parameters / 8, rel=0.01)
-    assert rehearsed.kept["optimizer states"] == pytest.approx(8 * a.num_parameters / 8, rel=0.03)
-    assert rehearsed.peaks["optimizer"]["gradients"] == pytest.approx(4 * a.num_parameters / 8, rel=0.01)
+    assert usage.parameters == a.num_parameters / 8
+    assert usage.kept["parameters"] == pytest.approx(4 * a.num_parameters / 8, rel=0.01)
+    assert usage.kept["optimizer states"] == pytest.approx(8 * a.num_parameters / 8, rel=0.03)
+    assert usage.peaks["optimizer"]["gradients"] == pytest.approx(4 * a.num_parameters / 8, rel=0.01)
     # Two products for each parameter and token forward, four backward; attention sees half of all pairs: 2 products
     # forward, and backward these 2 again and 3 more.
     attention = layers * 7 * 2 * q * tokens * 256 / 2
-    assert rehearsed.flops == pytest.approx(6 * tokens * (products + hidden * vocabulary) + attention, rel=1e-9)
+    assert usage.flops == pytest.approx(6 * tokens * (products + hidden * vocabulary) + attention, rel=1e-9)
     # Blocks and the embedding are gathered in bf16 for either pass, head and norm once; all is reduced in fp32.
     rest = vocabulary * hidden + hidden
     gathered = 2 * (2 * (a.num_parameters - rest) + rest)
     gather, reduce = (
-        rehearsed.collectives[Collective(kind, ("shard",), 8, 8)] for kind in ("all-gather", "reduce-scatter")
+        usage.collectives[Collective(kind, ("shard",), 8, 8)] for kind in ("all-gather", "reduce-scatter")
     )
     assert gather.size == gathered and gather.sent == gathered * 7 / 8 and gather.count == 2 * (layers + 1) + 1
     assert reduce.size == 4 * a.num_parameters and reduce.count == layers + 2
@@ -199,16 +199,16 @@ def test_a_gpus_loss_keeps_to_its_budget(tmp_path, pool):
     config = plan_runs.configure(
         path, "--training.sequence_length 4096 --training.micro_batch_size 1 " + "--training.global_batch_size 8"
     )
-    (rehearsed,) = pool.rehearse([plan_runs.part_of(config, 8, capability=(8, 0))])
+    (usage,) = pool.run([plan_runs.spec_of(config, 8, capability=(8, 0))])
     logits = 2 * 152064 * 2048
     weight_gradient = 4 * 152064 * 128
-    found = rehearsed.most["loss buffers"]
+    found = usage.most["loss buffers"]
     assert logits + weight_gradient < found < 1.05 * (logits + weight_gradient)
 
 
 @pytest.mark.slow
 def test_triton_need_not_be_installed(run_file):
-    """What a rehearsal finds is the same on a machine without it."""
+    """What a dry run finds is the same on a machine without it."""
     script = """
 import importlib.util, sys
 sys.path.insert(0, sys.argv[2])
@@ -217,8 +217,8 @@ if sys.argv[3] == "without":
     importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
     sys.modules["triton"] = None
 import plan_runs
-from retemper.tools.planning.rank import rehearse_rank
-found = rehearse_rank(plan_runs.part_of(plan_runs.configure(sys.argv[1]), 2, capability=(8, 0)))
+from retemper.tools.planning.dry_run import dry_run
+found = dry_run(plan_runs.spec_of(plan_runs.configure(sys.argv[1]), 2, capability=(8, 0)))
 print(found.peaks, found.flops)
 """
     arguments = [sys.executable, "-c", script, str(run_file), plan_runs.__file__.rpartition("/")[0]]
@@ -249,9 +249,9 @@ print(found.peaks, found.flops)
 )
 def test_a_few_blocks_tell_the_whole_model(world_size, overrides, tmp_path, pool):
     path = plan_runs.write_config(tmp_path, num_hidden_layers=14)
-    part = plan_runs.part_of(plan_runs.configure(path, overrides), world_size, capability=(8, 0))
-    parts = [replace(part, place=place, whole_steps=False) for place in places(part.layout)]
-    for whole, short in zip(pool.rehearse(parts), rehearse_short(parts, pool.rehearse), strict=True):
+    spec = plan_runs.spec_of(plan_runs.configure(path, overrides), world_size, capability=(8, 0))
+    specs = [replace(spec, place=place, whole_steps=False) for place in places(spec.layout)]
+    for whole, short in zip(pool.run(specs), dry_run_short(specs, pool.run), strict=True):
         assert short.blocks == whole.blocks
         assert short.parameters == pytest.approx(whole.parameters, rel=1e-9)
         assert sum(short.kept.values()) == pytest.approx(sum(whole.kept.values()), rel=0.005)
@@ -270,7 +270,7 @@ def test_a_few_blocks_tell_the_whole_model(world_size, overrides, tmp_path, pool
 def test_time_is_the_stated_roofline(run_file):
     config, gpu = plan_runs.configure(run_file), GPUS["h100-80gb"]
     layout, assumed = Layout(shard=16), Assumptions(8, efficiency=0.5, link_efficiency=0.8)
-    gather = {Collective("all-gather", ("shard",), 16, 8): Sent(1, 8e9, 320e9)}
+    gather = {Collective("all-gather", ("shard",), 16, 8): CollectiveTotal(1, 8e9, 320e9)}
     found = predict(config, layout, gpu, assumed, 1, 989e12, gather, 1e9)
     assert found.computing == pytest.approx(2.0)
     # Eight cards of 50 GB/s carry what passes between nodes, at 0.8 of that.
@@ -281,7 +281,7 @@ def test_time_is_the_stated_roofline(run_file):
     assert found.step == pytest.approx(2.0 + found.optimizer)
     slow = predict(config, layout, gpu, assumed, 1, 989e11, gather, 0)
     assert slow.step == pytest.approx(1.0) and slow.exposed == pytest.approx(0.8)
-    exchange = {Collective("all-gather", ("tensor",), 8, 8): Sent(1, 8e9, 360e9)}
+    exchange = {Collective("all-gather", ("tensor",), 8, 8): CollectiveTotal(1, 8e9, 360e9)}
     assert predict(config, layout, gpu, assumed, 1, 989e12, exchange, 0).step == pytest.approx(3.0)
 
 
@@ -324,9 +324,9 @@ def test_checkpoint_size_is_that_of_a_written_one(run_file, tmp_path):
 # Qwen2-72B on 4 nodes x 8 GPUs of 80 GB
 
 
-def request(gpu: str | None, nodes: int, gpus_per_node: int, **changes) -> Request:
+def request(gpu: str | None, nodes: int, gpus_per_node: int, **changes) -> PlanOptions:
     """With the command's defaults."""
-    return replace(Request(nodes, gpus_per_node, gpu, 0.55, 4.0, None), **changes)
+    return replace(PlanOptions(nodes, gpus_per_node, gpu, 0.55, 4.0, None), **changes)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -335,10 +335,10 @@ def test_shipped_configs_are_within_5_percent_of_the_best_layout_that_is_found(p
     """On the machine that the first line of the file names."""
     config = plan_runs.configure(path)
     nodes, gpus, gpu = MACHINES.get(path.stem, (1, 8, "h100-80gb"))
-    setting = request(gpu, nodes, gpus).setting(read_architecture(config.model))
-    (shipped,) = judge_short([(config, require_possible(config, setting))], setting, pool)
+    cluster = request(gpu, nodes, gpus).cluster(read_architecture(config.model))
+    (shipped,) = plan_briefly([(config, require_possible(config, cluster))], cluster, pool)
     assert shipped.fits
-    best = search(config, setting, pool, lambda line: None, seconds=60.0, wanted=2).outcomes[0]
+    best = search(config, cluster, pool, lambda line: None, seconds=60.0, wanted=2).plans[0]
     assert shipped.tokens_per_second >= 0.95 * best.tokens_per_second, describe(best)
 
 
@@ -361,17 +361,17 @@ def test_mfu_is_at_most_the_assumed_efficiency(run_file, pool):
     """With causal pairs, which the prediction counts; long samples make the difference large."""
     options = "--training.sequence_length 4096 --training.global_batch_size 8 --training.micro_batch_size 1"
     config = plan_runs.configure(run_file, options)
-    setting = request("h100", 1, 1).setting(read_architecture(config.model))
-    (outcome,) = judge_short([(config, require_possible(config, setting))], setting, pool)
-    assert 0 < outcome.mfu(causal_halved=True) <= 0.55 < outcome.mfu(causal_halved=False)
+    cluster = request("h100", 1, 1).cluster(read_architecture(config.model))
+    (layout_plan,) = plan_briefly([(config, require_possible(config, cluster))], cluster, pool)
+    assert 0 < layout_plan.mfu(causal_halved=True) <= 0.55 < layout_plan.mfu(causal_halved=False)
 
 
 def test_needless_recomputation_is_named(run_file, pool):
-    setting = request("h100", 1, 1).setting(read_architecture(plan_runs.configure(run_file).model))
+    cluster = request("h100", 1, 1).cluster(read_architecture(plan_runs.configure(run_file).model))
     found = {}
     for mode in ("full", "none"):
         config = plan_runs.configure(run_file, f"--parallel.recompute {mode}")
-        (found[mode],) = judge_short([(config, require_possible(config, setting))], setting, pool)
+        (found[mode],) = plan_briefly([(config, require_possible(config, cluster))], cluster, pool)
     faster = without_recomputation(found["full"], pool)
     assert faster is not None and faster.config == found["none"].config
     assert "note: parallel.recompute full is not needed: with none" in format_needless_recomputation(
@@ -394,28 +394,28 @@ def test_of_a_model_on_the_hub_only_the_config_is_fetched(tmp_path, monkeypatch)
     assert architecture == parse_architecture(plan_runs.ARCHITECTURE)
 
 
-def judged(pool, gpu: str, whole: bool = False) -> Outcome:
+def planned(pool, gpu: str, whole: bool = False) -> LayoutPlan:
     """The shipped configuration on 32 GPUs."""
     config = plan_runs.configure(QWEN2_72B)
-    setting = request(gpu, 4, 8).setting(read_architecture(config.model))
-    layout = require_possible(config, setting)
-    (short,) = judge_short([(config, layout)], setting, pool)
-    return judge(config, layout, setting, pool, lambda done, total: None) if whole else short
+    cluster = request(gpu, 4, 8).cluster(read_architecture(config.model))
+    layout = require_possible(config, cluster)
+    (short,) = plan_briefly([(config, layout)], cluster, pool)
+    return plan_in_full(config, layout, cluster, pool, lambda done, total: None) if whole else short
 
 
 def test_the_shipped_qwen2_72b_fits_its_cluster(pool):
-    outcome = judged(pool, "a100-80gb")
-    assert outcome.layout.world_size == 32
-    assert outcome.fits and outcome.headroom > 4 * GiB
+    layout_plan = planned(pool, "a100-80gb")
+    assert layout_plan.layout.world_size == 32
+    assert layout_plan.fits and layout_plan.headroom > 4 * GiB
     # 72.7 billion parameters in fp32 with two moments, over 32 GPUs.
-    assert sum(outcome.fullest.kept.values()) == pytest.approx(12 * 72.7e9 / 32, rel=0.01)
-    assert outcome.checkpoint_bytes == pytest.approx(12 * 72.7e9, rel=0.01)
-    assert not replace(outcome, setting=replace(outcome.setting, gpu=GPUS["a100-40gb"])).fits
+    assert sum(layout_plan.fullest.kept.values()) == pytest.approx(12 * 72.7e9 / 32, rel=0.01)
+    assert layout_plan.checkpoint_bytes == pytest.approx(12 * 72.7e9, rel=0.01)
+    assert not replace(layout_plan, cluster=replace(layout_plan.cluster, gpu=GPUS["a100-40gb"])).fits
 
 
 @pytest.mark.slow
 def test_the_whole_qwen2_72b_is_what_a_few_blocks_say(pool):
-    short, whole = judged(pool, "a100-80gb"), judged(pool, "a100-80gb", whole=True)
+    short, whole = planned(pool, "a100-80gb"), planned(pool, "a100-80gb", whole=True)
     assert whole.peak_bytes == pytest.approx(short.peak_bytes, rel=0.005)
     assert whole.fullest.flops == pytest.approx(short.fullest.flops, rel=1e-6)
     assert whole.tokens_per_second == pytest.approx(short.tokens_per_second, rel=0.005)
@@ -428,7 +428,7 @@ def test_the_whole_qwen2_72b_is_what_a_few_blocks_say(pool):
 @pytest.fixture
 def run(monkeypatch, pool):
     """The command line, from a configuration with room for options, with these tests' processes."""
-    monkeypatch.setattr(rehearsal_command, "Pool", lambda: contextlib.nullcontext(pool))
+    monkeypatch.setattr(planning_command, "DryRunPool", lambda: contextlib.nullcontext(pool))
     return lambda *arguments: command.main([str(argument) for argument in arguments])
 
 
@@ -447,7 +447,7 @@ def test_the_command_prints_and_writes_what_it_found(run, run_file, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_a_search_ranks_what_fits_and_rehearses_the_fastest(run, run_file, tmp_path, capsys):
+def test_a_search_ranks_what_fits_and_runs_the_fastest_in_full(run, run_file, tmp_path, capsys):
     path = tmp_path / "plan.json"
     run("--config", run_file, "--gpus-per-node", 4, "--gpu", "a100-40gb", "--search", "--json", path)
     text, record = capsys.readouterr().out, json.loads(path.read_text())

@@ -22,7 +22,7 @@ from retemper.engine.weights.conversion import hf_to_dcp
 from retemper.engine.weights.hugging_face.hub_download import find_model_folder
 from retemper.engine.weights.hugging_face.initial import load_hf_tensors
 from retemper.engine.weights.hugging_face.model import open_hf_model
-from retemper.tools.planning.request import read_architecture
+from retemper.tools.planning.options import read_architecture
 
 LAYOUTS = {
     "one rank": (1, []),

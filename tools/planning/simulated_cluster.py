@@ -6,7 +6,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,8 +18,8 @@ from ...engine.parallel.process_group import Ranks, Result
 CPU = torch.device("cpu")
 
 
-class OneOfMany(Ranks):
-    """A rank whose peers would all return the same values as this rank."""
+class SimulatedRanks(Ranks):
+    """Ranks which all return the same values as this one."""
 
     def all_reduce(self, value: float) -> float:
         """See :class:`~retemper.engine.parallel.process_group.Ranks`."""
@@ -40,12 +39,10 @@ class OneOfMany(Ranks):
 
 
 @contextlib.contextmanager
-def absent_cluster(world_size: int, rank: int) -> Iterator[OneOfMany]:
+def simulated_cluster(world_size: int, rank: int) -> Iterator[SimulatedRanks]:
     """Act as ``rank`` of ``world_size`` in a process group that sends nothing; tensors made inside have no values.
 
-    They are nominally on the CPU: without a GPU PyTorch cannot make CUDA tensors that take part in autograd, even
-    without
-    values.
+    They are nominally on the CPU: without a GPU, PyTorch cannot make CUDA tensors that take part in autograd.
     """
     # Registers the backend "fake", and the effect of collectives on tensors without values.
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -54,16 +51,34 @@ def absent_cluster(world_size: int, rank: int) -> Iterator[OneOfMany]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         with _meshes_have_values(), FakeTensorMode(allow_non_fake_inputs=True):
-            yield OneOfMany(rank, world_size, CPU)
+            yield SimulatedRanks(rank, world_size, CPU)
     finally:
         dist.destroy_process_group()
-        _forget_meshes()
+        _clear_dtensor_caches()
 
 
-def _forget_meshes() -> None:
-    """Empty DTensor's caches: equal ranks make equal meshes, so entries of one mesh would be used for the next one.
+def has_values() -> bool:
+    """Return whether tensors that are made now have values."""
+    return _fake_mode() is None
 
-    Its process groups have other names."""
+
+def materialize_without_values() -> Callable[[nn.Module, torch.device], object]:
+    """Return a function that allocates the tensors of a model without values, even where others have values."""
+    fake_mode = _fake_mode()
+
+    def materialize(model: nn.Module, device: torch.device) -> None:
+        with fake_mode:
+            model.to_empty(device=device)
+
+    return materialize
+
+
+def _fake_mode() -> Any:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+
+
+def _clear_dtensor_caches() -> None:
+    """Empty DTensor's caches: meshes of equal ranks are equal, but the next one has process groups of other names."""
     from torch.distributed.tensor import _redistribute, _sharding_prop, debug
 
     for name in ("_clear_sharding_prop_cache", "_clear_python_sharding_prop_cache"):
@@ -77,40 +92,36 @@ def _forget_meshes() -> None:
 
 
 @contextlib.contextmanager
-def without_values_from_materializing_on() -> Iterator[None]:
-    """Let meshes have values, and models be built on the meta device, but let ``to_empty`` make tensors without
-    values."""
-    fake_mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    to_empty = nn.Module.to_empty
-
-    def to_empty_without_values(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        with fake_mode if fake_mode is not None else contextlib.nullcontext():
-            return to_empty(module, *args, **kwargs)
-
-    with unset_fake_temporarily(), mock.patch.object(nn.Module, "to_empty", to_empty_without_values):
-        yield
-
-
-@contextlib.contextmanager
 def _meshes_have_values() -> Iterator[None]:
     """Let device meshes compute their tables of ranks with real tensors."""
     names = [name for name in ("__init__", "_concatenate", "__getitem__", "_flatten") if hasattr(DeviceMesh, name)]
-    originals = {name: DeviceMesh.__dict__[name] for name in names}
-    try:
-        for name, original in originals.items():
-            setattr(DeviceMesh, name, _with_values(original))
+    with replaced(DeviceMesh, **{name: _with_values(DeviceMesh.__dict__[name]) for name in names}):
         yield
-    finally:
-        for name, original in originals.items():
-            setattr(DeviceMesh, name, original)
 
 
 def _with_values(original: Any) -> Any:
-    function = original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
+    is_method_of_class = isinstance(original, (staticmethod, classmethod))
+    function = original.__func__ if is_method_of_class else original
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with unset_fake_temporarily():
             return function(*args, **kwargs)
 
-    return type(original)(call) if isinstance(original, (staticmethod, classmethod)) else call
+    return type(original)(call) if is_method_of_class else call
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Set attributes of a class or module that has no interface for it, and restore them.
+
+    Only for PyTorch's own classes and for kernels: the engine has interfaces for what a dry run changes.
+    """
+    originals = {name: vars(owner)[name] for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(owner, name, original)

@@ -10,39 +10,39 @@ from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
 from ...engine.parallel.layout import Layout
 from ...engine.schedule import BatchPlan, plan_batches
+from .dry_run import RankUsage
 from .gpus import GiB
 from .memory import KINDS
-from .prediction import Prediction, bytes_of, predict
-from .rank import RankRehearsal
-from .request import Setting
+from .options import ClusterSpec
+from .prediction import StepPrediction, bytes_of, predict
 
 _ON_HOST = ("parameters", "gradients", "optimizer states")
 """Kinds of memory on the host with ``parallel.cpu_offload``."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LayoutPlan:
     """The result for one layout."""
 
     config: RunConfig
     layout: Layout
-    setting: Setting
-    ranks: list[RankRehearsal]
+    cluster: ClusterSpec
+    ranks: list[RankUsage]
     """One rank of each place in the pipeline."""
     extrapolated: bool
-    """True if only a few blocks were rehearsed."""
+    """True if only a few blocks were dry run."""
 
     @property
-    def plan(self) -> BatchPlan:
+    def batches(self) -> BatchPlan:
         """Return the batches of a step."""
         return plan_batches(self.config.training, self.layout.data_parallel)
 
     @property
-    def fullest(self) -> RankRehearsal:
+    def fullest(self) -> RankUsage:
         """Return the rank with the highest peak memory."""
         return max(self.ranks, key=lambda rank: sum(self.peak_of(rank).values()))
 
-    def peak_of(self, rank: RankRehearsal) -> dict[str, float]:
+    def peak_of(self, rank: RankUsage) -> dict[str, float]:
         """Return the bytes on the GPU by kind at the peak."""
         left_out = _ON_HOST if self.config.parallel.cpu_offload else ()
         on_gpu = [{k: v for k, v in kinds.items() if k not in left_out} for kinds in rank.peaks.values()]
@@ -57,40 +57,40 @@ class Outcome:
     @property
     def headroom(self) -> float:
         """Return the bytes left on the fullest GPU, after the reserve."""
-        return self.setting.gpu.memory - self.setting.reserve - self.peak_bytes
+        return self.cluster.gpu.memory - self.cluster.reserve - self.peak_bytes
 
     @property
     def fits(self) -> bool:
         """Return whether there is headroom."""
         return self.headroom >= 0
 
-    def prediction_of(self, rank: RankRehearsal) -> Prediction:
+    def prediction_of(self, rank: RankUsage) -> StepPrediction:
         """Return the predicted step of a rank."""
         return predict(
             self.config,
             self.layout,
-            self.setting.gpu,
-            self.setting.assumptions,
-            self.plan.num_micro_batches,
+            self.cluster.gpu,
+            self.cluster.assumptions,
+            self.batches.num_micro_batches,
             rank.flops,
             rank.collectives,
             rank.parameters,
         )
 
     @property
-    def slowest(self) -> RankRehearsal:
+    def slowest(self) -> RankUsage:
         """Return the rank that all others wait for."""
         return max(self.ranks, key=lambda rank: self.prediction_of(rank).step)
 
     @property
-    def prediction(self) -> Prediction:
+    def prediction(self) -> StepPrediction:
         """Return the predicted step of the slowest rank."""
         return self.prediction_of(self.slowest)
 
     @property
     def tokens_per_second(self) -> float:
         """Return the tokens per second of one GPU."""
-        return self.plan.tokens_per_step / (self.prediction.step * self.layout.world_size)
+        return self.batches.tokens_per_step / (self.prediction.step * self.layout.world_size)
 
     def mfu(self, causal_halved: bool) -> float:
         """Return the model FLOPs over the GPUs' peak; recomputation does not count.
@@ -100,19 +100,19 @@ class Outcome:
                 result is then at most the assumed efficiency. False: all pairs, as in the trainer's log.
         """
         trainable = self.config.training.trainable
-        per_token = flops_per_token(self.setting.architecture, self.plan.sequence_length, causal_halved, trainable)
-        return self.tokens_per_second * per_token / self.setting.gpu.flops
+        per_token = flops_per_token(self.cluster.architecture, self.batches.sequence_length, causal_halved, trainable)
+        return self.tokens_per_second * per_token / self.cluster.gpu.flops
 
     @property
     def hours(self) -> float:
         """Return the hours for ``training.train_tokens``, without evaluations, checkpoints and restarts."""
-        return self.plan.steps_for(self.config.training.train_tokens) * self.prediction.step / 3600
+        return self.batches.steps_for(self.config.training.train_tokens) * self.prediction.step / 3600
 
     @property
     def checkpoint_bytes(self) -> float:
         """Return the bytes of one checkpoint: weights, both moments, and a step count for each parameter."""
         per_parameter = bytes_of(self.config.training.weight_dtype) + 2 * bytes_of(self.config.optimizer.state_dtype)
-        return checkpoint_bytes(self.setting.architecture, per_parameter)
+        return checkpoint_bytes(self.cluster.architecture, per_parameter)
 
 
 def checkpoint_bytes(architecture: Architecture, bytes_per_parameter: int) -> float:

@@ -1,4 +1,4 @@
-"""Define the request of a rehearsal: the cluster, and the assumptions of the prediction."""
+"""Define the options of a plan: the cluster, and the assumptions of the prediction."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ClusterSpec:
     """The common settings of all layouts of a plan."""
 
     architecture: Architecture
@@ -52,7 +52,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanOptions:
     """The request, in addition to the run's configuration. The fields are the command's flags."""
 
     nodes: int
@@ -87,7 +87,7 @@ class Request:
             raise UserError("name a GPU with --gpu, or describe it with --gpu-memory GIB and --gpu-tflops N")
         return describe_gpu(self.gpu_memory, self.gpu_tflops, self.gpu_bandwidth, self.gpu_link)
 
-    def setting(self, architecture: Architecture) -> Setting:
+    def cluster(self, architecture: Architecture) -> ClusterSpec:
         """Return the cluster.
 
         Raises:
@@ -99,7 +99,7 @@ class Request:
         if self.nodes * self.gpus_per_node > _MOST_RANKS:
             raise UserError(
                 f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node} = {self.nodes * self.gpus_per_node:,} "
-                f"ranks; at most {_MOST_RANKS:,} can be rehearsed"
+                f"ranks; at most {_MOST_RANKS:,} can be planned"
             )
         if not 0 < self.efficiency <= 1:
             raise UserError(f"--efficiency {self.efficiency:g}: must be above 0 and at most 1")
@@ -112,7 +112,7 @@ class Request:
             )
         if self.network is not None:
             gpu = replace(gpu, inter_node=self.network * 1e9 / 8)
-        return Setting(
+        return ClusterSpec(
             architecture, gpu, self.nodes, Assumptions(self.gpus_per_node, self.efficiency), self.reserve * GiB
         )
 

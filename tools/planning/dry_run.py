@@ -1,0 +1,220 @@
+"""Run the steps of one rank without values: the real model, the real parallel code and the real step."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from ...engine.batch import Batch
+from ...engine.config.settings import RunConfig
+from ...engine.model.architecture import Architecture
+from ...engine.model.decoder import LayerRange
+from ...engine.optim import allocate_states, build_optimizer
+from ...engine.optim.adamw import CompactAdamW
+from ...engine.parallel.build import Choices, build_model, materialize_empty
+from ...engine.parallel.forward_backward import ModelParts
+from ...engine.parallel.layout import Layout
+from ...engine.parallel.mesh import build_mesh
+from ...engine.parallel.pipeline import Pipelined
+from ...engine.parallel.process_group import Ranks
+from ...engine.schedule import plan_batches
+from ...engine.step import SkipNonFinite, train_step
+from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, Choice, plan_attention
+from .gpu_paths import StatesOnlyAdamW, fresh_constants, labelled, read_no_values, triton_loss
+from .memory import MemoryCounter
+from .simulated_cluster import has_values, materialize_without_values, simulated_cluster
+from .work import Collective, CollectiveTotal, WorkCounter
+
+
+@dataclass(frozen=True)
+class RankUsage:
+    """What one rank holds and does in a step, optimizer states allocated."""
+
+    place: int
+    """Place in the pipeline."""
+    blocks: int
+    """Number of the model's blocks on this rank."""
+    parameters: float
+    """Number of parameters in this rank's share."""
+    kept: dict[str, float]
+    """Bytes by kind between steps."""
+    peaks: dict[str, dict[str, float]]
+    """Bytes by kind at the peak, for each phase of a step."""
+    most: dict[str, float]
+    """Maximum bytes of each kind, at different times."""
+    flops: float
+    """Floating-point operations, including those of recomputation."""
+    collectives: dict[Collective, CollectiveTotal]
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """A rank to dry run, and how much of the model it gets."""
+
+    config: RunConfig
+    """``parallel`` agrees with ``layout``."""
+    architecture: Architecture
+    layout: Layout
+    gpus_per_node: int
+    capability: tuple[int, int] | None
+    """Compute capability of the GPU; None: the run is on CPUs."""
+    place: int = 0
+    """Place in the pipeline; ranks that differ only in other axes do the same."""
+    blocks_per_stage: int | None = None
+    """Overrides the number of the model."""
+    whole_steps: bool = True
+    """Make the optimizer's states by a step, as a run does. False: by an empty one, in half the time."""
+
+
+class PhaseCounter(SkipNonFinite):
+    """Tells ``counter`` the purpose of memory in each phase of a step of ``model``."""
+
+    def __init__(self, counter: MemoryCounter, model: ModelParts):
+        self._counter = counter
+        modules = (module for decoder in model.decoders for module in decoder.modules())
+        self._num_groups, self._num_reduced = sum(isinstance(module, FSDPModule) for module in modules), 0
+        counter.on_reduced = self._count_reduced
+
+    def begin_phase(self, phase: str) -> None:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        self._counter.begin("activations" if phase in ("forward", "backward") else "temporaries")
+        self._counter.enter(phase)
+
+    def _count_reduced(self) -> None:
+        """Begin a half of the backward pass when a group of parameters has been through it.
+
+        Memory falls or rises from block to block. The halves are separate phases, so that the peak of either is linear
+        in the number of blocks.
+        """
+        self._num_reduced += 1
+        late = 2 * (self._num_reduced % self._num_groups) >= self._num_groups
+        self._counter.enter("backward, second half" if late else "backward, first half")
+
+
+class SimulatedRank:
+    """The model and optimizer of one rank, whose steps read no data and tell ``counter`` the purpose of memory."""
+
+    def __init__(self, spec: RankSpec, ranks: Ranks, counter: MemoryCounter):
+        config, architecture = spec.config, spec.architecture
+        self.config, self.counter, self._windows = config, counter, architecture.sliding_windows
+        self.plan = plan_batches(config.training, spec.layout.data_parallel)
+        self._backend = PER_DOCUMENT if spec.capability is None else attention_backend(config, architecture)
+        choices = Choices(Choice(self._backend, "planned"), False, self.plan.num_micro_batches)
+        counter.begin("parameters")
+        materialize = materialize_without_values() if not has_values() else materialize_empty
+        # Meshes are tables of ranks, and need values. The model has none until it is materialized.
+        with unset_fake_temporarily():
+            mesh = build_mesh(spec.layout, ranks.device.type)
+            built = build_model(config, architecture, ranks, mesh, choices, even_stages(spec), materialize)
+        self.model, self.forward_backward = built
+        if isinstance(self.forward_backward, Pipelined) and not has_values():
+            read_no_values(self.forward_backward)
+        compact = CompactAdamW if has_values() else StatesOnlyAdamW
+        self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed, compact)
+        counter.declare("parameters", self.model.parameters())
+        for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
+            parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))
+        self._guards = PhaseCounter(counter, self.model)
+        self._guards.begin_phase("other")
+
+    def one_step(self) -> None:
+        """Make one optimizer step on samples that are one document each."""
+        batches = [self._batch() for _ in range(self.plan.num_micro_batches)]
+        settings, targets = self.config.optimizer, float(self.plan.tokens_per_step)
+        rate, clip = settings.learning_rate, settings.clip_grad_norm
+        train_step(self.model, self.forward_backward, self.optimizer, batches, targets, rate, clip, self._guards)
+        self.declare_states()
+
+    def declare_states(self) -> None:
+        """Tell the counter which tensors are the optimizer's states."""
+        values = (value for state in self.optimizer.state.values() for value in state.values())
+        self.counter.declare("optimizer states", (value for value in values if isinstance(value, Tensor)))
+
+    def _batch(self) -> Batch:
+        length, samples = self.plan.sequence_length, self.plan.micro_batch_size
+        with self.counter.making("temporaries"):
+            numbers = torch.zeros(samples * length, dtype=torch.int64)
+            offsets = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
+            # Some backends read the offsets on the host, so the plan is made with values.
+            with unset_fake_temporarily():
+                on_host = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
+                plan = plan_attention(self._backend, on_host, self._windows, on_host.device)
+            return Batch(numbers, numbers.clone(), numbers.clone(), offsets, length, samples * length, plan)
+
+
+def attention_backend(config: RunConfig, architecture: Architecture) -> str:
+    """Return a backend that takes as much memory as the one of a GPU, and that can run without values.
+
+    Of all that read document offsets on the device, this is PyTorch's own.
+    """
+    requested = config.training.attention_backend
+    if requested in ("sdpa", PER_DOCUMENT):
+        return requested
+    fits = architecture.head_dim % 8 == 0 and architecture.head_dim <= 256
+    return VARIABLE_LENGTH[-1] if config.training.precision == "bf16" and fits else PER_DOCUMENT
+
+
+def dry_run(spec: RankSpec) -> RankUsage:
+    """Count a step of a rank whose optimizer has its states.
+
+    Raises:
+        UserError: the layout is impossible for the model.
+    """
+    spec = _shortened(spec)
+    rank = spec.place * spec.layout.world_size // spec.layout.pipeline
+    with simulated_cluster(spec.layout.world_size, rank) as ranks:
+        return count_step(spec, ranks)
+
+
+def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
+    """Return what ``ranks`` holds and does in a step, on tensors with or without values."""
+    work = WorkCounter(spec.layout, spec.gpus_per_node, spec.config.training.sequence_length)
+    counter = MemoryCounter(work.count_operator)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fresh_constants())
+        if spec.capability is not None:
+            stack.enter_context(triton_loss(spec.capability, work.add_flops))
+        stack.enter_context(labelled(counter))
+        stack.enter_context(counter)
+        rank = SimulatedRank(spec, ranks, counter)
+        if spec.whole_steps:
+            rank.one_step()
+        else:
+            allocate_states(rank.optimizer)
+            rank.declare_states()
+        counter.reset_peaks()
+        kept, work.flops, work.collectives = dict(counter.bytes), 0.0, {}
+        rank.one_step()
+    parameters = sum(_local(parameter).numel() for parameter in rank.model.parameters())
+    blocks = sum(1 for _ in rank.model.blocks())
+    return RankUsage(spec.place, blocks, parameters, kept, counter.peaks, counter.most, work.flops, work.collectives)
+
+
+def _num_stages(spec: RankSpec) -> int:
+    return spec.config.parallel.pipeline * spec.config.parallel.pipeline_stages_per_rank
+
+
+def _shortened(spec: RankSpec) -> RankSpec:
+    """Return the spec with a model of ``blocks_per_stage``."""
+    if spec.blocks_per_stage is None:
+        return spec
+    count, windows = spec.blocks_per_stage * _num_stages(spec), spec.architecture.sliding_windows
+    return replace(spec, architecture=replace(spec.architecture, num_layers=count, sliding_windows=windows[:1] * count))
+
+
+def even_stages(spec: RankSpec) -> list[LayerRange] | None:
+    """Return the layers of each stage, if all have ``blocks_per_stage``."""
+    if spec.blocks_per_stage is None:
+        return None
+    blocks = spec.blocks_per_stage
+    return [LayerRange(stage * blocks, (stage + 1) * blocks) for stage in range(_num_stages(spec))]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

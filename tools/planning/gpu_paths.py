@@ -1,0 +1,191 @@
+"""Make tensors without values take a GPU's code paths, and record the purpose of memory.
+
+Tensors of a dry run are nominally on the CPU. If our code queries the device, this module answers for the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+from ...engine.model import decoder
+from ...engine.optim.adamw import CompactAdamW
+from ...engine.parallel.pipeline import Pipelined
+from ...kernels import linear_cross_entropy as loss
+from ...kernels.linear_cross_entropy import chunked
+from .memory import MemoryCounter
+from .simulated_cluster import replaced
+
+
+@contextlib.contextmanager
+def labelled(counter: MemoryCounter) -> Iterator[None]:
+    """Make ``counter`` recognise loss buffers and communication buffers; works on real tensors as well."""
+
+    def inside(make_context: Callable[[], contextlib.AbstractContextManager[None]], function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with make_context():
+                return function(*args, **kwargs)
+
+        return call
+
+    def in_loss() -> contextlib.AbstractContextManager[None]:
+        return counter.making("loss buffers")
+
+    def in_communication() -> contextlib.AbstractContextManager[None]:
+        return counter.making("communication buffers")
+
+    reduce = inside(in_communication, FSDPParamGroup.post_backward)
+
+    def post_backward(group: FSDPParamGroup, *args: Any) -> None:
+        reduce(group, *args)
+        counter.on_reduced()
+        # Gradients that are reduced once in a step are kept here unreduced.
+        waiting = (one for one in group.fsdp_params if getattr(one, "unsharded_accumulated_grad", None) is not None)
+        counter.declare("gradients", (getattr(one, "unsharded_accumulated_grad_data", None) for one in waiting))
+
+    gathers = {
+        name: inside(in_communication, getattr(FSDPParamGroup, name)) for name in ("unshard", "wait_for_unshard")
+    }
+    # DTensor runs operators on whole tensors without values, to learn a result's shape.
+    learn = "_propagate_tensor_meta_non_cached"
+    with (
+        replaced(chunked, compute=inside(in_loss, chunked.compute)),
+        replaced(loss, _scaled=inside(in_loss, loss._scaled)),
+        replaced(FSDPParamGroup, post_backward=post_backward, **gathers),
+        replaced(ShardingPropagator, **{learn: inside(counter.paused, getattr(ShardingPropagator, learn))}),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def fresh_constants() -> Iterator[None]:
+    """Rebuild the model's cached constants inside, and again afterwards: with and without values do not mix."""
+    decoder._frequencies_on.cache_clear()
+    try:
+        yield
+    finally:
+        decoder._frequencies_on.cache_clear()
+
+
+@contextlib.contextmanager
+def triton_loss(capability: tuple[int, int], count_flops: Callable[[float], None]) -> Iterator[None]:
+    """Run the Triton path of the linear cross-entropy, without its kernel, on tensors without values.
+
+    Args:
+        capability: compute capability of the GPU.
+        count_flops: called with floating-point operations that no operator shows.
+    """
+    triton_kernels = _import_triton_kernels()
+    on_cpu = chunked.compute
+
+    def compute(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+        *others, _, need_hidden, need_weight = rest
+        if hidden.dtype != torch.bfloat16:
+            return on_cpu(hidden, weight, *rest)
+        return triton_kernels.compute(hidden, weight, *others, loss.TRITON_LOGIT_BYTES, need_hidden, need_weight)
+
+    def launch(hidden: Tensor, weight: Tensor, *rest: Any, second: bool) -> None:
+        # The second launch repeats what the first could not compute: usually nothing.
+        if not second:
+            count_flops(2.0 * hidden.shape[0] * hidden.shape[1] * weight.shape[0])
+
+    def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+        count_flops(2.0 * a.shape[0] * a.shape[1] * b.shape[1])
+        return torch.empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
+    def add_product(total: Tensor | None, a: Tensor, b: Tensor, block_bytes: int) -> Tensor:
+        if total is None:
+            return matmul_fp32(a, b)
+        count_flops(2.0 * a.shape[0] * a.shape[1] * b.shape[1])
+        return total
+
+    tiles = triton_kernels.HOPPER_TILES if capability[0] >= 9 else triton_kernels.OTHER_TILES
+    functions = {"_launch": launch, "matmul_fp32": matmul_fp32, "add_product": add_product}
+    with (
+        replaced(triton_kernels, **functions, _tiles_for=lambda device: tiles),
+        replaced(chunked, compute=compute),
+    ):
+        yield
+
+
+def _import_triton_kernels() -> Any:
+    """Return the module of the kernels, with an importable stand-in for Triton if it is not installed."""
+    names = ("triton", "triton.language")
+    if importlib.util.find_spec("triton") is None:
+        before = {name: sys.modules.get(name) for name in names}
+        language, triton = (types.ModuleType(name) for name in reversed(names))
+        language.constexpr = int  # type: ignore[attr-defined]
+        triton.language = language  # type: ignore[attr-defined]
+        triton.jit = lambda *_, **__: lambda function: function  # type: ignore[attr-defined]
+        triton.cdiv = lambda a, b: -(-a // b)  # type: ignore[attr-defined]
+        sys.modules.update(zip(names, (triton, language), strict=True))
+        try:
+            from ...kernels.linear_cross_entropy import triton_kernels
+        finally:
+            for name in names:
+                del sys.modules[name]
+            sys.modules.update({name: module for name, module in before.items() if module is not None})
+        return triton_kernels
+    from ...kernels.linear_cross_entropy import triton_kernels
+
+    return triton_kernels
+
+
+class _Steps:
+    """The optimizer's count of steps, which it reads on the host."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __iadd__(self, other: int) -> _Steps:
+        self.count += other
+        return self
+
+    def zero_(self) -> None:
+        """Do the same as a tensor's method."""
+        self.count = 0
+
+    def item(self) -> float:
+        """Do the same as a tensor's method."""
+        return float(self.count)
+
+
+class StatesOnlyAdamW(CompactAdamW):
+    """Has the states of its base class, but updates nothing: on a GPU the update is compiled, and works in place."""
+
+    def _update(self, *_: Any) -> None:
+        pass
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = super()._state_of(parameter)
+        if isinstance(state["step"], Tensor):
+            state["step"] = _Steps()
+        return state
+
+
+def read_no_values(pipelined: Pipelined) -> None:
+    """Make the passes of a pipeline work on tensors without values.
+
+    A micro-batch's number has no value, but all micro-batches have the same shape. Since PyTorch 2.13 the stages vote
+    whether their shapes are fixed; without a vote, each of ours knows them.
+    """
+    pipelined.batch_of = lambda number: pipelined._batches[0]  # type: ignore[method-assign]
+    if not hasattr(pipelined._schedule, "_warmup_p2p"):
+        return
+    from torch.distributed.pipelining._utils import InferenceMode
+
+    def warm_up(stages: list[Any], has_backward: bool, *_: Any) -> None:
+        for stage in stages:
+            assert not InferenceMode.needs_dynamic(stage._user_meta, has_backward)
+            stage._inference_mode = InferenceMode.STATIC
+
+    pipelined._schedule._warmup_p2p = warm_up
