@@ -289,7 +289,7 @@ class TestTraining:
         for name in ("with", "unknown"):
             config = DataConfig([SourceConfig(str(tmp_path / name))], packing=packing, shuffle=shuffle)
             (source,) = open_catalog(config, self.PLAN, 100, None, 7).train
-            source = replace(source, name="same", layout=source.layout)
+            source = replace(source, name="same")
             chunks = [source.chunk(index, 100) for index in range(source.num_chunks)]
             for across in (False, True):
                 batch = pack(chunks, 16, across)

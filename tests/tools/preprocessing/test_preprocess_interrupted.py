@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_finished(tmp_path, tiny_tok
     again = in_small_tasks(tiny_tokenizer, tmp_path)
     out, err = again.communicate(timeout=LIMIT_SECONDS)
     total = -(-(tmp_path / "in" / "a.jsonl").stat().st_size // 20_000)
-    assert out == "done\n" and f"; {total} of {total} parts are there" in err
+    assert out == "done\n" and f"; {total} of {total} parts are finished" in err
     assert sorted(os.listdir(tmp_path / "o")) == OUTPUTS
 
 
