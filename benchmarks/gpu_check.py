@@ -30,7 +30,8 @@ from typing import Any
 
 from retemper.benchmarks.machine import describe_machine
 from retemper.benchmarks.report import BenchmarkReport, command_line, table
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PART_SECONDS = 570.0

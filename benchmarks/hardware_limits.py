@@ -20,7 +20,8 @@ import torch
 from retemper.benchmarks.machine import describe_torch, one_line
 from retemper.benchmarks.report import BenchmarkReport, command_line
 from retemper.benchmarks.timing import time_for
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import require_report
 
 SIZES = {"cuda": (4096, 8192), "cpu": (512, 1024)}

@@ -37,12 +37,13 @@ from retemper.benchmarks.machine import describe_machine
 from retemper.benchmarks.report import BenchmarkReport, command_line, table
 from retemper.benchmarks.timing import held_bytes, peak_bytes, reset_peak, time_calls
 from retemper.benchmarks.token_files import write_dataset
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.settings import DataConfig, SourceConfig
 from retemper.engine.data.catalog import open_catalog
 from retemper.engine.data.loader import TrainingData
 from retemper.engine.data.packing import pack
 from retemper.engine.data.sidecar import Sidecar
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import require_report
 from retemper.engine.observe.start_summary import describe_data
 from retemper.engine.schedule import BatchPlan

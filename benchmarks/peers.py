@@ -33,7 +33,8 @@ from retemper.benchmarks.machine import describe_torch
 from retemper.benchmarks.peer_engines.job import BATCHES_FILE, DATASET, Job
 from retemper.benchmarks.report import BenchmarkReport, command_line, table
 from retemper.benchmarks.token_files import write_dataset
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import require_report
 
 OURS = "retemper"

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from retemper.benchmarks.machine import describe_torch
 from retemper.benchmarks.report import BenchmarkReport, command_line, table
 from retemper.benchmarks.timing import held_bytes, time_calls
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.settings import CheckpointConfig
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import require_report
 from retemper.engine.parallel.process_group import process_group
 from retemper.engine.weights.checkpoint.assets import HfAssets

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import Use, require_separate
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.weights.conversion.options import (

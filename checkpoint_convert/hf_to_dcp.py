@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.weights.conversion.options import add_copying, add_dtype, add_output, interrupt_on_sigterm, parse
 

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from retemper.engine.errors import UserError
 from retemper.engine.model.architecture import Architecture, RopeScaling
-from retemper.engine.weights.conversion.dcp_metadata import check_pickle_size, placeholder_class
 from retemper.engine.weights.damage import brief, file_inside
+from retemper.engine.weights.dcp_metadata import check_pickle_size, placeholder_class
 
 from .megatron_layout import Vocabulary
 

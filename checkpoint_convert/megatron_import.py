@@ -12,22 +12,14 @@ from retemper.engine.files.hashing import hash_file
 from retemper.engine.files.outputs import Use, require_separate
 from retemper.engine.files.regular import read_regular
 from retemper.engine.model.architecture import CONFIG_FILE, read_hf_config
-from retemper.engine.weights.block_copy import WrittenFile
-from retemper.engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets
-from retemper.engine.weights.conversion.checkpoint_model import CheckpointPlan, write_converted_manifest
-from retemper.engine.weights.conversion.logits import compare_logits, describe_logits
-from retemper.engine.weights.conversion.options import CHECKPOINT, HF
-from retemper.engine.weights.conversion.provenance import (
-    ConversionRecord,
-    file_identity,
-    require_same_source,
-)
-from retemper.engine.weights.conversion.writing import nonfinite_option, size_of, write_tensors
-from retemper.engine.weights.hugging_face.shards import ShardPlan
+from retemper.engine.weights.checkpoint.assets import HfAssets
+from retemper.engine.weights.conversion.logits import compare_logits
+from retemper.engine.weights.conversion.options import HF
+from retemper.engine.weights.conversion.pipeline import Conversion, checkpoint_target, hf_target
+from retemper.engine.weights.conversion.provenance import ConversionRecord, file_identity
+from retemper.engine.weights.conversion.stored_model import StoredModel
 from retemper.engine.weights.hugging_face.weight_dtypes import cast_to, describe_casts, dtype_named, with_dtype
 from retemper.engine.weights.hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
-from retemper.engine.weights.partial_folder import PartialFolder, partial_folder
-from retemper.engine.weights.tensor_source import StoredTensor
 from retemper.engine.weights.workers import parse_workers
 
 from .megatron_reading import MegatronModel
@@ -48,19 +40,8 @@ def convert(
 ) -> None:
     """Write ``output`` from the Megatron checkpoint ``megatron``.
 
-    Args:
-        megatron: the folder of a checkpoint, or the one above it with ``latest_checkpointed_iteration.txt``.
-        output: the folder to write; it must not exist.
-        format: ``hf`` for a Hugging Face folder, ``checkpoint`` for a checkpoint that the trainer can start from.
-        config: the model's config.json, or a folder that holds it and perhaps a tokenizer; None: derived from
-            Megatron's stored settings.
-        tokenizer: a folder, which replaces that of ``config``.
-        dtype: ``auto`` keeps each tensor's own; else bfloat16, float16 or float32.
-        max_shard_size: largest safetensors file, such as ``5GB``.
-        workers: threads that copy tensors; by default one for each CPU, up to 8.
-        allow_nonfinite: copy weights that are NaN or infinite instead of refusing them.
-        verify: compare logits with transformers, for ``hf`` only. Needs 4 bytes of memory per parameter.
-        say: receives the lines about casts, omitted tensors and written files.
+    The arguments are the options of checkpoint_convert/from_megatron.py, which
+    documents them. ``say`` receives its output, line by line.
 
     Raises:
         UserError: the checkpoint cannot be used, or ``output`` exists or cannot be written. No files are left, except
@@ -72,53 +53,44 @@ def convert(
     named = [("--megatron", megatron), ("--config", config), ("--tokenizer", tokenizer)]
     reads = [Use(option, path) for option, path in named if path is not None]
     require_separate(reads, folders=[Use(f"--output {output}", output)])
-    given, where = (None, "") if config is None else (read_hf_config(config), str(_config_file(Path(config))))
-    model = MegatronModel(megatron, given, where)
-    tensors = cast_to(model.tensors, target)
-    assets = with_dtype(_assets(config, tokenizer, model), (tensor.dtype for tensor in tensors.values()))
-    for line in [*model.notes, *describe_casts(model.tensors, tensors)]:
-        say(line)
-    if assets.tokenizer_sha256 is None:
-        say("neither --config nor --tokenizer has a tokenizer, so the output has none")
+    model = _open(Path(megatron), config, tokenizer)
+    tensors = cast_to(model.parameters.tensors, target)
+    assets = with_dtype(model.assets, (tensor.dtype for tensor in tensors.values()))
+
+    def compare(content: Path) -> dict[str, Any]:
+        a = model.architecture
+        return compare_logits(content, model.parameters, a, tensors, a.vocab_size, model.max_length)
 
     options = {"format": format, "dtype": dtype, "max_shard_size": shard_bytes, "config": assets.config}
-    options |= nonfinite_option(allow_nonfinite)
-    left_out = {"state of the optimizer": list(model.left_out)} if model.left_out else {}
-    record = ConversionRecord("from_megatron", _identify(model), options, left_out=left_out)
-    with partial_folder(output, record.identity, say) as partial:
-        done = _write(format, partial, model, tensors, assets, shard_bytes, workers, allow_nonfinite)
-        require_same_source(megatron, record.source, lambda: _identify(model))
-        if verify:
-            a, length = model.architecture, model.config.get("max_position_embeddings")
-            record.logits = compare_logits(partial.content, model, a, tensors, a.vocab_size, length)
-            say(describe_logits(record.logits))
-        record.write(partial.content, {**model.tensors, **model.left_out}, tensors, done.values())
-        if format == CHECKPOINT:
-            write_converted_manifest(partial.content, done.values())
-    say(f"wrote {output}: {len(tensors)} tensors, {size_of(done.values())}")
+    without = ["neither --config nor --tokenizer has a tokenizer, so the output has none"]
+    conversion = Conversion(
+        model=model,
+        source=model.parameters,
+        tensors=tensors,
+        target=hf_target(tensors, shard_bytes, assets) if format == HF else checkpoint_target(tensors, assets),
+        record=ConversionRecord("from_megatron", model.identify(), options, left_out=model.left_out),
+        stored=model.stored,
+        casts=describe_casts(model.parameters.tensors, tensors),
+        notes=without if assets.tokenizer_sha256 is None else (),
+    )
+    conversion.write(output, workers, allow_nonfinite, say, compare if verify else None)
 
 
-def _write(
-    format: str,
-    partial: PartialFolder,
-    model: MegatronModel,
-    tensors: dict[str, StoredTensor],
-    assets: HfAssets,
-    shard_bytes: int,
-    workers: int,
-    allow_nonfinite: bool,
-) -> dict[str, WrittenFile]:
-    if format == HF:
-        shards = ShardPlan(tensors, shard_bytes)
-        done = write_tensors(partial, shards.files, model, {}, workers, allow_nonfinite)
-        shards.write_index(partial.content)
-        assets.write(partial.content)
-        return done
-    plan = CheckpointPlan(tensors)
-    done = write_tensors(partial, plan.files, model, {}, workers, allow_nonfinite)
-    plan.write_table(partial.content, done.values())
-    assets.write(partial.content / ASSET_FOLDER)
-    return done
+def _open(folder: Path, config: str | Path | None, tokenizer: str | None) -> StoredModel:
+    given, where = (None, "") if config is None else (read_hf_config(config), str(_config_file(Path(config))))
+    model = MegatronModel(folder, given, where)
+    return StoredModel(
+        folder=folder,
+        config=model.config,
+        architecture=model.architecture,
+        parameters=model,
+        stored={**model.tensors, **model.left_out},
+        left_out={"state of the optimizer": list(model.left_out)} if model.left_out else {},
+        assets=_assets(config, tokenizer, model),
+        asset_folder=folder,
+        notes=model.notes,
+        identify=lambda: _identify(model),
+    )
 
 
 def _config_file(path: Path) -> Path:

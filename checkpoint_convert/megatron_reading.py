@@ -22,9 +22,9 @@ from retemper.engine.errors import UserError
 from retemper.engine.files.regular import read_regular
 from retemper.engine.model.architecture import Architecture, parse_architecture
 from retemper.engine.model.decoder import meta_decoder
-from retemper.engine.weights.conversion.dcp_files import read_dcp_parts
-from retemper.engine.weights.conversion.dcp_metadata import read_metadata
 from retemper.engine.weights.damage import METADATA_FILE, DamagedCheckpoint
+from retemper.engine.weights.dcp_files import read_dcp_parts
+from retemper.engine.weights.dcp_metadata import read_metadata
 from retemper.engine.weights.hugging_face.weight_dtypes import DTYPES, dtype_name
 from retemper.engine.weights.parts import Part, TensorParts
 from retemper.engine.weights.tensor_source import ReadRows, StoredTensor

@@ -20,7 +20,7 @@ from torch import Tensor
 from retemper.engine.errors import UserError
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.weights.block_copy import OutputFile, WrittenFile
-from retemper.engine.weights.conversion.dcp_files import begin_tensor_file
+from retemper.engine.weights.dcp_files import begin_tensor_file
 from retemper.engine.weights.hugging_face.weight_dtypes import dtype_name
 from retemper.engine.weights.tensor_source import ReadRows, StoredTensor, TensorSource
 

@@ -14,7 +14,8 @@ import argparse
 from collections.abc import Sequence
 
 from retemper.checkpoint_convert.megatron_layout import Vocabulary
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.weights.conversion.options import add_copying, add_dtype, add_output, interrupt_on_sigterm, parse
 

@@ -1,12 +1,19 @@
-"""The validation sets of a run: read once, evaluated again and again on the same chunks."""
+"""Evaluate the validation sets, on the same chunks each time, and record the best evaluation.
+
+Losses on other texts, on more of them, or with shorter windows cannot be compared. The record of the best evaluation
+therefore has a fingerprint of the evaluated data, and starts over when that changes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from ..kernels.linear_cross_entropy import IGNORE_INDEX
 from .batch import Batch
-from .best_evaluation import Measure, fingerprint
 from .config.settings import RunConfig
 from .data.catalog import Catalog
 from .data.loader import describe_evaluated, validation_batches
@@ -15,17 +22,47 @@ from .observe.waiting import ProgressBar, Say
 from .parallel.forward_backward import ForwardBackward
 from .parallel.mesh import Mesh
 from .parallel.process_group import Ranks
-from .run_state import Progress
-from .schedule import BatchPlan
+from .schedule import BatchPlan, Progress
+
+_MIX = tuple(np.uint64(odd) for odd in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+"""Odd constants of splitmix64 (Steele, Lea and Flood, 2014)."""
 
 
-def count_targets(batches: Iterable[Batch], mesh: Mesh) -> int:
-    """Targets of this rank's samples; of ranks that read the same ones, one counts them."""
-    return sum(batch.num_targets for batch in batches) if mesh.counts_samples else 0
+@dataclass(frozen=True)
+class BestMetric:
+    """The metric of the best evaluation: the loss on the first validation set."""
+
+    name: str
+    fingerprint: str
+    """Fingerprint of all evaluated (token, target, position) of the set."""
+
+    def matches(self, best: Mapping[str, Any]) -> bool:
+        """Return whether the record ``best`` uses this metric. Records of versions without fingerprints are compared
+        by name.
+        """
+        return best.get("name") == self.name and best.get("measured", self.fingerprint) == self.fingerprint
+
+    def improves(self, best: Mapping[str, Any], loss: float) -> bool:
+        """Return whether ``loss`` replaces the record ``best``."""
+        return not self.matches(best) or loss < best["loss"]
+
+    def record(self, step: int, loss: float) -> dict[str, Any]:
+        """Return the record of an evaluation, in JSON's types."""
+        return {"step": step, "name": self.name, "loss": loss, "measured": self.fingerprint}
+
+    def describe_reset(self, best: Mapping[str, Any]) -> list[str]:
+        """Return a line for the log if the record ``best`` of a checkpoint cannot be continued."""
+        if not best or self.matches(best):
+            return []
+        reason = "of another set" if best.get("name") != self.name else "of other data, eval_tokens or sequence_length"
+        return [
+            f"note: the record of the best evaluation starts over with {self.name}: {best.get('name')} "
+            f"{best.get('loss', float('nan')):.4f} of step {best.get('step')} is {reason}"
+        ]
 
 
 class Validation:
-    """This rank's micro-batches of every validation set. Reading them at the start shows bad data before the training.
+    """This rank's batches of every validation set. They are read at the start, so bad data shows before the training.
 
     Raises:
         UserError: on all ranks: a set cannot be read, or has no target.
@@ -34,8 +71,8 @@ class Validation:
     def __init__(self, config: RunConfig, catalog: Catalog, plan: BatchPlan, vocab_size: int, mesh: Mesh, ranks: Ranks):
         data, tokens = config.data, config.training.eval_tokens
         self._ranks = ranks
-        self._at_a_time = plan.num_micro_batches * max(1, 16 // plan.num_micro_batches)
-        """Micro-batches between two looks at whether to stop: whole steps of a pipeline."""
+        # Whole steps of a pipeline.
+        self._batches_between_stop_checks = plan.num_micro_batches * max(1, 16 // plan.num_micro_batches)
         self._batches = ranks.run_on_all(
             lambda: {
                 name: list(
@@ -44,80 +81,88 @@ class Validation:
                 for name, sources in catalog.validation.items()
             }
         )
-        self._targets = {
-            name: ranks.all_reduce(count_targets(batches, mesh)) for name, batches in self._batches.items()
-        }
-        for name, count in self._targets.items():
+        self._num_targets = {name: ranks.all_reduce(count_targets(own, mesh)) for name, own in self._batches.items()}
+        for name, count in self._num_targets.items():
             if not count:
                 raise UserError(
                     f"validation set '{name}' has no target: its loss mask leaves out every token that is evaluated, "
                     "or every document is of one token; use another set, or raise training.eval_tokens"
                 )
-
-        self.measure = self._measure(mesh, plan.sequence_length)
-        """What decides which evaluation is the best; None without validation sets."""
+        self.metric: BestMetric | None = None
+        """None without validation sets."""
+        for name, batches in [*self._batches.items()][:1]:
+            self.metric = BestMetric(name, fingerprint(batches, mesh.counts_samples, plan.sequence_length, ranks))
         self._extents = {
             name: describe_evaluated(sources, plan.sequence_length, tokens)
             for name, sources in catalog.validation.items()
         }
 
     def describe(self) -> list[str]:
-        """Lines about what is evaluated of each set."""
-        return [f"validation  {name}: {self._targets[name]:,.0f} targets in {it}" for name, it in self._extents.items()]
-
-    def _measure(self, mesh: Mesh, sequence_length: int) -> Measure | None:
-        for name, batches in self._batches.items():
-            return Measure(name, fingerprint(batches, mesh.counts_samples, sequence_length, self._ranks))
-        return None
+        """Return a line about the evaluated part of each set."""
+        return [
+            f"validation  {name}: {self._num_targets[name]:,.0f} targets in {x}" for name, x in self._extents.items()
+        ]
 
     def __bool__(self) -> bool:
         return bool(self._batches)
 
-    @property
-    def num_batches(self) -> int:
-        """This rank's micro-batches of all sets."""
-        return sum(map(len, self._batches.values()))
-
     def evaluate(
-        self, forward_backward: ForwardBackward, step: int, stopping: Callable[[], bool], say: Say
+        self, forward_backward: ForwardBackward, step: int, should_stop: Callable[[], bool], say: Say
     ) -> dict[str, float]:
-        """Return :meth:`losses` after ``step``, and show the progress; empty where all ranks are to stop."""
-        what = f"evaluation at step {step}, micro-batches"
-        with ProgressBar(what, self.num_batches, say, self._ranks.is_main) as counted:
-            losses = self.losses(forward_backward, stopping, counted.update)
-        if self and not losses:
-            say("  evaluation broken off: asked to stop; the run that resumes makes it")
+        """Return the mean loss per target of every set in nats, or nothing if interrupted. All ranks must call this.
+
+        Args:
+            forward_backward: computes losses.
+            step: number of steps made, for the log.
+            should_stop: called now and then; returns the same on all ranks.
+            say: prints a line for people.
+        """
+        losses = {}
+        total = sum(map(len, self._batches.values()))
+        with ProgressBar(f"evaluation at step {step}, micro-batches", total, say, self._ranks.is_main) as bar:
+            for name, batches in self._batches.items():
+                loss_sum = 0.0
+                for first in range(0, len(batches), self._batches_between_stop_checks):
+                    if should_stop():
+                        say("  evaluation interrupted by the request to stop; the resumed run repeats it")
+                        return {}
+                    some = batches[first : first + self._batches_between_stop_checks]
+                    loss_sum += forward_backward.evaluate(some).item()
+                    bar.update(len(some))
+                losses[name] = self._ranks.all_reduce(loss_sum) / self._num_targets[name]
         return losses
 
     def best(self, losses: Mapping[str, float], progress: Progress) -> dict[str, Any] | None:
-        """Return the record of ``losses`` where that of the first set is its lowest so far, otherwise None."""
-        if not losses or progress.step == 0:  # which has no checkpoint
+        """Return the record of ``losses`` if that of the first set is the lowest so far, otherwise None."""
+        if not losses or progress.step == 0:  # step 0 has no checkpoint
             return None
-        assert self.measure is not None
-        loss = losses[self.measure.name]
-        return self.measure.record(progress.step, loss) if self.measure.improves(progress.best, loss) else None
+        assert self.metric is not None
+        loss = losses[self.metric.name]
+        return self.metric.record(progress.step, loss) if self.metric.improves(progress.best, loss) else None
 
-    def losses(
-        self,
-        forward_backward: ForwardBackward,
-        stopping: Callable[[], bool],
-        on_batches: Callable[[int], object] = lambda count: None,
-    ) -> dict[str, float]:
-        """Mean loss per target of every set, in nats; empty when ``stopping``, the same on all ranks, says so.
 
-        Args:
-            forward_backward: compute losses.
-            stopping: asked now and then.
-            on_batches: told how many micro-batches more are done.
-        """
-        losses = {}
-        for name, batches in self._batches.items():
-            loss_sum = 0.0
-            for first in range(0, len(batches), self._at_a_time):
-                if stopping():
-                    return {}
-                some = batches[first : first + self._at_a_time]
-                loss_sum += forward_backward.evaluate(some).item()
-                on_batches(len(some))
-            losses[name] = self._ranks.all_reduce(loss_sum) / self._targets[name]
-        return losses
+def count_targets(batches: Iterable[Batch], mesh: Mesh) -> int:
+    """Return the number of targets in this rank's samples; zero if another rank counts them."""
+    return sum(batch.num_targets for batch in batches) if mesh.counts_samples else 0
+
+
+def fingerprint(batches: Iterable[Batch], counted: bool, sequence_length: int, ranks: Ranks) -> str:
+    """Return a hash of the evaluated data, which depends neither on the number of ranks nor on the micro-batch.
+
+    Args:
+        batches: of this rank.
+        counted: whether this rank counts its samples; one of the ranks that read the same samples does.
+        sequence_length: of the windows.
+        ranks: all must call this.
+    """
+    total = 0
+    for batch in batches if counted else ():
+        valid = batch.targets != IGNORE_INDEX
+        columns = (batch.tokens[valid], batch.targets[valid], batch.position_ids[valid])
+        mixed = np.zeros(int(valid.sum()), np.uint64)
+        for column, odd in zip(columns, _MIX, strict=True):
+            mixed = (mixed ^ column.numpy().astype(np.uint64)) * odd
+            mixed ^= mixed >> np.uint64(31)
+        # A sum does not depend on the order of the samples.
+        total += int(mixed.sum(dtype=np.uint64))
+    return f"{sequence_length}:{sum(ranks.all_gather(total)) % 2**64:016x}"

@@ -1,14 +1,15 @@
-"""Pretraining, from the command line to the last checkpoint: the recipe, to be read from top to bottom.
+"""Pretrain a model: the whole recipe, from the command line to the last checkpoint.
 
-``python engine/pretrain.py --config run.yaml``, or the same under ``torchrun`` for many ranks. :func:`build` opens and
-builds everything and writes nothing; :func:`train` makes the steps. What needs PyTorch is imported where it is used:
-``--help`` and errors in the configuration are answered without it.
+Run it with ``python engine/pretrain.py --config run.yaml``, or under ``torchrun`` for several ranks. :func:`build`
+opens and builds everything and writes nothing; :func:`train` makes the steps. Modules that need PyTorch are imported
+where they are used, so that ``--help`` and configuration errors do not wait for it.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from retemper.engine.config.checks import validate
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from retemper.engine.data.loader import Prefetcher
     from retemper.engine.guards.rollback import Rollback
     from retemper.engine.parallel.process_group import Ranks
-    from retemper.engine.run_state import Run
+    from retemper.engine.run import Run
     from retemper.engine.step import StepResult
 
 
@@ -49,31 +50,30 @@ def main(console: Console | None = None) -> None:
 
 
 def prepare(world_size: int) -> RunConfig:
-    """Return the configuration of this run on ``world_size`` ranks, and import all that the run needs.
+    """Return the configuration of this run on ``world_size`` ranks, and import everything that the run needs.
 
-    A wrong configuration is reported at once; a broken installation before any rank waits for this one.
+    So configuration errors are reported at once, and a broken installation before other ranks wait for this one.
     """
     config = parse_config()
     check_layout(config, world_size)
     with without_gc():
-        from retemper.engine import evaluation, run_folder, start  # noqa: F401
-        from retemper.engine.guards import rollback, run_guards  # noqa: F401
-        from retemper.engine.observe import reporter, start_summary  # noqa: F401
-        from retemper.engine.parallel import precision  # noqa: F401
+        from retemper.engine import run, run_folder  # noqa: F401
+        from retemper.engine.guards import rollback  # noqa: F401
+        from retemper.engine.observe import end_summary, start_summary  # noqa: F401
     return config
 
 
 def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, saves: bool = True) -> Run:
-    """Open and check everything, and build the model with its weights. Nothing is written. All ranks must call this.
+    """Open and check everything, and build the model with its weights. Write nothing. All ranks must call this.
 
     Args:
         config: of the run.
         ranks: that train together.
-        stop: notices requests to stop; StoppedBeforeTraining is raised on all ranks where any was asked to.
-        saves: whether the run will write checkpoints; measurements do not.
+        stop: receives requests to stop; after one, StoppedBeforeTraining is raised on all ranks.
+        saves: whether the run writes checkpoints; benchmarks do not.
 
     Raises:
-        UserError: configuration, data or checkpoint cannot be trained with.
+        UserError: training with this configuration, data or checkpoint is impossible.
     """
     from retemper.engine.data.loader import TrainingData
     from retemper.engine.evaluation import Validation
@@ -83,48 +83,44 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
     from retemper.engine.optim import build_optimizer
     from retemper.engine.parallel.build import build_model
     from retemper.engine.parallel.mesh import build_mesh
-    from retemper.engine.parallel.precision import with_precision
+    from retemper.engine.run import Run
     from retemper.engine.run_folder import require_room, run_store
-    from retemper.engine.run_state import Run
     from retemper.engine.start import choose, find_start, open_data, open_start
     from retemper.engine.weights.checkpoint.saver import Saver
 
     validate(config)
-    stop, say = stop or StopRequest(ranks), rank0_printer(ranks.is_main)
+    stop, say, store = stop or StopRequest(ranks), rank0_printer(ranks.is_main), run_store(config, ranks)
     stop.stop_after(config.training.stop_after_minutes)
     layout = plan_layout(config.parallel, ranks.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
-    config, precision = with_precision(config, ranks)
-
-    store = run_store(config, ranks)
-    with report_if_slow("looking for a checkpoint and verifying it", say, ranks.is_main):
+    with report_if_slow("looking for a checkpoint and verifying it", say):
         config, found = find_start(config, ranks, store)
-    with report_if_slow("opening the data", say, ranks.is_main):
+    with report_if_slow("opening the data", say):
         start = ranks.run_on_all(lambda: open_start(config, found))
         architecture = start.architecture
-        attention, choices = ranks.run_on_all(lambda: choose(config, architecture, plan, ranks))
+        config, choices = choose(config, architecture, plan, ranks)
         catalog, order, progress = ranks.run_on_all(lambda: open_data(config, plan, start))
     room = require_room(config, store, architecture, plan, progress) if saves else []
 
     mesh = build_mesh(layout, ranks.device.type)
-    with report_if_slow("building the model", say, ranks.is_main):
+    with report_if_slow("building the model", say):
         model, forward_backward = build_model(config, architecture, ranks, mesh, choices)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed)
     stop.exit_if_agreed()
-    with report_if_slow("loading the weights", say, ranks.is_main):
+    with report_if_slow("loading the weights", say):
         casts = ranks.run_on_all(lambda: start.load_into(model, optimizer))
 
     across, pinned = config.data.attend_across_documents, ranks.device.type == "cuda"
     data = TrainingData(catalog.train, order, plan, mesh.data_rank, architecture.vocab_size, across, pinned)
-    with report_if_slow("reading the validation sets", say, ranks.is_main):
+    with report_if_slow("reading the validation sets", say):
         validation = Validation(config, catalog, plan, architecture.vocab_size, mesh, ranks)
     ranks.run_on_all(catalog.finish_checks)
     saver = Saver(store, ranks, config.checkpoint, say)
     guards = RunGuards(config, ranks, store, saver, model, say, start.resumed)
     report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say)
     return Run(
-        config, ranks, stop, say, plan, mesh, precision, attention, choices, start, catalog, order, data, validation,
-        model, forward_backward, optimizer, store, saver, guards, report, [*casts, *found.remarks, *room], progress,
+        config, ranks, stop, say, mesh, choices, start, catalog, data, validation, model, forward_backward, optimizer,
+        store, saver, guards, report, [*casts, *found.remarks, *room], progress,
     )  # fmt: skip
 
 
@@ -143,14 +139,17 @@ def train(run: Run, console: Console | None = None) -> None:
             while rollback := make_steps(run, rollback):
                 roll_back(run, rollback)
             if run.remaining_steps == 0:
-                export_run(run)
+                export_run(
+                    run.config.checkpoint, run.store, run.progress.step, run.start.folder, run.stop.agreed, run.say
+                )
         run.say(*describe_end(run))
 
 
 def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
-    """Make all steps that are left, ``after`` going back, or those up to a loss spike before which to go back."""
+    """Make the remaining steps, ``after`` a rollback or not. Return at a loss spike that needs another rollback."""
     from retemper.engine.data.loader import Prefetcher
     from retemper.engine.guards.rollback import plan_rollback
+    from retemper.engine.run_folder import saving_on_failure
     from retemper.engine.weights.checkpoint.tensors import training_tensors
 
     if run.evaluation_pending:
@@ -158,12 +157,12 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
     if after is None:
         run.stop.exit_if_agreed()
     elif run.stop.agreed():
-        run.say(f"stopped at step {run.progress.step} as asked, gone back to before a spike; resume: auto continues")
+        run.say(f"stopped at step {run.progress.step} as asked, after a rollback; resume: auto continues")
         return None
     run.report.stopwatch.restart()
     first_samples = range(run.progress.samples, run.last_sample, run.plan.global_batch_size)
     prefetcher = Prefetcher(run.data.micro_batches, first_samples, run.config.data.prefetch_steps)
-    with prefetcher, run.guards.saving_on_failure(run):
+    with prefetcher, saving_on_failure(run):
         for first_sample in first_samples:
             result = one_step(run, *next_batches(run, prefetcher))
             run.report.stopwatch.step_done()
@@ -203,28 +202,28 @@ def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[Batch], float]:
 
 
 def one_step(run: Run, batches: list[Batch], num_targets: float) -> StepResult:
-    """Make one optimizer step on this rank's ``batches``, and advance the clock."""
+    """Make one optimizer step on this rank's ``batches``, and count it."""
     from retemper.engine.step import train_step
 
     rate = learning_rate(run.progress.tokens + run.plan.tokens_per_step, run.config.training, run.config.optimizer)
     clip = run.config.optimizer.clip_grad_norm
     result = train_step(run.model, run.forward_backward, run.optimizer, batches, num_targets, rate, clip, run.guards)
-    run.advance()
+    run.progress = run.progress.after_step(run.plan)
     run.guards.step_done()
     return result
 
 
 def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) -> bool:
-    """Do what is due at the end of a step; return whether to stop. Numbers that are not finite are never saved."""
+    """Evaluate and save if it is due after this step; return whether to stop. Never saves non-finite numbers."""
     from retemper.engine.run_folder import save
 
     step, keep = run.progress.step, run.config.checkpoint
     run.guards.check_replicas(step, run.optimizer)
     losses: dict[str, float] = {}
     improved, due = False, step % keep.save_interval == 0
-    # Launchers give a run that is asked to stop some seconds: they are for saving. What resumes it evaluates.
+    # Launchers wait some seconds for a run to stop: they are for saving. The resumed run evaluates.
     if run.validation and run.evaluation_due() and (last or not stopping):
-        # With keep_best true, only an evaluation of what is saved anyway can be the best.
+        # With keep_best true, only an evaluation of a step that is saved anyway can be the best.
         losses, improved = evaluate(run, last or stopping or due or keep.keep_best is not True)
         stopping = stopping or not losses
     if last or stopping or due or (improved and keep.keep_best == "improved"):
@@ -235,17 +234,17 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
 
 
 def evaluate(run: Run, counts: bool = True) -> tuple[dict[str, float], bool]:
-    """Return the losses of the validation sets, and whether they are the best so far, where this one ``counts``."""
+    """Return the losses of the validation sets, and whether they are the best so far, if this one ``counts``."""
     losses = run.validation.evaluate(run.forward_backward, run.progress.step, run.stop.agreed, run.say)
     run.report.evaluation(run.progress, losses)
     run.guards.step_guard.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})
     best = run.validation.best(losses, run.progress) if counts else None
     if best is not None:
-        run.progress = run.progress.with_best(best)
+        run.progress = replace(run.progress, best=best)
     return losses, best is not None
 
 
 if __name__ == "__main__":
-    printed = Console(logged=os.environ.get("RANK", "0") == "0")
-    printed.install()
-    run_command(lambda: main(printed))
+    output = Console(logged=os.environ.get("RANK", "0") == "0")
+    output.install()
+    run_command(lambda: main(output))

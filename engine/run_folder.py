@@ -1,4 +1,4 @@
-"""The folder that a run writes to: its one writer, its checkpoints, and the configuration next to them."""
+"""Write to the folder of a run: its checkpoints, records and configuration."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 from .. import __version__
 from .config.settings import RunConfig, to_dict, to_yaml
+from .errors import UserError
+from .guards.run_guards import UnreadableData
 from .model.architecture import Architecture
 from .observe.console import Console
 from .parallel.process_group import Ranks
-from .run_state import Progress, Run
-from .schedule import BatchPlan
+from .run import Run
+from .schedule import BatchPlan, Progress
 from .weights.checkpoint.destination import require_destination
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.run_record import CONFIG_FILE, note_start
@@ -33,14 +35,14 @@ def run_store(config: RunConfig, ranks: Ranks) -> CheckpointStore:
 def require_room(
     config: RunConfig, store: CheckpointStore, architecture: Architecture, plan: BatchPlan, progress: Progress
 ) -> list[str]:
-    """Refuse a place that cannot take what the run will write. All ranks must call this.
+    """Refuse a run folder without enough space for what the run will write. All ranks must call this.
 
     Args:
         config: of the run.
-        store: of its checkpoints; learns how large they will be.
+        store: of its checkpoints; is told their expected size.
         architecture: of the model.
-        plan: of its steps.
-        progress: that it begins with.
+        plan: batch sizes.
+        progress: at the start.
 
     Returns:
         lines for the log, on the main rank.
@@ -57,14 +59,14 @@ def require_room(
 
 @contextmanager
 def open_run_folder(run: Run, console: Console | None) -> Iterator[None]:
-    """Be the only writer to the run folder, and put its records, configuration and checkpoints in order.
+    """Lock the run folder, and prepare its records, configuration and checkpoints.
 
     Args:
-        run: built, and not begun.
-        console: what it prints also goes to the folder's log.txt.
+        run: built, before its first step.
+        console: also prints to log.txt in the folder.
 
     Raises:
-        UserError: on every rank, when another process writes to the folder, or it cannot be written.
+        UserError: on every rank, if another process writes to the folder, or it is not writable.
     """
     with run.store.locked() as remarks:
         run.ranks.run_on_rank0(lambda: _open(run, console))
@@ -83,20 +85,38 @@ def _open(run: Run, console: Console | None) -> None:
 
 
 def save(run: Run, evaluation: dict[str, float], final: bool) -> None:
-    """Begin to write a checkpoint of ``run``; see :meth:`Saver.save` and :func:`manifest_of`. All ranks call this."""
+    """Start to write a checkpoint of ``run``; see :meth:`Saver.save`. All ranks must call this."""
     run.report.save()
     tensors, manifest = training_tensors(run.model, run.optimizer), manifest_of(run, evaluation, final)
     run.saver.save(tensors, run.start.assets, manifest, run.progress.best.get("step"))
 
 
+@contextmanager
+def saving_on_failure(run: Run) -> Iterator[None]:
+    """Save the state before a step that fails inside.
+
+    A UserError saves nothing, unless it is about the data: it names an older checkpoint for a reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UnreadableData) or not isinstance(error, UserError):
+            run.guards.pause_watchdog()
+            if run.progress.step > run.report.totals.start.step:
+                run.report.save()
+                manifest = lambda what: manifest_of(run, {}, final=False, emergency=what)  # noqa: E731
+                run.guards.emergency(error, run.progress.step, run.optimizer, run.start.assets, manifest)
+        raise
+
+
 def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: str = "") -> Manifest:
-    """Return the manifest of a checkpoint of ``run`` as it is now.
+    """Return the manifest of a checkpoint of the current state of ``run``.
 
     Args:
         run: between two steps.
-        evaluation: losses of the validation sets that were measured here.
+        evaluation: losses of the validation sets after this step.
         final: whether the token budget is used up.
-        emergency: the failure that the checkpoint is written because of.
+        emergency: the failure that caused the checkpoint.
     """
     return Manifest(
         kind="training",

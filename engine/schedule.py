@@ -1,17 +1,38 @@
-"""Token arithmetic: batches, steps and the learning rate are functions of tokens, the clock of a run."""
+"""Compute batches, steps and the learning rate from consumed tokens, the clock of a run."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .config.settings import OptimizerConfig, TrainingConfig
 from .errors import UserError
 
 
 @dataclass(frozen=True)
+class Progress:
+    """What a run has consumed so far, and its best evaluation."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+    """Record of the best evaluation; see :class:`~retemper.engine.evaluation.BestMetric`."""
+
+    def after_step(self, plan: BatchPlan) -> Progress:
+        """Return the progress after one more step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            samples=self.samples + plan.global_batch_size,
+            tokens=self.tokens + plan.tokens_per_step,
+        )
+
+
+@dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is dealt to ranks and micro-batches."""
+    """Division of a global batch into micro-batches of ranks."""
 
     sequence_length: int
     global_batch_size: int
@@ -20,24 +41,24 @@ class BatchPlan:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches that each rank accumulates in one step."""
+        """Number of micro-batches that each rank accumulates in one step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one step consumes over all ranks."""
+        """Number of tokens that one step consumes over all ranks."""
         return self.global_batch_size * self.sequence_length
 
     def steps_for(self, tokens: int) -> int:
-        """Steps that consume at least ``tokens``."""
+        """Return the number of steps that consume at least ``tokens``."""
         return -(-tokens // self.tokens_per_step)
 
     def steps_left(self, train_tokens: int, tokens: int) -> int:
-        """Return the steps until ``train_tokens`` are consumed, if ``tokens`` are consumed already."""
+        """Return the number of steps until ``train_tokens`` are consumed, if ``tokens`` are consumed already."""
         return self.steps_for(max(0, train_tokens - tokens))
 
     def sample_offsets(self, data_rank: int) -> list[range]:
-        """For each of this rank's micro-batches, its samples as offsets into the global batch."""
+        """Return the samples of each of this rank's micro-batches, as offsets into the global batch."""
         width = self.micro_batch_size * self.data_parallel_size
         first = data_rank * self.micro_batch_size
         return [
@@ -50,7 +71,7 @@ def plan_batches(training: TrainingConfig, data_parallel_size: int) -> BatchPlan
     """Divide the global batch over ``data_parallel_size`` ranks.
 
     Raises:
-        UserError: it does not divide.
+        UserError: it cannot be divided evenly.
     """
     width = training.micro_batch_size * data_parallel_size
     if training.global_batch_size % width:
@@ -66,13 +87,13 @@ def plan_batches(training: TrainingConfig, data_parallel_size: int) -> BatchPlan
 
 
 def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerConfig) -> float:
-    """Learning rate of the step after which ``tokens`` tokens have been consumed.
+    """Return the learning rate of the step after which ``tokens`` tokens have been consumed.
 
-    Linear warm-up from zero to the peak, which the step that ends at ``warmup_tokens`` uses; the step that ends at
-    ``train_tokens`` uses the minimum (cosine, linear, wsd). Where the schedule starts later, at
-    ``schedule_start_tokens``, all of this is counted from there, and the warm-up begins at the minimum, with which a
-    former schedule has ended: re-warming, Ibrahim et al., 2024, https://arxiv.org/abs/2403.08763. Cosine:
-    Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983; wsd: Hu et al., 2024, https://arxiv.org/abs/2404.06395.
+    The rate warms up linearly from zero to the peak, which the step that ends at ``warmup_tokens`` uses. It then
+    decays; the step that ends at ``train_tokens`` uses the minimum (cosine, linear, wsd). With
+    ``schedule_start_tokens`` all of this is counted from there, and the warm-up starts at the minimum, where the former
+    schedule ended (re-warming: Ibrahim et al., 2024, https://arxiv.org/abs/2403.08763). Cosine: Loshchilov and Hutter,
+    2017, https://arxiv.org/abs/1608.03983; wsd: Hu et al., 2024, https://arxiv.org/abs/2404.06395.
     """
     peak, minimum, start = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.schedule_start_tokens
     tokens, train_tokens = max(0, tokens - start), training.train_tokens - start

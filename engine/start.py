@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..kernels.attention import Choice as AttentionChoice
 from .config.settings import DATA_FILES, RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
 from .data.renamed_sources import keep_names
@@ -24,9 +23,9 @@ from .parallel.build import Choices
 from .parallel.build import check as check_model
 from .parallel.forward_backward import ModelParts
 from .parallel.memory_check import require_memory
+from .parallel.precision import with_precision
 from .parallel.process_group import Ranks
-from .run_state import Progress
-from .schedule import BatchPlan
+from .schedule import BatchPlan, Progress
 from .weights.checkpoint.assets import ASSET_FOLDER, HfAssets, complete_assets
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.resume_changes import require_allowed
@@ -39,9 +38,8 @@ from .weights.checkpoint.tensors import (
     require_model_tensors,
     training_tensors,
 )
-from .weights.hugging_face.initial import KEY, local_weights, open_weights
+from .weights.hugging_face.initial import KEY, load_hf_tensors, local_weights, open_weights
 from .weights.hugging_face.model import HfModel
-from .weights.hugging_face.slices import load_hf_tensors
 from .weights.hugging_face.weight_dtypes import declared_dtype, with_dtype
 from .weights.parts import TensorParts
 
@@ -114,7 +112,7 @@ class HuggingFaceStart(Start):
         tensors = model_tensors(model)
         where = f"weights     {self.folder}: "
         lines = [line if line.startswith("note: ") else where + line for line in self.weights.notes]
-        lines += describe_casts(self.folder, self.weights.tensors, tensors, resuming=False)
+        lines += describe_casts(self.folder, self.weights.parameters.tensors, tensors, resuming=False)
         load_hf_tensors(self.weights, tensors)
         return lines
 
@@ -181,7 +179,7 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
         read, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
     assets = complete_assets(model, read, folder, found.resumed)
     if weights is not None:  # as checkpoint_convert/hf_to_dcp.py keeps them
-        assets = with_dtype(assets, (tensor.dtype for tensor in weights.tensors.values()))
+        assets = with_dtype(assets, (tensor.dtype for tensor in weights.parameters.tensors.values()))
     assert assets.config is not None
     if config.checkpoint.export_hf:
         declared_dtype(assets.config, where)  # in which the end of the run exports the weights
@@ -199,20 +197,26 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     return start
 
 
-def choose(
-    config: RunConfig, architecture: Architecture, plan: BatchPlan, ranks: Ranks
-) -> tuple[AttentionChoice, Choices]:
-    """Decide what the configuration leaves open, and refuse what the model's shape or size makes impossible.
+def choose(config: RunConfig, architecture: Architecture, plan: BatchPlan, ranks: Ranks) -> tuple[RunConfig, Choices]:
+    """Decide what the configuration leaves open; refuse what the model makes impossible. All ranks must call this.
+
+    Returns:
+        the configuration with its precision decided, and the other decisions.
 
     Raises:
-        UserError: with both sides of the arithmetic.
+        UserError: on all ranks, with both sides of the arithmetic.
     """
-    attention = choose_attention(config, architecture, ranks.device)
-    compiled = block_compile.enabled(config, ranks.device, attention.backend)
-    choices = Choices(attention.backend, compiled, plan.num_micro_batches)
-    check_model(config, architecture, choices, ranks.device)
-    require_memory(config, architecture, ranks.device, ranks.world_size)
-    return attention, choices
+    config, precision = with_precision(config, ranks)
+
+    def decide() -> Choices:
+        attention = choose_attention(config, architecture, ranks.device)
+        compiled = block_compile.enabled(config, ranks.device, attention.backend)
+        choices = Choices(attention, compiled, plan.num_micro_batches, precision.reason)
+        check_model(config, architecture, choices, ranks.device)
+        require_memory(config, architecture, ranks.device, ranks.world_size)
+        return choices
+
+    return config, ranks.run_on_all(decide)
 
 
 def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog, SampleOrder, Progress]:

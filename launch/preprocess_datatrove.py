@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import UserError, run_command
 from retemper.tools import preprocess
-from retemper.tools.preprocessing.output_check import require_free_shards
+from retemper.tools.preprocessing.dataset.checks import require_free_shards
 
 try:
     from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor

@@ -31,7 +31,7 @@ import os
 
 from retemper.tools.preprocessing.dataset_files import refuse_existing_outputs
 from retemper.engine.errors import UserError, run_command
-from retemper.tools.preprocessing.output.checks import output_prefixes, require_free_shards
+from retemper.tools.preprocessing.dataset.checks import output_prefixes, require_free_shards
 from retemper.tools.preprocess import parse_arguments
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import retemper
-from retemper.engine.errors import CommandParser, UserError, names_path
+from retemper.engine.config.command_line import CommandParser, names_path
+from retemper.engine.errors import UserError
 
 ROOT = Path(retemper.__file__).parent
 COMMANDS = sorted(

@@ -21,8 +21,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from retemper.engine.config.settings import CheckpointConfig, DataConfig, RunConfig, TrainingConfig
 from retemper.engine.errors import UserError, report_user_error, run_command
 from retemper.engine.observe import waiting
-from retemper.engine.observe.end_summary import Totals, next_command
-from retemper.engine.run_state import Progress
+from retemper.engine.observe.end_summary import next_command
+from retemper.engine.observe.totals import Totals
+from retemper.engine.schedule import Progress
 
 ROOT = Path(__file__).parents[1]
 

@@ -27,7 +27,7 @@ def write(prefix, lengths, seed=5):
 def evaluated(ranks, path, overrides):
     """Losses of the validation sets before the first step, what the log says of the sets, and the weights."""
     run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
-    losses = run.validation.losses(run.forward_backward, lambda: False)
+    losses = run.validation.evaluate(run.forward_backward, 0, lambda: False, print)
     weights = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in run.model.named_parameters()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gc
-import importlib
 import json
 import os
 import subprocess
@@ -14,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import retemper
-from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.weights.checkpoint.manifest import Manifest, write_manifest
 
 ROOT = Path(retemper.__file__).parent
@@ -165,23 +162,3 @@ def test_all_modules_of_a_run_are_imported_before_ranks_meet(run_yaml):
     done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=300)
     assert "retemper.engine.step" in needed
     assert not needed - {*json.loads(done.stdout)}
-
-
-def test_the_collector_rests_while_libraries_are_imported(tmp_path, monkeypatch):
-    assert gc.isenabled()
-    frozen = gc.get_freeze_count()
-    with pytest.raises(ImportError), without_gc():
-        assert not gc.isenabled()
-        raise ImportError
-    with without_gc():  # everything has been imported before
-        import torch  # noqa: F401
-    assert gc.isenabled() and gc.get_freeze_count() == frozen
-    (tmp_path / "library_of_startup.py").write_text("loop = []\nloop.append(loop)\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    try:
-        with without_gc():
-            importlib.import_module("library_of_startup")
-        assert gc.isenabled() and gc.get_freeze_count() > frozen
-    finally:
-        gc.unfreeze()
-        del sys.modules["library_of_startup"]

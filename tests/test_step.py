@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
-import weakref
 from collections import Counter
 
 import pytest
@@ -14,7 +12,6 @@ import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.engine import pretrain
-from retemper.engine.guards.garbage_collection import GarbageCollection
 from retemper.engine.optim.adamw import CompactAdamW
 from retemper.engine.parallel.process_group import process_group
 
@@ -144,53 +141,3 @@ def test_which_blocks_are_gathered_ahead(count, one_rank, run_file, tmp_path):
     backward = {state: state._states_to_backward_prefetch for state in (root, first, second)}
     assert forward == {root: [first, second][:count], first: [second][:count], second: []}
     assert backward == {root: [second, first][:count], second: [first][:count], first: []}
-
-
-class Cycle:
-    """Garbage that only the collector can free."""
-
-    def __init__(self):
-        self.itself = self
-
-
-def _garbage() -> weakref.ref:
-    return weakref.ref(Cycle())
-
-
-def test_garbage_is_collected_at_its_steps_only():
-    with GarbageCollection(3) as schedule:
-        assert not gc.isenabled()
-        found = []
-        for step in range(1, 7):
-            garbage = _garbage()
-            schedule.step_done(step)
-            found.append(garbage() is None)
-    assert found == [False, False, True, False, False, True]
-    assert gc.isenabled()
-
-
-def test_the_collector_is_restored_after_an_error_and_left_as_it_was():
-    with pytest.raises(RuntimeError), GarbageCollection(1):
-        raise RuntimeError
-    assert gc.isenabled()
-    with GarbageCollection(0):
-        assert gc.isenabled()
-    gc.disable()
-    try:
-        with GarbageCollection(1):
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-
-
-def test_a_run_collects_as_configured(one_rank, run_file, tmp_path, monkeypatch):
-    collected, enabled = [], []
-    monkeypatch.setattr(GarbageCollection, "step_done", lambda self, number: collected.append(number))
-    config = tiny_run.configure(run_file, "--run_folder", str(tmp_path), "--training.train_tokens", "1024")
-    run = pretrain.build(config, one_rank)
-    tiny_run.before_step(run, lambda: enabled.append(gc.isenabled()))
-    pretrain.train(run)
-    assert collected == [1, 2, 3, 4]
-    assert enabled == [False] * 4
-    assert gc.isenabled()

@@ -20,9 +20,10 @@ from retemper.benchmarks.machine import describe_machine, describe_torch
 from retemper.benchmarks.report import BenchmarkReport, command_line
 from retemper.benchmarks.step.options import StepBenchmarkOptions
 from retemper.benchmarks.step.sweep import format_sweep, parse_sweep, run_sweep
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RunConfig, to_dict
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import Use, require_report
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.parallel.launcher import read_launcher

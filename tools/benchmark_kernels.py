@@ -15,7 +15,8 @@ from pathlib import Path
 
 from retemper.benchmarks.kernel.names import KERNELS
 from retemper.benchmarks.report import command_line
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import require_report
 from retemper.engine.guards.garbage_collection import without_gc
 

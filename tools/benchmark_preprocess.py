@@ -17,7 +17,8 @@ from retemper.benchmarks.machine import describe_machine
 from retemper.benchmarks.preprocess.benchmark import PreprocessBenchmarkOptions, run_benchmark
 from retemper.benchmarks.preprocess.report import format_report, to_report
 from retemper.benchmarks.report import command_line
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import Use, require_report
 
 

@@ -15,7 +15,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.tools.checkpoint_report.listing import format_listing, list_checkpoints
 from retemper.tools.checkpoint_report.verification import verify

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from retemper.engine.config.checks import RANGES
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.settings import RunConfig
 from retemper.engine.config.types_check import (
     bare,
@@ -31,7 +32,7 @@ from retemper.engine.config.types_check import (
     switch_of,
     type_in_words,
 )
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.errors import run_command
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration_reference.md"
 WIDTH = 120

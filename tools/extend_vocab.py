@@ -11,7 +11,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.weights.hugging_face.weight_options import DEFAULT_MAX_SHARD_SIZE
 from retemper.tools.vocabulary.options import ExtendOptions

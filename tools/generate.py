@@ -5,8 +5,7 @@
     python tools/generate.py --model ckpt/base                                          # asks for prompts
 
 Prompts and their continuations are written to stdout, everything else to stderr. There is no key/value cache: the time
-per
-token grows with the length. This file is the command line of retemper.tools.generation.
+per token grows with the length. This file is the command line of retemper.tools.generation.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from retemper.engine.errors import CommandParser, UserError, report_user_error, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import UserError, report_user_error, run_command
 from retemper.engine.guards.garbage_collection import without_gc
-from retemper.engine.tokenizer.document_frame import BOS_CHOICES
+from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.engine.weights.hugging_face.weight_options import DTYPE_CHOICES
 from retemper.tools.sampling import Sampling
 

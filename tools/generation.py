@@ -19,17 +19,18 @@ from ..engine.batch import Batch
 from ..engine.errors import UserError
 from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
 from ..engine.model.decoder import Decoder
-from ..engine.tokenizer.document_frame import DocumentFrame, ids_of
-from ..engine.tokenizer.tokenizer import TokenizerHandle, load_prompt_tokenizer
+from ..engine.tokenizer.frame import ids_of
 from ..engine.weights.checkpoint.assets import ASSET_FOLDER
 from ..engine.weights.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from ..engine.weights.checkpoint.tensors import check_model_tensors, load_tensors, model_tensors
+from ..engine.weights.checkpoint.tensors import load_tensors, model_tensors, require_model_tensors, stored_tensors
 from ..engine.weights.checkpoint.verify import require_undamaged
 from ..engine.weights.damage import METADATA_FILE, TABLE_FILE
 from ..engine.weights.hugging_face.model import meta_decoder, open_hf_model
 from ..engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_named
 from ..kernels.attention import choose_attention_backend
 from .sampling import Sampling
+from .tokenizer.document_frame import DocumentFrame
+from .tokenizer.handle import TokenizerHandle, load_prompt_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -227,7 +228,7 @@ def _empty_decoder(architecture: Architecture, dtype: torch.dtype, device: torch
 
 def _checkpoint_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Decoder:
     decoder = _empty_decoder(architecture, dtype, device)
-    check_model_tensors(folder, decoder)
+    require_model_tensors(folder, stored_tensors(folder), decoder)
     require_undamaged(folder)
     load_tensors(folder, model_tensors(decoder), distributed=False)
     return decoder
@@ -237,7 +238,7 @@ def _hf_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, de
     model = open_hf_model(folder)
     decoder = _empty_decoder(architecture, dtype, device)
     for name, parameter in model_tensors(decoder).items():
-        parameter.copy_(model.read(name))
+        model.parameters.load(name, parameter)
     return decoder
 
 

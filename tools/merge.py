@@ -11,7 +11,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 from retemper.tools.preprocessing.merging.merge import MergeOptions, format_report, merge
 
 
@@ -34,7 +35,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> MergeOptions:
         "--output-prefix", required=True, metavar="PATH", help="path of the dataset to write, without suffix"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing dataset once the new one is complete"
+        "--overwrite", action="store_true", help="replace an existing dataset when the new one is complete"
     )
     parser.add_argument(
         "--fill-mask",
@@ -49,6 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # A scheduler's SIGTERM cleans up like Ctrl-C does.
+    # Clean up after a scheduler's SIGTERM as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

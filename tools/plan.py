@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.parser import parse_config
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.tools.planning.gpus import GPUS

@@ -4,7 +4,7 @@
     python tools/preprocess.py --input books/ 'web/*.jsonl.zst' --tokenizer models/qwen3 --output-prefix data/mix
     python tools/preprocess.py --input web.parquet --dedup exact --split train=0.98,valid=0.02 --shuffle
 
-The work is done by retemper.tools.preprocessing; this file is the command line. docs/preprocessing.md tells more.
+This file is the command line of retemper.tools.preprocessing. The guide is docs/preprocessing.md.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import argparse
 import signal
 from collections.abc import Sequence
 
-from retemper.engine.errors import CommandParser, run_command
-from retemper.engine.tokenizer.document_frame import BOS_CHOICES
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
+from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.tools.preprocessing.formats import FORMATS
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.pipeline import preprocess
@@ -24,14 +25,14 @@ from retemper.tools.preprocessing.tokenizer_choice import DEFAULT_TOKENIZER
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions:
-    """The options on the command line, by default that of this process."""
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(
         description="Tokenize text to an indexed dataset: Megatron-LM's .bin and .idx, and a .json that describes it. "
-        "The same command continues a run that was killed."
+        "After an interruption, the same command continues the run."
     )
     _add_input(parser.add_argument_group("input"))
     _add_tokenizer(parser.add_argument_group("tokenizer"))
-    _add_cleaning(parser.add_argument_group("cleaning; all that is left out is counted in the report and in the .json"))
+    _add_cleaning(parser.add_argument_group("cleaning; the report and the .json count what is left out"))
     _add_output(parser.add_argument_group("output"))
     return PreprocessOptions(**vars(parser.parse_args(arguments)))
 
@@ -43,26 +44,29 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         required=True,
         metavar="FILE|DIR|GLOB|-",
         help=".jsonl, .json, .txt, .md, .html, .csv, .tsv (all also as .gz, .zst, .bz2 and .xz), .parquet, .arrow, "
-        ".xlsx, .pdf; a folder stands for the documents in it, - for standard input. Documents keep the order of the "
-        "arguments; within a folder or pattern, of the paths",
+        ".xlsx, .pdf; a folder means the documents in it, - standard input. Documents keep the order of the arguments, "
+        "and of the paths within a folder or pattern",
     )
     group.add_argument(
         "--json-key",
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="key or column of the text (default: text; a.b: key b within a); several are joined by blank lines; a "
-        "template, such as '{title}: {body}', joins them as it says",
+        help="key or column of the text (default: text; a.b: key b within a); several are joined by blank lines, or by "
+        "a template such as '{title}: {body}'",
     )
     group.add_argument(
         "--metadata",
         nargs="+",
         default=[],
         metavar="KEY",
-        help="keep these keys of each record, a line of JSON a document, in {prefix}.metadata.jsonl",
+        help="keep these keys of each record in {prefix}.metadata.jsonl, one line of JSON per document",
     )
     group.add_argument(
-        "--txt-mode", choices=("file", "line"), default="file", help="in .txt a document is (default: the) file or line"
+        "--txt-mode",
+        choices=("file", "line"),
+        default="file",
+        help="a document of .txt is the file (the default) or a line",
     )
     group.add_argument(
         "--stdin-format", default="jsonl", metavar="FORMAT", help="format of standard input (default: %(default)s)"
@@ -70,14 +74,14 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--input-format",
         metavar="FORMAT",
-        help="format of all files of --input, whatever their names (default: by name, and by content where the name is "
-        "ambiguous): " + ", ".join(FORMATS),
+        help="format of all files of --input (default: by name, and by content if that is ambiguous): "
+        + ", ".join(FORMATS),
     )
     group.add_argument(
         "--quoting",
         choices=("auto", "standard", "none"),
         default="auto",
-        help="quotation marks in CSV and TSV: standard: RFC 4180; none: they are text; auto (the default): standard "
+        help="quotation marks in CSV and TSV. standard: RFC 4180; none: they are text; auto (the default): standard "
         "for CSV, none for TSV",
     )
     group.add_argument(
@@ -85,31 +89,29 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="sheets of .xlsx workbooks to read (default: those with the column of the text)",
+        help="sheets of .xlsx workbooks to read (default: those with the text's column)",
     )
     group.add_argument(
         "--max-expansion",
         type=int,
         default=DEFAULT_EXPANSION,
         metavar="N",
-        help="refuse files that expand to more than N times their size, as compressed bombs do; 0: no limit (default: "
-        "%(default)s)",
+        help="refuse files that expand to more than N times their size, such as decompression bombs; 0: no limit "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--chat",
         action="store_true",
         help="records are conversations (messages, ShareGPT, Alpaca): apply the model's chat template and write a loss "
-        "mask, {prefix}.mask.bin, that is 1 on the assistant's words",
+        "mask, {prefix}.mask.bin, which is 1 on the assistant's words",
     )
     group.add_argument("--chat-template", metavar="FILE", help="Jinja template (default: the tokenizer's own)")
-    group.add_argument(
-        "--chat-date", metavar="YYYY-MM-DD", help="the day that templates with a date take for today (default: today)"
-    )
+    group.add_argument("--chat-date", metavar="YYYY-MM-DD", help="date for templates that write it (default: today)")
     group.add_argument(
         "--skip-bad-lines",
         action="store_true",
-        help="write malformed lines and rows, and the places where files are damaged, to {prefix}.rejects.jsonl and "
-        "continue, rather than stop at the first",
+        help="write malformed records, and the places where files are damaged, to {prefix}.rejects.jsonl and continue "
+        "(default: stop at the first)",
     )
 
 
@@ -117,7 +119,7 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
         metavar="DIR|NAME",
-        help="the model to be trained, whose tokenizer is used: a Hugging Face folder, a checkpoint, or a Hub name",
+        help="use the tokenizer of the model to train: a Hugging Face folder, a checkpoint, or a Hub name",
     )
     group.add_argument(
         "--tokenizer",
@@ -130,7 +132,7 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
         choices=BOS_CHOICES,
         default="auto",
         help="whether documents begin with the BOS. auto: as the tokenizer begins texts (Llama and Mistral: yes, Qwen: "
-        "no), and conversations as the chat template does",
+        "no), and as the chat template begins conversations",
     )
     group.add_argument(
         "--append-eod",
@@ -141,28 +143,28 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--eod-token",
         metavar="TOKEN",
-        help="the end-of-document token (default: <|endoftext|> where the tokenizer has it, else its EOS)",
+        help="the end-of-document token (default: <|endoftext|> if the tokenizer has it, else its EOS)",
     )
     group.add_argument(
         "--allow-special-tokens",
         action="store_true",
-        help="special tokens that are written in the text become control tokens (default: they are text)",
+        help="special tokens written in the text become control tokens (default: they are text)",
     )
     group.add_argument(
         "--encoder",
         choices=("auto", "fast", "reference"),
         default="auto",
-        help="reference: tokenizers, sentencepiece or tiktoken; fast: a fast library for rules that were compared with "
-        "the reference, and checked on samples; auto (the default): fast, but for inputs of less text than repays its "
-        "loading",
+        help="reference: tokenizers, sentencepiece or tiktoken; fast: a fast library, for rules that were compared "
+        "with the reference, and checked on samples; auto (the default): fast, unless loading it takes longer than "
+        "encoding the input",
     )
 
 
 def _add_cleaning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--normalize", choices=("none", "nfc"), default="none", help="Unicode form of the text")
-    group.add_argument("--strip-control", action="store_true", help="remove control characters but tab and line ends")
-    group.add_argument("--drop-invalid-utf8", action="store_true", help="leave documents out that are not valid UTF-8")
-    group.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave shorter documents out")
+    group.add_argument("--strip-control", action="store_true", help="remove control characters, not tab and line ends")
+    group.add_argument("--drop-invalid-utf8", action="store_true", help="leave out documents that are not valid UTF-8")
+    group.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
     group.add_argument(
         "--min-tokens", type=int, default=0, metavar="N", help="the same in tokens, BOS and EOD included"
     )
@@ -170,46 +172,46 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
         "--max-tokens",
         type=int,
         metavar="N",
-        help="leave longer documents out; of conversations, only the turns that do not fit",
+        help="leave out longer documents; of conversations, only the turns that do not fit",
     )
     group.add_argument("--max-documents", type=int, metavar="N", help="at most N documents of each --input argument")
     group.add_argument(
         "--dedup",
         choices=("none", "exact", "minhash"),
         default="none",
-        help="keep the first of equal documents, or of near-duplicates by MinHash",
+        help="keep the first of identical documents (exact), or of near-duplicates (minhash)",
     )
     group.add_argument(
         "--dedup-threshold",
         type=float,
         default=0.8,
         metavar="J",
-        help="near-duplicates share this part of their 5-grams (default: %(default)s)",
+        help="near-duplicates share this fraction of their 5-grams (default: %(default)s)",
     )
     group.add_argument(
         "--held-out",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="test sets and the like: leave documents out that share 13 words in a row with them",
+        help="leave out documents that share 13 words in a row with these test sets",
     )
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-prefix", default="dataset", metavar="PATH", help="default: %(default)s")
-    group.add_argument("--overwrite", action="store_true", help="replace an existing dataset once the new is complete")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing dataset when the new is complete")
     group.add_argument("--shuffle", action="store_true", help="shuffle the documents; see --seed")
     group.add_argument("--seed", type=int, default=0, help="of the shuffle (default: %(default)s)")
     group.add_argument(
         "--split",
         metavar="NAME=SHARE,...",
-        help="train=0.98,valid=0.02 writes {prefix}.train and {prefix}.valid; a document's content decides its side",
+        help="train=0.98,valid=0.02 writes {prefix}.train and {prefix}.valid; a hash of the document decides its side",
     )
     group.add_argument(
         "--shard",
         metavar="I/N",
-        help="do part I (from 0) of N, as {prefix}.shard-I-of-N; tools/merge.py joins them. Limits, deduplication and "
-        "the shuffle then see one part only",
+        help="process part I (from 0) of N, as {prefix}.shard-I-of-N; tools/merge.py joins them. Limits, deduplication "
+        "and the shuffle then work within a part",
     )
     group.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores of this machine)")
 
@@ -219,6 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # A scheduler's SIGTERM cleans up like Ctrl-C does.
+    # Clean up after a scheduler's SIGTERM as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

@@ -1,12 +1,12 @@
-"""Report what came of a run: a page with its curves, and a summary in the terminal.
+"""Report the results of a run: a page with its curves, and a summary in the terminal.
 
     python tools/report.py runs/x                              # prints a summary, writes runs/x/report.html
     python tools/report.py runs/x --compare runs/y --output x_and_y.html
-    python tools/report.py runs/x --overwrite                  # again, while the run goes on
+    python tools/report.py runs/x --overwrite                  # again, while the run is training
     python tools/report.py runs/x --json                       # the same facts for a program
 
-The page needs nothing but itself. The run may still be training: nothing in its folder is changed but the page. The
-work is done by retemper.tools.reports; this file is the command line.
+The page is self-contained. The run may still be training; only the page is written to its folder. This file is the
+command line of retemper.tools.reports.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import Use, require_report, write_report
-from retemper.tools.reports.run import Run, differences, read_run
+from retemper.tools.reports.run import RecordedRun, differences, read_run
 from retemper.tools.reports.run_page import format_run, run_page
 from retemper.tools.reports.text import visible
 
@@ -30,7 +31,7 @@ PAGE_FILE = "report.html"
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line, by default that of this process."""
-    parser = CommandParser(description="Report what came of a run: a page with its curves, and a summary.")
+    parser = CommandParser(description="Report the results of a run: a page with its curves, and a summary.")
     parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="run_folder of the run's configuration")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="another run folder: curves, results, settings")
     parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page (default: RUN_FOLDER/{PAGE_FILE})")
@@ -54,20 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _require_free(output: Path, overwrite: bool, *folders: Path) -> None:
-    """Refuse a file of a run, one that is not a report, and without ``overwrite`` any report."""
+    """Refuse to overwrite a file of a run or a file that is not a report; without ``overwrite``, any file."""
     reads = [Use("RUN_FOLDER", path) for folder in folders for path in folder.iterdir() if path.name != PAGE_FILE]
     require_report("--output", output, reads)
     if output.is_file() and os.path.getsize(output) and not overwrite:
         raise UserError(f"--output {output}: already there; pass --overwrite to replace it, or name another file")
 
 
-def _record(run: Run, other: Run | None) -> dict[str, Any]:
+def _record(run: RecordedRun, other: RecordedRun | None) -> dict[str, Any]:
     compared = {} if other is None else {"compared": other.to_dict(), "differences": differences(run, other)}
     return _finite(run.to_dict() | compared)
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null."""
+    """Replace NaN and infinity, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

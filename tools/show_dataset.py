@@ -1,8 +1,8 @@
-"""Show what an indexed dataset holds; or one of its documents; or verify its files.
+"""Show the contents of an indexed dataset or one of its documents, or verify its files.
 
     python tools/show_dataset.py dataset                                  # totals, lengths, tokens, copies, documents
-    python tools/show_dataset.py dataset --config run.yaml --html dataset.html   # and what a run makes of it; as a page
-    python tools/show_dataset.py dataset --quick                          # larger than one cares to read: from samples
+    python tools/show_dataset.py dataset --config run.yaml --html dataset.html   # and how a run uses it; as a page
+    python tools/show_dataset.py dataset --quick                          # estimate from samples of a large dataset
     python tools/show_dataset.py dataset --index 17
     python tools/show_dataset.py dataset --verify
 
@@ -16,11 +16,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import Use, require_report
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools.preprocessing.dataset_files import existing_outputs
 from retemper.tools.reports.dataset.decoding import decode_document
 from retemper.tools.reports.dataset.page import write_page
@@ -28,25 +28,31 @@ from retemper.tools.reports.dataset.report import InspectOptions, inspect_datase
 from retemper.tools.reports.dataset.text import format_document, format_report
 from retemper.tools.reports.dataset.tokenizers import choose_tokenizer, find_eod_id
 from retemper.tools.reports.dataset.verification import verify_dataset
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options on the command line, by default that of this process.
+    """Parse the command line, by default that of this process.
 
     Raises:
-        UserError: an option that has no meaning beside another.
+        UserError: an option has no meaning with another one.
     """
     defaults = InspectOptions("")
-    parser = CommandParser(description="Show what an indexed dataset holds; or one of its documents; or verify it.")
-    parser.add_argument("dataset", metavar="PREFIX", help="the path of its .bin and .idx without suffix")
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", metavar="PREFIX", help="path of its .bin and .idx files without the suffix")
     parser.add_argument("--tokenizer", metavar="DIR|FILE|NAME", help="to decode with (default: that of the sidecar)")
-    parser.add_argument("--max-tokens", type=_count, metavar="N", help=f"of each document ({defaults.max_tokens})")
+    parser.add_argument(
+        "--max-tokens",
+        type=_count,
+        metavar="N",
+        help=f"tokens shown of each document ({defaults.max_tokens})",
+    )
     report = parser.add_argument_group("the report")
-    report.add_argument("--quick", action="store_true", help="estimate from samples what takes a pass over all tokens")
-    report.add_argument("--config", metavar="FILE", help="a run's YAML file: the steps and epochs it makes of the data")
-    report.add_argument("--documents", type=_count, metavar="N", help="decode N documents at random (default: 3)")
-    report.add_argument("--seed", type=_count, metavar="N", help="of all random choices (0)")
-    report.add_argument("--html", type=Path, metavar="FILE", help="also write a page with plots, complete in itself")
+    report.add_argument("--quick", action="store_true", help="estimate from samples instead of reading all tokens")
+    report.add_argument("--config", metavar="FILE", help="YAML file of a run: show its steps, epochs and cut documents")
+    report.add_argument("--documents", type=_count, metavar="N", help="decode N random documents (default: 3)")
+    report.add_argument("--seed", type=_count, metavar="N", help="seed of all random choices (default: 0)")
+    report.add_argument("--html", type=Path, metavar="FILE", help="also write a self-contained page with plots")
     report.add_argument("--json", action="store_true", help="print JSON instead of text")
     other = parser.add_argument_group("instead of the report").add_mutually_exclusive_group()
     other.add_argument("--index", type=_count, metavar="I", help="decode document I, counted from 0")
@@ -109,7 +115,7 @@ def _count(text: str) -> int:
 
 
 def _print(text: str) -> None:
-    # A path may hold bytes that are no text.
+    # A path may contain bytes that are not valid text.
     print(text.encode("utf-8", "backslashreplace").decode())
 
 

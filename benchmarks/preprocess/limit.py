@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ...engine.errors import UserError, run_command
-from ...engine.tokenizer.tokenizer import load_tokenizer
+from ...tools.tokenizer.handle import load_tokenizer
 from .corpora import read_texts
 
 

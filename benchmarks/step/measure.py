@@ -29,7 +29,7 @@ from ...engine.observe.flops import Trainable, named_peak, training_flops
 from ...engine.observe.start_summary import describe_start
 from ...engine.parallel.process_group import Ranks
 from ...engine.pretrain import build, next_batches, one_step
-from ...engine.run_state import Run
+from ...engine.run import Run
 from ...engine.weights.hugging_face.config_source import architecture_source
 from ..hardware_limits import MatmulRate, matmul_rates
 from ..timing import peak_bytes

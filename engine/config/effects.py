@@ -188,8 +188,8 @@ ELSEWHERE = {
     "data.train[].max_epochs": "engine/config/effects.py: _caps of a source",
     "data.train[].max_tokens": "engine/config/effects.py: _caps of a source",
     "training.attention_backend": "engine/model/attention_choice.py: choose_attention refuses what cannot run",
-    "training.compile": "engine/parallel/compile.py: wanted refuses what cannot be compiled",
-    "training.float8": "engine/parallel/float8.py: wanted refuses a device without it",
+    "training.compile": "engine/parallel/compile.py: enabled refuses what cannot be compiled",
+    "training.float8": "engine/parallel/float8.py: enabled refuses a device without it",
     "parallel.async_tensor": "engine/parallel/build.py: check refuses it without tensor parallelism",
 }
 """Settings that are refused or reported elsewhere, where the necessary facts are known."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import UserError
+from ..tokenizer.files import find_local_tokenizer
 from ..tokenizer.fingerprint import same_tokenizer
-from ..tokenizer.tokenizer import load_tokenizer
+from ..tokenizer.reference import open_reference
 from .sidecar import Sidecar
 
 
@@ -34,11 +33,11 @@ class TokenizerIdentity:
 
 def _recovered(sidecar: Sidecar) -> str:
     """Return the fingerprint that an older sidecar lacks, if the dataset's tokenizer still exists; else empty."""
-    name = os.path.expanduser(sidecar.tokenizer)
-    if not Path(name).exists():  # never the Hub, which would need a network
-        return ""
     try:
-        tokenizer = load_tokenizer(name, backend="reference")
-        return tokenizer.fingerprint if tokenizer.sha256 == sidecar.tokenizer_sha256 else ""
+        file = find_local_tokenizer(sidecar.tokenizer)  # never the Hub, which would need a network
+        if file is None:
+            return ""
+        reference, sha256 = open_reference(sidecar.tokenizer, file)
+        return reference.fingerprint() if sha256 == sidecar.tokenizer_sha256 else ""
     except UserError:
         return ""

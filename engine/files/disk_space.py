@@ -1,4 +1,4 @@
-"""What a disk can still take, and what makes space on it."""
+"""Check free space on a disk, and describe how to make space."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from ..errors import UserError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-"""What the system reports where a disk, or a user's share of it, is full."""
+"""Errors of a full disk or an exceeded quota."""
 
 
 def nearest(folder: Path) -> Path:
-    """``folder``, or the nearest folder above it that exists; a link or file in the way counts as existing."""
+    """Return ``folder``, or the nearest folder above it that exists; broken links and files count as existing."""
     place = Path(os.path.abspath(folder))
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
@@ -23,22 +23,22 @@ def nearest(folder: Path) -> Path:
 
 
 def free_bytes(folder: Path) -> int:
-    """What the user may still write on the disk of ``folder``, which need not exist."""
+    """Return the free bytes for this user on the disk of ``folder``, which need not exist."""
     status = os.statvfs(nearest(folder))
     return status.f_bavail * status.f_frsize
 
 
 def require_space(folder: Path, needed: int, what: str, remedy: Callable[[], str]) -> None:
-    """Refuse a disk that cannot take ``needed`` bytes more.
+    """Refuse a disk with less than ``needed`` free bytes.
 
     Args:
-        folder: that is to be written.
+        folder: to be written.
         needed: estimated size.
         what: such as "a checkpoint".
-        remedy: what can be done about it.
+        remedy: returns the remedy for the error.
 
     Raises:
-        UserError: with both sides of the arithmetic.
+        UserError: gives both numbers.
     """
     free = free_bytes(folder)
     if free < needed:
@@ -46,22 +46,22 @@ def require_space(folder: Path, needed: int, what: str, remedy: Callable[[], str
 
 
 def describe_space(needed: int, free: int, what: str) -> str:
-    """Both sides of the arithmetic."""
+    """Return a clause with both numbers."""
     return f"no space left for {what}: about {format_bytes(needed)} are needed, {format_bytes(free)} are free"
 
 
 def is_about_space(message: str) -> bool:
-    """Whether an error's line says that a disk, or a user's share of it, is full."""
+    """Return whether an error line reports a full disk or an exceeded quota."""
     return any(os.strerror(number) in message for number in NO_SPACE)
 
 
 def describe_pruning(run_folder: Path, removable: Collection[Path], keep_every: int) -> str:
-    """The command that makes space, and how much.
+    """Return the command that makes space, and how much.
 
     Args:
         run_folder: of the run.
-        removable: its checkpoints that would go if only the newest and those with other reasons were kept.
-        keep_every: of the run.
+        removable: the checkpoints that the command removes.
+        keep_every: setting of the run.
     """
     if not removable:
         return "free some space there, or put run_folder on another disk"
@@ -73,7 +73,7 @@ def describe_pruning(run_folder: Path, removable: Collection[Path], keep_every: 
 
 
 def format_bytes(count: float) -> str:
-    """Such as 1.5 GB."""
+    """Return a size such as 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

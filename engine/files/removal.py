@@ -1,4 +1,4 @@
-"""Removing folders as housekeeping: what cannot be removed is reported with its full path, and stops nothing."""
+"""Remove folders. Files that cannot be removed are reported with their full paths, and stop nothing."""
 
 from __future__ import annotations
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.settings import RunConfig, to_dict
 from ..errors import UserError
+from ..files.code import PACKAGE, code_files, digest
 
 if TYPE_CHECKING:
     from .rendezvous import Rendezvous
 
-PACKAGE = Path(__file__).parents[2]
-_CODE = ("engine", "kernels", "checkpoint_convert", "tools")
 _UNREADABLE_CONFIG_SECONDS = 30
 """How long a rank whose configuration cannot be read waits for the others, to tell them."""
 _MOST_SHOWN = 3
@@ -79,17 +76,6 @@ def flatten(value: Any, name: str = "") -> dict[str, str]:
     else:
         return {name: json.dumps(value, default=str)}
     return {key: text for inner, item in items for key, text in flatten(item, inner).items()}
-
-
-def code_files(package: Path) -> dict[str, str]:
-    """Hash of every Python file of the package ``retemper``, by path in it."""
-    paths = [package / "__init__.py", *(path for room in _CODE for path in sorted((package / room).rglob("*.py")))]
-    return {path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
-
-
-def digest(facts: dict[str, str]) -> str:
-    """One hash for all of ``facts``."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def compare(rendezvous: Rendezvous, mine: dict[str, dict[str, str]]) -> list[str]:

@@ -19,8 +19,8 @@ from typing import Any
 from ..config.settings import RunConfig, to_dict
 from ..data.sample_order import SampleOrder
 from ..errors import UserError
-from ..run_state import Progress, Run
-from ..schedule import BatchPlan
+from ..run import Run
+from ..schedule import BatchPlan, Progress
 from ..weights.checkpoint.manifest import Manifest, read_manifest
 from ..weights.checkpoint.resume_changes import require_allowed
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -13,8 +13,6 @@ from ..config.settings import RunConfig
 from ..errors import UserError
 from ..parallel.forward_backward import ModelParts
 from ..parallel.process_group import Ranks
-from ..run_folder import manifest_of
-from ..run_state import Run
 from ..step import StepResult
 from ..weights.checkpoint.manifest import Manifest
 from ..weights.checkpoint.saver import Saver
@@ -148,27 +146,6 @@ class RunGuards:
         """Refuse to save what is not finite, after ``step`` with ``result``. All ranks must call this."""
         self.check(step, {"loss": self._ranks.all_reduce(result.loss.item()), "gradient norm": result.grad_norm.item()})
         self.step_guard.require_finite_weights(step, self._model.parameters())
-
-    @contextmanager
-    def saving_on_failure(self, run: Run) -> Iterator[None]:
-        """Save the state before the step inside, if that raises.
-
-        Not after a UserError, which names an older checkpoint for a reason, unless it is about the data.
-        """
-        try:
-            yield
-        except Exception as error:
-            if isinstance(error, UnreadableData) or not isinstance(error, UserError):
-                self._save_in_emergency(run, error)
-            raise
-
-    def _save_in_emergency(self, run: Run, error: Exception) -> None:
-        self.pause_watchdog()
-        step = run.progress.step
-        if step > run.report.totals.start.step:
-            run.report.save()
-            manifest = lambda what: manifest_of(run, {}, final=False, emergency=what)  # noqa: E731
-            self.emergency(error, step, run.optimizer, run.start.assets, manifest)
 
     def _newest_checkpoint(self) -> str:
         self.pause_watchdog()

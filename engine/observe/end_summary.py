@@ -1,79 +1,14 @@
-"""The table at the end of a run: what this start of it has done, and the command that comes next."""
+"""Describe the end of a run: what this start has done, and the next command."""
 
 from __future__ import annotations
 
 import shlex
-import time
-from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 
 from ..config.settings import RunConfig
-from ..parallel.process_group import Ranks
-from ..run_state import Progress, Run
+from ..run import Run
 from ..weights.checkpoint.names import step_of
 from ..weights.conversion.export_run import export_folder
-from .progress import duration, human, peak_memory_bytes
-
-
-@dataclass
-class LossRange:
-    """First, lowest and last of some losses, each with its step."""
-
-    first: tuple[float, int]
-    lowest: tuple[float, int]
-    last: tuple[float, int]
-
-    def __str__(self) -> str:
-        return ", ".join(
-            f"{name} {loss:.4f} (step {step})"
-            for name, (loss, step) in (("first", self.first), ("lowest", self.lowest), ("last", self.last))
-        )
-
-
-@dataclass
-class Totals:
-    """Adds up what a start of a run does."""
-
-    start: Progress
-    began: float = field(default_factory=time.perf_counter)
-    step_seconds: float = 0.0
-    """Spent in steps: without evaluations and waiting for checkpoints."""
-    steps: int = 0
-    losses: dict[str, LossRange] = field(default_factory=dict)
-
-    def add_steps(self, seconds: float, steps: int) -> None:
-        """Note steps that have been made, and the time they took."""
-        self.step_seconds += seconds
-        self.steps += steps
-
-    @property
-    def mean_step_seconds(self) -> float:
-        """Mean over all steps of this start."""
-        return self.step_seconds / max(1, self.steps)
-
-    def add_loss(self, name: str, step: int, loss: float) -> None:
-        """Note a loss of the training, or of a validation set."""
-        if not isfinite(loss):
-            return
-        new, known = (loss, step), self.losses.get(name)
-        self.losses[name] = LossRange(new, new, new) if known is None else LossRange(
-            known.first, min(known.lowest, new), new
-        )  # fmt: skip
-
-    def table(self, end: Progress, tokens_per_step: int, ranks: Ranks) -> list[str]:
-        """The lines. All ranks must call this."""
-        memory = max(ranks.all_gather(peak_memory_bytes(ranks.device)))
-        seconds = time.perf_counter() - self.began
-        speed = self.steps * tokens_per_step / self.step_seconds if self.step_seconds else 0.0
-        tokens = max(0, end.tokens - self.start.tokens)  # it may have gone back to a step before its start
-        lines = [
-            f"tokens      {tokens:,} ({human(tokens)}) in this start, {end.tokens:,} in all; step {end.step:,}",
-            f"time        {duration(seconds)}, {duration(self.step_seconds)} of it in steps: {speed:,.0f} tokens/s, "
-            f"{speed / ranks.world_size:,.0f} per rank",
-            f"memory      {memory / 2**30:.2f} GiB at most on one rank",
-        ]
-        return lines + [f"loss        {name}: {losses}" for name, losses in self.losses.items()]
 
 
 def describe_end(run: Run) -> list[str]:

@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from ..run_state import Progress
+from ..schedule import Progress
 from ..weights.checkpoint.run_record import CONFIG_FILE
 from .curves import METRICS_FILE, archive_metrics, truncate_metrics
-
-if TYPE_CHECKING:
-    from .observer import StepRecord
+from .observer import StepRecord
 
 
 class MetricsFile:

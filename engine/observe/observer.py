@@ -1,20 +1,15 @@
-"""What is told about a run: the protocol of its observers, and the one place where they are created.
+"""The protocol of the observers of a run.
 
-The loop does not know them. A further one (a tracker, a user's callback) implements :class:`Observer` and is added to
-:func:`create_observers`.
+The training loop does not know them. Another one (a tracker, a user's callback) implements :class:`Observer` and is
+added to :func:`~retemper.engine.observe.reporter.create_observers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..config.settings import RunConfig
-from ..run_state import Progress
-from .metrics_file import MetricsFile
-from .progress import step_line
-from .tensorboard import TensorBoard
+from ..schedule import Progress
 
 Say = Callable[[str], None]
 
@@ -58,42 +53,3 @@ class Observer(Protocol):
 
     def end(self) -> None:
         """The run has ended as planned or as asked."""
-
-
-class ConsoleLines:
-    """Prints a line for each reported step and evaluation."""
-
-    def __init__(self, say: Say):
-        self._say = say
-
-    def start(self, after_step: int | None, evaluates_again: bool) -> None:
-        """See :class:`Observer`."""
-
-    def step(self, record: StepRecord) -> None:
-        """See :class:`Observer`."""
-        step, tokens = record.progress.step, record.progress.tokens
-        self._say(step_line(step, record.remaining_steps, tokens, record.values, record.seconds_left))
-        for line in record.remarks:
-            self._say(line)
-
-    def evaluation(self, progress: Progress, name: str, values: Mapping[str, Any]) -> None:
-        """See :class:`Observer`."""
-        self._say(
-            f"  evaluation of {name} at step {progress.step}: loss {values['loss']:.4f}, perplexity "
-            f"{values['perplexity']:.2f}"
-        )
-
-    def save(self) -> None:
-        """See :class:`Observer`."""
-
-    def end(self) -> None:
-        """See :class:`Observer`."""
-
-
-def create_observers(config: RunConfig, say: Say) -> list[Observer]:
-    """Return the observers that ``config`` asks for; ``say`` prints a line for people."""
-    folder = Path(config.run_folder)
-    observers: list[Observer] = [MetricsFile(folder, say)]
-    if config.logging.tensorboard:
-        observers.append(TensorBoard(folder, say))
-    return [*observers, ConsoleLines(say)]

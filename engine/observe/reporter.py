@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,14 +12,54 @@ from torch import nn
 from ..config.settings import RunConfig
 from ..model.architecture import Architecture
 from ..parallel.process_group import Ranks
-from ..run_state import Progress
-from ..schedule import BatchPlan
+from ..schedule import BatchPlan, Progress
 from ..step import StepResult
-from .end_summary import Totals
 from .flops import flops_per_token
-from .observer import Say, StepRecord, create_observers
-from .progress import Stopwatch, speed
+from .metrics_file import MetricsFile
+from .observer import Observer, Say, StepRecord
+from .progress import Stopwatch, speed, step_line
 from .stragglers import Stragglers
+from .tensorboard import TensorBoard
+from .totals import Totals
+
+
+class ConsoleLines:
+    """Prints a line for each reported step and evaluation."""
+
+    def __init__(self, say: Say):
+        self._say = say
+
+    def start(self, after_step: int | None, evaluates_again: bool) -> None:
+        """See :class:`Observer`."""
+
+    def step(self, record: StepRecord) -> None:
+        """See :class:`Observer`."""
+        step, tokens = record.progress.step, record.progress.tokens
+        self._say(step_line(step, record.remaining_steps, tokens, record.values, record.seconds_left))
+        for line in record.remarks:
+            self._say(line)
+
+    def evaluation(self, progress: Progress, name: str, values: Mapping[str, Any]) -> None:
+        """See :class:`Observer`."""
+        self._say(
+            f"  evaluation of {name} at step {progress.step}: loss {values['loss']:.4f}, perplexity "
+            f"{values['perplexity']:.2f}"
+        )
+
+    def save(self) -> None:
+        """See :class:`Observer`."""
+
+    def end(self) -> None:
+        """See :class:`Observer`."""
+
+
+def create_observers(config: RunConfig, say: Say) -> list[Observer]:
+    """Return the observers that ``config`` asks for; ``say`` prints a line for people."""
+    folder = Path(config.run_folder)
+    observers: list[Observer] = [MetricsFile(folder, say)]
+    if config.logging.tensorboard:
+        observers.append(TensorBoard(folder, say))
+    return [*observers, ConsoleLines(say)]
 
 
 class Reporter:

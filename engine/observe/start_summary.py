@@ -20,8 +20,8 @@ from ..model.dtypes import DTYPES
 from ..optim.local import local_part
 from ..parallel import trainable
 from ..parallel.launcher import launcher_notes
-from ..run_state import Run
-from ..tokenizer.document_frame import frame_of_files
+from ..run import Run
+from ..tokenizer.frame import frame_of_files
 from ..weights.checkpoint.assets import HfAssets
 from ..weights.checkpoint.resume_changes import describe_changes
 from ..weights.checkpoint.retention import describe_rule
@@ -51,7 +51,7 @@ def describe_start(run: Run) -> list[str]:
         *describe_data(config.data, catalog, run.order, last_sample),
         *run.validation.describe(),
         *run.remarks,
-        *(run.validation.measure.note_on(run.progress.best) if run.validation.measure is not None else []),
+        *(run.validation.metric.describe_reset(run.progress.best) if run.validation.metric is not None else []),
     ]
 
 
@@ -89,10 +89,10 @@ def _describe_weights(run: Run) -> str:
 
 def describe_run(run: Run) -> list[str]:
     """Lines about model, ranks, step and budget."""
-    config, plan, ranks, precision = run.config, run.plan, run.ranks, run.precision
+    config, plan, ranks, choices = run.config, run.plan, run.ranks, run.choices
     remaining_steps = run.remaining_steps
-    training, architecture, attention = config.training, run.start.architecture, run.attention
-    compiled = "compiled" if run.choices.compiled else "not compiled"
+    training, architecture, attention = config.training, run.start.architecture, choices.attention
+    compiled = "compiled" if choices.compiled else "not compiled"
     all_pairs, causal_pairs = (
         flops_per_token(architecture, plan.sequence_length, halved, training.trainable) for halved in (False, True)
     )
@@ -103,8 +103,8 @@ def describe_run(run: Run) -> list[str]:
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
         f"{human(trainable.count(architecture, training))} of them trainable, {_describe_weights(run)}",
-        f"ranks       {ranks.world_size} ({ranks.device.type}): {run.mesh.layout}, compute in {precision.name} "
-        f"({precision.reason})",
+        f"ranks       {ranks.world_size} ({ranks.device.type}): {run.mesh.layout}, compute in {training.precision} "
+        f"({choices.precision_reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
         f"optimizer states in {config.optimizer.state_dtype}",

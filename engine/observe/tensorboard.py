@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..run_state import Progress
+from ..schedule import Progress
 from .curves import TENSORBOARD_FOLDER
-
-if TYPE_CHECKING:
-    from .observer import StepRecord
+from .observer import StepRecord
 
 
 class TensorBoard:

@@ -14,7 +14,7 @@ import numpy as np
 from ..data.catalog import Catalog
 from ..data.indexed_dataset import IndexedDataset
 from ..data.sidecar import Sidecar
-from ..tokenizer.document_frame import TokenizerFrame, describe_tokens, ids_of
+from ..tokenizer.frame import TokenizerFrame, describe_tokens, ids_of
 
 _DOCUMENTS_SAMPLED = 16
 """Documents of a dataset without a record of its BOS whose first tokens are read: a few milliseconds."""

@@ -28,17 +28,13 @@ def rank0_printer(active: bool) -> Callable[..., None]:
 
 
 @contextmanager
-def report_if_slow(what: str, say: Say, active: bool = True) -> Iterator[None]:
+def report_if_slow(what: str, say: Say) -> Iterator[None]:
     """While the body runs for long, ``say`` so: after 10 seconds, and then every 30.
 
     Args:
         what: the work, in words.
         say: prints a line; called from a thread.
-        active: whether this rank prints at all.
     """
-    if not active:
-        yield
-        return
     done, began = threading.Event(), time.perf_counter()
 
     def report() -> None:

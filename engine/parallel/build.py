@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.attention import Choice as AttentionChoice
 from ..config.settings import RunConfig
 from ..errors import UserError
 from ..model.architecture import Architecture
@@ -21,14 +22,16 @@ from .process_group import Ranks
 
 @dataclass(frozen=True)
 class Choices:
-    """Decisions about a run that are made after its configuration was read."""
+    """Decisions that the configuration leaves open."""
 
-    attention_backend: str
+    attention: AttentionChoice
     """See :func:`retemper.engine.model.attention_choice.choose_attention`."""
     compiled: bool
     """True if blocks are compiled; see :func:`retemper.engine.parallel.compile.enabled`."""
     num_micro_batches: int
     """Number of micro-batches in a step on this rank."""
+    precision_reason: str = "as set"
+    """The reason for the compute dtype."""
 
 
 def check(config: RunConfig, architecture: Architecture, choices: Choices, device: torch.device) -> None:
@@ -113,7 +116,7 @@ def build_model(
         return model
 
     decoders = [build_stage(stages[number]) for number in numbers]
-    prepare = BatchPreparer(mesh, ranks.device, choices.attention_backend, architecture.sliding_windows)
+    prepare = BatchPreparer(mesh, ranks.device, choices.attention.backend, architecture.sliding_windows)
     parts = ModelParts(decoders)
     if parallel.pipeline > 1:
         return parts, pipeline.Pipelined(decoders, numbers, config, prepare, choices.num_micro_batches, compute_dtype)

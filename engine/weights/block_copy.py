@@ -42,6 +42,11 @@ class OutputFile:
     """Creates the complete file except for the values, and returns the offset of every tensor in it. May raise
     OSError."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
 
 @dataclass(frozen=True)
 class Hashes:
@@ -95,7 +100,7 @@ def copy_files(
     """
     job = _Job(source, hashed_rows or {}, on_bytes, on_file, nonfinite_remedy)
     # The largest first, so that no worker has to process a large one alone at the end.
-    by_size = sorted(files, key=lambda file: -sum(tensor.num_bytes for tensor in file.tensors.values()))
+    by_size = sorted(files, key=lambda file: -file.num_bytes)
     states = [_FileState(file, folder / file.name, len(file.tensors)) for file in by_size]
     try:
         with _one_torch_thread(), ThreadPoolExecutor(max(1, workers), "copy", torch.set_num_threads, (1,)) as pool:

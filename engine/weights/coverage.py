@@ -1,6 +1,6 @@
-"""Whether the shards of a tensor make it up: every element in one of them, and in one only.
+"""Check that shards cover a tensor exactly, without gaps or overlaps.
 
-A reader that copies shards into memory would otherwise leave there what stood before, wherever none of them reaches.
+A reader that copies shards into memory would otherwise leave former values in the gaps.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from itertools import product
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets of the first element, and sizes."""
 _MOST_AXES = 8
-"""Along which a tensor may be cut: each doubles the corners of a shard. Device meshes have no more."""
+"""Limit of dimensions along which a tensor is cut: each doubles the number of corners of a shard."""
 
 
 def coverage_problem(shape: tuple[int, ...], shards: Sequence[Box]) -> str | None:
-    """What keeps ``shards`` from being a tensor of ``shape``, cut in whatever way; None when they are.
+    """Return why ``shards`` do not cover a tensor of ``shape`` exactly; None if they do.
 
-    Shards without elements may lie anywhere: nobody reads them. Time and memory grow with the number of shards only.
+    Shards without elements are ignored. Time and memory depend on the number of shards only.
     """
     for offsets, sizes in shards:
         if not len(offsets) == len(sizes) == len(shape) or min(sizes, default=0) < 0:
@@ -43,10 +43,10 @@ def coverage_problem(shape: tuple[int, ...], shards: Sequence[Box]) -> str | Non
 
 
 def _corners(boxes: Sequence[Box], axes: Sequence[int]) -> dict[tuple[int, ...], int]:
-    """How often each point is a corner of ``boxes``, with the sign (-1) ** (number of upper ends), where not 0.
+    """Count the corners of ``boxes`` at each point, with the sign (-1) ** (number of upper ends); zeros are left out.
 
-    These are the mixed differences of the number of boxes over each element. That number is their running sum along
-    all axes, so that equal corners mean equal numbers: exactly one, if the corners are those of the whole tensor.
+    The number of boxes over an element is the running sum of these counts along all axes. So equal corners mean equal
+    numbers of boxes: exactly one everywhere, if the corners are those of the whole tensor.
     """
     signs = [math.prod(ends) for ends in product((1, -1), repeat=len(axes))]
     counts: Counter[tuple[int, ...]] = Counter()

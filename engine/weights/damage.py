@@ -1,4 +1,4 @@
-"""Names and values that a checkpoint gives, which may come from anyone: checked before they are used or printed."""
+"""Report damaged checkpoints, and check the names and values in them, which may come from anyone."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from ..errors import UserError
 
 TABLE_FILE = "tensors.json"
-"""Where a checkpoint says which of its files holds which part of which tensor."""
+"""Lists the parts of all tensors in a checkpoint and their files."""
 METADATA_FILE = ".metadata"
-"""The same, where PyTorch's distributed checkpoint (DCP) wrote it."""
+"""The same in a checkpoint of PyTorch's distributed checkpoint (DCP)."""
 
 
 class DamagedCheckpoint(UserError):
-    """A file of the checkpoint is not what was written: another one is needed."""
+    """A file of a checkpoint differs from what was written."""
 
 
 def brief(value: Any) -> str:
-    """A stranger's ``value`` for an error: short, whatever it is. Lists within lists can take any length to write."""
+    """Return a short text of an untrusted ``value``, whose ``repr`` can have any length."""
     if isinstance(value, str | bytes):
         return repr(value[:200]) + ("..." if len(value) > 200 else "")
     items = value if type(value) in (list, tuple) and len(value) <= 20 else [value]
@@ -30,10 +30,10 @@ def brief(value: Any) -> str:
 
 
 def file_inside(folder: str | Path, name: Any) -> Path:
-    """The path of the file ``name`` of a checkpoint, where ``name`` is what the checkpoint itself says.
+    """Return the path of the file ``name`` in a checkpoint, which gives this name itself.
 
     Raises:
-        DamagedCheckpoint: it is absolute, has a part ``..``, or leads out of ``folder`` by a symbolic link.
+        DamagedCheckpoint: it is absolute, has a part ``..``, or is outside ``folder`` through a symbolic link.
     """
     if not isinstance(name, str) or not name or re.search(r"[\0\\\ud800-\udfff]", name):
         raise DamagedCheckpoint(f"{folder}: names a file {brief(name)}, which is no path; use another checkpoint")

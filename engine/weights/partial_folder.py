@@ -43,52 +43,52 @@ class PartialFolder:
         if self.content.is_symlink():
             self.content.unlink()
         self.content.mkdir(exist_ok=True)
-        self.noted = self._read_journal()
-        """Files that an earlier run has finished, by name. :meth:`finished` verifies them."""
+        self.done = self._read_journal()
+        """Files that an earlier run has finished, by name. :meth:`verified` verifies them."""
 
-    def clear(self, take_up: bool) -> None:
+    def clear(self, reuse: bool) -> None:
         """Remove files that no earlier run has finished, such as its copies of small files, or all of them."""
-        if not take_up:
+        if not reuse:
             (self._folder / _JOURNAL).unlink(missing_ok=True)
-            self.noted = {}
+            self.done = {}
         for path in sorted(self.content.rglob("*"), reverse=True):  # the content of a folder before the folder
             if path.is_dir() and not path.is_symlink():
                 if not any(path.iterdir()):
                     path.rmdir()
-            elif path.relative_to(self.content).as_posix() not in self.noted:
+            elif path.relative_to(self.content).as_posix() not in self.done:
                 path.unlink()
 
-    def note(self, file: WrittenFile) -> None:
+    def record(self, file: WrittenFile) -> None:
         """Record that ``file`` is complete and on the disk."""
         with open(self._folder / _JOURNAL, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(asdict(file)) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
-        self.noted[file.name] = file
+        self.done[file.name] = file
 
-    def finished(self, name: str, on_bytes: Callable[[int], object] = lambda count: None) -> WrittenFile | None:
-        """Read the noted file ``name`` back and return it; None if it has to be written."""
-        file, path = self.noted.get(name), self.content / name
+    def verified(self, name: str, on_bytes: Callable[[int], object] = lambda count: None) -> WrittenFile | None:
+        """Read the finished file ``name`` back and return it; None if it has to be written."""
+        file, path = self.done.get(name), self.content / name
         if file is None or not path.is_file() or path.stat().st_size != file.record.bytes:
             return None
         return file if record_file(path, on_bytes) == file.record else None
 
     def _read_journal(self) -> dict[str, WrittenFile]:
         path = self._folder / _JOURNAL
-        noted = {}
+        done = {}
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
                 entry = json.loads(line)
                 tensors = {name: Hashes(**hashes) for name, hashes in entry["tensors"].items()}
-                noted[entry["name"]] = WrittenFile(entry["name"], FileRecord(**entry["record"]), tensors)
+                done[entry["name"]] = WrittenFile(entry["name"], FileRecord(**entry["record"]), tensors)
             except (ValueError, KeyError, TypeError):  # a line that a killed run did not finish
                 continue
-        return noted
+        return done
 
 
 @contextmanager
 def partial_folder(
-    output: Path, identity: Mapping[str, Any], say: Callable[[str], None] = print, take_up: bool = True
+    output: Path, identity: Mapping[str, Any], say: Callable[[str], None] = print, reuse: bool = True
 ) -> Iterator[PartialFolder]:
     """Yield a folder to write ``output`` in; it is flushed to disk and renamed at the end.
 
@@ -99,7 +99,7 @@ def partial_folder(
         output: the folder to make.
         identity: everything that determines its content, for JSON.
         say: receives the lines about reused and kept files.
-        take_up: whether to use files that an earlier run has finished.
+        reuse: whether to use files that an earlier run has finished.
 
     Raises:
         UserError: ``output`` exists, cannot be written, or is being written by the same command.
@@ -118,8 +118,8 @@ def partial_folder(
         with exclusive_lock(folder / _LOCK, held_by):
             try:
                 partial = PartialFolder(folder)
-                partial.clear(take_up)
-                _say_what_is_there(output, partial, folder, say)
+                partial.clear(reuse)
+                _describe_present(output, partial, folder, say)
                 yield partial
                 sync_tree(partial.content)
                 require_absent(output)
@@ -129,7 +129,7 @@ def partial_folder(
             except DiscardOutput:
                 raise
             except (OSError, UserError, KeyboardInterrupt) as error:
-                kept = "" if renamed else _what_is_kept(folder)
+                kept = "" if renamed else _describe_kept(folder)
                 if isinstance(error, KeyboardInterrupt):
                     if kept:
                         say(kept)
@@ -148,17 +148,17 @@ def _describe(error: OSError, output: Path, renamed: bool = False) -> str:
     return f"--output {output}: {what}: {error.strerror or error}"
 
 
-def _what_is_kept(folder: Path) -> str:
+def _describe_kept(folder: Path) -> str:
     """Return a message about the finished files in ``folder``; empty if there are none."""
-    noted = PartialFolder(folder).noted if folder.is_dir() else {}
-    if not noted:
+    done = PartialFolder(folder).done if folder.is_dir() else {}
+    if not done:
         return ""
-    return f"{len(noted)} finished files are kept in {folder}: the same command continues from them; or remove it"
+    return f"{len(done)} finished files are kept in {folder}: the same command continues from them; or remove it"
 
 
-def _say_what_is_there(output: Path, partial: PartialFolder, folder: Path, say: Callable[[str], None]) -> None:
-    if partial.noted:
-        say(f"continuing from {len(partial.noted)} finished files in {folder}")
+def _describe_present(output: Path, partial: PartialFolder, folder: Path, say: Callable[[str], None]) -> None:
+    if partial.done:
+        say(f"continuing from {len(partial.done)} finished files in {folder}")
     for other in sorted(output.parent.iterdir()):
         if other != folder and other.name.startswith(f".{output.name}.") and other.name.endswith(_SUFFIX):
             say(f"{other} is the unfinished output of another command, input or version; it is not used, remove it")

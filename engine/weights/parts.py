@@ -1,8 +1,8 @@
 """Read tensors that are stored in parts: whole rows for converters, or the shards of a rank for a run.
 
 A part is a box of a tensor whose values are in one file. Parts come from a checkpoint's table (:mod:`.table`), from a
-Hugging Face folder, whose tensors are stored whole, or from a folder of PyTorch's distributed checkpoint
-(:mod:`retemper.engine.weights.conversion.dcp_files`).
+Hugging Face folder, whose tensors are stored whole (:mod:`.hugging_face.folder`), or from a folder of PyTorch's
+distributed checkpoint (:mod:`.dcp_files`).
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class TensorParts:
         parts: of each tensor.
     """
 
-    def __init__(self, where: Path, tensors: Mapping[str, StoredTensor], parts: Mapping[str, Sequence[Part]]):
+    def __init__(self, where: Path, tensors: dict[str, StoredTensor], parts: dict[str, list[Part]]):
         self.where = where
-        self.tensors: Mapping[str, StoredTensor] = tensors
+        self.tensors: dict[str, StoredTensor] = tensors
         self.parts = parts
 
     @property
@@ -92,10 +92,19 @@ class TensorParts:
         reader, rest = _Reader(self, name), (0,) * (len(self.tensors[name].shape) - 1)
         yield lambda first, rows: reader.read((first, *rest), rows)
 
+    def read(self, name: str) -> Tensor:
+        """Return the CPU tensor ``name``."""
+        tensor = torch.empty(self.tensors[name].shape, dtype=self.tensors[name].dtype)
+        self.load(name, tensor)
+        return tensor
+
     def load(self, name: str, tensor: Tensor, check: CheckValues | None = None) -> None:
         """Read this rank's part of ``tensor``, a parameter that is sharded in any way, in place, cast to its dtype."""
         offsets, _ = box_of(tensor)
-        into = local_part(tensor).detach()
+        self.read_box(name, offsets, local_part(tensor).detach(), check)
+
+    def read_box(self, name: str, offsets: Sequence[int], into: Tensor, check: CheckValues | None = None) -> None:
+        """Fill ``into``, of any dtype and device, with the box of the tensor ``name`` at ``offsets``."""
         _Reader(self, name, check).read(offsets or (0,), into if offsets else into.reshape(1))
 
 

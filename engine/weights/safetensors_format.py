@@ -8,6 +8,7 @@ of wide dtypes come first: then each begins at a multiple of its width.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ def _parse(descriptor: int) -> dict[str, HeaderEntry]:
             raise ValueError(f"{name[:100]} is at {start} to {stop}, byte {end} comes next")
         if not isinstance(item["dtype"], str) or not is_shape(item["shape"]):
             raise ValueError(f"{name[:100]} has no dtype or no shape")
+        if item["dtype"] in DTYPES and stop - start != math.prod(item["shape"]) * DTYPES[item["dtype"]].itemsize:
+            raise ValueError(f"{name[:100]} of {item['dtype']} {item['shape']} has {stop - start:,} bytes")
         entries[name] = HeaderEntry(item["dtype"], tuple(item["shape"]), first + start)
         end = stop
     if first + end != size:

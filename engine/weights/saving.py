@@ -23,7 +23,7 @@ from ..optim.local import local_part
 from ..parallel.process_group import Ranks
 from .coverage import Box, coverage_problem
 from .damage import TABLE_FILE
-from .parts import box_of
+from .parts import all_ranks, box_of
 from .raw_bytes import bytes_of
 from .safetensors_format import CODES, SUFFIX, in_file_order, make_header
 from .table import TableEntry, write_table
@@ -33,23 +33,29 @@ Held = tuple[tuple[int, ...], torch.dtype, Box]
 """Shape and dtype of a tensor, and the box of it that a rank holds."""
 
 
-def save_parts(
-    folder: Path, tensors: Mapping[str, Tensor], staged: Mapping[str, Tensor] | None, ranks: Ranks
+def save_tensors(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    staged: Mapping[str, Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
+    distributed: bool = True,
 ) -> dict[str, FileRecord]:
-    """Write ``tensors`` into ``folder``, each rank its parts; all ranks call this.
+    """Write ``tensors`` into ``folder``, each rank its parts; with ``distributed`` all ranks must call this.
 
     Args:
-        folder: where to; it exists.
+        folder: to write to; it exists.
         tensors: by name; each may be sharded in any way.
-        staged: this rank's part of each, where it has been copied; ``tensors`` then only say how they are laid out.
-        ranks: that save.
+        staged: copies of this rank's parts, if there are any. Then ``tensors`` only give the layout.
+        group: process group of the ranks; None: the default one.
+        distributed: whether there are other ranks.
 
     Returns:
         The files that this rank has written and flushed to disk, hashed while they were written.
 
     Raises:
-        UserError: on every rank, when any of them cannot write.
+        UserError: on every rank, if any of them cannot write.
     """
+    ranks = all_ranks(group, distributed)
     held: dict[str, Held] = {name: (tuple(t.shape), t.dtype, box_of(t)) for name, t in tensors.items()}
     gathered = _gather_on_main(held, ranks)
     plan = ranks.run_on_rank0(lambda: _assign(cast(Sequence[Mapping[str, Held]], gathered)))

@@ -1,8 +1,10 @@
-"""Choose the number of threads that copy tensors."""
+"""Distribute work over threads and ranks."""
 
 from __future__ import annotations
 
+import heapq
 import os
+from collections.abc import Mapping
 
 from ..errors import UserError
 
@@ -25,3 +27,17 @@ def parse_workers(workers: int | None) -> int:
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
     return workers or default_workers()
+
+
+def share_by_size(sizes: Mapping[str, int], worker: int, num_workers: int) -> list[str]:
+    """Return the files of ``worker``, given the size of every file by name.
+
+    The largest come first. Each goes to the worker with the fewest bytes so far.
+    """
+    loads = [(0, number) for number in range(num_workers)]
+    mine = []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, number = heapq.heappop(loads)
+        heapq.heappush(loads, (load + sizes[name], number))
+        mine += [name] if number == worker else []
+    return mine

@@ -130,7 +130,7 @@ def folder_for_weights(folder: Path) -> None:
         (absurd_header, [SINGLE, "not a safetensors file"]),
         (folder_for_weights, [SINGLE, "cannot be read: Is a directory"]),
         (extra_tensor_of("F6_E2M3"), [SINGLE, "extra is F6_E2M3 [4]", "dequantized first"]),
-        (extra_tensor_of("F99"), [SINGLE, "has a dtype that safetensors", "F99"]),
+        (extra_tensor_of("F99"), [SINGLE, "extra is F99 [4], which cannot be read"]),
         (config_with(hidden_size=2**40), ["config.json: hidden_size is 1099511627776; at most 16,777,216"]),
         (config_with(hidden_size=2**24, head_dim=2**24), ["config.json: hidden_size is 16777216; the sizes make"]),
         (config_with(num_hidden_layers=10**9), ["config.json: num_hidden_layers is 1000000000; at most 1,000"]),

@@ -29,7 +29,6 @@ from retemper.engine.weights.checkpoint.manifest import read_manifest, write_man
 from retemper.engine.weights.checkpoint.verify import find_damage
 from retemper.engine.weights.conversion import logits
 from retemper.engine.weights.conversion.provenance import CONVERSION_FILE
-from retemper.engine.weights.hugging_face.model import HfModel
 from retemper.engine.weights.parts import TensorParts
 
 
@@ -313,9 +312,9 @@ def test_values_that_a_dtype_cannot_hold_are_refused(copy_model: Copy, tmp_path:
 def test_a_source_that_is_changed_meanwhile_is_refused(
     copy_model: Copy, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    folder, rows, calls = copy_model("qwen3"), HfModel.rows, []
+    folder, rows, calls = copy_model("qwen3"), TensorParts.rows, []
 
-    def replaced(self: HfModel, name: str) -> Any:
+    def replaced(self: TensorParts, name: str) -> Any:
         calls.append(name)
         if len(calls) == 6 and change == "replaced":
             other = tmp_path / "other"
@@ -326,7 +325,7 @@ def test_a_source_that_is_changed_meanwhile_is_refused(
             (folder / "config.json").unlink()
         return rows(self, name)
 
-    monkeypatch.setattr(HfModel, "rows", replaced)
+    monkeypatch.setattr(TensorParts, "rows", replaced)
     refused = run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "out", "--workers", 1)
     assert_refused(refused, f"{folder}: was changed during the conversion; do not change it, and start again")
     assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]

@@ -20,17 +20,15 @@ from retemper.engine.errors import UserError
 from retemper.engine.weights import partial_folder
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.conversion import logits
-from retemper.engine.weights.hugging_face.model import HfModel
 from retemper.engine.weights.parts import TensorParts
 from retemper.engine.weights.tensor_source import ReadRows
 
-Source = type[HfModel] | type[TensorParts]
+Source = type[TensorParts]
 # A process of its own: the real command, in which reading the ninth tensor ends it.
 KILLED = """
 import os, signal, sys, time
 from retemper.checkpoint_convert import {module}
 from retemper.engine.errors import run_command
-from retemper.engine.weights.hugging_face.model import HfModel
 from retemper.engine.weights.parts import TensorParts
 
 calls, rows = [], {source}.rows
@@ -71,7 +69,7 @@ def command_for(direction: str, saved_models: dict[str, Path], tmp_path: Path) -
     return [*source, "--output", tmp_path / "out", "--workers", 1], tmp_path / "out"
 
 
-MODULES = {"there": (hf_to_dcp, HfModel), "back": (dcp_to_hf, TensorParts)}
+MODULES = {"there": (hf_to_dcp, TensorParts), "back": (dcp_to_hf, TensorParts)}
 
 
 def hidden(tmp_path: Path) -> list[Path]:
@@ -131,7 +129,7 @@ def test_nothing_is_kept_where_nothing_was_finished(
     monkeypatch: pytest.MonkeyPatch,
     error: type[BaseException] | BaseException,
 ) -> None:
-    interrupt_after(monkeypatch, HfModel, 0, error)
+    interrupt_after(monkeypatch, TensorParts, 0, error)
     result = run(hf_to_dcp, "--hf", saved_models["llama"], "--output", tmp_path / "out")
     assert result.status == (130 if error is KeyboardInterrupt else 1)
     assert "interrupted" in result.stderr or "No space left on device" in result.stderr
@@ -182,7 +180,7 @@ def until_something_is_finished(program: Program, tmp_path: Path) -> None:
 
 
 def test_sigterm_keeps_what_is_finished(saved_models: dict[str, Path], tmp_path: Path, start: Start) -> None:
-    script = KILLED.format(module="hf_to_dcp", source="HfModel", end="time.sleep(0.2)")
+    script = KILLED.format(module="hf_to_dcp", source="TensorParts", end="time.sleep(0.2)")
     arguments, output = command_for("there", saved_models, tmp_path)
     program = start(script, *arguments)
     until_something_is_finished(program, tmp_path)
@@ -197,10 +195,10 @@ def test_another_command_takes_nothing(
 ) -> None:
     arguments, output = command_for("there", saved_models, tmp_path)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, HfModel, 9, KeyboardInterrupt)
+        interrupt_after(patch, TensorParts, 9, KeyboardInterrupt)
         run(hf_to_dcp, *arguments)
     [left] = hidden(tmp_path)
-    read = interrupt_after(monkeypatch, HfModel, 0, None)
+    read = interrupt_after(monkeypatch, TensorParts, 0, None)
     result = run(hf_to_dcp, *arguments, "--dtype", "float32")
     assert result.status == 0 and f"{left} is the unfinished output of another command" in result.stdout
     assert len(read) == len(json.loads((output / "conversion.json").read_text())["tensors"])
@@ -213,7 +211,7 @@ def test_another_input_takes_nothing(
     folder = copy_model("qwen3")
     arguments = ["--hf", folder, "--output", tmp_path / "out", "--workers", 1]
     with monkeypatch.context() as patch:
-        interrupt_after(patch, HfModel, 9, KeyboardInterrupt)
+        interrupt_after(patch, TensorParts, 9, KeyboardInterrupt)
         run(hf_to_dcp, *arguments)
     assert len(hidden(tmp_path)) == 1
     # Of the same size, and changed: fetched again, or trained further.
@@ -230,7 +228,7 @@ def interrupted(folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.Monk
     """Arguments of a conversion that Ctrl-C has ended after some files, and the folder that it has left."""
     arguments = ["--hf", folder, "--output", tmp_path / "out", "--workers", 1]
     with monkeypatch.context() as patch:
-        interrupt_after(patch, HfModel, 9, KeyboardInterrupt)
+        interrupt_after(patch, TensorParts, 9, KeyboardInterrupt)
         assert run(hf_to_dcp, *arguments).status == 130
     [left] = hidden(tmp_path)
     return arguments, left
@@ -274,13 +272,13 @@ def test_what_is_finished_outlives_an_error(
     error = UserError("model.safetensors: cannot be read: Stale file handle")
     with monkeypatch.context() as patch:
         if failing == "source":
-            interrupt_after(patch, HfModel, 2, error)
+            interrupt_after(patch, TensorParts, 2, error)
             result = run(hf_to_dcp, *arguments)
         else:
             patch.setattr(logits, "_theirs", raising(error))
             result = run(hf_to_dcp, *arguments, "--verify")
     assert_refused(result, "Stale file handle; ", f"finished files are kept in {left}: the same command continues")
-    read = interrupt_after(monkeypatch, HfModel, 0, None)
+    read = interrupt_after(monkeypatch, TensorParts, 0, None)
     result = run(hf_to_dcp, *arguments)
     assert result.status == 0 and "continuing from" in result.stdout and hidden(tmp_path) == []
     assert len(read) == (0 if failing == "verify" else len(read_folder(tmp_path / "qwen3")) - 11)
@@ -311,13 +309,13 @@ def test_bad_input_found_late_leaves_nothing(
     copy_model: Callable[[str], Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy_model("qwen3")
-    rows = HfModel.rows
+    rows = TensorParts.rows
 
-    def cut(self: HfModel, name: str) -> AbstractContextManager[ReadRows]:
+    def cut(self: TensorParts, name: str) -> AbstractContextManager[ReadRows]:
         os.truncate(folder / SINGLE, 3000)
         return rows(self, name)
 
-    monkeypatch.setattr(HfModel, "rows", cut)
+    monkeypatch.setattr(TensorParts, "rows", cut)
     assert_refused(run(hf_to_dcp, "--hf", folder, "--output", tmp_path / "out"), "model.safetensors: ends before byte")
     assert [path.name for path in tmp_path.iterdir()] == ["qwen3"]
 
@@ -325,11 +323,11 @@ def test_bad_input_found_late_leaves_nothing(
 def test_one_at_a_time(saved_models: dict[str, Path], tmp_path: Path, run: Run, start: Start) -> None:
     go_on = tmp_path / "go on"
     wait = f"while not os.path.exists({str(go_on)!r}): time.sleep(0.01)"
-    script = KILLED.format(module="hf_to_dcp", source="HfModel", end=wait)
+    script = KILLED.format(module="hf_to_dcp", source="TensorParts", end=wait)
     arguments, output = command_for("there", saved_models, tmp_path)
     program = start(script, *arguments)
     until_something_is_finished(program, tmp_path)
-    assert_refused(run(hf_to_dcp, *arguments), f"--output {output}", "another process is writing it")
+    assert_refused(run(hf_to_dcp, *arguments), f"--output {output}", "is writing it with the same command")
     assert len(hidden(tmp_path)) == 1
     go_on.touch()
     assert program.wait() == 0, program.err

@@ -29,7 +29,7 @@ from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.weights import block_copy, raw_bytes
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.checkpoint.verify import find_damage
-from retemper.engine.weights.conversion.dcp_files import read_dcp_parts
+from retemper.engine.weights.dcp_files import read_dcp_parts
 from retemper.engine.weights.hugging_face.model import open_hf_model
 
 Run = Callable[..., Command]
@@ -132,12 +132,14 @@ def test_padding_of_the_vocabulary(vocab_size: int, options: dict[str, int], row
 
 def test_rows_of_padding_are_zeros(models: dict[str, Path]) -> None:
     model = open_hf_model(models["llama"])
-    pieces = MegatronPieces(model, model.tensors, model.architecture, Layout(Vocabulary(10, 2), per_layer=False))
+    pieces = MegatronPieces(
+        model.parameters, model.parameters.tensors, model.architecture, Layout(Vocabulary(10, 2), per_layer=False)
+    )
     assert pieces.tensors["output_layer.weight"].shape == (100, 32)
     rows = torch.full((5, 32), torch.nan, dtype=torch.bfloat16)
     with pieces.rows("output_layer.weight") as read:
         read(94, rows)
-    assert torch.equal(rows[:3], model.read("lm_head.weight")[94:]) and not rows[3:].any()
+    assert torch.equal(rows[:3], model.parameters.read("lm_head.weight")[94:]) and not rows[3:].any()
 
 
 @pytest.mark.parametrize("model", MODELS)

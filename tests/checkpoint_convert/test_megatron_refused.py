@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from retemper.checkpoint_convert import from_megatron, to_megatron
 from retemper.checkpoint_convert.megatron_config import read_args
-from retemper.engine.weights.conversion.dcp_metadata import read_metadata
+from retemper.engine.weights.dcp_metadata import read_metadata
 
 Run = Callable[..., Command]
 

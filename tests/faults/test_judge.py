@@ -17,7 +17,7 @@ from fault_damage import FILES, checkpoints, seal
 from fault_judge import Rest
 
 from retemper.engine.weights.checkpoint.manifest import with_checksum
-from retemper.engine.weights.checkpoint.tensors import save_tensors
+from retemper.engine.weights.saving import save_tensors
 
 
 @pytest.fixture

@@ -18,12 +18,12 @@ from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
 from retemper.engine.files.regular import IrregularFile, open_regular, read_regular
 from retemper.engine.model.architecture import read_hf_config
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.engine.weights.checkpoint.manifest import read_manifest
-from retemper.engine.weights.conversion.dcp_metadata import read_metadata
+from retemper.engine.weights.dcp_metadata import read_metadata
 from retemper.engine.weights.hugging_face.folder import HfWeights
 from retemper.tools.preprocessing.chat.template_files import load_template
+from retemper.tools.tokenizer.handle import load_tokenizer
 from retemper.tools.vocabulary.token_list import read_list
 
 SECONDS = 20
@@ -120,7 +120,7 @@ def test_links_that_lead_out_of_a_model_folder_are_not_copied(tmp_path, tokenize
     assert HfAssets.read(model).files == {**whole, "merges.txt": whole["tokenizer.json"]}
     for name in ("vocab.json", "chat_template.jinja", "generation_config.json"):
         (model / name).symlink_to(os.path.relpath(secret, model))
-        with pytest.raises(UserError, match=f"{name}: a link to {secret}, outside of its folder"):
+        with pytest.raises(UserError, match=f"{name}: a link to {secret}, outside its folder"):
             HfAssets.read(model)
         (model / name).unlink()
     (tmp_path / "link").symlink_to(model)
@@ -140,14 +140,15 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path, tokenizer_folder, monkey
     local = tmp_path / "local"
     local.mkdir()
     (local / "tokenizer.json").symlink_to(repository / "blobs" / "abc")
-    with pytest.raises(UserError, match="outside of its folder"):
+    with pytest.raises(UserError, match="outside its folder"):
         HfAssets.read(local)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert HfAssets.read(local).files == expected
 
 
 ECHO = """
-from retemper.engine.errors import CommandParser, run_command
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import run_command
 
 def main():
     parser = CommandParser()

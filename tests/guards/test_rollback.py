@@ -244,7 +244,7 @@ def test_asked_to_stop_in_the_step_of_a_spike(one_rank, rewound, run_file, tmp_p
         patch.setattr(rollback, "roll_back", asked_meanwhile)
         assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
     said = capfd.readouterr().out
-    assert f"stopped at step {TARGET} as asked, gone back to before a spike; resume: auto continues\n" in said
+    assert f"stopped at step {TARGET} as asked, after a rollback; resume: auto continues\n" in said
     assert "nothing to save" not in said and said.count("next        the same command continues from here\n") == 1
     assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
     _same_tensors(tmp_path / LAST, rewound / LAST)

@@ -19,7 +19,7 @@ from retemper.engine.config.settings import RunConfig
 from retemper.engine.errors import UserError
 from retemper.engine.evaluation import count_targets
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.run_state import Run
+from retemper.engine.run import Run
 from retemper.engine.weights.checkpoint.manifest import with_checksum
 from retemper.engine.weights.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter

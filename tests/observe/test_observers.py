@@ -14,7 +14,7 @@ from retemper.engine.observe.metrics_file import METRICS_FILE, MetricsFile
 from retemper.engine.observe.observer import Observer, StepRecord
 from retemper.engine.observe.tensorboard import TensorBoard
 from retemper.engine.observe.waiting import rank0_printer
-from retemper.engine.run_state import Progress
+from retemper.engine.schedule import Progress
 
 
 def records(folder: Path) -> list[dict]:

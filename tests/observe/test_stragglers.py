@@ -14,7 +14,7 @@ from torch import nn
 from retemper.engine import pretrain
 from retemper.engine.data.loader import Prefetcher
 from retemper.engine.observe import stragglers
-from retemper.engine.observe.observer import ConsoleLines
+from retemper.engine.observe.reporter import ConsoleLines
 from retemper.engine.observe.stragglers import Stragglers, Times
 
 STEPS = 4
@@ -111,7 +111,8 @@ def watched(monkeypatch):
     def watch(blocks, others):
         monkeypatch.setattr(stragglers, "_of_all", lambda ranks, mine: [mine, *(Times(*times) for times in others)])
         size = 1 + len(others)
-        ranks = SimpleNamespace(rank=0, world_size=size, device=torch.device("cpu"), gather=lambda name: [name] * size)
+        options = {"device": torch.device("cpu"), "all_gather": lambda name: [name] * size}
+        ranks = SimpleNamespace(rank=0, world_size=size, **options)
         return Stragglers(ranks, blocks, True)
 
     return watch

@@ -13,10 +13,10 @@ import tiny_run
 import yaml
 
 from retemper.engine import pretrain
-from retemper.engine.best_evaluation import Measure, fingerprint
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
+from retemper.engine.evaluation import BestMetric, fingerprint
 from retemper.engine.files.hashing import hash_file
 from retemper.engine.weights.checkpoint import destination
 from retemper.engine.weights.checkpoint.destination import checkpoint_bytes
@@ -183,13 +183,13 @@ def test_the_estimated_size_is_that_of_the_tensors(options, one_rank, run_file, 
 
 
 def best_notes(run):
-    return run.validation.measure.note_on(run.progress.best)
+    return run.validation.metric.describe_reset(run.progress.best)
 
 
 def test_the_record_of_the_best_continues_where_the_same_is_measured(one_rank, run_file, folder):
     for options in ([], ["--training.micro_batch_size", "4"], ["--training.eval_interval", "3"]):
         run = trainer_of(one_rank, run_file, folder, *options)
-        assert best_notes(run) == [] and run.validation.measure.describes(run.progress.best)
+        assert best_notes(run) == [] and run.validation.metric.matches(run.progress.best)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_the_record_of_the_best_starts_over_where_something_else_is_measured(
     [line] = best_notes(run)
     assert line.startswith("note: ") and f"{former['loss']:.4f}" in line
     # However much worse the loss is now.
-    run.validation.losses = lambda *_: {run.validation.measure.name: 99.0}
+    run.validation.evaluate = lambda *_: {run.validation.metric.name: 99.0}
     pretrain.train(run)
     best = run.progress.best
     assert (best["step"], best["loss"]) == (5, 99.0)
@@ -227,13 +227,13 @@ EVERY_STEP = ["--training.eval_interval", "1", "--checkpoint.save_interval", "1"
 def test_the_fingerprint_does_not_depend_on_the_layout(one_rank, two_ranks, run_file, tmp_path):
     """Of a loss mask too, and of a set whose last micro-batch is filled up."""
     options = ["--run_folder", str(tmp_path), "--training.eval_tokens", "10000"]
-    expected = pretrain.build(tiny_run.configure(run_file, *options), one_rank).validation.measure.fingerprint
+    expected = pretrain.build(tiny_run.configure(run_file, *options), one_rank).validation.metric.fingerprint
     for more in ([], ["--training.micro_batch_size", "4"], ["--parallel.context", "2"]):
         assert two_ranks.run(measured, run_file, [*options, *more]) == [expected] * 2, more
 
 
 def measured(ranks, path, overrides):
-    return pretrain.build(tiny_run.configure(path, *overrides), ranks).validation.measure.fingerprint
+    return pretrain.build(tiny_run.configure(path, *overrides), ranks).validation.metric.fingerprint
 
 
 def test_a_fingerprint_changes_with_every_token_and_mask(one_rank, run_file, tmp_path):
@@ -253,11 +253,11 @@ def test_a_fingerprint_changes_with_every_token_and_mask(one_rank, run_file, tmp
 
 
 def test_records_without_a_fingerprint_go_by_the_name():
-    measure = Measure("validation", "32:ab")
+    metric = BestMetric("validation", "32:ab")
     old = {"step": 4, "name": "validation", "loss": 2.0}
-    assert measure.describes(old) and not measure.improves(old, 2.0) and measure.improves(old, 1.9)
-    assert measure.improves({**old, "name": "other"}, 9.0) and measure.improves({**old, "measured": "32:ac"}, 9.0)
-    assert measure.note_on({}) == [] == measure.note_on(measure.record(4, 2.0))
+    assert metric.matches(old) and not metric.improves(old, 2.0) and metric.improves(old, 1.9)
+    assert metric.improves({**old, "name": "other"}, 9.0) and metric.improves({**old, "measured": "32:ac"}, 9.0)
+    assert metric.describe_reset({}) == [] == metric.describe_reset(metric.record(4, 2.0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_gradients_of_a_mask_are_those_of_targets_masked_by_hand(one_rank, two_r
     for batch in run.data.micro_batches(0):
         targets = batch.targets.clone()
         for place in range(0, len(targets), 32):
-            window = run.order.sample(index).window
+            window = run.order.sample(index).chunk
             for offset in range(32):
                 if mask[window * 32 + offset + 1] == 0:
                     targets[place + offset] = IGNORE_INDEX

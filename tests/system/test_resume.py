@@ -105,7 +105,7 @@ def test_retention_keeps_the_newest_and_the_best(keep_best, rule, saved, best, o
     losses = {2: 5.0, 4: 4.0, 6: 3.0, 8: 3.5, 10: 3.6, 12: 3.2, 14: 3.1, 16: 3.4, 18: 3.3, 20: 3.9}
     overrides = ["--run_folder", str(tmp_path), "--checkpoint.keep_last", "1", "--checkpoint.keep_best", keep_best]
     run = pretrain.build(tiny_run.configure(run_file, *overrides, "--training.eval_interval", "2"), one_rank)
-    run.validation.losses = lambda *_: {"validation": losses[run.progress.step]}
+    run.validation.evaluate = lambda *_: {"validation": losses[run.progress.step]}
     pretrain.train(run)
     lines = capsys.readouterr().out.splitlines()
     assert [int(line[-8:]) for line in lines if line.startswith("  saved ")] == saved
@@ -184,7 +184,7 @@ def test_weights_that_the_update_broke_are_never_saved(one_rank, run_file, tmp_p
 
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(one_rank, run_file, tmp_path):
     run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(tmp_path)), one_rank)
-    run.validation.losses = lambda *_: {"validation": float("nan")}
+    run.validation.evaluate = lambda *_: {"validation": float("nan")}
     with pytest.raises(UserError, match="step 5: validation loss of validation nan: not finite"):
         pretrain.train(run)
     assert _checkpoints(tmp_path) == ["step-00000004"]
@@ -304,4 +304,4 @@ def test_new_sources_join_a_run_and_old_ones_go_on_from_their_place(one_rank, ru
     assert order.cursors(consumed) == {**former.cursors(consumed), "third": 0}
     first_again = next(s for s in (order.sample(i) for i in range(consumed, consumed + 8)) if s.source == 1)
     former_next = [s for s in (former.sample(i) for i in range(200)) if s.source == 0][given]
-    assert first_again.window == former_next.window
+    assert first_again.chunk == former_next.chunk

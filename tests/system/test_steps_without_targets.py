@@ -19,7 +19,7 @@ from retemper.engine.observe.metrics_file import MetricsFile
 from retemper.engine.observe.observer import StepRecord
 from retemper.engine.observe.tensorboard import TensorBoard
 from retemper.engine.parallel.process_group import Ranks
-from retemper.engine.run_state import Progress
+from retemper.engine.schedule import Progress
 from retemper.engine.weights.checkpoint.tensors import training_tensors
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 

@@ -70,7 +70,7 @@ def test_transformers_in_a_plain_loop_gives_the_same_curve(one_rank, run_file, r
         for index in range((step - 1) * 8, step * 8):
             sample = run.order.sample(index)
             source = run.catalog.train[sample.source]
-            window = source.window(sample.window, tiny_run.VOCAB_SIZE)
+            window = source.chunk(sample.chunk, tiny_run.VOCAB_SIZE)
             stream = torch.from_numpy(np.append(window.tokens, window.targets[-1]))
             for document in stream.tensor_split(torch.from_numpy(window.ends + 1)):
                 if len(document) < 2:

@@ -16,16 +16,11 @@ from oracles.tiny_tokenizer import sample_text, shared_data, train_tiny_sentence
 from transformers import AutoTokenizer
 
 from retemper.engine.errors import UserError
-from retemper.engine.tokenizer.classes import loaded_class
-from retemper.engine.tokenizer.document_frame import (
-    DocumentFrame,
-    frame_of_files,
-    ids_of,
-    read_tokenizer_frame,
-    tokenizer_frame,
-)
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
+from retemper.engine.tokenizer.auto_class import loaded_class
+from retemper.engine.tokenizer.frame import frame_of_files, ids_of, read_tokenizer_frame, tokenizer_frame
 from retemper.engine.weights.checkpoint.assets import HfAssets
+from retemper.tools.tokenizer.document_frame import DocumentFrame
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 TEXTS = ["rain fell over the old town", "the cat", sample_text(3, 20)]
 

@@ -18,9 +18,9 @@ from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.data.tokenizer_identity import TokenizerIdentity
 from retemper.engine.errors import UserError
 from retemper.engine.tokenizer.fingerprint import same_tokenizer
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.tools.reports.dataset.tokenizers import choose_tokenizer
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 KINDS = ("byte-level", "json bpe", "json unigram")
 

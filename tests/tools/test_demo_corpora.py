@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from retemper.tools.demo.bpe import SPECIAL_TOKENS, train_tokenizer
 from retemper.tools.demo.corpora import (
+    CorpusPart,
     Module,
     ProseFilter,
-    Split,
     build_corpora,
     docstrings,
     parse_modules,
@@ -31,12 +31,12 @@ CAP = 700_000
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CorpusPart]:
     return build_corpora(tmp_path_factory.mktemp("corpora"), max_bytes=CAP)
 
 
 @pytest.fixture(scope="module")
-def tokenizer_folder(corpora: dict[str, Split], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_folder(corpora: dict[str, CorpusPart], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     assert (
         train_tokenizer([corpora["general.train"].path, corpora["domain.train"].path], folder, vocab_size=1500) == 1500
@@ -44,7 +44,7 @@ def tokenizer_folder(corpora: dict[str, Split], tmp_path_factory: pytest.TempPat
     return folder
 
 
-def read(split: Split) -> list[dict[str, str]]:
+def read(split: CorpusPart) -> list[dict[str, str]]:
     return [json.loads(line) for line in split.path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -64,7 +64,7 @@ def found_docstrings(source: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
-def test_same_bytes_in_another_process(corpora: dict[str, Split], tmp_path: Path, hash_seed: str) -> None:
+def test_same_bytes_in_another_process(corpora: dict[str, CorpusPart], tmp_path: Path, hash_seed: str) -> None:
     """In a process of its own, where Python's salted ``hash()`` gives other values."""
     call = f"build_corpora(pathlib.Path({str(tmp_path)!r}), {CAP})"
     script = f"import pathlib; from retemper.tools.demo.corpora import build_corpora; {call}"
@@ -74,7 +74,7 @@ def test_same_bytes_in_another_process(corpora: dict[str, Split], tmp_path: Path
         assert split.path.read_bytes() == (tmp_path / split.path.name).read_bytes()
 
 
-def test_sizes_are_reported_and_capped(corpora: dict[str, Split]) -> None:
+def test_sizes_are_reported_and_capped(corpora: dict[str, CorpusPart]) -> None:
     for split in corpora.values():
         documents = read(split)
         assert split.num_documents == len(documents) > 0
@@ -85,13 +85,13 @@ def test_sizes_are_reported_and_capped(corpora: dict[str, Split]) -> None:
         assert 0.01 < held_out / (train + held_out) < 0.15
 
 
-def test_sources_name_no_folder_of_this_machine(corpora: dict[str, Split]) -> None:
+def test_sources_name_no_folder_of_this_machine(corpora: dict[str, CorpusPart]) -> None:
     kinds = {name: {document["source"].split("/")[0] for document in read(s)} for name, s in corpora.items()}
     assert kinds["general.train"] == {"pydoc_data", "stdlib"}
     assert kinds["domain.train"] == kinds["domain.validation"] == {"stdlib"}
 
 
-def test_training_text_holds_no_validation_text(corpora: dict[str, Split]) -> None:
+def test_training_text_holds_no_validation_text(corpora: dict[str, CorpusPart]) -> None:
     documents = {name: read(split) for name, split in corpora.items()}
     for name in ("general", "domain"):
         train, held_out = documents[f"{name}.train"], documents[f"{name}.validation"]
@@ -102,7 +102,7 @@ def test_training_text_holds_no_validation_text(corpora: dict[str, Split]) -> No
     assert paragraphs(documents["general.train"]).isdisjoint(paragraphs(documents["domain.validation"]))
 
 
-def test_domain_is_code_without_docstrings(corpora: dict[str, Split]) -> None:
+def test_domain_is_code_without_docstrings(corpora: dict[str, CorpusPart]) -> None:
     for document in read(corpora["domain.train"]) + read(corpora["domain.validation"]):
         assert not list(found_docstrings(document["text"])), document["source"]
 
@@ -199,7 +199,7 @@ def test_parse_modules_passes_over_what_is_no_text_to_learn_from(tmp_path: Path)
     assert {module.source for module in parse_modules(tmp_path, "lib")} == {"lib/good.py", "lib/package/deep.py"}
 
 
-def test_tokenizer_is_the_same_again(corpora: dict[str, Split], tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_is_the_same_again(corpora: dict[str, CorpusPart], tokenizer_folder: Path, tmp_path: Path) -> None:
     train_tokenizer([corpora["general.train"].path, corpora["domain.train"].path], tmp_path, vocab_size=1500)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (tokenizer_folder / name).read_bytes()

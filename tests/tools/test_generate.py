@@ -27,7 +27,6 @@ from transformers import (
 
 from retemper.engine import batch as batch_module
 from retemper.engine.errors import UserError, run_command
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.engine.weights.checkpoint.manifest import Manifest
 from retemper.engine.weights.conversion import hf_to_dcp
 from retemper.kernels import attention
@@ -35,6 +34,7 @@ from retemper.kernels.attention import PER_DOCUMENT, plan_attention
 from retemper.tools import generate, generation
 from retemper.tools.generation import TextGenerator, choose_token, find_device
 from retemper.tools.sampling import Sampling
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 CONTEXT = 48
 VOCAB_SIZE = 400

@@ -15,13 +15,13 @@ from tokenizers import Tokenizer, models
 
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.errors import UserError
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools.reports.dataset import lengths as lengths_module
 from retemper.tools.reports.dataset import token_counts
 from retemper.tools.reports.dataset.decoding import decode_document, measure_text, pieces
 from retemper.tools.reports.dataset.lengths import LengthCounts, count_lengths, sample_lengths
 from retemper.tools.reports.dataset.streams import DatasetStream
 from retemper.tools.reports.dataset.token_counts import PassFacts, count_tokens, sample_tokens
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 EOD = 0
 

@@ -226,7 +226,7 @@ def test_a_run_that_was_resumed_and_rewound(run: Path, capsys: pytest.CaptureFix
     assert table_row(out, "resumed")[1:] == ["8", "14", "6", "metrics.14.jsonl"]
     assert table_row(out, "rewound")[1:] == ["16", "18", "2", "metrics.18.jsonl"]
     assert table_row(out, "starts")[1] == "2" and table_row(out, "model")[1] == "qwen2, 3 parameters"
-    assert table_row(out, "steps")[1] == "20; 8 were made again after a restart"
+    assert table_row(out, "steps")[1] == "20; 8 repeated after restarts"
     assert "! metrics.30.jsonl is the curve of an earlier run" in out
     assert f"resumed {6 * BATCH:,} tokens earlier" in Page((run / "report.html").read_text("utf-8")).text
     (run / "log.txt").unlink()  # as of an earlier version: each file continues the curve from where it branches off
@@ -270,7 +270,7 @@ def test_only_the_curve_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[
     write_lines(tmp_path / "metrics.jsonl", [training_record(1, 3.0)])
     out = show(capsys, tmp_path)
     assert table_row(out, "training loss")[1] == "3.0000 at first, 3.0000 in the last records"
-    assert "checkpoints is not there: no checkpoint is written yet" in out
+    assert "there is no checkpoint yet" in out
     Page((tmp_path / "report.html").read_text("utf-8")).require_self_contained()
 
 

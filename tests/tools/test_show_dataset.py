@@ -18,9 +18,9 @@ from oracles.tiny_tokenizer import train_tiny_tokenizer
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError, run_command
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools import show_dataset
 from retemper.tools.reports.dataset.verification import verify_dataset
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 HOSTILE = "<script>alert('&')</script> \x1b[31m\x00 </pre>"
 TEXTS = ["the cat", "sat 🙂 on a mat " * 3, "rain", HOSTILE]
@@ -136,8 +136,8 @@ def test_masked_text_is_marked(made, capsys, tmp_path, tiny_tokenizer):
     (tmp_path / "x.mask.bin").write_bytes(mask)
     tokenizer = ("--tokenizer", tiny_tokenizer)
     out = show(capsys, tmp_path / "x", *tokenizer, "--documents", "2", "--seed", "4", "--max-tokens", "50")
-    assert rows(out)["loss mask"] == f"lets {sum(mask)} tokens ({sum(mask) / len(mask):.2%}) be predicted"
-    assert "1 documents have no token that the loss mask lets be predicted" in out
+    assert rows(out)["loss mask"] == f"{sum(mask)} tokens ({sum(mask) / len(mask):.2%}) are targets"
+    assert "1 documents have no target" in out
     assert "\n⟦the cat<|endoftext|>⟧\n" in show(capsys, tmp_path / "x", *tokenizer, "--index", "0")
     assert "\nrain<|endoftext|>\n" in show(capsys, tmp_path / "x", *tokenizer, "--index", "2")
 

@@ -16,10 +16,11 @@ from torch import Size
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from retemper.engine.errors import UserError
-from retemper.engine.weights.checkpoint.tensors import load_tensors, open_tensors, save_tensors
-from retemper.engine.weights.conversion.dcp_metadata import read_metadata
+from retemper.engine.weights.checkpoint.tensors import load_tensors, open_tensors
 from retemper.engine.weights.coverage import Box, coverage_problem
 from retemper.engine.weights.damage import DamagedCheckpoint
+from retemper.engine.weights.dcp_metadata import read_metadata
+from retemper.engine.weights.saving import save_tensors
 
 
 def cut_at_random(rng: random.Random, box: Box) -> list[Box]:

@@ -16,10 +16,9 @@ from tiny_models import assert_refused
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp, to_megatron
 from retemper.engine.errors import UserError
 from retemper.engine.weights import block_copy
-from retemper.engine.weights.conversion.checkpoint_model import CheckpointPlan
+from retemper.engine.weights.conversion.checkpoint_files import CheckpointPlan
 from retemper.engine.weights.finite import all_finite, require_finite
-from retemper.engine.weights.hugging_face.initial import open_weights
-from retemper.engine.weights.hugging_face.slices import load_hf_tensors
+from retemper.engine.weights.hugging_face.initial import load_hf_tensors, open_weights
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,7 +104,7 @@ def test_a_run_that_starts_from_a_folder_refuses_them(copy_model: Copy, target: 
     folder = copy_model("qwen3")
     spoil(folder, math.inf, torch.float32)
     model = open_weights(folder)
-    tensors = {name: torch.empty(stored.shape, dtype=target) for name, stored in model.tensors.items()}
+    tensors = {name: torch.empty(stored.shape, dtype=target) for name, stored in model.parameters.tensors.items()}
     with pytest.raises(UserError, match=rf"{NAME} holds 1 values .*hf_to_dcp\.py --allow-nonfinite$"):
         load_hf_tensors(model, tensors, distributed=False)
     # A rank that holds other rows has nothing to refuse.

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from retemper.engine.errors import UserError
-from retemper.engine.weights.checkpoint.tensors import load_tensors, open_tensors, save_tensors
+from retemper.engine.weights.checkpoint.tensors import load_tensors, open_tensors
+from retemper.engine.weights.saving import save_tensors
 
 RANKS = {name: torch.Size(shape).numel() for name, (shape, _) in shard_cases.LAYOUTS.items()}
 
@@ -37,6 +38,11 @@ def saved(run, tmp_path_factory):
 @pytest.mark.parametrize("layout", shard_cases.LAYOUTS)
 def test_any_layout_is_loaded_into_any_other(layout, into, saved, run):
     assert run(shard_cases.load, saved[layout], into) == [[]] * RANKS[into]
+
+
+@pytest.mark.parametrize(("layout", "into"), [("whole", "2 x 2"), ("2 x 2", "whole"), ("strided", "columns of 2")])
+def test_dcp_loads_any_layout_into_any_other(layout, into, saved, run):
+    assert run(shard_cases.load_with_dcp, saved[layout], into) == [[]] * RANKS[into]
 
 
 @pytest.mark.parametrize("layout", shard_cases.LAYOUTS)

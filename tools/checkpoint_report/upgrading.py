@@ -1,4 +1,4 @@
-"""Rewrite checkpoints of former formats, whose tensors PyTorch's distributed checkpoint (DCP) wrote.
+"""Rewrite checkpoints of former formats, in which PyTorch's distributed checkpoint (DCP) wrote the tensors.
 
 The new checkpoint is written next to the old one under a temporary name, read back and verified. Then the old one is
 renamed, the new one gets its name, and the old one is removed. Tensors pass through memory in blocks.
@@ -21,7 +21,7 @@ from ...engine.weights.block_copy import copy_files
 from ...engine.weights.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from ...engine.weights.checkpoint.tensors import open_tensors
 from ...engine.weights.checkpoint.verify import require_undamaged
-from ...engine.weights.conversion.checkpoint_model import CheckpointPlan
+from ...engine.weights.conversion.checkpoint_files import CheckpointPlan
 from ...engine.weights.conversion.writing import progress
 from ...engine.weights.damage import METADATA_FILE
 from ...engine.weights.workers import default_workers
@@ -66,7 +66,7 @@ def _finish(folder: Path) -> list[str]:
 
 
 def _upgrade(folder: Path) -> str:
-    """Rewrite one checkpoint; returns what is to be said of it."""
+    """Rewrite one checkpoint; return a line about it."""
     manifest = read_manifest(folder)
     if manifest.format_version == FORMAT_VERSION:
         return f"{folder}: of the present format already"

@@ -20,7 +20,7 @@ def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:
     Raises:
         UserError: a path is neither, or cannot be read.
     """
-    sound = True
+    intact = True
     for folder in [folder for path in paths for folder in checkpoints_of(path)]:
         files = [file for file in folder.rglob("*") if file.is_file()]
         with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, disable=None,
@@ -30,14 +30,14 @@ def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:
             say(f"damaged: {item.what}")
         if manifest is not None and not damage:
             size = sum(record.bytes for record in manifest.records.values())
-            said = f"{len(manifest.files)} files, {format_bytes(size)}: as they were written"
-            say(f"{folder}: " + (said if manifest.files else "not verified: written before manifests had hashes"))
-        sound = sound and manifest is not None and not damage
-    return sound
+            verified = f"{len(manifest.files)} files, {format_bytes(size)}: as they were written"
+            say(f"{folder}: " + (verified if manifest.files else "not verified: written before manifests had hashes"))
+        intact = intact and manifest is not None and not damage
+    return intact
 
 
 def checkpoints_of(path: Path) -> list[Path]:
-    """``path`` where it is a checkpoint, else those of the run ``path``.
+    """Return ``path`` if it is a checkpoint, else the checkpoints of the run ``path``.
 
     Raises:
         UserError: it is neither.

@@ -1,8 +1,8 @@
-"""The demonstration's tokenizer: Qwen2's in all but its size, a byte-level BPE trained in seconds.
+"""Train the tokenizer of the demo: Qwen2's byte-level BPE with a small vocabulary.
 
-As with Qwen2 every text comes back as it was, up to Unicode normalization form C (precomposed characters). transformers
-builds Qwen2's tokenizer class, with this normalizer, for whatever stands beside a Qwen2 ``config.json``: any other
-rule here would give two tokenizers, one for the bare folder and one for the model's.
+Decoding gives back every text, up to Unicode normalization form C. transformers builds Qwen2's tokenizer class, with
+this normalizer, for every folder with a Qwen2 ``config.json``; with other rules the model's folder would have another
+tokenizer than the bare folder.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Where merges may not cross, as in Qwen2: words, single digits, runs of punctuation, white space."""
+"""Boundaries of merges, as in Qwen2: words, single digits, runs of punctuation, white space."""
 
 
 def train_tokenizer(corpus_files: Sequence[Path], folder: Path, vocab_size: int = 4096) -> int:
     """Train on the ``text`` of JSONL files, and write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``.
 
-    The folder loads with ``transformers.AutoTokenizer.from_pretrained``, alone or beside a Qwen2 ``config.json``, to
-    the same tokens. The same files give the same bytes. Returns the size of the vocabulary, which is below
-    ``vocab_size`` only where the text is too small to find that many merges.
+    ``transformers.AutoTokenizer.from_pretrained`` gives the same tokens, with or without a Qwen2 ``config.json`` in the
+    folder. The same files give the same bytes. Returns the size of the vocabulary, which is below ``vocab_size`` only
+    if the text is too small.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -43,7 +43,7 @@ def train_tokenizer(corpus_files: Sequence[Path], folder: Path, vocab_size: int 
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes: no text is ever unknown
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so no text is unknown
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(corpus_files), trainer)

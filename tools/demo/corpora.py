@@ -1,14 +1,13 @@
-"""The demonstration's two corpora, from text that every Python installation already holds.
+"""Build the two corpora of the demo from text in every Python installation.
 
 - *general*: prose. The language reference's topics (``pydoc_data``) and the docstrings of the standard library, of
-  numpy and of ``torch.nn`` and ``torch.optim``. The standard library alone gives under 2 MB of prose, so the two
-  dependencies that every installation has fill the rest.
-- *domain*: source code. The standard library's modules with every docstring taken out.
+  numpy and of ``torch.nn`` and ``torch.optim``. The standard library alone has under 2 MB of prose, so two
+  dependencies add to it.
+- *domain*: source code. The standard library's modules without their docstrings.
 
-No docstring stands in both: prose is docstrings and code has none left, so training on the code can neither see the
-general validation text nor repeat the general corpus. Files are parsed, never imported. The same Python and the same
-locked dependencies give the same bytes: order and split come from SHA-256, not from the file system or from Python's
-salted ``hash()``.
+So the corpora share no text: the domain corpus does not contain the general validation text. Files are parsed, never
+imported. The same Python and dependencies give the same bytes: order and split come from SHA-256, not from the file
+system or from Python's salted ``hash()``.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 MAX_CORPUS_BYTES = 4_000_000
-"""Cap on the text of one corpus, train and validation together."""
+"""Maximum size of a corpus, training and validation text together."""
 
 VALIDATION_ONE_IN = 20
-"""One document in so many, chosen by its hash, is held out for validation: about 5 %."""
+"""One document in this many, chosen by its hash, is held out for validation (5 %)."""
 
 MIN_DOCUMENT_CHARACTERS = 400
-"""Shorter documents (an empty ``__init__.py``, a lone one-line docstring) teach nothing and are left out."""
+"""Shorter documents, such as an empty ``__init__.py`` or a one-line docstring, are left out."""
 
 MAX_CODE_CHARACTERS = 64_000
-"""Longer modules are left out of the domain corpus: one of them would be a third of the validation text."""
+"""Longer modules are left out of the domain corpus: one could be a third of the validation text."""
 
 MIN_REPEATED_CHARACTERS = 60
-"""Paragraphs from this length on are kept once; shorter ones ("Examples", "See Also") are ordinary repetition."""
+"""Paragraphs of at least this length are kept once; shorter ones ("Examples", "See Also") may repeat."""
 
 SKIPPED_FOLDERS = frozenset(
     (
@@ -46,23 +45,23 @@ SKIPPED_FOLDERS = frozenset(
         *("distutils", "ensurepip", "idlelib", "lib2to3"),
     )
 )
-"""Generated tables and tests, other packages, and parts that some distributions of Python leave out."""
+"""Generated tables, tests, other packages, and parts that some distributions of Python lack."""
 
 SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 """Modules that differ between two machines with the same Python."""
 
 DEPENDENCY_FOLDERS = ("numpy", "torch/nn", "torch/optim")
-"""Where the general corpus takes docstrings from beyond the standard library."""
+"""Packages outside the standard library whose docstrings are in the general corpus."""
 
 
 @dataclass(frozen=True)
-class Split:
+class CorpusPart:
     """One JSONL file, each line ``{"text": ..., "source": ...}``."""
 
     path: Path
     num_documents: int
     num_bytes: int
-    """UTF-8 bytes of text, without the JSON around it."""
+    """UTF-8 bytes of text, without JSON."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Module:
 
 @dataclass
 class _Collector:
-    """Different documents up to a cap on their UTF-8 bytes."""
+    """Collects different documents up to a number of UTF-8 bytes."""
 
     max_bytes: int
     documents: dict[str, str] = field(default_factory=dict)
@@ -85,7 +84,7 @@ class _Collector:
     full: bool = False
 
     def add(self, text: str, source: str) -> None:
-        """Keep ``text`` unless it is too short; the first one that would break the cap closes the collection."""
+        """Keep ``text`` unless it is too short; the first text over the limit ends the collection."""
         size = len(text.encode("utf-8", "replace"))
         self.full = self.full or self.num_bytes + size > self.max_bytes
         if len(text) >= MIN_DOCUMENT_CHARACTERS and not self.full:
@@ -93,15 +92,15 @@ class _Collector:
             self.num_bytes += size
 
 
-def build_corpora(folder: Path, max_bytes: int = MAX_CORPUS_BYTES) -> dict[str, Split]:
-    """Write ``{general,domain}.{train,validation}.jsonl`` into ``folder``; return what is in each, by its name.
+def build_corpora(folder: Path, max_bytes: int = MAX_CORPUS_BYTES) -> dict[str, CorpusPart]:
+    """Write ``{general,domain}.{train,validation}.jsonl`` into ``folder``; return the parts by name.
 
-    ``max_bytes`` caps the text of each corpus. Files already there are replaced by the same bytes. A source is
-    ``package/path``, and never a path of this machine.
+    ``max_bytes`` limits the text of each corpus. Existing files are replaced. A source is ``package/path``, without any
+    path of this machine.
     """
     general, domain = _Collector(max_bytes), _Collector(max_bytes)
     prose = ProseFilter()
-    # The longest first: where one topic contains another, the longer one stays whole.
+    # The longest first: if a topic contains another, the longer one stays whole.
     for name, text in sorted(language_topics().items(), key=lambda topic: (-len(topic[1]), topic[0])):
         general.add(prose.unseen(text), f"pydoc_data/topics/{name}")
 
@@ -132,8 +131,8 @@ def build_corpora(folder: Path, max_bytes: int = MAX_CORPUS_BYTES) -> dict[str, 
 
 
 def language_topics() -> dict[str, str]:
-    """The sections of the Python language reference that ``help()`` shows, by name."""
-    from pydoc_data.topics import topics  # nothing but a dictionary of strings
+    """Return the sections of the Python language reference that ``help()`` shows, by name."""
+    from pydoc_data.topics import topics  # only a dictionary of strings
 
     return dict(topics)
 
@@ -141,8 +140,8 @@ def language_topics() -> dict[str, str]:
 def parse_modules(root: Path, name: str) -> Iterator[Module]:
     """Parse the ``.py`` files below ``root``, as ``name/path``, in the order of the hash of that name.
 
-    Hash order makes a capped corpus a sample of the whole tree rather than its first letters. Files that are not
-    UTF-8 or do not parse (templates, fixtures of other Python versions) are no text to learn from.
+    With hash order, a limited corpus is a sample of the whole tree. Files that are not UTF-8 or do not parse are
+    skipped.
     """
     files = {f"{name}/{path.relative_to(root).as_posix()}": path for path in _python_files(root)}
     for source in sorted(files, key=_digest):
@@ -157,19 +156,19 @@ def parse_modules(root: Path, name: str) -> Iterator[Module]:
 
 
 def docstrings(tree: ast.Module) -> list[str]:
-    """The docstrings of a module, its classes and its functions, top to bottom, without their indentation."""
+    """Return the docstrings of a module, its classes and its functions in order, without indentation."""
     return [ast.get_docstring(owner) or "" for owner in _documented(tree)]
 
 
 def strip_docstrings(module: Module) -> str:
-    """The module's source without its docstrings: still valid code, every other character as it was.
+    """Return the module's source without docstrings: valid code, all other characters unchanged.
 
-    A docstring that stands on lines of its own goes with these lines; one that is the whole body, or shares a line
-    with code, becomes ``pass``.
+    The lines of a docstring are removed. A docstring that is the whole body, or shares a line with code, becomes
+    ``pass``.
     """
     # ``ast`` counts lines by "\n" (a form feed is no line end, unlike in str.splitlines) and columns in UTF-8 bytes.
     lines = [line.encode("utf-8") for line in module.text.split("\n")]
-    for owner in reversed(list(_documented(module.tree))):  # bottom up, so that positions above stay true
+    for owner in reversed(list(_documented(module.tree))):  # from the end, so that earlier positions stay valid
         node = owner.body[0]
         assert node.end_lineno is not None and node.end_col_offset is not None
         first, last = node.lineno - 1, node.end_lineno - 1
@@ -180,17 +179,17 @@ def strip_docstrings(module: Module) -> str:
 
 
 class ProseFilter:
-    """Takes a text's paragraphs that are prose and were in no text before.
+    """Selects the paragraphs of a text that are prose and have not occurred before.
 
-    The reference's topics contain each other (``compound`` holds ``if`` and ``for`` whole), and docstrings are copied
-    from class to class. Kept twice, a paragraph could stand in both the training and the validation text.
+    Topics of the reference contain each other (``compound`` contains ``if`` and ``for``), and docstrings are copied
+    between classes. A repeated paragraph could be in both training and validation text.
     """
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
 
     def unseen(self, text: str) -> str:
-        """The paragraphs of ``text`` that are no doctest examples and, if long, are met for the first time."""
+        """Return the paragraphs of ``text`` that are not doctest examples and, if long, are new."""
         kept = []
         for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
             words = " ".join(paragraph.split())
@@ -203,7 +202,7 @@ class ProseFilter:
 
 
 def is_validation(text: str) -> bool:
-    """Whether a document is held out: a function of its text alone."""
+    """Return whether a document is held out, which depends only on its text."""
     return int(_digest(text), 16) % VALIDATION_ONE_IN == 0
 
 
@@ -211,9 +210,9 @@ _Owner = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _documented(tree: ast.Module) -> Iterator[_Owner]:
-    """The nodes below ``tree`` that have a docstring, in source order.
+    """Yield the nodes below ``tree`` that have a docstring, in source order.
 
-    Visits statements only, which is several times faster than :func:`ast.walk`: no docstring stands in an expression.
+    Visits only statements, which is several times faster than :func:`ast.walk`: expressions contain no docstrings.
     """
     stack: list[ast.AST] = [tree]
     while stack:
@@ -232,19 +231,19 @@ def _python_files(root: Path) -> Iterable[Path]:
 
 
 def _package_folder(name: str) -> Path:
-    """The folder of an installed package's part, e.g. ``torch/nn``, found without importing the package."""
+    """Return the folder of a part of an installed package, such as ``torch/nn``, without importing the package."""
     package, _, part = name.partition("/")
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations, f"{package} is a dependency of this project"
     return Path(spec.submodule_search_locations[0], part)
 
 
-def _write_split(path: Path, documents: dict[str, str]) -> Split:
-    # A lone surrogate, which a docstring may spell as an escape, has no UTF-8: it becomes "?".
+def _write_split(path: Path, documents: dict[str, str]) -> CorpusPart:
+    # A docstring may contain an escaped lone surrogate, which UTF-8 cannot encode: it becomes "?".
     with path.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
         for text, source in documents.items():
             file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")
-    return Split(path, len(documents), sum(len(text.encode("utf-8", "replace")) for text in documents))
+    return CorpusPart(path, len(documents), sum(len(text.encode("utf-8", "replace")) for text in documents))
 
 
 def _digest(text: str) -> str:

@@ -1,8 +1,9 @@
-"""``make demo``: the main job, end to end, on text that every Python has, with the commands that a user would type.
+"""Run ``make demo``: continued pretraining end to end, with the commands that a user would type.
 
-A small base model is made first, since none can be downloaded: corpora, tokenizer, a moment of pretraining, a Hugging
-Face folder. Then comes what users do: preprocess a domain corpus, convert, continue the pretraining on two ranks
-(killed on the way, and resumed), convert back, load with transformers. It ends in a table and ``report.html``.
+Nothing is downloaded. So a small base model is made first: corpora from text in every Python installation, a tokenizer,
+a short pretraining, a Hugging Face folder. Then follow the steps of a user: preprocess a domain corpus, convert,
+continue the pretraining on two ranks (killed once, and resumed), convert back, load with transformers. The results are
+printed and written to ``report.html``.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 
 import psutil
 
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.yaml_loader import load_yaml
-from retemper.engine.errors import CommandParser, UserError, run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import write_report
 from retemper.engine.observe.curves import METRICS_FILE
 from retemper.engine.weights.checkpoint.manifest import read_manifest
@@ -43,7 +45,7 @@ DOMAIN_RUN = Path("runs", "domain")
 
 @dataclass(frozen=True)
 class Command:
-    """A command line of the demonstration and how long it took."""
+    """A command line of the demo and its run time."""
 
     line: str
     seconds: float
@@ -51,20 +53,20 @@ class Command:
 
 @dataclass
 class Demo:
-    """The demonstration in its own folder; every command runs there and is printed as it can be typed there."""
+    """The demo and its folder; every command runs in this folder and is printed as typed there."""
 
     folder: Path
     commands: list[Command] = field(default_factory=list)
 
     def say(self, title: str) -> None:
-        """Announce a stage."""
+        """Print the title of a stage."""
         print(f"\n== {title}", flush=True)
 
     def run(self, *words: str) -> None:
         """Run one command to its end.
 
         Raises:
-            UserError: it failed; its own output says why.
+            UserError: it failed; its own output gives the reason.
         """
         started = time.perf_counter()
         status = self.start(*words).wait()
@@ -79,19 +81,19 @@ class Demo:
         return subprocess.Popen([*program, *words[1:]], cwd=self.folder)
 
     def typed(self, words: tuple[str, ...]) -> str:
-        """The command as text."""
+        """Return the command as text."""
         return shlex.join(words)
 
     def script(self, path: str) -> str:
-        """A file of the repository, as seen from the demo's folder."""
+        """Return the path of a file of the repository, relative to the demo's folder."""
         return os.path.relpath(ROOT / path, self.folder)
 
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("demo_run"), help="where everything goes; must be new")
-    parser.add_argument("--base-tokens", type=int, help="pretrain the base model on this many tokens")
-    parser.add_argument("--train-tokens", type=int, help="continue its pretraining on this many tokens")
+    parser.add_argument("--folder", type=Path, default=Path("demo_run"), help="output folder; must not exist")
+    parser.add_argument("--base-tokens", type=int, help="tokens of the base model's pretraining")
+    parser.add_argument("--train-tokens", type=int, help="tokens of the continued pretraining")
     arguments = parser.parse_args()
     if os.path.lexists(arguments.folder):
         raise UserError(f"--folder {arguments.folder} exists; remove it or name another one")
@@ -106,15 +108,15 @@ def main() -> None:
 
 
 def _budget(tokens: int | None) -> list[str]:
-    """Command-line overrides for another budget, a tenth of it warm-up."""
+    """Return the command-line overrides for another token budget with 10 % warm-up."""
     if tokens is None:
         return []
     return ["--training.train_tokens", str(tokens), "--training.warmup_tokens", str(tokens // 10)]
 
 
 def make_base_model(demo: Demo, budget: list[str]) -> None:
-    """Corpora, tokenizer, and a base model as a Hugging Face folder ``base_hf``: what a user would have downloaded."""
-    demo.say("a base model to start from: general prose, a new tokenizer, a moment of pretraining")
+    """Make corpora, tokenizer, and a base model in ``base_hf``, which a user would download."""
+    demo.say("make a base model: general prose, a new tokenizer, a short pretraining")
     corpora = build_corpora(demo.folder / "corpora")
     for part in corpora.values():
         print(f"corpora/{part.path.name}: {part.num_documents} documents, {part.num_bytes / 1e6:.2f} MB")
@@ -131,8 +133,8 @@ def make_base_model(demo: Demo, budget: list[str]) -> None:
 
 
 def continue_pretraining(demo: Demo, budget: list[str]) -> None:
-    """What users do, with one power cut in the middle."""
-    demo.say("the job: continue the pretraining of base_hf on the domain corpus")
+    """Continue the pretraining like a user, with one interruption."""
+    demo.say("continue the pretraining of base_hf on the domain corpus")
     preprocess(demo, "domain", "base_hf")
     demo.run("python", demo.script("checkpoint_convert/hf_to_dcp.py"), "--hf", "base_hf", "--output", "ckpt/base")
     command = (
@@ -162,7 +164,7 @@ def export(demo: Demo, run: str, output: str) -> None:
 
 
 def run_and_kill(demo: Demo, command: tuple[str, ...]) -> int:
-    """Kill all processes of ``command`` once it has trained past a checkpoint; return the tokens by then."""
+    """Kill all processes of ``command`` after it has trained past a checkpoint; return the tokens trained."""
     started = time.perf_counter()
     process = demo.start(*command)
     folder = demo.folder / DOMAIN_RUN
@@ -171,7 +173,7 @@ def run_and_kill(demo: Demo, command: tuple[str, ...]) -> int:
         if process.poll() is not None:
             raise UserError(f"'{demo.typed(command)}' ended before it could be killed; see its output above")
         time.sleep(0.05)
-        with suppress(UserError):  # nothing is recorded yet, or the run is removing an old checkpoint just now
+        with suppress(UserError):  # nothing is recorded yet, or the run is removing an old checkpoint
             checkpoints = (folder / "checkpoints").glob("step-*")
             saved = max((read_manifest(path).consumed_tokens for path in checkpoints), default=0)
             killed_at = max(read_curves(folder / METRICS_FILE).tokens, default=0)
@@ -185,8 +187,8 @@ def run_and_kill(demo: Demo, command: tuple[str, ...]) -> int:
 
 
 def write_samples(demo: Demo) -> None:
-    """Let both models continue the prompts, for the report of the run."""
-    demo.say("loading both models with transformers")
+    """Continue the prompts with both models, for the report of the run."""
+    demo.say("load both models with transformers")
     before, after = (generate(demo.folder / name) for name in ("base_hf", "domain_hf"))
     with (demo.folder / DOMAIN_RUN / SAMPLES_FILE).open("w", encoding="utf-8") as file:
         for prompt, old, new in zip(PROMPTS, before, after, strict=True):
@@ -195,7 +197,7 @@ def write_samples(demo: Demo) -> None:
 
 
 def write_page(demo: Demo) -> str:
-    """Write ``report.html``, the report of the domain run with all commands; return its summary for the terminal."""
+    """Write ``report.html``, the report of the domain run and all commands; return the summary for the terminal."""
     run = read_run(demo.folder / DOMAIN_RUN)
     sections = [section("Commands", command_table(demo.commands)), section("Environment", definitions(environment()))]
     content = run_page(run, title="Continued pretraining, end to end", more=sections)
@@ -204,14 +206,14 @@ def write_page(demo: Demo) -> str:
 
 
 def command_table(commands: Sequence[Command]) -> str:
-    """The commands in the order in which they ran, and how long they took."""
+    """Return a table of the commands and their times."""
     rows = [(command.line, f"{command.seconds:.1f} s") for command in commands]
     total = ("all commands", f"{sum(command.seconds for command in commands):.0f} s")
     return table(("command", "time"), rows, total, kind="code")
 
 
 def environment() -> dict[str, str]:
-    """The versions and the machine that a reader needs to repeat the demonstration."""
+    """Return versions and machine, for repeating the demo."""
     return {
         "Python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "retemper")},
@@ -221,7 +223,7 @@ def environment() -> dict[str, str]:
 
 
 def generate(folder: Path) -> list[str]:
-    """Greedy continuations of the prompts by the Hugging Face folder, through transformers alone."""
+    """Return greedy continuations of the prompts by a Hugging Face folder, using only transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

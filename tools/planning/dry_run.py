@@ -25,7 +25,7 @@ from ...engine.parallel.pipeline import Pipelined
 from ...engine.parallel.process_group import Ranks
 from ...engine.schedule import plan_batches
 from ...engine.step import Unguarded, train_step
-from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, plan_attention
+from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, Choice, plan_attention
 from .gpu_paths import StatesOnlyAdamW, fresh_constants, labelled, read_no_values, triton_loss
 from .memory import MemoryCounter
 from .simulated_cluster import has_values, materialize_without_values, simulated_cluster
@@ -105,7 +105,7 @@ class SimulatedRank:
         self.config, self.counter, self._windows = config, counter, architecture.sliding_windows
         self.plan = plan_batches(config.training, spec.layout.data_parallel)
         self._backend = PER_DOCUMENT if spec.capability is None else attention_backend(config, architecture)
-        choices = Choices(self._backend, False, self.plan.num_micro_batches)
+        choices = Choices(Choice(self._backend, "planned"), False, self.plan.num_micro_batches)
         counter.begin("parameters")
         materialize = materialize_without_values() if not has_values() else materialize_empty
         # Meshes are tables of ranks, and need values. The model has none until it is materialized.

@@ -14,6 +14,7 @@ from ...engine.errors import UserError
 from ...engine.parallel.build import Choices, check
 from ...engine.parallel.layout import Layout, plan_layout
 from ...engine.schedule import plan_batches
+from ...kernels.attention import Choice
 from .dry_run import RankSpec, RankUsage, attention_backend
 from .extrapolation import dry_run_short, places
 from .formulas import Calibration, rough_memory, rough_prediction
@@ -179,7 +180,8 @@ def require_possible(config: RunConfig, cluster: ClusterSpec) -> Layout:
     """
     layout = plan_layout(config.parallel, cluster.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
-    choices = Choices(attention_backend(config, cluster.architecture), False, plan.num_micro_batches)
+    attention = Choice(attention_backend(config, cluster.architecture), "planned")
+    choices = Choices(attention, False, plan.num_micro_batches)
     check(config, cluster.architecture, choices, CPU)
     return layout
 

@@ -1,26 +1,22 @@
-"""Write an indexed dataset: tokens, index, and optionally a loss mask and a side table, published together.
+"""Writes an indexed dataset: tokens, index, and optionally a loss mask and metadata, published together.
 
-Tokens come from arrays, or from ranges of other files without passing through this process's memory. The file format is
-defined in index_format.py. The caller decides which documents are written, and in which order.
+Tokens come from arrays, or from ranges of other files, which the kernel copies. index_format.py defines the format.
 """
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from ...engine.data.index_format import INT64, MAX_LENGTH, best_dtype, dataset_prefix, slices, sync, write_index
 from ...engine.data.sidecar import Sidecar
@@ -28,153 +24,16 @@ from ...engine.errors import UserError
 from ...engine.files.atomic import sync_path
 from ...engine.files.outputs import open_new
 from .dataset_files import BIN, IDX, JSON, MASK, METADATA, refuse_existing_outputs
+from .hashed_file import FileArray, FileRange, HashedFile, IntegerSlices
 
 __all__ = ["FileArray", "FileRange", "IndexedDatasetWriter", "best_dtype"]
 
-_BLOCK_BYTES = 64 << 20  # bytes copied, mapped and hashed at once: a multiple of every token size
-
-
-@dataclass(frozen=True)
-class FileRange:
-    """The bytes [start, stop) of a file."""
-
-    path: str | os.PathLike[str]
-    start: int
-    stop: int
-    on_block: Callable[[memoryview], None] | None = None
-    """Receives the bytes while they are copied, one block at a time, in a buffer that is valid only during the call."""
-
-
-class IntegerSlices(Protocol):
-    """The part of an array's interface that is used; the array may be larger than memory."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, part: slice, /) -> npt.NDArray[np.integer]: ...
-
-
-class FileArray:
-    """A one-dimensional array in a file, from byte ``offset`` to its end or ``count`` entries, read slice by slice.
-
-    Not a memory map, because mapped pages would count as this process's memory.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], dtype: str, offset: int = 0, count: int | None = None) -> None:
-        self._path, self._dtype, self._offset = path, np.dtype(dtype), offset
-        self._count = (os.path.getsize(path) - offset) // self._dtype.itemsize if count is None else count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, part: slice, /) -> npt.NDArray[np.integer]:
-        start, stop, _ = part.indices(self._count)
-        offset = self._offset + start * self._dtype.itemsize
-        return np.fromfile(self._path, self._dtype, count=max(stop - start, 0), offset=offset)
-
-
-class _HashedFile:
-    """A file that is written sequentially and hashed at the same time.
-
-    Args:
-        on_block: receives everything that is written, one block at a time, in a buffer that is valid only during the
-            call.
-    """
-
-    def __init__(self, path: Path, on_block: Callable[[memoryview], None] | None = None) -> None:
-        self.path = path
-        self._file = open_new(path)
-        self._digest = xxhash.xxh3_128()
-        self._on_block = on_block
-
-    @property
-    def hexdigest(self) -> str:
-        """Return the xxh3-128 of everything written so far."""
-        return self._digest.hexdigest()
-
-    def write(self, block: bytes | memoryview) -> None:
-        """Append ``block``."""
-        self._file.write(block)
-        self._see(memoryview(block))
-
-    def copy(self, part: FileRange) -> None:
-        """Append a part of another file; the kernel copies it."""
-        self._file.flush()
-        with open(part.path, "rb") as source:
-            # Block by block, so that a file larger than memory is read from the disk once, and not again for the hash.
-            for start in range(part.start, part.stop, _BLOCK_BYTES):
-                stop = min(start + _BLOCK_BYTES, part.stop)
-                _copy_range(source.fileno(), self._file.fileno(), start, stop - start)
-                with _mapped(source.fileno(), start, stop) as view:
-                    self._see(view)
-                    if part.on_block is not None:
-                        part.on_block(view)
-        self._file.seek(0, os.SEEK_END)
-
-    def fill(self, pattern: bytes, count: int) -> None:
-        """Append ``pattern`` ``count`` times."""
-        for first in range(0, count, 1 << 20):
-            self.write(pattern * min(count - first, 1 << 20))
-
-    def sync(self) -> None:
-        """Flush to the disk."""
-        sync(self._file)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _see(self, view: memoryview) -> None:
-        self._digest.update(view)
-        if self._on_block is not None and len(view):
-            self._on_block(view)
-
-
-def _copy_range(source: int, target: int, offset: int, count: int) -> None:
-    """Append ``count`` bytes at ``offset`` of descriptor ``source`` to ``target``, with the cheapest system call
-    available.
-    """
-    calls: list[Callable[[int, int], int]] = []
-    if hasattr(os, "copy_file_range"):
-        calls.append(lambda offset, count: os.copy_file_range(source, target, count, offset))
-    if hasattr(os, "sendfile"):
-        calls.append(lambda offset, count: os.sendfile(target, source, offset, count))
-    calls.append(lambda offset, count: os.write(target, os.pread(source, min(count, 8 << 20), offset)))
-    # Not all file systems can copy within the kernel, and macOS sends only to sockets.
-    unsupported = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EPERM)
-    while count > 0:
-        try:
-            copied = calls[0](offset, count)
-        except OSError as error:
-            if len(calls) == 1 or error.errno not in unsupported:
-                raise
-            del calls[0]
-            continue
-        if copied == 0:
-            # Some file systems report the end of the file when they cannot copy; only the last method's report is
-            # reliable.
-            if len(calls) == 1:
-                raise OSError(errno.EIO, "the file became shorter while it was being copied")
-            del calls[0]
-        offset, count = offset + copied, count - copied
-
-
-@contextmanager
-def _mapped(descriptor: int, start: int, stop: int) -> Iterator[memoryview]:
-    """Return the bytes [start, stop) of a file, mapped."""
-    base = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    with (
-        mmap.mmap(descriptor, stop - base, access=mmap.ACCESS_READ, offset=base) as mapped,
-        memoryview(mapped) as view,
-        view[start - base :] as block,
-    ):
-        yield block
-
 
 class IndexedDatasetWriter:
-    """Writes an indexed dataset that appears under its final names only when it is complete.
+    """Writes an indexed dataset whose files get their final names only when it is complete.
 
-    A context manager: everything is written to a hidden folder next to the output. If the block ends without an
-    exception, the files are flushed to disk and renamed. The hidden folder is removed in any case. An existing dataset
-    stays intact until the renames.
+    A context manager: files are written to a hidden folder next to the output. If the block ends without an exception,
+    they are flushed to disk and renamed. The hidden folder is always removed. An existing dataset stays until then.
 
     Args:
         prefix: path without suffix; its folder is created if missing.
@@ -226,9 +85,9 @@ class IndexedDatasetWriter:
                 f"{folder}: cannot be written to: {error.strerror}; choose another place for the dataset"
             ) from error
         try:
-            self._bin = _HashedFile(self.scratch / "tokens", self._count_block)
-            self._mask = _HashedFile(self.scratch / "mask") if self._with_mask else None
-            self._metadata = _HashedFile(self.scratch / "metadata") if self._with_metadata else None
+            self._bin = HashedFile(self.scratch / "tokens", self._count_block)
+            self._mask = HashedFile(self.scratch / "mask") if self._with_mask else None
+            self._metadata = HashedFile(self.scratch / "metadata") if self._with_metadata else None
             self._lengths = open_new(self.scratch / "lengths")
             self._indices = open_new(self.scratch / "indices")
             self._indices.write(INT64.pack(0))
@@ -355,17 +214,17 @@ class IndexedDatasetWriter:
         """Append everything of these documents except their index entries."""
         assert mask is None or self._mask is not None
         assert metadata is None or self._metadata is not None
-        _append(self._bin, tokens)
+        self._bin.append(tokens)
         if self._mask is not None:
             if mask is None:
                 self._mask.fill(b"\x01", num_tokens)
             else:
-                _append(self._mask, mask)
+                self._mask.append(mask)
         if self._metadata is not None:
             if metadata is None:
                 self._metadata.fill(b"{}\n", num_documents)
             else:
-                _append(self._metadata, metadata)
+                self._metadata.append(metadata)
         self.num_tokens += num_tokens
 
     def _add_single_sequences(self, lengths: IntegerSlices) -> None:
@@ -441,13 +300,6 @@ class IndexedDatasetWriter:
         for temporary, final in self._renames:
             os.replace(temporary, final)
         sync_path(Path(os.path.abspath(self.prefix)).parent)
-
-
-def _append(file: _HashedFile, content: memoryview | bytes | FileRange) -> None:
-    if isinstance(content, FileRange):
-        file.copy(content)
-    else:
-        file.write(content)
 
 
 def _check_size(part: FileRange, expected: int) -> None:

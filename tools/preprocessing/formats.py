@@ -1,7 +1,4 @@
-"""The formats that are read: by which suffix they are known, how they are split, and what reads them.
-
-A reader's module is imported when a file of its format is read; libraries of heavy formats are extras.
-"""
+"""The supported formats: their suffixes, how files are divided, and their readers, which are imported when needed."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from ...engine.errors import UserError
 from .records.reading import Reader
 
 COMPRESSIONS = {".gz": ".gz", ".gzip": ".gz", ".zst": ".zst", ".zstd": ".zst", ".bz2": ".bz2", ".xz": ".xz"}
-"""Suffixes of compressed files, and the kind of compression, named by its usual suffix."""
+"""Suffixes of compressed files, and the compression, named by its usual suffix."""
 _REQUIREMENTS = {
     "pyarrow": "pyarrow>=16",
     "openpyxl": "openpyxl>=3.1",
@@ -23,7 +20,7 @@ _REQUIREMENTS = {
     "cryptography": "pypdf[crypto]>=5.0",
     "lxml": "lxml>=6.0",
 }
-"""Libraries of formats, as the extra ``formats`` in setup.py names them."""
+"""Libraries of formats, as in the extra ``formats`` of setup.py."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +30,14 @@ class Format:
     name: str
     suffixes: tuple[str, ...]
     module: str
-    """Module beside this one, under readers/, that has ``read(span, context)``."""
+    """Module of readers/ with ``read(span, context)``."""
     split: Literal["bytes", "units", "whole"] = "whole"
-    """How a file is cut for several workers: anywhere (a record belongs to the range in which its first byte lies),
-    between units of which the module's ``count_units(path)`` says the number, or not at all. Compressed: not at all."""
+    """How a file is divided for several workers: anywhere (a record belongs to the range with its first byte), between
+    the units that the module's ``count_units(path)`` counts, or not at all, like all compressed files."""
     compressible: bool = False
-    """Whether it may also be compressed as a whole file."""
+    """Whether whole files may be compressed."""
     has_records: bool = True
-    """Whether a file holds records; else its text is one document."""
+    """Whether a file contains records; else its text is one document."""
 
     @property
     def read(self) -> Reader:
@@ -76,7 +73,7 @@ FORMATS = {
 
 
 def format_of(path: str) -> tuple[Format, str] | None:
-    """Format and compression (a value of ``COMPRESSIONS`` or "") of a file, by its name; None when it is not known."""
+    """Return format and compression (a value of ``COMPRESSIONS`` or "") of a file by its name; None if unknown."""
     stem, compression = split_compression(path.lower())
     for form in FORMATS.values():
         if stem.endswith(form.suffixes) and (form.compressible or not compression):
@@ -85,22 +82,18 @@ def format_of(path: str) -> tuple[Format, str] | None:
 
 
 def split_compression(path: str) -> tuple[str, str]:
-    """``path`` without the suffix of a compressed file, and the kind of compression."""
+    """Return ``path`` without the suffix of a compressed file, and the compression."""
     suffix = next((end for end in COMPRESSIONS if path.endswith(end)), "")
     return path.removesuffix(suffix), COMPRESSIONS.get(suffix, "")
 
 
 def known_formats() -> str:
-    """All suffixes, for messages."""
+    """Return all suffixes, for messages."""
     return ", ".join(suffix for form in FORMATS.values() for suffix in form.suffixes)
 
 
 def require_library(name: str, path: str) -> ModuleType:
-    """Import an optional library.
-
-    Raises:
-        UserError: it is not installed, with the line that installs it.
-    """
+    """Import an optional library. Raise UserError with the installing command if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

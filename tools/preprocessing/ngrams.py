@@ -1,13 +1,13 @@
-"""N-grams of words as 64-bit hashes: what two texts have in common, whatever their case, punctuation and line breaks.
+"""N-grams of words as 64-bit hashes, independent of case, punctuation and line breaks.
 
-One rule for decontamination.py and near_dedup.py. A word is a run of letters, marks and digits of the text in NFC and
-casefolded; everything else only separates words. Scripts that do not separate words are counted by the character: a
-Han or kana character as half a word, one of Thai, Lao, Khmer, Burmese and their like as a quarter, which is about what
-words of these languages have. An n-gram of n words is thus 2n Chinese characters, or a mixture: it begins at each word
-or character and ends as soon as it weighs n words.
+Decontamination and MinHash use them. A word is a run of letters, marks and digits of the casefolded text in NFC;
+everything else separates words. Scripts without spaces count by the character: a Han or kana character is half a word,
+one of Thai, Lao, Khmer, Burmese and similar scripts a quarter, which is about the average of these languages. An n-gram
+of n words is thus 2n Chinese characters, or a mixture: it begins at each word or character and ends when it weighs n
+words.
 
-What is a letter is a matter of this Python's ``unicodedata``. Among 10^9 different n-grams two have the same hash with
-a probability of 3 %.
+Python's ``unicodedata`` defines letters. Among 10^9 different n-grams, two have the same hash with a probability of 3
+%.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .cleaning.normalization import PieceNormalizer
 WORD = 4
 """Weight of a word; that of a Han or kana character is 2, that of a Thai character 1."""
 BLOCK = 1 << 17
-"""Characters hashed at once: few enough for all that is computed from them to stay in the processor's cache."""
+"""Characters hashed at once: few enough for all results to stay in the processor's cache."""
 VERSION = f"1, Unicode {unicodedata.unidata_version}"
-"""Of the rule above: n-grams of different versions are not to be compared."""
+"""Of the rule above: n-grams of different versions are not comparable."""
 
 _SEPARATOR, _EXPANDED, _IGNORED = 0, 8, 255
 _HALF_WORDS = (
@@ -49,7 +49,7 @@ _QUARTER_WORDS = (
     *((0xA980, 0xA9FF), (0xAA60, 0xAADF)),
 )
 _FIRST_OF_OTHER_CLASSES = 0xAD
-"""Characters before are of words, or separate them; this is the soft hyphen, which is ignored."""
+"""The soft hyphen, which is ignored. All characters before it are of words, or separators."""
 _VARIATION_SELECTORS, _TAGS = ((0xFE00, 0xFE0F), (0xE0100, 0xE01EF)), (0xE0000, 0xE007F)
 _BASE = np.uint64(0x5851F42D4C957F2D)
 _INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
@@ -57,7 +57,7 @@ _INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
 
 @dataclass(frozen=True)
 class Units:
-    """The words (and characters that count as parts of words) of some texts."""
+    """The words (and characters that count as part of a word) of some texts."""
 
     hashes: npt.NDArray[np.uint64]
     """[units]."""
@@ -67,15 +67,15 @@ class Units:
     """[texts + 1], the first unit of each text."""
 
     def ngrams(self, num_words: int, whole: bool = True) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
-        """The n-grams of each text, in order and with repetitions.
+        """Return the n-grams of each text, in order and with repetitions; :meth:`spans` hashes them.
 
         Args:
             num_words: n.
-            whole: a text that weighs less has one, which is all of it (none when it has no units).
+            whole: a text that weighs less has one n-gram, all of it (none if it has no units).
 
         Returns:
-            starts int64[n-grams], the unit that each begins with; stops int64[n-grams], where it ends, exclusive; and
-            int64[texts + 1] with the first n-gram of each text. Their hashes are those of :meth:`spans`.
+            int64[n-grams], the first unit of each; int64[n-grams], its end, exclusive; int64[texts + 1], the first
+            n-gram of each text.
         """
         num_units = len(self.hashes)
         starts = np.arange(num_units)
@@ -84,10 +84,10 @@ class Units:
             stops = starts + num_words
         else:
             before = _prefix_sums(self.weights)
-            # For each weight the first unit before which there is as much: what a binary search would find, sooner.
+            # For each weight, the first unit with that much before it: faster than a binary search.
             reached = np.repeat(np.arange(num_units + 1), np.diff(before, prepend=-1))
             wanted = before[:-1] + WORD * num_words
-            # Where there is not enough weight: beyond all limits.
+            # Without enough weight: beyond all limits.
             stops = np.where(wanted < len(reached), reached.take(wanted, mode="clip"), num_units + 1)
         valid = stops <= limits
         if whole:
@@ -99,7 +99,7 @@ class Units:
         return starts, stops[starts], np.searchsorted(starts, self.offsets)
 
     def spans(self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """uint64[spans], hashes of the units from ``starts`` to before ``stops``."""
+        """Return uint64[spans], hashes of the units from ``starts`` to ``stops``, exclusive."""
         inverses = _powers(len(self.hashes))[1]
         return mix64((self._sums.take(stops) - self._sums.take(starts)) * inverses.take(starts))
 
@@ -108,7 +108,7 @@ class Units:
         return _prefix_sums(self.hashes * _powers(len(self.hashes))[0][: len(self.hashes)])
 
     def tail(self, num_words: int) -> Units:
-        """Of the last text those units at the end in which no n-gram of ``num_words`` begins that is complete."""
+        """Return the last units of the last text, at which no complete n-gram of ``num_words`` begins."""
         weights = np.full(len(self.hashes), WORD) if self.weights is None else self.weights
         behind = np.cumsum(weights[::-1])[::-1]
         start = max(int(np.searchsorted(-behind, -WORD * num_words, side="right")), int(self.offsets[-2]))
@@ -116,7 +116,7 @@ class Units:
         return Units(kept, None if self.weights is None else weights[start:], np.array([0, len(kept)]))
 
     def __add__(self, other: Units) -> Units:
-        """Of one text each: the text of both."""
+        """Concatenate the units of two parts of a text."""
         weights = None
         if self.weights is not None or other.weights is not None:
             parts = (np.full(len(u.hashes), WORD) if u.weights is None else u.weights for u in (self, other))
@@ -129,11 +129,9 @@ NO_UNITS = Units(np.empty(0, np.uint64), None, np.zeros(2, np.int64))
 
 
 def units_of(texts: Sequence[str]) -> Iterator[tuple[int, int, Units]]:
-    """Units of ``texts``, of as many at once as make up a block.
+    """Yield (first, stop, units) of the texts [first, stop), about a block at once.
 
-    Yields:
-        (first, stop, units) of the texts [first, stop): all texts in order, but those of more than ``BLOCK``
-        characters are left out, of which a caller makes n-grams by :class:`LongUnits`.
+    Texts of more than ``BLOCK`` characters are left out; use :class:`LongUnits` for them.
     """
     first, size = 0, 0
     for index, text in enumerate(texts):
@@ -149,11 +147,11 @@ def units_of(texts: Sequence[str]) -> Iterator[tuple[int, int, Units]]:
 
 
 class LongUnits:
-    """Units of one text that comes in pieces, cut anywhere; memory is bounded by some pieces.
+    """Units of one text that comes in pieces, cut anywhere, in memory of a few pieces.
 
-    What it yields are units of consecutive parts of the text that overlap by less than ``num_words``, so that the
-    n-grams of all parts (``whole=False``) are those of the text, each once. How the text was cut makes no difference.
-    Of a word of more than ``BLOCK`` characters parts may count as words.
+    It yields units of consecutive parts of the text that overlap by less than ``num_words``: the n-grams of all parts
+    (``whole=False``) are those of the text, each once. Parts of a word of more than ``BLOCK`` characters may count as
+    words.
     """
 
     def __init__(self, num_words: int) -> None:
@@ -162,14 +160,14 @@ class LongUnits:
         self._text = ""
         self._word = ""
         self.carried = NO_UNITS
-        """Units that the next part begins with: all of the text as long as it weighs less than ``num_words``."""
+        """First units of the next part: the whole text while it weighs less than ``num_words``."""
 
     def add(self, piece: str) -> Iterator[Units]:
-        """Take the next piece."""
+        """Add the next piece."""
         return self._take(self._normalizer.add(piece))
 
     def end(self) -> Iterator[Units]:
-        """The last parts."""
+        """Yield the last parts."""
         yield from self._take(self._normalizer.end())
         yield self._hash(self._word + self._text)
 
@@ -190,7 +188,7 @@ class LongUnits:
 
 
 def _last_boundary(text: str) -> int:
-    """Where the last word begins that may go on behind ``text``; 0 when it is the only one."""
+    """Return where the last word begins, which may continue after ``text``; 0 if it is the only one."""
     ends = np.flatnonzero(_tables()[1][_codes(text)] < WORD)
     return int(ends[-1]) + 1 if len(ends) else 0
 
@@ -203,13 +201,13 @@ def _hash_texts(texts: Sequence[str]) -> Units:
 
 
 def _codes(text: str) -> npt.NDArray[np.uint32]:
-    """Code points [len(text)]."""
+    """Return code points [len(text)]."""
     order = "le" if sys.byteorder == "little" else "be"
     return np.frombuffer(text.encode(f"utf-32-{order}", "surrogatepass"), dtype=np.uint32)
 
 
 def _hash_codes(codes: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64]) -> Units:
-    """Units of texts of which the code points lie end to end, up to ``ends`` [texts]; no word goes over an end."""
+    """Return the units of texts whose code points are end to end, up to ``ends`` [texts]. No word crosses an end."""
     values, classes = _tables()
     unspaced = None
     if codes.max(initial=0) >= _FIRST_OF_OTHER_CLASSES:
@@ -233,7 +231,7 @@ def _hash_codes(codes: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64]) -> U
     starts = np.flatnonzero(begins)
     powers, inverses = _powers(len(codes))
     found *= powers[: len(codes)]
-    # From each word's start to the next one's; what lies between words adds zero.
+    # From each word's start to the next; separators add zero.
     sums = _prefix_sums(found)
     hashes = np.diff(sums.take(starts), append=sums[-1:]) * inverses.take(starts)
     return Units(
@@ -246,7 +244,7 @@ def _hash_codes(codes: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64]) -> U
 def _expand(
     codes: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64], where: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """``codes`` with those at ``where`` casefolded to several each, and the ends of the texts then."""
+    """Return ``codes`` with those at ``where`` casefolded to several each, and the new ends of the texts."""
     folded = [chr(code).casefold() for code in codes[where].tolist()]
     sizes = np.ones(len(codes), np.int64)
     sizes[where] = list(map(len, folded))
@@ -258,7 +256,7 @@ def _expand(
 
 
 def _prefix_sums(values: npt.NDArray) -> npt.NDArray:
-    """[n + 1]: the sum of those before each; of bool and int64 in int64, of uint64 modulo 2^64."""
+    """Return [n + 1] exclusive prefix sums: int64 for bool and int64, modulo 2^64 for uint64."""
     sums = np.zeros(len(values) + 1, np.uint64 if values.dtype == np.uint64 else np.int64)
     np.cumsum(values, out=sums[1:])
     return sums
@@ -266,9 +264,9 @@ def _prefix_sums(values: npt.NDArray) -> npt.NDArray:
 
 @functools.cache
 def _tables() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
-    """By code point: the value that is hashed, zero for separators; and the weight of a unit that begins with it.
+    """Return by code point the value to hash, zero for separators, and the weight of a unit that begins with it.
 
-    Both are those of the casefolded character. Where these are several ``_EXPANDED`` takes the weight's place.
+    Both are of the casefolded character; if that is several characters, the weight is ``_EXPANDED``.
     """
     weights = np.zeros(0x110000, np.uint8)
     for code in range(0x20000):
@@ -304,9 +302,9 @@ def _powers_up_to(size: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uin
 
 
 def _powers(size: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """B^i and B^-i modulo 2^64 for 0 <= i < ``size`` or more, of an odd B.
+    """Return B^i and B^-i modulo 2^64 for 0 <= i < ``size`` or more, of an odd B.
 
-    With them sums over words become differences of one prefix sum: the hash of a word w is sum w[i] B^i wherever it is.
+    The hash of a word w is the sum of w[i] B^i at any position, computed as a difference of one prefix sum.
     """
     length = 2 * BLOCK
     while length < size:

@@ -1,10 +1,10 @@
-"""What the preprocess command was asked to do, and which of it decides what."""
+"""The options of the preprocess command, and which of them decide the contents of its files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from typing import Any
@@ -17,7 +17,7 @@ from .records.reading import ReadOptions
 from .records.text_choice import TextChoice
 
 BATCH_CHARACTERS = 512 << 10
-"""Text encoded at once: enough to cost nothing between batches, and little enough to stay in cache with its ids."""
+"""Text encoded at once: large enough to make batches cheap, small enough to stay in cache with its ids."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PreprocessOptions:
 
     input: Sequence[str]
     tokenizer: str | None = None
-    """None: that of ``model``, and without one Qwen2's."""
+    """None: that of ``model``, or Qwen2's without one."""
     output_prefix: str = "dataset"
     json_key: Sequence[str] = ("text",)
     metadata: Sequence[str] = ()
@@ -41,9 +41,9 @@ class PreprocessOptions:
     chat: bool = False
     chat_template: str | None = None
     chat_date: str | None = None
-    """YYYY-MM-DD, what templates take for today; None: the day of the run."""
+    """YYYY-MM-DD, the date for templates; None: the day of the run."""
     model: str | None = None
-    """Folder, checkpoint or Hub name of the model whose tokenizer is used."""
+    """Folder, checkpoint or Hub name of a model; its tokenizer is used."""
     append_eod: bool = True
     eod_token: str | None = None
     """None: the tokenizer's document end."""
@@ -77,16 +77,12 @@ class PreprocessOptions:
 
     @property
     def text_choice(self) -> TextChoice:
-        """``json_key`` understood."""
+        """The parsed ``json_key``."""
         return TextChoice.parse(self.json_key)
 
     @property
     def shard_place(self) -> tuple[int, int] | None:
-        """(I, N) of ``--shard I/N``.
-
-        Raises:
-            UserError: it is not of that form.
-        """
+        """(I, N) of ``--shard I/N``. Raises UserError for other forms."""
         if self.shard is None:
             return None
         index, slash, count = self.shard.partition("/")
@@ -96,7 +92,7 @@ class PreprocessOptions:
 
     @property
     def inputs(self) -> InputOptions:
-        """How the files of ``input`` are understood."""
+        """How the files of ``input`` are interpreted."""
         keys = None if self.chat else self.text_choice.roots
         return InputOptions(self.txt_mode, self.stdin_format, self.input_format, keys, self.skip_bad_lines)
 
@@ -107,67 +103,68 @@ class PreprocessOptions:
 
     @property
     def minhash_threshold(self) -> float | None:
-        """Similarity of near-duplicates; None: they are not looked for."""
+        """Similarity of near-duplicates; None: keep them."""
         return self.dedup_threshold if self.dedup == "minhash" else None
 
     @property
     def needs_digests(self) -> bool:
-        """Whether documents must be told apart by their content."""
+        """Whether the outputs need a hash of each document."""
         return self.dedup == "exact" or self.split is not None
 
     def check(self) -> None:
-        """Refuse values and combinations that mean nothing.
+        """Refuse meaningless values and combinations.
 
         Raises:
             UserError: naming the flag, its value and the remedy.
         """
-        if self.tokenizer is not None and self.model is not None:
-            raise UserError(
-                f"--tokenizer {self.tokenizer} and --model {self.model} both name a tokenizer; leave one of the two out"
-            )
-        for name, least in (
-            ("workers", 1),
-            ("min_chars", 0),
-            ("min_tokens", 0),
-            ("max_tokens", 1),
-            ("max_documents", 1),
-            ("max_expansion", 0),
-        ):
+        for is_wrong, message in self._problems():
+            if is_wrong:
+                raise UserError(message)
+        _ = self.text_choice, self.shard_place
+
+    def _problems(self) -> Iterator[tuple[object, str]]:
+        """Yield (whether it is wrong, message) for each rule."""
+        yield (
+            self.tokenizer is not None and self.model is not None,
+            f"--tokenizer {self.tokenizer} and --model {self.model} both name a tokenizer; leave one of the two out",
+        )
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
-            raise UserError(f"--max-tokens {self.max_tokens} is below --min-tokens {self.min_tokens}; no document fits")
-        if not 0 < self.dedup_threshold < 1:
-            raise UserError(f"--dedup-threshold {self.dedup_threshold}: must be between 0 and 1")
-        if self.chat_template is not None and not self.chat:
-            raise UserError("--chat-template is for --chat; add it, or leave the template out")
-        if self.chat_date is not None:
-            try:
-                date.fromisoformat(self.chat_date)
-            except ValueError:
-                raise UserError(f"--chat-date {self.chat_date}: not a day; write it as in 2026-01-31") from None
-            if not self.chat:
-                raise UserError("--chat-date is for --chat; add it, or leave the date out")
-        if self.chat and tuple(self.json_key) != ("text",):
-            raise UserError("--json-key names a text, --chat reads conversations; leave one of the two out")
+            flag = f"--{name.replace('_', '-')}"
+            yield value is not None and value < least, f"{flag} {value}: must be at least {least}"
+        yield (
+            self.max_tokens is not None and self.max_tokens < self.min_tokens,
+            f"--max-tokens {self.max_tokens} is below --min-tokens {self.min_tokens}; no document fits",
+        )
+        threshold = self.dedup_threshold
+        yield not 0 < threshold < 1, f"--dedup-threshold {threshold}: must be between 0 and 1"
+        for name, value in (("template", self.chat_template), ("date", self.chat_date)):
+            yield (
+                value is not None and not self.chat,
+                f"--chat-{name} is for --chat; add it, or leave the {name} out",
+            )
+        day = self.chat_date
+        yield day is not None and not _is_day(day), f"--chat-date {day}: not a day; write it as in 2026-01-31"
+        yield (
+            self.chat and tuple(self.json_key) != ("text",),
+            "--json-key names a text, --chat reads conversations; leave one of the two out",
+        )
         for name, given in (
             ("normalize", self.normalize != "none"),
             ("strip-control", self.strip_control),
             ("min-chars", self.min_chars),
             ("held-out", self.held_out),
         ):
-            if self.chat and given:
-                raise UserError(f"--{name} is for texts, not for --chat; leave one of the two out")
-        if list(self.input).count("-") > 1:
-            raise UserError("--input -: standard input can be read only once")
+            yield self.chat and given, f"--{name} is for texts, not for --chat; leave one of the two out"
+        yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
         for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
-            if form is not None and form not in FORMATS:
-                raise UserError(f"--{name}-format {form}: unknown; choose from {', '.join(FORMATS)}")
-        _ = self.text_choice, self.shard_place
+            yield (
+                form is not None and form not in FORMATS,
+                f"--{name}-format {form}: unknown; choose from {', '.join(FORMATS)}",
+            )
 
     def record(self) -> dict[str, Any]:
-        """What the sidecar keeps: the options that decided the dataset's contents, where they are not the default."""
+        """Return what the sidecar keeps: the non-default options that decide the dataset's contents."""
         kept = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -178,8 +175,9 @@ class PreprocessOptions:
         return kept
 
 
+_LEAST = {"workers": 1, "min_chars": 0, "min_tokens": 0, "max_tokens": 1, "max_documents": 1, "max_expansion": 0}
 _NOT_CONTENTS = frozenset(
-    {
+    [
         "input",
         "tokenizer",
         "model",
@@ -192,30 +190,11 @@ _NOT_CONTENTS = frozenset(
         "overwrite",
         "task_bytes",
         "batch_characters",
-    }
+    ]
 )
-"""Options that are kept elsewhere in the sidecar, or that no document depends on."""
-
-
-def task_key(span_facts: Sequence[Mapping[str, Any]], contents: Mapping[str, Any]) -> str:
-    """The name of a task's shard: a hash of what decides its contents.
-
-    Args:
-        span_facts: path, size, time and range of each span.
-        contents: see :func:`contents_of`.
-    """
-    text = json.dumps([list(span_facts), dict(contents)], sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
-
-
-def contents_of(options: PreprocessOptions, **others: str | int | None) -> dict[str, Any]:
-    """Everything besides the input that decides what the shards of a run hold; what is decided later is left out, and
-    what only decides whether a fault ends the run.
-
-    Args:
-        others: what stands for files and libraries that the options name: hashes, versions.
-    """
-    later = {
+"""Options that the sidecar records elsewhere, or on which no document depends."""
+_NOT_IN_OUTPUTS = frozenset(
+    [
         "max_expansion",
         "max_documents",
         "shuffle",
@@ -225,7 +204,33 @@ def contents_of(options: PreprocessOptions, **others: str | int | None) -> dict[
         "split",
         "dedup",
         "dedup_threshold",
-    }
-    files = {"held_out", "chat_template"}
-    kept = {name: value for name, value in asdict(options).items() if name not in later | files | _NOT_CONTENTS}
+        "held_out",
+        "chat_template",
+        "encoder",
+    ]
+)
+"""Options that are applied after tokenization, that only decide whether an error ends the run, or that name files."""
+
+
+def _is_day(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def task_key(span_facts: Sequence[Mapping[str, Any]], contents: Mapping[str, Any]) -> str:
+    """Return the key of a task's output: a hash of the facts of its spans and of :func:`contents_of`."""
+    text = json.dumps([list(span_facts), dict(contents)], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+
+
+def contents_of(options: PreprocessOptions, **others: str | int | None) -> dict[str, Any]:
+    """Return everything besides the input that decides what the outputs of a run's tasks contain.
+
+    Args:
+        others: hashes and versions that represent files and libraries.
+    """
+    kept = {name: value for name, value in asdict(options).items() if name not in _NOT_IN_OUTPUTS | _NOT_CONTENTS}
     return {**kept, "encoder": options.encoder, "digests": options.needs_digests, **others}

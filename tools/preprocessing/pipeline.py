@@ -1,12 +1,15 @@
-"""Text files -> indexed datasets: find out, plan, tokenize in parallel, decide, publish.
+"""Files -> indexed datasets. :func:`preprocess` is the recipe; this is the order of the modules:
 
-    options.py     what was asked            run_setup.py            which files, which tokenizer
-    run_plan.py    cut into tasks            readers/, texts.py      records, and their texts
-    pool.py        worker processes          worker.py, cleaning.py  task -> shard
-    workspace.py   restart after a kill      publishing.py           shards -> datasets, sidecars
+    options.py               the options
+    run_setup.py             input files (inputs/), tokenizer (tokenizer_choice.py), output paths (dataset/checks.py)
+    run_plan.py              tasks (workers/tasks.py), chat template (chat/), held-out n-grams (cleaning/)
+    dataset/workspace.py     the work folder, in which a restart finds finished tasks
+    workers/pool.py          processes; each runs workers/worker.py: readers/ -> records/ -> chat/ or cleaning/ ->
+                             tokenizer -> the task's output
+    dataset/publishing.py    outputs -> datasets and sidecars: dataset/assembly.py, dedup/, split, shuffle
 
-The datasets' bytes depend on the input, the tokenizer and the options that concern documents, and not on the number of
-workers or the size of tasks. Nothing stands under a final name before all of it is complete.
+The datasets' bytes depend on the input, the tokenizer and the options for documents, not on the number of workers or
+the size of tasks. No file gets its final name before all are complete.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ import numpy as np
 
 from ...engine.data.index_format import dataset_prefix
 from ...engine.errors import UserError
-from ...engine.tokenizer.document_frame import describe_tokens
+from ...engine.tokenizer.frame import describe_tokens
+from .dataset.publishing import PreprocessReport, publish
+from .dataset.workspace import finished_results, open_workspace, remove_workspace
 from .options import PreprocessOptions
-from .output.publishing import PreprocessReport, publish
-from .output.workspace import finished_results, open_workspace, remove_workspace
 from .progress import ProgressReport
 from .run_plan import RunPlan
 from .run_setup import RunSetup
@@ -37,12 +40,12 @@ __all__ = ["PreprocessReport", "preprocess"]
 
 
 def preprocess(options: PreprocessOptions) -> PreprocessReport:
-    """Tokenize a corpus to ``{output_prefix}.bin``, ``.idx`` and ``.json``, and what else was asked for.
+    """Tokenize a corpus to ``{output_prefix}.bin``, ``.idx``, ``.json``, and optional files.
 
     Raises:
         UserError: wrong options, input or tokenizer, no token in the input, the output exists or cannot be written, a
-            worker was killed. Nothing stands under a final name, and an existing dataset is as it was; finished parts
-            are kept in a hidden folder, where the same command finds them.
+            worker was killed. An existing dataset is then unchanged. Finished tasks are kept in a hidden folder, where
+            the same command finds them.
     """
     started = time.monotonic()
     options.check()
@@ -60,24 +63,24 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
 
 
 def _tokenize_exactly(setup: RunSetup, work: Path) -> tuple[RunPlan, list[TaskResult]]:
-    """Make all shards, by the reference tokenizer where the fast one turns out to differ from it."""
+    """Run all tasks; start again with the reference tokenizer if the fast one differs from it."""
     plan = RunPlan(setup, work)
     try:
         return plan, tokenize(plan)
     except FastPathError as difference:
-        print(f"{difference}; going on with the reference tokenizer", file=sys.stderr)
+        print(f"{difference}; continuing with the reference tokenizer", file=sys.stderr)
         plan = RunPlan(RunSetup(replace(setup.options, encoder="reference"), setup.prefix), work)
         return plan, tokenize(plan)
 
 
 def tokenize(plan: RunPlan) -> list[TaskResult]:
-    """Make the shards that are not there yet; return the results of all, in the order of the tasks."""
+    """Run the tasks that are not finished yet; return the results of all, in order."""
     works_here = plan.setup.works_here
     results = finished_results(plan.work, plan.tasks, plan.refused)
     todo = [(task, key) for key, task in plan.tasks.items() if key not in results]
     workers = min(plan.options.workers or usable_cores(), max(len(todo), 1))
     _print_start(plan, workers, len(todo))
-    # One counter set for each task of the corpus, since a task's index names its own.
+    # Counters for all tasks of the corpus: a task's index selects its own.
     num_counters = 3 * (1 + max((task.index for task in plan.tasks.values()), default=0))
     counters = np.zeros(num_counters, np.int64) if works_here else shared_counters(num_counters)
     seen = np.frombuffer(counters, dtype=np.int64).reshape(-1, 3)
@@ -110,7 +113,7 @@ def _print_start(plan: RunPlan, workers: int, num_todo: int) -> None:
     print(
         f"{len(plan.files)} input files, {sum(file.size for file in plan.files) / 1e6:,.1f} MB; tokenizer "
         f"{setup.tokenizer.name} ({setup.tokenizer.vocab_size:,} ids); {begin} and {end}; {workers} "
-        "workers" + (f"; {again} of {len(plan.tasks)} parts are there from a run before" if again else ""),
+        "workers" + (f"; {again} of {len(plan.tasks)} parts are finished already" if again else ""),
         file=sys.stderr,
         flush=True,
     )

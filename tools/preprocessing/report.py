@@ -9,7 +9,7 @@ from .workers.task_output import DROPPED_TURNS, KEPT_NOTE
 
 
 def format_report(report: PreprocessReport) -> str:
-    """One line for each fact; all that was left out, by reason."""
+    """Return the table: one line per fact, and what was left out by reason."""
     rows: dict[str, str] = {}
     for prefix, sidecar in report.sidecars.items():
         name = f"{prefix}: " if len(report.sidecars) > 1 else ""

@@ -1,4 +1,4 @@
-"""A run cut into tasks, each with the name of its shard, and what the workers need to know."""
+"""Divides a run into tasks, each with the key of its output, and prepares what the workers need."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from datetime import date
 from pathlib import Path
 
 from ... import __version__
-from ...engine.tokenizer.document_frame import ids_of
-from .chat.bos import ChatBos
+from ...engine.tokenizer.frame import ids_of
+from .chat.conversation import ChatBos
 from .cleaning.cleaner import Cleaner
 from .cleaning.held_out import read_held_out
-from .dedup.near import MinHasher
+from .dedup.minhash import MinHasher
 from .inputs.files import with_stdin_copied
 from .options import PreprocessOptions, contents_of, task_key
 from .records.errors import UNREADABLE
@@ -25,14 +25,14 @@ class RunPlan:
     """The tasks of a run.
 
     Args:
-        setup: of conversations, it is told here what they begin with.
-        work: folder of shards and temporary files.
+        setup: with ``--chat``, its ``begin`` is set here.
+        work: folder of outputs and temporary files.
     """
 
     def __init__(self, setup: RunSetup, work: Path) -> None:
         self.setup, self.work = setup, work
         self.options = setup.options
-        """As recorded: with the day of the run, where a chat template asks for it."""
+        """For the sidecar: with the day of the run if a chat template writes the date."""
         self._dated_options = replace(self.options, chat_date=self.options.chat_date or date.today().isoformat())
         self._chat_bos = ChatBos(self.options.bos, ids_of(setup.named_bos))
         self._held_out: Path | None = None
@@ -45,7 +45,7 @@ class RunPlan:
             self.options,
             version=__version__,
             tokenizer=setup.tokenizer.sha256,
-            # The token decides what text becomes, the ids what documents begin and end with.
+            # The token affects how text is encoded, the ids what documents begin and end with.
             eod_token=setup.eod[0] if setup.eod else None,
             frame=f"{setup.frame.prefix} {setup.frame.suffix}",
             chat=chat,
@@ -53,11 +53,10 @@ class RunPlan:
             minhash=_minhash_fingerprint(self.options),
         )
         self.tasks = {task_key([_facts(span) for span in task.spans], contents): task for task in tasks}
-        """By key of their shards."""
+        """By the key of their output."""
 
     @property
     def settings(self) -> WorkerSettings:
-        """For the workers."""
         setup = self.setup
         return WorkerSettings(
             self._dated_options,
@@ -72,13 +71,13 @@ class RunPlan:
 
     @property
     def refused(self) -> set[str]:
-        """Reasons for which no record may be left out."""
+        """Reasons for which no record may be skipped."""
         skip = self.options.skip_bad_lines
         allowed = {"malformed": skip, UNREADABLE: skip, "invalid UTF-8": skip or self.options.drop_invalid_utf8}
         return {kind for kind, yes in allowed.items() if not yes}
 
     def _prepare_chat(self) -> str | None:
-        """Check that conversations can be encoded, and as transformers does; what stands for how they are."""
+        """Check the encoder of conversations against transformers; return its fingerprint."""
         if not self.options.chat:
             return None
         from .chat.encoder import chat_encoder
@@ -87,12 +86,12 @@ class RunPlan:
         encoder.check_against_transformers()
         self.setup.begin = self.setup.named_bos if encoder.begins_with_bos else ()
         if encoder.tells_date:
-            # Kept in the sidecar, so that shards of different days are not joined.
+            # Recorded in the sidecar, so that shards of different days are not joined.
             self.options = self._dated_options
         return encoder.fingerprint
 
     def _prepare_held_out(self) -> str | None:
-        """Write the n-grams of the ``--held-out`` files to a file for the workers; what stands for them."""
+        """Write the n-grams of the ``--held-out`` files to a file for the workers; return their fingerprint."""
         options = self.options
         if not options.held_out:
             return None
@@ -109,7 +108,7 @@ def _minhash_fingerprint(options: PreprocessOptions) -> str | None:
 
 
 def _facts(span: Span) -> dict[str, object]:
-    """What decides the contents of a span."""
+    """Return what decides the contents of a span."""
     file = span.file
     return {
         "path": os.path.abspath(file.path),

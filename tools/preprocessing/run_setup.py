@@ -1,4 +1,4 @@
-"""What a run reads, its tokenizer, and what goes around documents: found out and checked before anything is written."""
+"""Prepares a run: its input files, its tokenizer, and the tokens around documents. Writes nothing."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ...engine.errors import UserError
-from ...engine.tokenizer.document_frame import DocumentFrame, Token, TokenizerFrame, ids_of
-from ...engine.tokenizer.files import find_tokenizer_file
-from ...engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
+from ...engine.tokenizer.frame import Token, TokenizerFrame, ids_of
+from ..tokenizer.document_frame import DocumentFrame
+from ..tokenizer.finding import find_tokenizer_file
+from ..tokenizer.handle import TokenizerHandle, TokenizerSpec
 from .cleaning.held_out import held_out_files
+from .dataset.checks import output_prefixes, require_free, what_is_read
 from .dataset_writer import best_dtype
 from .inputs.files import expand_inputs
 from .options import PreprocessOptions
-from .output.checks import output_prefixes, require_free, what_is_read
-from .tokenizer_choice import check_vocabulary, choose_tokenizer, read_frame
+from .tokenizer_choice import check_vocabulary, choose_tokenizer
 from .workers.pool import start_early
 from .workers.shared_tokenizer import use_one_thread
 from .workers.tasks import are_small
 
 
 class RunSetup:
-    """The files and the tokenizer of a run.
-
-    Args:
-        prefix: of its output.
+    """The files and the tokenizer of a run that writes the dataset ``prefix``.
 
     Raises:
         UserError: wrong input or tokenizer, or the output exists.
@@ -38,9 +36,9 @@ class RunSetup:
         print_notes(choice.notes)
         file = find_tokenizer_file(choice.name)
         self.works_here = options.encoder != "fast" and are_small(self.files, file)
-        """Whether the tasks are done in this process."""
+        """Whether tasks run in this process."""
         self.held_out_files = held_out_files(options.held_out, options.text_choice) if options.held_out else []
-        # Before there is any file or process: an output may bear the name of an input.
+        # Before any file is written or process started: an output may have the name of an input.
         reads = what_is_read(options, self.files, self.held_out_files, file)
         require_free({prefix: output_prefixes(options, prefix)}, reads, options.overwrite, rejects=True)
         spec = TokenizerSpec(choice.name, file, options.allow_special_tokens, self._backend, options.eod_token)
@@ -51,18 +49,18 @@ class RunSetup:
         if self.works_here and self.tokenizer.kind == "tokenizer.json" and options.encoder == "auto":
             self.tokenizer.use_reference("loading a faster one takes longer than encoding this input")
         self.dtype = best_dtype(self.tokenizer.vocab_size)
-        frame = read_frame(self.tokenizer, choice)
+        frame = self.tokenizer.frame(choice.model_config)
         self.begin = frame.documents_begin_with(options.bos)
-        """Tokens that documents begin with; of conversations known once the chat template has been read."""
+        """Tokens that documents begin with. Of conversations known when the chat template has been read."""
         self.end = self._document_end(frame)
-        """Tokens that documents end with, the end-of-document token last."""
+        """Tokens that documents end with; the end-of-document token is the last."""
         self.named_bos = frame.prefix or ((frame.bos,) if frame.bos else ())
         print_notes(check_vocabulary(self.tokenizer, choice, (*self.begin, *self.end)))
         if frame.remark and options.bos == "auto" and not options.chat:
             print_notes([frame.remark])
 
     def compare_with_serving(self) -> None:
-        """Say if transformers would serve the model with other ids. Of conversations the plan of the run does this."""
+        """Print a note if transformers would serve the model with other ids. (RunPlan does this for conversations.)"""
         if not self.options.chat and (note := self.tokenizer.serving_note()):
             print_notes([note])
 
@@ -74,7 +72,7 @@ class RunSetup:
     @property
     def _backend(self) -> str:
         """Of the tokenizer: one of ``BACKENDS``."""
-        # The reference says where in the text of a conversation each token lies.
+        # The reference returns the position of each token in the text, which conversations need.
         if self.options.chat or (self.works_here and self.options.encoder == "auto"):
             return "reference"
         return "auto" if self.options.encoder == "fast" else self.options.encoder
@@ -82,23 +80,23 @@ class RunSetup:
     def _document_end(self, frame: TokenizerFrame) -> tuple[Token, ...]:
         if self.eod is None or not self.options.append_eod:
             return ()
-        # A chat template writes itself what the tokenizer would put behind a text.
+        # A chat template itself writes what the tokenizer would add after a text.
         suffix = () if self.options.chat else frame.suffix
         return suffix if suffix and suffix[-1][1] == self.eod[1] else (*suffix, self.eod)
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print what a user may not have meant."""
+    """Print remarks for the user on stderr."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def _load_with_document_end(spec: TokenizerSpec, options: PreprocessOptions) -> tuple[TokenizerHandle, Token | None]:
-    """Load a tokenizer and find its end-of-document token, which only a dataset without them may do without."""
+    """Load a tokenizer and find its end-of-document token, which is optional only if none is appended."""
     tokenizer = replace(spec, eod_token=None).load()
     try:
         return tokenizer, tokenizer.eod(spec.eod_token)
     except UserError:
         if options.append_eod or options.eod_token is not None:
             raise
-        return replace(spec, eod_token=None).load(), None  # a token that is refused may already be ordinary text
+        return replace(spec, eod_token=None).load(), None  # in the first one the refused token may be ordinary text

@@ -1,7 +1,4 @@
-"""Which tokenizer a run of the preprocess command uses, and what it puts around documents.
-
-``--tokenizer`` names it, or ``--model`` the model that it belongs to. Without both it is Qwen2's, which is announced.
-"""
+"""Chooses the tokenizer of a run: that of ``--tokenizer`` or of ``--model``, else Qwen2's with a note."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import UserError
-from ...engine.tokenizer.document_frame import Token, TokenizerFrame, describe_tokens
 from ...engine.tokenizer.files import MODEL_CONFIG, read_config
-from ...engine.tokenizer.tokenizer import TokenizerHandle
+from ...engine.tokenizer.frame import Token, describe_tokens
+from ..tokenizer.handle import TokenizerHandle
 from .options import PreprocessOptions
 
 DEFAULT_TOKENIZER = "Qwen/Qwen2-72B"
@@ -23,7 +20,7 @@ _CHECKPOINT_ASSETS = "hf"
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """The tokenizer's name, and what is known of the model that it is for."""
+    """The tokenizer's name, and its model's config.json."""
 
     name: str
     """Folder, file or Hub name."""
@@ -33,11 +30,7 @@ class TokenizerChoice:
 
 
 def choose_tokenizer(options: PreprocessOptions) -> TokenizerChoice:
-    """Return the tokenizer of ``--tokenizer`` or ``--model``, or the default one.
-
-    Raises:
-        UserError: there is no such model.
-    """
+    """Return the tokenizer of ``--tokenizer`` or ``--model``, or the default. Raise UserError without such a model."""
     if options.tokenizer is not None:
         return TokenizerChoice(options.tokenizer)
     if options.model is None:
@@ -52,7 +45,7 @@ def choose_tokenizer(options: PreprocessOptions) -> TokenizerChoice:
     if not os.path.isdir(model):
         raise UserError(f"--model {model}: not a folder; name a model's folder, or its tokenizer file with --tokenizer")
     folder = Path(model)
-    # A checkpoint keeps the files of Hugging Face in a folder of their own.
+    # A checkpoint has a subfolder with the Hugging Face files.
     folder = folder / _CHECKPOINT_ASSETS if (folder / _CHECKPOINT_ASSETS).is_dir() else folder
     config = read_config(folder / MODEL_CONFIG)
     if not config:
@@ -60,25 +53,13 @@ def choose_tokenizer(options: PreprocessOptions) -> TokenizerChoice:
     return TokenizerChoice(str(folder), config)
 
 
-def read_frame(tokenizer: TokenizerHandle, choice: TokenizerChoice) -> TokenizerFrame:
-    """Return what the tokenizer puts around a text, for the model of ``choice``.
-
-    Raises:
-        UserError: its files cannot be read.
-    """
-    return tokenizer.frame(choice.model_config)
-
-
 def check_vocabulary(
     tokenizer: TokenizerHandle, choice: TokenizerChoice, written: tuple[Token, ...]
 ) -> tuple[str, ...]:
-    """Compare the tokenizer with the vocabulary of the model that ``--model`` names.
+    """Compare the tokenizer with the vocabulary of ``--model``; return notes for the user.
 
     Args:
-        written: tokens that go around documents.
-
-    Returns:
-        what a user may not have meant.
+        written: tokens around documents.
 
     Raises:
         UserError: one of ``written`` is outside the model's vocabulary.

@@ -1,8 +1,8 @@
-"""Charts as SVG in HTML: lines and bars over linear or logarithmic axes, in the colours of the page, light and dark.
+"""Draw line and bar charts as SVG in HTML, with linear or logarithmic axes, in the colors of the page.
 
-Without a library: a page can then be written wherever a run can be read, in some milliseconds. Titles and legends are
-HTML, which wraps and can be searched; the SVG holds axes and curves. A curve of very many points is drawn as the mean
-of each of :data:`MOST_POINTS` parts, in a band from their lowest to their highest value.
+No plotting library is needed, and a chart takes milliseconds. Titles and legends are HTML, which wraps and can be
+searched. A long curve is divided into :data:`MOST_POINTS` parts, and drawn as their means in a band from their lowest
+to their highest values.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from .page import escape
 
 Point = tuple[float, float]
 COLORS = ("blue", "orange", "green", "violet", "red")
-"""CSS variables of the page, for the series of a chart in turn."""
+"""CSS variables of the page, used in this order for the series of a chart."""
 WIDE, SMALL = (920, 300), (300, 190)
-"""Width and height of a chart that fills the page, and of one of three side by side."""
+"""Width and height of a full-width chart, and of one of three side by side."""
 MOST_POINTS = 460
 _CHARACTER = 6.2  # width of a digit in 11 px text
 _TOP, _RIGHT, _BOTTOM = 8, 12, 22
 
 
 def compact(number: float) -> str:
-    """1500000 -> '1.5M', 0.0004 -> '0.0004'."""
+    """Format a number: 1500000 -> '1.5M', 0.0004 -> '0.0004'."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= scale:
             return f"{number / scale:.4g}{unit}"
@@ -33,37 +33,37 @@ def compact(number: float) -> str:
 
 
 def percent(share: float) -> str:
-    """0.25 -> '25%', 0.0001 -> '0.01%'."""
+    """Format a share: 0.25 -> '25%', 0.0001 -> '0.01%'."""
     return f"{100 * share:.12f}".rstrip("0").rstrip(".") + "%"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: which values it shows, and how it writes them."""
+    """Range and number format of an axis."""
 
     label: str = ""
     log: int = 0
     """Base of a logarithmic axis; 0: linear."""
     start: float | None = None
-    """Lowest value shown; None: that of the data."""
+    """Lowest value shown. None: that of the data."""
     write: Callable[[float], str] = compact
 
 
 @dataclass(frozen=True)
-class Line:
-    """A curve. Points whose value is NaN are left out."""
+class ChartLine:
+    """A curve; points with NaN values are left out."""
 
     label: str
     points: Sequence[Point]
     color: str = "blue"
     dashed: bool = False
     dots: bool = False
-    """Whether each point is marked, and shows its value under the mouse."""
+    """Whether each point has a marker with its value as a tooltip."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line, and a shade from ``since`` to it."""
+    """A vertical line, with shading from ``since`` to it."""
 
     at: float
     label: str = ""
@@ -91,7 +91,7 @@ class _Scale:
         return round(self._start + share * (self._stop - self._start), 1)
 
     def ticks(self, most: int) -> list[float]:
-        """At most about ``most`` round values."""
+        """Return about ``most`` round values at most."""
         base = self.axis.log
         if base and math.floor(self._high) > math.ceil(self._low):
             powers = range(math.ceil(self._low), math.floor(self._high) + 1)
@@ -106,12 +106,12 @@ class _Scale:
 
 @dataclass
 class _Drawing:
-    """An SVG that grows by elements."""
+    """An SVG under construction."""
 
     title: str
     size: tuple[int, int]
     bottom: int = 0
-    """Where the horizontal axis lies."""
+    """Vertical position of the horizontal axis."""
     legend: list[str] = field(default_factory=list)
     elements: list[str] = field(default_factory=list)
 
@@ -129,7 +129,7 @@ class _Drawing:
         self.legend.append(f'<span class="key"><i style="border-top:{style}"></i>{escape(label)}</span>')
 
     def html(self) -> str:
-        """The figure."""
+        """Return the figure as HTML."""
         width, height = self.size
         legend = f'<span class="legend">{"".join(self.legend)}</span>' if self.legend else ""
         return (
@@ -142,14 +142,14 @@ class _Drawing:
 
 def line_chart(
     title: str,
-    lines: Sequence[Line],
+    lines: Sequence[ChartLine],
     x: Axis | None = None,
     y: Axis | None = None,
     marks: Sequence[Mark] = (),
     size: tuple[int, int] = WIDE,
 ) -> str:
-    """Draw ``lines`` over common axes; empty where no line has a point."""
-    lines = [Line(line.label, _finite(line.points), line.color, line.dashed, line.dots) for line in lines]
+    """Draw ``lines`` in common axes; empty if no line has a point."""
+    lines = [ChartLine(line.label, _finite(line.points), line.color, line.dashed, line.dots) for line in lines]
     points = [point for line in lines for point in line.points]
     if not points:
         return ""
@@ -167,7 +167,7 @@ def line_chart(
 def bar_chart(
     title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]], x_label: str, size: tuple[int, int]
 ) -> str:
-    """Draw a group of bars for each of ``labels``, one of each of the ``series``; values are shares."""
+    """Draw a group of bars for each of ``labels``, with one bar for each of ``series``; values are shares."""
     drawing = _Drawing(title, size)
     heights = [value for values in series.values() for value in values]
     places = [-0.5, len(labels) - 0.5]
@@ -184,7 +184,7 @@ def bar_chart(
 
 
 def thinned(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
-    """The curve to draw, and the outline of the band around it: none where there are few enough points."""
+    """Return the curve to draw, and the outline of the band around it, which is empty for a short curve."""
     if len(points) <= MOST_POINTS:
         return list(points), []
     edges = [len(points) * part // MOST_POINTS for part in range(MOST_POINTS + 1)]
@@ -209,7 +209,7 @@ def _frame(
     up_values: Sequence[float],
     labels: Sequence[str] = (),
 ) -> tuple[_Scale, _Scale]:
-    """Draw the axes with their ticks; return both scales. Whole numbers have ``labels``, where these are given."""
+    """Draw the axes with their ticks; return both scales. ``labels`` name the whole numbers, if given."""
     width, height = drawing.size
     drawing.bottom = bottom = height - _BOTTOM - (14 if x.label else 0)
     up = _Scale(y, up_values, bottom, _TOP)
@@ -229,7 +229,7 @@ def _frame(
     return across, up
 
 
-def _draw_line(drawing: _Drawing, line: Line, across: _Scale, up: _Scale) -> None:
+def _draw_line(drawing: _Drawing, line: ChartLine, across: _Scale, up: _Scale) -> None:
     curve, band = thinned(line.points)
     color = f"var(--{line.color})"
     if band:
@@ -254,5 +254,5 @@ def _draw_mark(drawing: _Drawing, mark: Mark, across: _Scale, label_y: float) ->
         drawing.add("rect", "fill:var(--rule);opacity:.6", x=since, y=top, width=width, height=height)
     drawing.add("line", "stroke:var(--faint);stroke-dasharray:4 3", x1=at, x2=at, y1=top, y2=bottom)
     if mark.label:
-        is_left = at < drawing.size[0] / 2  # the words are where there is space for them
+        is_left = at < drawing.size[0] / 2  # the label is on the side with more space
         drawing.write(mark.label, at + (6 if is_left else -6), label_y, "start" if is_left else "end")

@@ -1,7 +1,7 @@
-"""The curves of a run, read from its ``metrics.jsonl`` as a run writes it (engine/observe/metrics_file.py).
+"""Read the curves of a run from its ``metrics.jsonl`` (written by engine/observe/metrics_file.py).
 
-A training record holds ``step``, ``tokens`` and the values of :data:`COLUMNS`; a record of an evaluation holds the name
-of the validation set in ``evaluation``, and its ``loss``. A value that was not finite is null.
+A training record has ``step``, ``tokens`` and the values of :data:`COLUMNS`. A record of an evaluation has the name of
+the validation set in ``evaluation``, and its ``loss``. A value that was not finite is null.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMNS = (
     *("peak_memory_bytes", "skipped_steps", "steps_without_targets"),
 )
 UNCHANGED = 0.0005
-"""Nats below which a loss has not changed: it prints as 0.000."""
+"""Smaller changes of a loss, in nats, count as no change: they print as 0.000."""
 
 
 @dataclass(frozen=True)
@@ -37,53 +37,53 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """As the trainer records it."""
+        """Return the perplexity, as the trainer records it."""
         return math.exp(min(self.loss, 700.0))
 
 
 @dataclass(frozen=True)
 class LossChange:
-    """A validation loss at the beginning and at the end of a run."""
+    """First and last loss of a validation set."""
 
     before: Evaluation
     after: Evaluation
 
     @property
     def change(self) -> float:
-        """In nats."""
+        """Return the change in nats."""
         return self.after.loss - self.before.loss
 
     @property
     def percent(self) -> float:
-        """Of the loss before."""
+        """Return the change in percent of the loss before."""
         return 100 * self.change / self.before.loss if self.before.loss else math.nan
 
     @property
     def perplexity_percent(self) -> float:
-        """Of the perplexity before."""
+        """Return the change of the perplexity in percent."""
         return 100 * math.expm1(min(self.change, 700.0))
 
 
 @dataclass
 class Curves:
-    """All that a metrics file holds, in order of steps. Of a step that is there twice, the later record counts."""
+    """The contents of a metrics file in order of steps. If a step occurs twice, the later record counts."""
 
     steps: array[int] = field(default_factory=lambda: array("q"))
     tokens: array[int] = field(default_factory=lambda: array("q"))
     columns: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in COLUMNS})
-    """A value for each of ``steps``; NaN where there is none."""
+    """A value for each of ``steps``; NaN if the record has none."""
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
     """By validation set, the first one first."""
     is_cut_off: bool = False
-    """Whether the last line is incomplete: the run is writing it, or was killed while it did."""
+    """Whether the last line is incomplete, because the run is writing it or was killed."""
 
     def points(self, name: str) -> list[tuple[float, float]]:
-        """``(tokens, value)`` of a column, finite values only."""
+        """Return ``(tokens, value)`` of a column, finite values only."""
         values = zip(self.tokens, self.columns[name], strict=True)
         return [(tokens, value) for tokens, value in values if math.isfinite(value)]
 
     def changes(self) -> dict[str, LossChange]:
-        """First and last evaluation of each validation set that was evaluated at two steps or more."""
+        """Return first and last evaluation of each validation set with at least two."""
         return {name: LossChange(found[0], found[-1]) for name, found in self.evaluations.items() if len(found) > 1}
 
 
@@ -91,7 +91,7 @@ def read_curves(path: Path) -> Curves:
     """Read a metrics file, one line at a time.
 
     Raises:
-        UserError: the file cannot be read, or a line is damaged, which is named by its number.
+        UserError: the file cannot be read, or a line (named by its number) is damaged.
     """
     training: dict[int, tuple[int, array[float]]] = {}
     evaluations: dict[str, dict[int, Evaluation]] = {}
@@ -129,7 +129,7 @@ def _record(line: bytes) -> dict[str, Any]:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
-        record = json.loads(line.decode())  # it knows NaN, which earlier versions wrote, and says what is wrong
+        record = json.loads(line.decode())  # accepts NaN, which earlier versions wrote, and has better error messages
     if not isinstance(record, dict):
         raise TypeError("not a JSON object")
     return record
@@ -142,7 +142,7 @@ def _add(
 ) -> None:
     step, tokens = record["step"], record["tokens"]
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in (step, tokens)):
-        raise TypeError("step or tokens is not a whole number from 0 on")
+        raise TypeError("step or tokens is not a whole number >= 0")
     if "evaluation" in record:
         found = Evaluation(step, tokens, _number(record["loss"]))
         evaluations.setdefault(str(record["evaluation"]), {})[step] = found

@@ -1,7 +1,4 @@
-"""Pages of HTML that need nothing but themselves: the style is inside, no script runs, and every text is escaped.
-
-They read and print in light and in dark.
-"""
+"""Build self-contained HTML pages: style included, no scripts, all text escaped, in light and dark colors."""
 
 from __future__ import annotations
 
@@ -15,28 +12,28 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def page(title: str, sections: Iterable[str], style: str = "") -> str:
-    """The whole page of finished ``sections``, empty ones left out, with more ``style`` of its own."""
+    """Return a page of ``sections`` (empty ones are skipped), with additional CSS in ``style``."""
     body = "\n".join(filter(None, sections))
     return _PAGE.format(generator=GENERATOR, title=escape(title), style=_STYLE + style + _PRINT_STYLE, body=body)
 
 
 def escape(text: str) -> str:
-    """Text as HTML, :func:`allowed` characters only."""
+    """Return text as HTML, with :func:`allowed` characters only."""
     return html.escape(allowed(text))
 
 
 def allowed(text: str) -> str:
-    """Control characters, which HTML forbids, and lone surrogates, which UTF-8 does, become U+FFFD."""
+    """Replace control characters, which HTML forbids, and lone surrogates, which UTF-8 forbids, by U+FFFD."""
     return _FORBIDDEN.sub("\ufffd", text)
 
 
 def section(title: str, content: str, kind: str = "") -> str:
-    """A headline and what is below it; nothing where there is no content."""
+    """Return a section with a headline; empty without content."""
     return f'<section class="{kind}"><h2>{escape(title)}</h2>\n{content}</section>' if content else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = (), kind: str = "") -> str:
-    """Cells of text under headlines; ``total`` is the last row. Nothing where there are no rows."""
+    """Return a table of text cells; ``total`` is its last row. Empty without rows."""
 
     def row(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -52,29 +49,29 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[st
 
 
 def definitions(items: Mapping[str, str]) -> str:
-    """Names and values, if there are any."""
+    """Return a list of names and values; empty without any."""
     pairs = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items.items())
     return f"<dl>{pairs}</dl>" if pairs else ""
 
 
 def note(text: str) -> str:
-    """A remark in small type."""
+    """Return a remark in small type."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """A list of remarks, if there are any."""
+    """Return a list of remarks; empty without any."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f"<ul>{items}</ul>" if items else ""
 
 
 def preformatted(text: str) -> str:
-    """Text whose lines stay as they are, if there is any."""
+    """Return preformatted text; empty without any."""
     return f"<pre>{escape(text)}</pre>" if text else ""
 
 
 def header(title: str, cards: Iterable[tuple[str, str, str]]) -> str:
-    """The head of a page: ``(color, figure, words)`` in each card."""
+    """Return the head of a page; each card is ``(color, figure, words)``."""
     shown = "".join(
         f'<div class="card" style="border-color:var(--{color})"><b>{escape(figure)}</b>'
         f"<span>{escape(words)}</span></div>"

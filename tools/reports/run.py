@@ -1,7 +1,7 @@
-"""A run folder, read into one dataclass: what the trainer wrote there, and nothing that needs PyTorch to read.
+"""Read a run folder into one dataclass, without PyTorch.
 
-The folder may belong to a run that is training now, or that was killed. What is missing or incomplete is a remark; only
-a folder without a curve, and a damaged line of the curve, are errors.
+The run may still be training, or may have been killed. Missing or incomplete files give remarks; only a folder without
+a curve, or a damaged line of the curve, is an error.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ SAMPLES_FILE = "samples.jsonl"
 _MOVED = re.compile(r"records +[\d,]+ of metrics\.jsonl after step ([\d,]+) moved to .*?([^/]+)$")
 _LOGGED = re.compile(r"\S+ \S+ (model|ranks|blocks|attention) +(.*)")
 _BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What may be raised where a file does not hold what is expected."""
+"""Exceptions that a file with unexpected content may raise."""
 
 
 @dataclass(frozen=True)
 class Restart:
-    """A place where the run continued from a checkpoint, and made some steps a second time."""
+    """A point at which the run continued from a checkpoint and repeated some steps."""
 
     kind: str
-    """resumed, or rewound to before a loss spike."""
+    """``resumed``, or ``rewound`` to before a loss spike."""
     step: int
-    """Of the checkpoint."""
+    """Step of the checkpoint."""
     tokens: int
     lost_step: int
-    """Last step whose record was given up."""
+    """Last step whose record was discarded."""
     lost_tokens: int
     file: str
-    """Where those records are now."""
+    """File that holds the discarded records."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,23 @@ class DataSource:
     name: str
     path: str
     weights: list[float | None]
-    """In each stage; None where the stage does not draw from it."""
+    """Weight in each stage; None if the stage does not use the source."""
     tokens: int | None = None
-    """Of the dataset. None: no checkpoint says it yet, as the next ones."""
+    """Tokens of the dataset. None, here and below, before the first checkpoint."""
     trained_tokens: int | None = None
-    """Drawn until the newest checkpoint."""
+    """Tokens used up to the newest checkpoint."""
     fingerprint: str = ""
-    """Content hash of its tokens; empty where it has no sidecar."""
+    """Content hash of its tokens; empty without a sidecar."""
 
     @property
     def epochs(self) -> float | None:
-        """How often it was read until the newest checkpoint."""
+        """Return the epochs up to the newest checkpoint."""
         return self.trained_tokens / self.tokens if self.tokens and self.trained_tokens is not None else None
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A prompt, and how the model continued it before and after the run; continuations do not repeat the prompt."""
+class GeneratedSample:
+    """A prompt, and its continuations by the model before and after the run, without the prompt."""
 
     prompt: str
     before: str
@@ -83,76 +83,76 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Run:
-    """All that a run folder says."""
+class RecordedRun:
+    """The contents of a run folder."""
 
     folder: str
     curves: Curves
     last_record: str
-    """When the newest record was written, in UTC."""
+    """Time of the newest record, in UTC."""
     configuration: str = ""
-    """The text of ``config.yaml``."""
+    """Text of ``config.yaml``."""
     config: dict[str, Any] = field(default_factory=dict)
     logged: dict[str, str] = field(default_factory=dict)
-    """What the newest start said of model, ranks, blocks and attention."""
+    """Lines that the newest start logged about model, ranks, blocks and attention."""
     starts: int | None = None
-    """How often the run was started; None without a log."""
+    """Number of starts; None without a log."""
     restarts: list[Restart] = field(default_factory=list)
     checkpoints: list[Row] = field(default_factory=list)
     sources: list[DataSource] = field(default_factory=list)
     validation: dict[str, str] = field(default_factory=dict)
-    """Datasets by the names of the validation sets."""
+    """Datasets by name of the validation set."""
     environment: dict[str, str] = field(default_factory=dict)
     """Versions and layout of the newest checkpoint."""
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[GeneratedSample] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    """What a reader should know: records cut off, steps skipped, files that are missing or damaged."""
+    """Incomplete records, skipped steps, and missing or damaged files."""
 
     @property
     def step(self) -> int:
-        """The last step that is recorded."""
+        """Return the last recorded step."""
         return self.curves.steps[-1]
 
     @property
     def tokens(self) -> int:
-        """Tokens until then."""
+        """Return the tokens up to the last recorded step."""
         return self.curves.tokens[-1]
 
     @property
     def train_tokens(self) -> int | None:
-        """The token budget; None where the configuration does not say it."""
+        """Return the token budget; None if the configuration does not have it."""
         budget = _section(self.config, "training").get("train_tokens")
         return budget if type(budget) is int and budget > 0 else None
 
     @property
     def is_finished(self) -> bool:
-        """Whether the token budget is used up."""
+        """Return whether the token budget is used up."""
         return self.train_tokens is not None and self.tokens >= self.train_tokens
 
     def median(self, column: str) -> float | None:
-        """Median of a column's records; None where there is none."""
+        """Return the median of a column; None without values."""
         values = [value for _, value in self.curves.points(column)]
         return median(values) if values else None
 
     def maximum(self, column: str) -> float | None:
-        """Largest value of a column; None where there is none."""
+        """Return the largest value of a column; None without values."""
         return max((value for _, value in self.curves.points(column)), default=None)
 
     @property
     def final_loss(self) -> float | None:
-        """Mean training loss of the last twentieth of the records, at least ten of them."""
+        """Return the mean training loss of the last 5 % of the records, at least ten of them."""
         losses = [value for _, value in self.curves.points("loss")]
         return fmean(losses[-max(10, len(losses) // 20) :]) if losses else None
 
     @property
     def seconds_in_steps(self) -> float:
-        """Time spent in steps, from the mean duration of a step that each record gives."""
+        """Return the time spent in steps, from the mean step time in each record."""
         steps = [self.curves.steps[0] - 1, *self.curves.steps]  # it may continue another run
         seconds = zip(steps, steps[1:], self.curves.columns["step_seconds"], strict=False)
         return math.fsum((step - before) * each for before, step, each in seconds if math.isfinite(each))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the single records."""
+        """Return everything but the single records as plain values for JSON."""
         rows = [replace(row, manifest=None) for row in self.checkpoints]
         record = asdict(replace(self, curves=Curves(), checkpoints=rows))
         del record["curves"], record["configuration"]
@@ -166,7 +166,7 @@ class Run:
         }  # fmt: skip
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RecordedRun:
     """Read the run folder ``folder``.
 
     Raises:
@@ -186,7 +186,7 @@ def read_run(folder: Path) -> Run:
     log = _read_log(folder / LOG_FILE)
     checkpoints, newest = _read_checkpoints(folder, curves, remarks)
     written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
-    return Run(
+    return RecordedRun(
         folder=str(folder),
         curves=curves,
         last_record=f"{written:%Y-%m-%d %H:%M:%S} UTC",
@@ -204,10 +204,10 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def differences(one: Run, other: Run) -> dict[str, tuple[str, str]]:
-    """What two runs do not have in common, by key, in JSON: settings, contents of the data, versions."""
+def differences(one: RecordedRun, other: RecordedRun) -> dict[str, tuple[str, str]]:
+    """Return the differences of two runs by key, as JSON: settings, content of the data, versions."""
 
-    def facts(run: Run) -> dict[str, str]:
+    def facts(run: RecordedRun) -> dict[str, str]:
         hashes = {f"content of {source.name}": source.fingerprint for source in run.sources if source.fingerprint}
         return flatten({**run.config, "run_folder": None, **hashes, **run.environment})
 
@@ -225,7 +225,7 @@ def _curve_remarks(curves: Curves) -> Iterator[str]:
     if curves.is_cut_off:
         yield f"the last line of {METRICS_FILE} is incomplete and left out: the run is writing it, or was killed"
     for name, what in (
-        ("skipped_steps", "skipped since their loss or gradient would have done harm"),
+        ("skipped_steps", "skipped because of a non-finite or spiking loss or gradient"),
         ("steps_without_targets", "without a token to predict"),
     ):
         count = next((value for _, value in reversed(curves.points(name))), 0)
@@ -243,12 +243,12 @@ def _read_config(path: Path, remarks: list[str]) -> tuple[dict[str, Any], str]:
 
 @dataclass
 class _Log:
-    """What ``log.txt`` says of the run, since it last started over."""
+    """Facts in ``log.txt`` since the run last started from the beginning."""
 
     lines: dict[str, str] = field(default_factory=dict)
     starts: int = 0
     moved: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """File of records that were given up -> (kind of restart, step that the run continued from)."""
+    """File of discarded records -> (kind of restart, step that the run continued from)."""
 
 
 def _read_log(path: Path) -> _Log:
@@ -268,12 +268,12 @@ def _read_log(path: Path) -> _Log:
                 elif " rewound to step " in text:
                     kind = "rewound"
     except OSError:
-        pass  # the log is for people; all numbers are elsewhere
+        pass  # the log is optional; all numbers are in other files
     return log
 
 
 def _restarts(folder: Path, curves: Curves, log: _Log, config: dict[str, Any], remarks: list[str]) -> Iterator[Restart]:
-    """The restarts that gave up records, those of the log first."""
+    """Yield the restarts that discarded records, those in the log first."""
     others = sorted(path.name for path in folder.glob("metrics.*.jsonl") if path.name not in log.moved)
     interval = _section(config, "logging").get("log_interval")
     interval = interval if type(interval) is int and interval > 0 else 1
@@ -285,7 +285,7 @@ def _restarts(folder: Path, curves: Curves, log: _Log, config: dict[str, Any], r
             continue
         before = curves.steps[: bisect_left(curves.steps, lost.steps[0])] if lost.steps else ()
         if lost.steps and (before or name in log.moved):
-            # The first step after a start is recorded in any case, by both curves or by the later one alone.
+            # The first step after a start is always recorded, by both curves or only by the later one.
             step = before[-1] - 1 if before and before[-1] % interval else lost.steps[0] - 1
             kind, step = log.moved.get(name, ("resumed", step))
             yield Restart(kind, step, _tokens_at(curves, step), lost.steps[-1], lost.tokens[-1], name)
@@ -294,7 +294,7 @@ def _restarts(folder: Path, curves: Curves, log: _Log, config: dict[str, Any], r
 
 
 def _tokens_at(curves: Curves, step: int) -> int:
-    """Tokens after ``step``, between two records by interpolation."""
+    """Return the tokens after ``step``, interpolated between records."""
     after = bisect_left(curves.steps, step)
     if after == len(curves.steps):
         return curves.tokens[-1]
@@ -304,13 +304,13 @@ def _tokens_at(curves: Curves, step: int) -> int:
 
 
 def _read_checkpoints(folder: Path, curves: Curves, remarks: list[str]) -> tuple[list[Row], Manifest | None]:
-    """All checkpoints by step, and the manifest of the newest that is complete."""
+    """Return all checkpoints by step, and the manifest of the newest complete one."""
     if not (folder / "checkpoints").is_dir():
-        remarks.append(f"{folder / 'checkpoints'} is not there: no checkpoint is written yet, or its disk is missing")
+        remarks.append(f"{folder / 'checkpoints'} does not exist: there is no checkpoint yet, or its disk is missing")
         return [], None
     try:
         rows = list_checkpoints(folder, dict(zip(curves.steps, curves.columns["loss"], strict=True)))
-    except (UserError, OSError) as error:  # such as one that the run is removing now
+    except (UserError, OSError) as error:  # for example, the run is removing one
         remarks.append(f"checkpoints are not shown: {getattr(error, 'strerror', None) or error}")
         return [], None
     whole = [row.manifest for row in rows if row.manifest and row.state.startswith("complete")]
@@ -318,7 +318,7 @@ def _read_checkpoints(folder: Path, curves: Curves, remarks: list[str]) -> tuple
 
 
 def _sources(manifest: Manifest | None, config: dict[str, Any], remarks: list[str]) -> list[DataSource]:
-    """The training sources: as the newest checkpoint knows them, else as the configuration names them."""
+    """Return the training sources, from the newest checkpoint or else from the configuration."""
     try:
         return list(_trained_sources(manifest) if manifest else _configured_sources(_section(config, "data")))
     except _BROKEN as error:
@@ -351,11 +351,11 @@ def _environment(manifest: Manifest | None) -> dict[str, str]:
     return {"ranks": ranks, "retemper": manifest.retemper_version, **manifest.versions}
 
 
-def _samples(path: Path, remarks: list[str]) -> list[Sample]:
-    """The texts of ``samples.jsonl``, if there is one."""
+def _samples(path: Path, remarks: list[str]) -> list[GeneratedSample]:
+    """Return the texts of ``samples.jsonl``, if it exists."""
     try:
         records = [json.loads(line) for line in read_regular(path).splitlines()]
-        return [Sample(*(str(record[name]) for name in ("prompt", "before", "after"))) for record in records]
+        return [GeneratedSample(*(str(record[name]) for name in ("prompt", "before", "after"))) for record in records]
     except FileNotFoundError:
         return []
     except _BROKEN as error:

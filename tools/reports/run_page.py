@@ -1,4 +1,4 @@
-"""A run in words, tables and curves: the summary for the terminal, and the page."""
+"""Format a run as a summary for the terminal and as a page with tables and curves."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from datetime import timedelta
 from pathlib import Path
 
 from ..checkpoint_report.listing import COLUMNS, listing_cells
-from .charts import COLORS, SMALL, Axis, Line, Mark, compact, line_chart, percent
+from .charts import COLORS, SMALL, Axis, ChartLine, Mark, compact, line_chart, percent
 from .metrics import UNCHANGED, LossChange
 from .page import bullets, definitions, escape, header, note, page, preformatted, section, table
-from .run import Restart, Run, Sample, differences
+from .run import GeneratedSample, RecordedRun, Restart, differences
 from .text import fact_lines, table_lines, visible
 
 Table = tuple[Sequence[str], Sequence[tuple[str, ...]]]
-"""Headlines, and rows of as many cells."""
+"""Header, and rows with as many cells."""
 _LOSS_HEAD = (
     *("validation set", "steps", "loss before", "after", "change", "%"),
     *("perplexity before", "after", "%", "lowest"),
 )
 _MOST_CHECKPOINTS = 12
-"""Shown in the terminal."""
+"""Maximum number of checkpoints shown in the terminal."""
 
 
-def format_run(run: Run, other: Run | None = None) -> str:
-    """The summary for the terminal, in sections."""
+def format_run(run: RecordedRun, other: RecordedRun | None = None) -> str:
+    """Return the summary for the terminal."""
     checkpoints = checkpoint_table(run)
     left_out = len(checkpoints[1]) - _MOST_CHECKPOINTS
     tables = [restart_table(run), data_table(run), (checkpoints[0], checkpoints[1][-_MOST_CHECKPOINTS:])]
@@ -41,17 +41,17 @@ def format_run(run: Run, other: Run | None = None) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
-def run_page(run: Run, other: Run | None = None, title: str = "", more: Iterable[str] = ()) -> str:
-    """The page of a run.
+def run_page(run: RecordedRun, other: RecordedRun | None = None, title: str = "", more: Iterable[str] = ()) -> str:
+    """Return the page of a run.
 
     Args:
-        other: a run to compare with: its curves are dashed.
-        title: empty: the name of the run folder.
-        more: further sections, before the configuration.
+        other: a run to compare with, drawn with dashed curves.
+        title: of the page. Empty: the name of the run folder.
+        more: further sections, placed before the configuration.
     """
     sections = [
         header(title or f"Run {_name(run)}", _cards(run)),
-        section("To know", bullets(run.remarks), kind="warnings"),
+        section("Remarks", bullets(run.remarks), kind="warnings"),
         section("Validation loss and perplexity", _validation(run)),
         section("Curves", _curves(run, other)),
         section("The run", definitions(run_facts(run)) + table(*restart_table(run)), kind="facts"),
@@ -67,11 +67,11 @@ def run_page(run: Run, other: Run | None = None, title: str = "", more: Iterable
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is said, on the page and in the terminal
+# Facts and tables for the page and the terminal
 
 
-def run_facts(run: Run) -> dict[str, str]:
-    """How far the run has come, how fast it was, and what it trains."""
+def run_facts(run: RecordedRun) -> dict[str, str]:
+    """Return progress, speed and model of the run."""
     budget = run.train_tokens
     share = "" if budget is None else f" of {budget:,} ({run.tokens / budget:.1%})"
     losses = run.curves.points("loss")
@@ -81,7 +81,7 @@ def run_facts(run: Run) -> dict[str, str]:
     facts = {
         "state": "finished" if run.is_finished else f"not finished; the last record was written at {run.last_record}",
         "tokens": f"{run.tokens:,}{share}",
-        "steps": f"{run.step:,}" + (f"; {again:,} were made again after a restart" if again else ""),
+        "steps": f"{run.step:,}" + (f"; {again:,} repeated after restarts" if again else ""),
         "starts": "" if run.starts is None else f"{run.starts:,}",
         "time in steps": str(timedelta(seconds=round(run.seconds_in_steps))),
         "training loss": f"{losses[0][1]:.4f} at first, {run.final_loss:.4f} in the last records" if losses else "",
@@ -93,8 +93,8 @@ def run_facts(run: Run) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def loss_table(run: Run) -> Table:
-    """Each validation set at its first and at its last evaluation, and at its lowest loss."""
+def loss_table(run: RecordedRun) -> Table:
+    """Return first, last and lowest loss of each validation set."""
     changes = run.curves.changes()
     rows = []
     for name, found in run.curves.evaluations.items():
@@ -109,8 +109,8 @@ def loss_table(run: Run) -> Table:
     return _LOSS_HEAD, rows
 
 
-def verdicts(run: Run) -> list[str]:
-    """A sentence on each validation set that was evaluated twice: what was learned, and what was forgotten."""
+def verdicts(run: RecordedRun) -> list[str]:
+    """Return a sentence for each validation set with several evaluations: learned or forgotten."""
     first = next(iter(run.curves.evaluations), None)
     return [_verdict(name, loss, is_domain=name == first) for name, loss in run.curves.changes().items()]
 
@@ -125,17 +125,17 @@ def _verdict(name: str, loss: LossChange, is_domain: bool) -> str:
     return f"{name} loss {verb} by {abs(loss.change):.3f} nats ({loss.percent:+.1f} %): {meaning}"
 
 
-def restart_table(run: Run) -> Table:
-    """Where steps were made a second time."""
+def restart_table(run: RecordedRun) -> Table:
+    """Return the restarts, after which some steps were repeated."""
     rows = [
         (one.kind, f"{one.step:,}", f"{one.lost_step:,}", f"{one.lost_step - one.step:,}", one.file)
         for one in run.restarts
     ]
-    return ("restart", "continued from step", "had reached step", "steps made again", "their former records"), rows
+    return ("restart", "continued from step", "after reaching step", "steps repeated", "former records"), rows
 
 
-def data_table(run: Run) -> Table:
-    """The training sources, with what they gave until the newest checkpoint."""
+def data_table(run: RecordedRun) -> Table:
+    """Return the training sources and the tokens used up to the newest checkpoint."""
     totals = [
         sum(filter(None, weights)) or 1.0 for weights in zip(*(source.weights for source in run.sources), strict=True)
     ]
@@ -151,13 +151,13 @@ def data_table(run: Run) -> Table:
     return ("training source", "weight", "tokens", "trained on", "epochs", "content hash", "path"), rows
 
 
-def checkpoint_table(run: Run) -> Table:
-    """All checkpoints, by step, and why each is kept."""
+def checkpoint_table(run: RecordedRun) -> Table:
+    """Return all checkpoints by step, and why each is kept."""
     return COLUMNS, [listing_cells(row) for row in run.checkpoints]
 
 
-def comparison_table(run: Run, other: Run) -> Table:
-    """What came out of two runs."""
+def comparison_table(run: RecordedRun, other: RecordedRun) -> Table:
+    """Return the results of two runs side by side."""
     sides = (run, other)
     columns = [run_facts(one) for one in sides]
     names = ("state", "tokens", "training loss", "time in steps", "tokens per second", "MFU", "peak memory")
@@ -169,16 +169,16 @@ def comparison_table(run: Run, other: Run) -> Table:
     return ("", *_names(run, other)), rows
 
 
-def difference_table(run: Run, other: Run) -> Table:
-    """The settings, data and versions that two runs do not share."""
+def difference_table(run: RecordedRun, other: RecordedRun) -> Table:
+    """Return the settings, data and versions that differ between two runs."""
     return ("differs", *_names(run, other)), [(key, *values) for key, values in differences(run, other).items()]
 
 
-def _name(run: Run) -> str:
+def _name(run: RecordedRun) -> str:
     return Path(run.folder).absolute().name
 
 
-def _names(run: Run, other: Run | None) -> tuple[str, str]:
+def _names(run: RecordedRun, other: RecordedRun | None) -> tuple[str, str]:
     if other is None or _name(run) != _name(other):
         return _name(run), _name(other or run)
     return run.folder, other.folder
@@ -196,7 +196,7 @@ def _lines(content: Table) -> list[str]:
 # The page
 
 
-def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
+def _cards(run: RecordedRun) -> Iterator[tuple[str, str, str]]:
     changes = run.curves.changes()
     for color, loss, sentence in zip(COLORS, changes.values(), verdicts(run), strict=False):
         yield color, f"{loss.before.loss:.3f} → {loss.after.loss:.3f}", sentence
@@ -208,20 +208,18 @@ def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
         yield "grey", f"{speed:,.0f} tokens/s", f"MFU {facts['MFU']}" if "MFU" in facts else "median of all records"
 
 
-def _validation(run: Run) -> str:
+def _validation(run: RecordedRun) -> str:
     found = run.curves.evaluations
     if not found:
         return note(
-            "No evaluation is recorded: data.validation or data.validation_fraction give the run something to evaluate."
+            "No evaluation is recorded; set data.validation or data.validation_fraction to evaluate during a run."
         )
     words = "Loss in nats per token on held-out documents; perplexity is its exponential."
     if len(found) > 1:
         first, *others = found
-        words += (
-            f" A lower loss of {first}, the first set, is learned; a higher one of {', '.join(others)} is forgotten."
-        )
+        words += f" Learned: a lower loss on {first}, the first set. Forgotten: a higher loss on {', '.join(others)}."
     lines = [
-        Line(name, [(one.tokens, one.loss - change.before.loss) for one in found[name]], color, dots=True)
+        ChartLine(name, [(one.tokens, one.loss - change.before.loss) for one in found[name]], color, dots=True)
         for color, (name, change) in zip(_colors(run), run.curves.changes().items(), strict=False)
     ]
     axes = Axis("tokens consumed"), Axis()
@@ -230,24 +228,24 @@ def _validation(run: Run) -> str:
 
 
 def _side(is_other: int) -> str:
-    """Color of a run's training curves."""
+    """Return the color of a run's training curves."""
     return "red" if is_other else "grey"
 
 
-def _colors(run: Run) -> Iterator[str]:
+def _colors(run: RecordedRun) -> Iterator[str]:
     return (COLORS[number % len(COLORS)] for number in range(len(run.curves.evaluations)))
 
 
-def _curves(run: Run, other: Run | None) -> str:
+def _curves(run: RecordedRun, other: RecordedRun | None) -> str:
     sides = [run] if other is None else [run, other]
     lines = []
     for one, name in zip(sides, _names(run, other), strict=False):
         of = f", {name}" if other is not None else ""
         dashed = one is not run
-        lines.append(Line(f"training{of}", one.curves.points("loss"), _side(dashed), dashed))
+        lines.append(ChartLine(f"training{of}", one.curves.points("loss"), _side(dashed), dashed))
         for color, (label, found) in zip(_colors(one), one.curves.evaluations.items(), strict=True):
             points = [(evaluation.tokens, evaluation.loss) for evaluation in found]
-            lines.append(Line(f"{label}{of}", points, color, dashed, dots=True))
+            lines.append(ChartLine(f"{label}{of}", points, color, dashed, dots=True))
     marks = [_mark(restart) for restart in run.restarts]
     loss = line_chart("Loss, in nats per token", lines, Axis("tokens consumed"), marks=marks)
     unlabelled = [Mark(mark.at, since=mark.since) for mark in marks]
@@ -263,12 +261,12 @@ _SMALL_CHARTS = {
 }
 
 
-def _small_chart(sides: Sequence[Run], column: str, title: str, marks: Sequence[Mark]) -> str:
+def _small_chart(sides: Sequence[RecordedRun], column: str, title: str, marks: Sequence[Mark]) -> str:
     lines = [
-        Line("", one.curves.points(column), _side(number), dashed=bool(number)) for number, one in enumerate(sides)
+        ChartLine("", one.curves.points(column), _side(number), dashed=bool(number)) for number, one in enumerate(sides)
     ]
     values = sorted(value for line in lines for _, value in line.points)
-    # Before clipping, one spike would press all other norms to the ground.
+    # Norms are recorded before clipping: on a linear axis a spike would flatten all others.
     wide = column == "grad_norm" and bool(values) and values[0] > 0 and values[-1] > 20 * values[len(values) // 2]
     up = Axis(log=10) if wide else Axis(start=0, write=percent if column == "mfu" else compact)
     return line_chart(title, lines, Axis(), up, marks, SMALL)
@@ -279,14 +277,14 @@ def _mark(restart: Restart) -> Mark:
     return Mark(restart.lost_tokens, f"{restart.kind} {again:,} tokens earlier", restart.tokens)
 
 
-def _comparison(run: Run, other: Run) -> str:
+def _comparison(run: RecordedRun, other: RecordedRun) -> str:
     different = table(*difference_table(run, other), kind="wrapped")
     return table(*comparison_table(run, other), kind="wrapped") + (different or note("All settings are the same."))
 
 
-def _data(run: Run) -> str:
+def _data(run: RecordedRun) -> str:
     remark = (
-        "Weights are shares of the samples in each stage; what was trained on is counted until the newest checkpoint."
+        "Weights are shares of the samples in each stage. Tokens trained on are counted up to the newest checkpoint."
     )
     sets = (("validation set", "path"), list(run.validation.items()))
     return (
@@ -294,7 +292,7 @@ def _data(run: Run) -> str:
     )
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: GeneratedSample) -> str:
     def column(label: str, continuation: str) -> str:
         text = f"<mark>{escape(sample.prompt)}</mark>{escape(continuation)}"
         return f"<figure><figcaption>{label}</figcaption><pre>{text}</pre></figure>"

@@ -1,4 +1,4 @@
-"""Facts and tables for the terminal."""
+"""Format facts and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """Text in which control characters, which a terminal would obey, are written out."""
+    """Escape control characters, which a terminal would obey."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def fact_lines(facts: Mapping[str, str]) -> list[str]:
-    """Names and values, a line each."""
+    """Return a line for each name and value."""
     return [f"{name:<21} {visible(value)}" for name, value in facts.items()]
 
 
 def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """A table: the first column to the left, the others to the right."""
+    """Yield the lines of a table: first column left-aligned, others right-aligned."""
     cells = [list(head), *([visible(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     for row in cells:

@@ -15,21 +15,22 @@ from ...engine.files.atomic import new_folder, require_absent
 from ...engine.files.outputs import Use, require_separate
 from ...engine.tokenizer.files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
 from ...engine.tokenizer.json_file import parse_tokenizer
-from ...engine.tokenizer.tokenizer import TokenizerHandle, load_tokenizer
 from ...engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets
-from ...engine.weights.conversion.checkpoint_model import write_converted_manifest
+from ...engine.weights.conversion.checkpoint_files import write_converted_manifest
+from ...engine.weights.conversion.stored_model import StoredModel
 from ...engine.weights.hugging_face.weight_options import parse_shard_size
-from .corpus import Sample, is_held_out, read_documents
+from ..tokenizer.handle import TokenizerHandle, load_tokenizer
+from .corpus import CorpusSample, is_held_out, read_documents
 from .options import ExtendOptions
-from .report import REPORT_FILE, Gain, Measure, format_gain, format_tokens, write_page, write_report
+from .report import REPORT_FILE, Gain, TextSize, format_gain, format_tokens, write_page, write_report
 from .sentencepiece_file import escaped
 from .sentencepiece_json import converted
 from .serving import require_served_alike
 from .token_list import read_list, texts_of
 from .tokenizer_json import BpeJson
 from .unigram_json import UnigramJson
-from .vocabulary import Extension, NewToken, Tokenizer, Wanted
-from .weights import ExtendedVocabulary, StoredModel, choose_rows, open_model, write_weights
+from .vocabulary import ExtensibleTokenizer, Extension, NewToken, Wanted
+from .weights import ExtendedVocabulary, choose_rows, open_model, write_weights
 
 _BATCH = 256
 _MEASURED_CHARACTERS = 1 << 26
@@ -37,7 +38,7 @@ _MEASURED_CHARACTERS = 1 << 26
 
 
 @dataclass
-class Corpus:
+class LearningCorpus:
     """The result of reading the corpus: words to learn from, and documents to measure with."""
 
     words: Counter[str]
@@ -97,7 +98,7 @@ def _write(
     old: TokenizerHandle,
     extension: Extension,
     vocab_size: int,
-    corpus: Corpus | None,
+    corpus: LearningCorpus | None,
     say: Callable[[str], None],
 ) -> Gain | None:
     """Write everything into ``folder``, which is renamed later."""
@@ -109,7 +110,7 @@ def _write(
     new = load_tokenizer(beside)
     gain = None if corpus is None else _measure(corpus, old, new)
     first_id = extension.tokens[0].id
-    source = ExtendedVocabulary(model.source, vocab_size, first_id, extension.tokens)
+    source = ExtendedVocabulary(model.parameters, vocab_size, first_id, extension.tokens)
     done = write_weights(folder, model.is_checkpoint, source, parse_shard_size(options.max_shard_size))
     facts = {
         "model": options.model,
@@ -127,7 +128,7 @@ def _write(
     return gain
 
 
-def open_tokenizer(files: dict[str, bytes], where: Path) -> tuple[Tokenizer, list[str]]:
+def open_tokenizer(files: dict[str, bytes], where: Path) -> tuple[ExtensibleTokenizer, list[str]]:
     """Return the extendable tokenizer of a folder, and lines about it for the console.
 
     Args:
@@ -166,13 +167,13 @@ def _tokenizer_path(model: StoredModel) -> Path:
     return model.asset_folder / name
 
 
-def _read(options: ExtendOptions, tokenizer: Tokenizer) -> Corpus:
+def _read(options: ExtendOptions, tokenizer: ExtensibleTokenizer) -> LearningCorpus:
     """Split the corpus by documents; if a tenth of it would be empty, use all documents for learning and measuring.
 
     Only the words to learn from and a bounded part of the documents to measure with stay in memory."""
     words: Counter[str] = Counter()
     held_out_words: Counter[str] = Counter()
-    measured, num_others, num_held_out = Sample(_MEASURED_CHARACTERS), 0, 0
+    measured, num_others, num_held_out = CorpusSample(_MEASURED_CHARACTERS), 0, 0
     documents = read_documents(
         options.corpus, options.json_key, options.txt_mode, options.max_documents, options.max_bytes
     )
@@ -181,7 +182,7 @@ def _read(options: ExtendOptions, tokenizer: Tokenizer) -> Corpus:
             bar.update(len(text))
             if is_held_out(text):
                 if num_held_out == 0:  # otherwise the held-out documents suffice
-                    measured = Sample(_MEASURED_CHARACTERS)
+                    measured = CorpusSample(_MEASURED_CHARACTERS)
                 num_held_out += 1
                 measured.add(text)
                 held_out_words.update(tokenizer.words(text))
@@ -199,7 +200,7 @@ def _read(options: ExtendOptions, tokenizer: Tokenizer) -> Corpus:
     if measured.one_in > 1:
         what += f", one in {measured.one_in} of its documents"
         held_out_words = Counter(word for text in measured.texts for word in tokenizer.words(text))
-    return Corpus(words, held_out_words, measured.texts, what)
+    return LearningCorpus(words, held_out_words, measured.texts, what)
 
 
 def _extended_assets(model: StoredModel, extension: Extension, vocab_size: int) -> HfAssets:
@@ -235,12 +236,12 @@ def _ids(folder: Path) -> dict[str, int]:
     return {model.IdToPiece(place): place for place in range(model.GetPieceSize())}
 
 
-def _measure(corpus: Corpus, old: TokenizerHandle, new: TokenizerHandle) -> Gain:
+def _measure(corpus: LearningCorpus, old: TokenizerHandle, new: TokenizerHandle) -> Gain:
     characters, num_bytes = sum(map(len, corpus.measured)), sum(len(text.encode()) for text in corpus.measured)
     difference = new.check_fast_path(corpus.measured[:_BATCH])
     if difference:
         new.use_reference(difference)
-    before, after = (Measure(characters, num_bytes, _num_tokens(handle, corpus.measured)) for handle in (old, new))
+    before, after = (TextSize(characters, num_bytes, _num_tokens(handle, corpus.measured)) for handle in (old, new))
     return Gain(corpus.what, len(corpus.measured), before, after)
 
 

@@ -57,7 +57,7 @@ def is_held_out(text: str) -> bool:
     return _digest(text) % HELD_OUT == 0
 
 
-class Sample:
+class CorpusSample:
     """A bounded sample of documents, in their order.
 
     It keeps all documents while their total length is small enough, then every second one by content, every fourth, and

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..reports.charts import Axis, Line, line_chart
+from ..reports.charts import Axis, ChartLine, line_chart
 from ..reports.page import header, page, section, table
 from .vocabulary import NewToken
 
@@ -17,7 +17,7 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Measure:
+class TextSize:
     """The size of a text in tokens."""
 
     characters: int
@@ -43,8 +43,8 @@ class Gain:
     text: str
     """Description of the text."""
     documents: int
-    before: Measure
-    after: Measure
+    before: TextSize
+    after: TextSize
 
     @property
     def fewer_tokens(self) -> float:
@@ -107,7 +107,7 @@ def write_page(folder: Path, title: str, gain: Gain, curve: Sequence[int], token
     saved = [100 * (1 - total / max(1, curve[0])) for total in curve]
     chart = line_chart(
         f"What the first n new tokens save on the {gain.text}: fewer tokens, %",
-        [Line("", list(enumerate(saved)))],
+        [ChartLine("", list(enumerate(saved)))],
         Axis("new tokens", start=0),
         Axis(start=0),
     )

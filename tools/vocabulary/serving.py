@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import UserError
-from ...engine.tokenizer.classes import auto_tokenizer, auto_tokenizer_name
 from ...engine.tokenizer.files import ADDED_TOKENS_FILE, CONFIG_FILES, TOKENIZER_FILE, read_config
-from ...engine.tokenizer.tokenizer import TokenizerHandle, load_tokenizer
+from ..tokenizer.handle import TokenizerHandle, load_tokenizer
+from ..tokenizer.serving_check import auto_tokenizer, auto_tokenizer_name
 from .vocabulary import WORD_START, NewToken, dump_json, read_object
 
 _CONFIG_FILE = CONFIG_FILES[0]

@@ -59,14 +59,14 @@ class BpeJson:
         self.kind = "byte-level BPE" if self._byte_of else "BPE made from sentencepiece"
 
     def text_of(self, piece: str) -> str:
-        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        """See :class:`~retemper.tools.vocabulary.vocabulary.ExtensibleTokenizer`."""
         if self._byte_of is None or all(character in self._byte_of for character in piece):
             text = self._text_of(piece)
             return piece if "\ufffd" in text else text
         return piece
 
     def words(self, text: str) -> Iterable[str]:
-        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        """See :class:`~retemper.tools.vocabulary.vocabulary.ExtensibleTokenizer`."""
         words = split_words(self._tokenizer, text)
         return words if self._split is None else [part for word in words for part in self._split(word)]
 
@@ -76,7 +76,7 @@ class BpeJson:
     def learn(
         self, words: Counter[str], held_out: Counter[str], wanted: Wanted, on_token: Callable[[], object]
     ) -> Extension:
-        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        """See :class:`~retemper.tools.vocabulary.vocabulary.ExtensibleTokenizer`."""
         allowed, taken = self._length_bound(wanted.max_characters), {*self._vocab, *self._added}
         learned = learn_bpe(
             self._vocab, taken, self.pieces_of, self.first_id, words, held_out, wanted, allowed, on_token
@@ -108,7 +108,7 @@ class BpeJson:
     # Taking listed tokens
 
     def take(self, texts: Sequence[str]) -> Extension:
-        """Add listed tokens, see :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`.
+        """Add listed tokens, see :class:`~retemper.tools.vocabulary.vocabulary.ExtensibleTokenizer`.
 
         A text that the tokenizer's own rules keep together gets the merges that lead to it, and the intermediate
         tokens; any other text becomes an added token."""

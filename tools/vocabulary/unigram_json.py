@@ -58,11 +58,11 @@ class UnigramJson:
         self._split = WordSplitter(self._scores)
 
     def text_of(self, piece: str) -> str:
-        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        """See :class:`~retemper.tools.vocabulary.vocabulary.ExtensibleTokenizer`."""
         return piece.replace(WORD_START, " ")
 
     def words(self, text: str) -> Iterable[str]:
-        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        """See :class:`~retemper.tools.vocabulary.vocabulary.ExtensibleTokenizer`."""
         return [part for word in split_words(self._tokenizer, text) for part in self._split(word)]
 
     def pieces_of(self, piece: str) -> list[int]:
@@ -72,12 +72,12 @@ class UnigramJson:
     def learn(
         self, words: Counter[str], held_out: Counter[str], wanted: Wanted, on_token: Callable[[], object]
     ) -> Extension:
-        """See :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`."""
+        """See :class:`~retemper.tools.vocabulary.vocabulary.ExtensibleTokenizer`."""
         found, notes = learn_unigram(self._scores, self._ids, self.pieces_of, words, wanted)
         return self._extended([(piece.text, piece.score, piece.count) for piece in found], notes)
 
     def take(self, texts: Sequence[str]) -> Extension:
-        """Add listed tokens, see :class:`~retemper.tools.vocabulary.vocabulary.Tokenizer`.
+        """Add listed tokens, see :class:`~retemper.tools.vocabulary.vocabulary.ExtensibleTokenizer`.
 
         A single word becomes a piece, as likely as the rarest of its parts; several words become an added token."""
         new, notes = by_piece(texts, self._ids)

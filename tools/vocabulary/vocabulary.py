@@ -147,7 +147,7 @@ def require_ids_as_read(tokenizer: tokenizers.Tokenizer, added: Mapping[str, int
             )
 
 
-class Tokenizer(Protocol):
+class ExtensibleTokenizer(Protocol):
     """An old tokenizer that can be extended."""
 
     kind: str

@@ -10,22 +10,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...engine.errors import UserError
-from ...engine.model.architecture import CONFIG_FILE, Architecture
-from ...engine.weights.block_copy import BLOCK_BYTES, WrittenFile, copy_files
-from ...engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets
+from ...engine.model.architecture import CONFIG_FILE
+from ...engine.weights.block_copy import WrittenFile, copy_files
 from ...engine.weights.checkpoint.manifest import MANIFEST_FILE
-from ...engine.weights.conversion.checkpoint_model import CheckpointPlan, open_checkpoint_model
+from ...engine.weights.conversion.checkpoint_files import CheckpointPlan
+from ...engine.weights.conversion.stored_model import StoredModel, open_checkpoint, open_hf
+from ...engine.weights.conversion.vocabulary import mean_row
 from ...engine.weights.conversion.writing import progress
 from ...engine.weights.hugging_face.hub_download import find_model_folder
-from ...engine.weights.hugging_face.model import EMBEDDING, HEAD, open_hf_model
+from ...engine.weights.hugging_face.model import EMBEDDING, HEAD
 from ...engine.weights.hugging_face.shards import ShardPlan
 from ...engine.weights.tensor_source import ReadRows, StoredTensor, TensorSource
 from ...engine.weights.workers import default_workers
@@ -34,47 +33,21 @@ from .vocabulary import NewToken
 _LARGEST_MULTIPLE = 128
 
 
-@dataclass(frozen=True)
-class StoredModel:
-    """A model on disk."""
-
-    folder: Path
-    is_checkpoint: bool
-    architecture: Architecture
-    config: dict[str, Any]
-    assets: HfAssets
-    source: TensorSource
-    """The model's parameters."""
-    notes: list[str]
-
-    @property
-    def asset_folder(self) -> Path:
-        """Folder of its tokenizer and config."""
-        return self.folder / ASSET_FOLDER if self.is_checkpoint else self.folder
-
-
 def open_model(name: str) -> StoredModel:
-    """Open a checkpoint by its folder, or a Hugging Face model by folder or Hub name.
+    """Open and verify a checkpoint by its folder, or open a Hugging Face model by folder or Hub name.
 
     Raises:
         UserError: it is neither, or not complete.
     """
     if (Path(name) / MANIFEST_FILE).is_file():
-        return _open_checkpoint(Path(name))
+        model = open_checkpoint(Path(name))
+        model.verify(default_workers())
+        return model
     if Path(name).is_dir() and not (Path(name) / CONFIG_FILE).is_file():
         raise UserError(
             f"--model {name}: holds neither {CONFIG_FILE} nor {MANIFEST_FILE}; name a model or a checkpoint"
         )
-    folder = find_model_folder(name, "--model")
-    model = open_hf_model(folder)
-    assets = HfAssets.read(folder)
-    return StoredModel(folder, False, model.architecture, model.config, assets, model, model.notes)
-
-
-def _open_checkpoint(folder: Path) -> StoredModel:
-    model = open_checkpoint_model(folder)
-    model.verify(default_workers())
-    return StoredModel(folder, True, model.architecture, model.config, model.assets, model.weights, model.notes)
+    return open_hf(name, find_model_folder(name, "--model"))
 
 
 def choose_rows(rows: int, first_id: int, num_tokens: int, multiple_of: int | None) -> tuple[int, str]:
@@ -130,7 +103,7 @@ class ExtendedVocabulary:
                 yield read
                 return
             stored = self._source.tensors[name]
-            mean = self._mean(read, stored)
+            mean = mean_row(read, stored, self._num_used)
             new = self._new_rows(read, stored, mean)
             num_stored, first_new, stop_new = stored.shape[0], self._num_used, self._num_used + len(new)
 
@@ -146,17 +119,6 @@ class ExtendedVocabulary:
                     rows[start - first :] = mean
 
             yield read_extended
-
-    def _mean(self, read: ReadRows, stored: StoredTensor) -> Tensor:
-        """Return the [hidden] mean of the rows of all old tokens, summed in float64, in the stored dtype."""
-        hidden = stored.shape[1]
-        block = torch.empty((max(1, BLOCK_BYTES // (hidden * 8)), hidden), dtype=stored.dtype)
-        total = torch.zeros(hidden, dtype=torch.float64)
-        for first in range(0, self._num_used, block.shape[0]):
-            rows = block[: min(block.shape[0], self._num_used - first)]
-            read(first, rows)
-            total += rows.double().sum(0)
-        return (total / self._num_used).to(stored.dtype)
 
     def _new_rows(self, read: ReadRows, stored: StoredTensor, mean: Tensor) -> Tensor:
         """Return [new tokens, hidden] in the stored dtype; ``mean`` for a token without parts."""
@@ -176,7 +138,7 @@ class ExtendedVocabulary:
 def write_weights(
     folder: Path, as_checkpoint: bool, source: ExtendedVocabulary, max_shard_size: int
 ) -> dict[str, WrittenFile]:
-    """Write the tensors of a Hugging Face model, or of a checkpoint that is sealed later, into ``folder``.
+    """Write the tensors of a Hugging Face model, or of a checkpoint without its manifest, into ``folder``.
 
     Returns:
         The files, by name.

@@ -1,7 +1,7 @@
-"""The small files that make weights a Hugging Face folder: config, generation config and tokenizer.
+"""Read and write the small files of a Hugging Face folder: config, generation config and tokenizer.
 
-They travel with every checkpoint under ``hf/``, so that a checkpoint alone is enough to export from. A run may also
-start from a Hugging Face folder, where they stand beside the weights.
+Every checkpoint contains them under ``hf/``, so that it can be exported without other files. In a Hugging Face folder
+they are next to the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...tokenizer.files import (
     tokenizer_file_name,
     tokenizer_sha256,
 )
-from ...tokenizer.tokenizer import load_reference
+from ...tokenizer.reference import load_reference
 from ..damage import file_inside
 from .manifest import MANIFEST_FILE, read_manifest
 from .names import complete_checkpoints
@@ -42,10 +42,9 @@ TOKENIZER_FILES = (
     f"*{TIKTOKEN_SUFFIX}",
     "chat_template.jinja",
 )
-"""Names, and a pattern as of ``fnmatch``. A .tiktoken file brings the JSON file of its stem
-with it, which describes it."""
+"""Names, and a pattern for ``fnmatch``. A JSON file with the stem of a .tiktoken file, which describes it, is added."""
 _MOST_BYTES = 1 << 30
-"""Of one of the files; the largest tokenizers have some 40 MB."""
+"""Maximum size of a file; the largest tokenizers have about 40 MB."""
 MODEL_FILES = (CONFIG_FILE, "generation_config.json")
 
 
@@ -57,10 +56,10 @@ class HfAssets:
 
     @classmethod
     def read(cls, folder: str | Path) -> HfAssets:
-        """All known asset files in ``folder``, which may lack any of them, or not exist.
+        """Read all known asset files in ``folder``. Missing files and a missing folder are no errors.
 
         Raises:
-            UserError: one of them cannot be read, is larger than any, or is a link that leads out of ``folder``.
+            UserError: a file cannot be read, is too large, or is a link to a file outside ``folder``.
         """
         here = path = Path(folder)
         files = {}
@@ -77,10 +76,10 @@ class HfAssets:
 
     @classmethod
     def of_checkpoint(cls, folder: str | Path) -> HfAssets:
-        """The assets that the checkpoint ``folder`` carries.
+        """Read the assets of the checkpoint ``folder``.
 
         Raises:
-            UserError: one of them cannot be read, or is a link that leads out of ``folder``.
+            UserError: a file cannot be read, or is a link to a file outside ``folder``.
         """
         assets = cls.read(Path(folder) / ASSET_FOLDER)
         for name in assets.files:
@@ -88,14 +87,14 @@ class HfAssets:
         return assets
 
     def with_config(self, config: dict) -> HfAssets:
-        """These assets with another ``config.json``."""
+        """Return these assets with another ``config.json``."""
         return HfAssets({**self.files, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()})
 
     def with_tokenizer(self, folder: str) -> HfAssets:
-        """These assets with the tokenizer files of ``folder`` in place of their own.
+        """Return these assets with the tokenizer files of ``folder`` instead of their own.
 
         Raises:
-            UserError: ``folder`` holds no tokenizer, or one that cannot be read.
+            UserError: ``folder`` has no tokenizer, or it cannot be read.
         """
         others = {name: data for name, data in self.files.items() if not _is_of_tokenizer(name, self.files)}
         there = HfAssets.read(folder).files
@@ -109,7 +108,7 @@ class HfAssets:
 
     @property
     def config(self) -> dict | None:
-        """Content of ``config.json``, if there is one."""
+        """Content of ``config.json``; None without one."""
         data = self.files.get(CONFIG_FILE)
         if data is None:
             return None
@@ -118,12 +117,12 @@ class HfAssets:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{ASSET_FOLDER}/{CONFIG_FILE} of the checkpoint is damaged: {error}") from None
         if not isinstance(config, dict):
-            raise UserError(f"{ASSET_FOLDER}/{CONFIG_FILE} of the checkpoint is damaged: it holds no JSON object")
+            raise UserError(f"{ASSET_FOLDER}/{CONFIG_FILE} of the checkpoint is damaged: it is not a JSON object")
         return config
 
     @property
     def tokenizer(self) -> TokenizerIdentity | None:
-        """By which datasets are matched; None without a tokenizer."""
+        """Identity that is compared with datasets; None without a tokenizer."""
         found = self._tokenizer_files()
         if found is None:
             return None
@@ -134,7 +133,7 @@ class HfAssets:
         )
 
     def num_token_ids(self) -> tuple[str, int] | None:
-        """Name of the tokenizer's file, and its highest token id plus one; None without a tokenizer.
+        """Return the name of the tokenizer's file, and its highest token id plus one; None without a tokenizer.
 
         Raises:
             UserError: the file cannot be read.
@@ -146,7 +145,7 @@ class HfAssets:
         return name, load_reference(name, Path(name), content, beside).vocab_size
 
     def _tokenizer_files(self) -> tuple[str, bytes, bytes | None] | None:
-        """Name and content of the tokenizer's file, and content of the JSON file next to a .tiktoken."""
+        """Return name and content of the tokenizer's file, and of the JSON file next to a .tiktoken file."""
         name = tokenizer_file_name(self.files)
         if name is None:
             return None
@@ -156,21 +155,20 @@ class HfAssets:
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """That of the tokenizer's file; None without a tokenizer."""
+        """SHA-256 of the tokenizer's file; None without a tokenizer."""
         return None if self.tokenizer is None else self.tokenizer.sha256
 
     def write(self, folder: Path) -> None:
-        """Write the files into ``folder``, which is made."""
+        """Write the files into ``folder``, which is created if it does not exist."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
 
 
 def _require_own(folder: Path, file: Path) -> None:
-    """Refuse a link by which a downloaded folder would have any file of this machine copied into what is written.
+    """Refuse a link out of ``folder``: a downloaded folder could have any file of this machine copied to the output.
 
-    A snapshot in the Hub's cache consists of links to the blobs of its repository, and older versions of the Hub's
-    client make folders of links into the cache.
+    Links into the Hub's cache are accepted: its snapshots and folders of older versions of its client consist of them.
     """
     real, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
     if not file.is_symlink() or real.is_relative_to(root):
@@ -178,25 +176,25 @@ def _require_own(folder: Path, file: Path) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     roots = [Path(os.path.realpath(HF_HUB_CACHE))]
-    # Where the folder is .../models--NAMESPACE--NAME/snapshots/REVISION, of a cache elsewhere.
+    # .../models--NAMESPACE--NAME/snapshots/REVISION of a cache elsewhere.
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         roots.append(root.parent.parent)
     if not any(real.is_relative_to(each) for each in roots):
-        raise UserError(f"{file}: a link to {real}, outside of its folder; copy that file here if it is the model's")
+        raise UserError(f"{file}: a link to {real}, outside its folder; copy that file here if it belongs to the model")
 
 
 def _is_of_tokenizer(name: str, names: Collection[str]) -> bool:
-    """Whether the file ``name`` of a folder that holds ``names`` is the tokenizer's."""
+    """Return whether the file ``name``, in a folder with the files ``names``, belongs to a tokenizer."""
     if any(fnmatchcase(name, pattern) for pattern in TOKENIZER_FILES):
         return True
     return name.endswith(".json") and name.removesuffix(".json") + TIKTOKEN_SUFFIX in names
 
 
 def is_hf_folder(folder: str | Path) -> bool:
-    """Whether ``folder`` is a Hugging Face folder: weights or a config, and not a checkpoint's manifest beside them.
+    """Return whether ``folder`` has weights or a config, but no manifest of a checkpoint.
 
     Raises:
-        UserError: this user may not look into it.
+        UserError: it may not be read.
     """
     here = Path(folder)
     try:
@@ -208,7 +206,7 @@ def is_hf_folder(folder: str | Path) -> bool:
 
 
 def newest_of_run(folder: str | Path) -> str | None:
-    """Return the newest complete checkpoint where ``folder`` is a run's; None where it is anything else.
+    """Return the newest complete checkpoint if ``folder`` is a run folder, else None.
 
     Raises:
         UserError: the run has no complete checkpoint.
@@ -223,13 +221,13 @@ def newest_of_run(folder: str | Path) -> str | None:
 
 
 def asset_folder(folder: str | Path) -> Path:
-    """Where the assets of a checkpoint, of a run's newest checkpoint, or of a Hugging Face folder, are."""
+    """Return the folder with the assets of a checkpoint, a run's newest checkpoint, or a Hugging Face folder."""
     folder = newest_of_run(folder) or folder
     return Path(folder) if is_hf_folder(folder) else Path(folder) / ASSET_FOLDER
 
 
 def find_assets(config: ModelConfig) -> HfAssets:
-    """Config and tokenizer of a new run; ``initialize_from`` is a folder where it is set.
+    """Return config and tokenizer of a new run; ``initialize_from`` must be a folder if it is set.
 
     Raises:
         UserError: there is no config, or the configured architecture is not that of the checkpoint.
@@ -248,16 +246,16 @@ def find_assets(config: ModelConfig) -> HfAssets:
 def complete_assets(
     config: ModelConfig, assets: HfAssets, folder: str | Path | None, resuming: bool = False
 ) -> HfAssets:
-    """``assets`` with what ``config`` sets: the architecture where they have none, and the tokenizer.
+    """Return ``assets`` with the tokenizer of ``config``, and with its architecture if they have none.
 
     Args:
         config: of the model.
-        assets: of what the run starts from.
-        folder: that they are from.
+        assets: of the checkpoint or folder that the run starts from.
+        folder: its path.
         resuming: whether it is a checkpoint of the run itself.
 
     Raises:
-        UserError: there is no config, or the configured architecture is not that of ``assets``.
+        UserError: there is no config, or the configured architecture differs from that of ``assets``.
     """
     if config.architecture is not None and assets.config is None:
         assets = assets.with_config(read_hf_config(config.architecture))
@@ -266,17 +264,17 @@ def complete_assets(
         _require_same(architecture_of(config.architecture), "model.architecture", assets, folder, remedy)
     start = _former_start(config) if resuming else None
     if start is not None:
-        # It is not read any more, but must not be another model than the one that is trained.
+        # Its weights are no longer read, but it must be the same model.
         key = f"the model of model.initialize_from {config.initialize_from}"
         remedy = "choose another run_folder for that model, or remove model.initialize_from to continue this one"
         _require_same(architecture_of(start), key, assets, folder, remedy)
     if assets.config is None:
-        raise UserError(f"{folder}: carries no hf/{CONFIG_FILE}; set model.architecture")
+        raise UserError(f"{folder}: has no hf/{CONFIG_FILE}; set model.architecture")
     return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets
 
 
 def _former_start(config: ModelConfig) -> Path | None:
-    """``config.json`` of what a run that resumes once started from, if it is still there."""
+    """Return the ``config.json`` of the model that a resumed run started from, if it still exists."""
     if config.initialize_from is None or not os.path.isdir(config.initialize_from):
         return None
     with suppress(UserError):

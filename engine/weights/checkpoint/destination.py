@@ -1,41 +1,36 @@
-"""Where a run will write, tested before its first step: a folder can be made there, and a checkpoint fits on the disk.
+"""Check before the first step of a run that its folders can be written and that a checkpoint fits on the disk.
 
-Without this test, a file in the place of ``checkpoints``, a read-only mount or a small disk would show at the first
-save only, hours after the start.
+Without this check, a file in the place of ``checkpoints``, a read-only mount or a small disk would be noticed at the
+first save, hours after the start.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...config.settings import RunConfig
 from ...errors import UserError
 from ...files.disk_space import NO_SPACE, format_bytes, free_bytes, nearest, require_space
-from ...files.lock import LOCK_FILE
+from ...files.removal import remove_tree
 from ...model.architecture import Architecture
 from ...model.decoder import meta_decoder
 from ...model.dtypes import DTYPES
-from ...observe.curves import METRICS_FILE, TENSORBOARD_FOLDER
+from ...observe.curves import TENSORBOARD_FOLDER
 from ...parallel import trainable
-from .run_record import CONFIG_FILE, RECORD_FILE
-
-if TYPE_CHECKING:
-    from .store import CheckpointStore
+from .store import CheckpointStore
 
 _EXPORT_BYTES = 2
-"""Of a parameter in a Hugging Face folder, at least."""
+"""Minimum size of a parameter in a Hugging Face folder."""
 
 
 def require_writable(folders: Iterable[Path]) -> None:
-    """Refuse ``folders`` that cannot be made or written to. Nothing is left behind.
+    """Refuse ``folders`` that cannot be created or written to. Nothing is left behind.
 
     Raises:
-        UserError: naming the path that is in the way, and the reason.
+        UserError: names the path that is in the way, and the reason.
     """
     tested = set()
     for folder in folders:
@@ -45,23 +40,8 @@ def require_writable(folders: Iterable[Path]) -> None:
             tested.add(place)
 
 
-def require_record_files(run_folder: Path) -> None:
-    """Refuse a folder, a FIFO or a device in the place of a file that the run reads and writes.
-
-    To be called before any of them is opened: a FIFO would be waited for, a device read without end.
-
-    Raises:
-        UserError: naming it.
-    """
-    for path in (run_folder / name for name in (METRICS_FILE, CONFIG_FILE, RECORD_FILE, LOCK_FILE)):
-        if os.path.exists(path) and not path.is_file():
-            raise UserError(
-                f"{path}: not a regular file, where the run keeps one; move it away, or choose another run_folder"
-            )
-
-
 def _require_writable(place: Path, folder: Path) -> None:
-    """Make a folder in ``place``, and a file of one byte in it."""
+    """Create and remove a folder in ``place``, with a file of one byte."""
     if place.is_symlink() and not os.path.exists(place):
         raise UserError(
             f"{place}: a link to {os.readlink(place)}, which cannot be followed{_reason(place)}; mount or make what it "
@@ -81,7 +61,7 @@ def _require_writable(place: Path, folder: Path) -> None:
         ) from None
     finally:
         if probe is not None:
-            shutil.rmtree(probe, ignore_errors=True)
+            remove_tree(probe)
 
 
 def _reason(link: Path) -> str:
@@ -93,7 +73,7 @@ def _reason(link: Path) -> str:
 
 
 def checkpoint_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """Size of one checkpoint: weights, and both moments of what learns. The small files are left out."""
+    """Return the size of a checkpoint: weights, and both moments of trainable parameters, without small files."""
     decoder = meta_decoder(architecture)
     trainable.apply(decoder, config.training)
     weight, state = DTYPES[config.training.weight_dtype].itemsize, DTYPES[config.optimizer.state_dtype].itemsize
@@ -103,10 +83,10 @@ def checkpoint_bytes(config: RunConfig, architecture: Architecture) -> int:
 def require_destination(
     config: RunConfig, store: CheckpointStore, architecture: Architecture, steps: int, export_folder: Path
 ) -> list[str]:
-    """Test all that a run of ``steps`` more steps will write to. Called on the main rank.
+    """Check everything that a run of ``steps`` more steps will write to. Called on the main rank.
 
     Returns:
-        notes for the log: the disk can take a checkpoint, but not all that are kept.
+        Notes for the log, if a checkpoint fits on the disk, but not all that will be kept.
 
     Raises:
         UserError: a folder cannot be written, or its disk is too small.

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a checkpoint is, in plain JSON. Written last, so a folder that has one is complete.
+"""Write, read and check ``manifest.json``, which describes a checkpoint. It is written last and marks it complete.
 
 It holds size and hash of every other file, and a hash of itself. Manifests of format 1 had neither.
 """
@@ -19,26 +19,26 @@ from typing import Any, Literal
 import xxhash
 
 from ...errors import UserError
+from ...files.code import PACKAGE, code_files, digest
 from ...files.hashing import FileRecord, record_file
 from ...files.regular import read_regular
-from ...guards.rank_consistency import PACKAGE, code_files, digest
 from ..damage import DamagedCheckpoint
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 3
 WITH_DCP, WITHOUT_HASHES = 2, 1
-"""Formats that are still read: of checkpoints whose tensors PyTorch's distributed checkpoint (DCP) wrote; of such whose
-manifest lists no files."""
+"""Former formats that are still read. In both, PyTorch's distributed checkpoint (DCP) wrote the tensors. The manifest
+of the second lists no files."""
 _CHECKSUM = "manifest_xxh3_128"
 _OPTIONAL = {"emergency"}
-"""Fields that are left out where they are empty: manifests written before there were any are read alike."""
+"""Fields that are written only if they are not empty: older manifests do not have them."""
 
 
 @functools.cache
 def code_versions() -> dict[str, str]:
-    """What writes the checkpoint: a hash of the package's Python files, and the versions of PyTorch and Python.
+    """Return a hash of the package's Python files, and the versions of PyTorch and Python.
 
-    The first call counts, which whatever writes makes at its start: files may be edited while it runs.
+    Cached, and first called when a program starts: its files may be edited while it runs.
     """
     import torch  # only what writes checkpoints needs it, not what reads manifests
 
@@ -47,16 +47,16 @@ def code_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint in a few lines."""
+    """The description of a checkpoint."""
 
     kind: Literal["training", "converted"]
-    """training: weights, optimizer states and the place in the data; converted: weights of a Hugging Face folder."""
+    """training: with optimizer states and the position in the data; converted: weights only."""
     step: int = 0
     """Optimizer steps made."""
     consumed_samples: int = 0
-    """Samples of the run's order that have been trained on, or passed over by a rewind: the place in the data."""
+    """Position in the sample order: samples that were trained on, or skipped by a rollback."""
     consumed_tokens: int = 0
-    """The clock."""
+    """Tokens trained on, by which schedules go."""
     final: bool = False
     """Whether the run's token budget was used up."""
     sample_order: dict[str, Any] = field(default_factory=dict)
@@ -64,27 +64,27 @@ class Manifest:
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Fingerprint of every training source: see :class:`retemper.engine.data.catalog.Catalog`."""
     evaluation: dict[str, float] = field(default_factory=dict)
-    """Validation losses measured at this very step."""
+    """Validation losses measured at this step."""
     best: dict[str, Any] = field(default_factory=dict)
     """Best evaluation so far: ``{"step", "name", "loss"}``."""
     health: dict[str, Any] = field(default_factory=dict)
     """See :meth:`retemper.engine.guards.step_guard.StepGuard.state`."""
     emergency: str = ""
-    """What failed in the step after this one, where the checkpoint was written because of it. Left out where empty."""
+    """The failure of the next step, if the checkpoint was written because of it."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The resolved configuration of the run, its seed included."""
+    """The resolved configuration of the run, including its seed."""
     world_size: int = 1
     layout: dict[str, int] = field(default_factory=dict)
     """Ranks along every axis of the mesh."""
     retemper_version: str = ""
     versions: dict[str, str] = field(default_factory=code_versions)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``{"bytes", "xxh3_128"}`` of every file but this one, by its path in the folder. Empty in format 1."""
+    """``{"bytes", "xxh3_128"}`` of every other file, by its path in the folder. Empty in format 1."""
     format_version: int = FORMAT_VERSION
 
     @property
     def records(self) -> dict[str, FileRecord]:
-        """:attr:`files`, typed."""
+        """:attr:`files` as records."""
         return {name: FileRecord(**record) for name, record in self.files.items()}
 
 
@@ -92,12 +92,12 @@ def write_manifest(folder: Path, manifest: Manifest, hashed: Mapping[str, FileRe
     """Write ``manifest`` into ``folder``, with the records of all files there.
 
     Args:
-        folder: of a checkpoint that is complete but for this.
-        manifest: what the checkpoint is.
-        hashed: files that have been hashed while they were written. Others are read now.
+        folder: a checkpoint that is complete except for its manifest.
+        manifest: its description.
+        hashed: files that were hashed while they were written. Others are read and hashed now.
 
     Raises:
-        UserError: a file is missing, or of another size than what was written.
+        UserError: a file is missing, or has another size than was written.
     """
     records = dict(hashed or {})
     present = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -117,7 +117,7 @@ def write_manifest(folder: Path, manifest: Manifest, hashed: Mapping[str, FileRe
 
 
 def with_checksum(content: dict[str, Any]) -> str:
-    """The text of a manifest that says ``content``, and a hash of that."""
+    """Return the text of a manifest: ``content`` and its hash."""
     bare = json.dumps(content, indent=2, allow_nan=False)
     whole = {**content, _CHECKSUM: xxhash.xxh3_128_hexdigest(bare.encode())}
     return json.dumps(whole, indent=2, allow_nan=False) + "\n"
@@ -127,8 +127,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of the checkpoint ``folder``.
 
     Raises:
-        DamagedCheckpoint: it is missing, or not as it was written.
-        UserError: there is no such folder, or it is of another format.
+        DamagedCheckpoint: it is missing or damaged.
+        UserError: there is no such folder, or it has an unknown format.
     """
     path = Path(folder) / MANIFEST_FILE
     if not Path(folder).is_dir():
@@ -157,12 +157,12 @@ def _checked(content: Any, text: str, path: Path) -> Manifest:
             "release that wrote it, or a newer one"
         )
     if version == WITHOUT_HASHES:
-        # A manifest of format 2 must not pass for one by a digit.
+        # A manifest of format 2 must not be accepted as one of format 1 after a change of one digit.
         unexpected = content.keys() - _names(_EMPTY) | content.keys() & {"files", "versions"}
         content = {"versions": {}, **content}
     else:
         if not _checksum_fits(content, text):
-            raise DamagedCheckpoint(f"{path}: damaged, {_CHECKSUM} is not that of the rest; use another checkpoint")
+            raise DamagedCheckpoint(f"{path}: damaged, {_CHECKSUM} does not match the content; use another checkpoint")
         del content[_CHECKSUM]
         unexpected = content.keys() ^ _names(_EMPTY) - (_OPTIONAL - content.keys())
     if unexpected or "kind" not in content:
@@ -178,7 +178,7 @@ def _checked(content: Any, text: str, path: Path) -> Manifest:
 def _checksum_fits(content: dict[str, Any], text: str) -> bool:
     try:
         return text == with_checksum({key: value for key, value in content.items() if key != _CHECKSUM})
-    except (ValueError, RecursionError):  # NaN, which is never written
+    except (ValueError, RecursionError):  # such as NaN, which is never written
         return False
 
 
@@ -192,7 +192,7 @@ def _short(value: Any) -> str:
 
 
 def _what_to_name(folder: Path) -> str:
-    """The remedy for a folder that is something else than a checkpoint."""
+    """Return the remedy for a folder that is not a checkpoint."""
     if (folder / "config.json").is_file():
         return f"it is a Hugging Face folder: convert it with checkpoint_convert/hf_to_dcp.py --hf {folder}"
     below = sorted([*folder.glob("step-*/"), *folder.glob("checkpoints/step-*/")])
@@ -202,7 +202,7 @@ def _what_to_name(folder: Path) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the parts of a manifest may be. Whoever reads them relies on it.
+# The types of a manifest's fields, which the rest of the program relies on.
 
 Check = Callable[[Any], bool]
 
@@ -262,7 +262,7 @@ _PLACE: dict[str, Check] = {"start": _is_count, "cursors": _table(_is_count)}
 
 
 def _is_sample_order(value: Any) -> bool:
-    # Before there were stages, it held the weights of the only one.
+    # Before there were stages, it held the weights of a single one.
     parts: dict[str, Check] = {"weights": _table(_is_weight)} if "weights" in value else {"stages": _list(_STAGE)}
     return _record({**_PLACE, **parts})(value)
 

@@ -1,5 +1,6 @@
-"""What has changed since the checkpoint that a run goes on from: listed, and refused where samples or values would be
-lost without a word. ``allow_changes`` names what is meant.
+"""List what has changed since the checkpoint that a run resumes from, and refuse changes that are not allowed.
+
+Changes of the sample order are refused unless ``allow_changes`` names them: samples would silently be lost or repeated.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from ...schedule import learning_rate
 from .manifest import Manifest
 
 _OF_THE_COMMAND = ("run_folder", "resume", "allow_changes")
-"""Settings that say nothing of the run itself."""
+"""Settings of the command, not of the run."""
 _ABSENT = "not set"
 
 
 def require_allowed(
     manifest: Manifest, config: Mapping[str, Any], allowed: Collection[str], folder: str | Path
 ) -> None:
-    """Refuse changes after which "the samples that follow" would mean something else, unless they are allowed.
+    """Refuse changes that would give another sample order, unless they are allowed.
 
     Args:
         manifest: of the checkpoint ``folder`` that a run is to continue from.
-        config: the run's own, as a nested dictionary.
+        config: that of the run, as a nested dictionary.
         allowed: settings that may have changed.
 
     Raises:
-        UserError: naming the key and both values.
+        UserError: names the key and both values.
     """
     here, there = dict(_flat(config)), dict(_flat(manifest.config))
     for key, former in ORDER_KEYS.items():
@@ -54,11 +55,11 @@ def require_allowed(
 def describe_changes(
     manifest: Manifest, config: RunConfig, layout: Mapping[str, int], datasets: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """A line for everything that is not as it was when the checkpoint was written.
+    """Return a line for every difference from the time when the checkpoint was written.
 
     Args:
         manifest: of the checkpoint.
-        config: the run's own.
+        config: of the run.
         layout: ranks along every axis of the mesh now.
         datasets: fingerprints of the training sources now.
     """
@@ -70,12 +71,12 @@ def describe_changes(
         changed = now != then and not _is_same_path(key, now, then)
         if key not in _OF_THE_COMMAND and changed and not (_opened(key, now, there) or _opened(key, then, here)):
             changes.append(f"{key} {_shown(then)} -> {_shown(now)}" + (" (allowed)" if key in ORDER_KEYS else ""))
-    # A dataset that has lost its sidecar, or got one, is listed as well, and needs no leave.
-    leave = " (allowed)" if DATA_FILES in config.allow_changes else ""
+    # A dataset that has lost its sidecar, or got one, is listed as well. This is always allowed.
+    allowed = " (allowed)" if DATA_FILES in config.allow_changes else ""
     for name in [name for name in datasets if name in manifest.datasets]:
         now, then = (_dataset(fingerprints[name]) for fingerprints in (datasets, manifest.datasets))
         if now != then:
-            changes.append(f"{DATA_FILES} of {name} {then} -> {now}{leave}")
+            changes.append(f"{DATA_FILES} of {name} {then} -> {now}{allowed}")
     if manifest.layout and manifest.layout != layout:
         changes.append(f"ranks {_ranks(manifest.layout)} -> {_ranks(layout)}")
     if any(change.startswith(("training.", "optimizer.")) for change in changes):
@@ -92,20 +93,20 @@ def describe_changes(
 def _with_one_spelling(
     now: Mapping[str, Any], then: Mapping[str, Any], same_ranks: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both configurations with one spelling for settings that mean the same.
+    """Return both configurations with the same spelling of settings that mean the same.
 
     Args:
-        now: the run's own, as a nested dictionary.
+        now: that of the run, as a nested dictionary.
         then: that of the checkpoint.
-        same_ranks: whether the run has the ranks of the checkpoint along every axis: then it does not matter which of
-            them were given, and which followed from the number of ranks.
+        same_ranks: whether both have the same ranks along every axis. Then it does not matter which numbers were given
+            and which were derived.
     """
     both = copy.deepcopy(dict(now)), copy.deepcopy(dict(then))
     one_is_given = sum(_section(settings, "optimizer").get("decay_tokens") is None for settings in both) == 1
     for settings in both:
         model, optimizer = _section(settings, "model"), _section(settings, "optimizer")
         if model.get("architecture") is not None:
-            # A path or the keys themselves. Another architecture than the checkpoint's is refused.
+            # A path or the keys themselves. A different architecture is refused elsewhere.
             with suppress(UserError):
                 model["architecture"] = read_hf_config(model["architecture"])
         if one_is_given and optimizer.get("schedule") == "wsd" and optimizer.get("decay_tokens") is None:
@@ -125,14 +126,14 @@ _PATHS = re.compile(r"^model\.(initialize_from|tokenizer|architecture)$|^data\.v
 
 
 def _is_same_path(key: str, now: Any, then: Any) -> bool:
-    """Whether both values of a setting that names a file or folder lead to the same one."""
+    """Return whether both values of a setting are paths of the same file or folder."""
     if not (_PATHS.search(key) and isinstance(now, str) and isinstance(then, str)):
         return False
     return os.path.realpath(now) == os.path.realpath(then)
 
 
 def _opened(key: str, value: Any, others: Mapping[str, Any]) -> bool:
-    """Whether the empty ``value`` of ``key`` stands for entries that ``others`` has, which speak for themselves."""
+    """Return whether the empty ``value`` of ``key`` has entries in ``others``, which are listed themselves."""
     return not value and any(other.startswith((f"{key}.", f"{key}[")) for other in others)
 
 
@@ -142,20 +143,20 @@ def _dataset(fingerprint: Mapping[str, Any]) -> str:
 
 
 def _change_of_rate(manifest: Manifest, config: RunConfig) -> list[str]:
-    """What the changes make of the learning rate at this place."""
+    """Return a line if the changes give another learning rate at this step."""
     tokens = manifest.consumed_tokens
     now = learning_rate(tokens, config.training, config.optimizer)
     try:
         training: Any = SimpleNamespace(**{**_defaults(TrainingConfig), **manifest.config["training"]})
         optimizer: Any = SimpleNamespace(**{**_defaults(OptimizerConfig), **manifest.config["optimizer"]})
         then = learning_rate(tokens, training, optimizer)
-    except (AttributeError, KeyError, TypeError):  # of a version whose settings were other ones
+    except (AttributeError, KeyError, TypeError):  # a version with other settings
         return []
     return [f"learning rate at {tokens:,} tokens {then:.3g} -> {now:.3g}"] if then != now else []
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf. Items of a list of sources go by their names, other lists are leaves."""
+    """Yield (dotted key, value) of every leaf. Sources in a list are named, other lists are leaves."""
     if isinstance(value, Mapping) and value:
         for name, item in value.items():
             yield from _flat(item, f"{key}.{name}" if key else str(name))
@@ -168,7 +169,7 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _default(key: str) -> Any:
-    """The default of a setting that there was not when the checkpoint was written."""
+    """Return the default of a setting that did not exist when the checkpoint was written."""
     *sections, last = key.rpartition("].")[2].split(".")
     kind: Any = SourceConfig if "]." in key else RunConfig
     for section in sections:
@@ -177,7 +178,7 @@ def _default(key: str) -> Any:
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
-    """Those defaults of a configuration's section that are plain values."""
+    """Return the defaults of a configuration's section that are plain values."""
     return {item.name: item.default for item in dataclasses.fields(kind) if item.default is not dataclasses.MISSING}
 
 

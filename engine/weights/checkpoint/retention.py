@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept, and why: a pure function of what they are."""
+"""Decide which checkpoints of a run are kept, as a function of their manifests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .verify import wrong_sizes
 
 
 def intact_checkpoints(folders: list[Path]) -> dict[Path, Manifest]:
-    """Those of ``folders`` whose manifest can be read and whose files have their sizes, with their manifests."""
+    """Return the checkpoints whose manifest is valid and whose files have the right sizes, with their manifests."""
     whole = {}
     for folder in folders:
         try:
@@ -21,26 +21,25 @@ def intact_checkpoints(folders: list[Path]) -> dict[Path, Manifest]:
             if not wrong_sizes(folder, manifest):
                 whole[folder] = manifest
         except UserError:
-            # Not counted, and not removed: it is somebody's to look at.
-            continue
+            continue  # Neither counted nor removed: the user may want to look at it.
     return whole
 
 
 def reasons_to_keep(
     manifests: Mapping[Path, Manifest], keep_last: int, keep_every: int, best_step: int | None, rewind_steps: int = 0
 ) -> dict[Path, list[str]]:
-    """Why each checkpoint is kept: last, every, best, rewind, final, emergency; those with an empty list are not.
+    """Return why each checkpoint is kept: last, every, best, rewind, final, emergency. An empty list means not kept.
 
-    One that was written because a step failed does not count among the ``keep_last``: it is kept until an ordinary one
-    is newer. "final" is a reason for the newest only: after a budget was raised, its last checkpoint is like any other.
+    An emergency checkpoint does not count as one of the ``keep_last``. It is kept until an ordinary one is newer.
+    "final" applies to the newest only: if the token budget was raised later, the former last checkpoint is ordinary.
 
     Args:
         manifests: by folder, oldest first.
-        keep_last: newest ones that are kept.
-        keep_every: those whose step is a multiple of it are kept; 0: none for that.
-        best_step: step of the best evaluation; None where it is not kept. Where its checkpoint is missing, as after
-            a save that failed, the newest one that was the best when it was written is kept for it.
-        rewind_steps: steps that the run goes back at least after a loss spike; 0: it does not.
+        keep_last: number of newest ones to keep.
+        keep_every: keep those whose step is a multiple of it; 0: this rule is off.
+        best_step: step of the best evaluation; None: it is not kept. If its checkpoint is missing, as after a failed
+            save, the newest one that was the best when it was written is kept instead.
+        rewind_steps: minimum number of steps that a rollback after a loss spike goes back; 0: there are no rollbacks.
     """
     ordinary = [folder for folder, manifest in manifests.items() if not manifest.emergency]
     newest = ordinary[-keep_last:]
@@ -64,29 +63,28 @@ def reasons_to_keep(
 
 
 def reasons_when_pruning(manifests: Mapping[Path, Manifest], keep_last: int, keep_every: int) -> dict[Path, list[str]]:
-    """The reasons that ``tools/checkpoint.py prune`` goes by: the newest manifest says which step is the best."""
+    """Return the reasons for ``tools/checkpoint.py prune``, where the newest manifest names the best step."""
     best = list(manifests.values())[-1].best.get("step") if manifests else None
     return reasons_to_keep(manifests, keep_last, keep_every, best)
 
 
 def _steps_for_rewind(steps: Sequence[int], rewind_steps: int) -> list[int]:
-    """Of ``steps``, in rising order: the newest that is old enough, and the oldest that is not yet, to follow it.
+    """Return, of ascending ``steps``, the newest that is old enough for a rollback, and the next one.
 
-    Without the second, the first would remain for ever where all that are younger are removed before they are old
-    enough. With it, the first is less than twice ``rewind_steps`` and the distance between two saves older than the
-    newest.
+    The second will replace the first. Without it, all younger ones could be removed before they are old enough, and the
+    first would be kept forever.
     """
     enough = [step for step in steps if step <= steps[-1] - rewind_steps]
     return enough[-1:] + list(steps[len(enough) : len(enough) + 1])
 
 
 def describe_rule(config: CheckpointConfig, eval_interval: int, first_set: str | None, rewind_steps: int) -> str:
-    """Which checkpoints a run keeps, for the log.
+    """Return a line for the log about the checkpoints that a run keeps.
 
     Args:
         config: of the run.
         eval_interval: steps between evaluations; 0: only at the end.
-        first_set: name of the validation set that decides which is the best; None without validation sets.
+        first_set: name of the validation set that determines the best; None without validation sets.
         rewind_steps: see :func:`reasons_to_keep`.
     """
     parts = [f"the newest {config.keep_last}" if config.keep_last > 1 else "the newest"]

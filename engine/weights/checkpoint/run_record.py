@@ -1,8 +1,7 @@
-"""``run.json`` and what else a run folder tells of an earlier run.
+"""Read and write ``run.json``: whether a run has written checkpoints, and from which checkpoint it began.
 
-Checkpoints may lie on a disk of their own, behind a link. When that disk is missing, their folder looks as if there had
-never been any. ``run.json`` therefore says, next to the curve, whether the run has written checkpoints, and from which
-checkpoint it began. A run folder with such a history is never treated as a new one.
+Checkpoints may be on a disk of their own, behind a link. If that disk is not mounted, their folder looks like that of a
+new run. With this record, next to the curve, a run folder with a history is never treated as new.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from ...config.yaml_loader import load_yaml
 from ...errors import UserError
 from ...files.atomic import replace_file
 from ...files.hashing import hash_file
+from ...files.lock import LOCK_FILE
 from ...observe.curves import METRICS_FILE, last_record
 from .manifest import MANIFEST_FILE
 
@@ -29,7 +29,7 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that ``resume: PATH`` named when the run began from it."""
+    """The checkpoint from which the run began, named by ``resume: PATH``."""
 
     path: str
     """Real path."""
@@ -46,7 +46,7 @@ class RunRecord:
     newest_step: int | None = None
     """Step of the last checkpoint that the run has written; None before the first."""
     checkpoints: str = ""
-    """Real path of the folder that it was written to."""
+    """Real path of the folder that the checkpoint was written to."""
 
     def write(self, run_folder: Path) -> None:
         """Replace the file.
@@ -58,7 +58,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_folder: Path) -> RunRecord | None:
-        """The record of the run in ``run_folder``; None if it is missing or cannot be read."""
+        """Return the record of the run in ``run_folder``; None if it is missing or cannot be read."""
         try:
             content: Any = json.loads((run_folder / RECORD_FILE).read_text(encoding="utf-8"))
             origin = content["began_at"]
@@ -69,36 +69,55 @@ class RunRecord:
         return record if all(step is None or type(step) is int for step in steps) else None
 
 
+def require_record_files(run_folder: Path) -> None:
+    """Refuse a folder, FIFO or device in the place of a file that the run reads and writes, before any is opened.
+
+    Opening a FIFO blocks, and reading a device may not end.
+
+    Raises:
+        UserError: names it.
+    """
+    for path in (run_folder / name for name in (METRICS_FILE, CONFIG_FILE, RECORD_FILE, LOCK_FILE)):
+        if os.path.exists(path) and not path.is_file():
+            raise UserError(
+                f"{path}: not a regular file, where the run keeps one; move it away, or choose another run_folder"
+            )
+
+
 def note_checkpoint(run_folder: Path, step: int) -> None:
-    """Record that the checkpoint of ``step`` is complete. A disk that is full does not make the checkpoint invalid."""
+    """Record that the checkpoint of ``step`` is complete. An error is ignored: the checkpoint is valid anyway."""
     with suppress(OSError):
         record = RunRecord.read(run_folder) or RunRecord()
         replace(record, newest_step=step, checkpoints=_checkpoint_folder(run_folder)).write(run_folder)
 
 
 def note_start(run_folder: Path, fresh: bool, origin: Origin | None) -> None:
-    """Record how the run that now begins to write has started.
+    """Record how a run has started.
 
     Args:
-        run_folder: exists.
-        fresh: whether it begins at step 0: then nothing of a former record is kept.
-        origin: what ``resume: PATH`` named, where the run continues from that very checkpoint.
+        run_folder: an existing folder.
+        fresh: whether it begins at step 0. Then a former record is dropped.
+        origin: the checkpoint of ``resume: PATH``, if the run continues from it.
     """
     record = (None if fresh else RunRecord.read(run_folder)) or RunRecord(checkpoints=_checkpoint_folder(run_folder))
     (replace(record, began_at=origin) if origin else record).write(run_folder)
 
 
 def origin_of(checkpoint: Path, step: int) -> Origin:
-    """What identifies the complete ``checkpoint``."""
+    """Return what identifies the complete ``checkpoint``."""
     return Origin(os.path.realpath(checkpoint), step, _manifest_hash(checkpoint))
 
 
 def began_at(run_folder: Path, own: list[Path], named: str) -> int | None:
-    """The step at which the run in ``run_folder``, which has written the checkpoints ``own``, began, if that was at the
-    checkpoint ``named``; else None.
+    """Return the step at which a run began, if it began at the checkpoint ``named``; else None.
 
-    The same checkpoint under another path counts, and so does the same path when the checkpoint is there no more. Run
-    folders without a record keep the setting ``resume`` in the manifests of their checkpoints.
+    Either the path or the manifest must be the same. Without a record, the setting ``resume`` in the manifests of the
+    run's checkpoints is used.
+
+    Args:
+        run_folder: of the run.
+        own: the checkpoints that it has written.
+        named: path of a checkpoint.
     """
     record = RunRecord.read(run_folder)
     if record is None:
@@ -112,10 +131,10 @@ def began_at(run_folder: Path, own: list[Path], named: str) -> int | None:
 
 
 def require_no_lost_checkpoints(run_folder: Path, resume: str) -> None:
-    """Refuse to begin in a run folder without checkpoints where the run has written some.
+    """Refuse to begin in a run folder without checkpoints if the run has written some.
 
     Raises:
-        UserError: naming what was found, and the remedy.
+        UserError: names what was found, and the remedy.
     """
     found = [name for name in (RECORD_FILE, METRICS_FILE, CONFIG_FILE) if (run_folder / name).is_file()]
     record = RunRecord.read(run_folder)
@@ -137,17 +156,17 @@ def require_no_lost_checkpoints(run_folder: Path, resume: str) -> None:
 def _what_is_there(run_folder: Path) -> str:
     folder = run_folder / "checkpoints"
     if folder.is_symlink() and not folder.exists():
-        return f"{folder} is a link to {os.readlink(folder)}, which is not there"
+        return f"{folder} is a link to {os.readlink(folder)}, which does not exist"
     return f"{folder} {'holds none of them' if folder.is_dir() else 'does not exist'}"
 
 
 def _has_saved(run_folder: Path, last: Mapping[str, Any]) -> bool:
-    """Whether a run without a record must have written a checkpoint by the ``last`` record of its curve."""
+    """Return whether a run without a record must have written a checkpoint, given the ``last`` record of its curve."""
     try:
         content: Any = load_yaml((run_folder / CONFIG_FILE).read_text(encoding="utf-8"))
         interval, budget = content["checkpoint"]["save_interval"], content["training"]["train_tokens"]
         return bool(last["step"] >= interval or last["tokens"] >= budget)
-    except Exception:  # whatever is wrong with it, or missing: some run has recorded that curve
+    except Exception:  # missing or invalid, but some run has recorded that curve
         return True
 
 
@@ -156,7 +175,7 @@ def _checkpoint_folder(run_folder: Path) -> str:
 
 
 def _manifest_hash(checkpoint: Path) -> str:
-    """Hash of the manifest's bytes; empty where it cannot be read."""
+    """Return the hash of the manifest's bytes; empty if it cannot be read."""
     try:
         return hash_file(checkpoint / MANIFEST_FILE)
     except OSError:

@@ -1,7 +1,7 @@
-"""Saving behind the training: tensors are copied to host memory and written by a thread, while training goes on.
+"""Save checkpoints in the background: tensors are copied to host memory and written by a thread during training.
 
-One checkpoint is on its way at a time. The thread's messages to other ranks go over a process group of its own, so that
-they never mix with those of the training. What goes wrong in it is noticed by all ranks at the same step.
+One checkpoint is written at a time. The thread communicates over a process group of its own, so that its messages never
+mix with those of the training. All ranks notice its errors at the same step.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .store import CheckpointStore
 
 
 class Saver:
-    """Writes checkpoints while it is entered. All ranks call every method alike.
+    """Writes checkpoints while it is entered. All ranks must call each method.
 
     Args:
-        store: where to.
+        store: the checkpoints of the run.
         ranks: that save together.
-        config: whether training goes on meanwhile, and how many failures in a row end the run.
-        say: takes lines for the log.
+        config: whether training continues meanwhile, and how many failures in a row end the run.
+        say: receives lines for the log.
     """
 
     def __init__(
@@ -57,35 +57,35 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # A UserError has been raised on all ranks: what is on its way can still be completed. After anything else the
-        # other ranks may be gone, and nobody must wait for them.
+        # A UserError has been raised on all ranks, so the checkpoint can still be completed. After another error the
+        # other ranks may be gone: this one must not wait for them.
         if kind is None or issubclass(kind, UserError):
-            with nullcontext() if kind is None else suppress(Exception):  # what is leaving already says more
+            with nullcontext() if kind is None else suppress(Exception):  # the error that is being raised says more
                 if self._task is not None:
                     self._finish()
             dist.destroy_process_group(self._store.ranks.group)
 
     def reserve(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the host memory for copies of ``tensors``, so that what is too little shows before the first save.
+        """Allocate host memory for copies of ``tensors``, so that a lack of it is noticed before the first save.
 
         Raises:
-            UserError: on every rank, when any of them cannot have it.
+            UserError: on every rank, if any of them has too little.
         """
         if self._staging is not None:
             staging = self._staging
             self._ranks.run_on_all(lambda: staging.reserve(tensors))
 
     def save(self, tensors: Mapping[str, Tensor], assets: HfAssets, manifest: Manifest, best_step: int | None) -> None:
-        """Begin to write a checkpoint, after the one before it is complete; then remove those that nothing keeps.
+        """Begin to write a checkpoint, after the previous one is complete; then prune the others.
 
         Args:
             tensors: every tensor by name; they may change after :meth:`hold_update`.
-            assets: Hugging Face files that travel with it.
-            manifest: what the checkpoint is.
+            assets: Hugging Face files of the checkpoint.
+            manifest: of the checkpoint.
             best_step: step of the best evaluation so far; see :meth:`CheckpointStore.prune`.
 
         Raises:
-            UserError: more checkpoints in a row have failed than is allowed.
+            UserError: too many checkpoints in a row have failed.
         """
         self.wait()
         staging = self._staging
@@ -111,30 +111,30 @@ class Saver:
 
     @property
     def ranks(self) -> Ranks:
-        """The ranks, with the process group of this saver, for use while nothing is being written."""
+        """The ranks with the process group of this saver. To be used only while nothing is being written."""
         return self._store.ranks
 
     def settle(self) -> None:
-        """Wait for what is being written, without a message to another rank. Whether it succeeded does not matter."""
+        """Wait for the checkpoint that is being written, without communication. Its errors are ignored."""
         if self._task is not None:
             wait_for([self._task])
             self._task = None
 
     def at_step(self, step: int) -> Path | None:
-        """The complete checkpoint of ``step``, if there is one. All ranks must call this after :meth:`settle`."""
+        """Return the complete checkpoint of ``step``, if there is one. To be called after :meth:`settle`."""
         complete = self.ranks.broadcast(self._store.complete() if self._ranks.is_main else None)
         return next((folder for folder in complete if step_of(folder) == step), None)
 
     def save_now(self, tensors: Mapping[str, Tensor], assets: HfAssets, manifest: Manifest) -> Path:
-        """Write a checkpoint at once and remove none. All ranks must call this after :meth:`settle`.
+        """Write a checkpoint synchronously, and prune none. To be called after :meth:`settle`.
 
         Raises:
-            UserError: on every rank, when any of them cannot write.
+            UserError: on every rank, if any of them cannot write.
         """
         return self._store.save(tensors, assets, manifest)
 
     def hold_update(self) -> None:
-        """To be called before tensors change: they must have been copied. Waits for host memory, never for a GPU."""
+        """Wait until tensors may be changed because they have been copied. Never waits for a GPU."""
         if self._staging:
             self._staging.hold_update()
 
@@ -142,7 +142,7 @@ class Saver:
         """Notice a checkpoint that has been written, or has failed. To be called at every step.
 
         Raises:
-            UserError: more checkpoints in a row have failed than is allowed.
+            UserError: too many checkpoints in a row have failed.
         """
         if self._task is None:
             return
@@ -151,13 +151,13 @@ class Saver:
             self.wait()
 
     def wait(self, required: bool = False) -> None:
-        """Wait until nothing is on its way.
+        """Wait for the checkpoint that is being written.
 
         Args:
-            required: whether the run ends where that checkpoint has failed: it was the last one.
+            required: whether its failure ends the run, because it was the last one.
 
         Raises:
-            UserError: it was ``required``, or more in a row have failed than is allowed.
+            UserError: it failed and was ``required``, or too many in a row have failed.
         """
         if self._task is None:
             return
@@ -166,10 +166,10 @@ class Saver:
             raise UserError(problem)
 
     def _finish(self) -> str | None:
-        """The line of a checkpoint that could not be written; the same on all ranks but for who saw it."""
+        """Return the error of the checkpoint, if it could not be written; only details differ between ranks."""
         task, self._task = self._task, None
         assert task is not None
-        # All meet every second instead of waiting in one collective: who is silent or has ended is then found out.
+        # Ranks communicate every second instead of waiting in one collective, so that dead ranks are noticed.
         while self._ranks.all_reduce(not task.done()):
             wait_for([task], timeout=1.0)
             self._raise_fault(task)
@@ -185,14 +185,14 @@ class Saver:
         return None
 
     def _raise_fault(self, task: Future[list[str]]) -> None:
-        """A fault of the program, which the other ranks may not share: they must not be waited for."""
+        """Raise an error other than UserError at once: the other ranks may not have it, and must not be waited for."""
         if task.done() and not isinstance(task.exception(), UserError | None):
             task.result()
 
 
 def _run(write: Callable[[], list[str]], task: Future[list[str]], device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # which a thread does not take over from the one that starts it
+        torch.cuda.set_device(device)  # threads do not inherit it
     try:
         task.set_result(write())
     except BaseException as error:

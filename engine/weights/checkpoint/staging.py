@@ -1,7 +1,7 @@
-"""A rank's part of every tensor, copied to host memory: what a checkpoint is written from while training goes on.
+"""Copy a rank's part of every tensor to host memory, from which a checkpoint is written during training.
 
-Weights and optimizer states change in one place of a step, the update. So the copies are made behind the next step's
-forward and backward passes, and only its update waits for them.
+Weights and optimizer states change only in the update of a step. So they are copied during the forward and backward
+passes of the next step, and only its update waits for the copies.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ...optim.local import local_part
 
 
 class Staging:
-    """Buffers in host memory, pinned where tensors are on a GPU; made once and kept for the next checkpoint.
+    """Buffers in host memory, pinned if tensors are on a GPU; allocated once and reused for the next checkpoint.
 
-    After :meth:`begin`, the thread that writes calls :meth:`copy`, and who is to change the tensors
-    :meth:`hold_update`.
+    After :meth:`begin`, the writing thread calls :meth:`copy`, and the training calls :meth:`hold_update` before it
+    changes tensors.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Staging:
         self._host_copied.set()
 
     def reserve(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the memory for copies of ``tensors``, where it has not been taken yet.
+        """Allocate memory for copies of ``tensors``, unless it is allocated already.
 
         Raises:
             UserError: there is too little.
@@ -50,7 +50,7 @@ class Staging:
 
     @torch.no_grad()
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take note of the values that this rank holds of each tensor now, by name. Copies from a GPU are begun."""
+        """Begin to copy this rank's present values of each tensor. Only copies from a GPU are made now."""
         self.reserve(tensors)
         self._on_host, self._copied = {}, []
         self._host_copied.clear()
@@ -73,7 +73,7 @@ class Staging:
 
     @torch.no_grad()
     def copy(self) -> Mapping[str, Tensor]:
-        """The values as they were, by name, on the CPU; until the next :meth:`begin`. Waits for the copies."""
+        """Return the copied values by name, on the CPU, valid until the next :meth:`begin`. Waits for the copies."""
         try:
             for name, held in self._on_host.items():
                 self._buffers[name].copy_(held)
@@ -85,7 +85,7 @@ class Staging:
         return self._buffers
 
     def hold_update(self) -> None:
-        """Let what comes now change the tensors only after they have been copied. Does not wait for a GPU."""
+        """Make later changes of the tensors happen after they have been copied. Does not wait for a GPU."""
         self._host_copied.wait()
         for event in self._copied:
             event.wait()

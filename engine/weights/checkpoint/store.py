@@ -1,7 +1,8 @@
-"""The checkpoints of a run: written under a temporary name, renamed when complete, found again, thinned out.
+"""Write, find, verify, quarantine and prune the checkpoints of a run.
 
-``{run_folder}/checkpoints/step-00001000/`` exists only when complete and is never written again. Before one is used,
-all of its files are read and compared with the hashes in its manifest; a damaged one is set aside under another name.
+``{run_folder}/checkpoints/step-00001000/`` is written under a temporary name, renamed when it is complete, and never
+changed again. Before a checkpoint is used, all of its files are compared with the hashes in its manifest. A damaged
+checkpoint is quarantined: it is renamed and no longer used.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from ...files.hashing import FileRecord
 from ...files.lock import run_folder_lock
 from ...files.removal import remove_tree
 from ...parallel.process_group import Ranks
+from ..saving import save_tensors
 from .assets import ASSET_FOLDER, HfAssets
-from .destination import require_record_files
 from .manifest import MANIFEST_FILE, Manifest, code_versions, read_manifest, write_manifest
 from .names import (
     DAMAGED,
@@ -37,8 +38,15 @@ from .names import (
     step_of,
 )
 from .retention import intact_checkpoints, reasons_to_keep, reasons_when_pruning
-from .run_record import Origin, RunRecord, began_at, note_checkpoint, origin_of, require_no_lost_checkpoints
-from .tensors import save_tensors
+from .run_record import (
+    Origin,
+    RunRecord,
+    began_at,
+    note_checkpoint,
+    origin_of,
+    require_no_lost_checkpoints,
+    require_record_files,
+)
 from .verify import Damage, find_damage
 
 _TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")
@@ -63,31 +71,31 @@ class CheckpointStore:
         self.keep_every = keep_every
         self.rewind_steps = rewind_steps
         self.expected_bytes = 0
-        """Estimated size of a checkpoint; 0 where it is not known."""
+        """Estimated size of a checkpoint; 0: unknown."""
         self.origin: Origin | None = None
-        """The checkpoint that ``resume: PATH`` named, where :meth:`resolve` chose it."""
+        """The checkpoint of ``resume: PATH``, if :meth:`resolve` chose it."""
         self.resolved: Manifest | None = None
-        """Of the checkpoint that :meth:`resolve` chose."""
+        """Manifest of the checkpoint that :meth:`resolve` chose."""
         self._remarks: list[str] = []
-        """For the log: what is worth knowing of the checkpoint in use."""
+        """Lines for the log about the checkpoint in use."""
         self._found: list[Path] = []
-        """What :meth:`resolve` chose from."""
+        """The checkpoints from which :meth:`resolve` chose."""
         self._damaged: list[tuple[Path, str]] = []
-        """What :meth:`quarantine` is to rename, and what is wrong with each."""
+        """Checkpoints to :meth:`quarantine`, and their damage."""
         code_versions()
 
     def of(self, ranks: Ranks) -> CheckpointStore:
-        """This store, whose ranks exchange messages as ``ranks`` do."""
+        """Return this store with the process group of ``ranks``."""
         store = copy.copy(self)
         store.ranks = ranks
         return store
 
     @contextmanager
     def locked(self) -> Iterator[list[str]]:
-        """Be the only writer to the run folder, on all ranks; see :func:`run_folder_lock`.
+        """Be the only writer to the run folder; see :func:`run_folder_lock`. All ranks must call this.
 
         Raises:
-            UserError: on every rank, when another process is, or has been since :meth:`resolve`.
+            UserError: on every rank, if another process writes to it, or has done so since :meth:`resolve`.
         """
         with ExitStack() as stack:
             remarks = self.ranks.run_on_rank0(lambda: stack.enter_context(run_folder_lock(self.folder.parent))) or []
@@ -95,33 +103,33 @@ class CheckpointStore:
             yield remarks
 
     def _require_as_found(self) -> None:
-        """A run that was chosen to go on from a checkpoint before it had the lock may have been overtaken."""
+        """Refuse to continue from a checkpoint chosen before the lock was held, if others have been written since."""
         changed = sorted({*self._found} ^ {*self._candidates()})
         if changed:
             raise UserError(
-                f"{changed[-1]}: written or removed by another run while this one was starting; start again to go on "
-                "from the newest checkpoint"
+                f"{changed[-1]}: written or removed by another run while this one was starting; start again to "
+                "continue from the newest checkpoint"
             )
 
     def complete(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Return the complete checkpoints, oldest first."""
         return complete_checkpoints(self.folder)
 
     def _candidates(self) -> list[Path]:
-        """Every folder with the name of a checkpoint, oldest first."""
+        """Return all folders with the name of a checkpoint, oldest first."""
         return named_checkpoints(self.folder)
 
     def resolve(self, resume: str) -> Path | None:
-        """The checkpoint that ``resume`` (auto, none or a path) means, verified by all ranks; None to start fresh.
+        """Return the checkpoint for ``resume`` (auto, none or a path), verified by all ranks; None to start fresh.
 
-        Nothing is written: of what is damaged a note is taken, for :meth:`quarantine`.
+        Nothing is renamed yet: damaged checkpoints are noted for :meth:`quarantine`.
 
         Raises:
-            UserError: a named checkpoint is missing or damaged, none is left that is not, or the run would mix with
-                another one in this folder.
+            UserError: a named checkpoint is missing or damaged, all are damaged, or the run would mix with another one
+                in this folder.
         """
         self.ranks.run_on_rank0(lambda: require_record_files(self.folder.parent))
-        # The main rank's answer counts: shared file systems may show a new folder to some nodes later than others.
+        # The main rank decides: shared file systems may show a new folder to some nodes later than to others.
         self._found = self.ranks.broadcast(self.ranks.run_on_rank0(self._candidates))
         if resume == "auto":
             newest = self._latest_valid(self._found)
@@ -145,8 +153,8 @@ class CheckpointStore:
             raise UserError(f"resume {resume}: it holds weights only; start from it with model.initialize_from")
         for newer in (path for path in complete if step_of(path) > manifest.step):
             raise UserError(
-                f"resume {resume} is at step {manifest.step}, but {newer} is newer: to go on from there set resume to "
-                "auto, to go back choose another run_folder or move the newer checkpoints away"
+                f"resume {resume} is at step {manifest.step}, but {newer} is newer: to continue from there set resume "
+                "to auto, to go back choose another run_folder or move the newer checkpoints away"
             )
         if not self._found:
             self._require_nothing_lost(resume)
@@ -157,10 +165,10 @@ class CheckpointStore:
         self.ranks.run_on_rank0(lambda: require_no_lost_checkpoints(self.folder.parent, resume))
 
     def require_valid(self, folder: str, key: str) -> Manifest:
-        """The manifest of a checkpoint that the setting ``key`` names, verified by all ranks. It is never renamed.
+        """Return the manifest of a checkpoint that the setting ``key`` names, verified by all ranks. It is not renamed.
 
         Raises:
-            UserError: on every rank, when it is missing or damaged.
+            UserError: on every rank, if it is missing or damaged.
         """
         self.ranks.run_on_all(lambda: read_manifest(folder))
         manifest, problem = self._examine(Path(folder))
@@ -189,10 +197,10 @@ class CheckpointStore:
         return None
 
     def _require_no_broken_link(self, least_step: int = 0) -> None:
-        """Refuse to leave out a checkpoint of at least ``least_step`` steps that a link names but does not lead to.
+        """Refuse broken links with the name of a checkpoint of at least ``least_step`` steps.
 
         Raises:
-            UserError: naming the link and where it leads.
+            UserError: names the link and its target.
         """
         links = sorted(
             (path for path in self.folder.glob("step-*") if is_checkpoint_name(path.name) and not path.exists()),
@@ -200,23 +208,23 @@ class CheckpointStore:
         )
         if links and step_of(links[-1]) >= least_step:
             raise UserError(
-                f"{links[-1]}: a link to {os.readlink(links[-1])}, which is not there; mount the disk or put the "
+                f"{links[-1]}: a link to {os.readlink(links[-1])}, which does not exist; mount the disk or put the "
                 "checkpoint back, or remove the link to continue without it"
             )
 
     def _newer_ones_lost(self, step: int) -> list[str]:
-        """A line where checkpoints of later steps than ``step`` have been moved away, and not by this program."""
+        """Return a line if checkpoints after ``step`` are gone, and not because this program renamed them."""
         record = RunRecord.read(self.folder.parent)
         newest = record.newest_step if record else None
         if newest is None or newest <= step or any(self.folder.glob(f"{checkpoint_name(newest)}*")):
             return []
         return [
-            f"note: the run has written a checkpoint of step {newest:,}, which is not in {self.folder} any more; it "
+            f"note: the run has written a checkpoint of step {newest:,}, which is no longer in {self.folder}; it "
             f"continues from step {step:,}"
         ]
 
     def _examine(self, folder: Path) -> tuple[Manifest | None, str | None]:
-        """The manifest of ``folder``, and what is wrong with it; every rank reads a share of the files."""
+        """Return the manifest of ``folder`` and its first damage. Every rank reads a share of the files."""
         share = (self.ranks.rank, self.ranks.world_size)
         description, silent = f"verifying {folder.name}", None if self.ranks.is_main else True
         with tqdm(desc=description, unit="B", unit_scale=True, disable=silent, leave=False, delay=2) as bar:
@@ -228,7 +236,7 @@ class CheckpointStore:
         return manifest, damage[0].what if damage else None
 
     def _seen_by_main(self, folder: Path, reports: list[list[Damage]]) -> list[Damage]:
-        """What the main rank says of files that others find damaged: a node with a stale view costs no checkpoint."""
+        """Let the main rank check files that others find damaged, since a node may have a stale view of them."""
         suspects = [(rank, damage) for rank, found in enumerate(reports) for damage in found]
         if not suspects:
             return []
@@ -237,13 +245,13 @@ class CheckpointStore:
         if not found:
             rank, damage = suspects[0]
             raise UserError(
-                f"rank {rank}: {damage.what}, but rank 0 finds it as it was written; see that all nodes show "
-                "run_folder alike"
+                f"rank {rank}: {damage.what}, but rank 0 finds it undamaged; make sure that all nodes see the "
+                "same run_folder"
             )
         return found
 
     def quarantine(self) -> list[str]:
-        """Rename what :meth:`resolve` found damaged; returns lines for the log, on the main rank."""
+        """Rename the checkpoints that :meth:`resolve` found damaged; return lines for the log, on the main rank."""
         return (self.ranks.run_on_rank0(self._quarantine) or []) + self._remarks
 
     def _quarantine(self) -> list[str]:
@@ -254,7 +262,7 @@ class CheckpointStore:
         return lines
 
     def latest_valid_until(self, step: int) -> Path | None:
-        """The newest checkpoint of at most ``step`` steps that is undamaged, verified by all ranks."""
+        """Return the newest undamaged checkpoint of at most ``step`` steps, verified by all ranks."""
         for folder in reversed(self.ranks.broadcast(self.ranks.run_on_rank0(self._candidates))):
             if step_of(folder) <= step:
                 manifest, problem = self._examine(folder)
@@ -263,19 +271,19 @@ class CheckpointStore:
         return None
 
     def discard_after(self, step: int) -> list[str]:
-        """Rename all checkpoints of more than ``step`` steps, which a run that goes back will reach again.
+        """Rename all checkpoints of more than ``step`` steps, after a rollback to ``step``.
 
         Returns:
-            lines for the log, on the main rank.
+            Lines for the log, on the main rank.
         """
         return self.ranks.run_on_rank0(lambda: self._discard_after(step)) or []
 
     def _discard_after(self, step: int) -> list[str]:
-        # The newest first: killed half-way, this leaves all that are older. From the newest of these the run comes to
-        # the spike again, and goes back again.
+        # The newest first: if the run is killed now, it continues from the newest that is left, comes to the spike
+        # again, and rolls back again.
         newer = [folder for folder in reversed(self._candidates()) if step_of(folder) > step]
         note_checkpoint(self.folder.parent, step)
-        return [f"  {folder} renamed to {_renamed(folder, REWOUND)}: the run goes back behind it" for folder in newer]
+        return [f"  {folder} renamed to {_renamed(folder, REWOUND)}: the run rolls back" for folder in newer]
 
     def save(
         self,
@@ -284,16 +292,16 @@ class CheckpointStore:
         manifest: Manifest,
         staged: Mapping[str, Tensor] | None = None,
     ) -> Path:
-        """Write one checkpoint with all ranks and make it visible when every byte is on disk.
+        """Write a checkpoint with all ranks, and rename it when every byte is on the disk.
 
         Args:
             tensors: every tensor by name.
-            assets: Hugging Face files that travel with it.
-            manifest: what it is.
+            assets: Hugging Face files of the checkpoint.
+            manifest: of the checkpoint.
             staged: see :func:`save_tensors`.
 
         Raises:
-            UserError: on every rank, when any of them cannot write. Nothing is left behind.
+            UserError: on every rank, if any of them cannot write. Nothing is left behind.
         """
         final = self.folder / checkpoint_name(manifest.step)
         temporary = self.ranks.broadcast(temporary_path(final))
@@ -315,11 +323,11 @@ class CheckpointStore:
         try:
             said = describe_space(self.expected_bytes, free_bytes(self.folder), "a checkpoint")
             return f"{said}; {self.describe_pruning()}"
-        except OSError:  # a disk that is not only full
+        except OSError:  # the disk is not only full
             return "no space left for a checkpoint"
 
     def describe_pruning(self) -> str:
-        """What makes space on the disk of the checkpoints."""
+        """Return the command that makes space on the disk of the checkpoints."""
         whole = intact_checkpoints(self.complete())
         reasons = reasons_when_pruning(whole, 1, self.keep_every)
         removable = [folder for folder, why in reasons.items() if not why]
@@ -333,7 +341,8 @@ class CheckpointStore:
     def _require_visible(self, temporary: Path) -> None:
         if not temporary.is_dir():
             raise UserError(
-                f"{temporary}: made by rank 0 but not seen here; put run_folder on a file system that all nodes share"
+                f"{temporary}: created by rank 0 but not visible here; put run_folder on a file system that all "
+                "nodes share"
             )
 
     def _publish(
@@ -347,13 +356,13 @@ class CheckpointStore:
         temporary.rename(final)
         note_checkpoint(self.folder.parent, manifest.step)
         sync_path(self.folder)
-        sync_path(self.folder.parent)  # in which the first checkpoint's folder is new
+        sync_path(self.folder.parent)  # the first checkpoint has created self.folder in it
 
     def prune(self, best_step: int | None) -> list[str]:
-        """Remove the checkpoints that nothing of :func:`reasons_to_keep` holds for; damaged ones stay as they are.
+        """Remove the checkpoints without :func:`reasons_to_keep`, except damaged ones.
 
         Returns:
-            lines about those that could not be removed, on the main rank.
+            Lines about files that could not be removed, on the main rank.
         """
         return self.ranks.run_on_rank0(lambda: self._prune(best_step)) or []
 
@@ -365,14 +374,14 @@ class CheckpointStore:
         return [_not_removed("an older checkpoint", problems)] if problems else []
 
     def remove(self, checkpoint: Path) -> list[str]:
-        """Remove one checkpoint. Of a link, what it leads to stays.
+        """Remove one checkpoint. For a link, only the link is removed.
 
         Returns:
-            what could not be removed, and why, with full paths.
+            Full path and reason for each file that could not be removed.
         """
         if checkpoint.is_symlink():
             return remove_tree(checkpoint)
-        # Renamed first: killed half-way, this leaves a leftover and not half a checkpoint.
+        # Renamed first: if killed now, this leaves a temporary folder and not half a checkpoint.
         try:
             trash = checkpoint.rename(temporary_path(checkpoint))
         except OSError as error:
@@ -380,10 +389,10 @@ class CheckpointStore:
         return remove_tree(trash)
 
     def remove_leftovers(self) -> list[str]:
-        """Remove what killed runs left half-written or half-removed. What cannot be removed is passed over.
+        """Remove the temporary folders of killed runs, as far as possible.
 
         Returns:
-            lines for the log, on the main rank.
+            Lines for the log, on the main rank.
         """
         return self.ranks.run_on_rank0(self._remove_leftovers) or []
 
@@ -394,7 +403,7 @@ class CheckpointStore:
         for entry in sorted(self.folder.iterdir()):
             if _TEMPORARY.match(entry.name) and (entry.is_symlink() or entry.is_dir()):
                 problems = remove_tree(entry)
-                said = f"removed {entry}, which a killed run had left incomplete"
+                said = f"removed {entry}, an incomplete checkpoint of a killed run"
                 lines.append(_not_removed("a leftover of a killed run", problems) if problems else said)
         return lines
 
@@ -405,7 +414,7 @@ def _not_removed(what: str, problems: list[str]) -> str:
 
 
 def _renamed(folder: Path, ending: str) -> Path:
-    """The new name of ``folder``, which nothing takes for a checkpoint of the run any more."""
+    """Rename ``folder`` so that it is no longer a checkpoint of the run; return its new path."""
     target, number = folder.with_name(f"{folder.name}{ending}"), 1
     while os.path.lexists(target):
         number += 1

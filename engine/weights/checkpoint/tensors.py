@@ -1,7 +1,7 @@
-"""Tensors to and from a checkpoint folder.
+"""Save the tensors of a run to a checkpoint, and load them.
 
-Model tensors are stored under their Hugging Face names, optimizer states as ``optimizer.{state}.{parameter}``. Every
-rank writes its shards; a reader with any other layout gets its own slices.
+Model tensors have their Hugging Face names, optimizer states the names ``optimizer.{state}.{parameter}``. Every rank
+writes its shards; a reader with any other layout reads its own slices.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import UserError
-from ...files.hashing import FileRecord
 from ..damage import METADATA_FILE, TABLE_FILE
 from ..parts import TensorParts, all_ranks, load_parts
-from ..saving import save_parts
 from ..table import read_table
 from ..tensor_source import StoredTensor
 
@@ -27,24 +24,24 @@ OPTIMIZER_PREFIX = "optimizer."
 
 
 class ParameterOwner(Protocol):
-    """A module, or the parts of one that this rank has."""
+    """A module, or the parts of a module on this rank."""
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by name."""
+        """Return every parameter by name."""
 
 
 def model_tensors(model: ParameterOwner) -> dict[str, Tensor]:
-    """The parameters of ``model`` by name, each once."""
+    """Return the parameters of ``model`` by name, each once."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state tensors of ``optimizer``, named by state and parameter; frozen parameters have none."""
+    """Return the state tensors of ``optimizer``, named by state and parameter; frozen parameters have no states."""
     tensors = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # FSDP shows gathered copies under a parameter's name while its group is gathered; those have no state.
+        # While FSDP has gathered a group, its parameters are other tensors, without states.
         assert parameter in optimizer.state, f"{name} is not a parameter that the optimizer steps"
         for state, value in optimizer.state[parameter].items():
             tensors[f"{OPTIMIZER_PREFIX}{state}.{name}"] = value
@@ -52,7 +49,7 @@ def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -
 
 
 def training_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that a training checkpoint holds, by name; the optimizer has its states after the first step."""
+    """Return all tensors of a training checkpoint by name. The optimizer has its states after the first step."""
     return {**model_tensors(model), **optimizer_tensors(model, optimizer)}
 
 
@@ -65,44 +62,19 @@ def open_tensors(folder: str | Path) -> TensorParts:
     """
     folder = Path(folder)
     if (folder / METADATA_FILE).exists() and not (folder / TABLE_FILE).exists():
-        from ..conversion.dcp_files import read_dcp_parts  # of manifest formats 1 and 2
+        from ..dcp_files import read_dcp_parts  # of manifest formats 1 and 2
 
         return read_dcp_parts(folder)
     return read_table(folder)
 
 
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """Names, shapes and dtypes of the tensors in ``folder``, without reading them.
+    """Return names, shapes and dtypes of the tensors in ``folder``, without reading their values.
 
     Raises:
-        UserError: what describes them cannot be read.
+        UserError: their description cannot be read.
     """
     return dict(open_tensors(folder).tensors)
-
-
-def save_tensors(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    staged: Mapping[str, Tensor] | None = None,
-    group: dist.ProcessGroup | None = None,
-    distributed: bool = True,
-) -> dict[str, FileRecord]:
-    """Write ``tensors`` into ``folder``; with ``distributed`` every rank calls this and writes its shards.
-
-    Args:
-        folder: where to.
-        tensors: by name; each may be sharded in any way.
-        staged: this rank's part of each, where it has been copied; ``tensors`` then only say how they are laid out.
-        group: of the ranks, for their messages; None: the default one.
-        distributed: whether there are other ranks.
-
-    Returns:
-        the files that this rank has written, hashed on their way to the disk.
-
-    Raises:
-        UserError: on every rank, when any of them cannot write.
-    """
-    return save_parts(folder, tensors, staged, all_ranks(group, distributed))
 
 
 def load_tensors(
@@ -117,7 +89,7 @@ def load_tensors(
         opened: what :func:`open_tensors` returned for ``folder``, if it has been called already on every rank.
 
     Raises:
-        UserError: on every rank, when on any of them a tensor is missing, has another shape, or cannot be read.
+        UserError: on every rank, if on any of them a tensor is missing, has another shape, or cannot be read.
     """
     ranks = all_ranks(None, distributed)
     parts = ranks.run_on_all(lambda: open_tensors(folder)) if opened is None else opened
@@ -127,11 +99,13 @@ def load_tensors(
 def describe_casts(
     folder: str | Path, stored: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor], resuming: bool
 ) -> list[str]:
-    """Lines about the casts of :func:`load_tensors`: values widened to go on with a run (``resuming``), or rounded to
-    begin one. Values widened to begin one are the usual case and not spoken of.
+    """Return lines about the casts of :func:`load_tensors`.
+
+    A resumed run reports exact casts, and refuses others. A new run reports only casts that round: exact ones are the
+    usual case.
 
     Raises:
-        UserError: the run would not go on as it was: values of the checkpoint would be rounded.
+        UserError: a resumed run would round values of the checkpoint.
     """
     pairs = {name: (stored[name].dtype, tensor.dtype) for name, tensor in tensors.items() if name in stored}
     lines = []
@@ -150,11 +124,6 @@ def describe_casts(
     return lines
 
 
-def check_model_tensors(folder: str | Path, model: ParameterOwner) -> None:
-    """Refuse a checkpoint whose model tensors are not exactly those of ``model``; see :func:`require_model_tensors`."""
-    require_model_tensors(folder, stored_tensors(folder), model)
-
-
 def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor], model: ParameterOwner) -> None:
     """Refuse a checkpoint of ``stored`` whose model tensors are not exactly those of ``model``, and name some.
 
@@ -168,9 +137,8 @@ def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor]
 
 
 def describe_difference(stored: Mapping[str, StoredTensor], model: ParameterOwner) -> str:
-    """How names and shapes of ``stored`` differ from the parameters of ``model``, in a line; empty when they do not.
-
-    It names some of what is missing, of what is there instead, and of what has another shape.
+    """Return a line about how names and shapes of ``stored`` differ from the parameters of ``model``; empty if they
+    do not.
     """
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     missing = [name for name in wanted if name not in stored]

@@ -1,11 +1,10 @@
-"""Whether a checkpoint is what was written: every file of its size and hash, and no other beside them that is read."""
+"""Verify checkpoints: every file has its size and hash, and no other file could be read as part of them."""
 
 from __future__ import annotations
 
 import errno
-import heapq
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,23 +13,24 @@ from pathlib import Path
 from ...errors import UserError
 from ...files.hashing import FileRecord, record_file
 from ..damage import METADATA_FILE, TABLE_FILE, DamagedCheckpoint, file_inside
+from ..workers import share_by_size
 from .assets import ASSET_FOLDER
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
 
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
-"""What reading says of a file that the disk has lost. Anything else is the machine's trouble, not the checkpoint's."""
+"""Errors about a file that is lost. Others may be problems of the machine, not of the checkpoint."""
 _READ = (TABLE_FILE, "*.safetensors", METADATA_FILE, "*.distcp", f"{ASSET_FOLDER}/*")
-"""Files that a run or a converter could take for a part of the checkpoint, were they there."""
+"""Patterns of the files that a run or a converter would read."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One file that is not what was written."""
+    """A file that differs from what was written."""
 
     file: str
-    """By its path in the checkpoint."""
+    """Path in the checkpoint."""
     what: str
-    """Path, and what is wrong: the beginning of a line."""
+    """Full path, and the problem: the beginning of an error line."""
 
 
 def find_damage(
@@ -39,22 +39,21 @@ def find_damage(
     only: Collection[str] | None = None,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> tuple[Manifest | None, list[Damage]]:
-    """Check the checkpoint ``folder`` against its manifest, reading every byte.
+    """Compare the checkpoint ``folder`` with its manifest, reading every byte.
 
-    One of format 1 lists no files; of it is checked that the tensors' files are as long as its metadata says.
+    A manifest of format 1 lists no files. Then only the sizes of the tensors' files are checked, against the metadata.
 
     Args:
         folder: of the checkpoint.
-        share: (rank, number of ranks) that read it together: this one checks its share of the files, which are dealt
-            out by size.
-        only: these files, instead of a share.
-        on_bytes: hears how many bytes each block that was read had.
+        share: (rank, number of ranks) that verify it together; each checks its share of the files.
+        only: names of the files to check, instead of a share.
+        on_bytes: called with the number of bytes of each block.
 
     Returns:
-        the manifest, where it can be read, and what is wrong.
+        The manifest, if it can be read, and the damage.
 
     Raises:
-        UserError: it is not this program's, or cannot be read.
+        UserError: it has an unknown format, or cannot be read.
     """
     try:
         if folder.is_dir() and not (folder / MANIFEST_FILE).is_file():
@@ -64,7 +63,8 @@ def find_damage(
         records = manifest.records
         if not records:
             _require_long_enough(folder)
-        for name in only if only is not None else _deal(records, *share):
+        sizes = {name: record.bytes for name, record in records.items()}
+        for name in only if only is not None else share_by_size(sizes, *share):
             if name in records:
                 damage += _damage_of_file(folder, name, records[name], on_bytes)
         return manifest, damage
@@ -73,15 +73,15 @@ def find_damage(
 
 
 def require_undamaged(folder: Path, on_bytes: Callable[[int], object] = lambda count: None, workers: int = 1) -> None:
-    """Read every byte of the checkpoint ``folder`` before anything is made of it.
+    """Verify every byte of the checkpoint ``folder``.
 
     Args:
         folder: of the checkpoint.
-        on_bytes: hears how many bytes each block that was read had, from any of the threads.
+        on_bytes: called with the number of bytes of each block, from any of the threads.
         workers: threads that share the files.
 
     Raises:
-        UserError: naming the first file that is not what was written.
+        UserError: names the first damaged file.
     """
     stop = threading.Event()
 
@@ -101,33 +101,17 @@ def require_undamaged(folder: Path, on_bytes: Callable[[int], object] = lambda c
 
 
 class _Stopped(Exception):
-    """Nobody waits for the rest."""
-
-
-def _deal(records: Mapping[str, FileRecord], rank: int, num_ranks: int) -> list[str]:
-    """Files of ``rank``: the largest first, each to the rank that has the fewest bytes."""
-    bytes_of = [(0, number) for number in range(num_ranks)]
-    mine = []
-    for name in sorted(records, key=lambda name: (-records[name].bytes, name)):
-        size, number = heapq.heappop(bytes_of)
-        heapq.heappush(bytes_of, (size + records[name].bytes, number))
-        mine += [name] if number == rank else []
-    return mine
+    """Another thread has failed."""
 
 
 def _damage_of_file(folder: Path, name: str, record: FileRecord, on_bytes: Callable[[int], object]) -> list[Damage]:
+    if damage := _damage_of_size(folder, name, record):
+        return damage
+    path = folder / name
     try:
-        path = file_inside(folder, name)
-        size = path.stat().st_size
-        if size != record.bytes:
-            return [_wrong_size(path, name, size, record)]
         found = record_file(path, on_bytes)
-    except DamagedCheckpoint as error:
-        return [Damage(name, str(error))]
     except OSError as error:
-        if error.errno not in _LOST:
-            raise UserError(f"{folder / name}: cannot be read: {error.strerror or error}") from None
-        return [Damage(name, f"{folder / name}: missing or unreadable ({error.strerror})")]
+        return [_lost(folder, name, error)]
     if found.bytes != record.bytes:
         return [_wrong_size(path, name, found.bytes, record)]
     if found != record:
@@ -135,34 +119,39 @@ def _damage_of_file(folder: Path, name: str, record: FileRecord, on_bytes: Calla
     return []
 
 
+def _damage_of_size(folder: Path, name: str, record: FileRecord) -> list[Damage]:
+    """Check a file without reading it."""
+    try:
+        size = file_inside(folder, name).stat().st_size
+    except DamagedCheckpoint as error:
+        return [Damage(name, str(error))]
+    except OSError as error:
+        return [_lost(folder, name, error)]
+    return [] if size == record.bytes else [_wrong_size(folder / name, name, size, record)]
+
+
+def _lost(folder: Path, name: str, error: OSError) -> Damage:
+    """Return the damage of a file that cannot be read; raise a UserError if the reason may be the machine."""
+    if error.errno not in _LOST:
+        raise UserError(f"{folder / name}: cannot be read: {error.strerror or error}") from None
+    return Damage(name, f"{folder / name}: missing or unreadable ({error.strerror})")
+
+
 def _wrong_size(path: Path, name: str, size: int, record: FileRecord) -> Damage:
     return Damage(name, f"{path}: damaged, it has {size:,} bytes, {record.bytes:,} were written")
 
 
 def wrong_sizes(folder: Path, manifest: Manifest) -> list[Damage]:
-    """What can be seen without reading: files that are missing, or of another size.
+    """Return the files that are missing or have another size, without reading them.
 
     Raises:
-        UserError: a file cannot be looked at.
+        UserError: a file cannot be accessed.
     """
-    damage = []
-    for name, record in manifest.records.items():
-        try:
-            size = file_inside(folder, name).stat().st_size
-        except DamagedCheckpoint as error:
-            damage.append(Damage(name, str(error)))
-        except OSError as error:
-            if error.errno not in _LOST:
-                raise UserError(f"{folder / name}: cannot be read: {error.strerror or error}") from None
-            damage.append(Damage(name, f"{folder / name}: missing or unreadable ({error.strerror})"))
-        else:
-            if size != record.bytes:
-                damage.append(_wrong_size(folder / name, name, size, record))
-    return damage
+    return [damage for name, record in manifest.records.items() for damage in _damage_of_size(folder, name, record)]
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[Damage]:
-    """Files that would be read as part of the checkpoint, but are not."""
+    """Return files that would be read as part of the checkpoint, but are not listed in its manifest."""
     if not manifest.files:
         return []
     present = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
@@ -174,7 +163,7 @@ def unlisted(folder: Path, manifest: Manifest) -> list[Damage]:
 
 
 def _require_long_enough(folder: Path) -> None:
-    from ..conversion.dcp_metadata import read_metadata  # of format 1 only
+    from ..dcp_metadata import read_metadata  # of format 1 only
 
     ends: dict[str, int] = {}
     for place in read_metadata(folder).storage_data.values():

@@ -18,16 +18,15 @@ from ...errors import UserError
 from ...files.hashing import hash_file
 from ...guards.background import run_in_background
 from ...parallel.process_group import Ranks
-from ...run_state import Run
 from ..block_copy import OutputFile, WrittenFile, copy_files
 from ..checkpoint.manifest import MANIFEST_FILE
 from ..checkpoint.store import CheckpointStore, step_of
 from ..finite import OPTION
 from ..hugging_face.upload import open_repository, upload_folder
-from ..hugging_face.weight_dtypes import describe_casts
 from ..partial_folder import partial_folder
-from ..workers import default_workers
-from .dcp_to_hf import Export, plan_export
+from ..workers import default_workers, share_by_size
+from .dcp_to_hf import plan_export
+from .pipeline import Conversion
 from .provenance import CONVERSION_FILE
 from .writing import size_of
 
@@ -72,29 +71,41 @@ def _require_own(output: Path) -> None:
         )
 
 
-def export_run(run: Run) -> None:
-    """Make, and upload, the exports in the run's configuration. All ranks call this.
+def export_run(
+    config: CheckpointConfig,
+    store: CheckpointStore,
+    step: int,
+    start: str | None,
+    stop_agreed: Callable[[], bool],
+    say: Callable[[str], None],
+) -> None:
+    """Make, and upload, the exports of a run's configuration. All ranks call this.
 
-    If the run had no steps left and continued from a checkpoint in another folder, that checkpoint is exported.
+    Args:
+        config: of the run.
+        store: its checkpoints.
+        step: its last step.
+        start: the checkpoint that it continued from. It is exported if the run had no steps left.
+        stop_agreed: whether all ranks have been asked to stop; called repeatedly on all ranks.
+        say: receives lines for the log.
 
     Raises:
         UserError: on every rank, if the export cannot be made or uploaded. The checkpoint is unchanged.
     """
-    config, store, step, say = run.config.checkpoint, run.store, run.progress.step, run.say
     if not config.export_hf:
         return
     ranks = store.ranks
     complete = ranks.broadcast(ranks.run_on_rank0(store.complete))
     checkpoint = next((folder for folder in complete if step_of(folder) == step), None)
     if checkpoint is None:
-        checkpoint = Path(str(run.start.folder))
+        checkpoint = Path(str(start))
     output = export_folder(store.folder.parent, step)
     try:
         if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint))):
             say(f"exported    {output} already exists")
         else:
             _require_valid(store, checkpoint)
-            _write(ranks, checkpoint, output, run.stop.agreed, say)
+            _write(ranks, checkpoint, output, stop_agreed, say)
     except _Stopped:
         say(f"stopped the export to {output} as requested; the same command completes it")
         return
@@ -156,15 +167,17 @@ def _write(
     ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool], say: Callable[[str], None]
 ) -> None:
     export = ranks.run_on_all(lambda: plan_export(checkpoint))
-    for line in describe_casts(export.model.stored.tensors, export.tensors):
+    for line in export.casts:
         say(f"export      {line}")
     with ExitStack() as stack:
         identity = export.record.identity
         # Files of a killed run are not reused: they are written again.
-        partial = ranks.run_on_rank0(lambda: stack.enter_context(partial_folder(output, identity, say, take_up=False)))
+        partial = ranks.run_on_rank0(lambda: stack.enter_context(partial_folder(output, identity, say, reuse=False)))
         content: Path = ranks.broadcast(partial and partial.content)
         ranks.run_on_all(lambda: _require_visible(content))
-        mine = _deal(export.plan.files, ranks)
+        sizes = {file.name: file.num_bytes for file in export.target.files}
+        names = share_by_size(sizes, ranks.rank, ranks.world_size)
+        mine = [file for file in export.target.files if file.name in names]
         stopping = False
 
         def broken_off() -> bool:
@@ -177,7 +190,12 @@ def _write(
         if stopping:
             raise _Stopped
         written = [file for of_rank in ranks.all_gather(done) for file in of_rank or ()]
-        ranks.run_on_rank0(lambda: _complete(export, content, written, stack))
+
+        def complete() -> None:
+            export.complete(content, {file.name: file for file in written}, say)
+            stack.close()
+
+        ranks.run_on_rank0(complete)
     say(f"exported    {output}: {len(export.tensors)} tensors, {size_of(written)}")
 
 
@@ -188,16 +206,10 @@ def _require_visible(folder: Path) -> None:
         )
 
 
-def _deal(files: list[OutputFile], ranks: Ranks) -> list[OutputFile]:
-    """Return this rank's share of the files, distributed in turns, the largest first."""
-    by_size = sorted(files, key=lambda file: -sum(tensor.num_bytes for tensor in file.tensors.values()))
-    return by_size[ranks.rank :: ranks.world_size]
-
-
 class _Copying:
     """This rank's files, written in a thread that another thread can stop."""
 
-    def __init__(self, export: Export, folder: Path, files: list[OutputFile]):
+    def __init__(self, export: Conversion, folder: Path, files: list[OutputFile]):
         self._export, self._folder, self._files = export, folder, files
         self._broken_off = False
 
@@ -205,12 +217,14 @@ class _Copying:
         self._broken_off = True
 
     def __call__(self) -> list[WrittenFile]:
-        source = self._export.source
+        export = self._export
         workers = max(1, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         try:
-            rows = source.hashed_rows
+            rows = export.hashed_rows
             remedy = f"go back to an earlier checkpoint, or give dcp_to_hf.py {OPTION}"
-            done = copy_files(self._folder, self._files, source, workers, rows, self._on_bytes, nonfinite_remedy=remedy)
+            done = copy_files(
+                self._folder, self._files, export.source, workers, rows, self._on_bytes, nonfinite_remedy=remedy
+            )
         except _BrokenOff:
             return []
         return list(done.values())
@@ -218,10 +232,3 @@ class _Copying:
     def _on_bytes(self, count: int) -> None:
         if self._broken_off:
             raise _BrokenOff
-
-
-def _complete(export: Export, folder: Path, written: list[WrittenFile], stack: ExitStack) -> None:
-    export.model.require_unchanged()
-    export.write_assets(folder)
-    export.write_record(folder, written)
-    stack.close()

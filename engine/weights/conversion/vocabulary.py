@@ -67,7 +67,7 @@ class ResizedVocabulary:
             if self.hashed_rows.get(name, 0) < self._rows or name not in self.hashed_rows:
                 yield read
                 return
-            mean = _mean_row(read, self._source.tensors[name])
+            mean = mean_row(read, self._source.tensors[name], self._rows)
 
             def read_resized(first: int, rows: Tensor) -> None:
                 num_stored = max(0, min(rows.shape[0], self._rows - first))
@@ -78,9 +78,9 @@ class ResizedVocabulary:
             yield read_resized
 
 
-def _mean_row(read: ReadRows, tensor: StoredTensor) -> Tensor:
-    """Return the [hidden] mean of the rows of ``tensor``, summed in float64, in the dtype of ``tensor``."""
-    num_rows, hidden = tensor.shape
+def mean_row(read: ReadRows, tensor: StoredTensor, num_rows: int) -> Tensor:
+    """Return the [hidden] mean of the first rows of ``tensor``, summed in float64, in the dtype of ``tensor``."""
+    hidden = tensor.shape[1]
     block = torch.empty((max(1, BLOCK_BYTES // (hidden * 8)), hidden), dtype=tensor.dtype)
     total = torch.zeros(hidden, dtype=torch.float64)
     for first in range(0, num_rows, block.shape[0]):

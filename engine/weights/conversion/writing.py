@@ -14,11 +14,6 @@ from ..partial_folder import DiscardOutput, PartialFolder
 from ..tensor_source import TensorSource
 
 
-def nonfinite_option(allow_nonfinite: bool) -> dict[str, bool]:
-    """Return the option for ``conversion.json``: files copied with it are not reused without it."""
-    return {"allow_nonfinite": True} if allow_nonfinite else {}
-
-
 @contextmanager
 def progress(description: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
     """Show a progress bar on a terminal; yield a function to call with the bytes of every block, from any thread."""
@@ -48,19 +43,19 @@ def write_tensors(
     Raises:
         UserError, OSError: see :func:`~retemper.engine.weights.block_copy.copy_files`.
     """
-    num_bytes = sum(tensor.num_bytes for file in files for tensor in file.tensors.values())
+    num_bytes = sum(file.num_bytes for file in files)
     # Every byte is written, or read from an existing file, and then read back.
     with progress("converting", 2 * num_bytes) as advance:
         done: dict[str, WrittenFile] = {}
         for file in files:
-            before = partial.finished(file.name, lambda count: advance(2 * count))
+            before = partial.verified(file.name, lambda count: advance(2 * count))
             # Another version of the library that distributes tensors may use the name for other tensors.
             if before is not None and before.tensors.keys() == file.tensors.keys():
                 done[file.name] = before
         rest = [file for file in files if file.name not in done]
         remedy = None if allow_nonfinite else REMEDY
         try:
-            done |= copy_files(partial.content, rest, source, workers, hashed_rows, advance, partial.note, remedy)
+            done |= copy_files(partial.content, rest, source, workers, hashed_rows, advance, partial.record, remedy)
         except NotFinite as error:  # other weights are another source, and the option makes another output
             raise DiscardOutput(str(error)) from None
     return {file.name: done[file.name] for file in files}

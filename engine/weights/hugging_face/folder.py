@@ -1,8 +1,7 @@
-"""Read the weights of a Hugging Face folder: names of tensors, and their values, whole or in parts.
+"""Find the weights of a Hugging Face folder.
 
-Opening a folder of any size is cheap. :meth:`HfWeights.read` maps a tensor, which takes memory only while it is in use;
-:meth:`HfWeights.rows` reads rows into memory of the caller, without mapping. Pickled weights (``pytorch_model.bin``)
-are never opened, because loading them can run code.
+Only headers are read here, so opening a folder of any size is cheap. Pickled weights (``pytorch_model.bin``) are never
+opened, because loading them can run code.
 
 :mod:`model` matches the tensors to a decoder; :mod:`shards` writes files.
 """
@@ -10,23 +9,17 @@ are never opened, because loading them can run code.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import safetensors
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ...errors import UserError
 from ...files.regular import open_regular, read_regular
 from ...model.architecture import ADAPTER_FILE, ADAPTER_REMEDY
-from ..raw_bytes import opened_for_reading, read_exactly
-from ..safetensors_format import read_header
-from ..tensor_source import ReadRows, StoredTensor
+from ..damage import DamagedCheckpoint
+from ..parts import Part, TensorParts
+from ..safetensors_format import DTYPES, HeaderEntry, read_header
+from ..tensor_source import StoredTensor, rows_of
 from .names import parameter_names
 
 WEIGHTS_FILE = "model.safetensors"
@@ -43,8 +36,8 @@ _OTHER_FORMATS = {
 _MOST_INDEX_BYTES = 256 << 20
 
 
-class HfWeights:
-    """The tensors of a Hugging Face folder, under the names that parameters have in transformers.
+class HfWeights(TensorParts):
+    """The tensors of a Hugging Face folder, under the names that parameters have in transformers. Each is one part.
 
     Files are chosen as in transformers: ``model.safetensors``, else the files in the index. A folder with both is
     refused unless they are the same, because other programs prefer the index. Other safetensors files, left by an
@@ -69,12 +62,14 @@ class HfWeights:
         else:
             self._require_safetensors()
             self._files = {WEIGHTS_FILE: self._open(WEIGHTS_FILE, "it holds the weights")}
-        self._file_of = self._file_of_each_tensor()
-        self._offsets = {file: _tensor_offsets(self.folder / file) for file in self._files}
-        self.stored_names = parameter_names(self._file_of, self.folder)
+        file_of = self._file_of_each_tensor()
+        self.stored_names = parameter_names(file_of, self.folder)
         """Name of each tensor in the files."""
-        self.tensors = {name: self._describe(stored) for name, stored in self.stored_names.items()}
-        """Names, shapes and dtypes."""
+        tensors, parts = {}, {}
+        for name, stored in self.stored_names.items():
+            path, entry = self.folder / file_of[stored], self._files[file_of[stored]][stored]
+            tensors[name], parts[name] = _described(path, stored, entry), [_whole(path, entry)]
+        super().__init__(self.folder, tensors, parts)
         patterns = ("*.safetensors", *_PICKLED)
         present = {entry.name for pattern in patterns for entry in self.folder.glob(pattern)}
         self.ignored_files = sorted(name for name in present - self._files.keys() if _holds_weights(name))
@@ -86,43 +81,12 @@ class HfWeights:
         index = self.folder / INDEX_FILE
         return [*(self.folder / file for file in self._files), *([index] if index.is_file() else [])]
 
-    def read(self, name: str) -> Tensor:
-        """Return the CPU tensor ``name``, mapped from its file: treat it as read-only; it is paged in when used."""
-        return self._read_stored(self.stored_names[name])
-
-    def place(self, name: str) -> tuple[Path, int]:
-        """Return the file of the tensor ``name``, and the offset of its values there, in bytes."""
-        stored = self.stored_names[name]
-        path = self.folder / self._file_of[stored]
-        return path, self._offsets[path.name][stored]
-
-    @contextmanager
-    def rows(self, name: str) -> Iterator[ReadRows]:
-        """Read rows, see :class:`~retemper.engine.weights.tensor_source.TensorSource`."""
-        (path, start), tensor = self.place(name), self.tensors[name]
-        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        with opened_for_reading(path) as descriptor:
-            yield lambda first, rows: read_exactly(descriptor, start + first * row_bytes, rows, path)
-
     def rename(self, name: str, new_name: str) -> None:
         """Rename the tensor ``name`` to ``new_name``, in the same place of the order."""
         change = lambda key: new_name if key == name else key  # noqa: E731
         self.stored_names = {change(key): stored for key, stored in self.stored_names.items()}
         self.tensors = {change(key): tensor for key, tensor in self.tensors.items()}
-
-    def _read_stored(self, stored: str) -> Tensor:
-        return self._files[self._file_of[stored]].get_tensor(stored)
-
-    def _describe(self, name: str) -> StoredTensor:
-        try:
-            tensor = self._read_stored(name)
-        except Exception as error:  # the library has no narrower class for dtypes that PyTorch lacks
-            path, stored = self.folder / self._file_of[name], self._files[self._file_of[name]].get_slice(name)
-            raise UserError(
-                f"{path}: {name} is {stored.get_dtype()} {stored.get_shape()}, which cannot be read "
-                f"({str(error).partition(chr(10))[0]}); quantized weights must be dequantized first"
-            ) from None
-        return StoredTensor(tuple(tensor.shape), tensor.dtype)
+        self.parts = {change(key): parts for key, parts in self.parts.items()}
 
     def _refuse_adapter(self) -> None:
         """Refuse a folder with an adapter and weights: transformers loads the adapter's base model instead of the
@@ -146,30 +110,23 @@ class HfWeights:
                 "transformers uses the first, other programs the second; remove one of them"
             )
 
-    def _open(self, file: str, why: str) -> Any:
+    def _open(self, file: str, why: str) -> dict[str, HeaderEntry]:
+        """Return the header of a file."""
         path = self.folder / file
         try:
-            with open_regular(path):  # safe_open reports every unreadable file as missing
-                pass
-            # It refuses headers of more than 100 MB, and places of tensors that overlap or are outside the file.
-            return safe_open(path, framework="pt")
+            with open_regular(path) as opened:
+                return read_header(path, opened.fileno())
         except FileNotFoundError:
             raise UserError(f"{path}: missing, though {why}; fetch the folder again") from None
-        except SafetensorError as error:
-            if "unknown variant" in str(error):  # its only list of variants is that of dtypes
-                known = f"safetensors {safetensors.__version__}"
-                raise UserError(
-                    f"{path}: has a dtype that {known} does not know ({error}); dequantize the weights first"
-                ) from None
-            raise UserError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
+        except DamagedCheckpoint as error:
+            raise UserError(str(error).replace("use another checkpoint", "fetch it again")) from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
 
     def _require_listed(self, listed: Mapping[str, str]) -> None:
         """Check that every tensor of the index is in the file that the index names."""
-        names = {file: set(opened.keys()) for file, opened in self._files.items()}
         for name, file in listed.items():
-            if name not in names[file]:
+            if name not in self._files[file]:
                 raise UserError(
                     f"{self.folder / file}: holds no {name}, although {INDEX_FILE} lists it there; fetch the folder "
                     "again"
@@ -180,8 +137,8 @@ class HfWeights:
         them.
         """
         found: dict[str, str] = {}
-        for file, opened in self._files.items():
-            for name in list(opened.keys()):  # it is not iterable
+        for file, header in self._files.items():
+            for name in header:
                 if name in found:
                     raise UserError(f"{self.folder}: {found[name]} and {file} both hold {name}; fetch the folder again")
                 found[name] = file
@@ -230,7 +187,16 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _tensor_offsets(path: Path) -> dict[str, int]:
-    """Return the offset of every tensor's values in the file, in bytes. ``safe_open`` has checked it."""
-    with open_regular(path) as file:
-        return {name: entry.start for name, entry in read_header(path, file.fileno()).items()}
+def _described(path: Path, name: str, entry: HeaderEntry) -> StoredTensor:
+    if entry.dtype not in DTYPES:
+        raise UserError(
+            f"{path}: {name} is {entry.dtype} {list(entry.shape)}, which cannot be read; quantized weights must be "
+            "dequantized first"
+        )
+    return StoredTensor(entry.shape, DTYPES[entry.dtype])
+
+
+def _whole(path: Path, entry: HeaderEntry) -> Part:
+    """Return the only part of a tensor that is stored whole."""
+    sizes = rows_of(entry.shape)
+    return Part((0,) * len(sizes), sizes, path, lambda descriptor: entry.start)

@@ -1,4 +1,4 @@
-"""Where a run's first weights are: ``model.initialize_from`` as a folder that every rank can read."""
+"""Find, open and load the weights that a run starts from (``model.initialize_from``)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from ...errors import UserError
 from ...guards.background import run_in_background
 from ...parallel.process_group import Ranks
 from ..checkpoint.assets import is_hf_folder, newest_of_run
+from ..finite import OPTION, require_finite
+from ..parts import all_ranks, load_parts
 from .hub_download import find_model_folder, is_on_hub
 from .model import HfModel, open_hf_model
 
 KEY = "model.initialize_from"
+_NONFINITE_REMEDY = (
+    "get another copy of the weights; to start from them nonetheless, convert the folder with "
+    f"checkpoint_convert/hf_to_dcp.py {OPTION}"
+)
 
 
 def local_weights(name: str, ranks: Ranks) -> tuple[Literal["folder", "checkpoint"], str]:
@@ -24,12 +32,12 @@ def local_weights(name: str, ranks: Ranks) -> tuple[Literal["folder", "checkpoin
         ranks: all call this.
 
     Returns:
-        what it is and where: of a run the newest checkpoint, of a model on the Hub the local copy.
+        What it is, and its folder: the newest checkpoint of a run, the local copy of a model on the Hub.
 
     Raises:
-        UserError: on every rank, where there are no such weights.
+        UserError: on every rank, if there are no such weights.
     """
-    # The main rank's view counts: ranks must not go different ways.
+    # The main rank decides, because all ranks must do the same.
     kind, folder = ranks.broadcast(ranks.run_on_rank0(lambda: _kind(name)))
     if kind == "repository":
         return "folder", str(_download(name, ranks))
@@ -37,14 +45,14 @@ def local_weights(name: str, ranks: Ranks) -> tuple[Literal["folder", "checkpoin
 
 
 def open_weights(folder: str | Path, config: dict[str, Any] | None = None) -> HfModel:
-    """The Hugging Face ``folder`` that a run starts from.
+    """Open the Hugging Face ``folder`` that a run starts from.
 
     Args:
         folder: with weights.
-        config: content of its config.json, where that has been read already.
+        config: content of its config.json, if it has been read already.
 
     Raises:
-        UserError: naming the setting, where it cannot be used.
+        UserError: it cannot be used; names the setting.
     """
     try:
         return open_hf_model(folder, config=config)
@@ -52,8 +60,25 @@ def open_weights(folder: str | Path, config: dict[str, Any] | None = None) -> Hf
         raise UserError(f"{KEY}: {error}") from None
 
 
+def load_hf_tensors(model: HfModel, tensors: dict[str, Tensor], distributed: bool = True) -> None:
+    """Read parameters of ``model`` into ``tensors`` in place, casting to their dtypes; each may be sharded in any way.
+
+    Each rank reads its own parts, and no more.
+
+    Args:
+        model: the folder.
+        tensors: by name.
+        distributed: whether there are other ranks, which then call this as well.
+
+    Raises:
+        UserError: on every rank, when on any of them a file cannot be read, or holds values that are not finite.
+    """
+    check = lambda name, values: require_finite(name, values, _NONFINITE_REMEDY)  # noqa: E731
+    load_parts(model.parameters, tensors, model.stored.folder, all_ranks(None, distributed), check)
+
+
 def _kind(name: str) -> tuple[str, str]:
-    """What ``name`` is, and the folder where it has one."""
+    """Return what ``name`` is, and its folder, if it has one."""
     if newest := newest_of_run(name):
         return "checkpoint", newest
     if is_on_hub(name):
@@ -62,7 +87,7 @@ def _kind(name: str) -> tuple[str, str]:
 
 
 def _download(name: str, ranks: Ranks) -> Path:
-    """The local copy of a repository, of one commit on all ranks. Each node fetches it once, the main one first."""
+    """Return the local copy of a repository, of the same commit on all ranks. Each node fetches it once."""
     fetch = lambda revision: str(find_model_folder(name, KEY, revision))  # noqa: E731
     found = run_in_background(ranks, (lambda: fetch(None)) if ranks.is_main else None)
     revision = ranks.broadcast(found and Path(found).name)

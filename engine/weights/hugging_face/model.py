@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...errors import UserError
 from ...model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
@@ -17,8 +15,9 @@ from ...model.config_keys import describe_unread
 from ...model.decoder import meta_decoder
 from ..block_copy import BLOCK_BYTES
 from ..checkpoint.tensors import describe_difference
+from ..parts import TensorParts
 from ..raw_bytes import bytes_of
-from ..tensor_source import ReadRows, StoredTensor, rows_of
+from ..tensor_source import StoredTensor, rows_of
 from .folder import HfWeights
 from .names import describe_renamed, renaming_hint
 from .weight_dtypes import DTYPES, dtype_name
@@ -35,21 +34,14 @@ class HfModel:
     config: dict[str, Any]
     """Content of ``config.json``."""
     architecture: Architecture
-    tensors: dict[str, StoredTensor]
-    """Names, shapes and dtypes, in the decoder's order."""
+    stored: HfWeights
+    """All tensors."""
+    parameters: TensorParts
+    """Parameters, in the decoder's order."""
     notes: list[str]
     """Remarks about tensors that were left out, a line each."""
-    weights: HfWeights
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names of the tensors that are not parameters, by reason."""
-
-    def read(self, name: str) -> Tensor:
-        """Read a tensor, see :meth:`HfWeights.read`."""
-        return self.weights.read(name)
-
-    def rows(self, name: str) -> AbstractContextManager[ReadRows]:
-        """Read rows, see :meth:`HfWeights.rows`."""
-        return self.weights.rows(name)
 
 
 def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict[str, Any] | None = None) -> HfModel:
@@ -112,9 +104,9 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict
         unexpected = tensors.keys() - {name for name, _ in decoder.named_parameters()}
         hint = renaming_hint([weights.stored_names[name] for name in tensors if name in unexpected])
         raise UserError(f"{folder}: the weights do not fit {CONFIG_FILE}: {difference}{hint}")
-    ordered = {name: tensors[name] for name, _ in decoder.named_parameters()}
-    _require_floats(ordered, folder)
-    return HfModel(config, architecture, ordered, notes, weights, left_out)
+    parameters = weights.only(name for name, _ in decoder.named_parameters())
+    _require_floats(parameters.tensors, folder)
+    return HfModel(config, architecture, weights, parameters, notes, left_out)
 
 
 def _embedding_rows(tensors: dict[str, StoredTensor], architecture: Architecture) -> int:

@@ -38,8 +38,8 @@ from retemper.benchmarks.preprocess.memory import MemoryUse, check_memory
 from retemper.benchmarks.preprocess.report import format_report, summarize
 from retemper.benchmarks.process_tree import Cost, measure
 from retemper.engine.errors import UserError
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools import benchmark_preprocess as command
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 ROOT = Path(command.__file__).parents[1]
 TEXTS = [sample_text(seed, 5 + seed) for seed in range(20)]

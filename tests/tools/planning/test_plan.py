@@ -20,7 +20,8 @@ from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.optim import allocate_states, build_optimizer
 from retemper.engine.parallel.layout import Layout
-from retemper.engine.weights.checkpoint.tensors import model_tensors, optimizer_tensors, save_tensors
+from retemper.engine.weights.checkpoint.tensors import model_tensors, optimizer_tensors
+from retemper.engine.weights.saving import save_tensors
 from retemper.tools import plan as command
 from retemper.tools.planning import command as planning_command
 from retemper.tools.planning.extrapolation import dry_run_short, places

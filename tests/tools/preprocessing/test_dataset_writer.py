@@ -23,7 +23,7 @@ from retemper.engine.data.index_format import write_index
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing import dataset_writer
+from retemper.tools.preprocessing import dataset_writer, hashed_file
 from retemper.tools.preprocessing.dataset_writer import FileArray, FileRange, IndexedDatasetWriter, best_dtype
 
 
@@ -74,7 +74,7 @@ def test_ranges_with_ends_are_taken_as_they_are(tmp_path_factory, parts, code, c
     folder = tmp_path_factory.mktemp("d")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_format, "ENTRIES_AT_ONCE", chunk)
-        patch.setattr(dataset_writer, "_BLOCK_BYTES", block)
+        patch.setattr(hashed_file, "_BLOCK_BYTES", block)
         with IndexedDatasetWriter(folder / "all", index_format.DTYPES[code]) as writer:
             for number, documents in enumerate(parts):
                 write_megatron(folder / str(number), documents, code)
@@ -207,7 +207,7 @@ def test_ranges_are_copied_on_every_platform(tmp_path, monkeypatch, platform, bl
             monkeypatch.delattr(os, name, raising=False)
         else:
             monkeypatch.setattr(os, name, call, raising=False)
-    monkeypatch.setattr(dataset_writer, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(hashed_file, "_BLOCK_BYTES", block)
     count = 5 * mmap.PAGESIZE
     rng = np.random.default_rng(0)
     for at in (0, block // 4 - 1, block // 4, count - 1):

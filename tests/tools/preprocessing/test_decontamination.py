@@ -12,7 +12,7 @@ from oracles.word_ngrams import ngrams_of, shares_ngram
 from retemper.tools.preprocessing import ngrams
 from retemper.tools.preprocessing.cleaning import decontamination
 from retemper.tools.preprocessing.cleaning.decontamination import HashSet, NgramFilter
-from retemper.tools.preprocessing.dedup import near
+from retemper.tools.preprocessing.dedup import minhash
 
 WORDS = ("a", "b", "c", "d", "é", "É", "ß", "SS", "don't", "x-y", "3.14", "天", "地玄", "かな", "กา", "\u0e49ข")
 """Few, so that n-grams meet by chance; some are several words or parts of words."""
@@ -22,7 +22,7 @@ POEM = "床前明月光。疑是地上霜。举头望明月。低头思故乡。
 @pytest.fixture(params=[60, 1 << 17])
 def block(request, monkeypatch) -> int:
     """Characters hashed at once: texts are longer than some of these, or not."""
-    for module in (ngrams, near, decontamination):
+    for module in (ngrams, minhash, decontamination):
         monkeypatch.setattr(module, "BLOCK", request.param)
     return request.param
 

@@ -15,10 +15,10 @@ from oracles.word_ngrams import shingles_of
 from retemper.engine.errors import UserError
 from retemper.tools.preprocessing import ngrams
 from retemper.tools.preprocessing.cleaning import decontamination
-from retemper.tools.preprocessing.dedup import key_groups, near
-from retemper.tools.preprocessing.dedup.exact import first_occurrences
+from retemper.tools.preprocessing.dedup import duplicates, key_groups, minhash
+from retemper.tools.preprocessing.dedup.duplicates import first_occurrences, near_duplicates, unite
 from retemper.tools.preprocessing.dedup.key_groups import KeyGroups
-from retemper.tools.preprocessing.dedup.near import MinHasher, choose_bands, near_duplicates, unite
+from retemper.tools.preprocessing.dedup.minhash import MinHasher, choose_bands
 
 rensa = pytest.importorskip("rensa", reason="--dedup minhash needs rensa")
 datasketch = pytest.importorskip("datasketch", reason="the oracle of near-duplicates is datasketch")
@@ -330,7 +330,7 @@ def test_pieces_have_the_bands_of_the_whole(monkeypatch, block):
     ]
     hasher = MinHasher()
     expected = hasher.bands_batch(texts).tolist()
-    for module in (ngrams, near, decontamination):
+    for module in (ngrams, minhash, decontamination):
         monkeypatch.setattr(module, "BLOCK", block)
     assert hasher.bands_batch(texts).tolist() == expected
     for text, bands in zip(texts, expected, strict=True):
@@ -346,13 +346,13 @@ def test_what_decides_the_bands_is_in_the_fingerprint():
 
 
 def test_too_many_documents_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(near, "MAX_DOCUMENTS", 10)
+    monkeypatch.setattr(duplicates, "MAX_DOCUMENTS", 10)
     assert len(list(near_duplicates([np.zeros((10, 1), np.uint64)], tmp_path))) == 1
     with pytest.raises(UserError, match="more than 10 documents"):
         list(near_duplicates([np.zeros((5, 1), np.uint64), np.zeros((6, 1), np.uint64)], tmp_path))
 
 
 def test_another_rensa_is_refused(monkeypatch):
-    monkeypatch.setattr(near, "_RENSA_ALGORITHM", 99)
+    monkeypatch.setattr(minhash, "_RENSA_ALGORITHM", 99)
     with pytest.raises(UserError, match="version 2, not 99: pip install"):
         MinHasher()

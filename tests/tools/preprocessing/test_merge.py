@@ -30,7 +30,7 @@ from retemper.engine.data.sidecar import InputSource, Sidecar
 from retemper.engine.errors import run_command
 from retemper.engine.files.hashing import hash_file
 from retemper.tools import merge as command
-from retemper.tools.preprocessing import dataset_writer
+from retemper.tools.preprocessing import hashed_file
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 from retemper.tools.preprocessing.merging.merge import MergeOptions, merge
 from retemper.tools.preprocessing.options import PreprocessOptions
@@ -122,7 +122,7 @@ def test_any_cut_joined_is_the_whole(tmp_path_factory, documents, cuts, dtype, c
         write(folder / f"part{number}", documents[first:last], sidecar() if sidecars else None, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_format, "ENTRIES_AT_ONCE", chunk)
-        patch.setattr(dataset_writer, "_BLOCK_BYTES", block)
+        patch.setattr(hashed_file, "_BLOCK_BYTES", block)
         join(folder / "out", *(folder / f"part{number}" for number in range(len(edges) - 1)))
     assert files(folder / "out") == files(folder / "whole")
     assert read_megatron(folder / "out").documents == documents
@@ -411,14 +411,14 @@ def test_an_existing_dataset_stays_until_the_new_one_is_complete(tmp_path, refus
 SLOW = """
 import os, sys, time
 from retemper.engine.errors import run_command
-from retemper.tools.preprocessing import dataset_writer
+from retemper.tools.preprocessing import hashed_file
 from retemper.tools import merge
-original = dataset_writer._copy_range
+original = hashed_file._copy_range
 def slow(*arguments):
     original(*arguments)
     print("copied", flush=True)
     time.sleep(60)
-dataset_writer._copy_range = slow
+hashed_file._copy_range = slow
 import signal
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 run_command(lambda: merge.main(sys.argv[1:]))

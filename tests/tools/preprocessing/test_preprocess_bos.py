@@ -23,7 +23,7 @@ from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
 from retemper.engine.observe.tokenizer_notes import tokenizer_notes
 from retemper.engine.schedule import BatchPlan
-from retemper.engine.tokenizer.document_frame import TokenizerFrame, read_tokenizer_frame
+from retemper.engine.tokenizer.frame import TokenizerFrame, read_tokenizer_frame
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 from retemper.tools import preprocess as command
 from retemper.tools.preprocessing import pipeline, run_setup

@@ -141,7 +141,7 @@ def test_a_difference_of_the_fast_tokenizer_makes_the_run_go_on_with_the_referen
     monkeypatch.setattr(pipeline, "run_tasks", first_differs)
     found = report(tiny_tokenizer, tmp_path, tmp_path / "a.jsonl", task_bytes=2000)
     assert encoders == ["auto", "reference"]
-    assert "other ids than tokenizers for 'x'; going on with the reference tokenizer" in capsys.readouterr().err
+    assert "other ids than tokenizers for 'x'; continuing with the reference tokenizer" in capsys.readouterr().err
     assert found.encoder.startswith("tokenizers ")
     assert read_megatron(tmp_path / "out").documents == plain_ids(tiny_tokenizer, TEXTS * 8)
 

@@ -124,7 +124,7 @@ def test_a_killed_run_goes_on_after_its_last_finished_part(tmp_path, tiny_tokeni
     out, err = again.communicate(timeout=LIMIT_SECONDS)
     assert (again.returncode, out) == (0, "done\n")
     total = -(-(tmp_path / "in" / "a.jsonl").stat().st_size // 20_000)
-    assert f"; {len(finished) - 1} of {total} parts are there from a run before" in err
+    assert f"; {len(finished) - 1} of {total} parts are finished already" in err
     run(tiny_tokenizer, tmp_path / "whole", tmp_path / "in")
     assert sorted(os.listdir(tmp_path / "o")) == OUTPUTS
     for name in OUTPUTS:

@@ -10,10 +10,10 @@ import pytest
 from oracles.preprocessing import jsonl, run
 
 from retemper.engine.errors import UserError
+from retemper.tools.preprocessing.dataset.checks import require_free_shards
 from retemper.tools.preprocessing.dataset_files import is_of_dataset
 from retemper.tools.preprocessing.merging.merge import MergeOptions, merge
 from retemper.tools.preprocessing.options import PreprocessOptions
-from retemper.tools.preprocessing.output.checks import require_free_shards
 from retemper.tools.preprocessing.pipeline import preprocess
 
 RECORDS = jsonl(["one two", "three"])

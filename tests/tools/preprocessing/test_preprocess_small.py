@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 
 from retemper.engine.errors import UserError
 from retemper.engine.tokenizer.backends import TokenizersReference
-from retemper.engine.tokenizer.fast import FastEncoder
-from retemper.engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
 from retemper.tools.preprocessing import pipeline, run_setup
 from retemper.tools.preprocessing.inputs.files import InputOptions, expand_inputs
 from retemper.tools.preprocessing.workers import shared_tokenizer
 from retemper.tools.preprocessing.workers.tasks import are_small
+from retemper.tools.tokenizer.fast import FastEncoder
+from retemper.tools.tokenizer.handle import TokenizerHandle, TokenizerSpec
 
 TEXTS = [
     *(sample_text(seed, 5 + seed % 7) for seed in range(12)),
@@ -145,7 +145,7 @@ def test_workers_inherit_the_tokenizer_where_the_package_is_not_installed(tmp_pa
     code = (
         "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
         "from pathlib import Path; from concurrent.futures import ProcessPoolExecutor\n"
-        "from retemper.engine.tokenizer.tokenizer import TokenizerSpec\n"
+        "from retemper.tools.tokenizer.handle import TokenizerSpec\n"
         "from retemper.tools.preprocessing.workers import pool\n"
         f"pool.start_early(TokenizerSpec('tk', Path({str(file)!r})))\n"
         "with ProcessPoolExecutor(1, pool.worker_context()) as workers:\n"

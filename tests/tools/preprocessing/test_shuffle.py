@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retemper.tools.preprocessing.dataset.shuffle import ExternalShuffle, ShuffledDocuments
 from retemper.tools.preprocessing.dataset_writer import FileRange
-from retemper.tools.preprocessing.output.shuffle import ExternalShuffle, ShuffledDocuments
 
 COLUMNS = ("tokens", "metadata")
 
@@ -105,20 +105,6 @@ def test_documents_left_out_take_no_place(tmp_path):
         add(shuffle, documents[150:], keep=keep[150:])
         result = [document for chunk in shuffle.drain() for document in documents_in(chunk)]
     assert result == shuffled(tmp_path, kept, 5) != kept
-
-
-@pytest.mark.parametrize("shape", [(), (2,)])
-def test_payloads_stay_with_their_documents(tmp_path, shape):
-    documents = make_documents(200)
-    numbers = np.arange(200 * int(np.prod(shape))).reshape(200, *shape).astype(np.int32)
-    with ExternalShuffle(tmp_path / "a", 5, 10_000, COLUMNS, 2000) as shuffle:
-        add(shuffle, documents[:50], payload=numbers[:50])
-        add(shuffle, documents[50:], payload=numbers[50:])
-        chunks = [(documents_in(chunk), chunk.payload) for chunk in shuffle.drain()]
-    order = np.concatenate([payload for _, payload in chunks])
-    assert order.dtype == np.int32
-    assert order.tolist() == numbers[reference_order(200, 5)].tolist()
-    assert [d for part, _ in chunks for d in part] == [documents[i] for i in reference_order(200, 5)]
 
 
 def test_data_may_change_after_they_were_given(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from retemper.engine.errors import UserError
-from retemper.tools.preprocessing.output.split import Split, within_limit
+from retemper.tools.preprocessing.dataset.split import DocumentSplit, within_limit
 
 
 def digests_of(texts: list[str]) -> np.ndarray:
@@ -33,7 +33,7 @@ def mixed(word: int) -> int:
     [["0.98", "0.02"], ["0.5", "0.25", "0.25"], ["0.333333333", "0.333333333", "0.333333334"], ["1e-3", ".999"]],
 )
 def test_sides_are_cumulative_shares_of_a_hash(shares):
-    split = Split.parse(",".join(f"n{i}={share}" for i, share in enumerate(shares)))
+    split = DocumentSplit.parse(",".join(f"n{i}={share}" for i, share in enumerate(shares)))
     digests = digests_of(TEXTS[:5000])
     edges = [sum(map(Fraction, shares[: i + 1])) for i in range(len(shares) - 1)]
     expected = [sum(Fraction(mixed(int(word)), 2**64) >= edge for edge in edges) for word in digests[:, 1]]
@@ -43,7 +43,7 @@ def test_sides_are_cumulative_shares_of_a_hash(shares):
 
 def test_shares_are_met_and_say_nothing_about_other_samples():
     digests = digests_of(TEXTS)
-    sides = Split.parse("train=0.7,valid=0.2,test=0.1").side(digests)
+    sides = DocumentSplit.parse("train=0.7,valid=0.2,test=0.1").side(digests)
     assert np.allclose(np.bincount(sides) / len(TEXTS), [0.7, 0.2, 0.1], atol=0.01)
     # A corpus that was sampled by a plain hash of its texts is split like any other.
     for word in (0, 1):
@@ -53,7 +53,7 @@ def test_shares_are_met_and_say_nothing_about_other_samples():
 
 
 def test_documents_stay_on_their_side_as_the_corpus_grows():
-    split = Split.parse("train=0.9,valid=0.1")
+    split = DocumentSplit.parse("train=0.9,valid=0.1")
     small = dict(zip(TEXTS[:1000], split.side(digests_of(TEXTS[:1000])).tolist(), strict=True))
     grown = TEXTS[::-1]
     large = dict(zip(grown, split.side(digests_of(grown)).tolist(), strict=True))
@@ -63,24 +63,24 @@ def test_documents_stay_on_their_side_as_the_corpus_grows():
 
 def test_earlier_sides_do_not_depend_on_later_shares():
     digests = digests_of(TEXTS)
-    two = Split.parse("train=0.9,valid=0.1").side(digests)
-    more = Split.parse("train=0.9,valid=0.02,test=0.0799999999,rest=0.0000000001").side(digests)
+    two = DocumentSplit.parse("train=0.9,valid=0.1").side(digests)
+    more = DocumentSplit.parse("train=0.9,valid=0.02,test=0.0799999999,rest=0.0000000001").side(digests)
     assert ((two == 0) == (more == 0)).all()
     # A share that grows takes from its neighbour only.
-    grown = Split.parse("train=0.95,valid=0.05").side(digests)
+    grown = DocumentSplit.parse("train=0.95,valid=0.05").side(digests)
     assert (grown[two == 0] == 0).all()
 
 
 def test_extreme_words_have_a_side():
-    split = Split.parse("a=1e-19,b=0.9999999999999999999")
+    split = DocumentSplit.parse("a=1e-19,b=0.9999999999999999999")
     assert split.bounds == (1, 2**64 - 1)  # ceil(1.8) words
-    assert Split.parse("a=0.5,b=0.5000000005").bounds == (2**63 - 1, 2**64 - 1)
-    assert Split.parse("a=1,b=1e-10").bounds == (2**64 - 1, 2**64 - 1)
-    assert Split.parse("a=0.5,b=0.4999999995").bounds == (2**63 - 1, 2**64 - 1)
+    assert DocumentSplit.parse("a=0.5,b=0.5000000005").bounds == (2**63 - 1, 2**64 - 1)
+    assert DocumentSplit.parse("a=1,b=1e-10").bounds == (2**64 - 1, 2**64 - 1)
+    assert DocumentSplit.parse("a=0.5,b=0.4999999995").bounds == (2**63 - 1, 2**64 - 1)
     # A bound is the largest word of its side.
     word = np.array([[0, 5]], np.uint64)
-    assert Split(("a", "b"), (mixed(5), 2**64 - 1)).side(word).tolist() == [0]
-    assert Split(("a", "b"), (mixed(5) - 1, 2**64 - 1)).side(word).tolist() == [1]
+    assert DocumentSplit(("a", "b"), (mixed(5), 2**64 - 1)).side(word).tolist() == [0]
+    assert DocumentSplit(("a", "b"), (mixed(5) - 1, 2**64 - 1)).side(word).tolist() == [1]
     # mix64 maps zero to zero.
     assert split.side(np.zeros((1, 2), np.uint64)).tolist() == [0]
     assert split.side(np.empty((0, 2), np.uint64)).shape == (0,)
@@ -88,7 +88,7 @@ def test_extreme_words_have_a_side():
 
 def test_many_digits_are_exact():
     # In floating point 0.1 + 0.2 is above 0.3.
-    split = Split.parse("a=0.1,b=0.2,c=0.7")
+    split = DocumentSplit.parse("a=0.1,b=0.2,c=0.7")
     assert split.names == ("a", "b", "c")
     assert split.bounds[1] == -(-3 * 2**64 // 10) - 1
 
@@ -119,13 +119,13 @@ def test_many_digits_are_exact():
 )
 def test_nonsense_is_refused(argument, said):
     with pytest.raises(UserError, match="--split") as raised:
-        Split.parse(argument)
+        DocumentSplit.parse(argument)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_spaces_do_not_matter():
-    assert Split.parse(" train = 0.98, valid= 0.02") == Split.parse("train=0.98,valid=0.02")
+    assert DocumentSplit.parse(" train = 0.98, valid= 0.02") == DocumentSplit.parse("train=0.98,valid=0.02")
 
 
 @pytest.mark.parametrize("seed", range(20))

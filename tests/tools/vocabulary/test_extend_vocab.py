@@ -15,12 +15,12 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retemper.engine.errors import run_command
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.weights.checkpoint.verify import require_undamaged
 from retemper.engine.weights.conversion.hf_to_dcp import convert
 from retemper.tools import extend_vocab as command
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CONTROL = "<|endoftext|><|im_start|>a<|im_end|><think>b"

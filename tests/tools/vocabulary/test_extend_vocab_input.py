@@ -17,10 +17,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from retemper.engine.errors import run_command
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools import extend_vocab as command
+from retemper.tools.tokenizer.handle import load_tokenizer
 from retemper.tools.vocabulary import command as steps
-from retemper.tools.vocabulary.corpus import Sample
+from retemper.tools.vocabulary.corpus import CorpusSample
 from retemper.tools.vocabulary.options import ExtendOptions
 from retemper.tools.vocabulary.token_list import read_list
 from retemper.tools.vocabulary.tokenizer_json import BpeJson
@@ -72,7 +72,7 @@ def digest(text: str) -> int:
 def test_a_sample_is_bounded_and_comes_from_everywhere():
     draw = random.Random(0)
     texts = [f"{number} " + "x" * draw.randrange(50) for number in range(4_000)]
-    sample, given = Sample(BOUND), 0
+    sample, given = CorpusSample(BOUND), 0
     for number, text in enumerate(texts, 1):
         sample.add(text)
         given += len(text)
@@ -81,7 +81,7 @@ def test_a_sample_is_bounded_and_comes_from_everywhere():
     assert sample.one_in == 8  # 120,000 characters
     assert sample.texts == [text for text in texts if digest(text) // 10 % 8 == 0]
     for odd in (["x" * (BOUND + 1), "y"], ["y", "x" * (BOUND + 1)], ["z" * 100] * 1_000):
-        sample = Sample(BOUND)
+        sample = CorpusSample(BOUND)
         for text in odd:
             sample.add(text)
         assert len(sample.texts) == 1 or 0 < sum(map(len, sample.texts)) <= BOUND

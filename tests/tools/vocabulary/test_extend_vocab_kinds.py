@@ -13,8 +13,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.tools import extend_vocab as command
+from retemper.tools.tokenizer.handle import load_tokenizer
 from retemper.tools.vocabulary.splitting import WordSplitter
 
 SIZE = models.NUM_PIECES

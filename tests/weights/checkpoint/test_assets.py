@@ -9,8 +9,8 @@ import pytest
 from oracles.tiny_tokenizer import train_tiny_sentencepiece, train_tiny_tokenizer, write_tiny_tiktoken
 
 from retemper.engine.errors import UserError
-from retemper.engine.tokenizer.tokenizer import load_tokenizer
 from retemper.engine.weights.checkpoint.assets import HfAssets
+from retemper.tools.tokenizer.handle import load_tokenizer
 
 
 def fill(folder: Path, kind: str) -> Path:
@@ -105,5 +105,5 @@ def test_a_link_out_of_the_checkpoint_is_refused(tmp_path):
     (tmp_path / "step" / "hf").mkdir(parents=True)
     (tmp_path / "secret").write_text("of somebody")
     (tmp_path / "step" / "hf" / "vocab.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match=r"hf/vocab.json: a link to .*secret, outside of its folder"):
+    with pytest.raises(UserError, match=r"hf/vocab.json: a link to .*secret, outside its folder"):
         HfAssets.of_checkpoint(tmp_path / "step")

@@ -129,7 +129,8 @@ def test_the_present_format_needs_no_reader_of_pickles(saved, tmp_path):
     code = f"""
 import sys, torch
 from pathlib import Path
-from retemper.engine.weights.checkpoint.tensors import load_tensors, save_tensors, stored_tensors
+from retemper.engine.weights.checkpoint.tensors import load_tensors, stored_tensors
+from retemper.engine.weights.saving import save_tensors
 from retemper.engine.weights.checkpoint.verify import find_damage
 folder = Path({str(saved / "checkpoints" / NAME)!r})
 assert find_damage(folder)[1] == []

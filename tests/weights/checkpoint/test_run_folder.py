@@ -134,7 +134,7 @@ def test_a_link_that_leads_nowhere_is_not_passed_over(broken, refused, one_rank,
     before = tree(run_folder)
     message, _ = saved_runs.resolve(one_rank, run_folder)
     if refused:
-        assert f"step-{refused:08d}: a link to /unmounted/step-{refused:08d}, which is not there" in message
+        assert f"step-{refused:08d}: a link to /unmounted/step-{refused:08d}, which does not exist" in message
     else:
         assert message == "step-00000012"
     assert tree(run_folder) == before

@@ -24,15 +24,15 @@ from retemper.engine.errors import UserError
 from retemper.engine.weights.checkpoint import manifest as manifests
 from retemper.engine.weights.checkpoint.tensors import load_tensors, stored_tensors
 from retemper.engine.weights.checkpoint.verify import find_damage
-from retemper.engine.weights.conversion.dcp_metadata import (
+from retemper.engine.weights.conversion.dcp_to_hf import convert
+from retemper.engine.weights.damage import brief, file_inside
+from retemper.engine.weights.dcp_metadata import (
     Refused,
     check_pickle_size,
     placeholder_class,
     read_metadata,
     unpickle_metadata,
 )
-from retemper.engine.weights.conversion.dcp_to_hf import convert
-from retemper.engine.weights.damage import brief, file_inside
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

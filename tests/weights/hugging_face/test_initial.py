@@ -20,8 +20,8 @@ from retemper.engine.errors import UserError
 from retemper.engine.weights.checkpoint.assets import HfAssets, find_assets
 from retemper.engine.weights.conversion import hf_to_dcp
 from retemper.engine.weights.hugging_face.hub_download import find_model_folder
+from retemper.engine.weights.hugging_face.initial import load_hf_tensors
 from retemper.engine.weights.hugging_face.model import open_hf_model
-from retemper.engine.weights.hugging_face.slices import load_hf_tensors
 from retemper.tools.planning.options import read_architecture
 
 LAYOUTS = {
@@ -134,7 +134,8 @@ def test_files_of_an_earlier_save_are_left_out_and_named(one_rank, hf_run, hf, t
 def test_a_file_that_is_cut_while_it_is_read_takes_a_line(hf, tmp_path):
     folder = shutil.copytree(hf, tmp_path / "hf")
     model = open_hf_model(folder)
-    path, start = model.weights.place("model.norm.weight")
+    [part] = model.stored.parts["model.norm.weight"]
+    path, start = part.path, part.find(0)
     os.truncate(path, start + 1)
     target = {"model.norm.weight": torch.empty(32)}
     with pytest.raises(UserError, match=rf"^{path}: ends before byte {start + 64:,};[^\n]*$"):

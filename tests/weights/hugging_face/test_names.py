@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from retemper.engine.errors import UserError
-from retemper.engine.weights.hugging_face.initial import open_weights
+from retemper.engine.weights.hugging_face.initial import load_hf_tensors, open_weights
 from retemper.engine.weights.hugging_face.model import open_hf_model
-from retemper.engine.weights.hugging_face.slices import load_hf_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -71,14 +70,14 @@ def test_other_names_are_read_as_transformers_reads_them(copy_model: Copy, case:
         assert not info["missing_keys"] and not info["unexpected_keys"]
         expected = {name: value for name, value in theirs.state_dict().items() if name != HEAD}
     model = open_weights(folder)
-    assert model.tensors.keys() == expected.keys()
-    assert all(torch.equal(model.read(name), value) for name, value in expected.items())
+    assert model.parameters.tensors.keys() == expected.keys()
+    assert all(torch.equal(model.parameters.read(name), value) for name, value in expected.items())
     read = {name: torch.empty_like(value) for name, value in expected.items()}
     load_hf_tensors(model, read, distributed=False)
     assert all(torch.equal(read[name], value) for name, value in expected.items())
     for name, value in expected.items():
         rows = torch.empty_like(value)
-        with model.rows(name) as read_rows:
+        with model.parameters.rows(name) as read_rows:
             read_rows(0, rows)
         assert torch.equal(rows, value)
     assert [line for line in model.notes if line.startswith("note: ")]
@@ -204,6 +203,6 @@ def test_further_weights_that_transformers_does_not_read_are_named(copy_model: C
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))  # of the same file: no contradiction
     model = open_hf_model(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    assert all(torch.equal(model.read(name), value) for name, value in theirs.items())
+    assert all(torch.equal(model.parameters.read(name), value) for name, value in theirs.items())
     (note,) = (line for line in model.notes if line.startswith("ignored "))
     assert note.endswith("consolidated.safetensors, model-00001-of-00009.safetensors, pytorch_model.bin")

@@ -1,9 +1,9 @@
-"""A conversation in the one form that chat templates render, whatever form it was read from."""
+"""A conversation as chat templates render it, and as it is written."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template renders."""
+    """The input of a chat template."""
 
     messages: list[dict[str, Any]]
     """Each with a role; its content, where it has one, is a string. Never empty."""
@@ -22,9 +22,9 @@ class Conversation:
     untrained: frozenset[int] = frozenset()
     """Indices of the assistant's messages that are marked as not for training."""
     joined_parts: int | None = None
-    """Number, from 1, of the first message whose content is several texts, joined here."""
+    """Number, from 1, of the first message whose content was a list of several texts, now joined."""
     notes: Counter[str] = field(default_factory=Counter)
-    """What the record holds that is not trained on, and how often."""
+    """Counts of what is in the record but not trained on."""
 
     def assistant_turns(self) -> list[int]:
         """Indices of the assistant's messages."""
@@ -39,9 +39,8 @@ class EncodedChat:
     """int32[T], the end-of-document token included where one was asked for."""
     mask: npt.NDArray[np.uint8]
     """uint8[T]: 1 on tokens to be predicted. At least one is."""
-    turns_kept: int
-    """Messages of any role, as are the dropped ones."""
     turns_dropped: int
+    """Messages, of any role, that were cut off."""
     characters: int
     """Of the rendered text."""
     text_bytes: int
@@ -50,8 +49,41 @@ class EncodedChat:
     """What of the record is not trained on, by kind."""
 
 
+@dataclass(frozen=True)
+class ChatBos:
+    """The BOS of conversations, which a chat template writes or omits.
+
+    With ``--bos auto`` the template decides, as in transformers' ``apply_chat_template``. ``yes`` adds a BOS if the
+    template writes none; ``no`` removes the one at the start.
+    """
+
+    choice: str = "auto"
+    """One of ``BOS_CHOICES``."""
+    ids: tuple[int, ...] = ()
+    """The tokenizer's BOS; empty: it has none."""
+
+    def starts(self, ids: Sequence[int]) -> bool:
+        """Whether a conversation's ``ids`` begin with the BOS."""
+        return bool(self.ids) and tuple(ids[: len(self.ids)]) == self.ids
+
+    def change(self, ids: Sequence[int]) -> int:
+        """Return by how many tokens a conversation becomes longer (or shorter, < 0) at its start."""
+        if self.choice == "yes":
+            return 0 if self.starts(ids) else len(self.ids)
+        return -len(self.ids) if self.choice == "no" and self.starts(ids) else 0
+
+    def apply(self, ids: list[int], mask: npt.NDArray[np.uint8]) -> tuple[list[int], npt.NDArray[np.uint8]]:
+        """Return ids and loss mask with the BOS added or removed. The BOS is never a target."""
+        change = self.change(ids)
+        if change == 0:
+            return ids, mask
+        if change > 0:
+            return [*self.ids, *ids], np.concatenate([np.zeros(change, np.uint8), mask])
+        return ids[-change:], mask[-change:]
+
+
 def all_strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON value, keys included."""
+    """Yield every string in a JSON value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -64,5 +96,5 @@ def all_strings(value: Any) -> Iterator[str]:
 
 
 def called_functions(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The functions that a message of the assistant calls, each with a name."""
+    """Return the functions that a message of the assistant calls, each with a name."""
     return [call.get("function", call) for call in message.get("tool_calls") or ()]

@@ -1,7 +1,7 @@
-"""What a chat template leaves out of a conversation: refused where it must not be missing, otherwise counted.
+"""Finds what a chat template left out of a conversation: an error for essential parts, a count for others.
 
-Templates drop things without an error: roles and keys that they do not know, the reasoning of earlier turns, the text
-next to a tool call. Each part of each message is looked for in the rendered text.
+Templates silently drop roles and keys that they do not know, the reasoning of earlier turns, and text next to a tool
+call. Therefore each part of each message is searched in the rendered text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .conversation import Conversation, all_strings, called_functions
 
 _READ = ("role", "content", "tool_calls")
 _IDENTIFIERS = ("id", "tool_call_id", "index")
-"""Keys that name a message or a call for programs, and carry nothing to learn."""
+"""Keys that identify a message or a call, without content to learn."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _REASONING_END = "</think>"
 
@@ -48,11 +48,11 @@ def refuse_dropped_calls(conversation: Conversation, said: str) -> None:
 def count_dropped(
     conversation: Conversation, spans: list[tuple[int, int]], text: str, template: str, notes: Counter[str]
 ) -> None:
-    """Count in ``notes`` what else of the messages is not in the rendered ``text``: by kind, the number of messages.
+    """Count in ``notes``, by kind, the messages of which another part is missing in the rendered ``text``.
 
     Args:
         spans: the turns of the assistant in ``text``, if there is one for each.
-        template: the template's source. A key whose value is no text counts as used if its name occurs there.
+        template: the template's source. A key whose value is not a text counts as used if the source contains its name.
     """
     turns = iter(spans if len(spans) == len(conversation.assistant_turns()) else ())
     whole = text
@@ -78,7 +78,7 @@ def count_dropped(
 
 
 def _contains(text: str, part: str) -> bool:
-    """Whether ``text`` has ``part``, perhaps trimmed, or written as JSON as some templates do."""
+    """Return whether ``text`` contains ``part``, possibly trimmed or escaped as JSON, as some templates write it."""
     if part in text:
         return True
     part = part.strip()

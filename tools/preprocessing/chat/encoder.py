@@ -1,17 +1,4 @@
-"""Conversations as training data: the model's chat template, its tokens, and a mask of what the assistant says.
-
-The ids are those of transformers' ``apply_chat_template`` on the same messages. The mask is 1 on the tokens that the
-assistant has to predict: what it writes, up to and with the token that ends its turn; 0 on everything else, headers and
-the generation prompt included. A token that lies partly in a turn belongs to it. Where a template marks the turns
-itself ({% generation %}), its word counts: the mask is that of ``return_assistant_tokens_mask``.
-
-The end-of-document token after a conversation has mask 0: the turn's own end already says that the assistant is done,
-and nothing in a chat asks it for another. It is not written twice: where the template ends with that very token, there
-the mask is the template's turn's.
-
-What no model should learn is refused rather than repaired: contents that contain control tokens (they would forge
-turns), contents that the template leaves out, turns that cannot be found with certainty.
-"""
+"""Encodes records that are conversations; see the package for the rules."""
 
 from __future__ import annotations
 
@@ -30,19 +17,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ....engine.errors import UserError
-from ....engine.tokenizer.classes import auto_tokenizer
-from ....engine.tokenizer.document_frame import DocumentFrame
 from ....engine.tokenizer.files import TOKENIZER_FILE, read_config, tokenizer_kind
 from ....engine.tokenizer.json_file import parse_tokenizer
+from ...tokenizer.document_frame import DocumentFrame
+from ...tokenizer.serving_check import auto_tokenizer
 from ..options import PreprocessOptions
 from ..records.errors import LeftOutError, MalformedError
-from .bos import ChatBos
-from .conversation import Conversation, EncodedChat, all_strings
+from .conversation import ChatBos, Conversation, EncodedChat, all_strings
 from .dropped_content import count_dropped, refuse_dropped_calls, refuse_dropped_messages
 from .messages import read_conversation
 from .render_limits import memory_limit
-from .template import ChatTemplate, Span, TurnFinder, frame, trained_spans
+from .template import ChatTemplate, Span
 from .template_files import CONFIG_FILE, has_template_for_tools, load_template
+from .turns import TurnFinder, frame, trained_spans
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _UNTRAINED = np.zeros(1, np.uint8)
@@ -51,11 +38,11 @@ _BOUNDARY_TOKENS = 16
 
 
 def chat_encoder(options: PreprocessOptions, tokenizer: Path, frame: DocumentFrame, bos: ChatBos) -> ChatEncoder:
-    """Return the encoder that the preprocess command's options ask for.
+    """Return the encoder for the preprocess command's options.
 
     Args:
         tokenizer: its file.
-        frame: of documents; where an end-of-document token is appended, it is the last one.
+        frame: of documents; an end-of-document token is the last of its suffix.
     """
     return ChatEncoder(
         tokenizer,
@@ -72,18 +59,18 @@ class ChatEncoder:
     """Encodes records that are conversations.
 
     Args:
-        tokenizer: a tokenizer.json, or its folder. Beside it stands tokenizer_config.json or chat_template.jinja.
+        tokenizer: a tokenizer.json, next to tokenizer_config.json or chat_template.jinja; or its folder.
         eod_id: token that ends a document; None: nothing is added.
-        max_tokens: what an encoded conversation may have at most, with its end-of-document token.
-        allow_special_tokens: contents may contain control tokens, which then become such.
-        template: a file with the chat template; None: the tokenizer's own.
-        now: what templates take for the present; None: this moment.
-        bos: what to do where the template writes a BOS, or none; None: leave it as the template has it.
-        for_tools: use the tokenizer's template for conversations with tools. Without, those have an encoder of their
-            own where there is such a template.
+        max_tokens: maximum tokens of a conversation, including its end-of-document token.
+        allow_special_tokens: control tokens in contents are encoded as such.
+        template: file of the chat template; None: the tokenizer's own.
+        now: the time for templates that ask for it; None: the current time.
+        bos: None: as the template has it.
+        for_tools: use the template for conversations with tools. Otherwise these get an encoder of their own if the
+            tokenizer has such a template.
 
     Raises:
-        UserError: not a tokenizer.json, no chat template, or none that can be used.
+        UserError: the tokenizer is not a tokenizer.json, or has no usable chat template.
     """
 
     def __init__(
@@ -120,20 +107,20 @@ class ChatEncoder:
         self._forbidden = None if allow_special_tokens else self._control
         normalizer = self._tokenizer.normalizer
         self._normalize = None
-        """What is done to text before these are looked for; only some tokenizers have such control tokens."""
+        """Normalizes text before control tokens are searched in it; only some tokenizers have such control tokens."""
         if normalizer is not None and any(token.normalized for token in control.values()):
             self._normalize = normalizer.normalize_str
             forms = {normalizer.normalize_str(text).strip("▁ ") for text, token in control.items() if token.normalized}
             self._normalized = _any_of(forms - {""})
 
     def encode(self, record: dict[str, Any]) -> EncodedChat | None:
-        """Tokens and mask of the conversation in ``record``.
+        """Encode the conversation in ``record``.
 
-        When it is longer than ``max_tokens``: of its longest beginning that fits and ends with the assistant's turn,
-        rendered anew; None when there is none.
+        A conversation longer than ``max_tokens`` is cut to its longest beginning that fits and ends with a turn of the
+        assistant, and rendered again. None: no beginning fits.
 
         Raises:
-            MalformedError: it is no conversation, or not one to learn from.
+            MalformedError: it is not a conversation, or not usable for training.
             LeftOutError: all turns of the assistant are marked as not for training.
         """
         try:
@@ -160,7 +147,7 @@ class ChatEncoder:
 
     @property
     def tells_date(self) -> bool:
-        """Whether the template asks for the present."""
+        """Whether the template writes the date."""
         return bool(self._template.moments) or (self._for_tools is not None and self._for_tools.tells_date)
 
     @property
@@ -172,20 +159,16 @@ class ChatEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with everything besides the tokenizer that decides what becomes of a conversation."""
+        """Hash of everything except the tokenizer that decides how conversations are encoded."""
         parts: list[Any] = [self._template.text, self._template.special_tokens, self._template.moments]
         if self._for_tools is not None:
             parts.append(self._for_tools.fingerprint)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "backslashreplace")).hexdigest()
 
     def check_against_transformers(self) -> bool:
-        """Compare the ids of a short conversation with those of ``AutoTokenizer``; importing it takes seconds.
+        """Compare the ids of a short conversation with those of ``AutoTokenizer``. Raise UserError if they differ.
 
-        Returns:
-            False when transformers cannot load the file from its folder, and there is nothing to compare with.
-
-        Raises:
-            UserError: they differ.
+        Returns False if transformers cannot load the tokenizer from its folder.
         """
         messages = [
             {"role": "user", "content": "How do you say  “naïve” in 中文?\n\n1) cafe\u0301 🙂"},
@@ -193,7 +176,7 @@ class ChatEncoder:
             {"role": "user", "content": " And\u00a0then? "},
             {"role": "assistant", "content": "Nothing else…"},
         ]
-        if self._file.name != TOKENIZER_FILE:  # transformers would take another
+        if self._file.name != TOKENIZER_FILE:  # transformers would load another file
             return False
         reference = auto_tokenizer(self._file.parent)
         if isinstance(reference, str):
@@ -220,7 +203,7 @@ class ChatEncoder:
         return bool(self._tokenize(self._template.render(Conversation(messages))).ids == theirs)
 
     def _control_tokens(self, named: dict[str, str]) -> dict[str, Any]:
-        """The added tokens that are not text: special ones, and those of any kind that frame plain messages."""
+        """Return the added tokens that are control tokens: special ones, and those that the template writes itself."""
         added = self._tokenizer.get_added_tokens_decoder()
         scaffold = frame(self._template)
         return {
@@ -277,8 +260,8 @@ class ChatEncoder:
                 text = self._template.render(conversation)
             except MalformedError:  # some templates want another role at the end
                 continue
-            # The tokens of what both texts begin with are the same but for the last word's. A shorter conversation
-            # need not have fewer: templates keep the reasoning of the last turn only.
+            # Both texts have the same tokens for their common beginning, except its last word. A shorter conversation
+            # may have more tokens: some templates keep the reasoning of the last turn only.
             shared = whole_encoding.char_to_token(max(_shared_length(text, whole_text) - 1, 0)) or 0
             if shared - _BOUNDARY_TOKENS > self._max_tokens:
                 continue
@@ -312,13 +295,12 @@ class ChatEncoder:
             notes["turns of the assistant marked as not for training"] += len(
                 conversation.untrained.intersection(conversation.assistant_turns())
             )
-        kept, text_bytes = len(conversation.messages), len(text.encode("utf-8"))
-        return EncodedChat(np.array(ids, np.int32), mask, kept, dropped, len(text), text_bytes, notes)
+        return EncodedChat(np.array(ids, np.int32), mask, dropped, len(text), len(text.encode("utf-8")), notes)
 
 
 def _token_mask(offsets: list[Span], spans: list[Span]) -> npt.NDArray[np.uint8]:
-    """1 for the tokens that share characters with a span. A token that has none, as at the start of a word, belongs to
-    the span in which it stands."""
+    """Return 1 for the tokens that share characters with a span. A token without characters, as at the start of a word,
+    belongs to the span around it."""
     flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
     starts, ends = flat[::2], np.maximum(flat[1::2], flat[::2] + 1)
     mask = np.zeros(len(offsets), np.uint8)
@@ -328,7 +310,7 @@ def _token_mask(offsets: list[Span], spans: list[Span]) -> npt.NDArray[np.uint8]
 
 
 def _shared_length(one: str, other: str) -> int:
-    """Length of the longest common beginning."""
+    """Return the length of the common prefix."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -345,7 +327,7 @@ def _any_of(texts: Any) -> re.Pattern[str]:
 
 
 def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with the special tokens of older folders."""
+    """Read tokenizer_config.json, with the special tokens of older folders."""
     config = read_config(folder / CONFIG_FILE)
     if "added_tokens_decoder" not in config:
         config = {**config, **read_config(folder / "special_tokens_map.json")}
@@ -353,7 +335,7 @@ def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """What templates may use under these names."""
+    """Return the special tokens that templates may use by name."""
     tokens = {}
     for name in _SPECIAL_TOKENS:
         token = config.get(name)
@@ -374,10 +356,10 @@ def _load_tokenizer(file: Path, named: list[str]) -> Any:
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     tokenizer = parse_tokenizer(content, file)
-    # A post-processor adds tokens, which a template has written itself, or moves offsets past the space before a word.
+    # A post-processor would add tokens that the template writes itself, or move offsets past the space before a word.
     tokenizer.post_processor = None
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    # As transformers does with a named token that the file has in its vocabulary alone.
+    # As transformers does with a named token that is only in the file's vocabulary.
     tokenizer.add_special_tokens(
         [text for text in named if text not in added and tokenizer.token_to_id(text) is not None]
     )

@@ -1,9 +1,8 @@
-"""From a record to a conversation: the shapes in which chat data comes, told apart record by record.
+"""Reads a conversation from a record; the format is detected for each record.
 
 ``messages`` of OpenAI and Hugging Face, ``conversations`` of ShareGPT, the usual mixtures of their keys and roles, and
-Alpaca's instruction, input and output all become a list of messages with a role and a content, as chat templates take
-them. What could be read in two ways is refused; nothing is guessed. Marks of turns that are not for training are obeyed
-(chat_marks.py), tool data is unpacked (chat_tools.py), and keys that are not used are counted.
+Alpaca's instruction, input and output become a list of messages with a role and a content, as chat templates expect
+them. Ambiguous records are refused. Unused keys are counted.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
-"""What the roles of data sets mean. A "call" is a turn of the assistant whose content is the JSON of its tool calls."""
+"""Roles of data sets, and ours. A "call" is a turn of the assistant whose content is the JSON of its tool calls."""
 _ROLE_KEYS, _OTHER_ROLE_KEYS = ("role", "from"), ("speaker", "author")
 _CONTENT_KEYS, _OTHER_CONTENT_KEYS = ("content", "value"), ("text", "utterance", "message")
-"""The second of each pair counts only where none of the first is there."""
+"""The second of each pair counts only without a key of the first."""
 _LISTS = ("messages", "conversations")
 _OTHER_LISTS = ("conversation", "dialog", "dialogue", "turns", "chat")
-"""Lists only where their value is one: "chat" may as well be a name."""
+"""Lists only if their value is one: "chat" may also be a name."""
 _ALPACA = ("instruction", "output")
 _ALPACA_KEYS = frozenset({"instruction", "input", "output", "history"})
 _SHAPES = frozenset({*_LISTS, *_OTHER_LISTS, *_ALPACA})
@@ -39,24 +38,24 @@ _CONVERSATION_KEYS = frozenset({"system", "tools"})
 _PLAIN = frozenset(ROLES) - {"function_call", "tool_call"}
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _SEVERAL = "several texts in the content"
-"""Marks a message, while it is read, whose content is joined from several texts."""
+"""Internal mark of a message whose content was joined from several texts."""
 _MOST_KEYS = 100
-"""Names of unused keys that are told apart in a conversation."""
+"""Unused keys of a conversation that are counted by name."""
 
 
 _Message = tuple[dict[str, Any], bool | None]
-"""A message, and what a mark says of training on it."""
+"""A message, and whether a mark says to train on it."""
 
 
 def read_conversation(record: dict[str, Any]) -> Conversation:
-    """The conversation in ``record``.
+    """Return the conversation in ``record``.
 
-    ``system`` next to any shape is the first message, ``tools`` the list of tools or its JSON. Alpaca's input follows
+    In any format, ``system`` is the first message and ``tools`` the list of tools or its JSON. Alpaca's input follows
     the instruction on a new line; its ``history`` is a list of pairs of earlier instructions and outputs.
 
     Raises:
-        MalformedError: there is none, or two; a message is broken; the assistant says nothing; a mark that says what
-            to train on cannot be obeyed.
+        MalformedError: there is no conversation, or two; a message is broken; the assistant says nothing; a training
+            mark is not supported.
     """
     notes: Counter[str] = Counter()
     record, key = _find_list(record)
@@ -81,7 +80,7 @@ def read_conversation(record: dict[str, Any]) -> Conversation:
 
 
 def _read_other_keys(record: dict[str, Any], key: str | None, notes: Counter[str]) -> bool | None:
-    """Count the keys next to the conversation that are not used; returns what a mark among them says."""
+    """Count the unused keys next to the conversation; return what a training mark among them says."""
     used = _CONVERSATION_KEYS | (_ALPACA_KEYS if key is None else {key})
     others = {name: value for name, value in record.items() if name not in used and value is not None}
     _refuse_media(others, "the record")
@@ -92,7 +91,7 @@ def _read_other_keys(record: dict[str, Any], key: str | None, notes: Counter[str
 
 
 def _find_list(record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The record, and the key of its list of messages; None: it has Alpaca's keys.
+    """Return the record and the key of its list of messages, None for Alpaca's keys.
 
     A list within an object, such as {"conversation": {"messages": [...]}}, is moved to the record itself.
     """
@@ -147,10 +146,10 @@ def _read_message(item: Any, place: str, notes: Counter[str]) -> _Message:
     if not isinstance(item, dict):
         raise MalformedError(f"{place} is {json_type(item)}, not an object")
     if len(item) == 2 and type(content := item.get("content", item.get("value"))) is str:
-        role = item.get("role", item.get("from"))  # most messages: nothing but these two
+        role = item.get("role", item.get("from"))  # the fast path: only these two keys
         if type(role) is str and role in _PLAIN and (ROLES[role] != "assistant" or content.strip()):
             return {"role": ROLES[role], "content": content}, None
-    # transformers leaves out what is null: templates would print None.
+    # Drop null as transformers does: templates would print None.
     null_content = any(key in item and item[key] is None for key in _CONTENT_KEYS)
     item = {key: value for key, value in item.items() if value is not None}
     role = _take_role(item, place)
@@ -213,7 +212,7 @@ def _take_content(item: dict[str, Any], place: str) -> str | None:
 
 
 def _read_content(content: Any, place: str) -> str:
-    """A string, or the texts of a list of parts joined."""
+    """Return a string content, or the joined texts of a list of parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

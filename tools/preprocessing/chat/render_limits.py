@@ -1,14 +1,13 @@
-"""Limits on what rendering a chat template may cost: time, memory, and characters written.
+"""Limits the time, memory and output of rendering a chat template.
 
-A template is a program from a downloaded folder. Loops without end, strings of gigabytes and numbers of a million
-digits must end in a refusal and not in a worker that hangs or is killed. The sandbox of Jinja limits ``range`` and what
-a template can reach, not what it costs:
+A template is a program from a downloaded folder. Endless loops, strings of gigabytes and numbers of a million digits
+must be refused, and not hang or kill a worker. Jinja's sandbox limits ``range`` and what a template can reach, not:
 
-- time: an alarm interrupts Python code, in the main thread only, which is where workers and the command render;
-- memory: a limit on the address space turns one huge allocation into a MemoryError;
-- ``**``: the one operator that can compute for hours without a moment at which Python could be interrupted, even while
-  the template is compiled. No chat template needs it, and templates that have it are refused before they are compiled;
-- characters written: in proportion to those of the conversation.
+- time: an alarm interrupts Python code, in the main thread, where workers and the command render;
+- memory: a limit on the address space turns a huge allocation into a MemoryError;
+- ``**``: a single operation can take hours without a chance to interrupt it, even while the template is compiled. No
+  chat template needs it, so templates with it are refused before compilation;
+- output: characters in proportion to those of the conversation.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ except ImportError:  # not a POSIX system: no limit on memory
     resource = None  # type: ignore[assignment]
 
 MAX_SECONDS = 5.0
-"""Of processor time for one rendering: that of a conversation of a hundred megabytes takes about one."""
+"""Processor time of one rendering. A conversation of a hundred megabytes takes about one second."""
 MAX_FAILURES = 3
-"""Renderings that may exceed a limit. After that the template is to blame, and not the conversations."""
+"""Renderings that exceed a limit before the template itself is refused."""
 MAX_BYTES = 1 << 30
-"""Address space that rendering may add."""
+"""Additional address space for rendering."""
 MAX_SOURCE = 1_000_000
-"""Characters of a template. Those of well-known models have at most some 30,000."""
+"""Characters of a template. Well-known models have at most some 30,000."""
 FREE_OUTPUT, _OUTPUT_RATIO = 1_000_000, 100
-"""A conversation of n characters may be written as FREE_OUTPUT + _OUTPUT_RATIO * n characters."""
+"""A conversation of n characters may be rendered to FREE_OUTPUT + _OUTPUT_RATIO * n characters."""
 _Result = TypeVar("_Result")
 _STATM = Path("/proc/self/statm")
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
@@ -54,7 +53,7 @@ class _TimeoutError(BaseException):
 
 
 def check_source(source: str, origin: str) -> None:
-    """Raise UserError for a template that is too long, or uses the operator that cannot be interrupted."""
+    """Raise UserError for a template that is too long or uses ``**``."""
     if len(source) > MAX_SOURCE:
         raise UserError(
             f"{origin}: a chat template of {len(source):,} characters; at most {MAX_SOURCE:,} are supported"
@@ -70,7 +69,7 @@ def check_source(source: str, origin: str) -> None:
     try:
         tree = environment.parse(_GENERATION.sub("", source))
     except (Exception, RecursionError):
-        return  # Not valid: rendering reports it, before anything is computed.
+        return  # Not valid: rendering reports it before it computes anything.
     if power := tree.find(nodes.Pow):
         raise UserError(
             f"{origin}: line {power.lineno} of the chat template uses **, which can compute without end; give "
@@ -79,17 +78,17 @@ def check_source(source: str, origin: str) -> None:
 
 
 def check_output(text: str, characters: int) -> None:
-    """Raise TooCostlyError when ``text`` is out of proportion to a conversation of so many ``characters``."""
+    """Raise TooCostlyError if ``text`` is out of proportion to a conversation of ``characters`` characters."""
     if len(text) > FREE_OUTPUT + _OUTPUT_RATIO * characters:
         raise TooCostlyError(f"it writes {len(text):,} characters for a conversation of {characters:,}")
 
 
 class _Alarm:
-    """One timer for many renderings: setting it for each would cost more than the rest of the limits.
+    """One timer for many renderings: setting it for each would cost more than all other limits.
 
-    It looks at most every MAX_SECONDS whether the rendering that it found last time is still running, and how much of
-    the processor that has used since. So time in which the process was stopped or waiting does not count, and a
-    rendering ends after one to two times MAX_SECONDS.
+    At most every MAX_SECONDS it checks whether the rendering of its last check is still running, and how much processor
+    time that has used since. Time in which the process waits does not count. A rendering is stopped after one to two
+    times MAX_SECONDS.
     """
 
     def __init__(self) -> None:
@@ -99,7 +98,7 @@ class _Alarm:
         self._number = 0
         """Of renderings so far."""
         self._found = (0, 0.0)
-        """Number of the rendering that the alarm found last time, and the processor time then."""
+        """Number of the rendering at the last check, and the processor time then."""
 
     def start(self) -> None:
         self._number += 1
@@ -114,12 +113,12 @@ class _Alarm:
         if threading.current_thread() is not threading.main_thread():
             return
         if self._installed is None:
-            # A program that uses the signal itself is not disturbed.
+            # Leave the signal to a program that uses it.
             self._installed = signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
             if self._installed:
                 signal.signal(signal.SIGALRM, self._fire)
                 signal.siginterrupt(signal.SIGALRM, False)
-                # At its end Python restores the default, which is to be killed.
+                # At exit Python restores the default action, which would kill the process.
                 atexit.register(signal.setitimer, signal.ITIMER_REAL, 0.0)
         if self._installed:
             self._armed = True
@@ -139,7 +138,7 @@ class _Alarm:
 
 
 class _MemoryLimit:
-    """A limit on the address space, as a context. Contexts within contexts cost nothing."""
+    """A limit on the address space, as a context manager. Nested contexts cost nothing."""
 
     def __init__(self) -> None:
         self._before: tuple[int, int] | None = None
@@ -160,7 +159,7 @@ class _MemoryLimit:
             self._set(self._before[0])
 
     def measure(self) -> None:
-        """Set the limit from what the process has now: the rest of it may have grown since the last time."""
+        """Set the limit from the current size of the process, which may have grown for other reasons."""
         if resource is None:
             return
         if self._before is None:
@@ -184,11 +183,7 @@ _alarm = _Alarm()
 
 
 def render_within_limits(render: Callable[[], _Result]) -> _Result:
-    """``render()``, for which time and memory are limited.
-
-    Raises:
-        TooCostlyError: it exceeds a limit.
-    """
+    """Return ``render()``. Raise TooCostlyError if it exceeds a limit of time or memory."""
     try:
         with memory_limit:
             try:

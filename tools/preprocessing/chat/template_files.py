@@ -1,9 +1,9 @@
-"""Which chat template of a folder is used: the one that transformers' tokenizer uses.
+"""Chooses the chat template of a tokenizer folder, as transformers' tokenizers do.
 
-A folder may hold several: ``chat_template.jinja``, ``additional_chat_templates/*.jinja``, and in tokenizer_config.json
-a text or named templates. Template files take the place of all that the config holds. Of named templates ``default`` is
-used, and ``tool_use``, where there is one, for conversations with tools. ``chat_template.json`` belongs to processors
-of images and sound; tokenizers do not read it.
+A folder may have several: ``chat_template.jinja``, ``additional_chat_templates/*.jinja``, and in tokenizer_config.json
+a text or named templates. Template files replace all templates of the config. Of named templates ``default`` is used,
+and ``tool_use``, if it exists, for conversations with tools. ``chat_template.json`` is for processors of images and
+audio; tokenizers do not read it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ....engine.files.regular import read_regular
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 _MOST_BYTES = 64 << 20
-"""Of a file with a template; they have some KB, and a tokenizer_config.json that holds one some MB."""
+"""Of a file with a template. Templates have some KB, a tokenizer_config.json with one some MB."""
 _FOLDER, _PROCESSOR_FILE = "additional_chat_templates", "chat_template.json"
 _DEFAULT, _FOR_TOOLS = "default", "tool_use"
 
@@ -27,16 +27,15 @@ Template = tuple[str, str]
 
 
 def load_template(folder: Path, config: dict[str, Any], file: Path | None, tools: bool = False) -> Template:
-    """Text and origin of the chat template: ``file``, else the one that transformers would use.
+    """Return text and origin of the chat template: ``file``, else the one that transformers would use.
 
     Args:
-        folder: of the tokenizer.
-        config: of the tokenizer.
+        folder, config: of the tokenizer.
         file: given by the user.
         tools: for conversations with tools.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no template, or it cannot be read.
     """
     if file is not None:
         return _read(file), str(file)
@@ -59,17 +58,13 @@ def load_template(folder: Path, config: dict[str, Any], file: Path | None, tools
 
 
 def has_template_for_tools(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether conversations with tools have a template of their own.
-
-    Raises:
-        UserError: as :func:`load_template`.
-    """
+    """Return whether conversations with tools have a template of their own."""
     return _FOR_TOOLS in _named_templates(folder, config)
 
 
 def _named_templates(folder: Path, config: dict[str, Any]) -> dict[str, Template]:
     files = {_DEFAULT: folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).is_file() else {}
-    # Of this folder a default.jinja comes before chat_template.jinja, as in transformers.
+    # default.jinja of this folder has precedence over chat_template.jinja, as in transformers.
     files |= {path.name.removesuffix(".jinja"): path for path in sorted((folder / _FOLDER).glob("*.jinja"))}
     if files:
         return {name: (_read(path), str(path)) for name, path in files.items()}

@@ -1,8 +1,8 @@
-"""Tool calls and tool schemas: from the forms in which they are sent and stored to the form that templates render.
+"""Unpacks tool calls and tool schemas from their stored forms to the objects that templates render.
 
-APIs send arguments as a string of JSON, data sets store whole lists as one, and Arrow gives each object of a column the
-keys of all the others, filled with null. Templates are written for objects: given a string, ``arguments | tojson``
-writes a quoted string, which is then trained on. What is not JSON, or not the object that it should be, is refused.
+APIs send arguments as a JSON string, data sets store whole lists as one, and Arrow fills objects with null for the keys
+of other rows. Templates expect objects: ``arguments | tojson`` of a string would write a quoted string, and the model
+would learn it. Broken JSON and values of another type are refused.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ NULLS_DROPPED = "null values dropped from tool calls and tools"
 
 
 def parse_embedded(text: str, place: str) -> Any:
-    """The value of a string of JSON: integers of any size, no key twice, no NaN.
-
-    Raises:
-        MalformedError: it is broken.
-    """
+    """Parse a JSON string strictly: integers of any size, no repeated key, no NaN. Raise MalformedError if broken."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -48,15 +44,15 @@ def parse_embedded(text: str, place: str) -> Any:
 
 
 def parse_if_text(value: Any, place: str) -> Any:
-    """``value``, or what the JSON in it says."""
+    """Return ``value``, parsed if it is a JSON string."""
     return parse_embedded(value, place) if isinstance(value, str) else value
 
 
 def read_calls(calls: Any, place: str, notes: Counter[str]) -> list[dict[str, Any]]:
-    """The value of ``tool_calls``: arguments are an object, or a string that is checked to hold one.
+    """Read ``tool_calls``. Arguments are an object, or a string that contains one.
 
     Raises:
-        MalformedError: broken JSON, no array, a call without a name.
+        MalformedError: broken JSON, not an array, or a call without a name.
     """
     calls = parse_if_text(calls, f"{place}: tool_calls") if calls != "" else []
     if not isinstance(calls, list):
@@ -75,11 +71,11 @@ def _read_call(call: Any, place: str, notes: Counter[str]) -> dict[str, Any]:
     has_arguments = "arguments" in function
     arguments = function.get("arguments")
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        arguments = {}  # A call without arguments, as vLLM reads it.
+        arguments = {}  # as vLLM reads it
     read = parse_if_text(arguments, f"{place}: arguments")
     if not isinstance(read, dict):
         raise MalformedError(f"{place}: arguments is {json_type(read)}, not an object")
-    # A null in a string of JSON was written by the author of the data, not by Arrow.
+    # A null in a JSON string comes from the author of the data, not from Arrow.
     arguments = arguments if isinstance(arguments, str) else without_nulls(arguments, notes)
     function = {key: value for key, value in function.items() if value is not None}
     if has_arguments:
@@ -90,11 +86,7 @@ def _read_call(call: Any, place: str, notes: Counter[str]) -> dict[str, Any]:
 
 
 def read_tools(tools: Any, notes: Counter[str]) -> list[dict[str, Any]] | None:
-    """The schemas of a record's tools, or None when it has none.
-
-    Raises:
-        MalformedError: broken JSON, or no array of objects.
-    """
+    """Read the schemas of a record's tools. Raise MalformedError if they are not an array of objects."""
     if isinstance(tools, str):
         tools = parse_embedded(tools, "tools") if tools.strip() else None
     if not tools:
@@ -124,7 +116,7 @@ def _parse_if_object(value: Any, place: str) -> Any:
 
 
 def without_nulls(value: Any, notes: Counter[str]) -> Any:
-    """``value`` without the keys, at any depth, that are null. Elements of arrays are kept: Arrow adds none."""
+    """Return ``value`` without keys that are null, at any depth. Arrays keep theirs: Arrow adds none."""
     if isinstance(value, dict):
         kept = {key: without_nulls(item, notes) for key, item in value.items() if item is not None}
         if len(kept) < len(value):
@@ -134,7 +126,7 @@ def without_nulls(value: Any, notes: Counter[str]) -> Any:
 
 
 def with_arguments(conversation: Conversation, as_text: bool) -> Conversation:
-    """The conversation with the arguments of all calls as objects, or as strings of JSON."""
+    """Return the conversation with the arguments of all calls as objects, or as JSON strings."""
     messages = []
     for message in conversation.messages:
         if calls := message.get("tool_calls"):

@@ -1,9 +1,9 @@
-"""Marks of what not to train on, next to a turn or a whole conversation, and keys that may be such marks.
+"""Keys of a turn or a conversation that say whether to train on it.
 
-No template reads these keys, so a key that is overlooked here is trained on against the author's word. Known keys are
-obeyed: ``weight`` (OpenAI, axolotl), ``train`` and ``training`` (axolotl), ``loss`` and ``loss_scale`` (ms-swift), and
-their usual variants. Keys of other names that speak of training, such as ``train_detail`` or ``mask``, are refused by
-name: which value means what differs between programs.
+Templates ignore these keys, so a missed key would train on data that its author excluded. Known keys are applied:
+``weight`` (OpenAI, axolotl), ``train`` and ``training`` (axolotl), ``loss`` and ``loss_scale`` (ms-swift), and their
+usual variants. Other keys that seem to be about training, such as ``train_detail`` or ``mask``, are refused, because
+programs disagree on the meaning of their values.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any, Literal
 from ..records.errors import MalformedError
 
 _SWITCHES = frozenset({"train", "training", "trainable", "train_on", "do_train", "loss", "learn"})
-"""True: to be trained on."""
+"""True: train on it."""
 _FACTORS = frozenset({"weight", "loss_weight", "loss_scale", "train_weight", "training_weight"})
-"""What the loss is multiplied by."""
+"""Factors of the loss."""
 _ABOUT_LOSS = frozenset({"mask", "masks", "masked", "masking", "unmasked", "loss", "losses"})
 _ABOUT_TRAINING = frozenset(
     {"train", "training", "trained", "trainable", "untrained", "untrainable", "weight", "weights", "weighting"}
     | {"learn", "learned", "learnable", "learning", "supervise", "supervised", "unsupervised", "ignore", "ignored"}
     | {"skip", "skipped", "exclude", "excluded", "backprop", "gradient", "grad"}
 )
-"""Words of keys that are refused unless their value is a text: "alpaca" in training_set decides nothing."""
+"""Words of keys that are refused unless their value is a text: training_set: "alpaca" is harmless."""
 _WORDS = re.compile(r"[a-z0-9]+|[A-Z]+(?![a-z])|[A-Z][a-z0-9]*")
 _YES = frozenset({"true", "yes", "on"})
 _NO = frozenset({"false", "no", "off"})
@@ -34,14 +34,13 @@ _Kind = Literal["switch", "factor", "about loss", "about training"]
 
 
 def take_training_mark(item: dict[str, Any], place: str) -> bool | None:
-    """Remove the marks from ``item``, a turn or a record, and return what they say.
+    """Remove the marks from ``item``, a turn or a record, and return whether to train on it.
 
     Returns:
-        False: not to be trained on. True: explicitly to be trained on. None: nothing is said; so says a factor of 1.
+        None if there is no mark, or only a factor of 1.
 
     Raises:
-        MalformedError: a weight other than 0 and 1, two marks that contradict each other, or a key that speaks of
-            training in a way that is not supported.
+        MalformedError: a weight other than 0 and 1, contradicting marks, or an unsupported key about training.
     """
     said: dict[str, bool] = {}
     for key in [key for key in item if _kind(key) is not None]:
@@ -70,7 +69,7 @@ def take_training_mark(item: dict[str, Any], place: str) -> bool | None:
 
 
 def may_be_mark(key: str) -> bool:
-    """Whether the name of a key speaks of training."""
+    """Return whether the name of a key is about training."""
     return _kind(key) is not None
 
 
@@ -88,7 +87,7 @@ def _kind(key: str) -> _Kind | None:
 
 
 def _number(value: Any) -> float | None:
-    """The number that a mark is, however it is stored; None for everything else."""
+    """Return a mark's value as a number, also from a boolean or a string; None for other values."""
     if isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):

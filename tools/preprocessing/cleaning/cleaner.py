@@ -1,7 +1,6 @@
-"""What is done to a document's text before it is tokenized, and for which texts a document is refused.
+"""Cleans the text of documents before tokenization, and decides which documents are left out by their text.
 
-Runs in the workers, over every character of the corpus: what is switched off costs nothing. Which documents other
-documents make superfluous is decided later, by exact_dedup.py and near_dedup.py.
+It runs in the workers over the whole corpus; disabled steps cost nothing. Duplicates are found later (dedup/).
 """
 
 from __future__ import annotations
@@ -23,17 +22,16 @@ _SHORT, _CONTAMINATED = "below --min-chars", "shares an n-gram with --held-out"
 
 
 class Cleaner:
-    """Cleans texts, and says for what reason a text is no document after all.
+    """Cleans texts, and returns the reason to leave a text out.
 
-    The order is: control characters are removed; what is left is normalized, so that the result is in NFC though a
-    control character stood between a letter and its accent; its length is looked at; then its n-grams.
+    The order: remove control characters; normalize (afterwards, because a control character may separate a letter and
+    its accent); check the length; check the n-grams.
 
     Args:
-        options: ``normalize`` "nfc": bring texts to Unicode's normalization form C. ``strip_control``: remove control
-            characters: category Cc but for tab, line feed and carriage return. Nothing takes their place, not even of a
-            form feed or next line (U+0085), beside which there usually is a line feed. ``min_chars``: refuse texts with
-            fewer characters (Unicode code points, whitespace too) when cleaned.
-        held_out: file of a :class:`NgramFilter`: refuse texts that share an n-gram with it.
+        options: ``normalize`` "nfc": convert texts to Unicode's normalization form C. ``strip_control``: remove
+            category Cc except tab, line feed and carriage return. Nothing replaces them, because a line feed usually
+            accompanies form feed and next line (U+0085). ``min_chars``: leave out texts with fewer code points.
+        held_out: file of a :class:`NgramFilter`: leave out texts that share an n-gram with it.
     """
 
     def __init__(self, options: PreprocessOptions, held_out: Path | None = None) -> None:
@@ -48,11 +46,11 @@ class Cleaner:
         return self._normalize_nfc or self._strip_control or self._min_chars > 0 or self._filter is not None
 
     def clean(self, text: str) -> tuple[str, str | None]:
-        """The cleaned text, and the reason to leave it out or None. A batch costs less: :meth:`clean_batch`."""
+        """Return the cleaned text, and the reason to leave it out or None. :meth:`clean_batch` is faster."""
         return self.clean_batch([text])[0]
 
     def clean_batch(self, texts: Sequence[str]) -> list[tuple[str, str | None]]:
-        """For each of ``texts`` the cleaned text, and the reason to leave it out or None."""
+        """Return for each text the cleaned text, and the reason to leave it out or None."""
         cleaned = [self._cleaned(text) for text in texts] if self._normalize_nfc or self._strip_control else texts
         reasons: list[str | None] = [None] * len(cleaned)
         if self._filter is not None:
@@ -65,10 +63,9 @@ class Cleaner:
         return list(zip(cleaned, reasons, strict=True))
 
     def clean_pieces(self, pieces: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-        """The same for one long text that comes in pieces, cut anywhere; memory is bounded by some pieces.
+        """Clean one long text that comes in pieces, cut anywhere, in memory of a few pieces.
 
-        Joined, the cleaned pieces are the cleaned whole, and n-grams across a cut are seen. A reason is given as soon
-        as it is known, with the last piece that matters; nothing comes after it.
+        The joined pieces are the cleaned text, and n-grams across cuts are checked. The iteration ends at a reason.
         """
         size = 0
         watch = None if self._filter is None else self._filter.watch()
@@ -76,7 +73,7 @@ class Cleaner:
         for piece in self._cleaned_pieces(pieces):
             size += len(piece)
             found = found or (watch is not None and watch.add(piece))
-            # A text that is both too short and contaminated is too short.
+            # A text that is too short and contaminated counts as too short.
             if found and size >= self._min_chars:
                 yield piece, _CONTAMINATED
                 return
@@ -89,7 +86,7 @@ class Cleaner:
     def _cleaned(self, text: str) -> str:
         if self._strip_control:
             text = strip_control(text)
-        # Returns the same object, and quickly, when there is nothing to be done.
+        # Fast, and returns the same object, if there is nothing to do.
         return unicodedata.normalize("NFC", text) if self._normalize_nfc else text
 
     def _cleaned_pieces(self, pieces: Iterable[str]) -> Iterator[str]:
@@ -105,8 +102,8 @@ class Cleaner:
 
 
 def strip_control(text: str) -> str:
-    """``text`` without the control characters that :class:`Cleaner` names; the same object when it has none."""
-    # Bytes are searched several times as fast as characters.
+    """Remove control characters; return the same object if there are none."""
+    # Searching bytes is several times as fast as characters.
     content = text.encode("utf-8", "surrogatepass")
     cleaned = _C1.sub(b"", content.translate(None, _CONTROL_BYTES))
     return text if len(cleaned) == len(content) else cleaned.decode("utf-8", "surrogatepass")

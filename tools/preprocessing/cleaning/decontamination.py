@@ -1,10 +1,10 @@
-"""Keeping held-out texts, such as benchmarks, out of a corpus: documents that share an n-gram with them are refused.
+"""Decontamination: leaves out documents that share an n-gram with held-out texts, such as benchmarks.
 
 The rule is that of GPT-3 (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C): n-grams of 13
-words, without case and punctuation; what a word is, also in scripts without spaces, says shingles.py. As there,
-held-out texts of 8 to 12 words are looked for as a whole. Shorter ones are in too many texts by chance: they refuse
-only documents that consist of the same words. Unlike there, the whole document is refused, not its surroundings of 200
-characters, and an n-gram counts however many documents have it: leave boilerplate out of the held-out files.
+words, without case and punctuation (ngrams.py defines words). Held-out texts of 8 to 12 words must occur as a whole.
+Shorter ones are in too many texts by chance: they exclude only documents that consist of the same words. Unlike GPT-3,
+the whole document is left out, not 200 characters around the match, and frequent n-grams count too: remove boilerplate
+from held-out files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class HashSet:
 
     def __init__(self, hashes: npt.NDArray[np.uint64]) -> None:
         self.sorted = np.unique(hashes)
-        # Most of what is looked up is not there: one bit says so, where the binary search would take twenty steps.
+        # Most hashes are not in the set: one bit tells, instead of a binary search of twenty steps.
         bits = min(max((_BITS_PER_HASH * len(self.sorted)).bit_length(), 10), _MAX_BITS)
         self._shift = np.uint64(64 - bits)
         present = np.zeros(1 << bits, np.bool_)
@@ -46,7 +46,7 @@ class HashSet:
         return len(self.sorted)
 
     def find(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        """Indices, ascending, of those of ``hashes`` [n] that are in the set."""
+        """Return the ascending indices of those of ``hashes`` [n] that are in the set."""
         if not len(self.sorted):
             return np.empty(0, np.int64)
         slots = hashes >> self._shift
@@ -57,13 +57,12 @@ class HashSet:
 
 
 class NgramFilter:
-    """Says which documents share an n-gram with held-out texts. Made by :meth:`build` or :meth:`load`.
+    """Finds documents that share an n-gram with held-out texts. Made by :meth:`build` or :meth:`load`.
 
     Args:
         ngram: words in an n-gram.
-        grams: uint64[n-grams] of the held-out texts, and of those that have less than n words all of it.
-        short: uint64[texts, 3] of those of 8 to n - 1 words: the hash of its first 8 words, its number of units, and
-            the hash of all of it.
+        grams: uint64[n-grams] of the held-out texts; a text of fewer than n words is one n-gram.
+        short: uint64[texts, 3] for texts of 8 to n - 1 words: hash of the first 8 words, number of units, hash of all.
     """
 
     def __init__(self, ngram: int, grams: npt.NDArray[np.uint64], short: npt.NDArray[np.uint64]) -> None:
@@ -74,7 +73,7 @@ class NgramFilter:
 
     @staticmethod
     def build(texts: Iterable[str], ngram: int = 13) -> NgramFilter:
-        """From held-out texts: each is one that must not be found, not a file of many."""
+        """Build from held-out texts: single texts, not files."""
         grams: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
         short: list[npt.NDArray[np.uint64]] = [np.empty((0, 3), np.uint64)]
         for batch in _batches(texts):
@@ -93,34 +92,34 @@ class NgramFilter:
 
     @staticmethod
     def load(path: Path) -> NgramFilter:
-        """From a file that :meth:`save` made."""
+        """Load a file that :meth:`save` wrote."""
         with np.load(path) as arrays:
             return NgramFilter(int(arrays["ngram"]), arrays["grams"], arrays["short"])
 
     def save(self, path: Path) -> None:
-        """Write all of it to ``path`` (in .npz format, whatever its name)."""
+        """Write to ``path`` in .npz format."""
         with open_new(path) as file:
             np.savez(file, ngram=np.array(self.ngram), grams=self._grams.sorted, short=self._short)
 
     @property
     def num_ngrams(self) -> int:
-        """Different n-grams, and texts shorter than one."""
+        """Number of different n-grams, and texts shorter than one."""
         return len(self._grams)
 
     @property
     def fingerprint(self) -> str:
-        """Changes with everything that decides which documents are refused."""
+        """Hash of everything that decides which documents are left out."""
         digest = xxhash.xxh3_128(f"{VERSION};{self.ngram};".encode())
         digest.update(self._grams.sorted.tobytes())
         digest.update(self._short.tobytes())
         return digest.hexdigest()
 
     def contaminated(self, text: str) -> bool:
-        """Whether ``text`` is to be refused. A batch costs less: :meth:`contaminated_batch`."""
+        """Return whether ``text`` is contaminated. :meth:`contaminated_batch` is faster."""
         return bool(self.contaminated_batch([text])[0])
 
     def contaminated_batch(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """bool[texts]: which are to be refused."""
+        """Return bool[texts]: which are contaminated."""
         result = np.zeros(len(texts), np.bool_)
         for first, stop, units in units_of(texts):
             result[first:stop] = self._hits(units, whole=True)
@@ -130,12 +129,12 @@ class NgramFilter:
                 result[index] = watch.add(text) or watch.end()
         return result
 
-    def watch(self) -> Watch:
-        """For one long text that comes in pieces."""
-        return Watch(self)
+    def watch(self) -> LongTextCheck:
+        """Return a checker for one long text that comes in pieces."""
+        return LongTextCheck(self)
 
     def _hits(self, units: Units, whole: bool) -> npt.NDArray[np.bool_]:
-        """bool[texts of ``units``]."""
+        """Return bool[texts of ``units``]."""
         starts, stops, offsets = units.ngrams(self.ngram, whole)
         found = self._grams.find(units.spans(starts, stops))
         places = [np.searchsorted(offsets, found, side="right") - 1]
@@ -151,7 +150,7 @@ class NgramFilter:
         return result
 
     def _has_short(self, units: Units, start: int, limit: int, prefix: np.uint64) -> bool:
-        """Whether one of the short texts that begin with ``prefix`` begins at unit ``start`` and ends by ``limit``."""
+        """Return whether a short text with this ``prefix`` hash occurs at unit ``start`` and ends by ``limit``."""
         first, last = np.searchsorted(self._short[:, 0], [prefix, prefix + np.uint64(1)])
         candidates = self._short[first:last]
         stops = start + candidates[:, 1].astype(np.int64)
@@ -159,8 +158,8 @@ class NgramFilter:
         return bool((units.spans(np.full(len(stops), start), stops) == candidates[:, 2]).any())
 
 
-class Watch:
-    """Looks for held-out n-grams in one long text, piece by piece, in bounded memory."""
+class LongTextCheck:
+    """Searches one long text for held-out n-grams, piece by piece, in bounded memory."""
 
     def __init__(self, ngrams: NgramFilter) -> None:
         self._filter = ngrams
@@ -168,15 +167,15 @@ class Watch:
         self._complete = False
 
     def add(self, piece: str) -> bool:
-        """Take the next piece; True: the text is to be refused."""
+        """Add the next piece; return whether the text is contaminated."""
         return any(self._hit(units) for units in self._units.add(piece))
 
     def end(self) -> bool:
-        """Whether the rest of the text is to be refused."""
+        """Return whether the rest of the text is contaminated."""
         for units in self._units.end():
             if self._hit(units):
                 return True
-        # As a whole only what is shorter than an n-gram, for all its characters.
+        # As a whole only if it is shorter than an n-gram.
         return not self._complete and bool(self._filter._hits(self._units.carried, whole=True)[0])
 
     def _hit(self, units: Units) -> bool:
@@ -199,7 +198,7 @@ def _hashes(units: Units, ngram: int, whole: bool) -> npt.NDArray[np.uint64]:
 
 
 def _short_texts(units: Units, ngram: int) -> npt.NDArray[np.uint64]:
-    """The rows of those of the texts that are shorter than an n-gram, but not too short to be looked for."""
+    """Return the rows of ``short`` for the texts of 8 to n - 1 words."""
     sizes = np.diff(units.offsets)
     short = np.flatnonzero((np.diff(units.ngrams(ngram, whole=False)[2]) == 0) & (sizes > 0))
     starts, stops, offsets = units.ngrams(_MIN_WORDS, whole=False)

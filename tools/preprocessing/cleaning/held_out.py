@@ -1,4 +1,4 @@
-"""The texts that ``--held-out`` keeps out of the training data."""
+"""Reads the texts that ``--held-out`` keeps out of the training data."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ def read_held_out(
     folder: Path,
     reading: ReadOptions,
 ) -> NgramFilter:
-    """The n-grams of the texts in ``files``; ``folder`` is for temporary files.
+    """Return the n-grams of the texts in ``files``; ``folder`` is for temporary files.
 
-    Records are read as those of the corpus are, cleaned by ``cleaner``; of those without the corpus's text key, all
-    strings are taken, nested ones too: test sets call their texts by many names. Of ``reading``, the sheets are those
-    of the corpus alone, and damage is always an error.
+    Records are read and cleaned like those of the corpus. Of records without the corpus's text key all strings are
+    used, also nested ones, because test sets name their texts differently. ``--sheet`` is ignored; damage is an error.
 
     Raises:
-        UserError: a file cannot be read, or there is no text in any.
+        UserError: a file cannot be read, or none contains text.
     """
     reading = replace(reading, sheets=(), skip_damage=False)
     ngrams = NgramFilter.build(_texts(files, choice, cleaner, folder, reading))
@@ -44,11 +43,7 @@ def read_held_out(
 
 
 def held_out_files(paths: Sequence[str], choice: TextChoice) -> list[InputFile]:
-    """The files that ``--held-out`` names.
-
-    Raises:
-        UserError: there is no such file, or it is of no known format.
-    """
+    """Return the files that ``--held-out`` names. Raise UserError if one is missing or of unknown format."""
     if STDIN in paths:
         raise UserError("--held-out -: standard input is for the corpus; name a file")
     return expand_inputs(paths, InputOptions(keys=choice.roots), "--held-out")
@@ -70,7 +65,7 @@ def _texts(
 
 
 def _strings(value: Any) -> Iterator[str | LongText]:
-    """All strings in a record, at any depth."""
+    """Yield all strings in a record, at any depth."""
     waiting = [value]
     while waiting:
         value = waiting.pop()

@@ -1,4 +1,4 @@
-"""Normalizing a text that is too long to hold."""
+"""Unicode normalization of a text that comes in pieces."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import re
 import unicodedata
 
 _BOUNDARY = re.compile("[\x00-\x7f\u4e00-\u9fff]")
-"""Some of the characters that compose with none before them: a text may be cut in front of one and its parts be
-normalized each for itself (Unicode Standard Annex 15, section 9, "Normalization forms and stable code points")."""
+"""Some of the characters that never compose with one before them: a text may be cut before one, and its parts may be
+normalized separately (Unicode Standard Annex 15, section 9, "Normalization forms and stable code points")."""
 
 
 class PieceNormalizer:
-    """Brings a text to NFC that comes in pieces, cut anywhere: joined, what it returns is the normalized whole.
+    """Converts a text in pieces, cut anywhere, to NFC: the joined results are the normalized text.
 
-    It holds back what stands behind the last place where the text may be cut: some characters of any language, and all
-    of what has no such place.
+    It holds the text after the last possible cut: usually some characters, and all of a text without such a place.
     """
 
     def __init__(self) -> None:
         self._held: list[str] = []
 
     def add(self, piece: str) -> str:
-        """Take the next piece; return what is ready."""
+        """Add the next piece; return what is ready."""
         match = _BOUNDARY.search(piece[::-1])
         if match is None:
             self._held.append(piece)
@@ -32,5 +31,5 @@ class PieceNormalizer:
         return ready
 
     def end(self) -> str:
-        """What is left at the end of the text."""
+        """Return the rest of the text."""
         return unicodedata.normalize("NFC", "".join(self._held))

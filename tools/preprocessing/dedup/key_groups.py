@@ -1,4 +1,4 @@
-"""Which of many numbered items have equal keys, in bounded memory: what both kinds of deduplication rest on."""
+"""Finds items with equal keys in bounded memory, for both kinds of deduplication."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _BYTES_PER_ITEM = 120  # with two words of key: the items, their order, and copi
 
 
 class KeyGroups:
-    """Finds for each item, but the first of its key, another item with the same key that stands before it.
+    """Finds for each item, except the first of its key, an earlier item with the same key.
 
-    Items wait in memory. When there are too many, repeated keys among them are settled at once and the others go to
-    files, one for each value of the key's first bits; each file is solved for itself in the end. So a key costs at most
-    one item of a file for each time that memory was full, however often it occurs.
+    Items wait in memory. When it is full, repeated keys are paired, and one item of each key goes to a file, chosen by
+    the first bits of the key. At the end each file is solved alone. However often a key occurs, it takes at most one
+    item of a file for each time that memory was full.
 
     Args:
         folder: for files; created when needed.
-        words: of 64 bits in a key.
-        memory_bytes: bound of what is held.
-        shift: bits of a key that all items have in common.
+        words: 64-bit words of a key.
+        memory_bytes: bound on what is held.
+        shift: leading bits of a key that all items have in common.
     """
 
     def __init__(self, folder: Path, words: int, memory_bytes: int, shift: int = 0) -> None:
@@ -40,10 +40,10 @@ class KeyGroups:
         self._spilled = False
 
     def add(self, keys: npt.NDArray[np.uint64], indices: npt.NDArray[np.int64]) -> Iterator[Pairs]:
-        """Take items, in any order, and yield pairs that are known by now.
+        """Add items in any order; yield the pairs found so far.
 
         Args:
-            keys: uint64[items, words], of which the first word is evenly distributed (as hashes are).
+            keys: uint64[items, words], with a uniformly distributed first word, as of hashes.
             indices: int64[items].
         """
         for start in range(0, len(keys), self._capacity):
@@ -56,7 +56,7 @@ class KeyGroups:
             self._num_waiting += len(items)
 
     def end(self) -> Iterator[Pairs]:
-        """Yield the other pairs, and remove the files."""
+        """Yield the remaining pairs, and remove the files."""
         if not self._spilled:
             yield self._settle()[1]
             return
@@ -71,7 +71,7 @@ class KeyGroups:
     def _solve(self, path: Path) -> Iterator[Pairs]:
         count = path.stat().st_size // self._item.itemsize
         shift = self._shift + _BUCKET_BITS
-        # Items that agree in all of the first word are one key, or as good as one.
+        # Items with an equal first word have one key, nearly always.
         memory_bytes = self._memory_bytes if shift < _KEY_BITS else count * _BYTES_PER_ITEM
         groups = KeyGroups(path.with_suffix(".parts"), self._words, memory_bytes, shift)
         with open(path, "rb") as file:
@@ -83,7 +83,7 @@ class KeyGroups:
         return self._folder / f"{bucket:04d}.items"
 
     def _settle(self) -> tuple[np.ndarray, Pairs]:
-        """Empty the memory: the first item of each key, by key; and pairs of these with all others."""
+        """Empty the memory; return the first item of each key, by key, and its pairs with the others."""
         items = np.concatenate([np.empty(0, self._item), *self._waiting])
         self._waiting, self._num_waiting = [], 0
         keys = items["key"]
@@ -105,7 +105,7 @@ class KeyGroups:
         return survivors, (firsts[later], indices[later])
 
     def _spill(self) -> Pairs:
-        """Empty the memory to the files."""
+        """Move the items in memory to the files; return the pairs."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._spilled = True
         survivors, pairs = self._settle()
@@ -118,10 +118,7 @@ class KeyGroups:
 
 
 class GrowingArray:
-    """An array in a file that becomes longer at its end, of which any part may be changed.
-
-    Pages that are not in use may leave the memory.
-    """
+    """A writable array in a file that can be extended at its end. Unused pages may leave the memory."""
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
         self._path, self._dtype = path, np.dtype(dtype)
@@ -133,7 +130,7 @@ class GrowingArray:
             file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
 
     def map(self) -> npt.NDArray:
-        """All of it so far, for reading and writing."""
+        """Map the array so far, for reading and writing."""
         if not self._path.stat().st_size:
             return np.empty(0, self._dtype)
         return np.memmap(self._path, self._dtype, mode="r+")

@@ -1,8 +1,7 @@
-"""What a file holds, by its first bytes: the one place that decides where a file's name is ambiguous or says nothing.
+"""Detects the format of a file by its first bytes, if its name is ambiguous or has no suffix.
 
-``.json`` may be an array, one object, or an object on each line; ``.jsonl`` and ``.txt`` hold JSON of another shape
-now and then; part files of Spark have no suffix at all. At most a few MB of a file are read. Leaves out encodings, and
-tables: no first line tells whether a comma separates cells.
+``.json`` may be an array, one object, or an object per line; ``.jsonl`` and ``.txt`` sometimes contain another form of
+JSON; part files of Spark have no suffix. At most a few MB are read. Encodings and CSV are not detected.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from ..formats import split_compression
 
 _HEAD_BYTES = 64 << 10
 _LONG_HEAD_BYTES = 4 << 20
-"""Read when the first ``_HEAD_BYTES`` do not hold a whole line, or nothing of a compressed file."""
+"""Read if the first ``_HEAD_BYTES`` contain no whole line, or nothing of a compressed file."""
 _MAX_WINDOW = 1 << 27
 _LINES = 8
 _MAGIC = {b"\x1f\x8b\x08": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz"}
 _TABLES = {b"PAR1": "parquet", b"ARROW1\0\0": "arrow", b"\xff\xff\xff\xff": "arrow", b"%PDF-": "pdf"}
 _ARRAY_OF_JSON = re.compile(rb"\[\s*(?:\{\s*[\"}]|\[?\])")
 AMBIGUOUS = ("jsonl", "json", "txt", "txt-lines")
-"""Formats whose suffix is used for others too."""
+"""Formats whose suffixes are used for others too."""
 
 
 class Detected(NamedTuple):
-    """What a file holds."""
+    """Format and compression of a file."""
 
     format: str | None
-    """Key of ``FORMATS``; None when the content does not tell."""
+    """Key of ``FORMATS``; None if unknown."""
     compression: str
     """A value of ``COMPRESSIONS``, or ""."""
 
@@ -50,10 +49,10 @@ def detect(
     """Return the format and the compression of a file.
 
     Args:
-        named: the format that its name stands for; None when its name says nothing.
-        compression: the compression that its name stands for, or "". Only without one is the content asked.
-        force: ``named`` is what the user asked for; find only the compression.
-        keys: of the texts, by which lines of JSON in a .txt file are told from text that looks like JSON; None: any.
+        named: the format by its name; None if unknown.
+        compression: the compression by its name, or "", which is then detected.
+        force: the user gave the format ``named``; detect only the compression.
+        keys: of the texts, which distinguish lines of JSON in a .txt file from text that looks like JSON; None: any.
 
     Raises:
         UserError: the file cannot be read.
@@ -74,13 +73,13 @@ def detect(
 
 
 def _json_shape(content: bytes, named: str | None, keys: Sequence[str] | None) -> str | None:
-    """ "jsonl" or "json" where the text is clearly that, else None."""
+    """Return "jsonl" or "json" if the text clearly is, else None."""
     content = content.removeprefix(codecs.BOM_UTF8).lstrip()
     is_text = named is not None and named.startswith("txt")
     first, _, rest = content.partition(b"\n")
     if content.startswith(b"{"):
         if named == "json":
-            # One whole line is enough if all begin as objects: a bad line, even the first, must not hide the others.
+            # If all lines begin as objects, one valid line is enough: bad ones must not hide the others.
             begun = [line.lstrip() for line in content.split(b"\n")[:_LINES] if line.strip()]
             if not _is_json(first, dict):
                 is_lines = all(line.startswith(b"{") for line in begun) and any(_is_json(line, dict) for line in begun)
@@ -119,7 +118,7 @@ def _first_bytes(path: str, size: int) -> bytes:
 
 
 def _decompressed(head: bytes, compression: str) -> bytes:
-    """The beginning of what ``head`` decompresses to; empty when it is damaged, which its reader reports."""
+    """Return the beginning of the decompressed ``head``; empty if damaged, which the reader reports."""
     try:
         if compression == ".gz":
             return zlib.decompressobj(wbits=31).decompress(head, _LONG_HEAD_BYTES)
@@ -137,5 +136,5 @@ def _decompressed(head: bytes, compression: str) -> bytes:
 
 
 def has_no_suffix(path: str) -> bool:
-    """Whether a file's name says nothing about its format, such as ``part-00000`` and ``part-00000.gz``."""
+    """Return whether a file's name does not show its format, such as ``part-00000`` and ``part-00000.gz``."""
     return "." not in split_compression(os.path.basename(path).lower())[0]

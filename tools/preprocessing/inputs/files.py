@@ -1,7 +1,7 @@
-"""Which files a corpus is: ``--input FILE|DIR|GLOB|- ...`` expanded to a checked, ordered list.
+"""Expands ``--input FILE|DIR|GLOB|- ...`` to a checked, ordered list of files.
 
-The order of documents in the dataset is the order of this list: the arguments in the order given, and within a folder
-or a pattern by path. A file that is named twice is refused, since repeating data is a decision for the mixture.
+The order of the list is the order of the documents: that of the arguments, and by path within a folder or pattern. A
+file that is named twice is refused: to repeat data, give its dataset a larger weight in training.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ class InputFile:
     modified: int
     """Time of the last change, in nanoseconds."""
     units: int = 1
-    """For formats that are cut between units: how many."""
+    """Number of units of formats that are divided between units."""
 
 
 @dataclass(frozen=True)
 class InputOptions:
-    """How inputs are understood."""
+    """How inputs are interpreted."""
 
     txt_mode: str = "file"
-    """"file": a text file is a document; "line": each of its lines is."""
+    """"file": a text file is a document; "line": each line is one."""
     stdin_format: str = "jsonl"
-    """Format of what comes through standard input (``-``)."""
+    """Format of standard input (``-``)."""
     input_format: str | None = None
-    """Format of all files, whatever their names; None: by name and content."""
+    """Format of all files; None: by name and content."""
     keys: tuple[str, ...] | None = None
-    """Keys of the text, by which lines of JSON in a .txt file are told from text; None: any."""
+    """Keys of the text, which identify lines of JSON in a .txt file; None: any."""
     skip_damage: bool = False
-    """Leave it to the reader to report files that are damaged."""
+    """Let the reader report damaged files."""
 
 
 def expand_inputs(arguments: Sequence[str], options: InputOptions, flag: str = "--input") -> list[InputFile]:
-    """The files that ``arguments`` of the option ``flag`` name, in the order of their documents.
+    """Return the files that ``arguments`` of the option ``flag`` name, in the order of their documents.
 
-    A folder stands for its documents at any depth, which ``folders.py`` tells from everything else; what is left out
-    is printed. Symbolic links are followed; what is reached twice within a folder counts once. A pattern (``*``,
-    ``?``, ``[...]``, ``**``) stands for the files and folders that it matches; one that ends in ``*`` or ``**`` is
-    treated like a folder. ``-`` is standard input, which :func:`with_stdin_copied` makes a file.
+    A folder means its documents at any depth, which ``folders.py`` selects; notes name the files that are left out.
+    Symbolic links are followed; a file reached twice within a folder counts once. A pattern (``*``, ``?``, ``[...]``,
+    ``**``) means the files and folders that it matches; one that ends in ``*`` or ``**`` is treated like a folder.
+    ``-`` is standard input; :func:`with_stdin_copied` turns it into a file.
 
     Raises:
-        UserError: an argument names nothing, a file of unknown format, one that cannot be read, or one named before.
+        UserError: an argument names nothing, a file of unknown format, an unreadable file, or a file named before.
     """
     files: list[InputFile] = []
     seen: dict[str, str] = {}
@@ -95,16 +95,12 @@ def expand_inputs(arguments: Sequence[str], options: InputOptions, flag: str = "
 
 
 def with_stdin_copied(files: Sequence[InputFile], copy: Path) -> list[InputFile]:
-    """``files``, standard input being the file ``copy`` of what it gives: several workers can read that.
-
-    Raises:
-        UserError: standard input is a terminal.
-    """
+    """Return ``files`` with standard input copied to the file ``copy``. Raise UserError if it is a terminal."""
     if not any(file.path == STDIN for file in files):
         return list(files)
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("--input -: standard input is a terminal; pipe the corpus into it")
-    if not copy.exists():  # else this run has read it already
+    if not copy.exists():  # else it was copied earlier in this run
         with open_new(copy) as target:
             shutil.copyfileobj(sys.stdin.buffer, target, 8 << 20)
     status = copy.stat()
@@ -119,7 +115,7 @@ def with_stdin_copied(files: Sequence[InputFile], copy: Path) -> list[InputFile]
 
 
 def _expand(argument: str, name: str, options: InputOptions) -> list[str]:
-    """The files that one argument stands for, by path."""
+    """Return the files of one argument, by path."""
     if os.path.isdir(argument):
         return _chosen(name, _files_below(argument), options)
     if os.path.exists(argument):
@@ -151,9 +147,9 @@ def _chosen(name: str, paths: list[str], options: InputOptions) -> list[str]:
 
 
 def _match_at_any_depth(pattern: str) -> tuple[list[str], list[str]]:
-    """What a pattern with ``**`` stands for: files that match it, and files in folders that match it.
+    """Return the files that match a pattern with ``**``, and the files in folders that match it.
 
-    The glob module would follow symbolic links round and round.
+    The glob module would follow cycles of symbolic links.
     """
     parts = Path(pattern).parts
     depth = parts.index("**")
@@ -171,7 +167,7 @@ def _match_at_any_depth(pattern: str) -> tuple[list[str], list[str]]:
 
 
 def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether the path of ``names`` matches ``pattern``, in which ``**`` stands for any number of folders."""
+    """Return whether the path ``names`` matches ``pattern``, in which ``**`` is any number of folders."""
     if not pattern:
         return not names
     if pattern[0] == "**":
@@ -180,7 +176,7 @@ def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def _files_below(folder: str) -> list[str]:
-    """All files below ``folder``, by path, hidden ones left out."""
+    """Return all files below ``folder`` by path, except hidden ones."""
     files, again = _walk(folder)
     if again:
         print(
@@ -190,12 +186,9 @@ def _files_below(folder: str) -> list[str]:
 
 
 def _walk(folder: str) -> tuple[list[str], list[str]]:
-    """The files below ``folder``, by path, and links to what is there without them.
+    """Return the files below ``folder`` by path, and the links that lead to files found without them.
 
-    Hidden files and folders are left out. Links are followed after everything else, and not to folders around them.
-
-    Raises:
-        UserError: a folder cannot be read.
+    Hidden files and folders are left out. Links are followed last, and not to folders that contain them.
     """
     files: dict[str, str] = {}
     visited: set[str] = set()
@@ -265,7 +258,7 @@ def _input_file(path: str, source: int, options: InputOptions, flag: str) -> Inp
 
 
 def _print_notes(files: Sequence[InputFile], options: InputOptions) -> None:
-    """Print which files are read as another format than their name says, and mixtures of records and plain texts."""
+    """Print which files have another format than their name says, and mixtures of records and plain texts."""
     if options.input_format is not None:
         return
     by_content: dict[tuple[str, str], list[str]] = {}
@@ -299,4 +292,4 @@ def _units(format_name: str, path: str, skip_damage: bool = False) -> int:
     except DamagedError:
         if not skip_damage:
             raise
-        return 1  # which its reader finds to be damaged
+        return 1  # its reader reports the damage

@@ -1,8 +1,8 @@
-"""Which files of a folder are its documents: the one place that decides what is data and what describes data.
+"""Selects the documents among the files of a folder.
 
-A folder of a data set holds more than documents: a card and a licence, JSON that describes the data, markers and
-caches of the programs that wrote it, splits for evaluation. Every file that is not read is counted under a reason,
-which is printed once for each folder. None of this concerns files that are named one by one: those are always read.
+A folder of a data set also contains a card and a licence, JSON that describes the data, markers and caches of other
+programs, and splits for evaluation. Each file that is not read is counted under a reason, which is printed once per
+folder. Files that are named explicitly are always read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ABOUT = re.compile(
     r"notice|third[-_]party[-_]notices|authors|contributors|contributing|code[-_]of[-_]conduct|changelog|changes|citation|"
     r"(data|model)[-_]?card|dataset[-_]card|datasheet|requirements([-_](dev|test|docs|train|gpu|cpu))?"
 )
-"""Names, without their suffix, of texts that describe a folder."""
+"""Names, without suffix, of texts that describe a folder."""
 _INDEX_PAGES = frozenset(("index.html", "index.htm"))
 _DESCRIPTIONS = frozenset(
     (
@@ -54,7 +54,7 @@ _EVALUATION = frozenset(("test", "validation", "valid", "val", "dev", "eval", "e
 _SHARD = re.compile(r"(?:.*[-_.])?([a-z]+)[-._]\d{4,5}-of-\d{4,5}$")
 _ARROW_SPLIT = re.compile(r".*-([a-z]+)$")
 _SAME_FORMAT_IS_CORPUS = ("markdown", "html")
-"""Of these formats a page named README or index is one document of many."""
+"""In a corpus of only these formats, a page named README or index is a document."""
 _MOST_BYTES = 16 << 20
 """Of a file that describes a data set."""
 
@@ -68,15 +68,15 @@ OTHERS = "of other formats"
 def choose_files(
     root: str, paths: Sequence[str], keys: Sequence[str] | None = None, any_name: bool = False
 ) -> list[str]:
-    """Return those of ``paths`` that are the documents of the folder or pattern ``root``, and print what is left out.
+    """Return the documents among ``paths`` of the folder or pattern ``root``, and print what is left out.
 
     Args:
         paths: all files in it that are not hidden, in order.
-        keys: see :func:`retemper.tools.preprocessing.inputs.detection.detect`.
-        any_name: the format of all files is known, so that their names need not tell it.
+        keys: see :func:`detect`.
+        any_name: the format is given, so that names need not show it.
 
     Raises:
-        UserError: there are none, with the way to read what is there; or the folder is a table that has a log.
+        UserError: there are no documents (the message says how to convert the files), or a table has a log.
     """
     _refuse_tables_with_a_log(root, paths)
     left_out: dict[str, list[str]] = defaultdict(list)
@@ -108,10 +108,10 @@ def choose_files(
 
 
 def hub_snapshot(folder: str, folders: Sequence[str]) -> str | None:
-    """The folder to read instead of one of the Hugging Face cache, which holds blobs/, refs/ and snapshots/.
+    """Return the snapshot to read in a folder of the Hugging Face cache; None for other folders.
 
     Raises:
-        UserError: it has several snapshots, none of which is the main one.
+        UserError: it has several snapshots, and refs/main names none of them.
     """
     if not {"blobs", "snapshots"} <= set(folders):
         return None
@@ -145,7 +145,7 @@ def _hint(reason: str, paths: Sequence[str]) -> str:
 
 
 def _format_name(path: str, keys: Sequence[str] | None) -> str | None:
-    """The format that a file in a folder is read as, by its name or, if that has no suffix, its content."""
+    """Return the format of a file in a folder by its name or, without a suffix, its content."""
     if found := format_of(path):
         return found[0].name
     if not has_no_suffix(path) or _is_about(path) or not os.path.isfile(path):
@@ -169,7 +169,7 @@ def _is_about(path: str) -> bool:
 
 
 def _markdown_next_to_records(data: Sequence[str], formats: Mapping[str, str | None]) -> Callable[[str], bool]:
-    """Whether a file is Markdown in a folder that holds files of records, at any depth."""
+    """Return a test for Markdown in folders that contain files of records, at any depth."""
     folders: set[str] = set()
     for path in data:
         if FORMATS[formats[path] or ""].has_records:
@@ -181,7 +181,7 @@ def _markdown_next_to_records(data: Sequence[str], formats: Mapping[str, str | N
 
 
 def _not_in_saved_dataset(paths: Sequence[str]) -> Callable[[str], bool]:
-    """Whether an Arrow file is a cache: what ``datasets.save_to_disk`` wrote is listed in its state.json."""
+    """Return a test for Arrow files that are caches: ``datasets.save_to_disk`` lists its files in state.json."""
     listed: dict[str, frozenset[str]] = {}
     for path in paths:
         if _name(path) == "state.json":
@@ -211,7 +211,7 @@ def _not_in_saved_dataset(paths: Sequence[str]) -> Callable[[str], bool]:
 
 
 def _evaluation_splits(paths: Sequence[str], data: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a file belongs to a split for evaluation of a dataset that has a split named train."""
+    """Return a test for files of evaluation splits of a dataset that has a split named train."""
     folders: set[str] = set()
     listing: set[str] = set()
     for path in paths:
@@ -222,7 +222,7 @@ def _evaluation_splits(paths: Sequence[str], data: Sequence[str]) -> Callable[[s
             if isinstance(splits, list) and "train" in splits:
                 folders.update(os.path.join(os.path.dirname(path), str(name)) for name in splits if name in _EVALUATION)
     by_name = Counter(map(_split_name, data))
-    # train.jsonl and train/ make splits of what is next to them, as for ``datasets.load_dataset``.
+    # Next to train.jsonl or train/, names are splits, as for ``datasets.load_dataset``.
     next_to_train = {folder for path in data for folder, name in _steps(path) if name == "train"} - listing
 
     def is_evaluation(path: str) -> bool:
@@ -236,7 +236,7 @@ def _evaluation_splits(paths: Sequence[str], data: Sequence[str]) -> Callable[[s
 
 
 def _steps(path: str) -> Iterator[tuple[str, str]]:
-    """Each part of a path with the folder that it is in, the file without its suffixes."""
+    """Yield (folder, name) for each part of a path; the file's name without suffixes."""
     folder, name = os.path.split(path)
     yield folder, os.path.splitext(split_compression(name.lower())[0])[0]
     while os.path.basename(folder):
@@ -245,7 +245,7 @@ def _steps(path: str) -> Iterator[tuple[str, str]]:
 
 
 def _split_name(path: str) -> str | None:
-    """The split in a file's name, as the Hub and ``datasets`` write it: train-00000-of-00002.parquet."""
+    """Return the split in a file name of the Hub or ``datasets``, such as train-00000-of-00002.parquet."""
     stem = split_compression(_name(path))[0]
     stem, suffix = os.path.splitext(stem)
     match = _SHARD.fullmatch(stem) or (_ARROW_SPLIT.fullmatch(stem) if suffix == ".arrow" else None)
@@ -260,7 +260,7 @@ def _read_json(path: str) -> object:
 
 
 def _refuse_tables_with_a_log(root: str, paths: Sequence[str]) -> None:
-    """Refuse tables whose log says which files are valid: others would be read twice, or after their deletion."""
+    """Refuse tables with a log of valid files: outdated and deleted rows would be read too."""
     for path in paths:
         parts = Path(path).parts
         kind = "a Delta table" if "_delta_log" in parts else None

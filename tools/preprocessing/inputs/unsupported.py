@@ -1,4 +1,4 @@
-"""Formats that are not read: what each is called, and how to get from it to one that is read."""
+"""Formats that are not supported: their names, and how to convert them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _BY_SUFFIX = {suffix: entry for suffixes, entry in _FOREIGN.items() for suffix i
 
 
 def remedy(path: str) -> str | None:
-    """What a file is and what to do with it, by its name; None when that is not known."""
+    """Return what a file is and how to convert it, by its name; None if unknown."""
     stem, compression = split_compression(path.lower())
     if compression and stem.endswith((".parquet", ".arrow", ".xlsx", ".pdf")):
         return f"a {os.path.splitext(stem)[1]} file in {compression} compression; decompress it first"
@@ -50,7 +50,7 @@ def remedy(path: str) -> str | None:
 
 
 def most_common_remedy(paths: Iterable[str]) -> str | None:
-    """For a folder: the remedy for most of its files, with their number; None when there is none for any."""
+    """Return the most common remedy for the files of a folder, with their number; None if there is none."""
     counts = Counter(text for text in map(remedy, paths) if text is not None)
     if not counts:
         return None

@@ -1,7 +1,6 @@
-"""Arrow IPC files and streams, as ``datasets.save_to_disk``, Feather and the cache of datasets write them.
+"""Arrow IPC files and streams, as written by ``datasets.save_to_disk``, Feather and the cache of datasets.
 
-A record for each row, with the wanted columns only. Files are mapped into memory, so that a batch of any size costs
-only the rows in use. Leaves out what lies around the files: ``folders.py`` tells data from caches and other splits.
+Each row is a record, with the needed columns only. Files are memory-mapped, so that a batch costs only the rows in use.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _MAX_REPEATED_BYTES = 64 << 20
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
-    """The rows of the file."""
+    """Yield the rows of the file."""
     file, path = span.file, span.file.path
     arrow = require_library("pyarrow", path)
     require_library("pyarrow.ipc", path)
@@ -66,7 +65,7 @@ def _map(arrow: Any, path: str) -> Any:
 
 
 def _batches(arrow: Any, source: Any, path: str) -> tuple[Any, Iterator[Any]]:
-    """The schema of a file, and its record batches in order."""
+    """Return the schema of a file, and an iterator over its record batches."""
     with damage_is_user_error(path, "Arrow"):
         head = source.read(len(_FILE_MAGIC))
         source.seek(0)
@@ -80,5 +79,5 @@ def _batches(arrow: Any, source: Any, path: str) -> tuple[Any, Iterator[Any]]:
 
 
 def _slice_rows(batch: Any) -> int:
-    """Rows to convert at once: about ``_SLICE_BYTES`` of them."""
+    """Return the number of rows to convert at once, of about ``_SLICE_BYTES``."""
     return min(_SLICE_ROWS, max(1, _SLICE_BYTES * batch.num_rows // max(batch.nbytes, 1)))

@@ -1,4 +1,4 @@
-"""The rows of Arrow's record batches as records, one by one."""
+"""Converts rows of Arrow record batches to records."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NOT_IN_PYTHON = (ValueError, ArithmeticError, TypeError, NotImplementedError)
 
 
 def batch_records(batch: Any, names: list[str], number: int, context: ReadContext, path: str) -> Iterator[Record]:
-    """The rows of ``batch``, of which the first is the file's row ``number``, from 0."""
+    """Yield the rows of ``batch``; its first row is row ``number`` of the file, from 0."""
     columns = [batch.column(name) for name in names]
     try:
         values = [column.to_pylist() for column in columns]
     except _NOT_IN_PYTHON:
-        # A value of some row cannot be had in Python, such as a string that is not UTF-8.
+        # A value of some row cannot be converted, such as a string that is not UTF-8.
         for index in range(batch.num_rows):
             where = Where(path, "row", number + index + 1)
             try:
@@ -46,7 +46,7 @@ def _value(scalar: Any, name: str) -> Any:
 
 
 def decoded_bytes(batch: Any, path: str) -> int:
-    """Bytes of the rows of ``batch``, with each value of a dictionary counted as often as it occurs."""
+    """Return the bytes of the rows of ``batch``; a dictionary's value counts as often as it occurs."""
     compute = require_library("pyarrow.compute", path)
     total = 0
     for column in batch.columns:
@@ -54,21 +54,21 @@ def decoded_bytes(batch: Any, path: str) -> int:
         if lengths is not None:
             total += compute.sum(lengths.take(column.indices)).as_py() or 0
         elif "_view" in str(column.type):
-            total += _VIEW_BYTES * len(column)  # its buffers hold the texts of other rows too
+            total += _VIEW_BYTES * len(column)  # its buffers contain the texts of other rows too
         else:
             total += column.nbytes
     return total
 
 
 def longest_entry(batch: Any, path: str) -> int:
-    """Bytes of the longest value in the dictionaries of ``batch``; 1 without any."""
+    """Return the bytes of the longest value in the dictionaries of ``batch``; 1 without any."""
     compute = require_library("pyarrow.compute", path)
     lengths = [_entry_lengths(column, compute) for column in batch.columns]
     return max([1, *(compute.max(entry).as_py() or 0 for entry in lengths if entry is not None)])
 
 
 def _entry_lengths(column: Any, compute: Any) -> Any:
-    """Bytes of each entry in the dictionary of a column of strings; None for other columns."""
+    """Return the bytes of each entry in a string column's dictionary; None for other columns."""
     dictionary = getattr(column, "dictionary", None)
     if dictionary is None or str(dictionary.type) not in ("string", "large_string", "binary", "large_binary"):
         return None

@@ -1,4 +1,4 @@
-"""What the columns of a table must be called for its rows to be records."""
+"""Checks the column names of a table."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SHOWN = 8
 
 
 def usable_columns(names: Sequence[str], where: Where, context: ReadContext) -> bool:
-    """Whether rows with these columns can be records. If not, the table is refused as one record at ``where``.
+    """Return whether rows with these columns can be records; if not, refuse the table as one record at ``where``.
 
-    Of the wanted columns one must be there, and none twice. Any number may have no name.
+    At least one needed column must exist, and none twice. Columns may have no name.
     """
     wanted = None if context.columns is None else set(context.columns)
     counts = Counter(name for name in names if name and (wanted is None or name in wanted))

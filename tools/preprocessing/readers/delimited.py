@@ -1,8 +1,8 @@
-"""CSV and TSV with a header: each row is a record of its cells, all of them strings.
+"""CSV and TSV with a header: each row is a record of strings.
 
 CSV has the quoting of RFC 4180, strictly; TSV has none (IANA, text/tab-separated-values); ``--quoting`` changes both.
-Rows are named by the line of the file on which they begin, as editors show it.
-Columns without a name (such as the index that pandas writes) are left out. Leaves out other separators, and guessing.
+The place of a row is the line on which it begins, as in editors. Columns without a name (such as the index that pandas
+writes) are left out. Other separators are not supported.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .columns import usable_columns
 from .streams import open_stream, skip_bom
 
 _MAX_CELL = 1 << 24
-"""Characters. The csv module holds four bytes for each; and this ends a quote that is never closed."""
+"""Characters. The csv module needs four bytes for each. The limit also ends a quote that is never closed."""
 _MAX_LINE_BYTES = 1 << 26
 _SEPARATORS = {"csv": ",", "tsv": "\t"}
 _UNQUOTED = ("tsv",)
 _HEADER_BYTES = 1 << 16
 _MANY_LINES = 200
-"""A quoted cell over more lines is worth a note: it may be a quote that was never meant to open a cell."""
+"""A quoted cell over more lines gets a note: its quote may be text."""
 _NUMBER = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*")
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
-    """The rows below the header."""
+    """Yield the rows below the header."""
     path = span.file.path
     csv.field_size_limit(_MAX_CELL)
     separator = _SEPARATORS[span.file.format]
@@ -64,7 +64,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
 
 
 class _Quotes:
-    """Whether quotes are syntax or text in a file, and what in it speaks against that."""
+    """Decides whether quotes are syntax or text in a file, and collects signs that this is wrong."""
 
     def __init__(self, context: ReadContext, separator: str) -> None:
         self.quoted = context.options.quoting == "standard"
@@ -74,16 +74,16 @@ class _Quotes:
         self._looks_quoted = ""
 
     def decide(self, stream: io.BufferedReader[Any], format_name: str) -> None:
-        """Choose for a file, of which the header comes next in ``stream``, where the user leaves that open."""
+        """With ``--quoting auto``, choose by the format and the header, which comes next in ``stream``."""
         if self._decides:
-            # A header in which all names are in quotes is no text: whoever wrote it quotes.
+            # All names of the header in quotes: the file uses quoting.
             first = stream.peek(_HEADER_BYTES)[:_HEADER_BYTES].partition(b"\n")[0].rstrip(b"\r")
             self.quoted = format_name not in _UNQUOTED or all(
                 len(name) > 1 and name[:1] == name[-1:] == b'"' for name in first.split(self._separator.encode())
             )
 
     def check(self, where: Where, cells: list[str], lines: _Lines) -> MalformedError | None:
-        """What is wrong with the quotes of a row that is right by the rules."""
+        """Return an error for a row that follows the rules but was probably not meant so."""
         if lines.num_lines > 1:
             if self._decides and _is_several_rows(lines.raw(), self._separator, len(cells)):
                 return MalformedError(
@@ -97,7 +97,7 @@ class _Quotes:
         return None
 
     def report(self) -> None:
-        """Note what is suspicious in the file."""
+        """Report what is suspicious in the file."""
         if self._longest > _MANY_LINES:
             self._context.note(
                 f"{self._longest_at}: a quoted cell goes over {self._longest:,} lines; if quotes are text, give "
@@ -110,10 +110,11 @@ class _Quotes:
 
 
 def _is_several_rows(raw: bytes, separator: str, num_cells: int) -> bool:
-    """Whether a row over several lines is probably several rows, of which two have a quotation mark by chance.
+    """Return whether a row over several lines is probably several rows, two of them with a stray quotation mark.
 
-    Each line then has a row's number of cells, numbers in the same columns, and after a separator neither a space nor
-    the line's end, of which prose has one after nearly every comma. A single column cannot be told from text.
+    Each line then has a row's number of cells, numbers in the same columns, and neither a space nor the line's end
+    after a separator; prose has one of them after nearly every comma. A single column cannot be distinguished from
+    text.
     """
     rows = [line.split(separator) for line in raw.decode("utf-8", "replace").splitlines()]
     if num_cells < 2 or any(len(row) != num_cells for row in rows):
@@ -129,7 +130,7 @@ def _looks_quoted(cells: list[str]) -> bool:
 
 
 def _rows(lines: _Lines, separator: str, quoted: bool) -> Iterator[tuple[Where, list[str], MalformedError | None]]:
-    """For each row where it begins, its cells and what is wrong with it; blank lines are nothing."""
+    """Yield for each row its place, its cells and an error or None; skip blank lines."""
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     reader = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting)
     while True:
@@ -169,31 +170,31 @@ def _explain(error: csv.Error) -> str:
 
 
 class _Lines:
-    """The lines of a file as text, as the csv module takes them, and what it would not notice in them."""
+    """The lines of a file for the csv module, with checks that it does not make."""
 
     def __init__(self, stream: io.BufferedReader[Any], path: str) -> None:
         self._stream, self._path = stream, path
         self._number = 0
         self._row: list[bytes] = []
         self.wrong: MalformedError | None = None
-        """Why the current row is no text."""
+        """Error of the current row, if it is not text."""
 
     def begin_row(self) -> Where:
-        """The next line begins a row: where."""
+        """Begin a row at the next line; return its place."""
         self._row, self.wrong = [], None
         return Where(self._path, "line", self._number + 1)
 
     def row_is_open(self, error: csv.Error) -> bool:
-        """Whether ``error`` is about a quote that went over lines without an end."""
+        """Return whether ``error`` is about a quote that spans lines and does not end."""
         return len(self._row) > 1 and ("field limit" in str(error) or "unexpected end" in str(error))
 
     @property
     def num_lines(self) -> int:
-        """Of the current row."""
+        """Lines of the current row."""
         return len(self._row)
 
     def raw(self) -> bytes:
-        """The current row as it stands in the file."""
+        """Return the current row's bytes in the file."""
         return b"".join(self._row)
 
     def __iter__(self) -> Iterator[str]:
@@ -213,7 +214,7 @@ class _Lines:
             self.wrong = self.wrong or invalid_utf8(line, error)
             text = line.decode("utf-8", "replace")
         if "\0" in text:
-            # Python 3.10's csv refuses them, later ones do not; binary files and UTF-16 are full of them.
+            # Only Python 3.10's csv refuses them. Binary files and UTF-16 are full of them.
             self.wrong = self.wrong or MalformedError("a NUL byte")
             text = text.replace("\0", "")
         return text

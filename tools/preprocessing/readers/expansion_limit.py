@@ -1,8 +1,8 @@
-"""How much more than its size on disk a file may give: the one rule against compressed bombs.
+"""The limit on how far a file may expand, against decompression bombs.
 
-Text compresses 3 to 10 times, logs and tables up to 100, and a file that repeats itself some hundred times. Bombs give
-1,000 times (gzip's limit) to 30,000 (zstd), or billions of rows without any bytes. Nothing here reads a file: readers
-report what they took and gave, and are stopped within seconds. ``--max-expansion`` changes the bound or lifts it.
+Text compresses 3 to 10 times, logs and tables up to 100, repetitive files some hundred times. Bombs reach 1,000 times
+(gzip's limit) to 30,000 (zstd), or billions of rows without bytes. Readers report what they read and produced, and are
+stopped within seconds. ``--max-expansion`` changes or removes the limit.
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ from ....engine.errors import UserError
 
 DEFAULT_EXPANSION = 300
 LEAST_BYTES = 8 << 20
-"""Files that give less are not looked at."""
+"""Files that expand to less are not checked."""
 _WINDOW_BYTES = 32 << 20
 READ_AHEAD_BYTES = 16 << 10
-"""What decompressors may read of a file at once, for its position to tell what they have used."""
+"""Bytes that decompressors may read at once, so that the file position shows what they have used."""
 LEAST_ROWS = 1 << 18
 _ROWS_PER_BYTE = 8
 
 
 class ExpansionLimit:
-    """Watches one file being read.
+    """Checks one file while it is read.
 
-    Both the file as a whole and every 32 MiB of what it gives are bounded, so that a bomb behind ordinary data is
-    found too.
+    The limit holds for the whole file and for every 32 MiB of its contents, to find a bomb after ordinary data too.
 
     Args:
         path: for messages.
-        size: of the file on disk, or of the part of it that is read, in bytes.
-        ratio: the bound; 0 for none.
+        size: bytes on disk of the file, or of the part that is read.
+        ratio: the limit; 0 for none.
     """
 
     def __init__(self, path: str, size: int, ratio: int) -> None:
@@ -37,11 +36,7 @@ class ExpansionLimit:
         self._window_start = (0, 0)
 
     def check(self, consumed: int, produced: int) -> None:
-        """Take note of the bytes read from the disk and of the bytes that they gave, both from the file's start.
-
-        Raises:
-            UserError: that is more than the bound.
-        """
+        """Check the bytes read and what they expanded to, both from the file's start. Raise UserError if too many."""
         if not self._ratio:
             return
         if produced > self._most:
@@ -54,11 +49,7 @@ class ExpansionLimit:
             self._window_start = (consumed, produced)
 
     def check_rows(self, rows: int, size: int) -> None:
-        """Refuse more ``rows`` than ``size`` bytes on disk can hold unless nearly all of them are equal.
-
-        Raises:
-            UserError: there are more.
-        """
+        """Raise UserError for more ``rows`` than ``size`` bytes on disk can contain, unless nearly all are equal."""
         if self._ratio and rows > max(LEAST_ROWS, _ROWS_PER_BYTE * size):
             raise UserError(
                 f"{self._path}: {rows:,} rows in {size:,} bytes: nearly all of them must be equal or empty, so this is "

@@ -1,9 +1,9 @@
-"""``.json`` files: one array of objects or strings, or one object after another, each of which is a record.
+"""``.json`` files: an array of objects or strings, or one object after another; each is a record.
 
-The file is split into its values without parsing it, and each value is parsed like a line of JSONL; so memory holds
-one value, and of a long one only its beginning. Files with an object on each line are mostly read as JSONL (see
-``detection.py``), which survives a malformed line. Leaves out objects that wrap an array, such as {"data": [...]}: a
-record of a chat looks the same. (``jq -c '.data[]' corpus.json > corpus.jsonl`` makes JSONL of one.)
+The file is split into values without parsing, and each value is parsed like a line of JSONL. Memory holds one value, or
+the beginning of a long one. Files with an object on each line are usually read as JSONL (see ``detection.py``), which
+can continue after a malformed line. Objects that wrap an array, such as {"data": [...]}, are not unwrapped, because
+conversations look the same; ``jq -c '.data[]' corpus.json > corpus.jsonl`` converts them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ..records.long_text import LONG_BYTES, LongText
 from ..records.reading import ReadContext, Record
 from ..records.text_choice import json_type
 from ..workers.tasks import Span
-from .lines import MAX_RECORD_BYTES, Line, parse_value
+from .lines import MAX_RECORD_BYTES, RawRecord, parse_value
 from .streams import open_stream, skip_bom
 
 _READ_BYTES = 1 << 20
-_SHOWN_BYTES = 1024  # of a long element, where it is refused
+_SHOWN_BYTES = 1024  # of a long element that is refused
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _BACKSLASH = 0x5C
 _MARK = re.compile(rb'[\[\]{}",]')
@@ -34,7 +34,7 @@ _MARK_INSIDE = re.compile(rb'[\[\]{}"]')
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
-    """The elements of the array, or the objects."""
+    """Yield the elements of the array, or the objects."""
     path, keys = span.file.path, WantedKeys(context.columns or ())
     with open_stream(span.file, context) as stream:
         skip_bom(stream, path)
@@ -64,7 +64,7 @@ def _elements(values: _Values, path: str, keys: WantedKeys, context: ReadContext
                     f"{where.describe()}: the JSON array {wrong}, or a quote or bracket is missing before"
                 )
             values.skip_byte()
-            yield from _parsed(Line(where, content, long), keys, context)
+            yield from _parsed(RawRecord(where, content, long), keys, context)
     if number == 0:
         values.skip_byte()
     if values.next_byte():
@@ -74,53 +74,53 @@ def _elements(values: _Values, path: str, keys: WantedKeys, context: ReadContext
 
 
 def _objects(values: _Values, path: str, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
-    """Objects one after another, in whatever layout: a single one, lines, or what ``jq`` prints."""
+    """Yield objects one after another, in any layout: a single one, lines, or the output of ``jq``."""
     number = 0
     while (first := values.next_byte()) == b"{":
         number += 1
         with values.value(closed=True) as (content, long):
             where = Where(path) if number == 1 and not values.next_byte() else Where(path, "object", number)
-            yield from _parsed(Line(where, content, long), keys, context)
+            yield from _parsed(RawRecord(where, content, long), keys, context)
     if first:
         raise DamagedError(f"{path}: has more after the end of JSON object {number}, which is not another one")
 
 
-def _parsed(element: Line, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
+def _parsed(element: RawRecord, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
     value: dict[str, Any] | str | LongText
     try:
         value = parse_value(element, keys)
         if not isinstance(value, (dict, str, LongText)):
             raise MalformedError(f"{json_type(value)}, not a JSON object or string")
     except MalformedError as error:
-        # The parsers speak of lines.
+        # The parsers' messages refer to lines.
         context.refuse(element.where, str(error).removesuffix(" of the line"), error.kind, element.content)
     else:
         yield Record(value, element.where)
 
 
 class _Values:
-    """A JSON text cut into values, in the order of the file."""
+    """Splits a JSON text into values."""
 
     def __init__(self, stream: io.BufferedReader[Any], scratch: Path, path: str) -> None:
         self._stream, self._scratch, self._path = stream, scratch, path
         self._buffer = bytearray()
 
     def next_byte(self) -> bytes:
-        """The next byte that is no white space, left where it is; empty at the end."""
+        """Peek at the next byte that is not white space; empty at the end."""
         while True:
             del self._buffer[: len(_SPACE.match(self._buffer)[0])]  # type: ignore[index]
             if self._buffer or not self._fill():
                 return bytes(self._buffer[:1])
 
     def skip_byte(self) -> None:
-        """Pass over :meth:`next_byte`."""
+        """Skip the byte that :meth:`next_byte` returned."""
         del self._buffer[:1]
 
     @contextmanager
     def value(self, closed: bool = False) -> Iterator[tuple[bytes, Path | None]]:
-        """The value up to the comma or bracket behind it, or with ``closed`` up to its own last bracket.
+        """Return the value up to the comma or bracket after it, or with ``closed`` up to its own last bracket.
 
-        Of more than ``LONG_BYTES``: its beginning, and a temporary file with the whole.
+        For more than ``LONG_BYTES``: its beginning, and a temporary file with all of it.
         """
         ends = _EndOfValue(closed)
         with ExitStack() as stack:
@@ -156,17 +156,17 @@ class _Values:
 
 
 class _EndOfValue:
-    """Finds where a JSON value ends, from its brackets and quotes alone, in a buffer that grows between calls."""
+    """Finds the end of a JSON value by its brackets and quotes, in a buffer that grows between calls."""
 
     def __init__(self, closed: bool) -> None:
         self.position = 0
-        """Up to here the buffer has been searched; the caller lowers it by what it takes from the buffer's front."""
+        """The buffer is searched up to here; the caller subtracts what it takes from the buffer's front."""
         self._closed = closed
         self._depth = 0
         self._in_string = False
 
     def find(self, buffer: bytearray) -> int | None:
-        """Where the value ends; None when that is further on."""
+        """Return where the value ends; None if it is not in the buffer yet."""
         while True:
             if self._in_string:
                 if not self._leave_string(buffer):
@@ -190,7 +190,7 @@ class _EndOfValue:
                     return mark.end()
 
     def _leave_string(self, buffer: bytearray) -> bool:
-        """Go on behind the next quote; false when there is none yet."""
+        """Continue after the next quote; return False if there is none yet."""
         quote = buffer.find(b'"', self.position)
         stop = quote if quote >= 0 else len(buffer)
         escaped = False

@@ -1,7 +1,6 @@
-"""Files whose lines are records: JSONL, and text of which each line is a document.
+"""Files whose lines are records: JSONL, and text with a document per line.
 
-Blank lines are nothing; a BOM at a file's start and CRLF line ends are accepted. A line belongs to the span in which
-its first byte lies.
+Blank lines are skipped; a BOM and CRLF line ends are accepted. A line belongs to the span that contains its first byte.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from ..workers.tasks import Span
 from .streams import open_stream, skip_bom
 
 _COPY_BYTES = 1 << 20
-_SHOWN_BYTES = 1024  # of a long line, where it is refused
+_SHOWN_BYTES = 1024  # of a long line that is refused
 MAX_RECORD_BYTES = 2 << 30
-"""A longer line or value is no document: it would be copied to a temporary file as a whole."""
+"""Longer lines and values are refused: they would be copied to a temporary file."""
 _TAIL_BYTES = 4096
 
 
-class Line(NamedTuple):
-    """A line, or another part of a file that is a record by itself."""
+class RawRecord(NamedTuple):
+    """A line, or another part of a file that is a record."""
 
     where: Where
     content: bytes
-    """The beginning only when ``long`` is set."""
+    """Only the beginning if ``long`` is set."""
     long: Path | None
-    """A file that holds the whole of a line of more than ``LONG_BYTES``, without its end."""
+    """File with a whole line of more than ``LONG_BYTES``, without its line end."""
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
-    """The records of ``span``: an object for each line of JSON, a text for each line of text."""
+    """Yield the records of ``span``: an object per line of JSON, a text per line of text."""
     is_json = span.file.format == "jsonl"
     keys = WantedKeys(context.columns or ())
     with closing(_lines(span, context)) as lines:
@@ -51,28 +50,20 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
             yield Record(value, line.where, line.content)
 
 
-def parse_line(line: Line, keys: WantedKeys) -> dict[str, Any]:
-    """The JSON object in ``line``.
-
-    Raises:
-        MalformedError: it is none, or has one of ``keys`` twice.
-    """
+def parse_line(line: RawRecord, keys: WantedKeys) -> dict[str, Any]:
+    """Return the JSON object in ``line``. Raise MalformedError if it is not one, or has one of ``keys`` twice."""
     value = parse_value(line, keys)
     if type(value) is not dict:
         raise MalformedError(f"{json_type(value)}, not a JSON object")
     return value
 
 
-def parse_value(line: Line, keys: WantedKeys) -> Any:
-    """The JSON value in ``line``, of any type.
-
-    Raises:
-        MalformedError: it is none, or an object that has one of ``keys`` twice.
-    """
+def parse_value(line: RawRecord, keys: WantedKeys) -> Any:
+    """Return the JSON value in ``line``. Raise MalformedError if invalid, or an object with one of ``keys`` twice."""
     return parse_json(line.content, keys) if line.long is None else read_long_json(line.long, keys, line.where)
 
 
-def _text(line: Line) -> str | LongText:
+def _text(line: RawRecord) -> str | LongText:
     if line.long is not None:
         return LongText(str(line.long), 0, line.long.stat().st_size, False, line.where).check()
     try:
@@ -81,15 +72,15 @@ def _text(line: Line) -> str | LongText:
         raise invalid_utf8(line.content, error) from None
 
 
-def _lines(span: Span, context: ReadContext) -> Generator[Line, None, None]:
-    """Each line whose first byte lies in the span, blank ones left out."""
+def _lines(span: Span, context: ReadContext) -> Generator[RawRecord, None, None]:
+    """Yield each line whose first byte is in the span, except blank lines."""
     path, plain = span.file.path, not span.file.compression
     with open_stream(span.file, context) as file:
         offset, bom = span.start, 0
         if offset == 0:
             bom = skip_bom(file, path)
         else:
-            # Up to the next line's start, which is here if the byte before ends a line.
+            # Skip to the start of a line, which is here if the byte before ends a line.
             file.seek(offset - 1)
             offset += _skip_line(file, span.stop - offset + 1) - 1
         number = 0
@@ -108,13 +99,13 @@ def _lines(span: Span, context: ReadContext) -> Generator[Line, None, None]:
                     offset += rest
                     if plain:
                         context.consumed = min(offset, span.stop) - span.start
-                    yield Line(where, content[:_SHOWN_BYTES], copy)
+                    yield RawRecord(where, content[:_SHOWN_BYTES], copy)
             elif not content.isspace():
-                yield Line(where, content, None)
+                yield RawRecord(where, content, None)
 
 
 def _skip_line(file: BinaryIO, limit: int) -> int:
-    """Read to the end of a line, or ``limit`` bytes at least; the number of bytes read."""
+    """Read to the end of a line, or at least ``limit`` bytes; return the number of bytes read."""
     skipped = 0
     while skipped < limit:
         part = file.readline(_COPY_BYTES)
@@ -126,7 +117,7 @@ def _skip_line(file: BinaryIO, limit: int) -> int:
 
 @contextmanager
 def _copied(beginning: bytes, file: BinaryIO, folder: Path, where: Where) -> Iterator[tuple[Path, int]]:
-    """A temporary file with the line that begins so and goes on in ``file``, and how many bytes of it were there."""
+    """Copy the line of ``beginning`` and its rest in ``file`` to a temporary file; return it and the rest's size."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix="line.") as copy:
         copy.write(beginning)
         rest = 0

@@ -1,8 +1,8 @@
-"""Markdown and HTML: a file is one document. Of Markdown the source, as it stands; of HTML the text that a page shows.
+"""Markdown and HTML: a file is one document, the source of Markdown or the text that an HTML page shows.
 
-lxml reads HTML, without a tree; this module decodes the bytes before (strictly: parsers guess the charset, and go on
-after damage) and lays out the text. Leaves out styles (hidden elements), the break of a </p> without <p>, which libxml2
-drops, and finding the article among a page's menus: trafilatura and the like do that.
+lxml parses HTML without building a tree. This module decodes the bytes first (strictly, because parsers guess the
+charset and continue after damage) and lays out the text. Not supported: styles (hidden elements), the break of a </p>
+without <p>, which libxml2 drops, and extracting the article from a page with menus, as trafilatura does.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _BLOCK_NAMES = (
 _BLOCKS = frozenset(_BLOCK_NAMES.split())
 _SPACE = re.compile(r"[ \t\n\r\f]+")
 _LIBXML = (2, 14)
-"""The first version that cuts a page into tags and text as the HTML standard says."""
+"""The first version that splits a page into tags and text as the HTML standard defines."""
 _PIECE = 1 << 18
 _MAX_DEPTH = 5_000
-"""Of elements in one another, after a piece: at an end tag that fits none libxml2 looks through all that are open."""
+"""Of nested elements, checked after a piece: at an unmatched end tag libxml2 searches all open elements."""
 _END = "end-of-this-page"
-"""An element behind the page: if it does not arrive, libxml2 has not read the page to its end as text and tags."""
+"""An element added after the page: if it does not arrive, something in the page was not closed."""
 _HEAD_BYTES = 4096
 _CHARSET = re.compile(
     rb"<meta[^>]*?charset\s*=\s*[\"']?\s*([\w.:-]+)|<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)", re.IGNORECASE
@@ -45,7 +45,7 @@ _CHARSETS = ("utf-8", "cp125", "iso8859", "koi8", "mac-", "gb", "big5", "euc", "
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
-    """The whole file as the only record of ``span``."""
+    """Yield the file as one record."""
     if span.file.format == "markdown":
         yield from text_files.read(span, context)
         return
@@ -64,11 +64,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
 
 
 def decode_html(content: bytes) -> str:
-    """The characters of a page: by its byte order mark, else by the charset it names, else as UTF-8.
-
-    Raises:
-        MalformedError: it is not valid in that charset.
-    """
+    """Decode a page by its byte order mark, the charset it names, or as UTF-8. Raise MalformedError if invalid."""
     charset = "utf-8"
     if content.startswith(codecs.BOM_UTF8):
         content = content.removeprefix(codecs.BOM_UTF8)
@@ -90,17 +86,17 @@ def _python_name(charset: str) -> str:
     except LookupError:
         return "utf-8"
     name = _BROWSERS_READ.get(name, name)
-    # UTF-16 cannot be what names itself in ASCII; others are no charsets of pages.
+    # A page that names its charset in ASCII is not UTF-16; other codecs are not charsets of pages.
     return name if name.startswith(_CHARSETS) else "utf-8"
 
 
 def visible_text(page: str, path: str) -> str:
-    """The title, and what the body shows: blocks on lines of their own, a blank line around paragraphs, cells apart by
-    tabs (like innerText of the HTML standard).
+    """Return the title and the visible text: blocks on their own lines, blank lines around paragraphs, tabs between
+    cells (like innerText of the HTML standard).
 
     Raises:
-        MalformedError: a tag, a comment, or an element such as <script> has no end, or too many elements are open.
-        UserError: lxml is not installed, or uses an old libxml2; ``path`` is for that message.
+        MalformedError: a tag, a comment, or an element such as <script> is not closed, or too many elements are open.
+        UserError: lxml is not installed, or uses an old libxml2; ``path`` is for the message.
     """
     etree = require_library("lxml.etree", path)
     if etree.LIBXML_VERSION < _LIBXML:
@@ -119,25 +115,25 @@ def visible_text(page: str, path: str) -> str:
 
 
 class _VisibleText:
-    """Lays out text and tags as lxml brings them."""
+    """Lays out the text and tags that lxml reports."""
 
     def __init__(self) -> None:
         self.depth = 0
-        """How many elements are open."""
+        """Number of open elements."""
         self._parts: list[str] = []
         self._breaks = 0
-        """Line ends that come before the next text."""
+        """Line ends before the next text."""
         self._space = ""
-        """White space that comes before the next text, if that is on the same line."""
+        """White space before the next text on the same line."""
         self._skipped = ""
-        """The outermost element whose text does not count, and how often it is open."""
+        """The outermost skipped element, and how often it is open."""
         self._skip_depth = 0
         self._preformatted = 0
         self._whole = False
-        """Whether the page's end was reached, outside of elements whose text does not count."""
+        """Whether the page's end was reached outside of skipped elements."""
 
     def close(self) -> str:
-        """All of it."""
+        """Return the text."""
         if not self._whole:
             raise MalformedError("a tag, a comment or an element such as <script> is never closed: truncated?")
         return "".join(self._parts)
@@ -169,7 +165,7 @@ class _VisibleText:
             self._preformatted = max(0, self._preformatted - (tag == "pre"))
 
     def data(self, text: str) -> None:
-        """Text between tags, or a part of it."""
+        """Text between tags, possibly a part of it."""
         if self._skip_depth:
             return
         if self._preformatted:

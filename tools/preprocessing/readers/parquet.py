@@ -1,7 +1,6 @@
-"""Parquet files, row group by row group: a record for each row, with the wanted columns only.
+"""Parquet files: each row is a record, with the needed columns only. Memory holds a batch of rows, not a row group.
 
-Memory holds a batch of rows, not a row group. Leaves out encrypted files, and folders of partitions as one table (each
-of their files is read like any other, without the columns that stand in the folders' names).
+Not supported: encrypted files, and columns in the folder names of partitioned tables.
 """
 
 from __future__ import annotations
@@ -23,22 +22,18 @@ _BATCH_BYTES = 4 << 20
 _MAX_BATCH_ROWS = 1024
 _READ_BYTES = 1 << 20
 _FEW_BYTES = 16
-"""Of a row on disk; texts take more, but for those that repeat."""
+"""Of a row on disk; texts take more, except repeated ones."""
 _MAX_REPEATED_BYTES = 64 << 20
 
 
 def count_units(path: str) -> int:
-    """Number of row groups.
-
-    Raises:
-        UserError: it is no Parquet file, or cannot be read.
-    """
+    """Return the number of row groups. Raise UserError if it is not a readable Parquet file."""
     with damage_is_user_error(path, "Parquet"), open(path, "rb") as file:
         return _open(file, path).metadata.num_row_groups
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
-    """The rows of the row groups of ``span``."""
+    """Yield the rows of the row groups of ``span``."""
     file = span.file
     with open_stream(file, context) as stream:
         parquet = _open(stream, file.path)
@@ -79,7 +74,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
 
 
 class _RowGroup:
-    """Reads the wanted columns of one row group, in batches that fit in memory whatever they expand to."""
+    """Reads the needed columns of one row group, in batches that fit in memory for any expansion."""
 
     def __init__(self, parquet: Any, index: int, names: list[str], path: str, context: ReadContext) -> None:
         self._parquet, self._index, self._names, self._path = parquet, index, names, path
@@ -96,15 +91,10 @@ class _RowGroup:
         self._expansion.check_rows(max(values, self._rows if wanted else 0), self._on_disk)
 
     def batches(self) -> Iterator[Any]:
-        """The rows, in order.
-
-        Raises:
-            DamagedError: they cannot be read.
-            UserError: they expand beyond the bound.
-        """
+        """Yield the rows in batches. Raise DamagedError if they cannot be read, UserError if they expand too much."""
         batch_rows = min(_MAX_BATCH_ROWS, max(1, _BATCH_BYTES * self._rows // self._bytes))
         if self._on_disk < _FEW_BYTES * self._rows:
-            # Rows repeat values of a dictionary, which may be long: each of them may be all that was decoded.
+            # Rows repeat values of a dictionary, which may be long: a row may be as large as all decoded bytes.
             batch_rows = min(batch_rows, max(1, _MAX_REPEATED_BYTES // max(self._decoded, 1)))
         with damage_is_user_error(self._path, "Parquet"):
             batches = self._parquet.iter_batches(
@@ -118,12 +108,12 @@ class _RowGroup:
             yield batch
 
     def _roots(self) -> set[str]:
-        # Dots in a column's own name look like those of a nested column's path.
+        # Dots in a column's name look like the path of a nested column.
         return {root for name in self._names for root in (name, name.partition(".")[0])}
 
 
 def _open(file: Any, path: str) -> Any:
     parquet = require_library("pyarrow.parquet", path)
     with damage_is_user_error(path, "Parquet"):
-        # Without pre_buffer and with a buffer, columns are read as they are decoded instead of whole.
+        # Without pre_buffer, and with a buffer, columns are read while they are decoded.
         return parquet.ParquetFile(file, pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True)

@@ -1,7 +1,6 @@
-"""A PDF as one document: the text of its pages in order, with an empty line between pages.
+"""PDF: a file is one document, the text of its pages in drawing order, with an empty line between pages.
 
-Text is what the file says it draws, in the order in which it does. Leaves out recognition of scanned pages, columns and
-tables, and removing headers and page numbers; tools that make such corpora write JSONL.
+Not supported: OCR of scanned pages, columns and tables, and removing headers and page numbers.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ _BETWEEN_PAGES = "\n\n"
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
-    """The whole file as the only record of ``span``."""
+    """Yield the file as one record."""
     path = span.file.path
     pypdf = require_library("pypdf", path)
-    # It warns of every oddity that it can read in spite of.
+    # It warns about every oddity that it can handle.
     logging.getLogger("pypdf").setLevel(logging.CRITICAL + 1)
     with open_stream(span.file, context) as stream:
         try:
@@ -51,7 +50,7 @@ def _text(pypdf: Any, stream: BinaryIO, path: str) -> str:
     except pypdf.errors.DependencyError:
         require_library("cryptography", path)
         raise
-    except Exception as error:  # what pypdf raises for a damaged file has no bounds
+    except Exception as error:  # pypdf may raise anything for a damaged file
         where = f"page {page}: " if page else ""
         raise MalformedError(f"{where}truncated, damaged or no PDF ({short_reason(error)})") from None
     text = _BETWEEN_PAGES.join(filter(None, pages))

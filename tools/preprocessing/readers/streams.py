@@ -1,7 +1,4 @@
-"""The bytes of an input file as a buffered stream, decompressed, with every fault of the file as one line.
-
-Leaves out what the bytes mean.
-"""
+"""Opens input files as buffered, decompressed streams, and turns errors of files and libraries into one-line errors."""
 
 from __future__ import annotations
 
@@ -45,13 +42,12 @@ _Item = TypeVar("_Item")
 
 @contextmanager
 def open_stream(file: InputFile, context: ReadContext) -> Iterator[io.BufferedReader[Any]]:
-    """Open a file for reading its bytes, decompressed; what is not compressed can also be sought in.
+    """Open a file as a decompressed stream; without compression it is seekable.
 
-    Keeps ``context.consumed`` at the position in the file on disk. Reading the stream raises UserError when the file is
-    truncated or damaged, or cannot be read.
+    ``context.consumed`` follows the position in the file on disk. Reading raises UserError if the file is damaged.
 
     Raises:
-        UserError: there is no such file any more, it is another one than was planned with, or an empty archive.
+        UserError: the file does not exist anymore, has changed since planning, or is empty but compressed.
     """
     try:
         raw = open(file.path, "rb", buffering=0)
@@ -66,17 +62,13 @@ def open_stream(file: InputFile, context: ReadContext) -> Iterator[io.BufferedRe
 
 
 def check_unchanged(file: InputFile, size: int) -> None:
-    """Raise UserError when a file is no longer the one that tasks were planned with."""
+    """Raise UserError if a file has changed since the tasks were planned."""
     if size != file.size:
         raise UserError(f"{file.path}: was {file.size} bytes and is {size} now; start again when nothing writes to it")
 
 
 def skip_bom(stream: io.BufferedReader[Any], path: str) -> int:
-    """Skip the byte order mark of UTF-8 at the start of a stream; the number of bytes skipped.
-
-    Raises:
-        UserError: it is that of UTF-16.
-    """
+    """Skip the byte order mark of UTF-8; return the number of skipped bytes. Raise UserError for that of UTF-16."""
     head = stream.peek(3)[:3]
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise UserError(f"{path}: is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8")
@@ -85,7 +77,7 @@ def skip_bom(stream: io.BufferedReader[Any], path: str) -> int:
 
 @contextmanager
 def damage_is_user_error(path: str, kind: str) -> Iterator[None]:
-    """Around calls of a library that reads files of this ``kind``: what it raises for a damaged one has no bounds."""
+    """Turn any error of a library that reads files of this ``kind`` into a DamagedError."""
     try:
         yield
     except UserError:
@@ -101,7 +93,7 @@ def damage_is_user_error(path: str, kind: str) -> Iterator[None]:
 
 
 def iterate_checked(items: Iterable[_Item], path: str, kind: str) -> Iterator[_Item]:
-    """The items of a library's iterator, under :func:`damage_is_user_error`."""
+    """Yield the items of a library's iterator, under :func:`damage_is_user_error`."""
     iterator = iter(items)
     while True:
         with damage_is_user_error(path, kind):
@@ -112,15 +104,12 @@ def iterate_checked(items: Iterable[_Item], path: str, kind: str) -> Iterator[_I
 
 
 def short_reason(error: Exception) -> str:
-    """What a library says, in one line of moderate length."""
+    """Return a library's message in one line of moderate length."""
     return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
 
 
 class _CheckedStream(io.RawIOBase):
-    """The decompressed bytes of a file; what is wrong with it is raised as UserError, wherever it is read.
-
-    Everything before the damage is given first.
-    """
+    """The decompressed bytes of a file; damage raises UserError, after everything before it has been read."""
 
     def __init__(self, file: InputFile, raw: io.FileIO, context: ReadContext) -> None:
         self._path, self._raw, self._context = file.path, raw, context
@@ -147,8 +136,7 @@ class _CheckedStream(io.RawIOBase):
             raise self._damage
         count, room = 0, memoryview(buffer)
         try:
-            # A full buffer each time is less work, and lets callers peek. Filling it step by step keeps what was
-            # decompressed before an error.
+            # A full buffer is less work, and lets callers peek. Filling it in steps keeps what precedes an error.
             while count < len(room) and (more := self._readinto(room[count:])):
                 count += more
         except _DAMAGED as error:
@@ -168,9 +156,9 @@ class _CheckedStream(io.RawIOBase):
         return count
 
     def _retry_with_zlib(self, buffer: bytearray | memoryview, count: int) -> int:
-        """Continue with the standard library: isal drops what it has decompressed in the step that fails.
+        """Continue with the standard library: isal loses what it decompressed in a failing step.
 
-        ``count`` bytes are in ``buffer`` already.
+        ``count`` bytes are already in ``buffer``.
         """
         self._raw.seek(0)
         self._is_isal = False
@@ -192,7 +180,7 @@ class _CheckedStream(io.RawIOBase):
 
 
 def _decompressed(compression: str, raw: io.FileIO) -> Any:
-    """A reader of the decompressed bytes, with ``readinto``."""
+    """Return a reader of the decompressed bytes, with ``readinto``."""
     if compression == ".zst":
         decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
         return decompressor.stream_reader(cast(IO[bytes], _ZstdFrames(raw)), read_across_frames=True)
@@ -203,7 +191,7 @@ def _decompressed(compression: str, raw: io.FileIO) -> Any:
 
 
 class _SmallReads(io.RawIOBase):
-    """A file from which little is read at once, whatever a decompressor asks for."""
+    """A file that returns few bytes per read, however many a decompressor asks for."""
 
     def __init__(self, raw: io.FileIO) -> None:
         self._raw = raw
@@ -222,10 +210,9 @@ class _SmallReads(io.RawIOBase):
 
 
 class _ZstdFrames:
-    """The frames of a zstd file, whose structure is followed block by block, so that a file cut off is noticed.
+    """Reads the frames of a zstd file block by block (RFC 8878), to notice a truncated file.
 
-    ``zstandard.stream_reader`` ends quietly there, and its ``decompressobj`` has no bound on the output of a call.
-    Format: RFC 8878.
+    ``zstandard.stream_reader`` silently stops there, and the output of its ``decompressobj`` is not bounded.
     """
 
     def __init__(self, raw: io.FileIO) -> None:
@@ -233,7 +220,7 @@ class _ZstdFrames:
         self._pieces = self._walk()
 
     def read(self, size: int = -1) -> bytes:
-        """The next piece: a header, a block or a checksum."""
+        """Return the next piece: a header, a block or a checksum."""
         return next(self._pieces, b"")
 
     def _walk(self) -> Iterator[bytes]:
@@ -257,7 +244,7 @@ class _ZstdFrames:
                 yield self._exactly(4)
 
     def _skip_frame(self, magic: bytes) -> None:
-        """A frame of other programs' data, such as the index of a seekable file."""
+        """Skip a frame with data of other programs, such as the index of a seekable file."""
         if len(magic) == 4 and magic[0] & 0xF0 == 0x50 and magic[1:] == b"\x2a\x4d\x18":
             (left,) = struct.unpack("<I", self._exactly(4))
             while left:

@@ -1,4 +1,4 @@
-"""A text file as one document, whatever its size."""
+"""A text file of any size as one document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COPY_BYTES = 1 << 20
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
-    """The whole file as the only record of ``span``."""
+    """Yield the file as one record."""
     file = span.file
     where = Where(file.path)
     with open_stream(file, context) as stream:

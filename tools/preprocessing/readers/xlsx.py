@@ -1,10 +1,8 @@
-"""Excel workbooks (.xlsx): each row is a record; a sheet's first row that is not empty is its header.
+"""Excel workbooks (.xlsx): each row is a record; the first nonempty row of a sheet is its header.
 
-Sheets with the wanted columns are read; others, such as a cover, are left out and named. ``--sheet`` names sheets.
-
-Strings are kept, other values are numbers, dates and booleans of Python; formulas are the results that were saved with
-them. Cells of columns without a name are left out. Shared strings are held in memory, as the format wants. Leaves out
-.xls, charts and comments.
+Sheets with a needed column are read; others, such as a cover, are left out with a note, unless ``--sheet`` names them.
+Values are strings, numbers, dates and booleans; formulas are their saved results. Columns without a name are left out.
+Shared strings are held in memory. Not supported: .xls, charts and comments.
 """
 
 from __future__ import annotations
@@ -31,10 +29,10 @@ _ESCAPE = re.compile(r"_x(?!D[89A-F])([0-9A-F]{4})_", re.IGNORECASE)
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
-    """The rows of the sheets, in the order of the workbook."""
+    """Yield the rows of the sheets, in the order of the workbook."""
     path = span.file.path
     openpyxl = require_library("openpyxl", path)
-    # It warns of parts of a workbook that are no text, such as styles.
+    # It warns about parts of a workbook without text, such as styles.
     warnings.filterwarnings("ignore", module="openpyxl")
     with open_stream(span.file, context) as stream:
         if stream.peek(4)[:4] == _OLE_MAGIC:
@@ -48,7 +46,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
 
 
 def _check_expansion(stream: IO[bytes], path: str, ratio: int) -> None:
-    """Refuse a workbook of which a part expands beyond the bound: sizes in a ZIP archive hold when it is read."""
+    """Refuse a workbook with a part that expands too much, by the sizes in the ZIP archive."""
     with zipfile.ZipFile(stream) as archive:
         for part in archive.infolist():
             ExpansionLimit(path, part.compress_size, ratio).check(part.compress_size, part.file_size)
@@ -56,11 +54,7 @@ def _check_expansion(stream: IO[bytes], path: str, ratio: int) -> None:
 
 
 def _chosen_sheets(sheets: Sequence[Any], path: str, context: ReadContext) -> Sequence[Any]:
-    """The sheets to read.
-
-    Raises:
-        UserError: there is no sheet of a name in ``--sheet``.
-    """
+    """Return the sheets to read. Raise UserError if a sheet of ``--sheet`` does not exist."""
     names, wanted = [sheet.title for sheet in sheets], context.options.sheets
     if wanted:
         absent = next((name for name in wanted if name not in names), None)
@@ -79,7 +73,7 @@ def _chosen_sheets(sheets: Sequence[Any], path: str, context: ReadContext) -> Se
 
 
 def _header(sheet: Any, path: str) -> list[str]:
-    """The first row of a sheet that is not empty, as the names of columns; empty when there is none."""
+    """Return the column names in the first nonempty row of a sheet; [] if there is none."""
     try:
         return next((_names(cells) for _, cells in _filled_rows(sheet, path)), [])
     except DamagedError:
@@ -92,7 +86,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _filled_rows(sheet: Any, path: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """The rows that are not empty, with their numbers from 1."""
+    """Yield the nonempty rows with their numbers from 1."""
     sheet.reset_dimensions()  # they are often wrong
     rows = sheet.iter_rows(values_only=True, max_row=_MAX_ROWS)
     for number, cells in enumerate(iterate_checked(rows, path, "XLSX"), 1):
@@ -121,5 +115,5 @@ def _rows(sheet: Any, path: str, context: ReadContext) -> Iterator[Record]:
 
 
 def _unescape(text: str) -> str:
-    """Undo the format's way of writing characters that XML cannot hold, which openpyxl leaves: _x000D_ for CR."""
+    """Replace escapes of characters that XML cannot contain, such as _x000D_ for CR; openpyxl keeps them."""
     return _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text) if "_x" in text else text

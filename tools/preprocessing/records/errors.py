@@ -1,4 +1,4 @@
-"""Where a record stands in its file, and what may be wrong with it."""
+"""The place of a record in its file, and the errors of records and files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 class Where(NamedTuple):
-    """Where a record stands in its file. Finding a line's number may cost a pass over the file, so that is put off."""
+    """The place of a record in its file. The number of a line is found late: it may take a pass over the file."""
 
     path: str
     unit: str = ""
@@ -18,10 +18,10 @@ class Where(NamedTuple):
     number: int = 0
     """From 1, counted from ``offset``."""
     offset: int = 0
-    """Byte offset in the file from which lines are counted."""
+    """Byte offset from which lines are counted."""
 
     def describe(self) -> str:
-        """``file:17`` for lines, ``file: row 17`` for other units."""
+        """Return ``file:17`` for lines, ``file: row 17`` for other units."""
         if not self.unit:
             return self.path
         if self.unit == "line":
@@ -30,7 +30,7 @@ class Where(NamedTuple):
 
 
 class MalformedError(Exception):
-    """Why a record is no document. ``kind`` is the short reason that is counted: "malformed" or "invalid UTF-8"."""
+    """A record is not a document. ``kind`` is the reason that is counted: "malformed" or "invalid UTF-8"."""
 
     def __init__(self, reason: str, kind: str = "malformed") -> None:
         super().__init__(reason)
@@ -38,19 +38,19 @@ class MalformedError(Exception):
 
 
 class LeftOutError(Exception):
-    """The reason to leave out a document that is well-formed; counted."""
+    """A well-formed document is left out; the message is counted."""
 
 
 UNREADABLE = "unreadable rest of a file"
-"""The reason that is counted for a file that ends early or is damaged."""
+"""The counted reason for a file that ends early or is damaged."""
 
 
 class DamagedError(UserError):
-    """The rest of a file cannot be read: it is truncated or damaged. What comes before is read all the same."""
+    """The rest of a file cannot be read, because it is truncated or damaged."""
 
 
 def count_newlines(path: str, start: int, stop: int) -> int:
-    """Line feeds among the bytes [start, stop) of a file."""
+    """Count line feeds in the bytes [start, stop) of a file."""
     count = 0
     with open(path, "rb") as file:
         file.seek(start)

@@ -1,4 +1,4 @@
-"""One record of JSON: parsing it, and saying what is wrong with one that is none."""
+"""Parses JSON records strictly, and explains what is wrong with invalid ones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
 
 
 class WantedKeys:
-    """Keys that may stand once in an object: of one that stands twice, parsers take the one or the other.
+    """Keys that may occur only once in an object: parsers disagree on which of two to take.
 
-    A key written twice is noticed if it is written in the same way, with or without escapes.
+    A repeated key is noticed if both are written in the same way, with or without escapes.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
@@ -26,12 +26,12 @@ class WantedKeys:
         self._spellings = {name: tuple({orjson.dumps(name), json.dumps(name).encode("ascii")}) for name in names}
 
     def values(self, record: dict[str, Any]) -> Iterable[Any]:
-        """Those of the wanted keys that ``record`` has; without wanted keys, all."""
+        """Return the values of the wanted keys in ``record``; without wanted keys, all values."""
         return [record[name] for name in self._spellings if name in record] if self._spellings else record.values()
 
     def are_plain(self, record: Any, content: bytes) -> bool:
-        """Whether ``record``, parsed from ``content``, surely needs no further check: an object whose wanted keys are
-        there once and are strings, as in most corpora."""
+        """Return True if ``record``, parsed from ``content``, needs no further check: each wanted key occurs once, with
+        a string, as in most corpora."""
         if type(record) is not dict or not self._spellings:
             return False
         for name, (spelling, *others) in self._spellings.items():
@@ -40,20 +40,19 @@ class WantedKeys:
         return True
 
     def check(self, record: dict[str, Any], content: bytes) -> None:
-        """Raise MalformedError when an object in ``content``, which is ``record``, has one of the keys twice."""
+        """Raise MalformedError if an object in ``content``, parsed as ``record``, has one of the keys twice."""
         for name, spellings in self._spellings.items():
             count = sum(map(content.count, spellings))
-            # A key that is there but not found is written with other escapes.
+            # A key in the record that is not found in the content is written with other escapes.
             if count > 1 or (count == 0 and name in record):
                 _refuse_repeated(self._spellings, content)
                 return
 
 
 def parse_json(content: bytes, keys: WantedKeys, whole: bool = True) -> Any:
-    """The JSON value that ``content`` is. ``whole``: it is all of a line, so that places in it can be named.
+    """Parse a JSON value. Raise MalformedError if it is invalid, or an object with one of ``keys`` twice.
 
-    Raises:
-        MalformedError: it is none, or an object that has one of ``keys`` twice.
+    ``whole``: ``content`` is a whole line, so that messages can name places in it.
     """
     try:
         value = orjson.loads(content)
@@ -72,7 +71,7 @@ def parse_json(content: bytes, keys: WantedKeys, whole: bool = True) -> Any:
 
 
 def _holds_large_number(values: Iterable[Any]) -> bool:
-    """Whether a float may be an integer beyond 64 bits, which orjson rounds to a float."""
+    """Return whether a float may be an integer beyond 64 bits, which orjson rounds to a float."""
     waiting = list(values)
     while waiting:
         value = waiting.pop()
@@ -88,7 +87,7 @@ def _holds_large_number(values: Iterable[Any]) -> bool:
 
 
 def _parse_exactly(content: bytes, keys: WantedKeys) -> Any:
-    """The JSON value with its integers exact, whatever their size; several times slower than orjson."""
+    """Parse a JSON value with exact integers of any size; several times slower than orjson."""
     try:
         value = json.loads(content)
     except RecursionError:
@@ -110,7 +109,7 @@ def _parse_exactly(content: bytes, keys: WantedKeys) -> Any:
 
 
 def raise_bad_json(content: bytes, error: orjson.JSONDecodeError, place: str, offset: int = 0) -> NoReturn:
-    """Say why ``content``, ``offset`` bytes into its line, is not JSON; in our words where the parser's are obscure."""
+    """Explain why ``content``, ``offset`` bytes into its line, is not JSON."""
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as wrong:
@@ -121,7 +120,7 @@ def raise_bad_json(content: bytes, error: orjson.JSONDecodeError, place: str, of
 
 
 def invalid_utf8(content: bytes, error: UnicodeDecodeError, offset: int = 0) -> MalformedError:
-    """Names the first byte of ``content``, ``offset`` bytes into its line, that is not UTF-8."""
+    """Return an error with the first byte of ``content``, ``offset`` bytes into its line, that is not UTF-8."""
     line_start = content.rfind(b"\n", 0, error.start) + 1
     place = error.start + 1 - (line_start or -offset)
     return MalformedError(

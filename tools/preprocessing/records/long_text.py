@@ -1,10 +1,10 @@
-"""Records that are too long to hold: a line of JSON or a text file of any size, read and encoded in pieces.
+"""Records too long for memory: a line of JSON or a text file of any size, read and encoded in pieces.
 
-A line longer than ``LONG_BYTES`` is copied to a temporary file. Its JSON is checked and parsed without its long
-strings, which stay in the file as :class:`LongText` and are decoded piece by piece.
+A line longer than ``LONG_BYTES`` is copied to a temporary file. Its JSON is parsed without the long strings, which stay
+in the file as :class:`LongText` and are decoded piece by piece.
 
-Tokenization is not the concatenation of the tokenizations of any two parts, so pieces are cut only where it is: at a
-place of a kind that tokenizers split at, where the tokens of the text around it are those of its two halves.
+The tokens of a text are not in general those of its parts. Therefore a text is cut only where tokenizers split, and
+where the tokens of the surrounding text are verified to be those of its two halves.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _LONG_STRING = 1 << 20
 _PIECE_BYTES = 4 << 20
 _MAX_UNCUT = 16 << 20
 _SCAN_BYTES = 32 << 20
-_CONTEXT = 256  # characters on either side of a cut of which the tokens are compared
+_CONTEXT = 256  # characters on either side of a cut whose tokens are compared
 _TRIES = 16
-_SEARCHED = 1 << 16  # characters before the end of a text in which to cut it
+_SEARCHED = 1 << 16  # last characters of a text in which to look for a cut
 _MAX_CHARACTER = 4  # bytes
 _BACKSLASH = 0x5C
 _ROW_BYTES = 4096
@@ -43,35 +43,27 @@ _CUTS = (
     re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])"),
     re.compile(r"(?<=[^\W\d_])(?=[。，、；：！？])"),  # noqa: RUF001
 )
-"""Where pieces may end. No character that stands behind such a place composes with the one before it, so that
-normalization too is the same for both halves."""
+"""Where pieces may end. No character after such a place composes with the one before it, so that normalization is also
+the same for both halves."""
 
 
 @dataclass(frozen=True)
 class LongText:
-    """Text in a part of a file: UTF-8, or what stands between the quotes of a JSON string."""
+    """Text in a part of a file: UTF-8, or the content of a JSON string."""
 
     path: str
     start: int
     stop: int
     is_json: bool
     where: Where
-    """The record that it is of."""
+    """Its record."""
 
     def pieces(self) -> Iterator[str]:
-        """The text in pieces of some MB, cut anywhere between characters.
-
-        Raises:
-            MalformedError: it is not valid UTF-8, or no valid JSON string.
-        """
+        """Yield the text in pieces of some MB, cut anywhere between characters. Raise MalformedError if invalid."""
         return self._json_pieces() if self.is_json else self._plain_pieces()
 
     def check(self) -> LongText:
-        """Read all of it, so that what is wrong is known while its place in the input is.
-
-        Raises:
-            MalformedError: as :meth:`pieces`.
-        """
+        """Read all of it, to raise MalformedError while the place in the input is known."""
         for _ in self.pieces():
             pass
         return self
@@ -114,19 +106,19 @@ class LongText:
 
 
 def _json_cut(raw: bytes) -> int:
-    """Where the content of a JSON string can be cut, near its end: between characters and outside of escapes.
+    """Return where the content of a JSON string can be cut near its end, between characters and outside of escapes.
 
-    ``raw`` begins at such a place. Zero: nowhere yet.
+    ``raw`` begins at such a place. 0: nowhere yet.
     """
     cut = len(raw)
     # A pair of escapes that make one character is twelve bytes long.
     while (backslash := raw.rfind(b"\\", max(cut - 12, 0), cut)) >= 0:
         cut = backslash
     if cut < len(raw) // 2:
-        # Escapes almost without end: they are followed from the start, which is the middle of none.
+        # Nearly everything is escapes: follow them from the start, which is not within one.
         escapes = (match.start() for match in _ESCAPE.finditer(raw) if match.end() > len(raw) - 12)
         cut = next(escapes, cut)
-    # The last character may be incomplete. More than three such bytes are in no character: the parser will say so.
+    # The last character may be incomplete. More than three continuation bytes are an error, which the parser reports.
     for place in range(min(cut, len(raw) - 1), max(cut - _MAX_CHARACTER, 0) - 1, -1):
         if raw[place] & 0xC0 != 0x80:
             return place
@@ -144,7 +136,7 @@ def read_long_json(path: Path, keys: WantedKeys, where: Where) -> Any:
     """Parse the JSON value in a file, the record ``where``; its strings of more than 1 MB become :class:`LongText`.
 
     Raises:
-        MalformedError: it is not JSON, an object that has one of ``keys`` twice, or too much of it is no long string.
+        MalformedError: invalid JSON, an object with one of ``keys`` twice, or too much besides long strings.
     """
     skeleton: list[bytes] = []
     strings: list[LongText] = []
@@ -169,7 +161,7 @@ def _placeholder(path: Path, index: int) -> str:
 
 
 def _filled(value: Any, strings: dict[str, LongText]) -> Any:
-    """``value`` with ``strings`` in the place of their placeholders."""
+    """Return ``value`` with ``strings`` instead of their placeholders."""
     whole = [value]
     waiting: list[dict[str, Any] | list[Any]] = [whole]
     while waiting:
@@ -185,7 +177,7 @@ def _filled(value: Any, strings: dict[str, LongText]) -> Any:
 
 
 def _json_parts(path: Path) -> Iterator[tuple[int, int, bytes | None]]:
-    """The file in order: long strings' contents as (start, stop, None), everything else as (start, stop, bytes)."""
+    """Yield the file in order: contents of long strings as (start, stop, None), the rest as (start, stop, bytes)."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         done, position = 0, 0
         while (opening := _find_quote(content, position)) >= 0:
@@ -205,7 +197,7 @@ def _json_parts(path: Path) -> Iterator[tuple[int, int, bytes | None]]:
 
 
 def _find_quote(content: mmap.mmap, position: int, escapes: bool = False) -> int:
-    """The next quote from ``position``, with ``escapes`` the next that no backslash escapes; -1 when there is none."""
+    """Return the next quote from ``position``, with ``escapes`` the next unescaped one; -1 if there is none."""
     first = held = position
     while position < len(content):
         if position - held >= _SCAN_BYTES:
@@ -223,10 +215,9 @@ def _find_quote(content: mmap.mmap, position: int, escapes: bool = False) -> int
 
 
 def _backslashes_before(content: mmap.mmap, first: int, stop: int) -> int:
-    """How many backslashes stand in a row right before ``stop``, back to ``first``."""
+    """Count the backslashes directly before ``stop``, back to ``first``."""
     position = stop
     while position > first and content[position - 1] == _BACKSLASH:
-        # Rows of them are short, but need not be.
         block = content[max(first, position - _ROW_BYTES) : position]
         rest = len(block.rstrip(b"\\"))
         position -= len(block) - rest
@@ -236,7 +227,7 @@ def _backslashes_before(content: mmap.mmap, first: int, stop: int) -> int:
 
 
 def _forget(content: mmap.mmap, start: int, stop: int) -> None:
-    """Let go of pages that have been searched: they need not stay in this process's memory."""
+    """Release searched pages from this process's memory."""
     start -= start % mmap.PAGESIZE
     if hasattr(mmap, "MADV_DONTNEED") and stop > start:
         content.madvise(mmap.MADV_DONTNEED, start, stop - start)
@@ -245,10 +236,10 @@ def _forget(content: mmap.mmap, start: int, stop: int) -> None:
 def encode_in_pieces(
     pieces: Iterable[str], encode: Callable[[str], npt.NDArray[Any]]
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """The text of ``pieces`` in other pieces, each with its ids, which laid end to end are the ids of the whole.
+    """Yield the text of ``pieces`` in other pieces, each with its ids; end to end they are the ids of the whole.
 
-    ``encode`` gives the ids [tokens] of a text. If it begins every text in a way of its own, as sentencepiece does with
-    its dummy prefix, a piece is encoded behind some of the text before it, of which the ids are taken away.
+    ``encode`` returns the ids [tokens] of a text. If it begins every text specially, as sentencepiece does with its
+    dummy prefix, a piece is encoded after some of the text before it, whose ids are then removed.
 
     Raises:
         MalformedError: there is no place to cut in 16 MB of text.
@@ -277,9 +268,9 @@ def _encode_behind(context: str, text: str, encode: Callable[[str], npt.NDArray[
 
 
 def _find_cut(text: str, encode: Callable[[str], npt.NDArray[Any]]) -> tuple[int, bool] | None:
-    """The last place in the second half of ``text`` at which a token ends, whatever the tokens on its two sides are.
+    """Return the last place in the second half of ``text`` at which a token ends, judged by the text around it.
 
-    With it, whether the tokens behind it need text before them to be the same.
+    Also return whether the tokens after it depend on the text before it.
     """
     first = max(len(text) // 2, len(text) - _SEARCHED, _CONTEXT)
     for pattern in _CUTS:

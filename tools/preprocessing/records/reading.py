@@ -1,4 +1,4 @@
-"""What readers give, whatever the format: records, each with its place, and how readers are called."""
+"""The interface of readers: what they yield, and how they are called."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from .long_text import LongText
 
 
 class Record(NamedTuple):
-    """One record of the input: a mapping of which the text is yet to be chosen, or the text itself."""
+    """A record of the input: a mapping that contains the text, or the text itself."""
 
     value: dict[str, Any] | str | LongText
     where: Where
     raw: bytes | None = None
-    """As it is in the file, where the reader has it; of a long one the beginning."""
+    """Its bytes in the file, if the reader has them; of a long record the beginning."""
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How the user wants files read. Readers take what concerns their format."""
+    """The user's options for readers, each of which uses those of its format."""
 
     quoting: str = "auto"
     """Of CSV and TSV: "standard" (RFC 4180), "none" (quotes are text), or "auto" (CSV standard, TSV none)."""
     sheets: tuple[str, ...] = ()
     """Sheets of a workbook to read; empty: those with the wanted columns."""
     max_expansion: int = 300
-    """Bytes that a compressed file may give for each byte on disk; 0: any number."""
+    """Maximum bytes that a compressed file may give per byte on disk; 0: no limit."""
     skip_damage: bool = False
-    """Report damage by ``ReadContext.refuse`` and continue behind it, where that is possible."""
+    """Report damage through ``ReadContext.refuse`` and continue after it, if possible."""
 
 
 def _ignore(note: str) -> None:
@@ -43,30 +43,26 @@ class ReadContext:
     """What a reader shares with its worker while it reads one span."""
 
     refuse: Callable[[Where, str, str, bytes | str | None], None]
-    """``refuse(where, reason, kind, raw)``: called for what is no record. It raises UserError, which the reader lets
-    pass, or returns, and the reader goes on with the next record. ``kind`` is a short reason to count, such as
-    "malformed" or "invalid UTF-8"; ``raw`` the record's bytes or text where it has them."""
+    """``refuse(where, reason, kind, raw)``: called for what is not a record. It raises UserError, or returns, and the
+    reader continues with the next record. ``kind`` is counted, such as "malformed" or "invalid UTF-8"; ``raw`` is the
+    record's bytes or text, if available."""
     scratch: Path
     """Folder for temporary files, removed by the caller."""
     consumed: int = 0
-    """Input bytes of the span read so far, which the reader keeps up to date for the progress bar."""
+    """Input bytes of the span read so far; the reader updates it for the progress bar."""
     columns: tuple[str, ...] | None = None
-    """The keys that are wanted of each record, for readers that can spare the others; None: all."""
+    """Keys that are needed of each record; a reader may omit the others. None: all."""
     options: ReadOptions = ReadOptions()
     note: Callable[[str], None] = _ignore
-    """Called with what is worth knowing about a file that is read without errors, one line each."""
+    """Called with one-line remarks about a file that is read without errors."""
 
 
 Reader = Callable[["Any", ReadContext], Iterator[Record]]
-"""``read(span, context)``: the records of a span, in order. Raises UserError for what damages the file as a whole."""
+"""``read(span, context)`` yields the records of a span in order. It raises UserError if the whole file is unusable."""
 
 
 def readable_part(records: Iterator[Any], path: str, context: ReadContext) -> Iterator[Any]:
-    """``records`` of the file ``path``, up to where it is damaged.
-
-    Raises:
-        DamagedError: it is damaged, and ``context.options.skip_damage`` is not set.
-    """
+    """Yield ``records`` of the file ``path``; with ``skip_damage``, report damage instead of raising DamagedError."""
     return _up_to_damage(records, path, context) if context.options.skip_damage else records
 
 

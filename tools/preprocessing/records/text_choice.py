@@ -1,4 +1,4 @@
-"""From a record to the text of a document: which of its values, joined how, and the fields kept beside it."""
+"""Takes the text of a document, and its metadata, from a record."""
 
 from __future__ import annotations
 
@@ -19,18 +19,14 @@ _JOINED_BY = "\n\n"
 
 @dataclass(frozen=True)
 class TextChoice:
-    """What ``--json-key`` says: the keys whose strings make the text, or a template with keys in braces."""
+    """The parsed ``--json-key``: keys whose strings are joined, or a template with keys in braces."""
 
     keys: tuple[str, ...]
     template: str | None = None
 
     @staticmethod
     def parse(arguments: Sequence[str]) -> TextChoice:
-        """From the arguments of ``--json-key``.
-
-        Raises:
-            UserError: a template that is none, or beside other keys.
-        """
+        """Parse the arguments of ``--json-key``. Raise UserError for an invalid template, or one next to other keys."""
         templates = [argument for argument in arguments if "{" in argument]
         if not templates:
             return TextChoice(tuple(arguments))
@@ -47,14 +43,14 @@ class TextChoice:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """Names at the top of a record that any of the keys may begin with."""
+        """Top-level names with which any of the keys may begin."""
         return tuple(dict.fromkeys(name for key in self.keys for name in (key, key.partition(".")[0])))
 
     def text(self, value: dict[str, Any] | str | LongText) -> str | LongText:
-        """The text of a record; of a format that has no keys, the text that it is.
+        """Return the text of a record, or the record itself if it is a text.
 
         Raises:
-            MalformedError: a key is missing, or its value is no string; a template takes numbers too.
+            MalformedError: a key is missing, or its value is not a string. A template also accepts numbers.
         """
         if not isinstance(value, dict):
             return value
@@ -76,11 +72,7 @@ class TextChoice:
 
 
 def look_up(record: dict[str, Any], key: str) -> Any:
-    """The value under ``key``, or under the path that its dots make of it.
-
-    Raises:
-        MalformedError: there is none.
-    """
+    """Return the value of ``key``, else of the path with dots. Raise MalformedError if there is none."""
     if key in record:
         return record[key]
     value: Any = record
@@ -95,10 +87,10 @@ def look_up(record: dict[str, Any], key: str) -> Any:
 
 
 def metadata_line(value: dict[str, Any] | str | LongText, keys: Sequence[str]) -> bytes:
-    """A line of JSON with those of ``keys`` that the record has.
+    """Return a line of JSON with those of ``keys`` that the record has.
 
     Raises:
-        MalformedError: a value is no JSON (a date of Excel becomes text; bytes of Parquet are refused).
+        MalformedError: a value cannot be JSON. (A date of Excel becomes text; bytes of Parquet are refused.)
     """
     kept: dict[str, Any] = {}
     if isinstance(value, dict):
@@ -124,14 +116,14 @@ _USUAL_KEYS = ("text", "content", "raw_content", "body", "document", "article", 
 
 
 def suggested_key(names: Iterable[str]) -> str:
-    """`` (here perhaps: content)`` where one of ``names`` is a usual name of a text, else nothing."""
+    """Return `` (here perhaps content)`` if one of ``names`` is a usual name of the text, else an empty string."""
     there = set(names)
     found = next((name for name in _USUAL_KEYS if name in there), None)
     return f" (here perhaps {found})" if found else ""
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls a value of this type, with its article."""
+    """Return the JSON name of the value's type, with its article."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"of type {type(value).__name__}")
 

@@ -1,4 +1,4 @@
-"""Encoded documents on their way into a shard: a batch of texts, a conversation, or a text too long to hold."""
+"""Encoded documents on their way into an output: a batch of texts, a conversation, or a text too long for memory."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ....engine.tokenizer.document_frame import DocumentFrame
+from ...tokenizer.document_frame import DocumentFrame
 from ..chat.conversation import EncodedChat
-from ..dedup.near import MinHasher
+from ..dedup.minhash import MinHasher
 
 
 class Documents:
     """A batch of texts of one source.
 
     Args:
-        ids: of all, end to end, [T].
-        lengths: tokens of each, [documents].
-        metadata: a line for each, where any is kept.
+        ids: [T], those of all texts end to end.
+        lengths: [documents], in tokens.
+        metadata: a line per document, or empty.
     """
 
     mask: npt.NDArray[np.uint8] | None = None
-    """[T]: 1 on the tokens to be predicted; None: all are."""
+    """[T], 1 on the targets; None: all tokens are targets."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Documents:
         self._texts, self.ids, self.lengths, self.metadata = texts, ids, lengths, metadata
 
     def only(self, keep: npt.NDArray[np.bool_]) -> Documents:
-        """Return those of ``keep`` [documents]."""
+        """Return the documents selected by ``keep`` [documents]."""
         places = np.flatnonzero(keep).tolist()
         return Documents(
             [self._texts[place] for place in places],
@@ -45,21 +45,21 @@ class Documents:
         )
 
     def sizes(self) -> tuple[Sequence[int], Sequence[int]]:
-        """Return the characters of each, and its bytes in UTF-8."""
+        """Return the number of characters of each document, and of bytes in UTF-8."""
         texts = self._texts
         return list(map(len, texts)), [len(text) if text.isascii() else len(text.encode()) for text in texts]
 
     def digests(self) -> bytes:
-        """Return the xxh3-128 of the content of each, end to end."""
+        """Return the xxh3-128 of each document's content, end to end."""
         return b"".join(xxhash.xxh3_128_digest(text.encode()) for text in self._texts)
 
     def bands(self, hasher: MinHasher) -> npt.NDArray[np.uint64]:
-        """Return the MinHash bands of each, [documents, bands]."""
+        """Return the MinHash bands [documents, bands]."""
         return hasher.bands_batch(self._texts)
 
 
 class ChatDocument(Documents):
-    """A conversation. Its content is its ids."""
+    """A conversation. Its content, for deduplication, is its ids."""
 
     def __init__(self, encoded: EncodedChat, metadata: Sequence[bytes]) -> None:
         super().__init__((), encoded.ids, np.array([len(encoded.ids)]), metadata)
@@ -67,15 +67,12 @@ class ChatDocument(Documents):
         self._sizes = (encoded.characters,), (encoded.text_bytes,)
 
     def sizes(self) -> tuple[Sequence[int], Sequence[int]]:
-        """See :class:`Documents`."""
         return self._sizes
 
     def digests(self) -> bytes:
-        """See :class:`Documents`."""
         return xxhash.xxh3_128_digest(self.ids.astype("<i4").tobytes())
 
     def bands(self, hasher: MinHasher) -> npt.NDArray[np.uint64]:
-        """See :class:`Documents`."""
         return hasher.bands_batch([" ".join(map(str, self.ids.tolist()))])
 
 
@@ -83,8 +80,8 @@ class LongDocument(Documents):
     """A text that comes in pieces. Its ids are written as they come; ``ids`` stays empty.
 
     Args:
-        frame: to put around it.
-        pieces: gives the text once more, for what has to see all of it.
+        frame: ids around the document.
+        pieces: returns the text again, for MinHash.
     """
 
     def __init__(self, frame: DocumentFrame, metadata: Sequence[bytes], pieces: Callable[[], Iterable[str]]) -> None:
@@ -95,7 +92,7 @@ class LongDocument(Documents):
         self._digest = xxhash.xxh3_128()
 
     def extend(self, text: str, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Take the next piece of the text; return the ids to write."""
+        """Add the next piece; return the ids to write."""
         content = text.encode()
         self._digest.update(content)
         self._characters += len(text)
@@ -107,7 +104,7 @@ class LongDocument(Documents):
         return self._counted(np.concatenate([np.array(front, np.int32), ids]))
 
     def end(self) -> npt.NDArray[np.int32]:
-        """Return the ids behind the text."""
+        """Return the ids after the text."""
         return self._counted(np.array(self._frame.missing_suffix(self._last_ids) if self.lengths[0] else (), np.int32))
 
     def _counted(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -115,13 +112,10 @@ class LongDocument(Documents):
         return ids
 
     def sizes(self) -> tuple[Sequence[int], Sequence[int]]:
-        """See :class:`Documents`."""
         return (self._characters,), (self._text_bytes,)
 
     def digests(self) -> bytes:
-        """See :class:`Documents`."""
         return self._digest.digest()
 
     def bands(self, hasher: MinHasher) -> npt.NDArray[np.uint64]:
-        """See :class:`Documents`."""
         return hasher.bands_of_pieces(self._pieces())[None]

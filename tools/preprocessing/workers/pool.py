@@ -1,4 +1,4 @@
-"""Running tasks in worker processes, and an end in every case: error, Ctrl-C, killed worker."""
+"""Runs tasks in worker processes, and stops them after an error, Ctrl-C or a killed worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multiprocessing import forkserver
 from typing import Any
 
 from ....engine.errors import UserError
-from ....engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
+from ...tokenizer.handle import TokenizerHandle, TokenizerSpec
 from . import shared_tokenizer
 from .task_output import TaskResult
 from .tasks import Task
@@ -22,15 +22,14 @@ _TICK_SECONDS = 0.2
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_context() -> Any:
-    """How workers are started: never by a plain fork, which would copy the parent's threads' locks.
+    """Return how workers are started: never by a plain fork, which would copy locks held by the parent's threads.
 
-    The fork server imports the libraries and loads the tokenizer once for all workers; where there is none, each worker
-    is a fresh process.
+    The fork server imports the libraries and loads the tokenizer once for all workers. Platforms without one spawn.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -40,19 +39,19 @@ def worker_context() -> Any:
 
 
 def shared_counters(number: int) -> Any:
-    """``number`` int64 zeros, which workers change."""
+    """Return ``number`` int64 zeros in shared memory."""
     return worker_context().RawArray("q", number)
 
 
 def start_early(tokenizer: TokenizerSpec) -> None:
-    """Have the libraries and the tokenizer loaded for the workers while this process does other things.
+    """Start loading the libraries and the tokenizer for the workers in the background.
 
     Args:
-        tokenizer: with the end-of-document token that the user named; None: the tokenizer's own.
+        tokenizer: with the user's ``eod_token``; None: the tokenizer's own.
     """
     shared_tokenizer.announce(tokenizer)
     if worker_context().get_start_method() == "forkserver":
-        # Python 3.11 gives the fork server no sys.path: it would preload another, installed copy of this package.
+        # Python 3.11 does not pass sys.path on: the fork server would import an installed copy of this package.
         path = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
         before = {name: os.environ.get(name) for name in path}
         os.environ.update(path)
@@ -71,7 +70,7 @@ def run_here(
     progress: Any,
     on_tick: Callable[[], None],
 ) -> Generator[TaskResult, None, None]:
-    """The results of ``tasks`` as :func:`run_tasks` gives them, computed in this process, which has the tokenizer."""
+    """Like :func:`run_tasks`, in this process and with its tokenizer."""
     runner = TaskRunner(settings, progress, tokenizer)
     for task, key in tasks:
         yield runner.run(task, key)
@@ -85,17 +84,17 @@ def run_tasks(
     progress: Any,
     on_tick: Callable[[], None],
 ) -> Generator[TaskResult, None, None]:
-    """The results of ``tasks``, each with its shard's key, computed by ``workers`` processes, in any order.
+    """Run ``tasks``, each with the key of its output, in ``workers`` processes; yield the results in any order.
 
-    Close the generator (``contextlib.closing``) when leaving it early: that ends the workers.
+    Close the generator (``contextlib.closing``) to stop early: this ends the workers.
 
     Args:
-        progress: see :class:`retemper.tools.preprocessing.workers.worker.TaskRunner`.
-        on_tick: called some times a second while waiting.
+        progress: see ``TaskRunner``.
+        on_tick: called several times a second.
 
     Raises:
-        UserError: of the first task to fail, at once; or a worker was killed.
-        FastPathError: see there.
+        UserError: from the first task that fails, or a worker was killed.
+        FastPathError: the fast tokenizer failed its check.
     """
     bystanders = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, worker_context(), start_worker, (settings, progress))

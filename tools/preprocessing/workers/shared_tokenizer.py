@@ -1,7 +1,7 @@
 """The tokenizer, loaded once for all workers.
 
 Loading takes a second of CPU and 150 MB for a large vocabulary. The fork server imports this module before it starts
-workers: they inherit what it loaded, and share its memory.
+workers, which inherit the loaded tokenizer and share its memory.
 """
 
 from __future__ import annotations
@@ -13,30 +13,28 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ....engine.errors import UserError
-from ....engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
+from ...tokenizer.handle import TokenizerHandle, TokenizerSpec
 
 _VARIABLE = "RETEMPER_PRELOADED_TOKENIZER"
 _loaded: tuple[TokenizerSpec, TokenizerHandle] | None = None
 
 
 def announce(spec: TokenizerSpec) -> None:
-    """Tell a fork server that is started later which tokenizer its workers will ask for."""
+    """Set which tokenizer a fork server that is started later loads."""
     os.environ[_VARIABLE] = json.dumps(asdict(spec), default=str)
 
 
 def use_one_thread() -> None:
-    """Have the tokenizers' libraries encode in one thread, in this process and those that it starts: there are as many
-    workers as cores. The libraries read this when they are loaded."""
+    """Make the tokenizer libraries use one thread, here and in workers, since there are as many workers as cores.
+
+    The libraries read these variables when they are loaded.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = os.environ["FASTOKENS_BPE_THREADS"] = "1"
 
 
 def load_tokenizer_once(spec: TokenizerSpec, sha256: str) -> TokenizerHandle:
-    """The tokenizer of ``spec``, whose file has the hash ``sha256``: the inherited one when it is the same.
-
-    Raises:
-        UserError: it cannot be loaded, or its file is another one now.
-    """
+    """Return the inherited tokenizer if it is that of ``spec``, else load it. Raise UserError if its hash differs."""
     if _loaded is not None:
         inherited, tokenizer = _loaded
         if replace(inherited, eod_token=spec.eod_token) == spec and tokenizer.sha256 == sha256:
@@ -50,7 +48,7 @@ def load_tokenizer_once(spec: TokenizerSpec, sha256: str) -> TokenizerHandle:
 
 
 if announced := os.environ.get(_VARIABLE):
-    # What is wrong with it is reported by the worker that asks for it.
+    # The worker that needs it reports errors.
     with suppress(Exception):
         record = json.loads(announced)
         spec = TokenizerSpec(**{**record, "file": Path(record["file"])})

@@ -1,12 +1,11 @@
-"""Writing one shard: tokens, the table of documents, and where asked masks, metadata, MinHash bands and rejects."""
+"""Writes a task's output: tokens, the table of documents, and optionally mask, metadata, MinHash bands and rejects."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import TracebackType
+from contextlib import ExitStack, contextmanager
 from typing import BinaryIO
 
 import numpy as np
@@ -14,23 +13,23 @@ import numpy.typing as npt
 import xxhash
 
 from ....engine.files.outputs import open_new
-from ..dedup.near import MinHasher
+from ..dedup.minhash import MinHasher
 from ..options import PreprocessOptions
 from ..records.errors import Where
 from .encoded import Documents
-from .task_output import DOCUMENT, Shard, TaskResult
+from .task_output import DOCUMENT, TaskOutput, TaskResult
 
 
-class ShardWriter:
-    """Writes the files of ``shard``; a context manager. Without :meth:`finish` the shard is not a finished one.
+class TaskWriter:
+    """Writes the files of ``output``; a context manager. Without :meth:`finish` the output stays unfinished.
 
     Args:
         dtype: of the dataset.
-        result: told what is written and what is not.
+        result: updated with what is written and what is left out.
     """
 
-    def __init__(self, shard: Shard, options: PreprocessOptions, dtype: str, result: TaskResult) -> None:
-        self._shard, self._options, self._result = shard, options, result
+    def __init__(self, output: TaskOutput, options: PreprocessOptions, dtype: str, result: TaskResult) -> None:
+        self._output, self._options, self._result = output, options, result
         self._dtype = np.dtype(dtype)
         self._digest = xxhash.xxh3_128()
         self._tables: list[np.ndarray] = []
@@ -38,23 +37,23 @@ class ShardWriter:
         threshold = options.minhash_threshold
         self._hasher = None if threshold is None else MinHasher(threshold)
 
-    def __enter__(self) -> ShardWriter:
-        self._tokens: BinaryIO = open_new(self._shard.tokens)
-        self._mask: BinaryIO | None = open_new(self._shard.mask) if self._options.chat else None
-        self._metadata: BinaryIO | None = open_new(self._shard.metadata) if self._options.metadata else None
+    def __enter__(self) -> TaskWriter:
+        self._files = ExitStack()
+        self._tokens = self._open("tokens")
+        self._mask = self._open("mask") if self._options.chat else None
+        self._metadata = self._open("metadata") if self._options.metadata else None
         self._rejects: BinaryIO | None = None
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in (self._tokens, self._mask, self._metadata, self._rejects):
-            if file is not None:
-                file.close()
+    def _open(self, name: str) -> BinaryIO:
+        return self._files.enter_context(open_new(getattr(self._output, name)))
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
 
     def add(self, source: int, documents: Documents) -> None:
-        """Write those of ``documents`` that have as many tokens as is wanted; count the others."""
-        keep = self._wanted(source, documents.lengths)
+        """Write the documents with an accepted number of tokens; count the others."""
+        keep = self._accepted(source, documents.lengths)
         if not keep.any():
             return
         if not keep.all():
@@ -77,8 +76,8 @@ class ShardWriter:
         self._result.documents += len(table)
 
     @contextmanager
-    def taken_back_unless_added(self) -> Iterator[None]:
-        """Take back the tokens that are written in this context, unless their document is added in it."""
+    def undone_unless_added(self) -> Iterator[None]:
+        """Remove the tokens written in this context, unless their document is added in it."""
         start, digest, tokens = self._tokens.tell(), self._digest.copy(), self._result.tokens
         documents = self._result.documents
         try:
@@ -96,8 +95,8 @@ class ShardWriter:
         self._digest.update(content)
         self._result.tokens += len(ids)
 
-    def _wanted(self, source: int, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which documents are kept by their number of tokens; the others are counted."""
+    def _accepted(self, source: int, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return which documents are kept by their number of tokens; count the others."""
         options = self._options
         empty, short = lengths == 0, lengths < options.min_tokens
         long = lengths > (options.max_tokens if options.max_tokens is not None else np.iinfo(np.int64).max)
@@ -113,25 +112,23 @@ class ShardWriter:
     def reject(self, where: Where, reason: str, raw: bytes | str | None) -> None:
         """Write down a record that was skipped."""
         if self._rejects is None:
-            self._rejects = open_new(self._shard.rejects)
+            self._rejects = self._open("rejects")
         text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
         record = {"where": where._asdict(), "reason": reason, "record": text}
         self._rejects.write(json.dumps(record).encode() + b"\n")
 
     def finish(self) -> None:
-        """Close all files and write the result, which makes the shard a finished one."""
-        with open_new(self._shard.documents) as table:
+        """Close all files, then write the result, which marks the output as finished."""
+        self._files.close()
+        with open_new(self._output.documents) as table:
             np.save(table, np.concatenate([np.empty(0, DOCUMENT), *self._tables]))
         if self._hasher is not None:
             empty = np.empty((0, self._hasher.num_bands), np.uint64)
-            with open_new(self._shard.bands) as table:
+            with open_new(self._output.bands) as table:
                 np.save(table, np.concatenate([empty, *self._bands]))
-        for file in (self._tokens, self._mask, self._metadata, self._rejects):
-            if file is not None:
-                file.flush()
         self._result.tokens_xxh3_128 = self._digest.hexdigest()
-        self._result.sizes = self._shard.sizes()
-        temporary = self._shard.result.with_suffix(".unfinished")
+        self._result.sizes = self._output.sizes()
+        temporary = self._output.result.with_suffix(".unfinished")
         with open_new(temporary) as record:
             record.write(self._result.to_json().encode())
-        os.replace(temporary, self._shard.result)
+        os.replace(temporary, self._output.result)

@@ -1,8 +1,8 @@
-"""Cutting a corpus into tasks that workers do independently, each of about the same number of input bytes.
+"""Divides a corpus into independent tasks of about the same number of input bytes.
 
-Formats made of lines are cut anywhere: a line belongs to the range in which its first byte lies, so planning reads
-nothing. Others are cut between their units (the row groups of Parquet) or are whole; small neighbours share a task.
-Tasks are consecutive: their results in order are the corpus in order, however they were cut.
+Files of lines are cut anywhere: a line belongs to the range that contains its first byte, so planning reads nothing.
+Other files are cut between units (row groups of Parquet) or not at all; small neighbours share a task. Tasks are
+consecutive: their results in order are the corpus in order, for any division.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..inputs.files import STDIN, InputFile
 _MAX_TASK_BYTES = 64 << 20
 _MIN_TASK_BYTES = 4 << 20
 _NUM_TASKS = 64
-"""Tasks of a middling corpus: the same for any number of workers, so that a restart with another finds its shards."""
+"""Tasks of a medium corpus, for any number of workers, so that a restart with another number reuses tasks."""
 
 _MIN_TASKS_IN_SHARD = 4
 _REPAID_SHARE = 0.35
-"""Of tokenizer.json's size. Loading fastokens costs 2.4 s of CPU for the 7 MB of Qwen2.5's, and saves 1.0 s for each MB
-of text: it pays from 2.5 MB of text."""
+"""Of tokenizer.json's size. Loading fastokens costs 2.4 s of CPU for the 7 MB of Qwen2.5's, and saves 1.0 s per MB of
+text: it pays from 2.5 MB of text."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Span:
     start: int
     """First byte, or first unit."""
     stop: int
-    """End, exclusive, in the same measure."""
+    """End, exclusive, in the same unit."""
 
     @property
     def num_bytes(self) -> int:
@@ -45,7 +45,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Task:
-    """Consecutive spans, done by one worker."""
+    """Consecutive spans for one worker."""
 
     index: int
     spans: tuple[Span, ...]
@@ -57,8 +57,10 @@ class Task:
 
 
 def choose_task_bytes(files: Sequence[InputFile], num_shards: int = 1) -> int:
-    """Small enough for all workers to finish at about the same time, large enough to cost nothing: 4 to 64 MB, and less
-    where else some of ``num_shards`` machines would have none."""
+    """Return 4 to 64 MB: small tasks end at about the same time, large ones have less overhead.
+
+    With ``num_shards`` it is less if some machines would have no task.
+    """
     total = sum(file.size for file in files)
     share = total // max(_NUM_TASKS, _MIN_TASKS_IN_SHARD * num_shards)
     least = min(_MIN_TASK_BYTES, total // (_MIN_TASKS_IN_SHARD * num_shards)) if num_shards > 1 else _MIN_TASK_BYTES
@@ -66,12 +68,12 @@ def choose_task_bytes(files: Sequence[InputFile], num_shards: int = 1) -> int:
 
 
 def are_small(files: Sequence[InputFile], tokenizer: Path) -> bool:
-    """Whether ``files`` are done sooner in one process by the reference tokenizer than by workers with a faster one.
+    """Return whether the reference tokenizer in this process is faster than workers with the fast one.
 
-    They are one task, and text of which the size is known: not compressed, and of no format that packs it.
+    True only for one task of text of known size: not compressed, and not in a format that packs it.
 
     Args:
-        tokenizer: its file, by whose size the faster one takes time to load.
+        tokenizer: its file; its size determines how long the fast one takes to load.
     """
     if any(file.compression or not FORMATS[file.format].compressible or file.path == STDIN for file in files):
         return False
@@ -95,7 +97,7 @@ def plan_tasks(files: Sequence[InputFile], task_bytes: int) -> list[Task]:
 
 
 def shard_of_tasks(tasks: Sequence[Task], index: int, count: int) -> list[Task]:
-    """The tasks of machine ``index`` of ``count``: consecutive ones of about its share of the bytes."""
+    """Return the tasks of shard ``index`` of ``count``: consecutive ones with about its share of the bytes."""
     total = sum(task.num_bytes for task in tasks)
     mine: list[Task] = []
     before = 0

@@ -1,7 +1,7 @@
-"""What a worker process does: one task -> one shard (shards.py).
+"""The work of a worker process: one task -> one output (task_output.py).
 
-Readers give records, texts.py their text, cleaning.py decides and cleans, the tokenizer gives ids, and the shard is
-written as they come: memory is bounded by a batch, whatever the size of a task or of a document.
+A reader yields records; text_choice.py or the chat encoder takes the document from each; cleaner.py cleans and filters;
+the tokenizer encodes batches; task_writer.py writes them. Memory is bounded by a batch, however long a document is.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 
 from ....engine.errors import UserError
-from ....engine.tokenizer.document_frame import DocumentFrame
-from ....engine.tokenizer.tokenizer import TokenizerHandle, TokenizerSpec
-from ..chat.bos import ChatBos
-from ..chat.conversation import EncodedChat
+from ...tokenizer.document_frame import DocumentFrame
+from ...tokenizer.handle import TokenizerHandle, TokenizerSpec
+from ..chat.conversation import ChatBos, EncodedChat
 from ..cleaning.cleaner import Cleaner
 from ..formats import FORMATS
 from ..options import PreprocessOptions
@@ -35,16 +34,16 @@ from ..records.reading import ReadContext, Record, readable_part
 from ..records.text_choice import metadata_line
 from .encoded import ChatDocument, Documents, LongDocument
 from .shared_tokenizer import load_tokenizer_once
-from .task_output import DROPPED_TURNS, Shard, TaskResult
-from .task_writer import ShardWriter
+from .task_output import DROPPED_TURNS, TaskOutput, TaskResult
+from .task_writer import TaskWriter
 from .tasks import Span, Task
 
 _CHECKED_AT_START = 32_000
-_SHOWN_CHARACTERS = 1000  # of a refused text
-_LEAST_CHECKED = 100
+_SHOWN_CHARACTERS = 1000  # of a skipped text
+_MIN_CHECKED = 100
 _CHECKED_SHARE = 1 << 15
-"""Characters that the reference tokenizer encodes too: at the start of a run, at least in each task, and as a share of
-a task's bytes. It is some hundred times slower."""
+"""Characters that the reference tokenizer encodes too: in the first task, at least in each task, and as a share of a
+task's bytes. The reference is some hundred times slower."""
 
 
 class FastPathError(Exception):
@@ -53,21 +52,21 @@ class FastPathError(Exception):
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """All that a worker needs to know about the run: what was asked for, and what was found out from it."""
+    """What a worker needs to know about the run."""
 
     options: PreprocessOptions
-    """With the day of the run as ``chat_date``, the same for all workers."""
+    """``chat_date`` is set, so that all workers use the same day."""
     tokenizer: TokenizerSpec
-    """With the document end, which is ordinary text in text."""
+    """With the end-of-document token, which is ordinary text within a document."""
     tokenizer_sha256: str
     dtype: str
     folder: Path
-    """Where shards and temporary files are written."""
+    """For outputs and temporary files."""
     frame: DocumentFrame
-    """Ids in front of each document and behind it; where an end-of-document token is appended, it is the last one."""
+    """Ids before and after each document; an end-of-document token is the last one."""
     chat_bos: ChatBos
     held_out: Path | None
-    """The n-grams of held-out texts; see :class:`retemper.tools.preprocessing.cleaning.cleaner.NgramFilter`."""
+    """File of an ``NgramFilter`` with the n-grams of held-out texts."""
 
 
 @dataclass
@@ -81,8 +80,8 @@ class TaskRunner:
     """Runs tasks in this process.
 
     Args:
-        progress: int64 [3 x tasks], shared: input bytes read, tokens written and bad records of each task. Only the
-            worker that runs a task writes its entries, so no lock is held that a killed worker could leave locked.
+        progress: shared int64 [3 x tasks]: input bytes read, tokens written and bad records of each task. Only the
+            worker that runs a task writes its entries, so that no lock is needed, which a killed worker would keep.
         tokenizer: that of ``settings``.
     """
 
@@ -99,24 +98,22 @@ class TaskRunner:
             self._choose = self._encode_chat
 
     def run(self, task: Task, key: str) -> TaskResult:
-        """Tokenize ``task`` to the shard ``key``.
+        """Tokenize ``task`` to the output ``key``.
 
         Raises:
-            UserError: from reading its files, or a record is no document and that was not allowed.
-            FastPathError: see there.
+            UserError: a file cannot be read, or a record is not a document and may not be skipped.
+            FastPathError: the fast tokenizer failed its check.
         """
         reason = self._tokenizer.fallback_reason
         self._result = TaskResult(key, encoder=self._tokenizer.encoder + (f" ({reason})" if reason else ""))
         failures = self._tokenizer.fast_path_failures
         self._task = task
-        self._unchecked = (
-            _CHECKED_AT_START if task.index == 0 else max(_LEAST_CHECKED, task.num_bytes // _CHECKED_SHARE)
-        )
+        self._unchecked = _CHECKED_AT_START if task.index == 0 else max(_MIN_CHECKED, task.num_bytes // _CHECKED_SHARE)
         folder = self._settings.folder
         done = 0
         with (
             tempfile.TemporaryDirectory(dir=folder, prefix=f"{key}.") as scratch,
-            ShardWriter(Shard(folder, key), self._options, self._settings.dtype, self._result) as self._shard,
+            TaskWriter(TaskOutput(folder, key), self._options, self._settings.dtype, self._result) as self._output,
         ):
             for span in task.spans:
                 context = ReadContext(
@@ -134,7 +131,7 @@ class TaskRunner:
                     raise UserError(f"{error}; or keep what comes before with --skip-bad-lines") from error
                 done += span.num_bytes
             self._result.fast_path_failures = self._tokenizer.fast_path_failures - failures
-            self._shard.finish()
+            self._output.finish()
         self._show(task.num_bytes)
         return self._result
 
@@ -149,7 +146,7 @@ class TaskRunner:
         return tuple(dict.fromkeys((*self._options.text_choice.roots, *roots)))
 
     def _run_span(self, span: Span, context: ReadContext) -> Iterator[None]:
-        """Write the documents of ``span``; comes back after each batch."""
+        """Write the documents of ``span``; yield after each batch."""
         batch = _Batch()
         choose, limit, keys = self._choose, self._options.batch_characters, self._options.metadata
         with closing(_records(span, context)) as records:
@@ -166,7 +163,7 @@ class TaskRunner:
                 if type(content) is str:
                     batch.texts.append(content)
                     batch.metadata += line
-                    batch.characters += len(content) + 1  # + 1: empty texts fill a batch too
+                    batch.characters += len(content) + 1  # + 1: a batch of empty texts must end too
                     if batch.characters <= limit:
                         continue
                 self._write(batch)
@@ -174,13 +171,13 @@ class TaskRunner:
                 if isinstance(content, LongText):
                     self._write_long(content, line)
                 elif isinstance(content, EncodedChat):
-                    self._shard.add(self._source, ChatDocument(content, line))
+                    self._output.add(self._source, ChatDocument(content, line))
                 yield
         self._write(batch)
         yield
 
     def _encode_chat(self, value: Any) -> EncodedChat:
-        """The conversation in a record."""
+        """Encode the conversation in a record."""
         if not isinstance(value, dict):
             raise MalformedError("a text, not a record with a conversation")
         encoded = self._chat.encode(value)
@@ -193,7 +190,7 @@ class TaskRunner:
         return encoded
 
     def _refuse(self, where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:
-        """Count a record that is no document, or end the run."""
+        """Count a record that is not a document, or end the run."""
         options = self._options
         if not (options.skip_bad_lines or (kind == "invalid UTF-8" and options.drop_invalid_utf8)):
             raise UserError(
@@ -205,7 +202,7 @@ class TaskRunner:
         if kind == UNREADABLE:
             self._result.notes.append(f"{where.describe()}: left out its unreadable rest: {reason}")
         self._result.count(self._source, kind)
-        self._shard.reject(where, reason, raw)
+        self._output.reject(where, reason, raw)
 
     def _write(self, batch: _Batch) -> None:
         """Clean, encode and write a batch."""
@@ -225,17 +222,17 @@ class TaskRunner:
             self._compare(texts)
             ids, lengths = self._tokenizer.encode_documents(texts, self._settings.frame)
         except UserError as error:
-            # The tokenizer's library gives up on one or more of them: which ones shows one by one.
+            # The tokenizer's library failed on some of them: encode one by one to find which.
             if len(texts) == 1:
                 self._refuse(Where(self._path), str(error), "malformed", texts[0][:_SHOWN_CHARACTERS])
                 return
             for number, text in enumerate(texts):
                 self._encode([text], metadata[number : number + 1])
             return
-        self._shard.add(self._source, Documents(texts, ids, lengths, metadata))
+        self._output.add(self._source, Documents(texts, ids, lengths, metadata))
 
     def _compare(self, texts: list[str]) -> None:
-        """Have the reference tokenizer encode a sample too."""
+        """Compare the fast tokenizer with the reference on a sample."""
         if self._unchecked <= 0:
             return
         sample = []
@@ -261,11 +258,11 @@ class TaskRunner:
 
         document = LongDocument(self._settings.frame, metadata, cleaned)
         try:
-            with self._shard.taken_back_unless_added():
+            with self._output.undone_unless_added():
                 for piece, ids in encode_in_pieces(cleaned(), encode):
-                    self._shard.write_tokens(document.extend(piece, ids))
-                self._shard.write_tokens(document.end())
-                self._shard.add(self._source, document)
+                    self._output.write_tokens(document.extend(piece, ids))
+                self._output.write_tokens(document.end())
+                self._output.add(self._source, document)
         except MalformedError as error:
             self._refuse(text.where, str(error), error.kind, None)
         except LeftOutError as left_out:
@@ -273,7 +270,7 @@ class TaskRunner:
 
 
 def _records(span: Span, context: ReadContext) -> Generator[Record, None, None]:
-    """The records of ``span``, up to where its file is damaged."""
+    """Yield the records of ``span``, up to where its file is damaged."""
     yield from readable_part(FORMATS[span.file.format].read(span, context), span.file.path, context)
 
 
@@ -286,7 +283,7 @@ def start_worker(settings: WorkerSettings, progress: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     global _make_runner
-    # With its first task, since what it raises then reaches the parent, as what is raised here would not.
+    # Load with the first task: only errors of a task reach the parent.
     _make_runner = functools.cache(
         lambda: TaskRunner(
             settings,
@@ -302,7 +299,7 @@ def run_task(task: Task, key: str) -> TaskResult:
 
 
 def _exit_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next task for ever."""
+    """End this process with its parent: after a kill it would wait for its next task forever."""
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -1,12 +1,11 @@
-"""Tokens as text: whole documents, the piece of text that each token stands for, and text that is not sound.
+"""Decode documents, find the text of each token, and detect broken text.
 
-U+FFFD, the replacement character, appears in decoded text for two reasons that must not be confused. Either it *is in
-the text*: some program before us put it where it could not read a character, and the tokenizer gave it ids as it does
-to any character. Or the ids stand for bytes that are *not valid UTF-8*, because a document was cut within a character
-or was made with another tokenizer. In a byte-level vocabulary a single id may be part of a character, so that it
-decodes to U+FFFD alone though nothing is wrong. Ids are therefore judged by runs: neighbours that each decode with
-U+FFFD. Where the run as a whole decodes without it, all is well. Otherwise, when the tokenizer gives that text the very
-same ids, the character is in the text; when not, the bytes were broken.
+U+FFFD, the replacement character, appears in decoded text for two different reasons. Either it is *in the text*: an
+earlier program replaced a character that it could not read. Or the ids are bytes that are *not valid UTF-8*: a document
+was cut within a character or was made with another tokenizer. In a byte-level vocabulary a correct id may also be a
+part of a character, and decodes to U+FFFD alone. So runs of consecutive ids that each decode to U+FFFD are judged
+together. If the whole run decodes without U+FFFD, it is correct. Otherwise, if the tokenizer encodes that
+text to the same ids, the character is in the text; if not, the bytes are broken.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from ....engine.data.indexed_dataset import IndexedDataset
-from ....engine.tokenizer.tokenizer import TokenizerHandle
+from ...tokenizer.handle import TokenizerHandle
 from .streams import document_edges
 
 REPLACEMENT = "\ufffd"
@@ -28,65 +27,65 @@ _SAMPLE_TOKENS = 2_000_000
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What decoding a sample of documents shows."""
+    """Facts from decoding a sample of documents."""
 
     documents: int
-    """Drawn at random, or all that there are."""
+    """Number of random documents that were decoded."""
     all_documents: bool
-    """Whether those are all, each of them whole: no estimate then."""
+    """Whether these are all documents, each decoded completely, so that the facts are exact."""
     tokens: int
-    """Of them: of a document, at most the first 65,536."""
+    """Tokens decoded, at most the first 65,536 of a document."""
     text_bytes: int
-    """Their text in UTF-8."""
+    """Size of their text in UTF-8."""
     replaced_documents: int
-    """Documents whose text holds U+FFFD."""
+    """Documents whose text contains U+FFFD."""
     replaced_tokens: int
-    """Tokens that stand for it, or for a part of it."""
+    """Tokens that are U+FFFD or a part of it."""
     broken_documents: int
-    """Documents whose tokens stand for bytes that are not UTF-8."""
+    """Documents with bytes that are not UTF-8."""
     broken_tokens: int
     foreign_documents: int
-    """Documents left out, since they hold ids that the tokenizer lacks."""
+    """Documents left out because the tokenizer lacks some of their ids."""
     unknown_documents: int
     """Documents with an unknown token."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenText:
     """The text of one token, or of several that share a character."""
 
     tokens: tuple[int, ...]
     text: str
     trained: bool = True
-    """Whether the loss mask lets any of the tokens be predicted; True without a mask."""
+    """Whether any of the tokens is a target; True without a loss mask."""
 
 
 @dataclass(frozen=True)
 class DecodedDocument:
-    """A document as text, from its first token on."""
+    """The text of a document, from its first token."""
 
     document: int
     tokens: int
     sequences: int
-    """Parts that the index knows it by; the trainer takes each for a document of its own."""
+    """Sequences in the index; the trainer treats each as a document."""
     shown: int
-    """Tokens that ``pieces`` are of."""
-    pieces: list[Piece]
+    """Number of tokens in ``pieces``."""
+    pieces: list[TokenText]
     ends_with_eod: bool | None
-    """Whether its last token is the one that ends documents; None where that is not known, or without any token."""
+    """Whether its last token is the one that ends documents; None if that is unknown or there are no tokens."""
     problem: str = ""
-    """Why there is no text."""
+    """Why there is no text; empty if there is."""
 
     @property
     def text(self) -> str:
-        """Of all pieces."""
+        """Return the text of all pieces."""
         return "".join(piece.text for piece in self.pieces)
 
 
 def decode_document(
     dataset: IndexedDataset, tokenizer: TokenizerHandle, index: int, max_tokens: int, eod_id: int | None
 ) -> DecodedDocument:
-    """Document ``index``, cut after ``max_tokens``.
+    """Decode the first ``max_tokens`` tokens of document ``index``.
 
     Raises:
         UserError: there is no such document.
@@ -115,14 +114,14 @@ def decode_document(
     )
 
 
-def _marked(tokenizer: TokenizerHandle, ids: list[int], mask: list[bool] | None, is_cut: bool) -> list[Piece]:
-    """The pieces of a document, with what ``mask`` says of them."""
+def _marked(tokenizer: TokenizerHandle, ids: list[int], mask: list[bool] | None, is_cut: bool) -> list[TokenText]:
+    """Return the pieces of a document, marked with the loss mask."""
     found = pieces(tokenizer, ids)
     if "".join(piece.text for piece in found) != tokenizer.decode(ids):
-        # Some tokenizer whose text is not made of its tokens' texts: whole runs are at least right in themselves.
+        # The text is not the concatenation of the tokens' texts: decode whole runs instead.
         edges = [0, *(i for i in range(1, len(ids)) if mask is not None and mask[i] != mask[i - 1]), len(ids)]
-        found = [Piece(tuple(ids[i:j]), tokenizer.decode(ids[i:j])) for i, j in pairwise(edges)]
-    if is_cut and found:  # not a broken character, but one that goes on behind the cut
+        found = [TokenText(tuple(ids[i:j]), tokenizer.decode(ids[i:j])) for i, j in pairwise(edges)]
+    if is_cut and found:  # a character that continues after the cut is not broken
         found[-1] = replace(found[-1], text=found[-1].text.rstrip(REPLACEMENT))
     if mask is not None:
         ends = accumulate(len(piece.tokens) for piece in found)
@@ -133,13 +132,13 @@ def _marked(tokenizer: TokenizerHandle, ids: list[int], mask: list[bool] | None,
     return found
 
 
-def pieces(tokenizer: TokenizerHandle, tokens: Sequence[int]) -> list[Piece]:
-    """The text that each of ``tokens`` adds to those before it.
+def pieces(tokenizer: TokenizerHandle, tokens: Sequence[int]) -> list[TokenText]:
+    """Return the text that each of ``tokens`` adds to the text of the earlier ones.
 
-    Tokens that are parts of one character are one piece. What a token adds is found by decoding it with those of the
-    piece before, which costs the same for every token.
+    Tokens that are parts of one character form one piece. A token is decoded together with the previous piece, so each
+    token costs the same.
     """
-    found: list[Piece] = []
+    found: list[TokenText] = []
     before: Sequence[int] = ()
     first = 0
     for stop in range(1, len(tokens) + 1):
@@ -147,20 +146,20 @@ def pieces(tokenizer: TokenizerHandle, tokens: Sequence[int]) -> list[Piece]:
         text = tokenizer.decode([*before, *tokens[first:stop]])
         if text.endswith(REPLACEMENT) and stop < len(tokens):
             continue
-        found.append(Piece(tuple(tokens[first:stop]), text[len(known) :]))
+        found.append(TokenText(tuple(tokens[first:stop]), text[len(known) :]))
         before, first = tokens[first:stop], stop
     return found
 
 
 def choose_documents(count: int, num_documents: int, seed: int) -> list[int]:
-    """At most ``count`` documents at random, ascending."""
+    """Return at most ``count`` random document numbers, ascending."""
     return sorted(random.Random(seed).sample(range(num_documents), min(count, num_documents)))
 
 
 def measure_text(
     dataset: IndexedDataset, tokenizer: TokenizerHandle, unknown_id: int | None, eod_id: int | None, seed: int
 ) -> TextFacts:
-    """Decode documents at random, at most 1,000 and two million tokens in all."""
+    """Decode random documents, at most 1,000 documents and two million tokens."""
     count = min(_SAMPLE_DOCUMENTS, dataset.num_documents)
     soundness = Soundness(tokenizer)
     documents = tokens = text_bytes = with_unknown = foreign = 0
@@ -198,18 +197,18 @@ def measure_text(
 
 
 class Soundness:
-    """Tells U+FFFD that is in the text from bytes that are not UTF-8."""
+    """Distinguishes U+FFFD in the text from bytes that are not UTF-8."""
 
     def __init__(self, tokenizer: TokenizerHandle) -> None:
         self._tokenizer = tokenizer
         self._alone: dict[int, bool] = {}
 
     def count(self, ids: Sequence[int], is_whole: bool) -> tuple[int, int]:
-        """(tokens that stand for a U+FFFD of the text, tokens of broken bytes) in a document.
+        """Return (tokens of U+FFFD in the text, tokens of broken bytes) of a document.
 
         Args:
-            ids: its tokens, from the first on.
-            is_whole: whether these are all; otherwise a run that reaches the last of them is cut and not judged.
+            ids: its first tokens.
+            is_whole: whether these are all its tokens; if not, a run at the end is cut and not judged.
         """
         replaced = broken = 0
         for run, at_end in self._runs(ids):
@@ -239,12 +238,12 @@ class Soundness:
         return self._alone[token]
 
     def _is_of_replacement(self, run: list[int]) -> list[bool]:
-        """For each token of a run of sound text, whether its piece holds U+FFFD: other characters are in runs too."""
+        """Return for each token of a correct run whether its piece contains U+FFFD; others in the run may not."""
         found: list[bool] = []
         first = 0
         for stop in range(1, len(run) + 1):
             text = self._tokenizer.decode(run[first:stop])
-            # A piece is complete where the tokenizer gives its text these ids: parts of characters give it others.
+            # A piece is complete if its text encodes to these ids; a part of a character encodes to others.
             if stop == len(run) or REPLACEMENT not in text or self._encodes_to(text, run[first:stop]):
                 found += [REPLACEMENT in text] * (stop - first)
                 first = stop
@@ -254,5 +253,5 @@ class Soundness:
         encoded, _ = self._tokenizer.reference_encode([text])
         if encoded.tolist() == ids:
             return True
-        # Sentencepiece may put a space before a text.
+        # Sentencepiece may add a space before a text.
         return encoded[1:].tolist() == ids and not self._tokenizer.decode(encoded[:1]).strip()

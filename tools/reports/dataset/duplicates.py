@@ -1,11 +1,11 @@
-"""How many documents are exact copies of others, in bounded memory, and by a right estimate where they are too many.
+"""Count documents that are exact copies of others, in bounded memory; an unbiased estimate for very many documents.
 
-Equal documents have equal hashes. Up to ``CAPACITY`` different ones all hashes are kept and the answer is exact.
-Beyond, only documents whose *hash* falls into a part p of all hashes are kept: then either all copies of a text are in
-the sample or none is. (A sample of documents would miss most copies: of two copies both are in a sample of one tenth in
-one case of a hundred, so it would find a tenth of the pairs.) The number of different documents is then estimated as
-those in the sample divided by p, and what the dataset holds beyond it, counted exactly, is copies. This estimate has no
-bias, and, unlike the copies in the sample divided by p, does not hang on whether a text with a million copies is in it.
+Equal documents have equal hashes. Up to ``CAPACITY`` different documents, all hashes are kept and the count is exact.
+Beyond that, only documents whose *hash* falls into a fraction p of all hashes are kept, so a sample contains either all
+copies of a text or none. (A random sample of documents would miss most copies: a sample of one tenth contains both of
+two copies in one case of a hundred.) The number of different documents is estimated as those in the sample divided by
+p; all other documents, whose total is known exactly, are copies. Unlike the copies in the sample divided by p, this
+does not depend on whether the sample includes a text with a million copies.
 """
 
 from __future__ import annotations
@@ -19,52 +19,52 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from .streams import Block
+from .streams import TokenBlock
 
 CAPACITY = 1 << 22
-"""Different documents whose hashes are kept: 32 bytes each, and some copies of that. Two of them have the same 64 bits
-by chance with a probability of one in two million."""
+"""Maximum number of hashes kept: 32 bytes each, and some copies. The probability that two of them collide in 64 bits is
+one in two million."""
 _MOST_REPEATED = 10
 
 
 @dataclass(frozen=True)
 class RepeatedDocument:
-    """A document of which there are several."""
+    """A document that occurs several times."""
 
     document: int
-    """Number of the first."""
+    """Number of its first occurrence."""
     copies: int
-    """How often it is there, the first included."""
+    """Number of occurrences, the first included."""
     tokens: int
-    """In each."""
+    """Tokens of one occurrence."""
 
 
 @dataclass(frozen=True)
 class DuplicateFacts:
-    """Documents whose tokens are those of a former document."""
+    """Documents with the same tokens as an earlier document."""
 
     copies: int
-    """Documents beyond the first of their kind: what deduplication would remove. An estimate where ``part`` < 1."""
+    """Documents that deduplication would remove. Estimated if ``part`` < 1."""
     share: float
-    """Of the documents."""
+    """Fraction of the documents."""
     share_error: float
-    """Standard error of the estimate; 0 where it is exact."""
+    """Standard error of the estimate; 0 if it is exact."""
     token_share: float
-    """Share of the tokens that lie in the copies."""
+    """Fraction of the tokens that are in copies."""
     token_share_error: float
     part: float
-    """Part of all hashes that was looked at."""
+    """Fraction of all hashes that was kept."""
     looked_at: int
-    """Documents whose hashes lie in it."""
+    """Documents whose hashes are in it."""
     most_repeated: list[RepeatedDocument]
-    """Among those, the most frequent first."""
+    """The most frequent documents among these, the most frequent first."""
 
 
 class DistinctDocuments:
-    """Counts different documents while the dataset streams by.
+    """Counts different documents during a pass over the dataset.
 
     Args:
-        capacity: different documents that are remembered.
+        capacity: maximum number of hashes kept.
     """
 
     def __init__(self, capacity: int = CAPACITY) -> None:
@@ -79,8 +79,8 @@ class DistinctDocuments:
         self._open = xxhash.xxh3_64()
         self._open_tokens = 0
 
-    def add(self, block: Block) -> None:
-        """See the next documents, or the next part of one."""
+    def add(self, block: TokenBlock) -> None:
+        """Count the next documents, or the next part of one."""
         view = memoryview(np.ascontiguousarray(block.tokens).view(np.uint8).data)
         self._tokens += len(block.tokens)
         if block.begins and block.ends:
@@ -97,7 +97,7 @@ class DistinctDocuments:
             self._add([self._open.intdigest()], block.document, np.array([self._open_tokens]))
 
     def facts(self) -> DuplicateFacts:
-        """What was counted."""
+        """Return the facts."""
         self._merge()
         part = 2.0**-self._halvings
         distinct, documents, tokens = len(self._kept.hashes), self._documents, self._tokens
@@ -143,7 +143,7 @@ class DistinctDocuments:
 
 @dataclass
 class _Kept:
-    """Documents by hash: number of the first of them, how many there are, and their tokens."""
+    """Documents by hash: number of the first, number of copies, and tokens of one."""
 
     hashes: npt.NDArray[np.uint64]
     first: npt.NDArray[np.int64]
@@ -151,7 +151,7 @@ class _Kept:
     tokens: npt.NDArray[np.int64]
 
     def within(self, halvings: int) -> _Kept:
-        """Those whose hash lies in the first of 2 ** ``halvings`` equal parts of all hashes."""
+        """Return the documents whose hash is in the first of 2 ** ``halvings`` equal ranges."""
         if halvings == 0:
             return self
         here = self.hashes >> np.uint64(64 - halvings) == 0
@@ -159,7 +159,7 @@ class _Kept:
 
     @staticmethod
     def merged(parts: list[_Kept]) -> _Kept:
-        """All ``parts``, earlier documents in earlier ones, with equal hashes made one."""
+        """Merge ``parts``, which are in document order, and combine equal hashes."""
         hashes, first, copies, tokens = (
             np.concatenate([getattr(part, name) for part in parts]) for name in ("hashes", "first", "copies", "tokens")
         )

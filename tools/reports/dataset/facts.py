@@ -1,4 +1,4 @@
-"""A report as names and values, for the terminal and for the page: every estimate says that it is one."""
+"""Format a report as names and values, for the terminal and the page. Estimates are marked as such."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REPEATED = 3
 
 
 def dataset_facts(report: DatasetReport) -> dict[str, str]:
-    """What the dataset is, and what its tokens are."""
+    """Return facts about the dataset and its tokens."""
     facts = {
         "documents": _documents(report),
         "tokens": f"{report.tokens:,}",
@@ -40,14 +40,14 @@ def dataset_facts(report: DatasetReport) -> dict[str, str]:
         facts["most repeated"] = most_repeated(report.counts.duplicates)
     if report.text is not None and report.text.documents:
         facts["replacement share"] = _replacement(report.text)
-    facts["loss mask"] = "none: every token is trained on" if report.counts.mask is None else mask(report.counts.mask)
+    facts["loss mask"] = "none: every token is a target" if report.counts.mask is None else mask(report.counts.mask)
     if report.sidecar is not None and report.sidecar.options:
         facts["made with options"] = ", ".join(f"{name} {value}" for name, value in report.sidecar.options.items())
     return {name: value for name, value in facts.items() if value}
 
 
 def length_facts(lengths: LengthFacts) -> dict[str, str]:
-    """Mean and percentiles of the lengths of documents."""
+    """Return mean and percentiles of the document lengths."""
     about = f" (estimated from {lengths.documents:,} documents)" if lengths.sampled else ""
     least = "at least " if lengths.sampled else ""
     percentiles = ", ".join(f"{percent}%: {value:,.0f}" for percent, value in lengths.percentiles.items())
@@ -58,7 +58,7 @@ def length_facts(lengths: LengthFacts) -> dict[str, str]:
 
 
 def token_facts(tokens: TokenFacts) -> dict[str, str]:
-    """Use of the vocabulary."""
+    """Return how much of the vocabulary is used."""
     about = f" (estimated from {tokens.tokens:,} tokens)" if tokens.sampled else ""
     least = "at least " if tokens.sampled else ""
     of_all = "" if tokens.vocab_size is None else f" of {tokens.vocab_size:,}"
@@ -70,7 +70,7 @@ def token_facts(tokens: TokenFacts) -> dict[str, str]:
 
 
 def duplicates(facts: DuplicateFacts) -> str:
-    """Documents that are copies."""
+    """Describe the exact copies among the documents."""
     if facts.part < 1:
         return (
             f"about {facts.share:.2%} ± {facts.share_error:.2%} of the documents are exact copies of others, with "
@@ -83,20 +83,20 @@ def duplicates(facts: DuplicateFacts) -> str:
 
 
 def most_repeated(facts: DuplicateFacts) -> str:
-    """The documents of which there are most; empty where there is each but once."""
+    """Describe the most repeated documents; empty if every document is unique."""
     shown = facts.most_repeated[:_REPEATED]
     return ", ".join(f"document {one.document} of {one.tokens:,} tokens {one.copies:,} times" for one in shown)
 
 
 def mask(facts: MaskFacts) -> str:
-    """What is trained on."""
+    """Describe how many tokens are targets."""
     if facts.silent_documents is None:
-        return f"lets about {facts.share:.2%} ± {facts.share_error:.2%} of the tokens be predicted (estimated)"
-    return f"lets {facts.predicted:,} tokens ({facts.share:.2%}) be predicted"
+        return f"about {facts.share:.2%} ± {facts.share_error:.2%} of the tokens are targets (estimated)"
+    return f"{facts.predicted:,} tokens ({facts.share:.2%}) are targets"
 
 
 def source_rows(report: DatasetReport) -> list[tuple[str, ...]]:
-    """A row under :data:`SOURCE_HEAD` for each source."""
+    """Return a row for each source; the header is :data:`SOURCE_HEAD`."""
     return [
         (
             source.name,
@@ -112,11 +112,11 @@ def source_rows(report: DatasetReport) -> list[tuple[str, ...]]:
 
 
 def run_facts(plan: TrainingPlan) -> dict[str, str]:
-    """Steps of a run, and what its chunks do to the documents."""
+    """Return the steps of a run, and how many documents its chunks cut."""
     role = {
         "train": "trains on this dataset",
         "validation": "evaluates on this dataset",
-        "assumed": "does not name this dataset; the numbers are for a run on nothing else",
+        "assumed": "does not name this dataset; the numbers are for a run on this dataset alone",
     }
     facts = {
         "configuration": f"{plan.config}, which {role[plan.role]}",
@@ -137,7 +137,7 @@ def run_facts(plan: TrainingPlan) -> dict[str, str]:
 
 
 def run_rows(plan: TrainingPlan) -> list[tuple[str, ...]]:
-    """A row under :data:`RUN_HEAD` for each source of the run."""
+    """Return a row for each source of the run; the header is :data:`RUN_HEAD`."""
     return [
         (
             f"{source.name} (this dataset)" if source.is_this and len(plan.sources) > 1 else source.name,
@@ -152,7 +152,7 @@ def run_rows(plan: TrainingPlan) -> list[tuple[str, ...]]:
 
 
 def stage_table(plan: TrainingPlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headlines and rows: samples that each stage draws from each source. No rows with a single stage."""
+    """Return the header and rows of the samples that each stage draws from each source; empty for a single stage."""
     if len(plan.stage_stops) < 2:
         return (), []
     numbers = range(1, len(plan.stage_stops) + 1)
@@ -163,13 +163,13 @@ def stage_table(plan: TrainingPlan) -> tuple[tuple[str, ...], list[tuple[str, ..
 def _documents(report: DatasetReport) -> str:
     if report.sequences <= report.filled_documents:
         return f"{report.documents:,}"
-    return f"{report.documents:,} in {report.sequences:,} sequences, each of which the trainer takes for a document"
+    return f"{report.documents:,} in {report.sequences:,} sequences; the trainer treats each sequence as a document"
 
 
 def _tokenizer(report: DatasetReport) -> str:
     used = report.tokenizer
     if used is None:
-        return f"{report.sidecar.tokenizer}, which is not to be had here" if report.sidecar is not None else "not known"
+        return f"{report.sidecar.tokenizer} (not found on this machine)" if report.sidecar is not None else "not known"
     return f"{used.name} ({used.kind}, {used.vocab_size:,} ids, sha256 {used.sha256[:12]}...)"
 
 
@@ -202,8 +202,8 @@ def _bytes_per_token(report: DatasetReport) -> str:
 def _replacement(text: TextFacts) -> str:
     where = "all documents" if text.all_documents else _decoded(text)
     return (
-        f"{_share(text.replaced_tokens, text.tokens)} of the tokens stand for U+FFFD, "
-        f"{_share(text.broken_tokens, text.tokens)} for bytes that are not UTF-8 ({where})"
+        f"{_share(text.replaced_tokens, text.tokens)} of the tokens are parts of U+FFFD, "
+        f"{_share(text.broken_tokens, text.tokens)} of bytes that are not UTF-8 ({where})"
     )
 
 
@@ -212,6 +212,6 @@ def _decoded(text: TextFacts) -> str:
 
 
 def _share(count: int, total: int) -> str:
-    """A share that is not 0 is not written as 0."""
+    """Format a share; a small share is not rounded to 0."""
     share = count / max(1, total)
     return f"{share:.2%}" if share >= 5e-5 or not count else f"{share:.1e}"

@@ -1,4 +1,4 @@
-"""What the numbers of a dataset mean to somebody who will train on it: what is likely wrong, and what is not known."""
+"""Derive warnings from the facts about a dataset, and list what cannot be shown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def find_warnings(
     counts: PassFacts,
     text: TextFacts | None,
 ) -> Iterator[str]:
-    """What is likely wrong with ``dataset``."""
+    """Yield a line for each likely problem of ``dataset``."""
     yield from dataset.remarks
     tokens, about = counts.tokens, "about " if counts.tokens.sampled else ""
     if outside := (tokens.outside_any if tokens.outside_vocab is None else tokens.outside_vocab):
@@ -47,11 +47,11 @@ def find_warnings(
             yield f"{without:,} documents do not end with {sidecar.eod_token}, though the sidecar says that all do"
     if counts.ends is not None and counts.ends.inside:
         yield (
-            f"the token that ends documents (id {counts.ends.eod_id}) stands {counts.ends.inside:,} times inside of "
+            f"the token that ends documents (id {counts.ends.eod_id}) occurs {counts.ends.inside:,} times inside "
             "documents"
         )
     if counts.mask is not None and counts.mask.silent_documents:
-        yield f"{counts.mask.silent_documents:,} documents have no token that the loss mask lets be predicted"
+        yield f"{counts.mask.silent_documents:,} documents have no target: the loss mask excludes all their tokens"
     if lengths is not None and lengths.empty:
         yield f"{about if lengths.sampled else ''}{lengths.empty / lengths.documents:.2%} of the documents are empty"
 
@@ -59,12 +59,9 @@ def find_warnings(
 def find_missing(
     sidecar: Sidecar | None, has_tokenizer: bool, counts: PassFacts, text: TextFacts | None, has_config: bool
 ) -> Iterator[str]:
-    """What cannot be shown, and what would give it."""
+    """Yield a line for each thing that cannot be shown, with how to get it."""
     if sidecar is None:
-        yield (
-            "totals per source and what was left out: the dataset has no sidecar, which tools/preprocess.py would "
-            "have written"
-        )
+        yield ("totals per source and documents left out: the dataset has no sidecar; tools/preprocess.py writes one")
     if not has_tokenizer:
         yield (
             "decoded documents, texts of tokens, bytes per token, unknown and replacement characters: name the "
@@ -74,7 +71,7 @@ def find_missing(
             "--tokenizer"
         )
     if text is not None and text.foreign_documents:
-        yield f"{text.foreign_documents:,} documents drawn, which hold ids that the tokenizer lacks"
+        yield f"{text.foreign_documents:,} sampled documents: they contain ids outside the tokenizer's vocabulary"
     if counts.duplicates is None:
         yield "duplicates and document ends: these need every token; leave out --quick"
     if not has_config:

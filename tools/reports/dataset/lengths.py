@@ -1,4 +1,4 @@
-"""How long documents are: exact counts of every length, from which percentiles and histograms follow."""
+"""Count document lengths exactly, and derive percentiles and histograms."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .streams import DatasetStream
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 READ_WHOLE = 1 << 20
-"""Documents up to which ``--quick`` reads every length, in some 10 ms."""
+"""Maximum number of documents of which ``--quick`` reads every length; takes about 10 ms."""
 _SAMPLE_RUNS, _SAMPLE_RUN = 256, 256
-_SHORT = 1 << 20  # lengths below it are counted in an array; of longer documents there are few
+_SHORT = 1 << 20  # shorter lengths are counted in an array; longer documents are rare
 _CURVE_POINTS = 200
 
 
@@ -33,21 +33,21 @@ class LengthFacts:
     """Lengths of documents in tokens, end-of-document tokens included."""
 
     documents: int
-    """Documents that were looked at."""
+    """Number of documents read."""
     sampled: bool
-    """Whether those are a sample, in runs that are spread evenly over the dataset."""
+    """Whether only runs of documents, evenly spread over the dataset, were read."""
     empty: int
-    """Those without any token."""
+    """Number of documents without tokens."""
     mean: float
-    """Of all documents, in a sample too."""
+    """Mean over all documents, also for a sample."""
     longest: int
-    """In a sample, of those looked at."""
+    """Longest document read."""
     percentiles: dict[int, float]
-    """Linearly interpolated, as numpy does it."""
+    """Linearly interpolated, like numpy.percentile."""
     histogram: list[LengthBin]
     """By powers of two, from the shortest to the longest."""
     curve: list[tuple[int, float]]
-    """(length, share of the tokens that lie in documents up to this length), at a few hundred lengths."""
+    """(length, share of the tokens in documents up to this length) at a few hundred lengths."""
 
 
 class LengthCounts:
@@ -58,14 +58,14 @@ class LengthCounts:
         self._long: Counter[int] = Counter()
 
     def add(self, lengths: npt.NDArray[np.int64]) -> None:
-        """Count ``lengths``, none of them negative."""
+        """Count ``lengths`` >= 0."""
         is_short = lengths < _SHORT
         counts = np.bincount(lengths[is_short])
         self._short[: len(counts)] += counts
         self._long.update(lengths[~is_short].tolist())
 
     def facts(self, sampled: bool) -> LengthFacts | None:
-        """What was counted; None without any document."""
+        """Return the facts; None if there are no documents."""
         long = np.array(sorted(self._long.items()), dtype=np.int64).reshape(-1, 2)
         short = np.flatnonzero(self._short)
         lengths = np.concatenate([short, long[:, 0]])
@@ -86,7 +86,7 @@ class LengthCounts:
 
 
 def count_lengths(stream: DatasetStream) -> LengthFacts | None:
-    """The lengths of all documents: a pass over the index."""
+    """Count the lengths of all documents by reading the whole index."""
     counts = LengthCounts()
     for _, edges in stream.all_edges():
         counts.add(np.diff(edges))
@@ -94,10 +94,10 @@ def count_lengths(stream: DatasetStream) -> LengthFacts | None:
 
 
 def sample_lengths(stream: DatasetStream) -> LengthFacts | None:
-    """The lengths of all documents, or where they are many, of 65,536 in 256 runs that are spread evenly.
+    """Count the lengths of all documents, or of 65,536 documents in 256 evenly spread runs if there are many.
 
-    Neighbours often come from one place and are alike, so the runs count for less than as many single documents, but
-    a run costs two reads from the disk, as a single document does.
+    Neighbouring documents are often alike, so a run tells less than as many single documents. But a run needs only two
+    disk reads, like a single document.
     """
     documents = stream.dataset.num_documents
     if documents <= max(READ_WHOLE, _SAMPLE_RUNS * _SAMPLE_RUN):
@@ -132,7 +132,7 @@ def _histogram(lengths: npt.NDArray[np.int64], documents: npt.NDArray[np.int64])
 def _curve(lengths: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> list[tuple[int, float]]:
     total = max(1, int(tokens.sum()))
     shares = np.cumsum(tokens) / total
-    # Evenly spread over the logarithm of the length, which is how it is drawn, with the first and the last.
+    # Evenly spread over the logarithm of the length, like the chart; the first and the last are included.
     marks = np.geomspace(max(1, int(lengths[0])), max(1, int(lengths[-1])), _CURVE_POINTS)
     kept = np.unique(np.append(np.searchsorted(lengths, marks, side="right") - 1, len(lengths) - 1).clip(0))
     return [(int(lengths[place]), float(shares[place])) for place in kept]

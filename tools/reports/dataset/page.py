@@ -1,4 +1,4 @@
-"""A dataset's report as one page of HTML that needs nothing but itself."""
+"""Write a dataset's report as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def write_page(path: Path, report: DatasetReport) -> None:
 
 def _sections(report: DatasetReport) -> Iterator[str]:
     yield _header(report)
-    yield section("Likely wrong", bullets(report.warnings), kind="warnings")
+    yield section("Likely problems", bullets(report.warnings), kind="warnings")
     yield section("The dataset", definitions({"dataset": report.prefix, **dataset_facts(report)}), kind="facts")
     total = ("all sources", "", f"{report.documents:,}", f"{report.tokens:,}", "", "", "")
     yield section("Sources", table(SOURCE_HEAD, source_rows(report), total=total, kind="wrapped"))
     if report.lengths is not None:
         length = None if report.training is None else report.training.sequence_length
-        remark = note(f"Of {report.lengths.documents:,} documents of a sample.") if report.lengths.sampled else ""
+        remark = note(f"From a sample of {report.lengths.documents:,} documents.") if report.lengths.sampled else ""
         yield section("Lengths of documents", draw_lengths(report.lengths, length) + remark)
     if report.most_frequent:
         yield section("Tokens", draw_frequencies(report.counts.tokens) + _frequent(report))
@@ -42,14 +42,14 @@ def _sections(report: DatasetReport) -> Iterator[str]:
             + definitions(run_facts(report.training))
             + table(RUN_HEAD, run_rows(report.training))
             + table(*stage_table(report.training))
-            + note("What the trainer will say about the data:")
+            + note("What the trainer will log about the data:")
             + preformatted("\n".join(report.training.summary)),
             kind="facts",
         )
     if report.decoded:
-        legend = "Drawn at random. Every other token is shaded."
+        legend = "Random documents. Every other token is shaded."
         if report.has_loss_mask:
-            legend += " Struck through: what the loss mask leaves out."
+            legend += " Tokens that the loss mask excludes are struck through."
         yield section("Documents", note(legend) + "".join(map(_document, report.decoded)), kind="documents")
     yield section("Not shown", bullets(report.missing))
 
@@ -78,7 +78,7 @@ def _frequent(report: DatasetReport) -> str:
     )
     head = "".join(f"<th>{name}</th>" for name in ("most frequent", "id", "times", "share", ""))
     sampled = report.counts.tokens.sampled
-    remark = note(f"Among {report.counts.tokens.tokens:,} tokens of a sample.") if sampled else ""
+    remark = note(f"From a sample of {report.counts.tokens.tokens:,} tokens.") if sampled else ""
     return f'<div class="scroll"><table class="frequent"><thead><tr>{head}</tr></thead>{rows}</table></div>{remark}'
 
 
@@ -92,7 +92,7 @@ def _document(decoded: DecodedDocument) -> str:
         f'title="{" ".join(map(str, piece.tokens))}">{escape(piece.text)}</span>'
         for number, piece in enumerate(decoded.pieces)
     )
-    # HTML drops a line break that a <pre> begins with.
+    # HTML ignores a line break right after <pre>.
     return (
         f"<figure><figcaption>{caption}</figcaption><pre>\n{text}</pre>"
         f"<figcaption>{describe_end(decoded)}</figcaption></figure>"

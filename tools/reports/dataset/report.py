@@ -1,4 +1,4 @@
-"""Everything that is known about a dataset, gathered: what the text, the page and the JSON show."""
+"""Collect everything known about a dataset, for the terminal, the page and the JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ....engine.data.indexed_dataset import IndexedDataset
 from ....engine.data.sidecar import InputSource, Sidecar, require_same_dataset
 from ....engine.errors import UserError
-from ....engine.tokenizer.tokenizer import TokenizerHandle
 from ...preprocessing.dataset_files import existing_outputs
+from ...tokenizer.handle import TokenizerHandle
 from .decoding import DecodedDocument, TextFacts, choose_documents, decode_document, measure_text
 from .findings import find_missing, find_warnings
 from .lengths import LengthFacts, count_lengths, sample_lengths
@@ -23,61 +23,61 @@ if TYPE_CHECKING:
     from .training_plan import TrainingPlan
 
 _DOCUMENTS = 3
-"""Decoded where nobody asks for a number."""
+"""Documents decoded by default."""
 
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What the command was asked to do."""
+    """Options of the command."""
 
     dataset: str
     tokenizer: str | None = None
-    """Name. None: the one that the sidecar names."""
+    """Name. None: the tokenizer in the sidecar."""
     quick: bool = False
-    """Whether samples will do where a dataset is large."""
+    """Whether to read only samples of a large dataset."""
     documents: int | None = None
-    """To decode, drawn at random. None: a few, where there is a tokenizer."""
+    """Number of random documents to decode. None: a few, if there is a tokenizer."""
     seed: int = 0
     max_tokens: int = 300
-    """Decoded of each document."""
+    """Maximum number of tokens decoded per document."""
     config: str | None = None
-    """File of a run's configuration."""
+    """Configuration file of a run."""
 
 
 @dataclass(frozen=True)
 class FrequentToken:
-    """A token that occurs often."""
+    """One of the most frequent tokens."""
 
     id: int
     count: int
-    """Among the tokens looked at."""
+    """Occurrences among the tokens read."""
     share: float
-    """Of those."""
+    """Fraction of the tokens read."""
     text: str | None
-    """None where there is no tokenizer, or where it lacks the id."""
+    """None without a tokenizer, or if its vocabulary lacks the id."""
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """All of it."""
+    """All facts about a dataset."""
 
     prefix: str
     documents: int
     sequences: int
-    """Parts of documents that the index knows; the trainer takes each for a document."""
+    """Sequences in the index; the trainer treats each as a document."""
     tokens: int
     dtype: str
     bytes: int
-    """Of all files of the dataset."""
+    """Total size of the dataset's files."""
     has_loss_mask: bool
     sidecar: Sidecar | None
     bytes_per_token: float | None
-    """UTF-8 bytes of text; None where it is not known."""
+    """UTF-8 bytes of text per token; None if unknown."""
     bytes_per_token_is_exact: bool
-    """By the sidecar's count of all text; else from the documents that were decoded."""
+    """True if the sidecar counts all text; otherwise the value is estimated from decoded documents."""
     tokenizer: TokenizerFacts | None
     lengths: LengthFacts | None
-    """None without any document."""
+    """None if there are no documents."""
     counts: PassFacts
     most_frequent: list[FrequentToken]
     text: TextFacts | None
@@ -86,22 +86,22 @@ class DatasetReport:
     training: TrainingPlan | None
     """None without a configuration."""
     warnings: list[str]
-    """What is likely wrong."""
+    """Likely problems."""
     missing: list[str]
-    """What cannot be shown, and what would give it."""
+    """What cannot be shown, and how to get it."""
 
     @property
     def filled_documents(self) -> int:
-        """Documents that are not empty; all of them where only a sample was looked at."""
+        """Number of non-empty documents; all documents if only a sample was read."""
         return self.documents - (self.lengths.empty if self.lengths is not None and not self.lengths.sampled else 0)
 
     @property
     def sources(self) -> tuple[InputSource, ...]:
-        """Inputs, as the sidecar tells; none without one."""
+        """Input sources in the sidecar; empty without a sidecar."""
         return () if self.sidecar is None else self.sidecar.sources
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as plain values for JSON."""
         record = dataclasses.asdict(self)
         for decoded, item in zip(self.decoded, record["decoded"], strict=True):
             item["text"] = decoded.text
@@ -109,21 +109,21 @@ class DatasetReport:
 
 
 def inspect_dataset(options: InspectOptions) -> DatasetReport:
-    """Read the dataset and find out all there is to know.
+    """Read the dataset and return all facts about it.
 
     Raises:
-        UserError: a file is missing or damaged, or what was asked for cannot be given.
+        UserError: a file is missing or damaged, or an option cannot be satisfied.
     """
     dataset = IndexedDataset(options.dataset, check_whole=True)
     sidecar = Sidecar.read(dataset.prefix)
     if sidecar is not None:
         require_same_dataset(sidecar, dataset)
-    training = _plan_training(options.config, dataset.prefix)  # first, since it may be refused at once
+    training = _plan_training(options.config, dataset.prefix)
     tokenizer, reason = _find_tokenizer(options, sidecar, dataset.prefix)
     eod_id = find_eod_id(tokenizer, sidecar)
     unknown_id = None if tokenizer is None else tokenizer.unknown_id
     if unknown_id == eod_id:
-        unknown_id = None  # the files of GPT-2 name one token for both, and bytes have no unknown
+        unknown_id = None  # GPT-2 names one token for both, and a byte-level vocabulary has no unknown text
     stream = DatasetStream(dataset)
     lengths = sample_lengths(stream) if options.quick else count_lengths(stream)
     vocab_size = tokenizer.vocab_size if tokenizer is not None else sidecar.vocab_size if sidecar is not None else None
@@ -160,7 +160,7 @@ def inspect_dataset(options: InspectOptions) -> DatasetReport:
 def _plan_training(config: str | None, prefix: str) -> TrainingPlan | None:
     if config is None:
         return None
-    from .training_plan import plan_training  # PyTorch comes with it, which takes seconds
+    from .training_plan import plan_training  # imports PyTorch, which takes seconds
 
     return plan_training(config, prefix)
 
@@ -168,7 +168,7 @@ def _plan_training(config: str | None, prefix: str) -> TrainingPlan | None:
 def _find_tokenizer(
     options: InspectOptions, sidecar: Sidecar | None, prefix: str
 ) -> tuple[TokenizerHandle | None, str | None]:
-    """The tokenizer; or none, and why not, where none was asked for."""
+    """Return the tokenizer; or None and the reason, if the user did not ask for one."""
     try:
         return choose_tokenizer(options.tokenizer, sidecar, prefix), None
     except UserError as error:

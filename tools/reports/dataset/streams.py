@@ -1,6 +1,6 @@
-"""A dataset from its first document to its last, in bounded memory whatever its size.
+"""Read a dataset from start to end in bounded memory.
 
-Files are read rather than mapped: the pages of a mapped file that were read count as the process's memory.
+Files are read, not mapped: pages of a mapped file count as the process's memory.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from ....engine.errors import UserError
 from ...preprocessing.dataset_writer import FileArray
 
 BLOCK_TOKENS = 4 << 20
-"""Tokens that are held at once: 32 MB, and some copies."""
+"""Tokens held in memory at once: 32 MB, and some copies."""
 _DOCUMENTS_AT_ONCE = 1 << 16
 _SEQUENCES_AT_ONCE = 4 << 20
 
 
-class Block(NamedTuple):
-    """Whole documents that lie behind one another, or a part of one that is longer than a block."""
+class TokenBlock(NamedTuple):
+    """Some consecutive whole documents, or a part of a document that is longer than a block."""
 
     document: int
-    """Number of the first."""
+    """Number of the first document."""
     edges: npt.NDArray[np.int64]
-    """[documents + 1] positions at which they begin, and at which the last one ends."""
+    """[documents + 1] positions at which the documents begin, and at which the last one ends."""
     tokens: npt.NDArray[np.integer]
-    """In the dtype of the file."""
+    """Token ids in the file's dtype."""
     mask: npt.NDArray[np.integer] | None
-    """A byte for each token, where the dataset has a loss mask."""
+    """One byte per token; None without a loss mask."""
     begins: bool
     """Whether the first document begins here."""
     ends: bool
@@ -40,7 +40,7 @@ class Block(NamedTuple):
 
 
 class DatasetStream:
-    """Reads ``dataset`` from start to end, as often as asked."""
+    """Iterates over the documents of ``dataset``; can be repeated."""
 
     def __init__(self, dataset: IndexedDataset, block_tokens: int = BLOCK_TOKENS) -> None:
         self.dataset = dataset
@@ -48,7 +48,7 @@ class DatasetStream:
         self._lengths = FileArray(dataset.idx_path, "<i4", HEADER.size, dataset.num_sequences)
 
     def edges(self, first: int, stop: int) -> npt.NDArray[np.int64]:
-        """Token positions at which the documents [``first``, ``stop``) begin, and at which the last one ends."""
+        """Return the positions at which the documents [``first``, ``stop``) begin, and at which the last one ends."""
         indices = self.dataset.document_edges(first, stop)
         low, high = int(indices[0]), int(indices[-1])
         if high - low > _SEQUENCES_AT_ONCE and stop - first > 1:  # very many sequences in a document
@@ -61,12 +61,12 @@ class DatasetStream:
         return start + np.concatenate([[0], ends])[indices - low]
 
     def all_edges(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """(first document, its and the following documents' edges) of run after run of documents."""
+        """Yield (number of the first document, edges) for consecutive groups of documents."""
         for first in range(0, self.dataset.num_documents, _DOCUMENTS_AT_ONCE):
             yield first, self.edges(first, min(first + _DOCUMENTS_AT_ONCE, self.dataset.num_documents))
 
-    def blocks(self) -> Iterator[Block]:
-        """All documents with their tokens, in order."""
+    def blocks(self) -> Iterator[TokenBlock]:
+        """Yield all documents with their tokens, in order."""
         for first, edges in self.all_edges():
             at = 0
             while at < len(edges) - 1:
@@ -78,19 +78,19 @@ class DatasetStream:
                     yield from self._parts(first + at, int(edges[at]), int(edges[at + 1]))
                     at += 1
 
-    def _parts(self, document: int, start: int, stop: int) -> Iterator[Block]:
+    def _parts(self, document: int, start: int, stop: int) -> Iterator[TokenBlock]:
         for low in range(start, stop, self._block_tokens):
             high = min(low + self._block_tokens, stop)
             yield self._block(document, np.array([low, high]), low == start, high == stop)
 
-    def _block(self, document: int, edges: npt.NDArray[np.int64], begins: bool, ends: bool) -> Block:
+    def _block(self, document: int, edges: npt.NDArray[np.int64], begins: bool, ends: bool) -> TokenBlock:
         start, stop = int(edges[0]), int(edges[-1])
         tokens, mask = self.dataset.stored_tokens(start, stop), self.dataset.stored_mask(start, stop)
-        return Block(document, edges, tokens, mask, begins, ends)
+        return TokenBlock(document, edges, tokens, mask, begins, ends)
 
 
 def document_edges(dataset: IndexedDataset, index: int) -> tuple[int, int]:
-    """Token positions at which document ``index`` begins and ends.
+    """Return the token positions at which document ``index`` begins and ends.
 
     Raises:
         UserError: there is no such document.

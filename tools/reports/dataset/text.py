@@ -1,4 +1,4 @@
-"""A dataset's report for the terminal."""
+"""Format a dataset's report for the terminal."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .report import DatasetReport
 _BAR_WIDTH = 30
 _FREQUENT = 15
 MASK_BEGINS, MASK_ENDS = "⟦", "⟧"
-"""Stand around text that the loss mask leaves out."""
+"""Brackets around text that the loss mask excludes."""
 
 
 def format_report(report: DatasetReport) -> str:
-    """All of it, in sections."""
+    """Return the report as text."""
     return "\n\n".join("\n".join(section) for section in _sections(report))
 
 
 def format_document(decoded: DecodedDocument, has_mask: bool) -> str:
-    """A document's text between lines that say where it begins and ends."""
+    """Return a document's text between two lines that mark its beginning and end."""
     parts = "" if decoded.sequences < 2 else f", {decoded.sequences:,} sequences"
     masked = f", {MASK_BEGINS}not trained on{MASK_ENDS}" if has_mask else ""
     head = f"--- document {decoded.document}, {decoded.tokens:,} tokens{parts}{masked} ---"
@@ -38,7 +38,7 @@ def format_document(decoded: DecodedDocument, has_mask: bool) -> str:
 
 
 def describe_end(decoded: DecodedDocument) -> str:
-    """How the text of a document ends."""
+    """Describe how the text of a document ends."""
     if decoded.shown < decoded.tokens:
         return f"cut here: {decoded.tokens - decoded.shown:,} more tokens"
     without = ", without the token that ends documents" if decoded.ends_with_eod is False else ""
@@ -62,7 +62,7 @@ def _sections(report: DatasetReport) -> Iterator[list[str]]:
         yield list(table_lines(RUN_HEAD, run_rows(report.training)))
         if rows:
             yield list(table_lines(head, rows))
-        yield ["the trainer will say:", *(f"  {line}" for line in report.training.summary)]
+        yield ["the trainer will log:", *(f"  {line}" for line in report.training.summary)]
     for decoded in report.decoded:
         yield [format_document(decoded, report.has_loss_mask)]
     if report.missing:
@@ -74,7 +74,7 @@ def _frequent(report: DatasetReport) -> list[tuple[str, ...]]:
 
 
 def quote(text: str | None) -> str:
-    """A token's text, its spaces visible."""
+    """Return a token's text with visible spaces."""
     return "" if text is None else repr(text)
 
 

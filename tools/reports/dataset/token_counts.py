@@ -1,7 +1,7 @@
-"""One pass over all tokens: how often each id occurs, what the loss mask leaves out, which documents are copies.
+"""Count token ids, loss-mask targets, document ends and copies in one pass over all tokens.
 
-Or, where that would take too long, a sample of the tokens: runs that are spread evenly over the file. It gives shares
-with their standard errors, and nothing on documents as wholes: copies cannot be told from a part of the dataset.
+Or read only a sample: runs of tokens evenly spread over the file. A sample gives shares with standard errors, but
+nothing about whole documents, because copies cannot be found in a part of the dataset.
 """
 
 from __future__ import annotations
@@ -15,86 +15,86 @@ import numpy.typing as npt
 from ....engine.data.indexed_dataset import IndexedDataset
 from ...preprocessing.progress import ProgressReport
 from .duplicates import CAPACITY, DistinctDocuments, DuplicateFacts
-from .streams import BLOCK_TOKENS, Block, DatasetStream
+from .streams import BLOCK_TOKENS, DatasetStream, TokenBlock
 
 SAMPLE_RUNS, SAMPLE_RUN = 256, 1 << 16
-"""Runs of a sample, and the tokens of each: 67 MB in all with four bytes each."""
+"""Runs of a sample, and tokens of each run: 67 MB with four bytes a token."""
 READ_WHOLE = 2 * SAMPLE_RUNS * SAMPLE_RUN
-"""Tokens up to which a sample is all of them, which takes a second or two."""
+"""Datasets of up to this many tokens are read whole, which takes a second or two."""
 LARGEST_ID = 1 << 24
-"""Ids from here on are no vocabulary's but damage, and not counted one by one: that would take memory for each."""
+"""Larger ids are damage, since no vocabulary has them; they are not counted one by one, to save memory."""
 _MOST_FREQUENT = 30
 _CURVE_POINTS = 200
 
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """How often ids occur."""
+    """Frequencies of token ids."""
 
     tokens: int
-    """That were looked at."""
+    """Number of tokens read."""
     sampled: bool
-    """Whether those are a sample, in runs that are spread evenly over the dataset."""
+    """Whether only runs of tokens, evenly spread over the dataset, were read."""
     used_ids: int
-    """Different ids of the vocabulary that occur; in a sample, fewer than in all."""
+    """Number of different ids of the vocabulary that occur; a sample contains fewer than the dataset."""
     vocab_size: int | None
-    """Of the tokenizer; None where that is not known."""
+    """Size of the tokenizer's vocabulary; None if unknown."""
     outside_vocab: int | None
-    """Tokens with an id beyond the vocabulary or below 0; None where the vocabulary is not known."""
+    """Tokens with an id outside the vocabulary; None if the vocabulary is unknown."""
     outside_any: int
-    """Tokens with an id of 16,777,216 or more, or below 0: no vocabulary's."""
+    """Tokens with an id of 16,777,216 or more, or below 0, which no vocabulary has."""
     most_frequent: list[tuple[int, int]]
-    """(id, how often it occurs), the most frequent first."""
+    """(id, occurrences), the most frequent first."""
     curve: list[tuple[int, int]]
-    """(rank, how often the id of this rank occurs) at a few hundred ranks: Zipf's plot."""
+    """(rank, occurrences of the id of this rank) at a few hundred ranks, for a Zipf plot."""
     unknown_id: int | None
-    """Id of the tokenizer's unknown token; None where it has none or is not known."""
+    """Id of the tokenizer's unknown token; None without one or without a tokenizer."""
     unknown: int | None
-    """Tokens with that id; None as before."""
+    """Tokens with that id; None without one."""
     unknown_error: float
-    """Standard error of their share, where it is an estimate."""
+    """Standard error of their share; 0 if it is exact."""
 
 
 @dataclass(frozen=True)
 class MaskFacts:
-    """The loss mask."""
+    """Facts about the loss mask."""
 
     predicted: int
-    """Tokens that it lets be predicted, of those looked at."""
+    """Number of targets among the tokens read."""
     share: float
-    """Of the tokens."""
+    """Fraction of the tokens read."""
     share_error: float
-    """Standard error, where it is an estimate."""
+    """Standard error; 0 if the share is exact."""
     silent_documents: int | None
-    """Documents of which no token is to be predicted; None in a sample."""
+    """Documents without targets; None for a sample."""
 
 
 @dataclass(frozen=True)
 class EndFacts:
-    """Where the token that ends a document stands."""
+    """Occurrences of the token that ends documents."""
 
     eod_id: int
     ended: int
-    """Documents whose last token it is."""
+    """Documents that end with it."""
     inside: int
-    """Times that it stands elsewhere."""
+    """Its occurrences elsewhere."""
 
 
 @dataclass(frozen=True)
 class PassFacts:
-    """What a pass over all tokens finds, or a sample of them."""
+    """Facts from a pass over all tokens, or over a sample."""
 
     tokens: TokenFacts
     duplicates: DuplicateFacts | None
-    """None in a sample."""
+    """None for a sample."""
     mask: MaskFacts | None
-    """None without a mask."""
+    """None without a loss mask."""
     ends: EndFacts | None
-    """None in a sample, or where the id is not known."""
+    """None for a sample, or if the id is unknown."""
 
 
 class TokenCounts:
-    """How often each id occurs."""
+    """Counts the occurrences of each id."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(0, dtype=np.int64)
@@ -113,11 +113,11 @@ class TokenCounts:
         self._counts = counts
 
     def of(self, token: int) -> int:
-        """How often the id ``token`` occurs."""
+        """Return the occurrences of the id ``token``."""
         return int(self._counts[token]) if 0 <= token < len(self._counts) else 0
 
     def facts(self, vocab_size: int | None, unknown_id: int | None, sampled: bool, unknown_error: float) -> TokenFacts:
-        """What was counted."""
+        """Return the facts."""
         counts, tokens = self._counts, int(self._counts.sum()) + self._outside
         order = np.argsort(-counts, kind="stable")[: int((counts > 0).sum())]
         return TokenFacts(
@@ -136,14 +136,14 @@ class TokenCounts:
 
 
 class MaskCounts:
-    """What the loss mask lets be predicted."""
+    """Counts the targets that the loss mask leaves."""
 
     def __init__(self) -> None:
         self._tokens = self._predicted = self._silent = 0
         self._open = 0
 
-    def add(self, block: Block) -> None:
-        """See the next documents, or the next part of one."""
+    def add(self, block: TokenBlock) -> None:
+        """Count the next documents, or the next part of one."""
         assert block.mask is not None
         ends = np.concatenate([[0], np.cumsum(block.mask != 0, dtype=np.int64)])
         predicted = np.diff(ends[block.edges - block.edges[0]])
@@ -156,19 +156,19 @@ class MaskCounts:
         self._silent += block.ends and self._open == 0
 
     def facts(self) -> MaskFacts:
-        """What was counted."""
+        """Return the facts."""
         return MaskFacts(self._predicted, self._predicted / max(1, self._tokens), 0.0, self._silent)
 
 
 class EndCounts:
-    """Where the token ``eod_id`` stands."""
+    """Counts where the token ``eod_id`` occurs."""
 
     def __init__(self, eod_id: int) -> None:
         self._eod_id = eod_id
         self._all = self._ended = 0
 
-    def add(self, block: Block) -> None:
-        """See the next documents, or the next part of one."""
+    def add(self, block: TokenBlock) -> None:
+        """Count the next documents, or the next part of one."""
         is_end = block.tokens == self._eod_id
         self._all += int(is_end.sum())
         if block.ends:
@@ -176,7 +176,7 @@ class EndCounts:
             self._ended += int(is_end[block.edges[1:][has_tokens] - block.edges[0] - 1].sum())
 
     def facts(self) -> EndFacts:
-        """What was counted."""
+        """Return the facts."""
         return EndFacts(self._eod_id, self._ended, self._all - self._ended)
 
 
@@ -191,11 +191,11 @@ def count_tokens(
     """Read every token of ``dataset`` once; progress is shown on stderr.
 
     Args:
-        vocab_size: of the tokenizer, where it is known.
-        unknown_id: of the tokenizer's unknown token, where there is one.
-        eod_id: of the token that ends a document, where it is known.
-        block_tokens: tokens that are held at once.
-        capacity: different documents that are told apart exactly; see duplicates.py.
+        vocab_size: of the tokenizer, if known.
+        unknown_id: of the tokenizer's unknown token, if it has one.
+        eod_id: of the token that ends documents, if known.
+        block_tokens: tokens held in memory at once.
+        capacity: number of different documents up to which duplicates are exact; see duplicates.py.
     """
     tokens, documents, mask = TokenCounts(), DistinctDocuments(capacity), MaskCounts()
     ends = None if eod_id is None else EndCounts(eod_id)
@@ -226,8 +226,8 @@ def sample_tokens(
     eod_id: int | None = None,
     read_whole: int = READ_WHOLE,
 ) -> PassFacts:
-    """As :func:`count_tokens` where ``dataset`` has at most ``read_whole`` tokens; else from 256 runs of 65,536 tokens
-    that are spread evenly, of which a seek and a read each."""
+    """Like :func:`count_tokens` if ``dataset`` has at most ``read_whole`` tokens; otherwise read 256 evenly spread runs
+    of 65,536 tokens, with one seek each."""
     if dataset.num_tokens <= max(read_whole, SAMPLE_RUNS * SAMPLE_RUN):
         return count_tokens(dataset, vocab_size, unknown_id, eod_id)
     counts = TokenCounts()
@@ -250,16 +250,16 @@ def sample_tokens(
 
 
 def _share_error(counts: npt.NDArray[np.float64]) -> float:
-    """Standard error of the share of all tokens that ``counts`` in the runs of a sample give.
+    """Return the standard error of a share estimated from ``counts``, one for each run of a sample.
 
-    By the differences of runs: tokens of a run are of few documents and alike, so they count for less than as many
-    single ones. Runs that are spread evenly are at least as good as runs at random.
+    It follows from the differences between runs, because tokens of one run come from few documents and are alike.
+    Evenly spread runs are at least as accurate as random ones.
     """
     return float(counts.std(ddof=1)) / math.sqrt(len(counts)) / SAMPLE_RUN
 
 
 def _ranks(count: int) -> list[int]:
-    """Ranks from 1 to ``count``, evenly spread over their logarithm."""
+    """Return ranks from 1 to ``count``, evenly spread over their logarithm."""
     if count == 0:
         return []
     marks = np.geomspace(1, count, _CURVE_POINTS)

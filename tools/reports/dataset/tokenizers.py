@@ -1,4 +1,4 @@
-"""The tokenizer that decodes a dataset: the one that was named, or the one that the sidecar names."""
+"""Choose the tokenizer that decodes a dataset: the given one, or that of the sidecar."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from ....engine.data.sidecar import Sidecar
 from ....engine.data.tokenizer_identity import TokenizerIdentity
 from ....engine.errors import UserError
-from ....engine.tokenizer.tokenizer import TokenizerHandle, load_tokenizer
+from ...tokenizer.handle import TokenizerHandle, load_tokenizer
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """The tokenizer that decodes."""
+    """The tokenizer used for decoding."""
 
     name: str
     kind: str
@@ -23,10 +23,10 @@ class TokenizerFacts:
 
 
 def choose_tokenizer(name: str | None, sidecar: Sidecar | None, prefix: str) -> TokenizerHandle:
-    """The tokenizer ``name``, or that of the sidecar.
+    """Return the tokenizer ``name``, or that of the sidecar.
 
     Raises:
-        UserError: neither is there, or the sidecar's has changed since.
+        UserError: there is neither, or the sidecar's tokenizer has changed since.
     """
     if name is not None:
         tokenizer = load_tokenizer(name)
@@ -34,12 +34,14 @@ def choose_tokenizer(name: str | None, sidecar: Sidecar | None, prefix: str) -> 
             print(f"{prefix}: made with {sidecar.tokenizer}, which differs from this one", file=sys.stderr)
         return tokenizer
     if sidecar is None:
-        raise UserError(f"{prefix}: no sidecar names its tokenizer; name it with --tokenizer to decode documents")
+        raise UserError(
+            f"{prefix}: it has no sidecar, so its tokenizer is unknown; pass it with --tokenizer to decode documents"
+        )
     tokenizer = load_tokenizer(sidecar.tokenizer)
     if not _identity(tokenizer).made(sidecar):
         raise UserError(
             f"{prefix}: made with a tokenizer file of SHA-256 {sidecar.tokenizer_sha256[:12]}..., but that of "
-            f"{tokenizer.name} is now {tokenizer.sha256[:12]}...: name the one it was made with, with --tokenizer"
+            f"{tokenizer.name} is now {tokenizer.sha256[:12]}...; pass the original tokenizer with --tokenizer"
         )
     return tokenizer
 
@@ -49,17 +51,17 @@ def _identity(tokenizer: TokenizerHandle) -> TokenizerIdentity:
 
 
 def find_eod_id(tokenizer: TokenizerHandle | None, sidecar: Sidecar | None) -> int | None:
-    """Id of the token that ends documents: what the sidecar says, else what the tokenizer would end them with."""
+    """Return the id of the token that ends documents: that of the sidecar, or the tokenizer's default."""
     if sidecar is not None:
         return sidecar.eod_id
     if tokenizer is None:
         return None
     try:
         return tokenizer.eod()[1]
-    except UserError:  # it names none
+    except UserError:  # it has no default
         return None
 
 
 def describe_tokenizer(tokenizer: TokenizerHandle) -> TokenizerFacts:
-    """What there is to say of it."""
+    """Return the facts about ``tokenizer``."""
     return TokenizerFacts(tokenizer.name, tokenizer.kind, tokenizer.sha256, tokenizer.vocab_size)

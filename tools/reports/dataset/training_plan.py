@@ -1,6 +1,6 @@
-"""What a run's configuration will make of a dataset: steps, epochs of every source, and documents that are cut.
+"""Compute what a run does with a dataset: steps, epochs of each source, and documents that are cut.
 
-All of it is what the trainer itself would say and do: the same catalogue of datasets, the same order of samples.
+The numbers come from the trainer's own code: the same catalog of datasets and the same sample order.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from ....engine.weights.checkpoint.assets import find_assets
 
 _ANY_VOCABULARY = 1 << 31
 _GROUPS_COUNTED = 256
-"""Groups of chunks in which cut documents are counted: all of a source of 134 million tokens in chunks of 4,096."""
+"""Groups of chunks in which cut documents are counted; covers 134 million tokens in chunks of 4,096."""
 _CURVE_POINTS = 120
 
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """What a run draws from one source."""
+    """The samples that a run draws from one source."""
 
     name: str
     path: str
     is_this: bool
-    """Whether it is the dataset that is shown."""
+    """Whether it is the inspected dataset."""
     tokens: int
-    """Of the part that is trained on."""
+    """Tokens of the part used for training."""
     chunks: int
     """Samples in one epoch."""
     samples: int
@@ -46,20 +46,19 @@ class SourcePlan:
     epochs: float
     """samples / chunks."""
     capped_at_tokens: int | None
-    """Tokens of the run from which on others take its place, since it has given all that its caps allow; None where
-    that is never in this run."""
+    """Tokens of the run at which the source reaches its cap; None if it does not in this run."""
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A run, as ``--config`` describes it."""
+    """The run that ``--config`` describes."""
 
     config: str
     role: str
     """``train``: the configuration trains on the dataset. ``validation``: it evaluates on it. ``assumed``: it does
-    neither, and the dataset was put in place of its data."""
+    neither, and the dataset replaces its data."""
     checked_model: bool
-    """Whether the model's vocabulary and tokenizer were there to be compared with the datasets'."""
+    """Whether the model's vocabulary and tokenizer were compared with the datasets'."""
     steps: int
     global_batch_size: int
     sequence_length: int
@@ -69,28 +68,28 @@ class TrainingPlan:
     """Tokens after which each stage ends."""
     sources: list[SourcePlan]
     truncation: TruncationCount | None
-    """None where the dataset is not trained on."""
+    """None if the run does not train on the dataset."""
     summary: list[str]
-    """What the trainer will say at its start about the data."""
+    """Lines that the trainer logs about the data at the start."""
     curve: list[tuple[int, list[float]]]
-    """(tokens of the run, epochs of each source until then)."""
+    """(tokens of the run, epochs of each source up to there)."""
 
 
 def plan_training(config_file: str, prefix: str) -> TrainingPlan:
-    """What the run that ``config_file`` describes makes of the dataset ``prefix``.
+    """Return what the run of ``config_file`` does with the dataset ``prefix``.
 
     Raises:
-        UserError: the run would be refused at its start.
+        UserError: the trainer would refuse the run at its start.
     """
     config, role = _with_dataset(parse_config(["--config", config_file]), prefix)
-    plan = plan_batches(config.training, 1)  # steps and epochs are those of any number of ranks
+    plan = plan_batches(config.training, 1)  # steps and epochs do not depend on the number of ranks
     vocab_size, tokenizer, checked = _model_facts(config)
     catalog = open_catalog(config.data, plan, vocab_size, tokenizer, config.seed)
     order = catalog.sample_order(config.seed)
     steps = plan.steps_for(config.training.train_tokens)
     last_sample = steps * plan.global_batch_size
     order.require(last_sample)
-    # The last stage may go on for ever, and later ones may never be reached.
+    # The last stage may have no end, and later stages may never be reached.
     stops = [last_sample if stage.stop is None else min(stage.stop, last_sample) for stage in catalog.stages]
     return TrainingPlan(
         config=config_file,
@@ -111,7 +110,7 @@ def plan_training(config_file: str, prefix: str) -> TrainingPlan:
 
 
 def _with_dataset(config: RunConfig, prefix: str) -> tuple[RunConfig, str]:
-    """The configuration with the dataset in it, and the part that it plays."""
+    """Return a configuration that uses the dataset, and the dataset's role in it."""
     mixtures = [stage.train for stage in config.data.stages] or [config.data.train]
     if any(_same(source.path, prefix) for mixture in mixtures for source in mixture):
         return config, "train"
@@ -126,7 +125,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _model_facts(config: RunConfig) -> tuple[int, TokenizerIdentity | None, bool]:
-    """Vocabulary, tokenizer, and whether these are known: the model may not have been converted yet."""
+    """Return vocabulary size, tokenizer, and whether they are known: the model may not be on this machine."""
     if config.model.initialize_from is not None and not os.path.exists(config.model.initialize_from):
         return _ANY_VOCABULARY, None, False
     assets = find_assets(config.model)
@@ -150,7 +149,7 @@ def _plan_source(source: Source, catalog: Catalog, order: SampleOrder, stops: li
 
 
 def _capped_at(name: str, order: SampleOrder, last_sample: int) -> int | None:
-    """Tokens of the run from which on the source's stage goes on without it."""
+    """Return the tokens of the run after which the source no longer takes part in its stage."""
     for phase in order.curriculum.phases:
         wanted = [source.name for source in order.curriculum.stages[phase.stage].sources]
         if phase.start < last_sample and name in wanted and name not in [source.name for source in phase.sources]:

@@ -1,4 +1,4 @@
-"""Checking that a dataset is what it was when it was written."""
+"""Verify that a dataset's files are unchanged since they were written."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from ....engine.data.indexed_dataset import IndexedDataset
 from ....engine.data.sidecar import Sidecar, require_same_dataset
 from ....engine.errors import UserError
 from ....engine.files.hashing import hash_file
-from ....engine.tokenizer.tokenizer import TokenizerHandle
 from ...preprocessing.dataset_writer import METADATA
 from ...preprocessing.progress import ProgressReport
+from ...tokenizer.handle import TokenizerHandle
 from .streams import BLOCK_TOKENS
 
 _REMEDY = "the files were changed after they were written; build or copy all of them again"
 
 
 def verify_dataset(dataset: IndexedDataset, sidecar: Sidecar | None, tokenizer: TokenizerHandle | None = None) -> str:
-    """Check all files against the hashes of the sidecar, and every token id; say what was checked.
+    """Check all files against the hashes in the sidecar, and every token id; return what was checked.
 
     Args:
-        dataset: opened with ``check_whole``, which has checked its index.
-        sidecar: of the dataset. Without one, every token is read to check its id.
-        tokenizer: whose vocabulary the ids must be in. None: the sidecar's; without either, no id may be negative.
+        dataset: opened with ``check_whole``, so its index is already checked.
+        sidecar: of the dataset. None: every token is read to check its id.
+        tokenizer: its vocabulary bounds the ids. None: the sidecar's vocabulary; without either, no id may be negative.
 
     Raises:
-        UserError: the first thing that does not fit.
+        UserError: names the first problem found.
     """
     index = "every length, pointer and document index"
     if sidecar is None:
@@ -56,7 +56,7 @@ def verify_dataset(dataset: IndexedDataset, sidecar: Sidecar | None, tokenizer: 
 
 
 def _check_ids(dataset: IndexedDataset, vocab_size: int | None) -> str:
-    """Read all tokens, and say which ids they have."""
+    """Read all tokens, and describe the range of their ids."""
     low, high = 0, -1
     with ProgressReport("reading tokens", dataset.num_tokens * dataset.dtype.itemsize) as progress:
         for start in range(0, dataset.num_tokens, BLOCK_TOKENS):
@@ -71,6 +71,6 @@ def _check_ids(dataset: IndexedDataset, vocab_size: int | None) -> str:
                 )
             progress.show((start + len(ids)) * dataset.dtype.itemsize, start + len(ids))
     if high < 0:
-        return "there is none"
+        return "there are no tokens"
     against = "name --tokenizer to compare them with its vocabulary" if vocab_size is None else f"below {vocab_size:,}"
     return f"at most {high:,}, {against}"

@@ -1,0 +1,91 @@
+"""Everything that a run consists of, and how much of it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from .config.settings import RunConfig
+from .data.catalog import Catalog
+from .data.loader import TrainingData
+from .data.sample_order import SampleOrder
+from .evaluation import Validation
+from .guards.run_guards import RunGuards
+from .guards.stop_request import StopRequest
+from .observe.reporter import Reporter
+from .parallel.build import Choices
+from .parallel.forward_backward import ForwardBackward, ModelParts
+from .parallel.mesh import Mesh
+from .parallel.process_group import Ranks
+from .schedule import BatchPlan, Progress
+from .start import Start
+from .weights.checkpoint.manifest import Manifest
+from .weights.checkpoint.saver import Saver
+from .weights.checkpoint.store import CheckpointStore
+
+
+@dataclass
+class Run:
+    """The parts of a run on this rank. Only the last two fields change from step to step."""
+
+    config: RunConfig
+    ranks: Ranks
+    stop: StopRequest
+    say: Callable[..., None]
+    """Prints lines for people, on rank 0."""
+    mesh: Mesh
+    choices: Choices
+    start: Start
+    """What the run starts from."""
+    catalog: Catalog
+    data: TrainingData
+    validation: Validation
+    model: ModelParts
+    forward_backward: ForwardBackward
+    optimizer: torch.optim.Optimizer
+    store: CheckpointStore
+    saver: Saver
+    guards: RunGuards
+    report: Reporter
+    remarks: list[str]
+    """Lines for the log."""
+    progress: Progress
+    evaluation_pending: bool = field(init=False)
+    """True if the run evaluates before its next step."""
+
+    def __post_init__(self) -> None:
+        resumed = self.start.resumed
+        requested = self.config.training.eval_at_start
+        self.evaluation_pending = requested if resumed is None else self.must_evaluate_at(resumed)
+
+    @property
+    def plan(self) -> BatchPlan:
+        """Batch sizes."""
+        return self.data.plan
+
+    @property
+    def order(self) -> SampleOrder:
+        """The order of the training samples."""
+        return self.data.order
+
+    @property
+    def remaining_steps(self) -> int:
+        """Number of steps until the token budget is used up."""
+        return self.plan.steps_left(self.config.training.train_tokens, self.progress.tokens)
+
+    @property
+    def last_sample(self) -> int:
+        """Number of samples consumed when the budget is used up."""
+        return self.progress.samples + self.remaining_steps * self.plan.global_batch_size
+
+    def evaluation_due(self) -> bool:
+        """Return whether the run evaluates after the current step."""
+        interval = self.config.training.eval_interval
+        return self.remaining_steps == 0 or (interval > 0 and self.progress.step % interval == 0)
+
+    def must_evaluate_at(self, manifest: Manifest) -> bool:
+        """Return whether the run, at the checkpoint of ``manifest``, evaluates before its next step."""
+        requested = self.config.training.eval_at_start and self.remaining_steps == 0
+        return self.evaluation_due() and (requested or not manifest.evaluation)

@@ -1,0 +1,164 @@
+"""Open a model on disk as the input of a conversion, whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...files.hashing import hash_file
+from ...model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
+from ...model.decoder import meta_decoder
+from ..checkpoint.assets import ASSET_FOLDER, HfAssets
+from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
+from ..checkpoint.tensors import OPTIMIZER_PREFIX, open_tensors, require_model_tensors
+from ..checkpoint.verify import require_undamaged
+from ..hugging_face.folder import INDEX_FILE
+from ..hugging_face.model import open_hf_model
+from ..hugging_face.weight_dtypes import declared_dtype
+from ..parts import TensorParts
+from ..tensor_source import StoredTensor, TensorSource
+from .provenance import file_identity, require_same_source
+from .writing import progress
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """The parameters of a decoder, and what travels with them."""
+
+    folder: Path
+    config: dict[str, Any]
+    """Content of a Hugging Face ``config.json``."""
+    architecture: Architecture
+    parameters: TensorSource
+    """Parameters, in the decoder's order."""
+    stored: Mapping[str, StoredTensor]
+    """All tensors, including those that are left out."""
+    left_out: dict[str, list[str]]
+    """Names of the tensors that are not parameters, by reason."""
+    assets: HfAssets
+    asset_folder: Path
+    """Where the files of ``assets`` are, if there are any."""
+    notes: list[str]
+    """Remarks about omitted parts and parts that cannot be verified, a line each."""
+    identify: Callable[[], dict[str, Any]]
+    """Returns what identifies the files now: another value than at the beginning means that they have changed."""
+    export_dtype: torch.dtype | None = None
+    """Default dtype of the output; None: each tensor's own."""
+    verify: Callable[[int], None] = lambda workers: None
+    """Verifies every byte with a number of threads, if there are hashes. Raises UserError on damage."""
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a checkpoint, and not a Hugging Face folder."""
+        return self.asset_folder != self.folder
+
+    @property
+    def max_length(self) -> int | None:
+        """Maximum number of tokens of the model, if known."""
+        return self.config.get("max_position_embeddings")
+
+
+def open_hf(name: str, folder: Path, any_vocab_size: bool = False) -> StoredModel:
+    """Open the Hugging Face ``folder`` of the model ``name``; see :func:`open_hf_model`."""
+    model, index = open_hf_model(folder, any_vocab_size), folder / INDEX_FILE
+
+    def identify() -> dict[str, Any]:
+        return {
+            "name": name,
+            "folder": str(folder.resolve()),
+            "config_xxh3_128": hash_file(folder / CONFIG_FILE),
+            "index_xxh3_128": hash_file(index) if index.is_file() else None,
+            "files": {path.name: file_identity(path) for path in model.stored.files},
+        }
+
+    return StoredModel(
+        folder=folder,
+        config=model.config,
+        architecture=model.architecture,
+        parameters=model.parameters,
+        stored=model.stored.tensors,
+        left_out=model.left_out,
+        assets=HfAssets.read(folder),
+        asset_folder=folder,
+        notes=model.notes,
+        identify=identify,
+    )
+
+
+def open_checkpoint(folder: Path) -> StoredModel:
+    """Open the checkpoint ``folder`` and check that it holds exactly the parameters that its config requires.
+
+    Raises:
+        UserError: it is incomplete, has no config, or holds another model.
+    """
+    manifest, stored = read_manifest(folder), open_tensors(folder)
+    stored.require_full_coverage()
+    files = _files_of(stored)
+    where = folder / ASSET_FOLDER / CONFIG_FILE
+    config = read_hf_config(where)
+    architecture = parse_architecture(config, str(where))
+    decoder = meta_decoder(architecture)
+    require_model_tensors(folder, stored.tensors, decoder)
+    parameters = stored.only(name for name, _ in decoder.named_parameters())
+    states = [name for name in stored.tensors if name not in parameters.tensors]
+    assert all(name.startswith(OPTIMIZER_PREFIX) for name in states)
+
+    def identify() -> dict[str, Any]:
+        require_same_source(folder, files, lambda: _files_of(stored))
+        return _identity(folder, manifest)
+
+    return StoredModel(
+        folder=folder,
+        config=config,
+        architecture=architecture,
+        parameters=parameters,
+        stored=stored.tensors,
+        left_out={"state of the optimizer": states} if states else {},
+        assets=HfAssets.of_checkpoint(folder),
+        asset_folder=folder / ASSET_FOLDER,
+        notes=_notes(folder, manifest, states),
+        identify=identify,
+        export_dtype=_export_dtype(manifest, config, where),
+        verify=lambda workers: _verify(folder, manifest, workers),
+    )
+
+
+def _files_of(stored: TensorParts) -> dict[str, Any]:
+    """Return what distinguishes the files with tensors from replacements. The inode also detects a copy."""
+    return {path.name: file_identity(path) | {"inode": path.stat().st_ino} for path in sorted(stored.paths)}
+
+
+def _identity(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Return the identity of a checkpoint: the manifest has the hash of every file."""
+    return {
+        "folder": str(folder.resolve()),
+        "manifest_xxh3_128": hash_file(folder / MANIFEST_FILE),
+        "kind": manifest.kind,
+        "step": manifest.step,
+        "consumed_tokens": manifest.consumed_tokens,
+    }
+
+
+def _notes(folder: Path, manifest: Manifest, states: list[str]) -> list[str]:
+    lines = [f"left out {len(states)} tensors: state of the optimizer"] if states else []
+    if not manifest.records:
+        lines.append(f"{folder} is not verified: it was written before manifests had hashes")
+    return lines
+
+
+def _export_dtype(manifest: Manifest, config: dict[str, Any], where: Path) -> torch.dtype | None:
+    """Return the dtype of the config, else float32, for a training checkpoint: it has more precision than needed.
+
+    Raises:
+        UserError: the config declares a dtype that weights cannot have.
+    """
+    return (declared_dtype(config, str(where)) or torch.float32) if manifest.kind == "training" else None
+
+
+def _verify(folder: Path, manifest: Manifest, workers: int) -> None:
+    with progress("verifying", sum(file.bytes for file in manifest.records.values())) as advance:
+        require_undamaged(folder, advance, workers)

@@ -1,0 +1,199 @@
+"""Assembles datasets from the outputs of all tasks: duplicates, limits of sources, split and shuffle.
+
+These need the whole corpus. They run over the outputs in input order, in bounded memory; then the tokens of the kept
+documents are copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..dataset_writer import FileRange, IndexedDatasetWriter
+from ..dedup.duplicates import first_occurrences, near_duplicates
+from ..options import PreprocessOptions
+from ..workers.task_output import TaskOutput
+from .shuffle import ExternalShuffle
+from .split import DocumentSplit, within_limit
+
+_SHORT_RUN = 256 << 10  # bytes: shorter runs of kept documents are gathered in memory, not copied one by one
+
+_SHUFFLE_BYTES = 256 << 20  # memory of all shuffles together
+
+
+@dataclass
+class SourceTotals:
+    """What each source contributed to a dataset: int64 [sources]."""
+
+    documents: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    characters: npt.NDArray[np.int64]
+    text_bytes: npt.NDArray[np.int64]
+
+    @staticmethod
+    def zeros(num_sources: int) -> SourceTotals:
+        return SourceTotals(*(np.zeros(num_sources, np.int64) for _ in range(4)))
+
+    def add(self, table: np.ndarray) -> None:
+        """Add the documents of ``table``."""
+        size = len(self.documents)
+        self.documents += np.bincount(table["source"], minlength=size)
+        for name in ("tokens", "characters", "text_bytes"):
+            # Floating point is exact up to 2^53.
+            sums = np.bincount(table["source"], weights=table[name], minlength=size)
+            getattr(self, name)[:] += sums.astype(np.int64)
+
+
+@dataclass
+class Assembly:
+    """Makes the datasets of a run.
+
+    Args:
+        outputs: in input order.
+        folder: for temporary files.
+        num_sources: number of ``--input`` arguments.
+    """
+
+    outputs: Sequence[TaskOutput]
+    options: PreprocessOptions
+    folder: Path
+    num_sources: int
+    left_out: list[Counter[str]] = field(init=False)
+    """Documents left out here, by source and reason."""
+
+    def __post_init__(self) -> None:
+        self.left_out = [Counter() for _ in range(self.num_sources)]
+        self.split = None if self.options.split is None else DocumentSplit.parse(self.options.split)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Names of the datasets; an empty name without ``--split``."""
+        return ("",) if self.split is None else self.split.names
+
+    def write(self, writers: Sequence[IndexedDatasetWriter], on_bytes: Callable[[int], None]) -> list[SourceTotals]:
+        """Write all datasets, with a writer for each of ``sides``; report the bytes of tokens to ``on_bytes``."""
+        totals = [SourceTotals.zeros(self.num_sources) for _ in self.sides]
+        copy = self._shuffled if self.options.shuffle else self._in_order
+        copy(writers, totals, on_bytes)
+        return totals
+
+    def _in_order(
+        self, writers: Sequence[IndexedDatasetWriter], totals: Sequence[SourceTotals], on_bytes: Callable[[int], None]
+    ) -> None:
+        for output, table, side in self._decided():
+            for number, writer in enumerate(writers):
+                chosen = side == number
+                totals[number].add(table[chosen])
+                _copy(output, table, chosen, writer)
+            on_bytes(output.tokens.stat().st_size)
+
+    def _shuffled(
+        self, writers: Sequence[IndexedDatasetWriter], totals: Sequence[SourceTotals], on_bytes: Callable[[int], None]
+    ) -> None:
+        columns = tuple(name for name in ("tokens", "mask", "metadata") if getattr(self.outputs[0], name).exists())
+        size = sum(getattr(output, name).stat().st_size for output in self.outputs for name in columns)
+        with contextlib.ExitStack() as stack:
+            shuffles = [
+                stack.enter_context(
+                    ExternalShuffle(
+                        self.folder / f"shuffle-{number}",
+                        self.options.seed,
+                        size,
+                        columns,
+                        _SHUFFLE_BYTES // len(writers),
+                    )
+                )
+                for number in range(len(writers))
+            ]
+            for output, table, side in self._decided():
+                lengths = _column_bytes(table, writers[0].dtype.itemsize)
+                data = {
+                    name: FileRange(getattr(output, name), 0, getattr(output, name).stat().st_size) for name in columns
+                }
+                for number, shuffle in enumerate(shuffles):
+                    chosen = side == number
+                    totals[number].add(table[chosen])
+                    shuffle.add({name: lengths[name] for name in columns}, data, chosen)
+            for shuffle, writer in zip(shuffles, writers, strict=True):
+                for chunk in shuffle.drain():
+                    tokens = np.frombuffer(chunk.data["tokens"], dtype=writer.dtype)
+                    writer.add_documents(
+                        tokens,
+                        chunk.lengths["tokens"] // writer.dtype.itemsize,
+                        mask=np.frombuffer(chunk.data["mask"], np.uint8) if "mask" in columns else None,
+                        metadata=bytes(chunk.data["metadata"]).splitlines() if "metadata" in columns else None,
+                    )
+                    on_bytes(tokens.nbytes)
+
+    def _decided(self) -> Iterator[tuple[TaskOutput, np.ndarray, npt.NDArray[np.int8]]]:
+        """Yield each output with its table and the side of each document, -1 if it is left out."""
+        kept_before = np.zeros(self.num_sources, np.int64)
+        for output, unique in zip(self.outputs, self._unique(), strict=True):
+            table = np.load(output.documents)
+            keep = np.ones(len(table), np.bool_) if unique is None else unique
+            self._note(table, ~keep, "duplicate" if self.options.dedup == "exact" else "near-duplicate")
+            if self.options.max_documents is not None:
+                within = within_limit(table["source"], keep, self.options.max_documents, kept_before)
+                self._note(table, keep & ~within, "beyond --max-documents")
+                keep = within
+            side = np.zeros(len(table), np.int8) if self.split is None else self.split.side(table["digest"])
+            side[~keep] = -1
+            yield output, table, side
+
+    def _unique(self) -> Iterator[npt.NDArray[np.bool_] | None]:
+        if self.options.dedup == "exact":
+            digests = (np.load(output.documents)["digest"] for output in self.outputs)
+            yield from first_occurrences(digests, self.folder)
+        elif self.options.dedup == "minhash":
+            bands = (np.load(output.bands, mmap_mode="r") for output in self.outputs)
+            yield from near_duplicates(bands, self.folder)
+        else:
+            yield from (None for _ in self.outputs)
+
+    def _note(self, table: np.ndarray, out: npt.NDArray[np.bool_], reason: str) -> None:
+        for source, count in enumerate(np.bincount(table["source"][out], minlength=self.num_sources).tolist()):
+            if count:
+                self.left_out[source][reason] += count
+
+
+def _column_bytes(table: np.ndarray, itemsize: int) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the bytes of each document in each file of its output."""
+    return {"tokens": table["tokens"] * itemsize, "mask": table["tokens"], "metadata": table["metadata_bytes"]}
+
+
+def _copy(output: TaskOutput, table: np.ndarray, chosen: npt.NDArray[np.bool_], writer: IndexedDatasetWriter) -> None:
+    """Append the ``chosen`` documents of ``output``: run by run, or gathered in memory if the runs are short."""
+    if not chosen.any():
+        return
+    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False)).reshape(-1, 2)
+    ends = {
+        name: np.concatenate([[0], np.cumsum(sizes)])
+        for name, sizes in _column_bytes(table, writer.dtype.itemsize).items()
+    }
+    files = {name: getattr(output, name) for name in ends if getattr(output, name).exists()}
+    if len(edges) == 1 or ends["tokens"][-1] > len(edges) * _SHORT_RUN:
+        for first, last in edges.tolist():
+            ranges: dict[str, Any] = {
+                name: FileRange(path, int(ends[name][first]), int(ends[name][last])) for name, path in files.items()
+            }
+            writer.add_ranges(ranges.pop("tokens"), table["tokens"][first:last], **ranges)
+        return
+    lengths = table["tokens"]
+    wanted = np.repeat(chosen, lengths)
+    metadata = None
+    if "metadata" in files:
+        all_lines = files["metadata"].read_bytes().splitlines()
+        metadata = [line for line, keep in zip(all_lines, chosen.tolist(), strict=True) if keep]
+    writer.add_documents(
+        np.fromfile(files["tokens"], dtype=writer.dtype)[wanted],
+        lengths[chosen],
+        mask=np.fromfile(files["mask"], dtype=np.uint8)[wanted] if "mask" in files else None,
+        metadata=metadata,
+    )

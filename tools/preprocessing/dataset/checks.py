@@ -1,0 +1,69 @@
+"""Checks that the output replaces neither files that the command reads nor files that are not a dataset's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ....engine.data.index_format import dataset_prefix
+from ....engine.files.outputs import Use, require_separate
+from ...tokenizer.finding import companions, find_tokenizer_file
+from ..cleaning.held_out import held_out_files
+from ..dataset_files import REJECTS, dataset_files, refuse_existing_outputs
+from ..inputs.files import STDIN, InputFile, expand_inputs
+from ..options import PreprocessOptions
+from ..tokenizer_choice import choose_tokenizer
+from .split import DocumentSplit
+from .workspace import workspace_folder
+
+
+def output_prefixes(options: PreprocessOptions, prefix: str) -> list[str]:
+    """Return the prefixes of the datasets that a run writes: one, or one for each side of ``--split``."""
+    return [f"{prefix}.{side}" for side in DocumentSplit.parse(options.split).names] if options.split else [prefix]
+
+
+def what_is_read(
+    options: PreprocessOptions, files: Sequence[InputFile], held_out: Sequence[InputFile], tokenizer_file: Path
+) -> list[Use]:
+    """Return all files that the preprocess command reads, from its expanded options."""
+    tokenizer = "--model" if options.model is not None else "--tokenizer"
+    uses = [Use("--input", file.path) for file in files if file.path != STDIN]
+    uses += [Use(tokenizer, path) for path in (tokenizer_file, *companions(tokenizer_file))]
+    uses += [Use("--held-out", file.path) for file in held_out]
+    if options.chat_template is not None:
+        uses.append(Use("--chat-template", options.chat_template))
+    return uses
+
+
+def require_free(
+    runs: Mapping[str, Sequence[str]], reads: Iterable[Use], overwrite: bool, rejects: bool = False
+) -> None:
+    """Raise UserError if a dataset would replace a file that is read, or one that is not a dataset's.
+
+    Args:
+        runs: prefixes of the datasets that a run writes, by the prefix of its work folder and rejects.
+        reads: all files that the command reads.
+        overwrite: an existing dataset may be replaced.
+        rejects: whether rejects are written.
+    """
+    files, folders = [], []
+    for run, prefixes in runs.items():
+        option = f"--output-prefix {run}"
+        files += [Use(option, path) for prefix in prefixes for path in dataset_files(prefix)]
+        files += [Use(option, f"{run}{REJECTS}")] if rejects else []
+        folders.append(Use(option, workspace_folder(run)))
+    require_separate(reads, files, folders)
+    for run, prefixes in runs.items():
+        for prefix in prefixes:
+            refuse_existing_outputs(prefix, overwrite, run if rejects else None)
+
+
+def require_free_shards(options: PreprocessOptions, num_shards: int) -> None:
+    """Make the checks of all shards of a run, and of the merge, before the first one starts."""
+    files = expand_inputs(options.input, options.inputs)
+    held_out = held_out_files(options.held_out, options.text_choice) if options.held_out else []
+    reads = what_is_read(options, files, held_out, find_tokenizer_file(choose_tokenizer(options).name))
+    prefix = dataset_prefix(options.output_prefix)
+    names = [prefix, *(f"{prefix}.shard-{index}-of-{num_shards}" for index in range(num_shards))]
+    # Existing shards are from an earlier run.
+    require_free({name: output_prefixes(options, name) for name in names}, reads, overwrite=True, rejects=True)

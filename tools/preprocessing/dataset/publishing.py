@@ -1,0 +1,176 @@
+"""Makes datasets and sidecars from the outputs of a run, publishes them together, and reports the run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ....engine.data.sidecar import InputSource, Sidecar
+from ....engine.errors import UserError
+from ....engine.tokenizer.frame import ids_of, name_of
+from ..dataset_writer import IndexedDatasetWriter
+from ..progress import ProgressReport
+from ..run_plan import RunPlan
+from ..run_setup import print_notes
+from ..workers.task_output import TaskOutput, TaskResult
+from .assembly import Assembly, SourceTotals
+from .rejected_records import write_rejects
+from .workspace import remove_workspace
+
+_SHOWN_NOTES = 20
+
+
+@dataclass(frozen=True)
+class PreprocessReport:
+    """Results of a run."""
+
+    sidecars: dict[str, Sidecar]
+    """By prefix."""
+    first_bad: str | None
+    """``file:line: reason`` of the first record that was skipped."""
+    encoder: str
+    """The library that encoded, with remarks."""
+    seconds: float
+    files: tuple[str, ...]
+    """The files written."""
+
+
+def publish(plan: RunPlan, results: Sequence[TaskResult]) -> PreprocessReport:
+    """Make the datasets from the outputs of ``results``, in the order of the plan's tasks.
+
+    Raises:
+        UserError: there is no document. (A shard of a run may be empty.)
+    """
+    _print_notes_of_readers([note for result in results for note in result.notes])
+    prefix, options = plan.setup.prefix, plan.options
+    outputs = [TaskOutput(plan.work, key) for key in plan.tasks]
+    assembly = Assembly(outputs, options, plan.work, len(options.input))
+    if options.shard_place is None and not any(result.documents for result in results):
+        remove_workspace(plan.work)  # a restart cannot use it
+        raise UserError(_nothing_found(plan, results))
+    prefixes = [f"{prefix}.{side}" if side else prefix for side in assembly.sides]
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(_writer(plan, each)) for each in prefixes]
+        _write(plan, assembly, writers, results)
+        rejects = write_rejects(outputs, prefix, plan.work)
+    files = [f"{each}{end}" for each in prefixes for end in (".bin", ".idx", ".json", ".mask.bin", ".metadata.jsonl")]
+    sidecars = {each: Sidecar.read(each) for each in prefixes}
+    return PreprocessReport(
+        {each: sidecar for each, sidecar in sidecars.items() if sidecar is not None},
+        _first_bad(results),
+        _encoder(plan, results),
+        0.0,
+        (*(path for path in files if os.path.exists(path)), *rejects),
+    )
+
+
+def _writer(plan: RunPlan, prefix: str) -> IndexedDatasetWriter:
+    return IndexedDatasetWriter(
+        prefix,
+        plan.setup.dtype,
+        overwrite=plan.options.overwrite,
+        mask=plan.options.chat,
+        metadata=bool(plan.options.metadata),
+        scratch=plan.work / f"dataset-{os.path.basename(prefix)}",
+    )
+
+
+def _write(
+    plan: RunPlan, assembly: Assembly, writers: Sequence[IndexedDatasetWriter], results: Sequence[TaskResult]
+) -> None:
+    """Write the datasets, up to the renames."""
+    size = sum(output.tokens.stat().st_size for output in assembly.outputs)
+    with ProgressReport("writing", size) as progress:
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            progress.show(done, done // plan.setup.dtype.itemsize)
+
+        totals = assembly.write(writers, on_bytes)
+    left_out = _left_out(results, assembly)
+    fingerprint = plan.setup.tokenizer.fingerprint
+    for side, writer, total in zip(assembly.sides, writers, totals, strict=True):
+        if writer.num_tokens == 0 and plan.options.shard_place is None:
+            raise UserError(
+                f"--split: no document fell to {side!r}; give it a larger share, or the corpus more documents"
+                if side
+                else _nothing_found(plan, results)
+            )
+        writer.sidecar = _sidecar(plan, total, left_out, fingerprint)
+        writer.prepare()
+
+
+def _left_out(results: Sequence[TaskResult], assembly: Assembly) -> list[Counter[str]]:
+    """Return what workers and assembly left out, by source and reason."""
+    total = [Counter(counter) for counter in assembly.left_out]
+    for result in results:
+        for source, reasons in result.left_out.items():
+            total[int(source)].update(reasons)
+    return total
+
+
+def _sidecar(plan: RunPlan, totals: SourceTotals, left_out: Sequence[Counter[str]], fingerprint: str) -> Sidecar:
+    options, setup = plan.options, plan.setup
+    mine = [[file for file in plan.files if file.source == index] for index in range(len(options.input))]
+    return Sidecar(
+        tokenizer=setup.tokenizer.name,
+        tokenizer_sha256=setup.tokenizer.sha256,
+        vocab_size=setup.tokenizer.vocab_size,
+        append_eod=options.append_eod,
+        eod_token=setup.eod[0] if setup.eod else None,
+        eod_id=setup.eod[1] if setup.eod else None,
+        sources=tuple(
+            InputSource(
+                name=name,
+                files=len(files),
+                bytes=sum(file.size for file in files),
+                documents=int(totals.documents[index]),
+                tokens=int(totals.tokens[index]),
+                characters=int(totals.characters[index]),
+                text_bytes=int(totals.text_bytes[index]),
+                left_out=dict(left_out[index]),
+            )
+            for index, (name, files) in enumerate(zip(options.input, mine, strict=True))
+        ),
+        options=options.record(),
+        bos_token=name_of(setup.begin) or None,
+        bos_ids=ids_of(setup.begin),
+        eos_ids=ids_of(setup.end[:-1]),
+        tokenizer_fingerprint=fingerprint,
+    )
+
+
+def _encoder(plan: RunPlan, results: Sequence[TaskResult]) -> str:
+    failures = sum(result.fast_path_failures for result in results)
+    reference = f"; it failed on {failures:,} batches, which the reference encoded" if failures else ""
+    return (results[0].encoder if results else plan.setup.tokenizer.encoder) + reference
+
+
+def _first_bad(results: Sequence[TaskResult]) -> str | None:
+    return next((result.first_bad for result in results if result.first_bad), None)
+
+
+def _nothing_found(plan: RunPlan, results: Sequence[TaskResult]) -> str:
+    reasons: Counter[str] = Counter()
+    for result in results:
+        for counts in result.left_out.values():
+            reasons.update(counts)
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())) or "nothing left out"
+    first_bad = _first_bad(results)
+    first = f"; the first malformed: {first_bad}" if first_bad else ""
+    return (
+        f"--input {' '.join(plan.options.input)}: no document to write ({len(plan.files)} input files; "
+        f"{left_out}{first})"
+    )
+
+
+def _print_notes_of_readers(notes: Sequence[str]) -> None:
+    """Print the readers' remarks about files."""
+    print_notes(notes[:_SHOWN_NOTES])
+    if len(notes) > _SHOWN_NOTES:
+        print_notes([f"{len(notes) - _SHOWN_NOTES:,} more such notes about files"])
