@@ -25,7 +25,7 @@ from retemper.engine.model.decoder import meta_decoder
 from retemper.engine.weights.damage import METADATA_FILE, DamagedCheckpoint
 from retemper.engine.weights.dcp_files import read_dcp_parts
 from retemper.engine.weights.dcp_metadata import read_metadata
-from retemper.engine.weights.hugging_face.weight_dtypes import DTYPES, dtype_name
+from retemper.engine.weights.hugging_face.weight_dtypes import WEIGHT_DTYPES, dtype_name
 from retemper.engine.weights.parts import Part, TensorParts
 from retemper.engine.weights.tensor_source import ReadRows, StoredTensor
 
@@ -185,8 +185,8 @@ class MegatronModel:
         most_padding: int,
     ) -> list[str]:
         """Return the problems of a tensor that should have the shape ``wanted``, or that shape for each layer."""
-        if stored.dtype not in DTYPES.values():
-            return [f"{place.name} is {dtype_name(stored.dtype)}, supported: {', '.join(DTYPES)}"]
+        if stored.dtype not in WEIGHT_DTYPES.values():
+            return [f"{place.name} is {dtype_name(stored.dtype)}, supported: {', '.join(WEIGHT_DTYPES)}"]
         if place.layer is not None:
             wanted = (self.architecture.num_layers, *wanted)
         if stored.shape == wanted:

@@ -27,7 +27,7 @@ class UserError(ValueError):
     """
 
     printed_elsewhere = False
-    """True if another rank, which has the same error, prints it."""
+    """True if another rank with the same error prints it."""
 
     def __init__(self, *problems: object) -> None:
         super().__init__(*problems)

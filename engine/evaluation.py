@@ -73,7 +73,7 @@ class Validation:
         self._ranks = ranks
         # Whole steps of a pipeline.
         self._batches_between_stop_checks = plan.num_micro_batches * max(1, 16 // plan.num_micro_batches)
-        self._batches = ranks.run_on_all(
+        self._batches = ranks.fail_together(
             lambda: {
                 name: list(
                     validation_batches(sources, plan, mesh.data_rank, vocab_size, data.attend_across_documents, tokens)

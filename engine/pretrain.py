@@ -42,18 +42,15 @@ def main(console: Console | None = None) -> None:
         config, rendezvous = agree_on_config(lambda: prepare(launcher.world_size), several=launcher.world_size > 1)
         from retemper.engine.parallel.process_group import process_group
 
-        stop.defer()
+        stop.defer()  # from here a signal only asks the ranks to agree on an end
         with process_group(config.device, config.parallel.timeout_seconds, rendezvous) as ranks:
             stop.defer(ranks)
-            with suppress(StoppedBeforeTraining):  # leaves the group as all ranks do
+            with suppress(StoppedBeforeTraining):  # raised on all ranks, which then leave the process group together
                 train(build(config, ranks, stop), console)
 
 
 def prepare(world_size: int) -> RunConfig:
-    """Return the configuration of this run on ``world_size`` ranks, and import everything that the run needs.
-
-    So configuration errors are reported at once, and a broken installation before other ranks wait for this one.
-    """
+    """Return the configuration, and import all that the run needs: errors in both end it before other ranks wait."""
     config = parse_config()
     check_layout(config, world_size)
     with without_gc():
@@ -63,14 +60,12 @@ def prepare(world_size: int) -> RunConfig:
     return config
 
 
-def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, saves: bool = True) -> Run:
+def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, check_room: bool = True) -> Run:
     """Open and check everything, and build the model with its weights. Write nothing. All ranks must call this.
 
     Args:
-        config: of the run.
-        ranks: that train together.
         stop: receives requests to stop; after one, StoppedBeforeTraining is raised on all ranks.
-        saves: whether the run writes checkpoints; benchmarks do not.
+        check_room: whether to require disk space for checkpoints; benchmarks write none.
 
     Raises:
         UserError: training with this configuration, data or checkpoint is impossible.
@@ -85,7 +80,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
     from retemper.engine.parallel.mesh import build_mesh
     from retemper.engine.run import Run
     from retemper.engine.run_folder import require_room, run_store
-    from retemper.engine.start import choose, find_start, open_data, open_start
+    from retemper.engine.start import choose_implementation, find_start, open_data, open_start
     from retemper.engine.weights.checkpoint.saver import Saver
 
     validate(config)
@@ -93,14 +88,14 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
     stop.stop_after(config.training.stop_after_minutes)
     layout = plan_layout(config.parallel, ranks.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
-    with report_if_slow("looking for a checkpoint and verifying it", say):
+    with report_if_slow("finding and verifying what the run starts from", say):
         config, found = find_start(config, ranks, store)
-    with report_if_slow("opening the data", say):
-        start = ranks.run_on_all(lambda: open_start(config, found))
+    with report_if_slow("opening the weights and the data", say):
+        start = ranks.fail_together(lambda: open_start(config, found))
         architecture = start.architecture
-        config, choices = choose(config, architecture, plan, ranks)
-        catalog, order, progress = ranks.run_on_all(lambda: open_data(config, plan, start))
-    room = require_room(config, store, architecture, plan, progress) if saves else []
+        config, choices = choose_implementation(config, architecture, plan, ranks)
+        catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
+    room = require_room(config, store, architecture, plan, progress) if check_room else []
 
     mesh = build_mesh(layout, ranks.device.type)
     with report_if_slow("building the model", say):
@@ -108,19 +103,21 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, save
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed)
     stop.exit_if_agreed()
     with report_if_slow("loading the weights", say):
-        casts = ranks.run_on_all(lambda: start.load_into(model, optimizer))
+        casts = ranks.fail_together(lambda: start.load_into(model, optimizer))
 
     across, pinned = config.data.attend_across_documents, ranks.device.type == "cuda"
     data = TrainingData(catalog.train, order, plan, mesh.data_rank, architecture.vocab_size, across, pinned)
     with report_if_slow("reading the validation sets", say):
         validation = Validation(config, catalog, plan, architecture.vocab_size, mesh, ranks)
-    ranks.run_on_all(catalog.finish_checks)
+    ranks.fail_together(catalog.finish_checks)
     saver = Saver(store, ranks, config.checkpoint, say)
-    guards = RunGuards(config, ranks, store, saver, model, say, start.resumed)
+    guards = RunGuards(config, ranks, store, saver, model, say, start.resumed_from)
     report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say)
     return Run(
-        config, ranks, stop, say, mesh, choices, start, catalog, data, validation, model, forward_backward, optimizer,
-        store, saver, guards, report, [*casts, *found.remarks, *room], progress,
+        config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
+        data=data, validation=validation, model=model, forward_backward=forward_backward, optimizer=optimizer,
+        store=store, saver=saver, guards=guards, report=report, remarks=[*casts, *found.remarks, *room],
+        progress=progress,
     )  # fmt: skip
 
 
@@ -139,16 +136,18 @@ def train(run: Run, console: Console | None = None) -> None:
             while rollback := make_steps(run, rollback):
                 roll_back(run, rollback)
             if run.remaining_steps == 0:
-                export_run(
-                    run.config.checkpoint, run.store, run.progress.step, run.start.folder, run.stop.agreed, run.say
-                )
+                settings, step = run.config.checkpoint, run.progress.step
+                export_run(settings, run.store, step, run.start.folder, run.stop.agreed, run.say)
         run.say(*describe_end(run))
 
 
 def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
-    """Make the remaining steps, ``after`` a rollback or not. Return at a loss spike that needs another rollback."""
+    """Make the remaining steps. Return the rollback that a loss spike requires, or None at the end or after a stop.
+
+    ``after`` is the rollback that has just been made.
+    """
     from retemper.engine.data.loader import Prefetcher
-    from retemper.engine.guards.rollback import plan_rollback
+    from retemper.engine.guards.rollback import rollback_if_spiking
     from retemper.engine.run_folder import saving_on_failure
     from retemper.engine.weights.checkpoint.tensors import training_tensors
 
@@ -158,23 +157,24 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
         run.stop.exit_if_agreed()
     elif run.stop.agreed():
         run.say(f"stopped at step {run.progress.step} as asked, after a rollback; resume: auto continues")
-        return None
+        return None  # the checkpoint of this step exists already
     run.report.stopwatch.restart()
-    first_samples = range(run.progress.samples, run.last_sample, run.plan.global_batch_size)
+    first_samples = range(run.progress.samples, run.end_sample, run.plan.global_batch_size)
     prefetcher = Prefetcher(run.data.micro_batches, first_samples, run.config.data.prefetch_steps)
     with prefetcher, saving_on_failure(run):
         for first_sample in first_samples:
             result = one_step(run, *next_batches(run, prefetcher))
             run.report.stopwatch.step_done()
-            if first := first_sample == first_samples[0]:
+            first = first_sample == first_samples[0]
+            if first:  # the optimizer has its states now
                 run.saver.reserve(training_tensors(run.model, run.optimizer))
             run.saver.poll()
-            if rollback := plan_rollback(run):
+            if rollback := rollback_if_spiking(run):
                 return rollback
             last, stopping = run.remaining_steps == 0, run.stop.agreed()
             if first or last or stopping or run.progress.step % run.config.logging.log_interval == 0:
                 numbers = run.report.step(run.progress, run.remaining_steps, result, run.guards.counts())
-                run.guards.check(run.progress.step, numbers)
+                run.guards.check_skipped(run.progress.step, numbers)
             run.guards.pause_watchdog()
             with run.report.stopwatch.paused():
                 stopping = evaluate_and_save(run, result, last, stopping)
@@ -188,7 +188,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
 
 
 def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[Batch], float]:
-    """Return this rank's micro-batches, and the number of targets in the global batch, which may be 0."""
+    """Begin a step: return this rank's micro-batches, and the targets of all ranks. Data errors are raised on all."""
     from retemper.engine.evaluation import count_targets
 
     run.guards.begin_step(run.progress.step + 1)
@@ -202,7 +202,7 @@ def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[Batch], float]:
 
 
 def one_step(run: Run, batches: list[Batch], num_targets: float) -> StepResult:
-    """Make one optimizer step on this rank's ``batches``, and count it."""
+    """Make one optimizer step on this rank's ``batches``, and count it, also if its update is skipped."""
     from retemper.engine.step import train_step
 
     rate = learning_rate(run.progress.tokens + run.plan.tokens_per_step, run.config.training, run.config.optimizer)
@@ -217,28 +217,28 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
     """Evaluate and save if it is due after this step; return whether to stop. Never saves non-finite numbers."""
     from retemper.engine.run_folder import save
 
-    step, keep = run.progress.step, run.config.checkpoint
+    step, checkpoint = run.progress.step, run.config.checkpoint
     run.guards.check_replicas(step, run.optimizer)
     losses: dict[str, float] = {}
-    improved, due = False, step % keep.save_interval == 0
+    improved, due = False, step % checkpoint.save_interval == 0
     # Launchers wait some seconds for a run to stop: they are for saving. The resumed run evaluates.
     if run.validation and run.evaluation_due() and (last or not stopping):
-        # With keep_best true, only an evaluation of a step that is saved anyway can be the best.
-        losses, improved = evaluate(run, last or stopping or due or keep.keep_best is not True)
-        stopping = stopping or not losses
-    if last or stopping or due or (improved and keep.keep_best == "improved"):
+        # keep_best true: only the evaluation of a step that is saved anyway can become the best.
+        losses, improved = evaluate(run, may_be_best=last or due or checkpoint.keep_best is not True)
+        stopping = stopping or not losses  # a stop request interrupted the evaluation
+    if last or stopping or due or (improved and checkpoint.keep_best == "improved"):
         run.guards.require_savable(step, result)
         save(run, losses, final=last)
         stopping = stopping or run.stop.agreed()  # saved already
     return stopping
 
 
-def evaluate(run: Run, counts: bool = True) -> tuple[dict[str, float], bool]:
-    """Return the losses of the validation sets, and whether they are the best so far, if this one ``counts``."""
+def evaluate(run: Run, may_be_best: bool = True) -> tuple[dict[str, float], bool]:
+    """Return the losses of the validation sets (none after a stop request), and whether they are the best so far."""
     losses = run.validation.evaluate(run.forward_backward, run.progress.step, run.stop.agreed, run.say)
     run.report.evaluation(run.progress, losses)
-    run.guards.step_guard.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})
-    best = run.validation.best(losses, run.progress) if counts else None
+    run.guards.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})
+    best = run.validation.best(losses, run.progress) if may_be_best else None
     if best is not None:
         run.progress = replace(run.progress, best=best)
     return losses, best is not None

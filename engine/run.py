@@ -56,9 +56,9 @@ class Run:
     """True if the run evaluates before its next step."""
 
     def __post_init__(self) -> None:
-        resumed = self.start.resumed
+        resumed_from = self.start.resumed_from
         requested = self.config.training.eval_at_start
-        self.evaluation_pending = requested if resumed is None else self.must_evaluate_at(resumed)
+        self.evaluation_pending = requested if resumed_from is None else self.must_evaluate_at(resumed_from)
 
     @property
     def plan(self) -> BatchPlan:
@@ -76,8 +76,8 @@ class Run:
         return self.plan.steps_left(self.config.training.train_tokens, self.progress.tokens)
 
     @property
-    def last_sample(self) -> int:
-        """Number of samples consumed when the budget is used up."""
+    def end_sample(self) -> int:
+        """Number of samples consumed when the budget is used up: one past the last sample of the run."""
         return self.progress.samples + self.remaining_steps * self.plan.global_batch_size
 
     def evaluation_due(self) -> bool:

@@ -75,7 +75,7 @@ def open_run_folder(run: Run, console: Console | None) -> Iterator[None]:
 
 
 def _open(run: Run, console: Console | None) -> None:
-    folder, resumed = Path(run.config.run_folder), run.start.resumed
+    folder, resumed = Path(run.config.run_folder), run.start.resumed_from
     # A fresh run also renames the records of one that was killed before its first checkpoint.
     run.report.start(run.progress.step if resumed else None, run.evaluation_pending)
     if console is not None:

@@ -1,7 +1,7 @@
 """One optimizer step, as a function: accumulate gradients over the micro-batches, clip, update.
 
 Pretraining, the dry run of tools/plan.py, the benchmarks and the tests all call :func:`train_step`. It knows neither
-data, checkpoints nor logs; whoever calls it advances the clock. What watches a step is a :class:`StepGuards`.
+data, checkpoints nor logs. The caller counts the step, also if its update is skipped. :class:`StepGuards` watch it.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from .parallel.forward_backward import ForwardBackward, ModelParts
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves on the device; reading it waits for the device."""
+    """The result of a step on the device; reading it waits for the device."""
 
     loss: Tensor
-    """[] fp32, this rank's part of the mean loss over the global batch; NaN without targets."""
+    """[] fp32, this rank's part of the mean loss over the global batch. Without targets it is NaN, on the CPU."""
     grad_norm: Tensor
-    """[] fp32, before clipping; not finite, on all ranks, where the loss of any of them is not, or without targets."""
+    """[] fp32, before clipping. Not finite on any rank if one rank's loss is not finite. NaN without targets."""
     learning_rate: float
     has_targets: bool = True
-    """Whether any rank had a token to predict. Otherwise nothing was computed and nothing has changed."""
+    """Whether any rank had a token to predict. If not, no weight or optimizer state has changed."""
 
 
 class StepGuards(Protocol):
-    """What a step tells and asks those that watch it. Every rank calls the same methods in the same order."""
+    """Callbacks of a step. Every rank calls the same methods in the same order."""
 
     def begin_phase(self, phase: str) -> None:
-        """A part of the step begins: data, forward, backward, optimizer or other."""
+        """Called when a part of the step begins: data, forward, backward, optimizer or other."""
 
     def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Return [] fp32 on the device: 1 to skip the update, else 0; the same on every rank.
 
         Args:
             loss: [] this rank's part of the mean loss.
-            grad_norm: [] of all ranks, not finite where the loss of any rank is not.
+            grad_norm: [] of all ranks, not finite if the loss of any rank is not.
         """
 
     def before_update(self) -> None:
-        """Weights and optimizer states are about to change."""
+        """Called before weights and optimizer states change."""
 
     def without_targets(self) -> None:
-        """No rank has a token to predict in this step."""
+        """Called instead of :meth:`before_update` if no rank has a token to predict."""
 
 
-class Unguarded:
-    """Skips updates that are not finite, and watches nothing else."""
+class SkipNonFinite:
+    """The minimal guard: skips updates whose gradient norm is not finite."""
 
     def begin_phase(self, phase: str) -> None:
         """See :class:`StepGuards`."""
@@ -81,20 +81,20 @@ def train_step(
 ) -> StepResult:
     """Make one optimizer step. All ranks must call this.
 
-    Without a target on any rank there is nothing to compute: weights and optimizer states stay as they are.
+    Without a target on any rank nothing is computed, and weights and optimizer states do not change.
 
     Args:
-        model: this rank's part of it.
+        model: this rank's part.
         forward_backward: computes losses and gradients of ``model``.
         optimizer: of the parameters of ``model``.
         micro_batches: of this rank.
-        num_targets: targets of the global batch, over all ranks.
+        num_targets: number of targets in the global batch, over all ranks.
         learning_rate: of this step.
         clip: global gradient norm above which gradients are scaled down; 0 turns clipping off.
-        guards: watch the step, and decide whether its update is skipped.
+        guards: watch the step, and decide whether to skip its update.
     """
     if num_targets > 0:
-        loss = forward_backward.train(micro_batches, num_targets, guards.begin_phase)
+        loss = forward_backward.accumulate_gradients(micro_batches, num_targets, guards.begin_phase)
         guards.begin_phase("optimizer")
         grad_norm = clip_grad_norm(model.parameters(), clip, model.unique_parameters(), loss)
         set_learning_rate(optimizer, learning_rate)
@@ -104,6 +104,6 @@ def train_step(
     else:
         loss = grad_norm = torch.full((), math.nan)
         guards.without_targets()
-        allocate_states(optimizer)  # a checkpoint has them before the first update too
+        allocate_states(optimizer)  # a checkpoint needs them even before the first update
     guards.begin_phase("other")
     return StepResult(loss, grad_norm, learning_rate, num_targets > 0)

@@ -114,7 +114,7 @@ def _measure(config: RunConfig, path: Path | None, settings: StepBenchmarkOption
         from retemper.engine.parallel.process_group import process_group
 
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
-        ranks.run_on_all(lambda: check_layout(config, ranks.world_size))
+        ranks.fail_together(lambda: check_layout(config, ranks.world_size))
         machine = describe_torch()  # before this command puts load on the machine
         found = measure_step(config, settings, ranks)
         if ranks.is_main:

@@ -74,8 +74,8 @@ def run(job: Job, engine: str) -> dict[str, Any]:
     config = configure(job)
     clock = Clock(job)
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
-        run = build(config, ranks, saves=False)
-        first_samples = range(0, run.last_sample, run.plan.global_batch_size)
+        run = build(config, ranks, check_room=False)
+        first_samples = range(0, run.end_sample, run.plan.global_batch_size)
         clock.ready()
         prefetcher = Prefetcher(run.data.micro_batches, first_samples, config.data.prefetch_steps)
         with run.guards, prefetcher:

@@ -85,7 +85,7 @@ def measure_step(config: RunConfig, options: StepBenchmarkOptions, ranks: Ranks)
     before = _memory(ranks.device)
     with tempfile.TemporaryDirectory(prefix="retemper-benchmark-") as name, _out_of_memory_is_a_user_error():
         folder = Path(name)
-        timed = time_steps(ranks.run_on_all(lambda: prepare_config(config, options, folder)), options, ranks)
+        timed = time_steps(ranks.fail_together(lambda: prepare_config(config, options, folder)), options, ranks)
         found = _describe(timed, before)
         # Last, so that it does not count as the training's memory, and on a machine as warm as after the training.
         del timed
@@ -184,12 +184,12 @@ def time_steps(config: RunConfig, options: StepBenchmarkOptions, ranks: Ranks) -
         UserError: the configuration cannot be trained with.
         KeyboardInterrupt: the run was asked to stop.
     """
-    run, clock = build(config, ranks, saves=False), PhaseClock(ranks.device)
+    run, clock = build(config, ranks, check_room=False), PhaseClock(ranks.device)
     described, guards = describe_start(run), run.guards
     run.guards = cast(RunGuards, TimedGuards(guards, clock))
     boundaries: list[Tensor] = []
     warm_at = began_at = time.perf_counter()
-    first_samples = range(0, run.last_sample, run.plan.global_batch_size)
+    first_samples = range(0, run.end_sample, run.plan.global_batch_size)
     prefetcher = Prefetcher(run.data.micro_batches, first_samples, config.data.prefetch_steps)
     with run.stop, guards, prefetcher:
         for number in range(len(first_samples)):

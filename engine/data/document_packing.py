@@ -2,8 +2,8 @@
 
 Nothing is stored, and nothing is built at the start. A *group* is ``CHUNKS_PER_GROUP`` consecutive chunks of the source
 (the last group may be smaller). Its documents, cut at the edges of the group, are arranged in the same number of new
-chunks. This needs only a key and the index entries of the group, so any chunk costs the layout of one group. A group
-of G chunks of S tokens holds exactly G * S tokens; so no token is lost or repeated, and there is no padding:
+chunks. This needs only a key and the index entries of the group, so reading any chunk costs one group. A group of G
+chunks of S tokens has exactly G * S tokens; so no token is lost or repeated, and there is no padding:
 
 - *concat* concatenates the documents in the order of a keyed permutation, and cuts the result every S tokens;
 - *best_fit* puts each document, longest first, into the chunk where it leaves the least space (best-fit decreasing;
@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ _GROUPS_CACHED = 32
 
 
 class Spans(NamedTuple):
-    """Runs of consecutive tokens, each of one document, in layout order."""
+    """Runs of consecutive tokens, each of one document, in the order of the chunks."""
 
     starts: npt.NDArray[np.int64]
     """[P] positions of their first tokens in the dataset."""
@@ -55,7 +56,7 @@ class Spans(NamedTuple):
 
 
 class ChunkGroup(NamedTuple):
-    """The layout of one group in one epoch."""
+    """The spans of one group of chunks in one epoch."""
 
     spans: Spans
     """The spans of all chunks, in order."""
@@ -63,39 +64,24 @@ class ChunkGroup(NamedTuple):
     """[chunks + 1] number of the first span of each chunk."""
 
 
+@dataclass(eq=False)
 class DocumentPacker:
-    """The chunks of a source after its documents have been rearranged. Safe to use from several threads.
+    """Rearranges the documents of a source in its chunks. Safe to use from several threads."""
 
-    Args:
-        dataset: the source's dataset.
-        start: position in the dataset of the source's first token.
-        num_chunks: of the source.
-        sequence_length: S, tokens in a chunk.
-        key: of all random choices; made from seed, sequence length and source.
-        packing: see the module's docstring.
-        every_epoch: whether each epoch has its own layout.
-        chunks_per_group: chunks of a group.
-    """
+    dataset: IndexedDataset
+    start: int
+    """Position in the dataset of the source's first token."""
+    num_chunks: int
+    sequence_length: int
+    """S, tokens in a chunk."""
+    key: str
+    """Of all random choices; made from seed, sequence length and source."""
+    packing: Literal["concat", "best_fit"]
+    every_epoch: bool
+    """Whether each epoch has its own arrangement."""
+    chunks_per_group: int = CHUNKS_PER_GROUP
 
-    def __init__(
-        self,
-        dataset: IndexedDataset,
-        start: int,
-        num_chunks: int,
-        sequence_length: int,
-        key: str,
-        packing: Literal["concat", "best_fit"],
-        every_epoch: bool,
-        chunks_per_group: int = CHUNKS_PER_GROUP,
-    ):
-        self.dataset = dataset
-        self.start = start
-        self.num_chunks = num_chunks
-        self.sequence_length = sequence_length
-        self.key = key
-        self.packing = packing
-        self.every_epoch = every_epoch
-        self.chunks_per_group = chunks_per_group
+    def __post_init__(self) -> None:
         self._cached_group = functools.lru_cache(maxsize=_GROUPS_CACHED)(self._make_group)
 
     def chunk(self, index: int, epoch: int) -> Spans:
@@ -105,7 +91,7 @@ class DocumentPacker:
         return spans.take(slice(int(first[place]), int(first[place + 1])))
 
     def group(self, number: int, epoch: int) -> ChunkGroup:
-        """Return the layout of the chunks ``[number * chunks_per_group, ...)``."""
+        """Return the spans of the chunks ``[number * chunks_per_group, ...)``."""
         return self._cached_group(number, epoch if self.every_epoch else 0)
 
     def _make_group(self, number: int, epoch: int) -> ChunkGroup:

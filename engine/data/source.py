@@ -28,7 +28,7 @@ class Chunk(NamedTuple):
     """[S] token ids."""
     targets: npt.NDArray[np.int64]
     """[S] token ids: the next token in the document, even across the edge of the chunk. After a document's last token,
-    the next token in the layout."""
+    the next token in the chunk."""
     starts: npt.NDArray[np.int64]
     """Positions in 1..S-1 at which another document, or a span of one, begins."""
     ends: npt.NDArray[np.int64]
@@ -100,7 +100,7 @@ class Source:
         return split_into_chunks(documents, count, self.sequence_length)
 
     def chunk(self, index: int, vocab_size: int, epoch: int = 0) -> Chunk:
-        """Read chunk ``index`` as in ``epoch``; without a layout the last chunk may be shorter.
+        """Read chunk ``index`` as in ``epoch``; without a packer the last chunk may be shorter.
 
         Raises:
             UserError: a token id is outside ``[0, vocab_size)``.
@@ -146,7 +146,7 @@ class Source:
         self._check(tokens, vocab_size, position)
         self._check(targets, vocab_size, lambda place: position(place) + 1)
         ends = stops[spans.ends] - 1
-        # The next token in the layout after a document's last token; at the end of the chunk there is none.
+        # The next token in the chunk after a document's last token; at the end of the chunk there is none.
         inner = ends[ends < self.sequence_length - 1]
         targets[inner], counts[inner] = tokens[inner + 1], may_count[inner + 1]
         counts[ends[len(inner) :]] = False

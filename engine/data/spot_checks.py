@@ -34,7 +34,7 @@ def check_chunks(source: Source, vocab_size: int, attend_across_documents: bool,
     """Refuse a source whose sampled chunks have no targets, or that holds unknown token ids.
 
     Args:
-        source: as in training, without a layout: another order of documents has the same tokens.
+        source: as in training. Its packer is not used: another order of documents has the same tokens.
         vocab_size: of the model.
         attend_across_documents: as in training.
         all_ids: read the whole sample for token ids, even if the first chunk has targets.

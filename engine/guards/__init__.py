@@ -1,1 +1,1 @@
-"""What guards a run: against harmful steps, hangs, dead or inconsistent ranks, and the end of the process."""
+"""Protect a run against harmful steps, hangs, dead or inconsistent ranks, and the end of the process."""

@@ -1,7 +1,7 @@
 """Run long work on some ranks, such as a download, without blocking the others in a collective.
 
-A collective that waits longer than ``parallel.timeout_seconds`` ends the run, which is for training. Here all ranks
-meet every second instead, while the work is done in a thread.
+A collective that waits longer than ``parallel.timeout_seconds`` ends the run. So the work runs in a thread, and all
+ranks join a short collective every second.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ def run_in_background(
     should_abort: Callable[[], bool] = lambda: False,
     abort: Callable[[], object] = lambda: None,
 ) -> Result | None:
-    """Run ``work`` on every rank that has some. All ranks must call this.
+    """Run ``work`` in a thread on every rank that has some. All ranks must call this.
 
     Args:
-        ranks: those that wait for one another.
-        work: what this rank does, in a thread; None: nothing.
-        should_abort: asked now and then by all ranks together, to give the same answer on all: whether to give up.
-        abort: called when there is no use in going on: makes ``work`` raise soon.
+        ranks: all ranks.
+        work: of this rank, or None.
+        should_abort: called every second on all ranks; returns the same on all.
+        abort: called if the work is useless: makes ``work`` end or raise soon.
 
     Returns:
-        what ``work`` returned; None where this rank had none.
+        the result of ``work``, or None without work.
 
     Raises:
-        UserError: on every rank, where the work of any has failed.
+        UserError: on every rank, if the work of any rank failed.
     """
-    with ThreadPoolExecutor(1, "apart") as pool:
+    with ThreadPoolExecutor(1, "background") as pool:
         future: Future[Result | None] = pool.submit(work) if work is not None else _done()
         try:
             while ranks.all_reduce(not future.done()):
@@ -48,7 +48,7 @@ def run_in_background(
         except BaseException:
             abort()
             raise
-        return cast("Result | None", ranks.run_on_all(future.result))
+        return cast("Result | None", ranks.fail_together(future.result))
 
 
 def _done() -> Future[Result | None]:

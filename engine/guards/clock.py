@@ -1,8 +1,7 @@
-"""A clock that does not count time in which this process was stopped: by Ctrl-Z, SIGSTOP, a debugger, or a frozen
-container.
+"""Measure time without the time in which this process was stopped (Ctrl-Z, SIGSTOP, a debugger, a frozen container).
 
-Time limits of a wait for other ranks use it: all of them may have been stopped together. (A suspended laptop does not
-count in any case: Linux's monotonic clock leaves it out.)
+Time limits for other ranks use this clock, because all ranks may have been stopped together. Time in which a laptop
+sleeps never counts: Linux's monotonic clock excludes it.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from __future__ import annotations
 import threading
 import time
 
-LONGEST_GAP = 5.0  # seconds: a busy machine may well leave a thread waiting for some
+LONGEST_GAP = 5.0  # seconds; on a busy machine a thread may wait for some
 
 
 class SuspendAwareClock:
-    """Seconds in which this process could run.
+    """Counts the seconds in which this process could run.
 
     Args:
-        longest_gap: seconds. Some thread must read the clock more often; a longer time between two readings counts as
-            a stop, and does not pass.
+        longest_gap: seconds. Some thread must read the clock more often. A longer time between two readings means that
+            the process was stopped, and does not count.
     """
 
     def __init__(self, longest_gap: float = LONGEST_GAP):
@@ -29,11 +28,11 @@ class SuspendAwareClock:
 
     @classmethod
     def read_every(cls, interval: float, limit: float) -> SuspendAwareClock:
-        """A clock that a thread reads every ``interval`` seconds to compare times with ``limit``."""
+        """Return a clock for a thread that reads it every ``interval`` seconds and compares times with ``limit``."""
         return cls(max(2 * interval, min(LONGEST_GAP, limit / 2)))
 
     def now(self) -> float:
-        """Seconds since some moment."""
+        """Return the seconds since an arbitrary moment."""
         with self._lock:
             now = time.monotonic()
             if now - self._last > self.longest_gap:

@@ -1,10 +1,10 @@
-"""Save the state before a step that fails with an exception, where that is possible.
+"""Save the state before a step that fails with an exception, if possible.
 
-It is possible while weights and states are whole (the failed step has not begun to change them), their values are
-finite, and all ranks have failed in the same step: they agree on that in the launcher's store, since a rank that has
-not failed waits in a collective, and cannot be called to another one. Where the exception is one rank's alone, nothing
-is saved. Messages go over the process group of the :class:`~..weights.checkpoint.saver.Saver`, in which nothing
-is left of the failed step. If a rank hangs meanwhile, the watch over the ranks ends all of them.
+Saving needs three things: the failed step has not started to change weights and optimizer states, their values are
+finite, and all ranks failed in the same step. Ranks agree on the last through the launcher's store, because a rank that
+did not fail waits in a collective and cannot join another one. If only some ranks failed, nothing is saved. Collectives
+use the process group of the :class:`~..weights.checkpoint.saver.Saver`, which the failed step did not use. If a rank
+hangs meanwhile, :mod:`.liveness` ends all ranks.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ..weights.checkpoint.tensors import training_tensors
 from .liveness import is_connection_error
 
 _OTHERS_SECONDS = 10.0
-"""How long a rank waits for the others to fail as well."""
-_CHUNK = 1 << 24  # elements that are looked at together
+"""How long a rank waits for the other ranks to fail as well."""
+_CHUNK = 1 << 24  # elements checked at a time
 
 
 class EmergencySave:
@@ -35,10 +35,10 @@ class EmergencySave:
 
     Args:
         ranks: that train together.
-        parameters: of this rank by name, as they are between steps: after a failure the model may show gathered copies.
+        parameters: of this rank by name, taken between steps: after a failure the model may show gathered copies.
         saver: of the run's checkpoints.
         say: prints a line for people, on the main rank.
-        timeout_seconds: after which a rank that others wait for is given up.
+        timeout_seconds: time limit of a wait for other ranks.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class EmergencySave:
         self._parameters = dict(parameters)
         self._patience = min(_OTHERS_SECONDS, timeout_seconds / 2)
         self._first_here = 0
-        """The first of the ranks that have failed, which prints."""
+        """The first failed rank, which prints."""
         self.state_consistent = True
-        """Whether weights and states are those between two steps. False while a step changes them."""
+        """False while a step changes weights and optimizer states."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter of this rank."""
+        """Return every parameter of this rank with its name."""
         return iter(self._parameters.items())
 
     def __call__(
@@ -69,17 +69,17 @@ class EmergencySave:
         assets: HfAssets,
         manifest: Callable[[str], Manifest],
     ) -> None:
-        """Save, or say why not. Raises nothing: ``error`` is what ends the run.
+        """Save, or log why not. Never raises: ``error`` ends the run.
 
         Args:
-            error: what the step has raised.
-            step: the last one before it.
+            error: raised by the step.
+            step: number of the last complete step.
             optimizer: with the states of the parameters.
             assets: see :meth:`CheckpointStore.save`.
-            manifest: of the state before the step, with what failed.
+            manifest: returns the manifest of the state before the step, given a description of the failure.
         """
         if self._ranks.world_size > 1 and is_connection_error(error):
-            return  # a rank has died: the others say which
+            return  # a rank has died, and the others report it
         kind = UserError if isinstance(error, UserError) else type(error)
         what = " ".join(f"{kind.__name__}: {error}".split())[:300]
         try:
@@ -107,12 +107,12 @@ class EmergencySave:
         return f"saved {folder}; resume: auto continues from there"
 
     def _require_all_ranks(self, step: int) -> None:
-        """Raises UserError unless all ranks are here, after the same step, with whole weights."""
+        """Raise UserError unless all ranks failed after the same step, with consistent weights."""
         store, world_size = self._ranks.store, self._ranks.world_size
         if world_size == 1:
             here = {0: self.state_consistent}
         elif store is None:
-            raise UserError("these ranks have no common store in which to agree")
+            raise UserError("these ranks have no common store")
         else:
             store.set(f"emergency/{step}/{self._ranks.rank}", str(int(self.state_consistent)))
             keys = [f"emergency/{step}/{rank}" for rank in range(world_size)]
@@ -134,6 +134,6 @@ class EmergencySave:
 
 @torch.no_grad()
 def _is_finite(tensor: Tensor) -> bool:
-    # In chunks: after running out of memory, there may be too little for a mask of the whole tensor.
+    # In chunks: after an out-of-memory error there may be no space for a mask of the whole tensor.
     held = local_part(tensor).reshape(-1)
     return all(bool(chunk.isfinite().all()) for chunk in held.split(_CHUNK))

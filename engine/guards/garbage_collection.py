@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept from stopping a rank at a moment of its own choosing."""
+"""Control when Python's garbage collector runs, because it stops a rank and all others wait."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Import large libraries without collecting garbage, and leave what they are made of out of all later collections.
+    """Import large libraries without collecting garbage, and exclude their objects from later collections.
 
-    The collector would look at hundreds of thousands of objects, which all stay, again and again: a third of the time
-    of the imports. What exists on leaving is never collected, so that this comes before models and data. Where nothing
-    is imported, since it has been before, nothing happens.
+    The collector would scan hundreds of thousands of permanent objects repeatedly: a third of the import time. Objects
+    that exist at the end are never collected, so use this before creating models and data. If nothing new is imported,
+    nothing is excluded.
     """
     was_enabled, before = gc.isenabled(), len(sys.modules)
     gc.disable()
@@ -28,11 +28,11 @@ def without_gc() -> Iterator[None]:
 
 
 class GarbageCollection:
-    """While entered, garbage is collected every ``interval`` steps, by all ranks at the same step, and never between.
+    """Collects garbage every ``interval`` steps on all ranks, and never in between, while it is entered.
 
-    A collection takes tens of milliseconds in a large program, and every rank waits for the slowest: at moments of
-    their own, n ranks make each other wait n times. An interval of 0 leaves the collector alone. The collector's former
-    state is restored on leaving.
+    A collection takes tens of milliseconds in a large program, and every rank waits for the slowest one. If n ranks
+    collect at different moments, they wait n times. An interval of 0 leaves the collector alone. Leaving restores the
+    collector's former state.
     """
 
     def __init__(self, interval: int):
@@ -51,6 +51,6 @@ class GarbageCollection:
             gc.enable()
 
     def step_done(self, step: int) -> None:
-        """Collect if ``step`` is one of the schedule."""
+        """Collect if ``step`` is a multiple of the interval."""
         if self._interval and step % self._interval == 0:
             gc.collect()

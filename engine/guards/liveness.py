@@ -1,9 +1,9 @@
 """Detect dead ranks: each rank writes a heartbeat to the launcher's store, and watches those of the others.
 
-A collective that fails or never returns does not say whose fault it was. Here, one thread exchanges signs of life,
-another judges them, and the first rank to reach a verdict has all others end with the same line. Both run beside the
-main thread, which may be stuck in a collective for ever. Time in which this process was stopped does not count: the
-others may have been stopped with it.
+A collective that fails or never returns does not tell which rank caused it. One thread exchanges heartbeats, and
+another looks for dead ranks. The first rank that finds one makes all others end with the same error. The main thread
+takes no part, because it may be stuck in a collective. Time in which this process was stopped does not count: all ranks
+may have been stopped together.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from .stacks import dump_stacks
 
 _LOST_CONTACT = re.compile(r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 _SETTLING_SECONDS = 3.0
-"""Ranks that fail together each say so by themselves: only after this is the first one's failure said by the others."""
+"""Ranks that fail together each report their own error. Later than this, the others report the first failure."""
 _LONGEST_LINE = 500
 BACKGROUND_GROUP = "apart"
-"""Description of groups for work behind the training, in which ranks may wait for one another for long."""
+"""Description of process groups for background work, in which ranks may wait for long."""
 _OWN_ERROR = "has ended with an error of its own"
-"""A verdict that needs no stacks: that rank has said where it stood."""
+"""Part of an error that needs no stacks, because that rank has printed its own traceback."""
 
 
 class Liveness:
-    """Watches all ranks while it is entered. Ends this process where another one is silent, stuck or has failed.
+    """Watches all ranks while it is entered. Ends this process if another rank is silent, stuck or has failed.
 
-    An exception that leaves the context is made known to the others. If it comes of a lost connection, its cause is
-    waited for, and said instead of it.
+    An exception that leaves the context is sent to the others. If a lost connection caused it, this process waits for
+    the actual cause, and reports that instead.
     """
 
     def __init__(self, rendezvous: Rendezvous, timeout_seconds: float):
         self.rendezvous, self.timeout = rendezvous, timeout_seconds
-        # All ranks read what all have written: where there are many, more rarely.
+        # Every rank reads the heartbeats of all ranks: with many ranks less often.
         self.interval = max(0.2, min(2.5, timeout_seconds / 10)) * max(1.0, rendezvous.world_size / 128)
         self.grace_seconds = 3 * self.interval
         self._clock = SuspendAwareClock.read_every(self.interval, timeout_seconds)
@@ -88,7 +88,7 @@ class Liveness:
         atexit.register(self._linger)
 
     def _main_says(self, text: str) -> bool:
-        """Whether rank 0 has the same error as this rank, and prints it: soon, if at all."""
+        """Wait shortly, and return whether rank 0 prints the same error as this rank has."""
         if self.rendezvous.rank == 0:
             return False
         mine = _without_rank(text)
@@ -101,10 +101,10 @@ class Liveness:
         return False
 
     # ---------------------------------------------------------------------------------------------------------------
-    # Signs of life
+    # Heartbeats
 
     def _exchange(self) -> None:
-        """Write this rank's sign, read the others'. A cut link may block this thread for good."""
+        """Write this rank's heartbeat and read the others'. A broken link may block this thread forever."""
         keys = [f"alive/{rank}" for rank in range(self.rendezvous.world_size)]
         count = 0
         while not self._ended.is_set():
@@ -128,20 +128,20 @@ class Liveness:
         self._reached = self._clock.now()
 
     def _leave(self, how: str, text: str) -> None:
-        """Let the others know that no more signs will come."""
+        """Tell the other ranks that this one sends no more heartbeats."""
         self._left = {"how": how, "text": text[:_LONGEST_LINE]}
         self._hurry.set()
         self._told.wait(self.grace_seconds)
 
     def _linger(self) -> None:
-        """Stay until all who live have left as well. With this process its launcher may go, and with that the store."""
+        """Wait until all living ranks have left too: the store may end with this process and its launcher."""
         until = time.monotonic() + _SETTLING_SECONDS + self.grace_seconds
         while time.monotonic() < until and any(not sign.get("left") for sign in self._others_alive()):
             time.sleep(0.05)
         self._stop()
 
     def _stop(self) -> None:
-        """End the threads: the interpreter must not end while they are inside the store."""
+        """End the threads: the interpreter must not exit while they use the store."""
         self._ended.set()
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -155,7 +155,7 @@ class Liveness:
         return [rank for rank in range(self.rendezvous.world_size) if rank != self.rendezvous.rank]
 
     # ---------------------------------------------------------------------------------------------------------------
-    # Judging them
+    # Detection
 
     def _judge(self) -> None:
         begun: dict[str, int] = {}
@@ -172,7 +172,7 @@ class Liveness:
                 os._exit(1)
 
     def _verdict(self) -> str | None:
-        """Why this run cannot go on, or None."""
+        """Return why this run cannot continue, or None."""
         if self._left:
             return None
         now, name = self._clock.now(), self.rendezvous.name
@@ -183,7 +183,7 @@ class Liveness:
             if left["how"] == "failed" and now - self._changed[rank] > _SETTLING_SECONDS:
                 return f"{name([rank])} {_OWN_ERROR}: {left['text']}"
         patience = self.timeout if self._failed is None else self.grace_seconds
-        # Where collectives go on, nobody is missing, whatever has become of the signs.
+        # While collectives complete, no rank is missing, even if heartbeats are.
         stuck = self._failed is not None or now - self._moved > self.grace_seconds
         if stuck and (silent := self._silent(patience)):
             seconds = now - max(self._changed[rank] for rank in silent)
@@ -198,7 +198,7 @@ class Liveness:
         return self._behind(now)
 
     def _silent(self, patience: float) -> list[int]:
-        """Ranks of which nothing has been heard for ``patience`` seconds; those at the store, if it cannot be read."""
+        """Return the ranks without a heartbeat for ``patience`` seconds; the store's ranks if it cannot be read."""
         now = self._clock.now()
         known = [
             rank
@@ -211,7 +211,7 @@ class Liveness:
         return [rank for rank in self._others() if self.rendezvous.notes[rank]["holds_store"]] or self._others()
 
     def _behind(self, now: float) -> str | None:
-        """Ranks that live, but do not come to a collective in which others wait for them."""
+        """Return an error about living ranks that do not join a collective in which others wait, or None."""
         waited = now - self._moved
         if waited < self.timeout and (self._failed is None or now - self._failed < 2 * self.grace_seconds):
             return None
@@ -224,7 +224,7 @@ class Liveness:
             if any(c[group] < most[group] for group in c) and not any(c[group] > least[group] for group in c)
         ]
         if not late or self.rendezvous.rank in late or self._silent(self.grace_seconds):
-            return None  # who is silent is judged as that, in its time
+            return None  # silent ranks are reported as silent, after their time limit
         return (
             f"{self.rendezvous.name(late)} has not come to a collective operation in which others have waited for "
             f"{waited:.0f} s: it hangs, or needs a larger parallel.timeout_seconds"
@@ -232,21 +232,24 @@ class Liveness:
 
 
 def is_connection_error(error: BaseException) -> bool:
-    """Whether ``error`` was caused by the end of another rank."""
+    """Return whether ``error`` was caused by the end of another rank."""
     return not isinstance(error, UserError) and _LOST_CONTACT.search(str(error)) is not None
 
 
 def _without_rank(text: str) -> str:
-    """``text`` without the number of the rank that has the problem, which the other ranks put before it."""
+    """Return ``text`` without the leading rank number, which only the other ranks add."""
     return re.sub(r"^\w+: (rank \d+: )?", "", text)[: _LONGEST_LINE // 2]
 
 
 def _collectives_begun() -> dict[str, int]:
-    """Collectives that this rank has begun, by group. Groups of the same ranks are numbered as they were made."""
+    """Return the number of collectives that this rank has begun in each group.
+
+    Groups of the same ranks are numbered in the order of their creation.
+    """
     begun: dict[str, int] = {}
     for group in list(distributed_c10d._world.pg_map):
         ranks = distributed_c10d._world.pg_group_ranks.get(group)
-        # Where it is None, the main thread is making the group or taking it down.
+        # None: the main thread is creating or destroying the group.
         if ranks is None or group.group_desc == BACKGROUND_GROUP:
             continue
         name = hashlib.sha256(json.dumps(list(ranks)).encode()).hexdigest()[:8]

@@ -15,19 +15,22 @@ if TYPE_CHECKING:
     from .rendezvous import Rendezvous
 
 _UNREADABLE_CONFIG_SECONDS = 30
-"""How long a rank whose configuration cannot be read waits for the others, to tell them."""
+"""How long a rank with an unreadable configuration waits for the others, to send them the error."""
 _MOST_SHOWN = 3
 
 
 def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunConfig, Rendezvous | None]:
-    """What ``read`` returns, where it is the same on every rank, and so are our code and PyTorch's version.
+    """Return the result of ``read``, if configuration, code and PyTorch version are the same on all ranks.
 
     Args:
         read: parses the configuration.
-        several: whether a launcher has started more than this rank.
+        several: True if a launcher has started more than one rank.
+
+    Returns:
+        the configuration, and the rendezvous of several ranks.
 
     Raises:
-        UserError: on every rank, naming the ranks that differ and in what, or whose configuration is wrong.
+        UserError: on every rank, naming the ranks that differ, or whose configuration is wrong.
     """
     if not several:
         return read(), None
@@ -62,13 +65,13 @@ def agree_on_config(read: Callable[[], RunConfig], several: bool) -> tuple[RunCo
 
 
 def _of_all(rendezvous: Rendezvous, error: UserError) -> UserError:
-    """``error``, which every rank raises, and the first one prints."""
+    """Return ``error``, which every rank raises and rank 0 prints."""
     error.printed_elsewhere = rendezvous.rank > 0
     return error
 
 
 def flatten(value: Any, name: str = "") -> dict[str, str]:
-    """A nested configuration as ``{"training.seed": "1", "data.train[0].path": '"a"'}``; values in JSON."""
+    """Return a nested configuration as ``{"training.seed": "1", "data.train[0].path": '"a"'}``; values in JSON."""
     if isinstance(value, dict) and value:
         items = [(f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
     elif isinstance(value, list) and value:
@@ -79,11 +82,11 @@ def flatten(value: Any, name: str = "") -> dict[str, str]:
 
 
 def compare(rendezvous: Rendezvous, mine: dict[str, dict[str, str]]) -> list[str]:
-    """What differs between ranks, a clause for each kind; the same text on every rank.
+    """Return the differences between ranks, a clause for each kind; the same text on every rank.
 
     Args:
-        rendezvous: its notes hold the digests ``config`` and ``code``, and ``torch``.
-        mine: what the digests are of. Travels only where they differ.
+        rendezvous: its notes have the digests ``config`` and ``code``, and ``torch``.
+        mine: the content of the digests, sent only if they differ.
     """
     clauses = []
     for kind, title in (("config", "the configuration"), ("code", "the code")):
@@ -109,7 +112,7 @@ def compare(rendezvous: Rendezvous, mine: dict[str, dict[str, str]]) -> list[str
 
 
 def _odd_ones(rendezvous: Rendezvous, kind: str) -> tuple[list[int], int]:
-    """The ranks that differ from most (of two that are as frequent, from the first), and one of those that do not."""
+    """Return the ranks that differ from the most frequent value (of two, the first), and a rank that has it."""
     values = [note[kind] for note in rendezvous.notes]
     [(usual, _)] = Counter(values).most_common(1)
     return [rank for rank, value in enumerate(values) if value != usual], values.index(usual)

@@ -1,7 +1,7 @@
-"""Rendezvous through the launcher's key-value store: a missing rank is reported, and does not hang a collective.
+"""Rendezvous through the launcher's key-value store, so that a missing rank is reported and does not hang a collective.
 
-An elastic launcher keeps one store over all restarts, and its nodes may count restarts differently, so that keys of a
-former attempt are still there. :func:`join` gives every attempt a prefix of its own.
+An elastic launcher keeps one store across restarts, with the keys of former attempts, and its nodes may count restarts
+differently. :func:`join` gives every attempt its own prefix.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ..errors import UserError
 from ..parallel.launcher import read_launcher
 from .clock import SuspendAwareClock
 
-_PAUSE = 0.05  # seconds between two looks, for up to 32 ranks
+_PAUSE = 0.05  # seconds between two polls, for up to 32 ranks
 _PARTING_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """All ranks of this attempt, and the store that is theirs alone."""
+    """All ranks of this attempt, and their own part of the store."""
 
     store: dist.Store
     rank: int
     notes: list[dict[str, Any]]
-    """What each rank brought, by rank; ``host`` and ``holds_store`` are always there."""
+    """Notes from each rank; ``host`` and ``holds_store`` are always present."""
 
     @property
     def world_size(self) -> int:
@@ -43,27 +43,27 @@ class Rendezvous:
         return len(self.notes)
 
     def name(self, ranks: Sequence[int]) -> str:
-        """``ranks`` with their hosts, for messages."""
+        """Return ``ranks`` with their hosts, for messages."""
         shown = ", ".join(f"{rank} ({self.notes[rank]['host']})" for rank in ranks[:8])
         more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
         return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
 
     def leave(self) -> None:
-        """Wait some seconds until all ranks know why they end: with the first of them the store may go."""
+        """Wait some seconds until all ranks know why they end: the store may end with the first process."""
         with suppress(RuntimeError):
             self.store.set(f"parting/{self.rank}", "")
             self.store.wait([f"parting/{rank}" for rank in range(self.world_size)], timedelta(seconds=_PARTING_SECONDS))
 
 
 def join(note: dict[str, Any], timeout_seconds: float) -> Rendezvous:
-    """Wait for all ranks that the launcher has announced in the environment, and exchange notes.
+    """Wait for all ranks of the launcher's environment variables, and exchange notes.
 
     Args:
-        note: what the others should know, plain JSON.
-        timeout_seconds: how long to wait for the last of them.
+        note: sent to the other ranks; plain JSON.
+        timeout_seconds: how long to wait for the last rank.
 
     Raises:
-        UserError: the store cannot be reached, or ranks do not come; says which.
+        UserError: the store cannot be reached, or ranks are missing, which are named.
     """
     launcher = read_launcher()
     port = os.environ.get("MASTER_PORT")
@@ -92,8 +92,8 @@ def _join(
     timeout_seconds: float,
     node: int | None = None,
 ) -> Rendezvous:
-    # Everyone says hello with a name used once. Rank 0 calls the roll; who finds its own name in it answers to just
-    # this roll. A roll to which all have answered has nobody from a former attempt in it.
+    # Each rank writes a hello with a unique name. Rank 0 writes a roll of all names; a rank that finds its own name in
+    # it confirms this roll. A roll that all ranks have confirmed has no rank of a former attempt.
     mine = uuid.uuid4().hex[:12]
     here = {
         "host": socket.gethostname(),

@@ -1,10 +1,9 @@
 """Detect silent data corruption: compare replicated weights and optimizer states bit for bit.
 
-They start alike and are updated alike by the same sums, so that nothing ever compares them again: a bit that flips in
-one rank's memory, or a GPU that miscomputes, makes a copy go its own way unnoticed. Who holds the same follows from how
-each tensor is placed on the mesh: copies of hybrid sharding, norms on ranks that share matrices. What no other rank
-holds, as with plain sharding, cannot be checked this way; nor is an embedding that is also the head compared between
-the two ends of a pipeline.
+Replicas start equal and get equal updates, and nothing else compares them. So if a bit flips in one rank's memory, or
+a GPU miscomputes, a replica diverges unnoticed. The placement of each tensor on the mesh tells which ranks replicate
+it: hybrid sharding replicates all, tensor parallelism the norms. Tensors without replicas, as with plain sharding,
+cannot be checked, and a tied embedding is not compared between the ends of a pipeline.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ..parallel.process_group import Ranks
 from ..weights.checkpoint.tensors import OPTIMIZER_PREFIX, ParameterOwner, training_tensors
 
 _CHUNK = 2**22
-"""Elements hashed at a time: temporaries take some 32 bytes for each, 128 MiB."""
+"""Number of elements hashed at a time: temporaries take about 32 bytes for each, 128 MiB."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MULTIPLIER = 0x5851F42D4C957F2D  # of Knuth's MMIX generator; odd
 # 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB as signed numbers.
@@ -35,10 +34,10 @@ Owners = tuple[int, ...]
 
 
 class ReplicaCheck:
-    """Compares what several ranks hold alike, every ``interval`` steps; 0: never.
+    """Compares replicas every ``interval`` steps.
 
     Args:
-        interval: steps.
+        interval: number of steps; 0: never.
         ranks: that train together.
         newest: names the newest checkpoint, for messages.
     """
@@ -48,24 +47,24 @@ class ReplicaCheck:
         self._passed: int | None = None
 
     def due(self, step: int) -> bool:
-        """Whether the ranks are to be compared after ``step``."""
+        """Return whether replicas are compared after ``step``."""
         return self._interval > 0 and step % self._interval == 0
 
     def __call__(self, step: int, model: ParameterOwner, optimizer: torch.optim.Optimizer) -> None:
-        """Compare. All ranks must call this; it waits for the device.
+        """Compare replicas. All ranks must call this; it waits for the device.
 
         Args:
-            step: steps made, for messages.
-            model: this rank's part of it.
+            step: number of steps made, for messages.
+            model: this rank's part.
             optimizer: of its parameters, with states.
 
         Raises:
-            UserError: on all ranks: some hold other bits. Names them and the first tensor that differs.
+            UserError: on all ranks, naming the ranks with different bits and the first tensor that differs.
         """
         tensors = training_tensors(model, optimizer)
         owners = {name: owners_of(tensor) for name, tensor in tensors.items()}
         for name, parameter in model.named_parameters():
-            # States that are no part of anything, such as a count of steps, are alike wherever the parameter is.
+            # States that are not sharded, such as a count of steps, are replicated wherever the parameter is.
             for state in optimizer.state.get(parameter, {}):
                 if not isinstance(tensors[f"{OPTIMIZER_PREFIX}{state}.{name}"], DTensor):
                     owners[f"{OPTIMIZER_PREFIX}{state}.{name}"] = _all_holders(parameter)
@@ -74,7 +73,7 @@ class ReplicaCheck:
         for name in tensors:
             if len(owners[name]) > 1:
                 mine.setdefault(owners[name], []).append(name)
-        # One hash for all that the same ranks share; what they are made of travels only where they differ.
+        # One hash for all tensors with the same owners; the hashes of single tensors are sent only if it differs.
         notes = self._ranks.all_gather(
             {group: digest({name: hashes[name] for name in names}) for group, names in mine.items()}
         )
@@ -88,7 +87,7 @@ class ReplicaCheck:
     def _line(self, step: int, group: Owners, details: list[tuple[str, dict[Owners, dict[str, int]]]]) -> str:
         tables = {rank: details[rank][1][group] for rank in group}
         first = tables[group[0]]
-        # Most tensors differ once a step has been made with one that does: the first in the model's order.
+        # After one step with a different tensor most tensors differ: report the first in the model's order.
         name = next(name for name in first if len({table.get(name) for table in tables.values()}) > 1)
         values = Counter(table.get(name) for table in tables.values())
         (usual, count), *_ = values.most_common()
@@ -106,8 +105,7 @@ class ReplicaCheck:
 
 
 def owners_of(parameter: Tensor) -> Owners:
-    """The ranks that hold the same part of ``parameter`` as this one, this one included; none where nobody else knows
-    of it."""
+    """Return the ranks that hold the same part of ``parameter`` as this one, including it; none for a plain tensor."""
     if not isinstance(parameter, DTensor):
         return ()
     place = parameter.device_mesh.get_coordinate()
@@ -124,17 +122,17 @@ def _all_holders(parameter: Tensor) -> Owners:
 
 
 def digest(hashes: Mapping[str, int]) -> str:
-    """One hash for all of ``hashes``, in their order."""
+    """Return one hash of all ``hashes``, in their order."""
     text = "".join(f"{name} {value}\n" for name, value in hashes.items())
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @torch.no_grad()
 def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """64 bits for this rank's part of every tensor, computed where it lies; the host waits once for each device.
+    """Return a 64-bit hash of this rank's part of every tensor, computed on its device; waits once for each device.
 
-    Two tensors that differ in one element, in whatever bits, never have the same hash. Where several differ, they have
-    it with a chance of 2^-32 (only their signs differ) or far less.
+    Tensors that differ in one element always have different hashes. If several elements differ, hashes are equal with a
+    probability of 2^-32 (if only signs differ) or much less.
     """
     by_device: dict[torch.device, list[str]] = {}
     for name, tensor in tensors.items():
@@ -149,7 +147,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _hash(tensor: Tensor, weights: Tensor) -> Tensor:
-    """[] int64: the sum of the elements' bits times ``weights``, modulo 2^64, which no order of adding changes."""
+    """Return [] int64: the sum of the elements' bits times ``weights`` modulo 2^64, exact in any order."""
     flat = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for chunk in flat.split(_CHUNK):
@@ -158,7 +156,7 @@ def _hash(tensor: Tensor, weights: Tensor) -> Tensor:
 
 
 def odd_numbers(count: int, device: torch.device) -> Tensor:
-    """[count] int64, odd and pseudo-random: ``splitmix.mix64`` of 0, 1, ..., in PyTorch, for the device."""
+    """Return [count] int64 odd pseudo-random numbers on ``device``: ``splitmix.mix64`` of 0, 1, ..."""
     bits = torch.arange(count, dtype=torch.int64, device=device) * _GOLDEN
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
         bits = (bits ^ _shifted(bits, shift)) * factor
@@ -166,5 +164,5 @@ def odd_numbers(count: int, device: torch.device) -> Tensor:
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """``bits >> by`` with zeros for what moves in, whatever the sign."""
+    """Return the unsigned shift ``bits >> by``."""
     return (bits >> by) & ((1 << (64 - by)) - 1)

@@ -1,13 +1,12 @@
 """Roll back to a checkpoint before a loss spike, and skip the samples that led to it.
 
-The run continues from a checkpoint that is some steps older than the spike, with its weights, states, step, tokens and
-learning rate. The data position is not restored: all samples since then, including those of the spike, are skipped. So
-did PaLM (Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, section 5.1): a restart some 100 steps
-before the spike, 200 to 500 batches skipped.
+The run continues from a checkpoint some steps before the spike, with its weights, optimizer states, step, tokens and
+learning rate. The data position is not restored: all samples since then, including those of the spike, are skipped.
+PaLM did the same (Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, section 5.1): it restarted about 100 steps
+before the spike and skipped 200 to 500 batches.
 
-Two things are written: new names for the checkpoints in between, and metrics.jsonl without the records since. A run
-that is killed before its next checkpoint therefore comes to the same spike again, and goes back again, to the same
-place.
+A rollback renames the checkpoints in between and removes the later records from metrics.jsonl. A run that is killed
+before its next checkpoint therefore meets the same spike again, and rolls back to the same checkpoint.
 """
 
 from __future__ import annotations
@@ -27,40 +26,40 @@ from ..weights.checkpoint.resume_changes import require_allowed
 
 @dataclass(frozen=True)
 class Rollback:
-    """Where a run goes back to."""
+    """The state to which a run rolls back."""
 
     checkpoint: Path
     manifest: Manifest
     """Of the checkpoint."""
     progress: Progress
-    """To go on from: that of the checkpoint, but for the samples."""
+    """Of the checkpoint, except the number of samples."""
     health: dict[str, Any]
-    """To be restored: that of the checkpoint, and all rewinds so far, this one included."""
+    """State of the step guard: of the checkpoint, with all rollbacks including this one."""
     line: str
     """For the log."""
 
 
-def plan_rollback(run: Run) -> Rollback | None:
-    """Find the checkpoint to go back to, where the last step was a loss spike. All ranks must call this.
+def rollback_if_spiking(run: Run) -> Rollback | None:
+    """Return the rollback if the last step was a loss spike. All ranks must call this.
 
     Returns:
-        the same on all ranks; None without a spike, or where the run cannot go back, which is logged.
+        the same on all ranks; None without a spike, or if a rollback is impossible, which is logged.
 
     Raises:
-        UserError: it has gone back too often.
+        UserError: too many rollbacks.
     """
     guard, training, progress = run.guards.step_guard, run.config.training, run.progress
     if not guard.spiked or training.loss_spike_action == "skip":
         return None
     run.guards.pause_watchdog()
-    run.saver.wait()  # what is being written may be what to go back to
+    run.saver.wait()  # the checkpoint being written may be the one to roll back to
     guard.require_rewinds_left(progress.step)
     target = run.store.latest_valid_until(progress.step - training.rewind_steps)
     if target is None:
         steps = training.rewind_steps
         run.say(f"  not rewound, only skipped: no checkpoint is training.rewind_steps {steps} steps older")
         return None
-    manifest = run.ranks.run_on_all(lambda: read_manifest(target))
+    manifest = run.ranks.fail_together(lambda: read_manifest(target))
     if obstacle := _obstacle(manifest, target, run.config, progress, run.order, run.plan):
         run.say(f"  not rewound, only skipped: {obstacle}")
         return None
@@ -77,11 +76,11 @@ def plan_rollback(run: Run) -> Rollback | None:
 
 
 def roll_back(run: Run, rollback: Rollback) -> None:
-    """Restore everything from the checkpoint of ``rewind`` except the place in the data. All ranks must call this."""
+    """Restore everything from the checkpoint except the data position. All ranks must call this."""
     run.say(*run.store.discard_after(rollback.progress.step), rollback.line)
     start = run.start
     checkpoint, manifest = rollback.checkpoint, rollback.manifest
-    run.ranks.run_on_all(lambda: start.moved_to(checkpoint, manifest).load_into(run.model, run.optimizer))
+    run.ranks.fail_together(lambda: start.at_checkpoint(checkpoint, manifest).load_into(run.model, run.optimizer))
     run.progress = rollback.progress
     run.guards.step_guard.load_state_dict(rollback.health)
     run.evaluation_pending = run.must_evaluate_at(rollback.manifest)
@@ -91,7 +90,7 @@ def roll_back(run: Run, rollback: Rollback) -> None:
 def _obstacle(
     manifest: Manifest, target: Path, config: RunConfig, progress: Progress, order: SampleOrder, plan: BatchPlan
 ) -> str | None:
-    """Why the run cannot go on from the checkpoint ``target`` and from behind the samples of ``progress``."""
+    """Return why the run cannot continue from ``target`` with the samples after ``progress``, or None."""
     try:
         require_allowed(manifest, to_dict(config), (), target)
     except UserError:

@@ -1,4 +1,4 @@
-"""The guards of a run in one object: what a step asks, and what the recipe asks between steps."""
+"""All guards of a run in one object, for the step and for the recipe between steps."""
 
 from __future__ import annotations
 
@@ -25,23 +25,22 @@ from .watchdog import Watchdog
 
 
 class UnreadableData(UserError):
-    """Training data that cannot be read any more: the state of the run is sound."""
+    """Training data cannot be read. The state of the run is valid."""
 
 
 class RunGuards:
-    """Skips harmful updates, ends hangs, compares replicas, saves the run when a step fails, and lets garbage be
-    collected by all ranks at the same step.
+    """Skips harmful updates, ends hangs, compares replicas, saves after a failed step, and collects garbage.
 
-    To be entered while the run trains. Implements :class:`~retemper.engine.step.StepGuards`.
+    Enter it while the run trains. Implements :class:`~retemper.engine.step.StepGuards`.
 
     Args:
         config: of the run.
         ranks: that train together.
         store: of its checkpoints.
         saver: writes them.
-        model: this rank's part of it.
+        model: this rank's part.
         say: prints a line for people, on the main rank.
-        resumed: of the checkpoint that the run continues from.
+        resumed: manifest of the checkpoint that the run continues from.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class RunGuards:
     # In a step
 
     def begin_step(self, step: int) -> None:
-        """The step of this number begins with its data."""
+        """Note that step number ``step`` begins with its data."""
         self._step = step
         self.begin_phase("data")
 
@@ -90,7 +89,7 @@ class RunGuards:
         return self.step_guard.should_skip(self._step, loss, grad_norm)
 
     def before_update(self) -> None:
-        """Wait until a checkpoint that is being written has copies of what is about to change."""
+        """Wait until a checkpoint that is being written has copied the weights and optimizer states."""
         self._saver.hold_update()
         self.emergency.state_consistent = False
 
@@ -99,21 +98,21 @@ class RunGuards:
         self.step_guard.count_without_targets(self._step)
 
     def step_done(self) -> None:
-        """The step has been counted: weights and optimizer states are again those between two steps."""
+        """Note that the step is complete and counted."""
         self.emergency.state_consistent = True
         self._garbage.step_done(self._step)
 
     def sum_targets(self, count: int, problem: str | None) -> float:
-        """Return the targets of all ranks. All ranks must call this.
+        """Return the number of targets of all ranks. All ranks must call this.
 
         Args:
-            count: targets of this rank.
-            problem: what it has with its data.
+            count: number of targets of this rank.
+            problem: error of this rank's data, or None.
 
         Raises:
-            UnreadableData: on all ranks where any has a problem, naming the rank's own or else the first.
+            UnreadableData: on all ranks if any has a problem: the rank's own, or else the first.
         """
-        # One sum serves both ends: a rank without data makes it not a number.
+        # One collective serves both purposes: a rank without data makes the sum NaN.
         total = self._ranks.all_reduce(math.nan if problem else count)
         if math.isnan(total):
             try:
@@ -125,31 +124,37 @@ class RunGuards:
     # Between steps
 
     def pause_watchdog(self) -> None:
-        """Until the next step begins, anything may take any time."""
+        """Disable the time limit until the next step begins."""
         self.watchdog.pause()
 
     def counts(self) -> dict[str, int]:
-        """Return how many steps were skipped, for records. Waits for the device."""
+        """Return the numbers of skipped steps, for records. Waits for the device."""
         guard = self.step_guard
         return {"skipped_steps": guard.skipped_steps(), "steps_without_targets": guard.steps_without_targets}
 
-    def check(self, step: int, numbers: dict[str, float]) -> None:
+    def require_finite(self, step: int, numbers: dict[str, float]) -> None:
+        """See :meth:`StepGuard.require_finite`."""
+        self.step_guard.require_finite(step, numbers)
+
+    def check_skipped(self, step: int, numbers: dict[str, float]) -> None:
         """Refuse to continue after too many skipped steps; see :meth:`StepGuard.check`."""
         self.step_guard.check(step, numbers, self._model.parameters())
 
     def check_replicas(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Compare what several ranks hold alike, where that is due after ``step``; see :class:`ReplicaCheck`."""
+        """Compare replicas if that is due after ``step``; see :class:`ReplicaCheck`."""
         if self.replica_check.due(step):
             self.replica_check(step, self._model, optimizer)
 
     def require_savable(self, step: int, result: StepResult) -> None:
-        """Refuse to save what is not finite, after ``step`` with ``result``. All ranks must call this."""
-        self.check(step, {"loss": self._ranks.all_reduce(result.loss.item()), "gradient norm": result.grad_norm.item()})
+        """Raise UserError if the result of ``step`` or the weights are not finite. All ranks must call this."""
+        self.check_skipped(
+            step, {"loss": self._ranks.all_reduce(result.loss.item()), "gradient norm": result.grad_norm.item()}
+        )
         self.step_guard.require_finite_weights(step, self._model.parameters())
 
     def _newest_checkpoint(self) -> str:
         self.pause_watchdog()
         with suppress(UserError):
-            self._saver.wait()  # what is being written is completed before the run ends
+            self._saver.wait()  # complete the checkpoint that is being written
         complete = self._store.complete()
         return f"the newest checkpoint is {complete[-1]}" if complete else "no checkpoint has been written"

@@ -1,4 +1,4 @@
-"""Where every thread of this process stands, for those who must find out why it hangs."""
+"""Print the stacks of all threads, to find out why a process hangs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _dumped = threading.Lock()
 
 
 def dump_stacks() -> None:
-    """Write the Python stack of every thread to stderr; only the first call of a process does."""
+    """Write the Python stack of every thread to stderr. Only the first call in a process does."""
     if _dumped.acquire(blocking=False):
         rank = os.environ.get("RANK", "0")
-        sys.stderr.write(f"[rank {rank}] where each thread stands (most recent call first):\n")
+        sys.stderr.write(f"[rank {rank}] stacks of all threads (most recent call first):\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(file=2)

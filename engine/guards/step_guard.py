@@ -1,10 +1,9 @@
 """Skip updates with a non-finite or spiking loss on all ranks, and end the run after too many in a row.
 
-Whether a step is skipped is decided on the device, in the step itself: an ordinary step waits for nothing. The host
-reads the counts where it reads the loss anyway, on log steps and before a checkpoint. Only the guard against loss
-spikes, an option, needs the loss on the host before the update. What a skipped step consumed stays consumed: samples,
-tokens and the learning rate go on as if it had been made. The same holds for a step without a target, which computes
-nothing; these are counted apart, and count neither as skipped steps nor as loss spikes.
+The device decides whether to skip, so an ordinary step does not wait for it. The host reads the counts when it reads
+the loss anyway: on log steps and before a checkpoint. Only the optional guard against loss spikes needs the loss on the
+host before the update. A skipped step still consumes its samples and tokens, and the learning rate continues. The same
+holds for a step without targets, which computes nothing; these are counted separately.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from torch import Tensor
 
 from ..config.settings import TrainingConfig
 from ..errors import UserError
-from ..parallel import fsdp
+from ..optim.local import local_part
 from ..parallel.process_group import Ranks
 
 WINDOW = 64
-"""Losses that a new one is compared with."""
+"""Number of former losses with which a loss is compared."""
 _FEWEST = 32
-"""Losses without which nothing is called a spike."""
+"""Minimum number of former losses for the detection of spikes."""
 
 MAX_STEPS_WITHOUT_TARGETS = 100
-"""So many steps in a row without a target end the run: what it reads has nothing to predict."""
+"""Limit of consecutive steps without a target: the data has nothing to predict."""
 
 
 class StepGuard:
-    """What is skipped, and when it is too much.
+    """Decides which updates to skip, and counts them.
 
     Args:
-        config: the bounds.
+        config: of the training, with the limits.
         ranks: that train together.
         newest: names the newest checkpoint, for messages.
         say: prints a line for people.
@@ -45,27 +44,26 @@ class StepGuard:
     def __init__(self, config: TrainingConfig, ranks: Ranks, newest: Callable[[], str], say: Callable[[str], None]):
         self._config, self._ranks, self._newest, self._say = config, ranks, newest, say
         self._counts = torch.zeros(3, device=ranks.device)
-        """[3] fp32 on the device: steps skipped in all, in a row up to now, and in a row at most."""
+        """[3] fp32 on the device: number of skipped steps, in a row up to now, and in a row at most."""
         self._skipped = 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.spiked = False
-        """Whether the last step was a loss spike."""
+        """True if the last step was a loss spike."""
         self.steps_without_targets = 0
         self._without_targets_in_a_row = 0
         self.rewinds: list[dict[str, int]] = []
-        """How often the run has gone back: ``{"step", "to_step", "samples"}``. The first two count optimizer steps;
-        samples are those passed over, of ``training.sequence_length`` tokens each."""
+        """Rollbacks of the run: ``{"step", "to_step", "samples"}``, the last being the number of skipped samples."""
 
     def should_skip(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether to leave out the update of ``step``, the same on every rank. All ranks must call this.
+        """Return whether to skip the update of ``step``, the same on every rank. All ranks must call this.
 
         Args:
             step: its number.
-            loss: [] this rank's part of it.
-            grad_norm: [] of all ranks, not finite where the loss of any rank is not.
+            loss: [] this rank's part.
+            grad_norm: [] of all ranks, not finite if the loss of any rank is not finite.
 
         Returns:
-            [] fp32 on the device, 1 to leave it out, else 0.
+            [] fp32 on the device, 1 to skip it, else 0.
         """
         self._without_targets_in_a_row = 0
         skip = (~grad_norm.isfinite()).to(self._counts)
@@ -78,7 +76,7 @@ class StepGuard:
         return skip
 
     def count_without_targets(self, step: int) -> None:
-        """Count ``step``, in which no rank has a target, so that there is no loss, gradient or update.
+        """Count ``step``, in which no rank has a target.
 
         Raises:
             UserError: on all ranks, after too many in a row.
@@ -94,12 +92,10 @@ class StepGuard:
             )
 
     def _is_spike(self, step: int, loss: float) -> bool:
-        """A loss that is not finite is none: it is skipped in any case."""
         if not math.isfinite(loss):
-            return False
+            return False  # skipped in any case
         score = robust_zscore(loss, self._losses) if len(self._losses) >= _FEWEST else 0.0
-        # Spikes are kept as well: where losses stay high, as after a change of the mixture, half a window of them is
-        # the new normal.
+        # Spikes are kept as well: if losses stay high, as after a change of the mixture, they become the new normal.
         self._losses.append(loss)
         bound = self._config.loss_spike_zscore
         assert bound is not None
@@ -111,19 +107,19 @@ class StepGuard:
         return score > bound
 
     def skipped_steps(self) -> int:
-        """Steps skipped so far. Waits for the device."""
+        """Return the number of skipped steps. Waits for the device."""
         return int(self._counts[0].item())
 
     def check(self, step: int, numbers: Mapping[str, float], parameters: Iterable[Tensor]) -> None:
-        """Refuse to go on where it makes no sense. Waits for the device. All ranks must call this.
+        """End the run after too many skipped steps. Waits for the device. All ranks must call this.
 
         Args:
-            step: steps made.
-            numbers: of the last one, for the message: loss and gradient norm.
+            step: number of steps made.
+            numbers: loss and gradient norm of the last step, for the message.
             parameters: of this rank.
 
         Raises:
-            UserError: more were skipped in a row than the configuration allows, or no step can be good any more.
+            UserError: more steps in a row were skipped than allowed, or a weight is not finite.
         """
         total, _, most = (int(count) for count in self._counts.tolist())
         bound, new = self._config.max_skipped_steps, total - self._skipped
@@ -143,23 +139,22 @@ class StepGuard:
             self._skipped = total
 
     def require_finite(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Raises UserError where any of ``numbers``, the same on all ranks, is not finite."""
+        """Raise UserError if any of ``numbers``, the same on all ranks, is not finite."""
         if not all(map(math.isfinite, numbers.values())):
             found = ", ".join(f"{name} {number}" for name, number in numbers.items())
             raise self._error(step, f"{found}: not finite")
 
     def require_finite_weights(self, step: int, parameters: Iterable[Tensor]) -> None:
-        """Loss and gradients are of the weights before the step; a checkpoint holds what came out of it.
+        """Raise UserError on all ranks if a weight is not finite. All ranks must call this.
 
-        Raises:
-            UserError: on all ranks, where a weight of any is not finite. All ranks must call this.
+        Loss and gradients do not show it: they belong to the weights before the update.
         """
-        finite = torch.stack([fsdp.local_shard(weight).isfinite().all() for weight in parameters])
+        finite = torch.stack([local_part(weight).isfinite().all() for weight in parameters])
         if self._ranks.all_reduce(not finite.all().item()):
             raise self._error(step, "the update made weights that are not finite")
 
     def require_rewinds_left(self, step: int) -> None:
-        """Raises UserError where the run, with a spike in ``step``, has gone back as often as it may."""
+        """Raise UserError if a spike in ``step`` needs more rollbacks than allowed."""
         if len(self.rewinds) >= self._config.max_rewinds:
             steps = ", ".join(str(rewind["step"]) for rewind in self.rewinds) or "none"
             raise self._error(
@@ -172,7 +167,7 @@ class StepGuard:
         return UserError(f"step {step}: {what}; {self._newest()}, lower optimizer.learning_rate or inspect the data")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know to skip the same steps, in JSON's types. Waits for the device."""
+        """Return the state that a resumed run needs to skip the same steps, in JSON's types. Waits for the device."""
         total, in_a_row, _ = (int(count) for count in self._counts.tolist())
         state: dict[str, Any] = {"skipped_steps": total, "in_a_row": in_a_row, "losses": list(self._losses)}
         if self.steps_without_targets:
@@ -180,7 +175,7 @@ class StepGuard:
         return state | ({"rewinds": self.rewinds} if self.rewinds else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; an empty one is that of a run which has skipped nothing."""
+        """Continue from :meth:`state_dict`; an empty one means that nothing was skipped."""
         total, in_a_row = state.get("skipped_steps", 0), state.get("in_a_row", 0)
         self._skipped = total
         self._counts = torch.tensor([total, in_a_row, in_a_row], dtype=torch.float32, device=self._ranks.device)
@@ -190,11 +185,13 @@ class StepGuard:
 
 
 def robust_zscore(value: float, others: Iterable[float]) -> float:
-    """Distance of ``value`` from the median of ``others``, in standard deviations estimated by their median absolute
-    deviation: Iglewicz and Hoaglin, "How to Detect and Handle Outliers" (1993), whose bound for outliers is 3.5.
+    """Return the distance of ``value`` from the median of ``others`` in units of their median absolute deviation.
+
+    The unit is scaled to standard deviations. See Iglewicz and Hoaglin, "How to Detect and Handle Outliers" (1993),
+    whose bound for outliers is 3.5.
     """
     others = list(others)
     median = statistics.median(others)
     deviation = statistics.median(abs(other - median) for other in others)
-    # 1.4826 makes it the standard deviation of a normal distribution. Losses that are all the same have none.
+    # 1.4826 makes it the standard deviation of a normal distribution. It is zero for equal losses.
     return (value - median) / max(1.4826 * deviation, 1e-6 * abs(median), 1e-12)

@@ -1,11 +1,11 @@
-"""Requests for a graceful stop, by a signal or a time limit, which all ranks notice at the same step.
+"""Handle requests for a graceful stop by signal or time limit, on all ranks at the same step.
 
-SIGTERM and SIGINT (Ctrl-C) are requests to stop. SIGUSR1, SIGUSR2 (LSF, Grid Engine), SIGHUP (a closed terminal),
-SIGXCPU (a limit of CPU time) and SIGPWR (power or a container going down) are notices that the end is near. All of them
-mean the same: save and end. Launchers and terminals send several copies: whatever comes within :data:`GRACE_SECONDS` of
-the first belongs to it. SIGTERM or SIGINT after that ends the process at once, whatever is lost. A repeated notice does
-not: the kernel sends SIGXCPU every second while the checkpoint is being written. Checkpoints get their names only when
-they are complete, so that one which is being written then is not seen by the next run.
+SIGTERM and SIGINT (Ctrl-C) request a stop. SIGUSR1, SIGUSR2 (LSF, Grid Engine), SIGHUP (a closed terminal), SIGXCPU (a
+limit of CPU time) and SIGPWR (power failure or container shutdown) announce the end of the job. All of them have the
+same effect: save and end. Launchers and terminals send several copies, so signals within :data:`GRACE_SECONDS` of the
+first are ignored. A later SIGTERM or SIGINT ends the process immediately. A later announcement does not: the kernel
+repeats SIGXCPU every second while the checkpoint is written. An incomplete checkpoint has no name yet, so the next run
+does not see it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ NOTICES = tuple(
 )
 SIGNALS = REQUESTS + NOTICES
 GRACE_SECONDS = 2.0
-"""Signals that follow the first one within this time mean the same."""
+"""Signals within this time after the first one are copies of it."""
 
 
 class StoppedBeforeTraining(SystemExit):
-    """The run was asked to stop before its first step: status 0, since there is nothing to save."""
+    """A stop was requested before the first step: exit status 0, since there is nothing to save."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -43,11 +43,11 @@ class StoppedBeforeTraining(SystemExit):
 
 
 class StopRequest:
-    """While entered, signals are remembered instead of ending the process. It may be entered again inside.
+    """Records signals while it is entered, instead of ending the process. It may be entered again inside.
 
     Args:
-        ranks: those that stop together. None until :meth:`defer` names them; before that, the first signal ends the
-            process at once, since no other rank depends on it yet.
+        ranks: all ranks, which stop together. None until :meth:`defer` is called; before that, the first signal ends
+            the process immediately, because no other rank depends on it yet.
     """
 
     def __init__(self, ranks: Ranks | None = None):
@@ -63,14 +63,14 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._entered += 1
         if self._entered == 1:
-            # Python calls its handlers between two lines of the main thread, which may be waiting in a collective. A
-            # thread that reads the signals' numbers from a socket hears of them at any time.
+            # Python calls signal handlers in the main thread, which may wait in a collective. A thread that reads the
+            # signal numbers from a socket receives them at any time.
             self._numbers, self._hear = socket.socketpair()
             self._hear.setblocking(False)
             self._former_descriptor = signal.set_wakeup_fd(self._hear.fileno(), warn_on_full_buffer=False)
             for number in SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                    continue  # under nohup the run is to outlive its terminal
+                    continue  # under nohup the run outlives its terminal
                 self._former[number] = signal.signal(number, self._remember)
             self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
             self._thread.start()
@@ -83,7 +83,7 @@ class StopRequest:
         if self._entered:
             return
         for number, handler in self._former.items():
-            if signal.getsignal(number) == self._remember:  # not what somebody has set inside, to end unharmed
+            if signal.getsignal(number) == self._remember:  # keep a handler that was set inside
                 signal.signal(number, handler)
         signal.set_wakeup_fd(self._former_descriptor)
         self._hear.close()
@@ -91,25 +91,21 @@ class StopRequest:
         self._numbers.close()
 
     def defer(self, ranks: Ranks | None = None) -> None:
-        """From now on signals are only remembered, until ``ranks``, once they are known, have agreed to stop."""
+        """Only record signals from now on; ``ranks``, once known, stop together."""
         self._ranks, self._holding = ranks, True
 
     def stop_after(self, minutes: float | None) -> None:
-        """Also ask to stop when so long has passed since this object was made."""
+        """Also request a stop ``minutes`` after the creation of this object."""
         self._deadline = None if minutes is None else self._began + 60 * minutes
 
     def agreed(self) -> bool:
-        """Whether any rank has been asked to stop; the same answer on every rank. All ranks must call this."""
+        """Return whether any rank was requested to stop; the same on every rank. All ranks must call this."""
         assert self._ranks is not None
         late = self._deadline is not None and time.monotonic() >= self._deadline
         return self._ranks.all_reduce(late or self._first is not None) > 0
 
     def exit_if_agreed(self) -> None:
-        """Before the first step. All ranks must call this.
-
-        Raises:
-            StoppedBeforeTraining: on every rank.
-        """
+        """Raise StoppedBeforeTraining on every rank if a stop was requested. All ranks must call this."""
         if self.agreed():
             raise StoppedBeforeTraining
 

@@ -1,4 +1,4 @@
-"""End a process that hangs with status 1, after writing the stack of each thread to stderr."""
+"""End a hanging process with status 1, after writing the stacks of all threads to stderr."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .stacks import dump_stacks
 
 
 class Watchdog:
-    """Ends the process, with its stacks and status 1, when a step comes no further for too long.
+    """Ends the process if a step makes no progress for too long.
 
-    Beats are the phases of a step: data, each micro-batch's passes, the update. Between steps (evaluations and
-    checkpoints, which may take long) it sleeps. Where there are several ranks,
-    :class:`~retemper.engine.guards.liveness.Liveness` is to speak first: it knows whose fault it is.
+    A beat is the start of a phase of a step: data, forward and backward of a micro-batch, the update. The watchdog
+    pauses between steps, because evaluations and checkpoints may take long. With several ranks,
+    :class:`~retemper.engine.guards.liveness.Liveness` reports first, because it knows which rank is the cause.
 
     Args:
-        seconds: between two beats at most; where there are several ranks, a quarter more.
-        ranks: this one among the others.
+        seconds: maximum time between two beats; a quarter more with several ranks.
+        ranks: all ranks.
     """
 
     def __init__(self, seconds: float, ranks: Ranks):
@@ -41,11 +41,11 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, what: str) -> None:
-        """Something begins: ``what``, for the message."""
+        """Note that a phase begins: ``what``, for the message."""
         self._beat = self._clock.now(), what
 
     def pause(self) -> None:
-        """Until the next beat anything may take as long as it likes."""
+        """Disable the time limit until the next beat."""
         self._beat = None
 
     def _watch(self) -> None:
@@ -59,7 +59,7 @@ class Watchdog:
         dump_stacks()
         report_user_error(
             UserError(
-                f"{what}: no progress for {waited:.0f} s, see where each thread stands above: it hangs, or needs a "
+                f"{what}: no progress for {waited:.0f} s, see the stacks of all threads above: it hangs, or needs a "
                 "larger parallel.timeout_seconds. The same command resumes from the newest checkpoint"
             )
         )

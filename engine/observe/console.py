@@ -1,8 +1,8 @@
-"""What a run prints: standard output and error that never fail, and a log file of the same lines with their times.
+"""Print without failing, and copy all printed lines with their times to a log file.
 
 A terminal may close, a pipe may lose its reader, a disk may fill up, and an encoding may lack a character. None of
-that may end a run, whichever library prints: :meth:`Console.install` replaces ``sys.stdout`` and ``sys.stderr`` for the
-whole process. What C++ code writes to the descriptors themselves is not in the log file.
+these may end a run, whichever library prints, so :meth:`Console.install` replaces ``sys.stdout`` and ``sys.stderr``.
+Output of C++ code, which writes to the descriptors directly, is not in the log file.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import Any, TextIO
 
 LOG_FILE = "log.txt"
 _READER_SECONDS = 10.0
-"""How long a reader that does not read (Ctrl-S, a pager) may delay the run, once."""
+"""How long a reader that does not read (Ctrl-S, a pager) may delay the run once."""
 _ATOMIC_BYTES = 4096
-"""A pipe that can be written takes as much without blocking (PIPE_BUF on Linux)."""
+"""Number of bytes that a writable pipe takes without blocking (PIPE_BUF on Linux)."""
 _MOST_PENDING = 1 << 20
-"""Bytes that wait for space on the disk of the log file; more are dropped."""
+"""Maximum number of bytes that wait for space on the disk of the log file; older ones are dropped."""
 
 
 class Console:
-    """The printed lines of this process.
+    """Receives the printed lines of this process.
 
     Args:
-        logged: whether they are kept for a log file. They wait in memory until :meth:`open`: a run that is refused
-            leaves no file.
+        logged: whether to write them to a log file. They stay in memory until :meth:`open`, so that a run with a
+            configuration error creates no file.
     """
 
     def __init__(self, logged: bool = True):
@@ -45,8 +45,10 @@ class Console:
         self._former: tuple[Any, Any] | None = None
 
     def install(self) -> None:
-        """Replace ``sys.stdout`` and ``sys.stderr``. Closed descriptors become /dev/null: a file that is opened later
-        must not take their place and receive what is printed."""
+        """Replace ``sys.stdout`` and ``sys.stderr``.
+
+        Closed descriptors become /dev/null. Otherwise a file opened later could get their number and the output.
+        """
         for descriptor in (0, 1, 2):
             try:
                 os.fstat(descriptor)
@@ -68,12 +70,12 @@ class Console:
         self._descriptor = self._former = None
 
     def open(self, run_folder: str | Path) -> None:
-        """Append all lines so far, and those to come, to the log file of a run. A failure is a note."""
+        """Append all lines so far, and all later ones, to the log file of a run. A failure is only printed."""
         if not self._logged:
             return
         self._path = Path(run_folder) / LOG_FILE
         try:
-            # Not blocking: a FIFO without a reader would be waited for.
+            # Non-blocking: opening a FIFO without a reader would wait.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
             descriptor = os.open(self._path, flags, 0o666)
         except OSError as error:
@@ -81,7 +83,7 @@ class Console:
             print(f"note: {self._path} cannot be written: {error.strerror or error}; training continues", flush=True)
             return
         if any(_is_same_file(descriptor, standard) for standard in (1, 2)):
-            os.close(descriptor)  # it has every line already
+            os.close(descriptor)  # the output is redirected to the log file already
             self._logged = False
             return
         with self._lock:
@@ -89,7 +91,7 @@ class Console:
             self._write_pending()
 
     def log(self, line: str) -> None:
-        """Keep ``line`` for the log file, with the time."""
+        """Add ``line`` to the log file, with the time."""
         if not self._logged:
             return
         with self._lock:
@@ -100,7 +102,7 @@ class Console:
                 self._write_pending()
 
     def unwritable(self, name: str, reason: str) -> None:
-        """Note, where it can still be read, that a stream cannot be written."""
+        """Report on the other stream or in the log file that a stream cannot be written."""
         with_log = f"training continues, {self._path} has every line" if self._logged else "training continues"
         note = f"note: {name} cannot be written: {reason}; {with_log}"
         other = sys.stderr if name == "standard output" else sys.stdout
@@ -122,9 +124,9 @@ class Console:
 
 
 class _Stream(io.TextIOBase):
-    """A text stream whose ``write`` never raises for what has become of its reader.
+    """A text stream whose ``write`` never raises because of its reader.
 
-    Lines leave in one piece, since ranks share a terminal. Another stream without a descriptor, as of a test, is
+    Lines are written in one piece, because ranks share a terminal. A stream without a descriptor, as in tests, is
     written by its own methods.
     """
 
@@ -198,7 +200,7 @@ class _Stream(io.TextIOBase):
     def _tee(self, text: str) -> None:
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
-            # A progress bar draws over itself: what a terminal shows in the end is what counts.
+            # A progress bar redraws its line: log only the last version.
             *redrawn, shown = line.rstrip("\r").split("\r")
             if shown.strip() or not redrawn:
                 self._console.log(shown)

@@ -1,8 +1,7 @@
-"""``metrics.jsonl`` when a run starts: the records that it continues from stay, all others move to a file of their own.
+"""Prepare ``metrics.jsonl`` when a run starts, so that it always holds one curve.
 
-Recorded curves are renamed, never deleted. A run that resumes makes the steps after its checkpoint again; the records
-of these steps move to ``metrics.{last step}.jsonl``, so that ``metrics.jsonl`` always holds one curve. A run that
-starts over moves the whole file, and the TensorBoard events.
+Records are renamed, never deleted. A resumed run repeats the steps after its checkpoint; their records move to
+``metrics.{last step}.jsonl``. A run that starts over moves the whole file and the TensorBoard events.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from ..files.atomic import replace_file
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _TAIL_BYTES = 1 << 20
-"""Read from the end of the file to find its last record."""
+"""Number of bytes at the end of the file in which the last record is searched."""
 
 
 def last_record(run_folder: Path) -> dict[str, Any] | None:
-    """The last whole record of a run; None if there is no such record.
+    """Return the last complete record of a run, or None.
 
     Raises:
-        OSError: ``metrics.jsonl`` is there and cannot be read.
+        OSError: ``metrics.jsonl`` exists and cannot be read.
     """
     path = run_folder / METRICS_FILE
     try:
@@ -38,12 +37,12 @@ def last_record(run_folder: Path) -> dict[str, Any] | None:
 
 
 def truncate_metrics(run_folder: Path, step: int, evaluates_again: bool) -> list[str]:
-    """Leave the records up to ``step`` in ``metrics.jsonl``, and move those of later steps to another file.
+    """Keep the records up to ``step`` in ``metrics.jsonl``, and move later ones to another file.
 
     Args:
         run_folder: of the run.
         step: of the checkpoint that the run continues from.
-        evaluates_again: whether the evaluations of ``step`` are made again: then their records move as well.
+        evaluates_again: whether the run repeats the evaluations of ``step``: then their records move as well.
 
     Returns:
         lines for the log.
@@ -72,11 +71,11 @@ def truncate_metrics(run_folder: Path, step: int, evaluates_again: bool) -> list
 
 
 def archive_metrics(run_folder: Path, names: tuple[str, ...] = ()) -> list[str]:
-    """Rename what an earlier run in the same folder has recorded.
+    """Rename the records of an earlier run in the same folder.
 
     Args:
         run_folder: of the run.
-        names: further files of that run that are renamed with the curve.
+        names: other files of that run, renamed with the records.
 
     Returns:
         lines for the log.

@@ -12,18 +12,14 @@ from ..weights.conversion.export_run import export_folder
 
 
 def describe_end(run: Run) -> list[str]:
-    """Tell the observers of ``run`` that it has ended. All ranks must call this.
-
-    Returns:
-        lines about this start of it, and about what to do with it now.
-    """
+    """Notify the observers of the end of ``run``, and return lines about it. All ranks must call this."""
     complete = run.store.complete() if run.ranks.is_main else []
     newest, finished = complete[-1] if complete else None, run.remaining_steps == 0
     return [*run.report.end(run.progress), *next_command(run.config, newest, finished)]
 
 
 def next_command(config: RunConfig, checkpoint: Path | None, finished: bool) -> list[str]:
-    """What to do with the run now, as lines."""
+    """Return lines with the next command for the run."""
     if not finished:
         changed = ", with resume: auto," if config.resume == "none" else ""
         return [f"next        the same command{changed} continues from here"]

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, and what the machine could do at most."""
+"""Count the floating-point operations of a training step, and look up the peak of the GPU."""
 
 from __future__ import annotations
 
@@ -29,22 +29,21 @@ Trainable = Literal["all", "embeddings"]
 def training_flops(
     architecture: Architecture, num_tokens: float, num_pairs: float, trainable: Trainable = "all"
 ) -> float:
-    """Model FLOPs, forward and backward, of ``num_tokens`` tokens of which ``num_pairs`` pairs attend to each other.
+    """Return the model FLOPs, forward and backward, of ``num_tokens`` tokens with ``num_pairs`` attending pairs.
 
-    For each token a matrix weight W of a product y = W x costs a multiplication and an addition in each of three
-    products: y itself, the gradient of x (W^T dy), and its own gradient (dy x^T). That is 6 (PaLM, appendix B,
-    https://arxiv.org/abs/2204.02311; embeddings look up, the head multiplies). A frozen weight has no gradient of its
-    own: 4. With ``embeddings`` the blocks are frozen, and the head is not; the gradients of activations still go
-    through all blocks, as the embedding lies below them.
+    Each element of a matrix W in y = W x costs a multiplication and an addition per token in three products: y, the
+    gradient of x (W^T dy), and the gradient of W (dy x^T): 6 FLOPs (PaLM, appendix B,
+    https://arxiv.org/abs/2204.02311). The embedding is looked up and costs none. A frozen weight has no gradient: 4.
+    With ``embeddings`` the blocks are frozen and the head is not; activation gradients still pass through all blocks
+    down to the embedding.
 
-    Scores and their product with the values have no weights: ``12 * q`` per layer and pair, q = heads x head size,
-    whatever learns. Pairs are counted in every layer, also beyond a sliding window; work that recomputation adds is not
-    counted.
+    Scores and their product with the values cost ``12 * q`` per layer and pair, q = heads x head size. Pairs are
+    counted in every layer, also outside of a sliding window. Recomputation is not counted.
 
     Args:
         architecture: of the model.
         num_tokens, num_pairs: see above.
-        trainable: which parameters learn.
+        trainable: which parameters are trained.
     """
     h, d = architecture.hidden_size, architecture.head_dim
     q, kv = architecture.num_attention_heads * d, architecture.num_key_value_heads * d
@@ -57,16 +56,16 @@ def training_flops(
 def flops_per_token(
     architecture: Architecture, sequence_length: int, causal_halved: bool, trainable: Trainable = "all"
 ) -> float:
-    """:func:`training_flops` per token, in a sequence that is one document.
+    """Return :func:`training_flops` per token of a sequence that is one document.
 
-    All s x s pairs are counted (PaLM appendix B, https://arxiv.org/abs/2204.02311), half of that when only causal pairs
-    are (Megatron-LM).
+    Counts all s x s pairs (PaLM, appendix B, https://arxiv.org/abs/2204.02311), or half of them with ``causal_halved``
+    (Megatron-LM).
     """
     return training_flops(architecture, 1, sequence_length * (0.5 if causal_halved else 1.0), trainable)
 
 
 def named_peak(device_name: str) -> tuple[str, float] | None:
-    """(name in the table above, dense bf16 peak in FLOP/s) of a GPU by its reported name; None where not known."""
+    """Return (name in the table above, dense bf16 peak in FLOP/s) of a GPU by its reported name; None if unknown."""
     for name in sorted(_DENSE_BF16_PEAKS, key=len, reverse=True):
         if re.search(rf"\b{name}\b", device_name):
             return name, _DENSE_BF16_PEAKS[name]
@@ -74,11 +73,11 @@ def named_peak(device_name: str) -> tuple[str, float] | None:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU in FLOP/s, by its reported name; None where it is not known."""
+    """Return the dense bf16 peak of a GPU in FLOP/s by its reported name; None if unknown."""
     found = named_peak(device_name)
     return found[1] if found else None
 
 
 def device_peak_flops(device: torch.device) -> float | None:
-    """:func:`peak_flops` of ``device``; None for a CPU."""
+    """Return :func:`peak_flops` of ``device``; None for a CPU."""
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line of JSON for every reported step and evaluation."""
+"""Write ``metrics.jsonl``: one line of JSON for every reported step and evaluation."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from .observer import StepRecord
 
 
 class MetricsFile:
-    """Writes records to ``metrics.jsonl``, which always holds one curve: :mod:`.curves` moves the records of an earlier
-    run, and of steps that are made again.
+    """Writes records to ``metrics.jsonl``; :mod:`.curves` moves those of an earlier run and of repeated steps.
 
     Args:
-        run_folder: made when it is missing.
+        run_folder: created if it is missing.
         say: prints a line for people.
     """
 
@@ -29,7 +28,7 @@ class MetricsFile:
         self._folder, self._say = Path(run_folder), say
         self._file: BinaryIO | None = None
         self._pending = b""
-        """Records that a full disk has not taken yet."""
+        """Records that wait for space on a full disk."""
         self._failing = False
 
     def start(self, after_step: int | None, evaluates_again: bool = False) -> None:
@@ -53,14 +52,14 @@ class MetricsFile:
         self._record(progress, {"evaluation": name, **values})
 
     def save(self) -> None:
-        """Flush the records to disk: a checkpoint that survives must find those of its steps."""
+        """Flush the records to disk, so that a checkpoint always has the records of its steps."""
         if self._file is not None:
             with self._tolerant():
                 self._write_pending()
                 os.fsync(self._file.fileno())
 
     def end(self) -> None:
-        """Write what is left, and close the file."""
+        """Write the pending records and close the file."""
         if self._file is not None:
             with self._tolerant():
                 self._write_pending()
@@ -68,7 +67,7 @@ class MetricsFile:
             self._file = None
 
     def _record(self, progress: Progress, values: Mapping[str, Any]) -> None:
-        # JSON knows no NaN: a number that is not finite is kept as null.
+        # JSON has no NaN: non-finite numbers are written as null.
         finite = {
             key: None if isinstance(value, float) and not isfinite(value) else value for key, value in values.items()
         }
@@ -84,7 +83,7 @@ class MetricsFile:
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """Report a full disk once, and end nothing: checkpoints decide on that. Records wait for space."""
+        """Report a full disk once and keep the records; only a failed checkpoint may end the run."""
         try:
             yield
             self._failing = False

@@ -6,16 +6,14 @@ added to :func:`~retemper.engine.observe.reporter.create_observers`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from ..schedule import Progress
 
-Say = Callable[[str], None]
-
 
 class StepRecord(NamedTuple):
-    """A step that is reported: every ``logging.log_interval`` steps, the first and the last one."""
+    """A reported step: every ``logging.log_interval``-th, the first and the last one."""
 
     progress: Progress
     """After the step."""
@@ -23,33 +21,33 @@ class StepRecord(NamedTuple):
     """Numbers by name: loss, learning rate, gradient norm, speed, memory, ..."""
     remaining_steps: int
     seconds_left: float
-    """Estimated, until the end of the run."""
+    """Estimated time until the end of the run."""
     remarks: list[str]
-    """Lines about ranks that keep the others waiting."""
+    """Lines about slow ranks."""
 
 
 class Observer(Protocol):
-    """What is told about a run, on its main rank only."""
+    """Receives the events of a run, on rank 0 only."""
 
     def start(self, after_step: int | None, evaluates_again: bool) -> None:
-        """The run begins or continues. Called again when it has been rolled back.
+        """Handle the start of a run, or its continuation after a rollback.
 
         Args:
-            after_step: the step that it continues from; None when it starts from scratch.
-            evaluates_again: whether the evaluations of ``after_step`` are made again.
+            after_step: the step from which the run continues; None for a new run.
+            evaluates_again: whether the run repeats the evaluations of ``after_step``.
 
         Raises:
             OSError: the run folder cannot be written.
         """
 
     def step(self, record: StepRecord) -> None:
-        """A step has been made."""
+        """Handle a reported step."""
 
     def evaluation(self, progress: Progress, name: str, values: Mapping[str, Any]) -> None:
-        """The validation set ``name`` has been evaluated: ``loss`` and ``perplexity``."""
+        """Handle an evaluation of the validation set ``name``: ``loss`` and ``perplexity``."""
 
     def save(self) -> None:
-        """A checkpoint is about to be written: what was recorded so far must survive where the checkpoint does."""
+        """Flush the records, because a checkpoint is about to be written."""
 
     def end(self) -> None:
-        """The run has ended as planned or as asked."""
+        """Handle the regular end of a run or a requested stop."""

@@ -1,4 +1,4 @@
-"""Throughput, memory and remaining time, and how numbers are written for people."""
+"""Measure throughput and memory, and format numbers for people."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .flops import device_peak_flops
 
 
 class Stopwatch:
-    """Time spent in training steps; evaluation and saving are left out."""
+    """Measures the time in training steps, without evaluation and saving."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Count from now."""
+        """Start from zero."""
         self._since, self._steps = time.perf_counter(), 0
 
     def step_done(self) -> None:
@@ -30,7 +30,7 @@ class Stopwatch:
         self._steps += 1
 
     def lap(self) -> tuple[float, int]:
-        """Seconds and steps since the last lap."""
+        """Return the seconds and steps since the last lap."""
         now = time.perf_counter()
         seconds, steps = now - self._since, max(1, self._steps)
         self._since, self._steps = now, 0
@@ -38,27 +38,27 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside does not count."""
+        """Exclude the time inside."""
         started = time.perf_counter()
         yield
         self._since += time.perf_counter() - started
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: allocated by PyTorch on a GPU, resident set of the process on a CPU."""
+    """Return the peak memory so far: allocated by PyTorch on a GPU, resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def speed(seconds: float, tokens: int, flops_per_token: float, ranks: Ranks) -> dict[str, float]:
-    """What a record says of speed and memory.
+    """Return the values of a record about speed and memory.
 
     Args:
-        seconds: mean of a step.
+        seconds: mean time of a step.
         tokens: of a step, over all ranks.
         flops_per_token: of the model.
-        ranks: that share the work.
+        ranks: all ranks.
     """
     rate = tokens / seconds
     values = {
@@ -74,7 +74,7 @@ def speed(seconds: float, tokens: int, flops_per_token: float, ranks: Ranks) -> 
 
 
 def human(number: float) -> str:
-    """1234567 -> '1.23M'."""
+    """Format 1234567 as '1.23M'."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(number) >= size:
             return f"{number / size:.2f}{unit}"
@@ -82,12 +82,12 @@ def human(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """3725 -> '1:02:05'."""
+    """Format 3725 as '1:02:05'."""
     return str(timedelta(seconds=round(seconds)))
 
 
 def step_line(step: int, remaining_steps: int, tokens: int, values: Mapping[str, Any], seconds_left: float) -> str:
-    """The console line of a step; ``values`` as recorded."""
+    """Return the console line of a step with the recorded ``values``."""
     num_steps = step + remaining_steps
     loss = "no targets" if values["loss"] is None else f"loss {values['loss']:.4f}"
     norm = "" if values["grad_norm"] is None else f" | grad norm {values['grad_norm']:.3f}"

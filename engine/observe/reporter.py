@@ -1,4 +1,4 @@
-"""Measures a run between its reports, and tells its observers."""
+"""Measure a run, and report it to its observers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from ..schedule import BatchPlan, Progress
 from ..step import StepResult
 from .flops import flops_per_token
 from .metrics_file import MetricsFile
-from .observer import Observer, Say, StepRecord
+from .observer import Observer, StepRecord
 from .progress import Stopwatch, speed, step_line
 from .stragglers import Stragglers
 from .tensorboard import TensorBoard
 from .totals import Totals
+from .waiting import Say
 
 
 class ConsoleLines:
-    """Prints a line for each reported step and evaluation."""
+    """An observer that prints a line for each reported step and evaluation."""
 
     def __init__(self, say: Say):
         self._say = say
@@ -54,7 +55,7 @@ class ConsoleLines:
 
 
 def create_observers(config: RunConfig, say: Say) -> list[Observer]:
-    """Return the observers that ``config`` asks for; ``say`` prints a line for people."""
+    """Return the configured observers; ``say`` prints a line for people."""
     folder = Path(config.run_folder)
     observers: list[Observer] = [MetricsFile(folder, say)]
     if config.logging.tensorboard:
@@ -63,7 +64,7 @@ def create_observers(config: RunConfig, say: Say) -> list[Observer]:
 
 
 class Reporter:
-    """Everything that is measured about a run. All ranks call its methods alike, except where they say otherwise.
+    """Measures a run and notifies its observers. All ranks must call its methods, unless stated otherwise.
 
     Args:
         config: of the run.
@@ -115,7 +116,7 @@ class Reporter:
             counts: further numbers for the record.
 
         Returns:
-            loss of all ranks, and gradient norm, by name.
+            loss of all ranks and gradient norm, by name.
         """
         loss, grad_norm = self._ranks.all_reduce(result.loss.item()), result.grad_norm.item()
         stragglers = self.stragglers.report()
@@ -145,12 +146,12 @@ class Reporter:
                 observer.evaluation(progress, name, values)
 
     def save(self) -> None:
-        """A checkpoint is about to be written."""
+        """Notify the observers that a checkpoint is about to be written."""
         for observer in self.observers:
             observer.save()
 
     def end(self, progress: Progress) -> list[str]:
-        """The run has ended. Return lines about all of this start."""
+        """Notify the observers of the end, and return lines about this start of the run."""
         for observer in self.observers:
             observer.end()
         return self.totals.table(progress, self._tokens_per_step, self._ranks)

@@ -1,4 +1,4 @@
-"""The start-up summary: every derived quantity that a user would otherwise work out by hand."""
+"""Describe the start of a run: every derived quantity, and notes about settings and data."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from .progress import duration, human
 from .tokenizer_notes import tokenizer_notes
 
 _MANY_EPOCHS = 4
-_GROUPS_COUNTED = 8  # of each source, to estimate how many documents are cut
+_GROUPS_COUNTED = 8  # per source, to estimate how many documents are cut
 
 
 def describe_start(run: Run) -> list[str]:
-    """Return everything that is logged about ``run`` before its first step."""
-    config, start, catalog, last_sample = run.config, run.start, run.catalog, run.last_sample
+    """Return all lines that are logged before the first step of ``run``."""
+    config, start, catalog, last_sample = run.config, run.start, run.catalog, run.end_sample
     assert start.assets.config is not None
-    was, layout, given = start.resumed, run.mesh.layout._asdict(), config.model.architecture
+    was, layout, given = start.resumed_from, run.mesh.layout._asdict(), config.model.architecture
     validation = next(iter(catalog.validation), None)
     return [
         *(describe_changes(was, config, layout, catalog.fingerprints) if was else []),
@@ -56,9 +56,9 @@ def describe_start(run: Run) -> list[str]:
 
 
 def _budget_used(run: Run) -> list[str]:
-    """A line where the run has trained on more tokens than it is asked for now."""
+    """Return a line if the run has trained on more tokens than now configured."""
     budget, tokens = run.config.training.train_tokens, run.progress.tokens
-    if tokens - budget < run.plan.tokens_per_step:  # the last step is a whole one
+    if tokens - budget < run.plan.tokens_per_step:  # the last step is complete
         return []
     return [
         f"training.train_tokens {budget:,} is less than the {tokens:,} tokens that this run has trained on: "
@@ -67,7 +67,7 @@ def _budget_used(run: Run) -> list[str]:
 
 
 def _situation(run: Run) -> Situation:
-    layout, resumed = run.mesh.layout, run.start.resumed
+    layout, resumed = run.mesh.layout, run.start.resumed_from
     return Situation(
         run.config,
         same_weights=layout.replicate > 1 or layout.tensor > 1,
@@ -80,15 +80,15 @@ def _situation(run: Run) -> Situation:
 
 
 def _describe_weights(run: Run) -> str:
-    """Where the weights come from."""
+    """Return where the weights come from."""
     folder, name = run.start.folder, run.config.model.initialize_from
-    if run.start.resumed:
+    if run.start.resumed_from:
         return f"resumed from {folder} at step {run.progress.step:,}"
     return f"weights of {name or 'a random initialization'}" + (f": {folder}" if folder != name else "")
 
 
 def describe_run(run: Run) -> list[str]:
-    """Lines about model, ranks, step and budget."""
+    """Return lines about model, ranks, step and budget."""
     config, plan, ranks, choices = run.config, run.plan, run.ranks, run.choices
     remaining_steps = run.remaining_steps
     training, architecture, attention = config.training, run.start.architecture, choices.attention
@@ -96,7 +96,7 @@ def describe_run(run: Run) -> list[str]:
     all_pairs, causal_pairs = (
         flops_per_token(architecture, plan.sequence_length, halved, training.trainable) for halved in (False, True)
     )
-    # What arithmetic alone allows. The time that is really left is measured, and stands on the line of every step.
+    # A lower bound by arithmetic. The line of every step has the measured remaining time.
     peak = device_peak_flops(ranks.device)
     seconds = remaining_steps * plan.tokens_per_step * causal_pairs / ((peak or 1.0) * ranks.world_size)
     shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
@@ -123,7 +123,7 @@ def _describe_recompute(config: RunConfig) -> str:
 
 
 def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
-    """When checkpoints are written, and the host memory that this takes.
+    """Return when checkpoints are written, and the host memory that this takes.
 
     Args:
         config: of the run.
@@ -134,7 +134,7 @@ def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
     for held, learns in ((local_part(parameter), parameter.requires_grad) for parameter in parameters):
         of_held = [held.numel() * size for size in (held.dtype.itemsize, *2 * learns * (state_bytes,))]
         sizes += of_held
-        # PyTorch rounds what it pins beside a GPU up to powers of two.
+        # PyTorch rounds pinned memory up to powers of two.
         pinned += sum(1 << (size - 1).bit_length() if held.is_cuda and size else size for size in of_held)
     how = "training waits for each"
     if config.checkpoint.asynchronous:
@@ -149,7 +149,7 @@ def _size(num_bytes: int) -> str:
 
 
 def describe_data(data: DataConfig, catalog: Catalog, order: SampleOrder, last_sample: int) -> list[str]:
-    """Lines about the sources, stages, caps and packing of a run that ends after ``last_sample`` samples."""
+    """Return lines about sources, stages, caps and packing of a run that ends after ``last_sample`` samples."""
     length, curriculum = order.sequence_length, order.curriculum
     given = order.cursors(last_sample)
     sources = ", ".join(
@@ -180,8 +180,8 @@ def describe_data(data: DataConfig, catalog: Catalog, order: SampleOrder, last_s
 
 
 def _describe_packing(data: DataConfig, catalog: Catalog) -> str:
-    # A group costs about a millisecond; all of them would be a pass over the whole index. Sources are seldom alike from
-    # end to end, so groups are taken from all of it.
+    # A group costs about a millisecond; all groups would need a pass over the whole index. Sources vary along their
+    # length, so the sampled groups are spread evenly.
     counts = [count_truncated(source, groups=_spread_groups(source)) for source in catalog.train]
     fitting = sum(count.documents - count.longer for count in counts)
     cut = sum(count.truncated for count in counts) / max(1, fitting)
@@ -194,14 +194,14 @@ def _describe_packing(data: DataConfig, catalog: Catalog) -> str:
 
 
 def _spread_groups(source: Source) -> list[int]:
-    """Numbers of some groups of chunks, evenly spread over ``source``."""
+    """Return the numbers of some groups of chunks, evenly spread over ``source``."""
     groups = -(-source.num_chunks // CHUNKS_PER_GROUP)
     count = min(groups, _GROUPS_COUNTED)
     return [number * groups // count for number in range(count)]
 
 
 def notes(config: RunConfig, catalog: Catalog, assets: HfAssets) -> list[str]:
-    """What a user may not have meant."""
+    """Return notes about settings that may be mistakes."""
     training, lines = config.training, launcher_notes()
     assert assets.config is not None
     max_positions: int | None = assets.config.get("max_position_embeddings")
@@ -220,7 +220,7 @@ def notes(config: RunConfig, catalog: Catalog, assets: HfAssets) -> list[str]:
 
 
 def data_notes(catalog: Catalog, order: SampleOrder, last_sample: int) -> list[str]:
-    """What a user may not have meant by the datasets of a run that ends after ``last_sample`` samples."""
+    """Return notes about the datasets of a run that ends after ``last_sample`` samples."""
     lines, given = [f"note: {remark}" for remark in catalog.remarks], order.cursors(last_sample)
     for source in catalog.train:
         epochs = given[source.name] / source.num_chunks

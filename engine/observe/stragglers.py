@@ -1,12 +1,12 @@
-"""Which rank keeps the others waiting: every rank's own times, told to all on log steps.
+"""Find slow ranks (stragglers) by comparing the times of all ranks on log steps.
 
-Ranks that train together end every step together, so that the length of a step, or of a phase, says nothing of who was
-late. What does is time in which a rank waits for nobody: reading its data, and computing its blocks forward once their
-parameters have been gathered. A rank that is slow there has little to wait for before its blocks; the others have much.
+Ranks end every step together, so the length of a step or of a phase does not show which rank was slow. Compared is the
+time in which a rank does not wait for others: reading its data, and computing the forward pass of its blocks after
+their parameters have been gathered. A slow rank waits little before its blocks, and the others wait long.
 
-Data is timed in every step. Blocks are timed in one step between two reports, with events on the GPU's own clock, which
-are read when the device has passed them anyway. Ranks that share matrices or tokens also wait for each other inside of
-a block: of those, any may be named. Backward passes and the optimizer are not timed.
+Data is timed in every step. Blocks are timed in one step between two reports, with GPU events that are read after the
+device has passed them. Ranks that share matrices or tokens also wait for each other inside of a block, so any of them
+may be reported. Backward passes and the optimizer are not timed.
 """
 
 from __future__ import annotations
@@ -25,45 +25,45 @@ from torch import nn
 from ..parallel.process_group import Ranks
 
 EXCESS = 0.2
-"""Share by which a rank's own time must exceed the others' median in two reports running to be spoken of."""
+"""A rank is slow if its own time exceeds the others' median by this share in two consecutive reports."""
 EXCESS_SECONDS = 0.02
-"""Seconds of a step by which it must exceed it as well: short steps differ by as much for no reason."""
-_MOST_TIMED = 512  # calls of blocks in a step
+"""It must also exceed it by this many seconds of a step: short steps vary as much."""
+_MOST_TIMED = 512  # number of block calls in a step
 _PARTS = {"data": "reading data", "blocks": "the blocks' forward pass"}
 
 
 class Times(NamedTuple):
-    """Seconds of a step on one rank."""
+    """Times of one rank, in seconds per step."""
 
     data: float
-    """Until its samples were there."""
+    """Waiting for its samples."""
     blocks: float
     """Blocks' forward passes."""
     waiting: float
-    """Before its blocks, for their parameters."""
+    """Waiting for the parameters of its blocks."""
 
     @property
     def own(self) -> float:
-        """In which the rank waited for no other."""
+        """Return the time in which the rank did not wait for others."""
         return self.data + self.blocks
 
 
 class Report(NamedTuple):
-    """Of the steps since the last one."""
+    """Comparison of the ranks since the last report."""
 
     values: dict[str, float]
-    """For the record: the slowest rank, its times, and the medians of the others'."""
+    """Values for the record: the slowest rank, its times, and the medians of the others."""
     lines: list[str]
-    """For people; none where no rank is much slower than the others."""
+    """Lines for people, if a rank is much slower than the others."""
 
 
 class Stragglers:
     """Times this rank, and compares it with the others.
 
     Args:
-        ranks: that train together. A single one is not timed.
+        ranks: all ranks. A single one is not timed.
         blocks: of this rank.
-        enabled: whether anything is done at all.
+        enabled: False does nothing.
     """
 
     def __init__(self, ranks: Ranks, blocks: Iterable[nn.Module], enabled: bool):
@@ -82,7 +82,7 @@ class Stragglers:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """A step begins; inside, its data is waited for."""
+        """Time the wait for the data of a step inside."""
         self._timing, self._wanted = self._wanted, False
         began = time.perf_counter()
         yield
@@ -90,7 +90,7 @@ class Stragglers:
         self._steps += 1
 
     def report(self) -> Report:
-        """Compare the ranks. All must call this, where they have waited for the device anyway."""
+        """Compare the ranks. All must call this, after waiting for the device."""
         if not self._active:
             return Report({}, [])
         timed, mine = bool(self._calls), self._own_times()
@@ -99,7 +99,7 @@ class Stragglers:
         return self._compared(_of_all(self._ranks, mine)) if timed else Report({}, [])
 
     def _keeps_time(self) -> bool:
-        """A block is called: whether that is timed. Evaluations, which keep no gradients, are not."""
+        """Return whether to time this call of a block. Evaluations, which keep no gradients, are not timed."""
         if not self._timing or not torch.is_grad_enabled():
             return False
         self._calls += 1
@@ -136,7 +136,7 @@ class Stragglers:
 
 
 def _of_all(ranks: Ranks, mine: Times) -> list[Times]:
-    """The times of every rank: one sum of a small table, far quicker than exchanging objects."""
+    """Return the times of all ranks: one sum of a small table, much faster than exchanging objects."""
     table = torch.zeros(ranks.world_size, len(mine), dtype=torch.float64)
     table[ranks.rank] = torch.tensor(mine, dtype=torch.float64)
     dist.all_reduce(table)
@@ -144,7 +144,7 @@ def _of_all(ranks: Ranks, mine: Times) -> list[Times]:
 
 
 class _HostClock:
-    """Where the host computes."""
+    """Times on the CPU."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -154,7 +154,7 @@ class _HostClock:
 
 
 class _DeviceClock:
-    """Moments in the work of the current stream, which also waits for what a collective brings."""
+    """Times on the GPU's current stream, which also waits for collectives."""
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -166,9 +166,9 @@ class _DeviceClock:
 
 
 class _BlockTimer:
-    """Marks when a block is called, when it has its parameters, and when it is through.
+    """Records when a block is called, when it has its parameters, and when it ends.
 
-    FSDP gathers parameters in a hook of its own, which was there before: one of these comes before it, one after it.
+    FSDP gathers parameters in its own hook, which is registered already: one of these runs before it, one after it.
     """
 
     def __init__(self, clock: _HostClock | _DeviceClock, wanted: Callable[[], bool], marks: list[tuple[Any, Any, Any]]):

@@ -1,4 +1,4 @@
-"""TensorBoard events: an extra that never ends a run, whatever its libraries raise."""
+"""Write TensorBoard events. Errors of its libraries never end a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .observer import StepRecord
 
 
 class TensorBoard:
-    """Writes scalars until something fails, which is logged once.
+    """Writes scalars until the first failure, which is logged once.
 
     Args:
         run_folder: the events go to a folder in it.
@@ -25,8 +25,7 @@ class TensorBoard:
         self._writer: Any = None
 
     def start(self, after_step: int | None, evaluates_again: bool = False) -> None:
-        """See :class:`~retemper.engine.observe.observer.Observer`. Records after ``after_step``, of a run before, are
-        hidden."""
+        """See :class:`~retemper.engine.observe.observer.Observer`. Hides earlier records after ``after_step``."""
         self.end()
         with self._tolerant("cannot be used"):
             from torch.utils.tensorboard import SummaryWriter
@@ -46,14 +45,14 @@ class TensorBoard:
         """See :class:`~retemper.engine.observe.observer.Observer`."""
 
     def end(self) -> None:
-        """Write what is left."""
+        """Write the pending events."""
         if self._writer is not None:
             with self._tolerant(f"cannot write to {self._folder}"):
                 self._writer.close()
             self._writer = None
 
     def _record(self, step: int, values: Mapping[str, Any], group: str) -> None:
-        """Keep the numbers of ``values`` as scalars named ``group/key``."""
+        """Write the numbers of ``values`` as scalars named ``group/key``."""
         if self._writer is None:
             return
         with self._tolerant(f"cannot write to {self._folder}"):
@@ -64,7 +63,7 @@ class TensorBoard:
 
     @contextmanager
     def _tolerant(self, what: str) -> Iterator[None]:
-        # Any exception: of NumPy, protobuf, setuptools or a codec. Importing them has ended with SystemExit as well.
+        # Any exception of NumPy, protobuf, setuptools or a codec. Their import has also raised SystemExit.
         try:
             yield
         except (Exception, SystemExit) as error:

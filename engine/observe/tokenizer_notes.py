@@ -1,7 +1,7 @@
-"""Whether the datasets of a run were made as the model's tokenizer makes texts: what a user may not have meant.
+"""Note differences between the datasets of a run and the texts of the model's tokenizer.
 
-A dataset of another tokenizer is refused when it is opened (data/catalog.py). Here are the remarks: a model without a
-tokenizer, and documents that begin with a BOS where the model's texts do not, or the other way around.
+data/catalog.py refuses a dataset of another tokenizer. The notes here are about a model without a tokenizer, and about
+documents that begin with a BOS although the model's texts do not, or the other way around.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..data.sidecar import Sidecar
 from ..tokenizer.frame import TokenizerFrame, describe_tokens, ids_of
 
 _DOCUMENTS_SAMPLED = 16
-"""Documents of a dataset without a record of its BOS whose first tokens are read: a few milliseconds."""
+"""Number of documents that are read from a dataset without a record of its BOS: a few milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class _Dataset:
     prefix: str
     sidecar: Sidecar | None
     bos: str
-    """What its documents begin with; empty: no BOS."""
+    """The BOS with which its documents begin; may be empty."""
 
 
 def tokenizer_notes(catalog: Catalog, frame: TokenizerFrame | None, has_tokenizer: bool) -> list[str]:
@@ -33,8 +33,8 @@ def tokenizer_notes(catalog: Catalog, frame: TokenizerFrame | None, has_tokenize
 
     Args:
         catalog: the run's datasets.
-        frame: what the model's tokenizer puts around a text; None where that is not known.
-        has_tokenizer: whether the model has a tokenizer at all.
+        frame: tokens that the model's tokenizer puts around a text; None if unknown.
+        has_tokenizer: whether the model has a tokenizer.
     """
     sources = [*catalog.train, *(source for named in catalog.validation.values() for source in named)]
     datasets = [
@@ -92,7 +92,7 @@ def _facts(dataset: IndexedDataset, frame: TokenizerFrame | None) -> _Dataset:
 
 
 def _most_begin_with(dataset: IndexedDataset, ids: tuple[int, ...]) -> bool:
-    """Whether more than half of some documents, evenly spread, begin with ``ids``."""
+    """Return whether more than half of some evenly spread documents begin with ``ids``."""
     places = {dataset.next_boundary(i * dataset.num_tokens // _DOCUMENTS_SAMPLED) for i in range(_DOCUMENTS_SAMPLED)}
     starts = [place for place in places if place + len(ids) <= dataset.num_tokens]
     return 2 * sum(np.array_equal(dataset.tokens(start, start + len(ids)), ids) for start in starts) > len(starts)

@@ -28,27 +28,27 @@ class LossRange:
 
 @dataclass
 class Totals:
-    """Adds up what a start of a run does."""
+    """Adds up steps, time and losses since the start or resume of a run."""
 
     start: Progress
     began: float = field(default_factory=time.perf_counter)
     step_seconds: float = 0.0
-    """Spent in steps: without evaluations and waiting for checkpoints."""
+    """Time in steps, without evaluations and waits for checkpoints."""
     steps: int = 0
     losses: dict[str, LossRange] = field(default_factory=dict)
 
     def add_steps(self, seconds: float, steps: int) -> None:
-        """Note steps that have been made, and the time they took."""
+        """Add ``steps`` steps that took ``seconds``."""
         self.step_seconds += seconds
         self.steps += steps
 
     @property
     def mean_step_seconds(self) -> float:
-        """Mean over all steps of this start."""
+        """Return the mean over all steps."""
         return self.step_seconds / max(1, self.steps)
 
     def add_loss(self, name: str, step: int, loss: float) -> None:
-        """Note a loss of the training, or of a validation set."""
+        """Add a loss of the training or of a validation set."""
         if not isfinite(loss):
             return
         new, known = (loss, step), self.losses.get(name)
@@ -57,11 +57,11 @@ class Totals:
         )  # fmt: skip
 
     def table(self, end: Progress, tokens_per_step: int, ranks: Ranks) -> list[str]:
-        """The lines. All ranks must call this."""
+        """Return the lines of the table. All ranks must call this."""
         memory = max(ranks.all_gather(peak_memory_bytes(ranks.device)))
         seconds = time.perf_counter() - self.began
         speed = self.steps * tokens_per_step / self.step_seconds if self.step_seconds else 0.0
-        tokens = max(0, end.tokens - self.start.tokens)  # it may have gone back to a step before its start
+        tokens = max(0, end.tokens - self.start.tokens)  # negative after a rollback to before the start
         lines = [
             f"tokens      {tokens:,} ({human(tokens)}) in this start, {end.tokens:,} in all; step {end.step:,}",
             f"time        {duration(seconds)}, {duration(self.step_seconds)} of it in steps: {speed:,.0f} tokens/s, "

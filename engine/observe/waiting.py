@@ -1,4 +1,4 @@
-"""Work that takes long says so: a bar in a terminal, a line now and then in a file."""
+"""Show the progress of long work: a bar in a terminal, a line every 30 seconds otherwise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Say = Callable[[str], None]
 
 
 def rank0_printer(active: bool) -> Callable[..., None]:
-    """Return what prints lines for people; nothing where this rank is not ``active``."""
+    """Return a function that prints lines for people, or does nothing unless ``active``."""
 
     def say(*lines: str) -> None:
         for line in lines if active else ():
@@ -29,7 +29,7 @@ def rank0_printer(active: bool) -> Callable[..., None]:
 
 @contextmanager
 def report_if_slow(what: str, say: Say) -> Iterator[None]:
-    """While the body runs for long, ``say`` so: after 10 seconds, and then every 30.
+    """Print the elapsed time of slow work inside: after 10 seconds, and then every 30.
 
     Args:
         what: the work, in words.
@@ -53,13 +53,13 @@ def report_if_slow(what: str, say: Say) -> Iterator[None]:
 
 
 class ProgressBar:
-    """Progress of work whose amount is known.
+    """Shows the progress of work of a known amount.
 
     Args:
         what: the work, in words.
         total: its amount.
         say: prints a line.
-        active: whether this rank prints at all.
+        active: whether this rank prints.
     """
 
     def __init__(self, what: str, total: int, say: Say, active: bool = True):
@@ -77,7 +77,7 @@ class ProgressBar:
             self._bar.close()
 
     def update(self, amount: int) -> None:
-        """So much more is done."""
+        """Add ``amount`` of finished work."""
         self._done += amount
         if self._bar is not None:
             self._bar.update(amount)

@@ -127,7 +127,7 @@ def update_chunk(
     keys: Tensor,
     skip: Tensor,
 ) -> None:
-    """Do one step of AdamW in place. All arithmetic is fp32; bf16 tensors are written with stochastic rounding.
+    """Update one chunk by AdamW in place. All arithmetic is fp32; bf16 tensors are written with stochastic rounding.
 
     Args:
         weight, gradient, exp_avg, exp_avg_sq: [rows, columns], each fp32 or bf16.

@@ -1,4 +1,4 @@
-"""The passes of a step: what the micro-batches of a rank do with its part of the model, and what comes of it."""
+"""Compute losses and gradients of a rank's micro-batches with its part of the model."""
 
 from __future__ import annotations
 
@@ -39,52 +39,56 @@ class BatchPreparer:
 
 
 class ModelParts:
-    """This rank's decoders: one, or with some pipelines several. Parameters bear their names in the whole model."""
+    """This rank's decoders: one, or several with some pipelines. Parameters have their names in the whole model."""
 
     def __init__(self, decoders: list[Decoder]):
         self.decoders = decoders
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter of this rank, by name."""
+        """Return every parameter of this rank by name."""
         for decoder in self.decoders:
             yield from decoder.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """As :meth:`named_parameters`, without the names."""
+        """Return every parameter of this rank."""
         return (parameter for _, parameter in self.named_parameters())
 
     def blocks(self) -> Iterator[nn.Module]:
-        """The transformer blocks of this rank."""
+        """Return the transformer blocks of this rank."""
         return (block for decoder in self.decoders for block in decoder.model.blocks)
 
     def unique_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of which no former stage has a copy: an embedding that is also the head lies at both ends."""
+        """Return the parameters without those that an earlier stage has as well: a tied head."""
         for decoder in self.decoders:
             copied = decoder.is_last and not decoder.is_first and decoder.architecture.tie_word_embeddings
             yield from (p for p in decoder.parameters() if not (copied and p is decoder.head_weight))
 
 
 class ForwardBackward(Protocol):
-    """How a rank computes a step. Losses are [] on the device and this rank's part: their sum over all ranks counts."""
+    """Computes the losses and gradients of a step.
 
-    def train(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
-        """Gradients of the sum of losses over ``num_targets``, added up over micro-batches and ranks; that loss, fp32.
+    Losses are [] on the device and only this rank's part: the loss is their sum over all ranks.
+    """
 
-        Dividing by the targets of the *global* batch makes every token count the same, however unevenly documents,
-        ranks and micro-batches share them.
+    def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+        """Accumulate gradients over micro-batches and ranks, and return the loss in fp32.
+
+        The loss is divided by ``num_targets`` of the *global* batch, so that every token counts the same, however
+        unevenly they are distributed to documents, ranks and micro-batches. ``on_phase`` is called with the name of
+        each phase that begins.
         """
 
     def evaluate(self, batches: list[Batch]) -> Tensor:
-        """Sum of losses, fp64, without gradients."""
+        """Return the sum of losses in fp64, without gradients."""
 
 
 class NonPipelined:
-    """Micro-batches one after the other: this rank has all layers."""
+    """Computes micro-batches one after the other on a rank with all layers."""
 
     def __init__(self, model: Decoder, prepare: BatchPreparer, reduce_every_micro_batch: bool):
         self._model, self._prepare, self._reduce_every = model, prepare, reduce_every_micro_batch
 
-    def train(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+    def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """See :class:`ForwardBackward`."""
         loss = torch.zeros((), device=self._prepare.device)
         for number, batch in enumerate(batches, 1):
@@ -106,10 +110,10 @@ class NonPipelined:
         return counted_once(total, self._prepare.mesh)
 
     def loss_sum(self, batch: Batch) -> Tensor:
-        """[] fp32, the losses of this rank's tokens."""
+        """Return [] fp32: the sum of the losses of this rank's tokens."""
         return self._model(self._prepare(batch))
 
 
 def counted_once(loss: Tensor, mesh: Mesh) -> Tensor:
-    """``loss`` on one of the ranks that share matrices, which all know it; zero on the others."""
+    """Return ``loss`` on the first of the tensor-parallel ranks, which all have it, and zero on the others."""
     return loss if mesh.coordinate.tensor == 0 else torch.zeros_like(loss)

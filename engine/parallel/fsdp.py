@@ -95,12 +95,6 @@ def copy_full_(parameter: Tensor, values: Tensor) -> None:
     parameter.to_local().copy_(values[mine])
 
 
-def local_shard(parameter: Tensor) -> Tensor:
-    """Return the part of a sharded parameter that this rank holds."""
-    assert isinstance(parameter, DTensor)
-    return parameter.to_local()
-
-
 def reduce_gradients(model: Decoder, now: bool) -> None:
     """Set whether the next backward pass sums gradients over ranks, or only over micro-batches on this rank (in
     fp32).

@@ -1,8 +1,8 @@
 """Compare the minimum memory of a run's weights, gradients and optimizer states with the available memory.
 
-A run is refused only if arithmetic alone excludes it, before anything is allocated: a machine that runs out of memory
-kills
-processes, often others than the run. Activations and buffers are not included; ``tools/plan.py`` estimates those.
+A run is refused before anything is allocated, and only if arithmetic alone excludes it: a machine that runs out of
+memory kills processes, often other ones than the run. Activations and buffers are not included; ``tools/plan.py``
+estimates them.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ class Pipelined:
             scale_grads=False,
         )
 
-    def train(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+    def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """Train, see :class:`~retemper.engine.parallel.forward_backward.ForwardBackward`.
 
         Forward and backward passes alternate: all of them are the phase "forward"."""

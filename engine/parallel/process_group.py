@@ -75,7 +75,7 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def run_on_all(self, action: Callable[[], Result]) -> Result:
+    def fail_together(self, action: Callable[[], Result]) -> Result:
         """Run ``action`` on every rank. If it fails on some, all raise, so that no rank waits for another forever.
 
         Raises:

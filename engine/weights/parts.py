@@ -203,7 +203,7 @@ def load_parts(
         for name in sorted(tensors, key=lambda name: min((part.path for part in source.parts[name]), default=Path())):
             source.load(name, tensors[name], check)
 
-    ranks.run_on_all(load)
+    ranks.fail_together(load)
 
 
 def all_ranks(group: dist.ProcessGroup | None, distributed: bool) -> Ranks:

@@ -21,7 +21,7 @@ from .damage import DamagedCheckpoint
 from .tensor_source import StoredTensor
 
 SUFFIX = ".safetensors"
-DTYPES = {
+DTYPE_OF_CODE = {
     "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,8 +36,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Dtypes by their names in a header, in the order in which their tensors are written."""
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ORDER = {dtype: place for place, dtype in enumerate(CODES)}
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
+_ORDER = {dtype: place for place, dtype in enumerate(CODE_OF_DTYPE)}
 _MOST_HEADER_BYTES = 100_000_000
 """Longest header that the safetensors library reads."""
 
@@ -69,7 +69,7 @@ def make_header(tensors: Mapping[str, StoredTensor]) -> tuple[bytes, dict[str, i
     for name, tensor in tensors.items():
         starts[name], end = end, end + tensor.num_bytes
         header[name] = {
-            "dtype": CODES[tensor.dtype],
+            "dtype": CODE_OF_DTYPE[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [starts[name], end],
         }
@@ -113,7 +113,8 @@ def _parse(descriptor: int) -> dict[str, HeaderEntry]:
             raise ValueError(f"{name[:100]} is at {start} to {stop}, byte {end} comes next")
         if not isinstance(item["dtype"], str) or not is_shape(item["shape"]):
             raise ValueError(f"{name[:100]} has no dtype or no shape")
-        if item["dtype"] in DTYPES and stop - start != math.prod(item["shape"]) * DTYPES[item["dtype"]].itemsize:
+        dtype = DTYPE_OF_CODE.get(item["dtype"])
+        if dtype is not None and stop - start != math.prod(item["shape"]) * dtype.itemsize:
             raise ValueError(f"{name[:100]} of {item['dtype']} {item['shape']} has {stop - start:,} bytes")
         entries[name] = HeaderEntry(item["dtype"], tuple(item["shape"]), first + start)
         end = stop

@@ -25,7 +25,7 @@ from .coverage import Box, coverage_problem
 from .damage import TABLE_FILE
 from .parts import all_ranks, box_of
 from .raw_bytes import bytes_of
-from .safetensors_format import CODES, SUFFIX, in_file_order, make_header
+from .safetensors_format import CODE_OF_DTYPE, SUFFIX, in_file_order, make_header
 from .table import TableEntry, write_table
 from .tensor_source import StoredTensor
 
@@ -75,7 +75,7 @@ def save_tensors(
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
         return records
 
-    return ranks.run_on_all(write)
+    return ranks.fail_together(write)
 
 
 def _file_of(rank: int) -> str:
@@ -114,7 +114,7 @@ def _assign(held: Sequence[Mapping[str, Held]]) -> tuple[dict[str, TableEntry], 
     for rank, of_rank in enumerate(held):
         for name, (shape, dtype, box) in of_rank.items():
             stored = StoredTensor(shape, dtype)
-            if dtype not in CODES or table.setdefault(name, TableEntry(stored, [])).tensor != stored:
+            if dtype not in CODE_OF_DTYPE or table.setdefault(name, TableEntry(stored, [])).tensor != stored:
                 raise UserError(f"{name}: {shape} of {dtype} on rank {rank} cannot be saved")
             if 0 not in box[1]:
                 holders.setdefault((name, box), []).append(rank)

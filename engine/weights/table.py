@@ -24,7 +24,7 @@ from ..files.regular import read_regular
 from .coverage import Box
 from .damage import TABLE_FILE, DamagedCheckpoint, brief, file_inside
 from .parts import Part, TensorParts
-from .safetensors_format import CODES, DTYPES, HeaderEntry, is_shape, read_header
+from .safetensors_format import CODE_OF_DTYPE, DTYPE_OF_CODE, HeaderEntry, is_shape, read_header
 from .tensor_source import StoredTensor, rows_of
 
 _MOST_TABLE_BYTES = 1 << 30
@@ -49,7 +49,7 @@ def write_table(folder: Path, entries: Mapping[str, TableEntry]) -> FileRecord:
     tensors = {
         name: {
             "shape": entry.tensor.shape,
-            "dtype": CODES[entry.tensor.dtype],
+            "dtype": CODE_OF_DTYPE[entry.tensor.dtype],
             "parts": [(numbers.setdefault(file, len(numbers)), *box) for file, box in entry.parts],
         }
         for name, entry in entries.items()
@@ -89,9 +89,9 @@ def _parse(content: Any, folder: Path, path: Path) -> TensorParts:
     for name, item in tensors.items():
         if not isinstance(item, dict) or item.keys() != {"shape", "dtype", "parts"}:
             raise ValueError(f"{brief(name)} is not described by shape, dtype and parts")
-        if not is_shape(item["shape"]) or not isinstance(item["dtype"], str) or item["dtype"] not in DTYPES:
+        if not is_shape(item["shape"]) or not isinstance(item["dtype"], str) or item["dtype"] not in DTYPE_OF_CODE:
             raise ValueError(f"{brief(name)} has shape {brief(item['shape'])}, dtype {brief(item['dtype'])}")
-        stored[name] = StoredTensor(tuple(item["shape"]), DTYPES[item["dtype"]])
+        stored[name] = StoredTensor(tuple(item["shape"]), DTYPE_OF_CODE[item["dtype"]])
         parts[name] = [_part(part, name, stored[name], opened) for part in _list(item["parts"])]
     return TensorParts(path, stored, parts)
 
@@ -126,10 +126,10 @@ class _SafetensorsFile:
         if self._header is None:
             self._header = read_header(self.path, descriptor)
         entry = self._header.get(name)
-        if entry is None or (entry.shape, entry.dtype) != (stored.shape, CODES[stored.dtype]):
+        if entry is None or (entry.shape, entry.dtype) != (stored.shape, CODE_OF_DTYPE[stored.dtype]):
             there = f"{list(entry.shape)}, {entry.dtype} there" if entry else "not there"
+            listed = f"{list(stored.shape)}, {CODE_OF_DTYPE[stored.dtype]}"
             raise DamagedCheckpoint(
-                f"{self.path}: {name} is {there}, {TABLE_FILE} says {list(stored.shape)}, {CODES[stored.dtype]}; use "
-                "another checkpoint"
+                f"{self.path}: {name} is {there}, {TABLE_FILE} says {listed}; use another checkpoint"
             )
         return entry.start

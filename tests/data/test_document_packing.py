@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retemper.engine.data.curriculum import Curriculum, CurriculumStage, SourceWeight
-from retemper.engine.data.document_packing import CHUNKS_PER_GROUP, DocumentPacker
+from retemper.engine.data.document_packing import CHUNKS_PER_GROUP
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.packing import pack
 from retemper.engine.data.sample_order import SampleOrder, SourceSize
@@ -40,18 +40,8 @@ def make_source(folder: Path, lengths: list[int], length: int, mask: list[bool] 
 
 def with_packing(source: Source, mode: tuple[str, str], seed: int = 1, chunks_per_group: int = 4) -> Source:
     """``source`` in groups of so few chunks that small datasets have several."""
-    layout = source.with_packing(*mode, seed).packer
-    small = DocumentPacker(
-        layout.dataset,
-        layout.start,
-        layout.num_chunks,
-        layout.sequence_length,
-        layout.key,
-        layout.packing,
-        layout.every_epoch,
-        chunks_per_group,
-    )
-    return dataclasses.replace(source, packer=small)
+    packer = source.with_packing(*mode, seed).packer
+    return dataclasses.replace(source, packer=dataclasses.replace(packer, chunks_per_group=chunks_per_group))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
     assert plateau.progress.tokens >= 2_000
 
     # 2: a fresh optimizer and clock, the weights of the other run.
-    assert medicine.start.resumed is None and medicine.progress.step == -(-500 // (4 * 32))
+    assert medicine.start.resumed_from is None and medicine.progress.step == -(-500 // (4 * 32))
     stored = json.loads(
         Path("runs/medicine/checkpoints", f"step-{medicine.progress.step:08d}", "manifest.json").read_text()
     )

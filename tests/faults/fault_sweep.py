@@ -60,6 +60,6 @@ def find(run_folder: Path) -> tuple[Path | None, str]:
     store = CheckpointStore(run_folder, Ranks(0, 1, torch.device("cpu")), keep_last=1, keep_best=False)
     try:
         found = store.resolve("auto")
-        return found, "; ".join(store.quarantine())
+        return found and found[0], "; ".join(store.quarantine())
     except UserError as error:
         return None, str(error)

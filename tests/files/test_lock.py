@@ -87,7 +87,7 @@ def test_an_error_of_the_disk_is_no_lock(tmp_path, monkeypatch):
 def test_a_run_that_was_overtaken_while_it_started_is_refused(change, one_rank, run_folder):
     """Otherwise it would go on from an old checkpoint, and drop the records that the other run has made since."""
     store = CheckpointStore(run_folder, one_rank, 9, False)
-    assert store.resolve("auto").name == "step-00000012"
+    assert store.resolve("auto")[0].name == "step-00000012"
     if change == "written":
         saved_runs.save(one_rank, run_folder, 16)
     else:

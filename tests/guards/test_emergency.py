@@ -87,7 +87,7 @@ def fail_in(run, phase, patch, error):
         def spoil():
             next(iter(run.model.parameters())).to_local().view(-1)[3] = float("nan")
 
-        failing(run.forward_backward, "train", spoil)
+        failing(run.forward_backward, "accumulate_gradients", spoil)
 
 
 def train(ranks, path, overrides, phase, error):

@@ -74,10 +74,10 @@ def test_the_rank_that_is_the_cause_is_named_by_all_others(launch, event, reason
         if "SIGKILL" in event:  # the failed collective has shortened the wait
             assert int(found[1]) >= 1
         assert "rank 0" not in line and "rank 1" not in line
-        assert ("where each thread stands" in run.say(rank)) == ("raise" not in event)
+        assert ("stacks of all threads" in run.say(rank)) == ("raise" not in event)
     if "sleep" in event:  # the one at fault says where it is
         assert run.wait([2]) == [1]
-        stacks = run.say(2).partition("[rank 2] where each thread stands")[2]
+        stacks = run.say(2).partition("[rank 2] stacks of all threads")[2]
         assert re.search(r'^  File "<string>", line \d+ in main$', stacks, re.MULTILINE)
     if "raise" in event:
         assert run.wait([2]) == [1]

@@ -170,7 +170,7 @@ def test_a_step_that_hangs_ends_with_the_stacks_of_all_threads(processes, run_fi
     case = Case(processes, run_file, tmp_path / "run", "deaf step", "--parallel.timeout_seconds", "1")
     assert case.end(go_on=False) == 1
     stacks, _, end = case.said().partition("error: ")
-    assert "where each thread stands" in stacks and "stop_cases.py" in stacks and "in waiting" in stacks
+    assert "stacks of all threads" in stacks and "stop_cases.py" in stacks and "in waiting" in stacks
     assert end.startswith("step 6, data: no progress for ") and "parallel.timeout_seconds" in end
     assert _checkpoints(tmp_path / "run") == ["step-00000004"]
 

@@ -24,13 +24,13 @@ def train(ranks: Ranks, path: Path, overrides: list[str], faults: dict[int, str]
     ``spike``, loss and gradients 50 times as large (on all ranks); ``weight``, a NaN in a weight.
     """
     run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
-    forward_backward_train = run.forward_backward.train
+    accumulate_gradients = run.forward_backward.accumulate_gradients
 
     def faulty(*arguments):
         fault = faults.get(run.progress.step + 1)
         if fault == "weight":
             _break(next(iter(run.model.parameters())))
-        loss = forward_backward_train(*arguments)
+        loss = accumulate_gradients(*arguments)
         if fault == "spike":
             for parameter in run.model.parameters():
                 parameter.grad.mul_(50)
@@ -41,7 +41,7 @@ def train(ranks: Ranks, path: Path, overrides: list[str], faults: dict[int, str]
             _break(next(iter(run.model.parameters())).grad)
         return loss * float("inf") if fault == "loss" else loss
 
-    run.forward_backward.train = faulty
+    run.forward_backward.accumulate_gradients = faulty
     try:
         pretrain.train(run)
     except UserError as error:
@@ -116,11 +116,11 @@ def train_on_bad_samples(
         killed_in: what the run dies of: ``rewind``, before weights are read; a number: so many steps after a rewind.
     """
     run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
-    forward_backward_train, discard_after = run.forward_backward.train, run.store.discard_after
+    accumulate_gradients, discard_after = run.forward_backward.accumulate_gradients, run.store.discard_after
     left = math.inf
 
     def train(*arguments):
-        loss = forward_backward_train(*arguments)
+        loss = accumulate_gradients(*arguments)
         if run.progress.samples not in bad:
             return loss
         for parameter in run.model.parameters():
@@ -142,7 +142,7 @@ def train_on_bad_samples(
             raise Killed
         left -= 1
 
-    run.forward_backward.train, run.store.discard_after = train, abandoning
+    run.forward_backward.accumulate_gradients, run.store.discard_after = train, abandoning
     tiny_run.before_step(run, count_down)
     try:
         pretrain.train(run)

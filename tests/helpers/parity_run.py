@@ -94,15 +94,15 @@ def five_steps(ranks: Ranks, path: Path, overrides: list[str]) -> Outcome:
     """Train on this rank with the others."""
     run = pretrain.build(parse_config(["--config", str(path), *overrides]), ranks)
     gradients: dict[str, Tensor] = {}
-    forward_backward_train = run.forward_backward.train
+    accumulate_gradients = run.forward_backward.accumulate_gradients
 
     def train(*arguments: Any) -> Tensor:
-        loss = forward_backward_train(*arguments)
+        loss = accumulate_gradients(*arguments)
         if not gradients:
             gradients.update(_whole({name: p.grad for name, p in run.model.named_parameters()}))
         return loss
 
-    run.forward_backward.train = train  # type: ignore[method-assign]
+    run.forward_backward.accumulate_gradients = train  # type: ignore[method-assign]
     losses, norms = [], []
     for step in range(STEPS):
         batches = run.data.micro_batches(step * GLOBAL_BATCH)
@@ -117,7 +117,7 @@ def run_until(ranks: Ranks, path: Path, overrides: list[str], last_step: int) ->
     """The run, evaluations and checkpoints and all; left without ceremony when it begins a step after ``last_step``."""
     run = pretrain.build(parse_config(["--config", str(path), *overrides]), ranks)
 
-    forward_backward_train = run.forward_backward.train
+    accumulate_gradients = run.forward_backward.accumulate_gradients
 
     class Left(BaseException):
         pass
@@ -126,9 +126,9 @@ def run_until(ranks: Ranks, path: Path, overrides: list[str], last_step: int) ->
         if run.progress.step == last_step:
             run.saver.wait()
             raise Left
-        return forward_backward_train(*arguments)
+        return accumulate_gradients(*arguments)
 
-    run.forward_backward.train = train  # type: ignore[method-assign]
+    run.forward_backward.accumulate_gradients = train  # type: ignore[method-assign]
     with contextlib.suppress(Left):
         pretrain.train(run)
 

@@ -73,7 +73,7 @@ def resolve(ranks: Ranks, run_folder: Path, resume: str = "auto") -> tuple[str, 
         found = store.resolve(resume)
     except UserError as error:
         return str(error), []
-    return found.name if found else "fresh", store.quarantine()
+    return found[0].name if found else "fresh", store.quarantine()
 
 
 def resolve_where_rank_1_sees_damage(ranks: Ranks, run_folder: Path) -> tuple[str, list[str]]:

@@ -17,7 +17,7 @@ from retemper.engine.errors import run_command
 from retemper.engine.guards import stop_request
 from retemper.engine.observe import start_summary
 from retemper.engine.parallel.forward_backward import NonPipelined
-from retemper.engine.start import Start
+from retemper.engine.start import RandomStart
 from retemper.engine.weights.checkpoint import store
 
 AFTER_STEPS = 5
@@ -34,7 +34,7 @@ def command(arguments: list[str], phase: str, pipe: Connection, output: Path) ->
     stop_request.GRACE_SECONDS = 0.3
     owner, name, due = {
         "reading": (pretrain, "parse_config", lambda *_: True),
-        "loading": (Start, "load_into", lambda *_: True),
+        "loading": (RandomStart, "load_into", lambda *_: True),
         "first report": (start_summary, "describe_start", lambda *_: True),
         "step": (step, "train_step", _after_steps()),
         "deaf step": (step, "train_step", _after_steps()),

@@ -110,13 +110,13 @@ def train_until(ranks: Ranks, path: Path, overrides: list[str], step: int) -> No
 
 def before_step(run: Run, action: Callable[[], object]) -> None:
     """Call ``action`` in every step of ``run`` between its data and its passes."""
-    forward_backward_train = run.forward_backward.train
+    accumulate_gradients = run.forward_backward.accumulate_gradients
 
     def train_after(*arguments):
         action()
-        return forward_backward_train(*arguments)
+        return accumulate_gradients(*arguments)
 
-    run.forward_backward.train = train_after
+    run.forward_backward.accumulate_gradients = train_after
 
 
 def refusal(ranks: Ranks, path: Path, overrides: list[str]) -> str:
@@ -133,7 +133,7 @@ def first_gradients(ranks: Ranks, path: Path, overrides: list[str]) -> dict[str,
     run = pretrain.build(configure(path, *overrides), ranks)
     batches = run.data.micro_batches(0)
     num_targets = ranks.all_reduce(count_targets(batches, run.mesh))
-    run.forward_backward.train(batches, num_targets, lambda phase: None)
+    run.forward_backward.accumulate_gradients(batches, num_targets, lambda phase: None)
     return gradients(run)
 
 

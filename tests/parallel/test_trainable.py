@@ -55,7 +55,7 @@ def present_gradients(ranks, path: Path, overrides: list[str]) -> dict[str, torc
     run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
     batches = run.data.micro_batches(0)
     num_targets = ranks.all_reduce(tiny_run.count_targets(batches, run.mesh))
-    run.forward_backward.train(batches, num_targets, lambda phase: None)
+    run.forward_backward.accumulate_gradients(batches, num_targets, lambda phase: None)
     return {name: None if p.grad is None else p.grad.full_tensor().clone() for name, p in run.model.named_parameters()}
 
 

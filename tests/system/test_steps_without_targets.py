@@ -71,7 +71,7 @@ def gradients_where_one_rank_has_none(ranks, path, overrides):
     batches = run.data.micro_batches(0)
     mine = batches if ranks.is_main else [batch.without_targets() for batch in batches]
     count = ranks.all_reduce(tiny_run.count_targets(mine, run.mesh))
-    run.forward_backward.train(mine, count, lambda phase: None)
+    run.forward_backward.accumulate_gradients(mine, count, lambda phase: None)
     return tiny_run.gradients(run), batches, count
 
 
@@ -79,7 +79,7 @@ def test_a_rank_without_targets_adds_nothing(two_ranks, one_rank, run_file, tmp_
     overrides = ["--run_folder", str(tmp_path)]
     (shared, batches, count), _ = two_ranks.run(gradients_where_one_rank_has_none, run_file, overrides)
     alone = pretrain.build(tiny_run.configure(run_file, *overrides), one_rank)
-    alone.forward_backward.train(batches, count, lambda phase: None)
+    alone.forward_backward.accumulate_gradients(batches, count, lambda phase: None)
     expected = tiny_run.gradients(alone)
     assert count == sum(batch.num_targets for batch in batches) and shared.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -212,13 +212,25 @@ def test_tensors_that_overlap_or_leave_a_gap_are_refused(folder):
     length = int.from_bytes(whole[:8], "little")
     for shift in (-4, 4):
         header = json.loads(whole[8 : 8 + length])
-        header["vector" if "vector" in header else next(k for k in header if k != "__metadata__")]["data_offsets"] = [
-            place + shift for place in (4, 8)
-        ]
+        entry = header["vector" if "vector" in header else next(k for k in header if k != "__metadata__")]
+        entry["data_offsets"] = [place + shift for place in entry["data_offsets"]]
         text = json.dumps(header).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
         with pytest.raises(UserError, match=rf"^{path}: truncated or not a safetensors file [^\n]* comes next"):
             load(folder)
+
+
+def test_a_tensor_of_another_size_than_its_shape_is_refused(folder):
+    path, whole = folder / FIRST, (folder / FIRST).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    first, second = sorted((k for k in header if k != "__metadata__"), key=lambda k: header[k]["data_offsets"])[:2]
+    header[first]["data_offsets"][1] -= 4
+    header[second]["data_offsets"][0] -= 4
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    with pytest.raises(UserError, match=rf"^{path}: truncated or not a safetensors file [^\n]* bytes\)"):
+        load(folder)
 
 
 def test_the_manifest_has_the_hash_of_every_file(saved):

@@ -24,7 +24,7 @@ from ...engine.parallel.mesh import build_mesh
 from ...engine.parallel.pipeline import Pipelined
 from ...engine.parallel.process_group import Ranks
 from ...engine.schedule import plan_batches
-from ...engine.step import Unguarded, train_step
+from ...engine.step import SkipNonFinite, train_step
 from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, Choice, plan_attention
 from .gpu_paths import StatesOnlyAdamW, fresh_constants, labelled, read_no_values, triton_loss
 from .memory import MemoryCounter
@@ -72,7 +72,7 @@ class RankSpec:
     """Make the optimizer's states by a step, as a run does. False: by an empty one, in half the time."""
 
 
-class PhaseCounter(Unguarded):
+class PhaseCounter(SkipNonFinite):
     """Tells ``counter`` the purpose of memory in each phase of a step of ``model``."""
 
     def __init__(self, counter: MemoryCounter, model: ModelParts):

@@ -29,7 +29,7 @@ class SimulatedRanks(Ranks):
         """See :class:`~retemper.engine.parallel.process_group.Ranks`."""
         return value
 
-    def run_on_all(self, action: Callable[[], Result]) -> Result:
+    def fail_together(self, action: Callable[[], Result]) -> Result:
         """See :class:`~retemper.engine.parallel.process_group.Ranks`."""
         return action()
 

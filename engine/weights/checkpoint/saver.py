@@ -73,7 +73,7 @@ class Saver:
         """
         if self._staging is not None:
             staging = self._staging
-            self._ranks.run_on_all(lambda: staging.reserve(tensors))
+            self._ranks.fail_together(lambda: staging.reserve(tensors))
 
     def save(self, tensors: Mapping[str, Tensor], assets: HfAssets, manifest: Manifest, best_step: int | None) -> None:
         """Begin to write a checkpoint, after the previous one is complete; then prune the others.

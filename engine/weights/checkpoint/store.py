@@ -74,7 +74,6 @@ class CheckpointStore:
         """Estimated size of a checkpoint; 0: unknown."""
         self.origin: Origin | None = None
         """The checkpoint of ``resume: PATH``, if :meth:`resolve` chose it."""
-        self.resolved: Manifest | None = None
         """Manifest of the checkpoint that :meth:`resolve` chose."""
         self._remarks: list[str] = []
         """Lines for the log about the checkpoint in use."""
@@ -119,7 +118,7 @@ class CheckpointStore:
         """Return all folders with the name of a checkpoint, oldest first."""
         return named_checkpoints(self.folder)
 
-    def resolve(self, resume: str) -> Path | None:
+    def resolve(self, resume: str) -> tuple[Path, Manifest] | None:
         """Return the checkpoint for ``resume`` (auto, none or a path), verified by all ranks; None to start fresh.
 
         Nothing is renamed yet: damaged checkpoints are noted for :meth:`quarantine`.
@@ -158,8 +157,8 @@ class CheckpointStore:
             )
         if not self._found:
             self._require_nothing_lost(resume)
-        self.origin, self.resolved = origin_of(Path(resume), manifest.step), manifest
-        return Path(resume)
+        self.origin = origin_of(Path(resume), manifest.step)
+        return Path(resume), manifest
 
     def _require_nothing_lost(self, resume: str) -> None:
         self.ranks.run_on_rank0(lambda: require_no_lost_checkpoints(self.folder.parent, resume))
@@ -170,13 +169,13 @@ class CheckpointStore:
         Raises:
             UserError: on every rank, if it is missing or damaged.
         """
-        self.ranks.run_on_all(lambda: read_manifest(folder))
+        self.ranks.fail_together(lambda: read_manifest(folder))
         manifest, problem = self._examine(Path(folder))
         if manifest is None or problem:
             raise UserError(f"{problem}; name another checkpoint in {key}")
         return manifest
 
-    def _latest_valid(self, candidates: list[Path]) -> Path | None:
+    def _latest_valid(self, candidates: list[Path]) -> tuple[Path, Manifest] | None:
         for folder in reversed(candidates):
             manifest, problem = self._examine(folder)
             if manifest is not None and manifest.step != step_of(folder):
@@ -184,8 +183,7 @@ class CheckpointStore:
             if manifest is not None and problem is None:
                 self.ranks.run_on_rank0(partial(self._require_no_broken_link, manifest.step + 1))
                 self._remarks += self.ranks.run_on_rank0(partial(self._newer_ones_lost, manifest.step)) or []
-                self.resolved = manifest
-                return folder
+                return folder, manifest
             self._damaged.append((folder, problem or ""))
         self.ranks.run_on_rank0(self._require_no_broken_link)
         former = self._damaged[0][1] if self._damaged else next(map(str, sorted(self.folder.glob("step-*"))), None)
@@ -228,7 +226,7 @@ class CheckpointStore:
         share = (self.ranks.rank, self.ranks.world_size)
         description, silent = f"verifying {folder.name}", None if self.ranks.is_main else True
         with tqdm(desc=description, unit="B", unit_scale=True, disable=silent, leave=False, delay=2) as bar:
-            manifest, mine = self.ranks.run_on_all(lambda: find_damage(folder, share, on_bytes=bar.update))
+            manifest, mine = self.ranks.fail_together(lambda: find_damage(folder, share, on_bytes=bar.update))
         reports = self.ranks.all_gather(mine)
         damage = reports[0] or self._seen_by_main(folder, reports)
         if manifest is not None and not manifest.files:
@@ -307,7 +305,7 @@ class CheckpointStore:
         temporary = self.ranks.broadcast(temporary_path(final))
         self.ranks.run_on_rank0(lambda: self._begin(temporary, final))
         try:
-            self.ranks.run_on_all(lambda: self._require_visible(temporary))
+            self.ranks.fail_together(lambda: require_visible(temporary))
             records = self.ranks.all_gather(save_tensors(temporary, tensors, staged, self.ranks.group))
             hashed = {name: record for of_rank in records for name, record in of_rank.items()}
             self.ranks.run_on_rank0(lambda: self._publish(temporary, final, assets, manifest, hashed))
@@ -337,13 +335,6 @@ class CheckpointStore:
         if final.exists():
             raise UserError(f"{final}: exists already, and checkpoints are never overwritten; move it away")
         temporary.mkdir(parents=True)
-
-    def _require_visible(self, temporary: Path) -> None:
-        if not temporary.is_dir():
-            raise UserError(
-                f"{temporary}: created by rank 0 but not visible here; put run_folder on a file system that all "
-                "nodes share"
-            )
 
     def _publish(
         self, temporary: Path, final: Path, assets: HfAssets, manifest: Manifest, hashed: dict[str, FileRecord]
@@ -406,6 +397,18 @@ class CheckpointStore:
                 said = f"removed {entry}, an incomplete checkpoint of a killed run"
                 lines.append(_not_removed("a leftover of a killed run", problems) if problems else said)
         return lines
+
+
+def require_visible(folder: Path) -> None:
+    """Refuse a ``folder`` that rank 0 has created and this rank does not see.
+
+    Raises:
+        UserError: names it.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: created by rank 0 but not visible here; put run_folder on a file system that all nodes share"
+        )
 
 
 def _not_removed(what: str, problems: list[str]) -> str:

@@ -92,14 +92,14 @@ def load_tensors(
         UserError: on every rank, if on any of them a tensor is missing, has another shape, or cannot be read.
     """
     ranks = all_ranks(None, distributed)
-    parts = ranks.run_on_all(lambda: open_tensors(folder)) if opened is None else opened
+    parts = ranks.fail_together(lambda: open_tensors(folder)) if opened is None else opened
     load_parts(parts, tensors, folder, ranks)
 
 
-def describe_casts(
+def check_casts(
     folder: str | Path, stored: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor], resuming: bool
 ) -> list[str]:
-    """Return lines about the casts of :func:`load_tensors`.
+    """Check the casts of :func:`load_tensors`, and return lines about them.
 
     A resumed run reports exact casts, and refuses others. A new run reports only casts that round: exact ones are the
     usual case.

@@ -20,7 +20,7 @@ from ...guards.background import run_in_background
 from ...parallel.process_group import Ranks
 from ..block_copy import OutputFile, WrittenFile, copy_files
 from ..checkpoint.manifest import MANIFEST_FILE
-from ..checkpoint.store import CheckpointStore, step_of
+from ..checkpoint.store import CheckpointStore, require_visible, step_of
 from ..finite import OPTION
 from ..hugging_face.upload import open_repository, upload_folder
 from ..partial_folder import partial_folder
@@ -166,7 +166,7 @@ def _is_there(output: Path, checkpoint: Path) -> bool:
 def _write(
     ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool], say: Callable[[str], None]
 ) -> None:
-    export = ranks.run_on_all(lambda: plan_export(checkpoint))
+    export = ranks.fail_together(lambda: plan_export(checkpoint))
     for line in export.casts:
         say(f"export      {line}")
     with ExitStack() as stack:
@@ -174,7 +174,7 @@ def _write(
         # Files of a killed run are not reused: they are written again.
         partial = ranks.run_on_rank0(lambda: stack.enter_context(partial_folder(output, identity, say, reuse=False)))
         content: Path = ranks.broadcast(partial and partial.content)
-        ranks.run_on_all(lambda: _require_visible(content))
+        ranks.fail_together(lambda: require_visible(content))
         sizes = {file.name: file.num_bytes for file in export.target.files}
         names = share_by_size(sizes, ranks.rank, ranks.world_size)
         mine = [file for file in export.target.files if file.name in names]
@@ -197,13 +197,6 @@ def _write(
 
         ranks.run_on_rank0(complete)
     say(f"exported    {output}: {len(export.tensors)} tensors, {size_of(written)}")
-
-
-def _require_visible(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: created by rank 0 but not visible here; put run_folder on a file system that all nodes share"
-        )
 
 
 class _Copying:

@@ -18,7 +18,7 @@ from ...files.regular import open_regular, read_regular
 from ...model.architecture import ADAPTER_FILE, ADAPTER_REMEDY
 from ..damage import DamagedCheckpoint
 from ..parts import Part, TensorParts
-from ..safetensors_format import DTYPES, HeaderEntry, read_header
+from ..safetensors_format import DTYPE_OF_CODE, HeaderEntry, read_header
 from ..tensor_source import StoredTensor, rows_of
 from .names import parameter_names
 
@@ -188,12 +188,12 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _described(path: Path, name: str, entry: HeaderEntry) -> StoredTensor:
-    if entry.dtype not in DTYPES:
+    if entry.dtype not in DTYPE_OF_CODE:
         raise UserError(
             f"{path}: {name} is {entry.dtype} {list(entry.shape)}, which cannot be read; quantized weights must be "
             "dequantized first"
         )
-    return StoredTensor(entry.shape, DTYPES[entry.dtype])
+    return StoredTensor(entry.shape, DTYPE_OF_CODE[entry.dtype])
 
 
 def _whole(path: Path, entry: HeaderEntry) -> Part:

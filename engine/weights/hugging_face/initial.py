@@ -17,7 +17,7 @@ from ..parts import all_ranks, load_parts
 from .hub_download import find_model_folder, is_on_hub
 from .model import HfModel, open_hf_model
 
-KEY = "model.initialize_from"
+INITIALIZE_FROM = "model.initialize_from"
 _NONFINITE_REMEDY = (
     "get another copy of the weights; to start from them nonetheless, convert the folder with "
     f"checkpoint_convert/hf_to_dcp.py {OPTION}"
@@ -57,7 +57,7 @@ def open_weights(folder: str | Path, config: dict[str, Any] | None = None) -> Hf
     try:
         return open_hf_model(folder, config=config)
     except UserError as error:
-        raise UserError(f"{KEY}: {error}") from None
+        raise UserError(f"{INITIALIZE_FROM}: {error}") from None
 
 
 def load_hf_tensors(model: HfModel, tensors: dict[str, Tensor], distributed: bool = True) -> None:
@@ -88,9 +88,9 @@ def _kind(name: str) -> tuple[str, str]:
 
 def _download(name: str, ranks: Ranks) -> Path:
     """Return the local copy of a repository, of the same commit on all ranks. Each node fetches it once."""
-    fetch = lambda revision: str(find_model_folder(name, KEY, revision))  # noqa: E731
+    fetch = lambda revision: str(find_model_folder(name, INITIALIZE_FROM, revision))  # noqa: E731
     found = run_in_background(ranks, (lambda: fetch(None)) if ranks.is_main else None)
     revision = ranks.broadcast(found and Path(found).name)
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0" and not ranks.is_main
     run_in_background(ranks, (lambda: fetch(revision)) if first_of_node else None)
-    return Path(ranks.run_on_all(lambda: fetch(revision)))
+    return Path(ranks.fail_together(lambda: fetch(revision)))

@@ -20,7 +20,7 @@ from ..raw_bytes import bytes_of
 from ..tensor_source import StoredTensor, rows_of
 from .folder import HfWeights
 from .names import describe_renamed, renaming_hint
-from .weight_dtypes import DTYPES, dtype_name
+from .weight_dtypes import WEIGHT_DTYPES, dtype_name
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _RECOMPUTED = ".rotary_emb.inv_freq"
@@ -148,8 +148,8 @@ def _same_values(weights: HfWeights, one: str, other: str) -> bool:
 
 def _require_floats(tensors: dict[str, StoredTensor], folder: str | Path) -> None:
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in WEIGHT_DTYPES.values():
             raise UserError(
-                f"{folder}: {name} is {dtype_name(tensor.dtype)}, supported: {', '.join(DTYPES)}; quantized weights "
-                "must be dequantized first"
+                f"{folder}: {name} is {dtype_name(tensor.dtype)}, supported: {', '.join(WEIGHT_DTYPES)}; quantized "
+                "weights must be dequantized first"
             )

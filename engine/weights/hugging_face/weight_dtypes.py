@@ -13,7 +13,7 @@ from ..checkpoint.assets import HfAssets
 from ..tensor_source import StoredTensor
 from .weight_options import AUTO, DTYPE_CHOICES, DTYPE_NAMES
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+WEIGHT_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 _KEYS = ("dtype", "torch_dtype")
 """Keys for the dtype in config.json: transformers 5 writes the first, older versions know only the second."""
 
@@ -29,9 +29,9 @@ def dtype_named(name: str) -> torch.dtype | None:
     Raises:
         UserError: there is no such dtype.
     """
-    if name != AUTO and name not in DTYPES:
+    if name != AUTO and name not in WEIGHT_DTYPES:
         raise UserError(f"--dtype {name}: expected one of {', '.join(DTYPE_CHOICES)}")
-    return DTYPES.get(name)
+    return WEIGHT_DTYPES.get(name)
 
 
 def declared_dtype(config: Mapping[str, Any], where: str) -> torch.dtype | None:
@@ -43,10 +43,11 @@ def declared_dtype(config: Mapping[str, Any], where: str) -> torch.dtype | None:
     declared = next((config[key] for key in _KEYS if config.get(key) is not None), None)
     if declared is None:
         return None
-    dtype = DTYPES.get(str(declared).removeprefix("torch."))
+    dtype = WEIGHT_DTYPES.get(str(declared).removeprefix("torch."))
     if dtype is None:
         raise UserError(
-            f"{where}: dtype is {declared!r}, supported: {', '.join(DTYPES)}; correct it, or choose one with --dtype"
+            f"{where}: dtype is {declared!r}, supported: {', '.join(WEIGHT_DTYPES)}; correct it, or choose one with "
+            "--dtype"
         )
     return dtype
 

@@ -172,7 +172,7 @@ def begun(one_rank, run_folder, tmp_path, monkeypatch):
     base, folder = run_folder / "checkpoints" / "step-00000004", tmp_path / "longer"
     folder.mkdir()
     store = CheckpointStore(folder, one_rank, 3, False)
-    assert store.resolve(str(base)) == base
+    assert store.resolve(str(base))[0] == base
     note_start(folder, fresh=False, origin=store.origin)
     assert saved_runs.resolve(one_rank, folder, str(base))[0] == "step-00000004"  # killed before its first checkpoint
     saved_runs.save(one_rank, folder, 6, 10)
@@ -241,7 +241,7 @@ def test_a_checkpoint_in_the_runs_own_folder(one_rank, run_folder, tmp_path):
     for step in (8, 12):
         (run_folder / "checkpoints" / f"step-{step:08d}").rename(tmp_path / str(step))
     store = CheckpointStore(run_folder, one_rank, 3, False)
-    assert store.resolve(str(named)) == named
+    assert store.resolve(str(named))[0] == named
     note_start(run_folder, fresh=False, origin=store.origin)
     saved_runs.save(one_rank, run_folder, 5, 8)
     assert saved_runs.resolve(one_rank, run_folder, str(named))[0] == "step-00000008"
