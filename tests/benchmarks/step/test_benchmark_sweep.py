@@ -62,7 +62,7 @@ def test_out_of_memory_is_a_row(run_file, tmp_path, monkeypatch, capsys):
     command.main([*arguments, "--sweep", "micro_batch_size=4,2", "--json", str(tmp_path / "found.json")])
     shown = capsys.readouterr()
     record = json.loads((tmp_path / "found.json").read_text())
-    failed, good = record["sweep"]
+    failed, good = record["rows"]
     assert failed == {"sweep": {"training.micro_batch_size": "4"}, "outcome": "out of memory"}
     assert good["outcome"] == "ok" and good["settings"]["config"]["training"]["micro_batch_size"] == 2
     assert len(good["rows"]) == 2
