@@ -84,7 +84,7 @@ def _save(
     if device.type == "cuda":
         torch.cuda.synchronize()
     stall += time.perf_counter() - before
-    saver.wait(required=True)
+    saver.wait(raise_on_failure=True)
     return {"stall_seconds": stall, "seconds": time.perf_counter() - began, "resident_bytes": held_bytes(CPU)}
 
 

@@ -1,8 +1,8 @@
 """Pretrain a model: the whole recipe, from the command line to the last checkpoint.
 
 Run it with ``python engine/pretrain.py --config run.yaml``, or under ``torchrun`` for several ranks. :func:`build`
-opens and builds everything and writes nothing; :func:`train` makes the steps. Modules that need PyTorch are imported
-where they are used, so that ``--help`` and configuration errors do not wait for it.
+opens and builds everything; :func:`train` makes the steps, and is the first to write to the run folder. Modules that
+need PyTorch are imported where they are used, so that ``--help`` and configuration errors do not wait for it.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def train(run: Run, console: Console | None = None) -> None:
 
     with open_run_folder(run, console):
         run.say(*describe_start(run))
-        with run.stop, run.guards, run.saver:
+        with run.stop, run.guards, run.saver:  # main() may have entered run.stop already, which may be nested
             rollback = None
             while rollback := make_steps(run, rollback):
                 roll_back(run, rollback)
@@ -159,30 +159,30 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
         run.say(f"stopped at step {run.progress.step} as asked, after a rollback; resume: auto continues")
         return None  # the checkpoint of this step exists already
     run.report.stopwatch.restart()
-    first_samples = range(run.progress.samples, run.end_sample, run.plan.global_batch_size)
-    prefetcher = Prefetcher(run.data.micro_batches, first_samples, run.config.data.prefetch_steps)
+    step_starts = range(run.progress.samples, run.end_sample, run.plan.global_batch_size)
+    prefetcher = Prefetcher(run.data.micro_batches, step_starts, run.config.data.prefetch_steps)
     with prefetcher, saving_on_failure(run):
-        for first_sample in first_samples:
+        for first_sample in step_starts:
             result = one_step(run, *next_batches(run, prefetcher))
             run.report.stopwatch.step_done()
-            first = first_sample == first_samples[0]
+            first = first_sample == step_starts[0]
             if first:  # the optimizer has its states now
-                run.saver.reserve(training_tensors(run.model, run.optimizer))
+                run.saver.reserve_host_memory(training_tensors(run.model, run.optimizer))
             run.saver.poll()
-            if rollback := rollback_if_spiking(run):
+            if rollback := rollback_if_spiking(run):  # by what guards.should_skip has seen
                 return rollback
             last, stopping = run.remaining_steps == 0, run.stop.agreed()
             if first or last or stopping or run.progress.step % run.config.logging.log_interval == 0:
                 numbers = run.report.step(run.progress, run.remaining_steps, result, run.guards.counts())
                 run.guards.check_skipped(run.progress.step, numbers)
-            run.guards.pause_watchdog()
+            run.guards.pause_watchdog()  # until the next step begins
             with run.report.stopwatch.paused():
                 stopping = evaluate_and_save(run, result, last, stopping)
             if stopping and not last:
-                run.saver.wait(required=True)
+                run.saver.wait(raise_on_failure=True)
                 run.say(f"stopped at step {run.progress.step} as asked; resume: auto continues")
                 return None
-    run.saver.wait(required=True)
+    run.saver.wait(raise_on_failure=True)
     run.say(f"finished: {run.progress.tokens:,} tokens in {run.progress.step:,} steps")
     return None
 
@@ -223,13 +223,13 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
     improved, due = False, step % checkpoint.save_interval == 0
     # Launchers wait some seconds for a run to stop: they are for saving. The resumed run evaluates.
     if run.validation and run.evaluation_due() and (last or not stopping):
-        # keep_best true: only the evaluation of a step that is saved anyway can become the best.
+        # keep_best: true considers only steps that are saved anyway; "improved" saves those that improve.
         losses, improved = evaluate(run, may_be_best=last or due or checkpoint.keep_best is not True)
         stopping = stopping or not losses  # a stop request interrupted the evaluation
     if last or stopping or due or (improved and checkpoint.keep_best == "improved"):
         run.guards.require_savable(step, result)
         save(run, losses, final=last)
-        stopping = stopping or run.stop.agreed()  # saved already
+        stopping = stopping or run.stop.agreed()  # asked during the save: this step is saved
     return stopping
 
 

@@ -52,7 +52,8 @@ class StartFolder:
     manifest: Manifest | None = None
     """Of the checkpoint."""
     resumes: bool = False
-    """True if the run continues from the checkpoint, with its optimizer states and progress."""
+    """True: the run continues from the checkpoint, with its optimizer states and progress. False: only the weights are
+    used (``model.initialize_from``)."""
     remarks: tuple[str, ...] = ()
     """Lines for the log."""
 
@@ -70,7 +71,7 @@ class Start(ABC):
 
     @abstractmethod
     def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
-        """Load the weights into ``model``, and return lines about casts. All ranks must call this.
+        """Initialize or load the weights of ``model``, and return lines about casts. All ranks must call this.
 
         Args:
             model: this rank's part, without values.
@@ -81,7 +82,7 @@ class Start(ABC):
         """
 
     def at_checkpoint(self, folder: Path, manifest: Manifest) -> CheckpointStart:
-        """Return the start of the same run from a later checkpoint of it."""
+        """Return the start of the same run from a later checkpoint of it, to which it rolls back."""
         parts = open_tensors(folder)
         return CheckpointStart(self.assets, self.architecture, str(folder), manifest, parts=parts)
 
@@ -172,15 +173,15 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     """
     model, folder, weights = config.model, found.folder, None
     if folder is None:
-        read, where = HfAssets({}), model.architecture if isinstance(model.architecture, str) else INLINE
+        found_assets, where = HfAssets({}), model.architecture if isinstance(model.architecture, str) else INLINE
     elif found.manifest is None:
-        read, where = HfAssets.read(folder), str(Path(folder) / CONFIG_FILE)
-        content = read.files.get(CONFIG_FILE)
+        found_assets, where = HfAssets.read(folder), str(Path(folder) / CONFIG_FILE)
+        content = found_assets.files.get(CONFIG_FILE)
         weights = open_weights(folder, hf_config_of(content, Path(where)) if content is not None else None)
     else:
-        read, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
-    assets = complete_assets(model, read, folder, found.resumes)
-    if weights is not None:  # as checkpoint_convert/hf_to_dcp.py keeps them
+        found_assets, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
+    assets = complete_assets(model, found_assets, folder, found.resumes)
+    if weights is not None:  # declare the dtypes that are stored, as checkpoint_convert/hf_to_dcp.py does
         assets = with_dtype(assets, (tensor.dtype for tensor in weights.parameters.tensors.values()))
     assert assets.config is not None
     if config.checkpoint.export_hf:
@@ -234,7 +235,7 @@ def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog
             catalog.require_unchanged(manifest.datasets, str(folder))
         former_length = manifest.config.get("training", {}).get("sequence_length", plan.sequence_length)
         order = order.resumed(manifest.sample_order, manifest.consumed_samples, former_length)
-        # The number of tokens stays the same, rounded down to whole samples of the new length, as in order.resumed().
+        # The token count stays exact. The place in the data is rounded down to whole samples of the new length.
         samples = manifest.consumed_samples * former_length // plan.sequence_length
         progress = Progress(manifest.step, samples, manifest.consumed_tokens, manifest.best)
     begin = config.optimizer.schedule_start_tokens

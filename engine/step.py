@@ -46,7 +46,7 @@ class StepGuards(Protocol):
         """
 
     def before_update(self) -> None:
-        """Called before weights and optimizer states change."""
+        """Called before weights and optimizer states can change; the update may then be skipped."""
 
     def without_targets(self) -> None:
         """Called instead of :meth:`before_update` if no rank has a token to predict."""
@@ -81,7 +81,7 @@ def train_step(
 ) -> StepResult:
     """Make one optimizer step. All ranks must call this.
 
-    Without a target on any rank nothing is computed, and weights and optimizer states do not change.
+    If no rank has a target, weights and optimizer states stay as they are.
 
     Args:
         model: this rank's part.
@@ -96,6 +96,7 @@ def train_step(
     if num_targets > 0:
         loss = forward_backward.accumulate_gradients(micro_batches, num_targets, guards.begin_phase)
         guards.begin_phase("optimizer")
+        # With the loss, so that one that is not finite shows in the norm of all ranks.
         grad_norm = clip_grad_norm(model.parameters(), clip, model.unique_parameters(), loss)
         set_learning_rate(optimizer, learning_rate)
         guards.before_update()

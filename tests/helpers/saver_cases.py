@@ -124,7 +124,7 @@ def failures(ranks: Ranks, run_folder: Path, sequence: str, **settings) -> tuple
             with saver(ranks, run_folder, lines, **settings) as entered:
                 for step in range(len(sequence)):
                     save(entered, tensors, step + 1)
-                entered.wait(required=True)
+                entered.wait(raise_on_failure=True)
         except UserError as error:
             return lines, str(error)
     return lines, None

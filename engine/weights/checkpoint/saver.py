@@ -65,7 +65,7 @@ class Saver:
                     self._finish()
             dist.destroy_process_group(self._store.ranks.group)
 
-    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+    def reserve_host_memory(self, tensors: Mapping[str, Tensor]) -> None:
         """Allocate host memory for copies of ``tensors``, so that a lack of it is noticed before the first save.
 
         Raises:
@@ -150,19 +150,19 @@ class Saver:
         if self._ranks.all_reduce(not self._task.done()) == 0:
             self.wait()
 
-    def wait(self, required: bool = False) -> None:
+    def wait(self, raise_on_failure: bool = False) -> None:
         """Wait for the checkpoint that is being written.
 
         Args:
-            required: whether its failure ends the run, because it was the last one.
+            raise_on_failure: whether a failure ends the run, because no later checkpoint follows.
 
         Raises:
-            UserError: it failed and was ``required``, or too many in a row have failed.
+            UserError: it failed and ``raise_on_failure`` is set, or too many in a row have failed.
         """
         if self._task is None:
             return
         problem = self._finish()
-        if problem is not None and (required or self._failures > self._max_failures):
+        if problem is not None and (raise_on_failure or self._failures > self._max_failures):
             raise UserError(problem)
 
     def _finish(self) -> str | None:
