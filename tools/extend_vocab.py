@@ -91,6 +91,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
     options = parse_arguments(arguments)
     with without_gc():
         from retemper.tools.vocabulary.command import extend

@@ -217,6 +217,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
     print(format_report(preprocess(parse_arguments(arguments))))
 
 

@@ -112,7 +112,8 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict
 def _embedding_rows(tensors: dict[str, StoredTensor], architecture: Architecture) -> int:
     """Return the rows of embedding and head, if they agree and have the width of the model; else the config's number.
 
-    In the second case the comparison with the decoder reports the difference."""
+    In the second case the comparison with the decoder reports the difference.
+    """
     shapes = {tensors[name].shape for name in (EMBEDDING, HEAD) if name in tensors}
     shape = shapes.pop() if len(shapes) == 1 else ()
     return shape[0] if shape[1:] == (architecture.hidden_size,) and shape[0] else architecture.vocab_size
