@@ -14,7 +14,7 @@ from retemper.engine.weights.checkpoint.assets import ASSET_FOLDER
 from retemper.engine.weights.conversion.logits import compare_logits
 from retemper.engine.weights.conversion.pipeline import Conversion, Target, Written
 from retemper.engine.weights.conversion.provenance import ConversionRecord
-from retemper.engine.weights.conversion.stored_model import open_checkpoint, open_hf
+from retemper.engine.weights.conversion.stored_model import StoredModel, open_checkpoint, open_hf
 from retemper.engine.weights.hugging_face.hub_download import find_model_folder
 from retemper.engine.weights.hugging_face.weight_dtypes import cast_to, describe_casts, dtype_name, dtype_named
 from retemper.engine.weights.hugging_face.weight_options import AUTO
@@ -53,10 +53,7 @@ def convert(
     target = dtype_named(dtype)
     assert (hf is None) != (checkpoint is None)
     assert hf is not None or not verify
-    folder = find_model_folder(hf) if hf is not None else Path(checkpoint or "")
-    read = Use("--hf" if hf is not None else "--checkpoint", folder)
-    require_separate([read], folders=[Use(f"--output {output}", output)])
-    model = open_hf(hf, folder) if hf is not None else open_checkpoint(folder)
+    folder, model = _open_source(hf, checkpoint, output)
     args = args_from_config(model.config, model.architecture, layout.vocabulary, str(folder))
     targets = cast_to(model.parameters.tensors, target or model.export_dtype)
     parts = MegatronParts(model.parameters, targets, model.architecture, layout)
@@ -87,6 +84,14 @@ def convert(
     )
     ending = "; load it with --ckpt-format torch_dist"
     conversion.write(output, workers, allow_nonfinite, say, compare if verify else None, ending)
+
+
+def _open_source(hf: str | None, checkpoint: str | Path | None, output: Path) -> tuple[Path, StoredModel]:
+    """Return the folder to read, which must not overlap ``output``, and its model."""
+    folder = find_model_folder(hf) if hf is not None else Path(checkpoint or "")
+    read = Use("--hf" if hf is not None else "--checkpoint", folder)
+    require_separate([read], folders=[Use(f"--output {output}", output)])
+    return folder, open_hf(hf, folder) if hf is not None else open_checkpoint(folder)
 
 
 def _advice(args: argparse.Namespace) -> list[str]:
