@@ -67,6 +67,7 @@ def copy_rate(device: torch.device, seconds: float) -> float:
 
 
 def main() -> None:
+    """Run the command line of this process."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each of them (default: %(default)g)")

@@ -272,6 +272,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Run the command line of this process."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="+", default=[10**6, 10**7, 10**8], help="sizes of the corpora")
     parser.add_argument(

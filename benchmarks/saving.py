@@ -98,6 +98,7 @@ def _compute(device: torch.device, seconds: float) -> None:
 
 
 def main() -> None:
+    """Run the command line of this process."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the tensors (default: %(default)s)")
     parser.add_argument("--saves", type=int, default=50, help="number of saves (default: %(default)s)")

@@ -77,8 +77,11 @@ class Traffic:
 
 
 def ring_bytes(size: float, ranks: int) -> float:
-    """What each of ``ranks`` sends in an all-gather or reduce-scatter of ``size`` bytes in all, which is the least
-    possible (Patarasuk and Yuan, 2009, https://doi.org/10.1016/j.jpdc.2008.09.002). An all-reduce sends twice that."""
+    """Return the bytes that each of ``ranks`` sends in an all-gather or reduce-scatter of ``size`` bytes in all.
+
+    It is the least possible (Patarasuk and Yuan, 2009, https://doi.org/10.1016/j.jpdc.2008.09.002). An all-reduce sends
+    twice that.
+    """
     return size * (ranks - 1) / ranks
 
 
@@ -164,7 +167,8 @@ def memory_bytes(architecture: Architecture, layout: Layout) -> float:
 def _rate(span: int, ranks: int, links: Links) -> float:
     """Bytes per second per GPU of a ring of ``ranks`` over ``span`` consecutive GPUs. Over several nodes, NCCL cuts the
     data into as many rings as the group has GPUs in a node, each of which leaves the node through another network card;
-    inside the node all of them share NVLink."""
+    inside the node all of them share NVLink.
+    """
     if ranks == 1 or span <= links.gpus_per_node:
         return links.intra_node
     in_a_node = max(1, links.gpus_per_node // (span // ranks))

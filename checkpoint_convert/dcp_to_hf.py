@@ -61,6 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
+    """Run the command line of this process."""
     interrupt_on_sigterm()
     options = vars(parse_arguments())
     repository = options.pop("push_to_hub")

@@ -14,7 +14,7 @@ from retemper.engine.weights.checkpoint.assets import ASSET_FOLDER
 from retemper.engine.weights.conversion.logits import compare_logits
 from retemper.engine.weights.conversion.pipeline import Conversion, Target, Written
 from retemper.engine.weights.conversion.provenance import ConversionRecord
-from retemper.engine.weights.conversion.stored_model import open_checkpoint, open_hf
+from retemper.engine.weights.conversion.stored_model import StoredModel, open_checkpoint, open_hf
 from retemper.engine.weights.hugging_face.hub_download import find_model_folder
 from retemper.engine.weights.hugging_face.weight_dtypes import cast_to, describe_casts, dtype_name, dtype_named
 from retemper.engine.weights.hugging_face.weight_options import AUTO
@@ -23,7 +23,7 @@ from retemper.engine.weights.workers import parse_workers
 from .megatron_config import args_from_config, window_options
 from .megatron_layout import Vocabulary
 from .megatron_reading import MegatronModel
-from .megatron_writing import Layout, MegatronPieces, complete_checkpoint
+from .megatron_writing import MegatronLayout, MegatronParts, complete_checkpoint
 
 
 def convert(
@@ -49,20 +49,17 @@ def convert(
             files are left, except finished ones after an interruption or on a full disk.
     """
     output, workers = require_absent(output), parse_workers(workers)
-    layout = Layout(Vocabulary(make_vocab_size_divisible_by, tensor_parallel), per_layer)
+    layout = MegatronLayout(Vocabulary(make_vocab_size_divisible_by, tensor_parallel), per_layer)
     target = dtype_named(dtype)
     assert (hf is None) != (checkpoint is None)
     assert hf is not None or not verify
-    folder = find_model_folder(hf) if hf is not None else Path(checkpoint or "")
-    read = Use("--hf" if hf is not None else "--checkpoint", folder)
-    require_separate([read], folders=[Use(f"--output {output}", output)])
-    model = open_hf(hf, folder) if hf is not None else open_checkpoint(folder)
+    folder, model = _open_source(hf, checkpoint, output)
     args = args_from_config(model.config, model.architecture, layout.vocabulary, str(folder))
     targets = cast_to(model.parameters.tensors, target or model.export_dtype)
-    pieces = MegatronPieces(model.parameters, targets, model.architecture, layout)
+    parts = MegatronParts(model.parameters, targets, model.architecture, layout)
 
     def complete(content: Path, done: Written) -> None:
-        complete_checkpoint(content, pieces, done, model.architecture, args, layout)
+        complete_checkpoint(content, parts, done, model.architecture, args, layout)
         model.assets.write(content / ASSET_FOLDER)
         assert MegatronModel(content, model.config, str(folder)).tensors == targets
 
@@ -74,19 +71,27 @@ def convert(
     unused = {name: model.stored[name] for names in model.left_out.values() for name in names}
     conversion = Conversion(
         model=model,
-        source=pieces,
-        tensors=pieces.targets,
-        target=Target(pieces.files(), complete),
+        source=parts,
+        tensors=parts.targets,
+        target=Target(parts.files(), complete),
         record=ConversionRecord(
             "to_megatron", model.identify(), {**options, **asdict(layout)}, left_out=model.left_out
         ),
-        stored={**pieces.unpadded, **unused},
-        hashed_rows=pieces.hashed_rows,
+        stored={**parts.unpadded, **unused},
+        hashed_rows=parts.hashed_rows,
         casts=describe_casts(model.parameters.tensors, targets),
         notes=_advice(args),
     )
     ending = "; load it with --ckpt-format torch_dist"
     conversion.write(output, workers, allow_nonfinite, say, compare if verify else None, ending)
+
+
+def _open_source(hf: str | None, checkpoint: str | Path | None, output: Path) -> tuple[Path, StoredModel]:
+    """Return the folder to read, which must not overlap ``output``, and its model."""
+    folder = find_model_folder(hf) if hf is not None else Path(checkpoint or "")
+    read = Use("--hf" if hf is not None else "--checkpoint", folder)
+    require_separate([read], folders=[Use(f"--output {output}", output)])
+    return folder, open_hf(hf, folder) if hf is not None else open_checkpoint(folder)
 
 
 def _advice(args: argparse.Namespace) -> list[str]:

@@ -32,28 +32,28 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRange:
     """Rows [start, stop) of one of the fused tensors, which stay together."""
 
-    part: int
-    """Index of the fused tensor."""
+    tensor_index: int
+    """Index of the Hugging Face tensor that has them."""
     start: int
     stop: int
 
 
-def _in_sequence(architecture: Architecture, rows: Sequence[int]) -> list[Run]:
+def _in_sequence(architecture: Architecture, rows: Sequence[int]) -> list[RowRange]:
     """Return each tensor whole, one after the other."""
-    return [Run(part, 0, count) for part, count in enumerate(rows)]
+    return [RowRange(index, 0, count) for index, count in enumerate(rows)]
 
 
-def _by_groups(architecture: Architecture, rows: Sequence[int]) -> list[Run]:
-    """Return queries, keys and values (parts 0, 1, 2), group after group."""
+def _by_groups(architecture: Architecture, rows: Sequence[int]) -> list[RowRange]:
+    """Return queries, keys and values (tensors 0, 1, 2), group after group."""
     d, groups = architecture.head_dim, architecture.num_key_value_heads
     queries = architecture.num_attention_heads // groups * d
     return [
-        Run(part, group * size, (group + 1) * size)
+        RowRange(index, group * size, (group + 1) * size)
         for group in range(groups)
-        for part, size in enumerate((queries, d, d))
+        for index, size in enumerate((queries, d, d))
     ]
 
 
@@ -63,15 +63,15 @@ class Entry:
 
     key: str
     """Megatron's key; in a layer, the part after ``decoder.layers.``."""
-    parts: tuple[str, ...]
+    hf_names: tuple[str, ...]
     """Hugging Face names; in a layer, the part after ``model.layers.{i}.``."""
-    order: Callable[[Architecture, Sequence[int]], list[Run]] = _in_sequence
-    """Returns the rows of the Megatron tensor in order, given the number of rows of each part."""
+    order: Callable[[Architecture, Sequence[int]], list[RowRange]] = _in_sequence
+    """Returns the rows of the Megatron tensor in order, given the number of rows of each Hugging Face tensor."""
     exists: Callable[[Architecture], bool] = lambda architecture: True
     aliases: tuple[str, ...] = ()
     """Other keys accepted when reading."""
-    keys_of_parts: tuple[str, ...] = ()
-    """Keys of the single parts, if they are stored separately (``singleton_local_shards``)."""
+    separate_keys: tuple[str, ...] = ()
+    """Keys of the Hugging Face tensors, if they are stored separately (``singleton_local_shards``)."""
     has_padding: bool = False
     """True if rows without tokens follow."""
 
@@ -89,13 +89,13 @@ LAYER_ENTRIES = (
     Entry(
         f"{_FC1}.weight",
         ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        keys_of_parts=(f"{_FC1}.weight_w", f"{_FC1}.weight_v"),
+        separate_keys=(f"{_FC1}.weight_w", f"{_FC1}.weight_v"),
     ),
     Entry(
         f"{_FC1}.bias",
         ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
         exists=lambda a: a.mlp_bias,
-        keys_of_parts=(f"{_FC1}.bias_w", f"{_FC1}.bias_v"),
+        separate_keys=(f"{_FC1}.bias_w", f"{_FC1}.bias_v"),
     ),
     Entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",)),
     Entry("mlp.linear_fc2.bias", ("mlp.down_proj.bias",), exists=lambda a: a.mlp_bias),
@@ -115,11 +115,11 @@ class FusedTensor:
 
     entry: Entry
     layer: int | None
-    parts: tuple[str, ...]
+    hf_names: tuple[str, ...]
     """Full Hugging Face names."""
     shapes: tuple[Shape, ...]
-    """Shapes of the parts."""
-    runs: tuple[Run, ...]
+    """Shapes of the Hugging Face tensors."""
+    row_ranges: tuple[RowRange, ...]
     """Its rows, from the first to the last, without padding."""
 
     @property
@@ -127,12 +127,12 @@ class FusedTensor:
         """Shape for one layer, without padding."""
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
-    def places(self) -> Iterator[tuple[int, Run]]:
-        """Yield every run with the row at which it begins."""
+    def places(self) -> Iterator[tuple[int, RowRange]]:
+        """Yield every range with the row at which it begins."""
         at = 0
-        for run in self.runs:
-            yield at, run
-            at += run.stop - run.start
+        for rows in self.row_ranges:
+            yield at, rows
+            at += rows.stop - rows.start
 
     def key(self, layer_keys: bool, key: str | None = None) -> str:
         """Return the key without any prefix; with ``layer_keys`` the key of its own layer. ``key`` replaces the
@@ -157,11 +157,11 @@ def fused_tensors(architecture: Architecture, shapes: Mapping[str, Shape]) -> li
         for entry in MODEL_ENTRIES if layer is None else LAYER_ENTRIES:
             if not entry.exists(architecture):
                 continue
-            parts = tuple(prefix + part for part in entry.parts)
-            runs = entry.order(architecture, [shapes[part][0] for part in parts])
-            fused.append(FusedTensor(entry, layer, parts, tuple(shapes[part] for part in parts), tuple(runs)))
-    names = [part for tensor in fused for part in tensor.parts]
-    assert len(names) == len(set(names)) and set(names) == shapes.keys(), set(names) ^ shapes.keys()
+            names = tuple(prefix + name for name in entry.hf_names)
+            row_ranges = entry.order(architecture, [shapes[name][0] for name in names])
+            fused.append(FusedTensor(entry, layer, names, tuple(shapes[name] for name in names), tuple(row_ranges)))
+    held = [name for tensor in fused for name in tensor.hf_names]
+    assert len(held) == len(set(held)) and set(held) == shapes.keys(), set(held) ^ shapes.keys()
     return fused
 
 

@@ -30,7 +30,7 @@ from retemper.engine.weights.parts import Part, TensorParts
 from retemper.engine.weights.tensor_source import ReadRows, StoredTensor
 
 from .megatron_config import args_place, config_from_args, describe_disagreement, read_args, require_our_decoder
-from .megatron_layout import EMBEDDING_KEY, FusedTensor, Run, fused_tensors
+from .megatron_layout import EMBEDDING_KEY, FusedTensor, RowRange, fused_tensors
 
 FORMAT_FILE = "metadata.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -64,7 +64,7 @@ class _Place:
     name: str
     layer: int | None
     """Index on the first dimension of a stacked tensor."""
-    is_part: bool
+    is_separate: bool
     """True if it holds only one of the tensors that Megatron fuses."""
 
 
@@ -101,7 +101,7 @@ class MegatronModel:
         if args is not None:
             self.notes += describe_disagreement(args, self.architecture, said_in)
         shapes = {name: tuple(item.shape) for name, item in meta_decoder(self.architecture).named_parameters()}
-        self._fused = {part: fused for fused in fused_tensors(self.architecture, shapes) for part in fused.parts}
+        self._fused = {name: fused for fused in fused_tensors(self.architecture, shapes) for name in fused.hf_names}
         self._places = self._locate(weights, where, _most_padding(args))
         self.tensors: dict[str, StoredTensor] = {
             name: StoredTensor(shape, weights[self._places[name].name].dtype) for name, shape in shapes.items()
@@ -127,19 +127,21 @@ class MegatronModel:
     def rows(self, name: str) -> Iterator[ReadRows]:
         """Read rows, see :class:`~retemper.engine.weights.tensor_source.TensorSource`."""
         fused, place = self._fused[name], self._places[name]
-        part = fused.parts.index(name)
-        if place.is_part:
-            num_rows, runs = fused.shapes[part][0], [(0, Run(part, 0, fused.shapes[part][0]))]
+        index = fused.hf_names.index(name)
+        if place.is_separate:
+            num_rows = fused.shapes[index][0]
+            row_ranges = [(0, RowRange(index, 0, num_rows))]
         else:
-            num_rows, runs = fused.shape[0], [(at, run) for at, run in fused.places() if run.part == part]
+            num_rows = fused.shape[0]
+            row_ranges = [(at, kept) for at, kept in fused.places() if kept.tensor_index == index]
         before = (place.layer or 0) * num_rows
         with self._rows.rows(place.name) as read_stored:
 
             def read(first: int, rows: Tensor) -> None:
-                for at, run in runs:
-                    start, stop = max(first, run.start), min(first + rows.shape[0], run.stop)
+                for at, kept in row_ranges:
+                    start, stop = max(first, kept.start), min(first + rows.shape[0], kept.stop)
                     if start < stop:
-                        read_stored(before + at + start - run.start, rows[start - first : stop - first])
+                        read_stored(before + at + start - kept.start, rows[start - first : stop - first])
 
             yield read
 
@@ -151,10 +153,10 @@ class MegatronModel:
             if found is None:
                 problems.append(f"missing {self._prefix}{fused.key(False)}")
                 continue
-            for part, shape, place in zip(fused.parts, fused.shapes, found, strict=True):
-                places[part] = place
+            for name, shape, place in zip(fused.hf_names, fused.shapes, found, strict=True):
+                places[name] = place
                 used.add(place.name)
-                wanted = shape if place.is_part else fused.shape
+                wanted = shape if place.is_separate else fused.shape
                 problems += self._misfit(fused, place, weights[place.name], wanted, most_padding)
         problems += [f"unexpected {name}" for name in weights if name not in used]
         problems = list(dict.fromkeys(problems))  # a stacked tensor is checked once for each layer
@@ -164,14 +166,14 @@ class MegatronModel:
         return places
 
     def _find(self, fused: FusedTensor, weights: Mapping[str, StoredTensor]) -> list[_Place] | None:
-        """Return the place of every part, the same for all if they are fused; None if there is none."""
+        """Return the place of every Hugging Face tensor, the same for all if they are fused; None if there is none."""
         entry = fused.entry
         for layer_keys in (False, True) if fused.layer is not None else (False,):
             index = fused.layer if not layer_keys else None
             for key in (entry.key, *entry.aliases):
                 if (name := self._prefix + fused.key(layer_keys, key)) in weights:
-                    return [_Place(name, index, False)] * len(fused.parts)
-            names = [self._prefix + fused.key(layer_keys, key) for key in entry.keys_of_parts]
+                    return [_Place(name, index, False)] * len(fused.hf_names)
+            names = [self._prefix + fused.key(layer_keys, key) for key in entry.separate_keys]
             if names and all(name in weights for name in names):
                 return [_Place(name, index, True) for name in names]
         return None

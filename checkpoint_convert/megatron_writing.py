@@ -24,10 +24,10 @@ from retemper.engine.weights.dcp_files import begin_tensor_file
 from retemper.engine.weights.hugging_face.weight_dtypes import dtype_name
 from retemper.engine.weights.tensor_source import ReadRows, StoredTensor, TensorSource
 
+from .dcp_writing import OutputPart, write_part_metadata
 from .megatron_config import COMMON_FILE
 from .megatron_layout import FusedTensor, Vocabulary, extra_state_keys, fused_tensors
 from .megatron_reading import FORMAT, FORMAT_FILE, TRACKER_FILE
-from .pieces import Piece, write_piece_metadata
 
 RELEASE = "release"
 _OBJECTS_FILE = "__1_0.distcp"
@@ -36,7 +36,7 @@ _CHECKPOINT_VERSION = 3.0
 
 
 @dataclass(frozen=True)
-class Layout:
+class MegatronLayout:
     """How Megatron finds the tensors."""
 
     vocabulary: Vocabulary
@@ -45,8 +45,8 @@ class Layout:
     """Separate keys for each layer, which Megatron calls non-homogeneous, instead of stacked tensors."""
 
 
-class MegatronPieces:
-    """The output in Megatron's terms: a ``TensorSource`` of pieces, one for each tensor of each layer.
+class MegatronParts:
+    """The output in Megatron's terms: a ``TensorSource`` of parts, one for each tensor of each layer.
 
     Args:
         source: every parameter of the decoder under its Hugging Face name.
@@ -63,27 +63,28 @@ class MegatronPieces:
         source: TensorSource,
         targets: Mapping[str, StoredTensor],
         architecture: Architecture,
-        layout: Layout,
+        layout: MegatronLayout,
     ):
         self._source = source
         self._fused: dict[str, FusedTensor] = {}
         self.tensors: dict[str, StoredTensor] = {}
-        """Tensors by the names of pieces: rows of one layer in the source's dtype, with padding."""
+        """Tensors by the names of parts: rows of one layer in the source's dtype, with padding."""
         self.unpadded: dict[str, StoredTensor] = {}
         """The same without padding, as in the source."""
         self.targets: dict[str, StoredTensor] = {}
         """The same as written."""
-        self.pieces: dict[str, Piece] = {}
-        """The place of each piece in its tensor."""
+        self.parts: dict[str, OutputPart] = {}
+        """The place of each part in its tensor."""
         self.hashed_rows: dict[str, int] = {}
-        """For each padded piece: number of rows that come from the source."""
+        """For each padded part: number of rows that come from the source."""
         dtypes: dict[str, tuple[torch.dtype, str]] = {}
         for fused in fused_tensors(architecture, {name: tensor.shape for name, tensor in targets.items()}):
-            key, first = fused.key(layout.per_layer), fused.parts[0]
+            key, first = fused.key(layout.per_layer), fused.hf_names[0]
             dtype, _ = dtypes.setdefault(key, (targets[first].dtype, first))
-            for part in fused.parts:
-                _require_same(part, targets[part].dtype, dtypes[key], key, "choose one with --dtype")
-                _require_same(part, source.tensors[part].dtype, (source.tensors[first].dtype, first), key, "cast them")
+            stored_as = (source.tensors[first].dtype, first)
+            for hf_name in fused.hf_names:
+                _require_same(hf_name, targets[hf_name].dtype, dtypes[key], key, "choose one with --dtype")
+                _require_same(hf_name, source.tensors[hf_name].dtype, stored_as, key, "cast them")
             rows, *rest = fused.shape
             padded = layout.vocabulary.padded(rows) if fused.entry.has_padding else rows
             stacked = fused.layer is not None and not layout.per_layer
@@ -94,7 +95,7 @@ class MegatronPieces:
             self.tensors[name] = StoredTensor((padded, *rest), source.tensors[first].dtype)
             self.targets[name] = StoredTensor((padded, *rest), dtype)
             shape, offsets = (*count, padded, *rest), (*lead, 0, *(0 for _ in rest))
-            self.pieces[name] = Piece(key, shape, dtype, offsets, (*(1 for _ in lead), padded, *rest))
+            self.parts[name] = OutputPart(key, shape, dtype, offsets, (*(1 for _ in lead), padded, *rest))
             if padded > rows:
                 self.hashed_rows[name] = rows
 
@@ -104,49 +105,49 @@ class MegatronPieces:
         fused = self._fused[name]
         places = list(fused.places())
         with ExitStack() as stack:
-            readers = [stack.enter_context(self._source.rows(part)) for part in fused.parts]
+            readers = [stack.enter_context(self._source.rows(hf_name)) for hf_name in fused.hf_names]
 
             def read(first: int, rows: Tensor) -> None:
-                for at, run in places:
-                    start, stop = max(first, at), min(first + rows.shape[0], at + run.stop - run.start)
+                for at, kept in places:
+                    start, stop = max(first, at), min(first + rows.shape[0], at + kept.stop - kept.start)
                     if start < stop:
-                        readers[run.part](run.start + start - at, rows[start - first : stop - first])
+                        readers[kept.tensor_index](kept.start + start - at, rows[start - first : stop - first])
                 rows[max(0, fused.shape[0] - first) :] = 0
 
             yield read
 
     def files(self) -> list[OutputFile]:
-        """Return the files to write, one for each piece."""
+        """Return the files to write, one for each part."""
         return [
             OutputFile(
-                f"{RELEASE}/__0_{number}.distcp", {name: self.targets[name]}, partial(_begin, name, self.pieces[name])
+                f"{RELEASE}/__0_{number}.distcp", {name: self.targets[name]}, partial(_begin, name, self.parts[name])
             )
-            for number, name in enumerate(self.pieces)
+            for number, name in enumerate(self.parts)
         ]
 
 
-def _begin(name: str, piece: Piece, path: Path) -> dict[str, int]:
+def _begin(name: str, part: OutputPart, path: Path) -> dict[str, int]:
     path.parent.mkdir(exist_ok=True)
-    return {name: begin_tensor_file(path, StoredTensor(piece.sizes, piece.dtype))}
+    return {name: begin_tensor_file(path, StoredTensor(part.sizes, part.dtype))}
 
 
-def _require_same(part: str, dtype: torch.dtype, other: tuple[torch.dtype, str], key: str, remedy: str) -> None:
+def _require_same(hf_name: str, dtype: torch.dtype, other: tuple[torch.dtype, str], key: str, remedy: str) -> None:
     if dtype != other[0]:
         raise UserError(
-            f"{part} is {dtype_name(dtype)} and {other[1]} {dtype_name(other[0])}, but Megatron keeps both in {key}; "
-            + remedy
+            f"{hf_name} is {dtype_name(dtype)} and {other[1]} {dtype_name(other[0])}, but Megatron keeps both in "
+            f"{key}; {remedy}"
         )
 
 
 def complete_checkpoint(
     folder: Path,
-    pieces: MegatronPieces,
+    parts: MegatronParts,
     written: Mapping[str, WrittenFile],
     architecture: Architecture,
     args: argparse.Namespace,
-    layout: Layout,
+    layout: MegatronLayout,
 ) -> None:
-    """Write into ``folder`` the files that complete a checkpoint, after the files of ``pieces`` were ``written``."""
+    """Write into ``folder`` the files that complete a checkpoint, after the files of ``parts`` were ``written``."""
     release = folder / RELEASE
     places = {
         name: (file.name.removeprefix(f"{RELEASE}/"), file.record.bytes)
@@ -155,9 +156,9 @@ def complete_checkpoint(
     }
     torch.save([None], release / _OBJECTS_FILE)
     empty = (_OBJECTS_FILE, (release / _OBJECTS_FILE).stat().st_size)
-    write_piece_metadata(
+    write_part_metadata(
         release,
-        [(piece, places[name]) for name, piece in pieces.pieces.items()],
+        [(part, places[name]) for name, part in parts.parts.items()],
         dict.fromkeys(extra_state_keys(architecture, layout.per_layer), empty),
     )
     common = {

@@ -130,7 +130,8 @@ def _status_at_the_end(ended: SystemExit) -> int:
 def _of_the_system(error: BaseException) -> str | None:
     """Return the line of an error of the system and not of this program.
 
-    These are too many open files, a full disk or output, and a missing or broken library."""
+    These are too many open files, a full disk or output, and a missing or broken library.
+    """
     if too_many := _too_many_files(error):
         return too_many
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "retemper":

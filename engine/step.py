@@ -35,7 +35,7 @@ class StepGuards(Protocol):
     """Callbacks of a step. Every rank calls the same methods in the same order."""
 
     def begin_phase(self, phase: str) -> None:
-        """Called when a part of the step begins: data, forward, backward, optimizer or other."""
+        """Note that a part of the step begins: data, forward, backward, optimizer or other."""
 
     def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Return [] fp32 on the device: 1 to skip the update, else 0; the same on every rank.
@@ -46,10 +46,10 @@ class StepGuards(Protocol):
         """
 
     def before_update(self) -> None:
-        """Called before weights and optimizer states can change; the update may then be skipped."""
+        """Act before weights and optimizer states can change; the update may then be skipped."""
 
     def without_targets(self) -> None:
-        """Called instead of :meth:`before_update` if no rank has a token to predict."""
+        """Act when no rank has a token to predict, instead of :meth:`before_update`."""
 
 
 class SkipNonFinite:

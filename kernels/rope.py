@@ -1,5 +1,6 @@
 """Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864), in the half-split layout of the
-Hugging Face checkpoints: dimension i rotates with dimension i + D/2."""
+Hugging Face checkpoints: dimension i rotates with dimension i + D/2.
+"""
 
 from __future__ import annotations
 

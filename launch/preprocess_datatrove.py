@@ -1,9 +1,9 @@
-"""Preprocess a corpus with datatrove's executors, on this machine or on Slurm, one part of the input per task.
+r"""Preprocess a corpus with datatrove's executors, on this machine or on Slurm, one part of the input per task.
 
-    python launch/preprocess_datatrove.py --shards 8 --logs logs/web --at-once 2 -- \\
+    python launch/preprocess_datatrove.py --shards 8 --logs logs/web --at-once 2 -- \
         --input 'web/*.jsonl.zst' --tokenizer models/qwen3 --output-prefix data/web
 
-    python launch/preprocess_datatrove.py --shards 64 --logs logs/web --slurm --partition cpu --time 08:00:00 \\
+    python launch/preprocess_datatrove.py --shards 64 --logs logs/web --slurm --partition cpu --time 08:00:00 \
         --cpus 32 -- --input 'web/*.jsonl.zst' --tokenizer models/qwen3 --output-prefix data/web
 
 The options after ``--`` are those of tools/preprocess.py, except --shard. datatrove records finished tasks and
@@ -121,6 +121,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
     options, theirs = parse_arguments(arguments)
     if PipelineStep is object:
         raise UserError("datatrove is not installed: pip install datatrove")

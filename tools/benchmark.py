@@ -88,6 +88,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options, run_arguments = parse_arguments(arguments)
     config = parse_config(run_arguments)

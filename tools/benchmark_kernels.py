@@ -62,6 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
     options = parse_arguments(arguments)
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None:

@@ -82,6 +82,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
     settings = vars(parse_arguments(arguments))
     path = settings.pop("json")
     if path is not None:

@@ -61,6 +61,7 @@ def _positive(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, by default that of this process."""
     options = parse_arguments(arguments)
     if options.command == "ls":
         print(format_listing(list_checkpoints(options.run_folder)))

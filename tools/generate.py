@@ -113,6 +113,7 @@ def show_completion(model: TextGenerator, prompt: str, sampling: Sampling) -> No
 
 
 def main() -> None:
+    """Run the command line of this process."""
     options = parse_arguments()
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
     interactive = options.prompt is None and sys.stdin.isatty()

@@ -46,6 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> MergeOptions:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
     print(format_report(merge(parse_arguments(arguments))))
 
 

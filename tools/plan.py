@@ -35,58 +35,70 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     parser.add_argument(
         "--config", action="append", required=True, metavar="FILE", help="configuration, as for engine/pretrain.py"
     )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; the memory size may be omitted: h200, rtx4090"
-    )
-    described = parser.add_argument_group("a GPU that is not in that list, instead of --gpu")
-    described.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory available to PyTorch")
-    described.add_argument("--gpu-tflops", type=float, metavar="N", help="dense bf16 TFLOP/s from the datasheet")
-    described.add_argument(
-        "--gpu-bandwidth",
-        type=float,
-        metavar="GB/S",
-        help="memory bandwidth (default: in proportion to the TFLOP/s, as of an A100)",
-    )
-    described.add_argument(
-        "--gpu-link",
-        type=float,
-        metavar="GB/S",
-        help="bandwidth to the server's other GPUs, one direction (default: PCIe 4, 32)",
-    )
+    _add_cluster(parser.add_argument_group("cluster"))
+    _add_gpu(parser.add_argument_group("a GPU that is not in that list, instead of --gpu"))
+    _add_assumptions(parser.add_argument_group("assumptions of the prediction"))
     parser.add_argument(
         "--search", action="store_true", help="try layouts, rank those that fit, and dry run the fastest in full"
     )
     parser.add_argument(
         "--quick", action="store_true", help="dry run a few blocks and extrapolate, instead of all of them"
     )
-    parser.add_argument(
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
+    options, rest = parser.parse_known_args(arguments)
+    return options, [word for file in options.config for word in ("--config", file)] + rest
+
+
+def _add_cluster(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
+    group.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; the memory size may be omitted: h200, rtx4090"
+    )
+
+
+def _add_gpu(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory available to PyTorch")
+    group.add_argument("--gpu-tflops", type=float, metavar="N", help="dense bf16 TFLOP/s from the datasheet")
+    group.add_argument(
+        "--gpu-bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="memory bandwidth (default: in proportion to the TFLOP/s, as of an A100)",
+    )
+    group.add_argument(
+        "--gpu-link",
+        type=float,
+        metavar="GB/S",
+        help="bandwidth to the server's other GPUs, one direction (default: PCIe 4, 32)",
+    )
+
+
+def _add_assumptions(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--efficiency",
         type=float,
         default=EFFICIENCY,
         metavar="PART",
         help="fraction of the GPU's peak reached while computing (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--network",
         type=float,
         metavar="GBIT",
         help="network between nodes, per GPU, in Gbit/s (default: that of the GPU's usual server)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--reserve",
         type=float,
         default=RESERVE / 2**30,
         metavar="GIB",
         help="memory of each GPU set aside for what is not counted (default: %(default)g)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
-    options, rest = parser.parse_known_args(arguments)
-    return options, [word for file in options.config for word in ("--config", file)] + rest
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
     options, run_arguments = parse_arguments(arguments)
     config = parse_config(run_arguments)
     if options.json is not None:

@@ -31,6 +31,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions
         "After an interruption, the same command continues the run."
     )
     _add_input(parser.add_argument_group("input"))
+    _add_formats(parser.add_argument_group("formats of the input"))
+    _add_chat(parser.add_argument_group("conversations"))
     _add_tokenizer(parser.add_argument_group("tokenizer"))
     _add_cleaning(parser.add_argument_group("cleaning; the report and the .json count what is left out"))
     _add_output(parser.add_argument_group("output"))
@@ -63,6 +65,23 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         help="keep these keys of each record in {prefix}.metadata.jsonl, one line of JSON per document",
     )
     group.add_argument(
+        "--max-expansion",
+        type=int,
+        default=DEFAULT_EXPANSION,
+        metavar="N",
+        help="refuse files that expand to more than N times their size, such as decompression bombs; 0: no limit "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--skip-bad-lines",
+        action="store_true",
+        help="write malformed records, and the places where files are damaged, to {prefix}.rejects.jsonl and continue "
+        "(default: stop at the first)",
+    )
+
+
+def _add_formats(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--txt-mode",
         choices=("file", "line"),
         default="file",
@@ -91,14 +110,9 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="sheets of .xlsx workbooks to read (default: those with the text's column)",
     )
-    group.add_argument(
-        "--max-expansion",
-        type=int,
-        default=DEFAULT_EXPANSION,
-        metavar="N",
-        help="refuse files that expand to more than N times their size, such as decompression bombs; 0: no limit "
-        "(default: %(default)s)",
-    )
+
+
+def _add_chat(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--chat",
         action="store_true",
@@ -107,12 +121,6 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--chat-template", metavar="FILE", help="Jinja template (default: the tokenizer's own)")
     group.add_argument("--chat-date", metavar="YYYY-MM-DD", help="date for templates that write it (default: today)")
-    group.add_argument(
-        "--skip-bad-lines",
-        action="store_true",
-        help="write malformed records, and the places where files are damaged, to {prefix}.rejects.jsonl and continue "
-        "(default: stop at the first)",
-    )
 
 
 def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
@@ -217,6 +225,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
     print(format_report(preprocess(parse_arguments(arguments))))
 
 

@@ -41,6 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
     options = parse_arguments(arguments)
     run = read_run(options.run_folder)
     other = None if options.compare is None else read_run(options.compare)

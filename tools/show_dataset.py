@@ -63,6 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
     options = parse_arguments(arguments)
     if options.verify:
         dataset = IndexedDataset(options.dataset, check_whole=True)

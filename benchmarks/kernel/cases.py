@@ -75,7 +75,8 @@ def linear_cross_entropy(tokens: int, hidden: int, vocab: int, logit_std: float 
 def attention(sequence: int, batch: int, heads: int, kv_heads: int, head_dim: int, mean_document: int = 0) -> Case:
     """Return the case of attention over ``batch`` concatenated sequences of ``sequence`` tokens.
 
-    With ``mean_document`` they are cut into documents of random length about that mean."""
+    With ``mean_document`` they are cut into documents of random length about that mean.
+    """
     num_tokens = sequence * batch
     # The cuts are part of the case, so every provider and every draw of inputs has the same work.
     generator = torch.Generator().manual_seed(num_tokens + mean_document)

@@ -182,7 +182,8 @@ def _with_own_kernels(provider: Provider) -> Provider:
     """Return a peer that uses PyTorch's own flash kernels.
 
     One of our backends may have replaced them by those of another FlashAttention, for the whole process until it is
-    undone."""
+    undone.
+    """
 
     def build(inputs: Tensors) -> Function:
         use_implementation(None)

@@ -26,6 +26,7 @@ class OrderedTrainer(HuggingFaceTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
+        """Run a micro-batch and keep its loss."""
         self.loss = super().training_step(*arguments, **keywords)
         return self.loss
 

@@ -17,6 +17,7 @@ class CommandParser(argparse.ArgumentParser):
     """Reports a wrong command line like every other :class:`UserError`, without printing the usage."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise a UserError instead of exiting."""
         raise UserError(f"{message}; see --help")
 
     def print_help(self, file: Any = None) -> None:

@@ -29,7 +29,8 @@ HELP_OPTIONS = {
 
 def build_parser() -> jsonargparse.ArgumentParser:
     """Return the parser that prints the help of ``engine/pretrain.py``: one option for every field of
-    :class:`RunConfig`."""
+    :class:`RunConfig`.
+    """
     import jsonargparse  # importing and building takes a second, and only the help needs it
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -237,7 +237,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Layout of the ranks: pipeline x replicate x shard x context x tensor = number of ranks
+    """Layout of the ranks: pipeline x replicate x shard x context x tensor = number of ranks.
 
     Every layout computes the same numbers, up to the order of sums.
     """

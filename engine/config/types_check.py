@@ -218,6 +218,7 @@ def is_path(hint: Any) -> bool:
 
 
 def switch_of(hint: Any) -> Switch | None:
+    """Return the :class:`Switch` that annotates ``hint``; None without one."""
     marks = hint.__metadata__ if get_origin(hint) is Annotated else ()
     return next((mark for mark in marks if isinstance(mark, Switch)), None)
 

@@ -1,8 +1,8 @@
-"""Define the layout of Megatron-LM's ``.idx`` file, and write an index.
+r"""Define the layout of Megatron-LM's ``.idx`` file, and write an index.
 
 All numbers are little endian, and nothing is padded, so the int64 arrays may be unaligned:
 
-    offset 0   9 bytes   b"MMIDIDX\\0\\0"
+    offset 0   9 bytes   b"MMIDIDX\0\0"
     offset 9   uint64    version, 1
     offset 17  uint8     code of the token dtype (``DTYPES``)
     offset 18  uint64    N, number of sequences

@@ -104,7 +104,8 @@ class IndexedDataset:
     def document_indices(self) -> npt.NDArray[np.int64]:
         """int64[D], the first sequence of each document, and N at the end: a read-only unaligned view of the file.
 
-        0 .. N if the file's own indices are unusable."""
+        0 .. N if the file's own indices are unusable.
+        """
         if self._each_sequence:
             return np.arange(self._num_sequences + 1)
         return np.frombuffer(self._idx, dtype="<i8", count=self.num_documents + 1, offset=self._indices_at)
@@ -260,7 +261,8 @@ class IndexedDataset:
     def _check_rest(self) -> None:
         """Check the parts of the index that opening has only sampled.
 
-        If most of a very large index is in file order, the rest is damaged, not filtered."""
+        If most of a very large index is in file order, the rest is damaged, not filtered.
+        """
         try:
             entries = self._entries
             if count_displaced(entries, range(entries.num_blocks)) and self._scattered is None:

@@ -83,7 +83,8 @@ def _quotas(weights: Sequence[float], resolution: int) -> list[int]:
 def _spread(quotas: Sequence[int]) -> npt.NDArray[np.int32]:
     """Return [period] slots in which each source appears ``quotas`` times, spread evenly by a greedy rule.
 
-    Every slot goes to the unfinished source that is furthest behind its share; the first of several wins."""
+    Every slot goes to the unfinished source that is furthest behind its share; the first of several wins.
+    """
     period = sum(quotas)
     share, left = np.array(quotas, dtype=np.int64), list(quotas)
     behind = np.zeros_like(share)  # period x (slots due - slots taken)

@@ -57,7 +57,8 @@ def keep_names(config: DataConfig, datasets: Mapping[str, Mapping[str, Any]]) ->
 
 def _is(source: SourceConfig, record: Mapping[str, Any]) -> bool:
     """Return whether ``source`` is the dataset of ``record`` in a checkpoint, by the hash of its bytes, or else by its
-    path."""
+    path.
+    """
     sidecar = Sidecar.read(source.path)
     if sidecar is not None and record.get("hash"):
         masks = {sidecar.mask_xxh3_128 or None, record.get("mask") or None}

@@ -168,7 +168,8 @@ class Source:
 def split_source(name: str, dataset: IndexedDataset, sequence_length: int, held_out: float) -> tuple[Source, Source]:
     """Return (training part, held-out part): the last fraction ``held_out`` of the tokens is held out.
 
-    The cut is at the beginning of a document, so that no document is on both sides."""
+    The cut is at the beginning of a document, so that no document is on both sides.
+    """
     cut = dataset.next_boundary(round(dataset.num_tokens * (1 - held_out)))
     return (
         Source(name, dataset, sequence_length, 0, cut),

@@ -268,7 +268,8 @@ def _sliding_windows(reader: ConfigReader, model_type: str, num_layers: int) -> 
     """Return the window of each layer.
 
     Mistral's ``sliding_window`` applies to all layers, Llama has none. Qwen's applies only with ``use_sliding_window``,
-    and from layer ``max_window_layers`` on (or according to ``layer_types``)."""
+    and from layer ``max_window_layers`` on (or according to ``layer_types``).
+    """
     config, kinds = reader.config, _layer_types(reader, num_layers)
     wanted, window = reader.flag("use_sliding_window"), None
     if config.get("sliding_window") is not None:

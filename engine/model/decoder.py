@@ -240,7 +240,8 @@ def _local_copy(weight: Tensor) -> Tensor:
     """Return the weight as a plain tensor.
 
     With tensor parallelism, ranks with copies of it see different tokens or heads, so its gradient is the sum of
-    theirs."""
+    theirs.
+    """
     return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 
@@ -249,5 +250,6 @@ def _frequencies_on(device: torch.device, architecture: Architecture) -> Tensor:
     """Return [D/2] rotary frequencies.
 
     They are a constant of the architecture and not a buffer, so that sharding, meta construction and checkpoints can
-    ignore them."""
+    ignore them.
+    """
     return torch.tensor(inverse_frequencies(architecture), dtype=torch.float32, device=device)

@@ -166,7 +166,8 @@ def _numbers(group: dict[str, Any], step: int) -> list[float]:
     """Return the numbers that :func:`update_chunk` uses of a group's settings.
 
     These are 1 - beta1, beta2, 1 - beta2, the root of the second moment's bias correction, eps, learning rate over the
-    first moment's correction, and decay of the weight."""
+    first moment's correction, and decay of the weight.
+    """
     (beta1, beta2), rate = group["betas"], group["lr"]
     root_correction2 = math.sqrt(1 - beta2**step)
     step_size = rate / (1 - beta1**step)

@@ -63,7 +63,8 @@ def _attend_to_all_tokens(
 ) -> Tensor:
     """Map [T, heads, D] of this rank's T tokens to [T, N, D].
 
-    If there are more ranks than key/value heads, each head goes to all ranks that have its queries."""
+    If there are more ranks than key/value heads, each head goes to all ranks that have its queries.
+    """
     copies = max(1, group.size() // k_TKD.shape[1])
     k_TKD, v_TKD = (x.repeat_interleave(copies, dim=1) if copies > 1 else x for x in (k_TKD, v_TKD))
     q, k, v = (_heads_for_tokens(x, group) for x in (q_TND, k_TKD, v_TKD))

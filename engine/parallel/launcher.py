@@ -32,7 +32,7 @@ may have SLURM_PROCID=0; only a task of srun has SLURM_STEP_NUM_TASKS above 1, o
 
 @dataclass(frozen=True)
 class Launcher:
-    """This process as numbered by its launcher; a single rank without a launcher."""
+    """The place of this process as numbered by its launcher; a single rank without a launcher."""
 
     rank: int = 0
     world_size: int = 1

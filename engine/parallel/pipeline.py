@@ -102,7 +102,8 @@ def _check_zero_bubble(architecture: Architecture, parallel: ParallelConfig, com
 def stage_numbers(schedule: str, place: int, pipeline: int, stages_per_rank: int) -> list[int]:
     """Return the stages of the rank at ``place`` of the pipeline.
 
-    These are every ``pipeline``-th stage; or one of each half, from the ends inwards (the V of zbv_zero_bubble)."""
+    These are every ``pipeline``-th stage; or one of each half, from the ends inwards (the V of zbv_zero_bubble).
+    """
     if schedule == "zbv_zero_bubble":
         return [place, 2 * pipeline - 1 - place]
     return [place + turn * pipeline for turn in range(stages_per_rank)]
@@ -199,7 +200,8 @@ class Pipelined:
     def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """Train, see :class:`~retemper.engine.parallel.forward_backward.ForwardBackward`.
 
-        Forward and backward passes alternate: all of them are the phase "forward"."""
+        Forward and backward passes alternate: all of them are the phase "forward".
+        """
         on_phase("forward")
         self._num_targets = num_targets
         self._run(self._schedule.step, batches)

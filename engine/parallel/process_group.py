@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_t
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """The ranks of a process group, seen from this one."""
 
     rank: int
     world_size: int
@@ -49,7 +49,8 @@ class Ranks:
     def with_own_group(self) -> Ranks:
         """Return the same ranks with a process group of their own, for messages of another thread that may take long.
 
-        All ranks must call this, and check in another way that all are alive."""
+        All ranks must call this, and check in another way that all are alive.
+        """
         return replace(
             self, group=dist.new_group(backend="gloo", timeout=timedelta(days=1), group_desc=BACKGROUND_GROUP)
         )

@@ -50,7 +50,8 @@ def require_agreement(file: Path, id_of: Callable[[str], int | None]) -> None:
 def unlisted(file: Path, matched: Collection[str]) -> list[str]:
     """Return the added tokens ``matched`` in text by a tokenizer.json that the list in tokenizer_config.json lacks.
 
-    Empty if tokenizer_config.json has no such list."""
+    Empty if tokenizer_config.json has no such list.
+    """
     listed = {content for content, _, _ in _decoder(read_config(file.with_name(_CONFIG_FILE))) or ()}
     return [content for content in matched if content not in listed] if listed else []
 

@@ -118,7 +118,8 @@ def read_tokenizer_frame(
 def frame_of_files(files: Mapping[str, bytes]) -> TokenizerFrame | None:
     """Return the frame of the tokenizer among the ``files`` (name to content) of a model.
 
-    None if there is no tokenizer, or an unreadable one."""
+    None if there is no tokenizer, or an unreadable one.
+    """
     name = tokenizer_file_name(files)
     if name is None:
         return None
@@ -267,7 +268,8 @@ def _vocabulary(content: bytes) -> Iterator[Token]:
 def _part(content: bytes, key: str) -> Any:
     """Return the value of ``key`` in the object ``content`` without parsing the rest.
 
-    Parsing everything takes 0.1 s for a vocabulary of 150,000."""
+    Parsing everything takes 0.1 s for a vocabulary of 150,000.
+    """
     match = re.search(rb'(?<!\\)"%s"\s*:\s*' % key.encode(), content)
     if match is not None:
         text = content[match.end() : match.end() + _PART_BYTES].decode("utf-8", "ignore")

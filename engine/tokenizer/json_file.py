@@ -41,7 +41,8 @@ def parse_tokenizer(content: bytes | str, where: str | os.PathLike[str]) -> Toke
 def _require_distinct_forms(tokenizer: Any, where: str | os.PathLike[str]) -> None:
     """Refuse added tokens with the same normalized form.
 
-    The library (0.23) matches one of them in a text, and a different one each time the file is loaded."""
+    The library (0.23) matches one of them in a text, and a different one each time the file is loaded.
+    """
     if tokenizer.normalizer is None:
         return
     forms: dict[str, str] = {}

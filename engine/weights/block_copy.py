@@ -27,6 +27,7 @@ from ..files.hashing import FileRecord
 from .finite import REMEDY, all_finite, require_finite
 from .raw_bytes import bytes_of, write_exactly
 from .tensor_source import ReadRows, StoredTensor, TensorSource, rows_of
+from .workers import WorkerStopped
 
 BLOCK_BYTES = 8 << 20
 
@@ -115,7 +116,7 @@ def copy_files(
         for state in states:
             state.close()
     for failure in failures:
-        if failure is not None and not isinstance(failure, _Stopped):
+        if failure is not None and not isinstance(failure, WorkerStopped):
             raise failure
     return {file.name: job.written[file.name] for file in files}
 
@@ -128,10 +129,6 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _Stopped(Exception):
-    """Another worker has failed."""
 
 
 @dataclass
@@ -209,14 +206,14 @@ class _Job:
 
     def advance(self, count: int) -> None:
         if self.stop.is_set():
-            raise _Stopped
+            raise WorkerStopped
         with self._report:
             self._on_bytes(count)
 
     def copy(self, state: _FileState, name: str) -> None:
         """Copy one tensor; the last one of a file also verifies the file."""
         if self.stop.is_set():
-            raise _Stopped
+            raise WorkerStopped
         descriptor, offsets = state.open()
         with self.source.rows(name) as read:
             hashes = self._copy_tensor(read, name, state.file.tensors[name], descriptor, offsets[name])

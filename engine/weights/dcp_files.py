@@ -31,7 +31,7 @@ from .raw_bytes import opened_for_reading
 from .tensor_source import StoredTensor, rows_of
 
 
-class _Values(NamedTuple):
+class _SavedValues(NamedTuple):
     """The place and layout of a saved tensor's values."""
 
     offset: int
@@ -100,7 +100,7 @@ class _FilePart(io.RawIOBase):
         return count
 
 
-def _find_values(part: _FilePart) -> _Values:
+def _find_values(part: _FilePart) -> _SavedValues:
     """Return the place of the values of the one tensor saved in ``part``, relative to its start. Executes no code."""
     with FakeTensorMode():
         loaded = torch.load(cast(IO[bytes], part), map_location="cpu", weights_only=True)
@@ -108,7 +108,7 @@ def _find_values(part: _FilePart) -> _Values:
     start = loaded.untyped_storage()._checkpoint_offset
     assert start is not None
     offset = start + int(loaded.storage_offset()) * loaded.dtype.itemsize
-    return _Values(offset, tuple(loaded.shape), loaded.dtype, loaded.is_contiguous())
+    return _SavedValues(offset, tuple(loaded.shape), loaded.dtype, loaded.is_contiguous())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

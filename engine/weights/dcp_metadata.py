@@ -33,7 +33,7 @@ from ..files.regular import open_regular
 from .damage import METADATA_FILE, DamagedCheckpoint, brief, file_inside
 
 _MAX_METADATA_BYTES = 1 << 30
-"""About 5 million pieces of tensors; the table for a 72B model with AdamW on 64 ranks has 0.2 million."""
+"""About 5 million parts of tensors; the table for a 72B model with AdamW on 64 ranks has 0.2 million."""
 _ENCODING = metadata._MEM_FORMAT_ENCODING
 _INFO = filesystem._StorageInfo
 _CLASSES: tuple[type, ...] = (

@@ -12,6 +12,10 @@ MAX_WORKERS = 8
 """Maximum of the default number of workers: more do not speed up a disk."""
 
 
+class WorkerStopped(Exception):
+    """Raised in a worker thread to end it, after another one has failed."""
+
+
 def default_workers() -> int:
     """Return one worker for each usable CPU, up to :data:`MAX_WORKERS`."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -166,7 +166,8 @@ def _registered_implementations() -> list[str]:
 def import_problem(module: str, attribute: str) -> str | None:
     """Return why ``attribute`` cannot be imported from ``module``.
 
-    Imports it for real: a package that was built for another PyTorch is found, and fails only during the import."""
+    Imports it for real: a package that was built for another PyTorch is found, and fails only during the import.
+    """
     try:
         getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:

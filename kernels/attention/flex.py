@@ -78,7 +78,8 @@ def block_masked_attention(
 def _indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return ([1, 1, Q] number, [1, 1, Q, K] ascending numbers) of the key blocks of each query block in [Q, K] bools.
 
-    The numbers of the other key blocks follow."""
+    The numbers of the other key blocks follow.
+    """
     order = torch.argsort(blocks.to(torch.int8), dim=1, descending=True, stable=True)
     return blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 

@@ -22,7 +22,8 @@ def linear_cross_entropy(
 ) -> LinearCrossEntropy:
     """Compute the same as :func:`retemper.kernels.linear_cross_entropy.linear_cross_entropy`, in the inputs' dtype.
 
-    Use float64 for an oracle. All logits are in memory, and the whole vocabulary is on this rank."""
+    Use float64 for an oracle. All logits are in memory, and the whole vocabulary is on this rank.
+    """
     assert vocab_group is None, "the reference takes the whole weight"
     logits_TV = hidden_TH @ weight_VH.t()
     if logit_softcap is not None:

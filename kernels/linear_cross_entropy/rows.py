@@ -117,7 +117,8 @@ def group_rank(options: Options) -> int:
 def chunks(num_tokens: int, rows: int, multiple: int = 1) -> list[slice]:
     """Divide ``num_tokens`` into as few chunks of at most ``rows`` as possible, of nearly equal sizes.
 
-    The sizes are multiples of ``multiple``, as ``rows`` is."""
+    The sizes are multiples of ``multiple``, as ``rows`` is.
+    """
     if num_tokens == 0:
         return []
     count = -(-num_tokens // max(1, rows))

@@ -100,7 +100,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (losses [T], exponentials [T, V] bf16 with the target's element set, scale [T] fp32) of a chunk.
 
-    The last two are empty if no gradient is needed."""
+    The last two are empty if no gradient is needed.
+    """
     num_tokens, num_rows = hidden.shape[0], weight.shape[0]
     device = hidden.device
     width = _padded(num_rows) if need_gradient else 0
@@ -233,7 +234,8 @@ def _exponentials_kernel(
     """Compute one tile of logits.
 
     Programs that share columns of the weight run together: it is read from memory once, while the chunk's hidden states
-    stay in the L2 cache."""
+    stay in the L2 cache.
+    """
     num_row_blocks = tl.cdiv(num_tokens, ROWS)
     row_block = tl.program_id(0) % num_row_blocks
     column_block = tl.program_id(0) // num_row_blocks

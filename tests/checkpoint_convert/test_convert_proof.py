@@ -264,7 +264,9 @@ def test_a_difference_in_one_tensor_is_seen(
     assert_refused(refused, "differ by")
 
 
-@pytest.mark.parametrize("side, value, who", [("_ours", "nan", "this program"), ("_theirs", "inf", "transformers")])
+@pytest.mark.parametrize(
+    ("side", "value", "who"), [("_ours", "nan", "this program"), ("_theirs", "inf", "transformers")]
+)
 @pytest.mark.parametrize("place", [0, 2])
 def test_logits_that_are_not_finite_prove_nothing(
     saved_models: dict[str, Path],

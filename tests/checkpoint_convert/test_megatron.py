@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from retemper.checkpoint_convert import from_megatron, to_megatron
 from retemper.checkpoint_convert.megatron_layout import Vocabulary
 from retemper.checkpoint_convert.megatron_reading import MegatronModel
-from retemper.checkpoint_convert.megatron_writing import Layout, MegatronPieces
+from retemper.checkpoint_convert.megatron_writing import MegatronLayout, MegatronParts
 from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.weights import block_copy, raw_bytes
 from retemper.engine.weights.checkpoint.manifest import read_manifest
@@ -98,7 +98,7 @@ def test_writes_the_published_layout(models: dict[str, Path], tmp_path: Path, mo
     tensors = {name for name, item in metadata.items() if isinstance(item, TensorStorageMetadata)}
     assert tensors == expected.keys()
     assert all("._extra_state/shard_" in name for name in metadata.keys() - tensors)
-    # Through DCP's own loader, which puts the pieces together.
+    # Through DCP's own loader, which puts the parts together.
     loaded = {key: torch.full_like(tensor, torch.nan) for key, tensor in expected.items()}
     dcp.load(loaded, checkpoint_id=release, no_dist=True)
     for key, tensor in expected.items():
@@ -132,12 +132,15 @@ def test_padding_of_the_vocabulary(vocab_size: int, options: dict[str, int], row
 
 def test_rows_of_padding_are_zeros(models: dict[str, Path]) -> None:
     model = open_hf_model(models["llama"])
-    pieces = MegatronPieces(
-        model.parameters, model.parameters.tensors, model.architecture, Layout(Vocabulary(10, 2), per_layer=False)
+    parts = MegatronParts(
+        model.parameters,
+        model.parameters.tensors,
+        model.architecture,
+        MegatronLayout(Vocabulary(10, 2), per_layer=False),
     )
-    assert pieces.tensors["output_layer.weight"].shape == (100, 32)
+    assert parts.tensors["output_layer.weight"].shape == (100, 32)
     rows = torch.full((5, 32), torch.nan, dtype=torch.bfloat16)
-    with pieces.rows("output_layer.weight") as read:
+    with parts.rows("output_layer.weight") as read:
         read(94, rows)
     assert torch.equal(rows[:3], model.parameters.read("lm_head.weight")[94:]) and not rows[3:].any()
 

@@ -17,10 +17,10 @@ NINE = ", ".join(["{}"] * 9)
 
 def bomb(levels: int, wrap: str) -> str:
     """Each level names the one before nine times."""
-    lines = ["a0: &a0 {x: 1}"]
-    for level in range(1, levels):
-        lines.append(f"a{level}: &a{level} " + wrap.replace("%", NINE.replace("{}", f"*a{level - 1}")))
-    return "\n".join(lines)
+    rest = [
+        f"a{level}: &a{level} " + wrap.replace("%", NINE.replace("{}", f"*a{level - 1}")) for level in range(1, levels)
+    ]
+    return "\n".join(["a0: &a0 {x: 1}", *rest])
 
 
 @pytest.mark.parametrize(

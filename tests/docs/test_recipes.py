@@ -73,8 +73,7 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
             Path(name).write_text(scaled(content))
             assert yaml.safe_load(content)["run_folder"] == f"runs/{name.removesuffix('.yaml')}"
             continue
-        for command in scaled(content).replace("\\\n", " ").splitlines():
-            trainers.append(run(command, one_rank))
+        trainers += [run(command, one_rank) for command in scaled(content).replace("\\\n", " ").splitlines()]
     general, rewarmed, plateau, longer, _, medicine, annealed, lengthened = trainers
     said = capsys.readouterr().out
 

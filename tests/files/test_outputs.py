@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_temporary_files_never_follow_links(tmp_path):
         (tmp_path / name).symlink_to(tmp_path / "mine")
     with open_new(tmp_path / "a") as file:
         file.write(b"x")
-    with pytest.raises(OSError), exclusive_lock(tmp_path / "b", str):
+    with pytest.raises(OSError, match=os.strerror(errno.ELOOP)), exclusive_lock(tmp_path / "b", str):
         pass
     assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "a").is_symlink()
 

@@ -44,7 +44,7 @@ def test_an_undisturbed_run_ends_well(launch):
 
 
 @pytest.mark.parametrize(
-    "event, reason",
+    ("event", "reason"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", r"rank 2 \(host2\) gave no sign of life for (\d+) s; see that node"),
         ("os.kill(os.getpid(), signal.SIGSTOP)", r"rank 2 \(host2\) gave no sign of life for (\d+) s; see that node"),

@@ -16,7 +16,7 @@ def test_ranks_that_run_the_same_agree(launch):
 
 
 @pytest.mark.parametrize(
-    "odd, message",
+    ("odd", "message"),
     [
         (
             agreeing(seed=7, data=[{"path": "y"}]),

@@ -42,10 +42,10 @@ class _NoRandomStates:
 def megatron_on_cpu(tensor_parallel: int = 1) -> Iterator[None]:
     """Megatron's groups of ranks, within a process group that exists."""
     with (
-        mock.patch("torch.cuda.current_device", lambda: torch.device("cpu")),
-        mock.patch("torch.cuda.synchronize", lambda *_: None),
+        mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")),
+        mock.patch("torch.cuda.synchronize"),
         mock.patch("torch.ones", _ones_on_cpu),
-        mock.patch.object(attention.tensor_parallel, "get_cuda_rng_tracker", lambda *_: _NoRandomStates()),
+        mock.patch.object(attention.tensor_parallel, "get_cuda_rng_tracker", return_value=_NoRandomStates()),
     ):
         before = set(distributed_c10d._world.pg_map)
         parallel_state.initialize_model_parallel(tensor_parallel, 1)

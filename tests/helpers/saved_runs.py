@@ -13,7 +13,7 @@ from torch import Tensor
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.weights.checkpoint import manifest as manifests
-from retemper.engine.weights.checkpoint import store as stores
+from retemper.engine.weights.checkpoint import verify_ranks
 from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.engine.weights.checkpoint.manifest import Manifest
 from retemper.engine.weights.checkpoint.store import CheckpointStore
@@ -78,17 +78,17 @@ def resolve(ranks: Ranks, run_folder: Path, resume: str = "auto") -> tuple[str, 
 
 def resolve_where_rank_1_sees_damage(ranks: Ranks, run_folder: Path) -> tuple[str, list[str]]:
     """As :func:`resolve`, with a node whose view of the file system is stale."""
-    find = stores.find_damage
+    find = verify_ranks.find_damage
 
     def find_damage(folder, share=(0, 1), only=None, on_bytes=None):
         manifest, damage = find(folder, share, only)
         return manifest, damage + ([Damage("tensors.json", f"{folder}/tensors.json: missing")] if ranks.rank else [])
 
-    stores.find_damage = find_damage
+    verify_ranks.find_damage = find_damage
     try:
         return resolve(ranks, run_folder)
     finally:
-        stores.find_damage = find
+        verify_ranks.find_damage = find
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

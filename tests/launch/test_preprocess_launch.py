@@ -113,7 +113,7 @@ def test_slurm_parts_are_joined_and_made_again_where_they_are_missing(folder, to
 
 
 @pytest.mark.parametrize(
-    "arguments, environment, message",
+    ("arguments", "environment", "message"),
     [
         ([], {"SHARDS": "0"}, "SHARDS='0': set it to the number of parts"),
         (["--shard", "0/2"], {}, "--shard is set by this script"),

@@ -101,7 +101,7 @@ def test_many_nodes_meet_at_the_endpoint(start):
 
 
 @pytest.mark.parametrize(
-    "script, environment, message",
+    ("script", "environment", "message"),
     [
         ("many_nodes.sh", {"RDZV_ENDPOINT": "n0:1"}, "NNODES='': set it to the number of machines"),
         ("many_nodes.sh", {"NNODES": "4.0", "RDZV_ENDPOINT": "n0:1"}, "NNODES='4.0'"),
@@ -135,7 +135,7 @@ def test_slurm_reports_a_failure(start):
 
 
 @pytest.mark.parametrize(
-    "signal, restarts, requeued", [("USR1", "0", True), ("USR1", "5", False), ("TERM", "0", False)]
+    ("signal", "restarts", "requeued"), [("USR1", "0", True), ("USR1", "5", False), ("TERM", "0", False)]
 )
 def test_slurm_saves_at_the_time_limit_and_queues_itself_again(start, tmp_path, signal, restarts, requeued):
     # The run: tells the job that its time is up, and ends some time after it was asked to stop.

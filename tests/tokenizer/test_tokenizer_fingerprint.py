@@ -41,7 +41,7 @@ def fingerprint(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind, class_name",
+    ("kind", "class_name"),
     [
         *((kind, "PreTrainedTokenizerFast") for kind in KINDS),
         ("byte-level", "Qwen2Tokenizer"),

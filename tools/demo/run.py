@@ -90,6 +90,7 @@ class Demo:
 
 
 def main() -> None:
+    """Run the command line of this process."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("demo_run"), help="output folder; must not exist")
     parser.add_argument("--base-tokens", type=int, help="tokens of the base model's pretraining")

@@ -30,7 +30,8 @@ def places(layout: Layout) -> range:
 def short_specs(spec: RankSpec) -> list[RankSpec]:
     """Return the dry runs needed for ``spec``: a few blocks, some more blocks, and a few with more micro-batches.
 
-    The last is needed only if the run has more. A model that is so small itself is dry run as it is."""
+    The last is needed only if the run has more. A model that is so small itself is dry run as it is.
+    """
     config, layout = spec.config, spec.layout
     parallel = config.parallel
     # At the beginning, in the middle and at the end of a pass, blocks that are gathered ahead differ from others.

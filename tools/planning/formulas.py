@@ -22,7 +22,8 @@ from .work import Collective, CollectiveTotal, sent_bytes
 class Calibration:
     """Bytes of activations that a block stores for its backward pass, per token, by ``parallel.recompute``.
 
-    For a rank that shares neither matrices nor tokens."""
+    For a rank that shares neither matrices nor tokens.
+    """
 
     kept: dict[str, float]
 

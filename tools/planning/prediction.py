@@ -77,7 +77,8 @@ def bandwidth(collective: Collective, gpu: Gpu) -> float:
     """Return the bytes per second that each rank of a ring can send.
 
     Between nodes, rings use the network cards of all the group's ranks in a node, and each carries its part of the
-    traffic."""
+    traffic.
+    """
     if collective.per_node == collective.ranks:
         return gpu.intra_node
     between = gpu.inter_node * collective.per_node
@@ -89,7 +90,8 @@ def idle_share(config: RunConfig, layout: Layout, num_micro_batches: int) -> flo
 
     Filling and draining takes as long as ``pipeline - 1`` micro-batches (Narayanan et al., 2021), over the number of
     stages on a rank if these alternate. Zero-bubble schedules leave a third of that (Qi et al., 2023,
-    https://arxiv.org/abs/2401.10241)."""
+    https://arxiv.org/abs/2401.10241).
+    """
     parallel = config.parallel
     share = (layout.pipeline - 1) / (num_micro_batches * parallel.pipeline_stages_per_rank)
     return share / 3 if "zero_bubble" in parallel.pipeline_schedule else share
@@ -99,7 +101,8 @@ def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
     """Return the bytes read and written for each parameter.
 
     Clipping reads the gradient twice and writes it. AdamW reads it, and reads and writes the weight and both
-    moments."""
+    moments.
+    """
     weight, state = bytes_of(config.training.weight_dtype), bytes_of(config.optimizer.state_dtype)
     return 4 * gradient_bytes(config, num_micro_batches) + 2 * (weight + 2 * state)
 

@@ -145,12 +145,12 @@ def format_found(found: SearchResult) -> str:
         "| layout | tokens/s/GPU | MFU (causal) | peak GiB | headroom GiB | fits |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    for plan in found.plans:
-        lines.append(
-            f"| {shown_layout(plan.config, plan.layout)} | {digits(plan.tokens_per_second)} "
-            f"| {plan.mfu(causal_halved=True):.1%} | {gib(plan.peak_bytes)} | {gib(plan.headroom)} "
-            f"| {'yes' if plan.fits else 'no'} |"
-        )
+    lines += [
+        f"| {shown_layout(plan.config, plan.layout)} | {digits(plan.tokens_per_second)} "
+        f"| {plan.mfu(causal_halved=True):.1%} | {gib(plan.peak_bytes)} | {gib(plan.headroom)} "
+        f"| {'yes' if plan.fits else 'no'} |"
+        for plan in found.plans
+    ]
     lines.append("")
     lines.append(
         f"{found.num_possible} layouts are possible: {found.num_too_large} are too large by formulas, {found.num_left} "

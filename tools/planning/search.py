@@ -136,7 +136,8 @@ def without_recomputation(plan: LayoutPlan, pool: DryRunPool) -> LayoutPlan | No
 def plan_briefly(layouts: list[tuple[RunConfig, Layout]], cluster: ClusterSpec, pool: DryRunPool) -> list[LayoutPlan]:
     """Return the plans of layouts, by dry runs of a few blocks.
 
-    For a pipeline these are its first rank, which holds the most micro-batches, and its last, which has the loss."""
+    For a pipeline these are its first rank, which holds the most micro-batches, and its last, which has the loss.
+    """
     groups = [[one for one in specs_of(*each, cluster) if one.place in _ends(each[1])] for each in layouts]
     done = iter(dry_run_short(itertools.chain(*groups), pool.run))
     return [

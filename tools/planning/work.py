@@ -122,7 +122,8 @@ class WorkCounter:
 def sent_bytes(kind: str, size: float, ranks: int) -> float:
     """Return the bytes that each rank sends for a tensor of ``size`` bytes by a ring, which is the minimum.
 
-    See Patarasuk and Yuan, 2009, https://doi.org/10.1016/j.jpdc.2008.09.002."""
+    See Patarasuk and Yuan, 2009, https://doi.org/10.1016/j.jpdc.2008.09.002.
+    """
     if kind in ("send", "broadcast"):
         return size if ranks > 1 else 0.0
     return size * (ranks - 1) / ranks * (2 if kind == "all-reduce" else 1)

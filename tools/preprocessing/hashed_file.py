@@ -114,6 +114,7 @@ class HashedFile:
         sync(self._file)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _see(self, view: memoryview) -> None:

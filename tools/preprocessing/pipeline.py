@@ -1,4 +1,6 @@
-"""Files -> indexed datasets. :func:`preprocess` is the recipe; this is the order of the modules:
+"""Turn files into indexed datasets.
+
+:func:`preprocess` is the recipe; this is the order of the modules:
 
     options.py               the options
     run_setup.py             input files (inputs/), tokenizer (tokenizer_choice.py), output paths (dataset/checks.py)

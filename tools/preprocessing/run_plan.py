@@ -57,6 +57,7 @@ class RunPlan:
 
     @property
     def settings(self) -> WorkerSettings:
+        """What every worker process needs to know."""
         setup = self.setup
         return WorkerSettings(
             self._dated_options,

@@ -60,7 +60,10 @@ class RunSetup:
             print_notes([frame.remark])
 
     def compare_with_serving(self) -> None:
-        """Print a note if transformers would serve the model with other ids. (RunPlan does this for conversations.)"""
+        """Print a note if transformers would serve the model with other ids.
+
+        RunPlan does this for conversations.
+        """
         if not self.options.chat and (note := self.tokenizer.serving_note()):
             print_notes([note])
 

@@ -112,13 +112,15 @@ class TokenizerHandle:
     def fingerprint(self) -> str:
         """Return a fingerprint that does not depend on the file's bytes (engine/tokenizer/fingerprint.py).
 
-        Takes a tenth of a second for a vocabulary of 150,000."""
+        Takes a tenth of a second for a vocabulary of 150,000.
+        """
         return self._reference.fingerprint()
 
     @property
     def unknown_id(self) -> int | None:
         """The id that stands for what the vocabulary cannot express; None where there is none, as with byte-level
-        ones."""
+        ones.
+        """
         return self._reference.unknown_id()
 
     @property
@@ -138,7 +140,8 @@ class TokenizerHandle:
     def serving_note(self) -> str | None:
         """Return how the ids of transformers differ from ours when the model is served; None if they do not.
 
-        Takes seconds unless the files show that they are the same; see :mod:`~.serving_check`."""
+        Takes seconds unless the files show that they are the same; see :mod:`~.serving_check`.
+        """
         if self.kind == "tiktoken":  # transformers does not read such files
             return None
         library = self._reference.library_tokenizer if isinstance(self._reference, TokenizersReference) else None

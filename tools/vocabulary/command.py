@@ -170,7 +170,8 @@ def _tokenizer_path(model: StoredModel) -> Path:
 def _read(options: ExtendOptions, tokenizer: ExtensibleTokenizer) -> LearningCorpus:
     """Split the corpus by documents; if a tenth of it would be empty, use all documents for learning and measuring.
 
-    Only the words to learn from and a bounded part of the documents to measure with stay in memory."""
+    Only the words to learn from and a bounded part of the documents to measure with stay in memory.
+    """
     words: Counter[str] = Counter()
     held_out_words: Counter[str] = Counter()
     measured, num_others, num_held_out = CorpusSample(_MEASURED_CHARACTERS), 0, 0

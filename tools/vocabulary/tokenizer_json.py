@@ -111,7 +111,8 @@ class BpeJson:
         """Add listed tokens, see :class:`~retemper.tools.vocabulary.vocabulary.ExtensibleTokenizer`.
 
         A text that the tokenizer's own rules keep together gets the merges that lead to it, and the intermediate
-        tokens; any other text becomes an added token."""
+        tokens; any other text becomes an added token.
+        """
         tokens: list[NewToken] = []
         pairs: list[tuple[str, str]] = []
         added: list[NewToken] = []

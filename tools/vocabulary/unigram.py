@@ -75,7 +75,8 @@ def learn_unigram(
 def rarest_part(scores: Mapping[str, float], parts: Iterable[str]) -> float:
     """Return the log-probability for a listed piece: that of the rarest of its ``parts``.
 
-    It is more than their sum, so the tokenizer prefers the piece."""
+    It is more than their sum, so the tokenizer prefers the piece.
+    """
     return min((scores[part] for part in parts if part in scores), default=min(scores.values()))
 
 

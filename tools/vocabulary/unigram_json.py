@@ -79,7 +79,8 @@ class UnigramJson:
     def take(self, texts: Sequence[str]) -> Extension:
         """Add listed tokens, see :class:`~retemper.tools.vocabulary.vocabulary.ExtensibleTokenizer`.
 
-        A single word becomes a piece, as likely as the rarest of its parts; several words become an added token."""
+        A single word becomes a piece, as likely as the rarest of its parts; several words become an added token.
+        """
         new, notes = by_piece(texts, self._ids)
         words = [piece for piece in new if may_be_piece(piece, len(piece))]
         phrases = [text for piece, text in new.items() if not may_be_piece(piece, len(piece))]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+from ...errors import UserError
 from .manifest import MANIFEST_FILE
 
 DAMAGED = ".damaged"
@@ -40,3 +42,20 @@ def named_checkpoints(folder: Path) -> list[Path]:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in ``folder`` that have a manifest, oldest first."""
     return [checkpoint for checkpoint in named_checkpoints(folder) if (checkpoint / MANIFEST_FILE).is_file()]
+
+
+def require_no_broken_link(folder: Path, least_step: int = 0) -> None:
+    """Refuse broken links in ``folder`` with the name of a checkpoint of at least ``least_step`` steps.
+
+    Raises:
+        UserError: names the link and its target.
+    """
+    links = sorted(
+        (path for path in folder.glob("step-*") if is_checkpoint_name(path.name) and not path.exists()),
+        key=step_of,
+    )
+    if links and step_of(links[-1]) >= least_step:
+        raise UserError(
+            f"{links[-1]}: a link to {os.readlink(links[-1])}, which does not exist; mount the disk or put the "
+            "checkpoint back, or remove the link to continue without it"
+        )

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ...errors import UserError
 from ...files.atomic import sync_path, sync_tree, temporary_path
@@ -33,8 +32,8 @@ from .names import (
     REWOUND,
     checkpoint_name,
     complete_checkpoints,
-    is_checkpoint_name,
     named_checkpoints,
+    require_no_broken_link,
     step_of,
 )
 from .retention import intact_checkpoints, reasons_to_keep, reasons_when_pruning
@@ -47,7 +46,7 @@ from .run_record import (
     require_no_lost_checkpoints,
     require_record_files,
 )
-from .verify import Damage, find_damage
+from .verify_ranks import verify_together
 
 _TEMPORARY = re.compile(r"^\.step-\d{8,}\.[0-9a-f]{32}\.tmp$")
 
@@ -74,7 +73,6 @@ class CheckpointStore:
         """Estimated size of a checkpoint; 0: unknown."""
         self.origin: Origin | None = None
         """The checkpoint of ``resume: PATH``, if :meth:`resolve` chose it."""
-        """Manifest of the checkpoint that :meth:`resolve` chose."""
         self._remarks: list[str] = []
         """Lines for the log about the checkpoint in use."""
         self._found: list[Path] = []
@@ -181,11 +179,11 @@ class CheckpointStore:
             if manifest is not None and manifest.step != step_of(folder):
                 problem = f"{folder}: its manifest is of step {manifest.step}"
             if manifest is not None and problem is None:
-                self.ranks.run_on_rank0(partial(self._require_no_broken_link, manifest.step + 1))
+                self.ranks.run_on_rank0(partial(require_no_broken_link, self.folder, manifest.step + 1))
                 self._remarks += self.ranks.run_on_rank0(partial(self._newer_ones_lost, manifest.step)) or []
                 return folder, manifest
             self._damaged.append((folder, problem or ""))
-        self.ranks.run_on_rank0(self._require_no_broken_link)
+        self.ranks.run_on_rank0(lambda: require_no_broken_link(self.folder))
         former = self._damaged[0][1] if self._damaged else next(map(str, sorted(self.folder.glob("step-*"))), None)
         if former := self.ranks.broadcast(former):
             raise UserError(
@@ -193,22 +191,6 @@ class CheckpointStore:
                 "back, or move these away to start from the beginning, or choose another run_folder"
             )
         return None
-
-    def _require_no_broken_link(self, least_step: int = 0) -> None:
-        """Refuse broken links with the name of a checkpoint of at least ``least_step`` steps.
-
-        Raises:
-            UserError: names the link and its target.
-        """
-        links = sorted(
-            (path for path in self.folder.glob("step-*") if is_checkpoint_name(path.name) and not path.exists()),
-            key=step_of,
-        )
-        if links and step_of(links[-1]) >= least_step:
-            raise UserError(
-                f"{links[-1]}: a link to {os.readlink(links[-1])}, which does not exist; mount the disk or put the "
-                "checkpoint back, or remove the link to continue without it"
-            )
 
     def _newer_ones_lost(self, step: int) -> list[str]:
         """Return a line if checkpoints after ``step`` are gone, and not because this program renamed them."""
@@ -223,30 +205,10 @@ class CheckpointStore:
 
     def _examine(self, folder: Path) -> tuple[Manifest | None, str | None]:
         """Return the manifest of ``folder`` and its first damage. Every rank reads a share of the files."""
-        share = (self.ranks.rank, self.ranks.world_size)
-        description, silent = f"verifying {folder.name}", None if self.ranks.is_main else True
-        with tqdm(desc=description, unit="B", unit_scale=True, disable=silent, leave=False, delay=2) as bar:
-            manifest, mine = self.ranks.fail_together(lambda: find_damage(folder, share, on_bytes=bar.update))
-        reports = self.ranks.all_gather(mine)
-        damage = reports[0] or self._seen_by_main(folder, reports)
+        manifest, problem = verify_together(folder, self.ranks)
         if manifest is not None and not manifest.files:
             self._remarks.append(f"{folder} is not verified: it was written before manifests had hashes")
-        return manifest, damage[0].what if damage else None
-
-    def _seen_by_main(self, folder: Path, reports: list[list[Damage]]) -> list[Damage]:
-        """Let the main rank check files that others find damaged, since a node may have a stale view of them."""
-        suspects = [(rank, damage) for rank, found in enumerate(reports) for damage in found]
-        if not suspects:
-            return []
-        files = {damage.file for _, damage in suspects}
-        found: list[Damage] = self.ranks.broadcast(self.ranks.run_on_rank0(lambda: find_damage(folder, only=files)[1]))
-        if not found:
-            rank, damage = suspects[0]
-            raise UserError(
-                f"rank {rank}: {damage.what}, but rank 0 finds it undamaged; make sure that all nodes see the "
-                "same run_folder"
-            )
-        return found
+        return manifest, problem
 
     def quarantine(self) -> list[str]:
         """Rename the checkpoints that :meth:`resolve` found damaged; return lines for the log, on the main rank."""

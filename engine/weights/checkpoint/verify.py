@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import UserError
 from ...files.hashing import FileRecord, record_file
 from ..damage import METADATA_FILE, TABLE_FILE, DamagedCheckpoint, file_inside
-from ..workers import share_by_size
+from ..workers import WorkerStopped, share_by_size
 from .assets import ASSET_FOLDER
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
 
@@ -87,7 +87,7 @@ def require_undamaged(folder: Path, on_bytes: Callable[[int], object] = lambda c
 
     def advance(count: int) -> None:
         if stop.is_set():
-            raise _Stopped
+            raise WorkerStopped
         on_bytes(count)
 
     with ThreadPoolExecutor(workers, "verify") as pool:
@@ -98,10 +98,6 @@ def require_undamaged(folder: Path, on_bytes: Callable[[int], object] = lambda c
             stop.set()
     if damage:
         raise UserError(f"{damage[0].what}; use another checkpoint")
-
-
-class _Stopped(Exception):
-    """Another thread has failed."""
 
 
 def _damage_of_file(folder: Path, name: str, record: FileRecord, on_bytes: Callable[[int], object]) -> list[Damage]:

@@ -52,9 +52,11 @@ class CheckpointReader(StorageReader):
         return self._stored
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Read from another folder, if ``checkpoint_id`` names one."""
         self._folder, self._stored = Path(checkpoint_id or self._folder), None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Describe every stored tensor to DCP."""
         names = self.stored.tensors
         return Metadata({name: self._describe(name) for name in names}, planner_data={name: (name,) for name in names})
 
@@ -67,16 +69,20 @@ class CheckpointReader(StorageReader):
         return TensorStorageMetadata(TensorProperties(tensor.dtype), torch.Size(tensor.shape), chunks)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Verify the checkpoint on one rank, if that was asked for."""
         if is_coordinator and self._verify:
             require_undamaged(self._folder)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan of this rank unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans of all ranks unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read the boxes of the plan into the tensors that the planner provides."""
         for item in plan.items:
             assert item.type == LoadItemType.TENSOR and item.storage_index.offset is not None
             target = planner.resolve_tensor(item)
@@ -89,4 +95,5 @@ class CheckpointReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return whether the folder is a checkpoint of this engine."""
         return (Path(checkpoint_id) / MANIFEST_FILE).is_file()

@@ -106,7 +106,7 @@ def export_run(
         else:
             _require_valid(store, checkpoint)
             _write(ranks, checkpoint, output, stop_agreed, say)
-    except _Stopped:
+    except _StopRequested:
         say(f"stopped the export to {output} as requested; the same command completes it")
         return
     except _Damaged:
@@ -123,7 +123,7 @@ def export_run(
         say(f"uploaded    {run_in_background(ranks, upload if ranks.is_main else None)}")
 
 
-class _Stopped(Exception):
+class _StopRequested(Exception):
     """All ranks have been asked to stop."""
 
 
@@ -188,7 +188,7 @@ def _write(
         copying = _Copying(export, content, mine)
         done = run_in_background(ranks, copying, broken_off, copying.stop)
         if stopping:
-            raise _Stopped
+            raise _StopRequested
         written = [file for of_rank in ranks.all_gather(done) for file in of_rank or ()]
 
         def complete() -> None:

@@ -12,7 +12,7 @@ import torch
 from ...errors import UserError
 from ...model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
 from ...model.config_keys import describe_unread
-from ...model.decoder import meta_decoder
+from ...model.decoder import Decoder, meta_decoder
 from ..block_copy import BLOCK_BYTES
 from ..checkpoint.tensors import describe_difference
 from ..parts import TensorParts
@@ -77,16 +77,7 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict
             )
         config = {**config, "vocab_size": rows}
         architecture = parse_architecture(config, str(Path(folder) / CONFIG_FILE))
-    if config.get("auto_map"):
-        notes.append(
-            f"{CONFIG_FILE} refers to custom code (auto_map), which is not run; the weights are read as model_type "
-            f"{architecture.model_type}"
-        )
-    if weights.ignored_files:
-        notes.append(
-            f"ignored {len(weights.ignored_files)} weight files that are not part of the model: "
-            + ", ".join(weights.ignored_files)
-        )
+    notes += _notes_on_ignored(config, architecture, weights)
     recomputed = [name for name in tensors if name.endswith(_RECOMPUTED)]
     if recomputed:
         notes.append(f"left out {len(recomputed)} tensors that follow from the config: *{_RECOMPUTED}")
@@ -99,20 +90,42 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict
     for name in recomputed:
         del tensors[name]
     decoder = meta_decoder(architecture)
-    difference = describe_difference(tensors, decoder)
-    if difference:
-        unexpected = tensors.keys() - {name for name, _ in decoder.named_parameters()}
-        hint = renaming_hint([weights.stored_names[name] for name in tensors if name in unexpected])
-        raise UserError(f"{folder}: the weights do not fit {CONFIG_FILE}: {difference}{hint}")
+    _require_parameters(tensors, decoder, weights)
     parameters = weights.only(name for name, _ in decoder.named_parameters())
     _require_floats(parameters.tensors, folder)
     return HfModel(config, architecture, weights, parameters, notes, left_out)
 
 
+def _notes_on_ignored(config: dict[str, Any], architecture: Architecture, weights: HfWeights) -> list[str]:
+    """Return a line about custom code, and one about weight files, that the folder has and that are not used."""
+    notes = []
+    if config.get("auto_map"):
+        notes.append(
+            f"{CONFIG_FILE} refers to custom code (auto_map), which is not run; the weights are read as model_type "
+            f"{architecture.model_type}"
+        )
+    if weights.ignored_files:
+        notes.append(
+            f"ignored {len(weights.ignored_files)} weight files that are not part of the model: "
+            + ", ".join(weights.ignored_files)
+        )
+    return notes
+
+
+def _require_parameters(tensors: dict[str, StoredTensor], decoder: Decoder, weights: HfWeights) -> None:
+    """Refuse ``tensors`` that are not exactly the parameters of ``decoder``."""
+    difference = describe_difference(tensors, decoder)
+    if difference:
+        unexpected = tensors.keys() - {name for name, _ in decoder.named_parameters()}
+        hint = renaming_hint([weights.stored_names[name] for name in tensors if name in unexpected])
+        raise UserError(f"{weights.folder}: the weights do not fit {CONFIG_FILE}: {difference}{hint}")
+
+
 def _embedding_rows(tensors: dict[str, StoredTensor], architecture: Architecture) -> int:
     """Return the rows of embedding and head, if they agree and have the width of the model; else the config's number.
 
-    In the second case the comparison with the decoder reports the difference."""
+    In the second case the comparison with the decoder reports the difference.
+    """
     shapes = {tensors[name].shape for name in (EMBEDDING, HEAD) if name in tensors}
     shape = shapes.pop() if len(shapes) == 1 else ()
     return shape[0] if shape[1:] == (architecture.hidden_size,) and shape[0] else architecture.vocab_size

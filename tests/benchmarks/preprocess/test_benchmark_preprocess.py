@@ -304,7 +304,7 @@ def test_the_report_is_markdown_and_names_no_folder():
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (["--runs", "0"], "--runs 0: must be at least 1"),
         (["--megatron-megabytes", "0"], "--megatron-megabytes 0: must be more than 0"),

@@ -93,7 +93,7 @@ class TestMarks:
             encoder.encode(record)
 
     @pytest.mark.parametrize(
-        "mark, message",
+        ("mark", "message"),
         [
             ({"weight": 0.5}, "weight is 0.5; only 0 and 1, or false and true, are supported"),
             ({"weight": "high"}, "weight is 'high'; only 0 and 1"),
@@ -237,7 +237,7 @@ class TestToolData:
         assert encoded.ids.tolist() == self.expected(folders / "json", {"town": None})
 
     @pytest.mark.parametrize(
-        "arguments, message",
+        ("arguments", "message"),
         [
             ('{"town": "Ulm"', r"messages\[1\]: tool_calls\[0\]: arguments is not valid JSON: Expecting ',' delimiter"),
             ("town=Ulm", "arguments is not valid JSON"),
@@ -304,7 +304,7 @@ class TestKeys:
         assert read_conversation({"messages": [both, ANSWER]}).messages == [USER, ANSWER]
 
     @pytest.mark.parametrize(
-        "record, message",
+        ("record", "message"),
         [
             (
                 {"messages": [{"role": "user", "content": "a", "value": "b"}, ANSWER]},

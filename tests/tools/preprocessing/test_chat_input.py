@@ -75,7 +75,7 @@ CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "ma
 
 
 @pytest.mark.parametrize(
-    "record, messages",
+    ("record", "messages"),
     [
         ({"messages": [USER, ANSWER], "id": 3}, [USER, ANSWER]),
         ({"messages": [USER, ANSWER], "conversations": None, "instruction": "x"}, [USER, ANSWER]),
@@ -212,7 +212,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("record, message", REFUSED)
+@pytest.mark.parametrize(("record", "message"), REFUSED)
 def test_what_is_no_conversation_to_learn_from_is_refused(encoder, record, message):
     with pytest.raises(MalformedError, match=message.replace("|", r"\|")) as caught:
         encoder.encode(record)
@@ -349,7 +349,7 @@ class TestTemplates:
         assert mine.ids.tolist() == rendered.apply_chat_template([USER, ANSWER], chat_template=named, return_dict=False)
 
     @pytest.mark.parametrize(
-        "template, message",
+        ("template", "message"),
         [
             (None, r"the tokenizer has no chat template, often so with base models .*; give one with --chat-template"),
             (3, "chat_template is not a string; give --chat-template FILE"),

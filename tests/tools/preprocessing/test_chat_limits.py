@@ -42,7 +42,7 @@ def test_memory(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "template, message",
+    ("template", "message"),
     [
         ("{{ 10 ** 10 ** 10 }}", r"line 1 of the chat template uses \*\*, which can compute without end"),
         ("\n{% for i in range(10**9) %}{% generation %}{% endgeneration %}{% endfor %}", r"line 2 .* uses \*\*"),

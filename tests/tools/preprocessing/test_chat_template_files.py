@@ -82,7 +82,7 @@ def test_fingerprints_know_the_template_for_tools(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "files, message",
+    ("files", "message"),
     [
         ({f"{EXTRA}/rag.jinja": "a"}, r"no chat template is called default \(there: rag\)"),
         ({"config": "a", f"{EXTRA}/rag.jinja": "b"}, r"no chat template is called default \(there: rag\)"),

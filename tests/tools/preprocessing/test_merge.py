@@ -246,7 +246,7 @@ def test_datasets_of_megatron_have_no_sidecar_and_need_none(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "present, message",
+    ("present", "message"),
     [
         ([(0, 3), (2, 3)], "shard 1 of 3 missing"),
         ([(5, 9)], "shards 0, 1, 2, 3, 4, 6, 7, 8 of 9 missing .*--shard 0/9"),

@@ -171,12 +171,10 @@ def test_a_document_larger_than_memory_is_not_held(tmp_path):
     content = np.random.default_rng(0).bytes(size)
     path.write_bytes(b"ab" + content + b"cd")
     tracemalloc.start()
-    found = []
     with ExternalShuffle(tmp_path / "buckets", 0, size, memory_bytes=memory) as shuffle:
         shuffle.add({"tokens": np.array([1, 1, size, 2])}, {"tokens": FileRange(path, 0, size + 4)})
-        for chunk in shuffle.drain():
-            if len(chunk.data["tokens"]) == size:
-                found.append(chunk.data["tokens"] == memoryview(content))
+        tokens = (chunk.data["tokens"] for chunk in shuffle.drain())
+        found = [part == memoryview(content) for part in tokens if len(part) == size]
     assert tracemalloc.get_traced_memory()[1] < 2 * memory
     tracemalloc.stop()
     assert found == [True]

@@ -111,7 +111,7 @@ def test_an_eod_that_is_not_flagged_special_is_text_in_text(tiny_tokenizer, tmp_
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    ("name", "message"),
     [
         ("{tmp}", "no tokenizer.json in this folder; .* --tokenizer"),
         ("{tmp}/absent/folder", "no such tokenizer folder or file; .* --tokenizer"),
@@ -177,7 +177,7 @@ ADDED = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": F
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    ("name", "content", "message"),
     [
         ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}, "gives it the id"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"900": {"content": "<x>"}}}, "does not have it"),

@@ -250,7 +250,7 @@ SPLIT = "pre_tokenizer/pretokenizers/0"
 
 
 @pytest.mark.parametrize(
-    "path, value, reason",
+    ("path", "value", "reason"),
     [
         ("model/type", "Unigram", "not BPE"),
         ("model/byte_fallback", True, "byte_fallback"),

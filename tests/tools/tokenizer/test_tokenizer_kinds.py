@@ -118,7 +118,7 @@ class TestSentencePiece:
             load_tokenizer(model).encode_flat(["fine", "a\ud800"])
 
     @pytest.mark.parametrize(
-        "content, message",
+        ("content", "message"),
         [
             (b"", "not a sentencepiece model"),
             (b"\0" * 50, "not a sentencepiece model"),
@@ -215,7 +215,7 @@ class TestTiktoken:
             load_tokenizer(tmp_path).encode_flat(["a", " " * 1_000_000])
 
     @pytest.mark.parametrize(
-        "change, message",
+        ("change", "message"),
         [
             (lambda lines: [], "256 of the 256 bytes have no rank; the first is 0x00"),
             (lambda lines: [*lines, "x"], "tiny.tiktoken:359: not a tiktoken line"),
@@ -249,7 +249,7 @@ class TestTiktoken:
             load_tokenizer(tmp_path)
 
     @pytest.mark.parametrize(
-        "description, message",
+        ("description", "message"),
         [
             ("{", "tiny.json: cannot be read as JSON"),
             ("[]", 'tiny.json: must be a JSON object with "pattern"'),

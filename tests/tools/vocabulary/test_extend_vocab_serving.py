@@ -200,7 +200,7 @@ def listed(tmp_path: Path, content: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "content, expected",
+    ("content", "expected"),
     [
         (' one\n"New York"\n{"text": " two"}\n', [" one", "New York", " two"]),
         ('{"piece": "Ġone", "id": 7}\n{"piece": "two"}', [" one", "two"]),

@@ -27,7 +27,7 @@ class Conversation:
     """Counts of what is in the record but not trained on."""
 
     def assistant_turns(self) -> list[int]:
-        """Indices of the assistant's messages."""
+        """Return the indices of the assistant's messages."""
         return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 

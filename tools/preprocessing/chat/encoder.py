@@ -300,7 +300,8 @@ class ChatEncoder:
 
 def _token_mask(offsets: list[Span], spans: list[Span]) -> npt.NDArray[np.uint8]:
     """Return 1 for the tokens that share characters with a span. A token without characters, as at the start of a word,
-    belongs to the span around it."""
+    belongs to the span around it.
+    """
     flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
     starts, ends = flat[::2], np.maximum(flat[1::2], flat[::2] + 1)
     mask = np.zeros(len(offsets), np.uint8)

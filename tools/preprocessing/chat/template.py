@@ -174,6 +174,7 @@ class ChatTemplate:
 
 
 def probe(answer: str | None) -> Conversation:
+    """Return a question, and its ``answer`` if there is one, to see what the template writes around it."""
     messages: Sequence[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
     if answer is not None:
         messages = [*messages, {"role": "assistant", "content": answer}]

@@ -39,6 +39,7 @@ class SourceTotals:
 
     @staticmethod
     def zeros(num_sources: int) -> SourceTotals:
+        """Return the totals before anything is counted."""
         return SourceTotals(*(np.zeros(num_sources, np.int64) for _ in range(4)))
 
     def add(self, table: np.ndarray) -> None:

@@ -14,10 +14,10 @@ from ..workers.task_output import TaskOutput
 
 
 def write_rejects(outputs: Sequence[TaskOutput], prefix: str, work: Path) -> list[str]:
-    """Join the rejects of ``outputs`` to ``{prefix}.rejects.jsonl``; return the paths written, [] without rejects.
+    r"""Join the rejects of ``outputs`` to ``{prefix}.rejects.jsonl``; return the paths written, [] without rejects.
 
     Each line is ``{"where": "file:17", "reason": ..., "record": ...}``. The record is unchanged (bytes that are not
-    UTF-8 as ``\\\\xff``). Of a line of more than 16 MB only the beginning is kept. null: the reader does not have it.
+    UTF-8 as ``\\xff``). Of a line of more than 16 MB only the beginning is kept. null: the reader does not have it.
     """
     final = f"{prefix}{REJECTS}"
     rejects = [output.rejects for output in outputs if output.rejects.exists()]

@@ -18,7 +18,7 @@ _LOCK = "lock"
 
 
 def workspace_folder(prefix: str) -> Path:
-    """The hidden folder of the dataset ``prefix``."""
+    """Return the hidden folder of the dataset ``prefix``."""
     folder, name = os.path.split(os.path.abspath(prefix))
     return Path(folder) / f".{name}.partial"
 

@@ -60,7 +60,8 @@ class MinHasher:
 
     def bands_batch(self, texts: Sequence[str]) -> npt.NDArray[np.uint64]:
         """Return uint64[texts, num_bands]: a hash of each band; zero, which matches nothing, for texts without
-        words."""
+        words.
+        """
         result = np.zeros((len(texts), self.num_bands), np.uint64)
         for first, stop, units in units_of(texts):
             result[first:stop] = self._hash_bands(self._signatures(units, whole=True))

@@ -222,7 +222,7 @@ def _walk(folder: str) -> tuple[list[str], list[str]]:
                         files[os.path.join(real, name)] = path
     for link in sorted(file_links):
         if files.setdefault(os.path.realpath(link), link) != link:
-            again.append(link)
+            again.append(link)  # noqa: PERF401  # setdefault has side effects
     return sorted(files.values()), sorted(again)
 
 

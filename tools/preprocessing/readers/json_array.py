@@ -38,7 +38,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
     path, keys = span.file.path, WantedKeys(context.columns or ())
     with open_stream(span.file, context) as stream:
         skip_bom(stream, path)
-        values = _Values(stream, context.scratch, path)
+        values = _JsonSplitter(stream, context.scratch, path)
         first = values.next_byte()
         if first == b"[":
             yield from _elements(values, path, keys, context)
@@ -49,7 +49,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
             context.refuse(Where(path), f"{found}, not a JSON array of objects", "malformed", None)
 
 
-def _elements(values: _Values, path: str, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
+def _elements(values: _JsonSplitter, path: str, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
     values.skip_byte()
     number = 0
     after = b"]" if values.next_byte() == b"]" else b","
@@ -73,7 +73,7 @@ def _elements(values: _Values, path: str, keys: WantedKeys, context: ReadContext
         )
 
 
-def _objects(values: _Values, path: str, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
+def _objects(values: _JsonSplitter, path: str, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:
     """Yield objects one after another, in any layout: a single one, lines, or the output of ``jq``."""
     number = 0
     while (first := values.next_byte()) == b"{":
@@ -98,7 +98,7 @@ def _parsed(element: RawRecord, keys: WantedKeys, context: ReadContext) -> Itera
         yield Record(value, element.where)
 
 
-class _Values:
+class _JsonSplitter:
     """Splits a JSON text into values."""
 
     def __init__(self, stream: io.BufferedReader[Any], scratch: Path, path: str) -> None:

@@ -139,7 +139,7 @@ class _VisibleText:
         return "".join(self._parts)
 
     def start(self, tag: str, _attributes: object) -> None:
-        """An element begins."""
+        """Handle the begin of an element."""
         self.depth += 1
         if tag in _SKIPPED and not self._skip_depth:
             self._skipped = tag
@@ -156,7 +156,7 @@ class _VisibleText:
             self._preformatted += tag == "pre"
 
     def end(self, tag: str) -> None:
-        """An element ends."""
+        """Handle the end of an element."""
         self.depth -= 1
         if self._skip_depth:
             self._skip_depth -= tag == self._skipped

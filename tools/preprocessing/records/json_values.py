@@ -31,7 +31,8 @@ class WantedKeys:
 
     def are_plain(self, record: Any, content: bytes) -> bool:
         """Return True if ``record``, parsed from ``content``, needs no further check: each wanted key occurs once, with
-        a string, as in most corpora."""
+        a string, as in most corpora.
+        """
         if type(record) is not dict or not self._spellings:
             return False
         for name, (spelling, *others) in self._spellings.items():

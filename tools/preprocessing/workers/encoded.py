@@ -67,12 +67,15 @@ class ChatDocument(Documents):
         self._sizes = (encoded.characters,), (encoded.text_bytes,)
 
     def sizes(self) -> tuple[Sequence[int], Sequence[int]]:
+        """See :class:`Documents`."""
         return self._sizes
 
     def digests(self) -> bytes:
+        """See :class:`Documents`. The content is the ids."""
         return xxhash.xxh3_128_digest(self.ids.astype("<i4").tobytes())
 
     def bands(self, hasher: MinHasher) -> npt.NDArray[np.uint64]:
+        """See :class:`Documents`. The words are the ids."""
         return hasher.bands_batch([" ".join(map(str, self.ids.tolist()))])
 
 
@@ -112,10 +115,13 @@ class LongDocument(Documents):
         return ids
 
     def sizes(self) -> tuple[Sequence[int], Sequence[int]]:
+        """See :class:`Documents`."""
         return (self._characters,), (self._text_bytes,)
 
     def digests(self) -> bytes:
+        """See :class:`Documents`."""
         return self._digest.digest()
 
     def bands(self, hasher: MinHasher) -> npt.NDArray[np.uint64]:
+        """See :class:`Documents`."""
         return hasher.bands_of_pieces(self._pieces())[None]

@@ -106,6 +106,7 @@ class TaskResult:
             raise UserError(f"{path}: damaged ({error}); remove it") from None
 
     def to_json(self) -> str:
+        """Return the record as JSON."""
         return json.dumps(asdict(self))
 
 

@@ -227,7 +227,8 @@ def sample_tokens(
     read_whole: int = READ_WHOLE,
 ) -> PassFacts:
     """Like :func:`count_tokens` if ``dataset`` has at most ``read_whole`` tokens; otherwise read 256 evenly spread runs
-    of 65,536 tokens, with one seek each."""
+    of 65,536 tokens, with one seek each.
+    """
     if dataset.num_tokens <= max(read_whole, SAMPLE_RUNS * SAMPLE_RUN):
         return count_tokens(dataset, vocab_size, unknown_id, eod_id)
     counts = TokenCounts()

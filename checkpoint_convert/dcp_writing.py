@@ -1,6 +1,6 @@
-"""Write DCP metadata of tensors that consist of pieces, each in a file of its own.
+"""Write DCP metadata of tensors that consist of parts, each in a file of its own.
 
-Megatron stores a stacked tensor as one piece for every layer and tensor-parallel rank. Its loader combines pieces as
+Megatron stores a stacked tensor as one part for every layer and tensor-parallel rank. Its loader combines parts as
 needed.
 """
 
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputPart:
     """A box of a tensor."""
 
     tensor: str
@@ -45,30 +45,30 @@ Place = tuple[str, int]
 """A file's name, and its size in bytes."""
 
 
-def write_piece_metadata(
-    folder: Path, pieces: Sequence[tuple[Piece, Place]], objects: Mapping[str, Place] | None = None
+def write_part_metadata(
+    folder: Path, parts: Sequence[tuple[OutputPart, Place]], objects: Mapping[str, Place] | None = None
 ) -> None:
     """Write DCP's ``.metadata`` into ``folder``.
 
     Args:
         folder: of the checkpoint.
-        pieces: of all tensors, which they must cover, and the files that hold them.
+        parts: of all tensors, which they must cover, and the files that hold them.
         objects: items that are not tensors, by name: the files with their ``torch.save`` output.
     """
     items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects or {}]
     places = {MetadataIndex(name): place for name, place in (objects or {}).items()}
-    for piece, place in pieces:
-        box = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
-        data = TensorWriteData(box, TensorProperties(piece.dtype), torch.Size(piece.shape))
-        items.append(WriteItem(piece.index, WriteItemType.SHARD, tensor_data=data))
-        places[piece.index] = place
+    for part, place in parts:
+        box = ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes))
+        data = TensorWriteData(box, TensorProperties(part.dtype), torch.Size(part.shape))
+        items.append(WriteItem(part.index, WriteItemType.SHARD, tensor_data=data))
+        places[part.index] = place
     with warnings.catch_warnings():  # DCP's own, about having no process group
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        dcp.save({}, storage_writer=_PlacedWriter(folder, places), planner=_PiecePlanner(items), no_dist=True)
+        dcp.save({}, storage_writer=_PlacedWriter(folder, places), planner=_PartPlanner(items), no_dist=True)
 
 
-class _PiecePlanner(DefaultSavePlanner):
-    """Plans the given pieces. DCP checks that the pieces of every tensor cover it once."""
+class _PartPlanner(DefaultSavePlanner):
+    """Plans the given parts. DCP checks that the parts of every tensor cover it once."""
 
     def __init__(self, items: list[WriteItem]):
         super().__init__(flatten_state_dict=False)
