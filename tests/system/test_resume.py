@@ -89,14 +89,14 @@ def test_a_checkpoint_holds_fp32_masters_though_blocks_stay_gathered_and_compute
     assert not torch.equal(weights, weights.bfloat16().float())
 
 
-_EVERY_4 = "the best by validation of those that are saved where it is evaluated (every 4 steps and at the end)"
+_EVERY_4 = "the best by validation among the checkpoints saved at an evaluation (every 4 steps and at the end)"
 
 
 @pytest.mark.parametrize(
     ("keep_best", "rule", "saved", "best"),
     [
         ("true", f", {_EVERY_4}", [4, 8, 12, 16, 20], 12),
-        ("improved", ", the best by validation, saved at every evaluation that is the best so far",
+        ("improved", ", the best by validation, saved after every evaluation with a new lowest loss",
          [2, 4, 6, 8, 12, 16, 20], 6),
         ("false", "", [4, 8, 12, 16, 20], 6),
     ],

@@ -188,7 +188,7 @@ def test_tsv_that_was_written_with_quoting_is_noticed(tmp_path):
             assert (reading.values, reading.notes) == (expected, [])  # its header cannot be text
         else:
             assert reading.values[1]["text"] == '"He said ""hi"""'
-            assert "a.tsv:3: cells seem to be in quotes" in reading.notes[0]
+            assert "a.tsv:3: cells seem to be quoted" in reading.notes[0]
             assert "give --quoting standard" in reading.refused[0]
 
 
@@ -226,7 +226,7 @@ def test_cells_over_several_lines_are_read_and_very_long_ones_noted(tmp_path, mo
     assert [record["text"] for record in read_file(path).values] == cells
     assert read_file(path).notes == []
     monkeypatch.setattr(delimited, "_MANY_LINES", 20)
-    assert "a.csv:11: a quoted cell goes over 31 lines" in read_file(path).notes[0]
+    assert "a.csv:11: a quoted cell spans 31 lines" in read_file(path).notes[0]
     one_column = written(tmp_path / "b.csv", b'text\n"a\nb"\n')
     assert read_file(one_column).values == [{"text": "a\nb"}]
 

@@ -64,7 +64,7 @@ BAD_ROWS = {
     b"text,id\na\xff,1\nb,1\n": "2: not valid UTF-8: byte 0xff at byte 2 of the line [invalid UTF-8]",
     b'text,id\n"one\ntw\xff",1\nb,1\n': "2: not valid UTF-8: byte 0xff at byte 3 of the line",
     b"text,id\na\0,1\nb,1\n": "2: a NUL byte",
-    b'text,id\n"a"x,1\nb,1\n': "2: quotes that are not as CSV has them",
+    b'text,id\n"a"x,1\nb,1\n': "2: quotes that break the rules of CSV",
     b"text,id\r\na\rc,1\r\nb,1\r\n": "2: a carriage return that ends no line",
 }
 

@@ -69,7 +69,7 @@ def _elements(values: _Values, path: str, keys: WantedKeys, context: ReadContext
         values.skip_byte()
     if values.next_byte():
         raise DamagedError(
-            f"{path}: has more after the end of the JSON array; write one array, or a record on each line"
+            f"{path}: has content after the end of the JSON array; write one array, or a record on each line"
         )
 
 
