@@ -81,7 +81,7 @@ def test_a_bad_line_of_json_lines_costs_itself_whatever_the_name(tmp_path):
     nested = b'{"list": [\n{"a": 1},\n{"b": 2}\n]}\n'
     assert read_file(written(tmp_path / "a.json", nested), columns=None).values == [json.loads(nested)]
     # An object over several lines that is damaged takes the rest with it, and says so.
-    with pytest.raises(UserError, match=r"a.json: has more after the end of JSON object 1"):
+    with pytest.raises(UserError, match=r"a.json: has content after the end of JSON object 1"):
         read_file(written(tmp_path / "a.json", json.dumps(RECORDS[0], indent=1).encode() + b"\n5"))
 
 
@@ -331,7 +331,7 @@ def test_a_cover_is_no_data(tmp_path):
 def test_archives_under_the_name_of_a_workbook_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as archive:
         archive.writestr("a.jsonl", LINES)
-    with pytest.raises(UserError, match=r"a.xlsx: truncated, damaged or no XLSX file"):
+    with pytest.raises(UserError, match=r"a.xlsx: truncated, damaged or not a valid XLSX file"):
         read_file(tmp_path / "a.xlsx")
 
 

@@ -186,12 +186,12 @@ def test_special_files_and_broken_links_are_refused(corpus):
     (corpus / "gone.jsonl").unlink()
     os.mkfifo(corpus / "pipe.jsonl")  # reading it would wait for ever
     for argument in ("data", "data/pipe.jsonl", "data/p*"):
-        with pytest.raises(UserError, match=r"data/pipe.jsonl: no regular file; .* --input -"):
+        with pytest.raises(UserError, match=r"data/pipe.jsonl: not a regular file; .* --input -"):
             names(argument)
     (corpus / "pipe.jsonl").unlink()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("data/s.jsonl")
-        with pytest.raises(UserError, match=r"data/s.jsonl: no regular file"):
+        with pytest.raises(UserError, match=r"data/s.jsonl: not a regular file"):
             names("data")
 
 

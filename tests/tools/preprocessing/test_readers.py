@@ -312,7 +312,7 @@ BAD_ARRAYS = {
     b'[{"text": "a"}}]': r"a.json: element 1: the JSON array has a '}' too many",
     b"[{]}]": r"a.json: element 1: the JSON array has a '}' too many",
     b'[{"text": "a"}] [': r"a.json: has content after the end of the JSON array",
-    b'{"text": "a"} 5': r"a.json: has more after the end of JSON object 1, which is not another one",
+    b'{"text": "a"} 5': r"a.json: has content after the end of JSON object 1, which is not another object",
 }
 
 

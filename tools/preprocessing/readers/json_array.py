@@ -82,7 +82,7 @@ def _objects(values: _Values, path: str, keys: WantedKeys, context: ReadContext)
             where = Where(path) if number == 1 and not values.next_byte() else Where(path, "object", number)
             yield from _parsed(RawRecord(where, content, long), keys, context)
     if first:
-        raise DamagedError(f"{path}: has more after the end of JSON object {number}, which is not another one")
+        raise DamagedError(f"{path}: has content after the end of JSON object {number}, which is not another object")
 
 
 def _parsed(element: RawRecord, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:

@@ -90,7 +90,7 @@ def damage_is_user_error(path: str, kind: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         raise DamagedError(
-            f"{path}: truncated, damaged or not a {kind} file ({short_reason(error)}); copy or write it again"
+            f"{path}: truncated, damaged or not a valid {kind} file ({short_reason(error)}); copy or write it again"
         ) from error
 
 
