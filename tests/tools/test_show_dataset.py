@@ -206,7 +206,7 @@ def test_verify(made, capsys, refused, foreign, tmp_path):
 def test_bad_requests_are_refused(tmp_path, made, capsys, refused, tiny_tokenizer):
     assert "no such file" in refused(tmp_path / "absent")
     assert "has documents 0 to " in refused(made, "--index", "300")
-    assert "--documents: '-1' is not a whole number" in refused(made, "--documents", "-1")
+    assert "--documents: '-1' is not an integer" in refused(made, "--documents", "-1")
     assert "--seed has no effect with --index" in refused(made, "--index", "0", "--seed", "0")
     assert "--quick has no effect with --verify" in refused(made, "--verify", "--quick")
     assert "does not exist; create it" in refused(made, "--html", tmp_path / "no" / "page.html")

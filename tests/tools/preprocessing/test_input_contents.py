@@ -97,7 +97,7 @@ def test_text_files_of_json_lines_are_records_if_they_have_the_key(tmp_path, cap
     for content, name in ((LINES, "a.txt"), (gzip.compress(LINES), "a.txt.gz")):
         for mode in ("file", "line"):
             assert read_file(written(tmp_path / name, content), txt_mode=mode).values == RECORDS
-    assert "named txt, and read as jsonl" in capsys.readouterr().err
+    assert "read as jsonl because of its content" in capsys.readouterr().err
     assert read_file(tmp_path / "a.txt", input_format="txt").values == [LINES.decode()]
     for text in (
         "{not json}\n",
