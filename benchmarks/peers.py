@@ -98,12 +98,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--rounds", type=int, default=1, help="number of rounds; medians are compared")
     parser.add_argument("--threads", type=int, help="PyTorch's threads in every engine (default: PyTorch's choice)")
     parser.add_argument(
-        "--engines", default="all", help=f"engines to run, of {','.join(NEEDS)} (default: all that can run)"
+        "--engines", default="all", help=f"engines to run, from {','.join(NEEDS)} (default: all that can run)"
     )
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="run ours with training.compile: on, and by default only compiled peers",
+        help="set training.compile: on, and by default run only compiled peers",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(

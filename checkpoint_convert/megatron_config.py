@@ -227,8 +227,8 @@ def _windows(args: Mapping[str, Any], num_layers: Any, where: str) -> tuple[int 
     sound = type(size) in (tuple, list) and [type(side) for side in size] == [int, int] and size[1] in (-1, 0)
     if not sound or size[0] < -1:
         raise UserError(
-            f"{where}: its args have window_size {_shown(size)}, supported: (tokens before, 0); no config.json "
-            "expresses that"
+            f"{where}: its args have window_size {_shown(size)}, supported: (tokens before, 0); "
+            "config.json cannot express that"
         )
     if type(skip) is int and skip > 0:
         windowed = [layer % skip != 0 for layer in range(1, num_layers + 1)]
@@ -274,8 +274,8 @@ def _is(name: str, value: Any, expected: Any, args: Mapping[str, Any]) -> bool:
 
 def _refuse(where: str, name: str, value: Any, supported: str) -> NoReturn:
     raise UserError(
-        f"{where}: its args have {name} {_shown(value)}, {supported}; no config.json expresses that model, convert it "
-        f"with a tool that supports it{_taking_away(where)}"
+        f"{where}: its args have {name} {_shown(value)}, {supported}; config.json cannot express that model, "
+        f"convert it with a tool that supports it{_taking_away(where)}"
     )
 
 

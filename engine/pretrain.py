@@ -156,7 +156,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
     if after is None:
         run.stop.exit_if_agreed()
     elif run.stop.agreed():
-        run.say(f"stopped at step {run.progress.step} as asked, after a rollback; resume: auto continues")
+        run.say(f"stopped at step {run.progress.step} as requested, after a rollback; resume: auto continues")
         return None  # the checkpoint of this step exists already
     run.report.stopwatch.restart()
     step_starts = range(run.progress.samples, run.end_sample, run.plan.global_batch_size)
@@ -180,7 +180,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
                 stopping = evaluate_and_save(run, result, last, stopping)
             if stopping and not last:
                 run.saver.wait(raise_on_failure=True)
-                run.say(f"stopped at step {run.progress.step} as asked; resume: auto continues")
+                run.say(f"stopped at step {run.progress.step} as requested; resume: auto continues")
                 return None
     run.saver.wait(raise_on_failure=True)
     run.say(f"finished: {run.progress.tokens:,} tokens in {run.progress.step:,} steps")

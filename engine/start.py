@@ -241,8 +241,8 @@ def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog
     begin = config.optimizer.schedule_start_tokens
     if begin > progress.tokens:
         raise UserError(
-            f"optimizer.schedule_start_tokens is {begin:,}, but the run continues at {progress.tokens:,} tokens, where "
-            f"its schedule has not begun; set it to {progress.tokens} at most"
+            f"optimizer.schedule_start_tokens is {begin:,}, but the run continues at {progress.tokens:,} tokens, "
+            f"before its schedule begins; set it to {progress.tokens} at most"
         )
     steps = plan.steps_left(config.training.train_tokens, progress.tokens)
     order.require(progress.samples + steps * plan.global_batch_size)

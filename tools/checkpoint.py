@@ -48,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="also keep checkpoints whose step is a multiple of this",
     )
     thin.add_argument("--dry-run", action="store_true", help="only show what would be removed")
-    renew = commands.add_parser("upgrade", help="rewrite checkpoints of former formats in the present one")
+    renew = commands.add_parser("upgrade", help="rewrite checkpoints of older formats in the current format")
     renew.add_argument("path", type=Path, metavar="PATH", help="checkpoint or run folder")
     return parser.parse_args(arguments)
 

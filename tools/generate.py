@@ -59,7 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--bos",
         choices=BOS_CHOICES,
         default="auto",
-        help="whether a prompt begins with the BOS (auto: as the documents in training if the checkpoint records it, "
+        help="begin prompts with the BOS (auto: as the documents in training if the checkpoint records it, "
         "else as the tokenizer begins texts)",
     )
     parser.add_argument(

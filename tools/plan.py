@@ -26,9 +26,9 @@ from retemper.tools.planning.options import EFFICIENCY, RESERVE, PlanOptions, re
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Parse the options of this command, and return the others, which belong to the run's configuration."""
     parser = CommandParser(
-        description="Run a step of a training run without GPUs and without weights, with the real model and parallel "
-        "code, as one rank of the cluster. Reports memory, traffic and time. Time is predicted from "
-        "datasheets and stated assumptions.",
+        description="Make a dry run of a training step, without GPUs and without weights: the real model and "
+        "parallel code run as one rank of the cluster. Reports memory, traffic and time. Time is predicted from "
+        "datasheets and from assumptions that are printed.",
         epilog="All other options are those of engine/pretrain.py, such as --parallel.tensor 8.",
         allow_abbrev=False,
     )
@@ -93,7 +93,7 @@ def _add_assumptions(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=RESERVE / 2**30,
         metavar="GIB",
-        help="memory of each GPU set aside for what is not counted (default: %(default)g)",
+        help="memory of each GPU reserved for what is not counted (default: %(default)g)",
     )
 
 

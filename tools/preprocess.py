@@ -139,7 +139,7 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
         "--bos",
         choices=BOS_CHOICES,
         default="auto",
-        help="whether documents begin with the BOS. auto: as the tokenizer begins texts (Llama and Mistral: yes, Qwen: "
+        help="begin documents with the BOS. auto: as the tokenizer begins texts (Llama and Mistral: yes, Qwen: "
         "no), and as the chat template begins conversations",
     )
     group.add_argument(
@@ -170,11 +170,17 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
 
 def _add_cleaning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--normalize", choices=("none", "nfc"), default="none", help="Unicode form of the text")
-    group.add_argument("--strip-control", action="store_true", help="remove control characters, not tab and line ends")
+    group.add_argument(
+        "--strip-control", action="store_true", help="remove control characters, except tab and line end"
+    )
     group.add_argument("--drop-invalid-utf8", action="store_true", help="leave out documents that are not valid UTF-8")
     group.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
     group.add_argument(
-        "--min-tokens", type=int, default=0, metavar="N", help="the same in tokens, BOS and EOD included"
+        "--min-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out documents with fewer tokens, BOS and EOD included",
     )
     group.add_argument(
         "--max-tokens",
@@ -182,7 +188,9 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="leave out longer documents; of conversations, only the turns that do not fit",
     )
-    group.add_argument("--max-documents", type=int, metavar="N", help="at most N documents of each --input argument")
+    group.add_argument(
+        "--max-documents", type=int, metavar="N", help="keep at most N documents of each --input argument"
+    )
     group.add_argument(
         "--dedup",
         choices=("none", "exact", "minhash"),
@@ -194,7 +202,7 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.8,
         metavar="J",
-        help="near-duplicates share this fraction of their 5-grams (default: %(default)s)",
+        help="fraction of 5-grams that near-duplicates share (default: %(default)s)",
     )
     group.add_argument(
         "--held-out",
@@ -207,9 +215,11 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-prefix", default="dataset", metavar="PATH", help="default: %(default)s")
-    group.add_argument("--overwrite", action="store_true", help="replace an existing dataset when the new is complete")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace an existing dataset when the new one is complete"
+    )
     group.add_argument("--shuffle", action="store_true", help="shuffle the documents; see --seed")
-    group.add_argument("--seed", type=int, default=0, help="of the shuffle (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default: %(default)s)")
     group.add_argument(
         "--split",
         metavar="NAME=SHARE,...",

@@ -35,12 +35,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the command line, by default that of this process.
 
     Raises:
-        UserError: an option has no meaning with another one.
+        UserError: an option has no effect with another one.
     """
     defaults = InspectOptions("")
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", metavar="PREFIX", help="path of its .bin and .idx files without the suffix")
-    parser.add_argument("--tokenizer", metavar="DIR|FILE|NAME", help="to decode with (default: that of the sidecar)")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR|FILE|NAME", help="tokenizer to decode with (default: that of the sidecar)"
+    )
     parser.add_argument(
         "--max-tokens",
         type=_count,
@@ -106,12 +108,12 @@ def _refuse_combinations(options: argparse.Namespace) -> None:
     useless = ["quick", "config", "documents", "seed", "html", "json"]
     useless += ["max_tokens"] if options.verify else []
     if given := [name for name in useless if not (getattr(options, name) is None or getattr(options, name) is False)]:
-        raise UserError(f"--{given[0].replace('_', '-')} has no meaning with {mode}; leave one of them out")
+        raise UserError(f"--{given[0].replace('_', '-')} has no effect with {mode}; remove one of them")
 
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0")
     return int(text)
 
 

@@ -68,7 +68,7 @@ class PreprocessBenchmarkOptions:
         if self.megatron and importlib.util.find_spec("megatron") is None:
             raise UserError("--megatron needs megatron-core: pip install --no-deps megatron-core==0.16.1")
         if self.scratch is not None and not self.scratch.is_dir():
-            raise UserError(f"--scratch {self.scratch}: no such folder; make it, or leave the flag out")
+            raise UserError(f"--scratch {self.scratch}: no such folder; create it, or leave the flag out")
 
 
 @dataclass

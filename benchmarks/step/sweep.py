@@ -131,7 +131,7 @@ def _explain(status: int, errors: str) -> str:
     if any("error: out of memory" in line for line in ours):
         return "out of memory"
     if not ours and (status in (-signal.SIGKILL, 128 + signal.SIGKILL) or "SIGKILL" in errors):
-        return "killed, as usual when memory runs out"
+        return "killed, usually because memory ran out"
     return ours[0].partition("error: ")[2] if ours else (lines or [f"exit status {status}"])[-1]
 
 

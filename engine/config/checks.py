@@ -160,7 +160,7 @@ def _schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> Iterator[
     if training.warmup_tokens > training.train_tokens - start:
         yield (
             f"training.warmup_tokens {training.warmup_tokens:,} is more than training.train_tokens "
-            f"{training.train_tokens:,}{behind}; warm up over a part of the run"
+            f"{training.train_tokens:,}{behind}; lower training.warmup_tokens"
         )
     if optimizer.min_learning_rate > optimizer.learning_rate:
         yield (

@@ -36,9 +36,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="pretrain.py",
-        description="Continue the pretraining of a language model. Describe the run in a YAML file; override on the "
-        "command line: --section.key VALUE, --data.train.0.weight 2 for a place in a list, --data.train+ '{path: x}' "
-        "to append. --data.train.help and --data.stages.help explain the entries of these lists.",
+        description="Continue the pretraining of a language model. A YAML file describes the run, and options "
+        "override it: --section.key VALUE, --data.train.0.weight 2 for an entry of a list, --data.train+ '{path: x}' "
+        "to append an entry. --data.train.help and --data.stages.help explain the entries of these lists.",
         allow_abbrev=False,
     )
     parser.add_argument(

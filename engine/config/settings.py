@@ -41,8 +41,8 @@ class SourceConfig:
     """Share of the training tokens (or documents, see ``data.weights``) that come from this source, relative to the sum
     of all weights."""
     name: str | None = None
-    """Name in logs, and the identity that keeps the source's place when the mixture or the stage changes. Default: the
-    prefix's last component."""
+    """Name in logs. It identifies the source, so that it keeps its position when the mixture or the stage changes.
+    Default: the last component of ``path``."""
     max_epochs: float | None = None
     """Maximum number of epochs over this source, counted from the start of the run across all stages, and rounded down
     to whole samples. When it is reached, the share of this source goes to the other sources in proportion. Null: no
@@ -61,12 +61,12 @@ class StageConfig:
     """A part of the run with its own mixture."""
 
     train: list[SourceConfig]
-    """Weighted datasets of the stage. A source that an earlier stage also has (by name) continues from its place
-    there."""
+    """Weighted datasets of the stage. A source that an earlier stage also has (by name) continues from its
+    position there."""
     train_tokens: int | None = None
     """Length of the stage in tokens, counted as in ``training.train_tokens``. Stages change between samples: a stage
-    ends with the sample that reaches the sum of its tokens and those of all earlier stages. Null, allowed in the last
-    stage only: the rest of the run. The last stage also fills the run's last step, which is always a whole one."""
+    ends with the sample that reaches the sum of its tokens and those of all earlier stages. Null, in the last stage
+    only: the rest of the run. The last stage also provides the samples that complete the run's last step."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class TrainingConfig:
     """The token budget and the shape of a step. Progress is measured in tokens; the number of steps is derived."""
 
     train_tokens: int
-    """Total number of tokens to train on. The last step is always a whole one."""
+    """Total number of tokens to train on, rounded up to complete steps."""
     warmup_tokens: int = 0
     """Number of tokens over which the learning rate rises linearly from zero to its peak."""
     sequence_length: int = 1024
@@ -141,18 +141,14 @@ class TrainingConfig:
     fp32."""
     weight_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the weights between steps. fp32: exact master weights. bf16: no fp32 copy exists. Each update is
-    computed in fp32 and written back with stochastic rounding, so that small updates are kept on average.
+    computed in fp32 and written back with stochastic rounding, so that small updates are kept on average. A run can
+    resume with wider dtypes than those of its checkpoint, never with narrower ones.
 
-    Bytes per parameter over all ranks that share a copy, as weight + both moments + gradient. With precision bf16, each
-    rank needs 2 more for gathered parameters:
-
-    - weight_dtype fp32, optimizer.state_dtype fp32: 4 + 8 + 4 = 16 (7.6 billion parameters: 122 GB)
-    - weight_dtype fp32, optimizer.state_dtype bf16: 4 + 4 + 4 = 12 (91 GB)
-    - weight_dtype bf16, optimizer.state_dtype fp32: 2 + 8 + 2 = 12 (91 GB); 14 with several micro-batches in a step
-    - weight_dtype bf16, optimizer.state_dtype bf16: 2 + 4 + 2 = 8 (61 GB); 10 with several micro-batches in a step
-
-    Several micro-batches are accumulated in an fp32 gradient. A run can resume with wider dtypes than those of its
-    checkpoint, never with narrower ones."""
+    Bytes per parameter for weight, both moments and gradient, over all ranks that share a copy of the model: 4 + 8 + 4
+    = 16 with fp32 (7.6 billion parameters: 122 GB), 4 + 4 + 4 = 12 with ``optimizer.state_dtype`` bf16 (91 GB), 2 + 8 +
+    2 = 12 with ``weight_dtype`` bf16 (91 GB), 2 + 4 + 2 = 8 with both (61 GB). With bf16 weights, several micro-batches
+    in a step need 2 more, because their gradients are accumulated in fp32. With ``precision`` bf16, each rank needs 2
+    more for the parameters that it gathers."""
     attention_backend: Literal["auto", "fa4", "fa3", "sdpa", "flash_attn", "varlen", "flex", "per_document"] = "auto"
     """Attention implementation. auto: the fastest that works here; the start summary shows the choice and its reason.
     fa4, fa3: FlashAttention-4 or -3 through PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with
@@ -163,15 +159,14 @@ class TrainingConfig:
     by rounding. auto: on for a GPU if the attention kernel can be part of a compiled block."""
     float8: bool = False
     """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head stays in
-    ``precision``. Weights and optimizer states are stored as without float8."""
+    ``precision``. Stored weights and optimizer states do not change."""
     gc_interval: int = 50
-    """Number of steps between collections by Python's garbage collector, which is off during training otherwise.
-    Collections at different times on different ranks would make all ranks wait for each of them. 0: leave it to
-    Python."""
+    """Number of steps between runs of Python's garbage collector on all ranks. Otherwise it is off during training: if
+    ranks collected at different times, all would wait for each of them. 0: Python decides when to collect."""
     max_skipped_steps: int = 10
-    """A step with a non-finite loss or gradient changes no weights on any rank; its samples and tokens count as used.
-    If there are more than this many such steps in a row, the run ends and names its newest checkpoint. 0: the first one
-    ends the run."""
+    """Maximum number of skipped steps in a row. A step with a non-finite loss or gradient is skipped: it changes no
+    weights on any rank, and its samples and tokens count as used. One more ends the run, which names its newest
+    checkpoint. 0: the first one ends the run."""
     loss_spike_zscore: float | None = None
     """Also skip steps whose loss is more than this many (robust) standard deviations above the median of the 64 losses
     before it, such as 10. They count towards ``max_skipped_steps``. Every step then waits for its loss before its
@@ -187,20 +182,20 @@ class TrainingConfig:
     max_rewinds: int = 3
     """Maximum number of rewinds. The next loss spike ends the run."""
     check_replicas_interval: int = 0
-    """Number of steps between checks that ranks with the same weights and optimizer states hold them bit for bit. A
-    difference ends the run with the names of ranks and tensor. 0: never."""
+    """Number of steps between checks that compare replicated weights and optimizer states bit for bit. A difference
+    ends the run; the error names the ranks and the tensor. 0: never."""
     stop_after_minutes: float | None = None
-    """Save and end with status 0 at the first step after this many minutes since the start of the command, as a signal
-    would. For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the
-    run. Null: no limit."""
+    """Minutes after the start of the command at which the run saves, at the end of the step, and exits with status 0.
+    For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the run.
+    Null: no limit."""
     eval_interval: int = 0
     """Number of steps between evaluations of the validation sets. 0: only at the end."""
     eval_tokens: int = 1_000_000
     """Maximum number of tokens evaluated of each validation set: chunks spread evenly, the same ones each time. They
     are read once and kept in memory (24 bytes a token over all ranks)."""
     eval_at_start: bool = False
-    """Evaluate once before the first step of a fresh run, and when a run is started whose token budget is already used
-    up."""
+    """Evaluate once before the first step of a fresh run, and at the start of a run that has already used up its token
+    budget."""
 
 
 @dataclass(frozen=True)
@@ -217,9 +212,9 @@ class OptimizerConfig:
     decay_tokens: int | None = None
     """Length of the wsd schedule's decay. Null: a tenth of the schedule."""
     schedule_start_tokens: int = 0
-    """Token count, on the scale of ``training.train_tokens``, at which the schedule begins. To warm up once more after
-    the budget was used up and raised, set it to the old budget. That warm-up begins at the minimum instead of zero. It
-    reaches the peak ``training.warmup_tokens`` later, and the decay lasts until ``train_tokens``."""
+    """Token count, on the scale of ``training.train_tokens``, at which the schedule begins. To train on with a
+    second warm-up after the budget was raised, set it to the old budget. That warm-up begins at the minimum instead of
+    zero. It reaches the peak ``training.warmup_tokens`` later, and the decay lasts until ``train_tokens``."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices. Norms and biases are not decayed."""
     beta1: float = 0.9
@@ -243,17 +238,18 @@ class ParallelConfig:
     """
 
     pipeline: int = 1
-    """Groups of ranks that hold consecutive layers and pass hidden states on. Needs at least as many micro-batches in a
-    step, to keep all groups busy."""
+    """Number of groups of ranks, each with some consecutive layers, that send hidden states to the next group. A step
+    needs at least as many micro-batches, to keep all groups busy."""
     replicate: int = 1
-    """Copies of the sharded model (hybrid sharding when > 1). With ``shard`` 1: plain data parallelism."""
+    """Number of copies of the sharded model (hybrid sharding when > 1). With ``shard`` 1: plain data parallelism."""
     shard: int | Literal["auto"] = "auto"
-    """Ranks over which parameters, gradients and optimizer states are sharded (FSDP2). auto: all ranks that the other
-    axes leave."""
+    """Number of ranks over which parameters, gradients and optimizer states are sharded (FSDP2). auto: all ranks that
+    the other axes do not use."""
     context: int = 1
-    """Ranks that share the tokens of the same samples, for long sequences. Attention exchanges heads for tokens."""
+    """Number of ranks that share the tokens of the same samples, for long sequences. Attention exchanges heads for
+    tokens."""
     tensor: int = 1
-    """Ranks that share every matrix and, outside of the matrices, the tokens (tensor and sequence parallelism). They
+    """Number of ranks that share every matrix and, between matrices, the tokens (tensor and sequence parallelism). They
     exchange activations in every block: keep them within one node."""
     pipeline_schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"] = "1f1b"
     """Order of the micro-batches' forward and backward passes. 1f1b: one group of layers on each rank. The others:
@@ -261,8 +257,8 @@ class ParallelConfig:
     pipeline_stages_per_rank: int = 1
     """Groups of layers on each rank: 1 with 1f1b, 2 with zbv_zero_bubble, at least 2 with the interleaved schedules."""
     async_tensor: bool = False
-    """Exchange the activations of tensor parallelism in pieces, while other pieces are multiplied. For GPUs with NVLink
-    and compiled blocks."""
+    """Overlap the exchange of activations between tensor-parallel ranks with matrix products, piece by piece. For
+    GPUs with NVLink and compiled blocks."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer states in host memory, and run the optimizer there. For models that fit
     in no other layout. Slow."""
@@ -270,11 +266,12 @@ class ParallelConfig:
     """Free a block's gathered parameters after its forward pass (ZeRO-3): less memory, one more all-gather in the
     backward pass. False: shard gradients and states only (ZeRO-2)."""
     reduce_gradients: Literal["micro_batch", "step"] = "micro_batch"
-    """Time at which ranks sum their gradients. step: once, after the last micro-batch. This needs less communication,
-    but until then every rank holds the full gradients of its layers in fp32. Pipelines always use step."""
+    """How often ranks sum their gradients. micro_batch: after each micro-batch. step: after the last micro-batch of a
+    step. This needs less communication, but until then every rank holds the full gradients of its layers in fp32.
+    Pipelines always use step."""
     prefetch_blocks: int = 1
-    """Number of blocks whose parameters are gathered ahead, while the block before them computes, forward and backward.
-    Each costs the memory of one gathered block. 0: leave the order to PyTorch. It changes speed, never the result."""
+    """Number of blocks whose parameters are gathered ahead of time, while an earlier block computes, in the forward and
+    the backward pass. Each needs the memory of one gathered block. 0: PyTorch decides. Results are the same."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass of a block recomputes instead of storing them. selective: norms, rotations and
     activation functions; outputs of matrix products and attention are stored. full: everything except the block's
@@ -293,23 +290,23 @@ class CheckpointConfig:
     save_interval: int = 1000
     """Number of steps between checkpoints. One is always written at the end."""
     asynchronous: bool = True
-    """Continue training while a checkpoint is written. This rank's part of weights and states is first copied to host
-    memory. That memory stays reserved: 12 bytes per parameter for each copy of the model, with fp32 weights and states.
-    The next update waits for the copies, nothing waits for the disk. False: training waits, and needs no such
+    """Continue training while a checkpoint is written. Each rank first copies its part of weights and states to host
+    memory, which stays reserved: 12 bytes per parameter for each copy of the model, with fp32 weights and states. Only
+    the next update waits for these copies, and nothing waits for the disk. False: training waits, and needs no such
     memory."""
     max_failed_saves: int = 2
-    """A checkpoint that cannot be written, for example because the disk is full, leaves no files behind, and training
-    continues to the next one. More than this many failures in a row end the run. The checkpoint at which a run stops
-    must succeed."""
+    """Maximum number of failed saves in a row; one more ends the run. A checkpoint that cannot be written, for example
+    because the disk is full, leaves no files behind, and training continues. If the last checkpoint of a run fails, the
+    run ends with an error."""
     keep_last: int = 3
     """Number of newest checkpoints to keep."""
     keep_every: int = 0
-    """Also keep checkpoints whose step is a multiple of this. 0: no such rule."""
+    """Also keep checkpoints whose step is a multiple of this. 0: keep none for this reason."""
     keep_best: bool | Literal["improved"] = True
     """With validation sets: also keep the checkpoint with the lowest loss on the first set. true: the best among the
     checkpoints that are saved at a step with an evaluation; choose ``save_interval`` as a multiple of
-    ``training.eval_interval``. improved: also save after every evaluation that is the best so far; early in a run this
-    can be each of them. false: keep no checkpoint for its loss."""
+    ``training.eval_interval``. improved: also save after every evaluation with a new lowest loss, which early in a run
+    may be every evaluation. false: keep no checkpoint for its loss."""
     export_hf: bool = False
     """When the token budget is used up, also write the final checkpoint as a Hugging Face folder,
     ``{run_folder}/hf/step-...``, as checkpoint_convert/dcp_to_hf.py does."""
@@ -333,7 +330,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run."""
+    """The run."""
 
     run_folder: FilePath
     """Folder of the run's checkpoints, metrics, TensorBoard events, log and resolved configuration."""
@@ -352,8 +349,8 @@ class RunConfig:
     name). Such changes are refused unless listed here. Each source continues from its number of used samples, so some
     samples may repeat before others are seen. All other changes are allowed, and listed at the start."""
     resume: Annotated[FilePath, Switch("auto", "none")] = "auto"
-    """auto (or true, yes, on): continue from the newest undamaged checkpoint in ``run_folder``, or start fresh if there
-    never was one. none (or false, no, off): start fresh; refused if checkpoints exist. Any other value: path of the
+    """auto (or true, yes, on): continue from the newest undamaged checkpoint in ``run_folder``, or start fresh if the
+    run never had one. none (or false, no, off): start fresh; refused if checkpoints exist. Any other value: path of the
     checkpoint to continue from. If that run is interrupted, the same command continues from the newest checkpoint
     written since."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -145,7 +145,7 @@ class Curriculum:
         raise UserError(
             f"training.train_tokens needs {samples:,} samples x {sequence_length:,} = {samples * sequence_length:,} "
             f"tokens in whole steps, but the data ends after {self.end:,} samples = {self.end * sequence_length:,} "
-            f"tokens, where {reason}; {remedy}"
+            f"tokens, because {reason}; {remedy}"
         )
 
     def _make_phases(self) -> list[MixturePhase]:

@@ -38,7 +38,8 @@ def keep_names(config: DataConfig, datasets: Mapping[str, Mapping[str, Any]]) ->
         if len(matches) == 1 and matches[0] not in former.values():
             former[name] = matches[0]
             lines.append(
-                f"data        {source.path} is the source {matches[0]} of the checkpoint, and continues from its place"
+                f"data        {source.path} is the source {matches[0]} of the checkpoint, and continues from "
+                "its position"
             )
         elif matches:
             lines.append(

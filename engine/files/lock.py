@@ -45,7 +45,9 @@ def exclusive_lock(path: Path, held_by: Callable[[str], str]) -> Iterator[str | 
                 raise
             unsupported = error.strerror
         if os.fstat(descriptor).st_nlink == 0:
-            raise UserError(f"{path.parent}: another process has just finished with it; look there, or start again")
+            raise UserError(
+                f"{path.parent}: another process has just finished writing to it; check its contents, then start again"
+            )
         if unsupported is None:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -73,5 +75,5 @@ def run_folder_lock(run_folder: str | Path) -> Iterator[list[str]]:
         return f"run_folder {path.parent}: {holder} is writing to it (it holds {path}); {remedy}"
 
     with exclusive_lock(path, held_by) as unsupported:
-        note = f"{path} cannot be locked on this file system ({unsupported}): nothing stops a second run from writing"
+        note = f"{path} cannot be locked on this file system ({unsupported}): a second run is not kept from writing"
         yield [f"{note} to the same run_folder"] if unsupported else []

@@ -115,7 +115,7 @@ def require_own_folder(folder: Path, lock: str, option: str) -> None:
         return
     own = stat.S_ISDIR(mode) and (os.path.lexists(folder / lock) or not os.listdir(folder))
     if not own:
-        raise UserError(f"{option}: its temporary folder {folder} is not of this program; move it away")
+        raise UserError(f"{option}: its temporary folder {folder} was not created by this program; move it away")
 
 
 def require_report(option: str, path: str | os.PathLike[str], reads: Iterable[Use] = ()) -> None:
@@ -137,11 +137,11 @@ def require_report(option: str, path: str | os.PathLike[str], reads: Iterable[Us
         raise UserError(f"{name}: is a folder; name a file")
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise UserError(f"{name}: there is no folder {folder}; make it, or name another file")
+        raise UserError(f"{name}: the folder {folder} does not exist; create it, or name another file")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise UserError(f"{name}: may not be written; name another file")
+        raise UserError(f"{name}: no permission to write it; name another file")
     if not _written_through(path) and not _is_own_report(path):
-        raise UserError(f"{name}: already there, and not a report of this command; move it away, or name another file")
+        raise UserError(f"{name}: exists, and is not a report of this command; move it away, or name another file")
 
 
 def write_report(option: str, path: str | os.PathLike[str], content: str | bytes) -> None:

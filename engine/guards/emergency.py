@@ -126,7 +126,7 @@ class EmergencySave:
             missing = sorted(set(range(world_size)) - set(here))
             shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
             raise UserError(
-                f"rank {shown} did not fail with it within {self._patience:g} s, and saving needs all ranks"
+                f"rank {shown} did not fail in the same step within {self._patience:g} s, and saving needs all ranks"
             )
         if not all(here.values()):
             raise UserError("the update of the weights had begun")

@@ -35,7 +35,7 @@ _SETTLING_SECONDS = 3.0
 _LONGEST_LINE = 500
 BACKGROUND_GROUP = "apart"
 """Description of process groups for background work, in which ranks may wait for long."""
-_OWN_ERROR = "has ended with an error of its own"
+_OWN_ERROR = "ended with its own error"
 """Part of an error that needs no stacks, because that rank has printed its own traceback."""
 
 
@@ -187,7 +187,7 @@ class Liveness:
         stuck = self._failed is not None or now - self._moved > self.grace_seconds
         if stuck and (silent := self._silent(patience)):
             seconds = now - max(self._changed[rank] for rank in silent)
-            which = f"{name(silent)} gave no sign of life for {seconds:.0f} s"
+            which = f"{name(silent)} sent no heartbeat for {seconds:.0f} s"
             if now - self._reached > patience:
                 which += ", nor did the launcher's store on the same host"
             if len(silent) == len(self._others()) and len({note["host"] for note in self.rendezvous.notes}) > 1:
@@ -226,8 +226,8 @@ class Liveness:
         if not late or self.rendezvous.rank in late or self._silent(self.grace_seconds):
             return None  # silent ranks are reported as silent, after their time limit
         return (
-            f"{self.rendezvous.name(late)} has not come to a collective operation in which others have waited for "
-            f"{waited:.0f} s: it hangs, or needs a larger parallel.timeout_seconds"
+            f"{self.rendezvous.name(late)} has not reached a collective operation in which the others have waited for "
+            f"{waited:.0f} s: it hangs, or parallel.timeout_seconds is too small"
         )
 
 

@@ -79,8 +79,8 @@ def join(note: dict[str, Any], timeout_seconds: float) -> Rendezvous:
                 "machine, else --master-port)"
             ) from None
         raise UserError(
-            f"the launcher's store at {where} did not answer within {timeout_seconds:g} s ({str(error)[:100]}); see "
-            "that its host runs and can be reached from here"
+            f"the launcher's store at {where} did not answer within {timeout_seconds:g} s ({str(error)[:100]}); "
+            "check that its host runs and can be reached from here"
         ) from None
 
 
@@ -132,6 +132,6 @@ def _who_is_missing(store: dist.Store, world_size: int, timeout_seconds: float) 
     listed = ", ".join(map(str, missing[:16])) + (" ..." if len(missing) > 16 else "")
     hosts = sorted({json.loads(store.get(f"hello/{rank}"))["host"] for rank in came})
     return (
-        f"{len(missing)} of {world_size} ranks did not come within {timeout_seconds:g} s: {listed or 'unknown'} (came: "
-        f"those of {', '.join(hosts[:8])}); see the output of the nodes that are missing"
+        f"{len(missing)} of {world_size} ranks did not connect within {timeout_seconds:g} s: {listed or 'unknown'} "
+        f"(connected: those on {', '.join(hosts[:8])}); see the output of the nodes that are missing"
     )

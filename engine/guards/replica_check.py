@@ -96,7 +96,7 @@ class ReplicaCheck:
         named = ", ".join(f"{rank} ({details[rank][0]})" for rank in others[:8])
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         against = f"rank {agreeing[0]} ({details[agreeing[0]][0]})" + (f" and {count - 1} more" if count > 1 else "")
-        since = "the start" if self._passed is None else f"step {self._passed}, when all were alike"
+        since = "the start" if self._passed is None else f"step {self._passed}, the last check, when all were equal"
         return (
             f"step {step}: rank{'s' if len(others) > 1 else ''} {named}{more} and {against} hold different values of "
             f"{name}, which must be the same bit for bit: memory, a GPU or a link of one of them failed since {since}, "

@@ -71,7 +71,7 @@ def rollback_if_spiking(run: Run) -> Rollback | None:
         Progress(manifest.step, progress.samples, manifest.consumed_tokens, manifest.best),
         {**manifest.health, "rewinds": rewinds},
         f"  rewound to step {manifest.step} ({target}): the {skipped:,} samples from there to the spike in step "
-        f"{progress.step} are passed over; rewind {len(rewinds)} of training.max_rewinds {training.max_rewinds}",
+        f"{progress.step} are skipped; rewind {len(rewinds)} of training.max_rewinds {training.max_rewinds}",
     )
 
 
@@ -94,13 +94,13 @@ def _obstacle(
     try:
         require_allowed(manifest, to_dict(config), (), target)
     except UserError:
-        return f"{target} is from before the order of the data changed"
+        return f"{target} was written before the order of the data changed"
     # A mixture that has changed starts at a sample of its own; an unchanged one keeps its earlier start.
     if order.curriculum.start > manifest.consumed_samples:
-        return f"{target} is from before the order of the data changed"
+        return f"{target} was written before the order of the data changed"
     start = config.optimizer.schedule_start_tokens
     if manifest.consumed_tokens < start:
-        return f"{target} is from before optimizer.schedule_start_tokens {start:,}"
+        return f"{target} was written before optimizer.schedule_start_tokens {start:,}"
     remaining = plan.steps_left(config.training.train_tokens, manifest.consumed_tokens)
     try:
         order.require(progress.samples + remaining * plan.global_batch_size)

@@ -87,8 +87,8 @@ class StepGuard:
         if self._without_targets_in_a_row >= MAX_STEPS_WITHOUT_TARGETS:
             raise UserError(
                 f"step {step}: {MAX_STEPS_WITHOUT_TARGETS} steps in a row had no target: loss masks leave out every "
-                f"token, or documents are of one token; {self._newest()}, inspect the data with tools/show_dataset.py, "
-                "or raise training.global_batch_size"
+                f"token, or documents have only one token; {self._newest()}, inspect the data with "
+                "tools/show_dataset.py, or raise training.global_batch_size"
             )
 
     def _is_spike(self, step: int, loss: float) -> bool:
@@ -151,7 +151,7 @@ class StepGuard:
         """
         finite = torch.stack([local_part(weight).isfinite().all() for weight in parameters])
         if self._ranks.all_reduce(not finite.all().item()):
-            raise self._error(step, "the update made weights that are not finite")
+            raise self._error(step, "the update produced weights that are not finite")
 
     def require_rewinds_left(self, step: int) -> None:
         """Raise UserError if a spike in ``step`` needs more rollbacks than allowed."""

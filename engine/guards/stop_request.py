@@ -39,7 +39,7 @@ class StoppedBeforeTraining(SystemExit):
     def __init__(self) -> None:
         super().__init__(0)
         if os.environ.get("RANK", "0") == "0":
-            print("stopped as asked before the first step: nothing to save", flush=True)
+            print("stopped as requested before the first step: nothing to save", flush=True)
 
 
 class StopRequest:
@@ -126,5 +126,5 @@ class StopRequest:
                 elif number in REQUESTS and now - self._first > GRACE_SECONDS:
                     with contextlib.suppress(OSError):
                         name = signal.Signals(number).name
-                        os.write(2, f"{name} again: ends at once; the checkpoints written before are intact\n".encode())
+                        os.write(2, f"{name} received again: ends at once; complete checkpoints are kept\n".encode())
                     os._exit(128 + number)

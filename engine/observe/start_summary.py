@@ -62,7 +62,7 @@ def _budget_used(run: Run) -> list[str]:
         return []
     return [
         f"training.train_tokens {budget:,} is less than the {tokens:,} tokens that this run has trained on: "
-        "no step is left; raise it to train on"
+        "no step is left; raise it to continue training"
     ]
 
 
@@ -140,7 +140,7 @@ def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
     if config.checkpoint.asynchronous:
         on_node = pinned * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        how = f"copied to {_size(on_node)} of host memory on this node, where {_size(free)} are unused now"
+        how = f"copied to {_size(on_node)} of host memory on this node, which has {_size(free)} free"
     return f"checkpoints every {config.checkpoint.save_interval:,} steps, {_size(sum(sizes))} of this rank; {how}"
 
 
@@ -189,7 +189,7 @@ def _describe_packing(data: DataConfig, catalog: Catalog) -> str:
     return (
         f"packing     {data.packing}, {data.shuffle} shuffled: cuts {cut:.1%} of the documents that fit in a chunk "
         f"(estimated from up to {_GROUPS_COUNTED * CHUNKS_PER_GROUP:,} chunks of each source); leaves out the "
-        f"{lost:,} tokens behind the sources' last chunks"
+        f"{lost:,} tokens after the last chunk of each source"
     )
 
 
@@ -207,14 +207,14 @@ def notes(config: RunConfig, catalog: Catalog, assets: HfAssets) -> list[str]:
     max_positions: int | None = assets.config.get("max_position_embeddings")
     if catalog.unchecked:
         lines.append(
-            f"note: no sidecar next to {', '.join(dict.fromkeys(catalog.unchecked))}: which tokenizer made it is not "
-            "checked, and of the token ids at the start only a sample (tools/show_dataset.py --verify checks all)"
+            f"note: no sidecar next to {', '.join(dict.fromkeys(catalog.unchecked))}: its tokenizer is not "
+            "checked, and only a sample of its token ids is (tools/show_dataset.py --verify checks all)"
         )
     lines += tokenizer_notes(catalog, frame_of_files(assets.files), assets.tokenizer_sha256 is not None)
     if max_positions is not None and training.sequence_length > max_positions:
         lines.append(
             f"note: training.sequence_length {training.sequence_length:,} is beyond the model's "
-            f"max_position_embeddings {max_positions:,}; the exported config.json keeps saying {max_positions:,}"
+            f"max_position_embeddings {max_positions:,}; the exported config.json still has {max_positions:,}"
         )
     return lines
 
@@ -227,7 +227,7 @@ def data_notes(catalog: Catalog, order: SampleOrder, last_sample: int) -> list[s
         if epochs > _MANY_EPOCHS:
             lines.append(
                 f"note: training source '{source.name}' is read {epochs:.1f} times until the end of the run; from "
-                f"about {_MANY_EPOCHS} epochs on, repeated data teaches ever less (Muennighoff et al., 2023, "
+                f"about {_MANY_EPOCHS} epochs on, repeated data helps less and less (Muennighoff et al., 2023, "
                 "https://arxiv.org/abs/2305.16264): add data, lower its weight, or cap it with max_epochs"
             )
     return lines

@@ -50,7 +50,7 @@ def _no_tokenizer(datasets: Iterable[_Dataset]) -> str:
     if len(made_with) > 1:
         several = f"; the datasets were made with different tokenizers: {', '.join(sorted(made_with.values()))}"
     return (
-        "the model comes without a tokenizer, so nothing says whether the datasets hold its token ids; set "
+        "the model has no tokenizer, so it is not checked that the datasets hold its token ids; set "
         f"model.tokenizer to the folder of its tokenizer{several}"
     )
 
@@ -61,18 +61,18 @@ def _bos_notes(datasets: list[_Dataset], frame: TokenizerFrame | None) -> list[s
         others = f", while those of {_names(with_bos)} do" if with_bos else ""
         return [
             f"the model's tokenizer begins every text with {describe_tokens(frame.prefix)}, but the documents of "
-            f"{_names(without)} do not{others}; preprocess them again with --bos auto, unless that is wanted"
+            f"{_names(without)} do not{others}; preprocess them again with --bos auto, unless this is intended"
         ]
     if frame is not None and not frame.prefix and with_bos:
         others = f", and those of {_names(without)} do not" if without else ""
         return [
             f"the documents of {_names(with_bos)} begin with {with_bos[0].bos}, but the model's tokenizer does not "
-            f"begin texts with it{others}; preprocess them again with --bos auto, unless that is wanted"
+            f"begin texts with it{others}; preprocess them again with --bos auto, unless this is intended"
         ]
     if with_bos and without:
         return [
             f"the documents of {_names(with_bos)} begin with {with_bos[0].bos}, and those of {_names(without)} do not; "
-            "preprocess both with the same --bos, unless that is wanted"
+            "preprocess both with the same --bos, unless this is intended"
         ]
     return []
 

@@ -208,7 +208,7 @@ def _sentencepiece_frame(
     if bos and "add_bos_token" not in config and not add_bos:
         remark = (
             f"the model has the BOS {describe_tokens(bos)}, but no tokenizer_config.json next to it has add_bos_token; "
-            "as in transformers 5, none is added; --bos yes adds it"
+            "as in transformers 5, no BOS is added; --bos yes adds it"
         )
     eos = token(token_text(config.get("eos_token")), model.eos_id())
     return TokenizerFrame(bos if add_bos else (), eos if add_eos else (), bos[0] if bos else None, remark)

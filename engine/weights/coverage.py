@@ -38,7 +38,7 @@ def coverage_problem(shape: tuple[int, ...], shards: Sequence[Box]) -> str | Non
     if len(axes) > _MOST_AXES:
         return f"is cut along {len(axes)} of its dimensions, at most {_MOST_AXES} are read"
     if _corners(filled, axes) != _corners([((0,) * len(shape), shape)], axes):
-        return f"has {num_elements:,} elements, of which its shards hold some twice and others not at all"
+        return f"has {num_elements:,} elements, but its shards hold some twice and miss others"
     return None
 
 

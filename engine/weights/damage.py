@@ -36,7 +36,7 @@ def file_inside(folder: str | Path, name: Any) -> Path:
         DamagedCheckpoint: it is absolute, has a part ``..``, or is outside ``folder`` through a symbolic link.
     """
     if not isinstance(name, str) or not name or re.search(r"[\0\\\ud800-\udfff]", name):
-        raise DamagedCheckpoint(f"{folder}: names a file {brief(name)}, which is no path; use another checkpoint")
+        raise DamagedCheckpoint(f"{folder}: names a file {brief(name)}, which is not a path; use another checkpoint")
     relative = PurePosixPath(name)
     real, root = os.path.realpath(Path(folder) / name), os.path.realpath(folder)
     if relative.is_absolute() or ".." in relative.parts or not real.startswith(os.path.join(root, "")):

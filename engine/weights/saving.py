@@ -127,7 +127,7 @@ def _assign(held: Sequence[Mapping[str, Held]]) -> tuple[dict[str, TableEntry], 
     for name, entry in table.items():
         problem = coverage_problem(entry.tensor.shape, [box for _, box in entry.parts])
         if problem:
-            raise UserError(f"{name} {problem}: the ranks together do not hold it once, and it cannot be saved")
+            raise UserError(f"{name} {problem}: the ranks do not hold each element exactly once, so it cannot be saved")
     return table, shares
 
 

@@ -80,7 +80,7 @@ def read_table(folder: Path) -> TensorParts:
 
 def _parse(content: Any, folder: Path, path: Path) -> TensorParts:
     if not isinstance(content, dict) or content.keys() != {"files", "tensors"}:
-        raise ValueError("it is no table of files and tensors")
+        raise ValueError("it is not a table of files and tensors")
     files, tensors = content["files"], content["tensors"]
     if not isinstance(files, list) or not isinstance(tensors, dict):
         raise ValueError("it has no list of files or no tensors")

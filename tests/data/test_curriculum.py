@@ -275,5 +275,5 @@ def test_a_run_longer_than_its_data_is_refused_with_the_arithmetic():
         CurriculumStage((SourceWeight("b", 1.0, 5),), 40),
         CurriculumStage((SourceWeight("a"),)),
     ]
-    assert "ends after 25 samples = 2,500 tokens, where all its sources" in refusal(middle, 26)
+    assert "ends after 25 samples = 2,500 tokens, because all its sources" in refusal(middle, 26)
     Curriculum([CurriculumStage((SourceWeight("a"), SourceWeight("b", 1.0, 1)))]).require(10**15, 100)

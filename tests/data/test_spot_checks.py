@@ -95,7 +95,7 @@ def test_ids_outside_the_vocabulary_are_refused_at_the_start(tmp_path, place, ba
     tokens.tofile(f"{path}.bin")
     source = DataConfig(train=[SourceConfig(path)])
     last_read = (6000 - 1) // 32 * 32
-    if place > last_read:  # behind the last whole chunk
+    if place > last_read:  # after the last whole chunk
         open_catalog(source, plan, 100, None, 7)
         return
     with pytest.raises(UserError, match=f"x.bin: token id {bad} at token {place:,} is outside .* vocabulary of 100"):

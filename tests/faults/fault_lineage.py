@@ -382,7 +382,7 @@ class Lineage:
             this.problems.append(f"it has not saved: {_last_lines(this.text)}")
         if fault.get("names_rank"):
             rank = fault["target"]
-            if this.code == 0 or not re.search(rf"{rank}\b.*(no sign of life|has not come)", this.text):
+            if this.code == 0 or not re.search(rf"{rank}\b.*(no heartbeat|has not reached)", this.text):
                 this.problems.append(f"{rank} was stopped for ever and is not named: {_last_lines(this.text)}")
         code = {"disk": "ENOSPC", "read_only": "EROFS"}.get(fault["by"]) or fault.get("spec", {}).get("errno")
         if code and _REASONS[code] not in this.text:

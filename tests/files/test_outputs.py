@@ -67,7 +67,7 @@ def test_only_its_own_work_folder_is_emptied(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "absent")
     for name in ("other", "link", "file", "dangling"):
-        with pytest.raises(UserError, match=f"^-o: its temporary folder .*{name} is not of this program"):
+        with pytest.raises(UserError, match=f"^-o: its temporary folder .*{name} was not created by this program"):
             require_own_folder(tmp_path / name, "lock", "-o")
 
 
@@ -89,7 +89,7 @@ def test_a_report_replaces_no_file_of_others(tmp_path, name):
     for link in (path, tmp_path / "link"):
         if link != path:
             link.symlink_to(path)
-        with pytest.raises(UserError, match=f"^--json {link}: already there, and not a report"):
+        with pytest.raises(UserError, match=f"^--json {link}: exists, and is not a report"):
             outputs.write_json_report("--json", link, {"a": 1})
     assert path.read_text() == OTHERS[name] and sorted(os.listdir(tmp_path)) == sorted([name, "link"])
 

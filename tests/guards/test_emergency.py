@@ -196,8 +196,8 @@ def _emergency(said, store, timeout_seconds=0.4, rank=0):
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        ({}, "rank 1 did not fail with it within 0.2 s, and saving needs all ranks"),
-        ({"emergency/4/1": "1"}, "rank 1 did not fail with it"),  # in another step
+        ({}, "rank 1 did not fail in the same step within 0.2 s, and saving needs all ranks"),
+        ({"emergency/4/1": "1"}, "rank 1 did not fail in the same step"),  # in another step
         ({"emergency/5/1": "0"}, "the update of the weights had begun"),
     ],
 )
@@ -215,7 +215,7 @@ def test_where_the_main_rank_has_not_failed_another_one_prints(capsys):
     _emergency(said, dist.HashStore(), rank=1)(Failure("a kernel"), STEP, None, None, None)
     assert said == []
     line = capsys.readouterr().out
-    assert line.startswith("[rank 1]  after step 5 the run failed") and "rank 0 did not fail with it" in line
+    assert line.startswith("[rank 1]  after step 5 the run failed") and "rank 0 did not fail in the same step" in line
 
 
 def test_a_rank_that_has_lost_another_does_not_wait():

@@ -46,17 +46,20 @@ def test_an_undisturbed_run_ends_well(launch):
 @pytest.mark.parametrize(
     ("event", "reason"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", r"rank 2 \(host2\) gave no sign of life for (\d+) s; see that node"),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", r"rank 2 \(host2\) gave no sign of life for (\d+) s; see that node"),
-        ("time.sleep(1000)", r"rank 2 \(host2\) has not come to a collective operation in which others have waited"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"rank 2 \(host2\) sent no heartbeat for (\d+) s; see that node"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", r"rank 2 \(host2\) sent no heartbeat for (\d+) s; see that node"),
+        (
+            "time.sleep(1000)",
+            r"rank 2 \(host2\) has not reached a collective operation in which the others have waited",
+        ),
         pytest.param(
             "raise KeyError('no such thing')",
-            r"rank 2 \(host2\) has ended with an error of its own: KeyError: 'no such thing'",
+            r"rank 2 \(host2\) ended with its own error: KeyError: 'no such thing'",
             marks=pytest.mark.slow,
         ),
         (
             "raise UserError('a bad file')",
-            r"rank 2 \(host2\) has ended with an error of its own: UserError: a bad file",
+            r"rank 2 \(host2\) ended with its own error: UserError: a bad file",
         ),
     ],
     ids=["killed", "stopped", "hanging", "failed", "refused"],
@@ -108,7 +111,7 @@ def test_a_node_that_held_the_store_is_named_when_it_is_gone(launch):
     assert run.wait([1, 2]) == [1, 1]
     for rank in (1, 2):
         [line] = run.errors(rank)
-        expected = r"rank 0 \(host0\) gave no sign of life for (\d+) s, nor did the launcher's store on the same host;"
+        expected = r"rank 0 \(host0\) sent no heartbeat for (\d+) s, nor did the launcher's store on the same host;"
         found = re.match(expected, line)
         assert found and int(found[1]) >= TIMEOUT_SECONDS, line
 

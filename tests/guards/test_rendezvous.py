@@ -18,7 +18,8 @@ def test_a_rank_that_does_not_come_is_named(launch):
     run = launch(soon, soon, "sys.exit('no such file')")
     assert run.wait() == [1, 1, 1]
     for rank in range(2):
-        assert run.say(rank).startswith(f"[rank {rank}] error: 1 of 3 ranks did not come within 6 s: 2 (came: those of")
+        said = run.say(rank)
+        assert said.startswith(f"[rank {rank}] error: 1 of 3 ranks did not connect within 6 s: 2 (connected: those on")
 
 
 @pytest.mark.parametrize("stale", [["roll"], ["hello/1", "roll"], ["hello/0", "hello/1", "roll"]], ids=str)

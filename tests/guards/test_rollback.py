@@ -170,7 +170,7 @@ def test_where_it_cannot_go_back_the_update_is_skipped(options, windows, reason,
     assert _manifest(folders["rewind"])["health"] == _manifest(folders["skip"])["health"]
 
 
-CHANGED = "is from before the order of the data changed"
+CHANGED = "was written before the order of the data changed"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ CHANGED = "is from before the order of the data changed"
             [],
             ["--optimizer.schedule_start_tokens", str(31 * BATCH * 32)],
             37 * BATCH,
-            "is from before optimizer.schedule_start_tokens 7,936",
+            "was written before optimizer.schedule_start_tokens 7,936",
             marks=pytest.mark.slow,
         ),
         # What comes later may change.
@@ -244,7 +244,7 @@ def test_asked_to_stop_in_the_step_of_a_spike(one_rank, rewound, run_file, tmp_p
         patch.setattr(rollback, "roll_back", asked_meanwhile)
         assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
     said = capfd.readouterr().out
-    assert f"stopped at step {TARGET} as asked, after a rollback; resume: auto continues\n" in said
+    assert f"stopped at step {TARGET} as requested, after a rollback; resume: auto continues\n" in said
     assert "nothing to save" not in said and said.count("next        the same command continues from here\n") == 1
     assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
     _same_tensors(tmp_path / LAST, rewound / LAST)

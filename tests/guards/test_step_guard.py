@@ -76,7 +76,7 @@ def test_without_a_bound_above_zero_the_first_one_ends_the_run(one_rank, run_fil
 
 def test_weights_that_are_not_finite_make_skipping_pointless(one_rank, run_file, tmp_path):
     said = faulty_run.train(one_rank, run_file, [*SHORT, "--run_folder", str(tmp_path)], {6: "weight"})
-    assert said is not None and said.startswith("step 6: the update made weights that are not finite; the newest")
+    assert said is not None and said.startswith("step 6: the update produced weights that are not finite; the newest")
 
 
 def test_a_checkpoint_may_be_of_a_skipped_step_and_a_resumed_run_goes_on_counting(one_rank, run_file, tmp_path):

@@ -87,7 +87,7 @@ def test_it_saves_once_and_the_next_run_is_the_undisturbed_one(
     case = Case(processes, run_file, folder, phase)
     case.send(number, number, signal.SIGTERM)  # what terminal and launcher repeat is one wish
     assert case.end() == 0, case.said()
-    stopped = int(re.search(r"stopped at step (\d+) as asked; resume: auto continues", case.said())[1])
+    stopped = int(re.search(r"stopped at step (\d+) as requested; resume: auto continues", case.said())[1])
     assert stopped == saved[-1] or (saved[-1] == "later" and 4 < stopped < 10)
     assert _checkpoints(folder) == [f"step-{step:08d}" for step in [*saved[:-1], stopped]]
     tiny_run.train(one_rank, run_file, [*OPTIONS, "--run_folder", str(folder)])
@@ -105,7 +105,7 @@ def test_before_the_first_step_there_is_nothing_to_save(phase, processes, run_fi
     case.send(signal.SIGTERM)
     # Before the ranks have met nothing is waited for.
     assert case.end(go_on=phase != "reading") == 0, case.said()
-    assert case.said().endswith("stopped as asked before the first step: nothing to save\n")
+    assert case.said().endswith("stopped as requested before the first step: nothing to save\n")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -157,7 +157,7 @@ def test_a_cut_link_is_named_and_the_same_command_goes_on(cluster, run_file, und
         output = cluster.log(node).read_text()
         found = re.findall(r"\[rank \d\] error: .*", output)
         assert len(found) == 1, output
-        named = re.search(r"rank (\d) \((\w+)\) gave no sign of life for (\d+) s", found[0])
+        named = re.search(r"rank (\d) \((\w+)\) sent no heartbeat for (\d+) s", found[0])
         assert named and named[2] == f"node{cut}", output
         assert TIMEOUT_SECONDS - 2 <= int(named[3]) <= TIMEOUT_SECONDS + SLACK_SECONDS
     assert not has_step(folder, NUM_STEPS)

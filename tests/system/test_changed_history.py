@@ -305,7 +305,7 @@ def test_a_renamed_source_keeps_its_place(one_rank, run_file, reference, own_dat
     capsys.readouterr()
     tiny_run.train_until(one_rank, run_file, renamed, 9)
     said = capsys.readouterr().out
-    assert f"{tmp_path / 'moved'} is the source first of the checkpoint, and continues from its place" in said
+    assert f"{tmp_path / 'moved'} is the source first of the checkpoint, and continues from its position" in said
     assert [line for line in said.splitlines() if line.startswith("changed")] == [
         f"changed     data.train[first].path {tmp_path / 'first'} -> {tmp_path / 'moved'}"
     ]

@@ -110,7 +110,7 @@ def test_caps_that_run_out_are_refused_before_anything_is_written(one_rank, run_
     message = tiny_run.refusal(one_rank, run_file, options)
     assert message == (
         "training.train_tokens needs 160 samples x 32 = 5,120 tokens in whole steps, but the data ends after 62 "
-        "samples = 1,984 tokens, where all its sources have reached their caps (first 62 samples); raise "
+        "samples = 1,984 tokens, because all its sources have reached their caps (first 62 samples); raise "
         "max_epochs or max_tokens, add data, or lower training.train_tokens"
     )
     assert not (tmp_path / "run").exists()

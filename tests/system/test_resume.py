@@ -89,14 +89,14 @@ def test_a_checkpoint_holds_fp32_masters_though_blocks_stay_gathered_and_compute
     assert not torch.equal(weights, weights.bfloat16().float())
 
 
-_EVERY_4 = "the best by validation of those that are saved where it is evaluated (every 4 steps and at the end)"
+_EVERY_4 = "the best by validation among the checkpoints saved at an evaluation (every 4 steps and at the end)"
 
 
 @pytest.mark.parametrize(
     ("keep_best", "rule", "saved", "best"),
     [
         ("true", f", {_EVERY_4}", [4, 8, 12, 16, 20], 12),
-        ("improved", ", the best by validation, saved at every evaluation that is the best so far",
+        ("improved", ", the best by validation, saved after every evaluation with a new lowest loss",
          [2, 4, 6, 8, 12, 16, 20], 6),
         ("false", "", [4, 8, 12, 16, 20], 6),
     ],
@@ -177,7 +177,7 @@ def test_weights_that_the_update_broke_are_never_saved(one_rank, run_file, tmp_p
             next(iter(run.model.parameters())).mul_(float("inf"))
 
     run.optimizer.step = broken_update
-    with pytest.raises(UserError, match=r"step 5: the update made weights .* the newest checkpoint is .*step-00000004"):
+    with pytest.raises(UserError, match=r"step 5: the update produced weights .* checkpoint is .*step-00000004"):
         pretrain.train(run)
     assert _checkpoints(tmp_path) == ["step-00000004"]
 

@@ -46,7 +46,7 @@ def test_terminated_then_killed_then_resumed_is_the_undisturbed_run(two_ranks, r
     _wait_for_step(process, folder, 2)
     process.send_signal(signal.SIGTERM)
     output = process.communicate()[0]
-    assert "as asked; resume: auto continues" in output
+    assert "as requested; resume: auto continues" in output
     stopped = int(re.search(r"stopped at step (\d+)", output)[1])
     assert output.count(f"step-{stopped:08d}") == 1
     assert (folder / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").exists()

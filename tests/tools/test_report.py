@@ -218,7 +218,7 @@ def test_a_run_that_was_resumed_and_rewound(run: Path, capsys: pytest.CaptureFix
         "model       qwen2, 2 parameters",
         "records     6 of metrics.jsonl after step 8 moved to runs/medicine/metrics.14.jsonl",
         "model       qwen2, 3 parameters",
-        "  rewound to step 16 (step-00000016): the 16 samples from there to the spike in step 18 are passed over",
+        "  rewound to step 16 (step-00000016): the 16 samples from there to the spike in step 18 are skipped",
         "records     2 of metrics.jsonl after step 16 moved to runs/medicine/metrics.18.jsonl",
     ]
     (run / "log.txt").write_text("".join(f"{at} {line}\n" for line in log), encoding="utf-8")
@@ -363,7 +363,7 @@ def test_no_file_is_replaced_by_mistake(run: Path, tmp_path: Path, capsys, refus
     manifest = run / "checkpoints" / "step-00000010" / "manifest.json"
     assert "not a report of this command" in refused(run, "--output", manifest, "--overwrite")
     assert "is a folder" in refused(run, "--output", tmp_path)
-    assert "there is no folder" in refused(run, "--output", tmp_path / "no" / "page.html")
+    assert "does not exist; create it" in refused(run, "--output", tmp_path / "no" / "page.html")
     show(capsys, run)
     assert "already there; pass --overwrite" in refused(run)
     assert {path: path.read_bytes() for path in before} == before

@@ -69,11 +69,12 @@ def _upgrade(folder: Path) -> str:
     """Rewrite one checkpoint; return a line about it."""
     manifest = read_manifest(folder)
     if manifest.format_version == FORMAT_VERSION:
-        return f"{folder}: of the present format already"
+        return f"{folder}: already in the current format"
     if folder.is_symlink():
         raise UserError(f"{folder}: a link; name the folder that it leads to, {folder.resolve()}")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    require_space(folder.parent, size, "the new checkpoint", lambda: "make space: the old one goes when it is replaced")
+    remedy = "free some space: the old checkpoint is removed only when it is replaced"
+    require_space(folder.parent, size, "the new checkpoint", lambda: remedy)
     temporary, old = temporary_path(folder), folder.with_name(folder.name + OLD)
     try:
         temporary.mkdir()

@@ -30,7 +30,7 @@ def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:
             say(f"damaged: {item.what}")
         if manifest is not None and not damage:
             size = sum(record.bytes for record in manifest.records.values())
-            verified = f"{len(manifest.files)} files, {format_bytes(size)}: as they were written"
+            verified = f"{len(manifest.files)} files, {format_bytes(size)}: unchanged since they were written"
             say(f"{folder}: " + (verified if manifest.files else "not verified: written before manifests had hashes"))
         intact = intact and manifest is not None and not damage
     return intact

@@ -80,7 +80,7 @@ class PlanOptions:
         names = ("memory", "tflops", "bandwidth", "link")
         described = [f"--gpu-{name}" for name in names if getattr(self, f"gpu_{name}") is not None]
         if self.gpu is not None and described:
-            raise UserError(f"--gpu {self.gpu} and {', '.join(described)} both define the GPU; leave one out")
+            raise UserError(f"--gpu {self.gpu} and {', '.join(described)} both define the GPU; remove one of them")
         if self.gpu is not None:
             return find_gpu(self.gpu)
         if self.gpu_memory is None or self.gpu_tflops is None:

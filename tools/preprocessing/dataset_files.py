@@ -43,8 +43,8 @@ def refuse_existing_outputs(
         existing += _existing([f"{rejects_of}{REJECTS}"])
     if others := [path for path in existing if not is_of_dataset(path)]:
         raise UserError(
-            f"{', '.join(others)}: already there, and not recognised as a dataset's, so never replaced; move it away, "
-            "or choose another --output-prefix"
+            f"{', '.join(others)}: exists and is not recognised as part of a dataset, so it is never replaced; "
+            "move it away, or choose another --output-prefix"
         )
     if existing and not overwrite:
         raise UserError(

@@ -126,7 +126,7 @@ class PreprocessOptions:
         """Yield (whether it is wrong, message) for each rule."""
         yield (
             self.tokenizer is not None and self.model is not None,
-            f"--tokenizer {self.tokenizer} and --model {self.model} both name a tokenizer; leave one of the two out",
+            f"--tokenizer {self.tokenizer} and --model {self.model} both name a tokenizer; remove one of them",
         )
         for name, least in _LEAST.items():
             value = getattr(self, name)
@@ -147,7 +147,7 @@ class PreprocessOptions:
         yield day is not None and not _is_day(day), f"--chat-date {day}: not a day; write it as in 2026-01-31"
         yield (
             self.chat and tuple(self.json_key) != ("text",),
-            "--json-key names a text, --chat reads conversations; leave one of the two out",
+            "--json-key names a text, --chat reads conversations; remove one of them",
         )
         for name, given in (
             ("normalize", self.normalize != "none"),
@@ -155,7 +155,7 @@ class PreprocessOptions:
             ("min-chars", self.min_chars),
             ("held-out", self.held_out),
         ):
-            yield self.chat and given, f"--{name} is for texts, not for --chat; leave one of the two out"
+            yield self.chat and given, f"--{name} is for texts, not for --chat; remove one of them"
         yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
         for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
             yield (

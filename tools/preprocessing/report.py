@@ -33,7 +33,7 @@ def format_report(report: PreprocessReport) -> str:
     if turns:
         rows[DROPPED_TURNS] = f"{turns:,}, cut from conversations that were kept"
     if notes:
-        rows["kept without"] = "what is counted here is not trained on"
+        rows["kept without"] = "these parts are not trained on"
         rows.update({f"  {reason.removeprefix(KEPT_NOTE)}": f"{count:,}" for reason, count in notes.items()})
     if report.first_bad:
         rows["first malformed"] = report.first_bad

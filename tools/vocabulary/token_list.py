@@ -70,7 +70,7 @@ def texts_of(listed: list[Listed], text_of_piece: Callable[[str], str], path: st
     for token in listed:
         text = text_of_piece(token.text) if token.is_piece else token.text
         if text in places:
-            raise UserError(f"--tokens {path}: {token.place} is {text!r}, as is {places[text]}; list each token once")
+            raise UserError(f"--tokens {path}: {token.place} repeats {text!r} of {places[text]}; list each token once")
         places[text] = token.place
     return list(places)
 

@@ -66,8 +66,8 @@ def choose_rows(rows: int, first_id: int, num_tokens: int, multiple_of: int | No
     reason = "--pad-vocab-to-multiple-of" if multiple_of else f"like the old {rows:,}"
     wanted = -(-max(rows, needed) // fitting) * fitting
     if wanted == rows:
-        return rows, f"{rows:,} rows as before: ids from {first_id:,} on already had rows without tokens"
-    spare = f", of which the first {rows - first_id:,} use rows that had no token" if first_id < rows else ""
+        return rows, f"{rows:,} rows, unchanged: ids from {first_id:,} already had rows without tokens"
+    spare = f" (the first {rows - first_id:,} use rows that had no token)" if first_id < rows else ""
     return wanted, (
         f"{rows:,} rows become {wanted:,}, a multiple of {fitting} ({reason}): {num_tokens:,} new tokens{spare}, "
         f"{wanted - needed:,} rows of padding"

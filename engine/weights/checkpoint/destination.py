@@ -116,6 +116,6 @@ def _note_on_space(config: RunConfig, store: CheckpointStore, steps: int, size: 
     if free >= more * size:
         return []
     return [
-        f"note: {store.folder} will take {more} more checkpoints of about {format_bytes(size)} at a time, but only "
-        f"{format_bytes(free)} are free there; lower checkpoint.keep_last or make space"
+        f"note: {store.folder} will hold {more} more checkpoints of about {format_bytes(size)} at a time, but only "
+        f"{format_bytes(free)} are free there; lower checkpoint.keep_last or free some space"
     ]

@@ -47,7 +47,7 @@ def require_allowed(
             raise UserError(
                 f"{key} is {now}, but {folder} was trained with {then}, and the sample order depends on it; set it "
                 f"back, or start a new run_folder with model.initialize_from, or set allow_changes to [{key}]: then "
-                "samples that were trained on may come again before others come at all"
+                "some samples may repeat before others are seen"
                 + (", or be held out now" if key == "data.validation_fraction" else "")
             )
 

@@ -91,11 +91,11 @@ def describe_rule(config: CheckpointConfig, eval_interval: int, first_set: str |
     if config.keep_every:
         parts.append(f"those at multiples of {config.keep_every:,} steps")
     if first_set is not None and config.keep_best == "improved":
-        parts.append(f"the best by {first_set}, saved at every evaluation that is the best so far")
+        parts.append(f"the best by {first_set}, saved after every evaluation with a new lowest loss")
     elif first_set is not None and config.keep_best:
         common = math.lcm(config.save_interval, eval_interval)
         when = f"every {common:,} steps and at the end" if eval_interval else "only at the end"
-        parts.append(f"the best by {first_set} of those that are saved where it is evaluated ({when})")
+        parts.append(f"the best by {first_set} among the checkpoints saved at an evaluation ({when})")
     if rewind_steps:
-        parts.append(f"one that is {rewind_steps:,} steps old to rewind to")
+        parts.append(f"one that is {rewind_steps:,} steps older, for a rewind")
     return f"keeps       {', '.join(parts)}"

@@ -375,7 +375,7 @@ def require_visible(folder: Path) -> None:
 
 def _not_removed(what: str, problems: list[str]) -> str:
     more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return f"note: {what} could not be removed: {problems[0]}{more}; remove it yourself, nothing reads it"
+    return f"note: {what} could not be removed: {problems[0]}{more}; remove it yourself, no command reads it"
 
 
 def _renamed(folder: Path, ending: str) -> Path:

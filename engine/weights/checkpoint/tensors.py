@@ -133,7 +133,7 @@ def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor]
     weights = {name: tensor for name, tensor in stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
     difference = describe_difference(weights, model)
     if difference:
-        raise UserError(f"{folder}: the checkpoint is of another model: {difference}")
+        raise UserError(f"{folder}: the checkpoint belongs to another model: {difference}")
 
 
 def describe_difference(stored: Mapping[str, StoredTensor], model: ParameterOwner) -> str:

@@ -170,7 +170,7 @@ def test_the_command(run_file, tmp_path):
         (["--documents", "uniform:9:3"], "--documents uniform:9:3"),
         (["--documents", "fixed:3", "--real-data"], "--documents fixed:3: is only for random data"),
         (["--launch", "torchrun"], "--launch torchrun: is only for --sweep"),
-        (["--json", "nowhere/found.json"], "--json nowhere/found.json: there is no folder"),
+        (["--json", "nowhere/found.json"], "--json nowhere/found.json: the folder "),
         (["--sweep", "micro_batch_size"], "--sweep micro_batch_size: use KEY=VALUE"),
         (["--sweep", "micro_batch_size=1,,2"], "--sweep micro_batch_size=1,,2: use KEY=VALUE"),
         (["--sweep", "batch=1"], "--sweep batch=1: batch is not a key"),

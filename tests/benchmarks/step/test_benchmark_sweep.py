@@ -101,7 +101,7 @@ def test_combinations(run_file):
             "a bad value; use another",
         ),
         ("import sys; sys.exit('W1 noise\\n[rank 1] error: out of memory: none left\\nE2 failed')", "out of memory"),
-        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "killed, as usual when memory runs out"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "killed, usually because memory ran out"),
         ("raise KeyError('a bug')", "KeyError: 'a bug'"),
         ("import sys; sys.exit(3)", "exit status 3"),
     ],

@@ -128,7 +128,7 @@ class TestMarks:
             False,
         )
         record = {"messages": [USER, {**FIVE, "weight": 0}, USER, FOUR]}
-        with pytest.raises(MalformedError, match="generation %} blocks of the chat template are not one for each turn"):
+        with pytest.raises(MalformedError, match=r"does not have one \{% generation %\} block for each turn"):
             encoder.encode(record)  # this template marks the questions too
         template = MARKED.replace(
             "{%- for message in messages %}",

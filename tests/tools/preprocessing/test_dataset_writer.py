@@ -335,7 +335,7 @@ def test_a_file_of_others_is_never_replaced(tmp_path, end):
     (tmp_path / f"x{end}").write_text("mine")
     for overwrite in (False, True):
         with (
-            pytest.raises(UserError, match=f"x{end}: already there, and not recognised"),
+            pytest.raises(UserError, match=f"x{end}: exists and is not recognised"),
             IndexedDatasetWriter(tmp_path / "x", "<u2", overwrite=overwrite),
         ):
             pass

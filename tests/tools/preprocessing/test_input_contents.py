@@ -81,7 +81,7 @@ def test_a_bad_line_of_json_lines_costs_itself_whatever_the_name(tmp_path):
     nested = b'{"list": [\n{"a": 1},\n{"b": 2}\n]}\n'
     assert read_file(written(tmp_path / "a.json", nested), columns=None).values == [json.loads(nested)]
     # An object over several lines that is damaged takes the rest with it, and says so.
-    with pytest.raises(UserError, match=r"a.json: has more after the end of JSON object 1"):
+    with pytest.raises(UserError, match=r"a.json: has content after the end of JSON object 1"):
         read_file(written(tmp_path / "a.json", json.dumps(RECORDS[0], indent=1).encode() + b"\n5"))
 
 
@@ -97,7 +97,7 @@ def test_text_files_of_json_lines_are_records_if_they_have_the_key(tmp_path, cap
     for content, name in ((LINES, "a.txt"), (gzip.compress(LINES), "a.txt.gz")):
         for mode in ("file", "line"):
             assert read_file(written(tmp_path / name, content), txt_mode=mode).values == RECORDS
-    assert "named txt, and read as jsonl" in capsys.readouterr().err
+    assert "read as jsonl because of its content" in capsys.readouterr().err
     assert read_file(tmp_path / "a.txt", input_format="txt").values == [LINES.decode()]
     for text in (
         "{not json}\n",
@@ -188,7 +188,7 @@ def test_tsv_that_was_written_with_quoting_is_noticed(tmp_path):
             assert (reading.values, reading.notes) == (expected, [])  # its header cannot be text
         else:
             assert reading.values[1]["text"] == '"He said ""hi"""'
-            assert "a.tsv:3: cells seem to be in quotes" in reading.notes[0]
+            assert "a.tsv:3: cells seem to be quoted" in reading.notes[0]
             assert "give --quoting standard" in reading.refused[0]
 
 
@@ -226,7 +226,7 @@ def test_cells_over_several_lines_are_read_and_very_long_ones_noted(tmp_path, mo
     assert [record["text"] for record in read_file(path).values] == cells
     assert read_file(path).notes == []
     monkeypatch.setattr(delimited, "_MANY_LINES", 20)
-    assert "a.csv:11: a quoted cell goes over 31 lines" in read_file(path).notes[0]
+    assert "a.csv:11: a quoted cell spans 31 lines" in read_file(path).notes[0]
     one_column = written(tmp_path / "b.csv", b'text\n"a\nb"\n')
     assert read_file(one_column).values == [{"text": "a\nb"}]
 
@@ -331,7 +331,7 @@ def test_a_cover_is_no_data(tmp_path):
 def test_archives_under_the_name_of_a_workbook_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as archive:
         archive.writestr("a.jsonl", LINES)
-    with pytest.raises(UserError, match=r"a.xlsx: truncated, damaged or no XLSX file"):
+    with pytest.raises(UserError, match=r"a.xlsx: truncated, damaged or not a valid XLSX file"):
         read_file(tmp_path / "a.xlsx")
 
 

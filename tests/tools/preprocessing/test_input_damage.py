@@ -118,7 +118,7 @@ def test_a_truncated_arrow_file_costs_its_unreadable_rest(tmp_path, is_file):
     with (pa.ipc.new_file if is_file else pa.ipc.new_stream)(str(path), table.schema) as writer:
         writer.write_table(table, max_chunksize=100)
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(UserError, match=r"a.arrow: truncated, damaged or no Arrow file"):
+    with pytest.raises(UserError, match=r"a.arrow: truncated, damaged or not a valid Arrow file"):
         read_file(path)
     reading = read_file(path, skip_damage=True)
     assert len(reading.refused) == 1 and "a.arrow: truncated, damaged" in reading.refused[0]
@@ -161,7 +161,7 @@ def test_a_run_counts_and_names_what_could_not_be_read(tmp_path, tiny_tokenizer,
     written(data / "a.jsonl.gz", archive[: len(archive) // 2])
     written(data / "b.jsonl", b'{"text": "whole"}\n')
     written(data / "c.parquet", b"PAR1 and no more")
-    with pytest.raises(UserError, match=r"c.parquet: truncated, damaged or no Parquet file"):
+    with pytest.raises(UserError, match=r"c.parquet: truncated, damaged or not a valid Parquet file"):
         run(tiny_tokenizer, tmp_path, data)
     sidecar = run(tiny_tokenizer, tmp_path, data, skip_bad_lines=True)
     assert 1000 < sidecar.documents < NUM_ROWS

@@ -253,7 +253,7 @@ def test_existing_output_is_refused_before_any_work(tmp_path, refused, name):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     for more in ([], ["--overwrite"]):
         error = refused("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "out", *more)
-        assert error.startswith(f"error: {tmp_path / name}: already there, and not recognised as a dataset's")
+        assert error.startswith(f"error: {tmp_path / name}: exists and is not recognised")
     assert (tmp_path / name).read_text() == "mine"
 
 

@@ -330,7 +330,7 @@ class TestTraining:
         assert notes("w", llama) == [] and f"{tmp_path}/o do not" in notes("o", llama)[0]
         made(tmp_path, folders["qwen 2"], name="q")
         (line,) = notes("wq", None, has_tokenizer=False)
-        assert "the model comes without a tokenizer" in line and "different tokenizers" in line
+        assert "the model has no tokenizer" in line and "different tokenizers" in line
 
 
 def test_kinds_are_of_every_convention(folders):

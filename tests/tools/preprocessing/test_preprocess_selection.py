@@ -102,7 +102,7 @@ def test_a_side_without_documents_is_refused(tmp_path, refused):
     arguments = ("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "o" / "out")
     error = refused(*arguments, "--split", "train=0.999999,valid=0.000001")
     assert error == (
-        "error: --split: no document fell to 'valid'; give it a larger share, or the corpus more documents"
+        "error: --split: no document was assigned to 'valid'; give it a larger share, or use a larger corpus"
     )
     assert not list((tmp_path / "o").glob("out*"))
     assert "sum to 1" in refused(*arguments, "--split", "train=0.9,valid=0.2")

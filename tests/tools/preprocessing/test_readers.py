@@ -207,7 +207,7 @@ def test_json_of_many_small_values_beyond_the_limit_is_refused(tmp_path, small_l
     reading = read_texts(path)
     assert reading.values == ["good"]
     assert len(reading.refused) == 1
-    assert reading.refused[0].startswith("a.jsonl:1: more than 0 MB of JSON besides its longest strings")
+    assert reading.refused[0].startswith("a.jsonl:1: more than 0 MB of JSON outside its longest strings")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -311,8 +311,8 @@ BAD_ARRAYS = {
     b"[": "a.json: element 1: the JSON array ends there",
     b'[{"text": "a"}}]': r"a.json: element 1: the JSON array has a '}' too many",
     b"[{]}]": r"a.json: element 1: the JSON array has a '}' too many",
-    b'[{"text": "a"}] [': r"a.json: has more after the end of the JSON array",
-    b'{"text": "a"} 5': r"a.json: has more after the end of JSON object 1, which is not another one",
+    b'[{"text": "a"}] [': r"a.json: has content after the end of the JSON array",
+    b'{"text": "a"} 5': r"a.json: has content after the end of JSON object 1, which is not another object",
 }
 
 

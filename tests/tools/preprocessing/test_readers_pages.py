@@ -74,7 +74,7 @@ def test_what_is_no_pdf_is_refused(tmp_path, pypdf):
         reading = read_file(path)
         assert reading.values == []
         assert len(reading.refused) == 1 and "\n" not in reading.refused[0]
-        assert reading.refused[0].startswith(("a.pdf: truncated, damaged or no PDF", "a.pdf: no text"))
+        assert reading.refused[0].startswith(("a.pdf: truncated, damaged or not a PDF", "a.pdf: no text"))
 
 
 def test_a_page_that_cannot_be_read_is_named(tmp_path, pypdf, monkeypatch):
@@ -84,7 +84,7 @@ def test_a_page_that_cannot_be_read_is_named(tmp_path, pypdf, monkeypatch):
     path = tmp_path / "a.pdf"
     path.write_bytes(tiny_pdf(PAGES))
     monkeypatch.setattr(pypdf.PageObject, "extract_text", fail)
-    assert read_file(path).refused == ["a.pdf: page 1: truncated, damaged or no PDF ('/Font') [malformed]"]
+    assert read_file(path).refused == ["a.pdf: page 1: truncated, damaged or not a PDF ('/Font') [malformed]"]
     for text, reason in (("a\ud800", "half a character"), (" ", "no text")):
         monkeypatch.setattr(pypdf.PageObject, "extract_text", lambda self, text=text: text)
         assert reason in read_file(path).refused[0]

@@ -64,7 +64,7 @@ BAD_ROWS = {
     b"text,id\na\xff,1\nb,1\n": "2: not valid UTF-8: byte 0xff at byte 2 of the line [invalid UTF-8]",
     b'text,id\n"one\ntw\xff",1\nb,1\n': "2: not valid UTF-8: byte 0xff at byte 3 of the line",
     b"text,id\na\0,1\nb,1\n": "2: a NUL byte",
-    b'text,id\n"a"x,1\nb,1\n': "2: quotes that are not as CSV has them",
+    b'text,id\n"a"x,1\nb,1\n': "2: quotes that break the rules of CSV",
     b"text,id\r\na\rc,1\r\nb,1\r\n": "2: a carriage return that ends no line",
 }
 
@@ -214,7 +214,7 @@ def test_parquet_that_is_cut_short_or_none_is_refused(table_file):
     content = table_file.read_bytes()
     for bad in (b"", b"PAR1", b"PAR1" * 3, content[:-1], content[: len(content) // 2], b"text\n" * 50, content[4:]):
         table_file.write_bytes(bad)
-        with pytest.raises(UserError, match=r"a.parquet: truncated, damaged or no Parquet file"):
+        with pytest.raises(UserError, match=r"a.parquet: truncated, damaged or not a valid Parquet file"):
             read_file(table_file)
 
 
@@ -343,7 +343,7 @@ def test_what_is_no_workbook_is_refused(tmp_path, openpyxl):
         archive.writestr("readme.txt", "no workbook")
     for bad in (b"", b"text\na\n", content[: len(content) // 2], content[:-10], other.getvalue()):
         path.write_bytes(bad)
-        with pytest.raises(UserError, match=r"a.xlsx: truncated, damaged or no XLSX file"):
+        with pytest.raises(UserError, match=r"a.xlsx: truncated, damaged or not a valid XLSX file"):
             read_file(path)
     path.write_bytes(b"\xd0\xcf\x11\xe0" + bytes(1000))
     with pytest.raises(UserError, match=r"a.xlsx: locked with a password, or an old .xls"):
@@ -353,7 +353,7 @@ def test_what_is_no_workbook_is_refused(tmp_path, openpyxl):
         for name in source.namelist():
             data = source.read(name)
             target.writestr(name, data[: len(data) // 2] if "sheet1" in name else data)
-    with pytest.raises(UserError, match=r"a.xlsx: truncated, damaged or no XLSX file"):
+    with pytest.raises(UserError, match=r"a.xlsx: truncated, damaged or not a valid XLSX file"):
         read_file(path)
 
 

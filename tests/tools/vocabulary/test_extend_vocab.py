@@ -212,7 +212,7 @@ def test_rows_as_asked_for(base, corpus, tmp_path, capsys):
     command.main(["--model", str(base), "--output", str(tmp_path / "same"), *arguments])
     rows = tensors(base)[EMBEDDING].shape[0]
     assert tensors(tmp_path / "same")[EMBEDDING].shape[0] == rows
-    assert f"{rows} rows as before" in capsys.readouterr().out
+    assert f"{rows} rows, unchanged" in capsys.readouterr().out
     first = report(tmp_path / "same")["first_new_id"]
     assert torch.equal(tensors(tmp_path / "same")[EMBEDDING][first + 5 :], tensors(base)[EMBEDDING][first + 5 :])
     command.main(
@@ -257,7 +257,7 @@ def test_bad_input(base, corpus, refused, tmp_path):
     assert "no such" in refused("--model", tmp_path / "nowhere", "--corpus", corpus)
     listed = tmp_path / "list.txt"
     listed.write_text("one\ntwo\none\n")
-    assert "line 3 is 'one', as is line 1" in refused("--model", base, "--tokens", listed)
+    assert "line 3 repeats 'one' of line 1" in refused("--model", base, "--tokens", listed)
     listed.write_text("the\n")
     assert "tokens already" in refused("--model", base, "--tokens", listed)
     listed.write_text("\n")

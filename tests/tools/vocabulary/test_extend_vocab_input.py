@@ -222,7 +222,7 @@ def test_lists_of_other_editors(tmp_path, refused, bases):
     path.write_bytes("\ufeffone\r\n two \u2028three\x0b\r\n\r\nfour\rfive\n\ufeffsix".encode())
     assert [token.text for token in read_list(str(path))] == ["one", " two \u2028three\x0b", "four\rfive", "\ufeffsix"]
     path.write_bytes(b"one\r\ntwo\none\n")
-    assert "line 3 is 'one', as is line 1" in refused("--model", bases["byte-level"], "--tokens", path)
+    assert "line 3 repeats 'one' of line 1" in refused("--model", bases["byte-level"], "--tokens", path)
     path.write_bytes("\ufeff".encode())
     assert "holds no token" in refused("--model", bases["byte-level"], "--tokens", path)
 

@@ -185,7 +185,7 @@ def test_a_lost_sidecar_is_listed_and_is_no_leave(one_rank, run_file, folder, ca
             ["--optimizer.schedule_start_tokens", "5000"],
             "warmup_tokens 1,024 is more than training.train_tokens 5,120 - ",
         ),
-        (["--optimizer.schedule_start_tokens", "1025"], "continues at 1,024 tokens, where its schedule has not begun"),
+        (["--optimizer.schedule_start_tokens", "1025"], "continues at 1,024 tokens, before its schedule begins"),
     ],
 )
 def test_what_cannot_be_is_one_line(options, message, one_rank, run_file, folder):

@@ -163,7 +163,7 @@ def _read_message(item: Any, place: str, notes: Counter[str]) -> _Message:
         )
     _refuse_media(item, place)
     if "function_call" in item:
-        raise MalformedError(f"{place}: function_call is no longer known to templates; write tool_calls")
+        raise MalformedError(f"{place}: templates no longer support function_call; write tool_calls")
     if role == "call":
         if "tool_calls" in item:
             raise MalformedError(f"{place} has tool_calls, and is a tool call itself; keep one")
@@ -196,7 +196,7 @@ def _take_role(item: dict[str, Any], place: str) -> str:
         name = item.pop(key)
         role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
         if role is None:
-            raise MalformedError(f"{place}: {key} {name!r} is none of {', '.join(ROLES)}")
+            raise MalformedError(f"{place}: {key} {name!r} is not one of {', '.join(ROLES)}")
         roles.append(role)
     if len(set(roles)) > 1:
         raise MalformedError(f"{place}: {' and '.join(keys)} name different roles; keep one")

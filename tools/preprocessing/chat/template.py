@@ -30,7 +30,7 @@ _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")\s*\)""")
 _CLOCK = (
     "{%- macro strftime_now(format) -%}"
     "{%- if format not in retemper_moment -%}"
-    "{{- raise_exception('strftime_now with a format that is no literal is not supported') -}}"
+    "{{- raise_exception('strftime_now with a format that is not a literal is not supported') -}}"
     "{%- endif -%}{{- retemper_moment[format] -}}{%- endmacro %}\n"
 )
 _ARGUMENTS = {"alpha": "omega"}

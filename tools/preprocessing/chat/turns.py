@@ -31,7 +31,7 @@ def trained_spans(conversation: Conversation, spans: list[Span], text: str) -> l
     ):
         return [span for index, span in zip(turns, spans, strict=True) if index not in conversation.untrained]
     raise MalformedError(
-        "a turn is marked as not for training, but the {% generation %} blocks of the chat template are not one for "
+        "a turn is marked as not for training, but the chat template does not have one {% generation %} block for "
         "each turn of the assistant; give --chat-template a template without such blocks, or leave the record out"
     )
 
@@ -90,7 +90,7 @@ class TurnFinder:
         marked = self._find_by_markers(conversation, text)
         if marked is None:
             raise MalformedError(
-                "the chat template renders earlier messages differently once more follow, so that the turns of the "
+                "the chat template renders earlier messages differently when more follow, so that the turns of the "
                 "assistant cannot be found; give --chat-template a template with {% generation %} blocks"
             )
         return marked

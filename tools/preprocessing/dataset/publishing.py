@@ -97,7 +97,7 @@ def _write(
     for side, writer, total in zip(assembly.sides, writers, totals, strict=True):
         if writer.num_tokens == 0 and plan.options.shard_place is None:
             raise UserError(
-                f"--split: no document fell to {side!r}; give it a larger share, or the corpus more documents"
+                f"--split: no document was assigned to {side!r}; give it a larger share, or use a larger corpus"
                 if side
                 else _nothing_found(plan, results)
             )

@@ -180,7 +180,8 @@ def _files_below(folder: str) -> list[str]:
     files, again = _walk(folder)
     if again:
         print(
-            f"note: {folder}: left out {len(again)} links to what is there already, {again[0]} first", file=sys.stderr
+            f"note: {folder}: left out {len(again)} links to files that are read anyway, {again[0]} first",
+            file=sys.stderr,
         )
     return files
 
@@ -236,9 +237,9 @@ def _input_file(path: str, source: int, options: InputOptions, flag: str) -> Inp
     if options.input_format is None and found is None and (known := remedy(path)):
         raise UserError(f"{name}: {known}")
     if not os.path.exists(path):
-        raise UserError(f"{name}: a symbolic link to nothing")
+        raise UserError(f"{name}: a broken symbolic link")
     if not os.path.isfile(path):
-        raise UserError(f"{name}: no regular file; write the text to a file first, or pipe it to --input -")
+        raise UserError(f"{name}: not a regular file; write the text to a file first, or pipe it to --input -")
     if not os.access(path, os.R_OK):
         raise UserError(f"{name}: no permission to read it")
     named = found[0].name if found else None
@@ -247,7 +248,7 @@ def _input_file(path: str, source: int, options: InputOptions, flag: str) -> Inp
     if detected.format is None:
         raise UserError(
             f"{name}: unknown format; known are {known_formats()}, and most of them as .gz, .zst, .bz2 and .xz; "
-            "--input-format says what a file of another name is"
+            "--input-format sets the format of files with other names"
         )
     if detected.compression and not FORMATS[detected.format].compressible:
         raise UserError(f"{name}: {detected.format} in {detected.compression} compression; decompress it first")
@@ -270,7 +271,7 @@ def _print_notes(files: Sequence[InputFile], options: InputOptions) -> None:
         if not (named == "json" and read_as == "jsonl"):
             more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
             print(
-                f"note: {paths[0]}{more}: named {named}, and read as {read_as}, which the content is "
+                f"note: {paths[0]}{more}: read as {read_as} because of its content, although it is named {named} "
                 f"(--input-format {named} reads it as named)",
                 file=sys.stderr,
             )

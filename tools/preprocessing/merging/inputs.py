@@ -91,8 +91,8 @@ def _check_runs(prefixes: Iterable[str]) -> None:
         counts = sorted({shard.count for shard in shards})
         if len(counts) > 1:
             raise UserError(
-                f"{run}: some are of {counts[0]} shards, some of {counts[1]}, so of different runs; name those of one: "
-                f"'{run.replace('*', f'*-of-{counts[0]}')}'"
+                f"{run}: some are of {counts[0]} shards, some of {counts[1]}, so they are shards of different "
+                f"runs; name those of one: '{run.replace('*', f'*-of-{counts[0]}')}'"
             )
         count = counts[0]
         found = [shard.index for shard in shards]
@@ -205,6 +205,6 @@ def _check_equal(name: str, values: Sequence[tuple[str, Any]], remedy: str) -> N
     for prefix, value in values:
         if value != values[0][1]:
             raise UserError(
-                f"{prefix}: {name} is {value}, but of {values[0][0]} it is {values[0][1]}: their tokens do not mean "
-                f"the same; preprocess both with {remedy}"
+                f"{prefix}: {name} is {value}, but of {values[0][0]} it is {values[0][1]}: their token ids have "
+                f"different meanings; preprocess both with {remedy}"
             )

@@ -33,7 +33,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
     with _map(arrow, path) as source:
         check_unchanged(file, source.size())
         if not file.size:
-            raise DamagedError(f"{path}: an empty file, which no Arrow file is; copy it again")
+            raise DamagedError(f"{path}: an empty file, not a valid Arrow file; copy it again")
         schema, batches = _batches(arrow, source, path)
         if not usable_columns(schema.names, Where(path), context):
             return

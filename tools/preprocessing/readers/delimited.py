@@ -87,7 +87,7 @@ class _Quotes:
         if lines.num_lines > 1:
             if self._decides and _is_several_rows(lines.raw(), self._separator, len(cells)):
                 return MalformedError(
-                    f"a quote over {lines.num_lines} lines, each of which is a row by itself; if quotes are text "
+                    f"a quote over {lines.num_lines} lines, although each line alone is a row; if quotes are text "
                     "here, give --quoting none, else --quoting standard"
                 )
             if lines.num_lines > self._longest:
@@ -100,12 +100,13 @@ class _Quotes:
         """Report what is suspicious in the file."""
         if self._longest > _MANY_LINES:
             self._context.note(
-                f"{self._longest_at}: a quoted cell goes over {self._longest:,} lines; if quotes are text, give "
+                f"{self._longest_at}: a quoted cell spans {self._longest:,} lines; if quotes are text, give "
                 "--quoting none"
             )
         if self._looks_quoted:
             self._context.note(
-                f"{self._looks_quoted}: cells seem to be in quotes, kept as text; --quoting standard undoes them"
+                f"{self._looks_quoted}: cells seem to be quoted, and the quotes are kept as text; --quoting "
+                "standard removes them"
             )
 
 
@@ -161,8 +162,8 @@ def _explain(error: csv.Error) -> str:
         return "a quote that is not closed"
     if "expected after" in reason:
         return (
-            f"quotes that are not as CSV has them ({reason}): a cell in quotes has its own quotes doubled; --quoting "
-            "none takes quotes as text"
+            f"quotes that break the rules of CSV ({reason}): a quote inside a quoted cell must be doubled; "
+            "--quoting none treats quotes as text"
         )
     if "new-line character" in reason:
         return "a carriage return that ends no line, outside of quotes"

@@ -53,11 +53,11 @@ class ExpansionLimit:
         if self._ratio and rows > max(LEAST_ROWS, _ROWS_PER_BYTE * size):
             raise UserError(
                 f"{self._path}: {rows:,} rows in {size:,} bytes: nearly all of them must be equal or empty, so this is "
-                "no corpus; to read it nevertheless, give --max-expansion 0"
+                "not a corpus; to read it anyway, give --max-expansion 0"
             )
 
     def _refuse(self, produced: int, taken: int) -> None:
         raise UserError(
             f"{self._path}: expands to more than {self._ratio} times its size ({produced:,} bytes from {taken:,}), "
-            "which text does not; to read it nevertheless, give a larger --max-expansion, or 0 for no limit"
+            "more than text does; to read it anyway, give a larger --max-expansion, or 0 for no limit"
         )

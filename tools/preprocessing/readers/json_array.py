@@ -69,7 +69,7 @@ def _elements(values: _JsonSplitter, path: str, keys: WantedKeys, context: ReadC
         values.skip_byte()
     if values.next_byte():
         raise DamagedError(
-            f"{path}: has more after the end of the JSON array; write one array, or a record on each line"
+            f"{path}: has content after the end of the JSON array; write one array, or a record on each line"
         )
 
 
@@ -82,7 +82,7 @@ def _objects(values: _JsonSplitter, path: str, keys: WantedKeys, context: ReadCo
             where = Where(path) if number == 1 and not values.next_byte() else Where(path, "object", number)
             yield from _parsed(RawRecord(where, content, long), keys, context)
     if first:
-        raise DamagedError(f"{path}: has more after the end of JSON object {number}, which is not another one")
+        raise DamagedError(f"{path}: has content after the end of JSON object {number}, which is not another object")
 
 
 def _parsed(element: RawRecord, keys: WantedKeys, context: ReadContext) -> Iterator[Record]:

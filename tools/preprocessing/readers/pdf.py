@@ -52,7 +52,7 @@ def _text(pypdf: Any, stream: BinaryIO, path: str) -> str:
         raise
     except Exception as error:  # pypdf may raise anything for a damaged file
         where = f"page {page}: " if page else ""
-        raise MalformedError(f"{where}truncated, damaged or no PDF ({short_reason(error)})") from None
+        raise MalformedError(f"{where}truncated, damaged or not a PDF ({short_reason(error)})") from None
     text = _BETWEEN_PAGES.join(filter(None, pages))
     if not text:
         raise MalformedError("no text: a scan? run OCR first")

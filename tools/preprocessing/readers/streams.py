@@ -56,7 +56,7 @@ def open_stream(file: InputFile, context: ReadContext) -> Iterator[io.BufferedRe
     with raw:
         check_unchanged(file, os.fstat(raw.fileno()).st_size)
         if file.compression and file.size == 0:
-            raise DamagedError(f"{file.path}: an empty file, which no compressed file is; copy it again")
+            raise DamagedError(f"{file.path}: an empty file, not a valid compressed file; copy it again")
         with io.BufferedReader(_CheckedStream(file, raw, context), _BUFFER_BYTES) as stream:
             yield stream
 
@@ -64,7 +64,9 @@ def open_stream(file: InputFile, context: ReadContext) -> Iterator[io.BufferedRe
 def check_unchanged(file: InputFile, size: int) -> None:
     """Raise UserError if a file has changed since the tasks were planned."""
     if size != file.size:
-        raise UserError(f"{file.path}: was {file.size} bytes and is {size} now; start again when nothing writes to it")
+        raise UserError(
+            f"{file.path}: was {file.size} bytes and is {size} now; start again when no program writes to it"
+        )
 
 
 def skip_bom(stream: io.BufferedReader[Any], path: str) -> int:
@@ -84,11 +86,11 @@ def damage_is_user_error(path: str, kind: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise DamagedError(
-            f"{path}: damaged, or too much in one piece: it asks for more memory than there is ({short_reason(error)})"
+            f"{path}: damaged, or too much in one piece: it needs more memory than is available ({short_reason(error)})"
         ) from error
     except Exception as error:
         raise DamagedError(
-            f"{path}: truncated, damaged or no {kind} file ({short_reason(error)}); copy or write it again"
+            f"{path}: truncated, damaged or not a valid {kind} file ({short_reason(error)}); copy or write it again"
         ) from error
 
 

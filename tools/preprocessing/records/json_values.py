@@ -142,4 +142,4 @@ def _refuse_repeated(names: Iterable[str], content: bytes) -> None:
     try:
         json.loads(content, object_pairs_hook=check)
     except RecursionError:
-        raise MalformedError("nested too deeply to look for keys that stand twice") from None
+        raise MalformedError("nested too deeply to check for duplicate keys") from None

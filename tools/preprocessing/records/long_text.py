@@ -150,7 +150,7 @@ def read_long_json(path: Path, keys: WantedKeys, where: Where) -> Any:
             size += len(content)
             if size > LONG_BYTES:
                 raise MalformedError(
-                    f"more than {LONG_BYTES >> 20} MB of JSON besides its longest strings; split the record"
+                    f"more than {LONG_BYTES >> 20} MB of JSON outside its longest strings; split the record"
                 )
     value = parse_json(b"".join(skeleton), keys, whole=False)
     return _filled(value, {_placeholder(path, index): text for index, text in enumerate(strings)})
@@ -251,8 +251,8 @@ def encode_in_pieces(
         if cut is None:
             if len(text) > _MAX_UNCUT:
                 raise MalformedError(
-                    f"{len(text):,} characters without a line end or a space between words, where tokens surely end: "
-                    "no natural text; leave the record out"
+                    f"{len(text):,} characters without a line end or a space between words: this is not "
+                    "natural text; leave the record out"
                 )
             continue
         place, needs_context = cut

@@ -35,7 +35,7 @@ class TextChoice:
         try:
             parts = list(string.Formatter().parse(templates[0]))
         except ValueError as error:
-            raise UserError(f"--json-key {templates[0]}: no template: {error}; write literal braces twice") from None
+            raise UserError(f"--json-key {templates[0]}: not a template: {error}; write literal braces twice") from None
         keys = [field for _, field, _, _ in parts if field is not None]
         if not keys or any(not key or spec or conversion for _, key, spec, conversion in parts if key is not None):
             raise UserError(f"--json-key {templates[0]}: a template names keys in braces, like '{{title}}: {{text}}'")

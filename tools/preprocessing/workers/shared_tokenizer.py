@@ -43,7 +43,7 @@ def load_tokenizer_once(spec: TokenizerSpec, sha256: str) -> TokenizerHandle:
             return tokenizer
     tokenizer = spec.load()
     if tokenizer.sha256 != sha256:
-        raise UserError(f"{spec.file}: was changed while the run was at work; start again")
+        raise UserError(f"{spec.file}: changed during the run; start again")
     return tokenizer
 
 

@@ -130,7 +130,7 @@ def run_facts(plan: TrainingPlan) -> dict[str, str]:
             f"{_share(plan.truncation.truncated, fitting)} of those that fit in a chunk; "
             f"{_share(plan.truncation.longer, plan.truncation.documents)} are longer than one{about}"
         )
-        facts["tokens left out"] = f"{plan.truncation.tokens_dropped:,} behind the last whole chunk"
+        facts["tokens left out"] = f"{plan.truncation.tokens_dropped:,} after the last whole chunk"
     if not plan.checked_model:
         facts["model"] = "not found here: vocabulary and tokenizer were not compared with the datasets'"
     return facts
