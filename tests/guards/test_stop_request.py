@@ -19,6 +19,7 @@ from retemper.engine.guards.stop_request import NOTICES, REQUESTS, StopRequest
 
 # Enough windows that an evaluation takes several turns.
 OPTIONS = ["--training.eval_tokens", "2000", "--training.train_tokens", str(10 * 8 * 32), "--device", "cpu"]
+OPTIONS += ["--training.micro_batch_size", "2"]
 
 
 @pytest.fixture(scope="module")

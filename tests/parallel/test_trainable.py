@@ -107,7 +107,7 @@ def test_resumed_bitwise(one_rank, untied_file, stage_one, tmp_path):
         pytest.param(["--parallel.tensor", "2"], marks=pytest.mark.slow),
         ["--parallel.pipeline", "2"],
         pytest.param(
-            ["--training.weight_dtype", "fp32", "--parallel.reduce_gradients", "step"], marks=pytest.mark.slow
+            ["--parallel.reduce_gradients", "step", "--training.micro_batch_size", "2"], marks=pytest.mark.slow
         ),
     ],
     ids=["shard", "tensor", "pipeline", "reduce once"],
