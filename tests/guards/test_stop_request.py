@@ -78,7 +78,7 @@ def _checkpoints(folder):
         ("step", signal.SIGHUP, [4, 6]),
         ("step", signal.SIGINT, [4, 6]),
         ("evaluation", signal.SIGTERM, [4, 5]),
-        ("save", signal.SIGTERM, [4, "later"]),  # training goes on behind a save, to some step
+        ("save", signal.SIGTERM, [4, "later"]),  # training goes on behind a save, to some step or none
     ],
 )
 def test_it_saves_once_and_the_next_run_is_the_undisturbed_one(
@@ -89,8 +89,8 @@ def test_it_saves_once_and_the_next_run_is_the_undisturbed_one(
     case.send(number, number, signal.SIGTERM)  # what terminal and launcher repeat is one wish
     assert case.end() == 0, case.said()
     stopped = int(re.search(r"stopped at step (\d+) as asked; resume: auto continues", case.said())[1])
-    assert stopped == saved[-1] or (saved[-1] == "later" and 4 < stopped < 10)
-    assert _checkpoints(folder) == [f"step-{step:08d}" for step in [*saved[:-1], stopped]]
+    assert stopped == saved[-1] or (saved[-1] == "later" and 4 <= stopped < 10)
+    assert _checkpoints(folder) == [f"step-{step:08d}" for step in sorted({*saved[:-1], stopped})]
     tiny_run.train(one_rank, run_file, [*OPTIONS, "--run_folder", str(folder)])
     assert tiny_run.curve(folder) == tiny_run.curve(undisturbed)
     best = [
