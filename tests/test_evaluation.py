@@ -7,7 +7,6 @@ import pytest
 import tiny_run
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from retemper.engine import pretrain
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
@@ -39,6 +38,9 @@ def evaluated(ranks, path, overrides):
 def float64_loss(weights, documents):
     """Every token that follows another in its document is a target, and predicted once, from what precedes it in its
     window of the concatenated tokens."""
+    # Not at the top, because ranks import this file.
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     model = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in tiny_run.ARCHITECTURE.items() if k != "model_type"}))
     model.load_state_dict(weights, strict=False)
     model = model.double().eval()

@@ -137,7 +137,7 @@ def test_checkpoints_are_listed_and_verified_without_pytorch(tmp_path):
     assert any("comparison.py" in place for place in asked[0])
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_rank_whose_installation_is_broken_ends_before_others_wait_for_it(rank, run_yaml):
     launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "9"}
     line = ["engine/pretrain.py", "--config", run_yaml, "--parallel.timeout_seconds", "300"]

@@ -378,7 +378,7 @@ class Lineage:
         assert fault is not None
         if fault.get("survives") and this.code != 0:
             this.problems.append(f"a run that was to survive ended with {this.code}: {_last_lines(this.text)}")
-        if fault.get("saves") and not re.search("stopped at step .* as asked", this.text):
+        if fault.get("saves") and not re.search("stopped at step .* as requested", this.text):
             this.problems.append(f"it has not saved: {_last_lines(this.text)}")
         if fault.get("names_rank"):
             rank = fault["target"]

@@ -48,7 +48,7 @@ def write_run_file(folder: Path) -> Path:
     path = tiny_run.write_config(folder)
     config = yaml.safe_load(path.read_text())
     config["device"] = "cpu"
-    config["training"] |= {"train_tokens": NUM_STEPS * SAMPLES_PER_STEP * 32, "eval_interval": 4}
+    config["training"] |= {"train_tokens": NUM_STEPS * SAMPLES_PER_STEP * 32, "eval_interval": 4, "micro_batch_size": 2}
     config["checkpoint"] = {"save_interval": 3, "keep_last": KEEP_LAST, "keep_best": "improved"}
     config["parallel"] = {"timeout_seconds": 20}
     path.write_text(yaml.safe_dump(config))

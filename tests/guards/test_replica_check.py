@@ -99,7 +99,7 @@ def test_what_nobody_else_holds_is_not_compared(two_ranks, run_file, tmp_path):
 
 def test_of_four_copies_the_odd_one_is_named(four_ranks, run_file, tmp_path):
     options = [*OPTIONS, "--parallel.replicate", "4", "--parallel.shard", "1", "--run_folder", str(tmp_path)]
-    options += ["--training.check_replicas_interval", "1"]
+    options += ["--training.check_replicas_interval", "1", "--training.micro_batch_size", "2"]
     said = four_ranks.run(train, run_file, options, {2: (1, "model.norm.weight", 3, 31)})
     assert said[0] is not None and re.match(r"step 1: rank 2 \(\S+\) and rank 0 \(\S+\) and 2 more hold diff", said[0])
     assert len(set(said)) == 1 and "since the start" in said[0] and "no checkpoint has been written" in said[0]

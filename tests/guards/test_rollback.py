@@ -22,8 +22,9 @@ TARGET = 30
 OPTIONS = [
     *("--training.train_tokens", str(STEPS * BATCH * 32), "--training.eval_interval", "19"),
     *("--training.loss_spike_zscore", "8", "--training.loss_spike_action", "rewind", "--training.rewind_steps", "8"),
-    *("--checkpoint.save_interval", "6"),
+    *("--checkpoint.save_interval", "6", "--training.micro_batch_size", str(BATCH)),
 ]
+ON_TWO_RANKS = [*OPTIONS, "--training.micro_batch_size", str(BATCH // 2)]
 LAST = f"checkpoints/step-{STEPS:08d}"
 
 
@@ -50,9 +51,9 @@ def rewound(one_rank, run_file, tmp_path_factory):
     return folder
 
 
-def _oracle(ranks, run_file, folder):
+def _oracle(ranks, run_file, folder, options=OPTIONS):
     """The run resumed from the checkpoint before the spike, its place in the data moved on by hand."""
-    options = [*OPTIONS, "--training.loss_spike_action", "skip", "--run_folder", str(folder)]
+    options = [*options, "--training.loss_spike_action", "skip", "--run_folder", str(folder)]
     tiny_run.train_until(ranks, run_file, options, TARGET)
     faulty_run.train_from_sample(ranks, run_file, options, SPIKE * BATCH)
 
@@ -73,9 +74,9 @@ def test_it_is_the_run_that_never_saw_the_samples(one_rank, rewound, run_file, t
 
 
 def test_two_ranks_decide_alike(two_ranks, run_file, tmp_path):
-    options = [*OPTIONS, "--run_folder", str(tmp_path / "rewound")]
+    options = [*ON_TWO_RANKS, "--run_folder", str(tmp_path / "rewound")]
     assert two_ranks.run(faulty_run.train_on_bad_samples, run_file, options, BAD) == [None, None]
-    two_ranks.run(_oracle, run_file, tmp_path / "oracle")
+    two_ranks.run(_oracle, run_file, tmp_path / "oracle", ON_TWO_RANKS)
     _same_tensors(tmp_path / "rewound" / LAST, tmp_path / "oracle" / LAST)
     assert tiny_run.curve(tmp_path / "rewound") == tiny_run.curve(tmp_path / "oracle")
 

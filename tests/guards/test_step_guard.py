@@ -35,7 +35,11 @@ def _skipped(run_folder):
         ("gradient", []),
         ("loss", []),
         ("gradient", ["--optimizer.clip_grad_norm", "0"]),
-        ("gradient", ["--training.weight_dtype", "bf16", "--optimizer.state_dtype", "bf16"]),
+        # Two micro-batches: gradients are added up by a hook.
+        (
+            "gradient",
+            ["--training.micro_batch_size", "2", "--training.weight_dtype", "bf16", "--optimizer.state_dtype", "bf16"],
+        ),
     ],
 )
 def test_a_fault_on_one_rank_is_the_run_without_that_update(fault, options, two_ranks, run_file, tmp_path):

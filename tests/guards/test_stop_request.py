@@ -19,6 +19,7 @@ from retemper.engine.guards.stop_request import NOTICES, REQUESTS, StopRequest
 
 # Enough windows that an evaluation takes several turns.
 OPTIONS = ["--training.eval_tokens", "2000", "--training.train_tokens", str(10 * 8 * 32), "--device", "cpu"]
+OPTIONS += ["--training.micro_batch_size", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def _checkpoints(folder):
         ("step", signal.SIGHUP, [4, 6]),
         ("step", signal.SIGINT, [4, 6]),
         ("evaluation", signal.SIGTERM, [4, 5]),
-        ("save", signal.SIGTERM, [4, "later"]),  # training goes on behind a save, to some step
+        ("save", signal.SIGTERM, [4, "later"]),  # training goes on behind a save, to some step or none
     ],
 )
 def test_it_saves_once_and_the_next_run_is_the_undisturbed_one(
@@ -88,8 +89,8 @@ def test_it_saves_once_and_the_next_run_is_the_undisturbed_one(
     case.send(number, number, signal.SIGTERM)  # what terminal and launcher repeat is one wish
     assert case.end() == 0, case.said()
     stopped = int(re.search(r"stopped at step (\d+) as requested; resume: auto continues", case.said())[1])
-    assert stopped == saved[-1] or (saved[-1] == "later" and 4 < stopped < 10)
-    assert _checkpoints(folder) == [f"step-{step:08d}" for step in [*saved[:-1], stopped]]
+    assert stopped == saved[-1] or (saved[-1] == "later" and 4 <= stopped < 10)
+    assert _checkpoints(folder) == [f"step-{step:08d}" for step in sorted({*saved[:-1], stopped})]
     tiny_run.train(one_rank, run_file, [*OPTIONS, "--run_folder", str(folder)])
     assert tiny_run.curve(folder) == tiny_run.curve(undisturbed)
     best = [
@@ -151,7 +152,7 @@ def test_a_run_past_its_limit_saves_at_the_next_step(one_rank, run_file, tmp_pat
     tiny_run.before_step(run, pass_the_limit)
     pretrain.train(run)
     assert _checkpoints(tmp_path) == ["step-00000004", "step-00000007"]
-    assert "stopped at step 7 as asked" in capsys.readouterr().out
+    assert "stopped at step 7 as requested" in capsys.readouterr().out
 
 
 def test_a_broken_off_evaluation_is_recorded_once_however_often_the_run_resumes(

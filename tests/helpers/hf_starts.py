@@ -10,7 +10,6 @@ import tiny_run
 import torch
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from retemper.engine import pretrain
 from retemper.engine.parallel.process_group import Ranks
@@ -23,6 +22,9 @@ ARCHITECTURE = {**tiny_run.ARCHITECTURE, "vocab_size": 98, "tie_word_embeddings"
 
 def save_model(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
     """A folder that transformers has written, in several files."""
+    # Imported here, because ranks import this module: each of them would take two seconds more.
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(1)
     model = Qwen2ForCausalLM(Qwen2Config(**{**ARCHITECTURE, **changes})).to(dtype)
     with torch.no_grad():  # transformers begins with zeros for biases and ones for norms

@@ -85,8 +85,11 @@ def share_meshes() -> None:
 def _fork_ranks(rendezvous_file: str, pipes: list[Connection]) -> None:
     """The parent of the ranks: leads their process group, and ends after the last of them."""
     os.setpgid(0, 0)
-    for name in ("guards.run_guards", "observe.reporter", "observe.start_summary", "start"):
+    for name in ("guards.run_guards", "observe.reporter", "observe.start_summary", "pretrain", "start"):
         importlib.import_module(f"retemper.engine.{name}")
+    # Test files import these, and ranks import the test files whose functions they run.
+    for name in ("hypothesis", "pytest", "tiny_run"):
+        importlib.import_module(name)
     # What has been imported stays: no rank looks for garbage in it, which would also copy its pages.
     gc.collect()
     gc.freeze()

@@ -67,7 +67,7 @@ def write_config(folder: Path) -> Path:
             "warmup_tokens": 4 * 8 * 32,
             "sequence_length": 32,
             "global_batch_size": 8,
-            "micro_batch_size": 2,
+            "micro_batch_size": 4,
             "precision": "fp32",
             "eval_interval": 5,
             "eval_tokens": 500,

@@ -21,7 +21,7 @@ def run_file(tmp_path_factory) -> Path:
     path = tiny_run.write_config(tmp_path_factory.mktemp("tiny"))
     config = yaml.safe_load(path.read_text())
     config["training"]["train_tokens"] = NUM_STEPS * 8 * 32
-    config["training"]["eval_interval"] = 25
+    config["training"] |= {"eval_interval": 25, "micro_batch_size": 2}
     config["checkpoint"]["save_interval"] = 10
     config["optimizer"] |= {"learning_rate": 1e-3, "min_learning_rate": 1e-4}
     path.write_text(yaml.safe_dump(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from retemper.engine.observe.start_summary import describe_run
 from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.weights.checkpoint.tensors import stored_tensors
 from retemper.tools.plan import main as plan
+from retemper.tools.planning import command as planning_command
 from retemper.tools.planning.formulas import rough_prediction
 from retemper.tools.planning.gpus import GPUS
 from retemper.tools.planning.options import Assumptions, ClusterSpec
+from retemper.tools.planning.pool import DryRunPool
 
 EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
-ONLY = ["--training.trainable", "embeddings"]
+STEPS = 10
+ONLY = ["--training.trainable", "embeddings", "--training.train_tokens", str(STEPS * 8 * 32)]
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +93,10 @@ def test_norm_is_that_of_the_embeddings(one_rank, untied_file, stage_one, tmp_pa
 
 def test_resumed_bitwise(one_rank, untied_file, stage_one, tmp_path):
     overrides = ["--run_folder", str(tmp_path), *ONLY]
-    tiny_run.train_until(one_rank, untied_file, overrides, 9)
+    tiny_run.train_until(one_rank, untied_file, overrides, 6)
     tiny_run.train(one_rank, untied_file, overrides)
     assert tiny_run.curve(tmp_path) == tiny_run.curve(stage_one)
-    mine, theirs = (tiny_run.tensors_of(run / "checkpoints" / "step-00000020") for run in (tmp_path, stage_one))
+    mine, theirs = (tiny_run.tensors_of(run / "checkpoints" / f"step-{STEPS:08d}") for run in (tmp_path, stage_one))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
@@ -103,7 +107,7 @@ def test_resumed_bitwise(one_rank, untied_file, stage_one, tmp_path):
         pytest.param(["--parallel.tensor", "2"], marks=pytest.mark.slow),
         ["--parallel.pipeline", "2"],
         pytest.param(
-            ["--training.weight_dtype", "fp32", "--parallel.reduce_gradients", "step"], marks=pytest.mark.slow
+            ["--parallel.reduce_gradients", "step", "--training.micro_batch_size", "2"], marks=pytest.mark.slow
         ),
     ],
     ids=["shard", "tensor", "pipeline", "reduce once"],
@@ -153,6 +157,19 @@ def test_second_stage_starts_from_the_first(one_rank, untied_file, stage_one, tm
         assert parameter.requires_grad and torch.equal(parameter.full_tensor(), trained[name])
 
 
+@pytest.fixture
+def one_pool(dry_run_pool, monkeypatch):
+    """The plan command uses the processes of these tests."""
+    monkeypatch.setattr(planning_command, "DryRunPool", lambda: contextlib.nullcontext(dry_run_pool))
+
+
+@pytest.fixture(scope="module")
+def dry_run_pool():
+    """One process for dry runs."""
+    with DryRunPool(1) as processes:
+        yield processes
+
+
 def flops_of_embeddings(pair: int) -> int:
     """FLOPs of a token in samples of 32 tokens by hand, where only embeddings learn: matrices of the two blocks cost 2
     forward and 2 backward, of the head 2 and 4; attention makes ``pair`` products of width 32 in each of two layers."""
@@ -165,7 +182,7 @@ def test_speed_counts_no_gradients_of_frozen_weights(one_rank, untied_file, tmp_
     monkeypatch.setattr(progress, "device_peak_flops", lambda device: 1e9)
     budget = ["--training.train_tokens", "512", "--training.warmup_tokens", "0", "--training.eval_interval", "0"]
     run = pretrain.build(
-        tiny_run.configure(untied_file, "--run_folder", str(tmp_path / "run"), *budget, *ONLY), one_rank
+        tiny_run.configure(untied_file, "--run_folder", str(tmp_path / "run"), *ONLY, *budget), one_rank
     )
     pretrain.train(run)
     records = [record for record in tiny_run.records(tmp_path / "run") if "mfu" in record]
@@ -185,7 +202,7 @@ def test_benchmark_counts_no_gradients_of_frozen_weights(one_rank, untied_file):
 
 
 @pytest.mark.parametrize("recompute", ["none", pytest.param("full", marks=pytest.mark.slow)])
-def test_plan_counts_no_gradients_of_frozen_weights(untied_file, tmp_path, recompute):
+def test_plan_counts_no_gradients_of_frozen_weights(untied_file, tmp_path, one_pool, recompute):
     """Operators that a dry run sees, whose attention is 7 products of causal pairs, the formula of its MFU, and the
     closed formula that chooses what to dry run."""
     path = tmp_path / "plan.json"
@@ -212,7 +229,7 @@ def test_changed_on_resume_is_refused(one_rank, untied_file, stage_one):
 
 def test_stages_with_nothing_to_train_are_refused(four_ranks, untied_file, tmp_path):
     layout = ["--parallel.pipeline", "2", "--parallel.pipeline_schedule", "interleaved_1f1b"]
-    layout += ["--parallel.pipeline_stages_per_rank", "2"]
+    layout += ["--parallel.pipeline_stages_per_rank", "2", "--training.micro_batch_size", "2"]
     config = yaml.safe_load(untied_file.read_text())
     config["model"]["architecture"]["num_hidden_layers"] = 4
     path = tmp_path / "run.yaml"
@@ -221,7 +238,7 @@ def test_stages_with_nothing_to_train_are_refused(four_ranks, untied_file, tmp_p
     assert all("training.trainable is embeddings" in line and "parallel.pipeline 2" in line for line in lines)
 
 
-def test_plan_counts_no_states_for_what_is_frozen(untied_file, tmp_path, capfd):
+def test_plan_counts_no_states_for_what_is_frozen(untied_file, tmp_path, one_pool, capfd):
     """Two moments in fp32 of a rank's half of 2 x 98 x 32 weights, and a step count for each of the two: each in whole
     blocks of 512 bytes, as CUDA's allocator gives them."""
     found = tmp_path / "plan.json"

@@ -187,7 +187,7 @@ def best_notes(run):
 
 
 def test_the_record_of_the_best_continues_where_the_same_is_measured(one_rank, run_file, folder):
-    for options in ([], ["--training.micro_batch_size", "4"], ["--training.eval_interval", "3"]):
+    for options in ([], ["--training.micro_batch_size", "2"], ["--training.eval_interval", "3"]):
         run = trainer_of(one_rank, run_file, folder, *options)
         assert best_notes(run) == [] and run.validation.metric.matches(run.progress.best)
 
@@ -228,7 +228,7 @@ def test_the_fingerprint_does_not_depend_on_the_layout(one_rank, two_ranks, run_
     """Of a loss mask too, and of a set whose last micro-batch is filled up."""
     options = ["--run_folder", str(tmp_path), "--training.eval_tokens", "10000"]
     expected = pretrain.build(tiny_run.configure(run_file, *options), one_rank).validation.metric.fingerprint
-    for more in ([], ["--training.micro_batch_size", "4"], ["--parallel.context", "2"]):
+    for more in ([], ["--training.micro_batch_size", "2"], ["--parallel.context", "2"]):
         assert two_ranks.run(measured, run_file, [*options, *more]) == [expected] * 2, more
 
 

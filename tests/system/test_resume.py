@@ -49,7 +49,7 @@ def test_bitwise_equal_after_two_interruptions(two_ranks, run_file, two_rank_ref
 def test_another_number_of_ranks_goes_on_with_the_same_samples(
     cluster, request, two_ranks, run_file, reference, tmp_path
 ):
-    overrides = ["--run_folder", str(tmp_path), "--training.micro_batch_size", "1"]
+    overrides = ["--run_folder", str(tmp_path), "--training.micro_batch_size", "2"]
     two_ranks.run(tiny_run.train_until, run_file, overrides, 9)
     ranks = request.getfixturevalue(cluster)
     if isinstance(ranks, Ranks):

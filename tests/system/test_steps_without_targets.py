@@ -101,6 +101,7 @@ def sparse(tmp_path_factory):
 def options(source, folder, *more):
     return [
         *("--data.train", f"[{{path: {source}}}]", "--run_folder", str(folder), "--training.global_batch_size", "2"),
+        *("--training.micro_batch_size", "2"),
         *("--training.train_tokens", str(STEPS * 2 * 32), "--training.warmup_tokens", "0"),
         *("--training.eval_interval", "0", "--checkpoint.save_interval", "1", "--checkpoint.keep_last", "100", *more),
     ]

@@ -74,8 +74,8 @@ def test_an_error_comes_in_one_line_from_one_rank_before_anything_is_written(run
     output = alone.communicate()[0]
     assert alone.returncode == 1
     assert output.strip() == (
-        "error: training.global_batch_size 9 is not a multiple of micro_batch_size 2 x data-parallel ranks 1 = 2; "
-        "use 8 or 10"
+        "error: training.global_batch_size 9 is not a multiple of micro_batch_size 4 x data-parallel ranks 1 = 4; "
+        "use 8 or 12"
     )
     output = process.communicate()[0]
     assert process.returncode != 0

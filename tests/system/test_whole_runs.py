@@ -16,8 +16,8 @@ from retemper.engine import pretrain
 
 LAYOUTS = {
     "micro batch 8": (1, ["--training.micro_batch_size", "8"]),
-    "shard 2": (2, []),
-    "replicate 2 x shard 2": (4, ["--parallel.replicate", "2"]),
+    "shard 2": (2, ["--training.micro_batch_size", "2"]),
+    "replicate 2 x shard 2": (4, ["--parallel.replicate", "2", "--training.micro_batch_size", "2"]),
     "context 2": (2, ["--parallel.context", "2"]),
     "pipeline 2 x context 2": (4, ["--parallel.pipeline", "2", "--parallel.context", "2"]),
 }

@@ -419,14 +419,22 @@ def test_held_out_records_give_their_text_or_else_all_their_strings(tmp_path, sm
         assert ngrams.contaminated_batch([text_]).tolist() == [expected]
 
 
-def test_what_is_wrong_with_held_out_files_is_reported(tmp_path, small_limits):
-    def read(path: object, **options: object) -> NgramFilter:
-        keys, reading = TextChoice(("text",)), ReadOptions(**options)
-        return read_held_out(held_out_files([str(path)], keys), keys, _PLAIN, tmp_path, reading)
+def held_out(path: Path | str, folder: Path, **options: object) -> NgramFilter:
+    keys, reading = TextChoice(("text",)), ReadOptions(**options)
+    return read_held_out(held_out_files([str(path)], keys), keys, _PLAIN, folder, reading)
 
-    def refused(path: object) -> str:
+
+def test_a_held_out_file_that_expands_too_far_is_refused(tmp_path):
+    bomb = write(tmp_path / "d.txt.gz", gzip.compress(b"a" * (9 << 20)))
+    with pytest.raises(UserError, match="--max-expansion"):
+        held_out(bomb, tmp_path)
+    assert held_out(bomb, tmp_path, max_expansion=0).num_ngrams > 0
+
+
+def test_what_is_wrong_with_held_out_files_is_reported(tmp_path, small_limits):
+    def refused(path: Path | str) -> str:
         with pytest.raises(UserError) as error:
-            read(path)
+            held_out(path, tmp_path)
         return str(error.value).replace(f"{tmp_path}/", "")
 
     bad = write(tmp_path / "a.jsonl", b'{"text": "' + b"a" * 90 + b'\xff"}')
@@ -435,10 +443,7 @@ def test_what_is_wrong_with_held_out_files_is_reported(tmp_path, small_limits):
     assert refused("-").startswith("--held-out -: standard input is for the corpus")
     assert refused(tmp_path / "absent.txt") == "--held-out absent.txt: no such file or folder"
     assert refused(write(tmp_path / "c.txt", b"")).startswith("--held-out c.txt: no text in it")
-    bomb = write(tmp_path / "d.txt.gz", gzip.compress(b"a" * (9 << 20)))
-    assert "--max-expansion" in refused(bomb)
-    assert read(bomb, max_expansion=0).num_ngrams > 0
     words = b" ".join(b"w%d" % number for number in range(14))
     quotes = write(tmp_path / "e.csv", b'text\n"a"' + words + b"\n")
     assert "--quoting none" in refused(quotes)
-    assert read(quotes, quoting="none").num_ngrams > 0
+    assert held_out(quotes, tmp_path, quoting="none").num_ngrams > 0

@@ -31,7 +31,7 @@ LAYOUTS = {
     "tensor 2": (2, ["--parallel.tensor", "2"]),
     "pipeline 2": (2, ["--parallel.pipeline", "2"]),
     "shard 2 x tensor 2": (4, ["--parallel.tensor", "2"]),
-    "replicate 2 x shard 2": (4, ["--parallel.replicate", "2"]),
+    "replicate 2 x shard 2": (4, ["--parallel.replicate", "2", "--training.micro_batch_size", "2"]),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ class KeyGroups:
         shift: leading bits of a key that all items have in common.
     """
 
-    def __init__(self, folder: Path, words: int, memory_bytes: int, shift: int = 0) -> None:
+    def __init__(self, folder: str | Path, words: int, memory_bytes: int, shift: int = 0) -> None:
         self._folder, self._words, self._memory_bytes, self._shift = folder, words, memory_bytes, shift
         self._capacity = max(memory_bytes // _BYTES_PER_ITEM, 1)
         self._item = np.dtype([("key", "<u8", (words,)), ("index", "<i8")])
@@ -63,24 +64,25 @@ class KeyGroups:
         yield self._spill()
         for bucket in range(1 << _BUCKET_BITS):
             path = self._path(bucket)
-            if path.exists():
+            if os.path.exists(path):
                 yield from self._solve(path)
-                path.unlink()
+                os.unlink(path)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _solve(self, path: Path) -> Iterator[Pairs]:
-        count = path.stat().st_size // self._item.itemsize
+    def _solve(self, path: str) -> Iterator[Pairs]:
+        count = os.path.getsize(path) // self._item.itemsize
         shift = self._shift + _BUCKET_BITS
         # Items with an equal first word have one key, nearly always.
         memory_bytes = self._memory_bytes if shift < _KEY_BITS else count * _BYTES_PER_ITEM
-        groups = KeyGroups(path.with_suffix(".parts"), self._words, memory_bytes, shift)
+        groups = KeyGroups(f"{path}.parts", self._words, memory_bytes, shift)
         with open(path, "rb") as file:
             while len(items := np.fromfile(file, self._item, groups._capacity)):
                 yield from groups.add(items["key"], items["index"])
         yield from groups.end()
 
-    def _path(self, bucket: int) -> Path:
-        return self._folder / f"{bucket:04d}.items"
+    def _path(self, bucket: int) -> str:
+        # Not a Path: each one interns its name, and Python's table of interned names may grow by megabytes at that.
+        return os.path.join(self._folder, f"{bucket:04d}.items")
 
     def _settle(self) -> tuple[np.ndarray, Pairs]:
         """Empty the memory; return the first item of each key, by key, and its pairs with the others."""
@@ -106,7 +108,7 @@ class KeyGroups:
 
     def _spill(self) -> Pairs:
         """Move the items in memory to the files; return the pairs."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        os.makedirs(self._folder, exist_ok=True)
         self._spilled = True
         survivors, pairs = self._settle()
         buckets = (survivors["key"][:, 0] << np.uint64(self._shift)) >> np.uint64(_KEY_BITS - _BUCKET_BITS)
