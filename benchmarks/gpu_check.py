@@ -8,9 +8,9 @@
 Part 1: the tests marked ``gpu``, and the kernels and their peers at the sizes of Qwen2.5 0.5B and 7B. Part 2: the
 training step of both models, and of the installed peers. Every stage is a process with its own time limit; if
 one fails, the others still run. Outputs, and the summaries summary_part1.md and .json, are written to --output. The
-exit status is
-nonzero if a check of correctness failed: a test, a kernel outside its bounds, an engine of ours that does not run.
-``--dry-run`` runs the same stages in tiny sizes on a CPU.
+exit status is nonzero if a check of correctness failed: a test, a kernel outside its bounds, an engine of ours that
+does not run.
+``--dry-run`` runs the same stages in tiny sizes on a CPU; ``--list`` prints their commands and time limits.
 """
 
 from __future__ import annotations
@@ -193,17 +193,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", type=int, choices=[1, 2], required=True)
     parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="output folder (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--list", action="store_true", help="print the stages and their time limits; run nothing")
     parser.add_argument(
         "--seconds", type=float, default=PART_SECONDS, help="time for all stages (default: %(default)g)"
     )
     options = parser.parse_args(arguments)
+    output = options.output.resolve()
+    if options.list:
+        for stage in stages(options.part, output, options.dry_run):
+            share = stage.limit_seconds / options.seconds
+            print(f"{stage.name}: at most {stage.limit_seconds:g} s ({share:.0%})\n    {shlex.join(stage.command)}")
+        return 0
     if not options.dry_run:
         import torch
 
         if not torch.cuda.is_available():
             print("gpu-check needs a CUDA GPU, and PyTorch sees none on this machine; --dry-run tries the stages here")
             return 1
-    output = options.output.resolve()
     require_own_results(output)
     output.mkdir(parents=True, exist_ok=True)
     started, results, problems = time.monotonic(), [], []

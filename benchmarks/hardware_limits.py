@@ -7,6 +7,7 @@ Changes no setting of a GPU. With clocks and power of NVIDIA GPUs, read at the e
 
 from __future__ import annotations
 
+import argparse
 import functools
 import statistics
 import subprocess
@@ -66,13 +67,18 @@ def copy_rate(device: torch.device, seconds: float) -> float:
     return 2 * source.nbytes / statistics.median(time_for(lambda: target.copy_(source), device, seconds))
 
 
-def main() -> None:
-    """Run the command line of this process."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the options of this command."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each of them (default: %(default)g)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    options = parse_arguments()
     if options.json is not None:
         require_report("--json", options.json)
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

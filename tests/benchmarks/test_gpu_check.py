@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from retemper.benchmarks import gpu_check as check
-from retemper.benchmarks import peers
+from retemper.benchmarks import hardware_limits, peers
 from retemper.benchmarks.kernel.names import KERNELS
 from retemper.engine.errors import UserError
 from retemper.tools import benchmark_kernels
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 PARSERS = {
     "tools/benchmark_kernels.py": benchmark_kernels.parse_arguments,
     "benchmarks/peers.py": peers.parse_arguments,
-    "benchmarks/hardware_limits.py": lambda arguments: None,
+    "benchmarks/hardware_limits.py": hardware_limits.parse_arguments,
 }
 
 
@@ -209,6 +209,15 @@ def test_the_summary_is_written_after_every_stage(monkeypatch, tmp_path):
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys):
     assert check.main(["--part", "1", "--output", str(tmp_path / "out")]) == 1
     assert "--dry-run" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_the_list_has_every_command_and_runs_none(tmp_path, capsys, part):
+    output = tmp_path / "out"
+    assert check.main(["--part", str(part), "--list", "--output", str(output)]) == 0
+    listed = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
+    assert listed == [stage.command for stage in check.stages(part, output, False)]
+    assert not output.exists()
 
 
 def test_make_starts_it():

@@ -46,11 +46,17 @@ class RankUsage:
     """Bytes by kind between steps."""
     peaks: dict[str, dict[str, float]]
     """Bytes by kind at the peak, for each phase of a step."""
-    most: dict[str, float]
-    """Maximum bytes of each kind, at different times."""
+    phase_most: dict[str, dict[str, float]]
+    """Maximum bytes of each kind, at different times, for each phase of a step."""
     flops: float
     """Floating-point operations, including those of recomputation."""
     collectives: dict[Collective, CollectiveTotal]
+
+    @property
+    def most(self) -> dict[str, float]:
+        """Return the maximum bytes of each kind in a step."""
+        phases = [*self.phase_most.values(), *self.peaks.values()]
+        return {kind: max(kinds[kind] for kinds in phases) for kind in self.kept}
 
 
 @dataclass(frozen=True)

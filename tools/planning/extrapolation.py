@@ -83,7 +83,7 @@ def extrapolate(spec: RankSpec, usages: list[RankUsage]) -> RankUsage:
         line(first.parameters, second.parameters),
         _mixed(first.kept, second.kept, line),
         {name: _mixed(first.peaks[name], second.peaks[name], line) for name in first.peaks},
-        _mixed(first.most, second.most, line),
+        {name: _mixed(first.phase_most[name], second.phase_most[name], line) for name in first.phase_most},
         scaled(line(first.flops, second.flops), first.flops, more[0].flops if more else 0.0),
         collectives,
     )

@@ -55,7 +55,11 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
     gathers = {
         name: inside(in_communication, getattr(FSDPParamGroup, name)) for name in ("unshard", "wait_for_unshard")
     }
-    # DTensor runs operators on whole tensors without values, to learn a result's shape.
+    # An operator does not say what its memory is for, so the functions that allocate it are replaced:
+    # - `compute` and `_scaled` allocate all buffers of the loss, in its forward and in its backward pass.
+    # - FSDP has no hooks around its gathers and reductions, which also run outside of modules' own hooks.
+    # - DTensor runs operators on whole tensors without values, to learn a result's shape. No rank holds these tensors,
+    #   and nothing distinguishes them from a rank's own in a dry run.
     learn = "_propagate_tensor_meta_non_cached"
     with (
         replaced(chunked, compute=inside(in_loss, chunked.compute)),
@@ -108,6 +112,9 @@ def triton_loss(capability: tuple[int, int], count_flops: Callable[[float], None
         count_flops(2.0 * a.shape[0] * a.shape[1] * b.shape[1])
         return total
 
+    # A launch of a Triton kernel is no operator, so it has no implementation for tensors without values. The products
+    # use an fp32 result of bf16 factors, which PyTorch has only on a GPU. The tiles and the choice of `compute` depend
+    # on the device, and a dry run's tensors are nominally on the CPU.
     tiles = triton_kernels.HOPPER_TILES if capability[0] >= 9 else triton_kernels.OTHER_TILES
     functions = {"_launch": launch, "matmul_fp32": matmul_fp32, "add_product": add_product}
     with (

@@ -1,8 +1,7 @@
 """Count live memory by kind, exactly: every storage that an operator makes, from its creation to its release.
 
 Works on real and on fake tensors. Memory that the counted program does not show is not included: workspaces inside of
-kernels,
-buffers of the communication library, fragmentation of the allocator.
+kernels, buffers of the communication library, fragmentation of the allocator.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ BLOCK_BYTES = 512
 class MemoryCounter(TorchDispatchMode):
     """Counts memory while it is active.
 
-    ``bytes`` holds the current bytes by kind. ``peaks`` holds the bytes by kind at the peak, for each ``moment`` that
-    its user has named. ``most`` is the maximum of each kind, at any time.
+    ``bytes`` holds the current bytes by kind. For each ``moment`` that its user has named, ``peaks`` holds the bytes by
+    kind at the peak of their sum, and ``most`` the maximum of each kind.
 
     Args:
         on_operator: called with (operator, arguments, keyword arguments, result) of every operator on plain tensors.
@@ -57,7 +56,7 @@ class MemoryCounter(TorchDispatchMode):
         self.on_reduced: Callable[[], None] = lambda: None
         """Called after the backward pass of each group of parameters."""
         self.peaks: dict[str, dict[str, float]] = {}
-        self.most: dict[str, float] = dict.fromkeys(KINDS, 0)
+        self.most: dict[str, dict[str, float]] = {"": dict(self.bytes)}
         self._peak_totals: dict[str, int] = {}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,17 +126,20 @@ class MemoryCounter(TorchDispatchMode):
                 self._live[key] = (size, kind)
                 self.bytes[before] -= size
                 self.bytes[kind] += size
-                self.most[kind] = max(self.most[kind], self.bytes[kind])
+                self._note_most(kind)
 
     def enter(self, moment: str) -> None:
         """Record peaks under ``moment`` from now on."""
         self.moment = moment
         self._note_peak()
+        self.most.setdefault(moment, dict(self.bytes))
+        for kind in KINDS:
+            self._note_most(kind)
 
     def reset_peaks(self) -> None:
         """Discard the peaks until now."""
-        self.peaks, self._peak_totals, self.most = {}, {}, dict(self.bytes)
-        self._note_peak()
+        self.peaks, self._peak_totals, self.most = {}, {}, {}
+        self.enter(self.moment)
 
     @property
     def peak(self) -> dict[str, float]:
@@ -172,13 +174,17 @@ class MemoryCounter(TorchDispatchMode):
         self.bytes[kind] += size
         self._total += size
         if size > 0:
-            self.most[kind] = max(self.most[kind], self.bytes[kind])
+            self._note_most(kind)
             self._note_peak()
 
     def _note_peak(self) -> None:
         if self._total > self._peak_totals.get(self.moment, -1):
             self._peak_totals[self.moment] = self._total
             self.peaks[self.moment] = dict(self.bytes)
+
+    def _note_most(self, kind: str) -> None:
+        most = self.most[self.moment]
+        most[kind] = max(most[kind], self.bytes[kind])
 
     def _rounded(self, storage: torch.UntypedStorage) -> int:
         return -(-storage.nbytes() // self._block) * self._block

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed.device_mesh import DeviceMesh
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...engine.parallel.process_group import Ranks, Result
 
@@ -50,7 +48,7 @@ def simulated_cluster(world_size: int, rank: int) -> Iterator[SimulatedRanks]:
     assert not dist.is_initialized()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        with _meshes_have_values(), FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True):
             yield SimulatedRanks(rank, world_size, CPU)
     finally:
         dist.destroy_process_group()
@@ -92,30 +90,11 @@ def _clear_dtensor_caches() -> None:
 
 
 @contextlib.contextmanager
-def _meshes_have_values() -> Iterator[None]:
-    """Let device meshes compute their tables of ranks with real tensors."""
-    names = [name for name in ("__init__", "_concatenate", "__getitem__", "_flatten") if hasattr(DeviceMesh, name)]
-    with replaced(DeviceMesh, **{name: _with_values(DeviceMesh.__dict__[name]) for name in names}):
-        yield
-
-
-def _with_values(original: Any) -> Any:
-    is_method_of_class = isinstance(original, (staticmethod, classmethod))
-    function = original.__func__ if is_method_of_class else original
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with unset_fake_temporarily():
-            return function(*args, **kwargs)
-
-    return type(original)(call) if is_method_of_class else call
-
-
-@contextlib.contextmanager
 def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
     """Set attributes of a class or module that has no interface for it, and restore them.
 
-    Only for PyTorch's own classes and for kernels: the engine has interfaces for what a dry run changes.
+    Only for PyTorch's own classes and for kernels: the engine has interfaces for what a dry run changes. The callers
+    say why each replacement is necessary.
     """
     originals = {name: vars(owner)[name] for name in attributes}
     try:

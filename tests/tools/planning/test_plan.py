@@ -256,6 +256,7 @@ def test_a_few_blocks_tell_the_whole_model(world_size, overrides, tmp_path, pool
         assert short.parameters == pytest.approx(whole.parameters, rel=1e-9)
         assert sum(short.kept.values()) == pytest.approx(sum(whole.kept.values()), rel=0.005)
         assert peak(short) == pytest.approx(peak(whole), rel=0.01)
+        assert short.most == pytest.approx(whole.most, rel=0.01, abs=0.001 * peak(whole))
         assert short.flops == pytest.approx(whole.flops, rel=0.01)
         assert short.collectives.keys() == whole.collectives.keys()
         for key, sent in whole.collectives.items():
@@ -407,6 +408,9 @@ def test_the_shipped_qwen2_72b_fits_its_cluster(pool):
     layout_plan = planned(pool, "a100-80gb")
     assert layout_plan.layout.world_size == 32
     assert layout_plan.fits and layout_plan.headroom > 4 * GiB
+    # The maximum of each kind is at least its bytes at the peak. Few blocks store less than the embedding's backward.
+    for kind, size in layout_plan.peak_of(layout_plan.fullest).items():
+        assert layout_plan.fullest.most[kind] >= size
     # 72.7 billion parameters in fp32 with two moments, over 32 GPUs.
     assert sum(layout_plan.fullest.kept.values()) == pytest.approx(12 * 72.7e9 / 32, rel=0.01)
     assert layout_plan.checkpoint_bytes == pytest.approx(12 * 72.7e9, rel=0.01)
@@ -417,6 +421,7 @@ def test_the_shipped_qwen2_72b_fits_its_cluster(pool):
 def test_the_whole_qwen2_72b_is_what_a_few_blocks_say(pool):
     short, whole = planned(pool, "a100-80gb"), planned(pool, "a100-80gb", whole=True)
     assert whole.peak_bytes == pytest.approx(short.peak_bytes, rel=0.005)
+    assert whole.fullest.most == pytest.approx(short.fullest.most, rel=0.005)
     assert whole.fullest.flops == pytest.approx(short.fullest.flops, rel=1e-6)
     assert whole.tokens_per_second == pytest.approx(short.tokens_per_second, rel=0.005)
 
