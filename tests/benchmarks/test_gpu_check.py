@@ -223,7 +223,11 @@ def test_the_list_has_every_command_and_runs_none(tmp_path, capsys, part):
 def test_make_starts_it():
     """``make -n`` prints the command; its options are those of the script."""
     printed = subprocess.run(
-        ["make", "-n", "gpu-check", "PART=2"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "gpu-check", "PART=2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     words = shlex.split(printed.stdout)
     assert (ROOT / words[1]).samefile(check.__file__) and words[words.index("--part") + 1] == "2"

@@ -118,7 +118,7 @@ def test_a_second_wish_ends_it_at_once(phase, number, processes, one_rank, run_f
     time.sleep(0.5)  # more than the grace of this process
     case.send(number)
     assert case.end(go_on=False) == 128 + number, case.said()
-    assert f"{number.name} again: ends at once" in case.said()
+    assert f"{number.name} received again: ends at once" in case.said()
     assert (folder / "checkpoints").exists() == (phase == "deaf step" or bool(list(folder.glob("checkpoints/.*"))))
     assert [path.name for path in folder.glob("checkpoints/step-*")] == ["step-00000004"] * (phase == "deaf step")
     tiny_run.train(one_rank, run_file, [*OPTIONS, "--run_folder", str(folder)])
@@ -212,7 +212,7 @@ def test_a_notice_that_is_repeated_does_not_end_a_save_and_a_request_does(one_ra
                 time.sleep(0.1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
-    assert capfd.readouterr().err.startswith("SIGTERM again: ends at once")
+    assert capfd.readouterr().err.startswith("SIGTERM received again: ends at once")
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(one_rank):

@@ -504,7 +504,7 @@ def test_narrower_dtypes_are_proposed_where_the_configured_ones_fit_nowhere(run,
             "--gpu h100 --training.global_batch_size 7",
             "is not a multiple of micro_batch_size 2 x data-parallel",
         ),
-        ("--gpu h100 --json /nowhere/plan.json", "no folder /nowhere; make it"),
+        ("--gpu h100 --json /nowhere/plan.json", "/nowhere/plan.json: the folder /nowhere does not exist"),
     ],
 )
 def test_impossible_wishes_are_refused_in_one_line(arguments, words, run, run_file, capsys):

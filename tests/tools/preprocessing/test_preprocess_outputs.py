@@ -85,7 +85,7 @@ def test_files_of_others_and_work_folders_of_others_stay(here):
     Path("z.idx").symlink_to(here / "unmounted")
     before = contents(here)
     wrong = {
-        "x": "x.json: already there, and not",
+        "x": "x.json: exists and is not recognised",
         "y": "temporary folder .*y.partial is not of",
         "z": "z.idx: already",
     }
@@ -103,7 +103,7 @@ def test_files_of_a_dataset_are_recognised_whole_and_in_part(here):
     assert all(is_of_dataset(f"own{end}") for end in ends)
     # A sidecar that says that there is no mask: the file of that name is another's.
     Path("own.mask.bin").write_bytes(b"\1")
-    with pytest.raises(UserError, match=r"^own.mask.bin: already there, and not"):
+    with pytest.raises(UserError, match=r"^own.mask.bin: exists and is not recognised"):
         preprocess(PreprocessOptions(["a.jsonl"], "tk", "own", overwrite=True, workers=1))
     os.unlink("own.mask.bin")
     os.unlink("own.json")

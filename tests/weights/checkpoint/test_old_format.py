@@ -77,7 +77,7 @@ def test_upgrade(run_folder, one_rank, version, named, capsys):
     assert saved_runs.resolve(one_rank, run_folder) == (NAME, [])
     kept = files_of(folder)
     assert command.main(["upgrade", str(run_folder)]) == 0
-    assert "of the present format already" in capsys.readouterr().out and files_of(folder) == kept
+    assert "already in the current format" in capsys.readouterr().out and files_of(folder) == kept
 
 
 @pytest.mark.parametrize("step", ["copy_files", "write_manifest", "sync_path"])
