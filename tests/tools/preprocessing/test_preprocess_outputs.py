@@ -86,7 +86,7 @@ def test_files_of_others_and_work_folders_of_others_stay(here):
     before = contents(here)
     wrong = {
         "x": "x.json: exists and is not recognised",
-        "y": "temporary folder .*y.partial is not of",
+        "y": "temporary folder .*y.partial was not created by",
         "z": "z.idx: already",
     }
     for name, message in wrong.items():
