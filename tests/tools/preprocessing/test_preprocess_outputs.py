@@ -87,7 +87,7 @@ def test_files_of_others_and_work_folders_of_others_stay(here):
     wrong = {
         "x": "x.json: exists and is not recognised",
         "y": "temporary folder .*y.partial was not created by",
-        "z": "z.idx: already",
+        "z": "z.idx: exists and is not recognised",
     }
     for name, message in wrong.items():
         with pytest.raises(UserError, match=message):
