@@ -64,7 +64,8 @@ setup(
         "chat": ["jinja2>=3.1.6"],
         "dedup": ["rensa>=0.5,<0.6"],
         "tiktoken": ["tiktoken>=0.7"],
-        "demo": ["matplotlib>=3.8", "psutil>=5.9"],
+        "demo": ["psutil>=5.9"],
+        "benchmarks": ["matplotlib>=3.8", "psutil>=5.9"],
         "dev": [
             "pytest>=8.0",
             "pytest-timeout>=2.3",

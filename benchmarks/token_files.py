@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.data.index_format import write_index
+from ..engine.files.atomic import sync_file
 
 
 def write_dataset(
@@ -29,6 +29,5 @@ def write_dataset(
         for block in tokens:
             file.write(block.astype(dtype.newbyteorder("<")).tobytes())
         file.truncate(int(lengths.sum(dtype=np.int64)) * dtype.itemsize)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
     return index_hash

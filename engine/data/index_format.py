@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ..files.atomic import sync_file
 from ..files.outputs import open_new
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -95,7 +96,7 @@ def write_index(
         for part in slices(num_indices):
             indices = np.arange(part.start, part.stop) if document_indices is None else document_indices[part]
             write_hashed(file, digest, indices.astype("<i8").tobytes())
-        sync(file)
+        sync_file(file)
     return digest.hexdigest()
 
 
@@ -108,9 +109,3 @@ def write_hashed(file: IO[bytes], digest: xxhash.xxh3_128, block: bytes) -> None
     """Write ``block`` to ``file`` and add it to ``digest``."""
     file.write(block)
     digest.update(block)
-
-
-def sync(file: IO[bytes]) -> None:
-    """Flush ``file`` to the disk."""
-    file.flush()
-    os.fsync(file.fileno())

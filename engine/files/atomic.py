@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from ..errors import UserError
 from .removal import remove_tree
@@ -27,8 +28,7 @@ def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
     try:
         with open(temporary, "xb") as file:
             file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -68,6 +68,12 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from error
     finally:
         remove_tree(temporary)
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Flush an open file, including what Python still buffers, to disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_tree(folder: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..files.atomic import sync_file
 from ..schedule import Progress
 from ..weights.checkpoint.run_record import CONFIG_FILE
 from .curves import METRICS_FILE, archive_metrics, truncate_metrics
@@ -56,7 +56,7 @@ class MetricsFile:
         if self._file is not None:
             with self._tolerant():
                 self._write_pending()
-                os.fsync(self._file.fileno())
+                sync_file(self._file)
 
     def end(self) -> None:
         """Write the pending records and close the file."""

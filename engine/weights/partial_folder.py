@@ -8,7 +8,6 @@ for every finished file with its hash; and a lock, so that the same command does
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from typing import Any
 import xxhash
 
 from ..errors import UserError
-from ..files.atomic import require_absent, sync_path, sync_tree
+from ..files.atomic import require_absent, sync_file, sync_path, sync_tree
 from ..files.hashing import FileRecord, record_file
 from ..files.lock import exclusive_lock
 from ..files.outputs import require_own_folder
@@ -62,8 +61,7 @@ class PartialFolder:
         """Record that ``file`` is complete and on the disk."""
         with open(self._folder / _JOURNAL, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(asdict(file)) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+            sync_file(journal)
         self.done[file.name] = file
 
     def verified(self, name: str, on_bytes: Callable[[int], object] = lambda count: None) -> WrittenFile | None:

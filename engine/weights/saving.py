@@ -6,7 +6,6 @@ Each distinct part is written once. Of several ranks that hold it, the one with 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 from ..errors import UserError
+from ..files.atomic import sync_file
 from ..files.hashing import BLOCK_BYTES, FileRecord
 from ..optim.local import local_part
 from ..parallel.process_group import Ranks
@@ -155,5 +155,5 @@ def write_file(path: Path, tensors: Mapping[str, StoredTensor], values: Callable
                 digest.update(block)
                 while block:
                     block = block[file.write(block) :]
-        os.fsync(file.fileno())
+        sync_file(file)
     return FileRecord(size, digest.hexdigest())

@@ -78,7 +78,7 @@ def _checkpoints(folder):
         ("step", signal.SIGHUP, [4, 6]),
         ("step", signal.SIGINT, [4, 6]),
         ("evaluation", signal.SIGTERM, [4, 5]),
-        ("save", signal.SIGTERM, [4, "later"]),  # training goes on behind a save, to some step or none
+        ("save", signal.SIGTERM, [4, "later"]),  # asked during step 4's save: stops there or later
     ],
 )
 def test_it_saves_once_and_the_next_run_is_the_undisturbed_one(

@@ -18,10 +18,10 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from ...engine.data.index_format import INT64, MAX_LENGTH, best_dtype, dataset_prefix, slices, sync, write_index
+from ...engine.data.index_format import INT64, MAX_LENGTH, best_dtype, dataset_prefix, slices, write_index
 from ...engine.data.sidecar import Sidecar
 from ...engine.errors import UserError
-from ...engine.files.atomic import sync_path
+from ...engine.files.atomic import sync_file, sync_path
 from ...engine.files.outputs import open_new
 from .dataset_files import BIN, IDX, JSON, MASK, METADATA, refuse_existing_outputs
 from .hashed_file import FileArray, FileRange, HashedFile, IntegerSlices
@@ -285,7 +285,7 @@ class IndexedDatasetWriter:
             )
             with open_new(self.scratch / "sidecar") as sidecar:
                 sidecar.write(complete.to_json())
-                sync(sidecar)
+                sync_file(sidecar)
             renames.append((self.scratch / "sidecar", JSON))
         renames.append((index, IDX))
         refuse_existing_outputs(self.prefix, self.overwrite)

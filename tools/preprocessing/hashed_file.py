@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ...engine.data.index_format import sync
+from ...engine.files.atomic import sync_file
 from ...engine.files.outputs import open_new
 
 _BLOCK_BYTES = 64 << 20  # bytes copied, mapped and hashed at once: a multiple of every token size
@@ -111,7 +111,7 @@ class HashedFile:
 
     def sync(self) -> None:
         """Flush to the disk."""
-        sync(self._file)
+        sync_file(self._file)
 
     def close(self) -> None:
         """Close the file."""

@@ -103,7 +103,7 @@ def write_report(
 
 
 def write_page(folder: Path, title: str, gain: Gain, curve: Sequence[int], tokens: Sequence[NewToken]) -> None:
-    """Write the page if matplotlib is installed; return whether it is."""
+    """Write the page with the curve of saved tokens and the first new tokens into ``folder``."""
     saved = [100 * (1 - total / max(1, curve[0])) for total in curve]
     chart = line_chart(
         f"What the first n new tokens save on the {gain.text}: fewer tokens, %",
