@@ -24,7 +24,8 @@ from typing import IO, Any, NoReturn
 from torch.distributed.checkpoint.metadata import Metadata
 
 from retemper.engine.errors import UserError
-from retemper.engine.model.architecture import Architecture, RopeScaling
+from retemper.engine.model.families import DecoderArchitecture
+from retemper.engine.model.rope_settings import RopeScaling
 from retemper.engine.weights.damage import brief, file_inside
 from retemper.engine.weights.dcp_metadata import check_pickle_size, placeholder_class
 
@@ -284,7 +285,7 @@ def _taking_away(where: str) -> str:
 
 
 def args_from_config(
-    config: Mapping[str, Any], architecture: Architecture, vocabulary: Vocabulary, where: str
+    config: Mapping[str, Any], architecture: DecoderArchitecture, vocabulary: Vocabulary, where: str
 ) -> argparse.Namespace:
     """Return the settings with which Megatron builds the model of a Hugging Face ``config``.
 
@@ -351,7 +352,7 @@ def window_options(args: argparse.Namespace) -> str:
     return f"{options} --window-attn-skip-freq '{'+'.join(runs)}'"
 
 
-def describe_disagreement(args: Mapping[str, Any], architecture: Architecture, where: str) -> list[str]:
+def describe_disagreement(args: Mapping[str, Any], architecture: DecoderArchitecture, where: str) -> list[str]:
     """Return a line for every difference between ``args`` and the given config that no shape shows.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Any
 
 from retemper.engine.files.atomic import require_absent
 from retemper.engine.files.outputs import Use, require_separate
+from retemper.engine.model.families import require_native
 from retemper.engine.weights.checkpoint.assets import ASSET_FOLDER
 from retemper.engine.weights.conversion.logits import compare_logits
 from retemper.engine.weights.conversion.pipeline import Conversion, Target, Written
@@ -54,12 +55,13 @@ def convert(
     assert (hf is None) != (checkpoint is None)
     assert hf is not None or not verify
     folder, model = _open_source(hf, checkpoint, output)
-    args = args_from_config(model.config, model.architecture, layout.vocabulary, str(folder))
+    architecture = require_native(model.architecture, str(folder))
+    args = args_from_config(model.config, architecture, layout.vocabulary, str(folder))
     targets = cast_to(model.parameters.tensors, target or model.export_dtype)
-    parts = MegatronParts(model.parameters, targets, model.architecture, layout)
+    parts = MegatronParts(model.parameters, targets, architecture, layout)
 
     def complete(content: Path, done: Written) -> None:
-        complete_checkpoint(content, parts, done, model.architecture, args, layout)
+        complete_checkpoint(content, parts, done, architecture, args, layout)
         model.assets.write(content / ASSET_FOLDER)
         assert MegatronModel(content, model.config, str(folder)).tensors == targets
 

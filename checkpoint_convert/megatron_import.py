@@ -11,7 +11,7 @@ from retemper.engine.files.atomic import require_absent
 from retemper.engine.files.hashing import hash_file
 from retemper.engine.files.outputs import Use, require_separate
 from retemper.engine.files.regular import read_regular
-from retemper.engine.model.architecture import CONFIG_FILE, read_hf_config
+from retemper.engine.model.config_file import CONFIG_FILE, read_hf_config
 from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.engine.weights.conversion.logits import compare_logits
 from retemper.engine.weights.conversion.options import HF

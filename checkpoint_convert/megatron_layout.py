@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from retemper.engine.model.architecture import Architecture
+from retemper.engine.model.families import DecoderArchitecture
 
 LAYERS = "decoder.layers."
 HF_LAYERS = "model.layers."
@@ -41,12 +41,12 @@ class RowRange:
     stop: int
 
 
-def _in_sequence(architecture: Architecture, rows: Sequence[int]) -> list[RowRange]:
+def _in_sequence(architecture: DecoderArchitecture, rows: Sequence[int]) -> list[RowRange]:
     """Return each tensor whole, one after the other."""
     return [RowRange(index, 0, count) for index, count in enumerate(rows)]
 
 
-def _by_groups(architecture: Architecture, rows: Sequence[int]) -> list[RowRange]:
+def _by_groups(architecture: DecoderArchitecture, rows: Sequence[int]) -> list[RowRange]:
     """Return queries, keys and values (tensors 0, 1, 2), group after group."""
     d, groups = architecture.head_dim, architecture.num_key_value_heads
     queries = architecture.num_attention_heads // groups * d
@@ -65,9 +65,9 @@ class Entry:
     """Megatron's key; in a layer, the part after ``decoder.layers.``."""
     hf_names: tuple[str, ...]
     """Hugging Face names; in a layer, the part after ``model.layers.{i}.``."""
-    order: Callable[[Architecture, Sequence[int]], list[RowRange]] = _in_sequence
+    order: Callable[[DecoderArchitecture, Sequence[int]], list[RowRange]] = _in_sequence
     """Returns the rows of the Megatron tensor in order, given the number of rows of each Hugging Face tensor."""
-    exists: Callable[[Architecture], bool] = lambda architecture: True
+    exists: Callable[[DecoderArchitecture], bool] = lambda architecture: True
     aliases: tuple[str, ...] = ()
     """Other keys accepted when reading."""
     separate_keys: tuple[str, ...] = ()
@@ -144,7 +144,7 @@ class FusedTensor:
         return f"{LAYERS}{self.layer}.{key}" if layer_keys else f"{LAYERS}{key}"
 
 
-def fused_tensors(architecture: Architecture, shapes: Mapping[str, Shape]) -> list[FusedTensor]:
+def fused_tensors(architecture: DecoderArchitecture, shapes: Mapping[str, Shape]) -> list[FusedTensor]:
     """Return the Megatron tensors of a model, which hold each of its Hugging Face tensors once.
 
     Args:
@@ -179,7 +179,7 @@ class Vocabulary:
         return math.ceil(vocab_size / multiple) * multiple
 
 
-def extra_state_keys(architecture: Architecture, layer_keys: bool) -> list[str]:
+def extra_state_keys(architecture: DecoderArchitecture, layer_keys: bool) -> list[str]:
     """Return the keys of the objects that Megatron's modules keep next to their weights, which its loader requires.
 
     They hold scales for float8 and are empty otherwise. Keys of modules that a model does not have are not included.

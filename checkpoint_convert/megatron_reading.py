@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from retemper.engine.errors import UserError
 from retemper.engine.files.regular import read_regular
-from retemper.engine.model.architecture import Architecture, parse_architecture
-from retemper.engine.model.decoder import meta_decoder
+from retemper.engine.model.families import DecoderArchitecture, parse_decoder_architecture
+from retemper.engine.model.implementations import meta_model
 from retemper.engine.weights.damage import METADATA_FILE, DamagedCheckpoint
 from retemper.engine.weights.dcp_files import read_dcp_parts
 from retemper.engine.weights.dcp_metadata import read_metadata
@@ -97,10 +97,10 @@ class MegatronModel:
             self.notes.append(f"no --config: derived from the checkpoint's args, vocab_size {config['vocab_size']}")
         self.config: dict[str, Any] = config
         """Content of a Hugging Face ``config.json``."""
-        self.architecture: Architecture = parse_architecture(config, where)
+        self.architecture: DecoderArchitecture = parse_decoder_architecture(config, where)
         if args is not None:
             self.notes += describe_disagreement(args, self.architecture, said_in)
-        shapes = {name: tuple(item.shape) for name, item in meta_decoder(self.architecture).named_parameters()}
+        shapes = {name: tuple(item.shape) for name, item in meta_model(self.architecture).named_parameters()}
         self._fused = {name: fused for fused in fused_tensors(self.architecture, shapes) for name in fused.hf_names}
         self._places = self._locate(weights, where, _most_padding(args))
         self.tensors: dict[str, StoredTensor] = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine.errors import UserError
-from retemper.engine.model.architecture import Architecture
+from retemper.engine.model.families import DecoderArchitecture
 from retemper.engine.weights.block_copy import OutputFile, WrittenFile
 from retemper.engine.weights.dcp_files import begin_tensor_file
 from retemper.engine.weights.hugging_face.weight_dtypes import dtype_name
@@ -62,7 +62,7 @@ class MegatronParts:
         self,
         source: TensorSource,
         targets: Mapping[str, StoredTensor],
-        architecture: Architecture,
+        architecture: DecoderArchitecture,
         layout: MegatronLayout,
     ):
         self._source = source
@@ -143,7 +143,7 @@ def complete_checkpoint(
     folder: Path,
     parts: MegatronParts,
     written: Mapping[str, WrittenFile],
-    architecture: Architecture,
+    architecture: DecoderArchitecture,
     args: argparse.Namespace,
     layout: MegatronLayout,
 ) -> None:

@@ -14,9 +14,10 @@ from .data.catalog import Catalog, open_catalog
 from .data.renamed_sources import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
-from .model.architecture import CONFIG_FILE, INLINE, Architecture, hf_config_of, parse_architecture
 from .model.attention_choice import choose_attention
-from .model.decoder import meta_decoder
+from .model.config_file import CONFIG_FILE, INLINE, hf_config_of
+from .model.implementations import meta_model, parse_architecture
+from .model.language_model import Architecture
 from .optim import allocate_states
 from .parallel import build, fsdp, trainable
 from .parallel import compile as block_compile
@@ -130,7 +131,7 @@ class CheckpointStart(Start):
     def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
         """See :class:`Start`."""
         assert self.folder is not None
-        require_model_tensors(self.folder, self.parts.tensors, meta_decoder(self.architecture))
+        require_model_tensors(self.folder, self.parts.tensors, meta_model(self.architecture))
         wanted: dict[str, Tensor] = model_tensors(model)
         if self.resumed_from:
             allocate_states(optimizer)

@@ -107,7 +107,7 @@ def test_what_contributors_and_the_security_policy_are_referred_to_exists() -> N
     for name in paths:
         assert (ROOT / name).exists(), name
     names = {
-        "engine/model/architecture.py": ("MODEL_TYPES", "_FAMILY_DEFAULTS", "parse_architecture"),
+        "engine/model/families.py": ("MODEL_TYPES", "_FAMILY_DEFAULTS", "parse_decoder_architecture"),
         "engine/observe/observer.py": ("Observer",),
         "engine/observe/reporter.py": ("create_observers",),
     }

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from ..engine.batch import Batch
 from ..engine.errors import UserError
-from ..engine.model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
-from ..engine.model.decoder import Decoder
+from ..engine.model.config_file import CONFIG_FILE, read_hf_config
+from ..engine.model.implementations import parse_architecture
+from ..engine.model.language_model import Architecture, LanguageModel
 from ..engine.tokenizer.frame import ids_of
 from ..engine.weights.checkpoint.assets import ASSET_FOLDER
 from ..engine.weights.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..engine.weights.checkpoint.tensors import load_tensors, model_tensors, require_model_tensors, stored_tensors
 from ..engine.weights.checkpoint.verify import require_undamaged
 from ..engine.weights.damage import METADATA_FILE, TABLE_FILE
-from ..engine.weights.hugging_face.model import meta_decoder, open_hf_model
+from ..engine.weights.hugging_face.model import meta_model, open_hf_model
 from ..engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_named
 from ..kernels.attention import choose_attention_backend
 from .sampling import Sampling
@@ -160,8 +161,8 @@ class TextGenerator:
         batch = Batch.of_documents(torch.tensor(ids), [len(ids)])
         batch = batch.prepare(self.device, self.attention_backend, self.decoder.architecture.sliding_windows)
         # The head runs only on the last position: logits of all positions would need T times the memory.
-        last_H = self.decoder.model(batch)[-1]
-        return (self.decoder.head_weight @ last_H).float()
+        last_H = self.decoder.hidden_states(batch)[-1]
+        return self.decoder.head_logits(last_H[None])[0].float()
 
     def _continuation(self, prompt_ids: list[int], new_ids: list[int]) -> str:
         """Return the text of ``new_ids`` after the prompt: decoded alone, some tokenizers drop its leading space."""
@@ -222,11 +223,13 @@ def _is_checkpoint(folder: Path) -> bool:
     return False
 
 
-def _empty_decoder(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Decoder:
-    return meta_decoder(architecture).to(dtype).to_empty(device=device).eval()
+def _empty_decoder(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    return meta_model(architecture).cast_parameters(dtype).materialize(device).eval()
 
 
-def _checkpoint_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Decoder:
+def _checkpoint_decoder(
+    folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device
+) -> LanguageModel:
     decoder = _empty_decoder(architecture, dtype, device)
     require_model_tensors(folder, stored_tensors(folder), decoder)
     require_undamaged(folder)
@@ -234,7 +237,7 @@ def _checkpoint_decoder(folder: Path, architecture: Architecture, dtype: torch.d
     return decoder
 
 
-def _hf_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Decoder:
+def _hf_decoder(folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     model = open_hf_model(folder)
     decoder = _empty_decoder(architecture, dtype, device)
     for name, parameter in model_tensors(decoder).items():

@@ -23,8 +23,9 @@ from ...engine.config.settings import DataConfig, RunConfig, SourceConfig
 from ...engine.data.loader import Prefetcher
 from ...engine.errors import UserError
 from ...engine.guards.run_guards import RunGuards
-from ...engine.model.architecture import Architecture, architecture_of
 from ...engine.model.dtypes import DTYPES
+from ...engine.model.implementations import architecture_of
+from ...engine.model.language_model import Architecture
 from ...engine.observe.flops import Trainable, named_peak, training_flops
 from ...engine.observe.start_summary import describe_start
 from ...engine.parallel.process_group import Ranks
@@ -245,15 +246,14 @@ def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
 
 def formula(architecture: Architecture, sequence_length: int, trainable: Trainable = "all") -> str:
     """Return the formula of :func:`training_flops` per token, in symbols and with this model's numbers."""
-    a, d = architecture, architecture.head_dim
-    q, kv = a.num_attention_heads * d, a.num_key_value_heads * d
-    block = "L (h (q + 2 kv) + q h + 3 h f)"
-    weights = f"6 ({block} + h v)" if trainable == "all" else f"4 {block} (frozen) + 6 h v"
+    a = architecture
+    q = a.num_attention_heads * a.head_dim
+    weights = "6 (m + h v)" if trainable == "all" else "4 m (frozen) + 6 h v"
     return (
-        f"FLOPs per token = {weights} + 12 L q s, the last term halved where causal pairs count; layers L "
-        f"{a.num_layers}, hidden h {a.hidden_size}, heads x size q {q}, kv {kv}, feed-forward f "
-        f"{a.intermediate_size}, vocabulary v {a.vocab_size}, s {sequence_length} (within documents: the mean of "
-        "length^2 over the mean length)"
+        f"FLOPs per token = {weights} + 12 L q s, the last term halved where causal pairs count; elements of the "
+        f"blocks' matrices m {a.block_matrices:,}, layers L {a.num_layers}, hidden h {a.hidden_size}, heads x size q "
+        f"{q}, vocabulary v {a.vocab_size}, s {sequence_length} (within documents: the mean of length^2 over the mean "
+        "length)"
     )
 
 

@@ -171,7 +171,7 @@ class Settings:
                 self._entries_of_nothing.setdefault(name, key)
                 return {}
             # Imported here, because the parser is also used without a model.
-            from ..model.architecture import read_hf_config
+            from ..model.config_file import read_hf_config
             from ..model.config_keys import unread_keys
 
             content = read_hf_config(expand_path(child, name))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +26,11 @@ from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ...kernels.swiglu import swiglu
 from ..batch import Batch
-from .architecture import Architecture, inverse_frequencies
+from .families import DecoderArchitecture, inverse_frequencies
+from .language_model import Attend, LanguageModel, LayerRange
 
 
-class LayerRange(NamedTuple):
-    """Consecutive blocks of a decoder. The first block has the embedding with it, the last one norm and head."""
-
-    start: int
-    stop: int
-
-
-class Decoder(nn.Module):
+class Decoder(LanguageModel):
     """The language model. It returns the summed loss of a batch and never forms all logits.
 
     Args:
@@ -45,9 +39,9 @@ class Decoder(nn.Module):
             the last returns them.
     """
 
-    def __init__(self, architecture: Architecture, layers: LayerRange | None = None):
+    def __init__(self, architecture: DecoderArchitecture, layers: LayerRange | None = None):
         super().__init__()
-        self.architecture = architecture
+        self.architecture: DecoderArchitecture = architecture
         layers = layers or LayerRange(0, architecture.num_layers)
         self.is_first, self.is_last = layers.start == 0, layers.stop == architecture.num_layers
         # A tied head has no parameter of its own, so that the two cannot diverge.
@@ -58,39 +52,46 @@ class Decoder(nn.Module):
         self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _loss_sum
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """See :class:`LanguageModel`."""
+        return list(self.model.layers.values())
+
+    @property
+    def embedding(self) -> nn.Module | None:
+        """See :class:`LanguageModel`."""
+        return self.model.embed_tokens
+
+    @property
     def head_weight(self) -> Tensor:
-        """Return the [V, H] weight of the output head."""
+        """See :class:`LanguageModel`."""
         if not self.architecture.tie_word_embeddings:
             return self.lm_head.weight
         assert self.model.embed_tokens is not None
         return self.model.embed_tokens.weight
 
     def forward(self, batch: Batch, hidden_TH: Tensor | None = None) -> Tensor:
-        """Run the model.
-
-        Args:
-            batch: packed documents.
-            hidden_TH: [T, H] hidden states of the preceding block, for a decoder without the first block.
-
-        Returns:
-            [] fp32 sum of the losses; [T, H] hidden states of a decoder without the last block.
-        """
+        """See :class:`LanguageModel`."""
         hidden_TH = self.model(batch, hidden_TH)
         return self.loss(hidden_TH, self.head_weight, batch.targets) if self.is_last else hidden_TH
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Return the [T, V] logits of a whole decoder."""
-        return self.model(batch) @ self.head_weight.t()
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """See :class:`LanguageModel`."""
+        return self.model(batch)
+
+    def head_logits(self, hidden_TH: Tensor) -> Tensor:
+        """See :class:`LanguageModel`."""
+        return hidden_TH @ self.head_weight.t()
+
+    def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
+        """See :class:`LanguageModel`."""
+        for block in self.model.blocks:
+            block.self_attn.attend = wrap(block.self_attn.attend)
 
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-        """Initialize weights randomly: normal with the architecture's ``initializer_range``, norms one, biases zero.
-
-        Every parameter is drawn whole from its own stream, a function of the seed and its place in the whole model. So
-        the values do not depend on the distribution of parameters to ranks. ``copy_(parameter, values)`` writes a whole
-        tensor into a parameter; this rank may hold only a part of it.
-        """
-        whole = meta_decoder(self.architecture)
+        """See :class:`LanguageModel`: normal with the architecture's ``initializer_range``, norms one, biases zero."""
+        with torch.device("meta"):
+            whole = Decoder(self.architecture)
         places = {name: place for place, (name, _) in enumerate(whole.named_parameters())}
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -105,12 +106,6 @@ class Decoder(nn.Module):
                 copy_(parameter, values)
 
 
-def meta_decoder(architecture: Architecture) -> Decoder:
-    """Return the whole model on the meta device: names, shapes and order of its parameters, without values."""
-    with torch.device("meta"):
-        return Decoder(architecture)
-
-
 def _loss_sum(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
     return linear_cross_entropy(hidden_TH, weight_VH, targets_T).loss_sum
 
@@ -118,7 +113,7 @@ def _loss_sum(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor
 class Backbone(nn.Module):
     """Embeddings, blocks and the final norm, or the part of them that belongs to some of the layers."""
 
-    def __init__(self, architecture: Architecture, layers: LayerRange, has_embedding: bool):
+    def __init__(self, architecture: DecoderArchitecture, layers: LayerRange, has_embedding: bool):
         super().__init__()
         self.architecture = architecture
         width = architecture.hidden_size
@@ -154,7 +149,7 @@ class Backbone(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, architecture: Architecture, window: int | None):
+    def __init__(self, architecture: DecoderArchitecture, window: int | None):
         super().__init__()
         self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
         self.self_attn = Attention(architecture, window)
@@ -171,7 +166,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; Qwen3 normalizes queries and keys per head."""
 
-    def __init__(self, architecture: Architecture, window: int | None):
+    def __init__(self, architecture: DecoderArchitecture, window: int | None):
         super().__init__()
         self.head_dim = architecture.head_dim
         self.window = window
@@ -186,7 +181,7 @@ class Attention(nn.Module):
             (lambda: RMSNorm(self.head_dim, architecture.rms_norm_eps)) if architecture.qk_norm else nn.Identity
         )
         self.q_norm, self.k_norm = norm(), norm()
-        self.attend: Callable[..., Tensor] = attention
+        self.attend: Attend = attention
 
     def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         """Map [T, H] to [T, H]."""
@@ -210,7 +205,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU feed-forward layer."""
 
-    def __init__(self, architecture: Architecture):
+    def __init__(self, architecture: DecoderArchitecture):
         super().__init__()
         hidden, inner, bias = architecture.hidden_size, architecture.intermediate_size, architecture.mlp_bias
         self.gate_proj = nn.Linear(hidden, inner, bias=bias)
@@ -246,7 +241,7 @@ def _local_copy(weight: Tensor) -> Tensor:
 
 
 @functools.cache
-def _frequencies_on(device: torch.device, architecture: Architecture) -> Tensor:
+def _frequencies_on(device: torch.device, architecture: DecoderArchitecture) -> Tensor:
     """Return [D/2] rotary frequencies.
 
     They are a constant of the architecture and not a buffer, so that sharding, meta construction and checkpoints can

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..model.architecture import Architecture
+from ..model.language_model import Architecture
 
 _DENSE_BF16_PEAKS = {
     # NVIDIA datasheets, dense bf16 with fp32 accumulation, SXM parts unless named otherwise, in FLOP/s.
@@ -45,11 +45,10 @@ def training_flops(
         num_tokens, num_pairs: see above.
         trainable: which parameters are trained.
     """
-    h, d = architecture.hidden_size, architecture.head_dim
-    q, kv = architecture.num_attention_heads * d, architecture.num_key_value_heads * d
-    per_layer = h * (q + 2 * kv) + q * h + 3 * h * architecture.intermediate_size
+    q = architecture.num_attention_heads * architecture.head_dim
     per_block_weight = 6 if trainable == "all" else 4
-    matrices = per_block_weight * architecture.num_layers * per_layer + 6 * h * architecture.vocab_size
+    head = architecture.hidden_size * architecture.vocab_size
+    matrices = per_block_weight * architecture.block_matrices + 6 * head
     return matrices * num_tokens + 12 * q * architecture.num_layers * num_pairs
 
 

@@ -10,9 +10,10 @@ import torch
 from ...kernels.attention import Choice as AttentionChoice
 from ..config.settings import RunConfig
 from ..errors import UserError
-from ..model.architecture import Architecture
-from ..model.decoder import Decoder, LayerRange
+from ..model.decoder import Decoder
 from ..model.dtypes import DTYPES
+from ..model.implementations import meta_model
+from ..model.language_model import Architecture, LanguageModel, LayerRange
 from . import compile as block_compile
 from . import context, float8, fsdp, pipeline, recompute, tensor, trainable
 from .forward_backward import BatchPreparer, ForwardBackward, ModelParts, NonPipelined
@@ -60,9 +61,9 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
         )
 
 
-def materialize_empty(model: Decoder, device: torch.device) -> None:
+def materialize_empty(model: LanguageModel, device: torch.device) -> None:
     """Allocate the tensors of a model that is on the meta device; they are not initialized."""
-    model.to_empty(device=device)
+    model.materialize(device)
 
 
 def build_model(
@@ -72,7 +73,7 @@ def build_model(
     mesh: Mesh,
     choices: Choices,
     stages: list[LayerRange] | None = None,
-    materialize: Callable[[Decoder, torch.device], object] = materialize_empty,
+    materialize: Callable[[LanguageModel, torch.device], object] = materialize_empty,
 ) -> tuple[ModelParts, ForwardBackward]:
     """Build the model: meta device -> tensor -> context -> float8 -> recompute -> compile -> freeze -> shard ->
     materialize.
@@ -98,10 +99,10 @@ def build_model(
     )
     stages = stages or pipeline.cut_layers(architecture, parallel.pipeline * parallel.pipeline_stages_per_rank)
 
-    def build_stage(layers: LayerRange) -> Decoder:
-        with torch.device("meta"):
-            model = Decoder(architecture, layers).to(DTYPES[training.weight_dtype])
+    def build_stage(layers: LayerRange) -> LanguageModel:
+        model = meta_model(architecture, layers).cast_parameters(DTYPES[training.weight_dtype])
         if parallel.tensor > 1:
+            assert isinstance(model, Decoder)
             tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
         context.apply(model, mesh.context_group)
         float8.apply(model, training, ranks.device)

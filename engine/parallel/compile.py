@@ -10,7 +10,7 @@ from torch import nn
 from ...kernels.attention import PER_DOCUMENT
 from ..config.settings import RunConfig
 from ..errors import UserError
-from ..model.decoder import Decoder
+from ..model.language_model import LanguageModel
 
 _RECOMPILE_LIMIT = 64
 """Limit of graphs. Blocks share them: there is one for each kind of block (window, recomputation), training or
@@ -35,7 +35,7 @@ def enabled(config: RunConfig, device: torch.device, attention_backend: str) -> 
     return choice == "on" or (choice == "auto" and device.type == "cuda" and not breaks)
 
 
-def apply(model: Decoder, backend: Any = "inductor") -> None:
+def apply(model: LanguageModel, backend: Any = "inductor") -> None:
     """Compile the forward pass of every block, with its recomputation if applied before; ``backend`` is of
     torch.compile.
 
@@ -43,11 +43,11 @@ def apply(model: Decoder, backend: Any = "inductor") -> None:
     share one graph, since parameters are its inputs.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
-    for block in model.model.blocks:
-        block.forward = torch.compile(block.forward, backend=backend)  # type: ignore[method-assign]
-    model.model.register_forward_pre_hook(_take_any_document_count)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend=backend)
+    model.register_forward_pre_hook(_take_any_document_count)
 
 
-def _take_any_document_count(backbone: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _take_any_document_count(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Prevent compiled blocks from making a graph for each length of ``cu_seqlens``."""
     torch._dynamo.maybe_mark_dynamic(inputs[0].cu_seqlens, 0)

@@ -18,8 +18,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from ..config.settings import ParallelConfig
 from ..errors import UserError
-from ..model.architecture import Architecture
-from ..model.decoder import Decoder
+from ..model.language_model import Architecture, LanguageModel
 
 
 def check(architecture: Architecture, config: ParallelConfig) -> None:
@@ -43,13 +42,11 @@ def check(architecture: Architecture, config: ParallelConfig) -> None:
         )
 
 
-def apply(model: Decoder, group: dist.ProcessGroup | None) -> None:
+def apply(model: LanguageModel, group: dist.ProcessGroup | None) -> None:
     """Wrap the attention of every block; ``group`` is the ranks with the tokens of the same samples, in order."""
     if group is None:
         return
-    for block in model.model.blocks:
-        attend = block.self_attn.attend
-        block.self_attn.attend = functools.partial(_attend_to_all_tokens, attend, group)
+    model.wrap_attention(lambda attend: functools.partial(_attend_to_all_tokens, attend, group))
 
 
 def _attend_to_all_tokens(

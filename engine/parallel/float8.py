@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config.settings import TrainingConfig
 from ..errors import UserError
-from ..model.decoder import Decoder
+from ..model.language_model import LanguageModel
 
 _OLDEST = (8, 9)
 """First compute capability with float8 matrix products (Ada; Hopper is 9.0)."""
@@ -46,13 +46,13 @@ def enabled(config: TrainingConfig, device: torch.device) -> bool:
     return True
 
 
-def apply(model: Decoder, config: TrainingConfig, device: torch.device) -> None:
+def apply(model: LanguageModel, config: TrainingConfig, device: torch.device) -> None:
     """Give the blocks of ``model`` (on the meta device) float8 linear layers if configured; call before sharding."""
     if enabled(config, device):
         convert(model)
 
 
-def convert(model: Decoder, emulate: bool = False) -> None:
+def convert(model: LanguageModel, emulate: bool = False) -> None:
     """Replace the blocks' linear layers whose widths are multiples of 16 by float8 ones.
 
     Args:
@@ -61,11 +61,9 @@ def convert(model: Decoder, emulate: bool = False) -> None:
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    convert_to_float8_training(
-        model.model.layers,
-        config=Float8LinearConfig(emulate=emulate),
-        module_filter_fn=lambda module, _: _fits(module),
-    )
+    config = Float8LinearConfig(emulate=emulate)
+    for block in model.blocks:
+        convert_to_float8_training(block, config=config, module_filter_fn=lambda module, _: _fits(module))
 
 
 def _fits(module: nn.Module) -> bool:

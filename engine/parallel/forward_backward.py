@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
-from ..model.decoder import Decoder
+from ..model.language_model import LanguageModel
 from . import fsdp
 from .mesh import Mesh
 
@@ -41,7 +41,7 @@ class BatchPreparer:
 class ModelParts:
     """This rank's decoders: one, or several with some pipelines. Parameters have their names in the whole model."""
 
-    def __init__(self, decoders: list[Decoder]):
+    def __init__(self, decoders: list[LanguageModel]):
         self.decoders = decoders
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -55,7 +55,7 @@ class ModelParts:
 
     def blocks(self) -> Iterator[nn.Module]:
         """Return the transformer blocks of this rank."""
-        return (block for decoder in self.decoders for block in decoder.model.blocks)
+        return (block for decoder in self.decoders for block in decoder.blocks)
 
     def unique_parameters(self) -> Iterator[nn.Parameter]:
         """Return the parameters without those that an earlier stage has as well: a tied head."""
@@ -85,7 +85,7 @@ class ForwardBackward(Protocol):
 class NonPipelined:
     """Computes micro-batches one after the other on a rank with all layers."""
 
-    def __init__(self, model: Decoder, prepare: BatchPreparer, reduce_every_micro_batch: bool):
+    def __init__(self, model: LanguageModel, prepare: BatchPreparer, reduce_every_micro_batch: bool):
         self._model, self._prepare, self._reduce_every = model, prepare, reduce_every_micro_batch
 
     def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:

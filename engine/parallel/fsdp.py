@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..config.settings import ParallelConfig
-from ..model.decoder import Decoder
+from ..model.language_model import LanguageModel
 
 
-def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
+def apply(model: LanguageModel, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
     """Shard ``model`` in place: each block, and an embedding that is not the head, separately; the rest with the root.
 
     Args:
@@ -33,9 +33,9 @@ def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtyp
     on_gpu = mesh.device_type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
     shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    for block in model.model.blocks:
+    for block in model.blocks:
         shard(block, reshard_after_forward=config.reshard_after_forward)
-    embedding = model.model.embed_tokens
+    embedding = model.embedding
     if embedding is not None and not model.architecture.tie_word_embeddings:
         # In a group with the head, both would be gathered, and their full gradients held, at the same time.
         shard(embedding, reshard_after_forward=config.reshard_after_forward)
@@ -46,11 +46,11 @@ def apply(model: Decoder, mesh: DeviceMesh, config: ParallelConfig, compute_dtyp
     _prefetch(model, config.prefetch_blocks)
 
 
-def _prefetch(model: Decoder, count: int) -> None:
+def _prefetch(model: LanguageModel, count: int) -> None:
     """Gather the parameters of the next ``count`` blocks while one computes, in the order of each pass."""
     if count == 0:
         return
-    blocks = cast("list[FSDPModule]", model.model.blocks)
+    blocks = cast("list[FSDPModule]", model.blocks)
     for index, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + count])
         block.set_modules_to_backward_prefetch(blocks[max(0, index - count) : index][::-1])
@@ -59,7 +59,7 @@ def _prefetch(model: Decoder, count: int) -> None:
     root.set_modules_to_backward_prefetch(blocks[: -count - 1 : -1])
 
 
-def accumulate_in_fp32(model: Decoder) -> None:
+def accumulate_in_fp32(model: LanguageModel) -> None:
     """Make gradients of bf16 parameters fp32, to accumulate several micro-batches; call after materializing.
 
     FSDP casts each reduced gradient to its parameter's dtype. From the first one on, the accumulated gradient is fp32.
@@ -76,7 +76,7 @@ def _widen_gradient(parameter: Tensor) -> None:
         parameter.grad = parameter.grad.float()
 
 
-def reshard(model: Decoder) -> None:
+def reshard(model: LanguageModel) -> None:
     """Free the parameters that a forward pass without a backward pass has left gathered.
 
     Until then the model shows gathered copies in the compute dtype instead of the sharded parameters, which optimizers
@@ -95,12 +95,12 @@ def copy_full_(parameter: Tensor, values: Tensor) -> None:
     parameter.to_local().copy_(values[mine])
 
 
-def reduce_gradients(model: Decoder, now: bool) -> None:
+def reduce_gradients(model: LanguageModel, now: bool) -> None:
     """Set whether the next backward pass sums gradients over ranks, or only over micro-batches on this rank (in
     fp32).
     """
     cast(FSDPModule, model).set_requires_gradient_sync(now)
 
 
-def _sharded_modules(model: Decoder) -> list[FSDPModule]:
+def _sharded_modules(model: LanguageModel) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

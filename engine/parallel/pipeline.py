@@ -26,8 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..batch import Batch
 from ..config.settings import ParallelConfig, RunConfig
 from ..errors import UserError
-from ..model.architecture import Architecture
-from ..model.decoder import Decoder, LayerRange
+from ..model.language_model import Architecture, LanguageModel, LayerRange
 from . import fsdp
 from .forward_backward import BatchPreparer, counted_once
 
@@ -159,7 +158,7 @@ class Pipelined:
 
     def __init__(
         self,
-        decoders: list[Decoder],
+        decoders: list[LanguageModel],
         numbers: list[int],
         config: RunConfig,
         prepare: BatchPreparer,
@@ -177,7 +176,7 @@ class Pipelined:
         index, loss = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
         stages = []
         for decoder, number in zip(decoders, numbers, strict=True):
-            decoder.register_forward_pre_hook(self._fill_in, with_kwargs=True)
+            decoder.register_forward_pre_hook(self._fill_in, with_kwargs=True, prepend=True)
             stages.append(
                 PipelineStage(
                     decoder,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..config.settings import ParallelConfig
-from ..model.decoder import Decoder
+from ..model.language_model import LanguageModel
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
 _ATTENTIONS = (
@@ -31,7 +31,7 @@ FlexAttention is one operator in compiled blocks. Otherwise it is compiled alone
 and are recomputed."""
 
 
-def apply(model: Decoder, config: ParallelConfig) -> None:
+def apply(model: LanguageModel, config: ParallelConfig) -> None:
     """Let every ``recompute_every``-th block store less and recompute it in the backward pass.
 
     The block's forward is wrapped rather than the block. So parameter names stay the same, and FSDP's gathering stays
@@ -39,13 +39,13 @@ def apply(model: Decoder, config: ParallelConfig) -> None:
     """
     if config.recompute == "none":
         return
-    for block in model.model.blocks[:: config.recompute_every]:
+    for block in model.blocks[:: config.recompute_every]:
         # A block uses no random numbers, so the generators' states need not be saved.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if config.recompute == "selective":
             num_linear = sum(isinstance(module, nn.Linear) for module in block.modules())
             options["context_fn"] = functools.partial(_selective_contexts, num_linear)
-        block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+        block.forward = functools.partial(checkpoint, block.forward, **options)
 
 
 def _selective_contexts(num_linear: int) -> tuple[Any, Any]:

@@ -25,8 +25,9 @@ from torch.distributed.tensor.parallel import (
 from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ..config.settings import RunConfig
 from ..errors import UserError
-from ..model.architecture import Architecture
 from ..model.decoder import Decoder
+from ..model.families import DecoderArchitecture
+from ..model.language_model import Architecture
 
 TOKENS = 0
 """The dimension of tokens in every activation; there is no batch dimension."""
@@ -87,6 +88,7 @@ def check(architecture: Architecture, config: RunConfig) -> None:
     size = config.parallel.tensor
     if size == 1:
         return
+    assert isinstance(architecture, DecoderArchitecture)
     parts = {
         "attention heads": architecture.num_attention_heads,
         "key/value heads": architecture.num_key_value_heads,

@@ -12,11 +12,7 @@ from typing import Any
 
 from ..config.settings import RunConfig, TrainingConfig
 from ..errors import UserError
-from ..model.architecture import Architecture
-from ..model.decoder import Decoder
-
-EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-"""With tied embeddings only the first exists."""
+from ..model.language_model import Architecture, LanguageModel
 
 
 def check(config: RunConfig) -> None:
@@ -35,20 +31,20 @@ def check(config: RunConfig) -> None:
     )
 
 
-def apply(model: Decoder, config: TrainingConfig) -> None:
+def apply(model: LanguageModel, config: TrainingConfig) -> None:
     """Freeze the parameters that are not trained; call before FSDP, which groups parameters by this."""
     if config.trainable == "all":
         return
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in EMBEDDINGS)
+    model.requires_grad_(False)
+    for parameter in model.table_parameters():
+        parameter.requires_grad_(True)
 
 
 def count(architecture: Architecture, config: TrainingConfig) -> int:
     """Return the number of trainable parameters."""
     if config.trainable == "all":
         return architecture.num_parameters
-    tables = 1 if architecture.tie_word_embeddings else len(EMBEDDINGS)
-    return tables * architecture.vocab_size * architecture.hidden_size
+    return len(architecture.tables) * architecture.vocab_size * architecture.hidden_size
 
 
 def require_same(former: Mapping[str, Any], config: TrainingConfig, folder: str | Path) -> None:

@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM
 
 import retemper
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
-from retemper.engine.model.architecture import parse_architecture, read_hf_config
+from retemper.engine.model.config_file import read_hf_config
 from retemper.engine.model.decoder import Decoder
+from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.engine.weights.checkpoint.manifest import Manifest, read_manifest

@@ -9,8 +9,7 @@ import pytest
 import torch
 from converting import Start
 
-from retemper.engine.model.architecture import parse_architecture
-from retemper.engine.model.decoder import meta_decoder
+from retemper.engine.model.implementations import meta_model, parse_architecture
 from retemper.engine.weights.hugging_face.shards import ShardPlan
 from retemper.engine.weights.tensor_source import StoredTensor
 
@@ -46,7 +45,7 @@ def sparse_model(folder: Path, num_layers: int, hidden_size: int, vocab_size: in
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    parameters = meta_decoder(parse_architecture(config)).named_parameters()
+    parameters = meta_model(parse_architecture(config)).named_parameters()
     tensors = {name: StoredTensor(tuple(parameter.shape), torch.bfloat16) for name, parameter in parameters}
     plan = ShardPlan(tensors, 5 * 10**9)
     for file in plan.files:

@@ -21,8 +21,9 @@ from tiny_models import FAMILIES, TOKENIZER, assert_refused, edit_json, read_fol
 import retemper
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
 from retemper.engine.errors import UserError
-from retemper.engine.model.architecture import Architecture
-from retemper.engine.model.decoder import Decoder, meta_decoder
+from retemper.engine.model.decoder import Decoder
+from retemper.engine.model.implementations import meta_model
+from retemper.engine.model.language_model import Architecture
 from retemper.engine.weights import block_copy
 from retemper.engine.weights.checkpoint.assets import TOKENIZER_FILES
 from retemper.engine.weights.checkpoint.manifest import read_manifest, write_manifest
@@ -222,9 +223,9 @@ def test_a_model_that_is_not_the_same_is_refused(
     convert_there(saved_models["qwen3"], tmp_path / "checkpoint")
 
     def other(architecture: Architecture) -> Decoder:
-        return meta_decoder(dataclasses.replace(architecture, **change))
+        return meta_model(dataclasses.replace(architecture, **change))
 
-    monkeypatch.setattr(logits, "meta_decoder", other)
+    monkeypatch.setattr(logits, "meta_model", other)
     for module, *source in (
         (hf_to_dcp, "--hf", saved_models["qwen3"]),
         (dcp_to_hf, "--checkpoint", tmp_path / "checkpoint"),

@@ -25,7 +25,7 @@ from retemper.checkpoint_convert import from_megatron, to_megatron
 from retemper.checkpoint_convert.megatron_layout import Vocabulary
 from retemper.checkpoint_convert.megatron_reading import MegatronModel
 from retemper.checkpoint_convert.megatron_writing import MegatronLayout, MegatronParts
-from retemper.engine.model.architecture import parse_architecture
+from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.weights import block_copy, raw_bytes
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.checkpoint.verify import find_damage

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from retemper.engine.config.parser import parse_config
-from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
+from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.schedule import learning_rate, plan_batches
 

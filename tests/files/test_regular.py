@@ -17,7 +17,7 @@ from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.data.sidecar import Sidecar
 from retemper.engine.errors import UserError
 from retemper.engine.files.regular import IrregularFile, open_regular, read_regular
-from retemper.engine.model.architecture import read_hf_config
+from retemper.engine.model.config_file import read_hf_config
 from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.dcp_metadata import read_metadata

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from retemper.engine.batch import Batch
-from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
+from retemper.engine.model.implementations import parse_architecture
 from retemper.kernels.attention import per_document_attention
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 

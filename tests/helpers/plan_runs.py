@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RunConfig
-from retemper.engine.model.architecture import parse_architecture
+from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.parallel.process_group import Ranks
 from retemper.tools.planning.dry_run import RankSpec, RankUsage, SimulatedRank, count_step, fresh_constants

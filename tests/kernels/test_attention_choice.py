@@ -8,8 +8,8 @@ import torch
 
 from retemper.engine.config.settings import DataConfig, RunConfig, SourceConfig, TrainingConfig
 from retemper.engine.errors import UserError
-from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.attention_choice import choose_attention
+from retemper.engine.model.implementations import parse_architecture
 from retemper.kernels.attention import UnusableBackend, choice, choose_attention_backend, flash
 
 PACKAGES = {

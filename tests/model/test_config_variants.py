@@ -17,9 +17,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from retemper.engine.batch import Batch
 from retemper.engine.errors import UserError
-from retemper.engine.model.architecture import MODEL_TYPES, inverse_frequencies, parse_architecture, read_hf_config
+from retemper.engine.model.config_file import read_hf_config
 from retemper.engine.model.config_keys import describe_unread, unread_keys
 from retemper.engine.model.decoder import Decoder
+from retemper.engine.model.families import MODEL_TYPES, inverse_frequencies
+from retemper.engine.model.implementations import parse_architecture
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
+from retemper.engine.model.implementations import parse_architecture
 
 CONFIG = {
     "model_type": "llama",

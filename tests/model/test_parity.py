@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from retemper.engine.batch import Batch
 from retemper.engine.errors import UserError
-from retemper.engine.model.architecture import inverse_frequencies, parse_architecture, read_hf_config
+from retemper.engine.model.config_file import read_hf_config
 from retemper.engine.model.decoder import Decoder
+from retemper.engine.model.families import inverse_frequencies
+from retemper.engine.model.implementations import parse_architecture
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 
 VOCAB = 211

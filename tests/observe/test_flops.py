@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from retemper.engine.batch import Batch
 from retemper.engine.config.settings import TrainingConfig
-from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
+from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.observe.flops import flops_per_token, peak_flops
 from retemper.engine.parallel import trainable
 

@@ -15,7 +15,7 @@ from retemper.engine.config.settings import (
     TrainingConfig,
 )
 from retemper.engine.errors import UserError
-from retemper.engine.model.architecture import parse_architecture
+from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.parallel import memory_check as memory_bound
 from retemper.engine.parallel.memory_check import device_memory, require_memory
 

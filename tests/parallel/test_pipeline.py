@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from retemper.engine.config.parser import parse_config
-from retemper.engine.model.architecture import Architecture, parse_architecture
-from retemper.engine.model.decoder import LayerRange, meta_decoder
+from retemper.engine.model.implementations import meta_model, parse_architecture
+from retemper.engine.model.language_model import Architecture, LayerRange
 from retemper.engine.parallel.pipeline import cut_layers, stage_numbers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "megatron_configs"
@@ -35,7 +35,7 @@ def shape(layers: int, vocabulary: int, tied: bool) -> Architecture:
 
 def worst_stage(architecture: Architecture, cuts: tuple[int, ...]) -> tuple[float, float]:
     """By counting a model's weights: those multiplied in the busiest stage, and the sum of the squares of all."""
-    sizes = {name: parameter.numel() for name, parameter in meta_decoder(architecture).named_parameters()}
+    sizes = {name: parameter.numel() for name, parameter in meta_model(architecture).named_parameters()}
     layers = architecture.num_layers
     blocks = [sum(n for name, n in sizes.items() if name.startswith(f"model.layers.{i}.")) for i in range(layers)]
     vocabulary = sizes["model.embed_tokens.weight"]

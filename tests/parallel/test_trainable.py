@@ -14,7 +14,7 @@ import yaml
 from retemper.benchmarks.step.measure import measure_step
 from retemper.benchmarks.step.options import StepBenchmarkOptions
 from retemper.engine import pretrain
-from retemper.engine.model.architecture import parse_architecture
+from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.observe import progress
 from retemper.engine.observe.start_summary import describe_run
 from retemper.engine.parallel.layout import plan_layout

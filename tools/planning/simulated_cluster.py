@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...engine.model.language_model import LanguageModel
 from ...engine.parallel.process_group import Ranks, Result
 
 CPU = torch.device("cpu")
@@ -60,13 +60,13 @@ def has_values() -> bool:
     return _fake_mode() is None
 
 
-def materialize_without_values() -> Callable[[nn.Module, torch.device], object]:
+def materialize_without_values() -> Callable[[LanguageModel, torch.device], object]:
     """Return a function that allocates the tensors of a model without values, even where others have values."""
     fake_mode = _fake_mode()
 
-    def materialize(model: nn.Module, device: torch.device) -> None:
+    def materialize(model: LanguageModel, device: torch.device) -> None:
         with fake_mode:
-            model.to_empty(device=device)
+            model.materialize(device)
 
     return materialize
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...engine.errors import UserError
-from ...engine.model.architecture import CONFIG_FILE
+from ...engine.model.config_file import CONFIG_FILE
 from ...engine.weights.block_copy import WrittenFile, copy_files
 from ...engine.weights.checkpoint.manifest import MANIFEST_FILE
 from ...engine.weights.conversion.checkpoint_files import CheckpointPlan

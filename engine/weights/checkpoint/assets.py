@@ -17,7 +17,9 @@ from ...config.settings import ModelConfig
 from ...data.tokenizer_identity import TokenizerIdentity
 from ...errors import UserError
 from ...files.regular import read_regular
-from ...model.architecture import CONFIG_FILE, Architecture, architecture_of, parse_architecture, read_hf_config
+from ...model.config_file import CONFIG_FILE, read_hf_config
+from ...model.implementations import architecture_of, parse_architecture
+from ...model.language_model import Architecture
 from ...tokenizer.files import (
     SENTENCEPIECE_FILE,
     TIKTOKEN_SUFFIX,

@@ -15,9 +15,9 @@ from ...config.settings import RunConfig
 from ...errors import UserError
 from ...files.disk_space import NO_SPACE, format_bytes, free_bytes, nearest, require_space
 from ...files.removal import remove_tree
-from ...model.architecture import Architecture
-from ...model.decoder import meta_decoder
 from ...model.dtypes import DTYPES
+from ...model.implementations import meta_model
+from ...model.language_model import Architecture
 from ...observe.curves import TENSORBOARD_FOLDER
 from ...parallel import trainable
 from .store import CheckpointStore
@@ -74,7 +74,7 @@ def _reason(link: Path) -> str:
 
 def checkpoint_bytes(config: RunConfig, architecture: Architecture) -> int:
     """Return the size of a checkpoint: weights, and both moments of trainable parameters, without small files."""
-    decoder = meta_decoder(architecture)
+    decoder = meta_model(architecture)
     trainable.apply(decoder, config.training)
     weight, state = DTYPES[config.training.weight_dtype].itemsize, DTYPES[config.optimizer.state_dtype].itemsize
     return sum(p.numel() * (weight + 2 * state * p.requires_grad) for p in decoder.parameters())

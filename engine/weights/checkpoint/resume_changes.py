@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 from ...config.settings import DATA_FILES, ORDER_KEYS, OptimizerConfig, RunConfig, SourceConfig, TrainingConfig, to_dict
 from ...errors import UserError
-from ...model.architecture import read_hf_config
+from ...model.config_file import read_hf_config
 from ...parallel.layout import AXES
 from ...schedule import learning_rate
 from .manifest import Manifest

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...files.atomic import require_absent
 from ...files.outputs import Use, require_separate
-from ...model.architecture import parse_architecture
+from ...model.implementations import parse_architecture
 from ..checkpoint.assets import HfAssets
 from ..checkpoint.tensors import open_tensors
 from ..hugging_face.hub_download import find_model_folder

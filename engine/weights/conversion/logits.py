@@ -19,8 +19,8 @@ from torch import Tensor
 from ....kernels.attention import choose_attention_backend
 from ...batch import Batch
 from ...errors import UserError
-from ...model.architecture import Architecture
-from ...model.decoder import meta_decoder
+from ...model.implementations import meta_model
+from ...model.language_model import Architecture
 from ..checkpoint.tensors import model_tensors
 from ..hugging_face.model import EMBEDDING, HEAD
 from ..partial_folder import DiscardOutput
@@ -161,7 +161,7 @@ def _ours(
 ) -> list[Tensor]:
     """Return the [T, V] logits of every sequence, computed by our decoder."""
     device = torch.device("cpu")
-    decoder = meta_decoder(architecture).to(torch.float32).to_empty(device=device).eval()
+    decoder = meta_model(architecture).cast_parameters(torch.float32).materialize(device).eval()
     for name, parameter in model_tensors(decoder).items():
         with source.rows(name) as read:
             stored = torch.empty(rows_of(source.tensors[name].shape), dtype=source.tensors[name].dtype)

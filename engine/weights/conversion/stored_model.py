@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ...files.hashing import hash_file
-from ...model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
-from ...model.decoder import meta_decoder
+from ...model.config_file import CONFIG_FILE, read_hf_config
+from ...model.implementations import meta_model, parse_architecture
+from ...model.language_model import Architecture
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from ..checkpoint.tensors import OPTIMIZER_PREFIX, open_tensors, require_model_tensors
@@ -101,7 +102,7 @@ def open_checkpoint(folder: Path) -> StoredModel:
     where = folder / ASSET_FOLDER / CONFIG_FILE
     config = read_hf_config(where)
     architecture = parse_architecture(config, str(where))
-    decoder = meta_decoder(architecture)
+    decoder = meta_model(architecture)
     require_model_tensors(folder, stored.tensors, decoder)
     parameters = stored.only(name for name, _ in decoder.named_parameters())
     states = [name for name in stored.tensors if name not in parameters.tensors]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...model.architecture import LARGEST_SIZE
+from ...model.families import LARGEST_SIZE
 from ..block_copy import BLOCK_BYTES
 from ..checkpoint.assets import HfAssets
 from ..hugging_face.model import EMBEDDING, HEAD

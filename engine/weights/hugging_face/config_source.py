@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...config.settings import ModelConfig
 from ...errors import UserError
-from ...model.architecture import CONFIG_FILE
+from ...model.config_file import CONFIG_FILE
 from ..checkpoint.assets import asset_folder
 from .hub_download import find_model_folder, is_on_hub
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...files.regular import open_regular, read_regular
-from ...model.architecture import ADAPTER_FILE, ADAPTER_REMEDY
+from ...model.config_file import ADAPTER_FILE, ADAPTER_REMEDY
 from ..damage import DamagedCheckpoint
 from ..parts import Part, TensorParts
 from ..safetensors_format import DTYPE_OF_CODE, HeaderEntry, read_header

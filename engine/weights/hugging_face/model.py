@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ...errors import UserError
-from ...model.architecture import CONFIG_FILE, Architecture, parse_architecture, read_hf_config
+from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.config_keys import describe_unread
-from ...model.decoder import Decoder, meta_decoder
+from ...model.implementations import meta_model, parse_architecture
+from ...model.language_model import Architecture, LanguageModel
 from ..block_copy import BLOCK_BYTES
 from ..checkpoint.tensors import describe_difference
 from ..parts import TensorParts
@@ -89,7 +90,7 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict
         recomputed.append(HEAD)
     for name in recomputed:
         del tensors[name]
-    decoder = meta_decoder(architecture)
+    decoder = meta_model(architecture)
     _require_parameters(tensors, decoder, weights)
     parameters = weights.only(name for name, _ in decoder.named_parameters())
     _require_floats(parameters.tensors, folder)
@@ -112,7 +113,7 @@ def _notes_on_ignored(config: dict[str, Any], architecture: Architecture, weight
     return notes
 
 
-def _require_parameters(tensors: dict[str, StoredTensor], decoder: Decoder, weights: HfWeights) -> None:
+def _require_parameters(tensors: dict[str, StoredTensor], decoder: LanguageModel, weights: HfWeights) -> None:
     """Refuse ``tensors`` that are not exactly the parameters of ``decoder``."""
     difference = describe_difference(tensors, decoder)
     if difference:

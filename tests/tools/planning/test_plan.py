@@ -16,8 +16,8 @@ from rank_cluster import RankCluster
 
 from retemper.engine.config.settings import ModelConfig
 from retemper.engine.errors import run_command
-from retemper.engine.model.architecture import parse_architecture
 from retemper.engine.model.decoder import Decoder
+from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.optim import allocate_states, build_optimizer
 from retemper.engine.parallel.layout import Layout
 from retemper.engine.weights.checkpoint.tensors import model_tensors, optimizer_tensors

@@ -17,7 +17,7 @@ from ....engine.data.sample_order import SampleOrder
 from ....engine.data.source import Source
 from ....engine.data.tokenizer_identity import TokenizerIdentity
 from ....engine.data.truncation import TruncationCount, count_truncated
-from ....engine.model.architecture import parse_architecture
+from ....engine.model.implementations import parse_architecture
 from ....engine.observe.start_summary import describe_data
 from ....engine.schedule import BatchPlan, plan_batches
 from ....engine.weights.checkpoint.assets import find_assets

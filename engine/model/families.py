@@ -1,4 +1,4 @@
-"""Parse a Hugging Face ``config.json`` into the decoder's architecture, without running remote code.
+"""Parse a Hugging Face ``config.json`` into the architecture of the native decoder, without running remote code.
 
 Only settings that the decoder implements are accepted. A setting that would change the numbers and is not implemented
 is refused by name, never ignored.
@@ -6,28 +6,18 @@ is refused by name, never ignored.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..files.regular import read_regular
-from .config_keys import account_for_keys, require_known_keys
-from .config_reader import ConfigReader, shown
+from .config_file import INLINE
+from .config_keys import account_for_keys
+from .config_reader import ConfigReader
+from .language_model import Architecture, Implementation
 from .rope_settings import RopeScaling, read_rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-CONFIG_FILE = "config.json"
-ADAPTER_FILE = "adapter_config.json"
-ADAPTER_REMEDY = (
-    f"{ADAPTER_FILE} says that this is a PEFT adapter, not a model; merge it first: "
-    "PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(other)"
-)
-INLINE = "model.architecture"
-"""Name in errors for a config inside the run's configuration."""
 _SILU = ("silu", "swish")
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -44,41 +34,31 @@ LARGEST_SIZE = 2**24
 """Limit of a vocabulary, a width or a number of heads."""
 MOST_LAYERS = 1_000
 _MOST_PARAMETERS = 10**13
-_MOST_BYTES = 16 << 20
-"""Limit of a config.json in bytes: published ones have a few kB."""
-_DEEPEST = 50
-"""Limit of nested objects and lists in a config. Writing one uses more of Python's stack than reading it."""
-_TOO_DEEP = f"nested more than {_DEEPEST} levels deep; a Hugging Face config.json is needed"
 
 
 @dataclass(frozen=True)
-class Architecture:
+class DecoderArchitecture(Architecture):
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     rms_norm_eps: float
     rope_theta: float
     rope_linear_factor: float
     rope_scaling: RopeScaling | None
-    tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    sliding_windows: tuple[int | None, ...]
-    """Attention window of every layer; None attends to the whole document."""
     initializer_range: float
 
     @property
+    def implementation(self) -> Implementation:
+        """See :class:`Architecture`."""
+        return "native"
+
+    @property
     def num_parameters(self) -> int:
-        """Number of distinct parameters (tied embeddings count once)."""
+        """See :class:`Architecture`."""
         h, d = self.hidden_size, self.head_dim
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
         attention = h * (q + 2 * kv) + q * h
@@ -87,92 +67,15 @@ class Architecture:
         embeddings = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * (attention + mlp + 2 * h) + embeddings + h
 
-
-def read_hf_config(source: dict[str, Any] | str | Path) -> dict[str, Any]:
-    """Return the raw ``config.json`` of a dictionary, a file, or a folder that holds one.
-
-    A dictionary comes from a run's configuration, not from a published file, so unknown keys are errors.
-
-    Raises:
-        UserError: the file cannot be read, or is not a JSON object.
-    """
-    if isinstance(source, dict):
-        if _is_deeper(source, _DEEPEST):
-            raise UserError(f"{INLINE}: {_TOO_DEEP}")
-        require_known_keys(source, INLINE)
-        return source
-    path = Path(source)
-    try:
-        if path.is_dir():
-            path = path / CONFIG_FILE
-        data = read_regular(path, _MOST_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; {_missing_config_remedy(path)}") from None
-    return hf_config_of(data, path)
+    @property
+    def block_matrices(self) -> int:
+        """See :class:`Architecture`."""
+        h, d = self.hidden_size, self.head_dim
+        q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
+        return self.num_layers * (h * (q + 2 * kv) + q * h + 3 * h * self.intermediate_size)
 
 
-def hf_config_of(data: bytes, path: Path) -> dict[str, Any]:
-    """Return the object in ``data``, the content of the ``config.json`` at ``path``.
-
-    Raises:
-        UserError: it is not a JSON object.
-    """
-    try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=lambda pairs: _object(pairs, path))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}; fetch it again") from None
-    except RecursionError:
-        raise UserError(f"{path}: {_TOO_DEEP}") from None
-    if _is_deeper(content, _DEEPEST):
-        raise UserError(f"{path}: {_TOO_DEEP}")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _missing_config_remedy(path: Path) -> str:
-    if path.name == CONFIG_FILE and os.path.isdir(path.parent):
-        if os.path.exists(path.parent / ADAPTER_FILE):
-            return ADAPTER_REMEDY
-        if os.path.exists(path.parent / "params.json"):
-            return "params.json has the publisher's own layout; get the model as saved by transformers"
-    return "a Hugging Face config.json is needed"
-
-
-def _object(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    """Return a JSON object, in which a key may be repeated only with the same value."""
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content and content[key] != value:
-            raise UserError(f"{path}: {shown(key)} occurs twice with different values; remove one of them")
-        content[key] = value
-    return content
-
-
-def architecture_of(source: dict[str, Any] | str | Path) -> Architecture:
-    """Return the architecture that ``source`` describes: see :func:`read_hf_config`.
-
-    Raises:
-        UserError: names the file, or ``model.architecture`` for a dictionary.
-    """
-    config = read_hf_config(source)
-    if isinstance(source, dict):
-        return parse_architecture(config)
-    return parse_architecture(config, str(Path(source) / CONFIG_FILE if os.path.isdir(source) else source))
-
-
-def _is_deeper(content: Any, levels: int) -> bool:
-    """Return whether JSON ``content`` has objects or lists nested more than ``levels`` deep."""
-    level = [content]
-    for _ in range(levels + 1):
-        nested = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
-        level = [child for children in nested for child in children]
-    return bool(level)
-
-
-def parse_architecture(config: dict[str, Any], where: str = INLINE) -> Architecture:
+def parse_decoder_architecture(config: dict[str, Any], where: str = INLINE) -> DecoderArchitecture:
     """Parse ``config``, the content of a Hugging Face ``config.json``; ``where`` names it in errors.
 
     Raises:
@@ -198,7 +101,7 @@ def parse_architecture(config: dict[str, Any], where: str = INLINE) -> Architect
         reader.fail("head_dim", head_dim, "rotary positions need an even one")
     rope = read_rope(reader, reader.integer("max_position_embeddings"))
     biases = _biases(reader, model_type)
-    architecture = Architecture(
+    architecture = DecoderArchitecture(
         model_type=model_type,
         vocab_size=reader.size("vocab_size", LARGEST_SIZE),
         hidden_size=hidden_size,
@@ -224,6 +127,19 @@ def parse_architecture(config: dict[str, Any], where: str = INLINE) -> Architect
             f"the sizes make {architecture.num_parameters:,} parameters, at most {_MOST_PARAMETERS:,} are supported"
         )
         reader.fail("hidden_size", hidden_size, f"{problem}; correct them")
+    return architecture
+
+
+def require_native(architecture: Architecture, where: str) -> DecoderArchitecture:
+    """Return ``architecture`` if the native decoder computes it.
+
+    Raises:
+        UserError: it does not; names ``where`` the model is.
+    """
+    if not isinstance(architecture, DecoderArchitecture):
+        raise UserError(
+            f"{where}: model_type {architecture.model_type} is not supported here; supported: {', '.join(MODEL_TYPES)}"
+        )
     return architecture
 
 
@@ -312,7 +228,7 @@ def _layer_types(reader: ConfigReader, num_layers: int) -> list[str] | None:
     return kinds
 
 
-def inverse_frequencies(architecture: Architecture) -> list[float]:
+def inverse_frequencies(architecture: DecoderArchitecture) -> list[float]:
     """Return radians per position of each of the head_dim / 2 rotary pairs, with Llama 3's scaling if configured.
 
     The llama3 rule keeps wavelengths shorter than ``original / high_freq_factor``. It divides frequencies with
