@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,8 @@ class LanguageModel(nn.Module, ABC):
     """Whether this part of the model has the first block, and so takes tokens."""
     is_last: bool
     """Whether this part has the last block, and so returns losses."""
+    constants: frozenset[str] = frozenset()
+    """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
 
     @property
     @abstractmethod
@@ -173,17 +175,18 @@ class LanguageModel(nn.Module, ABC):
 
     def cast_parameters(self, dtype: torch.dtype) -> LanguageModel:
         """Cast the parameters, which are on the meta device, and return this model. Constants keep their dtype."""
-        for module in self.modules():
+        for prefix, module in self.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                cast = nn.Parameter(parameter.to(dtype), requires_grad=parameter.requires_grad)
-                module.register_parameter(name, cast)
+                if f"{prefix}.{name}" not in self.constants:
+                    cast = nn.Parameter(parameter.to(dtype), requires_grad=parameter.requires_grad)
+                    module.register_parameter(name, cast)
         return self
 
     def table_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of this part that are in :attr:`Architecture.tables`."""
         return [parameter for name, parameter in self.named_parameters() if name in self.architecture.tables]
 
-    def materialize(self, device: torch.device, **options: Any) -> LanguageModel:
+    def materialize(self, device: torch.device) -> LanguageModel:
         """Allocate the parameters, which are on the meta device, and return this model. They are not initialized."""
-        self.to_empty(device=device, **options)
+        self.to_empty(device=device)
         return self
