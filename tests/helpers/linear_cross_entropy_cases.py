@@ -37,6 +37,17 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
+def peak_bytes(profile: torch.profiler.profile) -> int:
+    """Most memory that the allocator had given out at once, beyond what it had at the start."""
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    total = peak = 0
+    for event in events:
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
 def make_bias(weight_VH: Tensor, size: float | None) -> Tensor | None:
     """A random head bias for ``weight_VH``."""
     if size is None:
