@@ -130,7 +130,8 @@ def _why(backend: str, setting: Setting) -> str:
     if backend == PER_DOCUMENT:
         if setting.device_type != "cuda":
             return "the backend for CPUs"
-        return f"varlen {obstacle(VARLEN, setting)}"
+        usual = FLEX if _preferred(FLEX, setting) else VARLEN
+        return f"{usual} {obstacle(usual, setting)}"
     earlier = [name for name in (FA3, FA4, FLASH_ATTN, VARLEN) if name != backend and _preferred(name, setting)]
     missing = [name for name in earlier if obstacle(name, setting) is not None]
     return "the fastest that works here" + (f" (not usable: {', '.join(missing)})" if missing else "")

@@ -6,7 +6,6 @@ nothing waits for the device. Its shapes depend on T only, so packings of T toke
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,9 +86,7 @@ def block_masked_attention(
     return output[0].transpose(0, 1)
 
 
-@functools.cache
 def _soft_cap(cap: float) -> Callable[..., Tensor]:
-    # One function for all layers and steps, so that compiled code is found again.
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 

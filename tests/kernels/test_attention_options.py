@@ -1,15 +1,20 @@
 """Soft cap, sinks, and values of another head size, against an explicit float64 softmax over every document."""
 
 import itertools
+import math
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from oracles.packed_attention import documented_varlen, explicit_attention
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_operator
+from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
-from retemper.kernels.attention import attention, flash, plan_attention
+from retemper.kernels.attention import AttentionPlan, attention, flash, per_document_attention, plan_attention
 
 CPU = torch.device("cpu")
 LAYOUTS = {
@@ -89,6 +94,52 @@ def test_options_equal_the_explicit_softmax(backend, layout, heads, kv_heads, op
         check(plan, lengths, heads, kv_heads, window, options, gradients)
 
 
+def flex_with_gradients(q, k, v, *, block_mask, scale, enable_gqa, score_mod=None, return_aux=None):
+    """``flex_attention`` without its refusal of gradients on a CPU: the operator that it calls has them."""
+    options = {"OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    score_mod = score_mod or (lambda score, batch, head, query, key: score)
+    output, log2_sum, _ = flex_attention_operator(q, k, v, score_mod, block_mask.as_tuple(), scale, options)
+    return output if return_aux is None else (output, AuxOutput(lse=log2_sum * math.log(2)))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_flex_attention(layout, options):
+    lengths = LAYOUTS[layout]
+    plan = plan_attention("flex", offsets(lengths), WINDOWS, CPU)
+    for window in WINDOWS:
+        check(replace(plan, function=flex_with_gradients), lengths, 4, 2, window, options)
+
+
+def test_packings_share_the_graphs_of_a_compiled_block():
+    """One for each window, with a soft cap and sinks, and without a graph break."""
+    inputs = [x.detach() for x in make_inputs([20], 4, 2, sinks=True)]
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(attention, backend=graphs, fullgraph=True)
+    for lengths in ([20], [5, 15], [12, 1, 7]):
+        plan = plan_attention("flex", offsets(lengths), [None, 3], CPU)
+        for window in (None, 3):
+            options = {"softcap": 1.5, "window": window, "sinks": inputs[3]}
+            output = compiled(*inputs[:3], offsets([20]), 20, plan=plan, **options)
+            assert torch.allclose(output, per_document_attention(*inputs[:3], lengths, **options), atol=1e-6)
+    torch._dynamo.reset()
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_has_a_soft_cap_and_other_values():
+    """On a CPU only the forward pass without the log-sum-exp can be compiled."""
+    lengths = [130, 1, 100, 69]
+    plan = plan_attention("flex", offsets(lengths), [None], CPU)
+    plan = replace(plan, function=torch.compile(flex_attention, dynamic=False))
+    q, k, v, _ = (None if x is None else x.detach() for x in make_inputs(lengths, 4, 2, 16, 32))
+    output = attention(q, k, v, offsets(lengths), 130, softcap=1.5, plan=plan)
+    expected = explicit_attention(q.double(), k.double(), v.double(), lengths, None, None, 1.5)
+    assert (output - expected).norm() <= 1e-6 * expected.norm()
+
+
 @pytest.mark.parametrize("options", [OPTIONS["softcap"], OPTIONS["larger values"], OPTIONS["smaller values"]])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -128,8 +179,7 @@ def test_varlen_attn_gets_one_head_size(monkeypatch, options):
 )
 def test_an_option_is_never_ignored(backend, options):
     q, k, v, _ = make_inputs([4], 4, 2)
-    plan = plan_attention("varlen", offsets([4]), [], CPU)
-    plan = type(plan)(backend)
+    plan = AttentionPlan(backend)
     with pytest.raises(ValueError, match=f"attention by {backend} has no {next(iter(options))}"):
         attention(q, k, v, offsets([4]), 4, plan=plan, **options)
 
