@@ -12,8 +12,9 @@ from retemper.engine.batch import Batch
 from retemper.engine.errors import UserError
 from retemper.engine.model.config_file import read_hf_config
 from retemper.engine.model.decoder import Decoder
-from retemper.engine.model.families import inverse_frequencies
+from retemper.engine.model.families import parse_decoder_architecture
 from retemper.engine.model.implementations import parse_architecture
+from retemper.engine.model.rope_settings import inverse_frequencies
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 
 VOCAB = 211
@@ -153,7 +154,9 @@ def test_number_of_parameters(family):
 def test_inverse_frequencies(family):
     config = CONFIGS[family]()
     expected = hf_model(config).model.rotary_emb.inv_freq
-    actual = torch.tensor(inverse_frequencies(parse_architecture(config.to_dict())), dtype=torch.float64)
+    actual = torch.tensor(
+        inverse_frequencies(parse_decoder_architecture(config.to_dict()).ropes[0]), dtype=torch.float64
+    )
     torch.testing.assert_close(actual, expected.double(), rtol=1e-6, atol=0)
 
 
@@ -233,7 +236,7 @@ def test_absent_keys_mean_what_transformers_takes_for_them(family):
 
 def test_published_qwen2_config():
     """Qwen2.5-0.5B's config.json as published: head_dim, rope_scaling and layer_types are absent."""
-    architecture = parse_architecture(
+    architecture = parse_decoder_architecture(
         {
             "architectures": ["Qwen2ForCausalLM"],
             "attention_dropout": 0.0,
@@ -263,22 +266,22 @@ def test_published_qwen2_config():
     assert architecture.num_parameters == 494_032_768
     assert architecture.head_dim == 64
     assert architecture.sliding_windows == (None,) * 24
-    assert architecture.rope_theta == 1e6
+    assert {rope.theta for rope in architecture.ropes} == {1e6}
 
 
 LLAMA = LlamaConfig(**SHAPE).to_dict()
 REFUSALS = {
     "unknown model type": ({"model_type": "gpt_neox"}, "model_type", "'gpt_neox'"),
     "no model type": ({"model_type": None}, "model_type", "None"),
-    "yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type", "'yarn'"),
-    "older yarn": ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type", "'yarn'"),
+    "unknown rope": ({"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}, "rope_type", "'axial'"),
+    "older unknown rope": ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, "rope_type", "'su'"),
     "linear rope without factor": ({"rope_parameters": {"rope_type": "linear"}}, "factor", "None"),
     "llama3 rope without its fields": (
         {"rope_parameters": {**LLAMA3_ROPE, "original_max_position_embeddings": None}},
         "original_max_position_embeddings",
         "None",
     ),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act", "'gelu'"),
+    "activation": ({"hidden_act": "tanh"}, "hidden_act", "'tanh'"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout", "0.1"),
     "kv heads": ({"num_key_value_heads": 3}, "num_attention_heads", "4"),
     "hidden size": ({"hidden_size": 66, "head_dim": None}, "hidden_size", "66"),
