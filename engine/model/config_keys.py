@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import UserError
 from .config_reader import ConfigReader, shown
-from .family_table import FAMILIES, Family
+from .family_table import FAMILIES
 
 _READ = """
     attention_bias attention_dropout bos_token_id dtype eos_token_id head_dim hidden_act hidden_size initializer_range
@@ -192,7 +192,8 @@ def account_for_keys(config: dict[str, Any], where: str, model_type: str) -> Non
 
 def unread_keys(config: dict[str, Any]) -> list[str]:
     """Return the keys of ``config`` that are in no table, and therefore have no effect."""
-    return [key for key in config if not _is_known(key)]
+    family = _known_in_family(config)
+    return [key for key in config if key not in family and not _is_known(key)]
 
 
 def require_known_keys(config: dict[str, Any], where: str) -> None:
@@ -201,15 +202,13 @@ def require_known_keys(config: dict[str, Any], where: str) -> None:
     Raises:
         UserError: names all of them, each with the nearest key.
     """
-    model_type = config.get("model_type")
-    family = FAMILIES.get(model_type, Family()) if isinstance(model_type, str) else Family()
-    read = READ | family.read_keys
-    unknown = [key for key in config if key not in read and (not _is_known(key) or key in OTHER_NAMES)]
+    family = READ | _known_in_family(config)
+    unknown = [key for key in config if key not in family and (not _is_known(key) or key in OTHER_NAMES)]
     if not unknown:
         return
     hints = []
     for key in unknown[:_MOST_NAMED]:
-        near = OTHER_NAMES.get(key) or _FORGIVABLE.get(key) or _near(key, read, _SIMILAR)
+        near = OTHER_NAMES.get(key) or _FORGIVABLE.get(key) or _near(key, family, _SIMILAR)
         hints.append(f"{shown(key)} (did you mean {near}?)" if near else shown(key))
     raise UserError(f"{where}: unknown settings: {_list(hints, len(unknown))}; correct or remove them")
 
@@ -221,6 +220,13 @@ def describe_unread(config: dict[str, Any], where: str) -> list[str]:
         return []
     named = _list([shown(key) for key in keys[:_MOST_NAMED]], len(keys))
     return [f"note: {where} has keys without effect, which are not read: {named}"]
+
+
+def _known_in_family(config: dict[str, Any]) -> frozenset[str]:
+    """Return the keys that the config's family reads or ignores, besides those of all families."""
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    return family.read_keys.union(family.ignored.split()) if family else frozenset()
 
 
 def _list(named: list[str], count: int) -> str:

@@ -68,8 +68,6 @@ class DecoderArchitecture(Architecture):
     """Factor of what a block adds to the hidden states."""
     attention_scale: float | None = None
     """Factor of the attention scores; None: 1 / sqrt(head_dim)."""
-    attention_softcap: float | None = None
-    """Replaces attention scores ``x`` by ``cap * tanh(x / cap)``."""
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
@@ -239,7 +237,7 @@ def _ropes(
     )
 
 
-def _scalars(reader: ConfigReader, family: Family) -> dict[str, float]:
+def _scalars(reader: ConfigReader, family: Family) -> dict[str, Any]:
     """Return the factors and caps by field of the architecture; absent ones have no effect."""
     values = {}
     for key, (name, exponent) in family.scalars.items():

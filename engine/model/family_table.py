@@ -142,7 +142,6 @@ _ATTENTION_BIAS: dict[str, Any] = {"qkv_bias": "attention_bias", "output_bias": 
 _LLAMA_BIASES: dict[str, Any] = {**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 
-_LONGROPE = {"rope_types": ("default", "longrope"), "rope_aliases": {"su": "longrope", "yarn": "longrope"}}
 _MINISTRAL3_ROPE = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
@@ -225,7 +224,8 @@ FAMILIES: dict[str, Family] = {
         partial_rotary=1.0,
         dropouts="attention_dropout resid_pdrop embd_pdrop",
         fused={"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), **_GATE_UP},
-        **_LONGROPE,
+        rope_types=("default", "longrope"),
+        rope_aliases={"su": "longrope", "yarn": "longrope"},
     ),
     "gemma2": Family(
         defaults={
@@ -242,6 +242,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         defaults={**_GEMMA, "max_position_embeddings": 131072, "sliding_window": 4096},
         keys="sliding_window_pattern rope_local_base_freq",
+        ignored="_sliding_window_pattern",
         **_GEMMA_ROW,
         qk_norm="head",
         full_attention_every=6,
