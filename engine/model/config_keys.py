@@ -177,12 +177,15 @@ def account_for_keys(config: dict[str, Any], where: str, model_type: str) -> Non
     """
     reader = ConfigReader(config, where)
     family = FAMILIES[model_type]
-    read, ignored = READ | family.read_keys, family.ignored.split()
+    # These settings have other names in some families, under which the usual ones have no effect.
+    renamed = {"hidden_act": family.activation, "rms_norm_eps": family.norm_eps}
+    others = {**OTHER_NAMES, **renamed}
+    read, ignored = READ.difference(renamed) | family.read_keys, family.ignored.split()
     for key, value in config.items():
         if key in read or key in HARMLESS or key in ignored:
             continue
-        if key in OTHER_NAMES:
-            _refuse_other_name(reader, key, value)
+        if key in others:
+            _refuse_other_name(reader, key, value, renamed.get(others[key], others[key]))
         elif _is_foreign(key):
             if not _is_neutral(key, value, model_type):
                 reader.fail(key, value, _foreign_remedy(key, model_type))
@@ -263,8 +266,8 @@ def _foreign_remedy(key: str, model_type: str) -> str:
     )
 
 
-def _refuse_other_name(reader: ConfigReader, key: str, value: Any) -> None:
-    ours = OTHER_NAMES[key]
+def _refuse_other_name(reader: ConfigReader, key: str, value: Any, ours: str) -> None:
+    """Refuse ``key``, another name of the setting ``ours``, unless it repeats the value."""
     here = reader.config.get(ours)
     if value is None or (type(here) is type(value) and here == value):
         return
