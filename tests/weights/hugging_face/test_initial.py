@@ -134,7 +134,7 @@ def test_files_of_an_earlier_save_are_left_out_and_named(one_rank, hf_run, hf, t
 def test_a_file_that_is_cut_while_it_is_read_takes_a_line(hf, tmp_path):
     folder = shutil.copytree(hf, tmp_path / "hf")
     model = open_hf_model(folder)
-    [part] = model.stored.parts["model.norm.weight"]
+    [part] = model.weights.parts["model.norm.weight"]
     path, start = part.path, part.find(0)
     os.truncate(path, start + 1)
     target = {"model.norm.weight": torch.empty(32)}
