@@ -146,8 +146,8 @@ class _Boxes:
         """Return the same tensor."""
         return self
 
-    def squeeze(self, dim: int) -> _Boxes:
-        """Remove a dimension of size 1, which must be the first one."""
+    def squeeze(self, dim: int = 0) -> _Boxes:
+        """Remove the first dimension, which has size 1. Old versions of transformers do not name it."""
         if dim != 0 or self.shape[0] != 1:
             raise _NotBoxes(self.boxes[0].parameter, "squeeze")
         boxes = [box._replace(offsets=box.offsets[1:], sizes=box.sizes[1:]) for box in self.boxes]
