@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from forked import LIMIT_SECONDS
+from tqdm import tqdm
 
 from retemper.engine.parallel.process_group import Ranks
 
@@ -76,6 +78,7 @@ def _call(log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own one between processes would outlive a process that is killed
     code = 0
     try:
         function(*arguments)

@@ -220,18 +220,11 @@ def _configuration(path: Path, run_folder: Path, *overrides: str) -> RunConfig:
 # The reference: a loop with transformers alone
 
 
-def library() -> Any:
-    """Return transformers' class of all causal language models. Progress bars would leave semaphores behind."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM
-
-
 def load(folder: Path, **options: Any) -> Any:
     """Load a folder with transformers, in fp32 and with its plainest attention."""
-    return library().from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options)
 
 
 def train_reference(path: Path, folder: Path) -> None:
