@@ -61,6 +61,12 @@ class Architecture(ABC):
     """Whether the embedding is also the output head. The head then has no parameter of its own."""
     sliding_windows: tuple[int | None, ...]
     """Attention window of every layer; None attends to the whole document."""
+    attention_softcap: float | None = None
+    """Cap of the attention scores, ``cap * tanh(score / cap)``; None without one."""
+    attention_sinks: bool = False
+    """Whether each head has a learned logit that takes part in its softmax without a value."""
+    value_head_dim: int | None = None
+    """Size of values; None for ``head_dim``."""
 
     @property
     @abstractmethod

@@ -92,15 +92,15 @@ def triton_loss(capability: tuple[int, int], count_flops: Callable[[float], None
     on_cpu = chunked.compute
 
     def compute(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
-        *others, _, need_hidden, need_weight = rest
+        *others, _, needs = rest
         if hidden.dtype != torch.bfloat16:
             return on_cpu(hidden, weight, *rest)
-        return triton_kernels.compute(hidden, weight, *others, loss.TRITON_LOGIT_BYTES, need_hidden, need_weight)
+        return triton_kernels.compute(hidden, weight, *others, loss.TRITON_LOGIT_BYTES, needs)
 
-    def launch(hidden: Tensor, weight: Tensor, *rest: Any, second: bool) -> None:
+    def launch(hidden: Tensor, head: Any, *rest: Any, second: bool) -> None:
         # The second launch repeats what the first could not compute: usually nothing.
         if not second:
-            count_flops(2.0 * hidden.shape[0] * hidden.shape[1] * weight.shape[0])
+            count_flops(2.0 * hidden.shape[0] * hidden.shape[1] * head.weight_VH.shape[0])
 
     def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
         count_flops(2.0 * a.shape[0] * a.shape[1] * b.shape[1])
