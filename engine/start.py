@@ -40,7 +40,7 @@ from .weights.checkpoint.tensors import (
 )
 from .weights.hugging_face.initial import INITIALIZE_FROM, load_hf_tensors, local_weights, open_weights
 from .weights.hugging_face.model import HfModel
-from .weights.hugging_face.weight_dtypes import declared_dtype, with_dtype
+from .weights.hugging_face.weight_dtypes import declared_dtype, dtypes_of, with_dtype
 from .weights.parts import TensorParts
 
 
@@ -183,7 +183,7 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
         found_assets, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
     assets = complete_assets(model, found_assets, folder, found.resumes)
     if weights is not None:  # declare the dtypes that are stored, as checkpoint_convert/hf_to_dcp.py does
-        assets = with_dtype(assets, (tensor.dtype for tensor in weights.parameters.tensors.values()))
+        assets = with_dtype(assets, dtypes_of(weights.parameters.tensors, weights.architecture.float32_tensors))
     assert assets.config is not None
     if config.checkpoint.export_hf:
         declared_dtype(assets.config, where)  # in which the end of the run exports the weights

@@ -38,7 +38,7 @@ class Piece(NamedTuple):
     offsets: tuple[int, ...]
     """Where the box begins in that tensor."""
     sizes: tuple[int, ...]
-    """Of the box in that tensor. In the parameter it may have more dimensions: leading ones of size 1."""
+    """Of the box in that tensor. If the parameter has more dimensions or fewer, the leading ones have size 1."""
     at: tuple[int, ...]
     """Where the box begins in the parameter."""
 
@@ -95,6 +95,19 @@ class Architecture(ABC):
             By parameter, the pieces that cover it, each element once.
         """
         return {}
+
+    @property
+    def unused_tensors(self) -> tuple[str, ...]:
+        """Regular expressions, searched in names of tensors that Hugging Face files may hold and this model lacks.
+
+        The layers of multi-token prediction are an example.
+        """
+        return ()
+
+    @property
+    def float32_tensors(self) -> frozenset[str]:
+        """Names of the parameters that files hold in float32, whatever the dtype of the others is."""
+        return frozenset()
 
     @property
     def embedding_name(self) -> str:

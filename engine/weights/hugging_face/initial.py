@@ -74,7 +74,7 @@ def load_hf_tensors(model: HfModel, tensors: dict[str, Tensor], distributed: boo
         UserError: on every rank, when on any of them a file cannot be read, or holds values that are not finite.
     """
     check = lambda name, values: require_finite(name, values, _NONFINITE_REMEDY)  # noqa: E731
-    load_parts(model.parameters, tensors, model.stored.folder, all_ranks(None, distributed), check)
+    load_parts(model.parameters, tensors, model.weights.folder, all_ranks(None, distributed), check)
 
 
 def _kind(name: str) -> tuple[str, str]:
