@@ -34,7 +34,8 @@ class TransformersArchitecture(Architecture):
     """See :attr:`block_matrices`."""
     names: tuple[str, str]
     """Of the embedding and of the head."""
-    documents: DocumentMode = "packed"
+    documents: DocumentMode = "library_attention"
+    """The slowest way, which every type supports; :mod:`.self_check` looks for a faster one."""
     reason: str = field(default="", compare=False)
     """Why transformers computes it."""
     remark: str = field(default="", compare=False)
