@@ -70,7 +70,6 @@ def convert(
         return compare_logits(folder, back, model.architecture, targets, vocab_size, model.max_length)
 
     options = {"dtype": dtype if target or model.export_dtype is None else dtype_name(model.export_dtype)}
-    unused = {name: model.stored[name] for names in model.left_out.values() for name in names}
     conversion = Conversion(
         model=model,
         source=parts,
@@ -79,7 +78,7 @@ def convert(
         record=ConversionRecord(
             "to_megatron", model.identify(), {**options, **asdict(layout)}, left_out=model.left_out
         ),
-        stored={**parts.unpadded, **unused},
+        stored={**parts.unpadded, **model.unused},
         hashed_rows=parts.hashed_rows,
         casts=describe_casts(model.parameters.tensors, targets),
         notes=_advice(args),

@@ -69,7 +69,7 @@ def convert(
         tensors=tensors,
         target=hf_target(tensors, shard_bytes, assets) if format == HF else checkpoint_target(tensors, assets),
         record=ConversionRecord("from_megatron", model.identify(), options, left_out=model.left_out),
-        stored=model.stored,
+        stored={**model.parameters.tensors, **model.unused},
         casts=describe_casts(model.parameters.tensors, tensors),
         notes=without if assets.tokenizer_sha256 is None else (),
     )
@@ -84,7 +84,10 @@ def _open(folder: Path, config: str | Path | None, tokenizer: str | None) -> Sto
         config=model.config,
         architecture=model.architecture,
         parameters=model,
-        stored={**model.tensors, **model.left_out},
+        published=model,  # the families that Megatron supports store parameters as they are
+        published_tables=model.architecture.tables,
+        float32=(),
+        unused=model.left_out,
         left_out={"state of the optimizer": list(model.left_out)} if model.left_out else {},
         assets=_assets(config, tokenizer, model),
         asset_folder=folder,

@@ -38,7 +38,7 @@ class Piece(NamedTuple):
     offsets: tuple[int, ...]
     """Where the box begins in that tensor."""
     sizes: tuple[int, ...]
-    """Of the box in that tensor. In the parameter it may have more dimensions: leading ones of size 1."""
+    """Of the box in that tensor. If the parameter has more dimensions or fewer, the leading ones have size 1."""
     at: tuple[int, ...]
     """Where the box begins in the parameter."""
 
@@ -74,6 +74,19 @@ class Architecture(ABC):
         """The implementation that computes the model."""
 
     @property
+    def packs_documents(self) -> bool:
+        """Whether blocks compute all documents of a batch at once, and mix tokens only in our attention."""
+        return True
+
+    def describe_implementation(self) -> str:
+        """Return which implementation computes the model, why, and what that costs."""
+        return "native decoder"
+
+    def facts(self) -> dict[str, Any]:
+        """Return what distinguishes the model from another one, by name."""
+        return dict(vars(self))
+
+    @property
     @abstractmethod
     def num_parameters(self) -> int:
         """Number of distinct parameters (tied embeddings count once)."""
@@ -95,6 +108,19 @@ class Architecture(ABC):
             By parameter, the pieces that cover it, each element once.
         """
         return {}
+
+    @property
+    def unused_tensors(self) -> tuple[str, ...]:
+        """Regular expressions, searched in names of tensors that Hugging Face files may hold and this model lacks.
+
+        The layers of multi-token prediction are an example.
+        """
+        return ()
+
+    @property
+    def float32_tensors(self) -> frozenset[str]:
+        """Names of the parameters that files hold in float32, whatever the dtype of the others is."""
+        return frozenset()
 
     @property
     def embedding_name(self) -> str:
@@ -124,6 +150,8 @@ class LanguageModel(nn.Module, ABC):
     """Whether this part of the model has the first block, and so takes tokens."""
     is_last: bool
     """Whether this part has the last block, and so returns losses."""
+    constants: frozenset[str] = frozenset()
+    """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
 
     @property
     @abstractmethod
@@ -179,17 +207,18 @@ class LanguageModel(nn.Module, ABC):
 
     def cast_parameters(self, dtype: torch.dtype) -> LanguageModel:
         """Cast the parameters, which are on the meta device, and return this model. Constants keep their dtype."""
-        for module in self.modules():
+        for prefix, module in self.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                cast = nn.Parameter(parameter.to(dtype), requires_grad=parameter.requires_grad)
-                module.register_parameter(name, cast)
+                if f"{prefix}.{name}" not in self.constants:
+                    cast = nn.Parameter(parameter.to(dtype), requires_grad=parameter.requires_grad)
+                    module.register_parameter(name, cast)
         return self
 
     def table_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of this part that are in :attr:`Architecture.tables`."""
         return [parameter for name, parameter in self.named_parameters() if name in self.architecture.tables]
 
-    def materialize(self, device: torch.device, **options: Any) -> LanguageModel:
+    def materialize(self, device: torch.device) -> LanguageModel:
         """Allocate the parameters, which are on the meta device, and return this model. They are not initialized."""
-        self.to_empty(device=device, **options)
+        self.to_empty(device=device)
         return self

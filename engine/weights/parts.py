@@ -45,6 +45,8 @@ class Part:
     find: Callable[[int], int | Tensor]
     """Takes a descriptor of the file and returns the offset of the values, in bytes; or the values themselves, if they
     are not stored row after row."""
+    array: Box | None = None
+    """If the values are a box of a larger stored array: where they begin in it, and its sizes."""
 
 
 class TensorParts:
@@ -71,6 +73,11 @@ class TensorParts:
         some = copy.copy(self)
         some.tensors = {name: self.tensors[name] for name in names}
         return some
+
+    def renamed(self, names: Mapping[str, str]) -> TensorParts:
+        """Return some of these tensors under other names; ``names`` maps the new ones to the present ones."""
+        tensors = {name: self.tensors[present] for name, present in names.items()}
+        return TensorParts(self.where, tensors, {name: self.parts[present] for name, present in names.items()})
 
     def require_full_coverage(self, names: Collection[str] | None = None) -> None:
         """Refuse tensors (by default all) whose parts do not cover them exactly.
@@ -119,7 +126,7 @@ class _Reader:
     def read(self, offsets: Sequence[int], into: Tensor) -> None:
         """Fill ``into`` with the box at ``offsets``."""
         for number, part in enumerate(self._parts):
-            common = _intersection((tuple(offsets), tuple(into.shape)), (part.offsets, part.sizes))
+            common = intersection((tuple(offsets), tuple(into.shape)), (part.offsets, part.sizes))
             if common is None:
                 continue
             low, sizes = common
@@ -127,16 +134,18 @@ class _Reader:
             with opened_for_reading(part.path) as descriptor:
                 if number not in self._found:
                     self._found[number] = part.find(descriptor)
-                inside = tuple(a - b for a, b in zip(low, part.offsets, strict=True))
+                begin = part.array[0] if part.array else (0,) * len(low)
+                inside = tuple(a - b + c for a, b, c in zip(low, part.offsets, begin, strict=True))
                 self._read_part(part, descriptor, self._found[number], inside, place)
 
     def _read_part(
         self, part: Part, descriptor: int, found: int | Tensor, offsets: tuple[int, ...], place: Tensor
     ) -> None:
         """Fill ``place`` from ``part``; a block at a time if it has another dtype or is on another device."""
+        sizes = part.array[1] if part.array else part.sizes
         if isinstance(found, Tensor):
             box = tuple(slice(at, at + n) for at, n in zip(offsets, place.shape, strict=True))
-            place.copy_(found.reshape(part.sizes)[box])
+            place.copy_(found.reshape(sizes)[box])
             return
         direct = place.dtype == self._dtype and place.device.type == "cpu" and place.is_contiguous()
         row_bytes = math.prod(place.shape[1:]) * self._dtype.itemsize
@@ -144,14 +153,14 @@ class _Reader:
         for first in range(0, len(place), step):
             rows = place[first : first + step]
             block = rows if direct else torch.empty(rows.shape, dtype=self._dtype)
-            read_box(descriptor, found, part.sizes, (offsets[0] + first, *offsets[1:]), block, part.path)
+            read_box(descriptor, found, sizes, (offsets[0] + first, *offsets[1:]), block, part.path)
             if self._check is not None:
                 self._check(self._name, block)
             if not direct:
                 rows.copy_(block)
 
 
-def _intersection(one: Box, other: Box) -> Box | None:
+def intersection(one: Box, other: Box) -> Box | None:
     """Return the box that both have in common; None if it has no elements."""
     low = tuple(map(max, one[0], other[0]))
     ends = zip(one[0], one[1], other[0], other[1], strict=True)

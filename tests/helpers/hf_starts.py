@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import tiny_run
 import torch
+import yaml
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
@@ -94,11 +95,12 @@ def train_from_hub(ranks: Ranks, path: Path, overrides: list[str], copy: str) ->
 
 def refusal_of_download(ranks: Ranks, path: Path, overrides: list[str], problem: Exception, failing_rank: int) -> str:
     """What the run says whose download fails on one rank, as snapshot_download does."""
+    copy: str = yaml.safe_load(path.read_text())["model"]["initialize_from"]
 
     def download(name: str, **options: object) -> str:
         if ranks.rank == failing_rank:
             raise problem
-        return str(path.parent)
+        return copy
 
     original, huggingface_hub.snapshot_download = huggingface_hub.snapshot_download, download
     try:

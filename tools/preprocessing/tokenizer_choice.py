@@ -81,6 +81,6 @@ def check_vocabulary(
 
 def _config_on_hub(name: str) -> dict[str, Any]:
     """config.json of the Hub repository ``name``."""
-    from ...engine.weights.hugging_face.hub_download import find_model_folder
+    from ...engine.weights.hugging_face.hub_download import find_files
 
-    return read_config(find_model_folder(name, "--model", wanted=[MODEL_CONFIG]) / MODEL_CONFIG)
+    return read_config(find_files(name, "--model", [MODEL_CONFIG]) / MODEL_CONFIG)

@@ -110,7 +110,10 @@ def _write(
     new = load_tokenizer(beside)
     gain = None if corpus is None else _measure(corpus, old, new)
     first_id = extension.tokens[0].id
-    source = ExtendedVocabulary(model.parameters, vocab_size, first_id, extension.tokens)
+    old_weights, tables = model.published, model.published_tables
+    if model.is_checkpoint:
+        old_weights, tables = model.parameters, model.architecture.tables
+    source = ExtendedVocabulary(old_weights, tables, vocab_size, first_id, extension.tokens)
     done = write_weights(folder, model.is_checkpoint, source, parse_shard_size(options.max_shard_size))
     facts = {
         "model": options.model,

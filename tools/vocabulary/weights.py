@@ -24,7 +24,6 @@ from ...engine.weights.conversion.stored_model import StoredModel, open_checkpoi
 from ...engine.weights.conversion.vocabulary import mean_row
 from ...engine.weights.conversion.writing import progress
 from ...engine.weights.hugging_face.hub_download import find_model_folder
-from ...engine.weights.hugging_face.model import EMBEDDING, HEAD
 from ...engine.weights.hugging_face.shards import ShardPlan
 from ...engine.weights.tensor_source import ReadRows, StoredTensor, TensorSource
 from ...engine.weights.workers import default_workers
@@ -79,15 +78,18 @@ class ExtendedVocabulary:
 
     Args:
         source: of the old model.
+        tables: names of its tensors with one row for each token.
         vocab_size: new number of rows.
         num_used: exclusive upper bound of the old tokens' ids.
         tokens: new ones, with consecutive ids from ``num_used`` on.
     """
 
-    def __init__(self, source: TensorSource, vocab_size: int, num_used: int, tokens: Sequence[NewToken]):
+    def __init__(
+        self, source: TensorSource, tables: Sequence[str], vocab_size: int, num_used: int, tokens: Sequence[NewToken]
+    ):
         self._source, self._num_used, self._tokens = source, num_used, tokens
         assert [token.id for token in tokens] == list(range(num_used, num_used + len(tokens)))
-        self._extended = [name for name in (EMBEDDING, HEAD) if name in source.tensors]
+        self._extended = tables
         self.hashed_rows = dict.fromkeys(self._extended, num_used)
         """For each extended tensor: how many rows come from the source."""
         self.tensors: Mapping[str, StoredTensor] = {
@@ -121,15 +123,15 @@ class ExtendedVocabulary:
             yield read_extended
 
     def _new_rows(self, read: ReadRows, stored: StoredTensor, mean: Tensor) -> Tensor:
-        """Return [new tokens, hidden] in the stored dtype; ``mean`` for a token without parts."""
+        """Return the rows of the new tokens in the stored dtype; ``mean`` for a token without parts."""
 
         @functools.cache
         def row(token: int) -> Tensor:
-            values = torch.empty((1, stored.shape[1]), dtype=stored.dtype)
+            values = torch.empty((1, *stored.shape[1:]), dtype=stored.dtype)
             read(token, values)
             return values[0].float()
 
-        new = torch.empty((len(self._tokens), stored.shape[1]), dtype=stored.dtype)
+        new = torch.empty((len(self._tokens), *stored.shape[1:]), dtype=stored.dtype)
         for place, token in enumerate(self._tokens):
             new[place] = torch.stack([row(part) for part in token.subtokens]).mean(0) if token.subtokens else mean
         return new

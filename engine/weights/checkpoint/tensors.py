@@ -131,16 +131,16 @@ def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor]
         UserError: missing, unexpected or differently shaped tensors.
     """
     weights = {name: tensor for name, tensor in stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
-    difference = describe_difference(weights, model)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
+    difference = describe_difference(weights, wanted)
     if difference:
         raise UserError(f"{folder}: the checkpoint belongs to another model: {difference}")
 
 
-def describe_difference(stored: Mapping[str, StoredTensor], model: ParameterOwner) -> str:
-    """Return a line about how names and shapes of ``stored`` differ from the parameters of ``model``; empty if they
-    do not.
+def describe_difference(stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """Return a line about how names and shapes of ``stored`` differ from those that are ``wanted``; empty if they do
+    not.
     """
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     missing = [name for name in wanted if name not in stored]
     unexpected = [name for name in stored if name not in wanted]
     shapes = [

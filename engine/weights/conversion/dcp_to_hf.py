@@ -8,7 +8,7 @@ from typing import Any
 
 from ...files.atomic import require_absent
 from ...files.outputs import Use, require_separate
-from ..hugging_face.weight_dtypes import cast_to, describe_casts, dtype_name, dtype_named, with_dtype
+from ..hugging_face.weight_dtypes import cast_to, describe_casts, dtype_name, dtype_named, dtypes_of, with_dtype
 from ..hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
 from ..workers import parse_workers
 from .logits import compare_logits
@@ -30,11 +30,11 @@ def plan_export(
     model = open_checkpoint(checkpoint)
     target = target or model.export_dtype
     assets, rows = model.assets, model.architecture.vocab_size
-    source = resized_vocabulary(model.parameters, rows, vocab_size, None, assets)
-    tensors = cast_to(source.tensors, target)
+    source = resized_vocabulary(model.published, model.published_tables, rows, vocab_size, None, assets)
+    tensors = cast_to(source.tensors, target, model.float32)
     if source.vocab_size != rows:
         assets = assets.with_config({**model.config, "vocab_size": source.vocab_size})
-    assets = with_dtype(assets, (tensor.dtype for tensor in tensors.values()))
+    assets = with_dtype(assets, dtypes_of(tensors, model.float32))
     options = {
         "dtype": dtype if target is None else dtype_name(target),
         "max_shard_size": shard_bytes,
@@ -46,9 +46,9 @@ def plan_export(
         tensors=tensors,
         target=hf_target(tensors, shard_bytes, assets),
         record=ConversionRecord("dcp_to_hf", model.identify(), options, source.record, model.left_out),
-        stored=model.stored,
+        stored={**model.published.tensors, **model.unused},
         hashed_rows=source.hashed_rows,
-        casts=describe_casts(model.parameters.tensors, tensors),
+        casts=describe_casts(model.published.tensors, tensors),
         notes=source.describe(),
     )
 
@@ -80,6 +80,8 @@ def convert(
 
     def compare(content: Path) -> dict[str, Any]:
         common = min(model.architecture.vocab_size, rows)
-        return compare_logits(content, model.parameters, model.architecture, tensors, common, model.max_length)
+        written = dtype_named(conversion.record.options["dtype"])
+        rounded_to = {**cast_to(model.parameters.tensors, written, model.float32), **tensors}
+        return compare_logits(content, model.parameters, model.architecture, rounded_to, common, model.max_length)
 
     conversion.write(output, workers, allow_nonfinite, say, compare if verify else None)

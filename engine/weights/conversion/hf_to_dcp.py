@@ -12,7 +12,7 @@ from ...model.implementations import parse_architecture
 from ..checkpoint.assets import HfAssets
 from ..checkpoint.tensors import open_tensors
 from ..hugging_face.hub_download import find_model_folder
-from ..hugging_face.weight_dtypes import cast_to, describe_casts, dtype_named, with_dtype
+from ..hugging_face.weight_dtypes import cast_to, describe_casts, dtype_named, dtypes_of, with_dtype
 from ..hugging_face.weight_options import AUTO
 from ..workers import parse_workers
 from .logits import compare_logits
@@ -48,9 +48,10 @@ def convert(
     require_separate([Use("--hf", folder)], folders=[Use(f"--output {output}", output)])
     model = open_hf(hf, folder, any_vocab_size=vocab_size is not None)
     rows = model.architecture.vocab_size
-    source = resized_vocabulary(model.parameters, rows, vocab_size, pad_vocab_to_multiple_of, model.assets)
-    tensors = cast_to(source.tensors, target)
-    assets = with_dtype(_with_vocabulary(model.assets, source), (tensor.dtype for tensor in tensors.values()))
+    tables, multiple_of = model.architecture.tables, pad_vocab_to_multiple_of
+    source = resized_vocabulary(model.parameters, tables, rows, vocab_size, multiple_of, model.assets)
+    tensors = cast_to(source.tensors, target, model.float32)
+    assets = with_dtype(_with_vocabulary(model.assets, source), dtypes_of(tensors, model.float32))
     options = {"dtype": dtype, "vocab_size": source.vocab_size}
     missing = [] if assets.tokenizer else [f"{folder} holds no tokenizer, so the checkpoint has none"]
     conversion = Conversion(
@@ -59,7 +60,7 @@ def convert(
         tensors=tensors,
         target=checkpoint_target(tensors, assets),
         record=ConversionRecord("hf_to_dcp", model.identify(), options, source.record, model.left_out),
-        stored=model.stored,
+        stored={**model.parameters.tensors, **model.unused},
         hashed_rows=source.hashed_rows,
         casts=describe_casts(model.parameters.tensors, tensors),
         notes=[*source.describe(), *missing],
@@ -67,7 +68,8 @@ def convert(
 
     def compare(content: Path) -> dict[str, Any]:
         common, architecture = min(rows, source.vocab_size), parse_architecture(assets.config or {})
-        return compare_logits(folder, open_tensors(content), architecture, tensors, common, model.max_length)
+        rounded_to = {**cast_to(model.published.tensors, target, model.float32), **tensors}
+        return compare_logits(folder, open_tensors(content), architecture, rounded_to, common, model.max_length)
 
     conversion.write(output, workers, allow_nonfinite, say, compare if verify else None)
 

@@ -22,7 +22,7 @@ from ...model.attention_choice import choose_for_model
 from ...model.implementations import meta_model
 from ...model.language_model import Architecture
 from ..checkpoint.tensors import model_tensors
-from ..hugging_face.model import EMBEDDING, HEAD
+from ..hugging_face.model import open_hf_model
 from ..partial_folder import DiscardOutput
 from ..tensor_source import StoredTensor, TensorSource, rows_of
 
@@ -42,13 +42,14 @@ def compare_logits(
     vocab_size: int,
     max_length: int | None,
 ) -> dict[str, Any]:
-    """Compare transformers on the Hugging Face ``folder`` with our decoder on ``source``.
+    """Compare transformers on the Hugging Face ``folder`` with our model on ``source``.
 
     Args:
         folder: of the model, before or after the conversion.
         source: the same tensors on the other side.
         architecture: of the decoder that runs ``source``.
-        rounded_to: the dtypes of the tensors in the output. Both sides round to them, so that casts make no difference.
+        rounded_to: the dtypes of the output, for names of parameters and of tensors in ``folder``. Both sides round to
+            them, so that casts make no difference.
         vocab_size: number of tokens that both sides have. Other logits are not compared.
         max_length: maximum number of tokens of the model, if known.
 
@@ -129,14 +130,11 @@ def _theirs(folder: Path, sequences: list[Tensor], rounded_to: Mapping[str, Stor
     """Return the [T, V] logits of every sequence, computed by transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..hugging_face.folder import HfWeights
-
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
         # If the embeddings have more rows than the config says, all of them are loaded.
-        stored = HfWeights(folder).tensors
-        config.vocab_size = (stored.get(EMBEDDING) or stored[HEAD]).shape[0]
+        config.vocab_size = open_hf_model(folder, any_vocab_size=True).architecture.vocab_size
         with _without_progress_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options

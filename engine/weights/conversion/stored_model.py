@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ import torch
 
 from ...files.hashing import hash_file
 from ...model.config_file import CONFIG_FILE, read_hf_config
-from ...model.implementations import meta_model, parse_architecture
+from ...model.implementations import architecture_of_tensors, meta_model
 from ...model.language_model import Architecture
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from ..checkpoint.tensors import OPTIMIZER_PREFIX, open_tensors, require_model_tensors
 from ..checkpoint.verify import require_undamaged
 from ..hugging_face.folder import INDEX_FILE
+from ..hugging_face.layout import Layout
 from ..hugging_face.model import open_hf_model
 from ..hugging_face.weight_dtypes import declared_dtype
 from ..parts import TensorParts
@@ -28,18 +29,24 @@ from .writing import progress
 
 @dataclass(frozen=True)
 class StoredModel:
-    """The parameters of a decoder, and what travels with them."""
+    """The parameters of a model, and what travels with them."""
 
     folder: Path
     config: dict[str, Any]
     """Content of a Hugging Face ``config.json``."""
     architecture: Architecture
     parameters: TensorSource
-    """Parameters, in the decoder's order."""
-    stored: Mapping[str, StoredTensor]
-    """All tensors, including those that are left out."""
+    """Parameters, in the model's order."""
+    published: TensorSource
+    """The same values as the tensors of Hugging Face files."""
+    published_tables: Sequence[str]
+    """The names there of the tensors with one row for each token."""
+    float32: Collection[str]
+    """Names of the parameters, and of their published tensors, that stay in float32 when the others are cast."""
+    unused: Mapping[str, StoredTensor]
+    """The tensors that hold no parameters."""
     left_out: dict[str, list[str]]
-    """Names of the tensors that are not parameters, by reason."""
+    """Their names, by reason."""
     assets: HfAssets
     asset_folder: Path
     """Where the files of ``assets`` are, if there are any."""
@@ -73,7 +80,7 @@ def open_hf(name: str, folder: Path, any_vocab_size: bool = False) -> StoredMode
             "folder": str(folder.resolve()),
             "config_xxh3_128": hash_file(folder / CONFIG_FILE),
             "index_xxh3_128": hash_file(index) if index.is_file() else None,
-            "files": {path.name: file_identity(path) for path in model.stored.files},
+            "files": {path.name: file_identity(path) for path in model.weights.files},
         }
 
     return StoredModel(
@@ -81,7 +88,10 @@ def open_hf(name: str, folder: Path, any_vocab_size: bool = False) -> StoredMode
         config=model.config,
         architecture=model.architecture,
         parameters=model.parameters,
-        stored=model.stored.tensors,
+        published=model.published,
+        published_tables=model.layout.published_names(model.architecture.tables),
+        float32=_float32(model.layout, model.architecture),
+        unused={name: model.weights.tensors[name] for names in model.left_out.values() for name in names},
         left_out=model.left_out,
         assets=HfAssets.read(folder),
         asset_folder=folder,
@@ -101,10 +111,11 @@ def open_checkpoint(folder: Path) -> StoredModel:
     files = _files_of(stored)
     where = folder / ASSET_FOLDER / CONFIG_FILE
     config = read_hf_config(where)
-    architecture = parse_architecture(config, str(where))
-    decoder = meta_model(architecture)
-    require_model_tensors(folder, stored.tensors, decoder)
-    parameters = stored.only(name for name, _ in decoder.named_parameters())
+    architecture = architecture_of_tensors(config, str(where), stored.tensors)
+    model = meta_model(architecture)
+    require_model_tensors(folder, stored.tensors, model)
+    layout = Layout.of(architecture, model)
+    parameters = stored.only(layout.shapes)
     states = [name for name in stored.tensors if name not in parameters.tensors]
     assert all(name.startswith(OPTIMIZER_PREFIX) for name in states)
 
@@ -117,7 +128,10 @@ def open_checkpoint(folder: Path) -> StoredModel:
         config=config,
         architecture=architecture,
         parameters=parameters,
-        stored=stored.tensors,
+        published=layout.published(parameters),
+        published_tables=layout.published_names(architecture.tables),
+        float32=_float32(layout, architecture),
+        unused={name: stored.tensors[name] for name in states},
         left_out={"state of the optimizer": states} if states else {},
         assets=HfAssets.of_checkpoint(folder),
         asset_folder=folder / ASSET_FOLDER,
@@ -126,6 +140,11 @@ def open_checkpoint(folder: Path) -> StoredModel:
         export_dtype=_export_dtype(manifest, config, where),
         verify=lambda workers: _verify(folder, manifest, workers),
     )
+
+
+def _float32(layout: Layout, architecture: Architecture) -> set[str]:
+    names = architecture.float32_tensors
+    return {*names, *layout.published_names(names)}
 
 
 def _files_of(stored: TensorParts) -> dict[str, Any]:

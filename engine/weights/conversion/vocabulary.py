@@ -8,7 +8,8 @@ log-probability falls by more than log(1 + n / V). With zero rows, a logit of 0 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +20,6 @@ from ...errors import UserError
 from ...model.families import LARGEST_SIZE
 from ..block_copy import BLOCK_BYTES
 from ..checkpoint.assets import HfAssets
-from ..hugging_face.model import EMBEDDING, HEAD
 from ..tensor_source import ReadRows, StoredTensor, TensorSource
 
 
@@ -28,15 +28,16 @@ class ResizedVocabulary:
 
     Args:
         source: has them with ``rows`` rows.
+        tables: names of the tensors with one row for each token.
         rows: number of stored rows.
         vocab_size: number of rows of the result.
     """
 
-    def __init__(self, source: TensorSource, rows: int, vocab_size: int):
+    def __init__(self, source: TensorSource, tables: Collection[str], rows: int, vocab_size: int):
         self._source = source
         self._rows = rows
         self.vocab_size = vocab_size
-        resized = [name for name in (EMBEDDING, HEAD) if name in source.tensors and rows != vocab_size]
+        resized = [name for name in tables if rows != vocab_size]
         self.hashed_rows = dict.fromkeys(resized, min(rows, vocab_size))
         """For each tensor with another number of rows: how many come from the source."""
         self.tensors: Mapping[str, StoredTensor] = {
@@ -79,10 +80,10 @@ class ResizedVocabulary:
 
 
 def mean_row(read: ReadRows, tensor: StoredTensor, num_rows: int) -> Tensor:
-    """Return the [hidden] mean of the first rows of ``tensor``, summed in float64, in the dtype of ``tensor``."""
-    hidden = tensor.shape[1]
-    block = torch.empty((max(1, BLOCK_BYTES // (hidden * 8)), hidden), dtype=tensor.dtype)
-    total = torch.zeros(hidden, dtype=torch.float64)
+    """Return the mean of the first rows of ``tensor``, summed in float64, in the dtype of ``tensor``."""
+    rest = tensor.shape[1:]
+    block = torch.empty((max(1, BLOCK_BYTES // (math.prod(rest) * 8)), *rest), dtype=tensor.dtype)
+    total = torch.zeros(rest, dtype=torch.float64)
     for first in range(0, num_rows, block.shape[0]):
         rows = block[: min(block.shape[0], num_rows - first)]
         read(first, rows)
@@ -91,9 +92,22 @@ def mean_row(read: ReadRows, tensor: StoredTensor, num_rows: int) -> Tensor:
 
 
 def resized_vocabulary(
-    source: TensorSource, rows: int, vocab_size: int | None, multiple_of: int | None, assets: HfAssets
+    source: TensorSource,
+    tables: Collection[str],
+    rows: int,
+    vocab_size: int | None,
+    multiple_of: int | None,
+    assets: HfAssets,
 ) -> ResizedVocabulary:
     """Return ``source`` with the vocabulary size of ``--vocab-size`` or ``--pad-vocab-to-multiple-of``.
+
+    Args:
+        source: of the weights.
+        tables: names of its tensors with one row for each token.
+        rows: their number of rows.
+        vocab_size: the option.
+        multiple_of: the option.
+        assets: with the tokenizer, whose tokens must keep their rows.
 
     Raises:
         UserError: the number is invalid, or tokens of the tokenizer would lose their rows.
@@ -121,4 +135,4 @@ def resized_vocabulary(
                 f"--vocab-size {wanted}: the tokenizer ({name}) has token ids up to {needed - 1:,}; use {needed} or "
                 "more"
             )
-    return ResizedVocabulary(source, rows, wanted)
+    return ResizedVocabulary(source, tables, rows, wanted)

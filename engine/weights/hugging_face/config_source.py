@@ -6,7 +6,7 @@ from ...config.settings import ModelConfig
 from ...errors import UserError
 from ...model.config_file import CONFIG_FILE
 from ..checkpoint.assets import asset_folder
-from .hub_download import find_model_folder, is_on_hub
+from .hub_download import find_files, is_on_hub
 
 
 def architecture_source(model: ModelConfig) -> dict | str:
@@ -21,7 +21,7 @@ def architecture_source(model: ModelConfig) -> dict | str:
         return model.architecture
     name = model.initialize_from or ""
     if is_on_hub(name):
-        return str(find_model_folder(name, "model.initialize_from", wanted=[CONFIG_FILE]))
+        return str(find_files(name, "model.initialize_from", [CONFIG_FILE]))
     folder = asset_folder(name)
     if not folder.is_dir():
         raise UserError(

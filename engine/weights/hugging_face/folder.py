@@ -20,7 +20,6 @@ from ..damage import DamagedCheckpoint
 from ..parts import Part, TensorParts
 from ..safetensors_format import DTYPE_OF_CODE, HeaderEntry, read_header
 from ..tensor_source import StoredTensor, rows_of
-from .names import parameter_names
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,7 +36,7 @@ _MOST_INDEX_BYTES = 256 << 20
 
 
 class HfWeights(TensorParts):
-    """The tensors of a Hugging Face folder, under the names that parameters have in transformers. Each is one part.
+    """The tensors of a Hugging Face folder, under their names in the files. Each is one part.
 
     Files are chosen as in transformers: ``model.safetensors``, else the files in the index. A folder with both is
     refused unless they are the same, because other programs prefer the index. Other safetensors files, left by an
@@ -45,7 +44,7 @@ class HfWeights(TensorParts):
 
     Raises:
         UserError: there are no safetensors weights, or two sets of them; the index is wrong, or a file is missing or
-            damaged; two tensors have the same name.
+            damaged.
     """
 
     def __init__(self, folder: str | Path):
@@ -63,12 +62,10 @@ class HfWeights(TensorParts):
             self._require_safetensors()
             self._files = {WEIGHTS_FILE: self._open(WEIGHTS_FILE, "it holds the weights")}
         file_of = self._file_of_each_tensor()
-        self.stored_names = parameter_names(file_of, self.folder)
-        """Name of each tensor in the files."""
         tensors, parts = {}, {}
-        for name, stored in self.stored_names.items():
-            path, entry = self.folder / file_of[stored], self._files[file_of[stored]][stored]
-            tensors[name], parts[name] = _described(path, stored, entry), [_whole(path, entry)]
+        for name, file in file_of.items():
+            path, entry = self.folder / file, self._files[file][name]
+            tensors[name], parts[name] = _described(path, name, entry), [_whole(path, entry)]
         super().__init__(self.folder, tensors, parts)
         patterns = ("*.safetensors", *_PICKLED)
         present = {entry.name for pattern in patterns for entry in self.folder.glob(pattern)}
@@ -80,13 +77,6 @@ class HfWeights(TensorParts):
         """Return the files that determine the tensors: the safetensors files of the model, and the index."""
         index = self.folder / INDEX_FILE
         return [*(self.folder / file for file in self._files), *([index] if index.is_file() else [])]
-
-    def rename(self, name: str, new_name: str) -> None:
-        """Rename the tensor ``name`` to ``new_name``, in the same place of the order."""
-        change = lambda key: new_name if key == name else key  # noqa: E731
-        self.stored_names = {change(key): stored for key, stored in self.stored_names.items()}
-        self.tensors = {change(key): tensor for key, tensor in self.tensors.items()}
-        self.parts = {change(key): parts for key, parts in self.parts.items()}
 
     def _refuse_adapter(self) -> None:
         """Refuse a folder with an adapter and weights: transformers loads the adapter's base model instead of the

@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import UserError
+from ...model.config_file import ADAPTER_FILE, CONFIG_FILE, read_hf_config
+from ...model.implementations import parse_architecture
 from ..checkpoint.assets import TOKENIZER_FILES
 from .hub_errors import call_hub
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_CONFIGS = [CONFIG_FILE, ADAPTER_FILE, "params.json"]
+"""A config, or what tells why there is none."""
 _WANTED = ["*.safetensors", "*.json", *TOKENIZER_FILES]
 # Repositories hold further copies of the weights: consolidated.safetensors in Mistral's, original/ in Llama's.
 _UNWANTED = ["*/*", "consolidated*"]
@@ -32,16 +36,38 @@ def is_on_hub(name: str) -> bool:
     return "/" in name and not os.path.lexists(name) and could_be_hub_name(name)
 
 
-def find_model_folder(
-    name: str, key: str = "--hf", revision: str | None = None, wanted: Sequence[str] = _WANTED
-) -> Path:
+def find_model_folder(name: str, key: str = "--hf", revision: str | None = None) -> Path:
     """Return the folder ``name``, or the local copy of the Hub repository ``name``, downloaded if necessary.
+
+    The config is downloaded and checked first: weights can be hundreds of GB.
 
     Args:
         name: of a folder, or on the Hub.
         key: the option or setting that gives the name, for errors.
         revision: commit of the repository; None: its newest.
+
+    Raises:
+        UserError: there is no such folder, and the Hub has no such model or cannot be reached; or the model on the Hub
+            is not supported.
+    """
+    folder = find_files(name, key, _CONFIGS, revision)
+    if os.path.isdir(name):
+        return folder
+    try:
+        parse_architecture(read_hf_config(folder), CONFIG_FILE)
+    except UserError as error:
+        raise UserError(f"{key} {name}: {str(error).removeprefix(f'{folder}/')}") from None
+    return find_files(name, key, _WANTED, folder.name)
+
+
+def find_files(name: str, key: str, wanted: Sequence[str], revision: str | None = None) -> Path:
+    """Return the folder ``name``, or the local copy of the ``wanted`` files of the Hub repository ``name``.
+
+    Args:
+        name: of a folder, or on the Hub.
+        key: the option or setting that gives the name, for errors.
         wanted: patterns of the files to download.
+        revision: commit of the repository; None: its newest.
 
     Raises:
         UserError: there is no such folder, and the Hub has no such model or cannot be reached.

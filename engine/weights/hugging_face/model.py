@@ -1,8 +1,10 @@
-"""Match a Hugging Face folder to our decoder: exactly its parameters, or an error line with the difference."""
+"""Match a Hugging Face folder to a model: exactly its parameters, or an error line with the difference."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,40 +14,50 @@ import torch
 from ...errors import UserError
 from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.config_keys import describe_unread
-from ...model.implementations import meta_model, parse_architecture
-from ...model.language_model import Architecture, LanguageModel
+from ...model.implementations import Requested, meta_model, parse_architecture
+from ...model.language_model import Architecture
 from ..block_copy import BLOCK_BYTES
 from ..checkpoint.tensors import describe_difference
 from ..parts import TensorParts
 from ..raw_bytes import bytes_of
 from ..tensor_source import StoredTensor, rows_of
 from .folder import HfWeights
-from .names import describe_renamed, renaming_hint
+from .layout import Layout
+from .names import describe_renamed, parameter_names, renaming_hint
 from .weight_dtypes import WEIGHT_DTYPES, dtype_name
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_RECOMPUTED = ".rotary_emb.inv_freq"
-"""Suffix of a buffer that old versions of transformers saved; it follows from the config."""
+_RECOMPUTED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
+"""Suffixes of buffers that old versions of transformers saved, if no parameter has the name. They follow from the
+config: rotary frequencies, and the causal masks of GPT-NeoX and GPT-2."""
 
 
 @dataclass(frozen=True)
 class HfModel:
-    """The parameters of a decoder in a Hugging Face folder."""
+    """The parameters of a model in a Hugging Face folder."""
 
     config: dict[str, Any]
     """Content of ``config.json``."""
     architecture: Architecture
-    stored: HfWeights
-    """All tensors."""
+    weights: HfWeights
+    """All tensors, under their names in the files."""
+    layout: Layout
+    """How the files hold the parameters."""
+    published: TensorParts
+    """The tensors that hold parameters, under the names that transformers saves."""
     parameters: TensorParts
-    """Parameters, in the decoder's order."""
+    """Parameters, in the model's order."""
     notes: list[str]
     """Remarks about tensors that were left out, a line each."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Names of the tensors that are not parameters, by reason."""
+    """Names in the files of the tensors that hold no parameters, by reason."""
 
 
-def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict[str, Any] | None = None) -> HfModel:
+def open_hf_model(
+    folder: str | Path,
+    any_vocab_size: bool = False,
+    config: dict[str, Any] | None = None,
+    requested: Requested = "auto",
+) -> HfModel:
     """Open the Hugging Face ``folder`` and check that it holds exactly the parameters that its config requires.
 
     Args:
@@ -53,48 +65,129 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict
         any_vocab_size: accept embeddings with another number of rows than the config's ``vocab_size``, which is then
             set to that number.
         config: content of its config.json, if it has been read already.
+        requested: the implementation.
 
     Raises:
         UserError: config or weights cannot be used, or do not match.
     """
     config = read_hf_config(folder) if config is None else config
-    architecture = parse_architecture(config, str(Path(folder) / CONFIG_FILE))
+    where = str(Path(folder) / CONFIG_FILE)
+    architecture = parse_architecture(config, where, requested)
     weights = HfWeights(folder)
-    notes = [*describe_unread(config, CONFIG_FILE), *describe_renamed(weights.stored_names)]
-    if architecture.tie_word_embeddings and HEAD in weights.tensors and EMBEDDING not in weights.tensors:
-        weights.rename(HEAD, EMBEDDING)
-        notes.append(
-            f"note: {EMBEDDING} is read from {HEAD}, the only one of the two in the files: the config ties them"
-        )
-    tensors = dict(weights.tensors)
-    left_out: dict[str, list[str]] = {}
-    rows = _embedding_rows(tensors, architecture)
+    tensors = _Tensors(weights, architecture)
+    rows = tensors.num_rows()
     if rows != architecture.vocab_size:
         if not any_vocab_size:
             raise UserError(
-                f"{folder}: {EMBEDDING} has {rows} rows, {CONFIG_FILE} has vocab_size {architecture.vocab_size}; "
-                f"convert it with checkpoint_convert/hf_to_dcp.py and --vocab-size {rows} to keep all rows, or "
-                f"--vocab-size {architecture.vocab_size} to follow the config"
+                f"{folder}: {architecture.embedding_name} has {rows} rows, {CONFIG_FILE} has vocab_size "
+                f"{architecture.vocab_size}; convert it with checkpoint_convert/hf_to_dcp.py and --vocab-size {rows} "
+                f"to keep all rows, or --vocab-size {architecture.vocab_size} to follow the config"
             )
         config = {**config, "vocab_size": rows}
-        architecture = parse_architecture(config, str(Path(folder) / CONFIG_FILE))
-    notes += _notes_on_ignored(config, architecture, weights)
-    recomputed = [name for name in tensors if name.endswith(_RECOMPUTED)]
-    if recomputed:
-        notes.append(f"left out {len(recomputed)} tensors that follow from the config: *{_RECOMPUTED}")
-        left_out["follows from the config"] = list(recomputed)
-    if architecture.tie_word_embeddings and HEAD in tensors:
-        _require_tied(weights)
-        notes.append(f"left out {HEAD}, a copy of {EMBEDDING}: the config ties them")
-        left_out[f"the same bytes as {EMBEDDING}, which the config ties it to"] = [HEAD]
-        recomputed.append(HEAD)
-    for name in recomputed:
-        del tensors[name]
-    decoder = meta_model(architecture)
-    _require_parameters(tensors, decoder, weights)
-    parameters = weights.only(name for name, _ in decoder.named_parameters())
-    _require_floats(parameters.tensors, folder)
-    return HfModel(config, architecture, weights, parameters, notes, left_out)
+        architecture = parse_architecture(config, where, requested)
+        tensors = _Tensors(weights, architecture)
+    left_out = tensors.leave_out()
+    published, layout = tensors.published(), tensors.layout
+    parameters = layout.parameters(published)
+    _require_floats(published.tensors, folder)
+    notes = [*describe_unread(config, CONFIG_FILE), *tensors.notes, *_notes_on_ignored(config, architecture, weights)]
+    return HfModel(config, architecture, weights, layout, published, parameters, notes, left_out)
+
+
+class _Tensors:
+    """The tensors of a folder under the names that transformers gives them, and what the model needs of them."""
+
+    def __init__(self, weights: HfWeights, architecture: Architecture):
+        self._weights, self._architecture = weights, architecture
+        layout = Layout.of(architecture, meta_model(architecture))
+        self._prefix = architecture.embedding_name.partition(".")[0] + "."
+        self.names = parameter_names(weights.tensors, layout.published_shapes, self._prefix, weights.folder)
+        """Name in the files of every tensor."""
+        self.notes = describe_renamed(self.names)
+        self.layout = layout.found_in(self.names)
+        self._embedding = self.layout.published_name(architecture.embedding_name)
+        self._head = self.layout.published_name(architecture.head_name)
+        self._read_embedding_from_head()
+
+    def _read_embedding_from_head(self) -> None:
+        """If tied embeddings are stored only as the head, read them from there."""
+        embedding, head = self._embedding, self._head
+        if self._architecture.tie_word_embeddings and head in self.names and embedding not in self.names:
+            self.names = {embedding if name == head else name: stored for name, stored in self.names.items()}
+            self.notes.append(
+                f"note: {embedding} is read from {head}, the only one of the two in the files: the config ties them"
+            )
+
+    @property
+    def _tensors(self) -> dict[str, StoredTensor]:
+        return {name: self._weights.tensors[stored] for name, stored in self.names.items()}
+
+    def num_rows(self) -> int:
+        """Return the rows of embedding and head, if they agree and have the width of the model; else the config's.
+
+        In the second case the comparison with the model reports the difference.
+        """
+        found, architecture = self._tensors, self._architecture
+        shapes = {found[name].shape for name in (self._embedding, self._head) if name in found}
+        shape = shapes.pop() if len(shapes) == 1 else ()
+        width = self.layout.published_shapes[self._embedding][1:]
+        return shape[0] if shape and shape[1:] == width and shape[0] else architecture.vocab_size
+
+    def leave_out(self) -> dict[str, list[str]]:
+        """Return the names in the files of the tensors that the model does not need, by reason, and forget them."""
+        left_out, needed = {}, self.layout.published_shapes
+        others = [name for name in self.names if name not in needed]
+        recomputed = [name for name in others if name.endswith(_RECOMPUTED)]
+        if recomputed:
+            kinds = ", ".join(f"*{end}" for end in _RECOMPUTED if any(name.endswith(end) for name in recomputed))
+            self.notes.append(f"left out {len(recomputed)} tensors that follow from the config: {kinds}")
+            left_out["follows from the config"] = recomputed
+        if self._architecture.tie_word_embeddings and self._head in others:
+            self._require_tied()
+            self.notes.append(f"left out {self._head}, a copy of {self._embedding}: the config ties them")
+            left_out[f"the same bytes as {self._embedding}, which the config ties it to"] = [self._head]
+        done = {name for names in left_out.values() for name in names}
+        patterns = self._architecture.unused_tensors
+        unused = [name for name in others if name not in done and any(re.search(each, name) for each in patterns)]
+        if unused:
+            self.notes.append(f"left out {len(unused)} tensors that transformers does not load: such as {unused[0]}")
+            left_out["not loaded by transformers"] = unused
+        named = {reason: [self.names[name] for name in names] for reason, names in left_out.items()}
+        self.names = {name: self.names[name] for name in self.names if name not in done | {*unused}}
+        return named
+
+    def published(self) -> TensorParts:
+        """Return the tensors that hold the parameters, in the order of the parameters.
+
+        Raises:
+            UserError: the remaining tensors are not exactly those that the model needs.
+        """
+        needed = self.layout.published_shapes
+        difference = describe_difference(self._tensors, needed)
+        if difference:
+            unexpected = [stored for name, stored in self.names.items() if name not in needed]
+            missing = [name for name in needed if name not in self.names]
+            hint = renaming_hint(unexpected, missing, self._prefix) or self._hint_about_head(missing)
+            raise UserError(f"{self._weights.folder}: the weights do not fit {CONFIG_FILE}: {difference}{hint}")
+        return self._weights.renamed({name: self.names[name] for name in needed})
+
+    def _hint_about_head(self, missing: list[str]) -> str:
+        if missing != [self._head]:
+            return ""
+        return "; set tie_word_embeddings to true if the embedding is also the output head"
+
+    def _require_tied(self) -> None:
+        """Check that a head stored with tied embeddings equals the embeddings, bit for bit."""
+        embedding, head = self.names.get(self._embedding), self.names[self._head]
+        # Without embeddings, the comparison with the model reports what is missing.
+        if embedding is None:
+            return
+        tensors = self._weights.tensors
+        if tensors[head] != tensors[embedding] or not _same_values(self._weights, head, embedding):
+            raise UserError(
+                f"{self._weights.folder}: {CONFIG_FILE} has tie_word_embeddings, but {self._head} differs from "
+                f"{self._embedding}; set tie_word_embeddings to false to keep both, or remove {self._head}"
+            )
 
 
 def _notes_on_ignored(config: dict[str, Any], architecture: Architecture, weights: HfWeights) -> list[str]:
@@ -113,38 +206,6 @@ def _notes_on_ignored(config: dict[str, Any], architecture: Architecture, weight
     return notes
 
 
-def _require_parameters(tensors: dict[str, StoredTensor], decoder: LanguageModel, weights: HfWeights) -> None:
-    """Refuse ``tensors`` that are not exactly the parameters of ``decoder``."""
-    difference = describe_difference(tensors, decoder)
-    if difference:
-        unexpected = tensors.keys() - {name for name, _ in decoder.named_parameters()}
-        hint = renaming_hint([weights.stored_names[name] for name in tensors if name in unexpected])
-        raise UserError(f"{weights.folder}: the weights do not fit {CONFIG_FILE}: {difference}{hint}")
-
-
-def _embedding_rows(tensors: dict[str, StoredTensor], architecture: Architecture) -> int:
-    """Return the rows of embedding and head, if they agree and have the width of the model; else the config's number.
-
-    In the second case the comparison with the decoder reports the difference.
-    """
-    shapes = {tensors[name].shape for name in (EMBEDDING, HEAD) if name in tensors}
-    shape = shapes.pop() if len(shapes) == 1 else ()
-    return shape[0] if shape[1:] == (architecture.hidden_size,) and shape[0] else architecture.vocab_size
-
-
-def _require_tied(weights: HfWeights) -> None:
-    """Check that a head stored with tied embeddings equals the embeddings, bit for bit."""
-    head, embedding = weights.tensors[HEAD], weights.tensors.get(EMBEDDING)
-    # Without embeddings, the comparison with the decoder reports what is missing.
-    if embedding is None:
-        return
-    if head != embedding or not _same_values(weights, HEAD, EMBEDDING):
-        raise UserError(
-            f"{weights.folder}: {CONFIG_FILE} has tie_word_embeddings, but {HEAD} differs from {EMBEDDING}; set "
-            f"tie_word_embeddings to false to keep both, or remove {HEAD}"
-        )
-
-
 def _same_values(weights: HfWeights, one: str, other: str) -> bool:
     """Return whether two tensors of one shape and dtype are equal, bit for bit, compared in blocks."""
     shape, dtype = weights.tensors[one].shape, weights.tensors[one].dtype
@@ -160,7 +221,7 @@ def _same_values(weights: HfWeights, one: str, other: str) -> bool:
     return True
 
 
-def _require_floats(tensors: dict[str, StoredTensor], folder: str | Path) -> None:
+def _require_floats(tensors: Mapping[str, StoredTensor], folder: str | Path) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in WEIGHT_DTYPES.values():
             raise UserError(

@@ -12,11 +12,9 @@ from pathlib import Path
 
 from ...errors import UserError
 
-_PREFIX = "model."
 _COMPILED = "_orig_mod"
-_OF_BASE_MODEL = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
-_TELLING = "layers.0.input_layernorm.weight"
-"""A parameter of every supported model: the text before it is the prefix of all names."""
+_ROTARY = "rotary_emb"
+"""Module of a buffer that old versions of transformers saved."""
 _REMEDIES = {
     "module.": "they were saved from a DistributedDataParallel wrapper: save model.module",
     "base_model.": "they were saved from a PEFT model: save model.merge_and_unload()",
@@ -24,19 +22,24 @@ _REMEDIES = {
 }
 
 
-def parameter_names(stored: Iterable[str], folder: Path) -> dict[str, str]:
-    """Return the stored name of every parameter, in the order of ``stored``.
+def parameter_names(stored: Iterable[str], expected: Collection[str], prefix: str, folder: Path) -> dict[str, str]:
+    """Return the name in the files of every tensor, in the order of ``stored``.
 
     Args:
         stored: names in the files.
+        expected: names of the model's tensors as transformers saves them.
+        prefix: of the names of the base model, such as ``model.``
         folder: named in errors.
 
     Raises:
         UserError: two stored names are one parameter.
     """
+    modules = {_ROTARY, *(name.removeprefix(prefix).split(".")[0] for name in expected if name.startswith(prefix))}
     names: dict[str, str] = {}
     for name in stored:
-        parameter = _parameter_name(name)
+        parameter = _parameter_name(name, prefix)
+        if parameter not in expected and parameter.split(".")[0] in modules:
+            parameter = prefix + parameter
         if parameter in names:
             raise UserError(
                 f"{folder}: {names[parameter]} and {name} are the same parameter of a model; remove one of them"
@@ -45,11 +48,11 @@ def parameter_names(stored: Iterable[str], folder: Path) -> dict[str, str]:
     return names
 
 
-def _parameter_name(stored: str) -> str:
+def _parameter_name(stored: str, prefix: str) -> str:
     name = ".".join(part for part in stored.split(".") if part != _COMPILED)
-    while name.startswith(2 * _PREFIX):
-        name = name.removeprefix(_PREFIX)
-    return _PREFIX + name if name.startswith(_OF_BASE_MODEL) else name
+    while name.startswith(2 * prefix):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def describe_renamed(names: dict[str, str]) -> list[str]:
@@ -63,16 +66,23 @@ def describe_renamed(names: dict[str, str]) -> list[str]:
     ]
 
 
-def renaming_hint(unexpected: Collection[str]) -> str:
-    """Return the remedy for names that no parameter has, if it is known; else empty."""
+def renaming_hint(unexpected: Collection[str], missing: Collection[str], prefix: str) -> str:
+    """Return the remedy for names that no parameter has, if it is known; else empty.
+
+    Args:
+        unexpected: names in the files.
+        missing: names of tensors that the model needs.
+        prefix: of the names of the base model.
+    """
     lora = next((name for name in unexpected if ".lora_" in name or ".base_layer." in name), None)
     if lora is not None:
         return f"; {lora} belongs to an adapter that is not merged: save model.merge_and_unload() with PEFT"
-    telling = next((name for name in unexpected if name.endswith(f".{_TELLING}")), None)
-    if telling is None:
+    telling = next((name.removeprefix(prefix) for name in missing), "")
+    found = next((name for name in unexpected if telling and name.endswith(f".{telling}")), None)
+    if found is None:
         return ""
-    prefix = telling.removesuffix(_TELLING)
-    if prefix.endswith(f".{_PREFIX}"):
-        prefix = prefix.removesuffix(_PREFIX)
-    remedy = next((said for known, said in _REMEDIES.items() if prefix.startswith(known)), "save the model itself")
-    return f"; names begin with {prefix!r}: {remedy} with save_pretrained, or rename the tensors without it"
+    begin = found.removesuffix(telling)
+    if begin.endswith(f".{prefix}"):
+        begin = begin.removesuffix(prefix)
+    remedy = next((said for known, said in _REMEDIES.items() if begin.startswith(known)), "save the model itself")
+    return f"; names begin with {begin!r}: {remedy} with save_pretrained, or rename the tensors without it"

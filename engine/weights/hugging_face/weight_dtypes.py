@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -66,9 +66,19 @@ def with_dtype(assets: HfAssets, dtypes: Iterable[torch.dtype]) -> HfAssets:
     return assets if changed == config else assets.with_config(changed)
 
 
-def cast_to(tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, StoredTensor]:
-    """Return ``tensors`` with their dtypes changed to ``dtype``; unchanged for None."""
-    return {name: StoredTensor(tensor.shape, dtype or tensor.dtype) for name, tensor in tensors.items()}
+def cast_to(
+    tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None, keep: Collection[str] = ()
+) -> dict[str, StoredTensor]:
+    """Return ``tensors`` with their dtypes changed to ``dtype``, except those named in ``keep``; unchanged for None."""
+    return {
+        name: tensor if dtype is None or name in keep else StoredTensor(tensor.shape, dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+def dtypes_of(tensors: Mapping[str, StoredTensor], keep: Collection[str] = ()) -> set[torch.dtype]:
+    """Return the dtypes of ``tensors``, except those named in ``keep``."""
+    return {tensor.dtype for name, tensor in tensors.items() if name not in keep}
 
 
 def describe_casts(before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor]) -> list[str]:

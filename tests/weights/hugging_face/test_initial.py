@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import hf_starts
 import pytest
@@ -13,6 +15,7 @@ import tiny_run
 import torch
 import yaml
 from huggingface_hub import errors
+from tiny_models import edit_json
 
 from retemper.engine import pretrain
 from retemper.engine.config.settings import ModelConfig
@@ -134,7 +137,7 @@ def test_files_of_an_earlier_save_are_left_out_and_named(one_rank, hf_run, hf, t
 def test_a_file_that_is_cut_while_it_is_read_takes_a_line(hf, tmp_path):
     folder = shutil.copytree(hf, tmp_path / "hf")
     model = open_hf_model(folder)
-    [part] = model.stored.parts["model.norm.weight"]
+    [part] = model.weights.parts["model.norm.weight"]
     path, start = part.path, part.find(0)
     os.truncate(path, start + 1)
     target = {"model.norm.weight": torch.empty(32)}
@@ -275,6 +278,55 @@ def test_a_download_that_fails_takes_one_line_without_secrets(failing, kind):
     assert message.startswith("--hf somebody/tiny: ") and said in message
     assert "\n" not in message and TOKEN not in message and "Amz" not in message
     assert refusal.value.__suppress_context__
+
+
+class Repository:
+    """A fake repository of a folder's files, of which it notes the patterns that were asked for."""
+
+    def __init__(self, folder: Path, copy: Path, monkeypatch: pytest.MonkeyPatch):
+        self.asked: list[tuple[str | None, list[str]]] = []
+        self._files, self._copy = folder, copy / "0123abcd"
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self._download)
+        monkeypatch.chdir(copy)
+
+    def _download(self, name: str, *, revision: str | None, allow_patterns: list[str], **_: object) -> str:
+        self.asked.append((revision, allow_patterns))
+        self._copy.mkdir(exist_ok=True)
+        for file in self._files.iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, self._copy)
+        return str(self._copy)
+
+    def names(self) -> set[str]:
+        return {path.name for path in self._copy.iterdir()}
+
+
+def test_the_config_is_checked_before_the_weights_are_downloaded(hf, tmp_path, monkeypatch):
+    repository = Repository(hf, tmp_path, monkeypatch)
+    found = find_model_folder("somebody/tiny")
+    (first, config), (second, everything) = repository.asked
+    assert first is None and second == found.name, "both requests are for the same commit"
+    assert "config.json" in config and not any("safetensors" in pattern for pattern in config)
+    assert "*.safetensors" in everything and {path.name for path in hf.iterdir()} <= repository.names()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: edit_json(folder / "config.json", lambda config: config.update(model_type="t5")), "model_type"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json: No such file"),
+        (lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"), "this is a PEFT adapter"),
+    ],
+)
+def test_a_model_that_is_not_supported_is_refused_without_its_weights(hf, tmp_path, monkeypatch, spoil, said):
+    folder = shutil.copytree(hf, tmp_path / "there")
+    spoil(folder)
+    repository = Repository(folder, tmp_path, monkeypatch)
+    for find in (find_model_folder, lambda name: hf_to_dcp.convert(name, tmp_path / "out")):
+        with pytest.raises(UserError, match=rf"^--hf somebody/tiny: .*{said}") as refusal:
+            find("somebody/tiny")
+        assert str(tmp_path) not in str(refusal.value), "the place in the cache says nothing"
+    assert not any(name.endswith(".safetensors") for name in repository.names())
 
 
 def test_an_interrupted_download_is_no_failed_one(failing):
