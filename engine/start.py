@@ -187,9 +187,9 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     assert assets.config is not None
     if config.checkpoint.export_hf:
         declared_dtype(assets.config, where)  # in which the end of the run exports the weights
-    if weights is not None:
-        return HuggingFaceStart(assets, weights.architecture, folder, weights=weights)
     architecture = parse_architecture(assets.config, where)
+    if weights is not None:
+        return HuggingFaceStart(assets, architecture, folder, weights=weights)
     if folder is None:
         return RandomStart(assets, architecture, seed=config.seed)
     resumed_from = found.manifest if found.resumes else None

@@ -44,7 +44,7 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
     parallel, training = config.parallel, config.training
     float8.enabled(training, device)
     tensor.check(architecture, config)
-    context.check(architecture, parallel)
+    context.check(architecture, parallel, training.sequence_length)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
     trainable.check(config)
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
