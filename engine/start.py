@@ -15,7 +15,7 @@ from .data.renamed_sources import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
 from .model.attention_choice import choose_attention
-from .model.config_file import CONFIG_FILE, INLINE, hf_config_of
+from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.language_model import Architecture
 from .optim import allocate_states
@@ -178,12 +178,13 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     elif found.manifest is None:
         found_assets, where = HfAssets.read(folder), str(Path(folder) / CONFIG_FILE)
         content = found_assets.files.get(CONFIG_FILE)
-        read = hf_config_of(content, Path(where)) if content is not None else None
-        weights = open_weights(folder, read, model.implementation)
+        _ = read_hf_config(folder) if content is None else hf_config_of(content, Path(where))  # refuse unusable ones
     else:
         found_assets, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
     assets = complete_assets(model, found_assets, folder, found.resumes)
-    if weights is not None:  # declare the dtypes that are stored, as checkpoint_convert/hf_to_dcp.py does
+    if folder is not None and found.manifest is None:
+        weights = open_weights(folder, assets.config, model.implementation)
+        # declare the dtypes that are stored, as checkpoint_convert/hf_to_dcp.py does
         assets = with_dtype(assets, dtypes_of(weights.parameters.tensors, weights.architecture.float32_tensors))
     assert assets.config is not None
     if config.checkpoint.export_hf:
