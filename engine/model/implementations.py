@@ -15,6 +15,7 @@ from .config_file import CONFIG_FILE, INLINE, read_hf_config
 from .decoder import Decoder
 from .families import DecoderArchitecture, parse_decoder_architecture
 from .language_model import Architecture, LanguageModel, LayerRange
+from .wrappers import TEXT_CONFIG, text_config_of
 
 
 def architecture_of(source: dict[str, Any] | str | Path) -> Architecture:
@@ -32,10 +33,13 @@ def architecture_of(source: dict[str, Any] | str | Path) -> Architecture:
 def parse_architecture(config: dict[str, Any], where: str = INLINE) -> Architecture:
     """Parse ``config``, the content of a Hugging Face ``config.json``; ``where`` names it in errors.
 
+    Of a model with several parts, this is the architecture of the text model.
+
     Raises:
         UserError: a missing or impossible value, or a setting that no implementation supports.
     """
-    return parse_decoder_architecture(config, where)
+    text_config, is_wrapped = text_config_of(config)
+    return parse_decoder_architecture(text_config, f"{where}: {TEXT_CONFIG}" if is_wrapped else where)
 
 
 def meta_model(architecture: Architecture, layers: LayerRange | None = None) -> LanguageModel:
