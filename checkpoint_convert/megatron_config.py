@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from retemper.engine.errors import UserError
 from retemper.engine.model.families import DecoderArchitecture
-from retemper.engine.model.rope_settings import RopeScaling
+from retemper.engine.model.rope_settings import LinearScaling, Llama3Scaling, RopeSettings
 from retemper.engine.weights.damage import brief, file_inside
 from retemper.engine.weights.dcp_metadata import check_pickle_size, placeholder_class
 
@@ -36,6 +36,8 @@ _COMMON_OBJECT = "common_state/shard_0_1"
 _MAX_FILE_BYTES = 256 << 20
 _MAX_PICKLE_BYTES = 64 << 20
 
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""The families that the tables of this format describe."""
 # The settings with a counterpart: Hugging Face's key and Megatron's.
 _SAME = (
     ("num_hidden_layers", "num_layers"),
@@ -196,10 +198,10 @@ def _groups(args: Mapping[str, Any]) -> Any:
     return args["num_query_groups"] if grouped else args.get("num_attention_heads")
 
 
-def _rope_scaling(args: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+def _rope_scaling(args: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling | None]:
     """Return the factor of linear scaling (1: none), and Llama 3's settings."""
     if args.get("use_rope_scaling"):
-        return 1.0, RopeScaling(_factor(args, "rope_scaling_factor", 8.0, where), _LOW, _HIGH, _ORIGINAL)
+        return 1.0, Llama3Scaling(_factor(args, "rope_scaling_factor", 8.0, where), _LOW, _HIGH, _ORIGINAL)
     if args.get(_INTERPOLATION) is None:
         return 1.0, None
     return _factor(args, _INTERPOLATION, 1.0, where), None
@@ -292,20 +294,22 @@ def args_from_config(
     Raises:
         UserError: Megatron has no such model.
     """
-    a, scaling = architecture, architecture.rope_scaling
+    a = architecture
+    require_same_decoder(a, where)
+    rope, factor, scaling = _rope_of(a, where)
     if a.output_bias != a.mlp_bias or (a.mlp_bias and not a.qkv_bias):
         raise UserError(
             f"{where}: biases are on "
             + ("attention" if a.output_bias else "the MLP")
             + " only; Megatron has them on all linear layers, on query, key and value, or nowhere"
         )
-    if scaling and scaling != RopeScaling(scaling.factor, _LOW, _HIGH, _ORIGINAL):
+    if scaling and scaling != Llama3Scaling(scaling.factor, _LOW, _HIGH, _ORIGINAL):
         raise UserError(
             f"{where}: rope_scaling is {scaling}; Megatron's has low_freq_factor {_LOW}, high_freq_factor {_HIGH} and "
             f"original_max_position_embeddings {_ORIGINAL}"
         )
     values = {key: getattr(a, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")}
-    values |= {"num_hidden_layers": a.num_layers, "rms_norm_eps": a.rms_norm_eps, "rope_theta": a.rope_theta}
+    values |= {"num_hidden_layers": a.num_layers, "rms_norm_eps": a.norm_eps, "rope_theta": rope.theta}
     values |= {"initializer_range": a.initializer_range, "max_position_embeddings": config.get(_OPTIONAL[0])}
     return argparse.Namespace(
         **{name: values[key] for key, name in _SAME if values[key] is not None},
@@ -317,10 +321,10 @@ def args_from_config(
         untie_embeddings_and_output_weights=not a.tie_word_embeddings,
         add_bias_linear=a.mlp_bias,
         add_qkv_bias=a.qkv_bias and not a.mlp_bias,
-        qk_layernorm=a.qk_norm,
+        qk_layernorm=a.qk_norm is not None,
         use_rope_scaling=scaling is not None,
         rope_scaling_factor=scaling.factor if scaling else 8.0,
-        rotary_seq_len_interpolation_factor=a.rope_linear_factor if a.rope_linear_factor != 1 else None,
+        rotary_seq_len_interpolation_factor=factor if factor != 1 else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         vocab_size=a.vocab_size,
@@ -329,6 +333,35 @@ def args_from_config(
         tensor_model_parallel_size=vocabulary.tensor_parallel,
         pipeline_model_parallel_size=1,
         ckpt_format="torch_dist",
+    )
+
+
+def require_same_decoder(architecture: DecoderArchitecture, where: str) -> None:
+    """Refuse a model of another kind than those that the tables of this format describe.
+
+    Raises:
+        UserError: names the model's type or activation.
+    """
+    if architecture.model_type not in MODEL_TYPES:
+        raise UserError(
+            f"{where}: model_type {architecture.model_type} cannot be converted to Megatron's format; supported: "
+            f"{', '.join(MODEL_TYPES)}"
+        )
+    if architecture.activation != "silu":
+        raise UserError(f"{where}: the activation is {architecture.activation}; only silu can be converted")
+
+
+def _rope_of(architecture: DecoderArchitecture, where: str) -> tuple[RopeSettings, float, Llama3Scaling | None]:
+    """Return the rotary settings of all layers, the factor of linear scaling (1: none), and Llama 3's settings."""
+    rope = architecture.ropes[0]
+    assert rope is not None
+    scaling = rope.scaling
+    if isinstance(scaling, LinearScaling):
+        return rope, scaling.factor, None
+    if scaling is None or isinstance(scaling, Llama3Scaling):
+        return rope, 1.0, scaling
+    raise UserError(
+        f"{where}: its rotary positions have {scaling}; Megatron's args have linear and llama3 scaling only"
     )
 
 
@@ -369,20 +402,21 @@ def describe_disagreement(args: Mapping[str, Any], architecture: DecoderArchitec
                 f"{where}: its args have {name} {_shown(there[name])}, --config has {here}: tensors of these shapes "
                 f"fit both, but the heads differ; name this model's config.json{_taking_away(where)}"
             )
+    rope, factor_here, scaling_here = _rope_of(a, where)
     lines = [
-        _difference(key, getattr(a, key), args[name])
-        for key, name in (("rms_norm_eps", "norm_epsilon"), ("rope_theta", "rotary_base"))
-        if type(args.get(name)) in (int, float) and args[name] != getattr(a, key)
+        _difference(key, here, args[name])
+        for key, here, name in (("rms_norm_eps", a.norm_eps, "norm_epsilon"), ("rope_theta", rope.theta, "rotary_base"))
+        if type(args.get(name)) in (int, float) and args[name] != here
     ]
     try:
         factor, scaling = _rope_scaling(args, where)
     except UserError as error:
         lines.append(f"{str(error).split(';')[0]}; the config's rotary scaling is used")
     else:
-        if factor != a.rope_linear_factor:
-            lines.append(_difference("rope_linear_factor", a.rope_linear_factor, factor))
-        if scaling != a.rope_scaling:
-            lines.append(_difference("rope_scaling", a.rope_scaling, scaling))
+        if factor != factor_here:
+            lines.append(_difference("rope_linear_factor", factor_here, factor))
+        if scaling != scaling_here:
+            lines.append(_difference("rope_scaling", scaling_here, scaling))
     windows = _windows(args, a.num_layers, where) or (None,) * a.num_layers
     if windows != a.sliding_windows:
         layer = next(i for i in range(a.num_layers) if windows[i] != a.sliding_windows[i])
@@ -391,7 +425,7 @@ def describe_disagreement(args: Mapping[str, Any], architecture: DecoderArchitec
 
 
 def _difference(name: str, here: Any, there: Any) -> str:
-    said = there if isinstance(there, RopeScaling) else _shown(there)
+    said = there if isinstance(there, Llama3Scaling) else _shown(there)
     return f"{name} is {here} in config.json, which is used; the checkpoint's args have {said}"
 
 

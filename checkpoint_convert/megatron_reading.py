@@ -29,7 +29,14 @@ from retemper.engine.weights.hugging_face.weight_dtypes import WEIGHT_DTYPES, dt
 from retemper.engine.weights.parts import Part, TensorParts
 from retemper.engine.weights.tensor_source import ReadRows, StoredTensor
 
-from .megatron_config import args_place, config_from_args, describe_disagreement, read_args, require_our_decoder
+from .megatron_config import (
+    args_place,
+    config_from_args,
+    describe_disagreement,
+    read_args,
+    require_our_decoder,
+    require_same_decoder,
+)
 from .megatron_layout import EMBEDDING_KEY, FusedTensor, RowRange, fused_tensors
 
 FORMAT_FILE = "metadata.json"
@@ -98,6 +105,7 @@ class MegatronModel:
         self.config: dict[str, Any] = config
         """Content of a Hugging Face ``config.json``."""
         self.architecture: DecoderArchitecture = parse_decoder_architecture(config, where)
+        require_same_decoder(self.architecture, where)
         if args is not None:
             self.notes += describe_disagreement(args, self.architecture, said_in)
         shapes = {name: tuple(item.shape) for name, item in meta_model(self.architecture).named_parameters()}

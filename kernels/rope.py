@@ -1,5 +1,7 @@
-"""Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864), in the half-split layout of the
-Hugging Face checkpoints: dimension i rotates with dimension i + D/2.
+"""Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864).
+
+Two layouts exist: half-split, as in most Hugging Face checkpoints (dimension i rotates with i + R/2), and interleaved
+(dimension 2i rotates with 2i + 1). The first R dimensions of a head rotate, the others are kept.
 """
 
 from __future__ import annotations
@@ -8,35 +10,49 @@ import torch
 from torch import Tensor
 
 
-def rope_cos_sin(position_ids_T: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(
+    position_ids_T: Tensor, inverse_frequencies: Tensor, interleaved: bool = False, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of every position's angles.
 
     Args:
         position_ids_T: [T] integer positions, restarting at every document.
-        inverse_frequencies: [D/2] fp32 radians per position.
+        inverse_frequencies: [R/2] fp32 radians per position; or [T, R/2], if tokens differ in them.
+        interleaved: the layout.
+        factor: of cosine and sine.
 
     Returns:
-        Two [T, D] fp32 tensors; the angles are repeated for the second half.
+        Two [T, R] fp32 tensors, with the angle of each dimension.
     """
-    angles = position_ids_T.float()[:, None] * inverse_frequencies[None, :]
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    angles = position_ids_T.float()[:, None] * inverse_frequencies
+    angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
-def apply_rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+def apply_rope(x_TND: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate the heads ``x_TND`` [T, N, D] by per-token angles; returns the dtype of ``x_TND``."""
-    first, second = x_TND.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return x_TND * cos_TD[:, None].to(x_TND.dtype) + rotated * sin_TD[:, None].to(x_TND.dtype)
+    width = cos_TR.shape[-1]
+    turned, kept = (x_TND, None) if width == x_TND.shape[-1] else (x_TND[..., :width], x_TND[..., width:])
+    if interleaved:
+        quarter = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        quarter = torch.cat((-second, first), dim=-1)
+    rotated = turned * cos_TR[:, None].to(x_TND.dtype) + quarter * sin_TR[:, None].to(x_TND.dtype)
+    return rotated if kept is None else torch.cat((rotated, kept), dim=-1)
 
 
-def apply_rope_to_pair(q_TND: Tensor, k_TKD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
+def apply_rope_to_pair(
+    q_TND: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
     """Apply :func:`apply_rope` to queries and keys.
 
     Args:
         q_TND: [T, N, D] queries, D even.
         k_TKD: [T, K, D] keys of the same dtype.
-        cos_TD: [T, D], from :func:`rope_cos_sin`.
-        sin_TD: [T, D].
+        cos_TR: [T, R], from :func:`rope_cos_sin`.
+        sin_TR: [T, R].
+        interleaved: the layout, as in :func:`rope_cos_sin`.
     """
-    return apply_rope(q_TND, cos_TD, sin_TD), apply_rope(k_TKD, cos_TD, sin_TD)
+    return apply_rope(q_TND, cos_TR, sin_TR, interleaved), apply_rope(k_TKD, cos_TR, sin_TR, interleaved)

@@ -107,7 +107,8 @@ def test_what_contributors_and_the_security_policy_are_referred_to_exists() -> N
     for name in paths:
         assert (ROOT / name).exists(), name
     names = {
-        "engine/model/families.py": ("MODEL_TYPES", "_FAMILY_DEFAULTS", "parse_decoder_architecture"),
+        "engine/model/family_table.py": ("FAMILIES",),
+        "engine/model/families.py": ("parse_decoder_architecture",),
         "engine/observe/observer.py": ("Observer",),
         "engine/observe/reporter.py": ("create_observers",),
     }

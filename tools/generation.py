@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..engine.batch import Batch
 from ..engine.errors import UserError
+from ..engine.model.attention_choice import choose_for_model
 from ..engine.model.config_file import CONFIG_FILE, read_hf_config
 from ..engine.model.implementations import parse_architecture
 from ..engine.model.language_model import Architecture, LanguageModel
@@ -28,7 +29,6 @@ from ..engine.weights.checkpoint.verify import require_undamaged
 from ..engine.weights.damage import METADATA_FILE, TABLE_FILE
 from ..engine.weights.hugging_face.model import meta_model, open_hf_model
 from ..engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_named
-from ..kernels.attention import choose_attention_backend
 from .sampling import Sampling
 from .tokenizer.document_frame import DocumentFrame
 from .tokenizer.handle import TokenizerHandle, load_prompt_tokenizer
@@ -102,9 +102,7 @@ class TextGenerator:
         load = _checkpoint_decoder if is_checkpoint else _hf_decoder
         self.decoder = load(folder, architecture, weights_dtype, self.device)
         # Not as documents of equal lengths: every call has another length, and cuDNN would plan each one again.
-        self.attention_backend = choose_attention_backend(
-            "auto", self.device, weights_dtype, architecture.head_dim, windows=architecture.sliding_windows
-        ).backend
+        self.attention_backend = choose_for_model("auto", architecture, self.device, weights_dtype).backend
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of ``prompt``, with special tokens recognized, after a BOS if configured.

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.activations import gated
 from ...kernels.attention import BACKENDS, Choice, UnusableBackend, attention, choose_attention_backend, plan_attention
 from ...kernels.attention.flash import use_implementation
 from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair
-from ...kernels.swiglu import swiglu
 from . import chunked_loss
 from .references import EPS, IGNORE_INDEX
 
@@ -320,7 +320,7 @@ ROPE = {
 
 
 def _our_swiglu(x: Tensors) -> Outputs:
-    return (swiglu(x["gate"], x["up"]),)
+    return (gated(x["gate"], x["up"]),)
 
 
 def _liger_swiglu(_: Tensors) -> Function:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import UserError
 from .config_reader import ConfigReader, shown
+from .family_table import FAMILIES
 
 _READ = """
     attention_bias attention_dropout bos_token_id dtype eos_token_id head_dim hidden_act hidden_size initializer_range
@@ -25,7 +26,7 @@ _READ = """
     use_sliding_window vocab_size
 """
 READ = frozenset(_READ.split())
-"""Keys that take effect."""
+"""Keys that take effect in all families, or are refused by name in those without them."""
 
 _HARMLESS_BY_REASON = {
     "says where the file comes from": """
@@ -175,21 +176,27 @@ def account_for_keys(config: dict[str, Any], where: str, model_type: str) -> Non
         UserError: names the first such key.
     """
     reader = ConfigReader(config, where)
+    family = FAMILIES[model_type]
+    # These settings have other names in some families, under which the usual ones have no effect.
+    renamed = {"hidden_act": family.activation, "rms_norm_eps": family.norm_eps}
+    others = {**OTHER_NAMES, **renamed}
+    read, ignored = READ.difference(renamed) | family.read_keys, family.ignored.split()
     for key, value in config.items():
-        if key in READ or key in HARMLESS:
+        if key in read or key in HARMLESS or key in ignored:
             continue
-        if key in OTHER_NAMES:
-            _refuse_other_name(reader, key, value)
+        if key in others:
+            _refuse_other_name(reader, key, value, renamed.get(others[key], others[key]))
         elif _is_foreign(key):
             if not _is_neutral(key, value, model_type):
                 reader.fail(key, value, _foreign_remedy(key, model_type))
-        elif value is not None and (near := _near(key, READ, _NEARLY_EQUAL)):
+        elif value is not None and (near := _near(key, read, _NEARLY_EQUAL)):
             reader.fail(key, value, f"unknown setting; did you mean {near}?")
 
 
 def unread_keys(config: dict[str, Any]) -> list[str]:
     """Return the keys of ``config`` that are in no table, and therefore have no effect."""
-    return [key for key in config if not _is_known(key)]
+    family = _known_in_family(config)
+    return [key for key in config if key not in family and not _is_known(key)]
 
 
 def require_known_keys(config: dict[str, Any], where: str) -> None:
@@ -198,12 +205,13 @@ def require_known_keys(config: dict[str, Any], where: str) -> None:
     Raises:
         UserError: names all of them, each with the nearest key.
     """
-    unknown = [key for key in config if not _is_known(key) or key in OTHER_NAMES]
+    family = READ | _known_in_family(config)
+    unknown = [key for key in config if key not in family and (not _is_known(key) or key in OTHER_NAMES)]
     if not unknown:
         return
     hints = []
     for key in unknown[:_MOST_NAMED]:
-        near = OTHER_NAMES.get(key) or _FORGIVABLE.get(key) or _near(key, READ, _SIMILAR)
+        near = OTHER_NAMES.get(key) or _FORGIVABLE.get(key) or _near(key, family, _SIMILAR)
         hints.append(f"{shown(key)} (did you mean {near}?)" if near else shown(key))
     raise UserError(f"{where}: unknown settings: {_list(hints, len(unknown))}; correct or remove them")
 
@@ -215,6 +223,13 @@ def describe_unread(config: dict[str, Any], where: str) -> list[str]:
         return []
     named = _list([shown(key) for key in keys[:_MOST_NAMED]], len(keys))
     return [f"note: {where} has keys without effect, which are not read: {named}"]
+
+
+def _known_in_family(config: dict[str, Any]) -> frozenset[str]:
+    """Return the keys that the config's family reads or ignores, besides those of all families."""
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    return family.read_keys.union(family.ignored.split()) if family else frozenset()
 
 
 def _list(named: list[str], count: int) -> str:
@@ -251,8 +266,8 @@ def _foreign_remedy(key: str, model_type: str) -> str:
     )
 
 
-def _refuse_other_name(reader: ConfigReader, key: str, value: Any) -> None:
-    ours = OTHER_NAMES[key]
+def _refuse_other_name(reader: ConfigReader, key: str, value: Any, ours: str) -> None:
+    """Refuse ``key``, another name of the setting ``ours``, unless it repeats the value."""
     here = reader.config.get(ours)
     if value is None or (type(here) is type(value) and here == value):
         return

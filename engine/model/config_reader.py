@@ -13,6 +13,10 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 
 
+class NotNative(UserError):
+    """A config is sound, but the native decoder does not implement it; another implementation may."""
+
+
 class ConfigReader:
     """Reads the keys of one JSON object.
 
@@ -29,12 +33,18 @@ class ConfigReader:
         """Refuse the ``value`` of ``key``."""
         raise UserError(f"{self.where}: {shown(key)} is {_SHORT.repr(value)}; {remedy}")
 
+    def not_native(self, key: str, value: Any, remedy: str) -> NoReturn:
+        """Refuse the ``value`` of ``key``, which the native decoder does not implement."""
+        raise NotNative(f"{self.where}: {shown(key)} is {_SHORT.repr(value)}; {remedy}")
+
     def choice(self, key: str, allowed: tuple[str, ...], default: str | None = None) -> str:
-        """Return one of the names in ``allowed``."""
+        """Return one of the names in ``allowed``, which are those that the native decoder implements."""
         value = self.config.get(key, default)
         # Not every value is hashable: the file may have a list or an object here.
-        if not isinstance(value, str) or value not in allowed:
+        if not isinstance(value, str):
             self.fail(key, value, f"supported: {', '.join(allowed)}")
+        if value not in allowed:
+            self.not_native(key, value, f"supported: {', '.join(allowed)}")
         return value
 
     def integer(self, key: str, default: int | None = None, least: int = 1) -> int:

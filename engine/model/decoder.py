@@ -1,33 +1,37 @@
-"""One decoder for Llama, Mistral, Qwen2 and Qwen3.
+"""One decoder for all families of :mod:`.family_table`.
 
-Parameters carry their Hugging Face names (``model.layers.0.self_attn.q_proj.weight``), so weights map by name in both
-directions. Inputs are packed: T tokens of one or more documents, without a batch dimension and without padding.
+Parameters have the names of Llama's Hugging Face files (``model.layers.0.self_attn.q_proj.weight``); where a family's
+files differ, ``DecoderArchitecture.stored_pieces`` maps them. Inputs are packed: T tokens of one or more documents,
+without a batch dimension and without padding.
 
 The number of ranks is unknown here. If ranks share the work, ``engine/parallel`` replaces ``Decoder.loss`` or
 ``Attention.attend``. It can also pass linear layers that hold a part of their matrix, or make a decoder of some of the
 layers.
 
-Shapes: T tokens, H hidden, F feed-forward, N query heads, K key/value heads, D head size, V vocabulary.
+Shapes: T tokens, H hidden, F feed-forward, N query heads, K key/value heads, D head size, R rotating part of it, V
+vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
+from ...kernels.activations import ACTIVATIONS, gated
 from ...kernels.attention import attention
 from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
-from ...kernels.swiglu import swiglu
 from ..batch import Batch
-from .families import DecoderArchitecture, inverse_frequencies
+from .families import DecoderArchitecture
 from .language_model import Attend, LanguageModel, LayerRange
+from .rope_settings import DynamicScaling, RopeSettings, growth_exponents, inverse_frequencies
 
 
 class Decoder(LanguageModel):
@@ -49,7 +53,7 @@ class Decoder(LanguageModel):
         self.model = Backbone(architecture, layers, self.is_first or (self.is_last and tied))
         if self.is_last and not tied:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
-        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _loss_sum
+        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = functools.partial(_loss_sum, architecture)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -80,7 +84,11 @@ class Decoder(LanguageModel):
 
     def head_logits(self, hidden_TH: Tensor) -> Tensor:
         """See :class:`LanguageModel`."""
-        return hidden_TH @ self.head_weight.t()
+        logits_TV = hidden_TH @ self.head_weight.t()
+        if self.architecture.logit_scale != 1.0:
+            logits_TV = logits_TV * self.architecture.logit_scale
+        cap = self.architecture.logit_softcap
+        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
 
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """See :class:`LanguageModel`."""
@@ -97,7 +105,7 @@ class Decoder(LanguageModel):
             if name.endswith("bias"):
                 parameter.zero_()
             elif name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if self.architecture.norm == "rms_plus_one" else 1.0)
             else:
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + places[name]) % 2**63)
                 values = torch.empty(parameter.shape).normal_(
@@ -106,8 +114,17 @@ class Decoder(LanguageModel):
                 copy_(parameter, values)
 
 
-def _loss_sum(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-    return linear_cross_entropy(hidden_TH, weight_VH, targets_T).loss_sum
+def _loss_sum(architecture: DecoderArchitecture, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **architecture.head_options).loss_sum
+
+
+class Rotation(NamedTuple):
+    """What the positions of a batch's tokens mean to the attention of some layers."""
+
+    cos_TR: Tensor
+    sin_TR: Tensor
+    query_scale_T: Tensor | None
+    """Factor of the queries by position; None: one."""
 
 
 class Backbone(nn.Module):
@@ -120,11 +137,9 @@ class Backbone(nn.Module):
         self.embeds = layers.start == 0
         self.embed_tokens = nn.Embedding(architecture.vocab_size, width) if has_embedding else None
         # By number, as in the parameters' names, because the first layer may have any number.
-        self.layers = nn.ModuleDict(
-            {str(number): Block(architecture, architecture.sliding_windows[number]) for number in range(*layers)}
-        )
+        self.layers = nn.ModuleDict({str(number): Block(architecture, number) for number in range(*layers)})
         is_last = layers.stop == architecture.num_layers
-        self.norm = RMSNorm(width, architecture.rms_norm_eps) if is_last else None
+        self.norm = Norm(architecture, width) if is_last else None
 
     @property
     def blocks(self) -> list[Block]:
@@ -136,35 +151,68 @@ class Backbone(nn.Module):
 
         The result is normalized after the last block.
         """
-        rope = rope_cos_sin(batch.position_ids, _frequencies_on(batch.position_ids.device, self.architecture))
+        ropes = {block.rope for block in self.blocks}
+        rotations = {rope: _rotation(rope, batch) for rope in ropes if rope is not None}
         if self.embeds:
-            assert self.embed_tokens is not None
-            hidden_TH = self.embed_tokens(batch.tokens)
+            hidden_TH = self._embed(batch.tokens)
         assert hidden_TH is not None
         for block in self.blocks:
-            hidden_TH = block(hidden_TH, rope, batch)
+            hidden_TH = block(hidden_TH, rotations[block.rope] if block.rope else None, batch)
         return hidden_TH if self.norm is None else self.norm(hidden_TH)
+
+    def _embed(self, tokens_T: Tensor) -> Tensor:
+        assert self.embed_tokens is not None
+        hidden_TH = self.embed_tokens(tokens_T)
+        scale = self.architecture.embedding_scale
+        if self.architecture.rounds_embedding_scale:
+            scale = torch.tensor(scale, dtype=hidden_TH.dtype, device="cpu").item()
+        return hidden_TH if scale == 1.0 else hidden_TH * scale
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Transformer block: attention and a feed-forward layer, with norms before or after them, or both."""
 
-    def __init__(self, architecture: DecoderArchitecture, window: int | None):
+    def __init__(self, architecture: DecoderArchitecture, number: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
-        self.self_attn = Attention(architecture, window)
-        self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
+        self.rope = architecture.ropes[number]
+        self._names, self._parallel = architecture.block_norms, architecture.parallel
+        self._residual_scale = architecture.residual_scale
+        # In the order of the computation, which is also that of the parameters.
+        self._add_norm(architecture, self._names.before_attention)
+        self.self_attn = Attention(architecture, architecture.sliding_windows[number])
+        self._add_norm(architecture, self._names.after_attention)
+        self._add_norm(architecture, self._names.before_mlp)
         self.mlp = FeedForward(architecture)
+        self._add_norm(architecture, self._names.after_mlp)
 
-    def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    def _add_norm(self, architecture: DecoderArchitecture, name: str | None) -> None:
+        if name is not None:
+            self.add_module(name, Norm(architecture, architecture.hidden_size))
+
+    def forward(self, hidden_TH: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
         """Map [T, H] to [T, H]."""
-        mixed_TH = self.self_attn(self.input_layernorm(hidden_TH), rope, batch)
-        normalized_TH, hidden_TH = self.post_attention_layernorm(mixed_TH, hidden_TH)
-        return hidden_TH + self.mlp(normalized_TH)
+        names = self._names
+        normalized_TH = self._norm(names.before_attention, hidden_TH)
+        mixed_TH = self._scaled(self._norm(names.after_attention, self.self_attn(normalized_TH, rotation, batch)))
+        if self._parallel:
+            if names.before_mlp is not None:
+                normalized_TH = self._norm(names.before_mlp, hidden_TH)
+            return hidden_TH + mixed_TH + self._scaled(self.mlp(normalized_TH))
+        if names.before_mlp is None:
+            normalized_TH = hidden_TH = hidden_TH + mixed_TH
+        else:
+            normalized_TH, hidden_TH = getattr(self, names.before_mlp)(mixed_TH, hidden_TH)
+        return hidden_TH + self._scaled(self._norm(names.after_mlp, self.mlp(normalized_TH)))
+
+    def _norm(self, name: str | None, x_TH: Tensor) -> Tensor:
+        return x_TH if name is None else getattr(self, name)(x_TH)
+
+    def _scaled(self, x_TH: Tensor) -> Tensor:
+        return x_TH if self._residual_scale == 1.0 else x_TH * self._residual_scale
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; Qwen3 normalizes queries and keys per head."""
+    """Grouped-query attention. Queries and keys may be normalized, then rotate by their positions."""
 
     def __init__(self, architecture: DecoderArchitecture, window: int | None):
         super().__init__()
@@ -177,19 +225,24 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden, key_width, bias=bias)
         self.v_proj = nn.Linear(hidden, key_width, bias=bias)
         self.o_proj = nn.Linear(query_width, hidden, bias=architecture.output_bias)
-        norm: Callable[[], nn.Module] = (
-            (lambda: RMSNorm(self.head_dim, architecture.rms_norm_eps)) if architecture.qk_norm else nn.Identity
+        self._full_norm = architecture.qk_norm == "full"
+        self._interleaved = any(rope is not None and rope.interleaved for rope in architecture.ropes)
+        widths = (query_width, key_width) if self._full_norm else (self.head_dim, self.head_dim)
+        self.q_norm, self.k_norm = (
+            Norm(architecture, width) if architecture.qk_norm else nn.Identity() for width in widths
         )
-        self.q_norm, self.k_norm = norm(), norm()
+        self._options = architecture.attention_options
         self.attend: Attend = attention
 
-    def forward(self, hidden_TH: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    def forward(self, hidden_TH: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
         """Map [T, H] to [T, H]."""
-        q_TND, k_TKD, v_TKD = (
-            projection(hidden_TH).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q_TND, k_TKD = apply_rope_to_pair(self.q_norm(q_TND), self.k_norm(k_TKD), *rope)
+        q, k, v = (projection(hidden_TH) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q_TND, k_TKD = self._heads(q, self.q_norm), self._heads(k, self.k_norm)
+        v_TKD = v.unflatten(-1, (-1, self.head_dim))
+        if rotation is not None:
+            q_TND, k_TKD = apply_rope_to_pair(q_TND, k_TKD, rotation.cos_TR, rotation.sin_TR, self._interleaved)
+            if rotation.query_scale_T is not None:
+                q_TND = q_TND * rotation.query_scale_T[:, None, None].to(q_TND.dtype)
         mixed_TND = self.attend(
             q_TND,
             k_TKD,
@@ -198,53 +251,105 @@ class Attention(nn.Module):
             batch.max_seqlen,
             window=self.window,
             plan=batch.attention,
+            **self._options,
         )
         return self.o_proj(mixed_TND.flatten(-2))
 
+    def _heads(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Normalize queries or keys [T, N * D], and return them as [T, N, D]."""
+        if self._full_norm:
+            return norm(x).unflatten(-1, (-1, self.head_dim))
+        return norm(x.unflatten(-1, (-1, self.head_dim)))
+
 
 class FeedForward(nn.Module):
-    """SwiGLU feed-forward layer."""
+    """Feed-forward layer; the activation of a gate may multiply the inner features."""
 
     def __init__(self, architecture: DecoderArchitecture):
         super().__init__()
         hidden, inner, bias = architecture.hidden_size, architecture.intermediate_size, architecture.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if architecture.gated else None
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self._activation = architecture.activation
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """Map [T, H] to [T, H]."""
+        if self.gate_proj is None:
+            return self.down_proj(ACTIVATIONS[self._activation](self.up_proj(hidden_TH)))
         gate, up = self.gate_proj(hidden_TH), self.up_proj(hidden_TH)
-        return self.down_proj(swiglu(gate, up))
+        return self.down_proj(gated(gate, up, self._activation))
 
 
-class RMSNorm(nn.Module):
-    """Learned scale over a root-mean-square normalization."""
+_RMS_WEIGHT_OFFSETS = {"rms": None, "rms_fp32": 0.0, "rms_plus_one": 1.0}
 
-    def __init__(self, width: int, eps: float):
+
+class Norm(nn.Module):
+    """Root-mean-square or layer normalization with a learned scale, and optionally a bias."""
+
+    def __init__(self, architecture: DecoderArchitecture, width: int):
         super().__init__()
+        self.kind, self.eps = architecture.norm, architecture.norm_eps
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.bias = nn.Parameter(torch.zeros(width)) if architecture.norm_bias else None
+        self.average: Callable[[Tensor], Tensor] | None = None
+        """Averages the mean square over ranks that each have a part of the width; set by tensor parallelism."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Map [..., width] to [..., width]; with a residual, return the norm of ``residual + x`` and that sum."""
-        return rms_norm(x, _local_copy(self.weight), self.eps, residual)
+        weight = _local_copy(self.weight)
+        if self.kind == "layer_norm":
+            x = x if residual is None else residual + x
+            bias = None if self.bias is None else _local_copy(self.bias)
+            normalized = F.layer_norm(x, weight.shape, weight, bias, self.eps)
+            return normalized if residual is None else (normalized, x)
+        offset = _RMS_WEIGHT_OFFSETS[self.kind]
+        return rms_norm(x, weight, self.eps, residual, weight_offset=offset, average=self.average)
 
 
 def _local_copy(weight: Tensor) -> Tensor:
-    """Return the weight as a plain tensor.
+    """Return this rank's weight as a plain tensor.
 
     With tensor parallelism, ranks with copies of it see different tokens or heads, so its gradient is the sum of
-    theirs.
+    theirs. Of a weight that is split over ranks, each has the gradient of its part.
     """
-    return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
+    if not isinstance(weight, DTensor):
+        return weight
+    copied = all(placement.is_replicate() for placement in weight.placements)
+    return weight.to_local(grad_placements=[Partial()] if copied else None)
+
+
+def _rotation(rope: RopeSettings, batch: Batch) -> Rotation:
+    """Return the rotation of the tokens of ``batch`` in the layers with these rotary settings."""
+    positions_T = batch.position_ids
+    frequencies = _frequencies_on(positions_T.device, rope)
+    if rope.unscaled_length is not None:
+        frequencies = _frequencies_by_length(rope, frequencies, batch)
+    cos_TR, sin_TR = rope_cos_sin(positions_T, frequencies, rope.interleaved, rope.attention_factor)
+    if not rope.query_growth:
+        return Rotation(cos_TR, sin_TR, None)
+    periods_T = torch.floor(positions_T / rope.query_period)
+    return Rotation(cos_TR, sin_TR, 1 + rope.query_growth * torch.log(1 + periods_T))
+
+
+def _frequencies_by_length(rope: RopeSettings, frequencies: Tensor, batch: Batch) -> Tensor:
+    """Return [T, R/2] frequencies of documents, some of which are longer than ``rope.unscaled_length``."""
+    lengths_T = batch.cu_seqlens.diff().repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.position_ids))
+    assert rope.unscaled_length is not None
+    if isinstance(rope.scaling, DynamicScaling):
+        factor = rope.scaling.factor
+        growth_T = (factor * lengths_T / rope.unscaled_length - (factor - 1)).clamp(min=1.0)
+        exponents = torch.tensor(growth_exponents(len(frequencies)), device=frequencies.device)
+        return frequencies * growth_T[:, None] ** exponents
+    long = _frequencies_on(frequencies.device, rope, rope.unscaled_length + 1)
+    return torch.where(lengths_T[:, None] > rope.unscaled_length, long, frequencies)
 
 
 @functools.cache
-def _frequencies_on(device: torch.device, architecture: DecoderArchitecture) -> Tensor:
-    """Return [D/2] rotary frequencies.
+def _frequencies_on(device: torch.device, rope: RopeSettings, length: int = 1) -> Tensor:
+    """Return [R/2] rotary frequencies for documents of ``length`` tokens.
 
     They are a constant of the architecture and not a buffer, so that sharding, meta construction and checkpoints can
     ignore them.
     """
-    return torch.tensor(inverse_frequencies(architecture), dtype=torch.float32, device=device)
+    return torch.tensor(inverse_frequencies(rope, length), dtype=torch.float32, device=device)

@@ -1,32 +1,35 @@
 """Parse a Hugging Face ``config.json`` into the architecture of the native decoder, without running remote code.
 
 Only settings that the decoder implements are accepted. A setting that would change the numbers and is not implemented
-is refused by name, never ignored.
+is refused by name, never ignored. :mod:`.family_table` says what the families are.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import UserError
 from .config_file import INLINE
 from .config_keys import account_for_keys
 from .config_reader import ConfigReader
-from .language_model import Architecture, Implementation
-from .rope_settings import RopeScaling, read_rope
+from .config_reader import NotNative as NotNative  # raised here; the reader of keys defines it
+from .family_table import FAMILIES, MODEL_TYPES, BlockNorms, Family, NormKind, QkNorm
+from .language_model import Architecture, Implementation, Piece
+from .layer_pattern import rotary_layers, sliding_windows
+from .rope_settings import RopeSettings, read_rope
+from .stored_names import stored_pieces
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_SILU = ("silu", "swish")
-_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
-_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128},
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
-"""Defaults of transformers for keys that a ``config.json`` leaves out, as far as they differ between families."""
+"""The implemented activations by their names in a config."""
 
 # Far above all existing models. Beyond these limits, even a model without values takes minutes, or overflows PyTorch's
 # sizes.
@@ -38,18 +41,35 @@ _MOST_PARAMETERS = 10**13
 
 @dataclass(frozen=True)
 class DecoderArchitecture(Architecture):
-    """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    """A decoder-only transformer: its sizes, and the options of its parts."""
 
     intermediate_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_linear_factor: float
-    rope_scaling: RopeScaling | None
+    initializer_range: float
+    norm: NormKind
+    norm_bias: bool
+    norm_eps: float
+    block_norms: BlockNorms
+    parallel: bool
+    """Whether attention and feed-forward layer read the same hidden states, and are added together."""
     qkv_bias: bool
     output_bias: bool
+    qk_norm: QkNorm | None
     mlp_bias: bool
-    qk_norm: bool
-    initializer_range: float
+    activation: str
+    """One of the values of :data:`ACTIVATIONS`."""
+    gated: bool
+    """Whether the activation of one projection multiplies another one."""
+    ropes: tuple[RopeSettings | None, ...]
+    """Rotary positions of every layer; None: it has none."""
+    embedding_scale: float = 1.0
+    rounds_embedding_scale: bool = False
+    """Whether the factor of the embeddings is rounded to their dtype."""
+    residual_scale: float = 1.0
+    """Factor of what a block adds to the hidden states."""
+    attention_scale: float | None = None
+    """Factor of the attention scores; None: 1 / sqrt(head_dim)."""
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     @property
     def implementation(self) -> Implementation:
@@ -61,72 +81,93 @@ class DecoderArchitecture(Architecture):
         """See :class:`Architecture`."""
         h, d = self.hidden_size, self.head_dim
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
-        attention = h * (q + 2 * kv) + q * h
-        attention += (q + 2 * kv) * self.qkv_bias + h * self.output_bias + 2 * d * self.qk_norm
-        mlp = 3 * h * self.intermediate_size + (2 * self.intermediate_size + h) * self.mlp_bias
+        norm = h * (1 + self.norm_bias)
+        biases = (q + 2 * kv) * self.qkv_bias + h * self.output_bias
+        biases += (self._inner_projections * self.intermediate_size + h) * self.mlp_bias
+        qk_norms = {None: 0, "head": 2 * d, "full": q + kv}[self.qk_norm]
+        norms = sum(name is not None for name in self.block_norms) * norm + qk_norms
         embeddings = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * (attention + mlp + 2 * h) + embeddings + h
+        return self.block_matrices + self.num_layers * (biases + norms) + embeddings + norm
 
     @property
     def block_matrices(self) -> int:
         """See :class:`Architecture`."""
         h, d = self.hidden_size, self.head_dim
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
-        return self.num_layers * (h * (q + 2 * kv) + q * h + 3 * h * self.intermediate_size)
+        mlp = (self._inner_projections + 1) * h * self.intermediate_size
+        return self.num_layers * (h * (q + 2 * kv) + q * h + mlp)
+
+    @property
+    def _inner_projections(self) -> int:
+        return 2 if self.gated else 1
+
+    @property
+    def attention_options(self) -> dict[str, float]:
+        """Return the arguments of the attention operation that are not its defaults."""
+        options = {"softmax_scale": self.attention_scale, "softcap": self.attention_softcap}
+        return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """Return the arguments of the output head's loss that are not its defaults."""
+        options = {} if self.logit_softcap is None else {"logit_softcap": self.logit_softcap}
+        return options if self.logit_scale == 1.0 else {**options, "logit_scale": self.logit_scale}
+
+    def stored_pieces(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
+        """See :class:`Architecture`."""
+        return stored_pieces(FAMILIES[self.model_type], shapes, self.head_dim)
 
 
 def parse_decoder_architecture(config: dict[str, Any], where: str = INLINE) -> DecoderArchitecture:
     """Parse ``config``, the content of a Hugging Face ``config.json``; ``where`` names it in errors.
 
     Raises:
-        UserError: a missing or impossible value, or a setting that the decoder does not implement.
+        UserError: a missing, impossible or contradictory value.
+        NotNative: a setting that the decoder does not implement.
     """
     model_type = ConfigReader(config, where).choice("model_type", MODEL_TYPES)
+    family = FAMILIES[model_type]
     _refuse_quantized(ConfigReader(config, where))
     account_for_keys(config, where, model_type)
-    config = {**_FAMILY_DEFAULTS[model_type], **config}
-    reader = ConfigReader(config, where)
-    reader.choice("hidden_act", _SILU, default=_SILU[0])
-    reader.refuse_unless("attention_dropout", 0.0)
-    hidden_size = reader.size("hidden_size", LARGEST_SIZE)
+    reader = ConfigReader({**family.defaults, **config}, where)
+    _refuse_unimplemented(reader, family)
+    reader.integer("max_position_embeddings")
+    heads, kv_heads, head_dim = _head_sizes(reader, family)
     num_layers = reader.size("num_hidden_layers", MOST_LAYERS)
-    heads = reader.size("num_attention_heads", LARGEST_SIZE)
-    kv_heads = reader.size("num_key_value_heads", LARGEST_SIZE, default=heads)
-    if heads % kv_heads:
-        reader.fail("num_attention_heads", heads, f"it must be a multiple of num_key_value_heads = {kv_heads}")
-    if config.get("head_dim") is None and hidden_size % heads:
-        reader.fail("hidden_size", hidden_size, f"it must be a multiple of num_attention_heads = {heads}")
-    head_dim = reader.size("head_dim", LARGEST_SIZE, default=hidden_size // heads)
-    if head_dim % 2:
-        reader.fail("head_dim", head_dim, "rotary positions need an even one")
-    rope = read_rope(reader, reader.integer("max_position_embeddings"))
-    biases = _biases(reader, model_type)
+    windows = sliding_windows(reader, model_type, num_layers)
+    parallel = _flag(reader, family.parallel)
     architecture = DecoderArchitecture(
         model_type=model_type,
         vocab_size=reader.size("vocab_size", LARGEST_SIZE),
-        hidden_size=hidden_size,
+        hidden_size=reader.size("hidden_size", LARGEST_SIZE),
         intermediate_size=reader.size("intermediate_size", LARGEST_SIZE),
         num_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=reader.number("rms_norm_eps", default=1e-6, or_zero=True),
-        rope_theta=rope.theta,
-        rope_linear_factor=rope.linear_factor,
-        rope_scaling=rope.scaling,
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
-        qkv_bias=biases.qkv,
-        output_bias=biases.output,
-        mlp_bias=biases.mlp,
-        qk_norm=model_type == "qwen3",
-        sliding_windows=_sliding_windows(reader, model_type, num_layers),
+        sliding_windows=windows,
         initializer_range=reader.number("initializer_range", default=0.02, or_zero=True),
+        norm=family.norm,
+        norm_bias=family.norm_bias,
+        norm_eps=reader.number(family.norm_eps, default=family.default_norm_eps, or_zero=True),
+        block_norms=family.parallel_norms if parallel and family.parallel_norms else family.norms,
+        parallel=parallel,
+        qkv_bias=_flag(reader, family.qkv_bias),
+        output_bias=_flag(reader, family.output_bias),
+        qk_norm=family.qk_norm,
+        mlp_bias=_flag(reader, family.mlp_bias),
+        activation=ACTIVATIONS[reader.choice(family.activation, tuple(ACTIVATIONS), default=family.default_activation)],
+        gated=family.gated,
+        ropes=_ropes(reader, family, head_dim, windows),
+        rounds_embedding_scale=family.rounds_embedding_scale,
+        **_scalars(reader, family),
     )
     if architecture.num_parameters > _MOST_PARAMETERS:
         problem = (
             f"the sizes make {architecture.num_parameters:,} parameters, at most {_MOST_PARAMETERS:,} are supported"
         )
-        reader.fail("hidden_size", hidden_size, f"{problem}; correct them")
+        reader.fail("hidden_size", architecture.hidden_size, f"{problem}; correct them")
     return architecture
 
 
@@ -143,23 +184,66 @@ def require_native(architecture: Architecture, where: str) -> DecoderArchitectur
     return architecture
 
 
-class _Biases(NamedTuple):
-    """The linear layers that have biases."""
-
-    qkv: bool
-    output: bool
-    mlp: bool
+def _flag(reader: ConfigReader, flag: bool | str) -> bool:
+    """Return a constant of the family, or the value of its key."""
+    return flag if isinstance(flag, bool) else reader.flag(flag)
 
 
-def _biases(reader: ConfigReader, model_type: str) -> _Biases:
-    attention, mlp = reader.flag("attention_bias"), reader.flag("mlp_bias")
-    if mlp and model_type != "llama":
-        reader.fail("mlp_bias", mlp, f"{model_type} models have no biases in the MLP; remove it")
-    if attention and model_type == "mistral":
-        reader.fail("attention_bias", attention, "mistral models have no biases; remove it, or set model_type: llama")
-    if model_type == "qwen2":  # on query, key and value; attention_bias is ignored
-        return _Biases(qkv=True, output=False, mlp=False)
-    return _Biases(qkv=attention, output=attention, mlp=mlp)
+def _refuse_unimplemented(reader: ConfigReader, family: Family) -> None:
+    """Refuse biases that the family has not, dropout, and options that only transformers implements."""
+    for key, flag in (("attention_bias", family.qkv_bias), ("mlp_bias", family.mlp_bias)):
+        if not flag and reader.flag(key):
+            remedy = f"{reader.config['model_type']} models have no such biases; remove it, or set another model_type"
+            reader.fail(key, True, remedy)
+    for key in family.dropouts.split():
+        if reader.config.get(key) is not None and reader.number(key, or_zero=True) != 0:
+            reader.not_native(
+                key, reader.config[key], "only 0.0 is implemented; set it to 0.0 to train without dropout"
+            )
+    for key in family.unimplemented.split():
+        if reader.flag(key):
+            reader.not_native(key, True, "the native decoder does not implement it")
+
+
+def _head_sizes(reader: ConfigReader, family: Family) -> tuple[int, int, int]:
+    """Return the number of query heads and of key/value heads, and the size of a head."""
+    hidden_size = reader.size("hidden_size", LARGEST_SIZE)
+    heads = reader.size("num_attention_heads", LARGEST_SIZE)
+    kv_heads = heads
+    if "num_key_value_heads" not in family.ignored.split():
+        kv_heads = reader.size("num_key_value_heads", LARGEST_SIZE, default=heads)
+    if heads % kv_heads:
+        reader.fail("num_attention_heads", heads, f"it must be a multiple of num_key_value_heads = {kv_heads}")
+    if reader.config.get("head_dim") is None and hidden_size % heads:
+        reader.fail("hidden_size", hidden_size, f"it must be a multiple of num_attention_heads = {heads}")
+    head_dim = reader.size("head_dim", LARGEST_SIZE, default=hidden_size // heads)
+    if family.fixed_head_dim and head_dim * heads != hidden_size:
+        reader.fail("head_dim", head_dim, f"it is hidden_size / num_attention_heads = {hidden_size / heads:g} here")
+    if head_dim % 2:
+        reader.fail("head_dim", head_dim, "rotary positions need an even one")
+    return heads, kv_heads, head_dim
+
+
+def _ropes(
+    reader: ConfigReader, family: Family, head_dim: int, windows: tuple[int | None, ...]
+) -> tuple[RopeSettings | None, ...]:
+    """Return the rotary positions of every layer."""
+    usual = read_rope(reader, family, head_dim)
+    windowed = read_rope(reader, family, head_dim, windowed=True) if family.rope == "by_layer_type" else usual
+    rotary = rotary_layers(reader, family, windows)
+    return tuple(
+        None if not rotates else usual if window is None else windowed
+        for rotates, window in zip(rotary, windows, strict=True)
+    )
+
+
+def _scalars(reader: ConfigReader, family: Family) -> dict[str, Any]:
+    """Return the factors and caps by field of the architecture; absent ones have no effect."""
+    values = {}
+    for key, (name, exponent) in family.scalars.items():
+        if reader.config.get(key) is not None:
+            values[name] = reader.number(key) ** exponent
+    return values
 
 
 def _refuse_quantized(reader: ConfigReader) -> None:
@@ -178,72 +262,3 @@ def _refuse_quantized(reader: ConfigReader) -> None:
             "quant_method", quantization["quant_method"], remedy
         )
     reader.fail("quantization_config", quantization, remedy)
-
-
-def _sliding_windows(reader: ConfigReader, model_type: str, num_layers: int) -> tuple[int | None, ...]:
-    """Return the window of each layer.
-
-    Mistral's ``sliding_window`` applies to all layers, Llama has none. Qwen's applies only with ``use_sliding_window``,
-    and from layer ``max_window_layers`` on (or according to ``layer_types``).
-    """
-    config, kinds = reader.config, _layer_types(reader, num_layers)
-    wanted, window = reader.flag("use_sliding_window"), None
-    if config.get("sliding_window") is not None:
-        window = reader.integer("sliding_window", least=0)
-    first = reader.integer("max_window_layers", default=28, least=0)
-    windows: tuple[int | None, ...] = (None,) * num_layers
-    if model_type == "llama":
-        if wanted or (window is not None and config.get("use_sliding_window") is None):
-            key = "use_sliding_window" if wanted else "sliding_window"
-            reader.fail(key, config[key], "Llama models have no sliding windows; remove it, or set model_type: mistral")
-    elif model_type == "mistral":
-        if window is not None and not wanted and config.get("use_sliding_window") is not None:
-            remedy = f"Mistral models have their sliding_window ({window}) in all layers; set sliding_window to null"
-            reader.fail("use_sliding_window", False, remedy)
-        if window is not None and config.get("max_window_layers"):
-            reader.fail("max_window_layers", first, "Mistral models have their window in all layers; remove it")
-        windows = (window,) * num_layers
-    elif wanted and kinds is not None:
-        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    elif wanted:
-        windows = tuple(window if layer >= first else None for layer in range(num_layers))
-    if any(size is not None for size in windows):
-        reader.integer("sliding_window")  # if used, 0 would hide everything
-    if kinds is not None and [kind == "sliding_attention" for kind in kinds] != [bool(window) for window in windows]:
-        has = f"sliding_window {config.get('sliding_window')} and use_sliding_window {str(wanted).lower()}"
-        remedy = f"with model_type {model_type}, {has}, other layers have windows; correct or remove layer_types"
-        reader.fail("layer_types", kinds, remedy)
-    return windows
-
-
-def _layer_types(reader: ConfigReader, num_layers: int) -> list[str] | None:
-    kinds = reader.config.get("layer_types")
-    if kinds is None:
-        return None
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        reader.fail("layer_types", kinds, f"it must name num_hidden_layers = {num_layers} layers")
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            reader.fail("layer_types", kind, "supported: full_attention, sliding_attention")
-    return kinds
-
-
-def inverse_frequencies(architecture: DecoderArchitecture) -> list[float]:
-    """Return radians per position of each of the head_dim / 2 rotary pairs, with Llama 3's scaling if configured.
-
-    The llama3 rule keeps wavelengths shorter than ``original / high_freq_factor``. It divides frequencies with
-    wavelengths longer than ``original / low_freq_factor`` by ``factor``, and interpolates in between
-    (https://arxiv.org/abs/2407.21783, section 3.2; Hugging Face ``rope_type: llama3``).
-    """
-    d, theta = architecture.head_dim, architecture.rope_theta
-    frequencies = [theta ** -(2 * i / d) / architecture.rope_linear_factor for i in range(d // 2)]
-    scaling = architecture.rope_scaling
-    if scaling is None:
-        return frequencies
-    stretched = []
-    for frequency in frequencies:
-        rotations = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-        span = scaling.high_freq_factor - scaling.low_freq_factor
-        keep = min(1.0, max(0.0, (rotations - scaling.low_freq_factor) / span))
-        stretched.append(keep * frequency + (1 - keep) * frequency / scaling.factor)
-    return stretched

@@ -61,11 +61,30 @@ class Architecture(ABC):
     """Whether the embedding is also the output head. The head then has no parameter of its own."""
     sliding_windows: tuple[int | None, ...]
     """Attention window of every layer; None attends to the whole document."""
+    attention_softcap: float | None = None
+    """Cap of the attention scores, ``cap * tanh(score / cap)``; None without one."""
+    attention_sinks: bool = False
+    """Whether each head has a learned logit that takes part in its softmax without a value."""
+    value_head_dim: int | None = None
+    """Size of values; None for ``head_dim``."""
 
     @property
     @abstractmethod
     def implementation(self) -> Implementation:
         """The implementation that computes the model."""
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether blocks compute all documents of a batch at once, and mix tokens only in our attention."""
+        return True
+
+    def describe_implementation(self) -> str:
+        """Return which implementation computes the model, why, and what that costs."""
+        return "native decoder"
+
+    def facts(self) -> dict[str, Any]:
+        """Return what distinguishes the model from another one, by name."""
+        return dict(vars(self))
 
     @property
     @abstractmethod
@@ -131,6 +150,8 @@ class LanguageModel(nn.Module, ABC):
     """Whether this part of the model has the first block, and so takes tokens."""
     is_last: bool
     """Whether this part has the last block, and so returns losses."""
+    constants: frozenset[str] = frozenset()
+    """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
 
     @property
     @abstractmethod
@@ -186,17 +207,18 @@ class LanguageModel(nn.Module, ABC):
 
     def cast_parameters(self, dtype: torch.dtype) -> LanguageModel:
         """Cast the parameters, which are on the meta device, and return this model. Constants keep their dtype."""
-        for module in self.modules():
+        for prefix, module in self.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                cast = nn.Parameter(parameter.to(dtype), requires_grad=parameter.requires_grad)
-                module.register_parameter(name, cast)
+                if f"{prefix}.{name}" not in self.constants:
+                    cast = nn.Parameter(parameter.to(dtype), requires_grad=parameter.requires_grad)
+                    module.register_parameter(name, cast)
         return self
 
     def table_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of this part that are in :attr:`Architecture.tables`."""
         return [parameter for name, parameter in self.named_parameters() if name in self.architecture.tables]
 
-    def materialize(self, device: torch.device, **options: Any) -> LanguageModel:
+    def materialize(self, device: torch.device) -> LanguageModel:
         """Allocate the parameters, which are on the meta device, and return this model. They are not initialized."""
-        self.to_empty(device=device, **options)
+        self.to_empty(device=device)
         return self

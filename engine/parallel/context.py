@@ -54,17 +54,21 @@ def _attend_to_all_tokens(
     group: dist.ProcessGroup,
     q_TND: Tensor,
     k_TKD: Tensor,
-    v_TKD: Tensor,
+    v_TKE: Tensor,
     *arguments: Any,
+    sinks: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Map [T, heads, D] of this rank's T tokens to [T, N, D].
+    """Map queries, keys and values of this rank's T tokens, of all heads, to [T, N, E].
 
-    If there are more ranks than key/value heads, each head goes to all ranks that have its queries.
+    If there are more ranks than key/value heads, each head goes to all ranks that have its queries. ``sinks`` are those
+    of all N heads. Like that of other parameters, their gradient is a sum over ranks: each has it for its own heads.
     """
     copies = max(1, group.size() // k_TKD.shape[1])
-    k_TKD, v_TKD = (x.repeat_interleave(copies, dim=1) if copies > 1 else x for x in (k_TKD, v_TKD))
-    q, k, v = (_heads_for_tokens(x, group) for x in (q_TND, k_TKD, v_TKD))
+    k_TKD, v_TKE = (x.repeat_interleave(copies, dim=1) if copies > 1 else x for x in (k_TKD, v_TKE))
+    q, k, v = (_heads_for_tokens(x, group) for x in (q_TND, k_TKD, v_TKE))
+    if sinks is not None:
+        options["sinks"] = sinks.chunk(group.size())[group.rank()]
     return _tokens_for_heads(attend(q, k, v, *arguments, **options), group)
 
 

@@ -32,7 +32,10 @@ def apply(model: LanguageModel, mesh: DeviceMesh, config: ParallelConfig, comput
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     on_gpu = mesh.device_type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
-    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    constants = {parameter for name, parameter in model.named_parameters() if name in model.constants}
+    shard = functools.partial(
+        fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=constants or None
+    )
     for block in model.blocks:
         shard(block, reshard_after_forward=config.reshard_after_forward)
     embedding = model.embedding

@@ -7,11 +7,13 @@ residual stream see only a rank's own tokens. The embedding and the head each ho
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -21,11 +23,12 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import Placement
 
 from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ..config.settings import RunConfig
 from ..errors import UserError
-from ..model.decoder import Decoder
+from ..model.decoder import Decoder, Norm
 from ..model.families import DecoderArchitecture
 from ..model.language_model import Architecture
 
@@ -36,11 +39,29 @@ TOKENS = 0
 class Copied(ParallelStyle):
     """Every rank holds all of the module's parameters; see ``decoder._local_copy`` for their gradients."""
 
+    placement: Placement = Replicate()
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, parameter in list(module.named_parameters(recurse=False)):
-            copies = distribute_tensor(parameter, device_mesh, [Replicate()], src_data_rank=None)
-            module.register_parameter(name, nn.Parameter(copies, requires_grad=parameter.requires_grad))
+            part = distribute_tensor(parameter, device_mesh, [self.placement], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(part, requires_grad=parameter.requires_grad))
         return module
+
+
+class SplitNorm(Copied):
+    """Every rank has some of the features that are normalized together: those of its heads, with their weights."""
+
+    placement = Shard(0)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, Norm)
+        module.average = functools.partial(_average_over_ranks, device_mesh.get_group())
+        return super()._apply(module, device_mesh)
+
+
+def _average_over_ranks(group: dist.ProcessGroup, mean_T1: Tensor) -> Tensor:
+    """Return the average of the [T, 1] means of all ranks."""
+    return all_gather_tensor_autograd(mean_T1, gather_dim=1, group=group).mean(-1, keepdim=True)
 
 
 def _gather_tokens(num_inputs: int) -> ParallelStyle:
@@ -56,8 +77,6 @@ ATTENTION_PLAN: dict[str, ParallelStyle] = {
     "q_proj": ColwiseParallel(),
     "k_proj": ColwiseParallel(),
     "v_proj": ColwiseParallel(),
-    "q_norm": Copied(),
-    "k_norm": Copied(),
     "o_proj": RowwiseParallel(output_layouts=Shard(TOKENS)),
 }
 FEED_FORWARD_PLAN: dict[str, ParallelStyle] = {
@@ -66,17 +85,22 @@ FEED_FORWARD_PLAN: dict[str, ParallelStyle] = {
     "up_proj": ColwiseParallel(),
     "down_proj": RowwiseParallel(output_layouts=Shard(TOKENS)),
 }
-BLOCK_PLAN: dict[str, ParallelStyle] = {
-    "input_layernorm": Copied(),
-    "post_attention_layernorm": Copied(),
-    **{f"self_attn.{name}".rstrip("."): style for name, style in ATTENTION_PLAN.items()},
-    **{f"mlp.{name}".rstrip("."): style for name, style in FEED_FORWARD_PLAN.items()},
-}
 DECODER_PLAN: dict[str, ParallelStyle] = {
     "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(TOKENS)),
     "model.norm": Copied(),
     "lm_head": ColwiseParallel(),
 }
+
+
+def block_plan(architecture: DecoderArchitecture) -> dict[str, ParallelStyle]:
+    """Return how each module of a block is split."""
+    of_query_and_key = SplitNorm() if architecture.qk_norm == "full" else Copied()
+    attention_plan = {**ATTENTION_PLAN, "q_norm": of_query_and_key, "k_norm": of_query_and_key}
+    return {
+        **{name: Copied() for name in architecture.block_norms if name is not None},
+        **{f"self_attn.{name}".rstrip("."): style for name, style in attention_plan.items()},
+        **{f"mlp.{name}".rstrip("."): style for name, style in FEED_FORWARD_PLAN.items()},
+    }
 
 
 def check(architecture: Architecture, config: RunConfig) -> None:
@@ -115,10 +139,10 @@ def apply(model: Decoder, mesh: DeviceMesh, overlap: bool) -> None:
     """
     parallelize_module(model, mesh, _present(model, DECODER_PLAN))
     for block in model.model.blocks:
-        parallelize_module(block, mesh, _present(block, BLOCK_PLAN))
+        parallelize_module(block, mesh, _present(block, block_plan(model.architecture)))
     if model.model.embeds and model.model.embed_tokens is not None:
         model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: _Arrived.apply(output))
-    model.loss = _vocabulary_parallel_loss(mesh)
+    model.loss = _vocabulary_parallel_loss(mesh, model.architecture)
     if overlap:
         _overlap_exchange(mesh)
 
@@ -146,15 +170,17 @@ def _overlap_exchange(mesh: DeviceMesh) -> None:
 
 
 def _present(module: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
-    """Return the entries of ``plan`` for existing modules of ``module``: Qwen2 has no q_norm, a stage may have no
+    """Return the entries of ``plan`` for existing modules of ``module``: some models have no gate, a stage may have no
     embedding.
     """
     there = {name for name, _ in module.named_modules()}
     return {name: style for name, style in plan.items() if name in there}
 
 
-def _vocabulary_parallel_loss(mesh: DeviceMesh) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    group = mesh.get_group()
+def _vocabulary_parallel_loss(
+    mesh: DeviceMesh, architecture: DecoderArchitecture
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    group, options = mesh.get_group(), architecture.head_options
 
     def loss(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
         """Compute the loss of the whole head: ``hidden_TH`` are this rank's tokens, ``weight_VH`` a DTensor,
@@ -163,6 +189,6 @@ def _vocabulary_parallel_loss(mesh: DeviceMesh) -> Callable[[Tensor, Tensor, Ten
         assert isinstance(weight_VH, DTensor)
         tokens = DTensor.from_local(hidden_TH, mesh, [Shard(TOKENS)], run_check=False)
         all_TH = tokens.redistribute(placements=[Replicate()]).to_local()
-        return linear_cross_entropy(all_TH, weight_VH.to_local(), targets_T, vocab_group=group).loss_sum
+        return linear_cross_entropy(all_TH, weight_VH.to_local(), targets_T, vocab_group=group, **options).loss_sum
 
     return loss

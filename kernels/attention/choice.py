@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import flash
-from .plan import FA3, FA4, FLASH_ATTN, FLEX, PER_DOCUMENT, SDPA, VARLEN
+from .plan import FA3, FA4, FLASH_ATTN, FLEX, PER_DOCUMENT, SDPA, VARLEN, WITH_SINKS, WITH_SOFTCAP
 
 BACKENDS = {
     FA4: "FlashAttention-4 through PyTorch",
@@ -50,6 +50,16 @@ class Setting:
     """True if some layer has a window that is shorter than the maximum document length."""
     equal_lengths: bool
     """All documents of a packing have the same length."""
+    value_head_dim: int
+    softcap: bool
+    """True if some layer caps its scores."""
+    sinks: bool
+    """True if some layer has attention sinks."""
+
+    @property
+    def is_special(self) -> bool:
+        """Whether the model needs more than the usual kernels have."""
+        return self.softcap or self.sinks or self.value_head_dim != self.head_dim
 
 
 def choose_attention_backend(
@@ -60,6 +70,9 @@ def choose_attention_backend(
     *,
     windows: Iterable[int | None] = (),
     equal_lengths: bool = False,
+    value_head_dim: int | None = None,
+    softcap: bool = False,
+    sinks: bool = False,
 ) -> Choice:
     """Return the backend of a run.
 
@@ -70,12 +83,25 @@ def choose_attention_backend(
         head_dim: D.
         windows: the windows of the model's layers, None for full attention.
         equal_lengths: every packing is one document, or documents of one length.
+        value_head_dim: E; None for D.
+        softcap: some layer caps its scores.
+        sinks: some layer has attention sinks.
 
     Raises:
         UnusableBackend: ``requested`` cannot work here.
     """
     windowed = any(window is not None for window in windows)
-    setting = Setting(device.type, _capability(device), dtype, head_dim, windowed, equal_lengths)
+    setting = Setting(
+        device.type,
+        _capability(device),
+        dtype,
+        head_dim,
+        windowed,
+        equal_lengths,
+        value_head_dim=value_head_dim or head_dim,
+        softcap=softcap,
+        sinks=sinks,
+    )
     if requested == "auto":
         backend = next(name for name in BACKENDS if _preferred(name, setting) and obstacle(name, setting) is None)
         return Choice(backend, f"{BACKENDS[backend]}; {_why(backend, setting)}")
@@ -90,12 +116,13 @@ def choose_attention_backend(
 
 def _preferred(backend: str, setting: Setting) -> bool:
     """Return whether ``auto`` chooses ``backend`` if it works."""
-    if backend == FLEX:  # Flash attention does the same with less memory; other uses are rare, and must request FLEX.
-        return False
+    if backend == FLEX:  # Flash attention does the same with less memory.
+        return setting.softcap or setting.sinks
     if backend == FA4:  # On Hopper FlashAttention-3 has all the features, and FlashAttention-4 is new.
         return setting.capability[0] >= 10
     if backend == SDPA:  # cuDNN is faster than FlashAttention-2 from Hopper on; a window would need a mask.
-        return setting.capability[0] >= 9 and not setting.windowed and setting.dtype != torch.float32
+        usual = not setting.windowed and not setting.is_special and setting.dtype != torch.float32
+        return setting.capability[0] >= 9 and usual
     return True
 
 
@@ -103,7 +130,8 @@ def _why(backend: str, setting: Setting) -> str:
     if backend == PER_DOCUMENT:
         if setting.device_type != "cuda":
             return "the backend for CPUs"
-        return f"varlen {obstacle(VARLEN, setting)}"
+        usual = FLEX if _preferred(FLEX, setting) else VARLEN
+        return f"{usual} {obstacle(usual, setting)}"
     earlier = [name for name in (FA3, FA4, FLASH_ATTN, VARLEN) if name != backend and _preferred(name, setting)]
     missing = [name for name in earlier if obstacle(name, setting) is not None]
     return "the fastest that works here" + (f" (not usable: {', '.join(missing)})" if missing else "")
@@ -114,6 +142,10 @@ def obstacle(backend: str, setting: Setting) -> str | None:
     """Return why ``backend`` cannot be used, as the end of a sentence that begins with its name; None if it can."""
     if backend == PER_DOCUMENT:
         return None
+    if setting.softcap and backend not in WITH_SOFTCAP:
+        return "cannot cap scores, which this model does (softcap)"
+    if setting.sinks and backend not in WITH_SINKS:
+        return "has no attention sinks, which this model uses"
     if backend == SDPA:
         return None if setting.equal_lengths else "is for documents of one length (data.attend_across_documents: true)"
     if setting.device_type != "cuda":
@@ -124,8 +156,9 @@ def obstacle(backend: str, setting: Setting) -> str | None:
 
 
 def _flex_obstacle(setting: Setting) -> str | None:
-    if setting.head_dim < 16:
-        return f"needs a head size of at least 16, not {setting.head_dim}"
+    smallest = min(setting.head_dim, setting.value_head_dim)
+    if smallest < 16:
+        return f"needs a head size of at least 16, not {smallest}"
     return import_problem("triton", "jit")
 
 
@@ -133,14 +166,15 @@ def _flash_obstacle(backend: str, setting: Setting) -> str | None:
     if setting.dtype not in (torch.bfloat16, torch.float16):
         return f"computes in bf16 or fp16, not {str(setting.dtype).removeprefix('torch.')}"
     largest = 128 if backend == FA4 else 256
-    if setting.head_dim > largest or setting.head_dim % 8:
-        return f"needs a head size that is a multiple of 8 and at most {largest}, not {setting.head_dim}"
+    head_dim = max(setting.head_dim, setting.value_head_dim)  # the smaller one is padded
+    if head_dim > largest or head_dim % 8:
+        return f"needs a head size that is a multiple of 8 and at most {largest}, not {head_dim}"
     generations = {FA3: (9,), FA4: (9, 10)}.get(backend, range(8, 100))
     if setting.capability[0] not in generations:
         wanted = " or ".join(f"{major}.x" for major in generations) if backend in (FA3, FA4) else "8.0 or newer"
         return f"needs compute capability {wanted}, and the GPU has {'.'.join(map(str, setting.capability))}"
     if backend == FLASH_ATTN:
-        return import_problem("flash_attn", "flash_attn_varlen_func")
+        return import_problem("flash_attn", "flash_attn_varlen_func") or _softcap_problem(setting)
     if not {"scale", "window_size"} <= flash.varlen_parameters():
         return f"needs torch.nn.attention.varlen with scale and window_size, which PyTorch {torch.__version__} lacks"
     if backend == VARLEN:
@@ -149,6 +183,12 @@ def _flash_obstacle(backend: str, setting: Setting) -> str | None:
     if backend.upper() not in _registered_implementations():
         return f"needs a PyTorch that supports {backend.upper()}, and {torch.__version__} does not"
     return import_problem(*_SOURCES[backend])
+
+
+def _softcap_problem(setting: Setting) -> str | None:
+    if setting.softcap and "softcap" not in flash.package_parameters():
+        return "needs flash-attn 2.6 or newer to cap scores, which this model does (softcap)"
+    return None
 
 
 _SOURCES = {

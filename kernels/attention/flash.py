@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.attention
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -44,6 +46,29 @@ def pad_offsets(cu_seqlens: Tensor) -> Tensor:
     return torch.cat((cu_seqlens, cu_seqlens[-1:].expand(missing))) if missing else cu_seqlens
 
 
+def with_one_head_size(
+    kernel: Callable[..., Tensor],
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKE: Tensor,
+    *arguments: Any,
+    softmax_scale: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """Run ``kernel``, which requires values of the size of queries and keys, and return [T, N, E].
+
+    The smaller ones are padded with zeros. This is exact: zeros add nothing to a score, and the output's additional
+    columns are removed. The price is the work for a larger head.
+    """
+    head_dim, value_head_dim = q_TND.shape[-1], v_TKE.shape[-1]
+    if head_dim == value_head_dim:
+        return kernel(q_TND, k_TKD, v_TKE, *arguments, softmax_scale=softmax_scale, **options)
+    size = max(head_dim, value_head_dim)
+    q, k, v = (F.pad(x, (0, size - x.shape[-1])) for x in (q_TND, k_TKD, v_TKE))
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    return kernel(q, k, v, *arguments, softmax_scale=scale, **options)[..., :value_head_dim]
+
+
 def flash_attn_2(
     q_TND: Tensor,
     k_TKD: Tensor,
@@ -53,10 +78,13 @@ def flash_attn_2(
     *,
     softmax_scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Run the flash-attn package. Arguments as in ``attention``; documents without tokens are allowed."""
     from flash_attn import flash_attn_varlen_func
 
+    # Not passed otherwise: old versions of the package do not have the argument.
+    options = {} if softcap is None else {"softcap": softcap}
     length = _kernel_length(max_seqlen)
     return flash_attn_varlen_func(
         q_TND,
@@ -69,6 +97,7 @@ def flash_attn_2(
         softmax_scale=softmax_scale,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
+        **options,
     )
 
 
@@ -117,6 +146,14 @@ def varlen_parameters() -> frozenset[str]:
     except ImportError:
         return frozenset()
     return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+@functools.cache
+def package_parameters() -> frozenset[str]:
+    """Return the names of the parameters of the flash-attn package's function; the package must be installed."""
+    from flash_attn import flash_attn_varlen_func
+
+    return frozenset(inspect.signature(flash_attn_varlen_func).parameters)
 
 
 # Read when the module is imported, so that a compiled step sees a constant.

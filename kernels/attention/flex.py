@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from .per_document import apply_sinks
 
 BLOCK = 128
 """Tokens per side of a mask block, FlexAttention's own default."""
@@ -63,16 +65,32 @@ def make_block_mask(lengths: Sequence[int], window: int | None, device: torch.de
 def block_masked_attention(
     q_TND: Tensor,
     k_TKD: Tensor,
-    v_TKD: Tensor,
+    v_TKE: Tensor,
     mask: BlockMask,
     *,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     function: Callable[..., Any] = flex_attention,
 ) -> Tensor:
     """Compute attention with ``mask``. ``function``: ``flex_attention``, compiled or not."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TKD, v_TKD))
-    output = function(q, k, v, block_mask=mask, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1])
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TKD, v_TKE))
+    options: dict[str, Any] = {"block_mask": mask, "scale": softmax_scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if softcap is not None:
+        options["score_mod"] = _soft_cap(softcap)
+    if sinks is None:
+        output = function(q, k, v, **options)
+    else:
+        output, statistics = function(q, k, v, **options, return_aux=AuxRequest(lse=True))
+        output = apply_sinks(output, statistics.lse, sinks)
     return output[0].transpose(0, 1)
+
+
+def _soft_cap(cap: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
 
 
 def _indices(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,10 @@ FLASH_ATTN, FA3, FA4, VARLEN = "flash_attn", "fa3", "fa4", "varlen"
 FLEX, SDPA, PER_DOCUMENT = "flex", "sdpa", "per_document"
 VARIABLE_LENGTH = (FLASH_ATTN, FA3, FA4, VARLEN)
 """Backends that read ``cu_seqlens`` on the device, and need no data on the host."""
+WITH_SOFTCAP = (FLASH_ATTN, FLEX, SDPA, PER_DOCUMENT)
+"""Backends that can cap scores; ``varlen_attn`` has no argument for it."""
+WITH_SINKS = (FLEX, SDPA, PER_DOCUMENT)
+"""Backends that support attention sinks: those whose log-sum-exp of the scores has a gradient."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +35,23 @@ class AttentionPlan:
     """Tokens of each document, all positive; only for backends that need them."""
     num_documents: int = 0
     """Number of documents; only for a backend with documents of one length."""
-    masks: Mapping[int | None, Any] = field(default_factory=dict)
-    """A ``BlockMask`` for each window among the layers."""
+    masks: dict[int | None, Any] = field(default_factory=dict)
+    """A ``BlockMask`` for each window that was planned or used."""
+    make_mask: Callable[[int | None], Any] | None = None
+    """Makes the ``BlockMask`` of a window; only for a backend that needs masks."""
     function: Callable[..., Any] | None = None
     """The callable that runs the backend, if it is not the module's own."""
+
+    def mask(self, window: int | None) -> Any:
+        """Return the ``BlockMask`` of ``window``. The mask of a window that was not planned is made at its first use.
+
+        This does not wait for the device. Code that is compiled should use planned windows, because a mask cannot be
+        made inside a graph.
+        """
+        if window not in self.masks:
+            assert self.make_mask is not None, f"attention backend {self.backend} has no masks"
+            self.masks[window] = torch.compiler.disable(self.make_mask)(window)
+        return self.masks[window]
 
 
 def plan_attention(
@@ -45,7 +62,8 @@ def plan_attention(
     Args:
         backend: result of ``choose_attention_backend``.
         cu_seqlens: [documents + 1] offsets, in host memory: reading them from a GPU would wait for it.
-        windows: the windows of the model's layers, None for full attention.
+        windows: the windows of the model's layers, None for full attention. Other windows work too, but what a backend
+            prepares for them is then made when they are first used.
         device: where the attention runs.
 
     Raises:
@@ -62,8 +80,9 @@ def plan_attention(
     if backend == FLEX:
         from .flex import make_block_mask
 
-        masks = {window: make_block_mask(lengths, window, device) for window in set(windows)}
-        return AttentionPlan(backend, masks=masks, function=_flex_function(device.type))
+        make_mask = functools.partial(make_block_mask, lengths, device=device)
+        masks = {window: make_mask(window) for window in set(windows)}
+        return AttentionPlan(backend, masks=masks, make_mask=make_mask, function=_flex_function(device.type))
     assert backend == PER_DOCUMENT, backend
     return AttentionPlan(backend, lengths, function=_outside_graphs())
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..triton_support import triton_refusal
 from . import chunked
-from .rows import Options
+from .rows import Needs, Options
 
 IGNORE_INDEX = -100
 """Target of a token without target: it adds no loss and no gradient."""
@@ -51,6 +51,8 @@ def linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    bias: Tensor | None = None,
     vocab_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> LinearCrossEntropy:
@@ -66,19 +68,21 @@ def linear_cross_entropy(
         ignore_index: target of a token without loss and gradient.
         z_loss: adds ``z_loss * logsumexp(logits)^2`` to each token's loss.
         logit_softcap: replaces logits ``x`` by ``cap * tanh(x / cap)``.
-        vocab_group: ranks that share the vocabulary. ``weight_VH`` holds this rank's rows, as many on every rank and in
-            the order of ranks; hidden states, targets (rows of the whole vocabulary) and whether gradients are needed
-            are the same on all. Every rank gets the whole loss and the whole gradient of the hidden states.
+        logit_scale: multiplies the fp32 logits, after the bias and before the soft cap.
+        bias: [V] of the head; of any floating-point dtype, which its gradient has too.
+        vocab_group: ranks that share the vocabulary. ``weight_VH`` and ``bias`` hold this rank's rows, as many on every
+            rank and in the order of ranks; hidden states, targets (rows of the whole vocabulary) and whether gradients
+            are needed are the same on all. Every rank gets the whole loss and the whole gradient of the hidden states.
         backend: "auto" takes Triton on CUDA for what it supports; "chunked" and "triton" force one.
 
     Raises:
         ValueError: unknown backend, or "triton" for what it does not support.
     """
-    options = Options(ignore_index, z_loss, logit_softcap, vocab_group)
+    options = Options(ignore_index, z_loss, logit_softcap, logit_scale, vocab_group)
     use_triton = _use_triton(backend, hidden_TH)
-    need_hidden = torch.is_grad_enabled() and hidden_TH.requires_grad
-    need_weight = torch.is_grad_enabled() and weight_VH.requires_grad
-    loss_sum = _LinearCrossEntropy.apply(hidden_TH, weight_VH, targets_T, options, use_triton, need_hidden, need_weight)
+    tensors = hidden_TH, weight_VH, bias
+    needs = Needs(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors))
+    loss_sum = _LinearCrossEntropy.apply(*tensors, targets_T, options, use_triton, needs)
     return LinearCrossEntropy(loss_sum, (targets_T != ignore_index).sum())
 
 
@@ -102,7 +106,7 @@ def _use_triton(backend: str, hidden_TH: Tensor) -> bool:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, options, use_triton, need_hidden, need_weight):
+    def forward(ctx, hidden, weight, bias, targets, options, use_triton, needs):
         # The caller decides whether gradients are needed: inside forward, grad mode is always off.
         assert hidden.dtype == weight.dtype, f"hidden states {hidden.dtype}, weight {weight.dtype}"
         if use_triton:
@@ -111,20 +115,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             compute, budget = triton_kernels.compute, TRITON_LOGIT_BYTES
         else:
             compute, budget = chunked.compute, LOGIT_BYTES
-        result = compute(hidden, weight, targets, options, budget, need_hidden, need_weight)
-        ctx.save_for_backward(result.hidden_TH, result.weight_VH)
-        ctx.weight_dtype = weight.dtype
+        result = compute(hidden, weight, bias, targets, options, budget, needs)
+        ctx.save_for_backward(result.hidden_TH, result.weight_VH, result.bias_V)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return result.losses_T.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else _scaled(grad_hidden, grad_loss, grad_hidden.dtype),
-            None if grad_weight is None else _scaled(grad_weight, grad_loss, ctx.weight_dtype),
-            *(None,) * 5,
+        gradients = (
+            None if grad is None else _scaled(grad, grad_loss, dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
+        return (*gradients, *(None,) * 4)
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .rows import Gradients, Options, Targets, add_product, chunks, matmul_fp32, row_terms
+from .rows import Gradients, Needs, Options, Targets, add_product, chunks, matmul_fp32, row_terms
 
 
 def bytes_per_logit(dtype: torch.dtype, is_cuda: bool, needs_gradients: bool, softcap: bool) -> int:
@@ -20,11 +20,11 @@ def bytes_per_logit(dtype: torch.dtype, is_cuda: bool, needs_gradients: bool, so
 def compute(
     hidden_TH: Tensor,
     weight_VH: Tensor,
+    bias_V: Tensor | None,
     targets_T: Tensor,
     options: Options,
     budget: int,
-    need_hidden: bool,
-    need_weight: bool,
+    needs: Needs,
 ) -> Gradients:
     """Compute losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options.
 
@@ -32,20 +32,22 @@ def compute(
         budget: bytes for the logits and all else of their shape. At least one row is always processed.
     """
     num_rows = weight_VH.shape[0]
-    need_any = need_hidden or need_weight
     losses = torch.empty(hidden_TH.shape[0], dtype=torch.float32, device=hidden_TH.device)
-    grad_hidden = torch.empty_like(hidden_TH) if need_hidden else None
+    grad_hidden = torch.empty_like(hidden_TH) if needs.hidden else None
     grad_weight: Tensor | None = None
+    grad_bias = torch.zeros(num_rows, dtype=torch.float32, device=hidden_TH.device) if needs.bias else None
     # The products accumulate in fp32 on CUDA; elsewhere only with fp32 factors, which are converted once.
     weight = weight_VH if weight_VH.is_cuda else weight_VH.float()
     softcap = options.logit_softcap is not None
-    per_logit = bytes_per_logit(hidden_TH.dtype, hidden_TH.is_cuda, need_any, softcap)
+    per_logit = bytes_per_logit(hidden_TH.dtype, hidden_TH.is_cuda, any(needs), softcap)
     for part in chunks(hidden_TH.shape[0], budget // (per_logit * num_rows)):
         hidden = hidden_TH[part].to(weight.dtype)
         targets = Targets.of(targets_T[part], num_rows, options)
-        losses[part], grad = _rows(matmul_fp32(hidden, weight.t()), targets, options, need_any)
+        losses[part], grad = _rows(matmul_fp32(hidden, weight.t()), bias_V, targets, options, any(needs))
         if grad is None:
             continue
+        if grad_bias is not None:
+            grad_bias += grad.sum(0)
         grad = grad.to(weight.dtype)
         if grad_hidden is not None:
             if options.vocab_group is None and grad.dtype == grad_hidden.dtype:
@@ -55,17 +57,23 @@ def compute(
                 if options.vocab_group is not None:
                     dist.all_reduce(whole, group=options.vocab_group)
                 grad_hidden[part] = whole
-        if need_weight:
+        if needs.weight:
             grad_weight = add_product(grad_weight, grad.t(), hidden, budget)
         # Freed before the next chunk's logits are allocated.
         del grad
-    if need_weight and grad_weight is None:
+    if needs.weight and grad_weight is None:
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
-    return Gradients(losses, grad_hidden, grad_weight)
+    return Gradients(losses, grad_hidden, grad_weight, grad_bias)
 
 
-def _rows(logits: Tensor, targets: Targets, options: Options, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _rows(
+    logits: Tensor, bias: Tensor | None, targets: Targets, options: Options, need_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """Return losses [T] of fp32 products [T, V], and their gradient by the products, in the products' own memory."""
+    if bias is not None:
+        logits.add_(bias)
+    if options.logit_scale != 1.0:
+        logits.mul_(options.logit_scale)
     cap = options.logit_softcap
     cap_slope: Tensor | None = None
     if cap is not None:
@@ -82,9 +90,9 @@ def _rows(logits: Tensor, targets: Targets, options: Options, need_gradient: boo
     terms = row_terms(log_sum, target_logit, targets, options)
     if not need_gradient:
         return terms.losses_T, None
-    factor = targets.valid_T * terms.slope_T * torch.exp(largest - terms.log_sum_T)
+    factor = targets.valid_T * terms.slope_T * torch.exp(largest - terms.log_sum_T) * options.logit_scale
     grad = exponentials.mul_(factor[:, None])
-    grad.scatter_(1, index, grad.gather(1, index) - targets.owned_T[:, None])
+    grad.scatter_(1, index, grad.gather(1, index) - (targets.owned_T * options.logit_scale)[:, None])
     if cap_slope is not None:
         grad.mul_(cap_slope)
     return terms.losses_T, grad

@@ -18,6 +18,8 @@ def linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    bias: Tensor | None = None,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> LinearCrossEntropy:
     """Compute the same as :func:`retemper.kernels.linear_cross_entropy.linear_cross_entropy`, in the inputs' dtype.
@@ -26,6 +28,9 @@ def linear_cross_entropy(
     """
     assert vocab_group is None, "the reference takes the whole weight"
     logits_TV = hidden_TH @ weight_VH.t()
+    if bias is not None:
+        logits_TV = logits_TV + bias
+    logits_TV = logits_TV * logit_scale
     if logit_softcap is not None:
         logits_TV = logit_softcap * torch.tanh(logits_TV / logit_softcap)
     losses_T = F.cross_entropy(logits_TV, targets_T, ignore_index=ignore_index, reduction="none")

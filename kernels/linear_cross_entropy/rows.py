@@ -6,7 +6,9 @@ For one token with logits ``z[V]``, log-sum-exp ``lse`` and target ``y``
     dz[v]  = p[v] * (1 + 2 * z_loss * lse) - [v == y],    p = exp(z - lse)
 
 with the z-loss of PaLM (Chowdhery et al., 2022, section 5).
-With a soft cap (Gemma 2), ``z = cap * tanh(x / cap)`` of the product ``x``, and ``dx = dz * (1 - (z / cap)^2)``.
+With a scale ``s`` and a bias ``b``, ``z = s * (x + b)`` of the product ``x``, ``dx = s * dz`` and ``db`` is the sum of
+``dx`` over tokens. With a soft cap (Gemma 2), ``z = cap * tanh(s * (x + b) / cap)``, and ``dx = s * dz * (1 - (z /
+cap)^2)``.
 
 Shapes: T tokens (a chunk of them here), V rows of the weight on this rank.
 """
@@ -26,7 +28,16 @@ class Options(NamedTuple):
     ignore_index: int = -100
     z_loss: float = 0.0
     logit_softcap: float | None = None
+    logit_scale: float = 1.0
     vocab_group: dist.ProcessGroup | None = None
+
+
+class Needs(NamedTuple):
+    """The inputs whose gradients are requested."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
 
 
 class Gradients(NamedTuple):
@@ -38,6 +49,8 @@ class Gradients(NamedTuple):
     """[T, H] in the hidden states' dtype: gradient of the summed loss; None if not requested."""
     weight_VH: Tensor | None
     """[V, H] fp32; None if not requested."""
+    bias_V: Tensor | None
+    """[V] fp32; None if not requested."""
 
 
 class Targets(NamedTuple):

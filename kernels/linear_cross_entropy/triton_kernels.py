@@ -8,7 +8,7 @@ the host does not wait, and if none is flagged the second launch ends at once.
 
 With ``S`` the sum of exponentials, ``v = slope * exp(c - lse)`` (0 where the target is ignored) scales a row of ``E``
 to its gradient once the target's element is ``exp(z[y] - c) - exp(lse - c) / slope`` (formulas and ``slope``:
-``rows.py``). The scale commutes with both products: ``dX = diag(v) (E @ W)``, ``dW += E^T @ (v X)``.
+``rows.py``). The scale commutes with all products: ``dX = diag(v) (E @ W)``, ``dW += E^T @ (v X)``, ``db += E^T @ v``.
 
 Sums are per tile and added in order, without atomics: the same inputs give the same bits.
 """
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import Gradients, Options, RowTerms, Targets, add_product, chunks, matmul_fp32, row_terms
+from .rows import Gradients, Needs, Options, RowTerms, Targets, add_product, chunks, matmul_fp32, row_terms
 
 SAFE_LOGIT = 60.0
 """Maximum magnitude of a row's largest logit with ``c = 0``. ``exp(60) * V`` and its reciprocal, the row's scale, are
@@ -45,6 +45,15 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
+class Head(NamedTuple):
+    """The output head, or this rank's rows of it."""
+
+    weight_VH: Tensor
+    """[V, H] bf16."""
+    bias_V: Tensor | None
+    """[V] fp32."""
+
+
 INTERPRETER_TILES = Tiles(16, 32, 16, 4, 1)
 HOPPER_TILES = Tiles(128, 256, 64, 8, 3)
 OTHER_TILES = Tiles(128, 128, 32, 8, 3)
@@ -53,11 +62,11 @@ OTHER_TILES = Tiles(128, 128, 32, 8, 3)
 def compute(
     hidden_TH: Tensor,
     weight_VH: Tensor,
+    bias_V: Tensor | None,
     targets_T: Tensor,
     options: Options,
     budget: int,
-    need_hidden: bool,
-    need_weight: bool,
+    needs: Needs,
 ) -> Gradients:
     """Return losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options.
 
@@ -70,39 +79,42 @@ def compute(
     hidden_TH, weight_VH = hidden_TH.contiguous(), weight_VH.contiguous()
     num_tokens, num_rows = hidden_TH.shape[0], weight_VH.shape[0]
     losses = torch.empty(num_tokens, dtype=torch.float32, device=hidden_TH.device)
-    grad_hidden = torch.empty_like(hidden_TH) if need_hidden else None
+    grad_hidden = torch.empty_like(hidden_TH) if needs.hidden else None
     grad_weight: Tensor | None = None
-    need_any = need_hidden or need_weight
+    grad_bias = torch.zeros(num_rows, 1, dtype=torch.float32, device=hidden_TH.device) if needs.bias else None
+    head = Head(weight_VH, None if bias_V is None else bias_V.float().contiguous())
     on_device = torch.cuda.device(hidden_TH.device) if hidden_TH.is_cuda else contextlib.nullcontext()
     with on_device:
-        for part in chunks(num_tokens, _rows_per_chunk(budget, num_rows, tiles, need_any), tiles.rows):
+        for part in chunks(num_tokens, _rows_per_chunk(budget, num_rows, tiles, any(needs)), tiles.rows):
             hidden = hidden_TH[part]
             targets = Targets.of(targets_T[part], num_rows, options)
-            losses[part], exponentials, scale = _forward(hidden, weight_VH, targets, options, tiles, need_any)
+            losses[part], exponentials, scale = _forward(hidden, head, targets, options, tiles, any(needs))
             if grad_hidden is not None:
                 product = matmul_fp32(exponentials, weight_VH).mul_(scale[:, None])
                 if options.vocab_group is not None:
                     dist.all_reduce(product, group=options.vocab_group)
                 grad_hidden[part] = product
                 del product
-            if need_weight:
+            if needs.weight:
                 scaled = (hidden * scale[:, None]).to(hidden.dtype)
                 grad_weight = add_product(grad_weight, exponentials.t(), scaled, budget)
+            if grad_bias is not None:
+                grad_bias = add_product(grad_bias, exponentials.t(), scale[:, None].to(hidden.dtype), budget)
             # Freed before the next chunk's are allocated.
             del exponentials
-    if need_weight and grad_weight is None:
+    if needs.weight and grad_weight is None:
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
-    return Gradients(losses, grad_hidden, grad_weight)
+    return Gradients(losses, grad_hidden, grad_weight, None if grad_bias is None else grad_bias[:, 0])
 
 
 def _forward(
-    hidden: Tensor, weight: Tensor, targets: Targets, options: Options, tiles: Tiles, need_gradient: bool
+    hidden: Tensor, head: Head, targets: Targets, options: Options, tiles: Tiles, need_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (losses [T], exponentials [T, V] bf16 with the target's element set, scale [T] fp32) of a chunk.
 
     The last two are empty if no gradient is needed.
     """
-    num_tokens, num_rows = hidden.shape[0], weight.shape[0]
+    num_tokens, num_rows = hidden.shape[0], head.weight_VH.shape[0]
     device = hidden.device
     width = _padded(num_rows) if need_gradient else 0
     exponentials = torch.empty(num_tokens, width, dtype=torch.bfloat16, device=device)
@@ -113,7 +125,7 @@ def _forward(
     index = torch.where(owned, targets.index_T, -1)
     buffers = (exponentials, sums, maxima, target_logit)
     nothing = torch.zeros(num_tokens, dtype=torch.float32, device=device)
-    _launch(hidden, weight, index, nothing, nothing, buffers, options, tiles, second=False)
+    _launch(hidden, head, index, nothing, nothing, buffers, options, tiles, second=False)
 
     largest = maxima.amax(0)
     if options.vocab_group is not None:
@@ -121,7 +133,7 @@ def _forward(
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=options.vocab_group)
     far = F.pad(largest.abs() > SAFE_LOGIT, (0, -num_tokens % tiles.rows)).view(-1, tiles.rows).any(1)
     shift = torch.where(far.repeat_interleave(tiles.rows)[:num_tokens], largest, 0.0)
-    _launch(hidden, weight, index, shift, far.to(torch.int32), buffers, options, tiles, second=True)
+    _launch(hidden, head, index, shift, far.to(torch.int32), buffers, options, tiles, second=True)
 
     log_sum = shift + sums.sum(0).log_()
     terms = row_terms(log_sum, target_logit, targets, options)
@@ -143,7 +155,7 @@ def _set_target_elements(
     index = targets.index_T[:, None]
     element = torch.where(targets.owned_T > 0, element, exponentials.gather(1, index)[:, 0])
     exponentials.scatter_(1, index, element[:, None].to(exponentials.dtype))
-    return targets.valid_T * slope * torch.exp(shift - terms.log_sum_T)
+    return targets.valid_T * slope * torch.exp(shift - terms.log_sum_T) * options.logit_scale
 
 
 def _tiles_for(device: torch.device) -> Tiles:
@@ -165,7 +177,7 @@ def _rows_per_chunk(budget: int, num_rows: int, tiles: Tiles, need_gradient: boo
 
 def _launch(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     index: Tensor,
     shift: Tensor,
     again: Tensor,
@@ -176,11 +188,12 @@ def _launch(
 ) -> None:
     """Run the kernel over a chunk. Only the second launch reads ``shift`` and ``again`` (by block of rows)."""
     exponentials, sums, maxima, target_logit = buffers
-    num_tokens, num_rows = hidden.shape[0], weight.shape[0]
+    num_tokens, num_rows = hidden.shape[0], head.weight_VH.shape[0]
     grid = (triton.cdiv(num_tokens, tiles.rows) * triton.cdiv(num_rows, tiles.columns),)
     _exponentials_kernel[grid](
         hidden,
-        weight,
+        head.weight_VH,
+        hidden if head.bias_V is None else head.bias_V,  # not read without one
         index,
         shift,
         again,
@@ -192,7 +205,10 @@ def _launch(
         num_rows,
         exponentials.stride(0),
         options.logit_softcap or 0.0,
+        options.logit_scale,
         WIDTH=hidden.shape[1],
+        BIAS=head.bias_V is not None,
+        SCALE=options.logit_scale != 1.0,
         SOFTCAP=options.logit_softcap is not None,
         STORE=exponentials.shape[1] > 0,
         SECOND=second,
@@ -211,6 +227,7 @@ def _launch(
 def _exponentials_kernel(
     hidden_ptr,
     weight_ptr,
+    bias_ptr,
     index_ptr,
     shift_ptr,
     again_ptr,
@@ -222,7 +239,10 @@ def _exponentials_kernel(
     num_rows,
     exponentials_stride,
     cap,
+    logit_scale,
     WIDTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STORE: tl.constexpr,
     SECOND: tl.constexpr,
@@ -261,6 +281,10 @@ def _exponentials_kernel(
         if INTERPRETED:
             hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
         logits = tl.dot(hidden, weight, logits)
+    if BIAS:
+        logits += tl.load(bias_ptr + columns, mask=column_mask, other=0.0)[None, :]
+    if SCALE:
+        logits *= logit_scale
     if SOFTCAP:
         tanh = 2.0 * tl.sigmoid(2.0 * logits / cap) - 1.0
         logits = cap * tanh

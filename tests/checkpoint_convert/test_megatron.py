@@ -158,7 +158,7 @@ def test_settings_there_and_back(models: dict[str, Path], tmp_path: Path, model:
     found = MegatronModel(tmp_path / "out").architecture
     wanted = parse_architecture(json.loads((folder / "config.json").read_text()))
     assert {**vars(found), "model_type": ""} == {**vars(wanted), "model_type": ""}
-    assert (found.rope_scaling is not None) == (model == "llama")
+    assert (found.ropes[0].scaling is not None) == (model == "llama")
 
 
 def test_numbers_that_no_shape_betrays(models: dict[str, Path], tmp_path: Path) -> None:

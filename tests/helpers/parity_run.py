@@ -31,13 +31,34 @@ _SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
+}
+_MULTIPLIERS = {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}
+_LOCAL = {"head_dim": 8, "sliding_window": 9}
+_NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+_GROWING = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+# Where positions do not rotate, a key bias adds the same score to all keys. Its gradient is then rounding noise, which
+# AdamW normalizes: so families with partial rotation have no such bias here, or rotate everything.
+_CHANGES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "olmo2": {"attention_bias": True},
+    "olmo3": {"sliding_window": 9},
+    "smollm3": {},
+    "granite": {"attention_multiplier": 0.2, **_MULTIPLIERS},
+    "phi3": {},
+    "gemma2": {**_LOCAL, "query_pre_attn_scalar": 10},
+    "gemma3_text": {**_LOCAL, "sliding_window_pattern": 2, "query_pre_attn_scalar": 10},
+    "seed_oss": {"head_dim": 8, "attention_out_bias": True, **_NO_DROPOUT},
+    "ministral3": {"head_dim": 8, "rope_parameters": {**_GROWING, "llama_4_scaling_beta": 0.1}},
+    "gpt_neox": {"rotary_pct": 1.0},
+    "glm4": {"head_dim": 8, "attention_bias": False},
+    "cohere2": {"sliding_window": 9},
+    "starcoder2": {"sliding_window": 9},
+    "stablelm": {"use_parallel_residual": True},
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", **_SHAPE},
-    "qwen2": {"model_type": "qwen2", **_SHAPE},
-    "qwen3": {"model_type": "qwen3", "head_dim": 8, **_SHAPE},
+    family: {"model_type": family, **_SHAPE, **changes} for family, changes in _CHANGES.items()
 }
 
 

@@ -8,7 +8,7 @@ import torch
 
 from retemper.engine.config.settings import DataConfig, RunConfig, SourceConfig, TrainingConfig
 from retemper.engine.errors import UserError
-from retemper.engine.model.attention_choice import choose_attention
+from retemper.engine.model.attention_choice import choose_attention, choose_for_model
 from retemper.engine.model.implementations import parse_architecture
 from retemper.kernels.attention import UnusableBackend, choice, choose_attention_backend, flash
 
@@ -25,7 +25,7 @@ HOPPER, AMPERE, BLACKWELL, TURING = (9, 0), (8, 0), (10, 0), (7, 5)
 def machine(monkeypatch):
     """``machine(capability, packages)``: a CUDA device with these; everything else is missing."""
 
-    def describe(capability, *packages, varlen=("scale", "window_size", "enable_gqa")):
+    def describe(capability, *packages, varlen=("scale", "window_size", "enable_gqa"), flash_attn=("softcap",)):
         installed = {PACKAGES[package] for package in packages}
         problem = "needs {}, which cannot be imported (No module named {!r})"
         monkeypatch.setattr(choice, "_capability", lambda device: capability if device.type == "cuda" else (0, 0))
@@ -34,6 +34,7 @@ def machine(monkeypatch):
         )
         monkeypatch.setattr(choice, "_registered_implementations", lambda: ["FA3", "FA4"])
         monkeypatch.setattr(flash, "varlen_parameters", lambda: frozenset(varlen))
+        monkeypatch.setattr(flash, "package_parameters", lambda: frozenset(flash_attn))
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         choice.obstacle.cache_clear()
         return torch.device("cuda")
@@ -66,6 +67,18 @@ def choose(device, requested="auto", dtype=torch.bfloat16, head_dim=128, **optio
         (AMPERE, ["FA3", "FA4"], {}, "varlen"),
         (AMPERE, ["flash-attn"], {"equal_lengths": True}, "flash_attn"),
         (TURING, ["flash-attn", "FA3", "FA4", "triton"], {}, "per_document"),
+        (HOPPER, ["flash-attn", "FA3", "FA4", "triton"], {"softcap": True}, "flash_attn"),
+        (HOPPER, ["FA3", "triton"], {"softcap": True}, "flex"),
+        (HOPPER, ["FA3"], {"softcap": True}, "per_document"),
+        (HOPPER, ["FA3", "triton"], {"softcap": True, "dtype": torch.float32}, "flex"),
+        (HOPPER, ["flash-attn", "FA3", "triton"], {"sinks": True}, "flex"),
+        (HOPPER, ["flash-attn", "FA3", "triton"], {"sinks": True, "equal_lengths": True}, "flex"),
+        (HOPPER, ["flash-attn", "FA3"], {"sinks": True}, "per_document"),
+        (HOPPER, ["flash-attn", "triton"], {"sinks": True, "head_dim": 8}, "per_document"),
+        (AMPERE, ["flash-attn", "triton"], {"head_dim": 192, "value_head_dim": 128}, "flash_attn"),
+        (HOPPER, ["triton"], {"head_dim": 192, "value_head_dim": 128, "equal_lengths": True}, "varlen"),
+        (BLACKWELL, ["FA4"], {"head_dim": 192, "value_head_dim": 128}, "varlen"),
+        (HOPPER, ["FA3"], {"head_dim": 64, "value_head_dim": 512}, "per_document"),
     ],
 )
 def test_auto_takes_the_first_that_works(machine, capability, packages, options, expected):
@@ -85,6 +98,10 @@ def test_the_reason_says_what_was_missing(machine):
         "PyTorch varlen_attn (FlashAttention-2); the fastest that works here (not usable: fa3, flash_attn)"
     )
     assert "varlen computes in bf16 or fp16, not float32" in choose(machine(HOPPER), dtype=torch.float32).reason
+    assert choose(machine(HOPPER, "triton"), sinks=True).reason == (
+        "FlexAttention; the fastest that works here (not usable: fa3, flash_attn, varlen)"
+    )
+    assert "per document; flex needs triton" in choose(machine(HOPPER), softcap=True).reason
 
 
 @pytest.mark.parametrize("options", [{}, {"equal_lengths": True}, {"dtype": torch.float32}, {"windows": [4]}])
@@ -106,6 +123,11 @@ def test_a_cpu_goes_document_by_document(options):
         (HOPPER, [], "sdpa", {}, "is for documents of one length (data.attend_across_documents: true)"),
         (HOPPER, ["triton"], "flex", {"head_dim": 8}, "needs a head size of at least 16, not 8"),
         (HOPPER, [], "flex", {}, "needs triton"),
+        (HOPPER, ["triton"], "flex", {"value_head_dim": 8}, "needs a head size of at least 16, not 8"),
+        (HOPPER, [], "varlen", {"value_head_dim": 264}, "a multiple of 8 and at most 256, not 264"),
+        (HOPPER, ["FA3"], "fa3", {"softcap": True}, "cannot cap scores, which this model does"),
+        (HOPPER, [], "varlen", {"softcap": True}, "cannot cap scores, which this model does"),
+        (HOPPER, ["flash-attn"], "flash_attn", {"sinks": True}, "has no attention sinks, which this model uses"),
         (HOPPER, [], "flash", {}, "unknown attention backend 'flash'; use auto, fa4, fa3, sdpa"),
     ],
 )
@@ -115,6 +137,14 @@ def test_a_forced_backend_that_cannot_work_is_refused(machine, capability, packa
         choose(device, requested, **options)
     assert "use auto" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_flash_attn_that_is_too_old_to_cap_scores(machine):
+    device = machine(HOPPER, "flash-attn", "triton", flash_attn=("window_size",))
+    assert choose(device).backend == "flash_attn"
+    assert choose(device, softcap=True).backend == "flex"
+    with pytest.raises(UnusableBackend, match=r"flash_attn needs flash-attn 2.6 or newer .*; use auto or flex"):
+        choose(device, "flash_attn", softcap=True)
 
 
 @pytest.mark.parametrize("requested", ["flash_attn", "fa3", "fa4", "varlen", "flex", "sdpa", "per_document"])
@@ -166,6 +196,21 @@ def test_a_run_is_a_batch_where_documents_are_windows_and_no_sliding_window_is_s
     assert ARCHITECTURE.sliding_windows == (512, 512)
     device = machine(HOPPER)
     assert choose_attention(run_config(across, sequence_length), ARCHITECTURE, device).backend == expected
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"attention_softcap": 50.0}, "flash_attn"),
+        ({"attention_sinks": True}, "flex"),
+        ({"value_head_dim": 512}, "per_document"),
+    ],
+)
+def test_the_model_says_what_its_attention_needs(machine, facts, expected):
+    device = machine(HOPPER, "flash-attn", "triton")
+    architecture = replace(ARCHITECTURE, **facts)
+    assert choose_attention(run_config(False, 256), architecture, device).backend == expected
+    assert choose_for_model("auto", architecture, device, torch.bfloat16).backend == expected
 
 
 def test_a_run_names_the_key_when_it_refuses(machine):

@@ -23,10 +23,10 @@ def plan(lengths, backend, windows):
     return Batch.of_documents(tokens, lengths).prepare(torch.device("cuda"), backend, windows)
 
 
-def choose(backend, lengths, dtype, head_dim):
+def choose(backend, lengths, dtype, head_dim, **needs):
     try:
         return choose_attention_backend(
-            backend, torch.device("cuda"), dtype, head_dim, equal_lengths=len(set(lengths)) == 1
+            backend, torch.device("cuda"), dtype, head_dim, equal_lengths=len(set(lengths)) == 1, **needs
         ).backend
     except UnusableBackend as problem:
         pytest.skip(str(problem))
@@ -64,6 +64,43 @@ def test_values_and_gradients_equal_the_float64_reference(backend, layout, heads
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    ("softcap", "with_sinks", "head_dim", "value_head_dim"),
+    [(5.0, False, 64, 64), (None, True, 64, 64), (None, False, 192, 128), (None, False, 64, 96), (5.0, True, 64, 32)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_options_equal_the_float64_reference(
+    backend, layout, window, softcap, with_sinks, head_dim, value_head_dim, dtype
+):
+    lengths = LAYOUTS[layout]
+    needs = {"softcap": softcap is not None, "sinks": with_sinks, "value_head_dim": value_head_dim}
+    backend = choose(backend, lengths, dtype, head_dim, **needs)
+    packing = plan(lengths, backend, [window])
+    generator = torch.Generator("cuda").manual_seed(3)
+    tokens = sum(lengths)
+    shapes = [(tokens, 4, head_dim), (tokens, 2, head_dim), (tokens, 2, value_head_dim), (4,)]
+    inputs = [torch.randn(shape, generator=generator, device="cuda").to(dtype).requires_grad_() for shape in shapes]
+    doubles = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    options = {"window": window, "softcap": softcap}
+    sinks, wanted_sinks = (inputs[3], doubles[3]) if with_sinks else (None, None)
+    offsets = packing.cu_seqlens, packing.max_seqlen
+    output = attention(*inputs[:3], *offsets, sinks=sinks, plan=packing.attention, **options)
+    expected = per_document_attention(*doubles[:3], lengths, sinks=wanted_sinks, **options)
+    upstream = torch.randn(output.shape, generator=generator, device="cuda").to(dtype)
+    output.backward(upstream)
+    expected.backward(upstream.double().cpu())
+    bound = {torch.bfloat16: 1e-2, torch.float32: 2e-3}[dtype]
+    assert output.dtype == dtype
+    assert (output.double().cpu() - expected).norm() <= bound * expected.norm()
+    pairs = [pair for pair in zip(inputs, doubles, strict=True) if pair[1].grad is not None]
+    total = torch.stack([wanted.grad.norm() for _, wanted in pairs]).norm()
+    for actual, wanted in pairs:
+        assert (actual.grad.double().cpu() - wanted.grad).norm() <= bound * total
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_nothing_waits_for_the_device(backend):
     """Neither a new packing nor a layer's forward and backward pass."""
     first, second = [300, 100, 112], [200, 300, 12]
@@ -75,8 +112,9 @@ def test_nothing_waits_for_the_device(backend):
 
     def layer(lengths):
         packing = plan(lengths, backend, [None])
-        output = attention(*tensors, packing.cu_seqlens, packing.max_seqlen, plan=packing.attention)
-        output.backward(upstream)
+        for window in (None, 100):  # the second one was not planned
+            output = attention(*tensors, packing.cu_seqlens, packing.max_seqlen, window=window, plan=packing.attention)
+            output.backward(upstream)
 
     layer(first)  # compiles and loads what is needed
     torch.cuda.synchronize()

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from retemper.kernels.activations import gated
 from retemper.kernels.rms_norm import rms_norm
 from retemper.kernels.rope import apply_rope, apply_rope_to_pair, rope_cos_sin
-from retemper.kernels.swiglu import swiglu
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -118,4 +118,4 @@ def test_rope_keeps_the_dtype():
 def test_swiglu():
     gate, up = random(9, 12, seed=1), random(9, 12, seed=2)
     gate64, up64 = (v.detach().double().requires_grad_() for v in (gate, up))
-    compare(swiglu(gate, up), gate64 / (1 + torch.exp(-gate64)) * up64, [gate, up], [gate64, up64], 1e-6)
+    compare(gated(gate, up), gate64 / (1 + torch.exp(-gate64)) * up64, [gate, up], [gate64, up64], 1e-6)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cross_entropy_cases import GRADIENT_TOLERANCE, make_inputs, relative_error
+from linear_cross_entropy_cases import GRADIENT_TOLERANCE, make_inputs, peak_bytes, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -159,17 +159,6 @@ def test_huge_logits_stay_finite():
     expected_loss, expected_hidden, _ = reference(hidden, weight, targets)
     assert abs(loss.item() / expected_loss.item() - 1) <= 1e-5
     assert relative_error(hidden.grad, expected_hidden) <= 1e-5
-
-
-def peak_bytes(profile: torch.profiler.profile) -> int:
-    """Most memory that the allocator had given out at once, beyond what it had at the start."""
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    total = peak = 0
-    for event in events:
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

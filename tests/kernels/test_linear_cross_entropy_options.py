@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from linear_cross_entropy_cases import (
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
+    OPTIONS,
     check,
+    make_bias,
     make_inputs,
     oracle,
     relative_error,
@@ -17,11 +19,6 @@ from retemper.kernels import linear_cross_entropy as kernel
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy, reference
 
 TOKENS, HIDDEN, VOCAB = 37, 32, 98
-OPTIONS = {
-    "z_loss": {"z_loss": 0.01},
-    "logit_softcap": {"logit_softcap": 3.0},
-    "all": {"z_loss": 0.01, "logit_softcap": 3.0},
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,10 +30,11 @@ def test_option_equals_float64(monkeypatch, dtype, options, budget):
 
 
 def test_reference_by_hand():
-    """One token, logits (1, 2, 3) before the cap, target 0: every option written out."""
+    """One token, logits (1, 2, 3) before scale, bias and cap, target 0: every option written out."""
     hidden, weight = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
-    result = reference.linear_cross_entropy(hidden, weight, torch.tensor([0]), z_loss=0.5, logit_softcap=2.0)
-    logits = 2.0 * torch.tanh(torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64))
+    options = {"z_loss": 0.5, "logit_softcap": 2.0, "logit_scale": 0.5, "bias": torch.tensor([1.0, -1.0, 0.0])}
+    result = reference.linear_cross_entropy(hidden, weight, torch.tensor([0]), **options)
+    logits = 2.0 * torch.tanh(torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64))
     log_sum = logits.exp().sum().log()
     torch.testing.assert_close(result.loss_sum, log_sum - logits[0] + 0.5 * log_sum**2)
 
@@ -55,7 +53,7 @@ def test_gradients_accumulate_over_calls():
     hidden, weight, targets = make_inputs(22, 8, 31, torch.float32)
     for part in (slice(0, 4), slice(4, 22)):
         (linear_cross_entropy(hidden[part], weight, targets[part]).loss_sum * 0.25).backward()
-    _, expected_hidden, expected_weight = oracle((hidden, weight, targets), 0.25)
+    _, expected_hidden, expected_weight, _ = oracle((hidden, weight, targets), 0.25)
     assert relative_error(hidden.grad, expected_hidden) <= 1e-5
     assert relative_error(weight.grad, expected_weight) <= 1e-5
 
@@ -84,14 +82,18 @@ def test_unknown_backend():
 
 
 def shared_vocabulary(ranks, dtype, backend, size, options, budget):
-    """This rank's (loss, number of targets, hidden gradient, weight gradient)."""
+    """This rank's (loss, number of targets, gradients of the hidden states, the weight and the bias)."""
     kernel.LOGIT_BYTES = kernel.TRITON_LOGIT_BYTES = budget
     hidden, weight, targets = make_inputs(TOKENS, HIDDEN, VOCAB, dtype, size=size)
     rows = VOCAB // ranks.world_size
-    mine = weight.detach()[ranks.rank * rows : (ranks.rank + 1) * rows].clone().requires_grad_()
+    part = slice(ranks.rank * rows, (ranks.rank + 1) * rows)
+    mine = weight.detach()[part].clone().requires_grad_()
+    bias = make_bias(weight, options.get("bias"))
+    options = options | {"bias": None if bias is None else bias.detach()[part].clone().requires_grad_()}
     result = linear_cross_entropy(hidden, mine, targets, vocab_group=dist.group.WORLD, backend=backend, **options)
     (result.loss_sum * 1.3008).backward()
-    return result.loss_sum.detach(), result.count, hidden.grad, mine.grad
+    bias_grad = mine.grad[:0, 0] if bias is None else options["bias"].grad
+    return result.loss_sum.detach(), result.count, hidden.grad, mine.grad, bias_grad
 
 
 CASES = [
@@ -109,14 +111,16 @@ def test_vocabulary_shared_between_two_ranks(two_ranks, backend, dtype, options,
         pytest.skip("two ranks on the CPU need Triton's interpreter")
     results = two_ranks.run(shared_vocabulary, dtype, backend, size, options, budget)
     inputs = make_inputs(TOKENS, HIDDEN, VOCAB, dtype, size=size)
-    expected, expected_hidden, expected_weight = oracle(inputs, 1.3008, **options)
+    expected, expected_hidden, expected_weight, expected_bias = oracle(inputs, 1.3008, **options)
     tolerance = GRADIENT_TOLERANCE[dtype]
-    for loss, count, grad_hidden, _ in results:
+    for loss, count, grad_hidden, *_ in results:
         assert abs(loss - expected.loss_sum) <= LOSS_TOLERANCE * expected.count
         assert count == expected.count
         assert relative_error(grad_hidden, expected_hidden) <= tolerance
     assert torch.equal(results[0][2], results[1][2])
     assert relative_error(torch.cat([result[3] for result in results]), expected_weight) <= tolerance
+    if expected_bias is not None:
+        assert relative_error(torch.cat([result[4] for result in results]), expected_bias) <= tolerance
 
 
 def one_rank_has_a_wrong_target(ranks):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from linear_cross_entropy_cases import (
     GRADIENT_TOLERANCE,
+    OPTIONS,
     check,
     make_inputs,
     oracle,
@@ -34,7 +35,7 @@ def test_equals_float64(num_tokens, hidden, vocab):
     check(inputs_of(num_tokens, hidden, vocab, size=2.0), 1.3008, backend="triton")
 
 
-@pytest.mark.parametrize("options", [{"z_loss": 0.01}, {"logit_softcap": 3.0}, {"z_loss": 0.01, "logit_softcap": 3.0}])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_options_equal_float64(options):
     check(inputs_of(37, 32, 97, size=4.0), backend="triton", **options)
 
@@ -101,7 +102,7 @@ def test_all_targets_ignored():
 @pytest.mark.parametrize("needs", ["hidden", "weight", "neither"])
 def test_partial_gradients(needs):
     hidden, weight, targets = inputs_of(20, 16, 50)
-    expected, expected_hidden, expected_weight = oracle((hidden, weight, targets))
+    expected, expected_hidden, expected_weight, _ = oracle((hidden, weight, targets))
     hidden.requires_grad_(needs == "hidden")
     weight.requires_grad_(needs == "weight")
     loss = linear_cross_entropy(hidden, weight, targets, backend="triton").loss_sum
@@ -137,10 +138,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from retemper.kernels.linear_cross_entropy.triton_kernels import _exponentials_kernel
 
-types = dict(zip(_exponentials_kernel.arg_names, "bf16 bf16 i64 fp32 i32 bf16 fp32 fp32 fp32".split()))
+types = dict(zip(_exponentials_kernel.arg_names, "bf16 bf16 fp32 i64 fp32 i32 bf16 fp32 fp32 fp32".split()))
 types = {name: "*" + kind for name, kind in types.items()}
-types |= {"num_tokens": "i32", "num_rows": "i32", "exponentials_stride": "i32", "cap": "fp32"}
-constants = dict(WIDTH=72, SOFTCAP=True, STORE=True, SECOND=True, INTERPRETED=False, ROWS=64, COLUMNS=64, DEPTH=32)
+types |= {"num_tokens": "i32", "num_rows": "i32", "exponentials_stride": "i32", "cap": "fp32", "logit_scale": "fp32"}
+constants = dict.fromkeys(("BIAS", "SCALE", "SOFTCAP", "STORE", "SECOND"), True)
+constants |= dict(WIDTH=72, INTERPRETED=False, ROWS=64, COLUMNS=64, DEPTH=32)
 source = ASTSource(_exponentials_kernel, types | dict.fromkeys(constants, "constexpr"), constexprs=constants)
 assert "wgmma" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 """

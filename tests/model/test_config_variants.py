@@ -20,8 +20,10 @@ from retemper.engine.errors import UserError
 from retemper.engine.model.config_file import read_hf_config
 from retemper.engine.model.config_keys import describe_unread, unread_keys
 from retemper.engine.model.decoder import Decoder
-from retemper.engine.model.families import MODEL_TYPES, inverse_frequencies
+from retemper.engine.model.families import parse_decoder_architecture
+from retemper.engine.model.family_table import FAMILIES, MODEL_TYPES
 from retemper.engine.model.implementations import parse_architecture
+from retemper.engine.model.rope_settings import inverse_frequencies
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -37,6 +39,7 @@ SHAPE: dict[str, Any] = {
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 WITH_LENGTH = {**LLAMA3, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
 FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOW = {"sliding_window": 5, "use_sliding_window": True}
@@ -82,6 +85,9 @@ SAME = {
     "llama3 without a length": ("llama", {"rope_scaling": LLAMA3}),
     "llama3 with a length at the top": ("qwen2", {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16}),
     "swish": ("mistral", {"hidden_act": "swish"}),
+    "yarn next to a plain rope_parameters": ("qwen3", {"rope_parameters": DEFAULT, "rope_scaling": YARN}),
+    "dynamic": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    "gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "all layers windowed": ("qwen2", {**WINDOW, "max_window_layers": 0}),
     "windows from a layer": ("qwen3", {**WINDOW, "max_window_layers": 2}),
     "layer_types before max_window_layers": (
@@ -110,17 +116,16 @@ def test_means_what_transformers_means(case: str) -> None:
     check_same_logits(config_of(family, change))
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 REFUSED = {
-    "yarn next to rope_parameters": (
+    "an unknown type next to rope_parameters": (
         "qwen3",
-        {"rope_parameters": DEFAULT, "rope_scaling": YARN},
-        "rope_type is 'yarn'",
+        {"rope_parameters": DEFAULT, "rope_scaling": {**LINEAR, "rope_type": "proportional"}},
+        "rope_type is 'proportional'",
     ),
-    "dynamic next to rope_parameters": (
+    "two types that are known": (
         "llama",
-        {"rope_parameters": DEFAULT, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        "rope_type is 'dynamic'",
+        {"rope_parameters": {**DEFAULT, **LINEAR}, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "rope_parameters next to it is",
     ),
     "a theta that rope_scaling would drop": (
         "llama",
@@ -195,7 +200,8 @@ def test_every_key_of_transformers_is_known(family: str) -> None:
     fields = {field.name for field in dataclasses.fields(config)}
     assert unread_keys({**config.to_dict(), **dict.fromkeys(fields)}) == []
     assert unread_keys(GenerationConfig._get_default_generation_params()) == []
-    assert parse_architecture(config.to_dict()).model_type == family
+    without_dropout = dict.fromkeys(FAMILIES[family].dropouts.split(), 0.0)
+    assert parse_architecture({**config.to_dict(), **without_dropout}).model_type == family
 
 
 OTHERS = """
@@ -270,5 +276,5 @@ def test_the_length_of_a_family_stands_in_for_the_original_one() -> None:
     config = config_of("llama", {"rope_scaling": LLAMA3})
     del config["max_position_embeddings"]
     theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"].from_dict(copy.deepcopy(config)))
-    ours = torch.tensor(inverse_frequencies(parse_architecture(config)))
+    ours = torch.tensor(inverse_frequencies(parse_decoder_architecture(config).ropes[0]))
     torch.testing.assert_close(ours, theirs.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)

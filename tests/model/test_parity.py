@@ -6,76 +6,34 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from family_models import (
+    FULL,
+    LLAMA3_ROPE,
+    MODELS,
+    SHAPE,
+    SLIDING,
+    VOCAB,
+    hf_config,
+    hf_model,
+    our_model,
+    parts_of,
+    renamed_as_stored,
+)
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import LlamaConfig, Qwen2Config
 
 from retemper.engine.batch import Batch
 from retemper.engine.errors import UserError
 from retemper.engine.model.config_file import read_hf_config
 from retemper.engine.model.decoder import Decoder
-from retemper.engine.model.families import inverse_frequencies
+from retemper.engine.model.families import parse_decoder_architecture
+from retemper.engine.model.family_table import FAMILIES
 from retemper.engine.model.implementations import parse_architecture
+from retemper.engine.model.rope_settings import inverse_frequencies
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 
-VOCAB = 211
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**SHAPE),
-    "llama with biases": lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
-    "llama multi-head": lambda: LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}, tie_word_embeddings=True),
-    "llama3 rope": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE),
-    "linear rope": lambda: LlamaConfig(
-        **SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-    ),
-    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
-    "mistral with window": lambda: MistralConfig(**SHAPE, sliding_window=5, head_dim=24),
-    "qwen2 untied": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=False),
-    "qwen2 tied": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "qwen2 with windows": lambda: Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=1),
-    "qwen2 unused window": lambda: Qwen2Config(**SHAPE, use_sliding_window=False, sliding_window=7),
-    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=False),
-    "qwen3 with biases": lambda: Qwen3Config(**SHAPE, head_dim=8, attention_bias=True, tie_word_embeddings=True),
-}
 LENGTHS = [20, 1, 43]
-every_family = pytest.mark.parametrize("family", CONFIGS)
-
-
-def hf_model(config: PreTrainedConfig) -> torch.nn.Module:
-    """A random model with eager attention, whose norms and biases are random too."""
-    config._attn_implementation = "eager"
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
-            else:
-                parameter.normal_(0.0, 0.1)
-    return model
-
-
-def our_model(hf: torch.nn.Module) -> Decoder:
-    model = Decoder(parse_architecture(hf.config.to_dict()))
-    state = hf.state_dict()
-    if hf.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    model.load_state_dict(state, strict=True)
-    return model
+every_family = pytest.mark.parametrize("family", MODELS)
 
 
 def sample(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +64,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @every_family
 def test_logits_and_gradients_equal_transformers(family):
-    hf = hf_model(CONFIGS[family]())
+    hf = hf_model(hf_config(family))
     model = our_model(hf)
     tokens, targets = sample(LENGTHS)
     expected = torch.cat([hf(part[None]).logits[0] for part in tokens.split(LENGTHS)])
@@ -121,12 +79,13 @@ def test_logits_and_gradients_equal_transformers(family):
     assert abs(loss / expected_loss - 1) <= 1e-5
     loss.backward()
     expected_loss.backward()
-    check_gradients(gradients(model), gradients(hf))
+    theirs = renamed_as_stored(hf.config.model_type, gradients(hf))
+    check_gradients(gradients(model), parts_of(model, theirs))
 
 
 @every_family
 def test_packed_documents_equal_the_same_documents_alone(family):
-    model = our_model(hf_model(CONFIGS[family]()))
+    model = our_model(hf_model(hf_config(family)))
     tokens, targets = sample(LENGTHS)
     with torch.no_grad():
         together = model.logits(Batch.of_documents(tokens, LENGTHS))
@@ -143,7 +102,7 @@ def test_packed_documents_equal_the_same_documents_alone(family):
 
 @every_family
 def test_number_of_parameters(family):
-    hf = hf_model(CONFIGS[family]())
+    hf = hf_model(hf_config(family))
     architecture = parse_architecture(hf.config.to_dict())
     assert architecture.num_parameters == hf.num_parameters()
     assert sum(p.numel() for p in Decoder(architecture).parameters()) == architecture.num_parameters
@@ -151,10 +110,17 @@ def test_number_of_parameters(family):
 
 @every_family
 def test_inverse_frequencies(family):
-    config = CONFIGS[family]()
-    expected = hf_model(config).model.rotary_emb.inv_freq
-    actual = torch.tensor(inverse_frequencies(parse_architecture(config.to_dict())), dtype=torch.float64)
-    torch.testing.assert_close(actual, expected.double(), rtol=1e-6, atol=0)
+    config = hf_config(family)
+    embedding = hf_model(config).base_model.rotary_emb
+    architecture = parse_decoder_architecture(config.to_dict())
+    for rope, window in zip(architecture.ropes, architecture.sliding_windows, strict=True):
+        if rope is None:
+            continue
+        layer = "" if hasattr(embedding, "inv_freq") else f"{SLIDING if window else FULL}_"
+        expected = getattr(embedding, f"{layer}inv_freq")
+        actual = torch.tensor(inverse_frequencies(rope), dtype=torch.float64)
+        torch.testing.assert_close(actual, expected.double(), rtol=2e-6, atol=0)
+        assert rope.attention_factor == pytest.approx(getattr(embedding, f"{layer}attention_scaling"), rel=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -163,9 +129,16 @@ def test_inverse_frequencies(family):
 
 def older_spelling(config: dict, type_key: str) -> dict:
     """The same content as transformers 4 wrote it: ``rope_theta`` and ``rope_scaling`` at the top, ``torch_dtype``."""
-    older = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype", "layer_types")}
-    rope = dict(config["rope_parameters"])
-    older["rope_theta"] = rope.pop("rope_theta")
+    rope = config["rope_parameters"]
+    drop = {"rope_parameters", "dtype"} if FULL in rope else {"rope_parameters", "dtype", "layer_types"}
+    older = {key: value for key, value in config.items() if key not in drop}
+    if config["model_type"] == "gemma3_text":
+        older["rope_local_base_freq"] = rope[SLIDING]["rope_theta"]
+    rope = dict(rope.get(FULL, rope))
+    is_neox = config["model_type"] == "gpt_neox"
+    older["rotary_emb_base" if is_neox else "rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        older["rotary_pct" if is_neox else "partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     older["torch_dtype"] = config.get("dtype")
     kind = rope.pop("rope_type")
     older["rope_scaling"] = None if kind == "default" else {type_key: kind, **rope}
@@ -175,7 +148,7 @@ def older_spelling(config: dict, type_key: str) -> dict:
 @every_family
 @pytest.mark.parametrize("type_key", ["type", "rope_type"])
 def test_older_spelling_means_the_same(family, type_key):
-    newer = CONFIGS[family]().to_dict()
+    newer = hf_config(family).to_dict()
     assert "rope_parameters" in newer
     older = older_spelling(newer, type_key)
     assert parse_architecture(older) == parse_architecture(newer)
@@ -183,7 +156,7 @@ def test_older_spelling_means_the_same(family, type_key):
 
 @every_family
 def test_written_config_is_read_from_file_folder_and_dictionary(family, tmp_path):
-    config = CONFIGS[family]()
+    config = hf_config(family)
     config.save_pretrained(tmp_path)
     expected = parse_architecture(config.to_dict())
     assert parse_architecture(read_hf_config(tmp_path)) == expected
@@ -212,15 +185,15 @@ ARCHITECTURE_KEYS = (
 @every_family
 def test_absent_keys_mean_what_transformers_takes_for_them(family):
     """Keys are left out one at a time. Those that every published config.json has may be refused instead."""
-    config = CONFIGS[family]()
+    config = hf_config(family)
     whole = config.to_dict()
-    for key in ARCHITECTURE_KEYS:
+    for key in sorted({*ARCHITECTURE_KEYS, *FAMILIES[config.model_type].read_keys}):
         partial = {name: value for name, value in whole.items() if name != key}
         # transformers derives layer_types from the other keys; they are no choice of their own.
-        theirs = type(config)(**{name: value for name, value in partial.items() if name != "layer_types"}).to_dict()
         try:
+            theirs = type(config)(**{name: value for name, value in partial.items() if name != "layer_types"}).to_dict()
             expected = parse_architecture(theirs)
-        except UserError:  # transformers' default does not fit the other sizes
+        except (UserError, IndexError, StrictDataclassClassValidationError):  # transformers' default does not fit
             with pytest.raises(UserError):
                 parse_architecture(partial)
             continue
@@ -233,7 +206,7 @@ def test_absent_keys_mean_what_transformers_takes_for_them(family):
 
 def test_published_qwen2_config():
     """Qwen2.5-0.5B's config.json as published: head_dim, rope_scaling and layer_types are absent."""
-    architecture = parse_architecture(
+    architecture = parse_decoder_architecture(
         {
             "architectures": ["Qwen2ForCausalLM"],
             "attention_dropout": 0.0,
@@ -263,22 +236,22 @@ def test_published_qwen2_config():
     assert architecture.num_parameters == 494_032_768
     assert architecture.head_dim == 64
     assert architecture.sliding_windows == (None,) * 24
-    assert architecture.rope_theta == 1e6
+    assert {rope.theta for rope in architecture.ropes} == {1e6}
 
 
 LLAMA = LlamaConfig(**SHAPE).to_dict()
 REFUSALS = {
-    "unknown model type": ({"model_type": "gpt_neox"}, "model_type", "'gpt_neox'"),
+    "unknown model type": ({"model_type": "bloom"}, "model_type", "'bloom'"),
     "no model type": ({"model_type": None}, "model_type", "None"),
-    "yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type", "'yarn'"),
-    "older yarn": ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type", "'yarn'"),
+    "unknown rope": ({"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}, "rope_type", "'axial'"),
+    "older unknown rope": ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, "rope_type", "'su'"),
     "linear rope without factor": ({"rope_parameters": {"rope_type": "linear"}}, "factor", "None"),
     "llama3 rope without its fields": (
         {"rope_parameters": {**LLAMA3_ROPE, "original_max_position_embeddings": None}},
         "original_max_position_embeddings",
         "None",
     ),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act", "'gelu'"),
+    "activation": ({"hidden_act": "tanh"}, "hidden_act", "'tanh'"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout", "0.1"),
     "kv heads": ({"num_key_value_heads": 3}, "num_attention_heads", "4"),
     "hidden size": ({"hidden_size": 66, "head_dim": None}, "hidden_size", "66"),

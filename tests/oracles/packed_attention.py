@@ -9,9 +9,19 @@ from torch import Tensor
 
 
 def explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    window: int | None,
+    scale: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """[T, N, D]: for each query a softmax over the keys that its document, causality and the window leave it."""
+    """[T, N, E]: for each query a softmax over the keys that its document, causality and the window leave it.
+
+    A sink is one more key with a score of its own and a value of zero.
+    """
     outputs = []
     group = q.shape[1] // k.shape[1]
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -23,17 +33,23 @@ def explicit_attention(
             # Query head n reads key head n // group.
             keys = k[first:last].repeat_interleave(group, dim=1)
             values = v[first:last].repeat_interleave(group, dim=1)
-            weights = torch.softmax((keys * q[start + place]).sum(2) * scale, dim=0)
-            outputs.append((weights[:, :, None] * values).sum(0))
+            scores = (keys * q[start + place]).sum(2) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[None]])
+                values = torch.cat([values, torch.zeros_like(values[:1])])
+            outputs.append((scores.softmax(0)[:, :, None] * values).sum(0))
         start += length
     return torch.stack(outputs)
 
 
-def documented_varlen(q, k, v, cu_seqlens, max_seqlen, scale, left, right) -> Tensor:
+def documented_varlen(q, k, v, cu_seqlens, max_seqlen, scale, left, right, softcap=0.0) -> Tensor:
     """What the flash-attn package documents for ``flash_attn_varlen_func``: query i of a document sees the keys
     i - left .. i + right, and -1 stands for no bound. Slow, for tests of how it is called."""
     offsets = cu_seqlens.tolist()
     assert cu_seqlens.dtype == torch.int32
+    assert q.shape[2] == k.shape[2] == v.shape[2]
     outputs = []
     for start, stop in itertools.pairwise(offsets):
         assert stop - start <= max_seqlen
@@ -44,6 +60,8 @@ def documented_varlen(q, k, v, cu_seqlens, max_seqlen, scale, left, right) -> Te
         if right != -1:
             visible = visible & (offset <= right)
         scores = (q_d @ k_d.transpose(1, 2)) * (q.shape[2] ** -0.5 if scale is None else scale)
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         outputs.append((weights @ v_d).transpose(0, 1))
     return torch.cat(outputs)

@@ -13,6 +13,14 @@ from rank_cluster import RankCluster
 PACKED = Model("qwen2", tied=True, packed=True)
 WHOLE = Model("llama", tied=False, packed=False)
 NORMED = Model("qwen3", tied=False, packed=True)
+# The other families. Those that tie their embeddings, or have an option that layouts treat in their own way, come first.
+OPTIONS = tuple(
+    Model(family, tied=family in ("gemma2", "smollm3", "cohere2"), packed=True)
+    for family in (
+        *("olmo2", "gpt_neox", "gemma2", "cohere2", "granite", "phi3", "starcoder2", "olmo3", "smollm3"),
+        *("gemma3_text", "seed_oss", "ministral3", "glm4", "stablelm"),
+    )
+)
 
 INTERLEAVED = "pipeline_schedule=interleaved_1f1b pipeline_stages_per_rank=2"
 ZERO_BUBBLE = "pipeline_stages_per_rank=2 reshard_after_forward=false pipeline_schedule="
@@ -29,6 +37,9 @@ CASES: list[Case] = [
     (2, f"pipeline=2 {ZERO_BUBBLE}zbv_zero_bubble", (NORMED,)),
     (2, "context=2", (PACKED, WHOLE, NORMED)),
     (4, "tensor=2 shard=2", (NORMED, PACKED)),
+    (2, "tensor=2", OPTIONS),
+    (2, "pipeline=2", OPTIONS[2:] + OPTIONS[:2]),
+    (2, "shard=2", OPTIONS),
 ]
 """Every axis, each kind of model. With the first model for every run of the tests."""
 MORE_CASES: list[Case] = [
@@ -58,6 +69,11 @@ MORE_CASES: list[Case] = [
     (2, "context=2 compile=on", (PACKED,)),
     (2, "pipeline=2 compile=on", (PACKED,)),
     (4, "tensor=2 context=2 compile=on", (NORMED,)),
+    (4, "tensor=2 shard=2", OPTIONS[:3]),
+    (2, "tensor=2 recompute=selective", OPTIONS[:2]),
+    (2, "tensor=2 compile=on", OPTIONS[:3]),
+    (4, "context=2 tensor=2", OPTIONS[:3]),
+    (1, "recompute=full", OPTIONS[1:4]),
 ]
 """Slow, as what is left of the others."""
 

@@ -25,7 +25,14 @@ from ...engine.parallel.process_group import Ranks
 from ...engine.schedule import plan_batches
 from ...engine.step import SkipNonFinite, train_step
 from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, Choice, plan_attention
-from .gpu_paths import StatesOnlyAdamW, fresh_constants, labelled, read_no_values, triton_loss
+from .gpu_paths import (
+    StatesOnlyAdamW,
+    attention_options,
+    fresh_constants,
+    labelled,
+    read_no_values,
+    triton_loss,
+)
 from .memory import MemoryCounter
 from .simulated_cluster import has_values, materialize_without_values, simulated_cluster
 from .work import Collective, CollectiveTotal, WorkCounter
@@ -161,7 +168,8 @@ def attention_backend(config: RunConfig, architecture: Architecture) -> str:
     requested = config.training.attention_backend
     if requested in ("sdpa", PER_DOCUMENT):
         return requested
-    fits = architecture.head_dim % 8 == 0 and architecture.head_dim <= 256
+    head_dim = max(architecture.head_dim, architecture.value_head_dim or 0)
+    fits = head_dim % 8 == 0 and head_dim <= 256
     return VARIABLE_LENGTH[-1] if config.training.precision == "bf16" and fits else PER_DOCUMENT
 
 
@@ -185,6 +193,7 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
         stack.enter_context(fresh_constants())
         if spec.capability is not None:
             stack.enter_context(triton_loss(spec.capability, work.add_flops))
+            stack.enter_context(attention_options())
         stack.enter_context(labelled(counter))
         stack.enter_context(counter)
         rank = SimulatedRank(spec, ranks, counter)

@@ -20,7 +20,10 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from ...engine.model import decoder
 from ...engine.optim.adamw import CompactAdamW
 from ...engine.parallel.pipeline import Pipelined
+from ...kernels import attention
 from ...kernels import linear_cross_entropy as loss
+from ...kernels.attention import flash
+from ...kernels.attention.per_document import apply_sinks
 from ...kernels.linear_cross_entropy import chunked
 from .memory import MemoryCounter
 from .simulated_cluster import replaced
@@ -92,15 +95,15 @@ def triton_loss(capability: tuple[int, int], count_flops: Callable[[float], None
     on_cpu = chunked.compute
 
     def compute(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
-        *others, _, need_hidden, need_weight = rest
+        *others, _, needs = rest
         if hidden.dtype != torch.bfloat16:
             return on_cpu(hidden, weight, *rest)
-        return triton_kernels.compute(hidden, weight, *others, loss.TRITON_LOGIT_BYTES, need_hidden, need_weight)
+        return triton_kernels.compute(hidden, weight, *others, loss.TRITON_LOGIT_BYTES, needs)
 
-    def launch(hidden: Tensor, weight: Tensor, *rest: Any, second: bool) -> None:
+    def launch(hidden: Tensor, head: Any, *rest: Any, second: bool) -> None:
         # The second launch repeats what the first could not compute: usually nothing.
         if not second:
-            count_flops(2.0 * hidden.shape[0] * hidden.shape[1] * weight.shape[0])
+            count_flops(2.0 * hidden.shape[0] * hidden.shape[1] * head.weight_VH.shape[0])
 
     def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
         count_flops(2.0 * a.shape[0] * a.shape[1] * b.shape[1])
@@ -120,6 +123,30 @@ def triton_loss(capability: tuple[int, int], count_flops: Callable[[float], None
     with (
         replaced(triton_kernels, **functions, _tiles_for=lambda device: tiles),
         replaced(chunked, compute=compute),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def attention_options() -> Iterator[None]:
+    """Make ``varlen_attn`` take as much memory as the kernels that it represents if the model has softcap or sinks.
+
+    Those compute a soft cap inside, and sinks by a factor on the output.
+    """
+    run = flash.varlen_attention
+
+    def varlen_attention(
+        *args: Any, softcap: float | None = None, sinks: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        output = run(*args, **options).transpose(0, 1)
+        if sinks is not None:
+            output = apply_sinks(output, torch.zeros(output.shape[:-1]), sinks)
+        return output.transpose(0, 1)
+
+    every = tuple(attention.BACKENDS)
+    with (
+        replaced(flash, varlen_attention=varlen_attention),
+        replaced(attention, WITH_SOFTCAP=every, WITH_SINKS=every),
     ):
         yield
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....kernels.attention import choose_attention_backend
 from ...batch import Batch
 from ...errors import UserError
+from ...model.attention_choice import choose_for_model
 from ...model.config_file import read_hf_config
 from ...model.implementations import meta_model
 from ...model.language_model import Architecture
@@ -178,9 +178,7 @@ def _ours(
             stored = torch.empty(rows_of(source.tensors[name].shape), dtype=source.tensors[name].dtype)
             read(0, stored)
             parameter.copy_(_round(stored, name, rounded_to).view(parameter.shape))
-    backend = choose_attention_backend(
-        "auto", device, torch.float32, architecture.head_dim, windows=architecture.sliding_windows
-    ).backend
+    backend = choose_for_model("auto", architecture, device, torch.float32).backend
     results = []
     for tokens_T in sequences:
         batch = Batch.of_documents(tokens_T, [len(tokens_T)])

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import UserError
 from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.config_keys import describe_unread
-from ...model.implementations import meta_model, parse_architecture
+from ...model.implementations import Requested, meta_model, parse_architecture
 from ...model.language_model import Architecture
 from ...model.wrappers import names_in_wrapper, text_config_of, with_vocab_size
 from ..block_copy import BLOCK_BYTES
@@ -64,7 +64,12 @@ class HfModel:
         return self.weights.renamed({**own, **{name: name for name in self.carried}})
 
 
-def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict[str, Any] | None = None) -> HfModel:
+def open_hf_model(
+    folder: str | Path,
+    any_vocab_size: bool = False,
+    config: dict[str, Any] | None = None,
+    requested: Requested = "auto",
+) -> HfModel:
     """Open the Hugging Face ``folder`` and check that it holds exactly the parameters that its config requires.
 
     Args:
@@ -72,13 +77,14 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict
         any_vocab_size: accept embeddings with another number of rows than the config's ``vocab_size``, which is then
             set to that number.
         config: content of its config.json, if it has been read already.
+        requested: the implementation.
 
     Raises:
         UserError: config or weights cannot be used, or do not match.
     """
     config = read_hf_config(folder) if config is None else config
     where = str(Path(folder) / CONFIG_FILE)
-    architecture = parse_architecture(config, where)
+    architecture = parse_architecture(config, where, requested)
     weights = HfWeights(folder)
     tensors = _Tensors(weights, architecture, config)
     rows = tensors.num_rows()
@@ -90,7 +96,7 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict
                 f"to keep all rows, or --vocab-size {architecture.vocab_size} to follow the config"
             )
         config = with_vocab_size(config, rows)
-        architecture = parse_architecture(config, where)
+        architecture = parse_architecture(config, where, requested)
         tensors = _Tensors(weights, architecture, config)
     left_out = tensors.leave_out()
     published, layout = tensors.published(), tensors.layout

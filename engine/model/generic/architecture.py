@@ -1,0 +1,191 @@
+"""The facts about a model that transformers computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ...errors import UserError
+from ..config_keys import HARMLESS
+from ..language_model import Architecture, Implementation, Piece
+from .library import Parts, find_parts, library_attention, library_config, meta_library_model
+from .stored_names import float32_tensors, stored_pieces, unused_tensors
+
+DocumentMode = Literal["packed", "one_by_one", "library_attention"]
+"""How the documents of a batch are kept apart: by our attention; by computing each block one document at a time, with
+our attention; or with that of transformers."""
+
+_DESCRIBED = {
+    "one_by_one": "blocks compute one document at a time",
+    "library_attention": "blocks compute one document at a time, with the attention of transformers",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersArchitecture(Architecture):
+    """A causal language model of transformers."""
+
+    config: Mapping[str, Any]
+    """Content of its ``config.json``, of the language model alone."""
+    parameters: int
+    matrices: int
+    """See :attr:`block_matrices`."""
+    names: tuple[str, str]
+    """Of the embedding and of the head."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """See :attr:`unused_tensors`."""
+    float32: frozenset[str] = field(default=frozenset(), compare=False)
+    """See :attr:`float32_tensors`."""
+    documents: DocumentMode = "packed"
+    reason: str = field(default="", compare=False)
+    """Why transformers computes it."""
+    remark: str = field(default="", compare=False)
+    """Why documents are not packed."""
+
+    @property
+    def implementation(self) -> Implementation:
+        """See :class:`Architecture`."""
+        return "transformers"
+
+    @property
+    def num_parameters(self) -> int:
+        """See :class:`Architecture`."""
+        return self.parameters
+
+    @property
+    def block_matrices(self) -> int:
+        """See :class:`Architecture`."""
+        return self.matrices
+
+    @property
+    def embedding_name(self) -> str:
+        """See :class:`Architecture`."""
+        return self.names[0]
+
+    @property
+    def head_name(self) -> str:
+        """See :class:`Architecture`."""
+        return self.names[1]
+
+    def stored_pieces(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
+        """See :class:`Architecture`."""
+        config = library_config(dict(self.config), self.model_type)
+        model = meta_library_model(config, library_attention(config))
+        return stored_pieces(model, shapes, self.model_type)
+
+    @property
+    def unused_tensors(self) -> tuple[str, ...]:
+        """See :class:`Architecture`."""
+        return self.unused
+
+    @property
+    def float32_tensors(self) -> frozenset[str]:
+        """See :class:`Architecture`."""
+        return self.float32
+
+    @property
+    def packs_documents(self) -> bool:
+        """See :class:`Architecture`."""
+        return self.documents == "packed"
+
+    def describe_implementation(self) -> str:
+        """See :class:`Architecture`."""
+        import transformers
+
+        how = f"; {_DESCRIBED[self.documents]}: {self.remark}" if self.documents != "packed" else ""
+        return (
+            f"transformers {transformers.__version__}, without tensor and pipeline parallelism{how} (native does not "
+            f"apply: {self.reason})"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """See :class:`Architecture`."""
+        return {name: value for name, value in self.config.items() if name not in HARMLESS}
+
+
+def parse_transformers_architecture(config: dict[str, Any], where: str, reason: str) -> TransformersArchitecture:
+    """Parse ``config``, the content of a ``config.json``; ``where`` names it in errors.
+
+    ``reason`` says why transformers computes it.
+
+    Raises:
+        UserError: transformers cannot compute it, or we cannot train what it computes.
+    """
+    made = library_config(config, where)
+    _refuse_dropout(config, made, where)
+    try:
+        parts = find_parts(meta_library_model(made, library_attention(made)))
+        return replace(_facts(config, made, parts), reason=reason)
+    except Exception as error:  # whatever the code of the type raises
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{where}: transformers cannot build a {made.model_type} model from it: {problem}") from None
+
+
+def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchitecture:
+    names = {id(module): name for name, module in parts.model.named_modules()}
+    heads = made.num_attention_heads if isinstance(getattr(made, "num_attention_heads", None), int) else 1
+    kv_heads = getattr(made, "num_key_value_heads", None)
+    modules = list(parts.backbone.modules())
+    return TransformersArchitecture(
+        model_type=made.model_type,
+        vocab_size=parts.embedding.num_embeddings,
+        hidden_size=made.hidden_size,
+        num_layers=len(parts.blocks),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads if isinstance(kv_heads, int) and not _is_latent(made) else heads,
+        head_dim=max(_sizes(modules, ("head_dim", "qk_head_dim")), default=made.hidden_size // heads),
+        tie_word_embeddings=parts.head.weight is parts.embedding.weight,
+        sliding_windows=tuple(_window(block) for block in parts.blocks),
+        config=config,
+        parameters=sum(parameter.numel() for parameter in parts.model.parameters()),
+        matrices=round(sum(_active_elements(parameter, made) for parameter in parts.blocks.parameters())),
+        names=(f"{names[id(parts.embedding)]}.weight", f"{names[id(parts.head)]}.weight"),
+        unused=unused_tensors(parts.model),
+        float32=float32_tensors(parts.model, list(parts.model.state_dict())),
+        attention_softcap=getattr(made, "attn_logit_softcapping", None),
+        attention_sinks=any("sink" in name for name, _ in parts.blocks.named_parameters()),
+        value_head_dim=max(_sizes(modules, ("v_head_dim",)), default=None),
+    )
+
+
+def _is_latent(made: Any) -> bool:
+    """Return whether keys and values are projected from one latent vector to every head (MLA)."""
+    return bool(getattr(made, "kv_lora_rank", None))
+
+
+def _sizes(modules: list[Any], attributes: tuple[str, ...]) -> list[int]:
+    found = (getattr(module, attribute, None) for module in modules for attribute in attributes)
+    return [size for size in found if isinstance(size, int)]
+
+
+def _window(block: Any) -> int | None:
+    return min(_sizes(list(block.modules()), ("sliding_window",)), default=None)
+
+
+def _active_elements(parameter: Any, made: Any) -> float:
+    """Return the elements of a matrix that multiply each token: of stacked experts, those of the chosen ones."""
+    if parameter.dim() < 2:
+        return 0
+    share = 1.0
+    if parameter.dim() == 3:
+        chosen = getattr(made, "num_experts_per_tok", None)
+        share = chosen / parameter.shape[0] if isinstance(chosen, int) else 1.0
+    return math.prod(parameter.shape) * min(1.0, share)
+
+
+_DROPOUT = ("dropout", "pdrop", "layerdrop", "_drop_")
+
+
+def _refuse_dropout(config: dict[str, Any], made: Any, where: str) -> None:
+    """Refuse a model that drops activations at random in training."""
+    for key, value in made.to_dict().items():
+        if any(part in key for part in _DROPOUT) and type(value) in (int, float) and value > 0:
+            if "classifier" in key or "summary" in key:
+                continue
+            stated = "is" if key in config else f"is missing, and {made.model_type} models then have"
+            raise UserError(
+                f"{where}: {key} {stated} {value:g}; dropout is not implemented: set model.dropout to 0 to train "
+                "without it"
+            )

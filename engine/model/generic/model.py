@@ -1,0 +1,168 @@
+"""A causal language model of the transformers library, on packed documents."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....kernels.linear_cross_entropy import linear_cross_entropy
+from ....kernels.linear_cross_entropy.any_head import chunked_cross_entropy
+from ...batch import Batch
+from ...errors import UserError
+from ..language_model import Attend, LanguageModel
+from .architecture import TransformersArchitecture
+from .attention import PackedAttention, register
+from .documents import one_document_at_a_time
+from .head import LibraryHead
+from .library import ATTENTION, find_parts, library_attention, library_config, meta_library_model
+
+
+class TransformersModel(LanguageModel):
+    """The modules of transformers under their own names, with our attention and our loss.
+
+    It is built on the meta device; only constants, such as rotary frequencies, have values.
+
+    Args:
+        architecture: of the model.
+    """
+
+    is_first = is_last = True
+
+    def __init__(self, architecture: TransformersArchitecture):
+        super().__init__()
+        self.architecture: TransformersArchitecture = architecture
+        register()
+        config = library_config(dict(architecture.config), architecture.model_type)
+        attention = library_attention(config) if architecture.documents == "library_attention" else ATTENTION
+        parts = find_parts(meta_library_model(config, attention))
+        for name, child in parts.model.named_children():
+            self.add_module(name, child)
+        self._parts, self._blocks = parts, list(parts.blocks)
+        if architecture.tie_word_embeddings:
+            del parts.head._parameters["weight"]
+        self.constants = _turn_buffers_into_parameters(self)
+        self._library_head = LibraryHead(parts)
+        self._form = self._library_head.form()
+        self._attentions = [self._prepare(block) for block in self._blocks]
+        self._takes_positions = "position_ids" in inspect.signature(parts.backbone.forward).parameters
+        self._batch: Batch | None = None
+        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = self._loss_sum
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """See :class:`LanguageModel`."""
+        return self._blocks
+
+    @property
+    def embedding(self) -> nn.Module | None:
+        """See :class:`LanguageModel`."""
+        return self._parts.embedding
+
+    @property
+    def head_weight(self) -> Tensor:
+        """See :class:`LanguageModel`."""
+        parts = self._parts
+        return parts.embedding.weight if self.architecture.tie_word_embeddings else parts.head.weight
+
+    def forward(self, batch: Batch, hidden_TH: Tensor | None = None) -> Tensor:
+        """See :class:`LanguageModel`."""
+        return self.loss(self.hidden_states(batch), self.head_weight, batch.targets)
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """See :class:`LanguageModel`."""
+        self._batch = batch
+        positions = {"position_ids": batch.position_ids[None]} if self._takes_positions else {}
+        output = self._parts.backbone(input_ids=batch.tokens[None], use_cache=False, **positions)
+        self._batch = None
+        return output.last_hidden_state[0]
+
+    def head_logits(self, hidden_TH: Tensor) -> Tensor:
+        """See :class:`LanguageModel`."""
+        return self._library_head(hidden_TH, self.head_weight)
+
+    def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
+        """See :class:`LanguageModel`."""
+        for packed in self._attentions:
+            packed.attend = wrap(packed.attend)
+
+    @torch.no_grad()
+    def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """See :class:`LanguageModel`: as transformers initializes each module."""
+        whole = TransformersModel(self.architecture)
+        mine = dict(self.named_parameters())
+        for place, (name, module) in enumerate(whole.named_modules()):
+            values = whole._initial_values(module, (seed * 1_000_003 + place) % 2**63)
+            for attribute, value in values.items():
+                copy_(mine[f"{name}.{attribute}"], value)
+
+    def _initial_values(self, module: nn.Module, seed: int) -> dict[str, Tensor]:
+        """Return the initial values of the parameters that ``module`` has itself, on the CPU."""
+        if not module._parameters:
+            return {}
+        meta = dict(module._parameters)
+        for name, parameter in meta.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.full(parameter.shape, math.nan), parameter.requires_grad)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._parts.model._init_weights(module)
+        values = {name: value.detach() for name, value in module.named_parameters(recurse=False)}
+        module._parameters.update(meta)
+        for name, value in values.items():
+            if value.isnan().any():
+                raise UserError(
+                    f"model_type {self.architecture.model_type}: transformers does not initialize {name} of "
+                    f"{type(module).__name__}; set model.initialize_from"
+                )
+        return values
+
+    def materialize(self, device: torch.device) -> LanguageModel:
+        """See :class:`LanguageModel`. Constants that are not stored keep their values."""
+        kept = [(module._buffers, dict(module._buffers)) for module in self.modules()]
+        super().materialize(device)
+        for buffers, values in kept:
+            buffers.update({name: value if value is None else value.to(device) for name, value in values.items()})
+        return self
+
+    def _prepare(self, block: Any) -> PackedAttention:
+        packed = PackedAttention()
+        packed.attach(block.modules())
+        block.forward = packed.during(block.forward)
+        if self.architecture.documents != "packed":
+            block.forward = one_document_at_a_time(block.forward)
+        # A hook, because recomputation wraps the forward: its second call must see the batch of its first one.
+        block.register_forward_pre_hook(self._pass_batch, with_kwargs=True)
+        return packed
+
+    def _pass_batch(self, block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        return arguments, {**named, "batch": self._batch}
+
+    def _loss_sum(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+        form, head = self._form, self._parts.head
+        if form is None:
+            return chunked_cross_entropy(self.head_logits, hidden_TH, targets_T, self.architecture.vocab_size).loss_sum
+        return linear_cross_entropy(
+            hidden_TH,
+            weight_VH,
+            targets_T,
+            logit_scale=form.logit_scale,
+            logit_softcap=form.softcap,
+            bias=head.bias,
+        ).loss_sum
+
+
+def _turn_buffers_into_parameters(model: nn.Module) -> frozenset[str]:
+    """Make parameters without gradients of the buffers that files store, and return their names."""
+    names = []
+    for prefix, module in model.named_modules():
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                del module._buffers[name]
+                module.register_parameter(name, nn.Parameter(buffer.to("meta"), requires_grad=False))
+                names.append(f"{prefix}.{name}")
+    return frozenset(names)

@@ -1,0 +1,60 @@
+"""Cross-entropy of an output head that is any function, with a bounded number of logits in memory.
+
+:func:`linear_cross_entropy` is faster and more exact, so this is only for heads that are not a matrix with a bias, a
+scale and a soft cap. The head is evaluated for some rows at a time, and once more in the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import IGNORE_INDEX, LOGIT_BYTES, LinearCrossEntropy
+from .rows import Options, Targets, chunks, row_terms
+
+BYTES_PER_LOGIT = 18
+"""Maximum memory of one logit in the backward pass: itself, its fp32 copy, and the gradients of the two terms."""
+
+
+def chunked_cross_entropy(
+    head: Callable[[Tensor], Tensor],
+    hidden_TH: Tensor,
+    targets_T: Tensor,
+    vocab_size: int,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    z_loss: float = 0.0,
+    budget: int = LOGIT_BYTES,
+) -> LinearCrossEntropy:
+    """Return the sum over tokens of ``-log softmax(head(hidden))[target]``.
+
+    Softmax and losses are fp32. Gradients flow to the hidden states and to all parameters that ``head`` uses. The
+    gradient of a parameter is accumulated over chunks in the parameter's dtype.
+
+    Args:
+        head: maps [n, H] hidden states to [n, V] logits, each row from its own hidden state only. It is called twice
+            for each chunk.
+        hidden_TH: [T, H].
+        targets_T: [T] int64 in [0, V), or ``ignore_index``. Any other target makes the loss NaN.
+        vocab_size: V.
+        ignore_index: target of a token without loss and gradient.
+        z_loss: adds ``z_loss * logsumexp(logits)^2`` to each token's loss.
+        budget: bytes for the logits and all else of their shape. At least one row is always processed.
+    """
+    chunk_loss = functools.partial(_chunk_loss, head, Options(ignore_index, z_loss))
+    loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
+    # Without tokens the head is still evaluated, so that its parameters have a gradient.
+    for part in chunks(hidden_TH.shape[0], budget // (BYTES_PER_LOGIT * vocab_size)) or [slice(0, 0)]:
+        loss_sum = loss_sum + checkpoint(chunk_loss, hidden_TH[part], targets_T[part], use_reentrant=False)
+    return LinearCrossEntropy(loss_sum, (targets_T != ignore_index).sum())
+
+
+def _chunk_loss(head: Callable[[Tensor], Tensor], options: Options, hidden_TH: Tensor, targets_T: Tensor) -> Tensor:
+    logits = head(hidden_TH).float()
+    targets = Targets.of(targets_T, logits.shape[1], options)
+    target_logit = logits.gather(1, targets.index_T[:, None])[:, 0] * targets.owned_T
+    return row_terms(logits.logsumexp(1), target_logit, targets, options).losses_T.sum()

@@ -1,0 +1,1 @@
+../retemper.py
