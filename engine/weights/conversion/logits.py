@@ -155,7 +155,7 @@ def _theirs(folder: Path, sequences: list[Tensor], rounded_to: Mapping[str, Stor
     for name, parameter in model.named_parameters():
         parameter.copy_(_round(parameter, text_names.get(name, name), rounded_to))
     model.eval()
-    return [model(tokens[None]).logits[0] for tokens in sequences]
+    return [model(tokens[None], use_cache=False).logits[0] for tokens in sequences]
 
 
 def _names_of_modules(folder: Path, model: Any) -> dict[str, str]:
