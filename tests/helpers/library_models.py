@@ -23,7 +23,12 @@ OTHER_TYPES: dict[str, dict[str, Any]] = {
                   "shared_expert_intermediate_size": 32},
 }  # fmt: skip
 """Further types with experts, which are not in the table."""
-TYPES: dict[str, dict[str, Any]] = {**TABLE["types"], **OTHER_TYPES}
+WITHOUT_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+TYPES: dict[str, dict[str, Any]] = {
+    **TABLE["types"],
+    **OTHER_TYPES,
+    "seed_oss": {**TABLE["types"]["seed_oss"], **WITHOUT_DROPOUT},
+}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from ..changed_config import dropouts
 from ..config_keys import HARMLESS
 from ..language_model import Architecture, Implementation, Piece
 from .library import Parts, find_parts, library_attention, library_config, meta_library_model
-from .stored_names import stored_pieces
+from .stored_names import float32_tensors, stored_pieces, unused_tensors
 
 DocumentMode = Literal["packed", "one_by_one", "library_attention"]
 """How the documents of a batch are kept apart: by our attention; by computing each block one document at a time, with
@@ -35,6 +35,10 @@ class TransformersArchitecture(Architecture):
     """See :attr:`block_matrices`."""
     names: tuple[str, str]
     """Of the embedding and of the head."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """See :attr:`unused_tensors`."""
+    float32: frozenset[str] = field(default=frozenset(), compare=False)
+    """See :attr:`float32_tensors`."""
     documents: DocumentMode = "library_attention"
     """The slowest way, which every type supports; :mod:`.self_check` looks for a faster one."""
     reason: str = field(default="", compare=False)
@@ -72,6 +76,16 @@ class TransformersArchitecture(Architecture):
         config = library_config(dict(self.config), self.model_type)
         model = meta_library_model(config, library_attention(config))
         return stored_pieces(model, shapes, self.model_type)
+
+    @property
+    def unused_tensors(self) -> tuple[str, ...]:
+        """See :class:`Architecture`."""
+        return self.unused
+
+    @property
+    def float32_tensors(self) -> frozenset[str]:
+        """See :class:`Architecture`."""
+        return self.float32
 
     @property
     def packs_documents(self) -> bool:
@@ -133,6 +147,8 @@ def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchi
         parameters=sum(parameter.numel() for parameter in parts.model.parameters()),
         matrices=round(sum(_active_elements(parameter, made) for parameter in parts.blocks.parameters())),
         names=(f"{names[id(parts.embedding)]}.weight", f"{names[id(parts.head)]}.weight"),
+        unused=unused_tensors(parts.model),
+        float32=float32_tensors(parts.model, list(parts.model.state_dict())),
         attention_softcap=getattr(made, "attn_logit_softcapping", None),
         attention_sinks=any("sink" in name for name, _ in parts.blocks.named_parameters()),
         value_head_dim=max(_sizes(modules, ("v_head_dim",)), default=None),

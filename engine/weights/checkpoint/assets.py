@@ -49,7 +49,16 @@ TOKENIZER_FILES = (
 """Names, and a pattern for ``fnmatch``. A JSON file with the stem of a .tiktoken file, which describes it, is added."""
 _MOST_BYTES = 1 << 30
 """Maximum size of a file; the largest tokenizers have about 40 MB."""
-MODEL_FILES = (CONFIG_FILE, "generation_config.json")
+MODEL_FILES = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+CARRIED_FILE = "carried.json"
+"""Only in checkpoints: see :mod:`~retemper.engine.weights.hugging_face.carried`."""
 
 
 class HfAssets:
@@ -65,12 +74,15 @@ class HfAssets:
         Raises:
             UserError: a file cannot be read, is too large, or is a link to a file outside ``folder``.
         """
-        here = path = Path(folder)
-        files = {}
+        return cls._read(Path(folder), MODEL_FILES)
+
+    @classmethod
+    def _read(cls, here: Path, model_files: Collection[str]) -> HfAssets:
+        path, files = here, {}
         try:
             names = {name for name in (os.listdir(here) if here.is_dir() else ()) if (here / name).is_file()}
             for name in sorted(names):
-                if name in MODEL_FILES or _is_of_tokenizer(name, names):
+                if name in model_files or _is_of_tokenizer(name, names):
                     path = here / name
                     _require_own(here, path)
                     files[name] = read_regular(path, _MOST_BYTES)
@@ -85,10 +97,14 @@ class HfAssets:
         Raises:
             UserError: a file cannot be read, or is a link to a file outside ``folder``.
         """
-        assets = cls.read(Path(folder) / ASSET_FOLDER)
+        assets = cls._read(Path(folder) / ASSET_FOLDER, (*MODEL_FILES, CARRIED_FILE))
         for name in assets.files:
             file_inside(folder, f"{ASSET_FOLDER}/{name}")
         return assets
+
+    def of_model(self) -> HfAssets:
+        """Return the files that belong to a Hugging Face folder."""
+        return HfAssets({name: data for name, data in self.files.items() if name != CARRIED_FILE})
 
     def with_config(self, config: dict) -> HfAssets:
         """Return these assets with another ``config.json``."""
