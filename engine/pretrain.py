@@ -92,8 +92,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
         config, found = find_start(config, ranks, store)
     with report_if_slow("opening the weights and the data", say):
         start = ranks.fail_together(lambda: open_start(config, found))
+        config, start, choices = choose_implementation(config, start, plan, ranks)
         architecture = start.architecture
-        config, choices = choose_implementation(config, architecture, plan, ranks)
         catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
     room = require_room(config, store, architecture, plan, progress) if check_room else []
 

@@ -16,7 +16,7 @@ from .data.sample_order import SampleOrder
 from .errors import UserError
 from .model.attention_choice import choose_attention
 from .model.config_file import CONFIG_FILE, INLINE, hf_config_of
-from .model.implementations import meta_model, parse_architecture
+from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.language_model import Architecture
 from .optim import allocate_states
 from .parallel import build, fsdp, trainable
@@ -178,7 +178,8 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     elif found.manifest is None:
         found_assets, where = HfAssets.read(folder), str(Path(folder) / CONFIG_FILE)
         content = found_assets.files.get(CONFIG_FILE)
-        weights = open_weights(folder, hf_config_of(content, Path(where)) if content is not None else None)
+        read = hf_config_of(content, Path(where)) if content is not None else None
+        weights = open_weights(folder, read, model.implementation)
     else:
         found_assets, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
     assets = complete_assets(model, found_assets, folder, found.resumes)
@@ -189,25 +190,28 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
         declared_dtype(assets.config, where)  # in which the end of the run exports the weights
     if weights is not None:
         return HuggingFaceStart(assets, weights.architecture, folder, weights=weights)
-    architecture = parse_architecture(assets.config, where)
     if folder is None:
+        architecture = parse_architecture(assets.config, where, model.implementation)
         return RandomStart(assets, architecture, seed=config.seed)
-    resumed_from = found.manifest if found.resumes else None
-    return CheckpointStart(assets, architecture, folder, resumed_from, parts=open_tensors(folder))
+    parts, resumed_from = open_tensors(folder), found.manifest if found.resumes else None
+    architecture = architecture_of_tensors(assets.config, where, parts.tensors, model.implementation)
+    return CheckpointStart(assets, architecture, folder, resumed_from, parts=parts)
 
 
 def choose_implementation(
-    config: RunConfig, architecture: Architecture, plan: BatchPlan, ranks: Ranks
-) -> tuple[RunConfig, build.Choices]:
+    config: RunConfig, start: Start, plan: BatchPlan, ranks: Ranks
+) -> tuple[RunConfig, Start, build.Choices]:
     """Decide what the configuration leaves open; refuse what the model makes impossible. All ranks must call this.
 
     Returns:
-        the configuration with its precision decided, and the other decisions.
+        the configuration with its precision decided; the start, whose architecture says how documents are kept apart;
+        and the other decisions.
 
     Raises:
         UserError: on all ranks, with both sides of the arithmetic.
     """
     config, precision = with_precision(config, ranks)
+    architecture = ranks.broadcast(ranks.run_on_rank0(lambda: checked(start.architecture)))
 
     def decide() -> build.Choices:
         attention = choose_attention(config, architecture, ranks.device)
@@ -217,7 +221,7 @@ def choose_implementation(
         require_memory(config, architecture, ranks.device, ranks.world_size)
         return choices
 
-    return config, ranks.fail_together(decide)
+    return config, replace(start, architecture=architecture), ranks.fail_together(decide)
 
 
 def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog, SampleOrder, Progress]:

@@ -111,6 +111,14 @@ class ModelConfig:
     architecture: dict | FilePath | None = None
     """Hugging Face ``config.json``: its keys written here, or the path of the file or of its folder. Null: the one in
     ``initialize_from``."""
+    implementation: Literal["auto", "native", "transformers"] = "auto"
+    """Code that computes the model. native: this program's decoder. transformers: the modules of the transformers
+    library with this program's attention and loss, for every causal language model there; without tensor and pipeline
+    parallelism. auto: native for the families that it computes exactly, otherwise transformers; the start summary
+    shows the choice and its reason. See docs/models.md."""
+    dropout: Annotated[float, "0 only"] | None = None
+    """0: train without the dropout of the model's ``config.json``, which is set to 0. Null: a config with dropout is
+    refused, because dropout is not implemented."""
     tokenizer: FilePath | None = None
     """Hugging Face folder with the tokenizer. The datasets must have been made with it, and exports contain it. Null:
     the tokenizer in ``initialize_from``, if it has one."""

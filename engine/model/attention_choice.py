@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.attention import Choice, UnusableBackend, choose_attention_backend
+from ...kernels.attention import BACKENDS, PER_DOCUMENT, Choice, UnusableBackend, choose_attention_backend
 from ..config.settings import RunConfig
 from ..errors import UserError
 from .dtypes import DTYPES
@@ -52,6 +52,10 @@ def choose_for_model(
     Raises:
         UnusableBackend: ``requested`` cannot work here.
     """
+    if not architecture.packs_documents:  # blocks compute one document at a time, whose lengths the host needs
+        if requested not in ("auto", PER_DOCUMENT):
+            raise UnusableBackend(f"{requested} is for packed documents, which this model does not support; use auto")
+        return Choice(PER_DOCUMENT, f"{BACKENDS[PER_DOCUMENT]}; the blocks compute one document at a time")
     windows = architecture.sliding_windows
     if longest is not None:
         windows = tuple(None if window is None or window >= longest else window for window in windows)

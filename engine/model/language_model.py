@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,19 @@ class Architecture(ABC):
     @abstractmethod
     def implementation(self) -> Implementation:
         """The implementation that computes the model."""
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether blocks compute all documents of a batch at once, and mix tokens only in our attention."""
+        return True
+
+    def describe_implementation(self) -> str:
+        """Return which implementation computes the model, why, and what that costs."""
+        return "native decoder"
+
+    def facts(self) -> dict[str, Any]:
+        """Return what distinguishes the model from another one, by name."""
+        return dict(vars(self))
 
     @property
     @abstractmethod

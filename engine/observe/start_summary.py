@@ -103,6 +103,7 @@ def describe_run(run: Run) -> list[str]:
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
         f"{human(trainable.count(architecture, training))} of them trainable, {_describe_weights(run)}",
+        f"computed by {architecture.describe_implementation()}",
         f"ranks       {ranks.world_size} ({ranks.device.type}): {run.mesh.layout}, compute in {training.precision} "
         f"({choices.precision_reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "

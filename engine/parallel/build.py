@@ -43,6 +43,7 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
     """
     parallel, training = config.parallel, config.training
     float8.enabled(training, device)
+    _check_implementation(config, architecture)
     tensor.check(architecture, config)
     context.check(architecture, parallel)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
@@ -58,6 +59,23 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
         raise UserError(
             "parallel.async_tensor is true, but it needs parallel.tensor > 1, a GPU and compiled blocks "
             "(training.compile); set it to false"
+        )
+
+
+def _check_implementation(config: RunConfig, architecture: Architecture) -> None:
+    """Refuse parallelism that the implementation of the model does not support."""
+    parallel = config.parallel
+    native_only = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    for name, size in native_only.items():
+        if size > 1 and architecture.implementation == "transformers":
+            raise UserError(
+                f"parallel.{name} is {size}, but model_type {architecture.model_type} is computed by "
+                f"{architecture.describe_implementation()}; set it to 1 and use parallel.shard or parallel.context"
+            )
+    if parallel.context > 1 and not architecture.packs_documents:
+        raise UserError(
+            f"parallel.context is {parallel.context}, but model_type {architecture.model_type} is computed by "
+            f"{architecture.describe_implementation()}: its blocks need all tokens of a document; set it to 1"
         )
 
 

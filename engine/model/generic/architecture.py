@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ...errors import UserError
+from ..config_keys import HARMLESS
 from ..language_model import Architecture, Implementation, Piece
 from .library import Parts, find_parts, library_attention, library_config, meta_library_model
+from .stored_names import stored_pieces
 
 DocumentMode = Literal["packed", "one_by_one", "library_attention"]
 """How the documents of a batch are kept apart: by our attention; by computing each block one document at a time, with
 our attention; or with that of transformers."""
+
+_DESCRIBED = {
+    "one_by_one": "blocks compute one document at a time",
+    "library_attention": "blocks compute one document at a time, with the attention of transformers",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +34,11 @@ class TransformersArchitecture(Architecture):
     """See :attr:`block_matrices`."""
     names: tuple[str, str]
     """Of the embedding and of the head."""
-    softcap: float | None
-    """Of attention scores."""
     documents: DocumentMode = "packed"
+    reason: str = field(default="", compare=False)
+    """Why transformers computes it."""
+    remark: str = field(default="", compare=False)
+    """Why documents are not packed."""
 
     @property
     def implementation(self) -> Implementation:
@@ -58,11 +67,34 @@ class TransformersArchitecture(Architecture):
 
     def stored_pieces(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
         """See :class:`Architecture`."""
-        return {}
+        config = library_config(dict(self.config), self.model_type)
+        model = meta_library_model(config, library_attention(config))
+        return stored_pieces(model, shapes, self.model_type)
+
+    @property
+    def packs_documents(self) -> bool:
+        """See :class:`Architecture`."""
+        return self.documents == "packed"
+
+    def describe_implementation(self) -> str:
+        """See :class:`Architecture`."""
+        import transformers
+
+        how = f"; {_DESCRIBED[self.documents]}: {self.remark}" if self.documents != "packed" else ""
+        return (
+            f"transformers {transformers.__version__}, without tensor and pipeline parallelism{how} (native does not "
+            f"apply: {self.reason})"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """See :class:`Architecture`."""
+        return {name: value for name, value in self.config.items() if name not in HARMLESS}
 
 
-def parse_transformers_architecture(config: dict[str, Any], where: str) -> TransformersArchitecture:
+def parse_transformers_architecture(config: dict[str, Any], where: str, reason: str) -> TransformersArchitecture:
     """Parse ``config``, the content of a ``config.json``; ``where`` names it in errors.
+
+    ``reason`` says why transformers computes it.
 
     Raises:
         UserError: transformers cannot compute it, or we cannot train what it computes.
@@ -71,7 +103,7 @@ def parse_transformers_architecture(config: dict[str, Any], where: str) -> Trans
     _refuse_dropout(config, made, where)
     try:
         parts = find_parts(meta_library_model(made, library_attention(made)))
-        return _facts(config, made, parts)
+        return replace(_facts(config, made, parts), reason=reason)
     except Exception as error:  # whatever the code of the type raises
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{where}: transformers cannot build a {made.model_type} model from it: {problem}") from None
@@ -84,7 +116,7 @@ def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchi
     modules = list(parts.backbone.modules())
     return TransformersArchitecture(
         model_type=made.model_type,
-        vocab_size=parts.embedding.weight.shape[0],
+        vocab_size=parts.embedding.num_embeddings,
         hidden_size=made.hidden_size,
         num_layers=len(parts.blocks),
         num_attention_heads=heads,
@@ -96,7 +128,9 @@ def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchi
         parameters=sum(parameter.numel() for parameter in parts.model.parameters()),
         matrices=round(sum(_active_elements(parameter, made) for parameter in parts.blocks.parameters())),
         names=(f"{names[id(parts.embedding)]}.weight", f"{names[id(parts.head)]}.weight"),
-        softcap=getattr(made, "attn_logit_softcapping", None),
+        attention_softcap=getattr(made, "attn_logit_softcapping", None),
+        attention_sinks=any("sink" in name for name, _ in parts.blocks.named_parameters()),
+        value_head_dim=max(_sizes(modules, ("v_head_dim",)), default=None),
     )
 
 

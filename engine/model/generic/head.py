@@ -97,8 +97,13 @@ class LibraryHead:
         if not isinstance(self._matrix, nn.Linear):
             return None
         given: list[Tensor] = []
+
+        def known_numbers(hidden: Tensor) -> Tensor:
+            given.append(hidden)
+            return _NUMBERS[None, None]
+
         try:
-            with self._matrix_replaced(lambda hidden: given.append(hidden) or _NUMBERS[None, None]):
+            with self._matrix_replaced(known_numbers):
                 logits = self(_NUMBERS[None], _NUMBERS[None])[0]
         except RuntimeError:  # there are other matrices, without values
             return None

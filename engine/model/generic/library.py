@@ -32,8 +32,8 @@ class Parts:
     """Name of the next one, such as ``model`` or ``transformer``."""
     backbone: Any
     """The module that maps tokens to hidden states."""
-    embedding: nn.Module
-    head: nn.Module
+    embedding: nn.Embedding
+    head: Any
     blocks: nn.ModuleList
 
 
@@ -152,7 +152,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         with _LargeOnMeta():
             yield

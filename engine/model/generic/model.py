@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ....kernels.linear_cross_entropy import linear_cross_entropy
+from ....kernels.linear_cross_entropy.any_head import chunked_cross_entropy
 from ...batch import Batch
 from ...errors import UserError
 from ..language_model import Attend, LanguageModel
@@ -66,7 +67,7 @@ class TransformersModel(LanguageModel):
     def head_weight(self) -> Tensor:
         """See :class:`LanguageModel`."""
         parts = self._parts
-        return (parts.embedding if self.architecture.tie_word_embeddings else parts.head).weight
+        return parts.embedding.weight if self.architecture.tie_word_embeddings else parts.head.weight
 
     def forward(self, batch: Batch, hidden_TH: Tensor | None = None) -> Tensor:
         """See :class:`LanguageModel`."""
@@ -142,11 +143,16 @@ class TransformersModel(LanguageModel):
         return arguments, {**named, "batch": self._batch}
 
     def _loss_sum(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-        form = self._form
+        form, head = self._form, self._parts.head
         if form is None:
-            raise NotImplementedError
+            return chunked_cross_entropy(self.head_logits, hidden_TH, targets_T, self.architecture.vocab_size).loss_sum
         return linear_cross_entropy(
-            hidden_TH * form.logit_scale, weight_VH, targets_T, logit_softcap=form.softcap
+            hidden_TH,
+            weight_VH,
+            targets_T,
+            logit_scale=form.logit_scale,
+            logit_softcap=form.softcap,
+            bias=head.bias,
         ).loss_sum
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ....kernels.attention import PER_DOCUMENT
 from ...batch import Batch
+from ...errors import UserError
 from .architecture import DocumentMode, TransformersArchitecture, parse_transformers_architecture
 from .library import library_attention, library_config, library_model
 from .model import TransformersModel
@@ -60,11 +61,26 @@ def check_documents(architecture: TransformersArchitecture) -> Finding:
     return Finding(None, tuple(problems))
 
 
+def with_exact_documents(architecture: TransformersArchitecture) -> TransformersArchitecture:
+    """Return ``architecture`` with the fastest exact way to keep the documents of a batch apart.
+
+    Raises:
+        UserError: there is none.
+    """
+    finding = check_documents(architecture)
+    if finding.documents is None:
+        raise UserError(
+            f"model_type {architecture.model_type} cannot be trained: {'; '.join(finding.problems)}; a tiny model of "
+            "this type is compared with transformers at every start"
+        )
+    return replace(architecture, documents=finding.documents, remark=finding.problems[0] if finding.problems else "")
+
+
 class _Reference:
     """A tiny model of transformers, and its logits for each document alone."""
 
     def __init__(self, config: dict[str, Any]):
-        self.architecture = parse_transformers_architecture(config, "a tiny model")
+        self.architecture = parse_transformers_architecture(config, "a tiny model", "")
         made = library_config(config, "a tiny model")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)

@@ -289,10 +289,11 @@ def _require_same(here: Architecture, key: str, assets: HfAssets, folder: str | 
     if assets.config is None:
         return
     there = parse_architecture(assets.config, str(folder))
-    differing = [name for name in vars(here) if getattr(here, name) != getattr(there, name)]
+    ours, theirs = here.facts(), there.facts()
+    differing = [name for name in ours if ours[name] != theirs.get(name)]
     if differing:
         raise UserError(
             f"{key} differs from the config.json kept in {folder}: "
-            + ", ".join(f"{name} {getattr(here, name)} is {getattr(there, name)} there" for name in differing)
+            + ", ".join(f"{name} {ours[name]} is {theirs.get(name)} there" for name in differing)
             + f"; {remedy}"
         )

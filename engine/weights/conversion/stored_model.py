@@ -11,7 +11,7 @@ import torch
 
 from ...files.hashing import hash_file
 from ...model.config_file import CONFIG_FILE, read_hf_config
-from ...model.implementations import meta_model, parse_architecture
+from ...model.implementations import architecture_of_tensors, meta_model
 from ...model.language_model import Architecture
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
@@ -111,7 +111,7 @@ def open_checkpoint(folder: Path) -> StoredModel:
     files = _files_of(stored)
     where = folder / ASSET_FOLDER / CONFIG_FILE
     config = read_hf_config(where)
-    architecture = parse_architecture(config, str(where))
+    architecture = architecture_of_tensors(config, str(where), stored.tensors)
     model = meta_model(architecture)
     require_model_tensors(folder, stored.tensors, model)
     layout = Layout.of(architecture, model)

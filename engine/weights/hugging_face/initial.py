@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...guards.background import run_in_background
+from ...model.implementations import Requested
 from ...parallel.process_group import Ranks
 from ..checkpoint.assets import is_hf_folder, newest_of_run
 from ..finite import OPTION, require_finite
@@ -44,18 +45,19 @@ def local_weights(name: str, ranks: Ranks) -> tuple[Literal["folder", "checkpoin
     return kind, folder
 
 
-def open_weights(folder: str | Path, config: dict[str, Any] | None = None) -> HfModel:
+def open_weights(folder: str | Path, config: dict[str, Any] | None = None, requested: Requested = "auto") -> HfModel:
     """Open the Hugging Face ``folder`` that a run starts from.
 
     Args:
         folder: with weights.
         config: content of its config.json, if it has been read already.
+        requested: the implementation.
 
     Raises:
         UserError: it cannot be used; names the setting.
     """
     try:
-        return open_hf_model(folder, config=config)
+        return open_hf_model(folder, config=config, requested=requested)
     except UserError as error:
         raise UserError(f"{INITIALIZE_FROM}: {error}") from None
 

@@ -14,7 +14,7 @@ import torch
 from ...errors import UserError
 from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.config_keys import describe_unread
-from ...model.implementations import meta_model, parse_architecture
+from ...model.implementations import Requested, meta_model, parse_architecture
 from ...model.language_model import Architecture
 from ..block_copy import BLOCK_BYTES
 from ..checkpoint.tensors import describe_difference
@@ -52,7 +52,12 @@ class HfModel:
     """Names in the files of the tensors that hold no parameters, by reason."""
 
 
-def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict[str, Any] | None = None) -> HfModel:
+def open_hf_model(
+    folder: str | Path,
+    any_vocab_size: bool = False,
+    config: dict[str, Any] | None = None,
+    requested: Requested = "auto",
+) -> HfModel:
     """Open the Hugging Face ``folder`` and check that it holds exactly the parameters that its config requires.
 
     Args:
@@ -60,13 +65,14 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict
         any_vocab_size: accept embeddings with another number of rows than the config's ``vocab_size``, which is then
             set to that number.
         config: content of its config.json, if it has been read already.
+        requested: the implementation.
 
     Raises:
         UserError: config or weights cannot be used, or do not match.
     """
     config = read_hf_config(folder) if config is None else config
     where = str(Path(folder) / CONFIG_FILE)
-    architecture = parse_architecture(config, where)
+    architecture = parse_architecture(config, where, requested)
     weights = HfWeights(folder)
     tensors = _Tensors(weights, architecture)
     rows = tensors.num_rows()
@@ -78,7 +84,7 @@ def open_hf_model(folder: str | Path, any_vocab_size: bool = False, config: dict
                 f"to keep all rows, or --vocab-size {architecture.vocab_size} to follow the config"
             )
         config = {**config, "vocab_size": rows}
-        architecture = parse_architecture(config, where)
+        architecture = parse_architecture(config, where, requested)
         tensors = _Tensors(weights, architecture)
     left_out = tensors.leave_out()
     published, layout = tensors.published(), tensors.layout
