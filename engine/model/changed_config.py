@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config.settings import ModelConfig
-from .families import MODEL_TYPES
+from .family_table import MODEL_TYPES
 from .longer_context import with_rope
 
 _DROPOUT = ("dropout", "pdrop", "layerdrop")
