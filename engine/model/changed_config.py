@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config.settings import ModelConfig
-from .family_table import MODEL_TYPES
+from .family_table import FAMILIES
 from .longer_context import with_rope
 
 _DROPOUT = ("dropout", "pdrop", "layerdrop")
@@ -38,7 +38,7 @@ def without_dropout(config: dict[str, Any], where: str) -> dict[str, Any]:
 def dropouts(config: dict[str, Any], where: str) -> dict[str, float]:
     """Return the positive dropout probabilities of a config, stated or by default, by key."""
     settings = config
-    if config.get("model_type") not in MODEL_TYPES:
+    if config.get("model_type") not in FAMILIES:
         from .generic.library import library_config
 
         settings = library_config(config, where).to_dict()
