@@ -14,10 +14,12 @@ from .data.catalog import Catalog, open_catalog
 from .data.renamed_sources import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
+from .guards.background import run_in_background
 from .model.attention_choice import choose_attention
-from .model.config_file import CONFIG_FILE, INLINE, hf_config_of
+from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.language_model import Architecture
+from .model.wrappers import text_config_of
 from .optim import allocate_states
 from .parallel import build, fsdp, trainable
 from .parallel import compile as block_compile
@@ -38,6 +40,7 @@ from .weights.checkpoint.tensors import (
     require_model_tensors,
     training_tensors,
 )
+from .weights.hugging_face.carried import Carried
 from .weights.hugging_face.initial import INITIALIZE_FROM, load_hf_tensors, local_weights, open_weights
 from .weights.hugging_face.model import HfModel
 from .weights.hugging_face.weight_dtypes import declared_dtype, dtypes_of, with_dtype
@@ -178,16 +181,17 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     elif found.manifest is None:
         found_assets, where = HfAssets.read(folder), str(Path(folder) / CONFIG_FILE)
         content = found_assets.files.get(CONFIG_FILE)
-        read = hf_config_of(content, Path(where)) if content is not None else None
-        weights = open_weights(folder, read, model.implementation)
+        _ = read_hf_config(folder) if content is None else hf_config_of(content, Path(where))  # refuse unusable ones
     else:
         found_assets, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
     assets = complete_assets(model, found_assets, folder, found.resumes)
-    if weights is not None:  # declare the dtypes that are stored, as checkpoint_convert/hf_to_dcp.py does
+    if folder is not None and found.manifest is None:
+        weights = open_weights(folder, assets.config, model.implementation)
+        # declare the dtypes that are stored, as checkpoint_convert/hf_to_dcp.py does
         assets = with_dtype(assets, dtypes_of(weights.parameters.tensors, weights.architecture.float32_tensors))
     assert assets.config is not None
     if config.checkpoint.export_hf:
-        declared_dtype(assets.config, where)  # in which the end of the run exports the weights
+        declared_dtype(text_config_of(assets.config)[0], where)  # in which the end of the run exports the weights
     if weights is not None:
         return HuggingFaceStart(assets, weights.architecture, folder, weights=weights)
     if folder is None:
@@ -196,6 +200,19 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     parts, resumed_from = open_tensors(folder), found.manifest if found.resumes else None
     architecture = architecture_of_tensors(assets.config, where, parts.tensors, model.implementation)
     return CheckpointStart(assets, architecture, folder, resumed_from, parts=parts)
+
+
+def record_carried(start: Start, ranks: Ranks) -> Start:
+    """Return ``start``, in whose assets the tensors are recorded that exports take from its folder.
+
+    All ranks must call this. One of them hashes these tensors.
+    """
+    if not isinstance(start, HuggingFaceStart) or not start.weights.carried:
+        return start
+    weights = start.weights
+    carried = ranks.broadcast(run_in_background(ranks, (lambda: Carried.of(weights)) if ranks.is_main else None))
+    assert carried is not None
+    return replace(start, assets=carried.added_to(start.assets))
 
 
 def choose_implementation(

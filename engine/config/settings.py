@@ -101,6 +101,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """Scaling of the rotary positions, which lengthens the context of a model."""
+
+    kind: Literal["yarn", "linear", "llama3", "dynamic"] | None = None
+    """Kind of scaling, by its name in transformers (``rope_type``). yarn needs the fewest tokens to adapt, and is the
+    usual choice. Null: the model keeps its own positions."""
+    factor: float = 1.0
+    """New length divided by the model's ``max_position_embeddings``, which is raised by it."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Model of the run, and its initial weights."""
 
@@ -119,6 +130,9 @@ class ModelConfig:
     dropout: Annotated[float, "0 only"] | None = None
     """0: train without the dropout of the model's ``config.json``, which is set to 0. Null: a config with dropout is
     refused, because dropout is not implemented."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Lengthen the context: ``{kind: yarn, factor: 4}``. The run changes the model's ``config.json`` before it builds
+    the model. Checkpoints and exports contain the changed one, so the setting may stay when the run resumes."""
     tokenizer: FilePath | None = None
     """Hugging Face folder with the tokenizer. The datasets must have been made with it, and exports contain it. Null:
     the tokenizer in ``initialize_from``, if it has one."""

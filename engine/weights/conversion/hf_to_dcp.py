@@ -9,6 +9,7 @@ from typing import Any
 from ...files.atomic import require_absent
 from ...files.outputs import Use, require_separate
 from ...model.implementations import parse_architecture
+from ...model.wrappers import with_vocab_size
 from ..checkpoint.assets import HfAssets
 from ..checkpoint.tensors import open_tensors
 from ..hugging_face.hub_download import find_model_folder
@@ -50,8 +51,11 @@ def convert(
     rows = model.architecture.vocab_size
     tables, multiple_of = model.architecture.tables, pad_vocab_to_multiple_of
     source = resized_vocabulary(model.parameters, tables, rows, vocab_size, multiple_of, model.assets)
-    tensors = cast_to(source.tensors, target, model.float32)
-    assets = with_dtype(_with_vocabulary(model.assets, source), dtypes_of(tensors, model.float32))
+    tensors = cast_to(source.tensors, target, model.kept)
+    assets = with_dtype(_with_vocabulary(model.assets, source), dtypes_of(tensors, model.kept))
+    carried = model.carried()
+    if carried is not None:
+        assets = carried.added_to(assets)
     options = {"dtype": dtype, "vocab_size": source.vocab_size}
     missing = [] if assets.tokenizer else [f"{folder} holds no tokenizer, so the checkpoint has none"]
     conversion = Conversion(
@@ -68,7 +72,7 @@ def convert(
 
     def compare(content: Path) -> dict[str, Any]:
         common, architecture = min(rows, source.vocab_size), parse_architecture(assets.config or {})
-        rounded_to = {**cast_to(model.published.tensors, target, model.float32), **tensors}
+        rounded_to = {**cast_to(model.published.tensors, target, model.kept), **tensors}
         return compare_logits(folder, open_tensors(content), architecture, rounded_to, common, model.max_length)
 
     conversion.write(output, workers, allow_nonfinite, say, compare if verify else None)
@@ -78,6 +82,6 @@ def _with_vocabulary(assets: HfAssets, source: ResizedVocabulary) -> HfAssets:
     """Return ``assets`` with the config's ``vocab_size`` set to the number of rows of the output."""
     wanted = source.vocab_size
     config = assets.config
-    if config is None or config.get("vocab_size") == wanted:
+    if config is None or parse_architecture(config).vocab_size == wanted:
         return assets
-    return assets.with_config({**config, "vocab_size": wanted})
+    return assets.with_config(with_vocab_size(config, wanted))
