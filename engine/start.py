@@ -16,7 +16,7 @@ from .data.sample_order import SampleOrder
 from .errors import UserError
 from .guards.background import run_in_background
 from .model.attention_choice import choose_attention
-from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
+from .model.config_file import CONFIG_FILE, INLINE, hf_config_of
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.language_model import Architecture
 from .model.wrappers import text_config_of
@@ -181,7 +181,10 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     elif found.manifest is None:
         found_assets, where = HfAssets.read(folder), str(Path(folder) / CONFIG_FILE)
         content = found_assets.files.get(CONFIG_FILE)
-        _ = read_hf_config(folder) if content is None else hf_config_of(content, Path(where))  # refuse unusable ones
+        if content is None:
+            open_weights(folder)  # refuses the folder
+        else:
+            hf_config_of(content, Path(where))
     else:
         found_assets, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
     assets = complete_assets(model, found_assets, folder, found.resumes)
