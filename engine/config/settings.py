@@ -119,6 +119,10 @@ class ModelConfig:
     dropout: Annotated[float, "0 only"] | None = None
     """0: train without the dropout of the model's ``config.json``, which is set to 0. Null: a config with dropout is
     refused, because dropout is not implemented."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model whose type transformers does not know (``auto_map`` in its
+    ``config.json``). False: no code of a model runs, and such a model is refused. Checkpoints and exports contain the
+    code, and commands that read them run it only if they are told so."""
     tokenizer: FilePath | None = None
     """Hugging Face folder with the tokenizer. The datasets must have been made with it, and exports contain it. Null:
     the tokenizer in ``initialize_from``, if it has one."""
