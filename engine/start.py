@@ -16,6 +16,7 @@ from .data.sample_order import SampleOrder
 from .errors import UserError
 from .guards.background import run_in_background
 from .model.attention_choice import choose_attention
+from .model.changed_config import with_settings
 from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
 from .model.generic.remote_code import register_remote_code
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
@@ -166,18 +167,17 @@ def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple
         return replace(config, data=data), StartFolder(str(folder), manifest, True, tuple(lines))
     if config.model.initialize_from is None:
         return config, StartFolder()
-    kind, weights = local_weights(
-        config.model.initialize_from, ranks, lambda folder: _check_model(folder, config.model)
-    )
+    model = config.model
+    kind, weights = local_weights(str(model.initialize_from), ranks, lambda folder: _check_model(folder, model))
     return config, StartFolder(weights, store.require_valid(weights, INITIALIZE_FROM) if kind == "checkpoint" else None)
 
 
 def _check_model(folder: Path, model: ModelConfig) -> None:
     """Refuse the config in ``folder`` if the run could not train its model."""
-    config = read_hf_config(folder)
+    config, where = read_hf_config(folder), str(folder / CONFIG_FILE)
     if model.trust_remote_code:
         register_remote_code(config, folder)
-    parse_architecture(config, str(folder / CONFIG_FILE), model.implementation)
+    parse_architecture(with_settings(config, model, where), where, model.implementation)
 
 
 def open_start(config: RunConfig, found: StartFolder) -> Start:
@@ -193,14 +193,15 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     elif found.manifest is None:
         found_assets, where = HfAssets.read(folder), str(Path(folder) / CONFIG_FILE)
         content = found_assets.files.get(CONFIG_FILE)
-        read = hf_config_of(content, Path(where)) if content is not None else None
-        weights = open_weights(folder, read, model.implementation)
+        _ = read_hf_config(folder) if content is None else hf_config_of(content, Path(where))  # refuse unusable ones
     else:
         found_assets, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
     if code is not None:
         found_assets = found_assets.with_code(code)
     assets = complete_assets(model, found_assets, folder, found.resumes)
-    if weights is not None:  # declare the dtypes that are stored, as checkpoint_convert/hf_to_dcp.py does
+    if folder is not None and found.manifest is None:
+        weights = open_weights(folder, assets.config, model.implementation)
+        # declare the dtypes that are stored, as checkpoint_convert/hf_to_dcp.py does
         assets = with_dtype(assets, dtypes_of(weights.parameters.tensors, weights.architecture.float32_tensors))
     assert assets.config is not None
     if config.checkpoint.export_hf:

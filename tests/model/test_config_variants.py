@@ -21,7 +21,7 @@ from retemper.engine.model.config_file import read_hf_config
 from retemper.engine.model.config_keys import describe_unread, unread_keys
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.model.families import parse_decoder_architecture
-from retemper.engine.model.family_table import FAMILIES, MODEL_TYPES
+from retemper.engine.model.family_table import FAMILIES
 from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.model.rope_settings import inverse_frequencies
 
@@ -194,7 +194,7 @@ def test_is_refused_by_name(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_key_of_transformers_is_known(family: str) -> None:
     config = CONFIG_MAPPING[family]()
     fields = {field.name for field in dataclasses.fields(config)}

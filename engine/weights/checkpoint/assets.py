@@ -12,13 +12,15 @@ from collections.abc import Collection
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from ...config.settings import ModelConfig
 from ...data.tokenizer_identity import TokenizerIdentity
 from ...errors import UserError
 from ...files.regular import read_regular
-from ...model.config_file import CONFIG_FILE, read_hf_config
-from ...model.implementations import architecture_of, parse_architecture
+from ...model.changed_config import with_settings
+from ...model.config_file import CONFIG_FILE, INLINE, read_hf_config
+from ...model.implementations import parse_architecture
 from ...model.language_model import Architecture
 from ...tokenizer.files import (
     SENTENCEPIECE_FILE,
@@ -288,18 +290,27 @@ def complete_assets(
     """
     if config.architecture is not None and assets.config is None:
         assets = assets.with_config(read_hf_config(config.architecture))
-    elif config.architecture is not None:
+    if assets.config is not None:
+        changed = with_settings(assets.config, config, f"{folder or 'model.architecture'}")
+        assets = assets if changed == assets.config else assets.with_config(changed)
+    if config.architecture is not None and folder is not None:
         remedy = "remove model.architecture or name the right checkpoint"
-        _require_same(architecture_of(config.architecture), "model.architecture", assets, folder, remedy)
+        _require_same(_architecture(config, config.architecture), "model.architecture", assets, folder, remedy)
     start = _former_start(config) if resuming else None
     if start is not None:
         # Its weights are no longer read, but it must be the same model.
         key = f"the model of model.initialize_from {config.initialize_from}"
         remedy = "choose another run_folder for that model, or remove model.initialize_from to continue this one"
-        _require_same(architecture_of(start), key, assets, folder, remedy)
+        _require_same(_architecture(config, start), key, assets, folder, remedy)
     if assets.config is None:
         raise UserError(f"{folder}: has no hf/{CONFIG_FILE}; set model.architecture")
     return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets
+
+
+def _architecture(config: ModelConfig, source: dict[str, Any] | str | Path) -> Architecture:
+    """Return the architecture that ``source`` describes, with the changes of the run's settings."""
+    where = INLINE if isinstance(source, dict) else str(source)
+    return parse_architecture(with_settings(read_hf_config(source), config, where), where)
 
 
 def _former_start(config: ModelConfig) -> Path | None:
