@@ -110,8 +110,18 @@ def find_parts(model: Any) -> Parts:
     holders = [name for name, module in model.named_modules() if name and _holds(module, embedding, blocks)]
     if not holders:
         raise ValueError("it has no backbone with embedding and blocks")
+    _refuse_shared(model, {id(embedding.weight)})
     name = max(holders, key=len)
     return Parts(model, name, model.get_submodule(name), embedding, head, blocks)
+
+
+def _refuse_shared(model: nn.Module, allowed: set[int]) -> None:
+    """Refuse parameters that several modules share, except the embedding: sharding would separate them."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if first != name and id(parameter) not in allowed:
+            raise ValueError(f"its modules share a parameter, {first} and {name}, which sharding does not support")
 
 
 def _holds(module: nn.Module, *wanted: nn.Module) -> bool:

@@ -27,8 +27,9 @@ _LENGTHS = (13, 1, 22, 9, 10)
 """Longer and shorter than the window of a tiny model."""
 _TOLERANCE = 1e-4
 """Of logits, relative to the largest one. Rounding causes about 1e-6, a leak between documents above 1e-2."""
-_SPREAD = 6.0
-"""Factor on the initial matrices: with the usual ones, tokens hardly influence each other."""
+_SPREAD, _NOISE = 6.0, 0.1
+"""Factor on initial matrices, with which tokens hardly influence each other; and noise on all else, such as biases,
+which begin as 0."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,9 @@ class _Reference:
             torch.manual_seed(0)
             model = library_model(made, library_attention(made))
             tokens = torch.randint(3, VOCABULARY, (sum(_LENGTHS),))
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(_SPREAD)
             self.state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            for name in model.state_dict():
+                _spread_(self.state.get(name))
             documents = tokens.split(_LENGTHS)
             alone = [model(input_ids=document[None], use_cache=False).logits[0] for document in documents]
         self.logits = torch.cat(alone)
@@ -105,6 +105,15 @@ class _Reference:
             parameter.copy_(self.state[name])
         batch = self.batch.prepare(torch.device("cpu"), PER_DOCUMENT, architecture.sliding_windows)
         return max(_relative(model.logits(batch), self.logits), _relative(model(batch), self.loss))
+
+
+def _spread_(tensor: Tensor | None) -> None:
+    if tensor is None or not tensor.is_floating_point():
+        return
+    if tensor.dim() > 1:
+        tensor.mul_(_SPREAD)
+    else:
+        tensor.add_(torch.randn_like(tensor), alpha=_NOISE)
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
