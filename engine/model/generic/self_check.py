@@ -6,6 +6,8 @@ transformers computes for the same documents alone.
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,13 +70,23 @@ def with_exact_documents(architecture: TransformersArchitecture) -> Transformers
     Raises:
         UserError: there is none.
     """
-    finding = check_documents(architecture)
+    finding = _find(json.dumps(dict(architecture.config), sort_keys=True, default=str))
     if finding.documents is None:
         raise UserError(
             f"model_type {architecture.model_type} cannot be trained: {'; '.join(finding.problems)}; a tiny model of "
             "this type is compared with transformers at every start"
         )
     return replace(architecture, documents=finding.documents, remark=finding.problems[0] if finding.problems else "")
+
+
+@functools.cache
+def _find(config: str) -> Finding:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are so small that threads only wait for each other
+    try:
+        return check_documents(parse_transformers_architecture(json.loads(config), "config.json", ""))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Reference:
