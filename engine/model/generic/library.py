@@ -54,11 +54,10 @@ def library_config(config: dict[str, Any], where: str) -> Any:
             f"{where}: model_type is {model_type!r}, which transformers {transformers.__version__} does not know; "
             f"{remedy}"
         )
-    values = {
-        key: value for key, value in config.items() if key not in ("model_type", "auto_map", "quantization_config")
-    }
+    left_out = ("model_type", "auto_map", "quantization_config")
     try:
-        made = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(values))
+        values = {key: _with_floats(value) for key, value in config.items() if key not in left_out}
+        made = transformers.AutoConfig.for_model(model_type, **values)
     except Exception as error:  # whatever its checks raise
         raise UserError(f"{where}: transformers refuses it: {_one_line(error)}; correct it") from None
     if type(made) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -67,6 +66,15 @@ def library_config(config: dict[str, Any], where: str) -> Any:
             f"{transformers.__version__}; name a model that generates text"
         )
     return made
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a copy of ``value`` with the numbers that transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def meta_library_model(config: Any, attention: str = ATTENTION) -> Any:
