@@ -102,6 +102,7 @@ def train_step(
         guards.before_update()
         step_unless(optimizer, guards.should_skip(loss, grad_norm))
         optimizer.zero_grad(set_to_none=True)
+        allocate_states(optimizer)  # of parameters that have no gradient: a checkpoint has the states of all
     else:
         loss = grad_norm = torch.full((), math.nan)
         guards.without_targets()
