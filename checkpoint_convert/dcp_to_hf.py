@@ -25,6 +25,7 @@ from retemper.engine.weights.conversion.options import (
     add_dtype,
     add_output,
     add_shard_size,
+    add_trust,
     interrupt_on_sigterm,
     parse,
 )
@@ -50,7 +51,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="V",
         help="number of rows of embedding and head, such as that before padding (default: unchanged)",
     )
+    parser.add_argument(
+        "--carried-from",
+        metavar="DIR",
+        help="folder of the original Hugging Face model, if it has been moved: exports take the tensors that are not "
+        "trained from there, such as those of a vision tower",
+    )
     add_copying(parser)
+    add_trust(parser)
     parser.add_argument(
         PUSH,
         metavar="NAME",
@@ -83,7 +91,8 @@ def _convert_and_upload(options: dict[str, Any], repository: str) -> None:
     checkpoint, output = Path(options["checkpoint"]), Path(options["output"])
     # What convert would refuse before it reads any weights is refused before a repository is made.
     require_separate([Use("--checkpoint", checkpoint)], folders=[Use(f"--output {output}", output)])
-    plan_export(checkpoint, options["dtype"], options["max_shard_size"], options["vocab_size"])
+    planned = ("dtype", "max_shard_size", "vocab_size", "carried_from")
+    plan_export(checkpoint, **{key: options[key] for key in planned})
     print(f"will be uploaded to {open_repository(repository, PUSH)}")
     convert(**options)
     print(f"uploaded {upload_folder(output, repository, PUSH, [CONVERSION_FILE])}")

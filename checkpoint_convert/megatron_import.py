@@ -86,7 +86,7 @@ def _open(folder: Path, config: str | Path | None, tokenizer: str | None) -> Sto
         parameters=model,
         published=model,  # the families that Megatron supports store parameters as they are
         published_tables=model.architecture.tables,
-        float32=(),
+        kept=(),
         unused=model.left_out,
         left_out={"state of the optimizer": list(model.left_out)} if model.left_out else {},
         assets=_assets(config, tokenizer, model),

@@ -80,7 +80,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.parallel.mesh import build_mesh
     from retemper.engine.run import Run
     from retemper.engine.run_folder import require_room, run_store
-    from retemper.engine.start import choose_implementation, find_start, open_data, open_start
+    from retemper.engine.start import choose_implementation, find_start, open_data, open_start, record_carried
     from retemper.engine.weights.checkpoint.saver import Saver
 
     validate(config)
@@ -91,7 +91,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     with report_if_slow("finding and verifying what the run starts from", say):
         config, found = find_start(config, ranks, store)
     with report_if_slow("opening the weights and the data", say):
-        start = ranks.fail_together(lambda: open_start(config, found))
+        start = record_carried(ranks.fail_together(lambda: open_start(config, found)), ranks)
         config, start, choices = choose_implementation(config, start, plan, ranks)
         architecture = start.architecture
         catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))

@@ -9,15 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config.settings import DATA_FILES, RunConfig, to_dict
+from .config.settings import DATA_FILES, ModelConfig, RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
 from .data.renamed_sources import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
+from .guards.background import run_in_background
 from .model.attention_choice import choose_attention
-from .model.config_file import CONFIG_FILE, INLINE, hf_config_of
+from .model.changed_config import with_settings
+from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
+from .model.generic.remote_code import register_remote_code
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.language_model import Architecture
+from .model.wrappers import text_config_of
 from .optim import allocate_states
 from .parallel import build, fsdp, trainable
 from .parallel import compile as block_compile
@@ -26,7 +30,7 @@ from .parallel.memory_check import require_memory
 from .parallel.precision import with_precision
 from .parallel.process_group import Ranks
 from .schedule import BatchPlan, Progress
-from .weights.checkpoint.assets import ASSET_FOLDER, HfAssets, complete_assets
+from .weights.checkpoint.assets import ASSET_FOLDER, HfAssets, asset_folder, complete_assets
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.resume_changes import require_allowed
 from .weights.checkpoint.store import CheckpointStore
@@ -38,6 +42,7 @@ from .weights.checkpoint.tensors import (
     require_model_tensors,
     training_tensors,
 )
+from .weights.hugging_face.carried import Carried
 from .weights.hugging_face.initial import INITIALIZE_FROM, load_hf_tensors, local_weights, open_weights
 from .weights.hugging_face.model import HfModel
 from .weights.hugging_face.weight_dtypes import declared_dtype, dtypes_of, with_dtype
@@ -162,8 +167,17 @@ def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple
         return replace(config, data=data), StartFolder(str(folder), manifest, True, tuple(lines))
     if config.model.initialize_from is None:
         return config, StartFolder()
-    kind, weights = local_weights(config.model.initialize_from, ranks)
+    model = config.model
+    kind, weights = local_weights(str(model.initialize_from), ranks, lambda folder: _check_model(folder, model))
     return config, StartFolder(weights, store.require_valid(weights, INITIALIZE_FROM) if kind == "checkpoint" else None)
+
+
+def _check_model(folder: Path, model: ModelConfig) -> None:
+    """Refuse the config in ``folder`` if the run could not train its model."""
+    config, where = read_hf_config(folder), str(folder / CONFIG_FILE)
+    if model.trust_remote_code:
+        register_remote_code(config, folder)
+    parse_architecture(with_settings(config, model, where), where, model.implementation)
 
 
 def open_start(config: RunConfig, found: StartFolder) -> Start:
@@ -173,21 +187,28 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
         UserError: they are unusable, or contradict each other or ``config``.
     """
     model, folder, weights = config.model, found.folder, None
+    code = _register_code(model, folder) if model.trust_remote_code else None
     if folder is None:
         found_assets, where = HfAssets({}), model.architecture if isinstance(model.architecture, str) else INLINE
     elif found.manifest is None:
         found_assets, where = HfAssets.read(folder), str(Path(folder) / CONFIG_FILE)
         content = found_assets.files.get(CONFIG_FILE)
-        read = hf_config_of(content, Path(where)) if content is not None else None
-        weights = open_weights(folder, read, model.implementation)
+        if content is None:
+            open_weights(folder)  # refuses the folder
+        else:
+            hf_config_of(content, Path(where))
     else:
         found_assets, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
+    if code is not None:
+        found_assets = found_assets.with_code(code)
     assets = complete_assets(model, found_assets, folder, found.resumes)
-    if weights is not None:  # declare the dtypes that are stored, as checkpoint_convert/hf_to_dcp.py does
+    if folder is not None and found.manifest is None:
+        weights = open_weights(folder, assets.config, model.implementation)
+        # declare the dtypes that are stored, as checkpoint_convert/hf_to_dcp.py does
         assets = with_dtype(assets, dtypes_of(weights.parameters.tensors, weights.architecture.float32_tensors))
     assert assets.config is not None
     if config.checkpoint.export_hf:
-        declared_dtype(assets.config, where)  # in which the end of the run exports the weights
+        declared_dtype(text_config_of(assets.config)[0], where)  # in which the end of the run exports the weights
     if weights is not None:
         return HuggingFaceStart(assets, weights.architecture, folder, weights=weights)
     if folder is None:
@@ -196,6 +217,31 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     parts, resumed_from = open_tensors(folder), found.manifest if found.resumes else None
     architecture = architecture_of_tensors(assets.config, where, parts.tensors, model.implementation)
     return CheckpointStart(assets, architecture, folder, resumed_from, parts=parts)
+
+
+def _register_code(model: ModelConfig, folder: str | None) -> Path | None:
+    """Register the code of the model, and return its folder; None if the config is inside the run's configuration."""
+    if folder is not None:
+        place = asset_folder(folder)
+    elif isinstance(model.architecture, str):
+        place = Path(model.architecture) if Path(model.architecture).is_dir() else Path(model.architecture).parent
+    else:
+        return None
+    register_remote_code(read_hf_config(place), place)
+    return place
+
+
+def record_carried(start: Start, ranks: Ranks) -> Start:
+    """Return ``start``, in whose assets the tensors are recorded that exports take from its folder.
+
+    All ranks must call this. One of them hashes these tensors.
+    """
+    if not isinstance(start, HuggingFaceStart) or not start.weights.carried:
+        return start
+    weights = start.weights
+    carried = ranks.broadcast(run_in_background(ranks, (lambda: Carried.of(weights)) if ranks.is_main else None))
+    assert carried is not None
+    return replace(start, assets=carried.added_to(start.assets))
 
 
 def choose_implementation(

@@ -45,6 +45,7 @@ RANGES = {
     "data.train[].max_epochs": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.prefetch_steps": _FROM_1,
     "data.validation_fraction": _SHARE,
+    "model.rope.factor": _FROM_1,
     "training.train_tokens": _FROM_1,
     "training.warmup_tokens": _FROM_0,
     "training.sequence_length": _FROM_1,
@@ -141,6 +142,9 @@ def _combinations(config: RunConfig) -> Iterator[str]:
             "model.initialize_from and model.architecture are both null: name a checkpoint to start from, or describe "
             "the architecture to start from random weights"
         )
+    rope = config.model.rope
+    if rope.kind is not None and rope.factor == 1:
+        yield f"model.rope.kind is {rope.kind}, but model.rope.factor is 1; set it to a larger number, such as 4"
 
 
 def _upload_name(checkpoint: CheckpointConfig) -> Iterator[str]:

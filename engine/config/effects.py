@@ -63,6 +63,12 @@ def _fits(key: str) -> Callable[[Situation], bool]:
 
 RULES = (
     Rule(
+        ("model.rope.factor",),
+        lambda now: now.config.model.rope.kind is not None,
+        "model.rope.kind is null, so positions are not scaled; set it to yarn, or remove factor",
+        refused=True,
+    ),
+    Rule(
         ("optimizer.decay_tokens",),
         lambda now: now.config.optimizer.schedule == "wsd",
         "only optimizer.schedule wsd uses it; remove it or set optimizer.schedule to wsd",
@@ -169,8 +175,8 @@ RULES = (
 )
 
 ALWAYS = {
-    *("run_folder", "seed", "resume", "device", "model.architecture", "model.tokenizer"),
-    *("model.implementation", "model.dropout"),
+    *("run_folder", "seed", "resume", "device", "model.architecture", "model.rope.kind", "model.implementation"),
+    *("model.dropout", "model.trust_remote_code", "model.tokenizer"),
     *("data.train", "data.stages", "data.shuffle", "data.packing", "data.validation", "data.validation_fraction"),
     *("data.attend_across_documents", "data.prefetch_steps", "data.train[].path", "data.train[].name"),
     *("data.stages[].train", "data.stages[].train_tokens"),

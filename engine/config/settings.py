@@ -101,6 +101,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """Scaling of the rotary positions, which lengthens the context of a model."""
+
+    kind: Literal["yarn", "linear", "llama3", "dynamic"] | None = None
+    """Kind of scaling, by its name in transformers (``rope_type``). yarn needs the fewest tokens to adapt, and is the
+    usual choice. Null: the model keeps its own positions."""
+    factor: float = 1.0
+    """New length divided by the model's ``max_position_embeddings``, which is raised by it."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Model of the run, and its initial weights."""
 
@@ -119,6 +130,13 @@ class ModelConfig:
     dropout: Annotated[float, "0 only"] | None = None
     """0: train without the dropout of the model's ``config.json``, which is set to 0. Null: a config with dropout is
     refused, because dropout is not implemented."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Lengthen the context: ``{kind: yarn, factor: 4}``. The run changes the model's ``config.json`` before it builds
+    the model. Checkpoints and exports contain the changed one, so the setting may stay when the run resumes."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model whose type transformers does not know (``auto_map`` in its
+    ``config.json``). False: no code of a model runs, and such a model is refused. Checkpoints and exports contain the
+    code, and commands that read them run it only if they are told so."""
     tokenizer: FilePath | None = None
     """Hugging Face folder with the tokenizer. The datasets must have been made with it, and exports contain it. Null:
     the tokenizer in ``initialize_from``, if it has one."""
@@ -161,7 +179,8 @@ class TrainingConfig:
     """Attention implementation. auto: the fastest that works here; the start summary shows the choice and its reason.
     fa4, fa3: FlashAttention-4 or -3 through PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with
     ``data.attend_across_documents``. flash_attn: the flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex:
-    FlexAttention. per_document: PyTorch's SDPA for one document at a time, works everywhere."""
+    FlexAttention. per_document: PyTorch's SDPA for one document at a time, works everywhere. Only flash_attn, flex,
+    sdpa and per_document can cap scores (Gemma 2), and only the last three have attention sinks (gpt-oss)."""
     compile: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
     """Compile every block with torch.compile. Steps are faster after about a minute of compilation, and results differ
     by rounding. auto: on for a GPU if the attention kernel can be part of a compiled block."""

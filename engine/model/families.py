@@ -15,7 +15,7 @@ from .config_file import INLINE
 from .config_keys import account_for_keys
 from .config_reader import ConfigReader
 from .config_reader import NotNative as NotNative  # raised here; the reader of keys defines it
-from .family_table import FAMILIES, MODEL_TYPES, BlockNorms, Family, NormKind, QkNorm
+from .family_table import FAMILIES, BlockNorms, Family, NormKind, QkNorm
 from .language_model import Architecture, Implementation, Piece
 from .layer_pattern import rotary_layers, sliding_windows
 from .rope_settings import RopeSettings, read_rope
@@ -102,6 +102,12 @@ class DecoderArchitecture(Architecture):
         return 2 if self.gated else 1
 
     @property
+    def longest_unscaled(self) -> int | None:
+        """See :class:`Architecture`."""
+        lengths = [rope.unscaled_length for rope in self.ropes if rope is not None]
+        return min((length for length in lengths if length is not None), default=None)
+
+    @property
     def attention_options(self) -> dict[str, float]:
         """Return the arguments of the attention operation that are not its defaults."""
         options = {"softmax_scale": self.attention_scale, "softcap": self.attention_softcap}
@@ -125,7 +131,7 @@ def parse_decoder_architecture(config: dict[str, Any], where: str = INLINE) -> D
         UserError: a missing, impossible or contradictory value.
         NotNative: a setting that the decoder does not implement.
     """
-    model_type = ConfigReader(config, where).choice("model_type", MODEL_TYPES)
+    model_type = ConfigReader(config, where).choice("model_type", tuple(FAMILIES))
     family = FAMILIES[model_type]
     _refuse_quantized(ConfigReader(config, where))
     account_for_keys(config, where, model_type)
@@ -179,7 +185,7 @@ def require_native(architecture: Architecture, where: str) -> DecoderArchitectur
     """
     if not isinstance(architecture, DecoderArchitecture):
         raise UserError(
-            f"{where}: model_type {architecture.model_type} is not supported here; supported: {', '.join(MODEL_TYPES)}"
+            f"{where}: model_type {architecture.model_type} is not supported here; supported: {', '.join(FAMILIES)}"
         )
     return architecture
 
@@ -198,7 +204,7 @@ def _refuse_unimplemented(reader: ConfigReader, family: Family) -> None:
     for key in family.dropouts.split():
         if reader.config.get(key) is not None and reader.number(key, or_zero=True) != 0:
             reader.not_native(
-                key, reader.config[key], "only 0.0 is implemented; set it to 0.0 to train without dropout"
+                key, reader.config[key], "dropout is not implemented; set model.dropout to 0 to train without it"
             )
     for key in family.unimplemented.split():
         if reader.flag(key):

@@ -367,5 +367,3 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """The native families by ``model_type``."""
-
-MODEL_TYPES = tuple(FAMILIES)

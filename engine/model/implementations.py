@@ -19,6 +19,7 @@ from .config_reader import NotNative
 from .decoder import Decoder
 from .families import DecoderArchitecture, parse_decoder_architecture
 from .language_model import Architecture, LanguageModel, LayerRange
+from .wrappers import TEXT_CONFIG, text_config_of
 
 Requested = Literal["auto", "native", "transformers"]
 """``model.implementation``."""
@@ -41,6 +42,8 @@ def architecture_of(source: dict[str, Any] | str | Path, requested: Requested = 
 def parse_architecture(config: dict[str, Any], where: str = INLINE, requested: Requested = "auto") -> Architecture:
     """Parse ``config``, the content of a Hugging Face ``config.json``; ``where`` names it in errors.
 
+    Of a model with several parts, this is the architecture of the text model.
+
     Args:
         config: see above.
         where: see above.
@@ -49,6 +52,9 @@ def parse_architecture(config: dict[str, Any], where: str = INLINE, requested: R
     Raises:
         UserError: a missing or impossible value, or a setting that no implementation supports.
     """
+    config, is_wrapped = text_config_of(config)
+    if is_wrapped:
+        where = f"{where}: {TEXT_CONFIG}"
     if requested == "transformers":
         return _transformers_architecture(config, where, f"{SETTING} is transformers")
     try:
@@ -56,7 +62,12 @@ def parse_architecture(config: dict[str, Any], where: str = INLINE, requested: R
     except NotNative as error:
         if requested == "native":
             raise UserError(f"{error}; or set {SETTING} to transformers") from None
-        return _transformers_architecture(config, where, str(error).removeprefix(f"{where}: "))
+        reason = str(error).removeprefix(f"{where}: ")
+        try:
+            return _transformers_architecture(config, where, reason)
+        except UserError as refusal:
+            other = str(refusal).removeprefix(f"{where}: ")
+            raise UserError(f"{error}; transformers cannot compute it either: {other}") from None
 
 
 def architecture_of_tensors(

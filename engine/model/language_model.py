@@ -96,6 +96,11 @@ class Architecture(ABC):
     def block_matrices(self) -> int:
         """Number of elements of all matrices in the blocks that multiply a token; of experts, those that it uses."""
 
+    @property
+    def longest_unscaled(self) -> int | None:
+        """Length of a document above which its positions depend on that length; None: they never do."""
+        return None
+
     def stored_pieces(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
         """Return the parameters that Hugging Face files hold under other names or divided differently.
 

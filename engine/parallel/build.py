@@ -45,7 +45,7 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
     float8.enabled(training, device)
     _check_implementation(config, architecture)
     tensor.check(architecture, config)
-    context.check(architecture, parallel)
+    context.check(architecture, parallel, training.sequence_length)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
     trainable.check(config)
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor

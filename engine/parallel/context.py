@@ -21,12 +21,19 @@ from ..errors import UserError
 from ..model.language_model import Architecture, LanguageModel
 
 
-def check(architecture: Architecture, config: ParallelConfig) -> None:
-    """Refuse numbers that cannot be divided evenly among ``parallel.context`` ranks.
+def check(architecture: Architecture, config: ParallelConfig, sequence_length: int) -> None:
+    """Refuse numbers that cannot be divided evenly among ``parallel.context`` ranks, and what a rank cannot know.
 
     Raises:
         UserError: with both sides of the division.
     """
+    longest = architecture.longest_unscaled
+    if config.context > 1 and longest is not None and sequence_length > longest:
+        raise UserError(
+            f"parallel.context {config.context} with training.sequence_length {sequence_length}: the rotary positions "
+            f"of documents above {longest} tokens depend on their length, which ranks with a part of a document do not "
+            f"know; set parallel.context to 1, training.sequence_length to at most {longest}, or model.rope"
+        )
     size, tensor = config.context, config.tensor
     heads, kv_heads = architecture.num_attention_heads // tensor, architecture.num_key_value_heads // tensor
     share = f" / parallel.tensor {tensor}" if tensor > 1 else ""

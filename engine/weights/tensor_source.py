@@ -7,7 +7,7 @@ however large the tensor is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,3 +48,14 @@ class TensorSource(Protocol):
 def rows_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return ``shape`` with a first dimension that counts rows."""
     return shape or (1,)
+
+
+def read_blocks(source: TensorSource, name: str, block_bytes: int) -> Iterator[Tensor]:
+    """Yield the rows of the tensor ``name`` from first to last, at most ``block_bytes`` at a time, or one row."""
+    shape, dtype = rows_of(source.tensors[name].shape), source.tensors[name].dtype
+    step = max(1, block_bytes // max(1, math.prod(shape[1:]) * dtype.itemsize))
+    with source.rows(name) as read:
+        for first in range(0, shape[0], step):
+            block = torch.empty((min(step, shape[0] - first), *shape[1:]), dtype=dtype)
+            read(first, block)
+            yield block

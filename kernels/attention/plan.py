@@ -50,7 +50,7 @@ class AttentionPlan:
         """
         if window not in self.masks:
             assert self.make_mask is not None, f"attention backend {self.backend} has no masks"
-            self.masks[window] = torch.compiler.disable(self.make_mask)(window)
+            self.masks[window] = self.make_mask(window)
         return self.masks[window]
 
 
@@ -80,7 +80,7 @@ def plan_attention(
     if backend == FLEX:
         from .flex import make_block_mask
 
-        make_mask = functools.partial(make_block_mask, lengths, device=device)
+        make_mask = functools.partial(torch.compiler.disable(make_block_mask), lengths, device=device)
         masks = {window: make_mask(window) for window in set(windows)}
         return AttentionPlan(backend, masks=masks, make_mask=make_mask, function=_flex_function(device.type))
     assert backend == PER_DOCUMENT, backend

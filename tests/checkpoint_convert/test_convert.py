@@ -235,11 +235,11 @@ def test_a_hub_name_is_found_in_the_cache(
     assert_refused(result, "--hf somebody/tiny", "cannot be reached")
     assert not (tmp_path / "checkpoint").exists()
 
-    repository = tmp_path / "cache" / "models--somebody--tiny"
+    repository, commit = tmp_path / "cache" / "models--somebody--tiny", "0123" * 10
     (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0123")
+    (repository / "refs" / "main").write_text(commit)
     (repository / "snapshots").mkdir()
-    (repository / "snapshots" / "0123").symlink_to(saved_models["qwen3"])
+    (repository / "snapshots" / commit).symlink_to(saved_models["qwen3"])
     convert_there("somebody/tiny", tmp_path / "checkpoint")
     convert_back(tmp_path / "checkpoint", tmp_path / "back")
     assert read_folder(tmp_path / "back") == read_folder(saved_models["qwen3"])

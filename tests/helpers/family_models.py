@@ -52,7 +52,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
     "yarn": ("llama", {"rope_parameters": YARN}),
-    "dynamic rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "dynamic rope": (
+        "llama",
+        {"max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ),
     "gelu": ("llama", {"hidden_act": "gelu"}),
     "squared relu": ("llama", {"hidden_act": "relu2"}),
     "mistral": ("mistral", {"sliding_window": None}),

@@ -12,8 +12,9 @@ import torch
 TABLE: dict[str, Any] = json.loads((Path(__file__).parents[1] / "models" / "tiny_models.json").read_text("utf-8"))
 TYPES: tuple[str, ...] = tuple(TABLE["types"])
 VOCAB_SIZE: int = TABLE["common"]["vocab_size"]
-_STATISTICS = re.compile(r"bias(es)?$|scalar$")
-"""Buffers that a checkpoint of a trained model holds with other values than a new model: biases of routers, scales."""
+STATISTICS = re.compile(r"(?<!balancing_)bias(es)?$|scalar$")
+"""Buffers that a checkpoint of a trained model holds with other values than a new model: biases of routers, scales.
+transformers replaces an element of those of zaya whenever it loads them."""
 
 
 def tiny_config(model_type: str) -> Any:
@@ -41,6 +42,6 @@ def tiny_model(config: Any) -> torch.nn.Module:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         stored = model.state_dict()
         for name, buffer in model.named_buffers():
-            if name in stored and _STATISTICS.search(name):
+            if name in stored and STATISTICS.search(name):
                 buffer.add_(torch.randn_like(buffer), alpha=0.1)
     return model

@@ -128,6 +128,17 @@ def test_packings_share_the_graphs_of_a_compiled_block():
     assert graphs.frame_count == 2
 
 
+def test_a_compiled_block_may_use_a_window_that_was_not_planned():
+    inputs = [x.detach() for x in make_inputs([20], 4, 2)[:3]]
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, backend="eager")
+    for lengths in ([20], [5, 15]):
+        plan = plan_attention("flex", offsets(lengths), [None], CPU)
+        output = compiled(*inputs, offsets(lengths), 20, window=3, plan=plan)
+        assert torch.allclose(output, per_document_attention(*inputs, lengths, window=3), atol=1e-6)
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 def test_compiled_flex_attention_has_a_soft_cap_and_other_values():
     """On a CPU only the forward pass without the log-sum-exp can be compiled."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cross_entropy_cases import GRADIENT_TOLERANCE, make_inputs, peak_bytes, relative_error
+from linear_cross_entropy_cases import GRADIENT_TOLERANCE, make_bias, make_inputs, peak_bytes, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -163,8 +163,8 @@ def test_huge_logits_stay_finite():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_memory_promise(monkeypatch, dtype, gradients, softcap):
+@pytest.mark.parametrize("options", [{}, {"logit_softcap": 5.0}, {"logit_scale": 0.3, "bias": 0.5}], ids=str)
+def test_memory_promise(monkeypatch, dtype, gradients, options):
     """All allocations at once stay within the logit budget (and a tenth of it, for all that is not logits), while whole
     logits would be 32 times that."""
     num_tokens, hidden, vocab, rows = 1024, 2, 4096, 32
@@ -172,8 +172,9 @@ def test_memory_promise(monkeypatch, dtype, gradients, softcap):
     set_rows_per_chunk(monkeypatch, rows, vocab)
     # Whole weights: an fp32 copy of bf16 weights, the gradient's sum in fp32, and both gradients as they are returned.
     weights = vocab * hidden * (4 + 4 + 4) if gradients else vocab * hidden * 4
+    options = options | {"bias": make_bias(inputs[1], options.get("bias"))}
     with torch.set_grad_enabled(gradients), torch.profiler.profile(profile_memory=True) as profile:
-        loss = linear_cross_entropy(*inputs, logit_softcap=softcap, backend="chunked").loss_sum
+        loss = linear_cross_entropy(*inputs, **options, backend="chunked").loss_sum
         if gradients:
             loss.backward()
     assert rows * vocab * 4 * 0.9 <= peak_bytes(profile) <= rows * vocab * 4 * 1.1 + weights

@@ -39,6 +39,28 @@ def test_reference_by_hand():
     torch.testing.assert_close(result.loss_sum, log_sum - logits[0] + 0.5 * log_sum**2)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_only_the_bias_needs_a_gradient(backend):
+    """An fp32 bias of a bf16 head keeps its dtype."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = make_inputs(TOKENS, HIDDEN, VOCAB, torch.bfloat16, device=device)
+    _, _, _, expected = oracle(inputs, bias=0.5)
+    bias = make_bias(inputs[1], 0.5).detach().float().requires_grad_()
+    linear_cross_entropy(*(x.detach() for x in inputs), bias=bias, backend=backend).loss_sum.backward()
+    assert bias.grad.dtype == torch.float32
+    assert relative_error(bias.grad, expected) <= GRADIENT_TOLERANCE[torch.bfloat16]
+
+
+def test_the_scale_is_not_a_scale_of_bf16_hidden_states():
+    """Rounded to bf16, the hidden states times 0.3 would change the loss of each token by about 0.001."""
+    hidden, weight, targets = make_inputs(TOKENS, HIDDEN, VOCAB, torch.bfloat16, size=4.0)
+    loss = linear_cross_entropy(hidden, weight, targets, logit_scale=0.3).loss_sum
+    expected = oracle((hidden, weight, targets), logit_scale=0.3)[0].loss_sum
+    rounded = linear_cross_entropy(hidden * 0.3, weight, targets).loss_sum
+    assert abs(loss - expected) <= 1e-6 * expected
+    assert abs(rounded - expected) > 1e-5 * expected
+
+
 def test_another_ignore_index():
     hidden, weight, targets = make_inputs(11, 8, 31, torch.float32)
     targets[0] = 5

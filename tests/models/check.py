@@ -51,7 +51,7 @@ def describe(found: Checked) -> str:
     """Return a line about a type."""
     numbers = f"losses {found.loss_error:.1e}  logits {found.logits_error:.1e}  {found.seconds:4.1f} s"
     if found.problem:
-        return f"{found.model_type:20} WRONG    {found.problem}"
+        return f"{found.model_type:20} WRONG    {found.problem.splitlines()[-1]}"
     if found.refusal:
         return f"{found.model_type:20} refused  {found.refusal}"
     how = f"{found.implementation} {found.documents}"

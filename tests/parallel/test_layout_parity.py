@@ -13,7 +13,7 @@ from rank_cluster import RankCluster
 PACKED = Model("qwen2", tied=True, packed=True)
 WHOLE = Model("llama", tied=False, packed=False)
 NORMED = Model("qwen3", tied=False, packed=True)
-# The other families. Those that tie their embeddings, or have an option that layouts treat in their own way, come first.
+# The other families; first those with an option that a layout treats in its own way.
 OPTIONS = tuple(
     Model(family, tied=family in ("gemma2", "smollm3", "cohere2"), packed=True)
     for family in (

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ...engine.errors import UserError
 from ...engine.files.atomic import new_folder, require_absent
 from ...engine.files.outputs import Use, require_separate
+from ...engine.model.wrappers import with_vocab_size
 from ...engine.tokenizer.files import SENTENCEPIECE_FILE, TOKENIZER_FILE, tokenizer_file_name
 from ...engine.tokenizer.json_file import parse_tokenizer
 from ...engine.weights.checkpoint.assets import ASSET_FOLDER, HfAssets
@@ -210,9 +211,10 @@ def _read(options: ExtendOptions, tokenizer: ExtensibleTokenizer) -> LearningCor
 def _extended_assets(model: StoredModel, extension: Extension, vocab_size: int) -> HfAssets:
     files = {name: data for name, data in model.assets.files.items() if extension.files.get(name, data) is not None}
     files |= {name: data for name, data in extension.files.items() if data is not None}
-    config = {**model.config, "vocab_size": vocab_size}
     assets = HfAssets(files)
-    return assets if config == model.config else assets.with_config(config)
+    if vocab_size == model.architecture.vocab_size:
+        return assets
+    return assets.with_config(with_vocab_size(model.config, vocab_size))
 
 
 def require_ids(old: Path, new: Path, tokens: Sequence[NewToken]) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ...errors import UserError
+from ..changed_config import dropouts
 from ..config_keys import HARMLESS
 from ..language_model import Architecture, Implementation, Piece
 from .library import Parts, find_parts, library_attention, library_config, meta_library_model
-from .stored_names import stored_pieces
+from .stored_names import float32_tensors, stored_pieces, unused_tensors
 
 DocumentMode = Literal["packed", "one_by_one", "library_attention"]
 """How the documents of a batch are kept apart: by our attention; by computing each block one document at a time, with
@@ -34,7 +35,12 @@ class TransformersArchitecture(Architecture):
     """See :attr:`block_matrices`."""
     names: tuple[str, str]
     """Of the embedding and of the head."""
-    documents: DocumentMode = "packed"
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """See :attr:`unused_tensors`."""
+    float32: frozenset[str] = field(default=frozenset(), compare=False)
+    """See :attr:`float32_tensors`."""
+    documents: DocumentMode = "library_attention"
+    """The slowest way, which every type supports; :mod:`.self_check` looks for a faster one."""
     reason: str = field(default="", compare=False)
     """Why transformers computes it."""
     remark: str = field(default="", compare=False)
@@ -72,6 +78,16 @@ class TransformersArchitecture(Architecture):
         return stored_pieces(model, shapes, self.model_type)
 
     @property
+    def unused_tensors(self) -> tuple[str, ...]:
+        """See :class:`Architecture`."""
+        return self.unused
+
+    @property
+    def float32_tensors(self) -> frozenset[str]:
+        """See :class:`Architecture`."""
+        return self.float32
+
+    @property
     def packs_documents(self) -> bool:
         """See :class:`Architecture`."""
         return self.documents == "packed"
@@ -100,7 +116,10 @@ def parse_transformers_architecture(config: dict[str, Any], where: str, reason: 
         UserError: transformers cannot compute it, or we cannot train what it computes.
     """
     made = library_config(config, where)
-    _refuse_dropout(config, made, where)
+    for key, value in dropouts(config, where).items():
+        raise UserError(
+            f"{where}: {key} is {value:g}; dropout is not implemented: set model.dropout to 0 to train without it"
+        )
     try:
         parts = find_parts(meta_library_model(made, library_attention(made)))
         return replace(_facts(config, made, parts), reason=reason)
@@ -128,6 +147,8 @@ def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchi
         parameters=sum(parameter.numel() for parameter in parts.model.parameters()),
         matrices=round(sum(_active_elements(parameter, made) for parameter in parts.blocks.parameters())),
         names=(f"{names[id(parts.embedding)]}.weight", f"{names[id(parts.head)]}.weight"),
+        unused=unused_tensors(parts.model),
+        float32=float32_tensors(parts.model, list(parts.model.state_dict())),
         attention_softcap=getattr(made, "attn_logit_softcapping", None),
         attention_sinks=any("sink" in name for name, _ in parts.blocks.named_parameters()),
         value_head_dim=max(_sizes(modules, ("v_head_dim",)), default=None),
@@ -157,19 +178,3 @@ def _active_elements(parameter: Any, made: Any) -> float:
         chosen = getattr(made, "num_experts_per_tok", None)
         share = chosen / parameter.shape[0] if isinstance(chosen, int) else 1.0
     return math.prod(parameter.shape) * min(1.0, share)
-
-
-_DROPOUT = ("dropout", "pdrop", "layerdrop", "_drop_")
-
-
-def _refuse_dropout(config: dict[str, Any], made: Any, where: str) -> None:
-    """Refuse a model that drops activations at random in training."""
-    for key, value in made.to_dict().items():
-        if any(part in key for part in _DROPOUT) and type(value) in (int, float) and value > 0:
-            if "classifier" in key or "summary" in key:
-                continue
-            stated = "is" if key in config else f"is missing, and {made.model_type} models then have"
-            raise UserError(
-                f"{where}: {key} {stated} {value:g}; dropout is not implemented: set model.dropout to 0 to train "
-                "without it"
-            )

@@ -12,13 +12,15 @@ from collections.abc import Collection
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from ...config.settings import ModelConfig
 from ...data.tokenizer_identity import TokenizerIdentity
 from ...errors import UserError
 from ...files.regular import read_regular
-from ...model.config_file import CONFIG_FILE, read_hf_config
-from ...model.implementations import architecture_of, parse_architecture
+from ...model.changed_config import with_settings
+from ...model.config_file import CONFIG_FILE, INLINE, read_hf_config
+from ...model.implementations import parse_architecture
 from ...model.language_model import Architecture
 from ...tokenizer.files import (
     SENTENCEPIECE_FILE,
@@ -47,7 +49,18 @@ TOKENIZER_FILES = (
 """Names, and a pattern for ``fnmatch``. A JSON file with the stem of a .tiktoken file, which describes it, is added."""
 _MOST_BYTES = 1 << 30
 """Maximum size of a file; the largest tokenizers have about 40 MB."""
-MODEL_FILES = (CONFIG_FILE, "generation_config.json")
+MODEL_FILES = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+CODE_FILES = "*.py"
+"""Code of a model, kept only if a run has been told to trust it."""
+CARRIED_FILE = "carried.json"
+"""Only in checkpoints: see :mod:`~retemper.engine.weights.hugging_face.carried`."""
 
 
 class HfAssets:
@@ -63,12 +76,15 @@ class HfAssets:
         Raises:
             UserError: a file cannot be read, is too large, or is a link to a file outside ``folder``.
         """
-        here = path = Path(folder)
-        files = {}
+        return cls._read(Path(folder), MODEL_FILES)
+
+    @classmethod
+    def _read(cls, here: Path, model_files: Collection[str]) -> HfAssets:
+        path, files = here, {}
         try:
             names = {name for name in (os.listdir(here) if here.is_dir() else ()) if (here / name).is_file()}
             for name in sorted(names):
-                if name in MODEL_FILES or _is_of_tokenizer(name, names):
+                if _matches(name, model_files) or _is_of_tokenizer(name, names):
                     path = here / name
                     _require_own(here, path)
                     files[name] = read_regular(path, _MOST_BYTES)
@@ -83,10 +99,19 @@ class HfAssets:
         Raises:
             UserError: a file cannot be read, or is a link to a file outside ``folder``.
         """
-        assets = cls.read(Path(folder) / ASSET_FOLDER)
+        assets = cls._read(Path(folder) / ASSET_FOLDER, (*MODEL_FILES, CARRIED_FILE, CODE_FILES))
         for name in assets.files:
             file_inside(folder, f"{ASSET_FOLDER}/{name}")
         return assets
+
+    def with_code(self, folder: Path) -> HfAssets:
+        """Return these assets with the Python files of ``folder``, which belong to a model."""
+        found = HfAssets._read(folder, [CODE_FILES]).files
+        return HfAssets({**self.files, **{name: data for name, data in found.items() if _matches(name, [CODE_FILES])}})
+
+    def of_model(self) -> HfAssets:
+        """Return the files that belong to a Hugging Face folder."""
+        return HfAssets({name: data for name, data in self.files.items() if name != CARRIED_FILE})
 
     def with_config(self, config: dict) -> HfAssets:
         """Return these assets with another ``config.json``."""
@@ -185,9 +210,13 @@ def _require_own(folder: Path, file: Path) -> None:
         raise UserError(f"{file}: a link to {real}, outside its folder; copy that file here if it belongs to the model")
 
 
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _is_of_tokenizer(name: str, names: Collection[str]) -> bool:
     """Return whether the file ``name``, in a folder with the files ``names``, belongs to a tokenizer."""
-    if any(fnmatchcase(name, pattern) for pattern in TOKENIZER_FILES):
+    if _matches(name, TOKENIZER_FILES):
         return True
     return name.endswith(".json") and name.removesuffix(".json") + TIKTOKEN_SUFFIX in names
 
@@ -261,18 +290,27 @@ def complete_assets(
     """
     if config.architecture is not None and assets.config is None:
         assets = assets.with_config(read_hf_config(config.architecture))
-    elif config.architecture is not None:
+    if assets.config is not None:
+        changed = with_settings(assets.config, config, f"{folder or 'model.architecture'}")
+        assets = assets if changed == assets.config else assets.with_config(changed)
+    if config.architecture is not None and folder is not None:
         remedy = "remove model.architecture or name the right checkpoint"
-        _require_same(architecture_of(config.architecture), "model.architecture", assets, folder, remedy)
+        _require_same(_architecture(config, config.architecture), "model.architecture", assets, folder, remedy)
     start = _former_start(config) if resuming else None
     if start is not None:
         # Its weights are no longer read, but it must be the same model.
         key = f"the model of model.initialize_from {config.initialize_from}"
         remedy = "choose another run_folder for that model, or remove model.initialize_from to continue this one"
-        _require_same(architecture_of(start), key, assets, folder, remedy)
+        _require_same(_architecture(config, start), key, assets, folder, remedy)
     if assets.config is None:
         raise UserError(f"{folder}: has no hf/{CONFIG_FILE}; set model.architecture")
     return assets.with_tokenizer(config.tokenizer) if config.tokenizer is not None else assets
+
+
+def _architecture(config: ModelConfig, source: dict[str, Any] | str | Path) -> Architecture:
+    """Return the architecture that ``source`` describes, with the changes of the run's settings."""
+    where = INLINE if isinstance(source, dict) else str(source)
+    return parse_architecture(with_settings(read_hf_config(source), config, where), where)
 
 
 def _former_start(config: ModelConfig) -> Path | None:

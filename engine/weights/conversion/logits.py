@@ -19,8 +19,10 @@ from torch import Tensor
 from ...batch import Batch
 from ...errors import UserError
 from ...model.attention_choice import choose_for_model
+from ...model.config_file import read_hf_config
 from ...model.implementations import meta_model
 from ...model.language_model import Architecture
+from ...model.wrappers import names_in_wrapper, text_config_of
 from ..checkpoint.tensors import model_tensors
 from ..hugging_face.model import open_hf_model
 from ..partial_folder import DiscardOutput
@@ -128,15 +130,17 @@ def _without_progress_bars() -> Iterator[None]:
 @torch.inference_mode()
 def _theirs(folder: Path, sequences: list[Tensor], rounded_to: Mapping[str, StoredTensor]) -> list[Tensor]:
     """Return the [T, V] logits of every sequence, computed by transformers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
         # If the embeddings have more rows than the config says, all of them are loaded.
-        config.vocab_size = open_hf_model(folder, any_vocab_size=True).architecture.vocab_size
+        config.get_text_config().vocab_size = open_hf_model(folder, any_vocab_size=True).architecture.vocab_size
+        is_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        kind: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
         with _without_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
             )
     except Exception as error:  # it has no class of its own for unsupported settings
@@ -147,10 +151,19 @@ def _theirs(folder: Path, sequences: list[Tensor], rounded_to: Mapping[str, Stor
             f"--verify: transformers does not find {sorted(loading['missing_keys'])[0]} in {folder}, because of the "
             "names of its tensors, so the logits cannot be compared; convert it without --verify"
         )
+    text_names = {there: name for name, there in _names_of_modules(folder, model).items()}
     for name, parameter in model.named_parameters():
-        parameter.copy_(_round(parameter, name, rounded_to))
+        parameter.copy_(_round(parameter, text_names.get(name, name), rounded_to))
     model.eval()
-    return [model(tokens[None]).logits[0] for tokens in sequences]
+    return [model(tokens[None], use_cache=False).logits[0] for tokens in sequences]
+
+
+def _names_of_modules(folder: Path, model: Any) -> dict[str, str]:
+    """Return, for a wrapper, the names of its parameters by their names in files of its text model alone."""
+    config = read_hf_config(folder)
+    if not text_config_of(config)[1]:
+        return {}
+    return names_in_wrapper(config, {name for name, _ in model.named_parameters()})
 
 
 @torch.inference_mode()

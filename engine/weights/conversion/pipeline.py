@@ -39,7 +39,7 @@ def hf_target(tensors: Mapping[str, StoredTensor], max_shard_size: int, assets: 
 
     def complete(folder: Path, done: Written) -> None:
         plan.write_index(folder)
-        assets.write(folder)
+        assets.of_model().write(folder)
 
     return Target(plan.files, complete)
 
@@ -107,8 +107,7 @@ class Conversion:
             rows = self.hashed_rows
             done = write_tensors(partial, self.target.files, self.source, rows, workers, allow_nonfinite)
             self.complete(partial.content, done, say, compare)
-        number = len(self.model.parameters.tensors)
-        say(f"wrote {output}: {number} tensors, {size_of(done.values())}{ending}")
+        say(f"wrote {output}: {len(self.tensors)} tensors, {size_of(done.values())}{ending}")
 
     def complete(
         self,

@@ -13,10 +13,12 @@ from ...files.hashing import hash_file
 from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.implementations import architecture_of_tensors, meta_model
 from ...model.language_model import Architecture
+from ...model.wrappers import text_config_of
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from ..checkpoint.tensors import OPTIMIZER_PREFIX, open_tensors, require_model_tensors
 from ..checkpoint.verify import require_undamaged
+from ..hugging_face.carried import Carried
 from ..hugging_face.folder import INDEX_FILE
 from ..hugging_face.layout import Layout
 from ..hugging_face.model import open_hf_model
@@ -41,8 +43,8 @@ class StoredModel:
     """The same values as the tensors of Hugging Face files."""
     published_tables: Sequence[str]
     """The names there of the tensors with one row for each token."""
-    float32: Collection[str]
-    """Names of the parameters, and of their published tensors, that stay in float32 when the others are cast."""
+    kept: Collection[str]
+    """Names of the parameters and published tensors that keep their dtype when the others are cast."""
     unused: Mapping[str, StoredTensor]
     """The tensors that hold no parameters."""
     left_out: dict[str, list[str]]
@@ -54,6 +56,8 @@ class StoredModel:
     """Remarks about omitted parts and parts that cannot be verified, a line each."""
     identify: Callable[[], dict[str, Any]]
     """Returns what identifies the files now: another value than at the beginning means that they have changed."""
+    carried: Callable[[], Carried | None] = lambda: None
+    """Returns the record of the tensors that exports take from a Hugging Face folder; reads and hashes them there."""
     export_dtype: torch.dtype | None = None
     """Default dtype of the output; None: each tensor's own."""
     verify: Callable[[int], None] = lambda workers: None
@@ -67,12 +71,13 @@ class StoredModel:
     @property
     def max_length(self) -> int | None:
         """Maximum number of tokens of the model, if known."""
-        return self.config.get("max_position_embeddings")
+        return text_config_of(self.config)[0].get("max_position_embeddings")
 
 
 def open_hf(name: str, folder: Path, any_vocab_size: bool = False) -> StoredModel:
     """Open the Hugging Face ``folder`` of the model ``name``; see :func:`open_hf_model`."""
     model, index = open_hf_model(folder, any_vocab_size), folder / INDEX_FILE
+    float32 = _float32(model.layout, model.architecture)
 
     def identify() -> dict[str, Any]:
         return {
@@ -88,15 +93,18 @@ def open_hf(name: str, folder: Path, any_vocab_size: bool = False) -> StoredMode
         config=model.config,
         architecture=model.architecture,
         parameters=model.parameters,
-        published=model.published,
-        published_tables=model.layout.published_names(model.architecture.tables),
-        float32=_float32(model.layout, model.architecture),
+        published=model.with_carried(),
+        published_tables=[
+            model.exported_name(name) for name in model.layout.published_names(model.architecture.tables)
+        ],
+        kept={*float32, *map(model.exported_name, float32), *model.carried},
         unused={name: model.weights.tensors[name] for names in model.left_out.values() for name in names},
         left_out=model.left_out,
         assets=HfAssets.read(folder),
         asset_folder=folder,
         notes=model.notes,
         identify=identify,
+        carried=lambda: Carried.of(model) if model.carried else None,
     )
 
 
@@ -116,6 +124,7 @@ def open_checkpoint(folder: Path) -> StoredModel:
     require_model_tensors(folder, stored.tensors, model)
     layout = Layout.of(architecture, model)
     parameters = stored.only(layout.shapes)
+    assets = HfAssets.of_checkpoint(folder)
     states = [name for name in stored.tensors if name not in parameters.tensors]
     assert all(name.startswith(OPTIMIZER_PREFIX) for name in states)
 
@@ -130,14 +139,15 @@ def open_checkpoint(folder: Path) -> StoredModel:
         parameters=parameters,
         published=layout.published(parameters),
         published_tables=layout.published_names(architecture.tables),
-        float32=_float32(layout, architecture),
+        kept=_float32(layout, architecture),
         unused={name: stored.tensors[name] for name in states},
         left_out={"state of the optimizer": states} if states else {},
-        assets=HfAssets.of_checkpoint(folder),
+        assets=assets,
         asset_folder=folder / ASSET_FOLDER,
         notes=_notes(folder, manifest, states),
         identify=identify,
-        export_dtype=_export_dtype(manifest, config, where),
+        carried=lambda: Carried.in_checkpoint(assets, folder),
+        export_dtype=_export_dtype(manifest, text_config_of(config)[0], where),
         verify=lambda workers: _verify(folder, manifest, workers),
     )
 

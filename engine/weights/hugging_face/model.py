@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...errors import UserError
 from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.config_keys import describe_unread
 from ...model.implementations import Requested, meta_model, parse_architecture
 from ...model.language_model import Architecture
+from ...model.wrappers import names_in_wrapper, text_config_of, with_vocab_size
 from ..block_copy import BLOCK_BYTES
 from ..checkpoint.tensors import describe_difference
 from ..parts import TensorParts
 from ..raw_bytes import bytes_of
-from ..tensor_source import StoredTensor, rows_of
+from ..tensor_source import StoredTensor, read_blocks
 from .folder import HfWeights
 from .layout import Layout
 from .names import describe_renamed, parameter_names, renaming_hint
@@ -48,8 +46,22 @@ class HfModel:
     """Parameters, in the model's order."""
     notes: list[str]
     """Remarks about tensors that were left out, a line each."""
+    names: Mapping[str, str]
+    """Name in the files of every tensor in ``published``."""
+    carried: list[str] = field(default_factory=list)
+    """Names in the files of the tensors that exports take from there: those of a wrapper around the model, and those
+    that transformers does not load. They are among ``left_out``."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names in the files of the tensors that hold no parameters, by reason."""
+
+    def exported_name(self, published: str) -> str:
+        """Return the name of a published tensor in files of the whole model, which may be a wrapper."""
+        return self.names.get(published, published) if text_config_of(self.config)[1] else published
+
+    def with_carried(self) -> TensorParts:
+        """Return the published tensors and the carried ones, as files of the whole model hold them."""
+        own = {self.exported_name(name): self.names[name] for name in self.published.tensors}
+        return self.weights.renamed({**own, **{name: name for name in self.carried}})
 
 
 def open_hf_model(
@@ -74,7 +86,7 @@ def open_hf_model(
     where = str(Path(folder) / CONFIG_FILE)
     architecture = parse_architecture(config, where, requested)
     weights = HfWeights(folder)
-    tensors = _Tensors(weights, architecture)
+    tensors = _Tensors(weights, architecture, config)
     rows = tensors.num_rows()
     if rows != architecture.vocab_size:
         if not any_vocab_size:
@@ -83,27 +95,36 @@ def open_hf_model(
                 f"{architecture.vocab_size}; convert it with checkpoint_convert/hf_to_dcp.py and --vocab-size {rows} "
                 f"to keep all rows, or --vocab-size {architecture.vocab_size} to follow the config"
             )
-        config = {**config, "vocab_size": rows}
+        config = with_vocab_size(config, rows)
         architecture = parse_architecture(config, where, requested)
-        tensors = _Tensors(weights, architecture)
+        tensors = _Tensors(weights, architecture, config)
     left_out = tensors.leave_out()
     published, layout = tensors.published(), tensors.layout
     parameters = layout.parameters(published)
     _require_floats(published.tensors, folder)
-    notes = [*describe_unread(config, CONFIG_FILE), *tensors.notes, *_notes_on_ignored(config, architecture, weights)]
-    return HfModel(config, architecture, weights, layout, published, parameters, notes, left_out)
+    unread = [] if text_config_of(config)[1] else describe_unread(config, CONFIG_FILE)
+    notes = [*unread, *tensors.notes, *_notes_on_ignored(config, architecture, weights)]
+    names, carried = tensors.names, tensors.carried
+    return HfModel(config, architecture, weights, layout, published, parameters, notes, names, carried, left_out)
 
 
 class _Tensors:
     """The tensors of a folder under the names that transformers gives them, and what the model needs of them."""
 
-    def __init__(self, weights: HfWeights, architecture: Architecture):
+    def __init__(self, weights: HfWeights, architecture: Architecture, config: dict[str, Any]):
         self._weights, self._architecture = weights, architecture
         layout = Layout.of(architecture, meta_model(architecture))
         self._prefix = architecture.embedding_name.partition(".")[0] + "."
-        self.names = parameter_names(weights.tensors, layout.published_shapes, self._prefix, weights.folder)
-        """Name in the files of every tensor."""
-        self.notes = describe_renamed(self.names)
+        self.notes: list[str] = []
+        self.carried: list[str] = []
+        """Names in the files of the tensors that exports take from there."""
+        self._is_wrapped = text_config_of(config)[1]
+        if self._is_wrapped:
+            text = {stored: name for name, stored in names_in_wrapper(config, weights.tensors).items()}
+            self.names = {text.get(stored, stored): stored for stored in weights.tensors}
+        else:
+            self.names = parameter_names(weights.tensors, layout.published_shapes, self._prefix, weights.folder)
+            self.notes += describe_renamed(self.names)
         self.layout = layout.found_in(self.names)
         self._embedding = self.layout.published_name(architecture.embedding_name)
         self._head = self.layout.published_name(architecture.head_name)
@@ -137,24 +158,30 @@ class _Tensors:
         """Return the names in the files of the tensors that the model does not need, by reason, and forget them."""
         left_out, needed = {}, self.layout.published_shapes
         others = [name for name in self.names if name not in needed]
-        recomputed = [name for name in others if name.endswith(_RECOMPUTED)]
-        if recomputed:
-            kinds = ", ".join(f"*{end}" for end in _RECOMPUTED if any(name.endswith(end) for name in recomputed))
-            self.notes.append(f"left out {len(recomputed)} tensors that follow from the config: {kinds}")
-            left_out["follows from the config"] = recomputed
         if self._architecture.tie_word_embeddings and self._head in others:
             self._require_tied()
             self.notes.append(f"left out {self._head}, a copy of {self._embedding}: the config ties them")
             left_out[f"the same bytes as {self._embedding}, which the config ties it to"] = [self._head]
-        done = {name for names in left_out.values() for name in names}
-        patterns = self._architecture.unused_tensors
-        unused = [name for name in others if name not in done and any(re.search(each, name) for each in patterns)]
-        if unused:
-            self.notes.append(f"left out {len(unused)} tensors that transformers does not load: such as {unused[0]}")
-            left_out["not loaded by transformers"] = unused
+            others.remove(self._head)
+        recomputed = [] if self._is_wrapped else [name for name in others if name.endswith(_RECOMPUTED)]
+        if recomputed:
+            kinds = ", ".join(f"*{end}" for end in _RECOMPUTED if any(name.endswith(end) for name in recomputed))
+            self.notes.append(f"left out {len(recomputed)} tensors that follow from the config: {kinds}")
+            left_out["follows from the config"] = recomputed
+        carried = [name for name in others if name not in recomputed and self._is_carried(name)]
+        if carried:
+            self.notes.append(
+                f"{len(carried)} tensors are not trained, such as {carried[0]}; exports take them from here"
+            )
+            left_out["not trained; exports copy it from here"] = carried
+            self.carried = [self.names[name] for name in carried]
         named = {reason: [self.names[name] for name in names] for reason, names in left_out.items()}
-        self.names = {name: self.names[name] for name in self.names if name not in done | {*unused}}
+        done = {name for names in left_out.values() for name in names}
+        self.names = {name: stored for name, stored in self.names.items() if name not in done}
         return named
+
+    def _is_carried(self, name: str) -> bool:
+        return self._is_wrapped or any(re.search(pattern, name) for pattern in self._architecture.unused_tensors)
 
     def published(self) -> TensorParts:
         """Return the tensors that hold the parameters, in the order of the parameters.
@@ -208,17 +235,8 @@ def _notes_on_ignored(config: dict[str, Any], architecture: Architecture, weight
 
 def _same_values(weights: HfWeights, one: str, other: str) -> bool:
     """Return whether two tensors of one shape and dtype are equal, bit for bit, compared in blocks."""
-    shape, dtype = weights.tensors[one].shape, weights.tensors[one].dtype
-    num_rows, *rest = rows_of(shape)
-    step = max(1, BLOCK_BYTES // max(1, math.prod(rest) * dtype.itemsize))
-    with weights.rows(one) as read_one, weights.rows(other) as read_other:
-        for first in range(0, num_rows, step):
-            blocks = [torch.empty((min(step, num_rows - first), *rest), dtype=dtype) for _ in range(2)]
-            read_one(first, blocks[0])
-            read_other(first, blocks[1])
-            if bytes_of(blocks[0]) != bytes_of(blocks[1]):
-                return False
-    return True
+    blocks = (read_blocks(weights, name, BLOCK_BYTES) for name in (one, other))
+    return all(bytes_of(first) == bytes_of(second) for first, second in zip(*blocks, strict=True))
 
 
 def _require_floats(tensors: Mapping[str, StoredTensor], folder: str | Path) -> None:

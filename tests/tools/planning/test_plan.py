@@ -13,7 +13,6 @@ import plan_runs
 import pytest
 import torch
 from rank_cluster import RankCluster
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retemper.engine.config.settings import ModelConfig
 from retemper.engine.errors import run_command
@@ -23,14 +22,11 @@ from retemper.engine.optim import allocate_states, build_optimizer
 from retemper.engine.parallel.layout import Layout
 from retemper.engine.weights.checkpoint.tensors import model_tensors, optimizer_tensors
 from retemper.engine.weights.saving import save_tensors
-from retemper.kernels.attention import AttentionPlan, attention
 from retemper.tools import plan as command
 from retemper.tools.planning import command as planning_command
 from retemper.tools.planning.extrapolation import dry_run_short, places
-from retemper.tools.planning.gpu_paths import attention_options
 from retemper.tools.planning.gpus import GPUS, GiB, find_gpu
 from retemper.tools.planning.layout_plan import LayoutPlan, checkpoint_bytes
-from retemper.tools.planning.memory import MemoryCounter
 from retemper.tools.planning.options import Assumptions, PlanOptions, read_architecture
 from retemper.tools.planning.pool import DryRunPool
 from retemper.tools.planning.prediction import bandwidth, idle_share, predict
@@ -154,23 +150,6 @@ def test_memory_of_a_gpu_is_what_the_allocator_gives(overrides, tmp_path, pool):
     before, most = pool._executor.submit(plan_runs.allocated_on_a_gpu, spec).result()
     assert sum(usage.kept.values()) == pytest.approx(before, rel=0.1)
     assert peak(usage) == pytest.approx(most, rel=0.1)
-
-
-def test_attention_with_options_is_as_small_as_a_kernels():
-    """A soft cap and sinks, of kernels that do not store scores, which would be 64 MiB here."""
-    with FakeTensorMode(), attention_options():
-        q, k, v = (torch.empty(2048, heads, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
-        sinks = torch.empty(4, requires_grad=True)
-        offsets = torch.empty(2, dtype=torch.int32)
-        counter = MemoryCounter()
-        with counter:
-            output = attention(q, k, v, offsets, 2048, softcap=50.0, sinks=sinks, plan=AttentionPlan("varlen"))
-            output.sum().backward()
-        assert output.shape == (2048, 4, 16)
-        assert sinks.grad.shape == (4,)
-        assert sum(max(kinds.values()) for kinds in counter.most.values()) < 4 * 2**20
-    with pytest.raises(ValueError, match="varlen has no softcap"):
-        attention(*(torch.empty(4, 2, 8) for _ in range(3)), offsets, 4, softcap=1.0, plan=AttentionPlan("varlen"))
 
 
 def test_host_memory_is_not_the_gpus(run_file, pool):

@@ -1,0 +1,53 @@
+"""Change the ``config.json`` of a model as the settings of a run ask for.
+
+The run builds the changed config, keeps it in its checkpoints and exports it, so changing it again changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config.settings import ModelConfig
+from .family_table import FAMILIES
+from .longer_context import with_rope
+
+_DROPOUT = ("dropout", "pdrop", "layerdrop")
+_OTHER_HEADS = ("classifier", "summary")
+
+
+def with_settings(config: dict[str, Any], model: ModelConfig, where: str) -> dict[str, Any]:
+    """Return a Hugging Face ``config`` with the changes of ``model.rope`` and ``model.dropout``.
+
+    ``where`` names the config in errors.
+
+    Raises:
+        UserError: see :func:`with_rope`.
+    """
+    config = with_rope(config, model.rope, where)
+    return config if model.dropout is None else without_dropout(config, where)
+
+
+def without_dropout(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return ``config`` with every dropout probability 0, also those that the type has without being stated."""
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        return {**config, "text_config": without_dropout(text, where)}
+    return {**config, **dict.fromkeys(dropouts(config, where), 0.0)}
+
+
+def dropouts(config: dict[str, Any], where: str) -> dict[str, float]:
+    """Return the positive dropout probabilities of a config, stated or by default, by key."""
+    settings = config
+    if config.get("model_type") not in FAMILIES:
+        from .generic.library import library_config
+
+        settings = library_config(config, where).to_dict()
+    return {key: value for key, value in settings.items() if _is_dropout(key) and _is_positive(value)}
+
+
+def _is_dropout(key: str) -> bool:
+    return any(part in key for part in _DROPOUT) and not any(part in key for part in _OTHER_HEADS)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,65 @@
+"""Conversions of types whose files differ from memory: published names, shapes and bytes come back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from converting import convert_back, convert_there
+from library_models import TYPES, library_model
+from tiny_models import edit_json, read_folder
+from transformers import AutoModelForCausalLM
+
+from retemper.engine.errors import UserError
+from retemper.engine.weights.checkpoint.tensors import stored_tensors
+from retemper.engine.weights.hugging_face.model import open_hf_model
+
+QUICK = ("deepseek_v3", "gpt2", "gpt_neox", "qwen3_moe")
+# The module of falcon accepts no attention of other libraries.
+SUPPORTED = [name for name in TYPES if name != "falcon"]
+
+
+@pytest.mark.parametrize(
+    "model_type", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SUPPORTED]
+)
+def test_every_type_makes_the_round_trip(model_type: str, tmp_path: Path) -> None:
+    library_model(model_type).save_pretrained(tmp_path / "hf")
+    convert_there(tmp_path / "hf", tmp_path / "checkpoint", verify=True)
+    convert_back(tmp_path / "checkpoint", tmp_path / "back", verify=True)
+    assert read_folder(tmp_path / "back") == read_folder(tmp_path / "hf")
+    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "qwen3_moe"])
+def test_rows_are_added_and_cut_off_under_any_name(model_type: str, tmp_path: Path) -> None:
+    library_model(model_type).save_pretrained(tmp_path / "hf")
+    convert_there(tmp_path / "hf", tmp_path / "checkpoint", pad_vocab_to_multiple_of=64, verify=True)
+    convert_back(tmp_path / "checkpoint", tmp_path / "wide")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide").get_output_embeddings().weight.shape[0] == 256
+    convert_back(tmp_path / "checkpoint", tmp_path / "back", vocab_size=199)
+    assert read_folder(tmp_path / "back") == read_folder(tmp_path / "hf")
+
+
+def test_tensors_that_stay_in_float32_are_not_cast(tmp_path: Path) -> None:
+    """DeepSeek's biases of the router choose experts, and bf16 would change the choice."""
+    library_model("deepseek_v3").save_pretrained(tmp_path / "hf")
+    convert_there(tmp_path / "hf", tmp_path / "checkpoint", dtype="bfloat16")
+    dtypes = {name: tensor.dtype for name, tensor in stored_tensors(tmp_path / "checkpoint").items()}
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {name for name in dtypes if name.endswith("e_score_correction_bias")} and len(kept) == 3
+    convert_back(tmp_path / "checkpoint", tmp_path / "back")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert theirs.dtype == torch.bfloat16 and theirs.state_dict()[bias].dtype == torch.float32
+    assert torch.equal(theirs.state_dict()[bias], library_model("deepseek_v3").state_dict()[bias])
+
+
+def test_a_missing_expert_and_a_tie_that_is_none_are_named(tmp_path: Path) -> None:
+    library_model("qwen3_moe").save_pretrained(tmp_path, max_shard_size="40KB")
+    edit_json(tmp_path / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    with pytest.raises(UserError, match=r"has tie_word_embeddings, but lm_head\.weight differs from"):
+        open_hf_model(tmp_path)
+    edit_json(tmp_path / "config.json", lambda config: config.update(tie_word_embeddings=False, num_local_experts=5))
+    with pytest.raises(UserError, match=r"missing model\.layers\.0\.mlp\.experts\.4\.gate_proj\.weight"):
+        open_hf_model(tmp_path)

@@ -1,0 +1,26 @@
+"""A GPU's code paths on tensors without values."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from retemper.kernels.attention import AttentionPlan, attention
+from retemper.tools.planning.gpu_paths import attention_options
+from retemper.tools.planning.memory import MemoryCounter
+
+
+def test_attention_with_options_is_as_small_as_a_kernels():
+    """A soft cap and sinks, of kernels that do not store scores, which would be 64 MiB here."""
+    with FakeTensorMode(), attention_options():
+        q, k, v = (torch.empty(2048, heads, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+        sinks = torch.empty(4, requires_grad=True)
+        offsets = torch.empty(2, dtype=torch.int32)
+        counter = MemoryCounter()
+        with counter:
+            output = attention(q, k, v, offsets, 2048, softcap=50.0, sinks=sinks, plan=AttentionPlan("varlen"))
+            output.sum().backward()
+        assert output.shape == (2048, 4, 16)
+        assert sinks.grad.shape == (4,)
+        assert sum(max(kinds.values()) for kinds in counter.most.values()) < 4 * 2**20
+    with pytest.raises(ValueError, match="varlen has no softcap"):
+        attention(*(torch.empty(4, 2, 8) for _ in range(3)), offsets, 4, softcap=1.0, plan=AttentionPlan("varlen"))
