@@ -64,16 +64,15 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 @torch.no_grad()
 def allocate_states(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate the state tensors that the optimizer does not have yet with zeros, as before the first step.
+    """Allocate the state tensors of the parameters that have none, with zeros, as before their first step.
 
-    A step creates them only for parameters with a gradient; those that a model does not use never get one. The
-    gradients must be None. A step with zero gradients and zero learning rate changes no parameter, and leaves both
-    moments at zero.
+    A step with zero gradients and zero learning rate changes no parameter, and leaves both moments at zero. No
+    parameter may have a gradient.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if len(optimizer.state) == len(parameters):
-        return
     missing = [parameter for parameter in parameters if parameter not in optimizer.state]
+    if not missing:
+        return
     rates = [group["lr"] for group in optimizer.param_groups]
     set_learning_rate(optimizer, 0.0)
     for parameter in missing:
