@@ -25,6 +25,7 @@ from retemper.engine.weights.conversion.options import (
     add_dtype,
     add_output,
     add_shard_size,
+    add_trust,
     interrupt_on_sigterm,
     parse,
 )
@@ -57,6 +58,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "trained from there, such as those of a vision tower",
     )
     add_copying(parser)
+    add_trust(parser)
     parser.add_argument(
         PUSH,
         metavar="NAME",

@@ -16,7 +16,14 @@ from collections.abc import Sequence
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import run_command
 from retemper.engine.guards.garbage_collection import without_gc
-from retemper.engine.weights.conversion.options import add_copying, add_dtype, add_output, interrupt_on_sigterm, parse
+from retemper.engine.weights.conversion.options import (
+    add_copying,
+    add_dtype,
+    add_output,
+    add_trust,
+    interrupt_on_sigterm,
+    parse,
+)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,6 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--pad-vocab-to-multiple-of", type=int, metavar="N", help="add rows up to the next multiple of N"
     )
     add_copying(parser)
+    add_trust(parser)
     return parse(parser, arguments)
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config.settings import DATA_FILES, RunConfig, to_dict
+from .config.settings import DATA_FILES, ModelConfig, RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
 from .data.renamed_sources import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
 from .guards.background import run_in_background
 from .model.attention_choice import choose_attention
+from .model.changed_config import with_settings
 from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
+from .model.generic.remote_code import register_remote_code
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.language_model import Architecture
 from .model.wrappers import text_config_of
@@ -28,7 +30,7 @@ from .parallel.memory_check import require_memory
 from .parallel.precision import with_precision
 from .parallel.process_group import Ranks
 from .schedule import BatchPlan, Progress
-from .weights.checkpoint.assets import ASSET_FOLDER, HfAssets, complete_assets
+from .weights.checkpoint.assets import ASSET_FOLDER, HfAssets, asset_folder, complete_assets
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.resume_changes import require_allowed
 from .weights.checkpoint.store import CheckpointStore
@@ -165,8 +167,17 @@ def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple
         return replace(config, data=data), StartFolder(str(folder), manifest, True, tuple(lines))
     if config.model.initialize_from is None:
         return config, StartFolder()
-    kind, weights = local_weights(config.model.initialize_from, ranks)
+    model = config.model
+    kind, weights = local_weights(str(model.initialize_from), ranks, lambda folder: _check_model(folder, model))
     return config, StartFolder(weights, store.require_valid(weights, INITIALIZE_FROM) if kind == "checkpoint" else None)
+
+
+def _check_model(folder: Path, model: ModelConfig) -> None:
+    """Refuse the config in ``folder`` if the run could not train its model."""
+    config, where = read_hf_config(folder), str(folder / CONFIG_FILE)
+    if model.trust_remote_code:
+        register_remote_code(config, folder)
+    parse_architecture(with_settings(config, model, where), where, model.implementation)
 
 
 def open_start(config: RunConfig, found: StartFolder) -> Start:
@@ -176,14 +187,20 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
         UserError: they are unusable, or contradict each other or ``config``.
     """
     model, folder, weights = config.model, found.folder, None
+    code = _register_code(model, folder) if model.trust_remote_code else None
     if folder is None:
         found_assets, where = HfAssets({}), model.architecture if isinstance(model.architecture, str) else INLINE
     elif found.manifest is None:
         found_assets, where = HfAssets.read(folder), str(Path(folder) / CONFIG_FILE)
         content = found_assets.files.get(CONFIG_FILE)
-        _ = read_hf_config(folder) if content is None else hf_config_of(content, Path(where))  # refuse unusable ones
+        if content is None:
+            open_weights(folder)  # refuses the folder
+        else:
+            hf_config_of(content, Path(where))
     else:
         found_assets, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
+    if code is not None:
+        found_assets = found_assets.with_code(code)
     assets = complete_assets(model, found_assets, folder, found.resumes)
     if folder is not None and found.manifest is None:
         weights = open_weights(folder, assets.config, model.implementation)
@@ -200,6 +217,18 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     parts, resumed_from = open_tensors(folder), found.manifest if found.resumes else None
     architecture = architecture_of_tensors(assets.config, where, parts.tensors, model.implementation)
     return CheckpointStart(assets, architecture, folder, resumed_from, parts=parts)
+
+
+def _register_code(model: ModelConfig, folder: str | None) -> Path | None:
+    """Register the code of the model, and return its folder; None if the config is inside the run's configuration."""
+    if folder is not None:
+        place = asset_folder(folder)
+    elif isinstance(model.architecture, str):
+        place = Path(model.architecture) if Path(model.architecture).is_dir() else Path(model.architecture).parent
+    else:
+        return None
+    register_remote_code(read_hf_config(place), place)
+    return place
 
 
 def record_carried(start: Start, ranks: Ranks) -> Start:

@@ -176,7 +176,7 @@ RULES = (
 
 ALWAYS = {
     *("run_folder", "seed", "resume", "device", "model.architecture", "model.rope.kind", "model.implementation"),
-    *("model.dropout", "model.tokenizer"),
+    *("model.dropout", "model.trust_remote_code", "model.tokenizer"),
     *("data.train", "data.stages", "data.shuffle", "data.packing", "data.validation", "data.validation_fraction"),
     *("data.attend_across_documents", "data.prefetch_steps", "data.train[].path", "data.train[].name"),
     *("data.stages[].train", "data.stages[].train_tokens"),

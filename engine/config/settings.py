@@ -133,6 +133,10 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Lengthen the context: ``{kind: yarn, factor: 4}``. The run changes the model's ``config.json`` before it builds
     the model. Checkpoints and exports contain the changed one, so the setting may stay when the run resumes."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model whose type transformers does not know (``auto_map`` in its
+    ``config.json``). False: no code of a model runs, and such a model is refused. Checkpoints and exports contain the
+    code, and commands that read them run it only if they are told so."""
     tokenizer: FilePath | None = None
     """Hugging Face folder with the tokenizer. The datasets must have been made with it, and exports contain it. Null:
     the tokenizer in ``initialize_from``, if it has one."""

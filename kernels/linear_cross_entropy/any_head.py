@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import IGNORE_INDEX, LOGIT_BYTES, LinearCrossEntropy
+from . import IGNORE_INDEX, LinearCrossEntropy
 from .rows import Options, Targets, chunks, row_terms
+
+LOGIT_BYTES = 1024**3
+"""Memory budget in bytes of one chunk's logits and all else of their shape. Few large chunks are better than many small
+ones, because each has a whole gradient of the head's parameters, which is added to the sum in their dtype."""
 
 BYTES_PER_LOGIT = 18
 """Maximum memory of one logit in the backward pass: itself, its fp32 copy, and the gradients of the two terms."""

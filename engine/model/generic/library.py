@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ...errors import UserError
+from .remote_code import SETTING
 
 _MOST_OF_BUFFER = 2**25
 """Elements of the largest buffers: causal masks of 4,096 x 4,096 tokens."""
@@ -46,9 +47,12 @@ def library_config(config: dict[str, Any], where: str) -> Any:
     transformers = _transformers()
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+        remedy = "upgrade transformers, or correct it"
+        if config.get("auto_map"):
+            remedy = f"it brings its own code (auto_map), which runs only with {SETTING}: true; set it if you trust it"
         raise UserError(
             f"{where}: model_type is {model_type!r}, which transformers {transformers.__version__} does not know; "
-            "upgrade transformers, or correct it"
+            f"{remedy}"
         )
     values = {
         key: value for key, value in config.items() if key not in ("model_type", "auto_map", "quantization_config")

@@ -57,6 +57,8 @@ MODEL_FILES = (
     "video_preprocessor_config.json",
     "chat_template.json",
 )
+CODE_FILES = "*.py"
+"""Code of a model, kept only if a run has been told to trust it."""
 CARRIED_FILE = "carried.json"
 """Only in checkpoints: see :mod:`~retemper.engine.weights.hugging_face.carried`."""
 
@@ -82,7 +84,7 @@ class HfAssets:
         try:
             names = {name for name in (os.listdir(here) if here.is_dir() else ()) if (here / name).is_file()}
             for name in sorted(names):
-                if name in model_files or _is_of_tokenizer(name, names):
+                if _matches(name, model_files) or _is_of_tokenizer(name, names):
                     path = here / name
                     _require_own(here, path)
                     files[name] = read_regular(path, _MOST_BYTES)
@@ -97,10 +99,15 @@ class HfAssets:
         Raises:
             UserError: a file cannot be read, or is a link to a file outside ``folder``.
         """
-        assets = cls._read(Path(folder) / ASSET_FOLDER, (*MODEL_FILES, CARRIED_FILE))
+        assets = cls._read(Path(folder) / ASSET_FOLDER, (*MODEL_FILES, CARRIED_FILE, CODE_FILES))
         for name in assets.files:
             file_inside(folder, f"{ASSET_FOLDER}/{name}")
         return assets
+
+    def with_code(self, folder: Path) -> HfAssets:
+        """Return these assets with the Python files of ``folder``, which belong to a model."""
+        found = HfAssets._read(folder, [CODE_FILES]).files
+        return HfAssets({**self.files, **{name: data for name, data in found.items() if _matches(name, [CODE_FILES])}})
 
     def of_model(self) -> HfAssets:
         """Return the files that belong to a Hugging Face folder."""
@@ -203,9 +210,13 @@ def _require_own(folder: Path, file: Path) -> None:
         raise UserError(f"{file}: a link to {real}, outside its folder; copy that file here if it belongs to the model")
 
 
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _is_of_tokenizer(name: str, names: Collection[str]) -> bool:
     """Return whether the file ``name``, in a folder with the files ``names``, belongs to a tokenizer."""
-    if any(fnmatchcase(name, pattern) for pattern in TOKENIZER_FILES):
+    if _matches(name, TOKENIZER_FILES):
         return True
     return name.endswith(".json") and name.removesuffix(".json") + TIKTOKEN_SUFFIX in names
 

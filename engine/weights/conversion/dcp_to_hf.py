@@ -10,7 +10,10 @@ from typing import Any
 from ...errors import UserError
 from ...files.atomic import require_absent
 from ...files.outputs import Use, require_separate
+from ...model.config_file import read_hf_config
+from ...model.generic.remote_code import register_remote_code
 from ...model.wrappers import with_vocab_size
+from ..checkpoint.assets import ASSET_FOLDER
 from ..hugging_face.carried import OPTION, WithCarried
 from ..hugging_face.weight_dtypes import cast_to, describe_casts, dtype_name, dtype_named, dtypes_of, with_dtype
 from ..hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
@@ -96,6 +99,7 @@ def convert(
     workers: int | None = None,
     allow_nonfinite: bool = False,
     verify: bool = False,
+    trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Write the Hugging Face folder ``output`` from ``checkpoint``.
@@ -109,6 +113,9 @@ def convert(
     """
     output, workers = require_absent(output), parse_workers(workers)
     require_separate([Use("--checkpoint", checkpoint)], folders=[Use(f"--output {output}", output)])
+    if trust_remote_code:
+        assets = Path(checkpoint) / ASSET_FOLDER
+        register_remote_code(read_hf_config(assets), assets)
     conversion = plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size, carried_from)
     model, tensors, rows = conversion.model, conversion.tensors, conversion.record.options["vocab_size"]
 

@@ -8,11 +8,13 @@ from typing import Any
 
 from ...files.atomic import require_absent
 from ...files.outputs import Use, require_separate
+from ...model.config_file import read_hf_config
+from ...model.generic.remote_code import register_remote_code
 from ...model.implementations import parse_architecture
 from ...model.wrappers import with_vocab_size
 from ..checkpoint.assets import HfAssets
 from ..checkpoint.tensors import open_tensors
-from ..hugging_face.hub_download import find_model_folder
+from ..hugging_face.hub_download import find_model_folder, require_supported
 from ..hugging_face.weight_dtypes import cast_to, describe_casts, dtype_named, dtypes_of, with_dtype
 from ..hugging_face.weight_options import AUTO
 from ..workers import parse_workers
@@ -32,6 +34,7 @@ def convert(
     workers: int | None = None,
     allow_nonfinite: bool = False,
     verify: bool = False,
+    trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Write the checkpoint ``output`` from the Hugging Face model ``hf``.
@@ -45,7 +48,9 @@ def convert(
     """
     output, workers = require_absent(output), parse_workers(workers)
     target = dtype_named(dtype)
-    folder = find_model_folder(hf)
+    folder = find_model_folder(hf, check=_trusting if trust_remote_code else require_supported)
+    if trust_remote_code:
+        register_remote_code(read_hf_config(folder), folder)
     require_separate([Use("--hf", folder)], folders=[Use(f"--output {output}", output)])
     model = open_hf(hf, folder, any_vocab_size=vocab_size is not None)
     rows = model.architecture.vocab_size
@@ -53,6 +58,8 @@ def convert(
     source = resized_vocabulary(model.parameters, tables, rows, vocab_size, multiple_of, model.assets)
     tensors = cast_to(source.tensors, target, model.kept)
     assets = with_dtype(_with_vocabulary(model.assets, source), dtypes_of(tensors, model.kept))
+    if trust_remote_code:
+        assets = assets.with_code(folder)
     carried = model.carried()
     if carried is not None:
         assets = carried.added_to(assets)
@@ -76,6 +83,12 @@ def convert(
         return compare_logits(folder, open_tensors(content), architecture, rounded_to, common, model.max_length)
 
     conversion.write(output, workers, allow_nonfinite, say, compare if verify else None)
+
+
+def _trusting(folder: Path) -> None:
+    """As :func:`require_supported`, with the code of the model."""
+    register_remote_code(read_hf_config(folder), folder)
+    require_supported(folder)
 
 
 def _with_vocabulary(assets: HfAssets, source: ResizedVocabulary) -> HfAssets:

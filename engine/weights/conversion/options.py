@@ -61,6 +61,12 @@ def add_copying(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust-remote-code``."""
+    help_text = "run the code that comes with a model whose type transformers does not know (default: refuse it)"
+    parser.add_argument("--trust-remote-code", action="store_true", help=help_text)
+
+
 def add_allow_nonfinite(parser: argparse.ArgumentParser) -> None:
     """Add ``--allow-nonfinite``."""
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...errors import UserError
@@ -14,9 +14,9 @@ from ..checkpoint.assets import TOKENIZER_FILES
 from .hub_errors import call_hub
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_CONFIGS = [CONFIG_FILE, ADAPTER_FILE, "params.json"]
-"""A config, or what tells why there is none."""
-_WANTED = ["*.safetensors", "*.json", *TOKENIZER_FILES]
+_CONFIGS = [CONFIG_FILE, ADAPTER_FILE, "params.json", "*.py"]
+"""A config, or what tells why there is none; and the code of the model, which runs only if it is trusted."""
+_WANTED = ["*.safetensors", "*.json", "*.py", *TOKENIZER_FILES]
 # Repositories hold further copies of the weights: consolidated.safetensors in Mistral's, original/ in Llama's.
 _UNWANTED = ["*/*", "consolidated*"]
 
@@ -36,7 +36,21 @@ def is_on_hub(name: str) -> bool:
     return "/" in name and not os.path.lexists(name) and could_be_hub_name(name)
 
 
-def find_model_folder(name: str, key: str = "--hf", revision: str | None = None) -> Path:
+def require_supported(folder: Path) -> None:
+    """Check the config of the model in ``folder``.
+
+    Raises:
+        UserError: it is missing, or the model is not supported.
+    """
+    parse_architecture(read_hf_config(folder), str(folder / CONFIG_FILE))
+
+
+def find_model_folder(
+    name: str,
+    key: str = "--hf",
+    revision: str | None = None,
+    check: Callable[[Path], object] = require_supported,
+) -> Path:
     """Return the folder ``name``, or the local copy of the Hub repository ``name``, downloaded if necessary.
 
     The config is downloaded and checked first: weights can be hundreds of GB.
@@ -45,18 +59,18 @@ def find_model_folder(name: str, key: str = "--hf", revision: str | None = None)
         name: of a folder, or on the Hub.
         key: the option or setting that gives the name, for errors.
         revision: commit of the repository; None: its newest.
+        check: of the folder with the config and without weights.
 
     Raises:
-        UserError: there is no such folder, and the Hub has no such model or cannot be reached; or the model on the Hub
-            is not supported.
+        UserError: there is no such folder, and the Hub has no such model or cannot be reached; or ``check`` refuses it.
     """
     folder = find_files(name, key, _CONFIGS, revision)
     if os.path.isdir(name):
         return folder
     try:
-        parse_architecture(read_hf_config(folder), CONFIG_FILE)
+        check(folder)
     except UserError as error:
-        raise UserError(f"{key} {name}: {str(error).removeprefix(f'{folder}/')}") from None
+        raise UserError(f"{key} {name}: {str(error).replace(f'{folder}/', '')}") from None
     return find_files(name, key, _WANTED, folder.name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from ...parallel.process_group import Ranks
 from ..checkpoint.assets import is_hf_folder, newest_of_run
 from ..finite import OPTION, require_finite
 from ..parts import all_ranks, load_parts
-from .hub_download import find_model_folder, is_on_hub
+from .hub_download import find_model_folder, is_on_hub, require_supported
 from .model import HfModel, open_hf_model
 
 INITIALIZE_FROM = "model.initialize_from"
@@ -25,12 +26,15 @@ _NONFINITE_REMEDY = (
 )
 
 
-def local_weights(name: str, ranks: Ranks) -> tuple[Literal["folder", "checkpoint"], str]:
+def local_weights(
+    name: str, ranks: Ranks, check: Callable[[Path], object] = require_supported
+) -> tuple[Literal["folder", "checkpoint"], str]:
     """Find the weights that ``model.initialize_from`` names.
 
     Args:
         name: a Hugging Face folder, a checkpoint, the folder of a run, or a model on the Hub, which is downloaded.
         ranks: all call this.
+        check: of the config of a model on the Hub, before its weights are downloaded.
 
     Returns:
         What it is, and its folder: the newest checkpoint of a run, the local copy of a model on the Hub.
@@ -41,7 +45,7 @@ def local_weights(name: str, ranks: Ranks) -> tuple[Literal["folder", "checkpoin
     # The main rank decides, because all ranks must do the same.
     kind, folder = ranks.broadcast(ranks.run_on_rank0(lambda: _kind(name)))
     if kind == "repository":
-        return "folder", str(_download(name, ranks))
+        return "folder", str(_download(name, ranks, check))
     return kind, folder
 
 
@@ -88,9 +92,9 @@ def _kind(name: str) -> tuple[str, str]:
     return ("folder" if os.path.lexists(name) and is_hf_folder(name) else "checkpoint"), name
 
 
-def _download(name: str, ranks: Ranks) -> Path:
+def _download(name: str, ranks: Ranks, check: Callable[[Path], object]) -> Path:
     """Return the local copy of a repository, of the same commit on all ranks. Each node fetches it once."""
-    fetch = lambda revision: str(find_model_folder(name, INITIALIZE_FROM, revision))  # noqa: E731
+    fetch = lambda revision: str(find_model_folder(name, INITIALIZE_FROM, revision, check))  # noqa: E731
     found = run_in_background(ranks, (lambda: fetch(None)) if ranks.is_main else None)
     revision = ranks.broadcast(found and Path(found).name)
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0" and not ranks.is_main
