@@ -193,7 +193,10 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     elif found.manifest is None:
         found_assets, where = HfAssets.read(folder), str(Path(folder) / CONFIG_FILE)
         content = found_assets.files.get(CONFIG_FILE)
-        _ = read_hf_config(folder) if content is None else hf_config_of(content, Path(where))  # refuse unusable ones
+        if content is None:
+            open_weights(folder)  # refuses the folder
+        else:
+            hf_config_of(content, Path(where))
     else:
         found_assets, where = HfAssets.of_checkpoint(folder), str(Path(folder) / ASSET_FOLDER / CONFIG_FILE)
     if code is not None:

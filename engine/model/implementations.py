@@ -62,7 +62,12 @@ def parse_architecture(config: dict[str, Any], where: str = INLINE, requested: R
     except NotNative as error:
         if requested == "native":
             raise UserError(f"{error}; or set {SETTING} to transformers") from None
-        return _transformers_architecture(config, where, str(error).removeprefix(f"{where}: "))
+        reason = str(error).removeprefix(f"{where}: ")
+        try:
+            return _transformers_architecture(config, where, reason)
+        except UserError as refusal:
+            other = str(refusal).removeprefix(f"{where}: ")
+            raise UserError(f"{error}; transformers cannot compute it either: {other}") from None
 
 
 def architecture_of_tensors(

@@ -22,7 +22,6 @@ from retemper.engine.model.config_keys import describe_unread, unread_keys
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.model.families import parse_decoder_architecture
 from retemper.engine.model.family_table import FAMILIES
-from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.model.rope_settings import inverse_frequencies
 
 SHAPE: dict[str, Any] = {
@@ -61,7 +60,7 @@ def check_same_logits(config: dict[str, Any]) -> None:
     state = model.state_dict()
     if theirs.tie_word_embeddings:
         del state["lm_head.weight"]
-    decoder = Decoder(parse_architecture(config))
+    decoder = Decoder(parse_decoder_architecture(config))
     decoder.load_state_dict(state, strict=True)
     tokens = torch.arange(40) * 7 % 61
     with torch.no_grad():
@@ -190,7 +189,7 @@ REFUSED = {
 def test_is_refused_by_name(case: str) -> None:
     family, change, expected = REFUSED[case]
     with pytest.raises(UserError, match=rf"^models/x/config\.json: .*{expected}") as caught:
-        parse_architecture(config_of(family, change), "models/x/config.json")
+        parse_decoder_architecture(config_of(family, change), "models/x/config.json")
     assert "\n" not in str(caught.value)
 
 
@@ -201,7 +200,7 @@ def test_every_key_of_transformers_is_known(family: str) -> None:
     assert unread_keys({**config.to_dict(), **dict.fromkeys(fields)}) == []
     assert unread_keys(GenerationConfig._get_default_generation_params()) == []
     without_dropout = dict.fromkeys(FAMILIES[family].dropouts.split(), 0.0)
-    assert parse_architecture({**config.to_dict(), **without_dropout}).model_type == family
+    assert parse_decoder_architecture({**config.to_dict(), **without_dropout}).model_type == family
 
 
 OTHERS = """
@@ -216,7 +215,7 @@ def test_configs_of_other_architectures_are_no_llama(other: str) -> None:
     config = getattr(transformers, f"{other}Config")().to_dict()
     ours = {**SHAPE, "model_type": "llama", "hidden_act": "silu", "rope_parameters": None, "layer_types": None}
     with pytest.raises(UserError, match=r"config\.json: "):
-        parse_architecture({**config, **ours}, "config.json")
+        parse_decoder_architecture({**config, **ours}, "config.json")
 
 
 def test_unknown_keys_are_errors_inline_and_notes_in_a_file(tmp_path: Path) -> None:
@@ -233,7 +232,7 @@ def test_unknown_keys_are_errors_inline_and_notes_in_a_file(tmp_path: Path) -> N
     published = {**config_of("llama", {}), "dual_chunk_attention_config": {"chunk_size": 8}, "seq_length": 9}
     (tmp_path / "config.json").write_text(json.dumps(published))
     read = read_hf_config(tmp_path)
-    parse_architecture(read)
+    parse_decoder_architecture(read)
     assert describe_unread(read, "x") == [
         "note: x has keys without effect, which are not read: dual_chunk_attention_config, seq_length"
     ]

@@ -28,7 +28,6 @@ from retemper.engine.model.config_file import read_hf_config
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.model.families import parse_decoder_architecture
 from retemper.engine.model.family_table import FAMILIES
-from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.model.rope_settings import inverse_frequencies
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX
 
@@ -103,7 +102,7 @@ def test_packed_documents_equal_the_same_documents_alone(family):
 @every_family
 def test_number_of_parameters(family):
     hf = hf_model(hf_config(family))
-    architecture = parse_architecture(hf.config.to_dict())
+    architecture = parse_decoder_architecture(hf.config.to_dict())
     assert architecture.num_parameters == hf.num_parameters()
     assert sum(p.numel() for p in Decoder(architecture).parameters()) == architecture.num_parameters
 
@@ -151,17 +150,17 @@ def test_older_spelling_means_the_same(family, type_key):
     newer = hf_config(family).to_dict()
     assert "rope_parameters" in newer
     older = older_spelling(newer, type_key)
-    assert parse_architecture(older) == parse_architecture(newer)
+    assert parse_decoder_architecture(older) == parse_decoder_architecture(newer)
 
 
 @every_family
 def test_written_config_is_read_from_file_folder_and_dictionary(family, tmp_path):
     config = hf_config(family)
     config.save_pretrained(tmp_path)
-    expected = parse_architecture(config.to_dict())
-    assert parse_architecture(read_hf_config(tmp_path)) == expected
-    assert parse_architecture(read_hf_config(tmp_path / "config.json")) == expected
-    assert parse_architecture(read_hf_config(json.loads((tmp_path / "config.json").read_text()))) == expected
+    expected = parse_decoder_architecture(config.to_dict())
+    assert parse_decoder_architecture(read_hf_config(tmp_path)) == expected
+    assert parse_decoder_architecture(read_hf_config(tmp_path / "config.json")) == expected
+    assert parse_decoder_architecture(read_hf_config(json.loads((tmp_path / "config.json").read_text()))) == expected
 
 
 ARCHITECTURE_KEYS = (
@@ -192,16 +191,16 @@ def test_absent_keys_mean_what_transformers_takes_for_them(family):
         # transformers derives layer_types from the other keys; they are no choice of their own.
         try:
             theirs = type(config)(**{name: value for name, value in partial.items() if name != "layer_types"}).to_dict()
-            expected = parse_architecture(theirs)
+            expected = parse_decoder_architecture(theirs)
         except (UserError, IndexError, StrictDataclassClassValidationError):  # transformers' default does not fit
             with pytest.raises(UserError):
-                parse_architecture(partial)
+                parse_decoder_architecture(partial)
             continue
         if key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             with pytest.raises(UserError, match=f"{key} is None"):
-                parse_architecture(partial)
+                parse_decoder_architecture(partial)
         else:
-            assert parse_architecture({**partial, "layer_types": theirs.get("layer_types")}) == expected, key
+            assert parse_decoder_architecture({**partial, "layer_types": theirs.get("layer_types")}) == expected, key
 
 
 def test_published_qwen2_config():
@@ -278,7 +277,7 @@ REFUSALS = {
 def test_refused_architectures(case):
     change, key, value = REFUSALS[case]
     with pytest.raises(UserError) as caught:
-        parse_architecture({**LLAMA, **change}, "some/config.json")
+        parse_decoder_architecture({**LLAMA, **change}, "some/config.json")
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith("some/config.json")
@@ -288,9 +287,9 @@ def test_refused_architectures(case):
 def test_layer_types_must_name_every_layer():
     config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=1).to_dict()
     with pytest.raises(UserError, match=r"layer_types is \['full_attention', 'sliding_attention'\]; .* = 3 layers$"):
-        parse_architecture({**config, "layer_types": config["layer_types"][:2]})
+        parse_decoder_architecture({**config, "layer_types": config["layer_types"][:2]})
     with pytest.raises(UserError, match="layer_types is 'chunked_attention'"):
-        parse_architecture({**config, "layer_types": ["chunked_attention"] * 3})
+        parse_decoder_architecture({**config, "layer_types": ["chunked_attention"] * 3})
 
 
 @pytest.mark.parametrize(
