@@ -39,7 +39,7 @@ def test_a_leak_between_documents_is_seen(monkeypatch):
     self_check._find.cache_clear()
     finding = check_documents(architecture("qwen3_next"))
     assert finding.documents is None and len(finding.problems) == len(MODES)
-    with pytest.raises(UserError, match="model_type qwen3_next cannot be trained: .*differ") as refusal:
+    with pytest.raises(UserError, match=r"model_type qwen3_next cannot be trained: .*differ") as refusal:
         with_exact_documents(architecture("qwen3_next"))
     assert "\n" not in str(refusal.value)
     self_check._find.cache_clear()
