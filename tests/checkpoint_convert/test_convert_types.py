@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from converting import convert_back, convert_there
-from library_models import TYPES, library_model
+from library_models import library_model
+from model_table import TYPES
 from tiny_models import edit_json, read_folder
 from transformers import AutoModelForCausalLM
 
@@ -16,12 +17,10 @@ from retemper.engine.weights.checkpoint.tensors import stored_tensors
 from retemper.engine.weights.hugging_face.model import open_hf_model
 
 QUICK = ("deepseek_v3", "gpt2", "gpt_neox", "qwen3_moe")
-# The module of falcon accepts no attention of other libraries.
-SUPPORTED = [name for name in TYPES if name != "falcon"]
 
 
 @pytest.mark.parametrize(
-    "model_type", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SUPPORTED]
+    "model_type", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TYPES]
 )
 def test_every_type_makes_the_round_trip(model_type: str, tmp_path: Path) -> None:
     library_model(model_type).save_pretrained(tmp_path / "hf")
