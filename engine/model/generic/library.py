@@ -192,7 +192,9 @@ def _parameters_on_meta(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
 
     The values that it had before are added to ``values``.
     """
-    register = nn.Module.register_parameter
+    from transformers import PreTrainedModel
+
+    register, initialize = nn.Module.register_parameter, PreTrainedModel.initialize_weights
 
     @functools.wraps(register)
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -203,11 +205,14 @@ def _parameters_on_meta(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    # Random values would take most of the time, and are lost at once.
+    PreTrainedModel.initialize_weights = lambda model: None
     try:
         with _LargeOnMeta():
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        PreTrainedModel.initialize_weights = initialize
 
 
 def _transformers() -> Any:
