@@ -206,13 +206,13 @@ def _parameters_on_meta(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     # Random values would take most of the time, and are lost at once.
-    PreTrainedModel.initialize_weights = lambda model: None
+    PreTrainedModel.initialize_weights = lambda model: None  # type: ignore[method-assign]
     try:
         with _LargeOnMeta():
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-        PreTrainedModel.initialize_weights = initialize
+        PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
 
 
 def _transformers() -> Any:
