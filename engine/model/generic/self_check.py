@@ -21,7 +21,7 @@ from ...errors import UserError
 from .architecture import DocumentMode, TransformersArchitecture, parse_transformers_architecture
 from .library import library_attention, library_config, library_model
 from .model import TransformersModel
-from .tiny import VOCABULARY, tiny_config
+from .tiny import tiny_config
 
 MODES: tuple[DocumentMode, ...] = ("packed", "one_by_one", "library_attention")
 """In the order in which they are tried: the fastest first."""
@@ -98,7 +98,7 @@ class _Reference:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             model = library_model(made, library_attention(made))
-            tokens = torch.randint(3, VOCABULARY, (sum(_LENGTHS),))
+            tokens = torch.randint(self.architecture.vocab_size, (sum(_LENGTHS),))
             self.state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             for name in model.state_dict():
                 _spread_(self.state.get(name))

@@ -114,7 +114,7 @@ class _Tensors:
     def __init__(self, weights: HfWeights, architecture: Architecture, config: dict[str, Any]):
         self._weights, self._architecture = weights, architecture
         layout = Layout.of(architecture, meta_model(architecture))
-        self._prefix = architecture.embedding_name.partition(".")[0] + "."
+        self._prefix = layout.published_name(architecture.embedding_name).partition(".")[0] + "."
         self.notes: list[str] = []
         self.carried: list[str] = []
         """Names in the files of the tensors that exports take from there."""
