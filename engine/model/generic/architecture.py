@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from ...errors import UserError
 from ..changed_config import dropouts
-from ..config_keys import HARMLESS
+from ..config_keys import HARMLESS, refuse_unread_scalars
 from ..language_model import Architecture, Implementation, Piece
-from .library import Parts, find_parts, library_attention, library_config, meta_library_model
+from .library import Parts, find_parts, library_attention, library_code, library_config, meta_library_model
 from .stored_names import float32_tensors, stored_pieces, unused_tensors
 
 DocumentMode = Literal["packed", "one_by_one", "library_attention"]
@@ -116,6 +116,7 @@ def parse_transformers_architecture(config: dict[str, Any], where: str, reason: 
         UserError: transformers cannot compute it, or we cannot train what it computes.
     """
     made = library_config(config, where)
+    refuse_unread_scalars(config, where, library_code(made))
     for key, value in dropouts(config, where).items():
         raise UserError(
             f"{where}: {key} is {value:g}; dropout is not implemented: set model.dropout to 0 to train without it"
