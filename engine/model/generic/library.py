@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from .remote_code import SETTING
 
 _MOST_OF_BUFFER = 2**25
 """Elements of the largest buffers: causal masks of 4,096 x 4,096 tokens."""
+_KERNEL_PACKAGES = {"causal_conv1d": "causal-conv1d", "fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
+"""Names of packages by module."""
 ATTENTION = "retemper"
 """Name of our attention among those of transformers, see :mod:`.attention`."""
 
@@ -130,6 +134,14 @@ def library_attention(config: Any) -> str:
     """Return the best attention of transformers that this type supports."""
     model_class = _transformers().MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def missing_kernel_packages(config: Any) -> list[str]:
+    """Return the packages with GPU kernels that the code of this type uses if they are installed, and that are not."""
+    model_class = _transformers().MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    used = [module for module in _KERNEL_PACKAGES if f'"{module}"' in source]
+    return [_KERNEL_PACKAGES[module] for module in used if importlib.util.find_spec(module) is None]
 
 
 def find_parts(model: Any) -> Parts:
