@@ -105,6 +105,6 @@ def train_step(
     else:
         loss = grad_norm = torch.full((), math.nan)
         guards.without_targets()
-        allocate_states(optimizer)  # a checkpoint needs them even before the first update
+    allocate_states(optimizer)  # a checkpoint needs those of all parameters, also of those without an update
     guards.begin_phase("other")
     return StepResult(loss, grad_norm, learning_rate, num_targets > 0)

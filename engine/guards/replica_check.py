@@ -3,7 +3,8 @@
 Replicas start equal and get equal updates, and nothing else compares them. So if a bit flips in one rank's memory, or
 a GPU miscomputes, a replica diverges unnoticed. The placement of each tensor on the mesh tells which ranks replicate
 it: hybrid sharding replicates all, tensor parallelism the norms. Tensors without replicas, as with plain sharding,
-cannot be checked, and a tied embedding is not compared between the ends of a pipeline.
+cannot be checked, and a tied embedding is not compared between the ends of a pipeline. Constants of a model are not
+sharded: all ranks hold them.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class ReplicaCheck:
         tensors = training_tensors(model, optimizer)
         owners = {name: owners_of(tensor) for name, tensor in tensors.items()}
         for name, parameter in model.named_parameters():
+            if not isinstance(parameter, DTensor):  # a constant
+                owners[name] = tuple(range(self._ranks.world_size))
             # States that are not sharded, such as a count of steps, are replicated wherever the parameter is.
             for state in optimizer.state.get(parameter, {}):
                 if not isinstance(tensors[f"{OPTIMIZER_PREFIX}{state}.{name}"], DTensor):

@@ -223,7 +223,12 @@ class LanguageModel(nn.Module, ABC):
         """Return the parameters of this part that are in :attr:`Architecture.tables`."""
         return [parameter for name, parameter in self.named_parameters() if name in self.architecture.tables]
 
-    def materialize(self, device: torch.device) -> LanguageModel:
-        """Allocate the parameters, which are on the meta device, and return this model. They are not initialized."""
-        self.to_empty(device=device)
+    def materialize(self, device: torch.device, weights_device: torch.device | None = None) -> LanguageModel:
+        """Allocate the parameters, which are on the meta device, and return this model. They are not initialized.
+
+        Args:
+            device: that computes the model. Constants are there.
+            weights_device: of all other parameters between their uses; None for ``device``.
+        """
+        self.to_empty(device=weights_device or device)
         return self

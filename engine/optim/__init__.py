@@ -64,20 +64,22 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 @torch.no_grad()
 def allocate_states(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate the optimizer's state tensors with zeros, as before the first step. Does nothing if they exist.
+    """Allocate the state tensors of the parameters that have none, with zeros, as before their first step.
 
-    A step with zero gradients and zero learning rate changes no parameter, and leaves both moments at zero.
+    A step with zero gradients and zero learning rate changes no parameter, and leaves both moments at zero. No
+    parameter may have a gradient.
     """
-    if optimizer.state:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    missing = [parameter for parameter in parameters if parameter not in optimizer.state]
+    if not missing:
         return
     rates = [group["lr"] for group in optimizer.param_groups]
     set_learning_rate(optimizer, 0.0)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    for parameter in missing:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    for state in optimizer.state.values():
-        state["step"].zero_()
+    for parameter in missing:
+        optimizer.state[parameter]["step"].zero_()

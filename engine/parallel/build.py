@@ -79,9 +79,13 @@ def _check_implementation(config: RunConfig, architecture: Architecture) -> None
         )
 
 
-def materialize_empty(model: LanguageModel, device: torch.device) -> None:
-    """Allocate the tensors of a model that is on the meta device; they are not initialized."""
-    model.materialize(device)
+Materialize = Callable[[LanguageModel, torch.device, torch.device], object]
+"""Allocates the tensors of a model that is on the meta device, with the arguments of ``LanguageModel.materialize``."""
+
+
+def materialize_empty(model: LanguageModel, device: torch.device, weights_device: torch.device) -> None:
+    """Allocate the tensors of a model; they are not initialized."""
+    model.materialize(device, weights_device)
 
 
 def build_model(
@@ -91,7 +95,7 @@ def build_model(
     mesh: Mesh,
     choices: Choices,
     stages: list[LayerRange] | None = None,
-    materialize: Callable[[LanguageModel, torch.device], object] = materialize_empty,
+    materialize: Materialize = materialize_empty,
 ) -> tuple[ModelParts, ForwardBackward]:
     """Build the model: meta device -> tensor -> context -> float8 -> recompute -> compile -> freeze -> shard ->
     materialize.
@@ -105,7 +109,7 @@ def build_model(
         mesh: this rank's place among them.
         choices: decisions that the configuration leaves open.
         stages: the layers of each stage of the pipeline; None: balanced.
-        materialize: allocates the tensors of a model on the meta device.
+        materialize: see :data:`Materialize`.
 
     Raises:
         UserError: a requested implementation cannot run here.
@@ -129,7 +133,7 @@ def build_model(
             block_compile.apply(model)
         trainable.apply(model, training)
         fsdp.apply(model, mesh.fsdp, parallel, compute_dtype)
-        materialize(model, torch.device("cpu") if parallel.cpu_offload else ranks.device)
+        materialize(model, ranks.device, torch.device("cpu") if parallel.cpu_offload else ranks.device)
         if training.weight_dtype != "fp32" and choices.num_micro_batches > 1:
             fsdp.accumulate_in_fp32(model)
         return model

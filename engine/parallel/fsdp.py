@@ -90,8 +90,10 @@ def reshard(model: LanguageModel) -> None:
 
 
 def copy_full_(parameter: Tensor, values: Tensor) -> None:
-    """Write the whole tensor ``values``, the same on every rank, into a sharded parameter: each rank takes its part."""
-    assert isinstance(parameter, DTensor)
+    """Write the whole tensor ``values``, the same on every rank, into a parameter: each rank takes its part."""
+    if not isinstance(parameter, DTensor):  # a constant, which is not sharded
+        parameter.copy_(values)
+        return
     # Not distribute_tensor, which does not support rows that two axes shard one after the other.
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     mine = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -78,6 +79,7 @@ def _call(log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    gc.freeze()  # collections then skip what the server has imported
     tqdm.set_lock(threading.RLock())  # its own one between processes would outlive a process that is killed
     code = 0
     try:

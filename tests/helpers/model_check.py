@@ -147,7 +147,7 @@ def write_run(folder: Path, implementation: str) -> Path:
             "micro_batch_size": GLOBAL_BATCH // 2,
             "precision": "fp32",
         },
-        "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4},
+        "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "eps": 1e-5},
         "parallel": {"shard": 2},
         "checkpoint": {"save_interval": SAVED, "export_hf": True},
         "logging": {"tensorboard": False},

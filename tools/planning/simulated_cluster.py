@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...engine.model.language_model import LanguageModel
+from ...engine.parallel.build import Materialize
 from ...engine.parallel.process_group import Ranks, Result
 
 CPU = torch.device("cpu")
@@ -60,13 +61,13 @@ def has_values() -> bool:
     return _fake_mode() is None
 
 
-def materialize_without_values() -> Callable[[LanguageModel, torch.device], object]:
+def materialize_without_values() -> Materialize:
     """Return a function that allocates the tensors of a model without values, even where others have values."""
     fake_mode = _fake_mode()
 
-    def materialize(model: LanguageModel, device: torch.device) -> None:
+    def materialize(model: LanguageModel, device: torch.device, weights_device: torch.device) -> None:
         with fake_mode:
-            model.to_empty(device=device)  # constants need no values either
+            model.to_empty(device=weights_device)  # constants need no values either
 
     return materialize
 

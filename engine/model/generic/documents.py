@@ -32,9 +32,9 @@ def one_document_at_a_time(forward: Callable[..., Any]) -> Callable[..., Any]:
             some = [_cut(argument, hidden.shape[1], cut) for argument in arguments]
             some_named = {name: _cut(argument, hidden.shape[1], cut) for name, argument in named.items()}
             output = forward(hidden[:, cut], *some, batch=_one_document(batch, cut), **some_named)
-            parts.append(output[0] if isinstance(output, tuple) else output)
+            parts.append(output[0] if isinstance(output, (tuple, list)) else output)
         joined = torch.cat(parts, dim=1)
-        return (joined, *output[1:]) if isinstance(output, tuple) else joined
+        return type(output)((joined, *output[1:])) if isinstance(output, (tuple, list)) else joined
 
     return by_document
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...errors import UserError
@@ -54,11 +56,10 @@ def library_config(config: dict[str, Any], where: str) -> Any:
             f"{where}: model_type is {model_type!r}, which transformers {transformers.__version__} does not know; "
             f"{remedy}"
         )
-    values = {
-        key: value for key, value in config.items() if key not in ("model_type", "auto_map", "quantization_config")
-    }
+    left_out = ("model_type", "auto_map", "quantization_config")
     try:
-        made = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(values))
+        values = {key: _with_floats(value) for key, value in config.items() if key not in left_out}
+        made = transformers.AutoConfig.for_model(model_type, **values)
     except Exception as error:  # whatever its checks raise
         raise UserError(f"{where}: transformers refuses it: {_one_line(error)}; correct it") from None
     if type(made) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -69,14 +70,48 @@ def library_config(config: dict[str, Any], where: str) -> Any:
     return made
 
 
+def library_code(config: Any) -> str:
+    """Return the text of the modules of transformers that define the configuration and the model of this type."""
+    folder = Path(inspect.getfile(type(config))).parent
+    paths = (path for kind in ("configuration", "modeling") for path in sorted(folder.glob(f"{kind}_*.py")))
+    return "\n".join(path.read_text("utf-8") for path in paths)
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a copy of ``value`` with the numbers that transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
+
+
 def meta_library_model(config: Any, attention: str = ATTENTION) -> Any:
     """Return the causal language model of ``config`` with its parameters on the meta device, in fp32.
 
     Buffers, such as rotary frequencies, are on the CPU with their values: nothing else could compute them later.
     """
+    return _on_meta(config, attention, {})
+
+
+def constructed_values(config: Any, seed: int, attention: str = ATTENTION) -> dict[str, Tensor]:
+    """Return the values that the modules' constructors give to parameters and buffers, by name.
+
+    Most parameters get theirs later, by ``_init_weights``. ``seed`` is of random ones.
+    """
+    values: dict[nn.Parameter, Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _on_meta(config, attention, values)
+    found = {name: values[parameter] for name, parameter in model.named_parameters() if parameter in values}
+    return {**found, **dict(model.named_buffers())}
+
+
+def _on_meta(config: Any, attention: str, values: dict[nn.Parameter, Tensor]) -> Any:
+    """Return the model of ``config`` on the meta device; add the values of its parameters to ``values``."""
     config = copy.deepcopy(config)
     config.use_cache = False
-    with _parameters_on_meta():
+    with _parameters_on_meta(values):
         model = _transformers().AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, dtype=torch.float32
         )
@@ -101,17 +136,26 @@ def find_parts(model: Any) -> Parts:
     """Return the parts of ``model``.
 
     Raises:
-        ValueError: it is not made of a backbone with blocks, and a head.
+        ValueError: it is not made of a backbone with blocks of their own parameters, and a head.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embedding is None:
         raise ValueError("it has no separate embedding and head")
     blocks = _blocks(model, model.config.num_hidden_layers)
+    if (shared := _shared(blocks)) is not None:  # sharding could not keep it one parameter
+        raise ValueError(f"its blocks share the parameter {shared}")
     holders = [name for name, module in model.named_modules() if name and _holds(module, embedding, blocks)]
     if not holders:
         raise ValueError("it has no backbone with embedding and blocks")
     name = max(holders, key=len)
     return Parts(model, name, model.get_submodule(name), embedding, head, blocks)
+
+
+def _shared(blocks: nn.ModuleList) -> str | None:
+    """Return the name in ``blocks`` of a parameter that several modules have."""
+    own = {name for name, _ in blocks.named_parameters()}
+    every = (name for name, _ in blocks.named_parameters(remove_duplicate=False))
+    return next((name for name in every if name not in own), None)
 
 
 def _holds(module: nn.Module, *wanted: nn.Module) -> bool:
@@ -140,28 +184,44 @@ class _LargeOnMeta(TorchFunctionMode):
         return function(*args, **options)
 
 
+def _compact(values: Tensor) -> Tensor:
+    """Return the same values, without memory if they are all the same."""
+    is_constant = values.numel() > 0 and bool((values == values.flatten()[0]).all())
+    return values.flatten()[0].clone().expand(values.shape) if is_constant else values
+
+
 def _count(sizes: tuple[Any, ...]) -> int:
     flat = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
     return math.prod(size for size in flat if isinstance(size, int))
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Put every parameter that is registered in a module on the meta device, and leave buffers where they are."""
-    register = nn.Module.register_parameter
+def _parameters_on_meta(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Put every parameter that is registered in a module on the meta device, and leave buffers where they are.
+
+    The values that it had before are added to ``values``.
+    """
+    from transformers import PreTrainedModel
+
+    register, initialize = nn.Module.register_parameter, PreTrainedModel.initialize_weights
 
     @functools.wraps(register)
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            constructed = parameter.detach()
+            parameter = nn.Parameter(constructed.to("meta"), requires_grad=parameter.requires_grad)
+            values[parameter] = _compact(constructed)
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    # Random values would take most of the time, and are lost at once.
+    PreTrainedModel.initialize_weights = lambda model: None  # type: ignore[method-assign]
     try:
         with _LargeOnMeta():
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
 
 
 def _transformers() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from ....kernels.linear_cross_entropy import linear_cross_entropy
 from ....kernels.linear_cross_entropy.any_head import chunked_cross_entropy
 from ...batch import Batch
-from ...errors import UserError
 from ..language_model import Attend, LanguageModel
 from .architecture import TransformersArchitecture
 from .attention import PackedAttention, register
 from .documents import one_document_at_a_time
 from .head import LibraryHead
-from .library import ATTENTION, find_parts, library_attention, library_config, meta_library_model
+from .initialization import Initializer
+from .library import ATTENTION, constructed_values, find_parts, library_attention, library_config, meta_library_model
 
 
 class TransformersModel(LanguageModel):
@@ -93,40 +92,22 @@ class TransformersModel(LanguageModel):
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """See :class:`LanguageModel`: as transformers initializes each module."""
-        whole = TransformersModel(self.architecture)
+        whole, config = TransformersModel(self.architecture), self._parts.model.config
+        constructed = constructed_values(config, seed, config._attn_implementation)
         mine = dict(self.named_parameters())
-        for place, (name, module) in enumerate(whole.named_modules()):
-            values = whole._initial_values(module, (seed * 1_000_003 + place) % 2**63)
-            for attribute, value in values.items():
-                copy_(mine[f"{name}.{attribute}"], value)
+        for name, value in Initializer(whole, whole._parts, constructed, seed).values():
+            copy_(mine[name], value)
 
-    def _initial_values(self, module: nn.Module, seed: int) -> dict[str, Tensor]:
-        """Return the initial values of the parameters that ``module`` has itself, on the CPU."""
-        if not module._parameters:
-            return {}
-        meta = dict(module._parameters)
-        for name, parameter in meta.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.full(parameter.shape, math.nan), parameter.requires_grad)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self._parts.model._init_weights(module)
-        values = {name: value.detach() for name, value in module.named_parameters(recurse=False)}
-        module._parameters.update(meta)
-        for name, value in values.items():
-            if value.isnan().any():
-                raise UserError(
-                    f"model_type {self.architecture.model_type}: transformers does not initialize {name} of "
-                    f"{type(module).__name__}; set model.initialize_from"
-                )
-        return values
-
-    def materialize(self, device: torch.device) -> LanguageModel:
+    def materialize(self, device: torch.device, weights_device: torch.device | None = None) -> LanguageModel:
         """See :class:`LanguageModel`. Constants that are not stored keep their values."""
         kept = [(module._buffers, dict(module._buffers)) for module in self.modules()]
-        super().materialize(device)
+        super().materialize(device, weights_device)
         for buffers, values in kept:
             buffers.update({name: value if value is None else value.to(device) for name, value in values.items()})
+        for name in self.constants:
+            owner, _, attribute = name.rpartition(".")
+            constant = self.get_parameter(name).to(device)
+            self.get_submodule(owner).register_parameter(attribute, nn.Parameter(constant, requires_grad=False))
         return self
 
     def _prepare(self, block: Any) -> PackedAttention:
