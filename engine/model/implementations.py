@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
+from .architecture import Architecture, LayerRange
 from .config_file import CONFIG_FILE, INLINE, read_hf_config
 from .config_reader import NotNative
-from .decoder import Decoder
 from .families import DecoderArchitecture, parse_decoder_architecture
-from .language_model import Architecture, LanguageModel, LayerRange
 from .wrappers import TEXT_CONFIG, text_config_of
+
+if TYPE_CHECKING:
+    from .language_model import LanguageModel
 
 Requested = Literal["auto", "native", "transformers"]
 """``model.implementation``."""
@@ -112,6 +112,10 @@ def _transformers_architecture(config: dict[str, Any], where: str, reason: str) 
 def meta_model(architecture: Architecture, layers: LayerRange | None = None) -> LanguageModel:
     """Return the model, or the part of it with ``layers``, on the meta device: without values."""
     if isinstance(architecture, DecoderArchitecture):
+        import torch
+
+        from .decoder import Decoder
+
         with torch.device("meta"):
             return Decoder(architecture, layers)
     from .generic.architecture import TransformersArchitecture

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ...errors import UserError
+from ..architecture import Architecture, Implementation, Piece
 from ..changed_config import dropouts
 from ..config_file import INLINE
 from ..config_keys import HARMLESS
-from ..language_model import Architecture, Implementation, Piece
 from .config_keys import account_for_keys, unread_keys
 from .library import Parts, find_parts, library_attention, library_config, meta_library_model
 from .stored_names import float32_tensors, stored_pieces, unused_tensors
