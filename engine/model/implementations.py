@@ -70,6 +70,14 @@ def parse_architecture(config: dict[str, Any], where: str = INLINE, requested: R
             raise UserError(f"{error}; transformers cannot compute it either: {other}") from None
 
 
+def unread_keys(config: dict[str, Any], where: str) -> list[str]:
+    """Return the keys of ``config`` without effect: see :meth:`Architecture.unread_keys`. None if it is refused."""
+    try:
+        return parse_architecture(config, where).unread_keys(text_config_of(config)[0])
+    except UserError:
+        return []
+
+
 def architecture_of_tensors(
     config: dict[str, Any], where: str, names: Collection[str], requested: Requested = "auto"
 ) -> Architecture:

@@ -86,6 +86,10 @@ class Architecture(ABC):
         """Return what distinguishes the model from another one, by name."""
         return dict(vars(self))
 
+    @abstractmethod
+    def unread_keys(self, config: dict[str, Any]) -> list[str]:
+        """Return the keys of the ``config.json`` of this model that have no effect, and that no table explains."""
+
     @property
     @abstractmethod
     def num_parameters(self) -> int:

@@ -70,7 +70,8 @@ def _finish(processes: list[Any], logs: list[Path], code: int) -> None:
         process.kill()
         process.join()
     if found != code:
-        raise AssertionError(f"ended with {found} instead of {code}: {logs[first].read_text()[-3000:]}")
+        said = logs[first].read_text()[-3000:] if logs[first].exists() else "it did not start"
+        raise AssertionError(f"ended with {found} instead of {code}: {said}")
 
 
 def _call(log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -21,7 +21,7 @@ from retemper.kernels.attention import PER_DOCUMENT
 QUICK = (
     *("llama", "gpt_neox", "gemma3_text", "phi3", "cohere2", "granite"),  # native
     *("gpt2", "deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "phimoe", "qwen3_moe"),
-    *("bloom", "falcon_h1", "qwen3_next", "recurrent_gemma"),  # not packed
+    *("bloom", "falcon_h1", "glm_moe_dsa", "qwen3_next", "recurrent_gemma", "zaya"),  # not packed
 )
 LENGTHS = (20, 1, 31, 12)
 """Shorter and longer than the windows of 8 tokens."""

@@ -102,7 +102,7 @@ def open_hf_model(
     published, layout = tensors.published(), tensors.layout
     parameters = layout.parameters(published)
     _require_floats(published.tensors, folder)
-    unread = [] if text_config_of(config)[1] else describe_unread(config, CONFIG_FILE)
+    unread = describe_unread(architecture.unread_keys(text_config_of(config)[0]), CONFIG_FILE)
     notes = [*unread, *tensors.notes, *_notes_on_ignored(config, architecture, weights)]
     names, carried = tensors.names, tensors.carried
     return HfModel(config, architecture, weights, layout, published, parameters, notes, names, carried, left_out)
