@@ -11,6 +11,7 @@ file may contain keys for other programs, so there it only gets a note.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,6 +76,7 @@ _NORMALLY_ON = """
     causal gated_mlp is_causal scale_attn_weights swiglu use_glu use_gqa use_rms_norm use_rmsnorm use_rope use_rotary
     use_rotary_embeddings use_swiglu
 """
+_SCALED = "scaled or capped embeddings or logits"
 _NORMALLY_OFF_BY_KIND = {
     "a mixture of experts": """
         enable_moe_block first_k_dense_replace is_moe mlp_layer_types mlp_only_layers n_routed_experts n_shared_experts
@@ -102,7 +104,7 @@ _NORMALLY_OFF_BY_KIND = {
         qk_norm_type qkv_bias residual_gate_temperature rms_norm_bias rms_norm_offset use_bias use_parallel_residual
         use_post_norm use_qk_layernorm use_qk_norm use_qkv_bias use_sandwich_norm
     """,
-    "scaled or capped embeddings or logits": """
+    _SCALED: """
         embedding_scale final_logit_softcapping logit_softcapping logits_soft_cap mup_enabled scale_depth
         scale_embedding scale_embeddings swiglu_alpha swiglu_limit swiglu_limits use_mup
     """,
@@ -156,6 +158,8 @@ _FORGIVABLE = dict.fromkeys(_LENGTH_NAMES.split(), "max_position_embeddings")
 
 _ONE, _ON = frozenset(_MULTIPLIERS.split()), frozenset(_NORMALLY_ON.split())
 _OFF = {key: kind for kind, keys in _NORMALLY_OFF_BY_KIND.items() for key in keys.split()}
+_SCALARS = _ONE | {key for key, kind in _OFF.items() if kind == _SCALED}
+"""Factors and caps of single operations."""
 _NEARLY_EQUAL = 0.9
 """Threshold of difflib's ratio: matches ``rope_thetta`` and ``tie_word_embedding``, but not
 ``sliding_window_pattern``."""
@@ -191,6 +195,23 @@ def account_for_keys(config: dict[str, Any], where: str, model_type: str) -> Non
                 reader.fail(key, value, _foreign_remedy(key, model_type))
         elif value is not None and (near := _near(key, read, _NEARLY_EQUAL)):
             reader.fail(key, value, f"unknown setting; did you mean {near}?")
+
+
+def refuse_unread_scalars(config: dict[str, Any], where: str, code: str) -> None:
+    """Refuse factors and caps that the code of a model does not know, for models outside of the table of families.
+
+    Args:
+        config: content of a ``config.json``.
+        where: names it in errors.
+        code: text of the model's implementation in transformers, which ignores unknown keys.
+
+    Raises:
+        UserError: names the first such key.
+    """
+    reader, model_type = ConfigReader(config, where), str(config.get("model_type"))
+    for key, value in config.items():
+        if key in _SCALARS and not _is_neutral(key, value, model_type) and not re.search(rf"\b{key}\b", code):
+            reader.fail(key, value, _foreign_remedy(key, model_type))
 
 
 def unread_keys(config: dict[str, Any]) -> list[str]:

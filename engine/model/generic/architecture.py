@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,9 +11,9 @@ from typing import Any, Literal
 
 from ...errors import UserError
 from ..changed_config import dropouts
-from ..config_keys import HARMLESS
+from ..config_keys import HARMLESS, refuse_unread_scalars
 from ..language_model import Architecture, Implementation, Piece
-from .library import Parts, find_parts, library_attention, library_config, meta_library_model
+from .library import Parts, find_parts, library_attention, library_code, library_config, meta_library_model
 from .stored_names import float32_tensors, stored_pieces, unused_tensors
 
 DocumentMode = Literal["packed", "one_by_one", "library_attention"]
@@ -73,9 +75,7 @@ class TransformersArchitecture(Architecture):
 
     def stored_pieces(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
         """See :class:`Architecture`."""
-        config = library_config(dict(self.config), self.model_type)
-        model = meta_library_model(config, library_attention(config))
-        return stored_pieces(model, shapes, self.model_type)
+        return stored_pieces(_parts(json.dumps(dict(self.config), default=str)).model, shapes, self.model_type)
 
     @property
     def unused_tensors(self) -> tuple[str, ...]:
@@ -116,16 +116,23 @@ def parse_transformers_architecture(config: dict[str, Any], where: str, reason: 
         UserError: transformers cannot compute it, or we cannot train what it computes.
     """
     made = library_config(config, where)
+    refuse_unread_scalars(config, where, library_code(made))
     for key, value in dropouts(config, where).items():
         raise UserError(
             f"{where}: {key} is {value:g}; dropout is not implemented: set model.dropout to 0 to train without it"
         )
     try:
-        parts = find_parts(meta_library_model(made, library_attention(made)))
-        return replace(_facts(config, made, parts), reason=reason)
+        return replace(_facts(config, made, _parts(json.dumps(config, default=str))), reason=reason)
     except Exception as error:  # whatever the code of the type raises
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{where}: transformers cannot build a {made.model_type} model from it: {problem}") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _parts(config: str) -> Parts:
+    """Return the parts of a model without values, which must not be changed. Large ones take a second to build."""
+    made = library_config(json.loads(config), "config.json")
+    return find_parts(meta_library_model(made, library_attention(made)))
 
 
 def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchitecture:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
+import inspect
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +23,8 @@ from .remote_code import SETTING
 
 _MOST_OF_BUFFER = 2**25
 """Elements of the largest buffers: causal masks of 4,096 x 4,096 tokens."""
+_KERNEL_PACKAGES = {"causal_conv1d": "causal-conv1d", "fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
+"""Names of packages by module."""
 ATTENTION = "retemper"
 """Name of our attention among those of transformers, see :mod:`.attention`."""
 
@@ -66,6 +72,13 @@ def library_config(config: dict[str, Any], where: str) -> Any:
             f"{transformers.__version__}; name a model that generates text"
         )
     return made
+
+
+def library_code(config: Any) -> str:
+    """Return the text of the modules of transformers that define the configuration and the model of this type."""
+    folder = Path(inspect.getfile(type(config))).parent
+    paths = (path for kind in ("configuration", "modeling") for path in sorted(folder.glob(f"{kind}_*.py")))
+    return "\n".join(path.read_text("utf-8") for path in paths)
 
 
 def _with_floats(value: Any) -> Any:
@@ -121,6 +134,14 @@ def library_attention(config: Any) -> str:
     """Return the best attention of transformers that this type supports."""
     model_class = _transformers().MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def missing_kernel_packages(config: Any) -> list[str]:
+    """Return the packages with GPU kernels that the code of this type uses if they are installed, and that are not."""
+    model_class = _transformers().MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    used = [module for module in _KERNEL_PACKAGES if f'"{module}"' in source]
+    return [_KERNEL_PACKAGES[module] for module in used if importlib.util.find_spec(module) is None]
 
 
 def find_parts(model: Any) -> Parts:
@@ -192,7 +213,9 @@ def _parameters_on_meta(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
 
     The values that it had before are added to ``values``.
     """
-    register = nn.Module.register_parameter
+    from transformers import PreTrainedModel
+
+    register, initialize = nn.Module.register_parameter, PreTrainedModel.initialize_weights
 
     @functools.wraps(register)
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -203,11 +226,14 @@ def _parameters_on_meta(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    # Random values would take most of the time, and are lost at once.
+    PreTrainedModel.initialize_weights = lambda model: None  # type: ignore[method-assign]
     try:
         with _LargeOnMeta():
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
 
 
 def _transformers() -> Any:

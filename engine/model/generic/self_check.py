@@ -19,7 +19,7 @@ from ....kernels.attention import PER_DOCUMENT
 from ...batch import Batch
 from ...errors import UserError
 from .architecture import DocumentMode, TransformersArchitecture, parse_transformers_architecture
-from .library import library_attention, library_config, library_model
+from .library import library_attention, library_config, library_model, missing_kernel_packages
 from .model import TransformersModel
 from .tiny import tiny_config
 
@@ -76,7 +76,11 @@ def with_exact_documents(architecture: TransformersArchitecture) -> Transformers
             f"model_type {architecture.model_type} cannot be trained: {'; '.join(finding.problems)}; a tiny model of "
             "this type is compared with transformers at every start"
         )
-    return replace(architecture, documents=finding.documents, remark=finding.problems[0] if finding.problems else "")
+    remark = finding.problems[0] if finding.problems else ""
+    missing = missing_kernel_packages(library_config(dict(architecture.config), architecture.model_type))
+    if missing:
+        remark += f"; its kernels for GPUs are not installed: pip install {' '.join(missing)}"
+    return replace(architecture, documents=finding.documents, remark=remark)
 
 
 @functools.cache

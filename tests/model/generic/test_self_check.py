@@ -61,7 +61,8 @@ def test_a_missing_bias_of_the_head_is_seen(monkeypatch):
 def test_the_start_says_why_documents_are_not_packed():
     found = with_exact_documents(architecture("qwen3_next"))
     assert not found.packs_documents
-    assert "one document at a time" in found.describe_implementation()
+    described = found.describe_implementation()
+    assert "one document at a time" in described and "pip install causal-conv1d flash-linear-attention" in described
     assert dataclasses.replace(found, documents="packed").packs_documents
 
 
