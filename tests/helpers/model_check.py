@@ -99,7 +99,7 @@ def check(context: ForkServerContext, model_type: str, folder: Path, implementat
         problem = str(error)
     refused, facts = folder / REFUSED, {}
     if refused.exists():
-        facts, problem = {"refusal": refused.read_text()}, ""
+        facts, problem = {"refusal": refused.read_text().replace(f"{folder}/", "")}, ""
     for file in sorted(folder.glob("facts*.json")):
         facts |= json.loads(file.read_text())
     return Checked(model_type, problem, seconds=time.monotonic() - began, **facts)
