@@ -16,6 +16,7 @@ from .architecture import Architecture, LayerRange
 from .config_file import CONFIG_FILE, INLINE, read_hf_config
 from .config_reader import NotNative
 from .families import DecoderArchitecture, parse_decoder_architecture
+from .family_table import FAMILIES
 from .wrappers import TEXT_CONFIG, text_config_of
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def parse_architecture(config: dict[str, Any], where: str = INLINE, requested: R
     except NotNative as error:
         if requested == "native":
             raise UserError(f"{error}; or set {SETTING} to transformers") from None
-        reason = str(error).removeprefix(f"{where}: ")
+        known = config.get("model_type") in FAMILIES
+        reason = str(error).removeprefix(f"{where}: ") if known else "the native decoder has no such family"
         try:
             return _transformers_architecture(config, where, reason)
         except UserError as refusal:

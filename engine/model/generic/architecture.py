@@ -104,8 +104,8 @@ class TransformersArchitecture(Architecture):
 
         how = f"; {_DESCRIBED[self.documents]}: {self.remark}" if self.documents != "packed" else ""
         return (
-            f"transformers {transformers.__version__}, without tensor and pipeline parallelism{how} (native does not "
-            f"apply: {self.reason})"
+            f"transformers {transformers.__version__}, without tensor and pipeline parallelism, because {self.reason}"
+            f"{how}"
         )
 
     def facts(self) -> dict[str, Any]:
