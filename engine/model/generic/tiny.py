@@ -44,6 +44,8 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_global_ke
 _NUM_BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _PER_BLOCK = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "block_types")
 """Lists with an element for each block."""
+_FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers")
+"""Number of blocks without experts at the beginning."""
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -77,6 +79,23 @@ def _few_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = {key: few for key in _NUM_BLOCKS if _is_number(config.get(key))}
     for key, values in lists.items():
         changed[key] = [values[index] for index in chosen]
+    return changed
+
+
+def with_num_blocks(config: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return ``config``, all settings of a model by name, with ``count`` of its blocks at equal distances."""
+    changed = dict(config)
+    before = next(config[key] for key in _NUM_BLOCKS if _is_number(config.get(key)))
+    chosen = [index * before // count for index in range(count)]
+    for key in _NUM_BLOCKS:
+        if _is_number(config.get(key)):
+            changed[key] = count
+    for key in _PER_BLOCK:
+        if isinstance(config.get(key), (list, tuple)) and len(config[key]) == before:
+            changed[key] = [config[key][index] for index in chosen]
+    for key in _FIRST_DENSE:
+        if _is_number(config.get(key)):
+            changed[key] = sum(index < config[key] for index in chosen[1:])
     return changed
 
 
