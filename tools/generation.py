@@ -20,7 +20,7 @@ from ..engine.errors import UserError
 from ..engine.model.architecture import Architecture
 from ..engine.model.attention_choice import choose_for_model
 from ..engine.model.config_file import CONFIG_FILE, read_hf_config
-from ..engine.model.implementations import parse_architecture
+from ..engine.model.implementations import architecture_of_tensors, checked, parse_architecture
 from ..engine.model.language_model import LanguageModel
 from ..engine.model.wrappers import text_config_of
 from ..engine.tokenizer.frame import ids_of
@@ -80,7 +80,11 @@ class TextGenerator:
         assets = folder / ASSET_FOLDER if is_checkpoint else folder
         where = assets / CONFIG_FILE
         config = read_hf_config(where)
-        architecture = parse_architecture(config, str(where))
+        architecture = checked(
+            architecture_of_tensors(config, str(where), stored_tensors(folder))
+            if is_checkpoint
+            else parse_architecture(config, str(where))
+        )
         self.tokenizer, document_end = _load_tokenizer(tokenizer, assets, architecture)
         frame = self.tokenizer.frame()
         trained = _bos_of_training(folder) if is_checkpoint and tokenizer is None and bos == "auto" else None

@@ -77,6 +77,10 @@ class Architecture(ABC):
     def unread_keys(self, config: dict[str, Any]) -> list[str]:
         """Return the keys of the ``config.json`` of this model that have no effect, and that no table explains."""
 
+    @abstractmethod
+    def shortened(self, num_layers: int) -> Architecture:
+        """Return a model with fewer blocks, from whose costs those of this one are extrapolated."""
+
     @property
     @abstractmethod
     def num_parameters(self) -> int:

@@ -7,7 +7,7 @@ is refused by name, never ignored. :mod:`.family_table` says what the families a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
@@ -118,6 +118,10 @@ class DecoderArchitecture(Architecture):
         """Return the arguments of the output head's loss that are not its defaults."""
         options = {} if self.logit_softcap is None else {"logit_softcap": self.logit_softcap}
         return options if self.logit_scale == 1.0 else {**options, "logit_scale": self.logit_scale}
+
+    def shortened(self, num_layers: int) -> DecoderArchitecture:
+        """See :class:`Architecture`. Its blocks are like the first one."""
+        return replace(self, num_layers=num_layers, sliding_windows=self.sliding_windows[:1] * num_layers)
 
     def unread_keys(self, config: dict[str, Any]) -> list[str]:
         """See :class:`Architecture`."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from model_table import tiny_config, tiny_model
 from oracles.tiny_tokenizer import sample_text, train_tiny_sentencepiece, write_tiny_tiktoken
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -85,6 +86,23 @@ def greedy(folder: Path, prompt: str, max_new_tokens: int) -> str:
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": stop, "pad_token_id": 0}
     output = model.generate(ids, do_sample=False, **options)  # type: ignore[misc]
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "minicpm3", "modernbert-decoder"])
+@pytest.mark.parametrize("form", ["folder", "checkpoint"])
+def test_models_of_transformers_continue_alike(model_type, form, tiny_tokenizer, tmp_path):
+    """Blocks that compute one document at a time, and heads that are more than a matrix."""
+    config = tiny_config(model_type)
+    end = Tokenizer.from_file(str(tiny_tokenizer / "tokenizer.json")).token_to_id("<|endoftext|>")
+    config.update({"vocab_size": VOCAB_SIZE, "eos_token_id": end})
+    tiny_model(config).save_pretrained(tmp_path / "model")
+    shutil.copytree(tiny_tokenizer, tmp_path / "model", dirs_exist_ok=True)
+    folder = tmp_path / "model"
+    if form == "checkpoint":
+        folder = tmp_path / "converted"
+        hf_to_dcp.convert(str(tmp_path / "model"), folder, say=lambda line: None)
+    completion = TextGenerator(folder).generate(PROMPT, Sampling(max_new_tokens=12, temperature=0))
+    assert completion.text == greedy(tmp_path / "model", PROMPT, 12)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2-checkpoint"])

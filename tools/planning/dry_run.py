@@ -166,6 +166,8 @@ def attention_backend(config: RunConfig, architecture: Architecture) -> str:
     Of all that read document offsets on the device, this is PyTorch's own.
     """
     requested = config.training.attention_backend
+    if not architecture.packs_documents:
+        return PER_DOCUMENT
     if requested in ("sdpa", PER_DOCUMENT):
         return requested
     head_dim = max(architecture.head_dim, architecture.value_head_dim or 0)
@@ -218,8 +220,7 @@ def _shortened(spec: RankSpec) -> RankSpec:
     """Return the spec with a model of ``blocks_per_stage``."""
     if spec.blocks_per_stage is None:
         return spec
-    count, windows = spec.blocks_per_stage * _num_stages(spec), spec.architecture.sliding_windows
-    return replace(spec, architecture=replace(spec.architecture, num_layers=count, sliding_windows=windows[:1] * count))
+    return replace(spec, architecture=spec.architecture.shortened(spec.blocks_per_stage * _num_stages(spec)))
 
 
 def even_stages(spec: RankSpec) -> list[LayerRange] | None:

@@ -35,7 +35,8 @@ def short_specs(spec: RankSpec) -> list[RankSpec]:
     config, layout = spec.config, spec.layout
     parallel = config.parallel
     # At the beginning, in the middle and at the end of a pass, blocks that are gathered ahead differ from others.
-    blocks, step = parallel.prefetch_blocks + 4, parallel.recompute_every
+    # Both numbers are even or odd, so that the halves of the backward pass have the same blocks at their ends.
+    blocks, step = parallel.prefetch_blocks + 4, 2 * parallel.recompute_every
     own = num_blocks(spec)
     if own <= blocks + step:
         return [replace(spec, whole_steps=False)]

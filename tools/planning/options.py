@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from ...engine.config.settings import ModelConfig
 from ...engine.errors import UserError
 from ...engine.model.architecture import Architecture
-from ...engine.model.implementations import architecture_of
+from ...engine.model.changed_config import with_settings
+from ...engine.model.config_file import INLINE, read_hf_config
+from ...engine.model.implementations import checked, parse_architecture
 from ...engine.weights.hugging_face.config_source import architecture_source
 from .gpus import GiB, Gpu, describe_gpu, find_gpu
 
@@ -119,9 +121,12 @@ class PlanOptions:
 
 
 def read_architecture(model: ModelConfig) -> Architecture:
-    """Return the model's shape. No weights are read; for a model on the Hub, only ``config.json`` is downloaded.
+    """Return the architecture of a run, without its weights; of a model on the Hub, only ``config.json`` is fetched.
 
     Raises:
-        UserError: the model has no config.
+        UserError: the model has no config, or cannot be trained.
     """
-    return architecture_of(architecture_source(model))
+    source = architecture_source(model)
+    where = INLINE if isinstance(source, dict) else str(source)
+    config = with_settings(read_hf_config(source), model, where)
+    return checked(parse_architecture(config, where, model.implementation))

@@ -28,6 +28,11 @@ sent."""
 _NAMESPACES = ("c10d", "c10d_functional", "_c10d_functional", "_dtensor")
 
 
+_GROUPED = tuple(
+    getattr(torch.ops.aten, name) for name in ("_grouped_mm", "_scaled_grouped_mm") if hasattr(torch.ops.aten, name)
+)
+
+
 class Collective(NamedTuple):
     """The key of one kind of collective."""
 
@@ -75,6 +80,8 @@ class WorkCounter:
         packet = getattr(operator, "_overloadpacket", None)
         if operator.namespace == "torch_attn":
             self._count_attention(operator, args)
+        elif packet in _GROUPED:
+            self.flops += _grouped_flops(args[0], args[1], result)
         elif packet in flop_registry:
             # PyTorch counts all pairs of positions; attention is causal, and its kernels skip half of them.
             share = 0.5 if "attention" in operator._schema.name else 1
@@ -117,6 +124,17 @@ class WorkCounter:
         return tuple(
             axis for axis, indices in zip(AXES, zip(*places, strict=True), strict=True) if len(set(indices)) > 1
         )
+
+
+def _grouped_flops(one: Tensor, other: Tensor, result: Tensor) -> float:
+    """Return the operations of products of matrices in groups of rows (or columns) of unequal size.
+
+    Every row of a matrix of rows is multiplied by one matrix. If the result has a matrix for each group, the groups
+    divide the dimension of the sum.
+    """
+    if result.dim() == 3 and one.dim() == other.dim() == 2:
+        return 2.0 * one.shape[0] * one.shape[1] * other.shape[1]
+    return 2.0 * result.numel() * one.shape[-1]
 
 
 def sent_bytes(kind: str, size: float, ranks: int) -> float:

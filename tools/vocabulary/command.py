@@ -31,7 +31,7 @@ from .token_list import read_list, texts_of
 from .tokenizer_json import BpeJson
 from .unigram_json import UnigramJson
 from .vocabulary import ExtensibleTokenizer, Extension, NewToken, Wanted
-from .weights import ExtendedVocabulary, choose_rows, open_model, write_weights
+from .weights import ExtendedVocabulary, choose_rows, open_model, require_known_tables, write_weights
 
 _BATCH = 256
 _MEASURED_CHARACTERS = 1 << 26
@@ -63,6 +63,7 @@ def extend(options: ExtendOptions, say: Callable[[str], None] = print) -> None:
     require_separate([Use("--model", model.folder)], folders=[Use(f"--output {output}", output)])
     old = load_tokenizer(_tokenizer_path(model))
     tokenizer, notes = open_tokenizer(model.assets.files, old.file)
+    require_known_tables(model, options.model)
     rows = model.architecture.vocab_size
     if tokenizer.first_id > rows:
         raise UserError(

@@ -49,6 +49,21 @@ def open_model(name: str) -> StoredModel:
     return open_hf(name, find_model_folder(name, "--model"))
 
 
+def require_known_tables(model: StoredModel, name: str) -> None:
+    """Refuse a model with another tensor than embedding and head that has a row for each token.
+
+    Raises:
+        UserError: names the tensor.
+    """
+    rows, tables = model.architecture.vocab_size, model.architecture.tables
+    for tensor, stored in model.parameters.tensors.items():
+        if stored.shape[:1] == (rows,) and tensor not in tables:
+            raise UserError(
+                f"--model {name}: {tensor} also has a row for each of the {rows:,} tokens, and only "
+                f"{' and '.join(tables)} can get new ones; train this {model.architecture.model_type} model with its own vocabulary"
+            )
+
+
 def choose_rows(rows: int, first_id: int, num_tokens: int, multiple_of: int | None) -> tuple[int, str]:
     """Return the number of rows of the new embedding, and a line with the reason.
 

@@ -17,6 +17,7 @@ from ..config_keys import HARMLESS
 from .config_keys import account_for_keys, unread_keys
 from .library import Parts, find_parts, library_attention, library_config, meta_library_model
 from .stored_names import float32_tensors, stored_pieces, unused_tensors
+from .tiny import with_num_blocks
 
 DocumentMode = Literal["packed", "one_by_one", "library_attention"]
 """How the documents of a batch are kept apart: by our attention; by computing each block one document at a time, with
@@ -74,6 +75,12 @@ class TransformersArchitecture(Architecture):
     def head_name(self) -> str:
         """See :class:`Architecture`."""
         return self.names[1]
+
+    def shortened(self, num_layers: int) -> TransformersArchitecture:
+        """See :class:`Architecture`. Its blocks are spread evenly over those of this model."""
+        config = library_config(dict(self.config), self.model_type).to_dict()
+        short = parse_transformers_architecture(with_num_blocks(config, num_layers), self.model_type, self.reason)
+        return replace(short, documents=self.documents, remark=self.remark)
 
     def unread_keys(self, config: dict[str, Any]) -> list[str]:
         """See :class:`Architecture`."""

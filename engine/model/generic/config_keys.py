@@ -62,7 +62,8 @@ def _is_for_others(key: str, names: frozenset[str]) -> bool:
 
 
 def _unread(config: dict[str, Any], made: Any) -> list[str]:
-    names, source = _names(made), _source(made.__class__)
+    config_class: Any = type(made)
+    names, source = _names(made), _source(config_class)
     candidates = [key for key in config if key not in names and key not in HARMLESS]
     return [key for key in candidates if not _occurs(key, source) and not _is_consumed(key, config, made)]
 
@@ -101,5 +102,5 @@ def _names(made: Any) -> frozenset[str]:
         if dataclasses.is_dataclass(each):
             declared |= {field.name for field in dataclasses.fields(each)}
         elif "__init__" in vars(each):  # of older versions of transformers
-            declared |= set(inspect.signature(each).parameters)
+            declared |= set(inspect.signature(vars(each)["__init__"]).parameters)
     return frozenset(declared)

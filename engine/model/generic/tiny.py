@@ -43,6 +43,8 @@ _SIZES: dict[str, int] = {
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_global_key_value_heads")
 _QUERY_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _NUM_BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers")
+"""Number of blocks without experts at the beginning."""
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -51,9 +53,21 @@ def tiny_config(config: Mapping[str, Any]) -> dict[str, Any]:
     count = next((config[key] for key in _NUM_BLOCKS if _is_number(config.get(key))), 0)
     chosen = _blocks_of_all_kinds(config, count)
     heads = next((config[key] for key in _QUERY_HEADS if _is_number(config.get(key))), 0)
-    tiny = {key: _shrunk(key, value, count, chosen, heads) for key, value in config.items()}
+    tiny = {key: _shrunk(key, _of_blocks(value, count, chosen), heads) for key, value in config.items()}
     tiny |= {key: len(chosen) for key in _NUM_BLOCKS if _is_number(config.get(key))}
+    if kinds := config.get("attention_types"):  # [[kinds, repetitions], ...]
+        tiny["attention_types"] = [[kinds[0][0], len(chosen) // len(kinds[0][0])]]
     return {**tiny, **_consistent(tiny)}
+
+
+def with_num_blocks(config: Mapping[str, Any], num_blocks: int) -> dict[str, Any]:
+    """Return ``config``, all settings of a model by name, with ``num_blocks`` of its blocks at equal distances."""
+    before = next(config[key] for key in _NUM_BLOCKS if _is_number(config.get(key)))
+    chosen = [index * before // num_blocks for index in range(num_blocks)]
+    fewer = {key: _of_blocks(value, before, chosen) for key, value in config.items()}
+    fewer |= {key: num_blocks for key in _NUM_BLOCKS if _is_number(config.get(key))}
+    first = {key: config[key] for key in _FIRST_DENSE if _is_number(config.get(key))}
+    return {**fewer, **{key: sum(index < dense for index in chosen[1:]) for key, dense in first.items()}}
 
 
 def _blocks_of_all_kinds(config: Mapping[str, Any], count: int) -> list[int]:
@@ -76,18 +90,20 @@ def _by_number(settings: dict[Any, Any]) -> dict[int, Any]:
     return {int(key): value for key, value in settings.items()}
 
 
-def _shrunk(key: str, value: Any, count: int, chosen: list[int], heads: int) -> Any:
-    again = lambda name, item: _shrunk(name, item, count, chosen, heads)  # noqa: E731
-    if isinstance(value, dict):
-        blocks = _by_number(value)
-        if not blocks:
-            return value
-        some = {place: blocks[number] for place, number in enumerate(chosen) if number in blocks}
-        return {place: {name: again(name, item) for name, item in block.items()} for place, block in some.items()}
+def _of_blocks(value: Any, count: int, chosen: list[int]) -> Any:
+    """Return a setting for the ``chosen`` ones of ``count`` blocks only."""
     if isinstance(value, (list, tuple)) and value and len(value) == count:
-        return [again(key.removesuffix("_per_layer"), value[number]) for number in chosen]
-    if key == "attention_types":  # [[kinds, repetitions], ...]
-        return [[value[0][0], len(chosen) // len(value[0][0])]] if value else value
+        return [value[number] for number in chosen]
+    blocks = _by_number(value) if isinstance(value, dict) else {}
+    return {place: blocks[number] for place, number in enumerate(chosen) if number in blocks} if blocks else value
+
+
+def _shrunk(key: str, value: Any, heads: int) -> Any:
+    """Return a setting of a model with ``heads`` query heads, with tiny sizes."""
+    if isinstance(value, dict) and _by_number(value):
+        return {number: {name: _shrunk(name, item, heads) for name, item in value[number].items()} for number in value}
+    if isinstance(value, list) and key not in _TOKENS:
+        return [_shrunk(key.removesuffix("_per_layer"), item, heads) for item in value]
     if key in _TOKENS:
         return value % VOCABULARY if _is_number(value) else None if value is None else 0
     if not _is_number(value):
