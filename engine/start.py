@@ -16,12 +16,12 @@ from .data.renamed_sources import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
 from .guards.background import run_in_background
+from .model.architecture import Architecture
 from .model.attention_choice import choose_attention
 from .model.changed_config import with_settings
 from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
 from .model.generic.remote_code import register_remote_code
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
-from .model.language_model import Architecture
 from .model.wrappers import text_config_of
 from .optim import allocate_states
 from .parallel import build, fsdp, trainable

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..engine.batch import Batch
 from ..engine.errors import UserError
+from ..engine.model.architecture import Architecture
 from ..engine.model.attention_choice import choose_for_model
 from ..engine.model.config_file import CONFIG_FILE, read_hf_config
 from ..engine.model.implementations import parse_architecture
-from ..engine.model.language_model import Architecture, LanguageModel
+from ..engine.model.language_model import LanguageModel
 from ..engine.model.wrappers import text_config_of
 from ..engine.tokenizer.frame import ids_of
 from ..engine.weights.checkpoint.assets import ASSET_FOLDER

@@ -172,10 +172,12 @@ class Settings:
                 return {}
             # Imported here, because the parser is also used without a model.
             from ..model.config_file import read_hf_config
-            from ..model.config_keys import unread_keys
+            from ..model.implementations import unread_keys
 
             content = read_hf_config(expand_path(child, name))
-            unread = unread_keys(content)  # published files may have such keys, a run's configuration may not
+            unread = unread_keys(
+                content, str(child)
+            )  # published files may have such keys, a run's configuration may not
             without = f", without its unused keys: {', '.join(unread)}" if unread else ""
             self.notes.append(f"--{key} changes one entry of what {child} holds{without}")
             return {entry: value for entry, value in content.items() if entry not in unread}

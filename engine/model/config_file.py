@@ -9,7 +9,6 @@ from typing import Any
 
 from ..errors import UserError
 from ..files.regular import read_regular
-from .config_keys import require_known_keys
 from .config_reader import shown
 
 CONFIG_FILE = "config.json"
@@ -30,15 +29,12 @@ _TOO_DEEP = f"nested more than {_DEEPEST} levels deep; a Hugging Face config.jso
 def read_hf_config(source: dict[str, Any] | str | Path) -> dict[str, Any]:
     """Return the raw ``config.json`` of a dictionary, a file, or a folder that holds one.
 
-    A dictionary comes from a run's configuration, not from a published file, so unknown keys are errors.
-
     Raises:
         UserError: the file cannot be read, or is not a JSON object.
     """
     if isinstance(source, dict):
         if _is_deeper(source, _DEEPEST):
             raise UserError(f"{INLINE}: {_TOO_DEEP}")
-        require_known_keys(source, INLINE)
         return source
     path = Path(source)
     try:

@@ -11,9 +11,8 @@ file may contain keys for other programs, so there it only gets a note.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import UserError
 from .config_reader import ConfigReader, shown
@@ -76,7 +75,6 @@ _NORMALLY_ON = """
     causal gated_mlp is_causal scale_attn_weights swiglu use_glu use_gqa use_rms_norm use_rmsnorm use_rope use_rotary
     use_rotary_embeddings use_swiglu
 """
-_SCALED = "scaled or capped embeddings or logits"
 _NORMALLY_OFF_BY_KIND = {
     "a mixture of experts": """
         enable_moe_block first_k_dense_replace is_moe mlp_layer_types mlp_only_layers n_routed_experts n_shared_experts
@@ -104,7 +102,7 @@ _NORMALLY_OFF_BY_KIND = {
         qk_norm_type qkv_bias residual_gate_temperature rms_norm_bias rms_norm_offset use_bias use_parallel_residual
         use_post_norm use_qk_layernorm use_qk_norm use_qkv_bias use_sandwich_norm
     """,
-    _SCALED: """
+    "scaled or capped embeddings or logits": """
         embedding_scale final_logit_softcapping logit_softcapping logits_soft_cap mup_enabled scale_depth
         scale_embedding scale_embeddings swiglu_alpha swiglu_limit swiglu_limits use_mup
     """,
@@ -158,8 +156,6 @@ _FORGIVABLE = dict.fromkeys(_LENGTH_NAMES.split(), "max_position_embeddings")
 
 _ONE, _ON = frozenset(_MULTIPLIERS.split()), frozenset(_NORMALLY_ON.split())
 _OFF = {key: kind for kind, keys in _NORMALLY_OFF_BY_KIND.items() for key in keys.split()}
-_SCALARS = _ONE | {key for key, kind in _OFF.items() if kind == _SCALED}
-"""Factors and caps of single operations."""
 _NEARLY_EQUAL = 0.9
 """Threshold of difflib's ratio: matches ``rope_thetta`` and ``tie_word_embedding``, but not
 ``sliding_window_pattern``."""
@@ -190,28 +186,10 @@ def account_for_keys(config: dict[str, Any], where: str, model_type: str) -> Non
             continue
         if key in others:
             _refuse_other_name(reader, key, value, renamed.get(others[key], others[key]))
-        elif _is_foreign(key):
-            if not _is_neutral(key, value, model_type):
-                reader.fail(key, value, _foreign_remedy(key, model_type))
-        elif value is not None and (near := _near(key, read, _NEARLY_EQUAL)):
-            reader.fail(key, value, f"unknown setting; did you mean {near}?")
-
-
-def refuse_unread_scalars(config: dict[str, Any], where: str, code: str) -> None:
-    """Refuse factors and caps that the code of a model does not know, for models outside of the table of families.
-
-    Args:
-        config: content of a ``config.json``.
-        where: names it in errors.
-        code: text of the model's implementation in transformers, which ignores unknown keys.
-
-    Raises:
-        UserError: names the first such key.
-    """
-    reader, model_type = ConfigReader(config, where), str(config.get("model_type"))
-    for key, value in config.items():
-        if key in _SCALARS and not _is_neutral(key, value, model_type) and not re.search(rf"\b{key}\b", code):
-            reader.fail(key, value, _foreign_remedy(key, model_type))
+        elif foreign_kind(key) is not None:
+            refuse_foreign(reader, key, model_type)
+        else:
+            refuse_misspelt(reader, key, read)
 
 
 def unread_keys(config: dict[str, Any]) -> list[str]:
@@ -228,18 +206,39 @@ def require_known_keys(config: dict[str, Any], where: str) -> None:
     """
     family = READ | _known_in_family(config)
     unknown = [key for key in config if key not in family and (not _is_known(key) or key in OTHER_NAMES)]
-    if not unknown:
-        return
+    if unknown:
+        refuse_unknown(unknown, family, where)
+
+
+def refuse_unknown(unknown: list[str], names: frozenset[str], where: str) -> NoReturn:
+    """Refuse keys, each with the nearest of the known ``names``.
+
+    Raises:
+        UserError: names all of them.
+    """
     hints = []
     for key in unknown[:_MOST_NAMED]:
-        near = OTHER_NAMES.get(key) or _FORGIVABLE.get(key) or _near(key, family, _SIMILAR)
+        other = OTHER_NAMES.get(key) or _FORGIVABLE.get(key)
+        near = other if other in names else _near(key, names, _SIMILAR)
         hints.append(f"{shown(key)} (did you mean {near}?)" if near else shown(key))
     raise UserError(f"{where}: unknown settings: {_list(hints, len(unknown))}; correct or remove them")
 
 
-def describe_unread(config: dict[str, Any], where: str) -> list[str]:
-    """Return a note that names the keys of :func:`unread_keys`, if there are any."""
-    keys = unread_keys(config)
+def refuse_misspelt(reader: ConfigReader, key: Any, names: Iterable[str]) -> None:
+    """Refuse a key with a value whose name is nearly one of ``names``."""
+    value = reader.config[key]
+    if value is not None and (near := _near(key, names, _NEARLY_EQUAL)):
+        reader.fail(key, value, f"unknown setting; did you mean {near}?")
+
+
+def refuse_foreign(reader: ConfigReader, key: str, model_type: str) -> None:
+    """Refuse a key of other models unless its value means what ``model_type`` does anyway."""
+    if not _is_neutral(key, reader.config[key], model_type):
+        reader.fail(key, reader.config[key], _foreign_remedy(key, model_type))
+
+
+def describe_unread(keys: list[str], where: str) -> list[str]:
+    """Return a note that names unread keys, if there are any."""
     if not keys:
         return []
     named = _list([shown(key) for key in keys[:_MOST_NAMED]], len(keys))
@@ -257,14 +256,19 @@ def _list(named: list[str], count: int) -> str:
     return ", ".join(named) + (f" and {count - len(named)} more" if count > len(named) else "")
 
 
-def _is_foreign(key: str) -> bool:
-    return key in _OFF or key in _ONE or key in _ON or key.startswith(tuple(_PREFIXES))
+def foreign_kind(key: Any) -> str | None:
+    """Return what a key of other models sets; empty if its name says that, None if it is in no table."""
+    if not isinstance(key, str):  # YAML has other types of keys as well
+        return None
+    if key in _OFF:
+        return _OFF[key]
+    if key in _ONE or key in _ON:
+        return ""
+    return next((kind for prefix, kind in _PREFIXES.items() if key.startswith(prefix)), None)
 
 
 def _is_known(key: Any) -> bool:
-    if not isinstance(key, str):  # YAML has other types of keys as well
-        return False
-    return key in READ or key in HARMLESS or key in OTHER_NAMES or _is_foreign(key)
+    return key in READ or key in HARMLESS or key in OTHER_NAMES or foreign_kind(key) is not None
 
 
 def _is_neutral(key: str, value: Any, model_type: str) -> bool:
@@ -279,10 +283,10 @@ def _is_neutral(key: str, value: Any, model_type: str) -> bool:
 
 
 def _foreign_remedy(key: str, model_type: str) -> str:
-    kind = _OFF.get(key) or next((kind for prefix, kind in _PREFIXES.items() if key.startswith(prefix)), None)
+    kind = foreign_kind(key)
     reason = f" ({kind})" if kind else ""
     return (
-        f"the {model_type} decoder has no such setting{reason} and would compute something else; remove the key if the "
+        f"{model_type} models have no such setting{reason} and would compute something else; remove the key if the "
         "model does not need it"
     )
 

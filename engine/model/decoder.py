@@ -29,8 +29,9 @@ from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ..batch import Batch
+from .architecture import LayerRange
 from .families import DecoderArchitecture
-from .language_model import Attend, LanguageModel, LayerRange
+from .language_model import Attend, LanguageModel
 from .rope_settings import DynamicScaling, RopeSettings, growth_exponents, inverse_frequencies
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
+from .architecture import Architecture, Implementation, Piece
 from .config_file import INLINE
-from .config_keys import account_for_keys
+from .config_keys import account_for_keys, require_known_keys, unread_keys
 from .config_reader import ConfigReader
 from .config_reader import NotNative as NotNative  # raised here; the reader of keys defines it
 from .family_table import FAMILIES, BlockNorms, Family, NormKind, QkNorm
-from .language_model import Architecture, Implementation, Piece
 from .layer_pattern import rotary_layers, sliding_windows
 from .rope_settings import RopeSettings, read_rope
 from .stored_names import stored_pieces
@@ -119,6 +119,10 @@ class DecoderArchitecture(Architecture):
         options = {} if self.logit_softcap is None else {"logit_softcap": self.logit_softcap}
         return options if self.logit_scale == 1.0 else {**options, "logit_scale": self.logit_scale}
 
+    def unread_keys(self, config: dict[str, Any]) -> list[str]:
+        """See :class:`Architecture`."""
+        return unread_keys(config)
+
     def stored_pieces(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
         """See :class:`Architecture`."""
         return stored_pieces(FAMILIES[self.model_type], shapes, self.head_dim)
@@ -134,6 +138,8 @@ def parse_decoder_architecture(config: dict[str, Any], where: str = INLINE) -> D
     model_type = ConfigReader(config, where).choice("model_type", tuple(FAMILIES))
     family = FAMILIES[model_type]
     _refuse_quantized(ConfigReader(config, where))
+    if where == INLINE:  # from a run's configuration, not from a published file
+        require_known_keys(config, where)
     account_for_keys(config, where, model_type)
     reader = ConfigReader({**family.defaults, **config}, where)
     _refuse_unimplemented(reader, family)

@@ -17,6 +17,7 @@ from ..data.source import Source
 from ..data.truncation import count_truncated
 from ..model.config_keys import describe_unread
 from ..model.dtypes import DTYPES
+from ..model.wrappers import text_config_of
 from ..optim.local import local_part
 from ..parallel import trainable
 from ..parallel.launcher import launcher_notes
@@ -39,9 +40,10 @@ def describe_start(run: Run) -> list[str]:
     assert start.assets.config is not None
     was, layout, given = start.resumed_from, run.mesh.layout._asdict(), config.model.architecture
     validation = next(iter(catalog.validation), None)
+    text, _ = text_config_of(start.assets.config)
     return [
         *(describe_changes(was, config, layout, catalog.fingerprints) if was else []),
-        *(describe_unread(start.assets.config, given) if isinstance(given, str) else []),
+        *(describe_unread(start.architecture.unread_keys(text), given) if isinstance(given, str) else []),
         *notes(config, catalog, start.assets),
         *data_notes(catalog, run.order, last_sample),
         *(f"note: {line}" for line in [*_budget_used(run), *without_effect(_situation(run))]),

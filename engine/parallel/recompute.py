@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..config.settings import ParallelConfig
+from ..model.architecture import Architecture
 from ..model.families import DecoderArchitecture
-from ..model.language_model import Architecture, LanguageModel
+from ..model.language_model import LanguageModel
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
 _ATTENTIONS = (

@@ -61,7 +61,7 @@ def check_same_logits(config: dict[str, Any]) -> None:
     state = model.state_dict()
     if theirs.tie_word_embeddings:
         del state["lm_head.weight"]
-    decoder = Decoder(parse_decoder_architecture(config))
+    decoder = Decoder(parse_decoder_architecture(config, "config.json"))
     decoder.load_state_dict(state, strict=True)
     tokens = torch.arange(40) * 7 % 61
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_configs_of_other_architectures_are_no_llama(other: str) -> None:
 def test_unknown_keys_are_errors_inline_and_notes_in_a_file(tmp_path: Path) -> None:
     config = config_of("llama", {"num_kv_heads": 2, "rope_thetta": 1e6, "tie_word_embedding": True, "zzz": 1, 7: 2})
     with pytest.raises(UserError) as caught:
-        read_hf_config(config)
+        parse_decoder_architecture(config)
     assert str(caught.value).startswith("model.architecture: ") and "zzz, 7;" in str(caught.value)
     for wrong, right in (
         ("num_kv_heads", "num_key_value_heads"),
@@ -233,8 +233,8 @@ def test_unknown_keys_are_errors_inline_and_notes_in_a_file(tmp_path: Path) -> N
     published = {**config_of("llama", {}), "dual_chunk_attention_config": {"chunk_size": 8}, "seq_length": 9}
     (tmp_path / "config.json").write_text(json.dumps(published))
     read = read_hf_config(tmp_path)
-    parse_decoder_architecture(read)
-    assert describe_unread(read, "x") == [
+    architecture = parse_decoder_architecture(read, "config.json")
+    assert describe_unread(architecture.unread_keys(read), "x") == [
         "note: x has keys without effect, which are not read: dual_chunk_attention_config, seq_length"
     ]
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ...errors import UserError
+from ..architecture import Architecture, Implementation, Piece
 from ..changed_config import dropouts
-from ..config_keys import HARMLESS, refuse_unread_scalars
-from ..language_model import Architecture, Implementation, Piece
-from .library import Parts, find_parts, library_attention, library_code, library_config, meta_library_model
+from ..config_file import INLINE
+from ..config_keys import HARMLESS
+from .config_keys import account_for_keys, unread_keys
+from .library import Parts, find_parts, library_attention, library_config, meta_library_model
 from .stored_names import float32_tensors, stored_pieces, unused_tensors
 
 DocumentMode = Literal["packed", "one_by_one", "library_attention"]
@@ -73,6 +75,10 @@ class TransformersArchitecture(Architecture):
         """See :class:`Architecture`."""
         return self.names[1]
 
+    def unread_keys(self, config: dict[str, Any]) -> list[str]:
+        """See :class:`Architecture`."""
+        return unread_keys(config, library_config(config, self.model_type))
+
     def stored_pieces(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
         """See :class:`Architecture`."""
         return stored_pieces(_parts(json.dumps(dict(self.config), default=str)).model, shapes, self.model_type)
@@ -98,8 +104,8 @@ class TransformersArchitecture(Architecture):
 
         how = f"; {_DESCRIBED[self.documents]}: {self.remark}" if self.documents != "packed" else ""
         return (
-            f"transformers {transformers.__version__}, without tensor and pipeline parallelism{how} (native does not "
-            f"apply: {self.reason})"
+            f"transformers {transformers.__version__}, without tensor and pipeline parallelism, because {self.reason}"
+            f"{how}"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def parse_transformers_architecture(config: dict[str, Any], where: str, reason: 
         UserError: transformers cannot compute it, or we cannot train what it computes.
     """
     made = library_config(config, where)
-    refuse_unread_scalars(config, where, library_code(made))
+    account_for_keys(config, made, where, inline=where == INLINE)
     for key, value in dropouts(config, where).items():
         raise UserError(
             f"{where}: {key} is {value:g}; dropout is not implemented: set model.dropout to 0 to train without it"

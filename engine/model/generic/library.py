@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,13 +71,6 @@ def library_config(config: dict[str, Any], where: str) -> Any:
             f"{transformers.__version__}; name a model that generates text"
         )
     return made
-
-
-def library_code(config: Any) -> str:
-    """Return the text of the modules of transformers that define the configuration and the model of this type."""
-    folder = Path(inspect.getfile(type(config))).parent
-    paths = (path for kind in ("configuration", "modeling") for path in sorted(folder.glob(f"{kind}_*.py")))
-    return "\n".join(path.read_text("utf-8") for path in paths)
 
 
 def _with_floats(value: Any) -> Any:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...model.architecture import Architecture
 from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.config_keys import describe_unread
 from ...model.implementations import Requested, meta_model, parse_architecture
-from ...model.language_model import Architecture
 from ...model.wrappers import names_in_wrapper, text_config_of, with_vocab_size
 from ..block_copy import BLOCK_BYTES
 from ..checkpoint.tensors import describe_difference
@@ -102,7 +102,7 @@ def open_hf_model(
     published, layout = tensors.published(), tensors.layout
     parameters = layout.parameters(published)
     _require_floats(published.tensors, folder)
-    unread = [] if text_config_of(config)[1] else describe_unread(config, CONFIG_FILE)
+    unread = describe_unread(architecture.unread_keys(text_config_of(config)[0]), CONFIG_FILE)
     notes = [*unread, *tensors.notes, *_notes_on_ignored(config, architecture, weights)]
     names, carried = tensors.names, tensors.carried
     return HfModel(config, architecture, weights, layout, published, parameters, notes, names, carried, left_out)
