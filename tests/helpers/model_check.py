@@ -51,10 +51,7 @@ EPS = 1e-5
 AXES = ("replicate", "context", "tensor", "pipeline")
 """Of a layout, besides shard."""
 TOLERANCE = 1e-5
-"""Of losses, relative."""
-LOGITS_TOLERANCE = 1e-4
-"""Of logits after five steps of AdamW, relative to their norm. Where gradients are small, its updates magnify rounding:
-with another attention of its own, transformers gives logits for gemma4_text that differ by 6e-5. Most have 1e-6."""
+"""Of losses, relative; and of logits, relative to their norm."""
 IGNORED = -100
 REFUSED = "refused.txt"
 
@@ -226,17 +223,24 @@ def _configuration(path: Path, run_folder: Path, *overrides: str) -> RunConfig:
 # The reference: a loop with transformers alone
 
 
-def load(folder: Path, **options: Any) -> Any:
-    """Load a folder with transformers, in fp32 and with its plainest attention."""
+def load(folder: Path, attention: str = "eager", **options: Any) -> Any:
+    """Load a folder with transformers, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention, **options)
 
 
 def train_reference(path: Path, folder: Path) -> None:
-    """Train the model with transformers on the same documents, each alone; save its losses and the model."""
+    """Train the model with transformers; save its losses, and the logits of the trained model."""
+    losses, logits = trained_by_transformers(path, folder, "eager")
+    (folder / "reference.json").write_text(json.dumps(losses))
+    torch.save(logits, folder / "logits.pt")
+
+
+def trained_by_transformers(path: Path, folder: Path, attention: str) -> tuple[list[float], Tensor]:
+    """Train the model with transformers on the same documents, each alone; its losses, and logits of the result."""
     config = parse_config(["--config", str(path)])
-    model = load(folder / "model").train()
+    model = load(folder / "model", attention).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _adamw(parameters, config)
     chunks, losses = json.loads((folder / "chunks.json").read_text()), []
@@ -249,8 +253,7 @@ def train_reference(path: Path, folder: Path) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    (folder / "reference.json").write_text(json.dumps(losses))
-    torch.save(logits_of(model), folder / "logits.pt")
+    return losses, logits_of(model)
 
 
 def _adamw(parameters: list[Tensor], config: RunConfig) -> torch.optim.Optimizer:
@@ -333,10 +336,27 @@ def examine_export(folder: Path) -> None:
     model, problems = load(export, output_loading_info=True)
     assert not any(problems.values()), problems
     expected, actual = torch.load(folder / "logits.pt"), logits_of(model)
-    error = ((actual - expected).norm() / expected.norm()).item()
+    error = _relative(actual, expected)
     _note(folder, logits_error=error)
-    assert error <= LOGITS_TOLERANCE, f"logits of the export differ from those of transformers' model by {error:.1e}"
+    if error > TOLERANCE:
+        _require_rounding(folder, error, expected)
     convert_there_and_back(original, folder)
+
+
+def _require_rounding(folder: Path, error: float, expected: Tensor) -> None:
+    """Refuse an error of logits that is larger than what rounding causes.
+
+    Where gradients are small, the updates of AdamW magnify rounding. So the loop of transformers with another attention
+    of its own gives other logits, too: for gemma4_unified_text they differ by 4e-4, and as much from those of a loop in
+    float64.
+    """
+    _, other = trained_by_transformers(folder / "run.yaml", folder, "sdpa")
+    rounding = _relative(other, expected)
+    assert error <= 2 * rounding, f"logits of the export differ from those of transformers' model by {error:.1e}"
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def convert_there_and_back(original: Path, folder: Path) -> None:

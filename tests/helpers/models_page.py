@@ -35,6 +35,9 @@ def row_of(found: Checked) -> Row:
 
 
 def _one_line(text: str) -> str:
+    """Return the reason of a refusal: that of transformers, if both implementations have one."""
+    native, separator, library = text.partition("; transformers ")
+    text = f"transformers {library}" if separator else native
     return " ".join(text.replace("|", "/").split())[:200]
 
 
