@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 
 from ...engine.config.settings import ModelConfig
 from ...engine.errors import UserError
-from ...engine.model.changed_config import with_settings
-from ...engine.model.config_file import INLINE, read_hf_config
-from ...engine.model.implementations import checked, parse_architecture
+from ...engine.model.implementations import checked
 from ...engine.model.language_model import Architecture
-from ...engine.weights.hugging_face.config_source import architecture_source
+from ...engine.weights.hugging_face.config_source import configured_architecture
 from .gpus import GiB, Gpu, describe_gpu, find_gpu
 
 RESERVE = 4 * GiB
@@ -121,12 +119,9 @@ class PlanOptions:
 
 
 def read_architecture(model: ModelConfig) -> Architecture:
-    """Return the architecture of a run. No weights are read; for a model on the Hub, only ``config.json`` is downloaded.
+    """Return the architecture of a run, without its weights: see :func:`configured_architecture`.
 
     Raises:
         UserError: the model has no config, or cannot be trained.
     """
-    source = architecture_source(model)
-    where = INLINE if isinstance(source, dict) else str(source)
-    config = with_settings(read_hf_config(source), model, where)
-    return checked(parse_architecture(config, where, model.implementation))
+    return checked(configured_architecture(model))

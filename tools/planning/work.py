@@ -81,7 +81,7 @@ class WorkCounter:
         if operator.namespace == "torch_attn":
             self._count_attention(operator, args)
         elif packet in _GROUPED:
-            self.flops += _grouped_flops(*args[:2], result)
+            self.flops += _grouped_flops(args[0], args[1], result)
         elif packet in flop_registry:
             # PyTorch counts all pairs of positions; attention is causal, and its kernels skip half of them.
             share = 0.5 if "attention" in operator._schema.name else 1

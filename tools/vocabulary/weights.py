@@ -59,8 +59,9 @@ def require_known_tables(model: StoredModel, name: str) -> None:
     for tensor, stored in model.parameters.tensors.items():
         if stored.shape[:1] == (rows,) and tensor not in tables:
             raise UserError(
-                f"--model {name}: {tensor} also has a row for each of the {rows:,} tokens, and only {' and '.join(tables)} "
-                f"can get new ones; train this {model.architecture.model_type} model with its own vocabulary"
+                f"--model {name}: {tensor} also has a row for each of the {rows:,} tokens, and only "
+                f"{' and '.join(tables)} can get new ones; train this {model.architecture.model_type} model with its "
+                "own vocabulary"
             )
 
 

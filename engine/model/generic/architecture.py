@@ -14,8 +14,8 @@ from ..config_keys import HARMLESS
 from ..language_model import Architecture, Implementation, Piece
 from .config_keys import account_for_keys, unread_keys
 from .library import Parts, find_parts, library_attention, library_config, meta_library_model
-from .tiny import with_num_blocks
 from .stored_names import float32_tensors, stored_pieces, unused_tensors
+from .tiny import with_num_blocks
 
 DocumentMode = Literal["packed", "one_by_one", "library_attention"]
 """How the documents of a batch are kept apart: by our attention; by computing each block one document at a time, with
