@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # Tests compare with its files. Installed without its dependencies, which are large and not needed for that.
 ORACLE := megatron-core==0.16.1
 
-.PHONY: help setup demo test test-slow faults gpu-check lint types docs format clean
+.PHONY: help setup demo test test-slow check-models faults gpu-check lint types docs format clean
 
 help:
 	@echo "make demo       the main job on real text, on this machine, in some minutes"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the long runs that make test leaves out"
+	@echo "make check-models  each model type against transformers: train, resume, export; TYPES=olmo2 checks one"
 	@echo "make faults     kills, full disks, damaged files and more against real runs: 200 cases, an hour or less"
 	@echo "make gpu-check PART=1 (then PART=2)  kernels and steps on a CUDA machine, beside the peers installed there"
 	@echo "make lint       ruff, format check and mypy (make types: mypy only)"
@@ -40,6 +41,11 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Writes docs/models.md if all types are checked.
+TYPES ?= --all --write-docs
+check-models: setup
+	$(BIN)/python tests/models/check.py $(TYPES)
 
 # What goes wrong is left in the folder fault_report, with the logs; --only repeats single cases.
 CASES ?= 200

@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from retemper.benchmarks.report import table
+from retemper.engine.model.architecture import Architecture
 from retemper.engine.model.implementations import parse_architecture
-from retemper.engine.model.language_model import Architecture
 from retemper.engine.observe.flops import flops_per_token
 from retemper.engine.parallel.layout import Layout
 

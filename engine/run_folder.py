@@ -10,7 +10,7 @@ from .. import __version__
 from .config.settings import RunConfig, to_dict, to_yaml
 from .errors import UserError
 from .guards.run_guards import UnreadableData
-from .model.language_model import Architecture
+from .model.architecture import Architecture
 from .observe.console import Console
 from .parallel.process_group import Ranks
 from .run import Run

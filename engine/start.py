@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +16,12 @@ from .data.renamed_sources import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
 from .guards.background import run_in_background
+from .model.architecture import Architecture
 from .model.attention_choice import choose_attention
 from .model.changed_config import with_settings
 from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
 from .model.generic.remote_code import register_remote_code
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
-from .model.language_model import Architecture
 from .model.wrappers import text_config_of
 from .optim import allocate_states
 from .parallel import build, fsdp, trainable
@@ -160,6 +161,14 @@ def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple
     Raises:
         UserError: on every rank, if the start is missing or damaged.
     """
+    config, found = _find(config, ranks, store)
+    if config.model.trust_remote_code:
+        # On one rank first: transformers copies the code to a folder that ranks share, and imports it there.
+        ranks.run_on_rank0(lambda: _register_code(config.model, found.folder))
+    return config, found
+
+
+def _find(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple[RunConfig, StartFolder]:
     resume_from = store.resolve(config.resume)
     if resume_from is not None:
         folder, manifest = resume_from
@@ -208,7 +217,7 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
         assets = with_dtype(assets, dtypes_of(weights.parameters.tensors, weights.architecture.float32_tensors))
     assert assets.config is not None
     if config.checkpoint.export_hf:
-        declared_dtype(text_config_of(assets.config)[0], where)  # in which the end of the run exports the weights
+        _require_exportable(assets.config, assets, where)
     if weights is not None:
         return HuggingFaceStart(assets, weights.architecture, folder, weights=weights)
     if folder is None:
@@ -217,6 +226,17 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     parts, resumed_from = open_tensors(folder), found.manifest if found.resumes else None
     architecture = architecture_of_tensors(assets.config, where, parts.tensors, model.implementation)
     return CheckpointStart(assets, architecture, folder, resumed_from, parts=parts)
+
+
+def _require_exportable(config: dict[str, Any], assets: HfAssets, where: str) -> None:
+    """Refuse now what the export at the end of the run would refuse."""
+    declared_dtype(text_config_of(config)[0], where)  # in which it writes the weights
+    carried = Carried.in_checkpoint(assets, Path(where).parent.parent)
+    if carried is not None:
+        try:
+            carried.open()
+        except UserError as error:
+            raise UserError(f"checkpoint.export_hf: {error}") from None
 
 
 def _register_code(model: ModelConfig, folder: str | None) -> Path | None:

@@ -102,10 +102,9 @@ def train_step(
         guards.before_update()
         step_unless(optimizer, guards.should_skip(loss, grad_norm))
         optimizer.zero_grad(set_to_none=True)
-        allocate_states(optimizer)  # of parameters that have no gradient: a checkpoint has the states of all
     else:
         loss = grad_norm = torch.full((), math.nan)
         guards.without_targets()
-        allocate_states(optimizer)  # a checkpoint needs them even before the first update
+    allocate_states(optimizer)  # a checkpoint needs those of all parameters, also of those without an update
     guards.begin_phase("other")
     return StepResult(loss, grad_norm, learning_rate, num_targets > 0)

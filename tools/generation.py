@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ..engine.batch import Batch
 from ..engine.errors import UserError
+from ..engine.model.architecture import Architecture
 from ..engine.model.attention_choice import choose_for_model
 from ..engine.model.config_file import CONFIG_FILE, read_hf_config
 from ..engine.model.implementations import architecture_of_tensors, checked, parse_architecture
-from ..engine.model.language_model import Architecture, LanguageModel
+from ..engine.model.language_model import LanguageModel
+from ..engine.model.wrappers import text_config_of
 from ..engine.tokenizer.frame import ids_of
 from ..engine.weights.checkpoint.assets import ASSET_FOLDER
 from ..engine.weights.checkpoint.manifest import MANIFEST_FILE, read_manifest
@@ -100,7 +102,7 @@ class TextGenerator:
                 "with --bos"
             )
         self.stop_ids = _stop_ids(config, assets) | document_end
-        self.context: int | None = config.get("max_position_embeddings")
+        self.context: int | None = text_config_of(config)[0].get("max_position_embeddings")
         """Maximum number of tokens of the model, if its config has it."""
         weights_dtype = dtype_named(dtype) or declared_dtype(config, str(where)) or torch.float32
         load = _checkpoint_decoder if is_checkpoint else _hf_decoder

@@ -23,8 +23,8 @@ from ...engine.config.settings import DataConfig, RunConfig, SourceConfig
 from ...engine.data.loader import Prefetcher
 from ...engine.errors import UserError
 from ...engine.guards.run_guards import RunGuards
+from ...engine.model.architecture import Architecture
 from ...engine.model.dtypes import DTYPES
-from ...engine.model.language_model import Architecture
 from ...engine.observe.flops import Trainable, named_peak, training_flops
 from ...engine.observe.start_summary import describe_start
 from ...engine.parallel.process_group import Ranks

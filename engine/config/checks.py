@@ -46,6 +46,7 @@ RANGES = {
     "data.prefetch_steps": _FROM_1,
     "data.validation_fraction": _SHARE,
     "model.rope.factor": _FROM_1,
+    "model.dropout": Range("0, or null", lambda value: value == 0),
     "training.train_tokens": _FROM_1,
     "training.warmup_tokens": _FROM_0,
     "training.sequence_length": _FROM_1,

@@ -7,8 +7,8 @@ import torch
 from ...kernels.attention import BACKENDS, PER_DOCUMENT, Choice, UnusableBackend, choose_attention_backend
 from ..config.settings import RunConfig
 from ..errors import UserError
+from .architecture import Architecture
 from .dtypes import DTYPES
-from .language_model import Architecture
 
 
 def choose_attention(config: RunConfig, architecture: Architecture, device: torch.device) -> Choice:

@@ -29,8 +29,9 @@ from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ..batch import Batch
+from .architecture import LayerRange
 from .families import DecoderArchitecture
-from .language_model import Attend, LanguageModel, LayerRange
+from .language_model import Attend, LanguageModel
 from .rope_settings import DynamicScaling, RopeSettings, growth_exponents, inverse_frequencies
 
 
@@ -126,6 +127,18 @@ class Rotation(NamedTuple):
     query_scale_T: Tensor | None
     """Factor of the queries by position; None: one."""
 
+    def rotate(self, q_TND: Tensor, k_TKD: Tensor, rope: RopeSettings) -> tuple[Tensor, Tensor]:
+        """Return queries and keys turned by their positions."""
+        dtype = q_TND.dtype
+        if rope.in_fp32:
+            q_TND, k_TKD = q_TND.float(), k_TKD.float()
+        q_TND, k_TKD = apply_rope_to_pair(q_TND, k_TKD, self.cos_TR, self.sin_TR, rope.interleaved)
+        if rope.in_fp32:
+            q_TND, k_TKD = q_TND.to(dtype), k_TKD.to(dtype)
+        if self.query_scale_T is not None:
+            q_TND = q_TND * self.query_scale_T[:, None, None].to(dtype)
+        return q_TND, k_TKD
+
 
 class Backbone(nn.Module):
     """Embeddings, blocks and the final norm, or the part of them that belongs to some of the layers."""
@@ -179,7 +192,7 @@ class Block(nn.Module):
         self._residual_scale = architecture.residual_scale
         # In the order of the computation, which is also that of the parameters.
         self._add_norm(architecture, self._names.before_attention)
-        self.self_attn = Attention(architecture, architecture.sliding_windows[number])
+        self.self_attn = Attention(architecture, number)
         self._add_norm(architecture, self._names.after_attention)
         self._add_norm(architecture, self._names.before_mlp)
         self.mlp = FeedForward(architecture)
@@ -214,10 +227,10 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention. Queries and keys may be normalized, then rotate by their positions."""
 
-    def __init__(self, architecture: DecoderArchitecture, window: int | None):
+    def __init__(self, architecture: DecoderArchitecture, number: int):
         super().__init__()
         self.head_dim = architecture.head_dim
-        self.window = window
+        self.window, self.rope = architecture.sliding_windows[number], architecture.ropes[number]
         hidden, bias = architecture.hidden_size, architecture.qkv_bias
         query_width = architecture.num_attention_heads * self.head_dim
         key_width = architecture.num_key_value_heads * self.head_dim
@@ -226,7 +239,6 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, key_width, bias=bias)
         self.o_proj = nn.Linear(query_width, hidden, bias=architecture.output_bias)
         self._full_norm = architecture.qk_norm == "full"
-        self._interleaved = any(rope is not None and rope.interleaved for rope in architecture.ropes)
         widths = (query_width, key_width) if self._full_norm else (self.head_dim, self.head_dim)
         self.q_norm, self.k_norm = (
             Norm(architecture, width) if architecture.qk_norm else nn.Identity() for width in widths
@@ -239,10 +251,8 @@ class Attention(nn.Module):
         q, k, v = (projection(hidden_TH) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q_TND, k_TKD = self._heads(q, self.q_norm), self._heads(k, self.k_norm)
         v_TKD = v.unflatten(-1, (-1, self.head_dim))
-        if rotation is not None:
-            q_TND, k_TKD = apply_rope_to_pair(q_TND, k_TKD, rotation.cos_TR, rotation.sin_TR, self._interleaved)
-            if rotation.query_scale_T is not None:
-                q_TND = q_TND * rotation.query_scale_T[:, None, None].to(q_TND.dtype)
+        if rotation is not None and self.rope is not None:
+            q_TND, k_TKD = rotation.rotate(q_TND, k_TKD, self.rope)
         mixed_TND = self.attend(
             q_TND,
             k_TKD,

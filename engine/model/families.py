@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
+from .architecture import Architecture, Implementation, Piece
 from .config_file import INLINE
 from .config_keys import account_for_keys, require_known_keys, unread_keys
 from .config_reader import ConfigReader
 from .config_reader import NotNative as NotNative  # raised here; the reader of keys defines it
 from .family_table import FAMILIES, BlockNorms, Family, NormKind, QkNorm
-from .language_model import Architecture, Implementation, Piece
 from .layer_pattern import rotary_layers, sliding_windows
 from .rope_settings import RopeSettings, read_rope
 from .stored_names import stored_pieces

@@ -103,6 +103,8 @@ class Family:
     partial_rotary_key: str = "partial_rotary_factor"
     rope_interleaved: bool = False
     """Whether dimension 2i rotates with 2i + 1, and not i with i + half."""
+    rope_in_fp32: bool = False
+    """Whether queries and keys rotate in fp32."""
     rope_types: tuple[str, ...] = ()
     """The rotary types; empty: all."""
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -185,6 +187,7 @@ FAMILIES: dict[str, Family] = {
         default_norm_eps=1e-5,
         norms=_POST,
         qk_norm="full",
+        rope_in_fp32=True,
     ),
     "olmo3": Family(
         defaults={"max_position_embeddings": 2048, "sliding_window": 4096},
@@ -196,6 +199,7 @@ FAMILIES: dict[str, Family] = {
         windows="periodic",
         full_attention_every=4,
         rope="by_layer_type",
+        rope_in_fp32=True,
         rope_theta=5e5,
         window_rope_theta=5e5,
     ),

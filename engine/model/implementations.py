@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
+from .architecture import Architecture, LayerRange
 from .config_file import CONFIG_FILE, INLINE, read_hf_config
 from .config_reader import NotNative
-from .decoder import Decoder
 from .families import DecoderArchitecture, parse_decoder_architecture
-from .language_model import Architecture, LanguageModel, LayerRange
+from .family_table import FAMILIES
 from .wrappers import TEXT_CONFIG, text_config_of
+
+if TYPE_CHECKING:
+    from .language_model import LanguageModel
 
 Requested = Literal["auto", "native", "transformers"]
 """``model.implementation``."""
@@ -62,7 +63,8 @@ def parse_architecture(config: dict[str, Any], where: str = INLINE, requested: R
     except NotNative as error:
         if requested == "native":
             raise UserError(f"{error}; or set {SETTING} to transformers") from None
-        reason = str(error).removeprefix(f"{where}: ")
+        known = config.get("model_type") in FAMILIES
+        reason = str(error).removeprefix(f"{where}: ") if known else "the native decoder has no such family"
         try:
             return _transformers_architecture(config, where, reason)
         except UserError as refusal:
@@ -112,6 +114,10 @@ def _transformers_architecture(config: dict[str, Any], where: str, reason: str) 
 def meta_model(architecture: Architecture, layers: LayerRange | None = None) -> LanguageModel:
     """Return the model, or the part of it with ``layers``, on the meta device: without values."""
     if isinstance(architecture, DecoderArchitecture):
+        import torch
+
+        from .decoder import Decoder
+
         with torch.device("meta"):
             return Decoder(architecture, layers)
     from .generic.architecture import TransformersArchitecture

@@ -182,6 +182,8 @@ class RopeSettings:
     """Number of dimensions of a head that rotate, the first ones."""
     interleaved: bool = False
     """Whether dimension 2i rotates with 2i + 1, and not i with i + dim / 2."""
+    in_fp32: bool = False
+    """Whether queries and keys rotate in fp32, and are rounded once; otherwise cosine and sine are rounded first."""
     scaling: Scaling | None = None
     query_growth: float = 0.0
     """Queries are multiplied by ``1 + query_growth * log(1 + floor(position / query_period))``."""
@@ -280,7 +282,7 @@ class _Rope:
         if self.family.grows_queries:
             growth = nested.number(_QUERY_GROWTH, or_zero=True)
             period = self._original_length(nested)
-        return RopeSettings(theta, dim, self.family.rope_interleaved, scaling, growth, period)
+        return RopeSettings(theta, dim, self.family.rope_interleaved, self.family.rope_in_fp32, scaling, growth, period)
 
     def _kind(self, nested: ConfigReader) -> str:
         """Return ``rope_type``, or ``type``, its former name."""

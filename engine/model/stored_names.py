@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .architecture import Piece
 from .family_table import Family
-from .language_model import Piece
 
 
 def stored_pieces(family: Family, shapes: Mapping[str, tuple[int, ...]], head_dim: int) -> dict[str, list[Piece]]:

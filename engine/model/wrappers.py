@@ -12,12 +12,9 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-
 from ..errors import UserError
+from .architecture import Piece
 from .config_file import CONFIG_FILE
-from .generic.stored_names import stored_pieces
-from .language_model import Piece
 
 TEXT_CONFIG = "text_config"
 _TIE = "tie_word_embeddings"
@@ -85,6 +82,8 @@ def _names(config_json: str) -> dict[str, tuple[str, ...]]:
     Raises:
         UserError: it is divided into other tensors there.
     """
+    from .generic.stored_names import stored_pieces
+
     config = json.loads(config_json)
     text, wrapper = _meta_text(text_config_of(config)[0]), _meta_wrapper(config)
     inner, outer = _shapes(text), _shapes(wrapper)
@@ -157,6 +156,7 @@ def _library_config(config: dict[str, Any]) -> Any:
 
 
 def _meta_text(text_config: dict[str, Any]) -> Any:
+    import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -169,6 +169,8 @@ def _meta_wrapper(config: dict[str, Any]) -> Any:
     made = _library_config(config)
     known = [getattr(transformers, name, None) for name in config.get("architectures") or ()]
     classes = (transformers.AutoModelForMultimodalLM, transformers.AutoModelForImageTextToText)
+    import torch
+
     with torch.device("meta"):
         if known and known[0] is not None:
             return known[0]._from_config(made)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..model.language_model import Architecture
+from ..model.architecture import Architecture
 
 _DENSE_BF16_PEAKS = {
     # NVIDIA datasheets, dense bf16 with fp32 accumulation, SXM parts unless named otherwise, in FLOP/s.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..config.settings import RunConfig
-from ..model.language_model import Architecture
+from ..model.architecture import Architecture
 from ..parallel.process_group import Ranks
 from ..schedule import BatchPlan, Progress
 from ..step import StepResult

@@ -10,10 +10,11 @@ import torch
 from ...kernels.attention import Choice as AttentionChoice
 from ..config.settings import RunConfig
 from ..errors import UserError
+from ..model.architecture import Architecture, LayerRange
 from ..model.decoder import Decoder
 from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
-from ..model.language_model import Architecture, LanguageModel, LayerRange
+from ..model.language_model import LanguageModel
 from . import compile as block_compile
 from . import context, float8, fsdp, pipeline, recompute, tensor, trainable
 from .forward_backward import BatchPreparer, ForwardBackward, ModelParts, NonPipelined

@@ -18,7 +18,8 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from ..config.settings import ParallelConfig
 from ..errors import UserError
-from ..model.language_model import Architecture, LanguageModel
+from ..model.architecture import Architecture
+from ..model.language_model import LanguageModel
 
 
 def check(architecture: Architecture, config: ParallelConfig, sequence_length: int) -> None:

@@ -14,8 +14,8 @@ import torch
 
 from ..config.settings import RunConfig
 from ..errors import UserError
+from ..model.architecture import Architecture
 from ..model.dtypes import DTYPES
-from ..model.language_model import Architecture
 from .layout import plan_layout
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

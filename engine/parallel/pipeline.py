@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from ..batch import Batch
 from ..config.settings import ParallelConfig, RunConfig
 from ..errors import UserError
-from ..model.language_model import Architecture, LanguageModel, LayerRange
+from ..model.architecture import Architecture, LayerRange
+from ..model.language_model import LanguageModel
 from . import fsdp
 from .forward_backward import BatchPreparer, counted_once
 

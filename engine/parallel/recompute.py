@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..config.settings import ParallelConfig
+from ..model.architecture import Architecture
+from ..model.families import DecoderArchitecture
 from ..model.language_model import LanguageModel
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
@@ -44,20 +46,26 @@ def apply(model: LanguageModel, config: ParallelConfig) -> None:
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if config.recompute == "selective":
             num_linear = sum(isinstance(module, nn.Linear) for module in block.modules())
-            options["context_fn"] = functools.partial(_selective_contexts, num_linear)
+            num_kept = num_linear if _reads_last_product(model.architecture) else num_linear - 1
+            options["context_fn"] = functools.partial(_selective_contexts, num_kept)
         block.forward = functools.partial(checkpoint, block.forward, **options)
 
 
-def _selective_contexts(num_linear: int) -> tuple[Any, Any]:
+def _reads_last_product(architecture: Architecture) -> bool:
+    """Return whether the backward pass of a block reads the result of its last linear layer: if a norm follows it."""
+    return isinstance(architecture, DecoderArchitecture) and architecture.block_norms.after_mlp is not None
+
+
+def _selective_contexts(num_kept: int) -> tuple[Any, Any]:
     """Return the contexts of one forward pass and of its recomputation."""
-    return create_selective_checkpoint_contexts(_keep_products(num_linear))
+    return create_selective_checkpoint_contexts(_keep_products(num_kept))
 
 
-def _keep_products(num_linear: int) -> Callable[..., CheckpointPolicy]:
-    """Return the policy of one forward pass of a block with ``num_linear`` linear layers.
+def _keep_products(num_kept: int) -> Callable[..., CheckpointPolicy]:
+    """Return the policy of one forward pass of a block.
 
-    It stores the outputs of matrix products and attention, which cost most to compute. The last product is not stored,
-    because the block's backward pass does not read it.
+    It stores the outputs of the first ``num_kept`` matrix products and of attention, which cost most to compute. The
+    last product of most blocks is not stored, because their backward pass does not read it.
     """
     products = 0
 
@@ -65,7 +73,7 @@ def _keep_products(num_linear: int) -> Callable[..., CheckpointPolicy]:
         nonlocal products
         name = operator.name().partition(".")[0]
         products += name in _MATMULS
-        keep = name in _ATTENTIONS or (name in _MATMULS and products < num_linear)
+        keep = name in _ATTENTIONS or (name in _MATMULS and products <= num_kept)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy

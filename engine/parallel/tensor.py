@@ -28,9 +28,9 @@ from torch.distributed.tensor.placement_types import Placement
 from ...kernels.linear_cross_entropy import linear_cross_entropy
 from ..config.settings import RunConfig
 from ..errors import UserError
+from ..model.architecture import Architecture
 from ..model.decoder import Decoder, Norm
 from ..model.families import DecoderArchitecture
-from ..model.language_model import Architecture
 
 TOKENS = 0
 """The dimension of tokens in every activation; there is no batch dimension."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..config.settings import RunConfig, TrainingConfig
 from ..errors import UserError
-from ..model.language_model import Architecture, LanguageModel
+from ..model.architecture import Architecture
+from ..model.language_model import LanguageModel
 
 
 def check(config: RunConfig) -> None:

@@ -59,7 +59,7 @@ def pickle_only(folder: Path) -> None:
 
 
 def stranger(folder: Path) -> None:
-    edit_json(folder / "config.json", lambda config: config.update(model_type="gpt_neox"))
+    edit_json(folder / "config.json", lambda config: config.update(model_type="t5"))
 
 
 def index_outside(folder: Path) -> None:
@@ -121,7 +121,7 @@ def folder_for_weights(folder: Path) -> None:
         (quantized, [HEAD, "int8", "dequantized"]),
         (truncated, [SINGLE, "truncated"]),
         (pickle_only, ["pytorch_model.bin", "safetensors"]),
-        (stranger, ["config.json: model_type is 'gpt_neox'", "qwen3"]),
+        (stranger, ["config.json: model_type", "t5"]),
         (index_outside, [INDEX, "../model.safetensors"]),
         (index_missing_file, ["model-00001-of-00002.safetensors: missing"]),
         (lambda folder: (folder / SINGLE).unlink(), ["neither", INDEX, SINGLE]),

@@ -21,9 +21,9 @@ from tiny_models import FAMILIES, TOKENIZER, assert_refused, edit_json, read_fol
 import retemper
 from retemper.checkpoint_convert import dcp_to_hf, hf_to_dcp
 from retemper.engine.errors import UserError
-from retemper.engine.model.decoder import Decoder
+from retemper.engine.model.families import DecoderArchitecture
 from retemper.engine.model.implementations import meta_model
-from retemper.engine.model.language_model import Architecture
+from retemper.engine.model.language_model import LanguageModel
 from retemper.engine.weights import block_copy
 from retemper.engine.weights.checkpoint.assets import TOKENIZER_FILES
 from retemper.engine.weights.checkpoint.manifest import read_manifest, write_manifest
@@ -212,18 +212,27 @@ def test_logits_are_compared_with_transformers(saved_models: dict[str, Path], tm
         assert measured["argmax_agreement"] == 1 and measured["sequence_lengths"] == [7, 33, 64]
 
 
-@pytest.mark.parametrize("change", [{"rope_theta": 500.0}, {"rms_norm_eps": 0.1}], ids=str)
+def with_theta(architecture: DecoderArchitecture) -> DecoderArchitecture:
+    ropes = tuple(rope and dataclasses.replace(rope, theta=500.0) for rope in architecture.ropes)
+    return dataclasses.replace(architecture, ropes=ropes)
+
+
+def with_norm_eps(architecture: DecoderArchitecture) -> DecoderArchitecture:
+    return dataclasses.replace(architecture, norm_eps=0.1)
+
+
+@pytest.mark.parametrize("change", [with_theta, with_norm_eps])
 def test_a_model_that_is_not_the_same_is_refused(
     saved_models: dict[str, Path],
     tmp_path: Path,
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
-    change: dict[str, float],
+    change: Callable[[DecoderArchitecture], DecoderArchitecture],
 ) -> None:
     convert_there(saved_models["qwen3"], tmp_path / "checkpoint")
 
-    def other(architecture: Architecture) -> Decoder:
-        return meta_model(dataclasses.replace(architecture, **change))
+    def other(architecture: DecoderArchitecture) -> LanguageModel:
+        return meta_model(change(architecture))
 
     monkeypatch.setattr(logits, "meta_model", other)
     for module, *source in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -69,7 +70,8 @@ def _finish(processes: list[Any], logs: list[Path], code: int) -> None:
         process.kill()
         process.join()
     if found != code:
-        raise AssertionError(f"ended with {found} instead of {code}: {logs[first].read_text()[-3000:]}")
+        said = logs[first].read_text()[-3000:] if logs[first].exists() else "it did not start"
+        raise AssertionError(f"ended with {found} instead of {code}: {said}")
 
 
 def _call(log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -78,6 +80,7 @@ def _call(log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    gc.freeze()  # collections then skip what the server has imported
     tqdm.set_lock(threading.RLock())  # its own one between processes would outlive a process that is killed
     code = 0
     try:

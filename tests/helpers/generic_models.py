@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from retemper.engine.batch import Batch
 from retemper.engine.config.settings import DataConfig, ParallelConfig, RunConfig, TrainingConfig
+from retemper.engine.model.architecture import Architecture
 from retemper.engine.model.attention_choice import choose_attention
 from retemper.engine.model.implementations import checked, parse_architecture
-from retemper.engine.model.language_model import Architecture
 from retemper.engine.parallel import build, fsdp
 from retemper.engine.parallel.forward_backward import ForwardBackward, ModelParts
 from retemper.engine.parallel.layout import plan_layout

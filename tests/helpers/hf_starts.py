@@ -76,7 +76,7 @@ def train_from_hub(ranks: Ranks, path: Path, overrides: list[str], copy: str) ->
     asked: list[tuple] = []
     moments: list[float] = []
 
-    def download(name: str, key: str, revision: str | None) -> Path:
+    def download(name: str, key: str, revision: str | None, check: object) -> Path:
         assert key == "model.initialize_from"
         asked.append((name, revision))
         moments.append(time.monotonic())

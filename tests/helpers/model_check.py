@@ -46,9 +46,15 @@ SAVED = 3
 """The step of the checkpoint that the killed run leaves behind."""
 LENGTH, GLOBAL_BATCH = 48, 4
 TOKENS_PER_STEP = LENGTH * GLOBAL_BATCH
+EPS = 1e-5
+"""Of AdamW. With its usual 1e-8, gradients that are nothing but rounding would change weights by whole steps."""
 AXES = ("replicate", "context", "tensor", "pipeline")
 """Of a layout, besides shard."""
 TOLERANCE = 1e-5
+"""Of losses, relative."""
+LOGITS_TOLERANCE = 1e-4
+"""Of logits after five steps of AdamW, relative to their norm. Where gradients are small, its updates magnify rounding:
+with another attention of its own, transformers gives logits for gemma4_text that differ by 6e-5. Most have 1e-6."""
 IGNORED = -100
 REFUSED = "refused.txt"
 
@@ -93,7 +99,7 @@ def check(context: ForkServerContext, model_type: str, folder: Path, implementat
         problem = str(error)
     refused, facts = folder / REFUSED, {}
     if refused.exists():
-        facts, problem = {"refusal": refused.read_text()}, ""
+        facts, problem = {"refusal": refused.read_text().replace(f"{folder}/", "")}, ""
     for file in sorted(folder.glob("facts*.json")):
         facts |= json.loads(file.read_text())
     return Checked(model_type, problem, seconds=time.monotonic() - began, **facts)
@@ -147,7 +153,7 @@ def write_run(folder: Path, implementation: str) -> Path:
             "micro_batch_size": GLOBAL_BATCH // 2,
             "precision": "fp32",
         },
-        "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4},
+        "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "eps": EPS},
         "parallel": {"shard": 2},
         "checkpoint": {"save_interval": SAVED, "export_hf": True},
         "logging": {"tensorboard": False},
@@ -329,7 +335,7 @@ def examine_export(folder: Path) -> None:
     expected, actual = torch.load(folder / "logits.pt"), logits_of(model)
     error = ((actual - expected).norm() / expected.norm()).item()
     _note(folder, logits_error=error)
-    assert error <= TOLERANCE, f"logits of the export differ from those of transformers' model by {error:.1e}"
+    assert error <= LOGITS_TOLERANCE, f"logits of the export differ from those of transformers' model by {error:.1e}"
     convert_there_and_back(original, folder)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from model_check import Checked
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
-DOCUMENTS = {"packed": "packed", "one_by_one": "one at a time", "library_attention": "one at a time, its attention"}
+DOCUMENTS = {"packed": "packed", "one_by_one": "one at a time", "library_attention": "one at a time, own attention"}
 """Words of the table for ``TransformersArchitecture.documents``."""
 _HEADER = "| model_type | implementation | documents | axes |\n|---|---|---|---|\n"
 _ROW = re.compile(r"^\| `([\w.-]+)` \| (.*?) \| (.*?) \| (.*?) \|$", re.MULTILINE)

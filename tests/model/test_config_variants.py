@@ -22,6 +22,7 @@ from retemper.engine.model.config_keys import describe_unread, unread_keys
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.model.families import parse_decoder_architecture
 from retemper.engine.model.family_table import FAMILIES
+from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.model.rope_settings import inverse_frequencies
 
 SHAPE: dict[str, Any] = {
@@ -277,3 +278,25 @@ def test_the_length_of_a_family_stands_in_for_the_original_one() -> None:
     theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"].from_dict(copy.deepcopy(config)))
     ours = torch.tensor(inverse_frequencies(parse_decoder_architecture(config).ropes[0]))
     torch.testing.assert_close(ours, theirs.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "native", "transformers"])
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"logits_scaling": 8.0}),
+        ("mistral", {"embedding_multiplier": 2}),
+        ("qwen2", {"final_logit_softcapping": 30.0}),
+    ],
+)
+def test_factors_that_the_model_does_not_know_are_refused_everywhere(
+    family: str, change: dict[str, Any], implementation: Any
+) -> None:
+    """transformers keeps them in the config and ignores them."""
+    with pytest.raises(UserError, match=next(iter(change))):
+        parse_architecture(config_of(family, change), "x", implementation)
+
+
+def test_factors_that_the_model_knows_are_read_by_transformers() -> None:
+    config = config_of("granite", {"logits_scaling": 8.0, "attention_multiplier": 0.1})
+    assert parse_architecture(config, "x", "transformers").implementation == "transformers"

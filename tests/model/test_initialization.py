@@ -42,6 +42,16 @@ def test_norms_are_one_and_biases_zero(changes):
         assert torch.equal(value, torch.full_like(value, 1.0 if name.endswith("norm.weight") else 0.0)), name
 
 
+@pytest.mark.parametrize(("family", "center"), [("gemma2", 0.0), ("gpt_neox", 1.0)])
+def test_norms_that_add_one_are_zero(family, center):
+    """Of a norm that scales by one plus the weight; biases of norms are zero as all others."""
+    parameters = initialized(0, model_type=family, mlp_bias=None, attention_bias=False, num_key_value_heads=4)
+    norms = {name: value for name, value in parameters.items() if "norm." in name}
+    assert len(norms) == {"gemma2": 2 * 4 + 1, "gpt_neox": 2 * (2 * 2 + 1)}[family]
+    for name, value in norms.items():
+        assert torch.equal(value, torch.full_like(value, center if name.endswith("weight") else 0.0)), name
+
+
 def test_matrices_are_normal_with_the_configured_width():
     for name, value in initialized(0).items():
         if value.ndim == 1:

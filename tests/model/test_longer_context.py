@@ -9,14 +9,17 @@ from typing import Any
 import parity_run
 import pytest
 import torch
+from converting import convert_back
 from family_models import FULL, SHAPE, SLIDING
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from retemper.engine import pretrain
+from retemper.engine.batch import Batch
 from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RopeConfig
 from retemper.engine.errors import UserError
+from retemper.engine.model.decoder import Decoder
 from retemper.engine.model.families import parse_decoder_architecture
 from retemper.engine.model.longer_context import with_rope
 from retemper.engine.model.rope_settings import inverse_frequencies
@@ -111,3 +114,24 @@ def test_checkpoints_keep_the_scaling_and_resume_with_it(one_rank, tmp_path: Pat
     assert resumed.start.architecture.ropes == parse_decoder_architecture(kept).ropes
     with pytest.raises(UserError, match=r"model\.architecture differs"):
         pretrain.build(parse_config(["--config", str(path)]), one_rank)
+
+
+def test_a_published_model_is_lengthened_and_exported(one_rank, saved_models, tmp_path: Path) -> None:
+    path = parity_run.write_run(tmp_path, parity_run.Model("llama", False, True))
+    folder = saved_models["qwen2-tied"]
+    options = ["--model.architecture", "null", "--model.initialize_from", str(folder)]
+    options += ["--model.rope.kind", "yarn", "--model.rope.factor", "4", "--checkpoint.export_hf", "true"]
+    parity_run.run_until(one_rank, path, options, 4)
+    resumed = pretrain.build(parse_config(["--config", str(path), *options]), one_rank)
+    assert resumed.progress.step == 3
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
+    convert_back(checkpoint, tmp_path / "hf")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    assert exported.config.max_position_embeddings == 4 * 64
+    assert exported.config.rope_parameters["rope_type"] == "yarn"
+    decoder = Decoder(resumed.start.architecture)
+    decoder.load_state_dict({name: exported.state_dict()[name] for name in decoder.state_dict()})
+    tokens = torch.arange(90) * 7 % 97
+    with torch.no_grad():
+        expected, actual = exported(tokens[None]).logits[0], decoder.logits(Batch.of_documents(tokens, [90]))
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()

@@ -13,12 +13,16 @@ from model_table import TYPES, VOCAB_SIZE, tiny_config, tiny_model
 from torch import Tensor
 
 from retemper.engine.batch import Batch
-from retemper.engine.model.implementations import meta_model
+from retemper.engine.model.implementations import checked, meta_model
 from retemper.engine.model.language_model import LanguageModel
 from retemper.engine.weights.hugging_face.initial import load_hf_tensors, open_weights
 from retemper.kernels.attention import PER_DOCUMENT
 
-QUICK = ("llama", "mistral", "qwen2", "qwen3")
+QUICK = (
+    *("llama", "gpt_neox", "gemma3_text", "phi3", "cohere2", "granite"),  # native
+    *("gpt2", "deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "phimoe", "qwen3_moe"),
+    *("bloom", "falcon_h1", "glm_moe_dsa", "qwen3_next", "recurrent_gemma", "zaya"),  # not packed
+)
 LENGTHS = (20, 1, 31, 12)
 """Shorter and longer than the windows of 8 tokens."""
 CPU = torch.device("cpu")
@@ -35,7 +39,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def ours(folder: Path) -> LanguageModel:
     """Our model with the weights of ``folder``."""
     weights = open_weights(folder)
-    model = meta_model(weights.architecture).materialize(CPU)
+    model = meta_model(checked(weights.architecture)).materialize(CPU)
     load_hf_tensors(weights, _detached(model), distributed=False)
     return model
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from retemper.engine.config.parser import parse_config
+from retemper.engine.model.architecture import Architecture, LayerRange
 from retemper.engine.model.implementations import meta_model, parse_architecture
-from retemper.engine.model.language_model import Architecture, LayerRange
 from retemper.engine.parallel.pipeline import cut_layers, stage_numbers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "megatron_configs"

@@ -52,9 +52,9 @@ class Watch(TorchDispatchMode):
         return sum(size for reference, size in self._storages.values() if not reference.expired())
 
 
-def kept_and_repeated(mode: str, every: int = 1) -> tuple[int, Counter]:
+def kept_and_repeated(mode: str, every: int = 1, **changes) -> tuple[int, Counter]:
     """Bytes that are alive between forward and backward pass, and how often the backward pass ran each operator."""
-    model = decoder(mode, every)
+    model = decoder(mode, every, **changes)
     with Watch() as forward:
         loss = model(BATCH)
         kept = forward.bytes_alive()
@@ -63,7 +63,9 @@ def kept_and_repeated(mode: str, every: int = 1) -> tuple[int, Counter]:
     return kept, backward.counts
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2"}, {"attention_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"model_type": "qwen2"}, {"attention_bias": True}, {"model_type": "olmo2"}], ids=str
+)
 @pytest.mark.parametrize(("mode", "every"), [("selective", 1), ("full", 1), ("selective", 2), ("full", 3)])
 def test_gradients_are_bitwise_the_same(mode, every, changes):
     expected = gradients(decoder("none", **changes), BATCH)
@@ -95,7 +97,7 @@ def test_the_last_product_of_a_block_is_not_kept(monkeypatch):
     """Only the residual sum reads it, and the sum is kept as the next block's input."""
     kept, _ = kept_and_repeated("selective")
     policy = recompute._keep_products
-    monkeypatch.setattr(recompute, "_keep_products", lambda num_linear: policy(num_linear + 1))
+    monkeypatch.setattr(recompute, "_keep_products", lambda num_kept: policy(num_kept + 1))
     with_last, _ = kept_and_repeated("selective")
     tokens, hidden, fp32, blocks = len(BATCH.tokens), 32, 4, 4
     assert with_last - kept == blocks * tokens * hidden * fp32
@@ -111,6 +113,12 @@ def test_selective_repeats_no_product_and_no_attention():
     assert full[torch.ops.aten.mm] == none[torch.ops.aten.mm] + 6 * 4
     assert selective[torch.ops.aten.rsqrt] == full[torch.ops.aten.rsqrt] == 4 * 4
     assert none[torch.ops.aten.rsqrt] == 0
+
+
+def test_selective_repeats_no_product_of_a_block_with_a_norm_at_its_end():
+    olmo = {"model_type": "olmo2"}
+    repeated = [kept_and_repeated(mode, **olmo)[1][torch.ops.aten.mm] for mode in ("none", "selective", "full")]
+    assert repeated[0] == repeated[1] == repeated[2] - 7 * 4
 
 
 def test_every_second_block_repeats_half():

@@ -97,3 +97,11 @@ def test_layouts_that_do_not_fit_the_model(shape, two_ranks, path):
     options = ["--model.architecture", architecture(**changes), f"--parallel.{axis}", "2"]
     for message in two_ranks.run(refusal, path, options):
         assert f"parallel.{axis} {expected}" in message
+
+
+def test_positions_that_depend_on_the_length_of_a_document(two_ranks, path):
+    dynamic = architecture(max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    options = ["--model.architecture", dynamic, "--parallel.context", "2"]
+    for message in two_ranks.run(refusal, path, options):
+        assert "parallel.context 2 with training.sequence_length 32" in message
+        assert "above 16 tokens" in message

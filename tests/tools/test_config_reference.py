@@ -68,9 +68,9 @@ def test_numbers_have_a_range_or_are_checked_with_other_settings():
     assert numbers == RANGES.keys() | CHECKED_WITH_OTHER_SETTINGS
 
 
-def with_value(key: str, value: float) -> RunConfig:
-    section, _, name = key.rpartition(".")
-    return replace(RUN, **({section: replace(getattr(RUN, section), **{name: value})} if section else {name: value}))
+def with_value(key: str, value: float, settings: Any = RUN) -> Any:
+    first, _, rest = key.partition(".")
+    return replace(settings, **{first: with_value(rest, value, getattr(settings, first)) if rest else value})
 
 
 @pytest.mark.parametrize("key", [key for key in RANGES if "[]" not in key])

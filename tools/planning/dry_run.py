@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ...engine.batch import Batch
 from ...engine.config.settings import RunConfig
-from ...engine.model.language_model import Architecture, LayerRange
+from ...engine.model.architecture import Architecture, LayerRange
 from ...engine.optim import allocate_states, build_optimizer
 from ...engine.optim.adamw import CompactAdamW
 from ...engine.parallel.build import Choices, build_model, materialize_empty

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...engine.config.settings import RunConfig
-from ...engine.model.language_model import Architecture
+from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
 from ...engine.parallel.layout import Layout
 from ...engine.schedule import plan_batches

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ...engine.config.settings import RunConfig
-from ...engine.model.language_model import Architecture
+from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
 from ...engine.parallel.layout import Layout
 from ...engine.schedule import BatchPlan, plan_batches

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from ...engine.config.settings import ModelConfig
 from ...engine.errors import UserError
+from ...engine.model.architecture import Architecture
 from ...engine.model.implementations import checked
-from ...engine.model.language_model import Architecture
 from ...engine.weights.hugging_face.config_source import configured_architecture
 from .gpus import GiB, Gpu, describe_gpu, find_gpu
 

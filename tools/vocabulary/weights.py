@@ -60,8 +60,8 @@ def require_known_tables(model: StoredModel, name: str) -> None:
         if stored.shape[:1] == (rows,) and tensor not in tables:
             raise UserError(
                 f"--model {name}: {tensor} also has a row for each of the {rows:,} tokens, and only "
-                f"{' and '.join(tables)} can get new ones; train this {model.architecture.model_type} model with its "
-                "own vocabulary"
+                f"{' and '.join(tables)} can get new ones; train this {model.architecture.model_type} model with "
+                "its own vocabulary"
             )
 
 

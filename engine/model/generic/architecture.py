@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ...errors import UserError
+from ..architecture import Architecture, Implementation, Piece
 from ..changed_config import dropouts
 from ..config_file import INLINE
 from ..config_keys import HARMLESS
-from ..language_model import Architecture, Implementation, Piece
 from .config_keys import account_for_keys, unread_keys
 from .library import Parts, find_parts, library_attention, library_config, meta_library_model
 from .stored_names import float32_tensors, stored_pieces, unused_tensors
@@ -86,9 +88,7 @@ class TransformersArchitecture(Architecture):
 
     def stored_pieces(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
         """See :class:`Architecture`."""
-        config = library_config(dict(self.config), self.model_type)
-        model = meta_library_model(config, library_attention(config))
-        return stored_pieces(model, shapes, self.model_type)
+        return stored_pieces(_parts(json.dumps(dict(self.config), default=str)).model, shapes, self.model_type)
 
     @property
     def unused_tensors(self) -> tuple[str, ...]:
@@ -111,8 +111,8 @@ class TransformersArchitecture(Architecture):
 
         how = f"; {_DESCRIBED[self.documents]}: {self.remark}" if self.documents != "packed" else ""
         return (
-            f"transformers {transformers.__version__}, without tensor and pipeline parallelism{how} (native does not "
-            f"apply: {self.reason})"
+            f"transformers {transformers.__version__}, without tensor and pipeline parallelism, because {self.reason}"
+            f"{how}"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -135,11 +135,17 @@ def parse_transformers_architecture(config: dict[str, Any], where: str, reason: 
             f"{where}: {key} is {value:g}; dropout is not implemented: set model.dropout to 0 to train without it"
         )
     try:
-        parts = find_parts(meta_library_model(made, library_attention(made)))
-        return replace(_facts(config, made, parts), reason=reason)
+        return replace(_facts(config, made, _parts(json.dumps(config, default=str))), reason=reason)
     except Exception as error:  # whatever the code of the type raises
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{where}: transformers cannot build a {made.model_type} model from it: {problem}") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _parts(config: str) -> Parts:
+    """Return the parts of a model without values, which must not be changed. Large ones take a second to build."""
+    made = library_config(json.loads(config), "config.json")
+    return find_parts(meta_library_model(made, library_attention(made)))
 
 
 def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchitecture:

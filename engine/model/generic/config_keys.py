@@ -82,7 +82,7 @@ def _occurs(key: Any, source: str) -> bool:
 
 
 @functools.cache
-def _source(config_class: type) -> str:
+def _source(config_class: Any) -> str:
     """Return the source of the modules that define a configuration and its model."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -7,8 +7,8 @@ blocks gets one document after the other. So a block is called once for a batch,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,19 +22,17 @@ def one_document_at_a_time(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         forward: of the block, with the argument ``batch`` of :meth:`.attention.PackedAttention.during`. Its first
-            argument and its result are [1, T, H] hidden states.
+            argument is [1, T, H] hidden states, and so is its result, or the first one.
     """
 
     def by_document(hidden: Tensor, *arguments: Any, batch: Batch, **named: Any) -> Any:
-        parts = []
-        for first, last in document_edges(batch):
+        outputs, edges = [], list(document_edges(batch))
+        for number, (first, last) in enumerate(edges):
             cut = slice(first, last)
-            some = [_cut(argument, hidden.shape[1], cut) for argument in arguments]
-            some_named = {name: _cut(argument, hidden.shape[1], cut) for name, argument in named.items()}
-            output = forward(hidden[:, cut], *some, batch=_one_document(batch, cut), **some_named)
-            parts.append(output[0] if isinstance(output, tuple) else output)
-        joined = torch.cat(parts, dim=1)
-        return (joined, *output[1:]) if isinstance(output, tuple) else joined
+            some = [_cut(argument, hidden.shape[1], cut, number) for argument in arguments]
+            some_named = {name: _cut(argument, hidden.shape[1], cut, number) for name, argument in named.items()}
+            outputs.append(forward(hidden[:, cut], *some, batch=_one_document(batch, cut), **some_named))
+        return _join(outputs, [last - first for first, last in edges])
 
     return by_document
 
@@ -62,16 +60,18 @@ def _one_document(batch: Batch, cut: slice) -> Batch:
     )
 
 
-def _cut(argument: Any, num_tokens: int, cut: slice) -> Any:
-    """Return the part of an argument of a block that belongs to some of the tokens.
+def _cut(argument: Any, num_tokens: int, cut: slice, number: int) -> Any:
+    """Return the part of an argument of a block that belongs to some of the tokens, those of document ``number``.
 
     The last two dimensions of masks are tokens. Of everything else, the dimension before the last one is (rotary
     embeddings, hidden states of another block), or the last one (positions, biases).
     """
+    if isinstance(argument, _PerDocument):
+        return argument.values[number]
     if isinstance(argument, (tuple, list)):
-        return type(argument)(_cut(item, num_tokens, cut) for item in argument)
+        return type(argument)(_cut(item, num_tokens, cut, number) for item in argument)
     if isinstance(argument, dict):
-        return {key: _cut(item, num_tokens, cut) for key, item in argument.items()}
+        return {key: _cut(item, num_tokens, cut, number) for key, item in argument.items()}
     if not isinstance(argument, Tensor):
         return argument
     shape = argument.shape
@@ -82,3 +82,32 @@ def _cut(argument: Any, num_tokens: int, cut: slice) -> Any:
     if shape and shape[-1] == num_tokens:
         return argument[..., cut]
     return argument
+
+
+@dataclass(frozen=True)
+class _PerDocument:
+    """An output of a block that is not one tensor for all documents; other blocks may have it as an argument."""
+
+    values: Sequence[Any]
+    """By document."""
+
+
+def _join(outputs: Sequence[Any], lengths: Sequence[int]) -> Any:
+    """Return the output of a block for all documents: tensors whose second dimension is tokens are joined there."""
+    first = outputs[0]
+    if isinstance(first, (tuple, list)):
+        return type(first)(_join(items, lengths) for items in zip(*outputs, strict=True))
+    if first is None:
+        return None
+    if isinstance(first, Tensor) and _have_tokens(outputs, lengths):
+        return torch.cat(list(outputs), dim=1)
+    return _PerDocument(outputs)
+
+
+def _have_tokens(outputs: Sequence[Tensor], lengths: Sequence[int]) -> bool:
+    """Return whether the second dimension of all ``outputs`` is tokens, and the others are equal."""
+    shapes = [output.shape for output in outputs]
+    return all(
+        len(shape) > 1 and shape[1] == length and shape[2:] == shapes[0][2:]
+        for shape, length in zip(shapes, lengths, strict=True)
+    )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
+import inspect
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,8 @@ from .remote_code import SETTING
 
 _MOST_OF_BUFFER = 2**25
 """Elements of the largest buffers: causal masks of 4,096 x 4,096 tokens."""
+_KERNEL_PACKAGES = {"causal_conv1d": "causal-conv1d", "fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
+"""Names of packages by module."""
 ATTENTION = "retemper"
 """Name of our attention among those of transformers, see :mod:`.attention`."""
 
@@ -54,11 +59,10 @@ def library_config(config: dict[str, Any], where: str) -> Any:
             f"{where}: model_type is {model_type!r}, which transformers {transformers.__version__} does not know; "
             f"{remedy}"
         )
-    values = {
-        key: value for key, value in config.items() if key not in ("model_type", "auto_map", "quantization_config")
-    }
+    left_out = ("model_type", "auto_map", "quantization_config")
     try:
-        made = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(values))
+        values = {key: _with_floats(value) for key, value in config.items() if key not in left_out}
+        made = transformers.AutoConfig.for_model(model_type, **values)
     except Exception as error:  # whatever its checks raise
         raise UserError(f"{where}: transformers refuses it: {_one_line(error)}; correct it") from None
     if type(made) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -67,6 +71,15 @@ def library_config(config: dict[str, Any], where: str) -> Any:
             f"{transformers.__version__}; name a model that generates text"
         )
     return made
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a copy of ``value`` with the numbers that transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def meta_library_model(config: Any, attention: str = ATTENTION) -> Any:
@@ -113,6 +126,14 @@ def library_attention(config: Any) -> str:
     """Return the best attention of transformers that this type supports."""
     model_class = _transformers().MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def missing_kernel_packages(config: Any) -> list[str]:
+    """Return the packages with GPU kernels that the code of this type uses if they are installed, and that are not."""
+    model_class = _transformers().MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    used = [module for module in _KERNEL_PACKAGES if f'"{module}"' in source]
+    return [_KERNEL_PACKAGES[module] for module in used if importlib.util.find_spec(module) is None]
 
 
 def find_parts(model: Any) -> Parts:
@@ -184,7 +205,9 @@ def _parameters_on_meta(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
 
     The values that it had before are added to ``values``.
     """
-    register = nn.Module.register_parameter
+    from transformers import PreTrainedModel
+
+    register, initialize = nn.Module.register_parameter, PreTrainedModel.initialize_weights
 
     @functools.wraps(register)
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -195,11 +218,14 @@ def _parameters_on_meta(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    # Random values would take most of the time, and are lost at once.
+    PreTrainedModel.initialize_weights = lambda model: None  # type: ignore[method-assign]
     try:
         with _LargeOnMeta():
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
 
 
 def _transformers() -> Any:

@@ -6,6 +6,8 @@ transformers computes for the same documents alone.
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +19,9 @@ from ....kernels.attention import PER_DOCUMENT
 from ...batch import Batch
 from ...errors import UserError
 from .architecture import DocumentMode, TransformersArchitecture, parse_transformers_architecture
-from .library import library_attention, library_config, library_model
+from .library import library_attention, library_config, library_model, missing_kernel_packages
 from .model import TransformersModel
-from .tiny import VOCABULARY, tiny_config
+from .tiny import tiny_config
 
 MODES: tuple[DocumentMode, ...] = ("packed", "one_by_one", "library_attention")
 """In the order in which they are tried: the fastest first."""
@@ -27,8 +29,9 @@ _LENGTHS = (13, 1, 22, 9, 10)
 """Longer and shorter than the window of a tiny model."""
 _TOLERANCE = 1e-4
 """Of logits, relative to the largest one. Rounding causes about 1e-6, a leak between documents above 1e-2."""
-_SPREAD = 6.0
-"""Factor on the initial matrices: with the usual ones, tokens hardly influence each other."""
+_SPREAD, _NOISE = 6.0, 0.1
+"""Factor on initial matrices, with which tokens hardly influence each other; and noise on all else, such as biases,
+which begin as 0."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,27 @@ def with_exact_documents(architecture: TransformersArchitecture) -> Transformers
     Raises:
         UserError: there is none.
     """
-    finding = check_documents(architecture)
+    finding = _find(json.dumps(dict(architecture.config), sort_keys=True, default=str))
     if finding.documents is None:
         raise UserError(
             f"model_type {architecture.model_type} cannot be trained: {'; '.join(finding.problems)}; a tiny model of "
             "this type is compared with transformers at every start"
         )
-    return replace(architecture, documents=finding.documents, remark=finding.problems[0] if finding.problems else "")
+    remark = finding.problems[0] if finding.problems else ""
+    missing = missing_kernel_packages(library_config(dict(architecture.config), architecture.model_type))
+    if missing:
+        remark += f"; its kernels for GPUs are not installed: pip install {' '.join(missing)}"
+    return replace(architecture, documents=finding.documents, remark=remark)
+
+
+@functools.cache
+def _find(config: str) -> Finding:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are so small that threads only wait for each other
+    try:
+        return check_documents(parse_transformers_architecture(json.loads(config), "config.json", ""))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Reference:
@@ -85,11 +102,10 @@ class _Reference:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             model = library_model(made, library_attention(made))
-            tokens = torch.randint(3, VOCABULARY, (sum(_LENGTHS),))
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(_SPREAD)
+            tokens = torch.randint(self.architecture.vocab_size, (sum(_LENGTHS),))
             self.state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            for name in model.state_dict():
+                _spread_(self.state.get(name))
             documents = tokens.split(_LENGTHS)
             alone = [model(input_ids=document[None], use_cache=False).logits[0] for document in documents]
         self.logits = torch.cat(alone)
@@ -105,6 +121,15 @@ class _Reference:
             parameter.copy_(self.state[name])
         batch = self.batch.prepare(torch.device("cpu"), PER_DOCUMENT, architecture.sliding_windows)
         return max(_relative(model.logits(batch), self.logits), _relative(model(batch), self.loss))
+
+
+def _spread_(tensor: Tensor | None) -> None:
+    if tensor is None or not tensor.is_floating_point():
+        return
+    if tensor.dim() > 1:
+        tensor.mul_(_SPREAD)
+    else:
+        tensor.add_(torch.randn_like(tensor), alpha=_NOISE)
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:

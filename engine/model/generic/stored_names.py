@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ...errors import UserError
-from ..language_model import Piece
+from ..architecture import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,10 +18,10 @@ from ...config.settings import ModelConfig
 from ...data.tokenizer_identity import TokenizerIdentity
 from ...errors import UserError
 from ...files.regular import read_regular
+from ...model.architecture import Architecture
 from ...model.changed_config import with_settings
 from ...model.config_file import CONFIG_FILE, INLINE, read_hf_config
 from ...model.implementations import parse_architecture
-from ...model.language_model import Architecture
 from ...tokenizer.files import (
     SENTENCEPIECE_FILE,
     TIKTOKEN_SUFFIX,

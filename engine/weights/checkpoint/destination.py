@@ -15,9 +15,9 @@ from ...config.settings import RunConfig
 from ...errors import UserError
 from ...files.disk_space import NO_SPACE, format_bytes, free_bytes, nearest, require_space
 from ...files.removal import remove_tree
+from ...model.architecture import Architecture
 from ...model.dtypes import DTYPES
 from ...model.implementations import meta_model
-from ...model.language_model import Architecture
 from ...observe.curves import TENSORBOARD_FOLDER
 from ...parallel import trainable
 from .store import CheckpointStore

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ...batch import Batch
 from ...errors import UserError
+from ...model.architecture import Architecture
 from ...model.attention_choice import choose_for_model
 from ...model.config_file import read_hf_config
 from ...model.implementations import meta_model
-from ...model.language_model import Architecture
 from ...model.wrappers import names_in_wrapper, text_config_of
 from ..checkpoint.tensors import model_tensors
 from ..hugging_face.model import open_hf_model

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ...files.hashing import hash_file
+from ...model.architecture import Architecture
 from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.implementations import architecture_of_tensors, meta_model
-from ...model.language_model import Architecture
 from ...model.wrappers import text_config_of
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest

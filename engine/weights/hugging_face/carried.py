@@ -98,7 +98,9 @@ def _needed(number: int, folder: Path) -> str:
 
 
 def _remedy(folder: str | Path | None) -> str:
-    return f"name the folder of the original model with {OPTION}" if folder is None else "name another folder"
+    if folder is not None:
+        return "name another folder"
+    return f"put it back, or export with dcp_to_hf.py {OPTION} and the folder of the original model"
 
 
 class WithCarried:

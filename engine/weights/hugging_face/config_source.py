@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ...config.settings import ModelConfig
 from ...errors import UserError
+from ...model.architecture import Architecture
 from ...model.changed_config import with_settings
 from ...model.config_file import CONFIG_FILE, INLINE, read_hf_config
 from ...model.implementations import parse_architecture
-from ...model.language_model import Architecture
 from ..checkpoint.assets import asset_folder
 from .hub_download import find_files, is_on_hub
 

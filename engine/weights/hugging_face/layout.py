@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...errors import UserError
-from ...model.language_model import Architecture, LanguageModel, Piece
+from ...model.architecture import Architecture, Piece
+from ...model.language_model import LanguageModel
 from ..coverage import coverage_problem
 from ..parts import Part, TensorParts, intersection
 from ..tensor_source import StoredTensor, rows_of

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...model.architecture import Architecture
 from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.config_keys import describe_unread
 from ...model.implementations import Requested, meta_model, parse_architecture
-from ...model.language_model import Architecture
 from ...model.wrappers import names_in_wrapper, text_config_of, with_vocab_size
 from ..block_copy import BLOCK_BYTES
 from ..checkpoint.tensors import describe_difference
@@ -114,7 +114,7 @@ class _Tensors:
     def __init__(self, weights: HfWeights, architecture: Architecture, config: dict[str, Any]):
         self._weights, self._architecture = weights, architecture
         layout = Layout.of(architecture, meta_model(architecture))
-        self._prefix = architecture.embedding_name.partition(".")[0] + "."
+        self._prefix = layout.published_name(architecture.embedding_name).partition(".")[0] + "."
         self.notes: list[str] = []
         self.carried: list[str] = []
         """Names in the files of the tensors that exports take from there."""

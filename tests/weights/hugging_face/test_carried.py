@@ -99,6 +99,23 @@ def test_a_run_trains_the_text_model_and_exports_the_whole(
     assert torch.equal(model.model.language_model.norm.weight, after["language_model.model.norm.weight"])
 
 
+def test_a_run_that_could_not_export_is_refused_when_it_resumes(
+    one_rank, run_file, wrapped: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(wrapped("mistral3"), tmp_path / "hf")
+    config = yaml.safe_load(run_file.read_text())
+    config["model"] = {"initialize_from": str(folder)}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    options = [*hf_exports.SHORT, "--run_folder", str(tmp_path / "run"), "--checkpoint.export_hf", "false"]
+    tiny_run.train(one_rank, path, options)
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(
+        UserError, match=rf"^checkpoint\.export_hf: 24 tensors .* needed from {folder}: .*--carried-from"
+    ):
+        tiny_run.train(one_rank, path, [*options, "--checkpoint.export_hf", "true"])
+
+
 def test_rows_of_another_vocabulary(wrapped: Callable[[str], Path], tmp_path: Path) -> None:
     convert_there(wrapped("mistral3"), tmp_path / "checkpoint", pad_vocab_to_multiple_of=64)
     convert_back(tmp_path / "checkpoint", tmp_path / "wide")
@@ -111,7 +128,7 @@ def test_a_folder_that_is_gone_is_named_and_can_be_given(wrapped: Callable[[str]
     folder = shutil.copytree(wrapped("mistral3"), tmp_path / "hf")
     convert_there(folder, tmp_path / "checkpoint")
     folder.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=rf"needed from {folder}: .*no such folder.* with --carried-from") as refusal:
+    with pytest.raises(UserError, match=rf"needed from {folder}: .*no such folder.* --carried-from") as refusal:
         convert_back(tmp_path / "checkpoint", tmp_path / "back")
     assert "\n" not in str(refusal.value)
     convert_back(tmp_path / "checkpoint", tmp_path / "back", carried_from=str(tmp_path / "moved"))

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from retemper.engine.errors import UserError
+from retemper.engine.model.architecture import Piece
 from retemper.engine.model.generic.stored_names import float32_tensors, stored_pieces, unused_tensors
-from retemper.engine.model.language_model import Piece
 from retemper.engine.weights import parts as parts_module
 from retemper.engine.weights.block_copy import copy_files
 from retemper.engine.weights.hugging_face.folder import WEIGHTS_FILE, HfWeights
