@@ -25,13 +25,12 @@ from ...engine.errors import UserError
 from ...engine.guards.run_guards import RunGuards
 from ...engine.model.architecture import Architecture
 from ...engine.model.dtypes import DTYPES
-from ...engine.model.implementations import architecture_of
 from ...engine.observe.flops import Trainable, named_peak, training_flops
 from ...engine.observe.start_summary import describe_start
 from ...engine.parallel.process_group import Ranks
 from ...engine.pretrain import build, next_batches, one_step
 from ...engine.run import Run
-from ...engine.weights.hugging_face.config_source import architecture_source
+from ...engine.weights.hugging_face.config_source import architecture_source, configured_architecture
 from ..hardware_limits import MatmulRate, matmul_rates
 from ..timing import peak_bytes
 from .options import StepBenchmarkOptions
@@ -107,7 +106,7 @@ def prepare_config(config: RunConfig, options: StepBenchmarkOptions, folder: Pat
         UserError: the model has no config.
     """
     source = architecture_source(config.model)
-    architecture = architecture_of(source)
+    architecture = configured_architecture(config.model)
     training, data = config.training, config.data
     num_steps = options.warmup_steps + options.steps
     samples = num_steps * training.global_batch_size

@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from ...engine.config.settings import ModelConfig
 from ...engine.errors import UserError
 from ...engine.model.architecture import Architecture
-from ...engine.model.changed_config import with_settings
-from ...engine.model.config_file import INLINE, read_hf_config
-from ...engine.model.implementations import checked, parse_architecture
-from ...engine.weights.hugging_face.config_source import architecture_source
+from ...engine.model.implementations import checked
+from ...engine.weights.hugging_face.config_source import configured_architecture
 from .gpus import GiB, Gpu, describe_gpu, find_gpu
 
 RESERVE = 4 * GiB
@@ -121,12 +119,9 @@ class PlanOptions:
 
 
 def read_architecture(model: ModelConfig) -> Architecture:
-    """Return the architecture of a run, without its weights; of a model on the Hub, only ``config.json`` is fetched.
+    """Return the architecture of a run, without its weights: see :func:`configured_architecture`.
 
     Raises:
         UserError: the model has no config, or cannot be trained.
     """
-    source = architecture_source(model)
-    where = INLINE if isinstance(source, dict) else str(source)
-    config = with_settings(read_hf_config(source), model, where)
-    return checked(parse_architecture(config, where, model.implementation))
+    return checked(configured_architecture(model))

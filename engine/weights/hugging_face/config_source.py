@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from ...config.settings import ModelConfig
 from ...errors import UserError
-from ...model.config_file import CONFIG_FILE
+from ...model.architecture import Architecture
+from ...model.changed_config import with_settings
+from ...model.config_file import CONFIG_FILE, INLINE, read_hf_config
+from ...model.implementations import parse_architecture
 from ..checkpoint.assets import asset_folder
 from .hub_download import find_files, is_on_hub
 
@@ -29,3 +32,14 @@ def architecture_source(model: ModelConfig) -> dict | str:
             "model on the Hub, or set model.architecture to a config.json: weights are not needed here"
         )
     return str(folder)
+
+
+def configured_architecture(model: ModelConfig) -> Architecture:
+    """Return the architecture of a run, with the changes of its settings: see :func:`architecture_source`.
+
+    Raises:
+        UserError: the model has no config, or no implementation computes it.
+    """
+    source = architecture_source(model)
+    where = INLINE if isinstance(source, dict) else str(source)
+    return parse_architecture(with_settings(read_hf_config(source), model, where), where, model.implementation)
