@@ -149,7 +149,7 @@ def test_the_command(run_file, tmp_path):
 
     assert "--documents fixed:8" in record["command"] and record["machine"]["versions"]["torch"] == torch.__version__
     assert record["settings"]["config"]["training"]["global_batch_size"] == 8
-    assert "| tokens/s " in ran.stdout and "FLOPs per token = 6 (L" in ran.stdout
+    assert "| tokens/s " in ran.stdout and "FLOPs per token = 6 (m" in ran.stdout
     # Nothing is left behind, and the run folder was not touched.
     assert not run_file.with_name("run").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "temporary"]
