@@ -27,6 +27,8 @@ def one_document_at_a_time(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     def by_document(hidden: Tensor, *arguments: Any, batch: Batch, **named: Any) -> Any:
         outputs, edges = [], list(document_edges(batch))
+        if len(edges) == 1:
+            return forward(hidden, *arguments, batch=batch, **named)
         for number, (first, last) in enumerate(edges):
             cut = slice(first, last)
             some = [_cut(argument, hidden.shape[1], cut, number) for argument in arguments]
