@@ -15,7 +15,7 @@ from retemper.engine import pretrain
 from retemper.engine.errors import UserError
 from retemper.engine.parallel.process_group import Ranks
 
-TYPES = ("deepseek_v3", "glm4_moe", "qwen3_next")
+TYPES = ("deepseek_v3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("glm4_moe", "qwen3_next")))
 """The first two have constants; the last one computes one document at a time."""
 LAST = "checkpoints/step-00000006"
 SHORT = ("--training.train_tokens", "1536", "--training.eval_interval", "3", "--checkpoint.save_interval", "3")

@@ -29,7 +29,7 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["full", pytest.param("none", marks=pytest.mark.slow)])
 def test_planned_memory_is_that_of_real_tensors(recompute, one_rank, tmp_path):
     path = plan_runs.write_config(tmp_path, **EXPERTS)
     spec = plan_runs.spec_of(plan_runs.configure(path, f"--parallel.recompute {recompute}"), 1)
@@ -46,6 +46,7 @@ def dry_run_alone(spec):
         return pool.run([spec])[0]
 
 
+@pytest.mark.slow
 def test_operations_of_routed_experts_are_those_of_the_chosen_ones(tmp_path):
     """Three products of each matrix, without those of attention."""
     config = plan_runs.configure(plan_runs.write_config(tmp_path, **EXPERTS))
