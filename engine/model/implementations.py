@@ -73,7 +73,7 @@ def parse_architecture(config: dict[str, Any], where: str = INLINE, requested: R
 
 
 def unread_keys(config: dict[str, Any], where: str) -> list[str]:
-    """Return the keys of ``config`` without effect: see :meth:`Architecture.unread_keys`. None if it is refused."""
+    """Return the keys of ``config`` without effect: see :meth:`Architecture.unread_keys`. Empty if it is refused."""
     try:
         return parse_architecture(config, where).unread_keys(text_config_of(config)[0])
     except UserError:

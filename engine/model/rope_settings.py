@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ _NEUTRAL = {"factor": 1, "attention_factor": 1}
 
 
 @dataclass(frozen=True)
-class Scaling:
+class Scaling(ABC):
     """A change of the plain frequencies that lengthens the context."""
 
     @property
@@ -47,9 +48,9 @@ class Scaling:
         """Return the factor of cosine and sine, by which the scores grow with its square."""
         return 1.0
 
+    @abstractmethod
     def scaled(self, frequencies: list[float], theta: float, length: int) -> list[float]:
         """Return the frequencies for documents of ``length`` tokens, given the plain ones of base ``theta``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

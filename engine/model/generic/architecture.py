@@ -130,7 +130,9 @@ def parse_transformers_architecture(config: dict[str, Any], where: str, reason: 
     """
     made = library_config(config, where)
     account_for_keys(config, made, where, inline=where == INLINE)
-    for key, value in dropouts(config, where).items():
+    dropped = dropouts(config, where)
+    if dropped:
+        key, value = next(iter(dropped.items()))
         raise UserError(
             f"{where}: {key} is {value:g}; dropout is not implemented: set model.dropout to 0 to train without it"
         )

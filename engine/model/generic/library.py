@@ -87,7 +87,7 @@ def meta_library_model(config: Any, attention: str = ATTENTION) -> Any:
 
     Buffers, such as rotary frequencies, are on the CPU with their values: nothing else could compute them later.
     """
-    return _on_meta(config, attention, {})
+    return _on_meta(config, attention, None)
 
 
 def constructed_values(config: Any, seed: int, attention: str = ATTENTION) -> dict[str, Tensor]:
@@ -103,8 +103,8 @@ def constructed_values(config: Any, seed: int, attention: str = ATTENTION) -> di
     return {**found, **dict(model.named_buffers())}
 
 
-def _on_meta(config: Any, attention: str, values: dict[nn.Parameter, Tensor]) -> Any:
-    """Return the model of ``config`` on the meta device; add the values of its parameters to ``values``."""
+def _on_meta(config: Any, attention: str, values: dict[nn.Parameter, Tensor] | None) -> Any:
+    """Return the model of ``config`` on the meta device; add the values of its parameters to ``values`` if given."""
     config = copy.deepcopy(config)
     config.use_cache = False
     with _parameters_on_meta(values):
@@ -200,10 +200,10 @@ def _count(sizes: tuple[Any, ...]) -> int:
 
 
 @contextmanager
-def _parameters_on_meta(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+def _parameters_on_meta(values: dict[nn.Parameter, Tensor] | None) -> Iterator[None]:
     """Put every parameter that is registered in a module on the meta device, and leave buffers where they are.
 
-    The values that it had before are added to ``values``.
+    The values that it had before are added to ``values`` if it is given.
     """
     from transformers import PreTrainedModel
 
@@ -214,7 +214,8 @@ def _parameters_on_meta(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
         if parameter is not None and parameter.device.type != "meta":
             constructed = parameter.detach()
             parameter = nn.Parameter(constructed.to("meta"), requires_grad=parameter.requires_grad)
-            values[parameter] = _compact(constructed)
+            if values is not None:
+                values[parameter] = _compact(constructed)
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
