@@ -37,8 +37,10 @@ def without_dropout(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def dropouts(config: dict[str, Any], where: str) -> dict[str, float]:
     """Return the positive dropout probabilities of a config, stated or by default, by key."""
-    settings = config
-    if config.get("model_type") not in FAMILIES:
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is not None:
+        settings = {**family.defaults, **config}
+    else:
         from .generic.library import library_config
 
         settings = library_config(config, where).to_dict()
