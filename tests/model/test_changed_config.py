@@ -24,7 +24,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_with_dropout_is_refused_unless_it_is_switched_off(name: str):
     config, implementation = CONFIGS[name]
-    with pytest.raises(UserError, match="set model.dropout to 0"):
+    with pytest.raises(UserError, match=r"set model\.dropout to 0"):
         parse_architecture(config, "config.json")
     changed = with_settings(config, ModelConfig(dropout=0.0), "config.json")
     assert parse_architecture(changed, "config.json").implementation == implementation
