@@ -7,6 +7,7 @@ from pathlib import Path
 
 import parity_run
 import pytest
+import tiny_run
 import torch
 from parity_run import Model
 from torch import Tensor
@@ -46,7 +47,7 @@ def steps(ranks, path: Path, options: str) -> list[Tensor]:
 
     def recorded(*arguments):
         loss = accumulate(*arguments)
-        seen.extend(whole(parameter.grad) for parameter in run.model.parameters())
+        seen.extend(tiny_run.whole(parameter.grad) for parameter in run.model.parameters())
         return loss
 
     run.forward_backward.accumulate_gradients = recorded
@@ -54,16 +55,11 @@ def steps(ranks, path: Path, options: str) -> list[Tensor]:
         batches = run.data.micro_batches(step * parity_run.GLOBAL_BATCH)
         result = pretrain.one_step(run, batches, float(sum(batch.num_targets for batch in batches)))
         seen += [result.loss, result.grad_norm, run.forward_backward.evaluate(batches)]
-    seen.extend(whole(parameter) for parameter in run.model.parameters())
+    seen.extend(tiny_run.whole(parameter) for parameter in run.model.parameters())
     assert isinstance(run.model.decoders[0], FSDPModule) == (
         not data_parallel.is_alone(run.mesh.fsdp, run.config.parallel)
     )
     return seen
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A copy of all of a tensor."""
-    return getattr(tensor, "full_tensor", lambda: tensor)().detach().clone()
 
 
 @pytest.mark.parametrize(
