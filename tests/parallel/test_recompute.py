@@ -120,7 +120,9 @@ class AskingAgain(TorchDispatchMode):
             return self.kept[func].pop(0)
         output = func(*args, **(kwargs or {}))
         if keep:
-            self.kept[func].append(torch.utils._pytree.tree_map(lambda x: x.detach() if hasattr(x, "detach") else x, output))
+            self.kept[func].append(
+                torch.utils._pytree.tree_map(lambda x: x.detach() if hasattr(x, "detach") else x, output)
+            )
         return output
 
 
