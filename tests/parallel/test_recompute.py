@@ -12,6 +12,7 @@ from packed_model import gradients, packed, tiny_decoder
 from torch._dynamo.backends.common import aot_autograd
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from retemper.engine.config.settings import ParallelConfig
@@ -120,9 +121,7 @@ class AskingAgain(TorchDispatchMode):
             return self.kept[func].pop(0)
         output = func(*args, **(kwargs or {}))
         if keep:
-            self.kept[func].append(
-                torch.utils._pytree.tree_map(lambda x: x.detach() if hasattr(x, "detach") else x, output)
-            )
+            self.kept[func].append(tree_map_only(torch.Tensor, torch.Tensor.detach, output))
         return output
 
 
