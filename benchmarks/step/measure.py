@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,7 @@ from ..hardware_limits import MatmulRate, matmul_rates
 from ..timing import peak_bytes
 from .options import StepBenchmarkOptions
 from .phases import PhaseClock, StepTime
+from .profile import PROFILED_STEPS, WARMUP_STEPS, profiled_steps
 from .synthetic import DocumentLengths, write_random_dataset
 
 _OUT_OF_MEMORY = (
@@ -108,7 +109,7 @@ def prepare_config(config: RunConfig, options: StepBenchmarkOptions, folder: Pat
     source = architecture_source(config.model)
     architecture = configured_architecture(config.model)
     training, data = config.training, config.data
-    num_steps = options.warmup_steps + options.steps
+    num_steps = options.warmup_steps + options.steps + (WARMUP_STEPS + PROFILED_STEPS if options.profile else 0)
     samples = num_steps * training.global_batch_size
     if not options.real_data:
         prefix = folder / "random"
@@ -191,19 +192,36 @@ def time_steps(config: RunConfig, options: StepBenchmarkOptions, ranks: Ranks) -
     warm_at = began_at = time.perf_counter()
     first_samples = range(0, run.end_sample, run.plan.global_batch_size)
     prefetcher = Prefetcher(run.data.micro_batches, first_samples, config.data.prefetch_steps)
+
+    def step() -> list[Tensor]:
+        batches, num_targets = next_batches(run, prefetcher)
+        one_step(run, batches, num_targets)
+        if run.stop.agreed():
+            raise KeyboardInterrupt
+        return [batch.cu_seqlens for batch in batches]
+
     with run.stop, guards, prefetcher:
-        for number in range(len(first_samples)):
+        for number in range(options.warmup_steps + options.steps):
             if number == options.warmup_steps:
                 warm_at = time.perf_counter()
             clock.mark("data")
-            batches, num_targets = next_batches(run, prefetcher)
-            one_step(run, batches, num_targets)
+            used = step()
             if number >= options.warmup_steps:
-                boundaries += [batch.cu_seqlens for batch in batches]
-            if run.stop.agreed():
-                raise KeyboardInterrupt
+                boundaries += used
         clock.close()
-    return Timed(run, described, clock.steps()[options.warmup_steps :], warm_at - began_at, boundaries)
+        steps = clock.steps()[options.warmup_steps :]
+        if options.profile is not None:
+            _profile(step, Path(options.profile), ranks)
+    return Timed(run, described, steps, warm_at - began_at, boundaries)
+
+
+def _profile(step: Callable[[], object], folder: Path, ranks: Ranks) -> None:
+    """Make further steps, which the main rank profiles."""
+    context = profiled_steps(folder, ranks.device) if ranks.is_main else nullcontext(lambda: None)
+    with context as step_done:
+        for _ in range(WARMUP_STEPS + PROFILED_STEPS):
+            step()
+            step_done()
 
 
 def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
