@@ -140,7 +140,7 @@ def build_model(
         return model
 
     decoders = [build_stage(stages[number]) for number in numbers]
-    prepare = BatchPreparer(mesh, ranks.device, choices.attention.backend, architecture.sliding_windows)
+    prepare = BatchPreparer(mesh, ranks.device, choices.attention, architecture.sliding_windows)
     parts = ModelParts(decoders)
     if parallel.pipeline > 1:
         return parts, pipeline.Pipelined(decoders, numbers, config, prepare, choices.num_micro_batches, compute_dtype)

@@ -104,7 +104,7 @@ def _check_zbv(architecture: Architecture) -> None:
             "embedding is also its head; use interleaved_zero_bubble"
         )
     # Before 2.13 a stage sends the shapes of its outputs to the next stage even if both are on one rank.
-    if torch.__version__ < (2, 13) and dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
+    if torch.__version__ < "2.13" and dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
         raise UserError(
             f"parallel.pipeline_schedule zbv_zero_bubble sends from a rank to itself with PyTorch {torch.__version__}, "
             "which gloo (the communication of CPUs) cannot; use interleaved_zero_bubble, or PyTorch 2.13 or newer"

@@ -15,7 +15,7 @@ from retemper.engine.errors import UserError
 from retemper.engine.model import decoder as decoder_module
 from retemper.engine.parallel import compile as block_compile
 from retemper.engine.parallel import recompute
-from retemper.kernels.attention import PER_DOCUMENT
+from retemper.kernels.attention import PER_DOCUMENT, flash, per_document
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow) if shutil.which("g++") else "aot_eager"
@@ -103,6 +103,35 @@ def test_windows_and_evaluation_stay_within_the_limit(kernel_attention):
         with torch.no_grad():
             assert model(batch).item() == pytest.approx(plain(batch).item(), rel=2e-6)
     assert counter.frame_count == 2 * 2
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_packings_of_one_length_have_one_more_graph(monkeypatch, backend, mode):
+    """Packings with cuDNN, which cannot run here, and others: two graphs in any order, and no break."""
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        return packed_model.attention_operator(q, k, v, cu_q, max_q, None)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(flash, "_shares_heads", True)
+    monkeypatch.setattr(per_document, "on_gpu", lambda x: True)
+    monkeypatch.setattr(per_document, "_uses_cudnn", True)
+    counter = CompileCounterWithBackend(backend)
+    model, plain = compiled(counter, mode), tiny_decoder()
+
+    def batch(*starts):
+        return packed(*starts).prepare(CPU, "varlen", (None,), equal_lengths_backend="sdpa")
+
+    wholes = (32, 64), (32, 64)
+    for starts in ((7, 40), wholes[0], (1, 2, 3, 50, 70), wholes[1], range(1, 40), (11,)):
+        assert_close(gradients(model, batch(*starts)), gradients(plain, packed(*starts)), 2e-6)
+    assert counter.frame_count == 2
+    # Another number of documents of one length is rare. It is variable from its second value on.
+    for starts in ((16, 32, 48, 64, 80), (48,), (24, 48, 72), (8, 20), (32, 64)):
+        assert_close(gradients(model, batch(*starts)), gradients(plain, packed(*starts)), 2e-6)
+    assert counter.frame_count == 3
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_attention_per_document_stays_outside_of_the_graphs():
