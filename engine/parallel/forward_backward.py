@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...kernels.attention import Choice
 from ..batch import Batch
 from ..model.language_model import LanguageModel
-from . import fsdp
+from .data_parallel import DataParallel
 from .mesh import Mesh
 
 
@@ -59,6 +59,11 @@ class ModelParts:
         """Return every parameter of this rank."""
         return (parameter for _, parameter in self.named_parameters())
 
+    @property
+    def constants(self) -> frozenset[str]:
+        """The names of parameters that every rank holds whole, see :attr:`LanguageModel.constants`."""
+        return frozenset().union(*(decoder.constants for decoder in self.decoders))
+
     def blocks(self) -> Iterator[nn.Module]:
         """Return the transformer blocks of this rank."""
         return (block for decoder in self.decoders for block in decoder.blocks)
@@ -91,28 +96,32 @@ class ForwardBackward(Protocol):
 class NonPipelined:
     """Computes micro-batches one after the other on a rank with all layers."""
 
-    def __init__(self, model: LanguageModel, prepare: BatchPreparer, reduce_every_micro_batch: bool):
-        self._model, self._prepare, self._reduce_every = model, prepare, reduce_every_micro_batch
+    def __init__(
+        self, model: LanguageModel, wrapped: DataParallel, prepare: BatchPreparer, reduce_every_micro_batch: bool
+    ):
+        self._model, self._wrapped, self._prepare = model, wrapped, prepare
+        self._reduce_every = reduce_every_micro_batch
 
     def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """See :class:`ForwardBackward`."""
         loss = torch.zeros((), device=self._prepare.device)
-        for number, batch in enumerate(batches, 1):
-            fsdp.reduce_gradients(self._model, self._reduce_every or number == len(batches))
-            on_phase("forward")
-            part = self.loss_sum(batch) / num_targets
-            on_phase("backward")
-            part.backward()
-            loss += part.detach()
+        with self._wrapped.computing():
+            for number, batch in enumerate(batches, 1):
+                self._wrapped.reduce_gradients(self._reduce_every or number == len(batches))
+                on_phase("forward")
+                part = self.loss_sum(batch) / num_targets
+                on_phase("backward")
+                part.backward()
+                loss += part.detach()
         return counted_once(loss, self._prepare.mesh)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> Tensor:
         """See :class:`ForwardBackward`."""
         total = torch.zeros((), dtype=torch.float64, device=self._prepare.device)
-        for batch in batches:
-            total += self.loss_sum(batch)
-        fsdp.reshard(self._model)
+        with self._wrapped.computing():
+            for batch in batches:
+                total += self.loss_sum(batch)
         return counted_once(total, self._prepare.mesh)
 
     def loss_sum(self, batch: Batch) -> Tensor:
