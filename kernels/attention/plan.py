@@ -21,6 +21,9 @@ WITH_SOFTCAP = (FLASH_ATTN, FLEX, SDPA, PER_DOCUMENT)
 WITH_SINKS = (FLEX, SDPA, PER_DOCUMENT)
 """Backends that support attention sinks: those whose log-sum-exp of the scores has a gradient."""
 
+_FLEX_GRAPHS = 64
+"""Limit of the graphs of FlexAttention that is compiled alone."""
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
@@ -114,7 +117,10 @@ def _flex_function(device_type: str) -> Callable[..., Any]:
     # Without compilation FlexAttention forms all scores: good enough for tests on a CPU.
     if device_type != "cuda":
         return flex_attention
-    return torch.compile(flex_attention, dynamic=False)
+    # One graph for each kind of layer, dtype and option. Beyond the limit PyTorch forms all scores as well, silently
+    # unless the function has to be one graph.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _FLEX_GRAPHS)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 @functools.cache

@@ -1,13 +1,16 @@
 """Packed causal attention against an explicit float64 softmax over every document by itself."""
 
+import functools
 import itertools
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from oracles.packed_attention import documented_varlen, explicit_attention
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend
 
 from retemper.kernels import attention as package
@@ -19,6 +22,7 @@ from retemper.kernels.attention import (
     per_document_attention,
     plan_attention,
 )
+from retemper.kernels.attention.plan import _flex_function
 
 CPU = torch.device("cpu")
 LAYOUTS = {
@@ -305,6 +309,27 @@ def test_compiled_flex_attention_reads_the_blocks():
         output = block_masked_attention(*inputs, make_block_mask(lengths, window, CPU), function=compiled)
         expected = explicit_attention(*(x.double() for x in inputs), lengths, window, None)
         assert (output - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_flex_attention_stays_compiled_for_any_kind_of_layer(monkeypatch):
+    """Without the fused kernel it would form all scores, and say nothing. A GPU is pretended."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    torch._dynamo.reset()
+    plan = replace(plan_attention("flex", offsets([5, 3]), [None], CPU), function=_flex_function.__wrapped__("cuda"))
+
+    def attend(head_dim):
+        q, k, v = (x.detach() for x in make_inputs([5, 3], 4, 2, head_dim))
+        attention(q, k, v, offsets([5, 3]), 5, plan=plan)
+
+    for head_dim in range(16, 20):
+        attend(head_dim)
+    assert counter.frame_count == 4
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        attend(20)
+    torch._dynamo.reset()
 
 
 def test_every_backend_has_a_description():
