@@ -58,7 +58,7 @@ def compute(
                     dist.all_reduce(whole, group=options.vocab_group)
                 grad_hidden[part] = whole
         if needs.weight:
-            grad_weight = add_product(grad_weight, grad.t(), hidden, budget)
+            grad_weight = add_product(grad_weight, grad.t(), hidden)
         # Freed before the next chunk's logits are allocated.
         del grad
     if needs.weight and grad_weight is None:

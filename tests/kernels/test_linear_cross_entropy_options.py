@@ -99,13 +99,13 @@ def test_no_tokens():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="'fast' is not one of auto, chunked, triton"):
+    with pytest.raises(ValueError, match="'fast' is not one of auto, chunked, triton, triton-persistent"):
         linear_cross_entropy(*make_inputs(3, 8, 31, torch.float32), backend="fast")
 
 
 def shared_vocabulary(ranks, dtype, backend, size, options, budget):
     """This rank's (loss, number of targets, gradients of the hidden states, the weight and the bias)."""
-    kernel.LOGIT_BYTES = kernel.TRITON_LOGIT_BYTES = budget
+    kernel.LOGIT_BYTES, kernel.device_budget = budget, lambda device: budget
     hidden, weight, targets = make_inputs(TOKENS, HIDDEN, VOCAB, dtype, size=size)
     rows = VOCAB // ranks.world_size
     part = slice(ranks.rank * rows, (ranks.rank + 1) * rows)
