@@ -67,7 +67,9 @@ TIMES_AS_FAST = 1.2
 CROSS_ENTROPY_MS = {"8192 x 896 x 151936": 10.5, "8192 x 3584 x 152064": 37.0}
 ATTENTION_CASES = ["4 x 4096, 14/2 heads of 64", "2 x 4096, 28/4 heads of 128"]
 TINY_CASES = {"linear_cross_entropy": ["33 x 16 x 131"], "attention": ["2 x 32, 4/2 heads of 16, documents of about 9"]}
-CROSS_ENTROPY_PROVIDERS = ["retemper", "Liger", "Liger, fp32 accumulation", "CCE, exact", "torch eager"]
+CROSS_ENTROPY_PROVIDERS = [
+    *("retemper", "retemper, triton", "Liger", "Liger, fp32 accumulation", "CCE, exact", "torch eager"),
+]
 ATTENTION_PROVIDERS = [
     *("retemper", "retemper, varlen", "retemper, sdpa"),
     *("torch SDPA", "torch SDPA, cuDNN", "torch SDPA, flash", "torch varlen_attn"),
@@ -77,9 +79,9 @@ TESTS = [
     "tests/test_step.py::test_a_step_on_a_gpu_does_not_wait[overrides0]",
     "tests/kernels/test_attention_gpu.py",
 ]
-"""Tests of the correctness stage; ``pytest -m gpu`` selects from them."""
-LEFT_OUT_BACKENDS = "not flex and not per_document and not dtype1"
-"""``pytest -k``: compiling FlexAttention takes minutes, and no run in bf16 uses the other backend or fp32."""
+"""Tests of the correctness stage, which take about a minute."""
+TEST_MARKS = "gpu and not slow"
+"""``pytest -m``: selects from them."""
 LEFT_OUT_TESTS = {
     "tests/parallel/test_float8.py": "needs torchao",
     "tests/tools/planning/test_plan.py": "takes minutes of processor time for the memory that a plan predicts",
@@ -121,8 +123,18 @@ class _Stages:
 
     def correctness(self, limit: float) -> Stage:
         # -vv: the configured -q takes one away, and a run that is cut off must have named what passed.
-        command = [self.python, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--timeout=60", "-m", "gpu"]
-        command += ["-k", LEFT_OUT_BACKENDS, *TESTS]
+        command = [
+            self.python,
+            "-m",
+            "pytest",
+            "-vv",
+            "-p",
+            "no:cacheprovider",
+            "--timeout=60",
+            "-m",
+            TEST_MARKS,
+            *TESTS,
+        ]
         # Files run at the same time, so that none can use up the time of the others.
         command += ["-n", str(len(TESTS)), "--dist", "loadfile"]
         # 5: no test was left. Without a GPU all are skipped, which is no failure.
