@@ -5,10 +5,10 @@
     python benchmarks/peers.py --model qwen2.5-0.5b --batch 4 --sequence 4096 --precision bf16
 
 Every engine runs in a fresh process: transformers' Trainer (eager, with torch.compile, with regional compilation, with
-Liger's kernels, with a chunked loss as in torchtitan), a plain PyTorch loop, LitGPT's pretraining step, and this repository's trainer. An
-engine whose losses differ from ours has not done the same work, and its row is rejected. Peers that are not installed
-are named. With --compile all engines are compiled, on a CPU too. --json writes all measurements after every engine, and
---compare takes our measurement from such a file.
+Liger's kernels, with a chunked loss as in torchtitan), a plain PyTorch loop, LitGPT's pretraining step, and this
+repository's trainer. An engine whose losses differ from ours has not done the same work, and its row is rejected. Peers
+that are not installed are named. With --compile all engines are compiled, on a CPU too. --json writes all measurements
+after every engine, and --compare takes our measurement from such a file.
 """
 
 from __future__ import annotations
