@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = total if options.seconds is None else options.seconds
     if not 0 < seconds <= 100_000:
         raise UserError(f"--seconds {seconds:g}: must be positive")
-    setting = Setting(options.work.resolve(), options.wheels, options.rehearse, seconds / total)
+    wheels = options.wheels.resolve() if options.wheels else None
+    setting = Setting(options.work.resolve(), wheels, options.rehearse, seconds / total)
     if options.list:
         for part in parts:
             print_stages(part, setting)

@@ -123,20 +123,10 @@ class _Stages:
 
     def correctness(self, limit: float) -> Stage:
         # -vv: the configured -q takes one away, and a run that is cut off must have named what passed.
-        command = [
-            self.python,
-            "-m",
-            "pytest",
-            "-vv",
-            "-p",
-            "no:cacheprovider",
-            "--timeout=60",
-            "-m",
-            TEST_MARKS,
-            *TESTS,
-        ]
-        # Files run at the same time, so that none can use up the time of the others.
-        command += ["-n", str(len(TESTS)), "--dist", "loadfile"]
+        command = [self.python, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--timeout=60"]
+        command += ["-m", TEST_MARKS, *TESTS]
+        # Most of the time is compilation on the host, so several processes share the tests.
+        command += ["-n", "2" if self.setting.rehearse else "6", "--dist", "worksteal"]
         # 5: no test was left. Without a GPU all are skipped, which is no failure.
         codes = (0, 5) if self.setting.rehearse else (0,)
         return Stage("correctness", "tests", command, limit, "all pass", checks=True, benign_codes=codes)
