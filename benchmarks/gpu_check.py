@@ -96,7 +96,7 @@ def run_part(part: int, setting: Setting, output: Path, command: str) -> int:
 def print_stages(part: int, setting: Setting) -> None:
     """Print the commands of a part and their time limits."""
     for stage in stages(part, setting):
-        rest = ", and what is left of the part" if stage.takes_rest else ""
+        rest = "" if stage.is_fixed else ", and what earlier stages left"
         print(f"{stage.name}: at most {stage.limit_seconds:g} s{rest}\n    {shlex.join(stage.command)}")
 
 
