@@ -69,7 +69,7 @@ def fail_in(run, phase, patch, error):
     elif phase == "data":
         failing(Prefetcher, "get")
     elif phase == "clipping":
-        failing(step_module, "clip_grad_norm")
+        failing(step_module, "global_norm")
     elif phase == "update":
         failing(run.optimizer, "step")
     elif phase == "report":
