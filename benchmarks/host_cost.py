@@ -131,7 +131,7 @@ def _cpu_seconds() -> float:
 def run_here(engine: str, job: Job) -> None:
     """Run one engine in this process, and print its figures as the last line."""
     module = importlib.import_module(f"retemper.benchmarks.peer_engines.{ENGINES[engine]}")
-    module.Clock = CountingClock
+    module.Clock = CountingClock  # type: ignore[attr-defined]
     print(json.dumps(module.run(job, engine)))
 
 

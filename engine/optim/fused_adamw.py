@@ -44,8 +44,7 @@ class FusedAdamW(torch.optim.AdamW):
         weights, exp_avgs, exp_avg_sqs, steps = map(
             list, zip(*(self._parts_of(parameter) for parameter in parameters), strict=True)
         )
-        # A step that is skipped does not count.
-        torch._foreach_add_(steps, 1.0 if self.found_inf is None else 1.0 - self.found_inf)
+        torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(
             weights,
@@ -64,6 +63,8 @@ class FusedAdamW(torch.optim.AdamW):
             grad_scale=self.grad_scale,
             found_inf=self.found_inf,
         )
+        if self.found_inf is not None:  # a step that is skipped does not count
+            torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
     def _parts_of(self, parameter: Tensor) -> tuple[Tensor, ...]:
         """Return this rank's part of a parameter and of its states, which are allocated before the first step."""
