@@ -141,7 +141,7 @@ def build_model(
 
     built = [build_stage(stages[number]) for number in numbers]
     decoders, wrapped = [model for model, _ in built], [wrapped for _, wrapped in built]
-    prepare = BatchPreparer(mesh, ranks.device, choices.attention.backend, architecture.sliding_windows)
+    prepare = BatchPreparer(mesh, ranks.device, choices.attention, architecture.sliding_windows)
     parts = ModelParts(decoders)
     if parallel.pipeline > 1:
         count = choices.num_micro_batches

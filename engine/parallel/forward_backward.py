@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ...kernels.attention import Choice
 from ..batch import Batch
 from ..model.language_model import LanguageModel
 from .data_parallel import DataParallel
@@ -20,17 +21,22 @@ class BatchPreparer:
     Args:
         mesh: this rank's place.
         device: of the model.
-        attention_backend: result of ``choose_attention``.
+        attention: result of ``choose_attention``.
         windows: attention windows of the model's layers.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device, attention_backend: str, windows: Iterable[int | None]):
+    def __init__(self, mesh: Mesh, device: torch.device, attention: Choice, windows: Iterable[int | None]):
         self.mesh, self.device = mesh, device
-        self._backend, self._windows = attention_backend, tuple(windows)
+        self._attention, self._windows = attention, tuple(windows)
 
     def __call__(self, batch: Batch) -> Batch:
         """Return ``batch`` as the model takes it. Does not wait for the device."""
-        batch = batch.prepare(self.device, self._backend, self._windows)
+        batch = batch.prepare(
+            self.device,
+            self._attention.backend,
+            self._windows,
+            equal_lengths_backend=self._attention.equal_lengths_backend,
+        )
         count = len(batch.tokens) // self.mesh.layout.context
         mine = slice(self.mesh.coordinate.context * count, (self.mesh.coordinate.context + 1) * count)
         return batch._replace(

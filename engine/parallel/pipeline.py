@@ -93,10 +93,22 @@ def _check_zero_bubble(architecture: Architecture, parallel: ParallelConfig, com
                 f"parallel.pipeline_schedule {schedule} needs {need}, because it computes gradients of inputs and of "
                 "weights separately; set it, or use interleaved_1f1b"
             )
-    if schedule == "zbv_zero_bubble" and architecture.tie_word_embeddings:
+    if schedule == "zbv_zero_bubble":
+        _check_zbv(architecture)
+
+
+def _check_zbv(architecture: Architecture) -> None:
+    """Refuse the schedule that puts two consecutive stages, and both ends of the model, on one rank."""
+    if architecture.tie_word_embeddings:
         raise UserError(
-            f"parallel.pipeline_schedule {schedule} puts both ends of the model on one rank, but the model's embedding "
-            "is also its head; use interleaved_zero_bubble"
+            "parallel.pipeline_schedule zbv_zero_bubble puts both ends of the model on one rank, but the model's "
+            "embedding is also its head; use interleaved_zero_bubble"
+        )
+    # Before 2.13 a stage sends the shapes of its outputs to the next stage even if both are on one rank.
+    if torch.__version__ < "2.13" and dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
+        raise UserError(
+            f"parallel.pipeline_schedule zbv_zero_bubble sends from a rank to itself with PyTorch {torch.__version__}, "
+            "which gloo (the communication of CPUs) cannot; use interleaved_zero_bubble, or PyTorch 2.13 or newer"
         )
 
 
