@@ -93,11 +93,8 @@ def stages(part: int, setting: Setting) -> list[Stage]:
     """Return the stages of a part, the most valuable first."""
     found = _first_part(setting) if part == 1 else _second_part(setting)
     if setting.wheels is not None:
-        files = wheel_files(setting.wheels)
-        found = [
-            Stage("packages", "packages", install_command(files, site_folder(setting.work)), 8, is_fixed=True),
-            *found,
-        ]
+        command = install_command(wheel_files(setting.wheels), site_folder(setting.work))
+        found = [Stage("packages", "packages", command, 8, is_fixed=True), *found]
     return [replace(stage, limit_seconds=stage.limit_seconds * setting.scale) for stage in found]
 
 
