@@ -1,5 +1,5 @@
-"""Run transformers' Trainer: eager, with torch.compile, with Liger's kernels, or with a chunked loss as in
-torchtitan.
+"""Run transformers' Trainer: eager, with torch.compile, with regional compilation, with Liger's kernels, or with a
+chunked loss as in torchtitan.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ChunkedLossModel(nn.Module):
 
 
 def run(job: Job, engine: str) -> dict[str, Any]:
-    """Train and measure. ``engine``: trainer, then any of +compile, +liger, +chunked."""
+    """Train and measure. ``engine``: trainer, then any of +compile, +regional, +liger, +chunked."""
     extras = engine.split("+")[1:]
     options = {key: value for key, value in job.architecture.items() if key != "model_type"}
     config = AutoConfig.for_model(job.architecture["model_type"], **options)
@@ -77,6 +77,9 @@ def run(job: Job, engine: str) -> dict[str, Any]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(draw(name, parameter.shape, job))
+    if "regional" in extras:  # as PyTorch recommends for repeated blocks: all of them share the compiled code
+        for block in model.model.layers:
+            block.compile()
     checkpointing = {"use_reentrant": False}
     chunked = "chunked" in extras
     if chunked:

@@ -153,6 +153,15 @@ RULES = (
         "it matters only with several ranks, several micro-batches in a step and no pipeline",
     ),
     Rule(
+        ("parallel.reshard_after_forward", "parallel.prefetch_blocks"),
+        lambda now: (
+            now.reduces
+            or now.config.parallel.cpu_offload
+            or now.config.parallel.pipeline_schedule.endswith("zero_bubble")
+        ),
+        "no other rank has a part of this rank's parameters, so nothing is gathered",
+    ),
+    Rule(
         ("training.check_replicas_interval",),
         lambda now: now.same_weights,
         "no two ranks hold the same weights",
@@ -186,7 +195,7 @@ ALWAYS = {
     *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
     *("optimizer.state_dtype", "optimizer.clip_grad_norm"),
     *("parallel.pipeline", "parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor"),
-    *("parallel.reshard_after_forward", "parallel.prefetch_blocks", "parallel.recompute", "parallel.timeout_seconds"),
+    *("parallel.recompute", "parallel.timeout_seconds"),
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),
     *("logging.log_interval", "logging.stragglers", "logging.tensorboard"),
 }

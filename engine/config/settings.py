@@ -291,14 +291,16 @@ class ParallelConfig:
     in no other layout. Slow."""
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward pass (ZeRO-3): less memory, one more all-gather in the
-    backward pass. False: shard gradients and states only (ZeRO-2)."""
+    backward pass. False: shard gradients and states only (ZeRO-2). No effect if no other rank shares this rank's
+    parameters; with fp32 weights and bf16 computation, such a rank keeps bf16 copies of them."""
     reduce_gradients: Literal["micro_batch", "step"] = "micro_batch"
     """How often ranks sum their gradients. micro_batch: after each micro-batch. step: after the last micro-batch of a
     step. This needs less communication, but until then every rank holds the full gradients of its layers in fp32.
-    Pipelines always use step."""
+    Pipelines always use step. No effect without other ranks."""
     prefetch_blocks: int = 1
     """Number of blocks whose parameters are gathered ahead of time, while an earlier block computes, in the forward and
-    the backward pass. Each needs the memory of one gathered block. 0: PyTorch decides. Results are the same."""
+    the backward pass. Each needs the memory of one gathered block. 0: PyTorch decides. Results are the same. No effect
+    if no other rank shares this rank's parameters."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass of a block recomputes instead of storing them. selective: norms, rotations and
     activation functions; outputs of matrix products and attention are stored. full: everything except the block's

@@ -16,7 +16,8 @@ from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
 from . import compile as block_compile
-from . import context, float8, fsdp, pipeline, recompute, tensor, trainable
+from . import context, data_parallel, float8, pipeline, recompute, tensor, trainable
+from .data_parallel import DataParallel
 from .forward_backward import BatchPreparer, ForwardBackward, ModelParts, NonPipelined
 from .mesh import Mesh
 from .process_group import Ranks
@@ -122,7 +123,7 @@ def build_model(
     )
     stages = stages or pipeline.cut_layers(architecture, parallel.pipeline * parallel.pipeline_stages_per_rank)
 
-    def build_stage(layers: LayerRange) -> LanguageModel:
+    def build_stage(layers: LayerRange) -> tuple[LanguageModel, DataParallel]:
         model = meta_model(architecture, layers).cast_parameters(DTYPES[training.weight_dtype])
         if parallel.tensor > 1:
             assert isinstance(model, Decoder)
@@ -133,15 +134,16 @@ def build_model(
         if choices.compiled:
             block_compile.apply(model)
         trainable.apply(model, training)
-        fsdp.apply(model, mesh.fsdp, parallel, compute_dtype)
+        wrapped = data_parallel.wrap(model, mesh.fsdp, parallel, compute_dtype)
         materialize(model, ranks.device, torch.device("cpu") if parallel.cpu_offload else ranks.device)
-        if training.weight_dtype != "fp32" and choices.num_micro_batches > 1:
-            fsdp.accumulate_in_fp32(model)
-        return model
+        wrapped.on_materialized(accumulates=choices.num_micro_batches > 1)
+        return model, wrapped
 
-    decoders = [build_stage(stages[number]) for number in numbers]
-    prepare = BatchPreparer(mesh, ranks.device, choices.attention.backend, architecture.sliding_windows)
+    built = [build_stage(stages[number]) for number in numbers]
+    decoders, wrapped = [model for model, _ in built], [wrapped for _, wrapped in built]
+    prepare = BatchPreparer(mesh, ranks.device, choices.attention, architecture.sliding_windows)
     parts = ModelParts(decoders)
     if parallel.pipeline > 1:
-        return parts, pipeline.Pipelined(decoders, numbers, config, prepare, choices.num_micro_batches, compute_dtype)
-    return parts, NonPipelined(decoders[0], prepare, parallel.reduce_gradients == "micro_batch")
+        count = choices.num_micro_batches
+        return parts, pipeline.Pipelined(decoders, wrapped, numbers, config, prepare, count, compute_dtype)
+    return parts, NonPipelined(decoders[0], wrapped[0], prepare, parallel.reduce_gradients == "micro_batch")

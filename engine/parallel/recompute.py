@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -67,13 +68,13 @@ def _keep_products(num_kept: int) -> Callable[..., CheckpointPolicy]:
     It stores the outputs of the first ``num_kept`` matrix products and of attention, which cost most to compute. The
     last product of most blocks is not stored, because their backward pass does not read it.
     """
-    products = 0
+    # Of the forward pass (False) and of its recomputation (True): before PyTorch 2.13 the policy decides in both.
+    products: Counter[bool] = Counter()
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        nonlocal products
         name = operator.name().partition(".")[0]
-        products += name in _MATMULS
-        keep = name in _ATTENTIONS or (name in _MATMULS and products <= num_kept)
+        products[context.is_recompute] += name in _MATMULS
+        keep = name in _ATTENTIONS or (name in _MATMULS and products[context.is_recompute] <= num_kept)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy

@@ -93,7 +93,13 @@ class PhaseCounter(SkipNonFinite):
         self._counter = counter
         modules = (module for decoder in model.decoders for module in decoder.modules())
         self._num_groups, self._num_reduced = sum(isinstance(module, FSDPModule) for module in modules), 0
-        counter.on_reduced = self._count_reduced
+        if self._num_groups:
+            counter.on_reduced = self._count_reduced
+        else:
+            blocks = list(model.blocks())
+            self._num_groups = len(blocks)
+            for block in blocks:
+                block.register_full_backward_hook(lambda *_: self._count_reduced())
 
     def begin_phase(self, phase: str) -> None:
         """See :class:`~retemper.engine.step.StepGuards`."""
@@ -101,13 +107,13 @@ class PhaseCounter(SkipNonFinite):
         self._counter.enter(phase)
 
     def _count_reduced(self) -> None:
-        """Begin a half of the backward pass when a group of parameters has been through it.
+        """Begin a half of the backward pass when a group of parameters, or without FSDP a block, has been through it.
 
         Memory falls or rises from block to block. The halves are separate phases, so that the peak of either is linear
         in the number of blocks.
         """
         self._num_reduced += 1
-        late = 2 * (self._num_reduced % self._num_groups) >= self._num_groups
+        late = 2 * (1 + (self._num_reduced - 1) % self._num_groups) >= self._num_groups
         self._counter.enter("backward, second half" if late else "backward, first half")
 
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from ...engine.model import decoder
 from ...engine.optim.adamw import CompactAdamW
 from ...engine.parallel.pipeline import Pipelined
+from ...engine.parallel.unsharded import UsedWeight
 from ...kernels import attention
 from ...kernels import linear_cross_entropy as loss
 from ...kernels.attention import flash
@@ -55,11 +56,18 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
         waiting = (one for one in group.fsdp_params if getattr(one, "unsharded_accumulated_grad", None) is not None)
         counter.declare("gradients", (getattr(one, "unsharded_accumulated_grad_data", None) for one in waiting))
 
+    take_gradient = UsedWeight.take_gradient
+
+    def take_and_declare(weight: UsedWeight) -> None:
+        take_gradient(weight)
+        counter.declare("gradients", [weight.weight.grad])
+
     gathers = {
         name: inside(in_communication, getattr(FSDPParamGroup, name)) for name in ("unshard", "wait_for_unshard")
     }
     # An operator does not say what its memory is for, so the functions that allocate it are replaced:
     # - `compute` and `_scaled` allocate all buffers of the loss, in its forward and in its backward pass.
+    # - Without FSDP, a gradient is moved from a copy to its weight.
     # - FSDP has no hooks around its gathers and reductions, which also run outside of modules' own hooks.
     # - DTensor runs operators on whole tensors without values, to learn a result's shape. No rank holds these tensors,
     #   and nothing distinguishes them from a rank's own in a dry run.
@@ -67,6 +75,7 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
     with (
         replaced(chunked, compute=inside(in_loss, chunked.compute)),
         replaced(loss, _scaled=inside(in_loss, loss._scaled)),
+        replaced(UsedWeight, take_gradient=take_and_declare),
         replaced(FSDPParamGroup, post_backward=post_backward, **gathers),
         replaced(ShardingPropagator, **{learn: inside(counter.paused, getattr(ShardingPropagator, learn))}),
     ):

@@ -29,8 +29,11 @@ from retemper.engine import step as step_module
 from retemper.engine.config.parser import parse_config
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.errors import UserError
+from retemper.engine.model.decoder import Decoder
+from retemper.engine.optim.local import local_part
 from retemper.engine.parallel.forward_backward import NonPipelined
 from retemper.engine.parallel.process_group import Ranks
+from retemper.engine.pretrain import build
 from retemper.tools import benchmark as command
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
@@ -305,6 +308,23 @@ def test_shares_of_the_peaks():
     assert "tokens/s per GPU (2)" in text and "peak memory reserved" in text
     # The datasheet's figure is of bf16.
     assert "datasheet" not in format_report(replace(found, precision="fp32"), {})
+
+
+def test_weights_of_a_benchmark_are_drawn_where_the_model_is(one_rank, run_file, tmp_path):
+    """As the run draws them: norms one, biases zero, matrices of the config's spread."""
+    on_the_host = Decoder.initialize_
+    config = parse_config(["--config", str(run_file)])
+    config = measure.prepare_config(config, StepBenchmarkOptions(1, 0), tmp_path)
+    with measure.quick_initialization(torch.device("cuda")):
+        assert Decoder.initialize_ is not on_the_host
+        model = build(config, one_rank, check_room=False).model.decoders[0]
+    assert Decoder.initialize_ is on_the_host
+    for name, parameter in model.named_parameters():
+        values = local_part(parameter)
+        if name.endswith("norm.weight") or name.endswith("bias"):
+            assert (values == float(name.endswith("norm.weight"))).all(), name
+        else:
+            assert values.std().item() == pytest.approx(0.02, rel=0.1), name
 
 
 def test_matrix_products(monkeypatch):
