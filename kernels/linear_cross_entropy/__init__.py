@@ -27,7 +27,10 @@ IGNORE_INDEX = -100
 """Target of a token without target: it adds no loss and no gradient."""
 
 LOGIT_BYTES = 256 * 1024**2
-"""Memory budget in bytes of one chunk's logits and all else of their shape, in the PyTorch path."""
+"""Memory budget in bytes of one chunk's logits and all else of their shape, in the PyTorch path on a GPU."""
+
+CPU_LOGIT_BYTES = 64 * 1024**2
+"""The same on a CPU. Smaller chunks have slower products; larger ones take memory that is not in any cache."""
 
 LARGEST_TRITON_BUDGET = 5 * 1024**3
 """Largest budget of the Triton path: one chunk for 16,384 tokens and a vocabulary of 152,064. Each further chunk reads
@@ -134,11 +137,16 @@ def _choose(backend: str, hidden_TH: Tensor, weight_VH: Tensor) -> Compute:
     if refusal is not None:
         raise ValueError(f"backend {backend!r} cannot be used: {refusal}")
     if backend == "chunked":
-        return functools.partial(chunked.compute, budget=LOGIT_BYTES)
+        return functools.partial(chunked.compute, budget=logit_budget(hidden_TH.device))
     from . import triton_loss
 
     budget, persistent = device_budget(hidden_TH.device), backend == "triton-persistent"
     return functools.partial(triton_loss.compute, budget=budget, persistent=persistent)
+
+
+def logit_budget(device: torch.device) -> int:
+    """Return the budget of the PyTorch path on a device."""
+    return CPU_LOGIT_BYTES if device.type == "cpu" else LOGIT_BYTES
 
 
 def device_budget(device: torch.device) -> int:
@@ -169,7 +177,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``grad * factor`` rounded once, to ``dtype``: a bf16 factor would change all gradients of a step by up to
-    0.4 %.
+    0.4 %. A gradient of that dtype is scaled in its own memory; a second backward pass is then an error of autograd.
     """
+    result = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
     # One element instead of zero dimensions makes the product fp32; it is rounded when it is written.
-    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
+    return torch.mul(grad, factor.reshape(1), out=result)
