@@ -104,14 +104,14 @@ def triton_loss(
         count_flops: called with floating-point operations that no operator shows.
     """
     path, kernels = _import_triton_path()
-    on_cpu, bytes_per_chunk = chunked.compute, loss.triton_budget(gpu_memory)
+    in_pytorch, bytes_per_chunk = chunked.compute, loss.triton_budget(gpu_memory)
     persistent = capability in kernels.DESCRIPTOR_CAPABILITIES
 
     def compute(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Any, budget: int, needs: Any
     ) -> Any:
         if hidden.dtype != torch.bfloat16:
-            return on_cpu(hidden, weight, bias, targets, options, budget, needs)
+            return in_pytorch(hidden, weight, bias, targets, options, loss.LOGIT_BYTES, needs)
         return path.compute(hidden, weight, bias, targets, options, bytes_per_chunk, needs, persistent)
 
     def launch(hidden: Tensor, head: Any, *rest: Any) -> None:
