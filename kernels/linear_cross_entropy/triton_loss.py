@@ -80,7 +80,7 @@ def compute(
                 torch.mul(product, scale[:, None], out=grad_hidden[part])
                 del product
             if needs.weight:
-                scaled = (hidden * scale[:, None]).to(hidden.dtype)
+                scaled = torch.mul(hidden, scale[:, None], out=torch.empty_like(hidden))
                 grad_weight = add_product(grad_weight, exponentials.t(), scaled)
             if grad_bias is not None:
                 grad_bias = add_product(grad_bias, exponentials.t(), scale[:, None].to(hidden.dtype))

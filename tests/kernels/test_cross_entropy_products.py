@@ -1,12 +1,10 @@
-"""The fp32 products of the linear cross-entropy, and the memory that its chunks may take."""
+"""The fp32 products of the linear cross-entropy."""
 
 import pytest
 import torch
 from linear_cross_entropy_cases import relative_error
 
-from retemper.kernels.linear_cross_entropy import LARGEST_TRITON_BUDGET, rows, triton_budget
-
-GiB = 2**30
+from retemper.kernels.linear_cross_entropy import rows
 
 
 def factors(rows_of_a, dtype):
@@ -69,29 +67,3 @@ def test_products_add_up(dtype):
         expected += a.double() @ b.double()
     assert total.dtype == torch.float32
     assert relative_error(total, expected) <= 1e-6
-
-
-def test_the_budget_of_a_gpus_memory():
-    assert triton_budget(int(139.7 * GiB)) == LARGEST_TRITON_BUDGET == 5 * GiB
-    assert 3.9 * GiB < triton_budget(int(79.1 * GiB)) < 4 * GiB
-    assert 1.1 * GiB < triton_budget(int(23.6 * GiB)) < 1.2 * GiB
-    budgets = [triton_budget(memory * GiB) for memory in range(1, 300)]
-    assert budgets == sorted(budgets)
-
-
-@pytest.mark.parametrize(
-    ("memory", "num_tokens", "vocab", "expected"),
-    [
-        (139.7, 8192, 151936, 1),
-        (139.7, 16384, 151936, 1),
-        (139.7, 16384, 152064, 1),
-        (79.1, 8192, 152064, 1),
-        (79.1, 16384, 151936, 2),
-        (23.6, 8192, 151936, 2),
-    ],
-)
-def test_chunks_of_real_models(memory, num_tokens, vocab, expected):
-    triton_loss = pytest.importorskip("retemper.kernels.linear_cross_entropy.triton_loss", exc_type=ImportError)
-    tiles = triton_loss.tiles_for(torch.device("cpu"), True)._replace(rows=128, columns=256)
-    size = triton_loss.rows_per_chunk(triton_budget(int(memory * GiB)), vocab, tiles, True)
-    assert len(rows.chunks(num_tokens, size, tiles.rows)) == expected
