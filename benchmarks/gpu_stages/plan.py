@@ -75,6 +75,7 @@ ATTENTION_PROVIDERS = [
 ]
 TESTS = [
     "tests/kernels/test_linear_cross_entropy_triton.py",
+    "tests/kernels/test_cross_entropy_products.py",
     "tests/test_step.py",
     "tests/kernels/test_attention_gpu.py",
 ]
