@@ -20,7 +20,7 @@ from torch import Tensor
 from ...kernels.activations import gated
 from ...kernels.attention import BACKENDS, Choice, UnusableBackend, attention, choose_attention_backend, plan_attention
 from ...kernels.attention.flash import use_implementation
-from ...kernels.linear_cross_entropy import backend_refusal, linear_cross_entropy
+from ...kernels.linear_cross_entropy import backend_refusal, default_backend, linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair
 from . import chunked_loss
@@ -91,7 +91,10 @@ def _our_cross_entropy(backend: str) -> Provider:
     def obstacle(inputs: Tensors) -> str | None:
         return backend_refusal(backend, inputs["x"], inputs["weight"])
 
-    return Provider(lambda _: compute, OURS, obstacle=obstacle)
+    def describe(inputs: Tensors) -> str:
+        return default_backend(inputs["x"], inputs["weight"])
+
+    return Provider(lambda _: compute, OURS, obstacle=obstacle, describe=describe if backend == "auto" else None)
 
 
 def _logits_cross_entropy(inputs: Tensors) -> Outputs:

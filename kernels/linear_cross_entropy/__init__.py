@@ -126,13 +126,18 @@ def backend_refusal(backend: str, hidden_TH: Tensor, weight_VH: Tensor) -> str |
     return None if refusal is None else f"{refusal}; use 'triton'"
 
 
+def default_backend(hidden_TH: Tensor, weight_VH: Tensor) -> str:
+    """Return the backend that "auto" takes."""
+    order = ("triton-persistent", "triton", "chunked") if hidden_TH.is_cuda else ("chunked",)
+    return next(one for one in order if backend_refusal(one, hidden_TH, weight_VH) is None)
+
+
 def _choose(backend: str, hidden_TH: Tensor, weight_VH: Tensor) -> Compute:
     """Return the function of a backend, with its memory budget."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        order = ("triton-persistent", "triton", "chunked") if hidden_TH.is_cuda else ("chunked",)
-        backend = next(one for one in order if backend_refusal(one, hidden_TH, weight_VH) is None)
+        backend = default_backend(hidden_TH, weight_VH)
     refusal = backend_refusal(backend, hidden_TH, weight_VH)
     if refusal is not None:
         raise ValueError(f"backend {backend!r} cannot be used: {refusal}")

@@ -91,6 +91,18 @@ def test_groups_of_row_blocks(monkeypatch, backend):
     check(inputs_of(9 * TILES.rows + 1, 16, 97), backend=backend)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="all tests on a GPU have its tiles")
+@pytest.mark.parametrize("name", ["DESCRIPTOR_TILES", "POINTER_TILES", "SMALL_TILES"])
+def test_the_tiles_of_gpus(monkeypatch, name):
+    """Interpreted: several blocks of rows, one of them far, and more tiles than programs."""
+    monkeypatch.setattr(triton_kernels, "INTERPRETER_TILES", getattr(triton_kernels, name))
+    hidden, weight, targets = inputs_of(300, 136, 600)
+    with torch.no_grad():
+        weight[:, 0] = 1.0
+        hidden[130, 0] = 250.0
+    check((hidden, weight, targets), backend="triton-persistent" if name == "DESCRIPTOR_TILES" else "triton")
+
+
 class LargestMatrix(TorchDispatchMode):
     """Remembers the bytes of the largest bf16 storage that any operator returned."""
 
