@@ -299,8 +299,8 @@ class ParallelConfig:
     Pipelines always use step. No effect without other ranks."""
     prefetch_blocks: int = 1
     """Number of blocks whose parameters are gathered ahead of time, while an earlier block computes, in the forward and
-    the backward pass. Each needs the memory of one gathered block. 0: PyTorch decides. Results are the same. No effect if
-    no other rank shares this rank's parameters."""
+    the backward pass. Each needs the memory of one gathered block. 0: PyTorch decides. Results are the same. No effect
+    if no other rank shares this rank's parameters."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass of a block recomputes instead of storing them. selective: norms, rotations and
     activation functions; outputs of matrix products and attention are stored. full: everything except the block's

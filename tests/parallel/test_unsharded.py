@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 
+import packed_model
 import parity_run
 import pytest
 import tiny_run
 import torch
 from parity_run import Model
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import FSDPModule
 
 from retemper.engine import pretrain
 from retemper.engine.config.parser import parse_config
-from retemper.engine.parallel import data_parallel
+from retemper.engine.model import decoder as decoder_module
+from retemper.engine.parallel import build, data_parallel
+from retemper.engine.parallel import compile as block_compile
 
 DTYPES = {
     "fp32": "--training.precision fp32",
@@ -24,6 +29,7 @@ DTYPES = {
     "bf16 weights in fp32": "--training.precision fp32 --training.weight_dtype bf16",
 }
 BATCHES = {"one micro-batch": "8", "several": "2"}
+EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
 MODELS = [Model("qwen3", tied=True, packed=True), Model("llama", tied=False, packed=True)]
 
 
@@ -54,7 +60,8 @@ def steps(ranks, path: Path, options: str) -> list[Tensor]:
     for step in range(3):
         batches = run.data.micro_batches(step * parity_run.GLOBAL_BATCH)
         result = pretrain.one_step(run, batches, float(sum(batch.num_targets for batch in batches)))
-        seen += [result.loss, result.grad_norm, run.forward_backward.evaluate(batches)]
+        seen += [result.loss, result.grad_norm]
+        seen.append(run.forward_backward.evaluate(batches))
     seen.extend(tiny_run.whole(parameter) for parameter in run.model.parameters())
     assert isinstance(run.model.decoders[0], FSDPModule) == (
         not data_parallel.is_alone(run.mesh.fsdp, run.config.parallel)
@@ -79,3 +86,118 @@ def test_every_bit_is_that_of_fsdp(dtypes, batches, model, recompute, one_rank, 
     assert len(actual) == len(expected) > 60
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def both(ranks, path: Path, options: str) -> tuple[list[Tensor], list[Tensor]]:
+    """What this rank computes without FSDP and with it."""
+    alone = steps(ranks, path, options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_parallel, "is_alone", lambda mesh, config: False)
+        return alone, steps(ranks, path, options)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_stages_of_a_pipeline_compute_the_bits_of_fsdp(dtypes, model, two_ranks, run_files):
+    options = f"{DTYPES[dtypes]} --training.micro_batch_size 2 --parallel.pipeline 2"
+    for actual, expected in two_ranks.run(both, run_files[model], options):
+        for one, other in zip(actual, expected, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("schedule", ["zbv_zero_bubble", "interleaved_zero_bubble"])
+def test_gradients_without_hooks_are_collected(schedule, one_rank, two_ranks, run_files):
+    """After each micro-batch, so that they are added in fp32 as on one rank."""
+    options = f"{DTYPES['bf16']} --training.micro_batch_size 2"
+    expected = trained(one_rank, run_files[MODELS[1]], options)[1]
+    options += f" --parallel.pipeline 2 --parallel.pipeline_schedule {schedule} --parallel.pipeline_stages_per_rank 2"
+    options += " --parallel.reshard_after_forward false"
+    parts = two_ranks.run(trained, run_files[MODELS[1]], options)
+    actual = {name: gradient for _, gradients in parts for name, gradient in gradients.items()}
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name], gradient), name
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_tensor_parallel_ranks_sum_the_gradients_of_norms(dtypes, batches, two_ranks, run_files):
+    """FSDP sums them after every micro-batch, in the compute dtype."""
+    options = f"{DTYPES[dtypes]} --training.micro_batch_size {BATCHES[batches]} --parallel.tensor 2"
+    options += " --optimizer.learning_rate 0 --optimizer.min_learning_rate 0"
+    bound = 1e-6 if dtypes == "fp32" else 1e-2
+    for actual, expected in two_ranks.run(both, run_files[MODELS[0]], options):
+        for one, other in zip(actual, expected, strict=True):
+            assert one.dtype == other.dtype and (one - other).norm() <= bound * other.norm()
+            if dtypes == "fp32" and batches == "one micro-batch":
+                assert torch.equal(one, other)
+
+
+def test_names_show_copies_only_during_passes(one_rank, run_files):
+    options = ["--config", str(run_files[MODELS[0]]), *DTYPES["bf16"].split()]
+    run = pretrain.build(parse_config(options), one_rank)
+    [decoder] = run.model.decoders
+    weights, seen = dict(run.model.named_parameters()), []
+    decoder.register_forward_hook(lambda *_: seen.append(dict(run.model.named_parameters())))
+    batches = run.data.micro_batches(0)
+    run.forward_backward.evaluate(batches[:1])
+    run.forward_backward.accumulate_gradients(batches[:1], 10.0, lambda phase: None)
+    assert [parameter.dtype for shown in seen for parameter in shown.values()] == [torch.bfloat16] * 2 * len(weights)
+    assert all(seen[0][name] is seen[1][name] and seen[0][name].grad is None for name in weights)
+    assert all(
+        parameter is weights[name] and parameter.grad.dtype == torch.float32
+        for name, parameter in run.model.named_parameters()
+    )
+
+    def fail(*_):
+        raise InterruptedError
+
+    decoder.register_forward_hook(fail)
+    with pytest.raises(InterruptedError):
+        run.forward_backward.evaluate(batches[:1])
+    assert all(parameter is weights[name] for name, parameter in run.model.named_parameters())
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_compiled_blocks_are_compiled_once(recompute, one_rank, run_files, monkeypatch):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(block_compile, "enabled", lambda *_: True)
+    monkeypatch.setattr(build.block_compile, "apply", functools.partial(block_compile.apply, backend=counter))
+    monkeypatch.setattr(decoder_module, "attention", packed_model.compilable_attention)
+    options = ["--config", str(run_files[MODELS[0]]), *DTYPES["bf16"].split(), "--parallel.recompute", recompute]
+    run = pretrain.build(parse_config(options), one_rank)
+    counts = []
+    for step in range(4):
+        batches = run.data.micro_batches(step * parity_run.GLOBAL_BATCH)
+        pretrain.one_step(run, batches, float(sum(batch.num_targets for batch in batches)))
+        run.forward_backward.evaluate(batches)
+        counts.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert 0 < counts[0] == counts[-1]
+
+
+def test_frozen_weights_have_copies_without_gradients(one_rank, run_files, use_fsdp):
+    options = f"{DTYPES['bf16']} --training.trainable embeddings --training.micro_batch_size 2"
+    actual = trained(one_rank, run_files[MODELS[1]], options)
+    use_fsdp()
+    expected = trained(one_rank, run_files[MODELS[1]], options)
+    assert {name for name, gradient in actual[1].items() if gradient is not None} == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    }
+    for name, weight in expected[0].items():
+        assert torch.equal(actual[0][name], weight), name
+    for name, gradient in expected[1].items():
+        assert gradient is None or torch.equal(actual[1][name], gradient), name
+
+
+def trained(ranks, path: Path, options: str) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Weights after a step, and the gradients of the first; None for frozen parameters."""
+    run = pretrain.build(parse_config(["--config", str(path), *options.split()]), ranks)
+    batches, named = run.data.micro_batches(0), dict(run.model.named_parameters())
+    run.forward_backward.accumulate_gradients(batches, 50.0, lambda phase: None)
+    gradients = {name: None if p.grad is None else tiny_run.whole(p.grad) for name, p in named.items()}
+    run.optimizer.zero_grad()
+    pretrain.one_step(run, batches, 50.0)
+    return {name: tiny_run.whole(parameter) for name, parameter in named.items()}, gradients

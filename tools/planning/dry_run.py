@@ -76,6 +76,8 @@ class RankSpec:
     gpus_per_node: int
     capability: tuple[int, int] | None
     """Compute capability of the GPU; None: the run is on CPUs."""
+    gpu_memory: int | None = None
+    """Bytes that PyTorch may use of it; None: unknown, and the loss has the budget of a small GPU."""
     place: int = 0
     """Place in the pipeline; ranks that differ only in other axes do the same."""
     blocks_per_stage: int | None = None
@@ -200,7 +202,7 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
     with contextlib.ExitStack() as stack:
         stack.enter_context(fresh_constants())
         if spec.capability is not None:
-            stack.enter_context(triton_loss(spec.capability, work.add_flops))
+            stack.enter_context(triton_loss(spec.capability, spec.gpu_memory, work.add_flops))
             stack.enter_context(attention_options())
         stack.enter_context(labelled(counter))
         stack.enter_context(counter)

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from ..records.errors import DamagedError, MalformedError, Where
 from ..records.json_values import WantedKeys, invalid_utf8, parse_json
@@ -17,21 +17,23 @@ from ..records.long_text import LONG_BYTES, LongText, read_long_json
 from ..records.reading import ReadContext, Record
 from ..records.text_choice import json_type
 from ..workers.tasks import Span
-from .streams import open_stream, skip_bom
+from .line_buffer import LineBuffer
+from .streams import open_unbuffered, skip_bom
 
 _COPY_BYTES = 1 << 20
 _SHOWN_BYTES = 1024  # of a long line that is refused
 MAX_RECORD_BYTES = 2 << 30
 """Longer lines and values are refused: they would be copied to a temporary file."""
 _TAIL_BYTES = 4096
+_LINE_FEED, _SPACE = 0x0A, 0x20
 
 
 class RawRecord(NamedTuple):
     """A line, or another part of a file that is a record."""
 
     where: Where
-    content: bytes
-    """Only the beginning if ``long`` is set."""
+    content: bytes | memoryview
+    """Only the beginning if ``long`` is set. A view is valid until the next record is read."""
     long: Path | None
     """File with a whole line of more than ``LONG_BYTES``, without its line end."""
 
@@ -45,7 +47,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
             try:
                 value = parse_line(line, keys) if is_json else _text(line)
             except MalformedError as error:
-                context.refuse(line.where, str(error), error.kind, line.content)
+                context.refuse(line.where, str(error), error.kind, bytes(line.content))
                 continue
             yield Record(value, line.where, line.content)
 
@@ -66,16 +68,18 @@ def parse_value(line: RawRecord, keys: WantedKeys) -> Any:
 def _text(line: RawRecord) -> str | LongText:
     if line.long is not None:
         return LongText(str(line.long), 0, line.long.stat().st_size, False, line.where).check()
+    content = bytes(line.content)
     try:
-        return line.content.rstrip(b"\r\n").decode("utf-8")
+        return content.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:
-        raise invalid_utf8(line.content, error) from None
+        raise invalid_utf8(content, error) from None
 
 
 def _lines(span: Span, context: ReadContext) -> Generator[RawRecord, None, None]:
     """Yield each line whose first byte is in the span, except blank lines."""
     path, plain = span.file.path, not span.file.compression
-    with open_stream(span.file, context) as file:
+    with open_unbuffered(span.file, context) as stream:
+        file = LineBuffer(stream)
         offset, bom = span.start, 0
         if offset == 0:
             bom = skip_bom(file, path)
@@ -94,29 +98,30 @@ def _lines(span: Span, context: ReadContext) -> Generator[RawRecord, None, None]
             bom = 0
             if plain:
                 context.consumed = min(offset, span.stop) - span.start
-            if len(content) == LONG_BYTES and not content.endswith(b"\n"):
+            if len(content) == LONG_BYTES and content[-1] != _LINE_FEED:
+                beginning = bytes(content[:_SHOWN_BYTES])
                 with _copied(content, file, context.scratch, where) as (copy, rest):
                     offset += rest
                     if plain:
                         context.consumed = min(offset, span.stop) - span.start
-                    yield RawRecord(where, content[:_SHOWN_BYTES], copy)
-            elif not content.isspace():
+                    yield RawRecord(where, beginning, copy)
+            elif content[0] > _SPACE or not bytes(content).isspace():
                 yield RawRecord(where, content, None)
 
 
-def _skip_line(file: BinaryIO, limit: int) -> int:
+def _skip_line(file: LineBuffer, limit: int) -> int:
     """Read to the end of a line, or at least ``limit`` bytes; return the number of bytes read."""
     skipped = 0
     while skipped < limit:
         part = file.readline(_COPY_BYTES)
         skipped += len(part)
-        if not part or part.endswith(b"\n"):
+        if not part or part[-1] == _LINE_FEED:
             break
     return skipped
 
 
 @contextmanager
-def _copied(beginning: bytes, file: BinaryIO, folder: Path, where: Where) -> Iterator[tuple[Path, int]]:
+def _copied(beginning: memoryview, file: LineBuffer, folder: Path, where: Where) -> Iterator[tuple[Path, int]]:
     """Copy the line of ``beginning`` and its rest in ``file`` to a temporary file; return it and the rest's size."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix="line.") as copy:
         copy.write(beginning)
@@ -128,7 +133,7 @@ def _copied(beginning: bytes, file: BinaryIO, folder: Path, where: Where) -> Ite
                 raise DamagedError(
                     f"{where.describe()}: a line of more than {MAX_RECORD_BYTES >> 30} GiB; is it JSONL? split it"
                 )
-            if part.endswith(b"\n"):
+            if part[-1] == _LINE_FEED:
                 break
         _drop_line_end(copy)
         copy.flush()

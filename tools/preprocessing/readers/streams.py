@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, Protocol, TypeVar, cast
 
 import zstandard
 
@@ -42,6 +42,13 @@ _Item = TypeVar("_Item")
 
 @contextmanager
 def open_stream(file: InputFile, context: ReadContext) -> Iterator[io.BufferedReader[Any]]:
+    """Open a file as :func:`open_unbuffered` does, with a buffer."""
+    with open_unbuffered(file, context) as raw, io.BufferedReader(raw, _BUFFER_BYTES) as stream:
+        yield stream
+
+
+@contextmanager
+def open_unbuffered(file: InputFile, context: ReadContext) -> Iterator[io.RawIOBase]:
     """Open a file as a decompressed stream; without compression it is seekable.
 
     ``context.consumed`` follows the position in the file on disk. Reading raises UserError if the file is damaged.
@@ -57,8 +64,7 @@ def open_stream(file: InputFile, context: ReadContext) -> Iterator[io.BufferedRe
         check_unchanged(file, os.fstat(raw.fileno()).st_size)
         if file.compression and file.size == 0:
             raise DamagedError(f"{file.path}: an empty file, not a valid compressed file; copy it again")
-        with io.BufferedReader(_CheckedStream(file, raw, context), _BUFFER_BYTES) as stream:
-            yield stream
+        yield _CheckedStream(file, raw, context)
 
 
 def check_unchanged(file: InputFile, size: int) -> None:
@@ -69,7 +75,17 @@ def check_unchanged(file: InputFile, size: int) -> None:
         )
 
 
-def skip_bom(stream: io.BufferedReader[Any], path: str) -> int:
+class Peekable(Protocol):
+    """The part of a buffered stream that :func:`skip_bom` uses."""
+
+    def peek(self, size: int = 0, /) -> bytes:
+        """Return the next bytes without moving."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return the next ``size`` bytes."""
+
+
+def skip_bom(stream: Peekable, path: str) -> int:
     """Skip the byte order mark of UTF-8; return the number of skipped bytes. Raise UserError for that of UTF-16."""
     head = stream.peek(3)[:3]
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):

@@ -29,16 +29,20 @@ class WantedKeys:
         """Return the values of the wanted keys in ``record``; without wanted keys, all values."""
         return [record[name] for name in self._spellings if name in record] if self._spellings else record.values()
 
-    def are_plain(self, record: Any, content: bytes) -> bool:
+    def are_plain(self, record: Any, content: bytes | memoryview) -> bool:
         """Return True if ``record``, parsed from ``content``, needs no further check: each wanted key occurs once, with
         a string, as in most corpora.
         """
         if type(record) is not dict or not self._spellings:
             return False
-        for name, (spelling, *others) in self._spellings.items():
-            if others or type(record.get(name)) is not str or content.count(spelling) != 1:
+        longest = 0
+        for name, spellings in self._spellings.items():
+            value = record.get(name)
+            if type(value) is not str or len(spellings) > 1:
                 return False
-        return True
+            longest = max(longest, len(value))
+        searched = _outside_string(content, longest)
+        return all(searched.count(spelling) == 1 for (spelling,) in self._spellings.values())
 
     def check(self, record: dict[str, Any], content: bytes) -> None:
         """Raise MalformedError if an object in ``content``, parsed as ``record``, has one of the keys twice."""
@@ -50,7 +54,19 @@ class WantedKeys:
                 return
 
 
-def parse_json(content: bytes, keys: WantedKeys, whole: bool = True) -> Any:
+def _outside_string(content: bytes | memoryview, size: int) -> bytes:
+    """Return the parts of a JSON value ``content`` in which keys may occur, if it has a string of ``size`` characters.
+
+    The string takes at least as many bytes, so what precedes it and what follows it fit into the others.
+    """
+    others = len(content) - size
+    if 2 * others >= len(content):
+        return bytes(content)
+    # No key contains a line feed, so none is found where the parts are joined.
+    return b"\n".join((content[:others], content[size:]))
+
+
+def parse_json(content: bytes | memoryview, keys: WantedKeys, whole: bool = True) -> Any:
     """Parse a JSON value. Raise MalformedError if it is invalid, or an object with one of ``keys`` twice.
 
     ``whole``: ``content`` is a whole line, so that messages can name places in it.
@@ -58,6 +74,7 @@ def parse_json(content: bytes, keys: WantedKeys, whole: bool = True) -> Any:
     try:
         value = orjson.loads(content)
     except orjson.JSONDecodeError as error:
+        content = bytes(content)
         if "infinity" in error.msg:
             return _parse_exactly(content, keys)
         place = f" at character {error.pos + 1} of the line" if whole else ""
@@ -65,6 +82,7 @@ def parse_json(content: bytes, keys: WantedKeys, whole: bool = True) -> Any:
             raise MalformedError(f"NaN or Infinity{place}, which JSON does not have: write null") from None
         raise_bad_json(content, error, place)
     if not keys.are_plain(value, content) and type(value) is dict:
+        content = bytes(content)
         keys.check(value, content)
         if _holds_large_number(keys.values(value)):
             return _parse_exactly(content, keys)

@@ -189,7 +189,7 @@ class TaskRunner:
             self._result.count_note(self._source, note, number)
         return encoded
 
-    def _refuse(self, where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:
+    def _refuse(self, where: Where, reason: str, kind: str, raw: bytes | memoryview | str | None) -> None:
         """Count a record that is not a document, or end the run."""
         options = self._options
         if not (options.skip_bad_lines or (kind == "invalid UTF-8" and options.drop_invalid_utf8)):

@@ -1,0 +1,203 @@
+"""Define the stages of both parts of the GPU check: their commands, hard time limits and goals."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from .packages import install_command, wheel_files
+
+PART_SECONDS = {1: 400.0, 2: 360.0}
+"""Hard limit of each part. Together with the start of the machine they fit 900 s."""
+RESERVE_SECONDS = 6.0
+"""Seconds of a part that no stage may use: the command's own start, and its last files."""
+Kind = Literal["packages", "ceilings", "tests", "step", "kernels", "profile"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command with its time limit. It may write ``{name}.json`` in the work folder of the part."""
+
+    name: str
+    kind: Kind
+    command: list[str]
+    limit_seconds: float
+    goal: str = ""
+    checks: bool = False
+    """True if its failure means an error of correctness."""
+    takes_rest: bool = False
+    """True if it may also use the time that stages before it left."""
+    benign_codes: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the commands of the stages depend on."""
+
+    work: Path
+    """Folder of the check; each part has a folder in it, with the outputs of its stages."""
+    wheels: Path | None
+    """Folder of the wheels to install; None: nothing is missing."""
+    rehearse: bool = False
+    """True for tiny sizes on a CPU."""
+    scale: float = 1.0
+    """Factor of all time limits."""
+
+
+MODEL = {
+    "0.5b": [
+        *("--model", "qwen2.5-0.5b", "--batch", "4", "--sequence", "4096", "--precision", "bf16"),
+        *("--warmup", "6", "--steps", "30"),
+    ],
+    "7b": [
+        *("--model", "qwen2.5-7b", "--batch", "2", "--sequence", "4096", "--precision", "bf16-states"),
+        *("--warmup", "3", "--steps", "8"),
+    ],
+}
+"""Options of peers.py. The states of 7B are bf16, because fp32 states do not fit on one GPU."""
+TINY_MODEL = ["--layers=2", "--hidden=64", "--vocab=300", "--batch=2", "--sequence=32", "--warmup=1", "--steps=2"]
+TINY_MODEL += ["--threads=1"]
+TOKENS_PER_SECOND = {"0.5b": 125_000.0, "7b": 13_500.0}
+TIMES_AS_FAST = 1.2
+"""Goal for tokens/s, as a multiple of the best peer's."""
+CROSS_ENTROPY_MS = {"8192 x 896 x 151936": 10.5, "8192 x 3584 x 152064": 37.0}
+ATTENTION_CASES = ["4 x 4096, 14/2 heads of 64", "2 x 4096, 28/4 heads of 128"]
+TINY_CASES = {"linear_cross_entropy": ["33 x 16 x 131"], "attention": ["2 x 32, 4/2 heads of 16, documents of about 9"]}
+CROSS_ENTROPY_PROVIDERS = ["retemper", "Liger", "Liger, fp32 accumulation", "CCE, exact", "torch eager"]
+ATTENTION_PROVIDERS = [
+    *("retemper", "retemper, varlen", "retemper, sdpa"),
+    *("torch SDPA", "torch SDPA, cuDNN", "torch SDPA, flash", "torch varlen_attn"),
+]
+TESTS = [
+    "tests/kernels/test_linear_cross_entropy_triton.py",
+    "tests/test_step.py",
+    "tests/kernels/test_attention_gpu.py",
+]
+"""Files of the correctness stage; ``pytest -m gpu`` selects from them."""
+LEFT_OUT_TESTS = {
+    "tests/parallel/test_float8.py": "needs torchao",
+    "tests/tools/planning/test_plan.py": "takes minutes of processor time for the memory that a plan predicts",
+}
+"""Other files with tests for a GPU, and why the check has no time for them: ``pytest -m gpu FILE`` runs one."""
+
+
+def stages(part: int, setting: Setting) -> list[Stage]:
+    """Return the stages of a part, the most valuable first."""
+    found = _first_part(setting) if part == 1 else _second_part(setting)
+    if setting.wheels is not None:
+        files = wheel_files(setting.wheels)
+        found = [Stage("packages", "packages", install_command(files, site_folder(setting.work)), 8), *found]
+    return [replace(stage, limit_seconds=stage.limit_seconds * setting.scale) for stage in found]
+
+
+def part_folder(work: Path, part: int) -> Path:
+    """Return the folder of a part's outputs."""
+    return work / f"part{part}"
+
+
+def site_folder(work: Path) -> Path:
+    """Return the folder in which the carried packages are installed."""
+    return work / "site"
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """Builds the stages of one part."""
+
+    part: int
+    setting: Setting
+    python: str = field(default=sys.executable)
+
+    def ceilings(self, limit: float) -> Stage:
+        seconds = "0.01" if self.setting.rehearse else "1"
+        command = [self.python, "benchmarks/hardware_limits.py", *self._device(), "--seconds", seconds]
+        return Stage("ceilings", "ceilings", [*command, *self._json("ceilings")], limit, "790 TFLOP/s, 4.3 TB/s")
+
+    def correctness(self, limit: float) -> Stage:
+        # -vv: the configured -q takes one away, and a run that is cut off must have named what passed.
+        command = [self.python, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--timeout=60", "-m", "gpu", *TESTS]
+        # Files run at the same time, so that none can use up the time of the others.
+        command += ["-n", str(len(TESTS)), "--dist", "loadfile"]
+        # 5: no test was left. Without a GPU all are skipped, which is no failure.
+        codes = (0, 5) if self.setting.rehearse else (0,)
+        return Stage("correctness", "tests", command, limit, "all pass", checks=True, benign_codes=codes)
+
+    def ours(self, name: str, model: str, limit: float, *options: str, goal: str = "") -> Stage:
+        options = ("--engines", "retemper", *options)
+        goal = goal or f"{TOKENS_PER_SECOND[model]:,.0f} tokens/s"
+        return Stage(name, "step", self._peers(name, model, limit, *options), limit, goal, checks=True)
+
+    def peer(self, engine: str, model: str, limit: float, takes_rest: bool = False) -> Stage:
+        name = f"{model}-{engine}"
+        ours = part_folder(self.setting.work, self.part) / f"{model}.json"
+        options = ["--engines", engine, "--recompute", "auto", "--compare", str(ours)]
+        command = self._peers(name, model, limit, *options)
+        return Stage(name, "step", command, limit, f"ours {TIMES_AS_FAST:g} x", takes_rest=takes_rest)
+
+    def profile(self, name: str, limit: float, *options: str) -> Stage:
+        command = [self.python, "tools/benchmark.py", "--config", "megatron_configs/qwen2.5_0.5b.yaml"]
+        command += ["--training.global_batch_size", "4", "--steps", "5", "--warmup-steps", "4", "--matmul-seconds", "0"]
+        command += ["--profile", str(part_folder(self.setting.work, self.part) / name), *self._json(name), *options]
+        if self.setting.rehearse:
+            small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300}
+            small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+            command += [word for key, value in small.items() for word in (f"--model.architecture.{key}", str(value))]
+            command += ["--training.sequence_length", "32", "--device", "cpu"]
+        return Stage(name, "profile", command, limit, "names the next cost")
+
+    def kernels(self, kernel: str, cases: list[str], providers: list[str], limit: float, goal: str = "") -> Stage:
+        command = [self.python, "tools/benchmark_kernels.py", *self._device(), "--kernels", kernel, "--no-compile"]
+        if self.setting.rehearse:
+            command += ["--sizes", "tiny", "--seconds", "0", "--cases", *TINY_CASES[kernel]]
+        else:
+            command += ["--sizes", "qwen2.5", "--seconds", "0.5", "--cases", *cases]
+        command += ["--providers", *providers, *self._json(kernel)]
+        command += ["--time-limit", f"{limit * self.setting.scale * 0.7:g}"]
+        return Stage(kernel, "kernels", command, limit, goal, checks=True)
+
+    def varlen(self) -> list[str]:
+        backend = "per_document" if self.setting.rehearse else "varlen"
+        return ["--ours", f'training.attention_backend="{backend}"']
+
+    def _peers(self, name: str, model: str, limit: float, *options: str) -> list[str]:
+        command = [self.python, "benchmarks/peers.py", *self._device(), *self._json(name)]
+        # Ended by the command itself, an engine's last words are in the report. The runner knows the seconds.
+        command += ["--total-time", "{seconds}", *(TINY_MODEL if self.setting.rehearse else MODEL[model])]
+        return [*command, *options]
+
+    def _device(self) -> list[str]:
+        return ["--device", "cpu" if self.setting.rehearse else "cuda"]
+
+    def _json(self, name: str) -> list[str]:
+        return ["--json", str(part_folder(self.setting.work, self.part) / f"{name}.json")]
+
+
+def _first_part(setting: Setting) -> list[Stage]:
+    make = _Stages(1, setting)
+    goal = " and ".join(f"{milliseconds:g}" for milliseconds in CROSS_ENTROPY_MS.values()) + " ms"
+    return [
+        make.ceilings(16),
+        make.correctness(75),
+        make.ours("0.5b", "0.5b", 55),
+        make.ours("0.5b-varlen", "0.5b", 40, *make.varlen(), goal="slower than 0.5b"),
+        make.profile("0.5b-profile", 35),
+        make.peer("trainer+liger", "0.5b", 40),
+        make.kernels("linear_cross_entropy", list(CROSS_ENTROPY_MS), CROSS_ENTROPY_PROVIDERS, 60, goal),
+        make.peer("trainer+regional", "0.5b", 40),
+        make.peer("trainer+compile", "0.5b", 20, takes_rest=True),
+    ]
+
+
+def _second_part(setting: Setting) -> list[Stage]:
+    make = _Stages(2, setting)
+    return [
+        make.ours("7b", "7b", 65),
+        make.peer("trainer+liger", "7b", 75),
+        make.ours("7b-varlen", "7b", 50, *make.varlen(), goal="slower than 7b"),
+        make.kernels("attention", ATTENTION_CASES, ATTENTION_PROVIDERS, 45),
+        # The first measurement again: shows the drift of the machine.
+        make.ours("0.5b", "0.5b", 45, goal="as in part 1"),
+        make.peer("trainer+regional", "7b", 60, takes_rest=True),
+    ]
