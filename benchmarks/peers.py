@@ -5,10 +5,11 @@
     python benchmarks/peers.py --model qwen2.5-0.5b --batch 4 --sequence 4096 --precision bf16
 
 Every engine runs in a fresh process: transformers' Trainer (eager, with torch.compile, with regional compilation, with
-Liger's kernels, with a chunked loss as in torchtitan), LitGPT's pretraining step, and this repository's trainer. An
-engine whose losses differ from ours has not done the same work, and its row is rejected. Peers that are not installed
-are named. With --compile all engines are compiled, on a CPU too. --json writes all measurements after every engine, and
---compare takes our measurement from such a file.
+Liger's kernels, with a chunked loss as in torchtitan), a plain PyTorch loop, LitGPT's pretraining step, and this
+repository's trainer (also with FSDP2, which one rank does without). An engine whose losses differ from ours has not
+done the same work, and its row is rejected. Peers that are not installed are named. With --compile all engines are
+compiled, on a CPU too. --json writes all measurements after every engine, and --compare takes our measurement from such
+a file.
 """
 
 from __future__ import annotations
@@ -47,9 +48,13 @@ NEEDS = {
     "trainer+liger": ("transformers", "accelerate", "liger_kernel"),
     "trainer+chunked": ("transformers", "accelerate"),
     "trainer+compile+chunked": ("transformers", "accelerate"),
+    "loop": ("transformers",),
+    "loop+compile": ("transformers",),
+    "loop+chunked": ("transformers",),
     "litgpt": ("litgpt", "lightning"),
     "litgpt+compile": ("litgpt", "lightning"),
     OURS: (),
+    f"{OURS}+fsdp": (),
 }
 """Modules that each engine needs, by their import names."""
 QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}
@@ -268,8 +273,10 @@ def _out_of_memory(record: dict[str, Any]) -> bool:
 
 def run_here(engine: str, job: Job) -> None:
     """Run one engine in this process and write its record next to the job."""
-    if engine == OURS:
+    if engine.startswith(OURS):
         from retemper.benchmarks.peer_engines.ours import run
+    elif engine.startswith("loop"):
+        from retemper.benchmarks.peer_engines.plain_loop import run
     elif engine.startswith("litgpt"):
         from retemper.benchmarks.peer_engines.litgpt_step import run
     else:

@@ -7,6 +7,7 @@ of a library (imports, constants) is done in ``build`` and not timed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -81,9 +82,13 @@ def _compiled(function: Function) -> Provider:
 # Cross-entropy of a linear head: the mean over targets
 
 
-def _our_cross_entropy(inputs: Tensors) -> Outputs:
-    result: Any = linear_cross_entropy(inputs["x"], inputs["weight"], inputs["targets"])
+def _our_cross_entropy(inputs: Tensors, backend: str = "auto") -> Outputs:
+    result: Any = linear_cross_entropy(inputs["x"], inputs["weight"], inputs["targets"], backend=backend)
     return (result.loss_sum / result.count,)
+
+
+def _our_cross_entropy_with(backend: str) -> Provider:
+    return Provider(lambda _: functools.partial(_our_cross_entropy, backend=backend), OURS, gpu_only=True)
 
 
 def _logits_cross_entropy(inputs: Tensors) -> Outputs:
@@ -130,6 +135,8 @@ def _chunked_cross_entropy(compiled: bool) -> Callable[[Tensors], Function]:
 
 LINEAR_CROSS_ENTROPY = {
     "retemper": _ours(_our_cross_entropy),
+    "retemper, triton": _our_cross_entropy_with("triton"),
+    "retemper, triton-persistent": _our_cross_entropy_with("triton-persistent"),
     "torch eager": Provider(lambda _: _logits_cross_entropy),
     "torch.compile": _compiled(_logits_cross_entropy),
     "as in torchtitan, 8 chunks": Provider(_chunked_cross_entropy(False)),
