@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from pathlib import Path
 
 import packed_model
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import FSDPModule
 
+from retemper.benchmarks.host_cost import OperatorCounter
 from retemper.engine import pretrain
 from retemper.engine.config.parser import parse_config
 from retemper.engine.model import decoder as decoder_module
@@ -86,6 +88,38 @@ def test_every_bit_is_that_of_fsdp(dtypes, batches, model, recompute, one_rank, 
     assert len(actual) == len(expected) > 60
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "micro_batches", "expected", "of_fsdp"),
+    [
+        ("bf16", 1, 12, 34),  # fp32 weight to bf16, bf16 gradient to fp32
+        ("bf16 weights", 1, 0, 28),
+        ("bf16 weights", 2, 6, 62),  # the first gradient to fp32
+        ("fp32", 1, 0, 32),
+    ],
+)
+def test_bytes_that_are_copied_for_each_parameter(
+    dtypes, micro_batches, expected, of_fsdp, one_rank, tmp_path, use_fsdp
+):
+    """Of a model so wide that its activations hardly count."""
+    path = parity_run.write_run(tmp_path, MODELS[1])
+    wide = {**parity_run.FAMILIES["llama"], "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2}
+    options = f"{DTYPES[dtypes]} --training.global_batch_size {micro_batches} --training.micro_batch_size 1"
+    options += f" --training.sequence_length 8 --model.architecture {json.dumps(wide).replace(' ', '')}"
+
+    def copied() -> float:
+        run = pretrain.build(parse_config(["--config", str(path), *options.split()]), one_rank)
+        batches = run.data.micro_batches(0)
+        run.forward_backward.accumulate_gradients(batches, 10.0, lambda phase: None)
+        run.optimizer.zero_grad()
+        with OperatorCounter() as counter:
+            run.forward_backward.accumulate_gradients(batches, 10.0, lambda phase: None)
+        return counter.copied_bytes / sum(parameter.numel() for parameter in run.model.parameters())
+
+    assert copied() == pytest.approx(expected, abs=0.5)
+    use_fsdp()
+    assert copied() == pytest.approx(of_fsdp, abs=0.5)
 
 
 def both(ranks, path: Path, options: str) -> tuple[list[Tensor], list[Tensor]]:

@@ -97,7 +97,7 @@ def measured_on_real_data(ranks: Ranks, path: Path) -> Measurement:
 def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
     """In every micro-batch 0.02 s are slept in the forward pass and 0.01 s in the backward pass; 0.03 s in each step's
     clipping."""
-    loss_sum, clip = NonPipelined.loss_sum, step_module.clip_grad_norm
+    loss_sum, clip = NonPipelined.loss_sum, step_module.global_norm
 
     def slow_loss_sum(self, batch):
         time.sleep(0.02)
@@ -111,7 +111,7 @@ def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NonPipelined, "loss_sum", slow_loss_sum)
-        patch.setattr(step_module, "clip_grad_norm", slow_clip)
+        patch.setattr(step_module, "global_norm", slow_clip)
         return measured(ranks, path)
 
 
