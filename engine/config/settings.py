@@ -177,10 +177,11 @@ class TrainingConfig:
     more for the parameters that it gathers."""
     attention_backend: Literal["auto", "fa4", "fa3", "sdpa", "flash_attn", "varlen", "flex", "per_document"] = "auto"
     """Attention implementation. auto: the fastest that works here; the start summary shows the choice and its reason.
-    fa4, fa3: FlashAttention-4 or -3 through PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with
-    ``data.attend_across_documents``. flash_attn: the flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex:
-    FlexAttention. per_document: PyTorch's SDPA for one document at a time, works everywhere. Only flash_attn, flex,
-    sdpa and per_document can cap scores (Gemma 2), and only the last three have attention sinks (gpt-oss)."""
+    It may be another one for micro-batches whose documents have one length. fa4, fa3: FlashAttention-4 or -3 through
+    PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with ``data.attend_across_documents``. flash_attn: the
+    flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex: FlexAttention. per_document: PyTorch's SDPA for
+    one document at a time, works everywhere. Only flash_attn, flex, sdpa and per_document can cap scores (Gemma 2),
+    and only the last three have attention sinks (gpt-oss)."""
     compile: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
     """Compile every block with torch.compile. Steps are faster after about a minute of compilation, and results differ
     by rounding. auto: on for a GPU if the attention kernel can be part of a compiled block."""
