@@ -303,7 +303,7 @@ class TokenizerHandle:
     def _load_fast_path(self) -> None:
         if self._backend == "auto" and isinstance(self._reference, TokenizersReference):
             try:
-                self._fast = FastEncoder(self._reference.to_json(), self._allow_special_tokens)
+                self._fast = FastEncoder(self._reference, self._allow_special_tokens)
             except NotFast as refusal:
                 self._fallback_reason = str(refusal)
         self._fast_is_settled = True
