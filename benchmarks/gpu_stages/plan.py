@@ -68,7 +68,8 @@ CROSS_ENTROPY_MS = {"8192 x 896 x 151936": 10.5, "8192 x 3584 x 152064": 37.0}
 ATTENTION_CASES = ["4 x 4096, 14/2 heads of 64", "2 x 4096, 28/4 heads of 128"]
 TINY_CASES = {"linear_cross_entropy": ["33 x 16 x 131"], "attention": ["2 x 32, 4/2 heads of 16, documents of about 9"]}
 CROSS_ENTROPY_PROVIDERS = [
-    *("retemper", "retemper, triton", "Liger", "Liger, fp32 accumulation", "CCE, exact", "torch eager"),
+    *("retemper", "retemper, triton"),
+    *("Liger", "Liger, fp32 accumulation", "CCE, exact", "torch eager"),
 ]
 ATTENTION_PROVIDERS = [
     *("retemper", "retemper, varlen", "retemper, sdpa"),
@@ -76,6 +77,7 @@ ATTENTION_PROVIDERS = [
 ]
 TESTS = [
     "tests/kernels/test_linear_cross_entropy_triton.py",
+    "tests/kernels/test_cross_entropy_products.py",
     "tests/test_step.py::test_a_step_on_a_gpu_does_not_wait[overrides0]",
     "tests/kernels/test_attention_gpu.py",
 ]
