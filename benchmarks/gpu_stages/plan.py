@@ -140,9 +140,11 @@ class _Stages:
 
     def varlen(self, model: str, limit: float) -> Stage:
         backend = "per_document" if self.setting.rehearse else "varlen"
-        options = ["--engines", "retemper", "--ours", f'training.attention_backend="{backend}"']
-        command, baseline = self._peers(f"{model}-varlen", model, *options), self._report(self.part, model)
-        return Stage(f"{model}-varlen", "step", command, limit, f"at most 1 x {model}", checks=True, baseline=baseline)
+        return self._variant(f"{model}-varlen", model, f'training.attention_backend="{backend}"', "at most", limit)
+
+    def fused(self, model: str, limit: float) -> Stage:
+        """Return the measurement that decides the default of ``training.fuse_projections``."""
+        return self._variant(f"{model}-fused", model, "training.fuse_projections=true", "at least", limit)
 
     def again(self, model: str, limit: float) -> Stage:
         """Return the first part's measurement of a model again, which shows the drift of the machine."""
@@ -177,6 +179,12 @@ class _Stages:
         command += ["--time-limit", "{seconds}"]  # starts no further case then
         return Stage(kernel, "kernels", command, limit, goal, checks=True)
 
+    def _variant(self, name: str, model: str, setting: str, goal: str, limit: float) -> Stage:
+        """Return our step with another setting, compared with the default one of the same part."""
+        command = self._peers(name, model, "--engines", "retemper", "--ours", setting)
+        baseline = self._report(self.part, model)
+        return Stage(name, "step", command, limit, f"{goal} 1 x {model}", checks=True, baseline=baseline)
+
     def _peers(self, name: str, model: str, *options: str) -> list[str]:
         command = [self.python, "benchmarks/peers.py", *self._device(), *self._json(name)]
         # Ended by the command itself, an engine's last words are in the report. The runner knows the seconds.
@@ -205,7 +213,7 @@ def _first_part(setting: Setting) -> list[Stage]:
         make.peer("trainer+liger", "0.5b", 40),
         make.kernels("linear_cross_entropy", list(CROSS_ENTROPY_MS), CROSS_ENTROPY_PROVIDERS, 55, goal),
         make.peer("trainer+regional", "0.5b", 40),
-        make.peer("trainer+compile", "0.5b", 20),
+        make.fused("0.5b", 27),
     ]
 
 
