@@ -182,8 +182,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``grad * factor`` rounded once, to ``dtype``: a bf16 factor would change all gradients of a step by up to
-    0.4 %. A gradient of that dtype is scaled in its own memory; a second backward pass is then an error of autograd.
+    0.4 %. A gradient of that dtype is scaled in its own memory, unless the graph is kept for a second backward pass:
+    zero-bubble pipelines make one for the gradients of weights.
     """
-    result = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+    in_place = grad.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph()
+    result = grad if in_place else torch.empty_like(grad, dtype=dtype)
     # One element instead of zero dimensions makes the product fp32; it is rounded when it is written.
     return torch.mul(grad, factor.reshape(1), out=result)

@@ -160,7 +160,7 @@ def attention_options() -> Iterator[None]:
 
     every = tuple(attention.BACKENDS)
     with (
-        replaced(flash, varlen_attention=varlen_attention),
+        replaced(flash, varlen_attention=varlen_attention, _shares_heads=True),
         replaced(attention, WITH_SOFTCAP=every, WITH_SINKS=every),
     ):
         yield
