@@ -279,51 +279,72 @@ def _exponentials_kernel(
         rows = first_row + tl.arange(0, ROWS)
         row_mask = rows < num_tokens
         if DESCRIPTORS:
-            logits = _product_of_descriptors(
+            product = _product_of_descriptors(
                 hidden, weight, first_row, first_column, WIDTH, INTERPRETED, ROWS, COLUMNS, DEPTH
             )
         else:
             columns = first_column + tl.arange(0, COLUMNS)
-            column_mask = columns < num_rows
             # Rows beyond the edge read the first row: their results are not stored, and the loop needs no mask.
             hidden_row = hidden + tl.where(row_mask, rows, 0)[:, None].to(tl.int64) * WIDTH
-            weight_row = weight + tl.where(column_mask, columns, 0)[None, :].to(tl.int64) * WIDTH
-            logits = _product_of_rows(hidden_row, weight_row, WIDTH, INTERPRETED, ROWS, COLUMNS, DEPTH)
-        parts = _split(logits, PARTS)
+            weight_row = weight + tl.where(columns < num_rows, columns, 0)[None, :].to(tl.int64) * WIDTH
+            product = _product_of_rows(hidden_row, weight_row, WIDTH, INTERPRETED, ROWS, COLUMNS, DEPTH)
+        parts = _split(product, PARTS)
         sums = tl.zeros((ROWS,), dtype=tl.float32)
         maxima = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
         for part in tl.static_range(PARTS):
             first = first_column + part * PART
             columns = first + tl.arange(0, PART)
-            column_mask = columns < num_rows
-            z = parts[part]
-            if BIAS:
-                z += tl.load(bias_ptr + columns, mask=column_mask, other=0.0)[None, :]
-            if SCALE:
-                z *= logit_scale
-            if SOFTCAP:
-                tanh = _tanh(z * (1.0 / cap), PTX)
-                z = cap * tanh
-            z = tl.where(column_mask[None, :], z, float("-inf"))
+            logits, slope = _logits(
+                parts[part], columns, num_rows, bias_ptr, cap, logit_scale, BIAS, SCALE, SOFTCAP, PTX
+            )
             if FAR:
-                z -= tl.load(shift_ptr + rows, mask=row_mask, other=0.0)[:, None]
+                values = _exp(logits - tl.load(shift_ptr + rows, mask=row_mask, other=0.0)[:, None], PTX)
             else:
-                maxima = tl.maximum(maxima, tl.max(z, axis=1))
-            values = _exp(z, PTX)
+                maxima = tl.maximum(maxima, tl.max(logits, axis=1))
+                values = _exp(logits, PTX)
             sums += tl.sum(values, axis=1)
             if STORE:
                 if SOFTCAP:
-                    values *= 1.0 - tanh * tanh
+                    values *= slope
                 values = _to_bf16(values, INTERPRETED)
                 if DESCRIPTORS:
                     exponentials.store([first_row, first], values)
                 else:
                     place = exponentials + rows[:, None].to(tl.int64) * exponentials_stride + columns[None, :]
-                    tl.store(place, values, mask=row_mask[:, None] & column_mask[None, :])
+                    tl.store(place, values, mask=row_mask[:, None] & (columns < num_rows)[None, :])
         statistics = column_block.to(tl.int64) * num_tokens + rows
         tl.store(sums_ptr + statistics, sums, mask=row_mask)
         if not FAR:
             tl.store(maxima_ptr + statistics, maxima, mask=row_mask)
+
+
+@triton.jit
+def _logits(
+    product,
+    columns,
+    num_rows,
+    bias_ptr,
+    cap,
+    logit_scale,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Return the logits of products with the head, and the slope of the soft cap if there is one.
+
+    The logits beyond the vocabulary are minus infinity.
+    """
+    column_mask = columns < num_rows
+    if BIAS:
+        product += tl.load(bias_ptr + columns, mask=column_mask, other=0.0)[None, :]
+    if SCALE:
+        product *= logit_scale
+    slope = product  # not read without a soft cap
+    if SOFTCAP:
+        tanh = _tanh(product * (1.0 / cap), PTX)
+        product, slope = cap * tanh, 1.0 - tanh * tanh
+    return tl.where(column_mask[None, :], product, float("-inf")), slope
 
 
 @triton.jit
