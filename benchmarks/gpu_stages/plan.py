@@ -213,7 +213,7 @@ def _first_part(setting: Setting) -> list[Stage]:
         make.peer("trainer+liger", "0.5b", 40),
         make.kernels("linear_cross_entropy", list(CROSS_ENTROPY_MS), CROSS_ENTROPY_PROVIDERS, 55, goal),
         make.peer("trainer+regional", "0.5b", 40),
-        make.fused("0.5b", 27),
+        make.fused("0.5b", 26),
     ]
 
 
