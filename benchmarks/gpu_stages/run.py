@@ -75,6 +75,8 @@ class PartRun:
     sensors: Sensors
     started: float = field(default_factory=time.monotonic)
     records: list[StageRecord] = field(default_factory=list)
+    granted: float = 0.0
+    """Sum of the limits of the stages so far."""
 
     def run(self) -> list[str]:
         """Run all stages; return the errors of correctness."""
@@ -95,8 +97,7 @@ class PartRun:
         return [f"{record.name}: {record.problem}" for record in self.records if record.problem]
 
     def _run_stage(self, stage: Stage) -> StageRecord:
-        left = self.seconds - RESERVE_SECONDS * self.setting.scale - (time.monotonic() - self.started)
-        limit = left if stage.takes_rest else min(stage.limit_seconds, left)
+        limit = self._limit(stage)
         command = [word.replace("{seconds}", f"{max(limit - END_SECONDS, 1):.1f}") for word in stage.command]
         record = StageRecord(stage.name, shlex.join(command), limit, stage.goal)
         self.records.append(record)
@@ -107,6 +108,13 @@ class PartRun:
         if stage.checks and record.problem is None and record.state not in ("ok", "interrupted"):
             record.problem = record.state
         return record
+
+    def _limit(self, stage: Stage) -> float:
+        """Return the time limit of the next stage: its own, and what stages before it left of theirs."""
+        elapsed = time.monotonic() - self.started
+        self.granted += stage.limit_seconds
+        limit = stage.limit_seconds if stage.is_fixed else max(stage.limit_seconds, self.granted - elapsed)
+        return min(limit, self.seconds - RESERVE_SECONDS * self.setting.scale - elapsed)
 
     def _run_command(self, stage: Stage, command: list[str], record: StageRecord) -> None:
         folder = part_folder(self.setting.work, self.part)

@@ -188,6 +188,10 @@ class TrainingConfig:
     float8: bool = False
     """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head stays in
     ``precision``. Stored weights and optimizer states do not change."""
+    fuse_projections: bool = False
+    """Compute queries, keys and values by one matrix product, and gate and up by another. Their weights are views of
+    one matrix; parameters and checkpoints do not change, and results differ by rounding. Only for native models on one
+    data-parallel rank, without tensor and pipeline parallelism. The gain on a GPU has not been measured."""
     gc_interval: int = 50
     """Number of steps between runs of Python's garbage collector on all ranks. Otherwise it is off during training: if
     ranks collected at different times, all would wait for each of them. 0: Python decides when to collect."""

@@ -68,12 +68,13 @@ class FusedAdamW(torch.optim.AdamW):
 
     def _parts_of(self, parameter: Tensor) -> tuple[Tensor, ...]:
         """Return this rank's part of a parameter and of its states, which are allocated before the first step."""
-        if parameter not in self._parts:
+        parts = self._parts.get(parameter)
+        if parts is None:
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             tensors = (parameter, state["exp_avg"], state["exp_avg_sq"], state["step"])
-            self._parts[parameter] = tuple(map(local_part, tensors))
-        return self._parts[parameter]
+            parts = self._parts[parameter] = tuple(map(local_part, tensors))
+        return parts

@@ -45,19 +45,27 @@ class BatchPreparer:
 
 
 class ModelParts:
-    """This rank's decoders: one, or several with some pipelines. Parameters have their names in the whole model."""
+    """This rank's decoders: one, or several with some pipelines. Parameters have their names in the whole model.
+
+    The parameters are those that optimizers and checkpoints need, also while the decoders show other tensors.
+
+    Args:
+        decoders: with memory for their parameters.
+    """
 
     def __init__(self, decoders: list[LanguageModel]):
         self.decoders = decoders
+        # Every step asks for them, and finding them in a model takes the host longer than to compute with them.
+        self._named = [named for decoder in decoders for named in decoder.named_parameters()]
+        self._unique = [parameter for decoder in decoders for parameter in _unique_parameters(decoder)]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return every parameter of this rank by name."""
-        for decoder in self.decoders:
-            yield from decoder.named_parameters()
+        return iter(self._named)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return every parameter of this rank."""
-        return (parameter for _, parameter in self.named_parameters())
+        return (parameter for _, parameter in self._named)
 
     @property
     def constants(self) -> frozenset[str]:
@@ -70,9 +78,12 @@ class ModelParts:
 
     def unique_parameters(self) -> Iterator[nn.Parameter]:
         """Return the parameters without those that an earlier stage has as well: a tied head."""
-        for decoder in self.decoders:
-            copied = decoder.is_last and not decoder.is_first and decoder.architecture.tie_word_embeddings
-            yield from (p for p in decoder.parameters() if not (copied and p is decoder.head_weight))
+        return iter(self._unique)
+
+
+def _unique_parameters(decoder: LanguageModel) -> list[nn.Parameter]:
+    copied = decoder.is_last and not decoder.is_first and decoder.architecture.tie_word_embeddings
+    return [parameter for parameter in decoder.parameters() if not (copied and parameter is decoder.head_weight)]
 
 
 class ForwardBackward(Protocol):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..model.language_model import LanguageModel
+from .fused_projections import FusedLayers, fuse
 
 
 @dataclass(frozen=True)
@@ -51,63 +52,89 @@ class Unsharded:
     Args:
         model: on the meta device.
         compute_dtype: of the tensors that the model computes with.
+        fuse_projections: see :mod:`.fused_projections`.
     """
 
-    def __init__(self, model: LanguageModel, compute_dtype: torch.dtype):
-        self._model, self._compute_dtype = model, compute_dtype
+    def __init__(self, model: LanguageModel, compute_dtype: torch.dtype, fuse_projections: bool = False):
+        self._model, self._compute_dtype, self._fuses = model, compute_dtype, fuse_projections
         self._weights: list[UsedWeight] = []
         self._places: list[tuple[nn.Module, str, UsedWeight]] = []
         """Module and attribute of each weight that has a copy; a module may share it with others."""
+        self._fused: list[FusedLayers] = []
+        self._of_fused: dict[nn.Parameter, UsedWeight] = {}
+        self._copies: list[Tensor] = []
+        self._copied: list[Tensor] = []
+        """This rank's parts of the weights that have copies, in the order of the copies."""
+        self._split: list[DTensor] = []
+        """The weights of tensor parallelism."""
 
     def on_materialized(self, accumulates: bool) -> None:
         """See the class. Allocates the copies."""
         by_weight: dict[nn.Parameter, UsedWeight] = {}
-        constants = {weight for name, weight in self._model.named_parameters() if name in self._model.constants}
+        left_alone = {weight for name, weight in self._model.named_parameters() if name in self._model.constants}
+        if self._fuses:
+            self._fused = fuse(self._model)
+            fused = [parameter for layers in self._fused for parameter in layers.parameters]
+            self._of_fused = {one.whole: self._used(one.whole, accumulates) for one in fused}
+            left_alone |= {part for one in fused for part in one.parts}
         for module in self._model.modules():
             for name, weight in module.named_parameters(recurse=False):
-                if weight in constants:
+                if weight in left_alone:
                     continue
                 if weight not in by_weight:
                     by_weight[weight] = self._used(weight, accumulates)
                 if by_weight[weight].used is not weight:
                     self._places.append((module, name, by_weight[weight]))
-        self._weights = list(by_weight.values())
+        self._weights = [*by_weight.values(), *self._of_fused.values()]
+        with torch.no_grad():
+            with_copies = [pair for pair in self._weights if pair.used is not pair.weight]
+            self._copies = [_local(pair.used) for pair in with_copies]
+            self._copied = [_local(pair.weight) for pair in with_copies]
+        self._split = [pair.weight for pair in self._weights if isinstance(pair.weight, DTensor)]
 
     def _used(self, weight: nn.Parameter, accumulates: bool) -> UsedWeight:
         """Choose the tensor that the model uses for ``weight``, and register what happens to its gradients."""
         used = weight
         if weight.dtype != self._compute_dtype:
             used = nn.Parameter(weight.detach().to(self._compute_dtype), requires_grad=weight.requires_grad)
-        both = UsedWeight(weight, used, torch.float32 if accumulates else weight.dtype)
+        pair = UsedWeight(weight, used, torch.float32 if accumulates else weight.dtype)
         if weight.requires_grad:
-            if both.gradient_dtype != weight.dtype:
+            if pair.gradient_dtype != weight.dtype:
                 weight.grad_dtype = None  # of any dtype
-            if used is not weight or both.gradient_dtype != weight.dtype:
-                used.register_post_accumulate_grad_hook(lambda _: both.take_gradient())
-        return both
+            if used is not weight or pair.gradient_dtype != weight.dtype:
+                used.register_post_accumulate_grad_hook(lambda _: pair.take_gradient())
+        return pair
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """See the class. Refreshes the copies, and shows them instead of the weights."""
-        self._refresh()
-        for module, name, weight in self._places:
-            module._parameters[name] = weight.used
+        if self._copies:
+            with torch.no_grad():
+                torch._foreach_copy_(self._copies, self._copied)
+        self._show()
         try:
             yield
         finally:
-            for module, name, weight in self._places:
-                module._parameters[name] = weight.weight
+            self._hide()
         self._sum_over_tensor_ranks()
 
-    @torch.no_grad()
-    def _refresh(self) -> None:
-        copied = [weight for weight in self._weights if weight.used is not weight.weight]
-        if copied:
-            torch._foreach_copy_([_local(one.used) for one in copied], [_local(one.weight) for one in copied])
+    def _show(self) -> None:
+        for module, name, pair in self._places:
+            module._parameters[name] = pair.used
+        for layers in self._fused:
+            layers.show(*(self._of_fused[one.whole].used for one in layers.parameters))
+
+    def _hide(self) -> None:
+        for module, name, pair in self._places:
+            module._parameters[name] = pair.weight
+        for layers in self._fused:
+            layers.show(None)
+            for parameter in layers.parameters:
+                parameter.hand_out_gradient()
 
     def _sum_over_tensor_ranks(self) -> None:
         """Sum the gradients of weights that all tensor-parallel ranks hold: each has those of its tokens or heads."""
-        for weight in (one.weight for one in self._weights if isinstance(one.weight, DTensor)):
+        for weight in self._split:
             gradient = weight.grad
             if isinstance(gradient, DTensor) and gradient.placements != weight.placements:
                 weight.grad = gradient.redistribute(placements=weight.placements)
@@ -117,8 +144,8 @@ class Unsharded:
 
     def collect_gradients(self) -> None:
         """See the class."""
-        for weight in self._weights:
-            weight.take_gradient()
+        for pair in self._weights:
+            pair.take_gradient()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def test_names_show_copies_only_during_passes(one_rank, run_files):
     run = pretrain.build(parse_config(options), one_rank)
     [decoder] = run.model.decoders
     weights, seen = dict(run.model.named_parameters()), []
-    decoder.register_forward_hook(lambda *_: seen.append(dict(run.model.named_parameters())))
+    decoder.register_forward_hook(lambda *_: seen.append(dict(decoder.named_parameters())))
     batches = run.data.micro_batches(0)
     run.forward_backward.evaluate(batches[:1])
     run.forward_backward.accumulate_gradients(batches[:1], 10.0, lambda phase: None)
@@ -180,7 +180,7 @@ def test_names_show_copies_only_during_passes(one_rank, run_files):
     assert all(seen[0][name] is seen[1][name] and seen[0][name].grad is None for name in weights)
     assert all(
         parameter is weights[name] and parameter.grad.dtype == torch.float32
-        for name, parameter in run.model.named_parameters()
+        for name, parameter in decoder.named_parameters()
     )
 
     def fail(*_):
@@ -189,7 +189,7 @@ def test_names_show_copies_only_during_passes(one_rank, run_files):
     decoder.register_forward_hook(fail)
     with pytest.raises(InterruptedError):
         run.forward_backward.evaluate(batches[:1])
-    assert all(parameter is weights[name] for name, parameter in run.model.named_parameters())
+    assert all(parameter is weights[name] for name, parameter in decoder.named_parameters())
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

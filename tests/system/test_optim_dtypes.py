@@ -73,7 +73,7 @@ def test_a_resume_with_wider_dtypes_goes_on_from_the_same_values_and_says_so(
 ):
     shutil.copytree(narrow, tmp_path / "run")
     run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(tmp_path / "run")), one_rank)
-    assert type(run.optimizer) is torch.optim.AdamW
+    assert isinstance(run.optimizer, torch.optim.AdamW)
     stored = _tensors(narrow, "checkpoints/step-00000004")
     for name, parameter in run.model.named_parameters():
         state = run.optimizer.state[parameter]

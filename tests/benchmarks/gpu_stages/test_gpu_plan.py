@@ -48,7 +48,7 @@ def test_every_command_is_understood(part, rehearse, tmp_path):
             assert arguments[0] in ("pip", "pytest")
         elif script == "tools/benchmark_kernels.py":
             options = benchmark_kernels.parse_arguments(arguments)
-            assert options.time_limit < stage.limit_seconds and selected_cases(options)
+            assert options.time_limit == 30 and selected_cases(options)
         elif script == "tools/benchmark.py":
             options, rest = benchmark.parse_arguments(arguments)
             config = parse_config(rest)

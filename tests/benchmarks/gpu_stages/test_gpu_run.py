@@ -115,13 +115,20 @@ def test_without_time_a_stage_is_not_started(run_part, tmp_path):
     assert not (part_folder(tmp_path / "work", 2) / "late.log").exists()
 
 
-def test_a_stage_may_take_the_time_that_others_left_and_is_told_its_limit(run_part):
-    stages = [script("short", "", 30.0), script("long", "", 30.0, takes_rest=True)]
-    stages[1].command.append("{seconds}")
+def test_a_stage_may_use_the_time_that_others_left_and_is_told_its_limit(run_part):
+    stages = [script("short", "", 30.0), script("fixed", "", 20.0, is_fixed=True), script("long", "", 10.0)]
+    stages[2].command.append("{seconds}")
     _, record, _ = run_part(*stages, seconds=1000.0)
-    short, long = record["rows"]
-    assert short["limit_seconds"] == 30 and 900 < long["limit_seconds"] < 1000
-    assert float(long["command"].split()[-1]) == pytest.approx(long["limit_seconds"] - run_module.END_SECONDS, abs=0.1)
+    limits = [row["limit_seconds"] for row in record["rows"]]
+    assert limits[:2] == [pytest.approx(30, abs=0.1), 20] and 55 < limits[2] < 60
+    assert float(record["rows"][2]["command"].split()[-1]) == pytest.approx(limits[2] - run_module.END_SECONDS, abs=0.1)
+
+
+def test_a_stage_that_needs_longer_takes_no_time_of_the_next(run_part, monkeypatch):
+    monkeypatch.setattr(run_module, "LEAST_SECONDS", 0.1)
+    _, record, _ = run_part(script("slow", "import time; time.sleep(30)", 0.5), script("next", "", 20.0))
+    assert record["rows"][0]["state"] == "timed out"
+    assert record["rows"][1]["limit_seconds"] == 20 and record["rows"][1]["state"] == "ok"
 
 
 def test_what_a_stage_has_written_is_kept_while_it_runs(run_part, monkeypatch, tmp_path):

@@ -279,8 +279,8 @@ def test_time_is_the_stated_roofline(run_file):
     # Eight cards of 50 GB/s carry what passes between nodes, at 0.8 of that.
     assert found.weights == pytest.approx(1.0)
     assert found.exposed == found.waiting == found.idle == 0
-    # 16 bytes of the gradient, and weight and two moments read and written: 40 for each parameter.
-    assert found.optimizer == pytest.approx(40e9 / (3.35e12 * 0.8))
+    # 12 bytes of the gradient, and weight and two moments read and written: 36 for each parameter.
+    assert found.optimizer == pytest.approx(36e9 / (3.35e12 * 0.8))
     assert found.step == pytest.approx(2.0 + found.optimizer)
     slow = predict(config, layout, gpu, assumed, 1, 989e11, gather, 0)
     assert slow.step == pytest.approx(1.0) and slow.exposed == pytest.approx(0.8)
