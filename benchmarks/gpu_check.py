@@ -90,6 +90,8 @@ def run_part(part: int, setting: Setting, output: Path, command: str) -> int:
     run = PartRun(part, setting, output, PART_SECONDS[part] * setting.scale, report, sensors)
     problems = run.run()
     print(run.format())
+    if run.interrupted:  # no other part is run then
+        raise KeyboardInterrupt
     return 1 if problems else 0
 
 

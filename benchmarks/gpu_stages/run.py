@@ -32,6 +32,8 @@ LEAST_SECONDS = 5.0
 """No stage is started with less time left."""
 END_SECONDS = 8.0
 """A command that is told its time limit gets this much less, for its start and for its last words."""
+KILL_SECONDS = 3.0
+"""Maximum time to wait for the end of killed processes."""
 TAIL = 4000
 """Maximum number of characters of a stage's output in its record."""
 WRITE_SECONDS = 2.0
@@ -88,9 +90,14 @@ class PartRun:
                 record = self._run_stage(stage)
                 self.write(archive=True)
                 print(f"{record.name}: {record.state}, {record.seconds:.0f} s. {record.headline}", flush=True)
-                if record.state == "interrupted":
+                if self.interrupted:
                     break
         return self.problems()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether this process was asked to end."""
+        return any(record.state == "interrupted" for record in self.records)
 
     def problems(self) -> list[str]:
         """Return the errors of correctness so far."""
@@ -207,10 +214,20 @@ def run_command(
         except KeyboardInterrupt:
             interrupted = True
         code = process.poll()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end_group(process)
     return code, interrupted
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command with all that it started, and wait for it: until its end a process keeps its memory of the GPU."""
+    deadline = time.monotonic() + KILL_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)  # raises when the last one has ended
+            time.sleep(0.05)
+    process.wait()
 
 
 # Not a session of its own: what removes the processes of a session that was killed must find them.

@@ -43,7 +43,7 @@ class Sensors:
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
-        self._thread.join(_QUERY_SECONDS)
+        self._thread.join(1.0)  # a query that hangs delays nothing
 
     def _run(self) -> None:
         while True:

@@ -7,7 +7,6 @@ of a library (imports, constants) is done in ``build`` and not timed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import inspect
 from collections.abc import Callable

@@ -30,7 +30,8 @@ class Hiding(importlib.machinery.PathFinder):
             if found.metadata["Name"].lower() not in DISTRIBUTIONS:
                 yield found
 
-sys.meta_path = [Hiding if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+finders = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+sys.meta_path = [Hiding if finder is importlib.machinery.PathFinder else finder for finder in finders]
 """
 
 

@@ -92,10 +92,10 @@ def test_a_stage_that_hangs_is_ended_with_all_that_it_started(run_part, monkeypa
     pid = tmp_path / "pid"
     source = f"""
         import pathlib, subprocess, sys, time
-        child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+        child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(1000)"])
         pathlib.Path({str(pid)!r}).write_text(str(child.pid))
         print("started", flush=True)
-        time.sleep(60)
+        time.sleep(1000)
     """
     # Long enough for it to start its child, on a machine that is busy with much else as well.
     for seconds in (1.0, 4.0, 16.0, 64.0):
@@ -197,7 +197,7 @@ sleep = [sys.executable, "-S", "-c", code]
 found = [Stage("first", "ceilings", [sys.executable, "-S", "-c", ""], 30.0), Stage("second", "ceilings", sleep, 60.0)]
 run.stages = lambda part, setting: found
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-run_command(lambda: gpu_check.main(["--rehearse", "--part", "1", "--output", {output!r}, "--work", {work!r}]))
+run_command(lambda: gpu_check.main(["--rehearse", "--output", {output!r}, "--work", {work!r}]))
 """
 
 
@@ -216,7 +216,8 @@ def test_an_ended_command_leaves_the_finished_stages(tmp_path, number):
         rows = json.loads((output / "part1.json").read_text())["rows"]
         assert rows[0]["name"] == "first" and rows[0]["state"] == "ok"
         if number == signal.SIGTERM:  # it ends the stage, too
-            assert [row["state"] for row in rows] == ["ok", "interrupted"]
+            assert [row["state"] for row in rows] == ["ok", "interrupted"] and process.returncode == 130
+            assert not (output / "part2.json").exists()
             assert not Path(f"/proc/{pid.read_text()}").exists()
     finally:
         if number == signal.SIGKILL:
