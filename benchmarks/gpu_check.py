@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = total if options.seconds is None else options.seconds
     if not 0 < seconds <= 100_000:
         raise UserError(f"--seconds {seconds:g}: must be positive")
-    setting = Setting(options.work.resolve(), options.wheels, options.rehearse, seconds / total)
+    wheels = options.wheels.resolve() if options.wheels else None
+    setting = Setting(options.work.resolve(), wheels, options.rehearse, seconds / total)
     if options.list:
         for part in parts:
             print_stages(part, setting)
@@ -95,7 +96,7 @@ def run_part(part: int, setting: Setting, output: Path, command: str) -> int:
 def print_stages(part: int, setting: Setting) -> None:
     """Print the commands of a part and their time limits."""
     for stage in stages(part, setting):
-        rest = ", and what is left of the part" if stage.takes_rest else ""
+        rest = "" if stage.is_fixed else ", and what earlier stages left"
         print(f"{stage.name}: at most {stage.limit_seconds:g} s{rest}\n    {shlex.join(stage.command)}")
 
 

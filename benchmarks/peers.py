@@ -6,9 +6,10 @@
 
 Every engine runs in a fresh process: transformers' Trainer (eager, with torch.compile, with regional compilation, with
 Liger's kernels, with a chunked loss as in torchtitan), a plain PyTorch loop, LitGPT's pretraining step, and this
-repository's trainer. An engine whose losses differ from ours has not done the same work, and its row is rejected. Peers
-that are not installed are named. With --compile all engines are compiled, on a CPU too. --json writes all measurements
-after every engine, and --compare takes our measurement from such a file.
+repository's trainer (also with FSDP2, which one rank does without). An engine whose losses differ from ours has not
+done the same work, and its row is rejected. Peers that are not installed are named. With --compile all engines are
+compiled, on a CPU too. --json writes all measurements after every engine, and --compare takes our measurement from such
+a file.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ NEEDS = {
     "litgpt": ("litgpt", "lightning"),
     "litgpt+compile": ("litgpt", "lightning"),
     OURS: (),
+    f"{OURS}+fsdp": (),
 }
 """Modules that each engine needs, by their import names."""
 QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}
@@ -271,7 +273,7 @@ def _out_of_memory(record: dict[str, Any]) -> bool:
 
 def run_here(engine: str, job: Job) -> None:
     """Run one engine in this process and write its record next to the job."""
-    if engine == OURS:
+    if engine.startswith(OURS):
         from retemper.benchmarks.peer_engines.ours import run
     elif engine.startswith("loop"):
         from retemper.benchmarks.peer_engines.plain_loop import run

@@ -284,7 +284,7 @@ def choose_implementation(
         attention = choose_attention(config, architecture, ranks.device)
         compiled = block_compile.enabled(config, ranks.device, attention.backend)
         choices = build.Choices(attention, compiled, plan.num_micro_batches, precision.reason)
-        build.check(config, architecture, choices, ranks.device)
+        build.check(config, architecture, choices, ranks.device, ranks.world_size)
         require_memory(config, architecture, ranks.device, ranks.world_size)
         return choices
 

@@ -10,8 +10,12 @@ This file is the command line of retemper.tools.preprocessing. The guide is docs
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 from collections.abc import Sequence
+
+# numpy reads this when it is imported. Its threads are for linear algebra; with them, workers could not be forked.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import run_command

@@ -12,10 +12,10 @@ from typing import Any
 from .plan import Kind
 
 OURS = "retemper"
-_WORKER = r"(?:\[gw\d+\] \[ *\d+%\] )?"
-_OUTCOME = re.compile(
-    rf"^{_WORKER}(?:(?P<before>PASSED|FAILED|ERROR|SKIPPED|XFAIL) (?P<second>tests/\S+)|"
-    rf"(?P<first>tests/\S+::.*?) (?P<after>PASSED|FAILED|ERROR|SKIPPED|XFAIL))",
+_OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
+_LINE = re.compile(
+    rf"^(?:\[gw\d+\] \[ *\d+%\] (?P<early>{_OUTCOMES}) (?P<named>tests/.+?)"
+    rf"|(?P<name>tests/.+?::.+?) (?P<late>{_OUTCOMES})\b.*?) *$",
     re.MULTILINE,
 )
 """A test's line in the output of ``pytest -vv``, with and without pytest-xdist."""
@@ -59,10 +59,7 @@ def problem(kind: Kind, result: dict[str, Any] | None, log: str) -> str | None:
 
 def outcomes(log: str) -> dict[str, str]:
     """Return the outcome of every test that a log of ``pytest -vv`` names, also of a run that was cut off."""
-    found = {}
-    for match in _OUTCOME.finditer(log):
-        found[(match["first"] or match["second"]).strip()] = match["before"] or match["after"]
-    return found
+    return {match["named"] or match["name"]: match["early"] or match["late"] for match in _LINE.finditer(log)}
 
 
 def _tests(log: str) -> str:
@@ -89,7 +86,8 @@ def _engine(row: dict[str, Any]) -> str:
         f"{row['rate']:,.0f} tokens/s ({min(times):,.1f} to {max(times):,.1f} ms), {row['peak_bytes'] / 2**30:.1f} GiB"
     )
     text += f", recomputation {row['recompute']}"
-    return text + (f", ours {row['ours_times_as_fast']:.2f} x" if "ours_times_as_fast" in row else "")
+    compared = row["engine"] != OURS and "ours_times_as_fast" in row
+    return f"{text}, ours {row['ours_times_as_fast']:.2f} x" if compared else text
 
 
 def _kernels(result: dict[str, Any]) -> str:

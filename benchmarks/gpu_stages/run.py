@@ -24,8 +24,8 @@ from typing import Any
 
 from ..report import BenchmarkReport, table
 from .plan import RESERVE_SECONDS, Setting, Stage, part_folder, site_folder, stages
-from .results import headline, problem, read_result
-from .sensors import Sensors, describe
+from .results import headline, problem, read_result, step_rate
+from .sensors import DESCRIBED, Sensors, describe
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_SECONDS = 5.0
@@ -75,6 +75,8 @@ class PartRun:
     sensors: Sensors
     started: float = field(default_factory=time.monotonic)
     records: list[StageRecord] = field(default_factory=list)
+    granted: float = 0.0
+    """Sum of the limits of the stages so far."""
 
     def run(self) -> list[str]:
         """Run all stages; return the errors of correctness."""
@@ -95,8 +97,7 @@ class PartRun:
         return [f"{record.name}: {record.problem}" for record in self.records if record.problem]
 
     def _run_stage(self, stage: Stage) -> StageRecord:
-        left = self.seconds - RESERVE_SECONDS - (time.monotonic() - self.started)
-        limit = left if stage.takes_rest else min(stage.limit_seconds, left)
+        limit = self._limit(stage)
         command = [word.replace("{seconds}", f"{max(limit - END_SECONDS, 1):.1f}") for word in stage.command]
         record = StageRecord(stage.name, shlex.join(command), limit, stage.goal)
         self.records.append(record)
@@ -108,6 +109,13 @@ class PartRun:
             record.problem = record.state
         return record
 
+    def _limit(self, stage: Stage) -> float:
+        """Return the time limit of the next stage: its own, and what stages before it left of theirs."""
+        elapsed = time.monotonic() - self.started
+        self.granted += stage.limit_seconds
+        limit = stage.limit_seconds if stage.is_fixed else max(stage.limit_seconds, self.granted - elapsed)
+        return min(limit, self.seconds - RESERVE_SECONDS * self.setting.scale - elapsed)
+
     def _run_command(self, stage: Stage, command: list[str], record: StageRecord) -> None:
         folder = part_folder(self.setting.work, self.part)
         log, result = folder / f"{stage.name}.log", folder / f"{stage.name}.json"
@@ -117,10 +125,14 @@ class PartRun:
             now, text = time.monotonic(), log.read_text(encoding="utf-8", errors="replace")
             record.state, record.seconds, record.tail = state, now - began, text[-TAIL:]
             record.result = read_result(result)
-            record.headline = headline(stage.kind, record.result, text)
             record.gpu = self.sensors.summarize(began, now)
-            if stage.checks and state != "running":
-                record.problem = problem(stage.kind, record.result, text)
+            try:
+                record.headline = headline(stage.kind, record.result, text) + _of_baseline(stage, record.result)
+                if stage.checks and state != "running":
+                    record.problem = problem(stage.kind, record.result, text)
+            except Exception as error:  # the report is kept, and no mistake in reading it may stop the other stages
+                record.headline = f"cannot be read: {type(error).__name__}: {error}"
+                record.problem = record.headline if stage.checks and state != "running" else None
 
         def keep() -> None:
             update("running")
@@ -147,18 +159,25 @@ class PartRun:
 
     def format(self) -> str:
         """Return the table of the part, and the end of the output of each stage that did not succeed."""
-        rows = [
-            [one.name, one.state, f"{one.seconds:.0f}", one.headline, one.goal, describe(one.gpu)]
-            for one in self.records
-        ]
-        header = ["stage", "state", "seconds", "found", "goal", "clock and power, median"]
-        lines = [f"# GPU check, part {self.part}", "", *table(header, rows), ""]
+        rows = [[one.name, one.state, f"{one.seconds:.0f}", one.goal, one.headline] for one in self.records]
+        gpu = [[one.name, *describe(one.gpu)] for one in self.records]
+        lines = [f"# GPU check, part {self.part}", ""]
+        lines += [*table(["stage", "state", "seconds", "goal", "found"], rows), ""]
+        lines += [*table(["stage", *DESCRIBED], gpu), ""]
         problems = self.problems()
         lines += [f"- FAILED: {one}" for one in problems] or ["No check of correctness has failed."]
         for one in self.records:
             if one.state not in ("ok", "running"):
                 lines += ["", f"## {one.name}: {one.state}", "", f"`{one.command}`", "", "```", one.tail.strip(), "```"]
         return "\n".join(lines) + "\n"
+
+
+def _of_baseline(stage: Stage, result: dict[str, Any] | None) -> str:
+    """Return this stage's tokens/s as a multiple of an earlier stage's, if both are known."""
+    if stage.baseline is None:
+        return ""
+    rate, other = step_rate(result), step_rate(read_result(stage.baseline))
+    return f", {rate / other:.3f} x {stage.baseline.parent.name}/{stage.baseline.stem}" if rate and other else ""
 
 
 def stage_environment(work: Path) -> dict[str, str]:

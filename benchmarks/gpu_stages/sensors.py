@@ -77,12 +77,16 @@ class Sensors:
         return summary or "not available"
 
 
-def describe(summary: dict[str, Any] | str) -> str:
-    """Return the clock and the power of a stage in a few words: medians while the GPU was in use are not separated."""
+DESCRIBED = {"SM clock, MHz": "sm_mhz", "power, W": "power_watts", "temperature, C": "celsius", "used, MiB": "used_mib"}
+"""Columns of the table of readings."""
+
+
+def describe(summary: dict[str, Any] | str) -> list[str]:
+    """Return the readings of a stage for the columns of :data:`DESCRIBED`: the median, and the extremes."""
     if isinstance(summary, str):
-        return summary
-    parts = [(summary.get(name), unit) for name, unit in (("sm_mhz", "MHz"), ("power_watts", "W"))]
-    return ", ".join(f"{one['median']:.0f} (at most {one['most']:.0f}) {unit}" for one, unit in parts if one)
+        return [summary, *("" for _ in range(len(DESCRIBED) - 1))]
+    values = [summary.get(name) for name in DESCRIBED.values()]
+    return ["{median:.0f} ({least:.0f} to {most:.0f})".format(**one) if one else "" for one in values]
 
 
 def _number(text: str) -> float | None:

@@ -7,6 +7,7 @@ of a library (imports, constants) is done in ``build`` and not timed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor
 from ...kernels.activations import gated
 from ...kernels.attention import BACKENDS, Choice, UnusableBackend, attention, choose_attention_backend, plan_attention
 from ...kernels.attention.flash import use_implementation
-from ...kernels.linear_cross_entropy import linear_cross_entropy
+from ...kernels.linear_cross_entropy import backend_refusal, default_backend, linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair
 from . import chunked_loss
@@ -81,9 +82,20 @@ def _compiled(function: Function) -> Provider:
 # Cross-entropy of a linear head: the mean over targets
 
 
-def _our_cross_entropy(inputs: Tensors) -> Outputs:
-    result: Any = linear_cross_entropy(inputs["x"], inputs["weight"], inputs["targets"])
-    return (result.loss_sum / result.count,)
+def _our_cross_entropy(backend: str) -> Provider:
+    """Return our loss with one backend, or with that of ``auto``."""
+
+    def compute(inputs: Tensors) -> Outputs:
+        result: Any = linear_cross_entropy(inputs["x"], inputs["weight"], inputs["targets"], backend=backend)
+        return (result.loss_sum / result.count,)
+
+    def obstacle(inputs: Tensors) -> str | None:
+        return backend_refusal(backend, inputs["x"], inputs["weight"])
+
+    def describe(inputs: Tensors) -> str:
+        return default_backend(inputs["x"], inputs["weight"])
+
+    return Provider(lambda _: compute, OURS, obstacle=obstacle, describe=describe if backend == "auto" else None)
 
 
 def _logits_cross_entropy(inputs: Tensors) -> Outputs:
@@ -129,7 +141,9 @@ def _chunked_cross_entropy(compiled: bool) -> Callable[[Tensors], Function]:
 
 
 LINEAR_CROSS_ENTROPY = {
-    "retemper": _ours(_our_cross_entropy),
+    "retemper": _our_cross_entropy("auto"),
+    "retemper, triton": _our_cross_entropy("triton"),
+    "retemper, triton-persistent": _our_cross_entropy("triton-persistent"),
     "torch eager": Provider(lambda _: _logits_cross_entropy),
     "torch.compile": _compiled(_logits_cross_entropy),
     "as in torchtitan, 8 chunks": Provider(_chunked_cross_entropy(False)),

@@ -18,6 +18,7 @@ from retemper.engine.batch import Batch
 from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RunConfig
 from retemper.engine.model.decoder import Decoder
+from retemper.engine.parallel import data_parallel
 from retemper.engine.parallel.process_group import process_group
 from retemper.engine.run import Run
 from retemper.engine.run_folder import open_run_folder
@@ -71,13 +72,15 @@ def configure(job: Job) -> RunConfig:
 
 
 def run(job: Job, engine: str) -> dict[str, Any]:
-    """Train and measure."""
+    """Train and measure. ``engine``: retemper, or retemper+fsdp with FSDP2 on its only rank, too."""
 
     def initialize_(self: Decoder, seed: int, copy_: Any = Tensor.copy_) -> None:
         for name, parameter in self.named_parameters():
             copy_(parameter.detach(), draw(name, parameter.shape, job))
 
     Decoder.initialize_ = initialize_  # type: ignore[method-assign]
+    if engine.endswith("+fsdp"):
+        data_parallel.is_alone = lambda mesh, config: False
     config = configure(job)
     clock = Clock(job)
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
@@ -100,8 +103,12 @@ def _timed_steps(clock: Clock) -> Iterator[None]:
         clock.step_done(result.loss)
         return result
 
-    pretrain.one_step = timed_step
-    pretrain.evaluate_and_save = lambda run, result, last, stopping: stopping
+    def report_only(run: Run, result: StepResult, last: bool, stopping: bool) -> bool:
+        if last:
+            pretrain.report_pending(run)
+        return stopping
+
+    pretrain.one_step, pretrain.evaluate_and_save = timed_step, report_only
     try:
         yield
     finally:

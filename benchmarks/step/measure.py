@@ -240,7 +240,7 @@ def quick_initialization(device: torch.device) -> Iterator[None]:
 
     on_the_host = Decoder.initialize_
     if device.type == "cuda":
-        Decoder.initialize_ = initialize_  # type: ignore[method-assign,assignment]
+        Decoder.initialize_ = initialize_  # type: ignore[method-assign]
     try:
         yield
     finally:

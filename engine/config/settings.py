@@ -177,16 +177,21 @@ class TrainingConfig:
     more for the parameters that it gathers."""
     attention_backend: Literal["auto", "fa4", "fa3", "sdpa", "flash_attn", "varlen", "flex", "per_document"] = "auto"
     """Attention implementation. auto: the fastest that works here; the start summary shows the choice and its reason.
-    fa4, fa3: FlashAttention-4 or -3 through PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with
-    ``data.attend_across_documents``. flash_attn: the flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex:
-    FlexAttention. per_document: PyTorch's SDPA for one document at a time, works everywhere. Only flash_attn, flex,
-    sdpa and per_document can cap scores (Gemma 2), and only the last three have attention sinks (gpt-oss)."""
+    It may be another one for micro-batches whose documents have one length. fa4, fa3: FlashAttention-4 or -3 through
+    PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with ``data.attend_across_documents``. flash_attn: the
+    flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex: FlexAttention. per_document: PyTorch's SDPA for
+    one document at a time, works everywhere. Only flash_attn, flex, sdpa and per_document can cap scores (Gemma 2),
+    and only the last three have attention sinks (gpt-oss)."""
     compile: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
     """Compile every block with torch.compile. Steps are faster after about a minute of compilation, and results differ
     by rounding. auto: on for a GPU if the attention kernel can be part of a compiled block."""
     float8: bool = False
     """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head stays in
     ``precision``. Stored weights and optimizer states do not change."""
+    fuse_projections: bool = False
+    """Compute queries, keys and values by one matrix product, and gate and up by another. Their weights are views of
+    one matrix; parameters and checkpoints do not change, and results differ by rounding. Only for native models on one
+    data-parallel rank, without tensor and pipeline parallelism. The gain on a GPU has not been measured."""
     gc_interval: int = 50
     """Number of steps between runs of Python's garbage collector on all ranks. Otherwise it is off during training: if
     ranks collected at different times, all would wait for each of them. 0: Python decides when to collect."""

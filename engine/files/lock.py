@@ -15,6 +15,8 @@ from ..errors import UserError
 LOCK_FILE = ".lock"
 _HELD = (errno.EAGAIN, errno.EACCES)
 _UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
+_descriptors: set[int] = set()
+"""Those of the locks that this process holds."""
 
 
 @contextmanager
@@ -33,6 +35,7 @@ def exclusive_lock(path: Path, held_by: Callable[[str], str]) -> Iterator[str | 
         OSError: the file cannot be opened or locked.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    _descriptors.add(descriptor)
     try:
         unsupported = None
         try:
@@ -53,7 +56,18 @@ def exclusive_lock(path: Path, held_by: Callable[[str], str]) -> Iterator[str | 
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield unsupported
     finally:
-        os.close(descriptor)
+        if descriptor in _descriptors:
+            _descriptors.remove(descriptor)
+            os.close(descriptor)
+
+
+def _close_in_child() -> None:
+    """Give up the copies that a forked process has of its parent's locks: these would outlive the parent."""
+    while _descriptors:
+        os.close(_descriptors.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager

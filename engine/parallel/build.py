@@ -16,7 +16,7 @@ from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
 from . import compile as block_compile
-from . import context, data_parallel, float8, pipeline, recompute, tensor, trainable
+from . import context, data_parallel, float8, fused_projections, pipeline, recompute, tensor, trainable
 from .data_parallel import DataParallel
 from .forward_backward import BatchPreparer, ForwardBackward, ModelParts, NonPipelined
 from .mesh import Mesh
@@ -37,8 +37,10 @@ class Choices:
     """The reason for the compute dtype."""
 
 
-def check(config: RunConfig, architecture: Architecture, choices: Choices, device: torch.device) -> None:
-    """Refuse settings that are impossible with the model's shape.
+def check(
+    config: RunConfig, architecture: Architecture, choices: Choices, device: torch.device, world_size: int
+) -> None:
+    """Refuse settings that are impossible with the model's shape or on this number of ranks.
 
     Raises:
         UserError: with both sides of the arithmetic.
@@ -46,6 +48,7 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
     parallel, training = config.parallel, config.training
     float8.enabled(training, device)
     _check_implementation(config, architecture)
+    fused_projections.check(config, architecture, world_size == parallel.tensor * parallel.pipeline)
     tensor.check(architecture, config)
     context.check(architecture, parallel, training.sequence_length)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
@@ -130,11 +133,11 @@ def build_model(
             tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
         context.apply(model, mesh.context_group)
         float8.apply(model, training, ranks.device)
-        recompute.apply(model, parallel)
+        recompute.apply(model, parallel, training.fuse_projections)
         if choices.compiled:
             block_compile.apply(model)
         trainable.apply(model, training)
-        wrapped = data_parallel.wrap(model, mesh.fsdp, parallel, compute_dtype)
+        wrapped = data_parallel.wrap(model, mesh.fsdp, parallel, compute_dtype, training.fuse_projections)
         materialize(model, ranks.device, torch.device("cpu") if parallel.cpu_offload else ranks.device)
         wrapped.on_materialized(accumulates=choices.num_micro_batches > 1)
         return model, wrapped

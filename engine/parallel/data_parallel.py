@@ -45,7 +45,13 @@ class DataParallel(Protocol):
         """Take the gradients that were assigned to parameters without autograd's hooks, in the scope."""
 
 
-def wrap(model: LanguageModel, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> DataParallel:
+def wrap(
+    model: LanguageModel,
+    mesh: DeviceMesh,
+    config: ParallelConfig,
+    compute_dtype: torch.dtype,
+    fuse_projections: bool = False,
+) -> DataParallel:
     """Prepare ``model``, on the meta device, for data parallelism.
 
     Args:
@@ -53,9 +59,10 @@ def wrap(model: LanguageModel, mesh: DeviceMesh, config: ParallelConfig, compute
         mesh: the ranks that share parameters; with two axes, parameters are copied over the first.
         config: of the run.
         compute_dtype: of activations and of the parameters in matrix products.
+        fuse_projections: see :mod:`.fused_projections`; only on one rank.
     """
     if is_alone(mesh, config):
-        return Unsharded(model, compute_dtype)
+        return Unsharded(model, compute_dtype, fuse_projections)
     return FullySharded(model, mesh, config, compute_dtype)
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ..config.settings import ParallelConfig
 from ..model.architecture import Architecture
 from ..model.families import DecoderArchitecture
-from ..model.language_model import LanguageModel
+from ..model.language_model import LanguageModel, SameInput
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
 _ATTENTIONS = (
@@ -34,7 +34,7 @@ FlexAttention is one operator in compiled blocks. Otherwise it is compiled alone
 and are recomputed."""
 
 
-def apply(model: LanguageModel, config: ParallelConfig) -> None:
+def apply(model: LanguageModel, config: ParallelConfig, fuse_projections: bool = False) -> None:
     """Let every ``recompute_every``-th block store less and recompute it in the backward pass.
 
     The block's forward is wrapped rather than the block. So parameter names stay the same, and FSDP's gathering stays
@@ -47,6 +47,9 @@ def apply(model: LanguageModel, config: ParallelConfig) -> None:
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if config.recompute == "selective":
             num_linear = sum(isinstance(module, nn.Linear) for module in block.modules())
+            if fuse_projections:
+                fused = [module for module in block.modules() if isinstance(module, SameInput)]
+                num_linear -= sum(len(module.layers_with_same_input) - 1 for module in fused)
             num_kept = num_linear if _reads_last_product(model.architecture) else num_linear - 1
             options["context_fn"] = functools.partial(_selective_contexts, num_kept)
         block.forward = functools.partial(checkpoint, block.forward, **options)

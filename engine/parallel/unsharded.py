@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..model.language_model import LanguageModel
+from .fused_projections import FusedLayers, fuse
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,16 @@ class Unsharded:
     Args:
         model: on the meta device.
         compute_dtype: of the tensors that the model computes with.
+        fuse_projections: see :mod:`.fused_projections`.
     """
 
-    def __init__(self, model: LanguageModel, compute_dtype: torch.dtype):
-        self._model, self._compute_dtype = model, compute_dtype
+    def __init__(self, model: LanguageModel, compute_dtype: torch.dtype, fuse_projections: bool = False):
+        self._model, self._compute_dtype, self._fuses = model, compute_dtype, fuse_projections
         self._weights: list[UsedWeight] = []
         self._places: list[tuple[nn.Module, str, UsedWeight]] = []
         """Module and attribute of each weight that has a copy; a module may share it with others."""
+        self._fused: list[FusedLayers] = []
+        self._of_fused: dict[nn.Parameter, UsedWeight] = {}
         self._copies: list[Tensor] = []
         self._copied: list[Tensor] = []
         """This rank's parts of the weights that have copies, in the order of the copies."""
@@ -67,16 +71,21 @@ class Unsharded:
     def on_materialized(self, accumulates: bool) -> None:
         """See the class. Allocates the copies."""
         by_weight: dict[nn.Parameter, UsedWeight] = {}
-        constants = {weight for name, weight in self._model.named_parameters() if name in self._model.constants}
+        left_alone = {weight for name, weight in self._model.named_parameters() if name in self._model.constants}
+        if self._fuses:
+            self._fused = fuse(self._model)
+            fused = [parameter for layers in self._fused for parameter in layers.parameters]
+            self._of_fused = {one.whole: self._used(one.whole, accumulates) for one in fused}
+            left_alone |= {part for one in fused for part in one.parts}
         for module in self._model.modules():
             for name, weight in module.named_parameters(recurse=False):
-                if weight in constants:
+                if weight in left_alone:
                     continue
                 if weight not in by_weight:
                     by_weight[weight] = self._used(weight, accumulates)
                 if by_weight[weight].used is not weight:
                     self._places.append((module, name, by_weight[weight]))
-        self._weights = list(by_weight.values())
+        self._weights = [*by_weight.values(), *self._of_fused.values()]
         with torch.no_grad():
             with_copies = [pair for pair in self._weights if pair.used is not pair.weight]
             self._copies = [_local(pair.used) for pair in with_copies]
@@ -102,14 +111,26 @@ class Unsharded:
         if self._copies:
             with torch.no_grad():
                 torch._foreach_copy_(self._copies, self._copied)
-        for module, name, pair in self._places:
-            module._parameters[name] = pair.used
+        self._show()
         try:
             yield
         finally:
-            for module, name, pair in self._places:
-                module._parameters[name] = pair.weight
+            self._hide()
         self._sum_over_tensor_ranks()
+
+    def _show(self) -> None:
+        for module, name, pair in self._places:
+            module._parameters[name] = pair.used
+        for layers in self._fused:
+            layers.show(*(self._of_fused[one.whole].used for one in layers.parameters))
+
+    def _hide(self) -> None:
+        for module, name, pair in self._places:
+            module._parameters[name] = pair.weight
+        for layers in self._fused:
+            layers.show(None)
+            for parameter in layers.parameters:
+                parameter.hand_out_gradient()
 
     def _sum_over_tensor_ranks(self) -> None:
         """Sum the gradients of weights that all tensor-parallel ranks hold: each has those of its tokens or heads."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -80,7 +80,8 @@ class TokenizersReference:
         self.changes = 0
         self._tokenizer = parse_tokenizer(content, file)
         self.library = f"tokenizers {version('tokenizers')}"
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._json: str | None = None
+        self.vocab_size = max(self._largest_id_of_model(), *self._tokenizer.get_added_tokens_decoder(), -1) + 1
         self._matched = [
             (token_id, token.content, token.lstrip, token.rstrip, token.single_word, token.normalized)
             for token_id, token in sorted(self._tokenizer.get_added_tokens_decoder().items())
@@ -124,6 +125,7 @@ class TokenizersReference:
         if not self._allow_special_tokens and not (added and added.special):
             # A token that is not flagged special would be recognized in a document's text and end it early.
             self._tokenizer.add_special_tokens([token])
+            self._json = None
             self.changes += 1
         if not self._allow_special_tokens and token_id in self.encode([token])[0]:
             raise UserError(
@@ -135,7 +137,8 @@ class TokenizersReference:
 
     def fingerprint(self) -> str:
         """Return the fingerprint, see :class:`Reference`. :meth:`document_end` does not change it."""
-        return fingerprint_of_json(self._tokenizer, self._matched, self.encode(PROBES)[0].tolist())
+        state = self._model_json().encode("utf-8", "surrogatepass")
+        return fingerprint_of_json(self._tokenizer, state, self._matched, self.encode(PROBES)[0].tolist())
 
     def unknown_id(self) -> int | None:
         """See :class:`Reference`."""
@@ -161,7 +164,33 @@ class TokenizersReference:
 
     def to_json(self) -> str:
         """Return the tokenizer in its current state, as a ``tokenizer.json``."""
-        return self._tokenizer.to_str()
+        if self._json is None:  # writing a vocabulary of 150,000 takes 0.15 s
+            self._json = self._tokenizer.to_str()
+        return self._json
+
+    def outline(self, tokens: Iterable[str]) -> dict[str, Any]:
+        """Return :meth:`to_json` parsed, without merges, and with those of ``tokens`` in the vocabulary that it has.
+
+        Parsing all of it takes 0.2 s for a vocabulary of 150,000.
+        """
+        text = self.to_json()
+        # Quotes within strings are escaped, so this can only be the key. The model is the last value.
+        outline: dict[str, Any] = json.loads(text[: text.index('"vocab":')] + '"vocab":{}}}')
+        model = self._tokenizer.model
+        ids = {token: model.token_to_id(token) for token in tokens}
+        outline["model"]["vocab"] = {token: place for token, place in ids.items() if place is not None}
+        return outline
+
+    def _model_json(self) -> str:
+        text = self.to_json()
+        return text[text.index('"model":') + len('"model":') : -1]
+
+    def _largest_id_of_model(self) -> int:
+        if self._model_type != "BPE":
+            return max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+        # The library writes the vocabulary by id, and makes a dictionary of it only in 0.15 s.
+        vocab = self.to_json().rpartition(',"merges":')[0]
+        return int(vocab[vocab.rindex(":") + 1 : -1]) if not vocab.endswith("{}") else -1
 
     @property
     def _model_type(self) -> str:

@@ -47,16 +47,16 @@ def vocab_text(vocab: Mapping[str, int]) -> bytes:
     return json.dumps(by_id, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
-def fingerprint_of_json(tokenizer: Any, matched: Iterable[Any], probe_ids: Iterable[int]) -> str:
+def fingerprint_of_json(tokenizer: Any, state: bytes, matched: Iterable[Any], probe_ids: Iterable[int]) -> str:
     """Return the fingerprint of a ``tokenizers.Tokenizer``.
 
     Args:
+        state: its model's part of tokenizer.json, as the library writes it.
         matched: added tokens that are matched in text, with their flags, as JSON values.
         probe_ids: see :func:`fingerprint_of`.
     """
     model = tokenizer.model
     kind = type(model).__name__
-    state: bytes = model.__getstate__()  # its part of tokenizer.json; in Python this would take half a second
     outside = sorted(
         (token_id, token.content)
         for token_id, token in tokenizer.get_added_tokens_decoder().items()

@@ -217,8 +217,6 @@ def _flash_obstacle(backend: str, setting: Setting) -> str | None:
         return f"needs compute capability {wanted}, and the GPU has {'.'.join(map(str, setting.capability))}"
     if backend == FLASH_ATTN:
         return import_problem("flash_attn", "flash_attn_varlen_func") or _softcap_problem(setting)
-    if not {"scale", "window_size"} <= flash.varlen_parameters():
-        return f"needs torch.nn.attention.varlen with scale and window_size, which PyTorch {torch.__version__} lacks"
     if backend == VARLEN:
         built = torch.backends.cuda.is_flash_attention_available()
         return None if built else "needs a PyTorch that was built with flash attention"
@@ -240,8 +238,7 @@ _SOURCES = {
 
 
 def _registered_implementations() -> list[str]:
-    listed = getattr(torch.nn.attention, "list_flash_attention_impls", None)
-    return listed() if listed else []
+    return torch.nn.attention.list_flash_attention_impls()
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import varlen
 
 IMPLEMENTATIONS = {"fa3": "FA3", "fa4": "FA4"}
 """PyTorch's names of the implementations of ``varlen_attn``, by backend; its own has none."""
@@ -24,9 +25,6 @@ def use_implementation(name: str | None) -> None:
     """Make ``varlen_attn`` run ``FA3`` or ``FA4``; None for the kernels of PyTorch. This applies to the whole
     process.
     """
-    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
-        assert name is None
-        return
     if torch.nn.attention.current_flash_attention_impl() == name:
         return
     if name is None:
@@ -120,8 +118,6 @@ def varlen_attention(
     Args:
         shares_heads: pass K key and value heads rather than N copies; None: as set by :func:`share_heads`.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     options: dict[str, Any] = {}
     groups = q_TND.shape[1] // k_TKD.shape[1]
     if groups > 1:
@@ -130,7 +126,7 @@ def varlen_attention(
         elif VARLEN_HAS_ENABLE_GQA:
             options["enable_gqa"] = True
     length = _kernel_length(max_seqlen)
-    output = varlen_attn(
+    output = varlen.varlen_attn(
         q_TND,
         k_TKD,
         v_TKD,
@@ -146,16 +142,6 @@ def varlen_attention(
 
 
 @functools.cache
-def varlen_parameters() -> frozenset[str]:
-    """Return the names of the parameters of this PyTorch's ``varlen_attn``; empty if it does not exist."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-@functools.cache
 def package_parameters() -> frozenset[str]:
     """Return the names of the parameters of the flash-attn package's function; the package must be installed."""
     from flash_attn import flash_attn_varlen_func
@@ -163,9 +149,9 @@ def package_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(flash_attn_varlen_func).parameters)
 
 
-# Read when the module is imported, so that a compiled step sees a constant. Without this argument varlen_attn does not
-# look at the numbers of heads, but its documentation has only one (2.11).
-VARLEN_HAS_ENABLE_GQA = "enable_gqa" in varlen_parameters()
+# Read when the module is imported, so that a compiled step sees a constant. Without this argument (PyTorch 2.11)
+# varlen_attn does not look at the numbers of heads, but its documentation has only one.
+VARLEN_HAS_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 _shares_heads = VARLEN_HAS_ENABLE_GQA
 
 

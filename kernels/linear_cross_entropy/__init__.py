@@ -103,33 +103,50 @@ def linear_cross_entropy(
         ValueError: unknown backend, or one that does not support this.
     """
     options = Options(ignore_index, z_loss, logit_softcap, logit_scale, vocab_group)
-    compute = _choose(backend, hidden_TH)
+    compute = _choose(backend, hidden_TH, weight_VH)
     tensors = hidden_TH, weight_VH, bias
     needs = Needs(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors))
     loss_sum = _LinearCrossEntropy.apply(*tensors, targets_T, options, compute, needs)
     return LinearCrossEntropy(loss_sum, (targets_T != ignore_index).sum())
 
 
-def _triton_refusal(hidden_TH: Tensor) -> str | None:
-    """Return why the Triton path cannot compute this; None if it can."""
+def backend_refusal(backend: str, hidden_TH: Tensor, weight_VH: Tensor) -> str | None:
+    """Return why a backend cannot compute this, with the remedy; None if it can."""
+    if not backend.startswith("triton"):
+        return None
     if hidden_TH.dtype != torch.bfloat16:
-        return f"it stores exponentials as bf16, which would round the gradients of {hidden_TH.dtype} inputs"
-    return triton_refusal(hidden_TH.device.type)
+        stored = f"it stores exponentials as bf16, which would round the gradients of {hidden_TH.dtype} inputs"
+        return f"{stored}; use 'chunked'"
+    missing = triton_refusal(hidden_TH.device.type)
+    if missing is not None or backend == "triton":
+        return None if missing is None else f"{missing}, or 'chunked'"
+    from .triton_kernels import descriptor_refusal
+
+    refusal = descriptor_refusal(hidden_TH, weight_VH)
+    return None if refusal is None else f"{refusal}; use 'triton'"
 
 
-def _choose(backend: str, hidden_TH: Tensor) -> Compute:
+def default_backend(hidden_TH: Tensor, weight_VH: Tensor) -> str:
+    """Return the backend that "auto" takes."""
+    order = ("triton-persistent", "triton", "chunked") if hidden_TH.is_cuda else ("chunked",)
+    return next(one for one in order if backend_refusal(one, hidden_TH, weight_VH) is None)
+
+
+def _choose(backend: str, hidden_TH: Tensor, weight_VH: Tensor) -> Compute:
     """Return the function of a backend, with its memory budget."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    refusal = _triton_refusal(hidden_TH)
-    if backend == "chunked" or (backend == "auto" and (refusal is not None or not hidden_TH.is_cuda)):
-        return functools.partial(chunked.compute, budget=logit_budget(hidden_TH.device))
+    if backend == "auto":
+        backend = default_backend(hidden_TH, weight_VH)
+    refusal = backend_refusal(backend, hidden_TH, weight_VH)
     if refusal is not None:
-        raise ValueError(f"backend {backend!r} cannot be used: {refusal}; use 'chunked'")
+        raise ValueError(f"backend {backend!r} cannot be used: {refusal}")
+    if backend == "chunked":
+        return functools.partial(chunked.compute, budget=logit_budget(hidden_TH.device))
     from . import triton_loss
 
-    persistent = {"auto": None, "triton": False, "triton-persistent": True}[backend]
-    return functools.partial(triton_loss.compute, budget=device_budget(hidden_TH.device), persistent=persistent)
+    budget, persistent = device_budget(hidden_TH.device), backend == "triton-persistent"
+    return functools.partial(triton_loss.compute, budget=budget, persistent=persistent)
 
 
 def logit_budget(device: torch.device) -> int:

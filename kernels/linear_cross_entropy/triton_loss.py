@@ -28,7 +28,6 @@ from .triton_kernels import (
     FarBlocks,
     Head,
     Tiles,
-    descriptor_refusal,
     launch_exponentials,
     target_products,
     tiles_for,
@@ -50,7 +49,7 @@ def compute(
     options: Options,
     budget: int,
     needs: Needs,
-    persistent: bool | None = None,
+    persistent: bool,
 ) -> Gradients:
     """Return losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options.
 
@@ -58,13 +57,9 @@ def compute(
 
     Args:
         budget: bytes for exponentials and row statistics. At least one block of rows is always processed.
-        persistent: use the persistent kernel; None: where it can read the inputs.
-
-    Raises:
-        ValueError: the persistent kernel is requested, but cannot read the inputs.
+        persistent: use the persistent kernel, which ``descriptor_refusal`` must allow.
     """
     hidden_TH, weight_VH = hidden_TH.contiguous(), weight_VH.contiguous()
-    persistent = _use_persistent(persistent, hidden_TH, weight_VH)
     tiles = tiles_for(hidden_TH.device, persistent)
     num_tokens, num_rows = hidden_TH.shape[0], weight_VH.shape[0]
     losses = torch.empty(num_tokens, dtype=torch.float32, device=hidden_TH.device)
@@ -85,7 +80,7 @@ def compute(
                 torch.mul(product, scale[:, None], out=grad_hidden[part])
                 del product
             if needs.weight:
-                scaled = (hidden * scale[:, None]).to(hidden.dtype)
+                scaled = torch.mul(hidden, scale[:, None], out=torch.empty_like(hidden))
                 grad_weight = add_product(grad_weight, exponentials.t(), scaled)
             if grad_bias is not None:
                 grad_bias = add_product(grad_bias, exponentials.t(), scale[:, None].to(hidden.dtype))
@@ -108,15 +103,6 @@ def rows_per_chunk(budget: int, num_rows: int, tiles: Tiles, need_gradient: bool
     statistics = 2 * 4 * _num_column_blocks(num_rows, tiles)
     rows = budget // (statistics + (2 * _padded(num_rows) if need_gradient else 0))
     return max(tiles.rows, rows // tiles.rows * tiles.rows)
-
-
-def _use_persistent(requested: bool | None, hidden_TH: Tensor, weight_VH: Tensor) -> bool:
-    if requested is False:
-        return False
-    refusal = descriptor_refusal(hidden_TH, weight_VH)
-    if refusal is not None and requested:
-        raise ValueError(f"backend 'triton-persistent' cannot be used: {refusal}; use 'triton'")
-    return refusal is None
 
 
 def _forward(

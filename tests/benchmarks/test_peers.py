@@ -241,6 +241,7 @@ def test_compile_compiles_every_engine(stub):
     assert peers.asked_engines(options) == [
         "trainer+compile",
         "trainer+compile+chunked",
+        "loop+compile",
         "litgpt+compile",
         peers.OURS,
     ]

@@ -101,3 +101,18 @@ def test_a_run_that_was_overtaken_while_it_started_is_refused(change, one_rank, 
     assert store.resolve("auto") is not None
     with store.locked():
         pass
+
+
+def test_a_forked_process_does_not_hold_the_lock(tmp_path):
+    """flock alone would: a run whose worker outlives it could not be started again."""
+    with run_folder_lock(tmp_path):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+    try:
+        with run_folder_lock(tmp_path):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

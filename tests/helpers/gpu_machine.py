@@ -1,5 +1,5 @@
-"""Processes that see only the Python packages of the GPU machine (benchmarks/gpu_stages/machine_packages.txt), what they
-require, and the packages that are carried to it (wheels.json). Nothing else that is installed here can be imported."""
+"""Processes that see only the Python packages of the GPU machine (machine_packages.txt in benchmarks/gpu_stages), what
+these require, and the carried ones (wheels.json). Nothing else that is installed here can be imported."""
 
 from __future__ import annotations
 
@@ -52,9 +52,8 @@ def required(names: Iterable[str]) -> set[str]:
             lines = distribution(name).requires or []
         except PackageNotFoundError:
             continue
-        for requirement in map(Requirement, lines):
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                waiting.append(normalized(requirement.name))
+        requirements = [one for one in map(Requirement, lines) if not one.marker or one.marker.evaluate({"extra": ""})]
+        waiting += [normalized(one.name) for one in requirements]
     return found
 
 

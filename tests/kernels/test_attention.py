@@ -315,20 +315,21 @@ def test_flex_attention_stays_compiled_for_any_kind_of_layer(monkeypatch):
     """Without the fused kernel it would form all scores, and say nothing. A GPU is pretended."""
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     torch._dynamo.reset()
-    plan = replace(plan_attention("flex", offsets([5, 3]), [None], CPU), function=_flex_function.__wrapped__("cuda"))
 
     def attend(head_dim):
         q, k, v = (x.detach() for x in make_inputs([5, 3], 4, 2, head_dim))
         attention(q, k, v, offsets([5, 3]), 5, plan=plan)
 
-    for head_dim in range(16, 20):
-        attend(head_dim)
-    assert counter.frame_count == 4
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        attend(20)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled = _flex_function.__wrapped__("cuda")
+        plan = replace(plan_attention("flex", offsets([5, 3]), [None], CPU), function=compiled)
+        for head_dim in range(16, 20):
+            attend(head_dim)
+        assert counter.frame_count == 4
+        torch._dynamo.config.recompile_limit = 4
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            attend(20)
     torch._dynamo.reset()
 
 

@@ -37,7 +37,6 @@ def machine(monkeypatch):
     def describe(
         capability,
         *packages,
-        varlen=("scale", "window_size", "enable_gqa"),
         flash_attn=("softcap",),
         cudnn=None,
         shared_heads=None,
@@ -51,7 +50,6 @@ def machine(monkeypatch):
             choice, "import_problem", lambda name, _: None if name in installed else problem.format(name, name)
         )
         monkeypatch.setattr(choice, "_registered_implementations", lambda: ["FA3", "FA4"])
-        monkeypatch.setattr(flash, "varlen_parameters", lambda: frozenset(varlen))
         monkeypatch.setattr(flash, "package_parameters", lambda: frozenset(flash_attn))
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         choice.obstacle.cache_clear()
@@ -103,12 +101,6 @@ def test_auto_takes_the_first_that_works(machine, capability, packages, options,
     taken = choose(machine(capability, *packages), **options)
     assert taken.backend == expected
     assert "\n" not in taken.reason
-
-
-def test_a_pytorch_whose_varlen_attn_knows_no_window_is_passed_over(machine):
-    taken = choose(machine(HOPPER, varlen=("is_causal",)))
-    assert taken.backend == "per_document"
-    assert "needs torch.nn.attention.varlen with scale and window_size" in taken.reason
 
 
 def test_the_reason_says_what_was_missing(machine):

@@ -3,6 +3,8 @@
 Where there is a GPU, all tests have the mark ``gpu``: pytest.mark.gpu selects them.
 """
 
+import itertools
+
 import pytest
 import torch
 from linear_cross_entropy_cases import (
@@ -39,8 +41,8 @@ def inputs_of(num_tokens: int, hidden: int, vocab: int, **settings):
 # One tile, several tiles, a vocabulary and tokens that are no multiple of a tile, hidden sizes that are none either.
 SIZES = [(16, 16, 32), (1, 16, 70), (37, 32, 97), (33, 24, 129), (50, 72, 200)]
 if DEVICE == "cuda":
-    # Several tiles there, and more tiles than multiprocessors.
-    SIZES += [(128, 64, 256), (300, 200, 1000), (1000, 904, 50_003)]
+    # Tiles are larger there, and there are more of them than multiprocessors. Each size compiles four kernels.
+    SIZES = [(1, 16, 70), (37, 32, 97), (50, 72, 200), (300, 200, 1000), (1000, 904, 50_003)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -54,7 +56,6 @@ def test_rows_that_descriptors_cannot_read():
     inputs = inputs_of(33, 20, 129, size=2.0)
     with pytest.raises(ValueError, match="'triton-persistent' cannot be used"):
         linear_cross_entropy(*inputs, backend="triton-persistent")
-    assert not triton_loss._use_persistent(None, *inputs[:2])
     check(inputs, 1.3008, backend="triton")
 
 
@@ -62,14 +63,19 @@ def test_a_matrix_that_begins_between_two_multiples_of_16_bytes():
     hidden, weight, targets = inputs_of(33, 24, 129)
     with torch.no_grad():
         moved = torch.empty(hidden.numel() + 1, dtype=hidden.dtype, device=DEVICE)[1:].view_as(hidden).copy_(hidden)
-    assert not triton_loss._use_persistent(None, moved, weight)
+    assert kernel.backend_refusal("triton-persistent", moved, weight) is not None
     check((moved.requires_grad_(), weight, targets), backend="triton")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_options_equal_float64(options, backend):
-    check(inputs_of(37, 32, 97, size=4.0), backend=backend, **options)
+WITH_OPTIONS = list(itertools.product(OPTIONS, BACKENDS))
+if DEVICE == "cuda":
+    # Two kernels are compiled for each, and the time on a GPU is short.
+    WITH_OPTIONS = [one for one in WITH_OPTIONS if one[1] == BACKENDS[-1] or one[0] == "all"]
+
+
+@pytest.mark.parametrize(("name", "backend"), WITH_OPTIONS)
+def test_options_equal_float64(name, backend):
+    check(inputs_of(37, 32, 97, size=4.0), backend=backend, **OPTIONS[name])
 
 
 def test_chunks(monkeypatch):
@@ -83,6 +89,18 @@ def test_groups_of_row_blocks(monkeypatch, backend):
     """More blocks of rows than go through all columns together."""
     monkeypatch.setattr(triton_kernels, "GROUP_BYTES", 0)
     check(inputs_of(9 * TILES.rows + 1, 16, 97), backend=backend)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="all tests on a GPU have its tiles")
+@pytest.mark.parametrize("name", ["DESCRIPTOR_TILES", "POINTER_TILES", "SMALL_TILES"])
+def test_the_tiles_of_gpus(monkeypatch, name):
+    """Interpreted: several blocks of rows, one of them far, and more tiles than programs."""
+    monkeypatch.setattr(triton_kernels, "INTERPRETER_TILES", getattr(triton_kernels, name))
+    hidden, weight, targets = inputs_of(300, 136, 600)
+    with torch.no_grad():
+        weight[:, 0] = 1.0
+        hidden[130, 0] = 250.0
+    check((hidden, weight, targets), backend="triton-persistent" if name == "DESCRIPTOR_TILES" else "triton")
 
 
 class LargestMatrix(TorchDispatchMode):

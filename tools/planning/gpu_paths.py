@@ -104,15 +104,15 @@ def triton_loss(
         count_flops: called with floating-point operations that no operator shows.
     """
     path, kernels = _import_triton_path()
-    on_cpu, bytes_per_chunk = chunked.compute, loss.triton_budget(gpu_memory)
+    in_pytorch, bytes_per_chunk = chunked.compute, loss.triton_budget(gpu_memory)
     persistent = capability in kernels.DESCRIPTOR_CAPABILITIES
 
     def compute(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Any, budget: int, needs: Any
     ) -> Any:
         if hidden.dtype != torch.bfloat16:
-            return on_cpu(hidden, weight, bias, targets, options, budget, needs)
-        return path.compute(hidden, weight, bias, targets, options, bytes_per_chunk, needs)
+            return in_pytorch(hidden, weight, bias, targets, options, loss.LOGIT_BYTES, needs)
+        return path.compute(hidden, weight, bias, targets, options, bytes_per_chunk, needs, persistent)
 
     def launch(hidden: Tensor, head: Any, *rest: Any) -> None:
         # The second launch repeats what the first could not compute: usually nothing.
@@ -138,8 +138,7 @@ def triton_loss(
     tiles = kernels.DESCRIPTOR_TILES if persistent else kernels.SMALL_TILES
     functions = {"launch_exponentials": launch, "target_products": target_products}
     functions |= {"matmul_fp32": matmul_fp32, "add_product": add_product}
-    choices = {"_use_persistent": lambda *_: persistent, "tiles_for": lambda *_: tiles}
-    with replaced(path, **functions, **choices), replaced(chunked, compute=compute):
+    with replaced(path, **functions, tiles_for=lambda *_: tiles), replaced(chunked, compute=compute):
         yield
 
 
@@ -161,7 +160,7 @@ def attention_options() -> Iterator[None]:
 
     every = tuple(attention.BACKENDS)
     with (
-        replaced(flash, varlen_attention=varlen_attention),
+        replaced(flash, varlen_attention=varlen_attention, _shares_heads=True),
         replaced(attention, WITH_SOFTCAP=every, WITH_SINKS=every),
     ):
         yield

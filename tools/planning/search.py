@@ -184,7 +184,7 @@ def require_possible(config: RunConfig, cluster: ClusterSpec) -> Layout:
     plan = plan_batches(config.training, layout.data_parallel)
     attention = Choice(attention_backend(config, cluster.architecture), "planned")
     choices = Choices(attention, False, plan.num_micro_batches)
-    check(config, cluster.architecture, choices, CPU)
+    check(config, cluster.architecture, choices, CPU, cluster.world_size)
     return layout
 
 

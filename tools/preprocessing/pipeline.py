@@ -98,7 +98,7 @@ def tokenize(plan: RunPlan) -> list[TaskResult]:
             run = (
                 run_here(todo, plan.setup.tokenizer, plan.settings, counters, show)
                 if works_here
-                else run_tasks(todo, workers, plan.settings, counters, show)
+                else run_tasks(todo, workers, plan.setup.tokenizer, plan.settings, counters, show)
             )
             with closing(run):
                 results.update((result.key, result) for result in run)

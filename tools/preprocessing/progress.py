@@ -11,6 +11,10 @@ from tqdm import tqdm
 _LOG_SECONDS = 60.0
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    monitor_interval = 0  # no thread that refreshes the bar: workers are forked while it is shown
+
+
 class ProgressReport:
     """Shows a stage's name, the bytes done so far, MB/s, tokens/s, bad records and the time left. A context manager.
 
@@ -23,7 +27,7 @@ class ProgressReport:
     def __init__(self, stage: str, total_bytes: int, done_before: int = 0) -> None:
         self._stage, self._total_bytes, self._done_before = stage, total_bytes, done_before
         self._started = self._logged = time.monotonic()
-        self._bar = tqdm(
+        self._bar = _Bar(
             desc=stage,
             total=total_bytes,
             initial=done_before,

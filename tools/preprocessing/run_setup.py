@@ -17,7 +17,7 @@ from .dataset_writer import best_dtype
 from .inputs.files import expand_inputs
 from .options import PreprocessOptions
 from .tokenizer_choice import check_vocabulary, choose_tokenizer
-from .workers.pool import start_early
+from .workers.pool import may_fork, start_early
 from .workers.shared_tokenizer import use_one_thread
 from .workers.tasks import are_small
 
@@ -43,7 +43,8 @@ class RunSetup:
         require_free({prefix: output_prefixes(options, prefix)}, reads, options.overwrite, rejects=True)
         spec = TokenizerSpec(choice.name, file, options.allow_special_tokens, self._backend, options.eod_token)
         use_one_thread()
-        if not self.works_here:
+        # The templates of conversations need transformers, which starts threads.
+        if not self.works_here and (options.chat or not may_fork()):
             start_early(spec)
         self.tokenizer, self.eod = _load_with_document_end(spec, options)
         if self.works_here and self.tokenizer.kind == "tokenizer.json" and options.encoder == "auto":
@@ -64,7 +65,11 @@ class RunSetup:
 
         RunPlan does this for conversations.
         """
-        if not self.options.chat and (note := self.tokenizer.serving_note()):
+        if self.options.chat or self.tokenizer.is_served_alike:
+            return
+        if not self.works_here:
+            start_early(self.tokenizer.spec)  # while transformers is imported, which starts threads
+        if note := self.tokenizer.serving_note():
             print_notes([note])
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ...engine.tokenizer.backends import FlatIds, is_panic, one_line
+from ...engine.tokenizer.backends import FlatIds, TokenizersReference, is_panic, one_line
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]
@@ -51,22 +51,22 @@ class FastEncoder:
     called from several threads at once; ``FASTOKENS_BPE_THREADS`` (environment) sets the number of its own threads.
 
     Args:
-        tokenizer_json: as written by the reference library.
+        reference: the tokenizer in the library that defines its ids.
 
     Raises:
         NotFast: fastokens is missing, does not support such a tokenizer, or is not exact for it.
     """
 
-    def __init__(self, tokenizer_json: str, allow_special_tokens: bool) -> None:
+    def __init__(self, reference: TokenizersReference, allow_special_tokens: bool) -> None:
         try:
             from fastokens import Tokenizer
         except ImportError as error:
             raise NotFast("fastokens is not installed: pip install fastokens") from error
-        reason = why_not_exact(json.loads(tokenizer_json))
+        reason = why_not_exact(reference.outline(_byte_characters()))
         if reason is not None:
             raise NotFast(f"fastokens is not used: {reason}")
         try:
-            self._tokenizer = Tokenizer.from_json_str(tokenizer_json)
+            self._tokenizer = Tokenizer.from_json_str(reference.to_json())
             self._encode = self._tokenizer.encode_batch_flat
         except Exception as error:  # ValueError today; in any case the reference can encode
             raise NotFast(f"fastokens {version('fastokens')} rejects the tokenizer: {one_line(error)}") from error
@@ -94,7 +94,7 @@ def why_not_exact(config: dict[str, Any]) -> str | None:
     """Return why the ids of fastokens may differ from those of ``tokenizers``; None if they were found equal.
 
     Args:
-        config: content of ``tokenizer.json``.
+        config: content of ``tokenizer.json``, or its outline with the single characters of the vocabulary.
     """
     model = config["model"]
     if model["type"] != "BPE":

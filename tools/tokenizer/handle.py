@@ -27,7 +27,7 @@ from ...engine.tokenizer.tiktoken_reference import TiktokenReference
 from .document_frame import DocumentFrame
 from .fast import FastEncoder, NotFast
 from .finding import find_tokenizer_file
-from .serving_check import serving_note
+from .serving_check import is_known_alike, serving_note
 
 BACKENDS = ("auto", "reference")
 """``auto``: the fast path if an exact one exists; ``reference``: always the library of the format."""
@@ -137,15 +137,24 @@ class TokenizerHandle:
             "Qwen and Llama would give other ids when the model is served; add it there"
         ]
 
+    @property
+    def is_served_alike(self) -> bool:
+        """Whether the files show that transformers gives the same ids when the model is served."""
+        # transformers does not read .tiktoken files.
+        return self.kind == "tiktoken" or is_known_alike(self.file, self._library_tokenizer)
+
     def serving_note(self) -> str | None:
         """Return how the ids of transformers differ from ours when the model is served; None if they do not.
 
-        Takes seconds unless the files show that they are the same; see :mod:`~.serving_check`.
+        Takes seconds unless :attr:`is_served_alike`; see :mod:`~.serving_check`.
         """
-        if self.kind == "tiktoken":  # transformers does not read such files
+        if self.is_served_alike:
             return None
-        library = self._reference.library_tokenizer if isinstance(self._reference, TokenizersReference) else None
-        return serving_note(self.file, lambda text: self.reference_encode([text])[0].tolist(), library)
+        return serving_note(self.file, lambda text: self.reference_encode([text])[0].tolist())
+
+    @property
+    def _library_tokenizer(self) -> Any | None:
+        return self._reference.library_tokenizer if isinstance(self._reference, TokenizersReference) else None
 
     @property
     def encoder(self) -> str:
@@ -294,7 +303,7 @@ class TokenizerHandle:
     def _load_fast_path(self) -> None:
         if self._backend == "auto" and isinstance(self._reference, TokenizersReference):
             try:
-                self._fast = FastEncoder(self._reference.to_json(), self._allow_special_tokens)
+                self._fast = FastEncoder(self._reference, self._allow_special_tokens)
             except NotFast as refusal:
                 self._fallback_reason = str(refusal)
         self._fast_is_settled = True

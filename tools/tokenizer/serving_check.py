@@ -4,8 +4,8 @@ Training follows tokenizer.json. Many tokenizer classes of transformers 5 use on
 post-processor. They build the normalizer and the pre-tokenizer from fixed rules and tokenizer_config.json. Which class
 is used depends on ``tokenizer_class`` and on the ``model_type`` in config.json.
 
-Importing transformers takes seconds. :func:`built_alike` therefore first compares the file's rules with those that the
-class would build. Ids are compared only if they differ, or if the class is not in the table.
+Importing transformers takes seconds. :func:`is_known_alike` therefore first compares the file's rules with those that
+the class would build. Ids are compared only if they differ, or if the class is not in the table.
 """
 
 from __future__ import annotations
@@ -52,7 +52,20 @@ def auto_tokenizer_name() -> str:
     return f"AutoTokenizer of transformers {version('transformers')}"
 
 
-def serving_note(file: Path, encode: Encode, library_tokenizer: Any | None) -> str | None:
+def is_known_alike(file: Path, library_tokenizer: Any | None) -> bool:
+    """Return whether the files show that ``AutoTokenizer`` gives the same ids, or that it does not read ``file``.
+
+    Args:
+        file: of the tokenizer.
+        library_tokenizer: the ``tokenizers.Tokenizer`` of a tokenizer.json; None for a sentencepiece model.
+    """
+    # AutoTokenizer looks for these names. For another file name it would load a neighbouring file.
+    if file.name != (SENTENCEPIECE_FILE if library_tokenizer is None else TOKENIZER_FILE):
+        return True
+    return library_tokenizer is not None and built_alike(file.parent, library_tokenizer)
+
+
+def serving_note(file: Path, encode: Encode) -> str | None:
     """Return how the ids of ``AutoTokenizer`` differ from ours for texts without added tokens; None if they do not.
 
     This is a note and not an error, unlike in chat mode, where the comparison shows that the chat template is handled
@@ -62,13 +75,7 @@ def serving_note(file: Path, encode: Encode, library_tokenizer: Any | None) -> s
     Args:
         file: of the tokenizer.
         encode: ids of a text, without special tokens.
-        library_tokenizer: the ``tokenizers.Tokenizer`` of a tokenizer.json; None for a sentencepiece model.
     """
-    # AutoTokenizer looks for these names. For another file name it would load a neighbouring file.
-    if file.name != (SENTENCEPIECE_FILE if library_tokenizer is None else TOKENIZER_FILE):
-        return None
-    if library_tokenizer is not None and built_alike(file.parent, library_tokenizer):
-        return None
     theirs = auto_tokenizer(file.parent)
     if isinstance(theirs, str):  # transformers itself reports this when the model is served
         return None

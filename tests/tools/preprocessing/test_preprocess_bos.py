@@ -48,7 +48,7 @@ CHAT = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have tasks done here rather than in processes that take a second to start."""
 
-    def run_tasks(todo: Any, workers: int, settings: Any, progress: Any, on_tick: Any) -> Iterator[Any]:
+    def run_tasks(todo: Any, workers: int, tokenizer: Any, settings: Any, progress: Any, on_tick: Any) -> Iterator[Any]:
         runner = TaskRunner(settings, np.frombuffer(progress, dtype=np.int64), settings.tokenizer.load())
         for task, key in todo:
             yield runner.run(task, key)

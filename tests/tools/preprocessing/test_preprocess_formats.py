@@ -131,12 +131,12 @@ def test_a_difference_of_the_fast_tokenizer_makes_the_run_go_on_with_the_referen
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS * 8))
     real, encoders = pipeline.run_tasks, []
 
-    def first_differs(tasks, workers, settings, *rest):
+    def first_differs(tasks, workers, tokenizer, settings, *rest):
         encoders.append(settings.tokenizer.backend)
         if len(encoders) == 1:
-            yield next(real(tasks, workers, settings, *rest))
+            yield next(real(tasks, workers, tokenizer, settings, *rest))
             raise FastPathError("fastokens gave other ids than tokenizers for 'x'")
-        yield from real(tasks, workers, settings, *rest)
+        yield from real(tasks, workers, tokenizer, settings, *rest)
 
     monkeypatch.setattr(pipeline, "run_tasks", first_differs)
     found = report(tiny_tokenizer, tmp_path, tmp_path / "a.jsonl", task_bytes=2000)

@@ -156,6 +156,52 @@ def test_workers_inherit_the_tokenizer_where_the_package_is_not_installed(tmp_pa
     subprocess.run(script, check=True, cwd=tmp_path, env={})
 
 
+LOADS = """
+import os, sys
+from retemper.tools import preprocess as command
+from retemper.tools.preprocessing.workers import worker
+from retemper.tools.tokenizer.fast import FastEncoder
+
+def noted(method, name):
+    def call(*given):
+        os.write(1, f"{name} {os.getpid() == PARENT}\\n".encode())
+        return method(*given)
+    return call
+
+PARENT = os.getpid()
+FastEncoder.__init__ = noted(FastEncoder.__init__, "loaded")
+worker.TaskRunner.run = noted(worker.TaskRunner.run, "ran")
+command.main(sys.argv[1:])
+"""
+
+
+def test_the_command_forks_its_workers_which_share_its_tokenizer(tmp_path, tiny_tokenizer):
+    texts = [text for text in TEXTS if text]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
+    arguments = ["--input", str(tmp_path / "a.jsonl"), "--tokenizer", str(tiny_tokenizer), "--encoder", "fast"]
+    script = [sys.executable, "-c", LOADS, *arguments, "--output-prefix", str(tmp_path / "out"), "--workers", "2"]
+    found = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    assert [line for line in found if line.startswith(("loaded", "ran"))] == ["loaded True", "ran False"]
+    assert read_megatron(tmp_path / "out").documents == plain_ids(tiny_tokenizer, texts)
+
+
+def test_a_process_with_a_second_thread_is_not_forked():
+    """Its locks would be copied. The thread of a library counts, and the bar of a terminal has none."""
+    code = (
+        "import sys, threading; from retemper.tools import preprocess as command\n"
+        "from retemper.tools.preprocessing.progress import ProgressReport\n"
+        "from retemper.tools.preprocessing.workers.pool import may_fork\n"
+        "sys.stderr.isatty = lambda: True\n"
+        "with ProgressReport('tokenizing', 10) as bar:\n"
+        "    bar.show(5, 5)\n"
+        "    assert may_fork()\n"
+        "waiting = threading.Event(); threading.Thread(target=waiting.wait).start()\n"
+        "assert not may_fork()\n"
+        "waiting.set()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 class PanicException(BaseException):
     """As Rust's libraries raise it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 from ....engine.errors import UserError
@@ -26,8 +28,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def may_fork() -> bool:
+    """Return whether this process is known to have only one thread.
+
+    A fork copies locks that other threads hold, which the child then waits for forever.
+    """
+    threads = Path("/proc/self/task")  # those of libraries too; Linux
+    return threads.is_dir() and len(list(threads.iterdir())) == 1
+
+
 def worker_context() -> Any:
-    """Return how workers are started: never by a plain fork, which would copy locks held by the parent's threads.
+    """Return how workers are started that cannot be forked from this process.
 
     The fork server imports the libraries and loads the tokenizer once for all workers. Platforms without one spawn.
     """
@@ -80,6 +91,7 @@ def run_here(
 def run_tasks(
     tasks: Sequence[tuple[Task, str]],
     workers: int,
+    tokenizer: TokenizerHandle,
     settings: WorkerSettings,
     progress: Any,
     on_tick: Callable[[], None],
@@ -89,6 +101,7 @@ def run_tasks(
     Close the generator (``contextlib.closing``) to stop early: this ends the workers.
 
     Args:
+        tokenizer: forked workers inherit it.
         progress: see ``TaskRunner``.
         on_tick: called several times a second.
 
@@ -97,7 +110,7 @@ def run_tasks(
         FastPathError: the fast tokenizer failed its check.
     """
     bystanders = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, worker_context(), start_worker, (settings, progress))
+    pool = _pool(workers, tokenizer, settings, progress)
     try:
         waiting = iter(tasks)
         running: set[Future[TaskResult]] = set()
@@ -121,3 +134,14 @@ def run_tasks(
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool(workers: int, tokenizer: TokenizerHandle, settings: WorkerSettings, progress: Any) -> ProcessPoolExecutor:
+    """Return a pool of workers: forked from this process with its tokenizer if it has one thread, the cheapest way."""
+    if not may_fork():
+        start_early(settings.tokenizer)
+        return ProcessPoolExecutor(workers, worker_context(), start_worker, (settings, progress))
+    _ = tokenizer.encoder  # loads the fast path, for all workers
+    gc.freeze()  # a collection in a worker would write to all inherited objects, and so copy them
+    context = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(workers, context, start_worker, (settings, progress, tokenizer))

@@ -277,10 +277,11 @@ def _records(span: Span, context: ReadContext) -> Generator[Record, None, None]:
 _make_runner: Callable[[], TaskRunner]
 
 
-def start_worker(settings: WorkerSettings, progress: Any) -> None:
-    """Make this process a worker."""
+def start_worker(settings: WorkerSettings, progress: Any, tokenizer: TokenizerHandle | None = None) -> None:
+    """Make this process a worker, with the tokenizer of the process that it was forked from if that is given."""
     # Ctrl-C reaches the whole process group; the parent decides, and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     global _make_runner
     # Load with the first task: only errors of a task reach the parent.
@@ -288,7 +289,7 @@ def start_worker(settings: WorkerSettings, progress: Any) -> None:
         lambda: TaskRunner(
             settings,
             np.frombuffer(progress, dtype=np.int64),
-            load_tokenizer_once(settings.tokenizer, settings.tokenizer_sha256),
+            tokenizer or load_tokenizer_once(settings.tokenizer, settings.tokenizer_sha256),
         )
     )
 
