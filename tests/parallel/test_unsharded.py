@@ -153,8 +153,14 @@ def test_gradients_without_hooks_are_collected(schedule, one_rank, two_ranks, ru
         assert torch.equal(actual[name], gradient), name
 
 
-@pytest.mark.parametrize("batches", BATCHES)
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(
+    ("dtypes", "batches"),
+    [
+        ("fp32", "one micro-batch"),
+        ("bf16", "several"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(DTYPES, BATCHES)),
+    ],
+)
 def test_tensor_parallel_ranks_sum_the_gradients_of_norms(dtypes, batches, two_ranks, run_files):
     """FSDP sums them after every micro-batch, in the compute dtype."""
     options = f"{DTYPES[dtypes]} --training.micro_batch_size {BATCHES[batches]} --parallel.tensor 2"
