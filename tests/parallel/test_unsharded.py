@@ -173,6 +173,25 @@ def test_tensor_parallel_ranks_sum_the_gradients_of_norms(dtypes, batches, two_r
                 assert torch.equal(one, other)
 
 
+def evaluated(ranks, path: Path, options: str) -> list[float]:
+    """Losses of two evaluations, with a step in between."""
+    run = pretrain.build(parse_config(["--config", str(path), *options.split()]), ranks)
+    batches = run.data.micro_batches(0)
+    losses = [run.forward_backward.evaluate(batches).item()]
+    pretrain.one_step(run, batches, 50.0)
+    return [ranks.all_reduce(loss) for loss in (*losses, run.forward_backward.evaluate(batches).item())]
+
+
+@pytest.mark.parametrize("schedule", ["zbv_zero_bubble", "interleaved_zero_bubble"])
+def test_zero_bubble_schedules_evaluate(schedule, one_rank, two_ranks, run_files):
+    options = f"{DTYPES['fp32']} --training.micro_batch_size 2"
+    expected = evaluated(one_rank, run_files[MODELS[1]], options)
+    options += f" --parallel.pipeline 2 --parallel.pipeline_schedule {schedule} --parallel.pipeline_stages_per_rank 2"
+    options += " --parallel.reshard_after_forward false"
+    for losses in two_ranks.run(evaluated, run_files[MODELS[1]], options):
+        assert losses == pytest.approx(expected, rel=1e-6) and losses[1] < losses[0]
+
+
 def test_names_show_copies_only_during_passes(one_rank, run_files):
     options = ["--config", str(run_files[MODELS[0]]), *DTYPES["bf16"].split()]
     run = pretrain.build(parse_config(options), one_rank)
