@@ -157,7 +157,10 @@ def cut_layers(architecture: Architecture, num_stages: int) -> list[LayerRange]:
 
 
 class _Stage(PipelineStage):
-    """A stage whose zero-bubble schedules assign gradients of ``parameters`` without autograd's hooks."""
+    """A stage for zero-bubble schedules, which assign gradients of ``parameters`` without autograd's hooks.
+
+    An evaluation by zbv_zero_bubble also passes gradients between the stages of a rank, and there are none.
+    """
 
     def __init__(self, parameters: DataParallel, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -167,6 +170,15 @@ class _Stage(PipelineStage):
         """Compute the gradients of weights of one micro-batch, and collect them."""
         super().backward_weight_one_chunk(*arguments, **named)
         self._parameters.collect_gradients()
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        """Return the gradients of this stage's inputs for the preceding one on the same rank."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        """Take the gradients of this stage's outputs from the following one on the same rank."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
 
 class Pipelined:

@@ -153,8 +153,14 @@ def test_gradients_without_hooks_are_collected(schedule, one_rank, two_ranks, ru
         assert torch.equal(actual[name], gradient), name
 
 
-@pytest.mark.parametrize("batches", BATCHES)
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(
+    ("dtypes", "batches"),
+    [
+        ("fp32", "one micro-batch"),
+        ("bf16", "several"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(DTYPES, BATCHES)),
+    ],
+)
 def test_tensor_parallel_ranks_sum_the_gradients_of_norms(dtypes, batches, two_ranks, run_files):
     """FSDP sums them after every micro-batch, in the compute dtype."""
     options = f"{DTYPES[dtypes]} --training.micro_batch_size {BATCHES[batches]} --parallel.tensor 2"
@@ -165,6 +171,25 @@ def test_tensor_parallel_ranks_sum_the_gradients_of_norms(dtypes, batches, two_r
             assert one.dtype == other.dtype and (one - other).norm() <= bound * other.norm()
             if dtypes == "fp32" and batches == "one micro-batch":
                 assert torch.equal(one, other)
+
+
+def evaluated(ranks, path: Path, options: str) -> list[float]:
+    """Losses of two evaluations, with a step in between."""
+    run = pretrain.build(parse_config(["--config", str(path), *options.split()]), ranks)
+    batches = run.data.micro_batches(0)
+    losses = [run.forward_backward.evaluate(batches).item()]
+    pretrain.one_step(run, batches, 50.0)
+    return [ranks.all_reduce(loss) for loss in (*losses, run.forward_backward.evaluate(batches).item())]
+
+
+@pytest.mark.parametrize("schedule", ["zbv_zero_bubble", "interleaved_zero_bubble"])
+def test_zero_bubble_schedules_evaluate(schedule, one_rank, two_ranks, run_files):
+    options = f"{DTYPES['fp32']} --training.micro_batch_size 2"
+    expected = evaluated(one_rank, run_files[MODELS[1]], options)
+    options += f" --parallel.pipeline 2 --parallel.pipeline_schedule {schedule} --parallel.pipeline_stages_per_rank 2"
+    options += " --parallel.reshard_after_forward false"
+    for losses in two_ranks.run(evaluated, run_files[MODELS[1]], options):
+        assert losses == pytest.approx(expected, rel=1e-6) and losses[1] < losses[0]
 
 
 def test_names_show_copies_only_during_passes(one_rank, run_files):
