@@ -8,6 +8,7 @@ is imported only when one of its tokenizers is loaded.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from itertools import chain
@@ -186,11 +187,11 @@ class TokenizersReference:
         return text[text.index('"model":') + len('"model":') : -1]
 
     def _largest_id_of_model(self) -> int:
-        if self._model_type != "BPE":
-            return max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
-        # The library writes the vocabulary by id, and makes a dictionary of it only in 0.15 s.
-        vocab = self.to_json().rpartition(',"merges":')[0]
-        return int(vocab[vocab.rindex(":") + 1 : -1]) if not vocab.endswith("{}") else -1
+        # The library writes the vocabulary of a BPE by id. A dictionary of 150,000 would take it 0.15 s.
+        last = re.search(r':(\d+)},"merges":', self.to_json()) if self._model_type == "BPE" else None
+        if last is not None:
+            return int(last[1])
+        return max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
 
     @property
     def _model_type(self) -> str:

@@ -18,7 +18,8 @@ import xxhash
 from ...engine.files.atomic import sync_file
 from ...engine.files.outputs import open_new
 
-_BLOCK_BYTES = 64 << 20  # bytes copied, mapped and hashed at once: a multiple of every token size
+_BLOCK_BYTES = 2 << 20
+"""Bytes copied and then hashed: few, so that they are still in the processor's cache. A multiple of every token size."""
 
 
 @dataclass(frozen=True)

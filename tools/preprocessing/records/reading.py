@@ -48,7 +48,7 @@ class ReadContext:
     reader continues with the next record. ``kind`` is counted, such as "malformed" or "invalid UTF-8"; ``raw`` is the
     record's bytes or text, if available."""
     scratch: Path
-    """Folder for temporary files, removed by the caller."""
+    """Folder for temporary files, which the reader removes."""
     consumed: int = 0
     """Input bytes of the span read so far; the reader updates it for the progress bar."""
     columns: tuple[str, ...] | None = None

@@ -99,6 +99,8 @@ class TaskWriter:
         """Return which documents are kept by their number of tokens; count the others."""
         options = self._options
         empty, short = lengths == 0, lengths < options.min_tokens
+        if options.min_tokens <= 1 and options.max_tokens is None and not empty.any():
+            return ~empty
         long = lengths > (options.max_tokens if options.max_tokens is not None else np.iinfo(np.int64).max)
         for reason, where in (
             ("empty", empty),

@@ -10,7 +10,6 @@ import functools
 import itertools
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -111,14 +110,11 @@ class TaskRunner:
         self._unchecked = _CHECKED_AT_START if task.index == 0 else max(_MIN_CHECKED, task.num_bytes // _CHECKED_SHARE)
         folder = self._settings.folder
         done = 0
-        with (
-            tempfile.TemporaryDirectory(dir=folder, prefix=f"{key}.") as scratch,
-            TaskWriter(TaskOutput(folder, key), self._options, self._settings.dtype, self._result) as self._output,
-        ):
+        with TaskWriter(TaskOutput(folder, key), self._options, self._settings.dtype, self._result) as self._output:
             for span in task.spans:
                 context = ReadContext(
                     self._refuse,
-                    Path(scratch),
+                    folder,
                     columns=self._columns(),
                     options=self._options.reading,
                     note=self._result.notes.append,
