@@ -237,16 +237,14 @@ def _varlen(inputs: Tensors) -> Function:
     varlen_attn: Any = varlen.varlen_attn
 
     longest = int(inputs["cu_seqlens"].diff().max())
-    # torch 2.11 has a flag for causality, 2.13 uses the window.
-    names = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
-    grouped = {"enable_gqa": True} if "enable_gqa" in names else {}
+    # PyTorch 2.11 documents equal numbers of heads.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     def compute(x: Tensors) -> Outputs:
         q, k, v = x["q"], x["k"], x["v"]
         if not grouped:
             k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
-        return (varlen_attn(q, k, v, x["cu_seqlens"], x["cu_seqlens"], longest, longest, **causal, **grouped),)
+        return (varlen_attn(q, k, v, x["cu_seqlens"], x["cu_seqlens"], longest, longest, window_size=(-1, 0), **grouped),)
 
     return compute
 

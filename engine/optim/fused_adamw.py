@@ -39,6 +39,11 @@ class FusedAdamW(torch.optim.AdamW):
             if updated:
                 self._update(updated, group)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``torch.optim.Optimizer``. It replaces the states, of which the parts are remembered here."""
+        super().load_state_dict(state_dict)
+        self._parts.clear()
+
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
         weights, exp_avgs, exp_avg_sqs, steps = map(

@@ -390,3 +390,19 @@ def test_the_update_on_local_parts_has_the_bits_of_pytorchs(skipped, two_ranks):
     for theirs, ours in two_ranks.run(updated_by_pytorch, skipped):
         assert len(theirs) == len(ours) > 8
         assert all(torch.equal(one, other) for one, other in zip(theirs, ours, strict=True))
+
+
+def test_loaded_states_are_the_ones_that_are_updated():
+    """The optimizer remembers parts of its states, which loading replaces."""
+    one, other = (nn.Parameter(_random(5, 4)) for _ in range(2))
+    optimizers = [FusedAdamW([{"params": [parameter]}], lr=0.1) for parameter in (one, other)]
+    for step in range(3):
+        one.grad, other.grad = _random(5, 4, seed=step), _random(5, 4, seed=step if step > 1 else 9 + step)
+        if step == 2:
+            other.data.copy_(one.data)
+            optimizers[1].load_state_dict(optimizers[0].state_dict())
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(one, other)
+    for name, value in optimizers[0].state[one].items():
+        assert torch.equal(optimizers[1].state[other][name], value), name
