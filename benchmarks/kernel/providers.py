@@ -244,7 +244,8 @@ def _varlen(inputs: Tensors) -> Function:
         q, k, v = x["q"], x["k"], x["v"]
         if not grouped:
             k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
-        return (varlen_attn(q, k, v, x["cu_seqlens"], x["cu_seqlens"], longest, longest, window_size=(-1, 0), **grouped),)
+        offsets = x["cu_seqlens"]
+        return (varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), **grouped),)
 
     return compute
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -400,7 +401,7 @@ def test_loaded_states_are_the_ones_that_are_updated():
         one.grad, other.grad = _random(5, 4, seed=step), _random(5, 4, seed=step if step > 1 else 9 + step)
         if step == 2:
             other.data.copy_(one.data)
-            optimizers[1].load_state_dict(optimizers[0].state_dict())
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
         for optimizer in optimizers:
             optimizer.step()
     assert torch.equal(one, other)
